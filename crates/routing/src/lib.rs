@@ -1,0 +1,20 @@
+//! The decisions of SiDA, and nothing else: which rows go to which expert, which experts stay resident,
+//! who holds what, who joins the batch. Everything here is a pure function or a plain state machine.
+//!
+//! Invariant: no clock, no network, no threads, no files, no tensor library. What is decided comes from
+//! here; what is done comes from the nodes.
+//!
+//! In reading order: [`ids`], [`hash_table`], [`plan`], [`routes`], [`grouping`], [`placement`],
+//! [`residency`], [`admission`].
+
+pub mod grouping;
+pub mod hash_table;
+pub mod ids;
+pub mod plan;
+pub mod routes;
+
+pub use grouping::{Group, Grouping};
+pub use hash_table::{HashTable, HashTableError};
+pub use ids::{Digest, ExpertId, ExpertKey, LayerId, NodeId};
+pub use plan::{Plan, PlanId};
+pub use routes::Routes;

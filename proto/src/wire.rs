@@ -1,0 +1,1 @@
+//! TryFrom both ways between wire messages and our own types.
