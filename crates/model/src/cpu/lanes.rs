@@ -1,0 +1,331 @@
+//! Sixteen float32 at a time: the one vector type all kernels are written in, as AVX-512, as AVX2 with FMA,
+//! or as a plain array. All three do the same IEEE operations in the same order, so they agree to the bit.
+//!
+//! A kernel is a [`Kernel`]: generic over [`Lanes`], run by [`run`] with the widest the machine has. Everything
+//! on its hot path must inline into `run`'s function, which alone is compiled for the features: loops, not
+//! closures handed to library functions.
+
+/// How many floats a vector holds, on every machine.
+pub const LANES: usize = 16;
+
+/// A vector of [`LANES`] floats.
+///
+/// # Safety
+/// Implementations may need CPU features. Methods are called only inside a function compiled for them, which
+/// [`run`] sees to; pointers must be valid for what is read or written.
+#[allow(clippy::missing_safety_doc)]
+pub unsafe trait Lanes: Copy {
+    /// Rows and columns of a matmul tile whose accumulators fit the registers.
+    const TILE_ROWS: usize;
+    /// All lanes `value`.
+    unsafe fn splat(value: f32) -> Self;
+    /// Reads 16 floats, any alignment.
+    unsafe fn load(from: *const f32) -> Self;
+    /// Reads `n < 16` floats; the other lanes are 0.
+    unsafe fn load_partial(from: *const f32, n: usize) -> Self;
+    /// Reads 16 bfloat16 values, any alignment.
+    unsafe fn load_bf16(from: *const u16) -> Self;
+    /// Writes 16 floats, any alignment.
+    unsafe fn store(self, to: *mut f32);
+    /// `a * b + self`, rounded once.
+    unsafe fn fma(self, a: Self, b: Self) -> Self;
+    /// Asks for bytes that are needed soon.
+    #[inline(always)]
+    unsafe fn prefetch(_soon: &[u8]) {}
+    /// The sum of all lanes: lane l with l + 8, then + 4, + 2, + 1.
+    unsafe fn sum(self) -> f32;
+}
+
+/// Work that is written once for every kind of [`Lanes`].
+pub trait Kernel {
+    /// What it returns.
+    type Output;
+    /// Does the work.
+    ///
+    /// # Safety
+    /// The machine must have the features `L` needs.
+    unsafe fn run<L: Lanes>(self) -> Self::Output;
+}
+
+/// Runs a kernel with the widest vectors this machine has.
+#[inline]
+pub fn run<K: Kernel>(kernel: K) -> K::Output {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if is_x86_feature_detected!("avx512f") {
+            // SAFETY: AVX-512F was just detected.
+            return unsafe { x86::run_avx512(kernel) };
+        }
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            // SAFETY: AVX2 and FMA were just detected.
+            return unsafe { x86::run_avx2(kernel) };
+        }
+    }
+    // SAFETY: the portable lanes need no features.
+    unsafe { kernel.run::<Portable>() }
+}
+
+/// The dot product of two slices of one length.
+pub fn dot(a: &[f32], b: &[f32]) -> f32 {
+    struct Dot<'a>(&'a [f32], &'a [f32]);
+    impl Kernel for Dot<'_> {
+        type Output = f32;
+        #[inline(always)]
+        unsafe fn run<L: Lanes>(self) -> f32 {
+            // SAFETY: both slices hold `len` floats.
+            unsafe { dot_lanes::<L>(self.0.as_ptr(), self.1.as_ptr(), self.0.len()) }
+        }
+    }
+    assert_eq!(a.len(), b.len());
+    run(Dot(a, b))
+}
+
+/// The dot product of `len` floats, in the order every kernel uses.
+///
+/// # Safety
+/// Both pointers must be valid for `len` floats, and the machine must have what `L` needs.
+#[inline(always)]
+pub unsafe fn dot_lanes<L: Lanes>(a: *const f32, b: *const f32, len: usize) -> f32 {
+    // SAFETY: `at + 16 <= len`, and the tail reads the floats that are left.
+    unsafe {
+        let mut sum = L::splat(0.0);
+        let whole = len / LANES * LANES;
+        for at in (0..whole).step_by(LANES) {
+            sum = sum.fma(L::load(a.add(at)), L::load(b.add(at)));
+        }
+        if whole < len {
+            sum = sum.fma(L::load_partial(a.add(whole), len - whole), L::load_partial(b.add(whole), len - whole));
+        }
+        sum.sum()
+    }
+}
+
+/// The reference the others must agree with: an array.
+#[derive(Clone, Copy)]
+pub struct Portable([f32; LANES]);
+
+// SAFETY: needs no CPU features.
+unsafe impl Lanes for Portable {
+    const TILE_ROWS: usize = 1;
+
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> Self {
+        Self([value; LANES])
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: the caller's pointer is valid for 16 floats.
+        Self(unsafe { from.cast::<[f32; LANES]>().read_unaligned() })
+    }
+
+    #[inline(always)]
+    unsafe fn load_partial(from: *const f32, n: usize) -> Self {
+        // SAFETY: the caller's pointer is valid for `n` floats.
+        Self(std::array::from_fn(|lane| if lane < n { unsafe { from.add(lane).read_unaligned() } } else { 0.0 }))
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const u16) -> Self {
+        // SAFETY: the caller's pointer is valid for 16 values.
+        let narrow = unsafe { from.cast::<[u16; LANES]>().read_unaligned() };
+        Self(narrow.map(|bits| f32::from_bits(u32::from(bits) << 16)))
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: the caller's pointer is valid for 16 floats.
+        unsafe { to.cast::<[f32; LANES]>().write_unaligned(self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn fma(self, a: Self, b: Self) -> Self {
+        Self(std::array::from_fn(|lane| a.0[lane].mul_add(b.0[lane], self.0[lane])))
+    }
+
+    #[inline(always)]
+    unsafe fn sum(self) -> f32 {
+        let mut lanes = self.0;
+        let mut width = LANES / 2;
+        while width > 0 {
+            for lane in 0..width {
+                lanes[lane] += lanes[lane + width];
+            }
+            width /= 2;
+        }
+        lanes[0]
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    //! SAFETY of this module: methods run inside `run_avx512` or `run_avx2`, after detection; pointers are
+    //! the caller's promise.
+    #![allow(clippy::undocumented_unsafe_blocks)]
+
+    use std::arch::x86_64::*;
+
+    use super::{Kernel, Lanes};
+
+    #[target_feature(enable = "avx512f,avx2,fma")]
+    pub(super) unsafe fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
+        unsafe { kernel.run::<Avx512>() }
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) unsafe fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
+        unsafe { kernel.run::<Avx2>() }
+    }
+
+    #[derive(Clone, Copy)]
+    pub(super) struct Avx512(__m512);
+
+    unsafe impl Lanes for Avx512 {
+        const TILE_ROWS: usize = 4;
+
+        #[inline(always)]
+        unsafe fn splat(value: f32) -> Self {
+            unsafe { Self(_mm512_set1_ps(value)) }
+        }
+
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            unsafe { Self(_mm512_loadu_ps(from)) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_partial(from: *const f32, n: usize) -> Self {
+            unsafe { Self(_mm512_maskz_loadu_ps((1u16 << n) - 1, from)) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_bf16(from: *const u16) -> Self {
+            unsafe {
+                let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+                Self(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide)))
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            unsafe { _mm512_storeu_ps(to, self.0) }
+        }
+
+        #[inline(always)]
+        unsafe fn fma(self, a: Self, b: Self) -> Self {
+            unsafe { Self(_mm512_fmadd_ps(a.0, b.0, self.0)) }
+        }
+
+        #[inline(always)]
+        unsafe fn prefetch(soon: &[u8]) {
+            let mut at = 0;
+            while at < soon.len() {
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(soon.as_ptr().add(at).cast()) };
+                at += 64;
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn sum(self) -> f32 {
+            unsafe {
+                let high = _mm512_castpd_ps(_mm512_castpd256_pd512(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(self.0))));
+                sum_256(_mm256_add_ps(_mm512_castps512_ps256(self.0), _mm512_castps512_ps256(high)))
+            }
+        }
+    }
+
+    #[derive(Clone, Copy)]
+    pub(super) struct Avx2(__m256, __m256);
+
+    unsafe impl Lanes for Avx2 {
+        const TILE_ROWS: usize = 2;
+
+        #[inline(always)]
+        unsafe fn splat(value: f32) -> Self {
+            unsafe { Self(_mm256_set1_ps(value), _mm256_set1_ps(value)) }
+        }
+
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            unsafe { Self(_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_partial(from: *const f32, n: usize) -> Self {
+            let mut lanes = [0.0; super::LANES];
+            unsafe {
+                // By bytes: `from` may have any alignment.
+                std::ptr::copy_nonoverlapping(from.cast::<u8>(), lanes.as_mut_ptr().cast(), n * size_of::<f32>());
+                Self::load(lanes.as_ptr())
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn load_bf16(from: *const u16) -> Self {
+            unsafe {
+                let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
+                let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.add(8).cast()));
+                let wide = |eight| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(eight));
+                Self(wide(low), wide(high))
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            unsafe {
+                _mm256_storeu_ps(to, self.0);
+                _mm256_storeu_ps(to.add(8), self.1);
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn fma(self, a: Self, b: Self) -> Self {
+            unsafe { Self(_mm256_fmadd_ps(a.0, b.0, self.0), _mm256_fmadd_ps(a.1, b.1, self.1)) }
+        }
+
+        #[inline(always)]
+        unsafe fn sum(self) -> f32 {
+            unsafe { sum_256(_mm256_add_ps(self.0, self.1)) }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn sum_256(eight: __m256) -> f32 {
+        unsafe {
+            let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+            let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Rows would change bits when they move between machines with other vector units.
+    #[test]
+    fn all_lanes_agree_to_the_bit() {
+        for len in [1, 5, 15, 16, 17, 31, 32, 128, 769] {
+            let a: Vec<f32> = (0..len).map(|i| ((i * 37 % 101) as f32 - 50.0) / 7.0).collect();
+            let b: Vec<f32> = (0..len).map(|i| ((i * 53 % 97) as f32 - 48.0) / 11.0).collect();
+            // SAFETY: both hold `len` floats; the portable lanes need no features.
+            let portable = unsafe { dot_lanes::<Portable>(a.as_ptr(), b.as_ptr(), len) };
+            assert_eq!(portable.to_bits(), dot(&a, &b).to_bits(), "len {len}");
+            #[cfg(target_arch = "x86_64")]
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                struct Dot<'a>(&'a [f32], &'a [f32]);
+                impl Kernel for Dot<'_> {
+                    type Output = f32;
+                    #[inline(always)]
+                    unsafe fn run<L: Lanes>(self) -> f32 {
+                        // SAFETY: both slices hold `len` floats.
+                        unsafe { dot_lanes::<L>(self.0.as_ptr(), self.1.as_ptr(), self.0.len()) }
+                    }
+                }
+                // SAFETY: AVX2 and FMA were just detected.
+                assert_eq!(portable.to_bits(), unsafe { x86::run_avx2(Dot(&a, &b)) }.to_bits(), "len {len}");
+            }
+        }
+    }
+}

@@ -1,0 +1,359 @@
+//! `out = x W^T` with W as checkpoints store it: row-major (out, in), in float32, bfloat16 or float16.
+//!
+//! Libraries pack W, choose a kernel by the number of rows, and so change a row's bits with its company; and
+//! they read bf16 slower than f32 on a CPU. Here every output element is one dot product in one fixed order
+//! (see `lanes`), W is used where it lies, so making an expert resident is a copy and nothing else, and it is
+//! widened to f32 a few rows at a time on its way through the first-level cache. With few rows the product
+//! is bound by reading W, and bf16 halves that.
+//!
+//! Called by `Linear` for the backbone, by `ExpertShape` for experts, and by the predictor nets.
+
+use std::{cell::RefCell, ops::Range};
+
+use half::f16;
+use rayon::prelude::*;
+
+use super::lanes::{self, Kernel, Lanes};
+use crate::dtype::StoredDType;
+
+/// Rows of x per pass over W: `ROW_BLOCK * d_model` floats stay in the second-level cache.
+const ROW_BLOCK: usize = 48;
+/// Products with fewer multiplications and less to read run on the calling thread: waking another costs
+/// more than it saves.
+const PARALLEL_MACS_MIN: usize = 2_000_000;
+const PARALLEL_BYTES_MIN: usize = 2 << 20;
+/// Rows of W that are widened at once: the most columns a tile has.
+const WIDENED_ROWS_MAX: usize = 6;
+
+/// A weight matrix where it lies.
+#[derive(Clone, Copy, Debug)]
+pub struct MatrixRef<'a> {
+    /// (rows, cols) values in `dtype`, row-major, little-endian. Any alignment.
+    pub bytes: &'a [u8],
+    /// How a value is stored.
+    pub dtype: StoredDType,
+    /// Outputs.
+    pub rows: usize,
+    /// Inputs.
+    pub cols: usize,
+}
+
+/// `out = x W^T`: x (n, cols), out (n, rows). Splits over the threads of the current rayon pool when there
+/// is enough to do.
+///
+/// Panics when the lengths do not fit: shapes are checked where weights are loaded.
+pub fn matmul(x: &[f32], w: MatrixRef<'_>, out: &mut [f32]) {
+    if w.cols == 0 || w.rows == 0 || x.is_empty() {
+        out.fill(0.0);
+        return;
+    }
+    let n = x.len() / w.cols;
+    assert_eq!(x.len(), n * w.cols, "x is (n, {})", w.cols);
+    assert_eq!(out.len(), n * w.rows, "out is ({n}, {})", w.rows);
+    assert_eq!(w.bytes.len(), w.rows * w.cols * w.dtype.size(), "W is ({}, {}) {:?}", w.rows, w.cols, w.dtype);
+    let out = OutPointer(out.as_mut_ptr());
+    let small = n * w.rows * w.cols < PARALLEL_MACS_MIN && w.bytes.len() < PARALLEL_BYTES_MIN;
+    let threads = if small { 1 } else { rayon::current_num_threads() };
+    if threads == 1 {
+        return columns(x, n, w, 0..w.rows, out);
+    }
+    let share = w.rows.div_ceil(threads).next_multiple_of(12);
+    (0..w.rows.div_ceil(share)).into_par_iter().for_each(|piece| {
+        columns(x, n, w, piece * share..w.rows.min((piece + 1) * share), out);
+    });
+}
+
+fn columns(x: &[f32], n: usize, w: MatrixRef<'_>, columns: Range<usize>, out: OutPointer) {
+    WIDENED.with_borrow_mut(|widened| {
+        widened.resize(widened.len().max(WIDENED_ROWS_MAX * w.cols), 0.0);
+        lanes::run(Columns { x, n, w, columns, out, widened });
+    });
+}
+
+/// Where results go. Pieces write disjoint columns of it.
+#[derive(Clone, Copy)]
+struct OutPointer(*mut f32);
+
+// SAFETY: each piece writes only its own columns, and `matmul` holds the one `&mut` until all are done.
+unsafe impl Send for OutPointer {}
+// SAFETY: as above.
+unsafe impl Sync for OutPointer {}
+
+/// Some output columns (rows of W) of a product.
+struct Columns<'a> {
+    x: &'a [f32],
+    n: usize,
+    w: MatrixRef<'a>,
+    columns: Range<usize>,
+    out: OutPointer,
+    /// Room for [`WIDENED_ROWS_MAX`] rows of W.
+    widened: &'a mut [f32],
+}
+
+impl Kernel for Columns<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(mut self) {
+        // SAFETY: `matmul` checked the lengths. The tile sizes are those whose accumulators fit the registers.
+        unsafe {
+            match L::TILE_ROWS {
+                4 => self.blocks::<L, 4, 6>(),
+                2 => self.blocks::<L, 2, 3>(),
+                _ => self.blocks::<L, 1, 4>(),
+            }
+        }
+    }
+}
+
+thread_local! {
+    /// A few rows of W, widened.
+    static WIDENED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+impl Columns<'_> {
+    #[inline(always)]
+    unsafe fn blocks<L: Lanes, const R: usize, const C: usize>(&mut self) {
+        // With few rows of x, widening ahead would cost as much as the product: widen on the way instead.
+        let straight = self.n <= R && self.w.dtype == StoredDType::BF16 && self.w.cols.is_multiple_of(lanes::LANES);
+        let mut block = 0;
+        while block < self.n {
+            let rows = block..self.n.min(block + ROW_BLOCK);
+            let mut column = self.columns.start;
+            while column < self.columns.end {
+                let columns = C.min(self.columns.end - column);
+                // SAFETY: the widened or stored rows of W hold k values each, x and out as `matmul` checked.
+                unsafe {
+                    if straight {
+                        let w = self.stored(column, columns).as_ptr().cast();
+                        self.column_tiles::<L, Bf16, R, C>(rows.clone(), column, columns, w);
+                    } else {
+                        let w = self.widen(column, columns);
+                        L::prefetch(self.stored(column + C, C));
+                        self.column_tiles::<L, F32, R, C>(rows.clone(), column, columns, w);
+                    }
+                }
+                column += C;
+            }
+            block += ROW_BLOCK;
+        }
+    }
+
+    /// The bytes of `columns` rows of W from `column` on, as far as they are ours.
+    #[inline(always)]
+    fn stored(&self, column: usize, columns: usize) -> &[u8] {
+        let row_bytes = self.w.cols * self.w.dtype.size();
+        let (from, to) = (column.min(self.columns.end), (column + columns).min(self.columns.end));
+        &self.w.bytes[from * row_bytes..to * row_bytes]
+    }
+
+    /// `columns` rows of W from `column` on as float32.
+    #[inline(always)]
+    fn widen(&mut self, column: usize, columns: usize) -> *const f32 {
+        let (k, size) = (self.w.cols, self.w.dtype.size());
+        let bytes = &self.w.bytes[column * k * size..(column + columns) * k * size];
+        let widened = &mut self.widened[..columns * k];
+        match self.w.dtype {
+            StoredDType::F32 => return bytes.as_ptr().cast(),
+            StoredDType::BF16 => {
+                for (wide, narrow) in widened.iter_mut().zip(bytes.chunks_exact(2)) {
+                    *wide = f32::from_bits(u32::from(u16::from_le_bytes([narrow[0], narrow[1]])) << 16);
+                }
+            }
+            StoredDType::F16 => {
+                for (wide, narrow) in widened.iter_mut().zip(bytes.chunks_exact(2)) {
+                    *wide = f16::from_le_bytes([narrow[0], narrow[1]]).to_f32();
+                }
+            }
+        }
+        widened.as_ptr()
+    }
+
+    /// All tiles of some rows and `columns` columns; columns that do not fill a tile go one by one.
+    #[inline(always)]
+    unsafe fn column_tiles<L: Lanes, W: Stored, const R: usize, const C: usize>(
+        &self,
+        rows: Range<usize>,
+        column: usize,
+        columns: usize,
+        w: *const W::Value,
+    ) {
+        // SAFETY: rows and columns are within x, `w` and out.
+        unsafe {
+            if columns == C {
+                return self.row_tiles::<L, W, R, C>(rows, column, w);
+            }
+            let mut last = 0;
+            while last < columns {
+                self.row_tiles::<L, W, R, 1>(rows.clone(), column + last, w.add(last * self.w.cols));
+                last += 1;
+            }
+        }
+    }
+
+    /// All tiles of some rows and C columns; rows that do not fill a tile go one by one.
+    #[inline(always)]
+    unsafe fn row_tiles<L: Lanes, W: Stored, const R: usize, const C: usize>(
+        &self,
+        rows: Range<usize>,
+        column: usize,
+        w: *const W::Value,
+    ) {
+        let mut row = rows.start;
+        // SAFETY: rows and columns are within x, `w` and out.
+        unsafe {
+            while row + R <= rows.end {
+                self.tile::<L, W, R, C>(row, column, w);
+                row += R;
+            }
+            while row < rows.end {
+                self.tile::<L, W, 1, C>(row, column, w);
+                row += 1;
+            }
+        }
+    }
+
+    /// R x C dot products at once, each in the order of `dot_lanes`.
+    #[inline(always)]
+    unsafe fn tile<L: Lanes, W: Stored, const R: usize, const C: usize>(
+        &self,
+        row: usize,
+        column: usize,
+        w: *const W::Value,
+    ) {
+        let k = self.w.cols;
+        // SAFETY: R rows of x and C rows of `w` hold k values each; out holds (n, W rows).
+        unsafe {
+            let x = self.x.as_ptr().add(row * k);
+            let mut sums = [[L::splat(0.0); C]; R];
+            let whole = k / lanes::LANES * lanes::LANES;
+            let mut at = 0;
+            while at < whole {
+                let mut xs = [L::splat(0.0); R];
+                for r in 0..R {
+                    xs[r] = L::load(x.add(r * k + at));
+                }
+                for c in 0..C {
+                    let wc = W::load::<L>(w.add(c * k + at));
+                    for r in 0..R {
+                        sums[r][c] = sums[r][c].fma(xs[r], wc);
+                    }
+                }
+                at += lanes::LANES;
+            }
+            if whole < k {
+                let mut xs = [L::splat(0.0); R];
+                for r in 0..R {
+                    xs[r] = L::load_partial(x.add(r * k + whole), k - whole);
+                }
+                for c in 0..C {
+                    let wc = W::load_partial::<L>(w.add(c * k + whole), k - whole);
+                    for r in 0..R {
+                        sums[r][c] = sums[r][c].fma(xs[r], wc);
+                    }
+                }
+            }
+            for r in 0..R {
+                for c in 0..C {
+                    *self.out.0.add((row + r) * self.w.rows + column + c) = sums[r][c].sum();
+                }
+            }
+        }
+    }
+}
+
+/// How the tile reads W.
+trait Stored {
+    /// One stored value.
+    type Value;
+    /// 16 values as float32.
+    unsafe fn load<L: Lanes>(from: *const Self::Value) -> L;
+    /// `n < 16` values as float32, the rest 0.
+    unsafe fn load_partial<L: Lanes>(from: *const Self::Value, n: usize) -> L;
+}
+
+/// Float32, as stored or as widened.
+struct F32;
+
+impl Stored for F32 {
+    type Value = f32;
+
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(from: *const f32) -> L {
+        // SAFETY: the caller's.
+        unsafe { L::load(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_partial<L: Lanes>(from: *const f32, n: usize) -> L {
+        // SAFETY: the caller's.
+        unsafe { L::load_partial(from, n) }
+    }
+}
+
+/// Bfloat16 as stored, in whole vectors only.
+struct Bf16;
+
+impl Stored for Bf16 {
+    type Value = u16;
+
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(from: *const u16) -> L {
+        // SAFETY: the caller's.
+        unsafe { L::load_bf16(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_partial<L: Lanes>(_: *const u16, _: usize) -> L {
+        unreachable!("rows that do not fill vectors are widened first")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+
+    use super::*;
+    use crate::cpu::lanes::dot;
+
+    fn values(n: usize, seed: usize) -> Vec<f32> {
+        (0..n).map(|i| ((i * 7919 + seed * 104_729) % 1009) as f32 / 504.0 - 1.0).collect()
+    }
+
+    /// A row's result would depend on its batch, on the tile it falls in, or on the number of threads.
+    #[test]
+    fn every_element_is_the_same_dot_product() {
+        for (n, k, m) in [(1, 128, 512), (3, 37, 5), (5, 20, 7), (49, 64, 13), (200, 128, 301)] {
+            let (x, w) = (values(n * k, 1), values(m * k, 2));
+            let bytes: Vec<u8> = w.iter().flat_map(|v| v.to_le_bytes()).collect();
+            let mut out = vec![0.0; n * m];
+            matmul(&x, MatrixRef { bytes: &bytes, dtype: StoredDType::F32, rows: m, cols: k }, &mut out);
+            for (i, out) in out.iter().enumerate() {
+                let expected = dot(&x[i / m * k..][..k], &w[i % m * k..][..k]);
+                assert_eq!(out.to_bits(), expected.to_bits(), "({n}, {k}) x ({m}, {k}) element {i}");
+            }
+        }
+    }
+
+    /// Narrow weights would be read as something else than their exact float32 value.
+    #[test]
+    fn narrow_weights_are_widened_exactly() {
+        type Encode = fn(f32) -> ([u8; 2], f32);
+        let encodings: [(StoredDType, Encode); 2] = [
+            (StoredDType::BF16, |v| (bf16::from_f32(v).to_le_bytes(), bf16::from_f32(v).to_f32())),
+            (StoredDType::F16, |v| (f16::from_f32(v).to_le_bytes(), f16::from_f32(v).to_f32())),
+        ];
+        for ((dtype, encode), (n, k, m)) in
+            encodings.into_iter().flat_map(|e| [(e, (9, 40, 17)), (e, (1, 64, 17)), (e, (3, 32, 8))])
+        {
+            let (x, w) = (values(n * k, 3), values(m * k, 4));
+            let bytes: Vec<u8> = w.iter().flat_map(|&v| encode(v).0).collect();
+            let wide: Vec<f32> = w.iter().map(|&v| encode(v).1).collect();
+            let mut out = vec![0.0; n * m];
+            matmul(&x, MatrixRef { bytes: &bytes, dtype, rows: m, cols: k }, &mut out);
+            for (i, out) in out.iter().enumerate() {
+                assert_eq!(out.to_bits(), dot(&x[i / m * k..][..k], &wide[i % m * k..][..k]).to_bits());
+            }
+        }
+    }
+}

@@ -1,0 +1,13 @@
+//! The arithmetic of the CPU backend, on plain slices.
+//!
+//! Invariant: every output row is computed by itself, in one order of operations that depends on nothing but
+//! the row and the weights. The bits of a row are the same whatever else is in its batch, however many
+//! threads work, on whichever node and whichever x86 or other machine: this is what lets rows move between
+//! nodes and batches without changing a token (docs/decisions/0002).
+//!
+//! In reading order: [`lanes`] (16 floats at a time), [`matmul`], [`norm`], [`attention`].
+
+pub mod attention;
+pub mod lanes;
+pub mod matmul;
+pub mod norm;

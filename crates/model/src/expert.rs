@@ -1,0 +1,127 @@
+//! One expert: its shape, how its matrices lie in a slot, and its feed-forward. An expert-node runs this on
+//! the slots of its slab, the reference on the checkpoint's own bytes.
+
+use crate::{
+    config::ExpertKind,
+    cpu::matmul::{MatrixRef, matmul},
+    dtype::StoredDType,
+};
+
+/// The shape all experts of a model share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExpertShape {
+    /// Which matrices it has.
+    pub kind: ExpertKind,
+    /// Width of its input and output.
+    pub d_model: usize,
+    /// Width between its matrices.
+    pub d_ff: usize,
+    /// How its weights are stored.
+    pub dtype: StoredDType,
+}
+
+/// Room for what lies between an expert's matrices; kept from call to call.
+#[derive(Debug, Default)]
+pub struct ExpertScratch {
+    hidden: Vec<f32>,
+    up: Vec<f32>,
+}
+
+impl ExpertShape {
+    /// How many matrices an expert has. All of them hold `d_model * d_ff` values.
+    pub fn matrices(&self) -> usize {
+        match self.kind {
+            ExpertKind::Relu2 => 2,
+            ExpertKind::GatedSilu3 => 3,
+        }
+    }
+
+    /// Bytes of one matrix as stored.
+    pub fn matrix_bytes(&self) -> usize {
+        self.d_model * self.d_ff * self.dtype.size()
+    }
+
+    /// Bytes of one expert as stored: its matrices one after another, input side first.
+    pub fn bytes(&self) -> usize {
+        self.matrices() * self.matrix_bytes()
+    }
+
+    /// Multiplications for one row.
+    pub fn macs_per_row(&self) -> usize {
+        self.matrices() * self.d_model * self.d_ff
+    }
+
+    /// The expert's output for x (n, d_model), into `out` (n, d_model), before the router's factor.
+    ///
+    /// `weights` are the expert's [`ExpertShape::bytes`]. Panics when a length does not fit: shapes are
+    /// checked where experts are loaded and calls are accepted.
+    pub fn forward(&self, weights: &[u8], x: &[f32], out: &mut [f32], scratch: &mut ExpertScratch) {
+        let rows = x.len() / self.d_model;
+        let mut matrices = weights.chunks_exact(self.matrix_bytes());
+        let mut matrix = |rows, cols| {
+            let bytes = matrices.next().expect("a slot holds all matrices of an expert");
+            MatrixRef { bytes, dtype: self.dtype, rows, cols }
+        };
+        let hidden = room(&mut scratch.hidden, rows * self.d_ff);
+        match self.kind {
+            ExpertKind::Relu2 => {
+                matmul(x, matrix(self.d_ff, self.d_model), hidden); // h = relu(x Wi^T)
+                hidden.iter_mut().for_each(|h| *h = h.max(0.0));
+            }
+            ExpertKind::GatedSilu3 => {
+                let up = room(&mut scratch.up, rows * self.d_ff);
+                matmul(x, matrix(self.d_ff, self.d_model), hidden); // h = silu(x Wgate^T) * (x Wup^T)
+                matmul(x, matrix(self.d_ff, self.d_model), up);
+                hidden.iter_mut().zip(up).for_each(|(h, up)| *h = *h / (1.0 + (-*h).exp()) * *up);
+            }
+        }
+        matmul(hidden, matrix(self.d_model, self.d_ff), out); // out = h Wo^T
+    }
+}
+
+fn room(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    buffer.resize(buffer.len().max(len), 0.0);
+    &mut buffer[..len]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::lanes::dot;
+
+    fn bytes(values: &[f32]) -> Vec<u8> {
+        values.iter().flat_map(|v| v.to_le_bytes()).collect()
+    }
+
+    fn values(n: usize, seed: usize) -> Vec<f32> {
+        (0..n).map(|i| ((i * 31 + seed * 17) % 23) as f32 / 11.0 - 1.0).collect()
+    }
+
+    /// An expert would compute another function than its family's feed-forward.
+    #[test]
+    fn both_kinds_follow_their_equations() {
+        let (d, ff) = (6, 10);
+        let x = values(2 * d, 1);
+        let [a, b, c] = [values(ff * d, 2), values(ff * d, 3), values(d * ff, 4)];
+        let product = |w: &[f32], x: &[f32]| -> Vec<f32> { w.chunks(x.len()).map(|row| dot(x, row)).collect() };
+        for kind in [ExpertKind::Relu2, ExpertKind::GatedSilu3] {
+            let shape = ExpertShape { kind, d_model: d, d_ff: ff, dtype: StoredDType::F32 };
+            let weights = match kind {
+                ExpertKind::Relu2 => bytes(&[&a[..], &c[..]].concat()),
+                ExpertKind::GatedSilu3 => bytes(&[&a[..], &b[..], &c[..]].concat()),
+            };
+            assert_eq!(weights.len(), shape.bytes());
+            let mut out = vec![0.0; 2 * d];
+            shape.forward(&weights, &x, &mut out, &mut ExpertScratch::default());
+            for (x, out) in x.chunks(d).zip(out.chunks(d)) {
+                let hidden: Vec<f32> = match kind {
+                    ExpertKind::Relu2 => product(&a, x).into_iter().map(|h| h.max(0.0)).collect(),
+                    ExpertKind::GatedSilu3 => {
+                        product(&a, x).iter().zip(product(&b, x)).map(|(g, up)| g / (1.0 + (-g).exp()) * up).collect()
+                    }
+                };
+                assert_eq!(out, product(&c, &hidden));
+            }
+        }
+    }
+}
