@@ -7,6 +7,7 @@
 //! In reading order: [`ids`], [`hash_table`], [`plan`], [`routes`], [`grouping`], [`placement`],
 //! [`residency`], [`admission`].
 
+pub mod admission;
 pub mod grouping;
 pub mod hash_table;
 pub mod ids;
