@@ -69,3 +69,54 @@ impl Grouping {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn routes(top_k: usize) -> impl Strategy<Value = Routes> {
+        prop::collection::vec((prop::option::weighted(0.9, 0u16..9), 0.0f32..1.0), 0..40).prop_map(move |rows| Routes {
+            top_k,
+            experts: rows.iter().take(rows.len() / top_k * top_k).map(|r| r.0.map(ExpertId)).collect(),
+            weights: rows.iter().take(rows.len() / top_k * top_k).map(|r| r.1).collect(),
+        })
+    }
+
+    proptest! {
+        /// Rows would reach another expert than the one chosen, or come back to another token.
+        #[test]
+        fn grouping_and_combining_equal_going_token_by_token(routes in (1usize..4).prop_flat_map(routes)) {
+            let d_model = 3;
+            let x = |token: usize| [token as f32, 1.0, -(token as f32)];
+            let expert = |e: ExpertId, row: &[f32]| -> Vec<f32> { row.iter().map(|v| v * f32::from(e.0 + 1)).collect() };
+
+            let grouping = Grouping::new(&routes);
+            prop_assert!(grouping.groups.is_sorted_by(|a, b| a.expert < b.expert));
+            let mut results = Vec::new();
+            let mut rows = grouping.tokens.iter();
+            for group in &grouping.groups {
+                prop_assert!(group.rows > 0);
+                for &token in rows.by_ref().take(group.rows as usize) {
+                    results.extend(expert(group.expert, &x(token as usize)));
+                }
+            }
+            prop_assert!(rows.next().is_none());
+            let mut out = vec![0.0; routes.tokens() * d_model];
+            grouping.combine(0, &results, d_model, &mut out);
+
+            for token in 0..routes.tokens() {
+                let mut expected = vec![0.0; d_model];
+                let mut choices: Vec<_> = (token * routes.top_k..(token + 1) * routes.top_k)
+                    .filter_map(|row| routes.experts[row].map(|e| (e, routes.weights[row])))
+                    .collect();
+                choices.sort_by_key(|choice| choice.0);
+                for (e, weight) in choices {
+                    expected.iter_mut().zip(expert(e, &x(token))).for_each(|(o, r)| *o += weight * r);
+                }
+                prop_assert_eq!(&out[token * d_model..][..d_model], &expected[..]);
+            }
+        }
+    }
+}

@@ -133,3 +133,49 @@ impl HashTable {
         start..start + self.top_k
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHAPE: Shape = Shape { first_layer: LayerId(3), layers: 2, tokens: 2, top_k: 2 };
+
+    fn table(experts: &[u16], alphas: &[f32]) -> Result<HashTable, HashTableError> {
+        let experts = experts.iter().copied().map(ExpertId).collect();
+        HashTable::new(Digest([1; 32]), Digest([2; 32]), SHAPE, 8, experts, alphas.to_vec())
+    }
+
+    /// A token would be sent where another token's prediction says.
+    #[test]
+    fn entries_are_found_by_layer_and_token() {
+        let table = table(&[0, 1, 2, 3, 4, 5, 6, 7], &[0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]).unwrap();
+        assert_eq!(table.layers().collect::<Vec<_>>(), [LayerId(3), LayerId(4)]);
+        assert_eq!(table.experts(LayerId(3), 1), [ExpertId(2), ExpertId(3)]);
+        assert_eq!(table.experts(LayerId(4), 0), [ExpertId(4), ExpertId(5)]);
+        assert_eq!(table.alphas(LayerId(4), 1), [0.6, 0.7]);
+    }
+
+    /// A malformed table from outside would be used, or bring a node down.
+    #[test]
+    fn malformed_tables_are_refused() {
+        let fine = [0.5; 8];
+        assert!(matches!(table(&[0; 7], &fine), Err(HashTableError::Length { expected: 8, experts: 7, .. })));
+        assert!(matches!(table(&[0; 8], &fine[..3]), Err(HashTableError::Length { alphas: 3, .. })));
+        let unknown = HashTableError::Expert { expert: 8, num_experts: 8 };
+        assert_eq!(table(&[0, 1, 2, 3, 4, 5, 6, 8], &fine), Err(unknown));
+        for alpha in [1.5, -0.1, f32::NAN, f32::INFINITY] {
+            assert!(matches!(table(&[0; 8], &[alpha; 8]), Err(HashTableError::Alpha { .. })), "{alpha}");
+        }
+        let huge = Shape { layers: usize::MAX, tokens: 3, ..SHAPE };
+        let refused = HashTable::new(Digest([1; 32]), Digest([2; 32]), huge, 8, vec![], vec![]);
+        assert!(matches!(refused, Err(HashTableError::Length { .. })));
+    }
+
+    /// Another model's prediction would steer this one.
+    #[test]
+    fn a_table_for_another_model_is_refused() {
+        let table = table(&[0; 8], &[0.5; 8]).unwrap();
+        assert_eq!(table.check_model(Digest([1; 32])), Ok(()));
+        assert!(matches!(table.check_model(Digest([9; 32])), Err(HashTableError::Model { .. })));
+    }
+}

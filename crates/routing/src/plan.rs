@@ -1,6 +1,8 @@
 //! What a batch will use, in the order it will use it: the distinct experts of each MoE layer. A plan is a
 //! hint to expert-nodes; losing one costs time, never correctness.
 
+use std::{cmp::Reverse, collections::BTreeSet};
+
 use crate::{ExpertId, ExpertKey, HashTable, LayerId};
 
 /// Names a plan from its hint to its release. Unique per coordinator.
@@ -17,26 +19,61 @@ pub struct Plan {
     pub experts: Vec<ExpertKey>,
 }
 
+/// How much the tokens of a layer want one expert.
+#[derive(Clone, Copy)]
+struct Want {
+    /// The best place it has in any token's prediction.
+    rank: usize,
+    /// In how many tokens' predictions it is.
+    rows: usize,
+}
+
 impl Plan {
     /// The distinct experts that `tables` (one per sequence of the batch) predict for the batch, layer by
     /// layer, the most wanted first: with `depth` 1 only each token's likeliest, and so on up to the table's k.
     pub fn from_tables(id: PlanId, tables: &[&HashTable], depth: usize) -> Self {
         let mut experts = Vec::new();
-        let layers: std::collections::BTreeSet<LayerId> = tables.iter().flat_map(|t| t.layers()).collect();
+        let experts_max = tables.iter().flat_map(|t| t.all_experts()).map(|e| usize::from(e.0) + 1).max().unwrap_or(0);
+        let layers: BTreeSet<LayerId> = tables.iter().flat_map(|t| t.layers()).collect();
         for layer in layers {
-            let mut rows: std::collections::BTreeMap<ExpertId, (usize, usize)> = Default::default();
+            let mut wants = vec![Want { rank: usize::MAX, rows: 0 }; experts_max];
             for table in tables.iter().filter(|t| t.layers().any(|l| l == layer)) {
                 for token in 0..table.shape().tokens {
-                    for (rank, &expert) in table.experts(layer, token).iter().take(depth).enumerate() {
-                        let entry = rows.entry(expert).or_insert((rank, 0));
-                        *entry = (entry.0.min(rank), entry.1 + 1);
+                    for (rank, expert) in table.experts(layer, token).iter().take(depth).enumerate() {
+                        let want = &mut wants[usize::from(expert.0)];
+                        *want = Want { rank: want.rank.min(rank), rows: want.rows + 1 };
                     }
                 }
             }
-            let mut wanted: Vec<_> = rows.into_iter().collect();
-            wanted.sort_by_key(|&(expert, (rank, count))| (rank, std::cmp::Reverse(count), expert));
-            experts.extend(wanted.into_iter().map(|(expert, _)| ExpertKey { layer, expert }));
+            let mut wanted: Vec<u16> = (0..experts_max as u16).filter(|&e| wants[usize::from(e)].rows > 0).collect();
+            wanted.sort_by_key(|&e| (wants[usize::from(e)].rank, Reverse(wants[usize::from(e)].rows)));
+            experts.extend(wanted.into_iter().map(|expert| ExpertKey { layer, expert: ExpertId(expert) }));
         }
         Self { id, experts }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Digest, hash_table::Shape};
+
+    fn table(first_layer: u16, layers: usize, experts: &[u16]) -> HashTable {
+        let shape = Shape { first_layer: LayerId(first_layer), layers, tokens: experts.len() / layers / 2, top_k: 2 };
+        let experts: Vec<_> = experts.iter().copied().map(ExpertId).collect();
+        let alphas = vec![0.5; experts.len()];
+        HashTable::new(Digest([0; 32]), Digest([0; 32]), shape, 10, experts, alphas).unwrap()
+    }
+
+    /// Experts would be preloaded in another order than the batch needs them.
+    #[test]
+    fn a_plan_names_each_expert_once_in_order_of_use_and_of_likelihood() {
+        let a = table(0, 2, &[5, 1, 5, 2, 7, 5, 3, 7]);
+        let b = table(0, 2, &[1, 5, 3, 9]);
+        let keys = |plan: &Plan| -> Vec<_> { plan.experts.iter().map(|k| (k.layer.0, k.expert.0)).collect() };
+        let firsts = Plan::from_tables(PlanId(1), &[&a, &b], 1);
+        assert_eq!(keys(&firsts), [(0, 5), (0, 1), (1, 3), (1, 7)]);
+        let both = Plan::from_tables(PlanId(1), &[&a, &b], 2);
+        assert_eq!(keys(&both), [(0, 5), (0, 1), (0, 2), (1, 3), (1, 7), (1, 5), (1, 9)]);
     }
 }
