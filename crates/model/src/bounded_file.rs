@@ -1,0 +1,26 @@
+//! Reads the small files of a model (config, index, tokenizer) whole, up to a limit: a file's size is not
+//! trusted, so neither a huge nor a growing one can take all memory.
+
+use std::{fs::File, io::Read, path::Path};
+
+use serde::de::DeserializeOwned;
+
+use crate::ModelError;
+
+/// Reads a file of at most `limit` bytes.
+pub fn read(path: &Path, limit: u64) -> Result<Vec<u8>, ModelError> {
+    let failed = |source| ModelError::Read { path: path.to_owned(), source };
+    let file = File::open(path).map_err(failed)?;
+    let bytes = file.metadata().map_err(failed)?.len();
+    let mut content = Vec::new();
+    file.take(limit + 1).read_to_end(&mut content).map_err(failed)?;
+    if content.len() as u64 > limit {
+        return Err(ModelError::FileTooLarge { path: path.to_owned(), bytes, limit });
+    }
+    Ok(content)
+}
+
+/// Reads a JSON file of at most `limit` bytes.
+pub fn read_json<T: DeserializeOwned>(path: &Path, limit: u64) -> Result<T, ModelError> {
+    serde_json::from_slice(&read(path, limit)?).map_err(|source| ModelError::Json { path: path.to_owned(), source })
+}

@@ -1,0 +1,164 @@
+//! What a model is, as data: the config of every family in one type, so that expert kind, router kind and
+//! stack are values and not assumptions spread through the code. Read once by [`crate::Checkpoint`].
+
+use std::{ops::Range, path::Path};
+
+use sida_routing::LayerId;
+
+use crate::{ModelError, bounded_file, family};
+
+/// The longest config.json that is read.
+const CONFIG_BYTES_MAX: u64 = 1 << 20;
+
+/// What an expert computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExpertKind {
+    /// `relu(x wi^T) wo^T`: Switch Transformers.
+    Relu2,
+    /// `(silu(x gate^T) * (x up^T)) down^T`: Mixtral, Qwen3-MoE, OLMoE.
+    GatedSilu3,
+}
+
+/// How a router turns probabilities into experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RouterKind {
+    /// The most probable expert, scaled by its probability.
+    Top1,
+    /// The k most probable experts.
+    TopK {
+        /// How many.
+        k: usize,
+        /// Whether the k probabilities are scaled to sum to 1.
+        renormalize: bool,
+    },
+}
+
+impl RouterKind {
+    /// Experts per token.
+    pub fn top_k(&self) -> usize {
+        match *self {
+            Self::Top1 => 1,
+            Self::TopK { k, .. } => k,
+        }
+    }
+}
+
+/// Which stacks a model has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StackKind {
+    /// An encoder, and a decoder that attends to it.
+    EncoderDecoder,
+    /// A decoder alone.
+    DecoderOnly,
+}
+
+/// One of a model's stacks of blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stack {
+    /// Reads the whole input at once.
+    Encoder,
+    /// Reads and writes token by token.
+    Decoder,
+}
+
+/// A model's config, checked: every number is within the limits of `family`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModelConfig {
+    /// Which stacks there are.
+    pub stack: StackKind,
+    /// What every expert computes.
+    pub expert_kind: ExpertKind,
+    /// How every router chooses.
+    pub router: RouterKind,
+    /// Whether routers add a bias to their logits.
+    pub router_bias: bool,
+    /// Tokens the model knows; ids are below it.
+    pub vocab_size: usize,
+    /// Width of a hidden state.
+    pub d_model: usize,
+    /// Width of one attention head. Not always `d_model / num_heads`.
+    pub d_kv: usize,
+    /// Inner width of an expert and of a dense feed-forward block.
+    pub d_ff: usize,
+    /// Attention heads per block.
+    pub num_heads: usize,
+    /// Blocks of the encoder.
+    pub encoder_layers: usize,
+    /// Blocks of the decoder.
+    pub decoder_layers: usize,
+    /// Experts of each MoE layer.
+    pub num_experts: usize,
+    /// Tokens of one sequence that one expert takes, where capacity is enforced.
+    pub expert_capacity: usize,
+    /// Buckets of the relative position bias.
+    pub relative_attention_num_buckets: usize,
+    /// Distance from which all positions share a bucket.
+    pub relative_attention_max_distance: usize,
+    /// Added to the mean square in every norm.
+    pub layer_norm_epsilon: f64,
+    /// Whether the head is the embedding (and then scales its input by `d_model^-0.5`).
+    pub tie_word_embeddings: bool,
+    /// The padding token; never in a batch of ours.
+    pub pad_token_id: u32,
+    /// Ends a sequence.
+    pub eos_token_id: u32,
+    /// What a decoder starts from.
+    pub decoder_start_token_id: u32,
+    /// For each encoder block, whether its feed-forward is an MoE layer.
+    /// Invariant: `encoder_layers` long.
+    pub encoder_sparse: Vec<bool>,
+    /// For each decoder block, whether its feed-forward is an MoE layer.
+    /// Invariant: `decoder_layers` long.
+    pub decoder_sparse: Vec<bool>,
+}
+
+impl ModelConfig {
+    /// Reads `config.json` of a model directory; `architectures` picks the family.
+    pub fn open(dir: &Path) -> Result<Self, ModelError> {
+        let path = dir.join("config.json");
+        let json = bounded_file::read_json(&path, CONFIG_BYTES_MAX)?;
+        family::config(json, &path)
+    }
+
+    /// Width of all heads side by side.
+    pub fn inner_dim(&self) -> usize {
+        self.num_heads * self.d_kv
+    }
+
+    /// For each block of a stack, whether it is sparse.
+    pub fn sparse(&self, stack: Stack) -> &[bool] {
+        match stack {
+            Stack::Encoder => &self.encoder_sparse,
+            Stack::Decoder => &self.decoder_sparse,
+        }
+    }
+
+    /// The [`LayerId`]s of a stack's MoE layers: the encoder's first, then the decoder's.
+    pub fn moe_layers(&self, stack: Stack) -> Range<u16> {
+        let encoder = count(&self.encoder_sparse);
+        match stack {
+            Stack::Encoder => 0..encoder,
+            Stack::Decoder => encoder..encoder + count(&self.decoder_sparse),
+        }
+    }
+
+    /// MoE layers of the whole model.
+    pub fn moe_layer_count(&self) -> usize {
+        usize::from(self.moe_layers(Stack::Decoder).end)
+    }
+
+    /// The stack and block that hold an MoE layer.
+    /// Panics if the model has no such layer: ids from outside are checked at the wire.
+    pub fn moe_block(&self, layer: LayerId) -> (Stack, usize) {
+        let blocks =
+            |stack| self.sparse(stack).iter().enumerate().filter(|&(_, &sparse)| sparse).map(move |(b, _)| (stack, b));
+        blocks(Stack::Encoder)
+            .chain(blocks(Stack::Decoder))
+            .nth(usize::from(layer.0))
+            .unwrap_or_else(|| panic!("layer {layer} of {} MoE layers", self.moe_layer_count()))
+    }
+}
+
+fn count(sparse: &[bool]) -> u16 {
+    sparse.iter().filter(|&&sparse| sparse).count() as u16
+}

@@ -1,0 +1,64 @@
+//! Everything that can be wrong with a model, or with what is asked of it. Each variant names the file,
+//! tensor or field, what was expected and what was found.
+
+use std::{io, path::PathBuf};
+
+use sida_routing::{Digest, LayerId};
+use thiserror::Error;
+
+/// Why a model cannot be opened, loaded or run.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+#[allow(missing_docs)]
+pub enum ModelError {
+    #[error("cannot read {}: {source}", path.display())]
+    Read { path: PathBuf, source: io::Error },
+    #[error("cannot write {}: {source}", path.display())]
+    Write { path: PathBuf, source: io::Error },
+    #[error("{} has {bytes} bytes, more than the {limit} allowed", path.display())]
+    FileTooLarge { path: PathBuf, bytes: u64, limit: u64 },
+    #[error("{} is not valid JSON of its kind: {source}", path.display())]
+    Json { path: PathBuf, source: serde_json::Error },
+
+    #[error("{}: architecture {found} is not supported, expected one of {expected}", path.display())]
+    Architecture { path: PathBuf, found: String, expected: &'static str },
+    #[error("{}: {field} is {found}, expected {expected}", path.display())]
+    Config { path: PathBuf, field: &'static str, found: String, expected: String },
+
+    #[error("{} holds neither model.safetensors nor model.safetensors.index.json{hint}", dir.display())]
+    NoWeights { dir: PathBuf, hint: &'static str },
+    #[error("{}: {reason}", file.display())]
+    Header { file: PathBuf, reason: String },
+    #[error("{}: shard name {shard:?} is not a plain file name", index.display())]
+    ShardName { index: PathBuf, shard: String },
+    #[error("{}: tensor {tensor} should be in shard {shard}, which does not hold it", index.display())]
+    ShardTensor { index: PathBuf, tensor: String, shard: String },
+    #[error("tensor {tensor} is missing from {}", dir.display())]
+    TensorMissing { dir: PathBuf, tensor: String },
+    #[error("tensor {tensor} is {found:?}, expected {expected:?}")]
+    TensorShape { tensor: String, expected: Vec<usize>, found: Vec<usize> },
+    #[error("tensor {tensor} is stored as {found}, expected {expected}")]
+    TensorDType { tensor: String, expected: String, found: String },
+    #[error("tensor {tensor} has SHA-256 {found}, the manifest says {expected}: the file is damaged")]
+    TensorDigest { tensor: String, expected: Digest, found: Digest },
+    #[error("{}: {reason}", path.display())]
+    Manifest { path: PathBuf, reason: String },
+
+    #[error("{}: {reason}", path.display())]
+    Tokenizer { path: PathBuf, reason: String },
+    #[error("{}: token {token:?} has id {id}, but the model's vocabulary has {vocab_size}", path.display())]
+    Vocabulary { path: PathBuf, token: String, id: u32, vocab_size: usize },
+    #[error("text of {bytes} bytes is longer than the {limit} allowed")]
+    TextTooLong { bytes: usize, limit: usize },
+    #[error("text cannot be tokenized: {reason}")]
+    Tokenize { reason: String },
+
+    #[error("token id {id} is outside the vocabulary of {vocab_size}")]
+    TokenId { id: u32, vocab_size: usize },
+    #[error("{what} is {found:?}, expected {expected:?}")]
+    Shape { what: &'static str, expected: Vec<usize>, found: Vec<usize> },
+    #[error("layer {layer} expert {expert} does not exist: the model has {layers} MoE layers of {num_experts} experts")]
+    Expert { layer: LayerId, expert: u16, layers: usize, num_experts: usize },
+    #[error("tensor operation failed: {0}")]
+    Tensor(#[from] candle_core::Error),
+}

@@ -1,0 +1,30 @@
+//! The families of models: `architectures` of config.json picks one. A family knows how its config reads,
+//! and nothing else; what it means is in [`ModelConfig`]. Called by [`ModelConfig::open`].
+
+use std::path::Path;
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::{ModelConfig, ModelError};
+
+mod switch;
+
+/// Reads the config of whichever family it is of. `path` is for messages.
+pub(crate) fn config(json: Value, path: &Path) -> Result<ModelConfig, ModelError> {
+    #[derive(Deserialize)]
+    struct Head {
+        #[serde(default)]
+        architectures: Vec<String>,
+    }
+    let invalid = |source| ModelError::Json { path: path.to_owned(), source };
+    let head = Head::deserialize(&json).map_err(invalid)?;
+    match head.architectures.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        [switch::ARCHITECTURE] => switch::config(serde_json::from_value(json).map_err(invalid)?, path),
+        _ => Err(ModelError::Architecture {
+            path: path.to_owned(),
+            found: format!("{:?}", head.architectures),
+            expected: switch::ARCHITECTURE,
+        }),
+    }
+}

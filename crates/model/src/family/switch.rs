@@ -1,0 +1,254 @@
+//! Switch Transformers (Fedus et al., 2021) as transformers' SwitchTransformersForConditionalGeneration:
+//! T5 with a mixture of ReLU experts, top-1, in some of its blocks.
+
+use std::path::Path;
+
+use serde::Deserialize;
+
+use crate::{ExpertKind, ModelConfig, ModelError, RouterKind, StackKind};
+
+pub(super) const ARCHITECTURE: &str = "SwitchTransformersForConditionalGeneration";
+
+/// The fields of config.json that change what the model computes, with the defaults of transformers'
+/// SwitchTransformersConfig where a file may leave them out. Shapes have none: a guess would only fail later.
+#[derive(Deserialize)]
+pub(super) struct SwitchJson {
+    vocab_size: u64,
+    d_model: u64,
+    d_kv: u64,
+    d_ff: u64,
+    num_layers: u64,
+    num_decoder_layers: Option<u64>,
+    num_heads: u64,
+    num_experts: u64,
+    #[serde(default = "three")]
+    num_sparse_encoder_layers: u64,
+    #[serde(default = "three")]
+    num_sparse_decoder_layers: u64,
+    encoder_sparse_step: Option<u64>,
+    decoder_sparse_step: Option<u64>,
+    #[serde(default = "sixty_four")]
+    expert_capacity: u64,
+    #[serde(default)]
+    router_bias: bool,
+    router_dtype: Option<String>,
+    router_type: Option<String>,
+    #[serde(default = "thirty_two")]
+    relative_attention_num_buckets: u64,
+    #[serde(default = "one_hundred_twenty_eight")]
+    relative_attention_max_distance: u64,
+    #[serde(default = "epsilon")]
+    layer_norm_epsilon: f64,
+    dense_act_fn: Option<String>,
+    feed_forward_proj: Option<String>,
+    #[serde(default)]
+    is_gated_act: bool,
+    #[serde(default = "yes")]
+    tie_word_embeddings: bool,
+    #[serde(default)]
+    pad_token_id: Option<u64>,
+    eos_token_id: Option<TokenIds>,
+    decoder_start_token_id: Option<u64>,
+}
+
+/// transformers allows several end tokens.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum TokenIds {
+    One(u64),
+    Many(Vec<u64>),
+}
+
+fn three() -> u64 {
+    3
+}
+fn sixty_four() -> u64 {
+    64
+}
+fn thirty_two() -> u64 {
+    32
+}
+fn one_hundred_twenty_eight() -> u64 {
+    128
+}
+fn epsilon() -> f64 {
+    1e-6
+}
+fn yes() -> bool {
+    true
+}
+
+/// Checks every field and makes a [`ModelConfig`] of them.
+pub(super) fn config(json: SwitchJson, path: &Path) -> Result<ModelConfig, ModelError> {
+    let check = Check { path };
+    check.activation(&json)?;
+    check.text("router_dtype", json.router_dtype.as_deref(), "float32")?;
+    check.text("router_type", json.router_type.as_deref(), "tokens_masked")?;
+    let vocab_size = check.within("vocab_size", json.vocab_size, 2, 4_000_000)?;
+    let token = |field, id: u64| check.within(field, id, 0, vocab_size as u64 - 1).map(|id| id as u32);
+    let encoder_layers = check.within("num_layers", json.num_layers, 1, 1024)?;
+    let decoder_layers =
+        check.within("num_decoder_layers", json.num_decoder_layers.unwrap_or(json.num_layers), 1, 1024)?;
+    let buckets = check.within("relative_attention_num_buckets", json.relative_attention_num_buckets, 4, 4096)?;
+    let pad_token_id = token("pad_token_id", json.pad_token_id.unwrap_or(0))?;
+    Ok(ModelConfig {
+        stack: StackKind::EncoderDecoder,
+        expert_kind: ExpertKind::Relu2,
+        router: RouterKind::Top1,
+        router_bias: json.router_bias,
+        vocab_size,
+        d_model: check.within("d_model", json.d_model, 1, 65_536)?,
+        d_kv: check.within("d_kv", json.d_kv, 1, 4096)?,
+        d_ff: check.within("d_ff", json.d_ff, 1, 1 << 20)?,
+        num_heads: check.within("num_heads", json.num_heads, 1, 1024)?,
+        encoder_layers,
+        decoder_layers,
+        num_experts: check.within("num_experts", json.num_experts, 1, 16_384)?,
+        expert_capacity: check.within("expert_capacity", json.expert_capacity, 0, 1 << 32)?,
+        relative_attention_num_buckets: buckets,
+        // Half of a causal stack's buckets count single steps; the logarithmic rest must begin beyond them.
+        relative_attention_max_distance: check.within(
+            "relative_attention_max_distance",
+            json.relative_attention_max_distance,
+            buckets as u64 / 2 + 1,
+            1 << 20,
+        )?,
+        layer_norm_epsilon: check.epsilon(json.layer_norm_epsilon)?,
+        tie_word_embeddings: json.tie_word_embeddings,
+        pad_token_id,
+        eos_token_id: match json.eos_token_id.unwrap_or(TokenIds::One(1)) {
+            TokenIds::One(id) => token("eos_token_id", id)?,
+            TokenIds::Many(ids) if ids.len() == 1 => token("eos_token_id", ids[0])?,
+            TokenIds::Many(ids) => return Err(check.refuse("eos_token_id", format!("{ids:?}"), "one token")),
+        },
+        decoder_start_token_id: token(
+            "decoder_start_token_id",
+            json.decoder_start_token_id.unwrap_or(u64::from(pad_token_id)),
+        )?,
+        encoder_sparse: sparse(encoder_layers, json.encoder_sparse_step, json.num_sparse_encoder_layers),
+        decoder_sparse: sparse(decoder_layers, json.decoder_sparse_step, json.num_sparse_decoder_layers),
+    })
+}
+
+/// Which of `layers` blocks are sparse, as transformers' SwitchTransformersStack decides it: a stored step
+/// wins over the one derived from the number of sparse layers, and without sparse layers the derived step is
+/// `layers`, which still makes block 1 sparse.
+fn sparse(layers: usize, step: Option<u64>, num_sparse: u64) -> Vec<bool> {
+    let layers = layers as u64;
+    let step = step.unwrap_or_else(|| layers.checked_div(num_sparse).unwrap_or(layers));
+    (0..layers).map(|block| step == 1 || (step > 0 && block % step == 1)).collect()
+}
+
+/// Checks fields of one file.
+struct Check<'a> {
+    path: &'a Path,
+}
+
+impl Check<'_> {
+    fn refuse(&self, field: &'static str, found: String, expected: impl Into<String>) -> ModelError {
+        ModelError::Config { path: self.path.to_owned(), field, found, expected: expected.into() }
+    }
+
+    fn within(&self, field: &'static str, value: u64, min: u64, max: u64) -> Result<usize, ModelError> {
+        match usize::try_from(value) {
+            Ok(size) if (min..=max).contains(&value) => Ok(size),
+            _ => Err(self.refuse(field, value.to_string(), format!("{min} to {max}"))),
+        }
+    }
+
+    fn epsilon(&self, value: f64) -> Result<f64, ModelError> {
+        if (0.0..1.0).contains(&value) {
+            Ok(value)
+        } else {
+            Err(self.refuse("layer_norm_epsilon", value.to_string(), "at least 0 and below 1"))
+        }
+    }
+
+    fn text(&self, field: &'static str, found: Option<&str>, expected: &str) -> Result<(), ModelError> {
+        match found {
+            Some(found) if found != expected => Err(self.refuse(field, format!("{found:?}"), format!("{expected:?}"))),
+            _ => Ok(()),
+        }
+    }
+
+    /// Older files say `feed_forward_proj`, newer ones `dense_act_fn`; all must mean the ungated ReLU.
+    fn activation(&self, json: &SwitchJson) -> Result<(), ModelError> {
+        self.text("feed_forward_proj", json.feed_forward_proj.as_deref(), "relu")?;
+        self.text("dense_act_fn", json.dense_act_fn.as_deref(), "relu")?;
+        if json.is_gated_act {
+            return Err(self.refuse("is_gated_act", "true".into(), "false: gated feed-forwards are not supported"));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::family;
+
+    fn base() -> Value {
+        json!({
+            "architectures": [ARCHITECTURE], "vocab_size": 8192, "d_model": 128, "d_kv": 32, "d_ff": 512,
+            "num_layers": 6, "num_heads": 4, "num_experts": 8,
+        })
+    }
+
+    fn with(field: &str, value: Value) -> Result<ModelConfig, ModelError> {
+        let mut json = base();
+        json[field] = value;
+        family::config(json, Path::new("config.json"))
+    }
+
+    /// A config that leaves fields out would be read with other defaults than transformers'.
+    #[test]
+    fn defaults_are_those_of_transformers() {
+        let config = family::config(base(), Path::new("config.json")).unwrap();
+        assert_eq!(config.encoder_sparse, [false, true, false, true, false, true]);
+        assert_eq!(config.decoder_layers, 6);
+        assert_eq!((config.expert_capacity, config.eos_token_id, config.decoder_start_token_id), (64, 1, 0));
+        assert!(config.tie_word_embeddings && !config.router_bias);
+    }
+
+    /// The wrong blocks would look for experts.
+    #[test]
+    fn sparse_blocks_follow_the_step() {
+        assert_eq!(sparse(4, Some(1), 0), [true; 4]);
+        assert_eq!(sparse(4, Some(0), 3), [false; 4]);
+        assert_eq!(sparse(5, Some(3), 9), [false, true, false, false, true]);
+        assert_eq!(sparse(4, None, 0), [false, true, false, false]);
+        assert_eq!(sparse(2, None, 3), [false, false]);
+    }
+
+    /// A model we compute wrongly, or a number that overflows later, would be accepted.
+    #[test]
+    fn what_is_not_supported_is_refused_by_name() {
+        for (field, value) in [
+            ("is_gated_act", json!(true)),
+            ("feed_forward_proj", json!("gated-gelu")),
+            ("dense_act_fn", json!("gelu")),
+            ("router_dtype", json!("bfloat16")),
+            ("vocab_size", json!(0)),
+            ("d_model", json!(u64::MAX)),
+            ("num_heads", json!(0)),
+            ("num_experts", json!(1u64 << 40)),
+            ("num_decoder_layers", json!(0)),
+            ("relative_attention_num_buckets", json!(3)),
+            ("relative_attention_max_distance", json!(16)),
+            ("layer_norm_epsilon", json!(-1.0)),
+            ("eos_token_id", json!(8192)),
+            ("eos_token_id", json!([1, 2])),
+        ] {
+            match with(field, value) {
+                Err(ModelError::Config { field: named, .. }) => assert_eq!(named, field),
+                other => panic!("{field}: {other:?}"),
+            }
+        }
+        assert!(matches!(with("architectures", json!(["MixtralForCausalLM"])), Err(ModelError::Architecture { .. })));
+        assert!(matches!(with("architectures", json!(null)), Err(ModelError::Json { .. })));
+        assert!(matches!(with("d_model", json!("wide")), Err(ModelError::Json { .. })));
+        assert!(matches!(with("d_model", json!(-5)), Err(ModelError::Json { .. })));
+    }
+}
