@@ -4,5 +4,11 @@
 //!
 //! In reading order: [`member`], [`experts`], [`cluster`], [`static_file`].
 
+pub mod cluster;
 pub mod experts;
 pub mod member;
+pub mod static_file;
+
+pub use cluster::{Cluster, ClusterError, View};
+pub use member::{Address, Member, Role};
+pub use static_file::{StaticFile, StaticFileError};

@@ -11,11 +11,13 @@ pub mod admission;
 pub mod grouping;
 pub mod hash_table;
 pub mod ids;
+pub mod placement;
 pub mod plan;
 pub mod routes;
 
 pub use grouping::{Group, Grouping};
 pub use hash_table::{HashTable, HashTableError};
 pub use ids::{Digest, ExpertId, ExpertKey, LayerId, NodeId};
+pub use placement::{Candidate, Extent, Placement, PlacementError};
 pub use plan::{Plan, PlanId};
 pub use routes::Routes;

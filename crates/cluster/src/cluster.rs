@@ -1,0 +1,157 @@
+//! The cluster as a node sees it now: its members and the placement made from them. Made by the command line
+//! (static file, embedded cluster) and the tests, handed to every node's `run`.
+//!
+//! A node reads; whoever keeps the membership publishes. Both sides meet in one watch channel of whole
+//! [`View`]s: members and placement change together, so a reader never sees an expert placed on a node it
+//! has not heard of. Today the only source is [`Cluster::fixed`], which publishes once and never again. A
+//! source that follows a live membership (etcd) is a task that owns the sender and publishes a new view with
+//! a greater epoch; nothing else in the code has to know.
+
+use std::sync::Arc;
+
+use sida_routing::{Candidate, Extent, NodeId, Placement, PlacementError};
+use thiserror::Error;
+use tokio::sync::watch;
+
+use crate::member::{Member, Role};
+
+/// The epoch of a placement that nobody recomputes.
+const FIXED_EPOCH: u64 = 1;
+
+/// Members and placement at one moment. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct View {
+    /// Everyone known, in the order of the source.
+    /// Invariant: names are unique.
+    pub members: Arc<[Member]>,
+    /// Experts on the expert-nodes among `members`.
+    pub placement: Arc<Placement>,
+}
+
+/// A handle on the cluster. Cheap to clone; all clones see the same changes.
+#[derive(Clone, Debug)]
+pub struct Cluster {
+    views: watch::Receiver<View>,
+    /// Keeps the channel of a fixed cluster open: a closed one would look like a lost membership to those
+    /// who wait for changes.
+    _publisher: Arc<watch::Sender<View>>,
+}
+
+/// Why there is no cluster to be had.
+#[derive(Clone, Debug, Error, PartialEq)]
+#[allow(missing_docs)]
+pub enum ClusterError {
+    #[error("two members are called {node}")]
+    Duplicate { node: NodeId },
+    #[error("experts cannot be placed: {0}")]
+    Placement(#[from] PlacementError),
+}
+
+impl Cluster {
+    /// A cluster whose members never change. `moe_layers` and `num_experts` are the model's; each expert is
+    /// placed on `replicas` expert-nodes (1: its primary alone), weighted by [`Member::weight`]. A node that
+    /// calls nobody (an expert-node, a predictor-node) may leave the others out.
+    pub fn fixed(
+        members: Vec<Member>,
+        moe_layers: usize,
+        num_experts: usize,
+        replicas: usize,
+    ) -> Result<Self, ClusterError> {
+        let extent = Extent { moe_layers, num_experts, replicas };
+        let (publisher, views) = watch::channel(view(members, extent, FIXED_EPOCH)?);
+        Ok(Self { views, _publisher: Arc::new(publisher) })
+    }
+
+    /// Members and placement that belong together.
+    pub fn view(&self) -> View {
+        self.views.borrow().clone()
+    }
+
+    /// Everyone known now.
+    pub fn members(&self) -> Arc<[Member]> {
+        self.views.borrow().members.clone()
+    }
+
+    /// Who holds what now; [`Placement::epoch`] tells versions apart.
+    pub fn placement(&self) -> Arc<Placement> {
+        self.views.borrow().placement.clone()
+    }
+
+    /// The members of one role now.
+    pub fn members_of(&self, role: Role) -> Vec<Member> {
+        self.views.borrow().members.iter().filter(|member| member.role == role).cloned().collect()
+    }
+
+    /// Wakes at every later change: `changed().await`, then [`watch::Receiver::borrow_and_update`].
+    pub fn changed(&self) -> watch::Receiver<View> {
+        let mut views = self.views.clone();
+        views.mark_unchanged();
+        views
+    }
+}
+
+/// The view of `members`, refusing two of one name.
+fn view(members: Vec<Member>, extent: Extent, epoch: u64) -> Result<View, ClusterError> {
+    let mut names: Vec<&NodeId> = members.iter().map(|member| &member.node).collect();
+    names.sort();
+    if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
+        return Err(ClusterError::Duplicate { node: pair[0].clone() });
+    }
+    let holders = members.iter().filter(|member| member.role == Role::ExpertNode);
+    let candidates: Vec<Candidate> =
+        holders.map(|member| Candidate { node: member.node.clone(), weight: member.weight }).collect();
+    let placement = Placement::compute(epoch, extent, &candidates)?;
+    Ok(View { members: members.into(), placement: Arc::new(placement) })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use sida_routing::{ExpertId, ExpertKey, LayerId};
+
+    use super::*;
+    use crate::member::Address;
+
+    fn member(name: &str, role: Role) -> Member {
+        Member { node: name.into(), role, address: Address::Grpc("127.0.0.1:1".into()), weight: 1.0 }
+    }
+
+    #[test]
+    fn only_expert_nodes_hold_experts() {
+        // Broken: a coordinator would be asked for an expert.
+        let members = vec![
+            member("a", Role::Coordinator),
+            member("b", Role::ExpertNode),
+            member("c", Role::PredictorNode),
+            member("d", Role::ExpertNode),
+        ];
+        let cluster = Cluster::fixed(members, 2, 8, 2).unwrap();
+        let key = ExpertKey { layer: LayerId(1), expert: ExpertId(7) };
+        let mut holders: Vec<_> = cluster.placement().holders(key).map(NodeId::to_string).collect();
+        holders.sort();
+        assert_eq!(holders, ["b", "d"]);
+        assert_eq!(cluster.members_of(Role::PredictorNode).len(), 1);
+        assert!(!cluster.changed().has_changed().unwrap());
+    }
+
+    #[test]
+    fn names_are_unique() {
+        // Broken: one node's health or residency would be taken for another's.
+        let twice = vec![member("a", Role::Coordinator), member("a", Role::ExpertNode)];
+        assert_eq!(Cluster::fixed(twice, 1, 1, 1).unwrap_err(), ClusterError::Duplicate { node: "a".into() });
+    }
+
+    #[test]
+    fn sixty_four_nodes_and_6144_experts_are_quick() {
+        // Broken: a member that comes or goes would stall the coordinator. It should take below 10 ms; the
+        // bound is ten times that, since test machines are shared.
+        let members = (0..64).map(|i| member(&format!("expert-node-{i}"), Role::ExpertNode)).collect();
+        let start = Instant::now();
+        let cluster = Cluster::fixed(members, 24, 256, 3).unwrap();
+        let taken = start.elapsed();
+        println!("64 nodes x 6144 experts: {taken:?}");
+        assert_eq!(cluster.placement().nodes().len(), 64);
+        assert!(taken.as_millis() < 100, "{taken:?}");
+    }
+}
