@@ -10,10 +10,12 @@
 
 pub mod bounded_file;
 pub mod config;
+pub mod convert;
 pub mod dtype;
 pub mod error;
 pub mod family;
 pub mod manifest;
+mod shards;
 
 pub use candle_core::{Device, Tensor};
 

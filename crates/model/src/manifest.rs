@@ -1,13 +1,12 @@
 //! `sida.manifest.json`: the SHA-256 of every file and of every tensor of a model directory, so that one
 //! flipped bit on a disk is an error that names the tensor and not a wrong token.
 //!
-//! Made by `sida convert` and `sida verify --write`; [`crate::Checkpoint`] checks each tensor against it on
+//! Made by [`crate::convert`]; [`crate::Checkpoint`] checks each tensor against it on
 //! first use, `sida verify` checks everything.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::{self, File},
-    io::Read,
     path::{Path, PathBuf},
 };
 
