@@ -34,6 +34,16 @@ pub unsafe trait Lanes: Copy {
     unsafe fn prefetch(_soon: &[u8]) {}
     /// The sum of all lanes: lane l with l + 8, then + 4, + 2, + 1.
     unsafe fn sum(self) -> f32;
+    /// `sum` of several vectors.
+    #[inline(always)]
+    unsafe fn sums<const N: usize>(all: [Self; N]) -> [f32; N] {
+        let mut sums = [0.0; N];
+        for n in 0..N {
+            // SAFETY: the caller's.
+            sums[n] = unsafe { all[n].sum() };
+        }
+        sums
+    }
 }
 
 /// Work that is written once for every kind of [`Lanes`].
@@ -227,10 +237,54 @@ mod x86 {
 
         #[inline(always)]
         unsafe fn sum(self) -> f32 {
+            unsafe { sum_256(halves(self.0)) }
+        }
+
+        #[inline(always)]
+        unsafe fn sums<const N: usize>(all: [Self; N]) -> [f32; N] {
+            let mut sums = [0.0; N];
+            let mut n = 0;
             unsafe {
-                let high = _mm512_castpd_ps(_mm512_castpd256_pd512(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(self.0))));
-                sum_256(_mm256_add_ps(_mm512_castps512_ps256(self.0), _mm512_castps512_ps256(high)))
+                while n + 4 <= N {
+                    sums[n..n + 4].copy_from_slice(&sums_4(all[n].0, all[n + 1].0, all[n + 2].0, all[n + 3].0));
+                    n += 4;
+                }
+                while n < N {
+                    sums[n] = all[n].sum();
+                    n += 1;
+                }
             }
+            sums
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn halves(lanes: __m512) -> __m256 {
+        unsafe {
+            let high = _mm512_castpd_ps(_mm512_castpd256_pd512(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(lanes))));
+            _mm256_add_ps(_mm512_castps512_ps256(lanes), _mm512_castps512_ps256(high))
+        }
+    }
+
+    /// Four sums at once, each the tree of `sum`: the additions of four vectors share instructions.
+    #[inline(always)]
+    unsafe fn sums_4(a: __m512, b: __m512, c: __m512, d: __m512) -> [f32; 4] {
+        unsafe {
+            let (a, b, c, d) = (halves(a), halves(b), halves(c), halves(d));
+            let ab = _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b));
+            let cd = _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(c, d), _mm256_permute2f128_ps::<0x31>(c, d));
+            let (ab, cd) = (_mm256_castps_pd(ab), _mm256_castps_pd(cd));
+            let low = _mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd)); // a0 a1 c0 c1 | b0 b1 d0 d1
+            let high = _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd)); // a2 a3 c2 c3 | b2 b3 d2 d3
+            let two = _mm256_add_ps(low, high);
+            let one = _mm256_add_ps(two, _mm256_movehdup_ps(two)); // a _ c _ | b _ d _
+            let (ac, bd) = (_mm256_castps256_ps128(one), _mm256_extractf128_ps::<1>(one));
+            [
+                _mm_cvtss_f32(ac),
+                _mm_cvtss_f32(bd),
+                _mm_cvtss_f32(_mm_movehl_ps(ac, ac)),
+                _mm_cvtss_f32(_mm_movehl_ps(bd, bd)),
+            ]
         }
     }
 

@@ -253,9 +253,13 @@ impl Columns<'_> {
                     }
                 }
             }
+            let out = self.out.0.add(row * self.w.rows + column);
+            if R == 1 {
+                return out.cast::<[f32; C]>().write(L::sums(sums[0]));
+            }
             for r in 0..R {
                 for c in 0..C {
-                    *self.out.0.add((row + r) * self.w.rows + column + c) = sums[r][c].sum();
+                    *out.add(r * self.w.rows + c) = sums[r][c].sum();
                 }
             }
         }
