@@ -13,6 +13,7 @@ pub mod hash_table;
 pub mod ids;
 pub mod placement;
 pub mod plan;
+pub mod residency;
 pub mod routes;
 
 pub use grouping::{Group, Grouping};
