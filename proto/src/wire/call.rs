@@ -1,0 +1,96 @@
+//! `Activations` -> [`Call`], read by expert-nodes; `Results` -> [`Answer`], read by coordinators.
+
+use bytes::Bytes;
+use sida_routing::{ExpertId, Group, LayerId};
+
+use super::{Bounds, WireError, length, rows, within};
+use crate::v1;
+
+/// A checked call: rows for experts of one layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Call {
+    /// Names the call on its lane.
+    pub call_id: u64,
+    /// Which MoE layer.
+    pub layer: LayerId,
+    /// Consecutive rows by expert; at least one group.
+    pub groups: Vec<Group>,
+    /// (sum of rows, d_model).
+    pub activations: Vec<f32>,
+}
+
+/// A checked answer to one call.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Answer {
+    /// The rows were computed.
+    Done {
+        /// (sum of rows, d_model) float32, little-endian, exactly as long as the call needs:
+        /// [`rows::copy_from_payload`] reads it.
+        payload: Bytes,
+        /// What it cost.
+        report: v1::CallReport,
+    },
+    /// The node could not.
+    Failed(v1::CallError),
+}
+
+impl v1::Activations {
+    /// Sends `activations`, (sum of rows of `groups`, d_model).
+    pub fn new(call_id: u64, layer: LayerId, groups: &[Group], activations: &[f32]) -> Self {
+        Self {
+            call_id,
+            layer: layer.0.into(),
+            experts: groups.iter().map(|group| group.expert.0.into()).collect(),
+            rows: groups.iter().map(|group| group.rows).collect(),
+            dtype: v1::DType::DtypeF32.into(),
+            payload: rows::to_payload(activations),
+        }
+    }
+
+    /// The call, if the model has its experts and the payload holds its rows, no more and no less.
+    pub fn check(self, bounds: &Bounds) -> Result<Call, WireError> {
+        let layer = bounds.layer("Activations.layer", self.layer)?;
+        if self.dtype != i32::from(v1::DType::DtypeF32) {
+            return Err(WireError::Kind { field: "Activations.dtype", found: self.dtype });
+        }
+        within("Activations.experts (their number)", self.experts.len(), 1, bounds.num_experts)?;
+        length("Activations.rows", "groups", self.rows.len(), self.experts.len())?;
+        let mut rows_total = 0usize;
+        let mut groups = Vec::with_capacity(self.experts.len());
+        for (&expert, &rows) in self.experts.iter().zip(&self.rows) {
+            let expert: ExpertId = bounds.expert("Activations.experts", expert)?;
+            within("Activations.rows", rows as usize, 1, bounds.rows_max)?;
+            rows_total = within("Activations.rows (their sum)", rows_total + rows as usize, 1, bounds.rows_max)?;
+            groups.push(Group { expert, rows });
+        }
+        length("Activations.payload", "bytes", self.payload.len(), payload_bytes(rows_total, bounds.d_model))?;
+        Ok(Call { call_id: self.call_id, layer, groups, activations: rows::from_payload(&self.payload) })
+    }
+}
+
+impl v1::Results {
+    /// Answers a call with its `rows`, (sum of rows, d_model).
+    pub fn done(call_id: u64, rows: Vec<f32>, report: v1::CallReport) -> Self {
+        Self { call_id, payload: rows::into_payload(rows), report: Some(report), error: None }
+    }
+
+    /// Answers a call that could not be computed.
+    pub fn failed(call_id: u64, error: v1::CallError) -> Self {
+        Self { call_id, payload: Bytes::new(), report: None, error: Some(error) }
+    }
+
+    /// The answer to a call of `rows_expected` rows of `d_model` values.
+    pub fn check(self, rows_expected: usize, d_model: usize) -> Result<Answer, WireError> {
+        if let Some(error) = self.error {
+            length("Results.payload of a failed call", "bytes", self.payload.len(), 0)?;
+            return Ok(Answer::Failed(error));
+        }
+        length("Results.payload", "bytes", self.payload.len(), payload_bytes(rows_expected, d_model))?;
+        let report = self.report.ok_or(WireError::Missing { field: "Results.report" })?;
+        Ok(Answer::Done { payload: self.payload, report })
+    }
+}
+
+fn payload_bytes(rows: usize, d_model: usize) -> usize {
+    rows.saturating_mul(d_model).saturating_mul(rows::VALUE_BYTES)
+}

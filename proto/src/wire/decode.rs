@@ -1,0 +1,211 @@
+//! Every decoder of outside bytes as a plain function, bytes in, checked type out: what the fuzz targets call,
+//! and what shows that no decoder needs a connection.
+
+use prost::Message;
+use sida_routing::{HashTable, Plan};
+
+use super::{Answer, Bounds, Call, PredictionRequest, Residency, WireError};
+use crate::v1;
+
+/// A hash table.
+pub fn hash_table(bytes: &[u8], bounds: &Bounds) -> Result<HashTable, WireError> {
+    message::<v1::HashTable>("HashTable", bytes)?.check(bounds)
+}
+
+/// A request to a predictor-node.
+pub fn predict_request(bytes: &[u8], bounds: &Bounds) -> Result<PredictionRequest, WireError> {
+    message::<v1::PredictRequest>("PredictRequest", bytes)?.check(bounds)
+}
+
+/// A hint to an expert-node.
+pub fn plan(bytes: &[u8], bounds: &Bounds) -> Result<Plan, WireError> {
+    message::<v1::Plan>("Plan", bytes)?.check(bounds)
+}
+
+/// A call to an expert-node.
+pub fn activations(bytes: &[u8], bounds: &Bounds) -> Result<Call, WireError> {
+    message::<v1::Activations>("Activations", bytes)?.check(bounds)
+}
+
+/// An expert-node's answer to a call of `rows_expected` rows.
+pub fn results(bytes: &[u8], rows_expected: usize, d_model: usize) -> Result<Answer, WireError> {
+    message::<v1::Results>("Results", bytes)?.check(rows_expected, d_model)
+}
+
+/// What an expert-node says it holds.
+pub fn residency(bytes: &[u8], bounds: &Bounds) -> Result<Residency, WireError> {
+    message::<v1::ResidencyResponse>("ResidencyResponse", bytes)?.check(bounds)
+}
+
+fn message<M: Message + Default>(name: &'static str, bytes: &[u8]) -> Result<M, WireError> {
+    M::decode(bytes).map_err(|source| WireError::Decode { message: name, source })
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use proptest::prelude::*;
+    use sida_routing::{Digest, ExpertId, ExpertKey, Group, LayerId, PlanId, hash_table::Shape};
+
+    use super::*;
+    use crate::wire::{Stack, rows};
+
+    const BOUNDS: Bounds = Bounds {
+        moe_layers: 6,
+        num_experts: 64,
+        d_model: 4,
+        vocab_size: 1000,
+        rows_max: 100,
+        tokens_max: 50,
+        sequences_max: 8,
+    };
+
+    fn key() -> impl Strategy<Value = ExpertKey> {
+        (0u16..6, 0u16..64).prop_map(|(layer, expert)| ExpertKey { layer: LayerId(layer), expert: ExpertId(expert) })
+    }
+
+    fn table() -> impl Strategy<Value = HashTable> {
+        (0u16..6, 1usize..5, 1usize..4).prop_flat_map(|(first, tokens, top_k)| {
+            let layers = usize::from(6 - first);
+            let entries = layers * tokens * top_k;
+            let shape = Shape { first_layer: LayerId(first), layers, tokens, top_k };
+            let experts = prop::collection::vec((0u16..64).prop_map(ExpertId), entries);
+            let alphas = prop::collection::vec(0f32..=1.0, entries);
+            (any::<[u8; 32]>(), experts, alphas).prop_map(move |(model, experts, alphas)| {
+                HashTable::new(Digest(model), Digest([7; 32]), shape, 64, experts, alphas).unwrap()
+            })
+        })
+    }
+
+    fn call() -> impl Strategy<Value = (Vec<Group>, Vec<f32>)> {
+        prop::collection::vec((0u16..64, 1u32..5), 1..20).prop_map(|groups| {
+            let groups: Vec<Group> =
+                groups.into_iter().map(|(expert, rows)| Group { expert: ExpertId(expert), rows }).collect();
+            let rows: u32 = groups.iter().map(|group| group.rows).sum();
+            (groups, (0..rows * 4).map(|value| value as f32).collect())
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn what_we_send_we_take(table in table(), keys in prop::collection::btree_set(key(), 0..30), call in call()) {
+            // Broken: nodes of the same build could not talk to each other.
+            let bytes = v1::HashTable::from(&table).encode_to_vec();
+            prop_assert_eq!(hash_table(&bytes, &BOUNDS).unwrap(), table);
+
+            let hint = Plan { id: PlanId(3), experts: keys.iter().rev().copied().collect() };
+            prop_assert_eq!(plan(&v1::Plan::from(&hint).encode_to_vec(), &BOUNDS).unwrap(), hint);
+
+            let (groups, values) = call;
+            let sent = v1::Activations::new(9, LayerId(5), &groups, &values);
+            let taken = activations(&sent.encode_to_vec(), &BOUNDS).unwrap();
+            prop_assert_eq!((taken.groups, &taken.activations, taken.layer), (groups, &values, LayerId(5)));
+
+            let sent = v1::Results::done(9, values.clone(), v1::CallReport::default());
+            match results(&sent.encode_to_vec(), values.len() / 4, 4).unwrap() {
+                Answer::Done { payload, .. } => prop_assert_eq!(rows::from_payload(&payload), values),
+                Answer::Failed(error) => prop_assert!(false, "{:?}", error),
+            }
+
+            let held = Residency {
+                node: "e0".into(), model: Digest([1; 32]), resident_bytes: 1, budget_bytes: 2, slots: 3,
+                demand_loads: 4, prefetch_loads: 5, evictions: 6, rows: 7, resident: keys.into_iter().collect(),
+            };
+            let bytes = v1::ResidencyResponse::from(&held).encode_to_vec();
+            prop_assert_eq!(residency(&bytes, &BOUNDS).unwrap(), held);
+        }
+
+        #[test]
+        fn no_bytes_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            // Broken: one malformed message would end a node.
+            every_decoder(&bytes);
+        }
+
+        #[test]
+        fn no_damage_panics(call in call(), table in table(), at in any::<usize>(), bit in 0u32..8, cut in any::<usize>()) {
+            // Broken: a message damaged on its way would end a node, or make it read beyond a payload.
+            let (groups, values) = call;
+            for mut bytes in [
+                v1::Activations::new(1, LayerId(0), &groups, &values).encode_to_vec(),
+                v1::HashTable::from(&table).encode_to_vec(),
+            ] {
+                let at = at % bytes.len();
+                bytes[at] ^= 1 << bit;
+                every_decoder(&bytes);
+                bytes.truncate(cut % bytes.len());
+                every_decoder(&bytes);
+            }
+        }
+
+        #[test]
+        fn no_number_is_believed(layer: u32, experts in prop::collection::vec(any::<u32>(), 0..5),
+                                 rows in prop::collection::vec(any::<u32>(), 0..5), extent: [u32; 4]) {
+            // Broken: a claimed count would overflow, index out of range, or allocate gigabytes.
+            let call = v1::Activations { layer, experts: experts.clone(), rows, dtype: 1, ..Default::default() };
+            prop_assert!(call.check(&BOUNDS).is_err());
+            let [first_layer, layers, tokens, top_k] = extent;
+            let table = v1::HashTable { first_layer, layers, tokens, top_k, ..Default::default() };
+            prop_assert!(table.check(&BOUNDS).is_err());
+            let hint = v1::Plan { plan_id: 1, layers: vec![layer; experts.len()], experts: experts.clone() };
+            let wrong = experts.iter().any(|&expert| expert >= 64 || layer >= 6);
+            prop_assert_eq!(hint.check(&BOUNDS).is_err(), wrong);
+        }
+    }
+
+    fn every_decoder(bytes: &[u8]) {
+        let _ = hash_table(bytes, &BOUNDS);
+        let _ = predict_request(bytes, &BOUNDS);
+        let _ = plan(bytes, &BOUNDS);
+        let _ = activations(bytes, &BOUNDS);
+        let _ = results(bytes, 3, 4);
+        let _ = residency(bytes, &BOUNDS);
+    }
+
+    #[test]
+    fn refusals_name_the_field() {
+        // Broken: who sent a bad call could not tell what is bad about it.
+        let group = |expert, rows| Group { expert: ExpertId(expert), rows };
+        let good = v1::Activations::new(1, LayerId(0), &[group(3, 2)], &[0.0; 8]);
+        let refused = |call: v1::Activations| call.check(&BOUNDS).unwrap_err().to_string();
+        let layer = v1::Activations { layer: 6, ..good.clone() };
+        assert_eq!(refused(layer), "Activations.layer is 6, expected less than 6");
+        let expert = v1::Activations { experts: vec![64], ..good.clone() };
+        assert_eq!(refused(expert), "Activations.experts is 64, expected less than 64");
+        let empty = v1::Activations { rows: vec![0], ..good.clone() };
+        assert_eq!(refused(empty), "Activations.rows is 0, expected 1 to 100");
+        let short = v1::Activations { payload: good.payload.slice(1..), ..good.clone() };
+        assert_eq!(refused(short), "Activations.payload holds 31 bytes, expected 32");
+        let half = v1::Activations { dtype: 2, ..good.clone() };
+        assert_eq!(refused(half), "Activations.dtype is 2, which this node does not take");
+        let many = v1::Activations { experts: vec![1, 2], rows: vec![60, 60], ..good };
+        assert_eq!(refused(many), "Activations.rows (their sum) is 120, expected 1 to 100");
+    }
+
+    #[test]
+    fn predictions_answer_what_was_asked() {
+        // Broken: a predictor-node's table for other tokens or another model would be used.
+        let (model, tokens) = (Digest([9; 32]), [1u32, 2]);
+        let request = |tokens: &[u32], states: &[Bytes], stack| {
+            let request = v1::PredictRequest::new(model, stack, &[tokens], states);
+            predict_request(&request.encode_to_vec(), &BOUNDS)
+        };
+        let state = [Bytes::from_static(b"state")];
+        let taken = request(&tokens, &state, Stack::Decoder).unwrap();
+        assert_eq!((taken.model, taken.stack, taken.states), (model, Stack::Decoder, state.to_vec()));
+        assert!(request(&tokens, &state, Stack::Encoder).is_err());
+        assert!(request(&[1000], &[], Stack::Encoder).is_err());
+        assert!(request(&[], &[], Stack::Encoder).is_err());
+
+        let shape = Shape { first_layer: LayerId(0), layers: 3, tokens: 2, top_k: 1 };
+        let table = HashTable::new(model, model, shape, 64, vec![ExpertId(1); 6], vec![0.5; 6]).unwrap();
+        let answer = v1::PredictResponse::new(&[table], vec![]);
+        let check = |model, layers, lengths: &[usize]| {
+            answer.clone().check(&BOUNDS, model, Stack::Encoder, layers, lengths).map(|p| p.tables.len())
+        };
+        assert_eq!(check(model, 0..3, &[2]), Ok(1));
+        assert!(check(Digest([8; 32]), 0..3, &[2]).is_err());
+        assert!(check(model, 1..4, &[2]).is_err());
+        assert!(check(model, 0..3, &[3]).is_err());
+        assert!(check(model, 0..3, &[2, 2]).is_err());
+    }
+}
