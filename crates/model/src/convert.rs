@@ -21,6 +21,7 @@ pub use pickle::PickleError;
 use self::torch_file::TorchFile;
 use crate::{
     ModelConfig, ModelError, bounded_file,
+    fresh_directory::FreshDirectory,
     manifest::{Manifest, is_plain_file_name},
     shards::{self, TensorSpec},
 };
@@ -52,8 +53,6 @@ const HEAD: &str = "lm_head.weight";
 pub enum ConvertError {
     #[error(transparent)]
     Model(#[from] ModelError),
-    #[error("{} exists and is not empty: nothing is overwritten", dir.display())]
-    NotEmpty { dir: PathBuf },
     #[error("{} holds neither {SINGLE} nor {INDEX}{hint}", dir.display())]
     NoPickle { dir: PathBuf, hint: &'static str },
     #[error("{}: {reason}", file.display())]
@@ -85,15 +84,10 @@ pub fn convert(source: &Path, out: &Path, on_progress: &mut dyn FnMut(u64, u64))
     let config = ModelConfig::open(source)?;
     let input = Input::open(source)?;
     let (specs, tied) = input.untied(config.tie_word_embeddings);
-    let partial = partial_directory(out)?;
-    let written = write(&input, source, &partial, &specs, on_progress).and_then(|()| {
-        fs::rename(&partial, out).map_err(|source| ModelError::Write { path: out.to_owned(), source }.into())
-    });
-    if written.is_err() {
-        // The error that is returned says more than a failure to clean up would.
-        let _ = fs::remove_dir_all(&partial);
-    }
-    written.map(|()| Converted { tensors: specs.len(), bytes: specs.iter().map(TensorSpec::bytes).sum(), tied })
+    let directory = FreshDirectory::create(out)?;
+    write(&input, source, directory.path(), &specs, on_progress)?;
+    directory.finish()?;
+    Ok(Converted { tensors: specs.len(), bytes: specs.iter().map(TensorSpec::bytes).sum(), tied })
 }
 
 /// Writes a manifest into a directory that holds safetensors already. Reports (bytes hashed, bytes total).
@@ -128,21 +122,6 @@ fn write(
     })?;
     write_manifest(out, &mut |_, _| ())?;
     Ok(())
-}
-
-/// A hidden directory beside `out`, to be renamed when it is complete.
-fn partial_directory(out: &Path) -> Result<PathBuf, ConvertError> {
-    let write = |path: &Path| {
-        let path = path.to_owned();
-        move |source| ModelError::Write { path, source }
-    };
-    if out.exists() && fs::read_dir(out).map_err(write(out))?.next().is_some() {
-        return Err(ConvertError::NotEmpty { dir: out.to_owned() });
-    }
-    let name = out.file_name().unwrap_or_default().to_string_lossy();
-    let partial = out.with_file_name(format!(".{name}.{}.partial", std::process::id()));
-    fs::create_dir_all(&partial).map_err(write(&partial))?;
-    Ok(partial)
 }
 
 /// The files of a checkpoint, open.
@@ -279,7 +258,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("thesis.tex"), "").unwrap();
         let error = convert(&fixture("torch-single"), dir.path(), &mut |_, _| ()).unwrap_err();
-        assert!(matches!(error, ConvertError::NotEmpty { .. }), "{error}");
+        assert!(matches!(error, ConvertError::Model(ModelError::NotEmpty { .. })), "{error}");
     }
 
     /// A hostile or broken checkpoint would panic, be half converted, or leave litter behind.

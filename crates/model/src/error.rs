@@ -13,6 +13,8 @@ use thiserror::Error;
 pub enum ModelError {
     #[error("cannot read {}: {source}", path.display())]
     Read { path: PathBuf, source: io::Error },
+    #[error("{} exists and is not empty: nothing is overwritten", dir.display())]
+    NotEmpty { dir: PathBuf },
     #[error("cannot write {}: {source}", path.display())]
     Write { path: PathBuf, source: io::Error },
     #[error("{} has {bytes} bytes, more than the {limit} allowed", path.display())]

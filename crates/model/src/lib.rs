@@ -14,8 +14,10 @@ pub mod convert;
 pub mod dtype;
 pub mod error;
 pub mod family;
+mod fresh_directory;
 pub mod manifest;
 mod shards;
+pub mod synth;
 
 pub use candle_core::{Device, Tensor};
 
