@@ -1,1 +1,24 @@
-//! Skeleton.
+//! One server stack and one client stack for all nodes: what every RPC gets, whichever service it calls, so
+//! that deadlines, limits, health, shutdown and error details behave alike everywhere. Used by the nodes, by
+//! the command line's client commands and by the tests.
+//!
+//! In reading order: [`status`] (errors as gRPC statuses), [`ending`] (calls that end early), [`deadline`],
+//! [`drain`], [`request_id`], [`health`], [`tls`], [`server`] (puts them together), [`client`].
+
+pub mod client;
+pub mod deadline;
+pub mod drain;
+mod ending;
+pub mod health;
+pub mod request_id;
+pub mod server;
+pub mod status;
+pub mod tls;
+
+pub use client::{ClientConfig, ClientError, connect, connect_lazy};
+pub use deadline::Deadline;
+pub use health::Readiness;
+pub use request_id::RequestId;
+pub use server::{MESSAGE_BYTES_MAX, Server, ServerConfig, ServerError};
+pub use status::{Fault, Reason};
+pub use tls::{ClientTls, ServerTls};

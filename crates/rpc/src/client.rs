@@ -1,0 +1,117 @@
+//! The client of every node: one way to connect to a peer, with the same windows, limits and TLS as the server.
+//! Used by coordinators (expert-nodes, predictor-nodes), the command line and the tests.
+
+use std::{error::Error as _, time::Duration};
+
+use thiserror::Error;
+use tonic::{
+    Code, Status, TimeoutExpired,
+    transport::{self, Channel, Endpoint},
+};
+
+use crate::{
+    status::{Fault, Reason},
+    tls::{ClientTls, TlsError},
+};
+
+/// Limits of a client.
+#[derive(Clone, Debug)]
+pub struct ClientConfig {
+    /// How long connecting may take.
+    pub connect_timeout: Duration,
+    /// HTTP/2 window of one stream; see [`crate::ServerConfig`].
+    pub stream_window_bytes: u32,
+    /// HTTP/2 window of all streams of a connection.
+    pub connection_window_bytes: u32,
+    /// Largest HTTP/2 frame taken.
+    pub frame_bytes_max: u32,
+    /// How often a silent connection is pinged, also while no call is open, so that the next call does not
+    /// have to find out that the peer is gone.
+    pub keepalive_interval: Duration,
+    /// How long such a ping may take.
+    pub keepalive_timeout: Duration,
+    /// TLS; `None`: plain text, unless the address says `https://`.
+    pub tls: Option<ClientTls>,
+}
+
+impl Default for ClientConfig {
+    fn default() -> Self {
+        Self {
+            connect_timeout: Duration::from_secs(2),
+            stream_window_bytes: 16 << 20,
+            connection_window_bytes: 32 << 20,
+            frame_bytes_max: 1 << 20,
+            keepalive_interval: Duration::from_secs(5),
+            keepalive_timeout: Duration::from_secs(3),
+            tls: None,
+        }
+    }
+}
+
+/// Why there is no connection to be had.
+#[derive(Debug, Error)]
+#[allow(missing_docs)]
+pub enum ClientError {
+    #[error("{address:?} is no address, expected host:port")]
+    Address { address: String },
+    #[error("TLS to {address}: {source}")]
+    Tls { address: String, source: TlsError },
+    #[error("cannot connect to {address}: {}", root_cause(.source))]
+    Connect { address: String, source: transport::Error },
+}
+
+/// Connects to `address`: `host:port`, or with `http://` or `https://` before it.
+pub async fn connect(address: &str, config: &ClientConfig) -> Result<Channel, ClientError> {
+    let endpoint = endpoint(address, config)?;
+    endpoint.connect().await.map_err(|source| ClientError::Connect { address: address.to_owned(), source })
+}
+
+/// A channel that connects at its first call, and again whenever the connection was lost. Has to be called
+/// within a tokio runtime.
+pub fn connect_lazy(address: &str, config: &ClientConfig) -> Result<Channel, ClientError> {
+    Ok(endpoint(address, config)?.connect_lazy())
+}
+
+/// `status`, with DEADLINE_EXCEEDED where tonic's client timer said CANCELLED: a call with a timeout ends by
+/// this side's timer as often as by the server's.
+pub fn deadline_status(status: Status) -> Status {
+    let mut cause = status.source();
+    while let Some(error) = cause {
+        if status.code() == Code::Cancelled && error.is::<TimeoutExpired>() {
+            return Fault::new(Reason::DeadlineExceeded, "no answer within the call's timeout").into();
+        }
+        cause = error.source();
+    }
+    status
+}
+
+fn endpoint(address: &str, config: &ClientConfig) -> Result<Endpoint, ClientError> {
+    let https = address.starts_with("https://");
+    let tls = config.tls.clone().or_else(|| https.then(ClientTls::default));
+    let bare = address.strip_prefix("https://").or_else(|| address.strip_prefix("http://")).unwrap_or(address);
+    let scheme = if tls.is_some() { "https" } else { "http" };
+    let endpoint = Endpoint::from_shared(format!("{scheme}://{bare}"))
+        .ok()
+        .filter(|endpoint| endpoint.uri().host().is_some_and(|host| !host.is_empty()))
+        .ok_or_else(|| ClientError::Address { address: address.to_owned() })?
+        .connect_timeout(config.connect_timeout)
+        .tcp_nodelay(true)
+        .initial_stream_window_size(config.stream_window_bytes)
+        .initial_connection_window_size(config.connection_window_bytes)
+        .max_frame_size(config.frame_bytes_max)
+        .http2_keep_alive_interval(config.keepalive_interval)
+        .keep_alive_timeout(config.keepalive_timeout)
+        .keep_alive_while_idle(true);
+    let Some(tls) = tls else { return Ok(endpoint) };
+    let tls = tls.load().map_err(|source| ClientError::Tls { address: address.to_owned(), source })?;
+    endpoint.tls_config(tls).map_err(|source| ClientError::Connect { address: address.to_owned(), source })
+}
+
+/// What lies at the bottom of a transport error, whose own text says only "transport error".
+pub(crate) fn root_cause(error: &transport::Error) -> String {
+    let mut cause: &dyn std::error::Error = error;
+    while let Some(next) = cause.source() {
+        cause = next;
+    }
+    cause.to_string()
+}

@@ -1,0 +1,204 @@
+//! The server of every node: its own services, health and reflection behind the same layers and limits. Nodes
+//! build one in `run` and serve it on the listener they were given.
+//!
+//! ```ignore
+//! Server::new(config.server)
+//!     .routes(Routes::new(ExpertsServer::new(node).max_decoding_message_size(MESSAGE_BYTES_MAX)))
+//!     .descriptors(sida_proto::DESCRIPTORS)
+//!     .check("sida.v1.Experts", move || node.check())
+//!     .serve(listener, shutdown)
+//!     .await
+//! ```
+
+use std::{future::Future, time::Duration};
+
+use thiserror::Error;
+use tokio::{net::TcpListener, time};
+use tokio_util::sync::CancellationToken;
+use tonic::{
+    service::Routes,
+    transport::{self, server::TcpIncoming},
+};
+use tonic_health::server::health_reporter;
+use tower::ServiceBuilder;
+
+use crate::{
+    client::root_cause,
+    deadline::DeadlineLayer,
+    drain::DrainLayer,
+    health::{Check, CheckResult, Health, Readiness},
+    request_id::RequestIdLayer,
+    tls::{ServerTls, TlsError},
+};
+
+/// The largest message taken or sent. tonic keeps this limit in each generated service and client, so whoever
+/// makes one has to pass it on by `max_decoding_message_size` and `max_encoding_message_size`.
+pub const MESSAGE_BYTES_MAX: usize = 64 << 20;
+
+/// What is left after the drain limit for the last statuses to go out before connections are dropped.
+const LAST_WORDS: Duration = Duration::from_millis(500);
+
+/// Limits of a server. The default is right for traffic between nodes on one network.
+#[derive(Clone, Debug)]
+pub struct ServerConfig {
+    /// HTTP/2 window of one stream: how many bytes may be on their way before the receiver has read any. A
+    /// batch's activations are MiB, so that tonic's 1 MiB would stop them once per round trip.
+    pub stream_window_bytes: u32,
+    /// HTTP/2 window of all streams of a connection.
+    pub connection_window_bytes: u32,
+    /// Largest HTTP/2 frame: large payloads in few frames.
+    pub frame_bytes_max: u32,
+    /// Streams of one connection at a time; a peer that opens more waits.
+    pub streams_per_connection_max: u32,
+    /// How often a silent connection is pinged, to find peers that are gone without a word.
+    pub keepalive_interval: Duration,
+    /// How long such a ping may take.
+    pub keepalive_timeout: Duration,
+    /// How long calls in flight may go on after shutdown.
+    pub drain_limit: Duration,
+    /// Time between two health checks, and the longest that one may take.
+    pub health_period: Duration,
+    /// Told whether the node is SERVING.
+    pub readiness: Readiness,
+    /// TLS; `None`: plain text.
+    pub tls: Option<ServerTls>,
+}
+
+impl Default for ServerConfig {
+    fn default() -> Self {
+        Self {
+            stream_window_bytes: 16 << 20,
+            connection_window_bytes: 32 << 20,
+            frame_bytes_max: 1 << 20,
+            streams_per_connection_max: 1024,
+            keepalive_interval: Duration::from_secs(20),
+            keepalive_timeout: Duration::from_secs(10),
+            drain_limit: Duration::from_secs(30),
+            health_period: Duration::from_secs(5),
+            readiness: Readiness::default(),
+            tls: None,
+        }
+    }
+}
+
+/// Why a server cannot serve.
+#[derive(Debug, Error)]
+#[allow(missing_docs)]
+pub enum ServerError {
+    #[error("TLS: {0}")]
+    Tls(#[from] TlsError),
+    #[error("server: {}", root_cause(.source))]
+    Transport {
+        #[from]
+        source: transport::Error,
+    },
+    #[error("reflection: {0}")]
+    Reflection(#[from] tonic_reflection::server::Error),
+}
+
+/// A server that is being put together.
+pub struct Server {
+    config: ServerConfig,
+    routes: Routes,
+    descriptors: Vec<&'static [u8]>,
+    checks: Vec<Check>,
+}
+
+impl Server {
+    /// A server with nothing to serve yet.
+    pub fn new(config: ServerConfig) -> Self {
+        Self { config, routes: Routes::default(), descriptors: Vec::new(), checks: Vec::new() }
+    }
+
+    /// Serves `routes`: all of the node's own services.
+    #[must_use]
+    pub fn routes(mut self, routes: Routes) -> Self {
+        self.routes = routes;
+        self
+    }
+
+    /// Reflects an encoded `FileDescriptorSet`.
+    #[must_use]
+    pub fn descriptors(mut self, descriptors: &'static [u8]) -> Self {
+        self.descriptors.push(descriptors);
+        self
+    }
+
+    /// Reports `service` (as `sida.v1.Experts`) as SERVING while `check` passes.
+    #[must_use]
+    pub fn check<F, R>(mut self, service: &'static str, check: F) -> Self
+    where
+        F: Fn() -> R + Send + Sync + 'static,
+        R: Future<Output = CheckResult> + Send + 'static,
+    {
+        self.checks.push(Check::new(service, check));
+        self
+    }
+
+    /// Serves on `listener` until `shutdown`. Then health says NOT_SERVING, no connection is accepted, calls in
+    /// flight may finish, and at the drain limit what is left ends with UNAVAILABLE.
+    pub async fn serve(self, listener: TcpListener, shutdown: CancellationToken) -> Result<(), ServerError> {
+        let Self { config, routes, descriptors, checks } = self;
+        let (reporter, health_service) = health_reporter();
+        let period = config.health_period;
+        let health = Health { reporter, readiness: config.readiness.clone(), checks, period };
+        let drain = DrainLayer { shutdown: CancellationToken::new(), limit: CancellationToken::new() };
+        let routes = with_reflection(routes.add_service(health_service), &descriptors)?;
+        let incoming = TcpIncoming::from(listener)
+            // A decoding step is many small messages: none may wait for the next to fill a packet.
+            .with_nodelay(Some(true))
+            // Peers that vanish without a FIN.
+            .with_keepalive(Some(config.keepalive_interval));
+        let serving = transport_builder(&config)?
+            .layer(
+                ServiceBuilder::new()
+                    // Outermost, so that whatever is answered further in carries the request's name.
+                    .layer(RequestIdLayer)
+                    // Before tonic's own timer, which would say CANCELLED; see the module.
+                    .layer(DeadlineLayer)
+                    // Innermost: handlers end by it, and the layers above still see a proper response.
+                    .layer(drain.clone()),
+            )
+            .add_routes(routes)
+            .serve_with_incoming_shutdown(incoming, drain.shutdown.clone().cancelled_owned());
+        let ending = async {
+            health.run(&shutdown).await;
+            drain.shutdown.cancel();
+            time::sleep(config.drain_limit).await;
+            drain.limit.cancel();
+            time::sleep(LAST_WORDS).await;
+        };
+        tokio::select! {
+            served = serving => Ok(served?),
+            () = ending => {
+                tracing::warn!(limit = ?config.drain_limit, "connections were still open at the drain limit");
+                Ok(())
+            }
+        }
+    }
+}
+
+/// tonic's server with our limits.
+fn transport_builder(config: &ServerConfig) -> Result<transport::Server, ServerError> {
+    let builder = transport::Server::builder()
+        .initial_stream_window_size(config.stream_window_bytes)
+        .initial_connection_window_size(config.connection_window_bytes)
+        .max_frame_size(config.frame_bytes_max)
+        .max_concurrent_streams(config.streams_per_connection_max)
+        .http2_keepalive_interval(Some(config.keepalive_interval))
+        .http2_keepalive_timeout(Some(config.keepalive_timeout));
+    Ok(match &config.tls {
+        None => builder,
+        Some(tls) => builder.tls_config(tls.load()?)?,
+    })
+}
+
+/// `routes` with reflection in both versions: v1alpha is what older tools still ask for.
+fn with_reflection(routes: Routes, descriptors: &[&'static [u8]]) -> Result<Routes, ServerError> {
+    let configured = || {
+        let builder = tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET);
+        descriptors.iter().fold(builder, |builder, set| builder.register_encoded_file_descriptor_set(set))
+    };
+    Ok(routes.add_service(configured().build_v1()?).add_service(configured().build_v1alpha()?))
+}
