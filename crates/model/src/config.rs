@@ -8,7 +8,7 @@ use sida_routing::LayerId;
 use crate::{ModelError, bounded_file, family};
 
 /// The longest config.json that is read.
-const CONFIG_BYTES_MAX: u64 = 1 << 20;
+pub(crate) const CONFIG_BYTES_MAX: u64 = 1 << 20;
 
 /// What an expert computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

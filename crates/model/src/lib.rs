@@ -5,22 +5,58 @@
 //! Invariant: synchronous, no tokio and no network. Every numeric kernel computes each row by itself in a
 //! fixed order, so a row's bits do not depend on its batch, on the number of threads or on the node.
 //!
-//! In reading order. What a model is: [`error`], [`dtype`], [`bounded_file`], [`config`], [`family`].
-//! Where its bytes are: [`checkpoint`], [`tokenizer`].
+//! In reading order. What a model is: [`error`], [`dtype`], [`config`], [`family`].
+//! Where its bytes are: [`bounded_file`], `weight_files`, [`manifest`], [`checkpoint`], [`names`], [`tokenizer`].
+//! Arithmetic on slices: [`cpu`]; on tensors: [`tensor_rows`], [`linear`], [`norm`].
+//! The backbone: [`spans`], [`position_bias`], [`kv_cache`], `attention`, [`router`], [`feed_forward`],
+//! [`encoder`], [`decoder`], `loader`, [`backbone`]. Experts: [`expert`], [`expert_store`].
+//! All of it at once: [`reference`](mod@reference). Making checkpoints: [`convert`], [`synth`], `fresh_directory`, `shards`.
 
+mod attention;
+pub mod backbone;
 pub mod bounded_file;
+pub mod checkpoint;
 pub mod config;
 pub mod convert;
+pub mod cpu;
+pub mod decoder;
 pub mod dtype;
+pub mod encoder;
 pub mod error;
+pub mod expert;
+pub mod expert_store;
 pub mod family;
+pub mod feed_forward;
 mod fresh_directory;
+pub mod kv_cache;
+pub mod linear;
+mod loader;
 pub mod manifest;
+pub mod names;
+pub mod norm;
+pub mod position_bias;
+pub mod reference;
+pub mod router;
 mod shards;
+pub mod spans;
 pub mod synth;
+pub mod tensor_rows;
+pub mod tokenizer;
+mod weight_files;
 
 pub use candle_core::{Device, Tensor};
 
+pub use backbone::Backbone;
+pub use checkpoint::{Checkpoint, TensorBytes};
 pub use config::{ExpertKind, ModelConfig, RouterKind, Stack, StackKind};
+pub use decoder::{Decoder, DecoderLayer};
 pub use dtype::StoredDType;
+pub use encoder::{Encoder, EncoderLayer};
 pub use error::ModelError;
+pub use expert::{ExpertScratch, ExpertShape};
+pub use expert_store::ExpertStore;
+pub use feed_forward::{DenseFeedForward, FeedForward, MoeGate};
+pub use kv_cache::DecoderState;
+pub use reference::{Reference, RoutedLayer};
+pub use spans::Spans;
+pub use tokenizer::Tokenizer;

@@ -1,0 +1,183 @@
+//! A model directory, opened: config, weights by name, and the manifest that each tensor is compared with
+//! on first use. Opening reads headers only. Shared by backbone, expert store, predictor and `sida inspect`.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::{Arc, atomic::Ordering},
+};
+
+use sha2::{Digest as _, Sha256};
+use sida_routing::Digest;
+
+use crate::{
+    ModelConfig, ModelError, StoredDType, bounded_file,
+    manifest::Manifest,
+    names,
+    weight_files::{StoredTensor, WeightFiles},
+};
+
+/// Tensors up to this many bytes are part of the digest (norms, routers, biases, small projections).
+const DIGEST_TENSOR_BYTES_MAX: usize = 1 << 20;
+
+/// A model on disk.
+#[derive(Debug)]
+pub struct Checkpoint {
+    dir: PathBuf,
+    name: String,
+    config: ModelConfig,
+    files: WeightFiles,
+    manifest: Option<Manifest>,
+    digest: Digest,
+}
+
+/// One tensor where it lies.
+#[derive(Clone, Copy, Debug)]
+pub struct TensorBytes<'a> {
+    /// How a value is stored.
+    pub dtype: StoredDType,
+    /// Its dimensions, outermost first.
+    pub shape: &'a [usize],
+    /// Row-major, little-endian; any alignment. As long as dtype and shape say.
+    pub bytes: &'a [u8],
+}
+
+impl TensorBytes<'_> {
+    /// Appends the values as `dtype`: as they lie, or widened to float32.
+    /// Panics when asked to narrow them, which would lose bits.
+    pub(crate) fn append_to(&self, dtype: StoredDType, bytes: &mut Vec<u8>) {
+        if dtype == self.dtype {
+            bytes.extend_from_slice(self.bytes);
+        } else {
+            assert_eq!(dtype, StoredDType::F32, "weights are never narrowed");
+            bytes.extend(self.dtype.widen(self.bytes).into_iter().flat_map(f32::to_le_bytes));
+        }
+    }
+}
+
+impl Checkpoint {
+    /// Opens a directory with `config.json` and safetensors, single or sharded. Reads no weights but the
+    /// small ones that make up the digest.
+    pub fn open(dir: &Path) -> Result<Arc<Self>, ModelError> {
+        let config = ModelConfig::open(dir)?;
+        let manifest = Manifest::read(dir)?;
+        let config_json = bounded_file::read(&dir.join("config.json"), crate::config::CONFIG_BYTES_MAX)?;
+        if let Some(manifest) = &manifest {
+            manifest.check_file("config.json", &config_json)?;
+        }
+        let files = WeightFiles::open(dir)?;
+        let name = dir.file_name().map_or_else(|| dir.to_string_lossy(), |name| name.to_string_lossy()).into_owned();
+        let mut checkpoint = Self { dir: dir.to_owned(), name, config, files, manifest, digest: Digest([0; 32]) };
+        checkpoint.digest = checkpoint.identify(&config_json)?;
+        Ok(Arc::new(checkpoint))
+    }
+
+    /// What the model is.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Identifies the model: SHA-256 of its config, of every tensor's name, dtype and shape, and of the
+    /// content of the backbone's small tensors, routers and norms among them, which any training changes. It is
+    /// the same however the weights are sharded, with a manifest or without, and costs no read of the experts.
+    pub fn digest(&self) -> Digest {
+        self.digest
+    }
+
+    /// Where it was opened.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The directory's own name, for people.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Every tensor's name, in no order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.files.names()
+    }
+
+    /// Whether it holds a tensor of this name.
+    pub fn contains(&self, name: &str) -> bool {
+        self.files.get(name).is_some()
+    }
+
+    /// Dtype (as safetensors calls it), shape and bytes of a tensor as its header says; reads no weights.
+    pub fn describe(&self, name: &str) -> Result<(safetensors::Dtype, &[usize], usize), ModelError> {
+        let stored = self.stored(name)?;
+        Ok((stored.dtype, &stored.shape, self.files.bytes(stored).len()))
+    }
+
+    /// A tensor's bytes, compared with the manifest on first use where there is one.
+    pub fn tensor(&self, name: &str) -> Result<TensorBytes<'_>, ModelError> {
+        let stored = self.stored(name)?;
+        let dtype = self.dtype(name)?;
+        let bytes = self.files.bytes(stored);
+        if let Some(manifest) = &self.manifest
+            && !stored.verified.load(Ordering::Acquire)
+        {
+            manifest.check_tensor(name, bytes)?;
+            stored.verified.store(true, Ordering::Release);
+        }
+        Ok(TensorBytes { dtype, shape: &stored.shape, bytes })
+    }
+
+    /// [`Checkpoint::tensor`] of a shape that is known.
+    pub fn tensor_of_shape(&self, name: &str, shape: &[usize]) -> Result<TensorBytes<'_>, ModelError> {
+        self.check_shape(name, shape)?;
+        self.tensor(name)
+    }
+
+    /// A tensor's stored dtype; refuses one that holds no weights.
+    pub fn dtype(&self, name: &str) -> Result<StoredDType, ModelError> {
+        let stored = self.stored(name)?;
+        StoredDType::from_safetensors(stored.dtype).ok_or_else(|| ModelError::TensorDType {
+            tensor: name.to_owned(),
+            expected: "F32, BF16 or F16".to_owned(),
+            found: format!("{:?}", stored.dtype),
+        })
+    }
+
+    /// Refuses a tensor of another shape, from its header alone.
+    pub fn check_shape(&self, name: &str, shape: &[usize]) -> Result<(), ModelError> {
+        let found = &self.stored(name)?.shape;
+        if found == shape {
+            return Ok(());
+        }
+        Err(ModelError::TensorShape { tensor: name.to_owned(), expected: shape.to_owned(), found: found.clone() })
+    }
+
+    /// Asks for a tensor to be read ahead of its use.
+    pub fn will_need(&self, name: &str) {
+        if let Some(stored) = self.files.get(name) {
+            self.files.will_need(stored);
+        }
+    }
+
+    /// Gives back the memory of a tensor whose bytes were copied.
+    pub fn release(&self, name: &str) {
+        if let Some(stored) = self.files.get(name) {
+            self.files.release(stored);
+        }
+    }
+
+    fn stored(&self, name: &str) -> Result<&StoredTensor, ModelError> {
+        self.files.get(name).ok_or_else(|| ModelError::TensorMissing { dir: self.dir.clone(), tensor: name.to_owned() })
+    }
+
+    fn identify(&self, config_json: &[u8]) -> Result<Digest, ModelError> {
+        let mut names: Vec<&str> = self.names().collect();
+        names.sort_unstable();
+        let mut hash = Sha256::new();
+        hash.update(Sha256::digest(config_json));
+        for name in names {
+            let (dtype, shape, bytes) = self.describe(name)?;
+            hash.update(format!("{name} {dtype:?} {shape:?}\n"));
+            if bytes <= DIGEST_TENSOR_BYTES_MAX && !names::is_expert(name) && self.dtype(name).is_ok() {
+                hash.update(self.tensor(name)?.bytes);
+            }
+        }
+        Ok(Digest(hash.finalize().into()))
+    }
+}

@@ -1,0 +1,426 @@
+//! T5 attention on rows: no scaling of scores, a bias per distance, softmax over the keys a query may see.
+//! One function serves the encoder, the decoder's self-attention over its cache, and cross-attention: they
+//! differ in where keys and values lie.
+//!
+//! Invariant: a query's output depends on its own row and its own sequence's keys and values, in the order
+//! of the keys; neither tiles nor threads nor other sequences change a bit.
+
+#![allow(clippy::needless_range_loop, reason = "a tile is indexed by row and column")]
+
+use std::cell::RefCell;
+
+use rayon::prelude::*;
+
+use super::{
+    lanes::{self, Kernel, LANES, Lanes},
+    norm::softmax_row,
+};
+use crate::position_bias::PositionBias;
+
+/// Less than this runs on the calling thread: waking another costs more than it saves.
+const PARALLEL_MACS_MIN: usize = 400_000;
+/// Queries per piece of parallel work.
+const QUERIES_PER_TASK: usize = 16;
+
+/// Rows of heads where they lie: head h of row r is the `d_kv` floats from `r * stride + offset + h * d_kv`.
+/// So one fused product of queries, keys and values is used without being taken apart.
+#[derive(Clone, Copy)]
+pub struct HeadRows<'a> {
+    /// The rows.
+    pub values: &'a [f32],
+    /// Floats from one row to the next.
+    pub stride: usize,
+    /// Where head 0 begins in a row.
+    pub offset: usize,
+}
+
+/// What one sequence brings.
+#[derive(Clone, Copy)]
+pub struct Sequence<'a> {
+    /// How many new tokens.
+    pub query_rows: usize,
+    /// Where the first of them is among the keys.
+    pub first_position: usize,
+    /// How many tokens can be attended to.
+    pub key_rows: usize,
+    /// (query_rows, heads, d_kv)
+    pub queries: HeadRows<'a>,
+    /// (key_rows, heads, d_kv)
+    pub keys: HeadRows<'a>,
+    /// (key_rows, heads, d_kv)
+    pub values: HeadRows<'a>,
+}
+
+/// What all sequences share.
+#[derive(Clone, Copy)]
+pub struct Attention<'a> {
+    /// Heads, side by side in a row.
+    pub heads: usize,
+    /// Width of a head.
+    pub d_kv: usize,
+    /// Whether a query sees only keys up to its own position.
+    pub causal: bool,
+    /// What is added to a score for its distance.
+    pub bias: Option<&'a PositionBias>,
+}
+
+thread_local! {
+    /// The scores of the queries of a tile.
+    static SCORES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+impl Attention<'_> {
+    /// `softmax(q K^T + bias) V` for each query and head, into `out` (all query rows, heads * d_kv), sequence
+    /// after sequence. A sequence without keys gives zeros.
+    ///
+    /// Panics when a length does not fit: the blocks made all of them.
+    pub fn run(&self, sequences: &[Sequence<'_>], out: &mut [f32]) {
+        let width = self.heads * self.d_kv;
+        let rows: usize = sequences.iter().map(|sequence| sequence.query_rows).sum();
+        assert_eq!(out.len(), rows * width, "out is ({rows}, {width})");
+        let macs: usize = sequences.iter().map(|sequence| 2 * sequence.query_rows * sequence.key_rows * width).sum();
+        let parallel = macs >= PARALLEL_MACS_MIN && rows > 1;
+        let mut tasks = Vec::new();
+        let mut rest = out;
+        for sequence in sequences {
+            sequence.check(self);
+            let own = rest.split_off_mut(..sequence.query_rows * width).expect("out holds every query row");
+            if !parallel {
+                self.queries(sequence, 0, own);
+                continue;
+            }
+            let pieces = own.chunks_mut(QUERIES_PER_TASK * width).enumerate();
+            tasks.extend(pieces.map(|(piece, out)| (sequence, piece * QUERIES_PER_TASK, out)));
+        }
+        tasks.into_par_iter().for_each(|(sequence, first_query, out)| self.queries(sequence, first_query, out));
+    }
+
+    /// The queries from `first_query` on that `out` has rows for.
+    fn queries(&self, sequence: &Sequence<'_>, first_query: usize, out: &mut [f32]) {
+        if sequence.key_rows == 0 {
+            out.fill(0.0);
+            return;
+        }
+        SCORES.with_borrow_mut(|scores| {
+            scores.resize(scores.len().max(4 * sequence.key_rows), 0.0);
+            lanes::run(Queries { attention: self, sequence, first_query, out, scores });
+        });
+    }
+}
+
+impl Sequence<'_> {
+    fn check(&self, attention: &Attention<'_>) {
+        let width = attention.heads * attention.d_kv;
+        let holds =
+            |of: HeadRows<'_>, rows: usize| rows == 0 || of.values.len() >= (rows - 1) * of.stride + of.offset + width;
+        assert!(holds(self.queries, self.query_rows), "queries are ({}, {width})", self.query_rows);
+        assert!(holds(self.keys, self.key_rows), "keys are ({}, {width})", self.key_rows);
+        assert!(holds(self.values, self.key_rows), "values are ({}, {width})", self.key_rows);
+        assert!(!attention.causal || self.first_position + self.query_rows <= self.key_rows, "a query is its own key");
+    }
+}
+
+/// Some queries of one sequence.
+struct Queries<'a, 's> {
+    attention: &'a Attention<'a>,
+    sequence: &'a Sequence<'s>,
+    first_query: usize,
+    out: &'a mut [f32],
+    /// At least 4 x key_rows.
+    scores: &'a mut [f32],
+}
+
+impl Kernel for Queries<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        // SAFETY: `Sequence::check` saw that all rows are there. The tiles fit the registers.
+        unsafe {
+            match L::TILE_ROWS {
+                4 => self.heads::<L, 4, 6>(),
+                2 => self.heads::<L, 2, 3>(),
+                _ => self.heads::<L, 1, 4>(),
+            }
+        }
+    }
+}
+
+impl Queries<'_, '_> {
+    /// Every head: R queries at a time, or one where each sees other keys.
+    #[inline(always)]
+    unsafe fn heads<L: Lanes, const R: usize, const C: usize>(mut self) {
+        let rows = self.out.len() / (self.attention.heads * self.attention.d_kv);
+        for head in 0..self.attention.heads {
+            let mut row = 0;
+            // SAFETY: rows of this task, heads of this model.
+            unsafe {
+                while !self.attention.causal && row + R <= rows {
+                    self.tile::<L, R, C>(head, row);
+                    row += R;
+                }
+                while row < rows {
+                    self.tile::<L, 1, C>(head, row);
+                    row += 1;
+                }
+            }
+        }
+    }
+
+    /// One head of R queries: scores, softmax, weighted sum of values.
+    #[inline(always)]
+    unsafe fn tile<L: Lanes, const R: usize, const C: usize>(&mut self, head: usize, row: usize) {
+        let Attention { d_kv, heads, causal, bias } = *self.attention;
+        let position = self.sequence.first_position + self.first_query + row;
+        let keys = if causal { position + 1 } else { self.sequence.key_rows }; // that these queries see
+        // SAFETY: all pointers are to rows and heads that exist; `scores` has room for 4 rows of all keys.
+        unsafe {
+            let scores = self.scores.as_mut_ptr();
+            let queries = std::array::from_fn(|r| self.sequence.queries.head(self.first_query + row + r, head * d_kv));
+            let mut key = 0;
+            while key + C <= keys {
+                dots::<L, R, C>(queries, self.sequence.keys, key, head * d_kv, d_kv, scores, keys);
+                key += C;
+            }
+            while key < keys {
+                dots::<L, R, 1>(queries, self.sequence.keys, key, head * d_kv, d_kv, scores, keys);
+                key += 1;
+            }
+            for (r, scores) in self.scores[..R * keys].chunks_exact_mut(keys).enumerate() {
+                if let Some(bias) = bias {
+                    bias.add_to(head, position + r, scores);
+                }
+                softmax_row(scores);
+            }
+            let out = std::array::from_fn(|r| self.out.as_mut_ptr().add(((row + r) * heads + head) * d_kv));
+            let mut at = 0;
+            while at + 2 * LANES <= d_kv {
+                weighted_sum::<L, R, 2>(
+                    self.scores,
+                    keys,
+                    self.sequence.values,
+                    head * d_kv + at,
+                    out.map(|o| o.add(at)),
+                );
+                at += 2 * LANES;
+            }
+            while at + LANES <= d_kv {
+                weighted_sum::<L, R, 1>(
+                    self.scores,
+                    keys,
+                    self.sequence.values,
+                    head * d_kv + at,
+                    out.map(|o| o.add(at)),
+                );
+                at += LANES;
+            }
+            if at < d_kv {
+                let width = d_kv - at;
+                let out = out.map(|o| o.add(at));
+                weighted_sum_partial::<L, R>(self.scores, keys, self.sequence.values, head * d_kv + at, width, out);
+            }
+        }
+    }
+}
+
+impl HeadRows<'_> {
+    /// The floats of a row from `at` on, counted from its head 0.
+    #[inline(always)]
+    unsafe fn head(&self, row: usize, at: usize) -> *const f32 {
+        // SAFETY: the caller's row and column exist.
+        unsafe { self.values.as_ptr().add(row * self.stride + self.offset + at) }
+    }
+}
+
+/// `scores[r][key + c] = q[r] . k[key + c]`, each in the order of `dot_lanes`.
+#[inline(always)]
+unsafe fn dots<L: Lanes, const R: usize, const C: usize>(
+    queries: [*const f32; R],
+    keys: HeadRows<'_>,
+    key: usize,
+    column: usize,
+    d_kv: usize,
+    scores: *mut f32,
+    scores_stride: usize,
+) {
+    // SAFETY: the caller's queries, keys and scores exist; the tail reads the floats that are left.
+    unsafe {
+        let keys: [*const f32; C] = std::array::from_fn(|c| keys.head(key + c, column));
+        let mut sums = [[L::splat(0.0); C]; R];
+        let whole = d_kv / LANES * LANES;
+        let mut at = 0;
+        while at < whole {
+            let q = queries.map(|query| L::load(query.add(at)));
+            for c in 0..C {
+                let k = L::load(keys[c].add(at));
+                for r in 0..R {
+                    sums[r][c] = sums[r][c].fma(q[r], k);
+                }
+            }
+            at += LANES;
+        }
+        if whole < d_kv {
+            let q = queries.map(|query| L::load_partial(query.add(whole), d_kv - whole));
+            for c in 0..C {
+                let k = L::load_partial(keys[c].add(whole), d_kv - whole);
+                for r in 0..R {
+                    sums[r][c] = sums[r][c].fma(q[r], k);
+                }
+            }
+        }
+        for (r, sums) in sums.into_iter().enumerate() {
+            scores.add(r * scores_stride + key).cast::<[f32; C]>().write_unaligned(L::sums(sums));
+        }
+    }
+}
+
+/// `out[r] = sum over keys of p[r][key] * v[key]`, V vectors wide, in the order of the keys.
+#[inline(always)]
+unsafe fn weighted_sum<L: Lanes, const R: usize, const V: usize>(
+    probabilities: &[f32],
+    keys: usize,
+    values: HeadRows<'_>,
+    column: usize,
+    out: [*mut f32; R],
+) {
+    // SAFETY: `probabilities` is (R, keys), and the caller's values and out exist.
+    unsafe {
+        let mut sums = [[L::splat(0.0); V]; R];
+        for key in 0..keys {
+            let value = values.head(key, column);
+            let v: [L; V] = std::array::from_fn(|i| L::load(value.add(i * LANES)));
+            for r in 0..R {
+                let p = L::splat(*probabilities.get_unchecked(r * keys + key));
+                for i in 0..V {
+                    sums[r][i] = sums[r][i].fma(p, v[i]);
+                }
+            }
+        }
+        for r in 0..R {
+            for i in 0..V {
+                sums[r][i].store(out[r].add(i * LANES));
+            }
+        }
+    }
+}
+
+/// [`weighted_sum`] of the last `width < 16` columns of a head.
+#[inline(always)]
+unsafe fn weighted_sum_partial<L: Lanes, const R: usize>(
+    probabilities: &[f32],
+    keys: usize,
+    values: HeadRows<'_>,
+    column: usize,
+    width: usize,
+    out: [*mut f32; R],
+) {
+    // SAFETY: as in `weighted_sum`, with `width` columns.
+    unsafe {
+        for r in 0..R {
+            let mut sum = L::splat(0.0);
+            for key in 0..keys {
+                let v = L::load_partial(values.head(key, column), width);
+                sum = sum.fma(L::splat(probabilities[r * keys + key]), v);
+            }
+            let mut lanes = [0.0; LANES];
+            sum.store(lanes.as_mut_ptr());
+            std::ptr::copy_nonoverlapping(lanes.as_ptr(), out[r], width);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn values(n: usize, seed: usize) -> Vec<f32> {
+        (0..n).map(|i| ((i * 7919 + seed * 104_729) % 1009) as f32 / 504.0 - 1.0).collect()
+    }
+
+    fn rows(values: &[f32], stride: usize, offset: usize) -> HeadRows<'_> {
+        HeadRows { values, stride, offset }
+    }
+
+    /// Float64 and no tricks.
+    fn plain(attention: &Attention<'_>, sequence: &Sequence<'_>) -> Vec<f64> {
+        let Attention { heads, d_kv, causal, .. } = *attention;
+        let mut out = Vec::new();
+        for query in 0..sequence.query_rows {
+            for head in 0..heads {
+                let at = |of: HeadRows<'_>, row: usize, i: usize| {
+                    f64::from(of.values[row * of.stride + of.offset + head * d_kv + i])
+                };
+                let keys = if causal { sequence.first_position + query + 1 } else { sequence.key_rows };
+                let scores: Vec<f64> = (0..keys)
+                    .map(|key| {
+                        (0..d_kv).map(|i| at(sequence.queries, query, i) * at(sequence.keys, key, i)).sum::<f64>()
+                    })
+                    .map(f64::exp)
+                    .collect();
+                let sum: f64 = scores.iter().sum();
+                out.extend(
+                    (0..d_kv)
+                        .map(|i| (0..keys).map(|key| scores[key] / sum * at(sequence.values, key, i)).sum::<f64>()),
+                );
+            }
+        }
+        out
+    }
+
+    /// Attention would compute something else than its equation, for some shape.
+    #[test]
+    fn follows_its_equation() {
+        for (heads, d_kv, queries, keys) in
+            [(4, 32, 18, 18), (1, 7, 5, 9), (3, 20, 1, 33), (2, 64, 9, 6), (2, 49, 4, 1)]
+        {
+            for causal in [false, true] {
+                if causal && queries > keys {
+                    continue;
+                }
+                let width = heads * d_kv;
+                let fused = values(queries.max(keys) * 3 * width, heads);
+                let attention = Attention { heads, d_kv, causal, bias: None };
+                let sequence = Sequence {
+                    query_rows: queries,
+                    first_position: if causal { keys - queries } else { 0 },
+                    key_rows: keys,
+                    queries: rows(&fused, 3 * width, 0),
+                    keys: rows(&fused, 3 * width, width),
+                    values: rows(&fused, 3 * width, 2 * width),
+                };
+                let mut out = vec![0.0; queries * width];
+                attention.run(&[sequence], &mut out);
+                for (i, (out, exact)) in out.iter().zip(plain(&attention, &sequence)).enumerate() {
+                    assert!((f64::from(*out) - exact).abs() < 2e-5, "{heads}x{d_kv} {i}: {out} is not {exact}");
+                }
+            }
+        }
+    }
+
+    /// A token would change with its batch, with threads, or with how many tokens are decoded at once.
+    #[test]
+    fn every_query_is_the_same_alone() {
+        let (heads, d_kv, keys) = (4, 24, 70);
+        let width = heads * d_kv;
+        let fused = values(keys * 3 * width, 3);
+        for causal in [false, true] {
+            let attention = Attention { heads, d_kv, causal, bias: None };
+            let sequence = |first: usize, count: usize| Sequence {
+                query_rows: count,
+                first_position: first,
+                key_rows: keys,
+                queries: rows(&fused[first * 3 * width..], 3 * width, 0),
+                keys: rows(&fused, 3 * width, width),
+                values: rows(&fused, 3 * width, 2 * width),
+            };
+            let mut together = vec![0.0; 2 * keys * width];
+            attention.run(&[sequence(0, keys), sequence(0, keys)], &mut together);
+            for query in 0..keys {
+                let mut alone = vec![0.0; width];
+                attention.run(&[sequence(query, 1)], &mut alone);
+                assert_eq!(alone, together[query * width..][..width]);
+                assert_eq!(alone, together[(keys + query) * width..][..width]);
+            }
+        }
+    }
+}

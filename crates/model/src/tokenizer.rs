@@ -1,0 +1,60 @@
+//! Text to token ids and back, by the model's own tokenizer.json. Used by the front door and the predictor's
+//! training.
+
+use std::path::Path;
+
+use crate::{ModelConfig, ModelError, bounded_file};
+
+/// The longest tokenizer.json that is read; those of vocabularies of 256,000 have 34 MB.
+const TOKENIZER_BYTES_MAX: u64 = 128 << 20;
+/// The longest text that is tokenized: far beyond any prompt, little enough to take milliseconds.
+pub const TEXT_BYTES_MAX: usize = 1 << 20;
+
+/// A tokenizer that fits a model.
+#[derive(Debug)]
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    pad_token_id: u32,
+    eos_token_id: u32,
+}
+
+impl Tokenizer {
+    /// Reads `tokenizer.json`. Refuses one that can make an id outside the model's vocabulary, or that does
+    /// not end a text with the model's end token: it is another model's.
+    pub fn open(dir: &Path, config: &ModelConfig) -> Result<Self, ModelError> {
+        let path = dir.join("tokenizer.json");
+        let refuse = |reason: String| ModelError::Tokenizer { path: path.clone(), reason };
+        let json = bounded_file::read(&path, TOKENIZER_BYTES_MAX)?;
+        let mut inner = tokenizers::Tokenizer::from_bytes(json).map_err(|error| refuse(error.to_string()))?;
+        // What a file says about them is for training; we neither cut silently nor pad.
+        inner.with_truncation(None).map_err(|error| refuse(error.to_string()))?.with_padding(None);
+        let largest = inner.get_vocab(true).into_iter().max_by_key(|&(_, id)| id);
+        let (token, id) = largest.ok_or_else(|| refuse("its vocabulary is empty".to_owned()))?;
+        if id as usize >= config.vocab_size {
+            return Err(ModelError::Vocabulary { path, token, id, vocab_size: config.vocab_size });
+        }
+        let tokenizer = Self { inner, pad_token_id: config.pad_token_id, eos_token_id: config.eos_token_id };
+        match tokenizer.encode("a")?.last() {
+            Some(&id) if id == config.eos_token_id => Ok(tokenizer),
+            last => Err(refuse(format!("ends a text with {last:?}, not with the model's end {}", config.eos_token_id))),
+        }
+    }
+
+    /// The ids of a text, the end token included. Never empty.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>, ModelError> {
+        if text.len() > TEXT_BYTES_MAX {
+            return Err(ModelError::TextTooLong { bytes: text.len(), limit: TEXT_BYTES_MAX });
+        }
+        let encoding =
+            self.inner.encode_fast(text, true).map_err(|error| ModelError::Tokenize { reason: error.to_string() })?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The text of ids. Drops padding, the end token and ids that are nobody's; keeps sentinels such as
+    /// `<extra_id_0>`, which are part of an answer.
+    pub fn decode(&self, ids: &[u32]) -> Result<String, ModelError> {
+        let kept: Vec<u32> =
+            ids.iter().copied().filter(|&id| id != self.pad_token_id && id != self.eos_token_id).collect();
+        self.inner.decode(&kept, false).map_err(|error| ModelError::Tokenize { reason: error.to_string() })
+    }
+}

@@ -1,0 +1,158 @@
+//! The safetensors files of a model directory, memory-mapped: which tensor lies where. Headers are read
+//! and checked when a model is opened, weights only when they are used. Called by [`crate::Checkpoint`].
+
+use std::{
+    collections::HashMap,
+    fs::File,
+    ops::Range,
+    path::{Path, PathBuf},
+    sync::atomic::AtomicBool,
+};
+
+use memmap2::{Advice, Mmap, UncheckedAdvice};
+use safetensors::{Dtype, SafeTensorError, SafeTensors};
+use serde::Deserialize;
+
+use crate::{ModelError, bounded_file, manifest::is_plain_file_name};
+
+/// The one file of a model that is not sharded.
+const SINGLE: &str = "model.safetensors";
+/// Names the shards of one that is.
+const INDEX: &str = "model.safetensors.index.json";
+/// The longest index that is read: 100 bytes a tensor make this half a million tensors.
+const INDEX_BYTES_MAX: u64 = 64 << 20;
+/// More shards than any published model has; each costs a file handle and a mapping.
+const SHARDS_MAX: usize = 4096;
+
+/// All tensors of a model, by name.
+#[derive(Debug)]
+pub(crate) struct WeightFiles {
+    maps: Vec<Mmap>,
+    tensors: HashMap<String, StoredTensor>,
+}
+
+/// Where a tensor lies.
+#[derive(Debug)]
+pub(crate) struct StoredTensor {
+    file: usize,
+    /// Invariant: within the file's map, and as long as dtype and shape say.
+    range: Range<usize>,
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: Vec<usize>,
+    /// Whether its bytes were compared with the manifest.
+    pub(crate) verified: AtomicBool,
+}
+
+impl WeightFiles {
+    /// Maps `model.safetensors`, or the shards that `model.safetensors.index.json` names.
+    pub(crate) fn open(dir: &Path) -> Result<Self, ModelError> {
+        let mut files = Self { maps: Vec::new(), tensors: HashMap::new() };
+        if dir.join(SINGLE).exists() {
+            files.tensors = files.map(&dir.join(SINGLE))?;
+        } else if dir.join(INDEX).exists() {
+            files.open_shards(dir, &dir.join(INDEX))?;
+        } else {
+            let converts =
+                ["pytorch_model.bin", "pytorch_model.bin.index.json"].iter().any(|name| dir.join(name).exists());
+            let hint = if converts { "; `sida convert` makes them from pytorch_model.bin" } else { "" };
+            return Err(ModelError::NoWeights { dir: dir.to_owned(), hint });
+        }
+        Ok(files)
+    }
+
+    fn open_shards(&mut self, dir: &Path, index: &Path) -> Result<(), ModelError> {
+        #[derive(Deserialize)]
+        struct Index {
+            weight_map: HashMap<String, String>,
+        }
+        let Index { weight_map } = bounded_file::read_json(index, INDEX_BYTES_MAX)?;
+        let mut shards: HashMap<String, HashMap<String, StoredTensor>> = HashMap::new();
+        for (tensor, shard) in weight_map {
+            if !is_plain_file_name(&shard) {
+                return Err(ModelError::ShardName { index: index.to_owned(), shard });
+            }
+            if !shards.contains_key(&shard) {
+                if shards.len() == SHARDS_MAX {
+                    let reason = format!("names more than {SHARDS_MAX} shards");
+                    return Err(ModelError::Header { file: index.to_owned(), reason });
+                }
+                let tensors = self.map(&dir.join(&shard))?;
+                shards.insert(shard.clone(), tensors);
+            }
+            match shards.get_mut(&shard).and_then(|tensors| tensors.remove(&tensor)) {
+                Some(stored) => self.tensors.insert(tensor, stored),
+                None => return Err(ModelError::ShardTensor { index: index.to_owned(), tensor, shard }),
+            };
+        }
+        Ok(())
+    }
+
+    /// Maps one file and reads its header.
+    fn map(&mut self, path: &Path) -> Result<HashMap<String, StoredTensor>, ModelError> {
+        let failed = |source| ModelError::Read { path: path.to_owned(), source };
+        let file = File::open(path).map_err(failed)?;
+        // SAFETY: read-only. Whoever changes or truncates a model's file while it is served breaks the
+        // process (SIGBUS) or the answers; README and docs say to replace the directory instead.
+        let map = unsafe { Mmap::map(&file) }.map_err(failed)?;
+        let (header, metadata) = SafeTensors::read_metadata(&map).map_err(|error| damaged(path, &map, &error))?;
+        let data = 8 + header; // the header's length takes 8 bytes
+        let stored = |info: &safetensors::tensor::TensorInfo| StoredTensor {
+            file: self.maps.len(),
+            range: data + info.data_offsets.0..data + info.data_offsets.1,
+            dtype: info.dtype,
+            shape: info.shape.clone(),
+            verified: AtomicBool::new(false),
+        };
+        let tensors = metadata.tensors().into_iter().map(|(name, info)| (name, stored(info))).collect();
+        self.maps.push(map);
+        Ok(tensors)
+    }
+
+    pub(crate) fn get(&self, name: &str) -> Option<&StoredTensor> {
+        self.tensors.get(name)
+    }
+
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// The bytes of one tensor; reading them may read the disk.
+    pub(crate) fn bytes(&self, tensor: &StoredTensor) -> &[u8] {
+        &self.maps[tensor.file][tensor.range.clone()]
+    }
+
+    /// Asks the kernel to read a tensor ahead. Only advice: a failure costs time.
+    pub(crate) fn will_need(&self, tensor: &StoredTensor) {
+        let _ = self.maps[tensor.file].advise_range(Advice::WillNeed, tensor.range.start, tensor.range.len());
+    }
+
+    /// Gives back the memory of a tensor that was copied out; the page cache may keep it. Only advice.
+    pub(crate) fn release(&self, tensor: &StoredTensor) {
+        // SAFETY: the map is read-only and backed by a file, so a dropped page reads the same again.
+        let _ = unsafe {
+            self.maps[tensor.file].unchecked_advise_range(
+                UncheckedAdvice::DontNeed,
+                tensor.range.start,
+                tensor.range.len(),
+            )
+        };
+    }
+}
+
+/// A header that safetensors refuses, with what a person needs to see the cause.
+fn damaged(path: &Path, bytes: &[u8], error: &SafeTensorError) -> ModelError {
+    let claimed = bytes.first_chunk().map(|&length| u64::from_le_bytes(length));
+    let reason = match (error, claimed) {
+        (SafeTensorError::HeaderTooLarge, Some(claimed)) => {
+            format!("claims a header of {claimed} bytes, more than the 100 MB allowed")
+        }
+        (SafeTensorError::InvalidHeaderLength, Some(claimed)) => {
+            format!("claims a header of {claimed} bytes, but the file has {}", bytes.len())
+        }
+        (SafeTensorError::MetadataIncompleteBuffer, _) => {
+            format!("its tensors do not fill its {} bytes: truncated, or with data that no tensor owns", bytes.len())
+        }
+        _ => error.to_string(),
+    };
+    ModelError::Header { file: PathBuf::from(path), reason }
+}
