@@ -35,6 +35,7 @@ pub mod manifest;
 pub mod names;
 pub mod norm;
 pub mod position_bias;
+pub mod predictor;
 pub mod reference;
 pub mod router;
 mod shards;

@@ -1,0 +1,39 @@
+//! Everything that can be wrong with a predictor, or with what is asked of it.
+
+use std::{io, path::PathBuf};
+
+use sida_routing::{Digest, HashTableError};
+use thiserror::Error;
+
+use crate::ModelError;
+
+/// Why a predictor cannot be opened, used or trained.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+#[allow(missing_docs)]
+pub enum PredictorError {
+    #[error("cannot write {}: {source}", path.display())]
+    Write { path: PathBuf, source: io::Error },
+    #[error("{}: {reason}", path.display())]
+    File { path: PathBuf, reason: String },
+    #[error("{}: tensor {tensor} {reason}", path.display())]
+    Tensor { path: PathBuf, tensor: String, reason: String },
+    #[error("{} predicts for model {found}, this is model {expected}: train one for this model", path.display())]
+    Model { path: PathBuf, expected: Digest, found: Digest },
+    #[error("token id {id} is outside the vocabulary of {vocab_size}")]
+    Token { id: u32, vocab_size: usize },
+    #[error("{states} predictor states for {sequences} sequences")]
+    States { states: usize, sequences: usize },
+    #[error("predictor state {reason}")]
+    State { reason: String },
+    #[error("no text to learn from: {reason}")]
+    Texts { reason: String },
+    #[error("{field} is {found}, expected {expected}")]
+    Option { field: &'static str, found: String, expected: String },
+    #[error("training failed: {0}")]
+    Training(#[from] candle_core::Error),
+    #[error(transparent)]
+    Table(#[from] HashTableError),
+    #[error(transparent)]
+    Run(#[from] ModelError),
+}

@@ -1,0 +1,261 @@
+//! A predictor on disk: safetensors whose metadata say for which model it is, what net it holds and what
+//! was measured. Everything is checked at opening, so that the nets can index without asking.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs,
+    path::{Path, PathBuf},
+};
+
+use half::f16;
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use serde::{Deserialize, Serialize};
+use sida_routing::{Digest, LayerId};
+
+use super::{PredictorError, PredictorShape};
+use crate::{
+    StoredDType, bounded_file,
+    cpu::matmul::MatrixRef,
+    manifest::{parse_hex, sha256},
+};
+
+/// A larger file is refused. A net for 32,128 tokens and 256 experts in 12 layers has 50 MB.
+const FILE_BYTES_MAX: u64 = 1 << 30;
+/// The layout that this code writes and reads.
+const FORMAT: &str = "sida-predictor-1";
+/// Experts per token and layer, at most.
+pub const TOP_K_MAX: usize = 16;
+
+/// Which net a file holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Net {
+    /// The most frequent experts of each token id.
+    Table,
+    /// SiDA's LSTM with sparsemax attention.
+    Lstm,
+}
+
+impl Net {
+    /// Its name in files, flags and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Table => "table",
+            Self::Lstm => "lstm",
+        }
+    }
+
+    /// The net of a name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        [Self::Table, Self::Lstm].into_iter().find(|net| net.name() == name)
+    }
+}
+
+/// How often a predictor was right on held-out text, in one MoE layer.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct HitRate {
+    /// Which layer.
+    pub layer: LayerId,
+    /// Tokens measured.
+    pub tokens: u64,
+    /// Share of tokens whose expert was predicted first.
+    pub top1: f64,
+    /// Share of tokens whose expert was among the first three.
+    pub top3: f64,
+}
+
+/// What a file says of itself.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Metadata {
+    /// The net its tensors are of.
+    pub net: Net,
+    /// The model it was trained on.
+    pub model: Digest,
+    /// Experts per token and layer of its tables.
+    pub top_k: usize,
+    /// One entry per MoE layer.
+    pub hit_rates: Vec<HitRate>,
+}
+
+/// A predictor file in memory, its metadata checked against the model's shape.
+pub struct PredictorFile {
+    /// Where it came from, for errors.
+    path: PathBuf,
+    /// What it says of itself.
+    pub metadata: Metadata,
+    /// The model's shape.
+    pub shape: PredictorShape,
+    /// SHA-256 of the whole file.
+    pub digest: Digest,
+    tensors: HashMap<String, Stored>,
+}
+
+struct Stored {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    bytes: Vec<u8>,
+}
+
+/// A weight matrix of a net, widened to float32.
+pub(super) struct Matrix {
+    bytes: Vec<u8>,
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+}
+
+impl Matrix {
+    /// From row-major values.
+    pub(super) fn new(values: &[f32], rows: usize, cols: usize) -> Self {
+        assert_eq!(values.len(), rows * cols);
+        Self { bytes: values.iter().flat_map(|value| value.to_le_bytes()).collect(), rows, cols }
+    }
+
+    pub(super) fn by_ref(&self) -> MatrixRef<'_> {
+        MatrixRef { bytes: &self.bytes, dtype: StoredDType::F32, rows: self.rows, cols: self.cols }
+    }
+}
+
+impl PredictorFile {
+    /// Reads a file and checks its header and metadata. The model's digest is for the caller to compare.
+    pub fn read(path: &Path, shape: PredictorShape) -> Result<Self, PredictorError> {
+        let bytes = bounded_file::read(path, FILE_BYTES_MAX)?;
+        let refuse = |reason: String| PredictorError::File { path: path.to_owned(), reason };
+        let header = |error| refuse(format!("not a safetensors file: {error}"));
+        let (_, header_metadata) = SafeTensors::read_metadata(&bytes).map_err(header)?;
+        let metadata = Metadata::parse(header_metadata.metadata().as_ref(), &shape).map_err(refuse)?;
+        let tensors = (SafeTensors::deserialize(&bytes).map_err(header)?.tensors().into_iter())
+            .map(|(name, view)| {
+                let (dtype, shape) = (view.dtype(), view.shape().to_vec());
+                (name, Stored { dtype, shape, bytes: view.data().to_vec() })
+            })
+            .collect();
+        Ok(Self { path: path.to_owned(), metadata, shape, digest: sha256(&bytes), tensors })
+    }
+
+    /// The dimensions of a tensor; an error if it is missing.
+    pub(super) fn dimensions(&self, tensor: &str) -> Result<&[usize], PredictorError> {
+        Ok(&self.stored(tensor)?.shape)
+    }
+
+    /// Takes a matrix of float16, every value finite.
+    pub(super) fn matrix(&mut self, tensor: &str, rows: usize, cols: usize) -> Result<Matrix, PredictorError> {
+        Ok(Matrix::new(&self.floats(tensor, &[rows, cols])?, rows, cols))
+    }
+
+    /// Takes float16 values of a shape, every one finite, widened.
+    pub(super) fn floats(&mut self, tensor: &str, shape: &[usize]) -> Result<Vec<f32>, PredictorError> {
+        Ok(self.halves(tensor, shape)?.into_iter().map(f16::to_f32).collect())
+    }
+
+    /// Takes float16 values of a shape, every one finite.
+    pub(super) fn halves(&mut self, tensor: &str, shape: &[usize]) -> Result<Vec<f16>, PredictorError> {
+        let bytes = self.take(tensor, Dtype::F16, shape)?;
+        let values: Vec<f16> = bytes.as_chunks().0.iter().map(|&value| f16::from_le_bytes(value)).collect();
+        match values.iter().all(|value| value.is_finite()) {
+            true => Ok(values),
+            false => Err(self.refuse(tensor, "holds a value that is not finite".to_owned())),
+        }
+    }
+
+    /// Takes unsigned 16-bit values of a shape.
+    pub(super) fn integers(&mut self, tensor: &str, shape: &[usize]) -> Result<Vec<u16>, PredictorError> {
+        let bytes = self.take(tensor, Dtype::U16, shape)?;
+        Ok(bytes.as_chunks().0.iter().map(|&value| u16::from_le_bytes(value)).collect())
+    }
+
+    /// Refuses tensors that nobody took: they belong to another net.
+    pub(super) fn finish(&self) -> Result<(), PredictorError> {
+        match self.tensors.keys().min() {
+            Some(tensor) => Err(self.refuse(tensor, "is not part of this net".to_owned())),
+            None => Ok(()),
+        }
+    }
+
+    /// An error about one tensor.
+    pub(super) fn refuse(&self, tensor: &str, reason: String) -> PredictorError {
+        PredictorError::Tensor { path: self.path.clone(), tensor: tensor.to_owned(), reason }
+    }
+
+    fn stored(&self, tensor: &str) -> Result<&Stored, PredictorError> {
+        self.tensors.get(tensor).ok_or_else(|| self.refuse(tensor, "is missing".to_owned()))
+    }
+
+    fn take(&mut self, tensor: &str, dtype: Dtype, shape: &[usize]) -> Result<Vec<u8>, PredictorError> {
+        let found = self.stored(tensor)?;
+        if found.dtype != dtype || found.shape != shape {
+            let reason = format!("is {:?} {:?}, expected {dtype:?} {shape:?}", found.dtype, found.shape);
+            return Err(self.refuse(tensor, reason));
+        }
+        Ok(self.tensors.remove(tensor).map(|stored| stored.bytes).unwrap_or_default())
+    }
+}
+
+impl Metadata {
+    fn parse(stored: Option<&HashMap<String, String>>, shape: &PredictorShape) -> Result<Self, String> {
+        let empty = HashMap::new();
+        let stored = stored.unwrap_or(&empty);
+        let field = |name: &str| stored.get(name).map(String::as_str).ok_or_else(|| format!("metadata lack {name:?}"));
+        let format = field("format")?;
+        if format != FORMAT {
+            return Err(format!("format is {format:?}, expected {FORMAT:?}"));
+        }
+        let net = field("net")?;
+        let net = Net::from_name(net).ok_or_else(|| format!("net is {net:?}, expected \"table\" or \"lstm\""))?;
+        let model = parse_hex(field("model")?).ok_or("model is not 64 hex digits")?;
+        let top_k_max = TOP_K_MAX.min(shape.num_experts);
+        let top_k = field("top_k")?;
+        let top_k = top_k.parse().ok().filter(|top_k| (1..=top_k_max).contains(top_k));
+        let top_k = top_k.ok_or_else(|| format!("top_k is not 1 to {top_k_max}"))?;
+        let hit_rates: Vec<HitRate> =
+            serde_json::from_str(field("hit_rates")?).map_err(|error| format!("hit_rates: {error}"))?;
+        let layers: Vec<u16> = hit_rates.iter().map(|rate| rate.layer.0).collect();
+        let expected: Vec<u16> = shape.encoder_layers.clone().chain(shape.decoder_layers.clone()).collect();
+        if layers != expected {
+            return Err(format!("hit_rates speak of layers {layers:?}, the model has {expected:?}"));
+        }
+        Ok(Self { net, model, top_k, hit_rates })
+    }
+
+    fn to_map(&self) -> HashMap<String, String> {
+        let hit_rates = serde_json::to_string(&self.hit_rates).expect("numbers are valid JSON");
+        HashMap::from([
+            ("format".to_owned(), FORMAT.to_owned()),
+            ("net".to_owned(), self.net.name().to_owned()),
+            ("model".to_owned(), self.model.to_string()),
+            ("top_k".to_owned(), self.top_k.to_string()),
+            ("hit_rates".to_owned(), hit_rates),
+        ])
+    }
+}
+
+/// The tensors of a predictor that is about to be written.
+#[derive(Default)]
+pub struct Tensors(BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>);
+
+impl Tensors {
+    /// Adds values as float16, the nearest.
+    pub(super) fn floats(&mut self, name: &str, shape: &[usize], values: &[f32]) {
+        let bytes = values.iter().flat_map(|&value| f16::from_f32(value).to_le_bytes()).collect();
+        self.0.insert(name.to_owned(), (Dtype::F16, shape.to_vec(), bytes));
+    }
+
+    /// Adds integers.
+    pub(super) fn integers(&mut self, name: &str, shape: &[usize], values: &[u16]) {
+        let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        self.0.insert(name.to_owned(), (Dtype::U16, shape.to_vec(), bytes));
+    }
+
+    /// Writes them as a predictor file, whole or not at all.
+    pub fn write(&self, metadata: &Metadata, path: &Path) -> Result<(), PredictorError> {
+        let refuse = |error| PredictorError::File { path: path.to_owned(), reason: format!("{error}") };
+        let views = (self.0.iter())
+            .map(|(name, (dtype, shape, bytes))| Ok((name, TensorView::new(*dtype, shape.clone(), bytes)?)))
+            .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()
+            .map_err(refuse)?;
+        let bytes = safetensors::serialize(views, Some(metadata.to_map())).map_err(refuse)?;
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let partial = path.with_file_name(format!(".{name}.{}.partial", std::process::id()));
+        fs::write(&partial, bytes)
+            .and_then(|()| fs::rename(&partial, path))
+            .map_err(|source| PredictorError::Write { path: path.to_owned(), source })
+    }
+}

@@ -1,0 +1,232 @@
+//! The net of one stack, from token ids to logits.
+
+use std::ops::Range;
+
+use half::f16;
+
+use super::{
+    super::{
+        PredictorError, PredictorState,
+        file::{Matrix, PredictorFile},
+        stack_name,
+    },
+    ATTENTION_WINDOW,
+    recurrence::{Columns, Direction, Memory, Sequences},
+    sparsemax::sparsemax,
+};
+use crate::{
+    Stack, StoredDType,
+    cpu::matmul::{MatrixRef, matmul},
+};
+
+/// Layers of LSTM.
+pub(in crate::predictor) const LSTM_LAYERS: usize = 2;
+/// The widest net that is opened.
+pub(in crate::predictor) const WIDTH_MAX: usize = 2048;
+
+/// Weights of one stack's net.
+pub(in crate::predictor) struct StackNet {
+    /// Width of everything between embedding and head.
+    width: usize,
+    /// (vocabulary, width): ReLU(linear(embedding)) of each token.
+    tokens: Vec<f16>,
+    /// For each LSTM layer, forward and, in the encoder, backward.
+    layers: Vec<Vec<Direction>>,
+    /// (width, width)
+    residual: Matrix,
+    /// (MoE layers x experts, width)
+    head: Matrix,
+    head_bias: Vec<f32>,
+}
+
+/// The directions of a stack's LSTM.
+pub(in crate::predictor) fn directions(stack: Stack) -> &'static [&'static str] {
+    match stack {
+        Stack::Encoder => &["forward", "backward"],
+        Stack::Decoder => &["forward"],
+    }
+}
+
+impl StackNet {
+    /// Takes a stack's net out of a file; `None` where the stack has no MoE layers.
+    pub(in crate::predictor) fn from_file(
+        file: &mut PredictorFile,
+        stack: Stack,
+    ) -> Result<Option<Self>, PredictorError> {
+        let outputs = file.shape.layers(stack).len() * file.shape.num_experts;
+        if outputs == 0 {
+            return Ok(None);
+        }
+        let (name, directions) = (stack_name(stack), directions(stack));
+        let tokens = format!("{name}.tokens");
+        let width = match *file.dimensions(&tokens)? {
+            [_, width] if (1..=WIDTH_MAX).contains(&width) && width % directions.len() == 0 => width,
+            ref found => {
+                let reason = format!("is {found:?}, expected an even width of at most {WIDTH_MAX}");
+                return Err(file.refuse(&tokens, reason));
+            }
+        };
+        let tokens = file.halves(&tokens, &[file.shape.vocab_size, width])?;
+        let mut layers = Vec::with_capacity(LSTM_LAYERS);
+        for layer in 0..LSTM_LAYERS {
+            let read = |direction: &&str| {
+                Direction::from_file(file, &format!("{name}.lstm.{layer}.{direction}"), width, width / directions.len())
+            };
+            layers.push(directions.iter().map(read).collect::<Result<_, _>>()?);
+        }
+        Ok(Some(Self {
+            width,
+            tokens,
+            layers,
+            residual: file.matrix(&format!("{name}.residual"), width, width)?,
+            head: file.matrix(&format!("{name}.head"), outputs, width)?,
+            head_bias: file.floats(&format!("{name}.head_bias"), &[outputs])?,
+        }))
+    }
+
+    /// Logits (rows, MoE layers, experts) of whole sequences. Ids must be within the vocabulary.
+    pub(in crate::predictor) fn encode(&self, sequences: &[&[u32]]) -> Vec<f32> {
+        let spans = Sequences::new(sequences.iter().map(|tokens| tokens.len()));
+        let x = self.embed(sequences);
+        let mut memories: Vec<Vec<Memory>> = self.fresh_memories(spans.rows.len());
+        let outputs = self.recur(&x, &spans, &mut memories);
+        let mut attended = vec![0.0; outputs.len()];
+        for rows in &spans.rows {
+            let keys = &outputs[rows.start * self.width..rows.end * self.width];
+            self.attend(keys, rows.len(), |_| 0..rows.len(), &mut attended[rows.start * self.width..][..keys.len()]);
+        }
+        self.head(&x, attended)
+    }
+
+    /// Logits (rows, MoE layers, experts) of the next tokens of sequences; advances their states.
+    /// Ids must be within the vocabulary. On an error no state is changed.
+    pub(in crate::predictor) fn decode(
+        &self,
+        states: &mut [&mut PredictorState],
+        sequences: &[&[u32]],
+    ) -> Result<Vec<f32>, PredictorError> {
+        let spans = Sequences::new(sequences.iter().map(|tokens| tokens.len()));
+        let mut memories = self.fresh_memories(spans.rows.len());
+        let mut windows: Vec<Vec<f32>> = Vec::with_capacity(states.len());
+        for (slot, &sequence) in spans.order.iter().enumerate() {
+            windows.push(self.restore(states[sequence], slot, &mut memories)?);
+        }
+        let x = self.embed(sequences);
+        let outputs = self.recur(&x, &spans, &mut memories);
+        let mut attended = vec![0.0; outputs.len()];
+        for (slot, rows) in spans.rows.iter().enumerate() {
+            let new = &outputs[rows.start * self.width..rows.end * self.width];
+            let keys = &mut windows[slot];
+            let before = keys.len() / self.width;
+            keys.extend_from_slice(new);
+            let seen = |row: usize| (before + row + 1).saturating_sub(ATTENTION_WINDOW)..before + row + 1;
+            self.attend(keys, rows.len(), seen, &mut attended[rows.start * self.width..][..new.len()]);
+            let forgotten = (keys.len() / self.width).saturating_sub(ATTENTION_WINDOW) * self.width;
+            keys.drain(..forgotten);
+        }
+        for (slot, &sequence) in spans.order.iter().enumerate() {
+            states[sequence].values = self.save(slot, &memories, &windows[slot]);
+        }
+        Ok(self.head(&x, attended))
+    }
+
+    /// (rows, width)
+    fn embed(&self, sequences: &[&[u32]]) -> Vec<f32> {
+        let ids = sequences.iter().flat_map(|tokens| tokens.iter());
+        ids.flat_map(|&id| &self.tokens[id as usize * self.width..][..self.width]).map(|value| value.to_f32()).collect()
+    }
+
+    /// The LSTM layers: x (rows, width) -> (rows, width).
+    fn recur(&self, x: &[f32], spans: &Sequences, memories: &mut [Vec<Memory>]) -> Vec<f32> {
+        let mut x = std::borrow::Cow::Borrowed(x);
+        for (directions, memories) in self.layers.iter().zip(memories) {
+            let mut out = vec![0.0; x.len()];
+            for (n, (direction, memory)) in directions.iter().zip(memories).enumerate() {
+                let columns = Columns { values: &mut out, width: self.width, first: n * direction.width() };
+                direction.scan(&x, spans, n == 1, memory, columns);
+            }
+            x = out.into();
+        }
+        x.into_owned()
+    }
+
+    /// Sparsemax attention of a sequence's last `rows` outputs over its outputs `keys` (n, width); row r sees
+    /// `seen(r)` of them. out (rows, width).
+    fn attend(&self, keys: &[f32], rows: usize, seen: impl Fn(usize) -> Range<usize>, out: &mut [f32]) {
+        let width = self.width;
+        let count = keys.len() / width;
+        let scale = (width as f32).powf(-0.5);
+        let bytes: Vec<u8> = keys.iter().flat_map(|value| value.to_le_bytes()).collect();
+        let matrix = MatrixRef { bytes: &bytes, dtype: StoredDType::F32, rows: count, cols: width };
+        let mut scores = vec![0.0; rows * count];
+        matmul(&keys[(count - rows) * width..], matrix, &mut scores); // (rows, width) @ keys^T -> (rows, n)
+        for (row, out) in out.chunks_exact_mut(width).enumerate() {
+            let seen = seen(row);
+            let scores = &mut scores[row * count..][seen.clone()];
+            scores.iter_mut().for_each(|score| *score *= scale);
+            sparsemax(scores);
+            for (&mut weight, key) in scores.iter_mut().zip(keys[seen.start * width..].chunks_exact(width)) {
+                if weight > 0.0 {
+                    out.iter_mut().zip(key).for_each(|(out, key)| *out += weight * key);
+                }
+            }
+        }
+    }
+
+    /// `head (attended + residual x)`: x and attended (rows, width) -> (rows, MoE layers x experts).
+    fn head(&self, x: &[f32], mut attended: Vec<f32>) -> Vec<f32> {
+        let mut residual = vec![0.0; x.len()];
+        matmul(x, self.residual.by_ref(), &mut residual);
+        attended.iter_mut().zip(&residual).for_each(|(attended, residual)| *attended += residual);
+        let mut logits = vec![0.0; x.len() / self.width * self.head.rows];
+        matmul(&attended, self.head.by_ref(), &mut logits);
+        for row in logits.chunks_exact_mut(self.head.rows) {
+            row.iter_mut().zip(&self.head_bias).for_each(|(logit, bias)| *logit += bias);
+        }
+        logits
+    }
+
+    fn fresh_memories(&self, sequences: usize) -> Vec<Vec<Memory>> {
+        let layer = |directions: &Vec<Direction>| {
+            directions.iter().map(|direction| Memory::new(sequences, direction.width())).collect()
+        };
+        self.layers.iter().map(layer).collect()
+    }
+
+    /// Puts a sequence's state into its slot of the memories; returns the outputs it still attends to.
+    /// A state is hidden and cell of each layer, then the window.
+    fn restore(
+        &self,
+        state: &PredictorState,
+        slot: usize,
+        memories: &mut [Vec<Memory>],
+    ) -> Result<Vec<f32>, PredictorError> {
+        let width = self.width;
+        if state.values.is_empty() {
+            return Ok(Vec::new());
+        }
+        let fixed = 2 * LSTM_LAYERS * width;
+        let window = state.values.len().checked_sub(fixed).filter(|window| window % width == 0);
+        if !window.is_some_and(|window| (1..=ATTENTION_WINDOW).contains(&(window / width))) {
+            let found = state.values.len();
+            let reason = format!(
+                "holds {found} values, expected {fixed} and 1 to {ATTENTION_WINDOW} times {width}: another predictor's"
+            );
+            return Err(PredictorError::State { reason });
+        }
+        for (memory, values) in memories.iter_mut().flatten().zip(state.values.chunks_exact(2 * width)) {
+            memory.hidden[slot * width..][..width].copy_from_slice(&values[..width]);
+            memory.cell[slot * width..][..width].copy_from_slice(&values[width..]);
+        }
+        Ok(state.values[fixed..].to_vec())
+    }
+
+    fn save(&self, slot: usize, memories: &[Vec<Memory>], window: &[f32]) -> Vec<f32> {
+        let width = self.width;
+        let layers = memories
+            .iter()
+            .flatten()
+            .flat_map(|memory| [&memory.hidden[slot * width..][..width], &memory.cell[slot * width..][..width]]);
+        layers.flatten().chain(window).copied().collect()
+    }
+}

@@ -1,0 +1,115 @@
+//! The hash function of SiDA: predicts, before the model runs, which experts every token will activate in
+//! every MoE layer. The coordinator and the predictor-nodes call it; `sida train-predictor` makes it.
+//!
+//! A predictor is a file beside its model, and works for that model only. Prediction never decides what is
+//! computed in `exact` mode, only what is in memory by then, so a poor one costs time and nothing else. But
+//! its own output must not depend on the batch it was computed in, as `hash` mode routes by it: the nets are
+//! made of the row-wise kernels of [`crate::cpu`] and know no padding.
+//!
+//! In reading order: [`file`] (what is stored, checked), [`state`] (a decoder's memory of its sequence),
+//! [`entries`] (from logits to hash tables), [`table`] (a predefined hash), [`lstm`] (the paper's net),
+//! [`train`] (record routing, learn it, measure).
+
+pub mod entries;
+mod error;
+pub mod file;
+pub mod lstm;
+pub mod state;
+pub mod table;
+
+use std::{ops::Range, path::Path, sync::Arc};
+
+use sida_routing::{Digest, HashTable};
+
+pub use self::{
+    error::PredictorError,
+    file::{HitRate, Net},
+    state::PredictorState,
+};
+use self::{file::PredictorFile, lstm::LstmPredictor, table::TablePredictor};
+use crate::{ModelConfig, Stack};
+
+/// The name of a model's predictor within the model's directory.
+pub const FILE_NAME: &str = "predictor.safetensors";
+
+/// Predicts hash tables for one model. Cheap to share; every call works on its own memory.
+pub trait HashPredictor: Send + Sync {
+    /// Which net it is: `lstm` or `table`.
+    fn net(&self) -> &str;
+    /// SHA-256 of its file.
+    fn digest(&self) -> Digest;
+    /// Experts per token and layer of the tables it makes.
+    fn top_k(&self) -> usize;
+    /// The model it predicts for.
+    fn model_digest(&self) -> Digest;
+    /// What was measured on held-out text when it was trained, one entry per MoE layer.
+    fn hit_rates(&self) -> &[HitRate];
+    /// One table per sequence for the encoder's MoE layers; the whole input is known, so it may look both ways.
+    fn encode(&self, sequences: &[&[u32]]) -> Result<Vec<HashTable>, PredictorError>;
+    /// One table per sequence for the decoder's MoE layers and the new tokens of that sequence, of which there
+    /// is at least one. Advances the states; `states[i]` belongs to `tokens[i]`. On an error no state is changed.
+    fn decode(&self, states: &mut [&mut PredictorState], tokens: &[&[u32]]) -> Result<Vec<HashTable>, PredictorError>;
+}
+
+/// Opens a predictor file for a model; refuses one of another model, or of another shape.
+pub fn open(path: &Path, config: &ModelConfig, model: Digest) -> Result<Arc<dyn HashPredictor>, PredictorError> {
+    let file = PredictorFile::read(path, PredictorShape::of(config))?;
+    if file.metadata.model != model {
+        let path = path.to_owned();
+        return Err(PredictorError::Model { path, expected: model, found: file.metadata.model });
+    }
+    Ok(match file.metadata.net {
+        Net::Table => Arc::new(TablePredictor::from_file(file)?),
+        Net::Lstm => Arc::new(LstmPredictor::from_file(file)?),
+    })
+}
+
+/// What a predictor must know of its model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PredictorShape {
+    /// Token ids are below it.
+    pub vocab_size: usize,
+    /// Experts of each MoE layer.
+    pub num_experts: usize,
+    /// The encoder's MoE layers.
+    pub encoder_layers: Range<u16>,
+    /// The decoder's MoE layers.
+    pub decoder_layers: Range<u16>,
+}
+
+impl PredictorShape {
+    /// Of a model.
+    pub fn of(config: &ModelConfig) -> Self {
+        Self {
+            vocab_size: config.vocab_size,
+            num_experts: config.num_experts,
+            encoder_layers: config.moe_layers(Stack::Encoder),
+            decoder_layers: config.moe_layers(Stack::Decoder),
+        }
+    }
+
+    /// The MoE layers of a stack.
+    pub fn layers(&self, stack: Stack) -> Range<u16> {
+        match stack {
+            Stack::Encoder => self.encoder_layers.clone(),
+            Stack::Decoder => self.decoder_layers.clone(),
+        }
+    }
+
+    /// Refuses tokens that the model does not have.
+    fn check_tokens(&self, sequences: &[&[u32]]) -> Result<(), PredictorError> {
+        let vocab_size = self.vocab_size;
+        match sequences.iter().flat_map(|tokens| tokens.iter()).find(|&&id| id as usize >= vocab_size) {
+            Some(&id) => Err(PredictorError::Token { id, vocab_size }),
+            None => Ok(()),
+        }
+    }
+}
+
+/// How a stack's tensors are called in a predictor file.
+fn stack_name(stack: Stack) -> &'static str {
+    match stack {
+        Stack::Encoder => "encoder",
+        Stack::Decoder => "decoder",
+    }
+}
