@@ -1,0 +1,332 @@
+//! Model directories that are missing something, damaged, or made to do harm: each is a typed error that names
+//! the thing, and none panics or takes memory by a length it claims.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use proptest::prelude::*;
+use safetensors::{Dtype, tensor::TensorView};
+use serde_json::{Value, json};
+use sida_model::{Backbone, Checkpoint, ExpertStore, ModelConfig, ModelError, Reference, Tokenizer};
+use sida_routing::{ExpertId, ExpertKey, LayerId};
+use tempfile::TempDir;
+
+fn repository() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+}
+
+/// A small single-file model that works, in a folder of its own.
+fn model() -> TempDir {
+    let source = repository().join("tests/data/parity/random-steps");
+    let dir = tempfile::tempdir().unwrap();
+    for file in ["config.json", "model.safetensors"] {
+        fs::copy(source.join(file), dir.path().join(file)).unwrap();
+    }
+    Reference::open(dir.path()).unwrap();
+    dir
+}
+
+/// Changes the header of model.safetensors.
+fn edit_header(dir: &Path, edit: impl FnOnce(&mut Value)) {
+    let path = dir.join("model.safetensors");
+    let bytes = fs::read(&path).unwrap();
+    let length = u64::from_le_bytes(*bytes.first_chunk().unwrap()) as usize;
+    let mut header: Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+    edit(&mut header);
+    let header = serde_json::to_vec(&header).unwrap();
+    let content = [&(header.len() as u64).to_le_bytes()[..], &header, &bytes[8 + length..]].concat();
+    fs::write(path, content).unwrap();
+}
+
+fn edit_config(dir: &Path, field: &str, value: Value) {
+    let path = dir.join("config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    config[field] = value;
+    fs::write(path, serde_json::to_vec(&config).unwrap()).unwrap();
+}
+
+/// Opens everything of a model, as a coordinator with an expert-node does.
+fn open(dir: &Path) -> Result<(), ModelError> {
+    let checkpoint = Checkpoint::open(dir)?;
+    Backbone::load(&checkpoint, &mut |_, _| ())?;
+    let experts = ExpertStore::open(checkpoint)?;
+    let mut slot = vec![0; experts.shape().bytes()];
+    for layer in 0..experts.config().moe_layer_count() as u16 {
+        for expert in 0..experts.config().num_experts as u16 {
+            experts.load(ExpertKey { layer: LayerId(layer), expert: ExpertId(expert) }, &mut slot)?;
+        }
+    }
+    Ok(())
+}
+
+#[track_caller]
+fn refused(dir: &Path, expected: impl FnOnce(&ModelError) -> bool, words: &str) {
+    let error = open(dir).expect_err("must be refused");
+    assert!(expected(&error), "{error:?}");
+    assert!(error.to_string().contains(words), "{error} does not say {words:?}");
+}
+
+/// A missing file would be a panic, or an error that does not say which.
+#[test]
+fn missing_files() {
+    let dir = model();
+    fs::remove_file(dir.path().join("model.safetensors")).unwrap();
+    refused(dir.path(), |e| matches!(e, ModelError::NoWeights { .. }), "model.safetensors.index.json");
+    fs::write(dir.path().join("pytorch_model.bin"), b"").unwrap();
+    refused(dir.path(), |e| matches!(e, ModelError::NoWeights { .. }), "sida convert");
+    fs::remove_file(dir.path().join("config.json")).unwrap();
+    refused(dir.path(), |e| matches!(e, ModelError::Read { .. }), "config.json");
+}
+
+/// A truncated file would be read past its end.
+#[test]
+fn truncated_at_any_length() {
+    let dir = model();
+    let path = dir.path().join("model.safetensors");
+    let bytes = fs::read(&path).unwrap();
+    let lengths = (0..64).chain((64..bytes.len()).step_by(997)).chain([bytes.len() - 1]);
+    for length in lengths {
+        fs::write(&path, &bytes[..length]).unwrap();
+        refused(dir.path(), |e| matches!(e, ModelError::Header { .. } | ModelError::Read { .. }), "model.safetensors");
+    }
+}
+
+/// A claimed header length would be allocated or added to without a check.
+#[test]
+fn huge_header_lengths() {
+    let dir = model();
+    let path = dir.path().join("model.safetensors");
+    let bytes = fs::read(&path).unwrap();
+    for length in [u64::MAX, u64::MAX - 7, 1 << 62, 100_000_001, 99_999_999, bytes.len() as u64 - 7] {
+        fs::write(&path, [&length.to_le_bytes()[..], &bytes[8..]].concat()).unwrap();
+        refused(dir.path(), |e| matches!(e, ModelError::Header { .. }), "header of");
+    }
+}
+
+/// Tensors could overlap, leave the file, or be of another size than their shape says.
+#[test]
+fn lying_offsets_and_shapes() {
+    let norm = "encoder.final_layer_norm.weight";
+    let lies: [(&str, fn(&mut Value)); 6] = [
+        ("overlap", |t| t["data_offsets"] = json!([0, t["data_offsets"][1].as_u64().unwrap()])),
+        ("beyond the file", |t| t["data_offsets"][1] = json!(1u64 << 40)),
+        ("backwards", |t| t["data_offsets"] = json!([80, 0])),
+        ("overflow", |t| t["shape"] = json!([u64::MAX, u64::MAX])),
+        ("too small for its shape", |t| t["shape"] = json!([1_000_000])),
+        ("no dtype", |t| t["dtype"] = json!("F31")),
+    ];
+    for (lie, edit) in lies {
+        let dir = model();
+        edit_header(dir.path(), |header| edit(&mut header[norm]));
+        let error = open(dir.path()).expect_err(lie);
+        assert!(matches!(error, ModelError::Header { .. }), "{lie}: {error:?}");
+    }
+}
+
+/// Weights of another shape, or integers, would be computed with.
+#[test]
+fn other_shapes_and_dtypes_name_the_tensor() {
+    let transpose = |tensor: &'static str| {
+        move |header: &mut Value| {
+            let shape = header[tensor]["shape"].as_array_mut().unwrap();
+            shape.reverse();
+        }
+    };
+    for tensor in [
+        "shared.weight",
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+        "decoder.block.0.layer.1.EncDecAttention.q.weight",
+    ] {
+        let dir = model();
+        edit_header(dir.path(), transpose(tensor));
+        refused(dir.path(), |e| matches!(e, ModelError::TensorShape { .. }), tensor);
+    }
+    let dir = model();
+    let expert = expert_tensor(dir.path());
+    edit_header(dir.path(), |header| header[&expert]["shape"].as_array_mut().unwrap().reverse());
+    refused(dir.path(), |e| matches!(e, ModelError::TensorShape { .. }), &expert);
+    let dir = model();
+    edit_header(dir.path(), |header| header["shared.weight"]["dtype"] = json!("I32"));
+    refused(dir.path(), |e| matches!(e, ModelError::TensorDType { .. }), "shared.weight");
+    let dir = model();
+    edit_header(dir.path(), |header| {
+        let norm = header.as_object_mut().unwrap().remove("encoder.final_layer_norm.weight").unwrap();
+        header["renamed"] = norm;
+    });
+    refused(dir.path(), |e| matches!(e, ModelError::TensorMissing { .. }), "encoder.final_layer_norm.weight");
+}
+
+/// The first expert matrix of a model.
+fn expert_tensor(dir: &Path) -> String {
+    let checkpoint = Checkpoint::open(dir).unwrap();
+    let mut experts: Vec<&str> = checkpoint.names().filter(|name| sida_model::names::is_expert(name)).collect();
+    experts.sort_unstable();
+    experts[0].to_owned()
+}
+
+/// The index could lead out of the model's folder, or name what is not there.
+#[test]
+fn hostile_indexes() {
+    let dir = model();
+    fs::rename(dir.path().join("model.safetensors"), dir.path().join("shard.safetensors")).unwrap();
+    let index = |map: Value| {
+        fs::write(dir.path().join("model.safetensors.index.json"), json!({ "weight_map": map }).to_string()).unwrap();
+    };
+    for shard in ["../shard.safetensors", "/etc/passwd", "a/b", "..", "", "a\\b", "a\0b"] {
+        index(json!({ "shared.weight": shard }));
+        refused(dir.path(), |e| matches!(e, ModelError::ShardName { .. }), "index.json");
+    }
+    index(json!({ "shared.weight": "absent.safetensors" }));
+    refused(dir.path(), |e| matches!(e, ModelError::Read { .. }), "absent.safetensors");
+    index(json!({ "no.such.tensor": "shard.safetensors" }));
+    refused(dir.path(), |e| matches!(e, ModelError::ShardTensor { .. }), "no.such.tensor");
+    for text in ["", "[]", "{\"weight_map\": 3}", &"[".repeat(200_000)] {
+        fs::write(dir.path().join("model.safetensors.index.json"), text).unwrap();
+        refused(dir.path(), |e| matches!(e, ModelError::Json { .. }), "index.json");
+    }
+    let names = Checkpoint::open(model().path()).unwrap().names().map(str::to_owned).collect::<Vec<_>>();
+    index(names.into_iter().map(|name| (name, "shard.safetensors")).collect());
+    open(dir.path()).unwrap();
+}
+
+/// One flipped bit would be served, in the backbone or in an expert.
+#[test]
+fn flipped_bits_under_a_manifest() {
+    let dir = model();
+    sida_model::manifest::Manifest::of_directory(dir.path(), &mut |_, _| ()).unwrap().write().unwrap();
+    open(dir.path()).unwrap();
+    let path = dir.path().join("model.safetensors");
+    let whole = fs::read(&path).unwrap();
+    for tensor in [expert_tensor(dir.path()), "decoder.block.0.layer.1.EncDecAttention.v.weight".to_owned()] {
+        let header = u64::from_le_bytes(*whole.first_chunk().unwrap()) as usize;
+        let info: Value = serde_json::from_slice(&whole[8..8 + header]).unwrap();
+        let at = 8 + header + info[&tensor]["data_offsets"][0].as_u64().unwrap() as usize;
+        let mut bytes = whole.clone();
+        bytes[at] ^= 1;
+        fs::write(&path, &bytes).unwrap();
+        refused(dir.path(), |e| matches!(e, ModelError::TensorDigest { .. }), &tensor);
+    }
+    fs::write(&path, whole).unwrap();
+    edit_config(dir.path(), "layer_norm_epsilon", json!(1e-5));
+    refused(dir.path(), |e| matches!(e, ModelError::Manifest { .. }), "config.json");
+}
+
+/// Experts that are not there, or slots of another size, would end the process.
+#[test]
+fn experts_that_do_not_exist() {
+    let dir = model();
+    let store = ExpertStore::open(Checkpoint::open(dir.path()).unwrap()).unwrap();
+    let mut slot = vec![0; store.shape().bytes()];
+    for (layer, expert) in [(0, u16::MAX), (u16::MAX, 0)] {
+        let key = ExpertKey { layer: LayerId(layer), expert: ExpertId(expert) };
+        assert!(matches!(store.load(key, &mut slot), Err(ModelError::Expert { .. })));
+        store.will_need(key);
+    }
+    let key = ExpertKey { layer: LayerId(0), expert: ExpertId(0) };
+    assert!(matches!(store.load(key, &mut slot[1..]), Err(ModelError::Shape { .. })));
+}
+
+/// Token ids from outside would read another token's embedding, or past it.
+#[test]
+fn token_ids_outside_the_vocabulary() {
+    let dir = model();
+    let reference = Reference::open(dir.path()).unwrap();
+    let vocab_size = reference.config().vocab_size as u32;
+    for id in [vocab_size, u32::MAX] {
+        assert!(matches!(reference.encode(&[0, id]), Err(ModelError::TokenId { .. })));
+    }
+    let (states, _) = reference.encode(&[vocab_size - 1]).unwrap();
+    assert!(matches!(reference.decode_forced(&states, &[vocab_size]), Err(ModelError::TokenId { .. })));
+}
+
+/// A tokenizer of another model would make ids that mean something else, or nothing.
+#[test]
+fn tokenizers_of_other_models() {
+    let dir = repository().join("models/switch-tiny-64");
+    let config = ModelConfig::open(&dir).unwrap();
+    let tokenizer = Tokenizer::open(&dir, &config).unwrap();
+    assert_eq!(tokenizer.encode("").unwrap(), [config.eos_token_id]);
+    let sentinels = tokenizer.encode("The <extra_id_0> walks").unwrap();
+    assert_eq!(tokenizer.decode(&sentinels).unwrap(), "The<extra_id_0> walks");
+    assert_eq!(tokenizer.decode(&[u32::MAX, 0, 1]).unwrap(), "");
+    let long = "a ".repeat(sida_model::tokenizer::TEXT_BYTES_MAX);
+    assert!(matches!(tokenizer.encode(&long), Err(ModelError::TextTooLong { .. })));
+
+    let smaller = ModelConfig { vocab_size: 8191, ..config.clone() };
+    assert!(matches!(Tokenizer::open(&dir, &smaller), Err(ModelError::Vocabulary { id: 8191, .. })));
+    let other_end = ModelConfig { eos_token_id: 7, ..config.clone() };
+    assert!(matches!(Tokenizer::open(&dir, &other_end), Err(ModelError::Tokenizer { .. })));
+    let broken = tempfile::tempdir().unwrap();
+    assert!(matches!(Tokenizer::open(broken.path(), &config), Err(ModelError::Read { .. })));
+    for text in ["", "{}", "{\"model\": {\"type\": \"Unigram\", \"vocab\": []}}"] {
+        fs::write(broken.path().join("tokenizer.json"), text).unwrap();
+        assert!(matches!(Tokenizer::open(broken.path(), &config), Err(ModelError::Tokenizer { .. })), "{text}");
+    }
+}
+
+/// Loading would not copy what the file holds: dtypes that differ between an expert's matrices are widened.
+#[test]
+fn experts_of_mixed_dtypes_are_widened() {
+    let dir = model();
+    let source = Checkpoint::open(dir.path()).unwrap();
+    let narrow: Vec<String> = source.names().filter(|name| name.ends_with(".wo.weight")).map(str::to_owned).collect();
+    let before = Reference::open(dir.path()).unwrap().generate_greedy(&[5, 9, 1], 4).unwrap();
+    let mut tensors = Vec::new();
+    for name in source.names().map(str::to_owned) {
+        let tensor = source.tensor(&name).unwrap();
+        let is_narrow = narrow.contains(&name);
+        let values = tensor.dtype.widen(tensor.bytes);
+        // Rounded to what both dtypes can hold, so that only the storage differs.
+        let rounded: Vec<half::bf16> = values.iter().map(|&v| half::bf16::from_f32(v)).collect();
+        let bytes: Vec<u8> = match is_narrow {
+            true => rounded.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            false => rounded.iter().flat_map(|v| v.to_f32().to_le_bytes()).collect(),
+        };
+        tensors.push((name, if is_narrow { Dtype::BF16 } else { Dtype::F32 }, tensor.shape.to_vec(), bytes));
+    }
+    let write = |widen: bool, to: &Path| {
+        let wide: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = (tensors.iter().cloned())
+            .map(|(name, dtype, shape, bytes)| match dtype {
+                Dtype::BF16 if widen => {
+                    let values = sida_model::StoredDType::BF16.widen(&bytes);
+                    (name, Dtype::F32, shape, values.iter().flat_map(|v| v.to_le_bytes()).collect())
+                }
+                _ => (name, dtype, shape, bytes),
+            })
+            .collect();
+        let views = wide
+            .iter()
+            .map(|(name, dtype, shape, bytes)| (name, TensorView::new(*dtype, shape.clone(), bytes).unwrap()));
+        fs::copy(dir.path().join("config.json"), to.join("config.json")).unwrap();
+        fs::write(to.join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
+    };
+    let (mixed, wide) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    write(false, mixed.path());
+    write(true, wide.path());
+    let [mixed, wide] = [mixed, wide].map(|dir| {
+        let reference = Reference::open(dir.path()).unwrap();
+        let states = reference.encode(&[5, 9, 1]).unwrap().0.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        (states, reference.generate_greedy(&[5, 9, 1], 4).unwrap())
+    });
+    assert_eq!(mixed, wide);
+    assert_eq!(before.len(), mixed.1.len());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    /// Some damaged byte of a header would panic instead of being refused (or being harmless).
+    #[test]
+    fn no_byte_of_a_header_panics(flips in proptest::collection::vec((0usize..4096, any::<u8>()), 1..4)) {
+        let dir = model();
+        let path = dir.path().join("model.safetensors");
+        let mut bytes = fs::read(&path).unwrap();
+        for (at, value) in flips {
+            bytes[at] = value;
+        }
+        fs::write(&path, bytes).unwrap();
+        let _ = open(dir.path());
+    }
+}
