@@ -159,7 +159,7 @@ mod tests {
             ("+5m", None),
             ("-5m", None),
             ("5", None),
-            ("m", None), // no digits
+            ("m", None),
             ("5s", None),
             ("", None),
             ("5é", None),

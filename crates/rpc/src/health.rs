@@ -63,40 +63,43 @@ impl Health {
     /// Checks at once and then periodically, until `shutdown`; then publishes NOT_SERVING and returns.
     pub(crate) async fn run(&self, shutdown: &CancellationToken) {
         // Registered before the first check: a service that is not known yet would be NOT_FOUND.
-        self.publish_all(ServingStatus::NotServing).await;
+        self.nothing_serves().await;
         let mut ticks = time::interval(self.period);
         ticks.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
-        let mut failing: Vec<bool> = vec![false; self.checks.len()];
+        let mut serving = vec![None; self.checks.len()];
         let rounds = async {
             loop {
                 ticks.tick().await;
-                self.round(&mut failing).await;
+                self.round(&mut serving).await;
             }
         };
         tokio::select! {
             () = rounds => {}
-            () = shutdown.cancelled() => self.publish_all(ServingStatus::NotServing).await,
+            () = shutdown.cancelled() => self.nothing_serves().await,
         }
     }
 
-    /// Runs every check once. `failing` remembers the last round, so that only a change is logged.
-    async fn round(&self, failing: &mut [bool]) {
-        for (check, failing) in self.checks.iter().zip(failing.iter_mut()) {
+    /// Runs every check once. `serving` remembers the last round: only a change is published and logged, since
+    /// every publication wakes every watcher.
+    async fn round(&self, serving: &mut [Option<bool>]) {
+        for (check, serving) in self.checks.iter().zip(serving.iter_mut()) {
             let result = match time::timeout(self.period, (check.run)()).await {
                 Ok(result) => result,
                 Err(_) => Err(format!("no answer within {:?}", self.period)),
             };
-            match (&result, *failing) {
-                (Err(reason), false) => tracing::warn!(service = check.service, reason, "health check fails"),
-                (Ok(()), true) => tracing::info!(service = check.service, "health check passes again"),
-                _ => {}
+            if *serving != Some(result.is_ok()) {
+                match &result {
+                    Ok(()) => tracing::info!(service = check.service, "health check passes"),
+                    Err(reason) => tracing::warn!(service = check.service, reason, "health check fails"),
+                }
+                self.publish(check.service, result.is_ok()).await;
             }
-            *failing = result.is_err();
-            self.publish(check.service, result.is_ok()).await;
+            *serving = Some(result.is_ok());
         }
-        let ready = failing.iter().all(|failing| !failing);
-        self.publish(NODE, ready).await;
-        self.readiness.0.store(ready, Ordering::Relaxed);
+        let ready = serving.iter().all(|serving| *serving == Some(true));
+        if self.readiness.0.swap(ready, Ordering::Relaxed) != ready {
+            self.publish(NODE, ready).await;
+        }
     }
 
     async fn publish(&self, service: &str, serving: bool) {
@@ -104,10 +107,10 @@ impl Health {
         self.reporter.set_service_status(service, status).await;
     }
 
-    async fn publish_all(&self, status: ServingStatus) {
+    async fn nothing_serves(&self) {
         self.readiness.0.store(false, Ordering::Relaxed);
         for service in self.checks.iter().map(|check| check.service).chain([NODE]) {
-            self.reporter.set_service_status(service, status).await;
+            self.publish(service, false).await;
         }
     }
 }

@@ -44,9 +44,9 @@ impl RequestId {
             return (Self(text.into()), value.clone());
         }
         let mut buffer = Uuid::encode_buffer();
-        let made = &*Uuid::new_v4().hyphenated().encode_lower(&mut buffer);
+        let made: &str = Uuid::new_v4().hyphenated().encode_lower(&mut buffer);
         let header = HeaderValue::from_str(made).expect("a UUID is visible ASCII");
-        (Self((&*made).into()), header)
+        (Self(made.into()), header)
     }
 }
 

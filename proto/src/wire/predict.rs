@@ -7,8 +7,8 @@ use sida_routing::{Digest, HashTable};
 use super::{Bounds, WireError, digest, length, within};
 use crate::v1;
 
-/// The most bytes of one sequence's predictor state. The nets here need a few KiB.
-pub const STATE_BYTES_MAX: usize = 1 << 20;
+/// The most bytes of one sequence's predictor state: what a predictor of `sida_model` takes at the most.
+pub const STATE_BYTES_MAX: usize = 4 << 20;
 
 /// The half of the model that a prediction is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

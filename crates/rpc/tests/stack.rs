@@ -1,0 +1,254 @@
+//! The server stack over real sockets: names, deadlines, limits, health, reflection and the end of a node.
+
+mod echo;
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use echo::{Running, count, unary, with_header};
+use futures::StreamExt;
+use sida_rpc::{MESSAGE_BYTES_MAX, Readiness, Reason, ServerConfig};
+use tonic::{Code, Request};
+use tonic_health::{
+    ServingStatus,
+    pb::{HealthCheckRequest, health_client::HealthClient},
+};
+use tonic_reflection::pb::{v1, v1alpha};
+
+fn plain() -> ServerConfig {
+    ServerConfig { health_period: Duration::from_millis(20), ..ServerConfig::default() }
+}
+
+#[tokio::test]
+async fn requests_have_names() {
+    // Broken: an error report could not be matched with the logs of three nodes.
+    let running = Running::start(plain(), |server| server).await;
+    let channel = running.channel().await;
+    let answer = unary(&channel, with_header("who", "x-request-id", "abc-1")).await.unwrap();
+    assert_eq!(answer.metadata().get("x-request-id").unwrap(), "abc-1");
+    assert!(answer.get_ref().starts_with(b"abc-1 None"));
+    let failed = unary(&channel, with_header("fail", "x-request-id", "abc-2")).await.unwrap_err();
+    assert_eq!(failed.metadata().get("x-request-id").unwrap(), "abc-2");
+    let made = unary(&channel, Request::new(b"x".to_vec())).await.unwrap();
+    assert_eq!(made.metadata().get("x-request-id").unwrap().len(), 36);
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn an_expired_call_is_deadline_exceeded_and_its_handler_is_dropped() {
+    // Broken: clients would see CANCELLED, which many do not retry or report as their own doing, and the node
+    // would go on working for nobody. Many calls at once, since tonic's own timer in the server races with
+    // ours; and by bare HTTP/2, since a tonic client would start a timer as well.
+    let mut running = Running::start(plain(), |server| server).await;
+    let stream = tokio::net::TcpStream::connect(&running.address).await.unwrap();
+    let (mut client, connection) = h2::client::handshake(stream).await.unwrap();
+    tokio::spawn(connection);
+    let start = Instant::now();
+    let mut calls = Vec::new();
+    for _ in 0..200 {
+        client = client.ready().await.unwrap();
+        let request = http::Request::post("http://node/test.Echo/Unary")
+            .header("content-type", "application/grpc")
+            .header("te", "trailers")
+            .header("grpc-timeout", "50m");
+        let (response, mut body) = client.send_request(request.body(()).unwrap(), false).unwrap();
+        // A gRPC frame with the protobuf of a bytes field: "sleep 60000".
+        body.send_data(b"\0\0\0\0\x0d\x0a\x0bsleep 60000"[..].into(), true).unwrap();
+        calls.push(response);
+    }
+    for call in calls {
+        let status = tonic::Status::from_header_map(call.await.unwrap().headers()).unwrap();
+        assert_eq!((status.code(), Reason::of(&status)), (Code::DeadlineExceeded, Some(Reason::DeadlineExceeded)));
+    }
+    assert!(start.elapsed() >= Duration::from_millis(50) && start.elapsed() < Duration::from_secs(5));
+    for _ in 0..200 {
+        assert_eq!(running.dropped.recv().await, Some("unary"));
+    }
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn handlers_see_the_deadline_and_a_malformed_one_is_refused() {
+    // Broken: expert calls would outlive their request; a caller with a typo would wait for ever.
+    let running = Running::start(plain(), |server| server).await;
+    let channel = running.channel().await;
+    let answer = unary(&channel, with_header("who", "grpc-timeout", "30S")).await.unwrap().into_inner();
+    assert!(String::from_utf8(answer).unwrap().contains(" Some(29."));
+    let malformed = unary(&channel, with_header("who", "grpc-timeout", "5s")).await.unwrap_err();
+    assert_eq!(Reason::of(&malformed), Some(Reason::MalformedDeadline));
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn a_stream_ends_at_its_deadline() {
+    // Broken: `Generate` would go on past its deadline, since tonic minds it only up to the headers.
+    let mut running = Running::start(plain(), |server| server).await;
+    let channel = running.channel().await;
+    let mut numbers = count(&channel, with_header("", "grpc-timeout", "200m")).await;
+    let status = loop {
+        if let Err(status) = numbers.next().await.expect("a status ends it") {
+            break status;
+        }
+    };
+    assert_eq!(Reason::of(&status), Some(Reason::DeadlineExceeded));
+    assert_eq!(running.dropped.recv().await, Some("stream"));
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn large_messages_pass_and_larger_ones_are_refused() {
+    // Broken: a batch's activations would be refused at tonic's 4 MiB, or anything would be taken.
+    let running = Running::start(plain(), |server| server).await;
+    let channel = running.channel().await;
+    let large = vec![7; 32 << 20];
+    assert_eq!(unary(&channel, Request::new(large.clone())).await.unwrap().into_inner(), large);
+    let refused = unary(&channel, Request::new(vec![7; MESSAGE_BYTES_MAX + 1])).await.unwrap_err();
+    assert_eq!(refused.code(), Code::OutOfRange, "{refused}");
+    assert!(unary(&channel, Request::new(b"still here".to_vec())).await.is_ok());
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn health_follows_the_check() {
+    // Broken: traffic would be sent to a node that cannot serve it.
+    let (well, readiness) = (Arc::new(AtomicBool::new(true)), Readiness::default());
+    let seen = well.clone();
+    let check = move || {
+        let well = seen.load(Ordering::Relaxed);
+        async move { if well { Ok(()) } else { Err("unwell".to_owned()) } }
+    };
+    let config = ServerConfig { readiness: readiness.clone(), ..plain() };
+    let running = Running::start(config, |server| server.check("test.Echo", check)).await;
+    let mut client = HealthClient::new(running.channel().await);
+    let request = |service: &str| HealthCheckRequest { service: service.into() };
+    let mut node = client.watch(request("")).await.unwrap().into_inner();
+    let mut echo = client.watch(request("test.Echo")).await.unwrap().into_inner();
+    for serving in [ServingStatus::Serving, ServingStatus::NotServing, ServingStatus::Serving] {
+        well.store(serving == ServingStatus::Serving, Ordering::Relaxed);
+        for watch in [&mut node, &mut echo] {
+            while watch.next().await.unwrap().unwrap().status != serving as i32 {}
+        }
+    }
+    assert!(client.check(request("test.Unknown")).await.is_err_and(|status| status.code() == Code::NotFound));
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert!(readiness.is_ready());
+    let start = Instant::now();
+    running.shutdown.cancel();
+    for mut watch in [node, echo] {
+        assert_eq!(watch.next().await.unwrap().unwrap().status, ServingStatus::NotServing as i32);
+        assert!(watch.next().await.unwrap().is_err(), "the watch ends with the node");
+    }
+    assert!(!readiness.is_ready());
+    running.stop().await;
+    assert!(start.elapsed() < Duration::from_secs(5), "a watcher holds up the end of the node");
+}
+
+#[tokio::test]
+async fn a_check_that_hangs_is_a_check_that_fails() {
+    // Broken: a node whose expert call never returns would stay SERVING.
+    let config = plain();
+    let running =
+        Running::start(config, |server| server.check("test.Echo", std::future::pending::<Result<(), String>>))
+            .await;
+    let mut client = HealthClient::new(running.channel().await);
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let answer = client.check(HealthCheckRequest { service: "test.Echo".into() }).await.unwrap().into_inner();
+    assert_eq!(answer.status, ServingStatus::NotServing as i32);
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn both_reflections_list_the_services() {
+    // Broken: grpcurl and older tools could not call a node without our proto files.
+    let running = Running::start(plain(), |server| server).await;
+    let channel = running.channel().await;
+    let health = "grpc.health.v1.Health";
+
+    let request = v1::ServerReflectionRequest {
+        host: String::new(),
+        message_request: Some(v1::server_reflection_request::MessageRequest::ListServices(String::new())),
+    };
+    let mut client = v1::server_reflection_client::ServerReflectionClient::new(channel.clone());
+    let mut answers = client.server_reflection_info(futures::stream::iter([request])).await.unwrap().into_inner();
+    match answers.next().await.unwrap().unwrap().message_response {
+        Some(v1::server_reflection_response::MessageResponse::ListServicesResponse(list)) => {
+            assert!(list.service.iter().any(|service| service.name == health), "{list:?}");
+        }
+        other => panic!("{other:?}"),
+    }
+
+    let request = v1alpha::ServerReflectionRequest {
+        host: String::new(),
+        message_request: Some(v1alpha::server_reflection_request::MessageRequest::ListServices(String::new())),
+    };
+    let mut client = v1alpha::server_reflection_client::ServerReflectionClient::new(channel);
+    let mut answers = client.server_reflection_info(futures::stream::iter([request])).await.unwrap().into_inner();
+    match answers.next().await.unwrap().unwrap().message_response {
+        Some(v1alpha::server_reflection_response::MessageResponse::ListServicesResponse(list)) => {
+            assert!(list.service.iter().any(|service| service.name == health), "{list:?}");
+        }
+        other => panic!("{other:?}"),
+    }
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn calls_in_flight_finish_and_new_ones_are_refused() {
+    // Broken: a rolling update would fail requests.
+    let running = Running::start(plain(), |server| server).await;
+    let channel = running.channel().await;
+    let in_flight = {
+        let channel = channel.clone();
+        tokio::spawn(async move { unary(&channel, Request::new(b"sleep 500".to_vec())).await })
+    };
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let (address, start) = (running.address.clone(), Instant::now());
+    running.stop().await;
+    assert!(start.elapsed() >= Duration::from_millis(300) && start.elapsed() < Duration::from_secs(3));
+    assert!(in_flight.await.unwrap().is_ok());
+    assert!(tokio::net::TcpStream::connect(address).await.is_err());
+    assert_eq!(unary(&channel, Request::new(b"x".to_vec())).await.unwrap_err().code(), Code::Unavailable);
+}
+
+#[tokio::test]
+async fn what_outlives_the_drain_is_told_to_go_elsewhere() {
+    // Broken: one endless stream would keep a node from ending, or break without a status.
+    let config = ServerConfig { drain_limit: Duration::from_millis(200), ..plain() };
+    let mut running = Running::start(config, |server| server).await;
+    let channel = running.channel().await;
+    let mut numbers = count(&channel, Request::new(Vec::new())).await;
+    let slow = {
+        let channel = channel.clone();
+        tokio::spawn(async move { unary(&channel, Request::new(b"sleep 60000".to_vec())).await })
+    };
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    running.shutdown.cancel();
+    let status = loop {
+        if let Err(status) = numbers.next().await.expect("a status ends it") {
+            break status;
+        }
+    };
+    assert_eq!(Reason::of(&status), Some(Reason::ShuttingDown), "{status}");
+    assert_eq!(Reason::of(&slow.await.unwrap().unwrap_err()), Some(Reason::ShuttingDown));
+    assert!(running.dropped.recv().await.is_some() && running.dropped.recv().await.is_some());
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn a_client_timer_is_a_deadline_too() {
+    // Broken: the same missed deadline would have two codes, depending on whose timer was first.
+    let running = Running::start(plain(), |server| server).await;
+    let channel = running.channel().await;
+    let mut request = Request::new(b"sleep 60000".to_vec());
+    request.set_timeout(Duration::from_millis(30));
+    let status = sida_rpc::client::deadline_status(unary(&channel, request).await.unwrap_err());
+    assert_eq!(status.code(), Code::DeadlineExceeded);
+    let other = sida_rpc::client::deadline_status(tonic::Status::cancelled("by a person"));
+    assert_eq!(other.code(), Code::Cancelled);
+    running.stop().await;
+}
