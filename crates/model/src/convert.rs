@@ -23,6 +23,7 @@ use crate::{
     ModelConfig, ModelError, bounded_file,
     fresh_directory::FreshDirectory,
     manifest::{Manifest, is_plain_file_name},
+    names,
     shards::{self, TensorSpec},
 };
 
@@ -41,10 +42,9 @@ const COPIED: [&str; 6] = [
 ];
 /// A longer file is not copied but refused: none of them holds weights.
 const COPIED_BYTES_MAX: u64 = 64 << 20;
-/// Copies of the embedding that checkpoints store beside `shared.weight`.
-const TIED_EMBEDDINGS: [&str; 2] = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"];
-const EMBEDDING: &str = "shared.weight";
-const HEAD: &str = "lm_head.weight";
+/// Copies of `shared.weight` that checkpoints of tied models hold beside it. In an untied model they are
+/// weights of their own.
+const TIED: [&str; 3] = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", names::LM_HEAD];
 
 /// Why a checkpoint cannot be converted.
 #[derive(Debug, Error)]
@@ -181,10 +181,8 @@ impl Input {
 
     /// What to write, by name, and the tied copies that are not written.
     fn untied(&self, tie_word_embeddings: bool) -> (Vec<TensorSpec>, Vec<String>) {
-        let is_tied = |name: &str| {
-            self.holder.contains_key(EMBEDDING)
-                && (TIED_EMBEDDINGS.contains(&name) || tie_word_embeddings && name == HEAD)
-        };
+        let is_tied =
+            |name: &str| tie_word_embeddings && self.holder.contains_key(names::SHARED) && TIED.contains(&name);
         let mut specs = Vec::new();
         let mut tied = Vec::new();
         for (file, torch_file) in self.files.iter().enumerate() {

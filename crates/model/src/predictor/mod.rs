@@ -16,6 +16,7 @@ pub mod file;
 pub mod lstm;
 pub mod state;
 pub mod table;
+pub mod train;
 
 use std::{ops::Range, path::Path, sync::Arc};
 
@@ -53,7 +54,12 @@ pub trait HashPredictor: Send + Sync {
 
 /// Opens a predictor file for a model; refuses one of another model, or of another shape.
 pub fn open(path: &Path, config: &ModelConfig, model: Digest) -> Result<Arc<dyn HashPredictor>, PredictorError> {
-    let file = PredictorFile::read(path, PredictorShape::of(config))?;
+    open_shape(path, PredictorShape::of(config), model)
+}
+
+/// [`open`] with what it needs of the config.
+fn open_shape(path: &Path, shape: PredictorShape, model: Digest) -> Result<Arc<dyn HashPredictor>, PredictorError> {
+    let file = PredictorFile::read(path, shape)?;
     if file.metadata.model != model {
         let path = path.to_owned();
         return Err(PredictorError::Model { path, expected: model, found: file.metadata.model });

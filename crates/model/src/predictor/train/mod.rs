@@ -1,0 +1,118 @@
+//! Makes a predictor for a model: records the routing of the user's text, learns it, and measures on text
+//! that was held out. Called by `sida train-predictor`; CPU only, a few minutes for a small model.
+//!
+//! In reading order: [`texts`] (what to learn from), [`record`] (what the routers do with it), [`table_net`]
+//! and [`lstm_net`] (the two nets), [`autograd`] (the gradients candle lacks), [`measure`].
+
+mod autograd;
+mod lstm_net;
+mod measure;
+mod record;
+mod table_net;
+mod texts;
+
+use std::path::Path;
+
+pub use self::{
+    record::{RecordOptions, Recording},
+    texts::{Text, Texts},
+};
+use super::{
+    HitRate, Net, PredictorError,
+    file::{Metadata, TOP_K_MAX, Tensors},
+};
+use crate::Stack;
+
+/// How a predictor is trained. The defaults suit a model of a few million parameters.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TrainOptions {
+    /// Which net.
+    pub net: Net,
+    /// Experts per token and layer that it will predict.
+    pub top_k: usize,
+    /// Width of the LSTM net, even.
+    pub width: usize,
+    /// Passes of the LSTM net over the recorded tokens.
+    pub epochs: usize,
+    /// Tokens of one step.
+    pub batch_tokens: usize,
+    /// The largest learning rate; it rises over the first steps and falls to 0 with a cosine.
+    pub learning_rate: f64,
+    /// Weights and the order of batches start from it.
+    pub seed: u64,
+}
+
+impl Default for TrainOptions {
+    fn default() -> Self {
+        Self { net: Net::Lstm, top_k: 3, width: 128, epochs: 6, batch_tokens: 2048, learning_rate: 4e-3, seed: 0 }
+    }
+}
+
+/// How far training is; for a progress bar.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TrainProgress {
+    /// The stack whose net is being trained.
+    pub stack: Stack,
+    /// Tokens seen, of all passes.
+    pub tokens_done: u64,
+    /// Tokens of all passes.
+    pub tokens_total: u64,
+    /// The loss of the last step, in nats per token and layer.
+    pub loss: f32,
+}
+
+/// Trains a net on `train`, measures it on `held_out`, and writes it with what was measured to `path`.
+/// Both recordings must be of one model. Returns the hit rate of each MoE layer.
+pub fn train(
+    train: &Recording,
+    held_out: &Recording,
+    options: &TrainOptions,
+    path: &Path,
+    on_progress: &mut dyn FnMut(TrainProgress),
+) -> Result<Vec<HitRate>, PredictorError> {
+    check(train, options)?;
+    let mut tensors = Tensors::default();
+    for stack in [Stack::Encoder, Stack::Decoder] {
+        if train.shape.layers(stack).is_empty() {
+            continue;
+        }
+        match options.net {
+            Net::Table => {
+                table_net::learn(train, stack, options.top_k).store(stack, &train.shape, options.top_k, &mut tensors)
+            }
+            Net::Lstm => lstm_net::learn(train, stack, options, &mut tensors, on_progress)?,
+        }
+    }
+    let layers = train.shape.encoder_layers.start..train.shape.decoder_layers.end;
+    let mut metadata =
+        Metadata { net: options.net, model: train.model, top_k: options.top_k, hit_rates: measure::unmeasured(layers) };
+    // What is measured is what will be served: the file, opened as any other.
+    tensors.write(&metadata, path)?;
+    let predictor = super::open_shape(path, train.shape.clone(), train.model)?;
+    metadata.hit_rates = measure::hit_rates(&*predictor, held_out)?;
+    tensors.write(&metadata, path)?;
+    Ok(metadata.hit_rates)
+}
+
+fn check(recording: &Recording, options: &TrainOptions) -> Result<(), PredictorError> {
+    let top_k_max = TOP_K_MAX.min(recording.shape.num_experts);
+    let refuse = |field, found: usize, expected: String| {
+        Err(PredictorError::Option { field, found: found.to_string(), expected })
+    };
+    if !(1..=top_k_max).contains(&options.top_k) {
+        return refuse("top_k", options.top_k, format!("1 to {top_k_max}"));
+    }
+    if !(2..=super::lstm::stack_net::WIDTH_MAX).contains(&options.width) || !options.width.is_multiple_of(2) {
+        return refuse("width", options.width, format!("an even number up to {}", super::lstm::stack_net::WIDTH_MAX));
+    }
+    if options.epochs == 0 || options.batch_tokens == 0 {
+        return refuse("epochs and batch_tokens", options.epochs.min(options.batch_tokens), "at least 1".to_owned());
+    }
+    if recording.encoder.tokens() == 0 {
+        return Err(PredictorError::Texts { reason: "nothing was recorded".to_owned() });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;
