@@ -1,1 +1,100 @@
-//! Skeleton.
+//! The coordinator: takes requests, batches them, predicts and preloads their experts, runs the backbone and
+//! sends the rows of every MoE layer to the expert-nodes.
+//!
+//! One request in reading order. It comes in through [`config`]ured limits: `front_door` (gRPC) and `messages`
+//! (the wire's side), or this process by [`coordinator`]; `accept` checks and tokenizes it into a [`request`].
+//! It waits in a `queue`; `prepare` takes a batch, has `predict` (here, or by `remote_predictor`) fill its hash
+//! tables and `preload` hint them. The `engine` lets it join: `forward` runs the layers, [`routing_mode`] chooses
+//! experts, `dispatch` sends rows to the `nodes` over `lane`s (`lane_connection`, `call_deadline`). A `sequence`
+//! goes on from step to step: `sampler`, `detokenize`, `stop_text`, or `score`; the answer leaves as [`output`]
+//! with its [`trace`], or as a `fault`. Beside that: `probe` (health), `cluster_service` and `statistics`.
+//!
+//! Invariant: it does not know expert-nodes but by `sida_cluster::experts` and the wire, and takes no decision
+//! that belongs to `sida_routing`.
+
+mod accept;
+mod call_deadline;
+mod cluster_service;
+pub mod config;
+pub mod coordinator;
+mod detokenize;
+mod dispatch;
+mod engine;
+mod fault;
+mod forward;
+mod front_door;
+mod lane;
+mod lane_connection;
+mod messages;
+mod nodes;
+pub mod output;
+mod predict;
+mod preload;
+mod prepare;
+mod probe;
+mod queue;
+mod remote_predictor;
+pub mod request;
+pub mod routing_mode;
+mod sampler;
+mod score;
+mod sequence;
+mod statistics;
+mod stop_text;
+pub mod trace;
+
+use sida_cluster::Cluster;
+use sida_proto::v1::{cluster_server::ClusterServer, inference_server::InferenceServer};
+use sida_rpc::{MESSAGE_BYTES_MAX, Server};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+
+pub use accept::{EncodeParams, GenerateParams, ScoreParams};
+pub use config::{CoordinatorConfig, PredictorSource, RequestLimits};
+pub use coordinator::{Coordinator, CoordinatorError};
+pub use output::{Encoding, Finish, FinishReason, Scores, TargetScore, Token};
+pub use request::{Pooling, RequestError};
+pub use routing_mode::{Alpha, RoutingMode};
+pub use sampler::Sampling;
+pub use sida_routing::admission::Limits;
+pub use trace::Trace;
+
+/// Starts a coordinator and serves it on `listener` until `shutdown`; then finishes what is in flight.
+pub async fn run(
+    config: CoordinatorConfig,
+    listener: TcpListener,
+    cluster: Cluster,
+    shutdown: CancellationToken,
+) -> Result<(), CoordinatorError> {
+    let coordinator = Coordinator::start(config, cluster).await?;
+    serve(coordinator, listener, shutdown).await
+}
+
+/// Serves a coordinator that runs already, so that this process can ask it, too.
+pub async fn serve(
+    coordinator: Coordinator,
+    listener: TcpListener,
+    shutdown: CancellationToken,
+) -> Result<(), CoordinatorError> {
+    let inference = InferenceServer::new(front_door::FrontDoor::new(coordinator.clone())?)
+        .max_decoding_message_size(MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(MESSAGE_BYTES_MAX);
+    let status = ClusterServer::new(cluster_service::ClusterService { coordinator: coordinator.clone() });
+    let probe = |coordinator: &Coordinator| {
+        let coordinator = coordinator.clone();
+        move || {
+            let coordinator = coordinator.clone();
+            async move { coordinator.probe().await }
+        }
+    };
+    Server::new(coordinator.config().server.clone())
+        .routes(Routes::new(inference).add_service(status))
+        .descriptors(sida_proto::DESCRIPTORS)
+        .check("sida.v1.Inference", probe(&coordinator))
+        .check("sida.v1.Cluster", || async { Ok(()) })
+        .serve(listener, shutdown)
+        .await?;
+    coordinator.stop().await;
+    Ok(())
+}

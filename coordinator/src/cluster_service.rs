@@ -1,0 +1,110 @@
+//! `sida.v1.Cluster`: the cluster as this coordinator sees it. Asked by `sida status`.
+
+use std::{sync::atomic::Ordering, time::Duration};
+
+use futures::future::join_all;
+use sida_cluster::{
+    experts::ResidencyReport,
+    member::{Address, Member, Role},
+};
+use sida_proto::{
+    v1::{self, cluster_server::Cluster, experts_client::ExpertsClient, predictor_client::PredictorClient},
+    wire::Residency,
+};
+use sida_rpc::ClientConfig;
+use tonic::{Request, Response, Status};
+
+use crate::coordinator::Coordinator;
+
+/// How long a node may take to say what it holds.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// The service.
+pub(crate) struct ClusterService {
+    pub(crate) coordinator: Coordinator,
+}
+
+#[tonic::async_trait]
+impl Cluster for ClusterService {
+    async fn status(&self, _request: Request<v1::StatusRequest>) -> Result<Response<v1::StatusResponse>, Status> {
+        Ok(Response::new(self.coordinator.status().await))
+    }
+}
+
+impl Coordinator {
+    /// The cluster as this coordinator sees it. Asks every node what it holds, all at once.
+    pub async fn status(&self) -> v1::StatusResponse {
+        let members = self.cluster().members();
+        let nodes = join_all(members.iter().map(|member| self.node_status(member))).await;
+        let statistics = self.statistics();
+        v1::StatusResponse {
+            coordinator: self.config().node.to_string(),
+            model: self.checkpoint().name().to_owned(),
+            placement_epoch: self.cluster().placement().epoch(),
+            nodes,
+            requests_total: statistics.requests.load(Ordering::Relaxed),
+            requests_queued: self.queued() as u64,
+            requests_inflight: statistics.inflight.load(Ordering::Relaxed) as u64,
+            hash_hits: statistics.hash_hits.load(Ordering::Relaxed),
+            hash_misses: statistics.hash_misses.load(Ordering::Relaxed),
+            failovers: statistics.failovers.load(Ordering::Relaxed),
+        }
+    }
+
+    async fn node_status(&self, member: &Member) -> v1::NodeStatus {
+        let client = &self.config().client;
+        let mut residency = None;
+        let healthy = match (member.role, &member.address) {
+            (Role::Coordinator, _) => member.node == self.config().node,
+            (Role::ExpertNode, Address::Local(experts)) => {
+                residency = Some(self.local_residency(member, experts.residency()));
+                true
+            }
+            (Role::ExpertNode, Address::Grpc(address)) => {
+                residency = within_patience(remote_residency(address, client)).await;
+                residency.is_some()
+            }
+            (Role::PredictorNode, Address::Grpc(address)) => {
+                within_patience(describes_predictor(address, client)).await.is_some()
+            }
+            (Role::PredictorNode, Address::Local(_)) => false,
+        };
+        v1::NodeStatus {
+            node: member.node.to_string(),
+            role: member.role.to_string(),
+            address: member.address.to_string(),
+            healthy,
+            experts_placed: self.cluster().placement().experts_of(&member.node).count() as u64,
+            residency,
+        }
+    }
+
+    fn local_residency(&self, member: &Member, report: ResidencyReport) -> v1::ResidencyResponse {
+        v1::ResidencyResponse::from(&Residency {
+            node: member.node.clone(),
+            model: self.checkpoint().digest(),
+            resident_bytes: report.resident_bytes,
+            budget_bytes: report.budget_bytes,
+            slots: report.slots,
+            demand_loads: report.demand_loads,
+            prefetch_loads: report.prefetch_loads,
+            evictions: report.evictions,
+            rows: report.rows,
+            resident: report.resident,
+        })
+    }
+}
+
+async fn within_patience<T>(answer: impl Future<Output = Option<T>>) -> Option<T> {
+    tokio::time::timeout(PATIENCE, answer).await.ok().flatten()
+}
+
+async fn remote_residency(address: &str, client: &ClientConfig) -> Option<v1::ResidencyResponse> {
+    let channel = sida_rpc::connect(address, client).await.ok()?;
+    Some(ExpertsClient::new(channel).residency(v1::ResidencyRequest {}).await.ok()?.into_inner())
+}
+
+async fn describes_predictor(address: &str, client: &ClientConfig) -> Option<()> {
+    let channel = sida_rpc::connect(address, client).await.ok()?;
+    PredictorClient::new(channel).describe(v1::DescribePredictorRequest {}).await.ok().map(drop)
+}

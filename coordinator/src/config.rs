@@ -1,0 +1,116 @@
+//! What a coordinator is told when it starts: by the command line, by the embedded cluster and by tests.
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use sida_model::{Checkpoint, predictor::HashPredictor};
+use sida_routing::{NodeId, admission::Limits};
+use sida_rpc::{ClientConfig, ServerConfig};
+
+/// Everything a coordinator needs to know.
+#[derive(Clone)]
+pub struct CoordinatorConfig {
+    /// Its name in the cluster.
+    pub node: NodeId,
+    /// The model, opened.
+    pub checkpoint: Arc<Checkpoint>,
+    /// Where hash tables come from.
+    pub predictor: PredictorSource,
+    /// Bounds of a batch and of the queue.
+    pub limits: Limits,
+    /// Bounds of one request.
+    pub request_limits: RequestLimits,
+    /// How many experts per token and layer are hinted to expert-nodes; 0 gives no hints.
+    pub preload_depth: usize,
+    /// Drops tokens beyond the model's `expert_capacity`, per sequence, as transformers 4.x and 5.2x do.
+    pub enforce_capacity: bool,
+    /// How long an expert call is waited for where no other node could answer it.
+    pub expert_call_timeout: Duration,
+    /// Bytes of rows that may be under way to one expert-node.
+    pub lane_inflight_bytes_max: usize,
+    /// How long predictor-nodes may take for a batch.
+    pub predict_timeout: Duration,
+    /// How connections to other nodes are made.
+    pub client: ClientConfig,
+    /// How this node serves.
+    pub server: ServerConfig,
+    /// Told while the backbone loads: bytes done, bytes in all.
+    pub on_load: Option<OnLoad>,
+}
+
+/// Told how far a load is: bytes done, bytes in all.
+pub type OnLoad = Arc<dyn Fn(u64, u64) + Send + Sync>;
+
+/// Where hash tables come from.
+#[derive(Clone)]
+pub enum PredictorSource {
+    /// A predictor in this process.
+    Local(Arc<dyn HashPredictor>),
+    /// The predictor-nodes of the cluster.
+    Nodes,
+    /// Nowhere: every request runs `exact`, without hints.
+    Off,
+}
+
+/// Bounds of one request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RequestLimits {
+    /// Bytes of a text, looked at before it is tokenized.
+    pub text_bytes_max: usize,
+    /// Tokens of a prompt, and of a target.
+    pub prompt_tokens_max: usize,
+    /// Tokens generated where the request does not say.
+    pub tokens_default: usize,
+    /// Tokens generated at most.
+    pub tokens_max: usize,
+    /// Targets of a scored request.
+    pub targets_max: usize,
+    /// Stop texts of a request.
+    pub stops_max: usize,
+    /// Bytes of a stop text.
+    pub stop_bytes_max: usize,
+}
+
+impl Default for RequestLimits {
+    fn default() -> Self {
+        Self {
+            text_bytes_max: 64 << 10,
+            prompt_tokens_max: 512,
+            tokens_default: 64,
+            tokens_max: 1024,
+            targets_max: 64,
+            stops_max: 16,
+            stop_bytes_max: 256,
+        }
+    }
+}
+
+impl CoordinatorConfig {
+    /// The defaults of section 12 of the design for a node of this name that serves this model.
+    pub fn new(node: NodeId, checkpoint: Arc<Checkpoint>, predictor: PredictorSource) -> Self {
+        Self {
+            node,
+            checkpoint,
+            predictor,
+            limits: Limits { tokens_max: 8192, sequences_max: 256, queue_max: 1024 },
+            request_limits: RequestLimits::default(),
+            preload_depth: 3,
+            enforce_capacity: false,
+            expert_call_timeout: Duration::from_secs(30),
+            lane_inflight_bytes_max: 64 << 20,
+            predict_timeout: Duration::from_millis(200),
+            client: ClientConfig::default(),
+            server: ServerConfig::default(),
+            on_load: None,
+        }
+    }
+}
+
+impl fmt::Debug for PredictorSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Local(predictor) => write!(f, "Local({} {})", predictor.net(), predictor.digest()),
+            Self::Nodes => f.write_str("Nodes"),
+            Self::Off => f.write_str("Off"),
+        }
+    }
+}

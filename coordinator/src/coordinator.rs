@@ -1,0 +1,324 @@
+//! A coordinator as a handle: takes requests from this process (the command line, tests) and from
+//! `front_door`, and gives back answers. Starting one loads the backbone and starts its two threads; dropping
+//! the last clone answers what was accepted and ends them.
+
+use std::{
+    io,
+    sync::{Arc, atomic::Ordering},
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use futures::Stream;
+use parking_lot::Mutex;
+use sida_cluster::Cluster;
+use sida_model::{Backbone, Checkpoint, ModelConfig, ModelError, Stack, StackKind, Tokenizer};
+use sida_proto::wire::Bounds;
+use sida_routing::{Digest, NodeId};
+use sida_rpc::ServerError;
+use sida_telemetry::{counter, gauge, names};
+use thiserror::Error;
+use tokio::{
+    runtime::Handle,
+    sync::{mpsc, oneshot},
+};
+use tokio_stream::wrappers::UnboundedReceiverStream;
+
+use crate::{
+    accept::{Acceptance, EncodeParams, GenerateParams, ScoreParams},
+    config::{CoordinatorConfig, PredictorSource},
+    dispatch::Dispatch,
+    engine::Engine,
+    forward::Forward,
+    lane::LaneConfig,
+    lane_connection::Connector,
+    nodes::Nodes,
+    output::{Encoding, Scores, Token},
+    predict::{Predict, Source},
+    preload::Preload,
+    prepare::Prepare,
+    probe::Probe,
+    queue::{Queue, Refused},
+    remote_predictor::RemotePredictor,
+    request::{Request, RequestError, Work},
+    statistics::Statistics,
+};
+
+/// Bytes of rows in one message to an expert-node: well below what a message may have, so that the first
+/// results come back while the last rows still travel.
+const CALL_BYTES_MAX: usize = 16 << 20;
+/// Rows of one call, below what expert-nodes take.
+const CALL_ROWS_MAX: usize = 8192;
+/// How long a start waits for the expert-nodes to be reached.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
+/// How long a full queue asks callers to stay away.
+const RETRY_AFTER: Duration = Duration::from_millis(100);
+
+/// Why a coordinator does not start, or does not go on.
+#[derive(Debug, Error)]
+#[allow(missing_docs)]
+pub enum CoordinatorError {
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    #[error("{name} has no encoder; this version serves encoder-decoder models")]
+    DecoderOnly { name: String },
+    #[error("the predictor is for model {found}, this is {expected}")]
+    PredictorModel { expected: Digest, found: Digest },
+    #[error(
+        "the cluster is laid out for {found_layers} MoE layers of {found_experts} experts, the model has {expected_layers} of {expected_experts}"
+    )]
+    Extent { expected_layers: usize, expected_experts: usize, found_layers: usize, found_experts: usize },
+    #[error("the cluster has no expert-node")]
+    NoExpertNode,
+    #[error("cannot start a thread: {0}")]
+    Thread(#[from] io::Error),
+    #[error("loading the model panicked: {0}")]
+    LoadPanicked(String),
+    #[error(transparent)]
+    Serve(#[from] ServerError),
+}
+
+/// A running coordinator. Cheap to clone; all clones are the same one.
+#[derive(Clone)]
+pub struct Coordinator {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    config: CoordinatorConfig,
+    cluster: Cluster,
+    tokenizer: Arc<Tokenizer>,
+    predict: Arc<Predict>,
+    probe: Arc<Probe>,
+    requests: Arc<Queue<Request>>,
+    statistics: Arc<Statistics>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        // The threads answer what is queued, then end by themselves.
+        self.requests.close();
+    }
+}
+
+impl Coordinator {
+    /// Loads the backbone, links to the expert-nodes of `cluster`, and starts. Must be called in a tokio
+    /// runtime of several threads, which then carries the lanes.
+    pub async fn start(config: CoordinatorConfig, cluster: Cluster) -> Result<Self, CoordinatorError> {
+        check(&config, &cluster)?;
+        let runtime = Handle::current();
+        let (backbone, tokenizer) = load(&config).await?;
+        let model = backbone.config().clone();
+        let lanes = LaneConfig {
+            inflight_bytes_max: config.lane_inflight_bytes_max,
+            d_model: model.d_model,
+            connector: Arc::new(Connector { client: config.client.clone(), model: config.checkpoint.digest() }),
+        };
+        let nodes = Nodes::follow(&cluster, lanes, &runtime);
+        let missing = nodes.connected(CONNECT_PATIENCE).await;
+        if !missing.is_empty() {
+            let missing: Vec<String> = missing.iter().map(NodeId::to_string).collect();
+            tracing::warn!(missing = missing.join(", "), "starting without some expert-nodes");
+        }
+        let predict =
+            Arc::new(Predict::new(source(&config, &cluster, &model, runtime), &model, config.checkpoint.digest()));
+        let preload = Arc::new(Preload::new(nodes.clone(), config.preload_depth));
+        let statistics = Arc::new(Statistics::default());
+        let dispatch = || {
+            let rows_max = (CALL_BYTES_MAX / (model.d_model * size_of::<f32>())).clamp(1, CALL_ROWS_MAX);
+            Dispatch::new(nodes.clone(), model.d_model, rows_max, config.expert_call_timeout)
+        };
+        let (requests, prepared) = (Arc::new(Queue::new()), Arc::new(Queue::new()));
+        let engine = Engine {
+            limits: config.limits,
+            prepared: prepared.clone(),
+            forward: Forward::new(backbone, dispatch(), config.enforce_capacity, statistics.clone()),
+            predict: predict.clone(),
+            preload: preload.clone(),
+            tokenizer: tokenizer.clone(),
+            statistics: statistics.clone(),
+            running: Vec::new(),
+        };
+        let prepare =
+            Prepare { limits: config.limits, predict: predict.clone(), preload, requests: requests.clone(), prepared };
+        let threads = vec![
+            thread::Builder::new().name("sida-prepare".into()).spawn(move || prepare.run())?,
+            thread::Builder::new().name("sida-forward".into()).spawn(move || engine.run())?,
+        ];
+        let probe = Arc::new(Probe::new(dispatch(), &model));
+        let threads = Mutex::new(threads);
+        let inner = Inner { config, cluster, tokenizer, predict, probe, requests, statistics, threads };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// The encoder's states of a text.
+    pub async fn encode(&self, params: EncodeParams) -> Result<Encoding, RequestError> {
+        let tokens = self.acceptance().prompt(&params.text)?;
+        let (reply, answer) = oneshot::channel();
+        self.submit(tokens, params.routing, params.deadline, Work::Encode { pooling: params.pooling, reply })?;
+        answer.await.unwrap_or(Err(RequestError::Panicked))
+    }
+
+    /// The likelihood of each target given a text.
+    pub async fn score(&self, params: ScoreParams) -> Result<Scores, RequestError> {
+        let tokens = self.acceptance().prompt(&params.text)?;
+        let targets = self.acceptance().targets(tokens.len(), &params.targets)?;
+        let (reply, answer) = oneshot::channel();
+        self.submit(tokens, params.routing, params.deadline, Work::Score { targets, reply: Some(reply) })?;
+        answer.await.unwrap_or(Err(RequestError::Panicked))
+    }
+
+    /// Generates text: a stream of tokens, the last of which carries `finish`, or ends with an error. Dropping
+    /// it cancels the request.
+    pub async fn generate(
+        &self,
+        mut params: GenerateParams,
+    ) -> Result<impl Stream<Item = Result<Token, RequestError>> + Send + Unpin + use<>, RequestError> {
+        let tokens = self.acceptance().prompt(&params.text)?;
+        let options = self.acceptance().options(&mut params)?;
+        let (reply, stream) = mpsc::unbounded_channel();
+        self.submit(tokens, params.routing, params.deadline, Work::Generate { options, reply })?;
+        Ok(UnboundedReceiverStream::new(stream))
+    }
+
+    /// Whether an expert call succeeds: what health stands on.
+    pub async fn probe(&self) -> Result<(), String> {
+        let probe = self.inner.probe.clone();
+        let outcome = tokio::task::spawn_blocking(move || probe.run()).await;
+        outcome.unwrap_or_else(|error| Err(format!("the probe ended: {error}")))
+    }
+
+    /// Takes no more requests, answers those that were taken, and ends the threads.
+    pub async fn stop(&self) {
+        self.inner.requests.close();
+        let threads = std::mem::take(&mut *self.inner.threads.lock());
+        let join = move || threads.into_iter().filter_map(|thread| thread.join().err()).count();
+        // A thread of ours catches the panics of its work, so one that ended by a panic is a bug to be told.
+        match tokio::task::spawn_blocking(join).await {
+            Ok(0) => {}
+            Ok(panicked) => tracing::error!(panicked, "threads of the coordinator had panicked"),
+            Err(error) => tracing::error!(%error, "cannot wait for the coordinator's threads"),
+        }
+    }
+
+    /// What it was started with.
+    pub fn config(&self) -> &CoordinatorConfig {
+        &self.inner.config
+    }
+
+    /// The model it serves.
+    pub fn checkpoint(&self) -> &Arc<Checkpoint> {
+        &self.inner.config.checkpoint
+    }
+
+    /// The cluster it is part of.
+    pub fn cluster(&self) -> &Cluster {
+        &self.inner.cluster
+    }
+
+    /// The digest of its predictor, where that is in this process.
+    pub fn predictor_digest(&self) -> Option<Digest> {
+        self.inner.predict.digest()
+    }
+
+    pub(crate) fn statistics(&self) -> &Statistics {
+        &self.inner.statistics
+    }
+
+    pub(crate) fn queued(&self) -> usize {
+        self.inner.requests.len()
+    }
+
+    fn acceptance(&self) -> Acceptance<'_> {
+        let Inner { config, tokenizer, .. } = &*self.inner;
+        Acceptance { limits: &config.request_limits, batch: &config.limits, tokenizer }
+    }
+
+    fn submit(
+        &self,
+        tokens: Vec<u32>,
+        mode: crate::routing_mode::RoutingMode,
+        deadline: Option<Instant>,
+        work: Work,
+    ) -> Result<(), RequestError> {
+        let inner = &self.inner;
+        let prompt_tokens = tokens.len() as u64;
+        let request = Request { tokens, mode, work, accepted: Instant::now(), deadline };
+        let limits = inner.config.limits;
+        inner.requests.try_push(request, |queued| limits.may_wait(queued)).map_err(|refused| match refused {
+            Refused::Full(_) => RequestError::QueueFull { limit: limits.queue_max, retry_after: RETRY_AFTER },
+            Refused::Closed(_) => RequestError::ShuttingDown,
+        })?;
+        inner.statistics.requests.fetch_add(1, Ordering::Relaxed);
+        counter!(names::TOKENS_TOTAL, names::KIND => "prompt").increment(prompt_tokens);
+        gauge!(names::REQUESTS_QUEUED).set(inner.requests.len() as f64);
+        Ok(())
+    }
+}
+
+/// Refuses what could not work.
+fn check(config: &CoordinatorConfig, cluster: &Cluster) -> Result<(), CoordinatorError> {
+    let model = config.checkpoint.config();
+    if model.stack == StackKind::DecoderOnly {
+        return Err(CoordinatorError::DecoderOnly { name: config.checkpoint.name().to_owned() });
+    }
+    if let PredictorSource::Local(predictor) = &config.predictor
+        && predictor.model_digest() != config.checkpoint.digest()
+    {
+        let (expected, found) = (config.checkpoint.digest(), predictor.model_digest());
+        return Err(CoordinatorError::PredictorModel { expected, found });
+    }
+    let placement = cluster.placement();
+    let extent = placement.extent();
+    let (expected_layers, expected_experts) = (model.moe_layer_count(), model.num_experts);
+    if (extent.moe_layers, extent.num_experts) != (expected_layers, expected_experts) {
+        let (found_layers, found_experts) = (extent.moe_layers, extent.num_experts);
+        return Err(CoordinatorError::Extent { expected_layers, expected_experts, found_layers, found_experts });
+    }
+    if placement.nodes().is_empty() { Err(CoordinatorError::NoExpertNode) } else { Ok(()) }
+}
+
+/// Loads what the coordinator computes with, off the runtime's own threads.
+async fn load(config: &CoordinatorConfig) -> Result<(Arc<Backbone>, Arc<Tokenizer>), CoordinatorError> {
+    let (checkpoint, on_load) = (config.checkpoint.clone(), config.on_load.clone());
+    let loading = tokio::task::spawn_blocking(move || {
+        let mut progress = |done, total| {
+            if let Some(on_load) = &on_load {
+                on_load(done, total);
+            }
+        };
+        let backbone = Backbone::load(&checkpoint, &mut progress)?;
+        let tokenizer = Tokenizer::open(checkpoint.dir(), checkpoint.config())?;
+        Ok::<_, ModelError>((Arc::new(backbone), Arc::new(tokenizer)))
+    });
+    Ok(loading.await.map_err(|error| CoordinatorError::LoadPanicked(error.to_string()))??)
+}
+
+/// The configured source of hash tables.
+fn source(config: &CoordinatorConfig, cluster: &Cluster, model: &ModelConfig, runtime: Handle) -> Source {
+    match &config.predictor {
+        PredictorSource::Local(predictor) => Source::Local(predictor.clone()),
+        PredictorSource::Off => Source::Off,
+        PredictorSource::Nodes => {
+            let bounds = Bounds {
+                moe_layers: model.moe_layers(Stack::Decoder).end.into(),
+                num_experts: model.num_experts,
+                d_model: model.d_model,
+                vocab_size: model.vocab_size,
+                rows_max: config.limits.tokens_max,
+                tokens_max: config.limits.tokens_max,
+                sequences_max: config.limits.sequences_max,
+            };
+            let client = config.client.clone();
+            Source::Remote(RemotePredictor::new(
+                cluster.clone(),
+                client,
+                runtime,
+                config.checkpoint.digest(),
+                bounds,
+                config.predict_timeout,
+            ))
+        }
+    }
+}

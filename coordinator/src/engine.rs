@@ -1,0 +1,353 @@
+//! The forward thread: lets prepared requests join, runs one step over all sequences, lets the finished ones
+//! go, again and again. Who joins is decided by `routing::admission`; what a step computes is in `forward`;
+//! what becomes of its output, in `sequence`.
+//!
+//! A step that fails answers the requests that were in it and nobody else. A panic is caught and logged; it
+//! costs its own step's requests.
+
+use std::{
+    collections::VecDeque,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{Arc, atomic::Ordering},
+    time::Instant,
+};
+
+use sida_model::{ModelError, Spans, Tensor, Tokenizer, tensor_rows};
+use sida_routing::{
+    HashTable,
+    admission::{Cost, Limits},
+};
+use sida_telemetry::{gauge, histogram, names};
+
+use crate::{
+    forward::{Costs, Forward},
+    output::Encoding,
+    predict::{Predict, Progress},
+    preload::Preload,
+    prepare::Prepared,
+    queue::{Queue, Wait},
+    request::{Pooling, Request, RequestError, Work},
+    routing_mode::Part,
+    score,
+    sequence::{self, Branch, Decoding, Next, Sequence},
+    statistics::Statistics,
+    trace::{ExpertSets, Trace},
+};
+
+/// The state of the forward thread.
+pub(crate) struct Engine {
+    pub(crate) limits: Limits,
+    pub(crate) prepared: Arc<Queue<Prepared>>,
+    pub(crate) forward: Forward,
+    pub(crate) predict: Arc<Predict>,
+    pub(crate) preload: Arc<Preload>,
+    pub(crate) tokenizer: Arc<Tokenizer>,
+    pub(crate) statistics: Arc<Statistics>,
+    pub(crate) running: Vec<Sequence>,
+}
+
+impl Engine {
+    /// Runs until the queue is closed and everything in it was answered.
+    pub(crate) fn run(mut self) {
+        while let Some(joining) = self.next() {
+            self.note_inflight(self.running.len() + joining.len());
+            self.join(joining);
+            self.step();
+            self.note_inflight(self.running.len());
+        }
+    }
+
+    /// Who joins now. Waits while there is nothing to do; `None` ends the thread.
+    fn next(&self) -> Option<Vec<Prepared>> {
+        let running = Cost {
+            tokens: self.running.iter().flat_map(|s| &s.branches).map(|branch| branch.feed.len()).sum(),
+            sequences: self.running.iter().map(|s| s.branches.len()).sum(),
+        };
+        let limits = self.limits;
+        let choose = |waiting: &VecDeque<Prepared>| limits.joining(running, waiting.iter().map(|p| p.request.cost()));
+        let wait = if self.running.is_empty() { Wait::Block } else { Wait::Poll };
+        match self.prepared.take(wait, choose) {
+            Some(joining) => Some(joining),
+            None if self.running.is_empty() => None,
+            None => Some(Vec::new()),
+        }
+    }
+
+    fn note_inflight(&self, requests: usize) {
+        self.statistics.inflight.store(requests, Ordering::Relaxed);
+        gauge!(names::REQUESTS_INFLIGHT).set(requests as f64);
+    }
+
+    /// Encodes the prompts of those who join, answers those who wanted no more, and keeps the others running.
+    fn join(&mut self, joining: Vec<Prepared>) {
+        let now = Instant::now();
+        let mut requests = Vec::with_capacity(joining.len());
+        let mut parts = Vec::with_capacity(joining.len());
+        // Held until the prompts are encoded.
+        let mut hints = Vec::with_capacity(joining.len());
+        for Prepared { request, table, hint, predict } in joining {
+            if let Some(reason) = request.over(now) {
+                request.fail(reason);
+                continue;
+            }
+            let mut trace = self.trace(&request);
+            trace.timings.predict = predict;
+            trace.timings.queue = (now - request.accepted).saturating_sub(predict);
+            histogram!(names::QUEUE_DURATION_SECONDS).record(trace.timings.queue);
+            parts.push(self.part(&request, table, 0));
+            requests.push((request, trace));
+            hints.push(hint);
+        }
+        if requests.is_empty() {
+            return;
+        }
+        let spans = Spans::new(requests.iter().map(|(request, _)| request.tokens.len()));
+        let ids: Vec<u32> = requests.iter().flat_map(|(request, _)| request.tokens.iter().copied()).collect();
+        histogram!(names::BATCH_TOKENS).record(ids.len() as f64);
+        let mut costs = Costs::default();
+        let forward = &mut self.forward;
+        let outcome = guarded(|| Ok(forward.encode(&ids, &spans, &mut parts, &mut costs)?));
+        drop(hints);
+        costs.record();
+        let states = match outcome {
+            Ok(states) => states,
+            Err(error) => return requests.into_iter().for_each(|(request, _)| request.fail(error.clone())),
+        };
+        for (index, ((request, mut trace), part)) in requests.into_iter().zip(parts).enumerate() {
+            sequence::absorb(&mut trace, &part);
+            sequence::absorb_costs(&mut trace, &costs);
+            match part.failure {
+                Some(failure) => request.fail(failure),
+                None => self.admit(request, trace, &states, spans.range(index)),
+            }
+        }
+    }
+
+    /// A request whose prompt is encoded: rows `rows` of `states`.
+    fn admit(&mut self, request: Request, trace: Trace, states: &Tensor, rows: std::ops::Range<usize>) {
+        let outcome = match &request.work {
+            Work::Encode { pooling, .. } => {
+                let pooling = *pooling;
+                return answer_encoding(request, trace, pooling, states, rows);
+            }
+            Work::Generate { .. } => self.branches(states, rows, &[&[]]),
+            Work::Score { targets, .. } => {
+                let fed: Vec<&[u32]> = targets.iter().map(|target| &target[..target.len() - 1]).collect();
+                self.branches(states, rows, &fed)
+            }
+        };
+        match outcome {
+            Ok(branches) => self.running.push(Sequence::new(request, trace, branches)),
+            Err(error) => request.fail(error),
+        }
+    }
+
+    /// Branches of one sequence: each begins with the decoder's start token and the given tokens, and all share
+    /// the keys and values of the encoder's output.
+    fn branches(
+        &self,
+        states: &Tensor,
+        rows: std::ops::Range<usize>,
+        fed: &[&[u32]],
+    ) -> Result<Vec<Branch>, RequestError> {
+        let start = self.forward.config().decoder_start_token_id;
+        let decoder = self.forward.backbone().decoder();
+        let state = guarded(|| {
+            let states = states.narrow(0, rows.start, rows.len()).map_err(ModelError::from)?;
+            Ok(decoder.start(&states)?)
+        })?;
+        let branch = |tokens: &&[u32]| Branch {
+            state: state.fork(),
+            progress: self.predict.start(),
+            feed: [&[start], *tokens].concat(),
+        };
+        Ok(fed.iter().map(branch).collect())
+    }
+
+    /// One step of the decoder over every running sequence.
+    fn step(&mut self) {
+        let now = Instant::now();
+        for sequence in self.running.extract_if(.., |sequence| sequence.request.over(now).is_some()) {
+            let reason = sequence.request.over(now).unwrap_or(RequestError::Cancelled);
+            sequence.request.fail(reason);
+        }
+        if self.running.is_empty() {
+            return;
+        }
+        let mut parts = self.predict_step();
+        let _hint = self.preload.hint(parts.iter().filter_map(|part| part.table.as_ref()));
+        let mut costs = Costs::default();
+        let outcome = self.decode(&mut parts, &mut costs);
+        costs.record();
+        match outcome {
+            Ok(output) => self.settle(parts, output, &costs),
+            Err(error) => self.running.drain(..).for_each(|sequence| sequence.request.fail(error.clone())),
+        }
+    }
+
+    /// A hash table for the new tokens of every branch, as parts of the step's batch.
+    fn predict_step(&mut self) -> Vec<Part> {
+        let start = Instant::now();
+        let mut progress: Vec<&mut Progress> = Vec::new();
+        let mut tokens: Vec<&[u32]> = Vec::new();
+        for branch in self.running.iter_mut().flat_map(|sequence| &mut sequence.branches) {
+            progress.push(&mut branch.progress);
+            tokens.push(&branch.feed);
+        }
+        let mut tables = self.predict.decode(&mut progress, &tokens).into_iter();
+        let took = start.elapsed();
+        histogram!(names::PHASE_DURATION_SECONDS, names::PHASE => "predict").record(took);
+        self.running.iter_mut().for_each(|sequence| sequence.trace.timings.predict += took);
+        let mut parts = Vec::with_capacity(tables.len());
+        for sequence in &self.running {
+            for branch in &sequence.branches {
+                let table = tables.next().flatten();
+                // A table may begin with earlier tokens, whose prediction had failed.
+                let first = table.as_ref().map_or(0, |table| table.shape().tokens - branch.feed.len());
+                parts.push(self.part(&sequence.request, table, first));
+            }
+        }
+        parts
+    }
+
+    /// One pass of the decoder over what every branch was fed, and the logits of those that generate.
+    fn decode(&mut self, parts: &mut [Part], costs: &mut Costs) -> Result<StepOutput, RequestError> {
+        let (forward, running) = (&mut self.forward, &mut self.running);
+        guarded(|| {
+            let mut ids = Vec::new();
+            let mut lengths = Vec::new();
+            let mut states = Vec::new();
+            let mut last_rows = Vec::new();
+            for sequence in running.iter_mut() {
+                for branch in &mut sequence.branches {
+                    ids.extend_from_slice(&branch.feed);
+                    lengths.push(branch.feed.len());
+                    states.push(&mut branch.state);
+                }
+                if let Decoding::Generate(_) = sequence.decoding {
+                    last_rows.push(ids.len() - 1);
+                }
+            }
+            histogram!(names::BATCH_TOKENS).record(ids.len() as f64);
+            let spans = Spans::new(lengths);
+            let h = forward.decode(&ids, &spans, &mut states, parts, costs)?;
+            let start = Instant::now();
+            let logits = match score::rows_of(&h, &last_rows)? {
+                Some(h) => {
+                    let logits = forward.backbone().logits(&h)?;
+                    tensor_rows::rows(&logits, <[f32]>::to_vec).map_err(ModelError::from)?
+                }
+                None => Vec::new(),
+            };
+            costs.backbone += start.elapsed();
+            Ok(StepOutput { h, spans, logits })
+        })
+    }
+
+    /// Gives every sequence its share of a step: the next token, its scores, or the reason of its failure.
+    fn settle(&mut self, mut parts: Vec<Part>, output: StepOutput, costs: &Costs) {
+        let start = Instant::now();
+        let StepOutput { h, spans, logits } = output;
+        let config = self.forward.config();
+        let mut logits = logits.chunks_exact(config.vocab_size);
+        let mut branches_before = 0;
+        let mut going = Vec::with_capacity(self.running.len());
+        for mut sequence in std::mem::take(&mut self.running) {
+            let branches = branches_before..branches_before + sequence.branches.len();
+            branches_before = branches.end;
+            sequence::absorb_costs(&mut sequence.trace, costs);
+            let mut failure = None;
+            for part in &mut parts[branches.clone()] {
+                sequence::absorb(&mut sequence.trace, part);
+                failure = failure.or(part.failure.take());
+            }
+            let outcome = match (&sequence.decoding, failure) {
+                (Decoding::Generate(_), failure) => match (logits.next(), failure) {
+                    (Some(logits), None) => guarded(|| sequence.advance(logits, config, &self.tokenizer)),
+                    (_, failure) => Err(failure.unwrap_or(RequestError::NotANumber)),
+                },
+                (Decoding::Score, None) => {
+                    let rows = branches.map(|branch| spans.range(branch));
+                    guarded(|| sequence.answer_score(self.forward.backbone(), &h, rows))
+                }
+                (Decoding::Score, Some(failure)) => Err(failure),
+            };
+            match outcome {
+                Ok(Next::Goes) => going.push(sequence),
+                Ok(Next::Ended) => {}
+                Err(error) => sequence.request.fail(error),
+            }
+        }
+        self.running = going;
+        histogram!(names::PHASE_DURATION_SECONDS, names::PHASE => "output").record(start.elapsed());
+    }
+
+    fn part(&self, request: &Request, table: Option<HashTable>, first_token: usize) -> Part {
+        let config = self.forward.config();
+        let experts = ExpertSets::new(config.moe_layer_count(), config.num_experts);
+        Part::new(request.mode, table, first_token, config.router.top_k(), experts)
+    }
+
+    fn trace(&self, request: &Request) -> Trace {
+        let config = self.forward.config();
+        Trace::new(request.mode, config.moe_layer_count(), config.num_experts)
+    }
+}
+
+/// What a step made.
+struct StepOutput {
+    /// (tokens, d_model), and whose rows they are: one span per branch.
+    h: Tensor,
+    spans: Spans,
+    /// (sequences that generate, vocab_size)
+    logits: Vec<f32>,
+}
+
+/// A part of a step; a panic in it is logged here and becomes an error.
+fn guarded<T>(work: impl FnOnce() -> Result<T, RequestError>) -> Result<T, RequestError> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
+        let message = panic.downcast_ref::<String>().map(String::as_str);
+        let message = message.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
+        tracing::error!(message, "a step panicked; its requests are answered with an error");
+        Err(RequestError::Panicked)
+    })
+}
+
+/// Answers a request for encoder states with rows `rows` of `states`.
+fn answer_encoding(
+    request: Request,
+    mut trace: Trace,
+    pooling: Pooling,
+    states: &Tensor,
+    rows: std::ops::Range<usize>,
+) {
+    trace.timings.total = request.accepted.elapsed();
+    let prompt_tokens = request.tokens.len();
+    let encoding = guarded(|| {
+        let d_model = states.dim(1).map_err(ModelError::from)?;
+        let own = |all: &[f32]| all[rows.start * d_model..rows.end * d_model].to_vec();
+        let own = tensor_rows::rows(states, own).map_err(ModelError::from)?;
+        let states = match pooling {
+            Pooling::None => own,
+            Pooling::Mean => mean(&own, d_model),
+        };
+        Ok(Encoding { rows: states.len() / d_model, states, d_model, prompt_tokens, trace })
+    });
+    let encoding = encoding.and_then(|encoding| {
+        if encoding.states.iter().all(|value| value.is_finite()) { Ok(encoding) } else { Err(RequestError::NotANumber) }
+    });
+    if let Work::Encode { reply, .. } = request.work {
+        // The caller may have gone, which is no error.
+        drop(reply.send(encoding));
+    }
+}
+
+/// The mean of (n, d_model) rows.
+fn mean(rows: &[f32], d_model: usize) -> Vec<f32> {
+    let count = (rows.len() / d_model) as f32;
+    let mut sum = vec![0.0; d_model];
+    for row in rows.chunks_exact(d_model) {
+        sum.iter_mut().zip(row).for_each(|(sum, value)| *sum += value);
+    }
+    sum.iter().map(|sum| sum / count).collect()
+}

@@ -1,0 +1,207 @@
+//! The model, layer by layer: everything dense here, every MoE layer through `dispatch`. The encoder runs over
+//! whole prompts, the decoder over the new tokens of each sequence. Called by the engine, on its thread.
+
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, Instant},
+};
+
+use metrics::Counter;
+use sida_model::{
+    Backbone, DecoderState, FeedForward, ModelConfig, ModelError, MoeGate, Spans, Stack, Tensor, router, tensor_rows,
+};
+use sida_routing::{Grouping, Routes};
+use sida_telemetry::{counter, histogram, names};
+
+use crate::{
+    dispatch::Dispatch,
+    routing_mode::{self, Part},
+    statistics::Statistics,
+    trace::HashCounts,
+};
+
+/// One pass through the model after another.
+pub(crate) struct Forward {
+    backbone: Arc<Backbone>,
+    dispatch: Dispatch,
+    enforce_capacity: bool,
+    statistics: Arc<Statistics>,
+    /// For each MoE layer: predictions that were the first choice, another one, a miss.
+    predictions: Vec<[Counter; 3]>,
+}
+
+/// What a pass cost, for every sequence in it.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Costs {
+    /// Dense layers, routers and the head.
+    pub(crate) backbone: Duration,
+    /// Dispatch, expert compute and combine, without `load`.
+    pub(crate) experts: Duration,
+    /// Waiting for experts to be loaded.
+    pub(crate) load: Duration,
+    /// Experts that had to be loaded first.
+    pub(crate) demand_loads: u64,
+    /// Calls that went to another node.
+    pub(crate) failovers: u64,
+}
+
+impl Forward {
+    /// `enforce_capacity` drops tokens beyond the model's `expert_capacity`, per sequence.
+    pub(crate) fn new(
+        backbone: Arc<Backbone>,
+        dispatch: Dispatch,
+        enforce_capacity: bool,
+        statistics: Arc<Statistics>,
+    ) -> Self {
+        let outcomes = |layer: usize| {
+            ["top1", "hit", "miss"].map(|outcome| {
+                counter!(names::HASH_PREDICTIONS_TOTAL, names::LAYER => layer.to_string(), names::OUTCOME => outcome)
+            })
+        };
+        let predictions = (0..backbone.config().moe_layer_count()).map(outcomes).collect();
+        Self { backbone, dispatch, enforce_capacity, statistics, predictions }
+    }
+
+    /// What the model is.
+    pub(crate) fn config(&self) -> &ModelConfig {
+        self.backbone.config()
+    }
+
+    /// The dense part of the model.
+    pub(crate) fn backbone(&self) -> &Backbone {
+        &self.backbone
+    }
+
+    /// Encoder states (tokens, d_model) of the prompts that `spans` cuts `ids` into.
+    pub(crate) fn encode(
+        &mut self,
+        ids: &[u32],
+        spans: &Spans,
+        parts: &mut [Part],
+        costs: &mut Costs,
+    ) -> Result<Tensor, ModelError> {
+        let start = Instant::now();
+        let backbone = self.backbone.clone();
+        let mut h = backbone.embed(Stack::Encoder, ids)?; // (tokens, d_model)
+        for layer in backbone.encoder().layers() {
+            h = layer.attend(&h, spans)?;
+            h = self.feed_forward(layer.feed_forward(), h, spans, parts, costs)?;
+        }
+        let states = backbone.encoder().finish(&h)?;
+        costs.finish_pass(start);
+        Ok(states)
+    }
+
+    /// Decoder states (tokens, d_model) of the new tokens of each sequence, whose caches are `states`.
+    pub(crate) fn decode(
+        &mut self,
+        ids: &[u32],
+        spans: &Spans,
+        states: &mut [&mut DecoderState],
+        parts: &mut [Part],
+        costs: &mut Costs,
+    ) -> Result<Tensor, ModelError> {
+        let start = Instant::now();
+        let backbone = self.backbone.clone();
+        let mut h = backbone.embed(Stack::Decoder, ids)?; // (tokens, d_model)
+        for layer in backbone.decoder().layers() {
+            h = layer.attend(&h, states, spans)?;
+            h = self.feed_forward(layer.feed_forward(), h, spans, parts, costs)?;
+        }
+        for (state, range) in states.iter_mut().zip(spans.ranges()) {
+            state.advance(range.len());
+        }
+        let states = backbone.decoder().finish(&h)?;
+        costs.finish_pass(start);
+        Ok(states)
+    }
+
+    fn feed_forward(
+        &mut self,
+        block: &FeedForward,
+        h: Tensor,
+        spans: &Spans,
+        parts: &mut [Part],
+        costs: &mut Costs,
+    ) -> Result<Tensor, ModelError> {
+        match block {
+            FeedForward::Dense(dense) => dense.forward(&h),
+            FeedForward::Moe(gate) => self.moe(gate, h, spans, parts, costs),
+        }
+    }
+
+    /// `h + sum over its experts of weight * expert(norm(h))`, row by row.
+    fn moe(
+        &mut self,
+        gate: &MoeGate,
+        h: Tensor,
+        spans: &Spans,
+        parts: &mut [Part],
+        costs: &mut Costs,
+    ) -> Result<Tensor, ModelError> {
+        let (kind, num_experts, d_model) = {
+            let config = self.config();
+            (config.router, config.num_experts, config.d_model)
+        };
+        let before: Vec<HashCounts> = parts.iter().map(|part| part.hash).collect();
+        let x = gate.normed(&h)?; // (tokens, d_model)
+        let mut routes = routing_mode::routes(gate, &kind, num_experts, &x, spans, parts)?;
+        if self.enforce_capacity {
+            router::enforce_capacity(&mut routes, spans, self.config().expert_capacity);
+        }
+        self.note(gate, &routes, spans, parts, &before);
+
+        let start = Instant::now();
+        let grouping = Grouping::new(&routes);
+        let mut out = vec![0.0; spans.rows() * d_model];
+        let dispatched = tensor_rows::rows(&x, |x| self.dispatch.moe(gate.id(), &grouping, x, &mut out))?;
+        for (rows, error) in &dispatched.failed {
+            for &token in &grouping.tokens[rows.clone()] {
+                let part = spans.ranges().position(|range| range.contains(&(token as usize)));
+                if let Some(part) = part {
+                    parts[part].failure.get_or_insert_with(|| error.clone());
+                }
+            }
+        }
+        costs.experts += start.elapsed().saturating_sub(dispatched.load);
+        costs.load += dispatched.load;
+        costs.demand_loads += dispatched.demand_loads;
+        costs.failovers += dispatched.failovers;
+        self.statistics.failovers.fetch_add(dispatched.failovers, Ordering::Relaxed);
+        Ok((h + tensor_rows::from_rows(out, d_model)?)?)
+    }
+
+    /// Notes which experts each part uses, and how its table fared since `before`.
+    fn note(&self, gate: &MoeGate, routes: &Routes, spans: &Spans, parts: &mut [Part], before: &[HashCounts]) {
+        let mut sum = HashCounts::default();
+        for ((part, range), before) in parts.iter_mut().zip(spans.ranges()).zip(before) {
+            let rows = range.start * routes.top_k..range.end * routes.top_k;
+            for &expert in routes.experts[rows].iter().flatten() {
+                part.experts.insert(gate.id(), expert);
+            }
+            sum.hits += part.hash.hits - before.hits;
+            sum.top1_hits += part.hash.top1_hits - before.top1_hits;
+            sum.misses += part.hash.misses - before.misses;
+        }
+        let counters = &self.predictions[usize::from(gate.id().0)];
+        for (counter, count) in counters.iter().zip([sum.top1_hits, sum.hits - sum.top1_hits, sum.misses]) {
+            counter.increment(count);
+        }
+        self.statistics.hash_hits.fetch_add(sum.hits, Ordering::Relaxed);
+        self.statistics.hash_misses.fetch_add(sum.misses, Ordering::Relaxed);
+    }
+}
+
+impl Costs {
+    /// What the pass took beyond the experts was the backbone's.
+    fn finish_pass(&mut self, start: Instant) {
+        self.backbone += start.elapsed().saturating_sub(self.experts + self.load);
+    }
+
+    /// Adds a step's costs to the metrics.
+    pub(crate) fn record(&self) {
+        for (phase, took) in [("backbone", self.backbone), ("experts", self.experts), ("load", self.load)] {
+            histogram!(names::PHASE_DURATION_SECONDS, names::PHASE => phase).record(took);
+        }
+    }
+}

@@ -1,0 +1,86 @@
+//! From queued requests to prepared ones: takes what fits a batch, fills the hash tables, gives the hints.
+//! Runs on its own thread, so that the next batch is predicted while the engine computes this one; how far it
+//! goes ahead is bounded by one batch.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use sida_routing::{
+    HashTable,
+    admission::{Cost, Limits},
+};
+use sida_telemetry::{gauge, histogram, names};
+
+use crate::{
+    predict::Predict,
+    preload::{Hint, Preload},
+    queue::{Queue, Wait},
+    request::{Request, RequestError},
+};
+
+/// A request that can join the running batch at any step.
+pub(crate) struct Prepared {
+    pub(crate) request: Request,
+    /// The encoder's; `None` runs unpredicted.
+    pub(crate) table: Option<HashTable>,
+    /// Taken back when the last request of its batch has been encoded.
+    pub(crate) hint: Arc<Hint>,
+    /// What the prediction took, for its whole batch.
+    pub(crate) predict: Duration,
+}
+
+/// What the thread works with.
+pub(crate) struct Prepare {
+    pub(crate) limits: Limits,
+    pub(crate) predict: Arc<Predict>,
+    pub(crate) preload: Arc<Preload>,
+    pub(crate) requests: Arc<Queue<Request>>,
+    pub(crate) prepared: Arc<Queue<Prepared>>,
+}
+
+impl Prepare {
+    /// Runs until the queue of requests is closed and empty; then closes that of prepared ones.
+    pub(crate) fn run(self) {
+        let limits = self.limits;
+        let choose = |waiting: &std::collections::VecDeque<Request>| {
+            limits.joining(Cost::default(), waiting.iter().map(Request::cost))
+        };
+        while let Some(batch) = self.requests.take(Wait::Block, choose) {
+            gauge!(names::REQUESTS_QUEUED).set(self.requests.len() as f64);
+            for prepared in self.prepare(batch) {
+                self.hand_over(prepared);
+            }
+        }
+        self.prepared.close();
+    }
+
+    fn prepare(&self, batch: Vec<Request>) -> Vec<Prepared> {
+        let start = Instant::now();
+        let (over, batch): (Vec<_>, Vec<_>) = batch.into_iter().partition(|request| request.over(start).is_some());
+        for request in over {
+            let reason = request.over(start).unwrap_or(RequestError::Cancelled);
+            request.fail(reason);
+        }
+        let sequences: Vec<&[u32]> = batch.iter().map(|request| request.tokens.as_slice()).collect();
+        let tables = self.predict.encode(&sequences);
+        let predict = start.elapsed();
+        histogram!(names::PHASE_DURATION_SECONDS, names::PHASE => "predict").record(predict);
+        let hint = Arc::new(self.preload.hint(tables.iter().flatten()));
+        let together = |(request, table)| Prepared { request, table, hint: hint.clone(), predict };
+        batch.into_iter().zip(tables).map(together).collect()
+    }
+
+    /// Waits while a whole batch is ready already.
+    fn hand_over(&self, prepared: Prepared) {
+        let limits = self.limits;
+        let fits = |waiting: &std::collections::VecDeque<Prepared>, next: &Prepared| {
+            let costs = waiting.iter().chain([next]).map(|prepared| prepared.request.cost());
+            limits.joining(Cost::default(), costs) == waiting.len() + 1
+        };
+        if let Err(prepared) = self.prepared.push(prepared, fits) {
+            prepared.request.fail(RequestError::ShuttingDown);
+        }
+    }
+}

@@ -1,0 +1,157 @@
+//! A first-in first-out queue between threads that both sides bound: the requests that wait to be prepared,
+//! and the prepared ones that wait for the engine. How many leave at once is the taker's decision
+//! (`routing::admission`), so the queue only keeps order, wakes, and closes.
+
+use std::collections::VecDeque;
+
+use parking_lot::{Condvar, Mutex};
+
+/// The queue. Shared by reference; every method may be called from any thread.
+pub(crate) struct Queue<T> {
+    state: Mutex<State<T>>,
+    /// Something arrived, or the queue was closed.
+    arrived: Condvar,
+    /// Something was taken, or the queue was closed.
+    taken: Condvar,
+}
+
+struct State<T> {
+    waiting: VecDeque<T>,
+    closed: bool,
+}
+
+/// An item that did not get in, given back.
+pub(crate) enum Refused<T> {
+    /// The queue holds as many as it may.
+    Full(T),
+    /// The queue was closed.
+    Closed(T),
+}
+
+/// Whether [`Queue::take`] waits for an item.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Wait {
+    /// Until there is one, or the queue is closed.
+    Block,
+    /// Not at all.
+    Poll,
+}
+
+impl<T> Queue<T> {
+    /// An empty queue.
+    pub(crate) fn new() -> Self {
+        let state = Mutex::new(State { waiting: VecDeque::new(), closed: false });
+        Self { state, arrived: Condvar::new(), taken: Condvar::new() }
+    }
+
+    /// Appends an item at once if `may_wait` allows one more behind those that wait.
+    pub(crate) fn try_push(&self, item: T, may_wait: impl FnOnce(usize) -> bool) -> Result<(), Refused<T>> {
+        let mut state = self.state.lock();
+        if state.closed {
+            return Err(Refused::Closed(item));
+        }
+        if !may_wait(state.waiting.len()) {
+            return Err(Refused::Full(item));
+        }
+        state.waiting.push_back(item);
+        drop(state);
+        self.arrived.notify_one();
+        Ok(())
+    }
+
+    /// Appends an item, waiting until `fits` says that there is room. Gives it back if the queue is closed.
+    pub(crate) fn push(&self, item: T, fits: impl Fn(&VecDeque<T>, &T) -> bool) -> Result<(), T> {
+        let mut state = self.state.lock();
+        while !state.closed && !fits(&state.waiting, &item) {
+            self.taken.wait(&mut state);
+        }
+        if state.closed {
+            return Err(item);
+        }
+        state.waiting.push_back(item);
+        drop(state);
+        self.arrived.notify_one();
+        Ok(())
+    }
+
+    /// Takes the first `choose(waiting)` items. `None`: the queue is closed and empty.
+    pub(crate) fn take(&self, wait: Wait, choose: impl FnOnce(&VecDeque<T>) -> usize) -> Option<Vec<T>> {
+        let mut state = self.state.lock();
+        while wait == Wait::Block && state.waiting.is_empty() && !state.closed {
+            self.arrived.wait(&mut state);
+        }
+        if state.closed && state.waiting.is_empty() {
+            return None;
+        }
+        let count = choose(&state.waiting).min(state.waiting.len());
+        let items = state.waiting.drain(..count).collect();
+        drop(state);
+        self.taken.notify_one();
+        Some(items)
+    }
+
+    /// How many wait.
+    pub(crate) fn len(&self) -> usize {
+        self.state.lock().waiting.len()
+    }
+
+    /// Lets nobody in any more; what waits can still be taken.
+    pub(crate) fn close(&self) {
+        self.state.lock().closed = true;
+        self.arrived.notify_all();
+        self.taken.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::Arc, thread};
+
+    use super::*;
+
+    #[test]
+    fn full_refuses_at_once() {
+        // Would break: overload makes callers wait instead of being told to come back.
+        let queue = Queue::new();
+        assert!(queue.try_push(1, |n| n < 1).is_ok());
+        assert!(matches!(queue.try_push(2, |n| n < 1), Err(Refused::Full(2))));
+    }
+
+    #[test]
+    fn push_waits_for_room_and_keeps_order() {
+        // Would break: prepared requests overtake each other, or pile up without bound ahead of the engine.
+        let queue = Arc::new(Queue::new());
+        let pusher = thread::spawn({
+            let queue = queue.clone();
+            move || (0..100).for_each(|i| queue.push(i, |waiting, _| waiting.len() < 3).expect("open"))
+        });
+        let mut seen = Vec::new();
+        while seen.len() < 100 {
+            let taken = queue.take(Wait::Block, |waiting| waiting.len()).expect("open");
+            assert!(taken.len() <= 3);
+            seen.extend(taken);
+        }
+        pusher.join().expect("pusher");
+        assert_eq!(seen, (0..100).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn close_wakes_and_drains() {
+        // Would break: shutdown leaves a thread waiting for ever, or drops requests that had been accepted.
+        let queue = Arc::new(Queue::new());
+        let taker = thread::spawn({
+            let queue = queue.clone();
+            move || {
+                let mut all = Vec::new();
+                while let Some(items) = queue.take(Wait::Block, |waiting| waiting.len()) {
+                    all.extend(items);
+                }
+                all
+            }
+        });
+        assert!(queue.push(7, |_, _| true).is_ok());
+        queue.close();
+        assert_eq!(taker.join().expect("taker"), [7]);
+        assert!(matches!(queue.try_push(8, |_| true), Err(Refused::Closed(8))));
+    }
+}

@@ -1,0 +1,181 @@
+//! From the logits of the last position to the next token: greedy, or drawn after temperature, top-k and
+//! top-p. Called by the engine once per running sequence and step.
+
+use rand::Rng as _;
+
+/// How the next token is chosen. Checked at the front door.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sampling {
+    /// 0: the most likely token, always. Otherwise divides the logits; finite and positive.
+    pub temperature: f32,
+    /// Draw among so many most likely tokens; 0: among all.
+    pub top_k: usize,
+    /// Draw among the most likely tokens that together reach this probability; 0 or 1: among all.
+    pub top_p: f32,
+    /// Makes the draws repeat; drawn itself when missing.
+    pub seed: Option<u64>,
+}
+
+impl Default for Sampling {
+    /// Greedy.
+    fn default() -> Self {
+        Self { temperature: 0.0, top_k: 0, top_p: 0.0, seed: None }
+    }
+}
+
+/// One sequence's sampler: its settings and the state of its draws.
+/// Invariant: a draw depends on the seed, the draws before it and the logits only, never on the batch.
+pub(crate) struct Sampler {
+    sampling: Sampling,
+    draws: SplitMix64,
+}
+
+impl Sampler {
+    pub(crate) fn new(sampling: Sampling) -> Self {
+        let draws = SplitMix64(sampling.seed.unwrap_or_else(|| rand::rng().random()));
+        Self { sampling, draws }
+    }
+
+    /// The next token, never `banned`. `None` when no logit is a number, or all that are belong to `banned`:
+    /// the model's output cannot be used.
+    pub(crate) fn next(&mut self, logits: &[f32], banned: Option<u32>) -> Option<u32> {
+        let allowed = |token: usize| banned != Some(token as u32);
+        if self.sampling.temperature <= 0.0 {
+            return greedy(logits, allowed);
+        }
+        let mut candidates: Vec<(u32, f32)> = logits
+            .iter()
+            .enumerate()
+            .filter(|&(token, logit)| allowed(token) && logit.is_finite())
+            .map(|(token, &logit)| (token as u32, logit / self.sampling.temperature))
+            .collect();
+        let by_logit = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+        let top_k = self.sampling.top_k;
+        if top_k > 0 && top_k < candidates.len() {
+            candidates.select_nth_unstable_by(top_k, by_logit);
+            candidates.truncate(top_k);
+        }
+        // Sorted even without top-p, so that a seed's draw does not depend on how the selection left the order.
+        candidates.sort_unstable_by(by_logit);
+        let max = candidates.first()?.1;
+        for (_, logit) in &mut candidates {
+            *logit = (*logit - max).exp();
+        }
+        let mut total: f32 = candidates.iter().map(|c| c.1).sum();
+        if self.sampling.top_p > 0.0 && self.sampling.top_p < 1.0 {
+            candidates.truncate(nucleus(&candidates, self.sampling.top_p * total));
+            total = candidates.iter().map(|c| c.1).sum();
+        }
+        let mut rest = self.draws.unit() * total;
+        for &(token, weight) in &candidates {
+            rest -= weight;
+            if rest < 0.0 {
+                return Some(token);
+            }
+        }
+        candidates.last().map(|c| c.0)
+    }
+}
+
+/// The first token with the largest logit (as torch's argmax on ties).
+fn greedy(logits: &[f32], allowed: impl Fn(usize) -> bool) -> Option<u32> {
+    let mut best: Option<(u32, f32)> = None;
+    for (token, &logit) in logits.iter().enumerate() {
+        if !logit.is_nan() && best.is_none_or(|(_, most)| logit > most) && allowed(token) {
+            best = Some((token as u32, logit));
+        }
+    }
+    best.map(|(token, _)| token)
+}
+
+/// How many of `candidates` (most likely first) it takes to reach `mass`; at least one.
+fn nucleus(candidates: &[(u32, f32)], mass: f32) -> usize {
+    let mut reached = 0.0;
+    for (count, &(_, weight)) in candidates.iter().enumerate() {
+        reached += weight;
+        if reached >= mass {
+            return count + 1;
+        }
+    }
+    candidates.len()
+}
+
+/// SplitMix64 (Steele, Lea, Flood 2014): the draws of a seed stay the same whatever version of whatever crate
+/// is linked, which a library's default generator does not promise.
+struct SplitMix64(u64);
+
+impl SplitMix64 {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// Uniform in [0, 1), from the 24 bits a f32 can hold.
+    fn unit(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / (1 << 24) as f32
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sampler(temperature: f32, top_k: usize, top_p: f32) -> Sampler {
+        Sampler::new(Sampling { temperature, top_k, top_p, seed: Some(7) })
+    }
+
+    #[test]
+    fn greedy_takes_the_first_maximum() {
+        // Would break: greedy decoding differs from the reference where two logits tie.
+        let mut greedy = Sampler::new(Sampling::default());
+        assert_eq!(greedy.next(&[0.0, 3.0, 3.0, f32::NAN], None), Some(1));
+        assert_eq!(greedy.next(&[0.0, 3.0, 3.0, 1.0], Some(1)), Some(2));
+    }
+
+    #[test]
+    fn unusable_logits_are_no_token() {
+        // Would break: a NaN from the model becomes token 0 of an answer.
+        assert_eq!(Sampler::new(Sampling::default()).next(&[f32::NAN; 4], None), None);
+        assert_eq!(sampler(1.0, 0, 0.0).next(&[f32::NAN; 4], None), None);
+        assert_eq!(Sampler::new(Sampling::default()).next(&[1.0], Some(0)), None);
+    }
+
+    #[test]
+    fn draws_follow_the_distribution() {
+        // Would break: temperature sampling is biased.
+        let logits = [0.5f32.ln(), 0.3f32.ln(), 0.2f32.ln()];
+        let mut sampler = sampler(1.0, 0, 0.0);
+        let mut counts = [0u32; 3];
+        for _ in 0..20_000 {
+            counts[sampler.next(&logits, None).expect("finite") as usize] += 1;
+        }
+        for (count, expected) in counts.iter().zip([10_000.0, 6_000.0, 4_000.0]) {
+            assert!((f64::from(*count) - expected).abs() < 300.0, "{counts:?}");
+        }
+    }
+
+    #[test]
+    fn top_k_and_top_p_cut_the_tail() {
+        // Would break: tokens outside the asked-for top k or nucleus are drawn.
+        let logits = [0.1f32.ln(), 0.6f32.ln(), 0.25f32.ln(), 0.05f32.ln()];
+        let (mut top_k, mut top_p) = (sampler(1.0, 2, 0.0), sampler(1.0, 0, 0.6));
+        for _ in 0..500 {
+            assert!([1, 2].contains(&top_k.next(&logits, None).expect("finite")));
+            assert_eq!(top_p.next(&logits, None), Some(1));
+        }
+    }
+
+    #[test]
+    fn seed_repeats() {
+        // Would break: two runs with the same seed give different answers.
+        let logits: Vec<f32> = (0..50).map(|i| (i as f32 * 0.37).sin()).collect();
+        let draw = || {
+            let mut sampler = sampler(0.8, 20, 0.9);
+            (0..50).map(|_| sampler.next(&logits, None).expect("finite")).collect::<Vec<_>>()
+        };
+        assert_eq!(draw(), draw());
+    }
+}

@@ -1,0 +1,139 @@
+//! An expert-node in this process at its plainest: every call loads its experts from the store and computes
+//! them, and a test can make it fail. Stands behind the seam where a real expert-node would.
+
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use parking_lot::Mutex;
+use sida_cluster::{
+    Address, Cluster, Member, Role,
+    experts::{CallError, CallReport, ExpertCall, LocalExperts, ResidencyReport},
+};
+use sida_coordinator::{Coordinator, CoordinatorConfig, PredictorSource};
+use sida_model::{Checkpoint, ExpertScratch, ExpertStore};
+use sida_routing::{ExpertKey, Plan, PlanId};
+
+/// What a call to a node does.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Behaviour {
+    /// Computes.
+    Works,
+    /// Refuses every call.
+    ShutsDown,
+    /// Cannot load one expert.
+    Lacks(ExpertKey),
+    /// Panics.
+    Panics,
+    /// Computes after a while.
+    Slow(Duration),
+    /// Answers with what is not a number.
+    Nan,
+}
+
+/// The node.
+pub struct PlainExperts {
+    store: ExpertStore,
+    behaviour: Mutex<Behaviour>,
+    pub rows: AtomicU64,
+    /// Plans given and not yet released.
+    pub plans: Mutex<Vec<Plan>>,
+    pub plans_total: AtomicU64,
+}
+
+impl PlainExperts {
+    pub fn behave(&self, behaviour: Behaviour) {
+        *self.behaviour.lock() = behaviour;
+    }
+}
+
+impl LocalExperts for PlainExperts {
+    fn plan(&self, plan: Plan) {
+        self.plans_total.fetch_add(1, Ordering::Relaxed);
+        self.plans.lock().push(plan);
+    }
+
+    fn release(&self, plan: PlanId) {
+        self.plans.lock().retain(|kept| kept.id != plan);
+    }
+
+    fn compute(&self, call: ExpertCall<'_>, out: &mut [f32]) -> Result<CallReport, CallError> {
+        let behaviour = *self.behaviour.lock();
+        match behaviour {
+            Behaviour::ShutsDown => return Err(CallError::ShuttingDown),
+            Behaviour::Panics => panic!("as the test asked"),
+            Behaviour::Slow(delay) => std::thread::sleep(delay),
+            _ => {}
+        }
+        let shape = *self.store.shape();
+        let (mut slot, mut scratch) = (vec![0; shape.bytes()], ExpertScratch::default());
+        let mut from = 0;
+        for group in call.groups {
+            let key = ExpertKey { layer: call.layer, expert: group.expert };
+            if behaviour == Behaviour::Lacks(key) {
+                return Err(CallError::Load { key, reason: "the test took it away".to_owned() });
+            }
+            let failed = |error: sida_model::ModelError| CallError::Load { key, reason: error.to_string() };
+            self.store.load(key, &mut slot).map_err(failed)?;
+            let rows = from..from + group.rows as usize * shape.d_model;
+            shape.forward(&slot, &call.activations[rows.clone()], &mut out[rows.clone()], &mut scratch);
+            from = rows.end;
+        }
+        if behaviour == Behaviour::Nan {
+            out.fill(f32::NAN);
+        }
+        self.rows.fetch_add(call.groups.iter().map(|group| u64::from(group.rows)).sum(), Ordering::Relaxed);
+        Ok(CallReport { hits: call.groups.len() as u32, ..CallReport::default() })
+    }
+
+    fn residency(&self) -> ResidencyReport {
+        ResidencyReport::default()
+    }
+}
+
+/// Where the small model of this repository lies.
+pub fn model_dir() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../models/switch-tiny-64")
+}
+
+/// A coordinator with plain expert-nodes.
+pub struct PlainCluster {
+    pub coordinator: Coordinator,
+    pub nodes: Vec<Arc<PlainExperts>>,
+}
+
+/// Starts a coordinator over so many nodes; `configure` changes its config first.
+pub async fn start(
+    nodes: usize,
+    predictor: PredictorSource,
+    configure: impl FnOnce(&mut CoordinatorConfig),
+) -> PlainCluster {
+    let checkpoint = Checkpoint::open(&model_dir()).expect("model");
+    let node = |_| {
+        Arc::new(PlainExperts {
+            store: ExpertStore::open(checkpoint.clone()).expect("experts"),
+            behaviour: Mutex::new(Behaviour::Works),
+            rows: AtomicU64::new(0),
+            plans: Mutex::new(Vec::new()),
+            plans_total: AtomicU64::new(0),
+        })
+    };
+    let nodes: Vec<Arc<PlainExperts>> = (0..nodes).map(node).collect();
+    let member = |(at, experts): (usize, &Arc<PlainExperts>)| Member {
+        node: format!("expert-node-{at}").into(),
+        role: Role::ExpertNode,
+        address: Address::Local(experts.clone()),
+        weight: 1.0,
+    };
+    let members = nodes.iter().enumerate().map(member).collect();
+    let config = checkpoint.config();
+    let cluster = Cluster::fixed(members, config.moe_layer_count(), config.num_experts, 2).expect("cluster");
+    let mut config = CoordinatorConfig::new("coordinator".into(), checkpoint, predictor);
+    configure(&mut config);
+    PlainCluster { coordinator: Coordinator::start(config, cluster).await.expect("coordinator"), nodes }
+}
