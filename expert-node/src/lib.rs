@@ -1,1 +1,107 @@
-//! Skeleton.
+//! An expert-node: keeps the experts that are wanted next in a fixed amount of memory, and computes rows with
+//! them for coordinators. It is stateless between requests: it can serve any expert of its model from its store,
+//! at the price of a load.
+//!
+//! Invariant: knows no other kind of node; what it decides about memory comes from
+//! [`sida_routing::residency`], what it computes from [`sida_model::expert`].
+//!
+//! In reading order: [`config`], [`source`] (where experts come from), `slots` (where they go), `cache` (who may
+//! touch which slot), `loader` (ahead of use), `compute` (one call), [`engine`] (all of that), `call_queue`,
+//! `lane` and `service` (the network), `measures`, [`error`].
+
+mod cache;
+mod call_queue;
+mod compute;
+pub mod config;
+pub mod engine;
+pub mod error;
+mod lane;
+mod loader;
+mod measures;
+mod service;
+mod slots;
+pub mod source;
+
+use std::sync::Arc;
+
+use sida_cluster::cluster::Cluster;
+use sida_proto::v1::experts_server::ExpertsServer;
+use sida_rpc::{MESSAGE_BYTES_MAX, Server};
+use tokio::{
+    net::TcpListener,
+    sync::{Semaphore, oneshot},
+    task,
+};
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+
+pub use config::{ExpertMemory, ExpertMemoryError, ExpertNodeConfig, ExpertNodeLimits};
+pub use engine::Engine;
+pub use error::ExpertNodeError;
+pub use service::MODEL_DIGEST_METADATA;
+
+use crate::{call_queue::Job, lane::Lanes, service::ExpertsService};
+
+/// The service that health speaks of.
+const SERVICE: &str = "sida.v1.Experts";
+
+/// Opens the model and serves its experts on `listener` until `shutdown`; then health says NOT_SERVING, calls in
+/// flight end, and it returns within the drain limit.
+pub async fn run(
+    config: ExpertNodeConfig,
+    listener: TcpListener,
+    cluster: Cluster,
+    shutdown: CancellationToken,
+) -> Result<(), ExpertNodeError> {
+    if !cluster.members().iter().any(|member| member.node == config.node) {
+        tracing::warn!(node = %config.node, "the cluster does not list this node, so nobody will call it");
+    }
+    let opening = config.clone();
+    let engine = task::spawn_blocking(move || Engine::open(&opening))
+        .await
+        .map_err(|error| ExpertNodeError::Thread(error.into()))??;
+    serve(Arc::new(engine), &config, listener, shutdown).await
+}
+
+/// Serves an engine that is open already: the embedded cluster's, whose coordinator also calls it directly.
+pub async fn serve(
+    engine: Arc<Engine>,
+    config: &ExpertNodeConfig,
+    listener: TcpListener,
+    shutdown: CancellationToken,
+) -> Result<(), ExpertNodeError> {
+    let bounds = engine.bounds(&config.limits);
+    let jobs = call_queue::start(&engine, bounds, config.threads.max(1))?;
+    let lanes = Arc::new(Lanes {
+        engine: engine.clone(),
+        bounds,
+        jobs: jobs.clone(),
+        limits: config.limits,
+        calls: Arc::new(Semaphore::new(config.limits.calls_max)),
+        shutdown: shutdown.clone(),
+    });
+    let service = ExpertsServer::new(ExpertsService { lanes })
+        .max_decoding_message_size(MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(MESSAGE_BYTES_MAX);
+    if let Ok(address) = listener.local_addr() {
+        tracing::info!(node = %config.node, %address, model = %engine.model(), "serving experts");
+    }
+    let served = Server::new(config.server.clone())
+        .routes(Routes::new(service))
+        .descriptors(sida_proto::DESCRIPTORS)
+        .check(SERVICE, move || probe(jobs.clone()))
+        .serve(listener, shutdown)
+        .await;
+    // Joins the prefetch thread, which may be in the middle of a load.
+    task::spawn_blocking(move || engine.close()).await.map_err(|error| ExpertNodeError::Thread(error.into()))?;
+    Ok(served?)
+}
+
+/// A real expert call, on the way that calls of lanes take.
+async fn probe(jobs: crossbeam_channel::Sender<Job>) -> Result<(), String> {
+    let (answer, found) = oneshot::channel();
+    // An error of `send` says that the health check gave up waiting.
+    let answer = Box::new(move |result| drop(answer.send(result)));
+    jobs.send(Job::Probe { answer }).map_err(|_| "the compute threads are gone".to_owned())?;
+    found.await.map_err(|_| "the call got no answer".to_owned())?
+}

@@ -137,17 +137,22 @@ impl Residency {
         self.rank_all(&moved);
     }
 
-    /// Opens a call of distinct experts of one layer: its step of the plans is over. Nothing is granted yet.
+    /// A batch is at this layer: its step of the plans is over, and the steps before it. See `plan_queue` for
+    /// which plan that is.
+    pub fn advance(&mut self, layer: LayerId) {
+        let (slots, slot_of) = (&self.slots, &self.slot_of);
+        let mut moved = Vec::new();
+        self.plans.advance(layer, |key| collect_movable(slots, slot_of, key, &mut moved));
+        self.rank_all(&moved);
+    }
+
+    /// Opens a call of distinct experts of one layer. Nothing is granted yet, and no plan advances.
     pub fn call(
         &mut self,
         layer: LayerId,
         experts: impl IntoIterator<Item = ExpertId>,
     ) -> Result<Pending, ResidencyError> {
         let keys = self.indices(experts.into_iter().map(|expert| ExpertKey { layer, expert }))?;
-        let (slots, slot_of) = (&self.slots, &self.slot_of);
-        let mut moved = Vec::new();
-        self.plans.advance(layer, |key| collect_movable(slots, slot_of, key, &mut moved));
-        self.rank_all(&moved);
         Ok(Pending { layer, wanted: keys.into_iter().enumerate().collect(), waits: false })
     }
 

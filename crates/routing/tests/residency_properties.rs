@@ -146,6 +146,7 @@ impl World {
     fn call(&mut self, layer: u16, experts: &BTreeSet<u16>) {
         let layer = LayerId(layer);
         let pending = self.machine.call(layer, experts.iter().map(|&e| ExpertId(e))).expect("a sound call");
+        self.machine.advance(layer);
         let next = self.plans.iter().position(|(_, keys)| keys[0].layer == layer);
         let found = next.or_else(|| self.plans.iter().position(|(_, keys)| keys.iter().any(|k| k.layer == layer)));
         if let Some(at) = found {

@@ -49,6 +49,7 @@ impl Story {
                 let keys: Vec<ExpertKey> = experts.iter().map(|e| key(e)).collect();
                 match self.machine.call(keys[0].layer, keys.iter().map(|k| k.expert)) {
                     Ok(pending) => {
+                        self.machine.advance(keys[0].layer);
                         self.calls.insert(name.to_owned(), Call { pending, granted: Vec::new() });
                         if words[0] == "call" {
                             out = self.acquire(name, usize::MAX);

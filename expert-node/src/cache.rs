@@ -1,0 +1,318 @@
+//! Expert memory in use: the residency machine under one lock, the slab it decides about, and the source that
+//! fills it. Nobody copies or computes under the lock. Called by [`crate::compute`] (calls) and
+//! [`crate::loader`] (prefetch).
+//!
+//! What the machine grants is handed out as values that give themselves back: a [`Pinned`] slot is unpinned,
+//! an [`Unfilled`] one reported as failed, a [`PendingCall`] abandoned when dropped. So an error or a panic in
+//! the middle of a call costs that call and nothing else, and the two unsafe lines below rest on types: only a
+//! `Pinned` reads a slot, only an `Unfilled` writes one, and the machine never grants both.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use parking_lot::{Condvar, Mutex, MutexGuard};
+use sida_model::ModelError;
+use sida_routing::{
+    ExpertId, ExpertKey, LayerId,
+    residency::{
+        Access, Awaited, Grant, LoadKind, Pending, Residency, ResidencyConfig, ResidencyError, SlotId, Ticket,
+    },
+};
+
+use crate::{
+    measures::Measures,
+    slots::{Slab, SlabError},
+    source::ExpertSource,
+};
+
+/// The experts of a node.
+pub(crate) struct ExpertCache {
+    source: Arc<dyn ExpertSource>,
+    slab: Slab,
+    state: Mutex<State>,
+    /// Something was unpinned, loaded or failed.
+    changed: Condvar,
+    /// There is something to prefetch, or the cache closes.
+    prefetch: Condvar,
+    pub(crate) measures: Measures,
+}
+
+struct State {
+    residency: Residency,
+    /// Calls that wait on `changed`.
+    sleepers: usize,
+    /// Whether the loader waits on `prefetch`.
+    loader_sleeps: bool,
+    closed: bool,
+}
+
+impl ExpertCache {
+    /// `slots` empty slots.
+    pub(crate) fn new(
+        source: Arc<dyn ExpertSource>,
+        slots: usize,
+        plans_max: usize,
+        measures: Measures,
+    ) -> Result<Self, SlabError> {
+        let slab = Slab::new(slots, source.shape().bytes())?;
+        let (layers, num_experts) = (source.layers(), source.num_experts());
+        let residency = Residency::new(ResidencyConfig { slots, layers, num_experts, plans_max });
+        let state = State { residency, sleepers: 0, loader_sleeps: false, closed: false };
+        let (changed, prefetch) = (Condvar::new(), Condvar::new());
+        Ok(Self { source, slab, state: Mutex::new(state), changed, prefetch, measures })
+    }
+
+    pub(crate) fn source(&self) -> &dyn ExpertSource {
+        &*self.source
+    }
+
+    /// Looks at the machine, or changes what is planned.
+    pub(crate) fn residency<T>(&self, look: impl FnOnce(&mut Residency) -> T) -> T {
+        let mut state = self.state.lock();
+        let seen = look(&mut state.residency);
+        self.wake_loader(&mut state);
+        seen
+    }
+
+    /// Opens a call of one layer. With `planned` it is a batch's, and the plans advance by it.
+    pub(crate) fn call(
+        &self,
+        layer: LayerId,
+        experts: impl IntoIterator<Item = ExpertId>,
+        planned: bool,
+    ) -> Result<PendingCall<'_>, ResidencyError> {
+        let mut state = self.state.lock();
+        let pending = state.residency.call(layer, experts)?;
+        if planned {
+            state.residency.advance(layer);
+        }
+        Ok(PendingCall { cache: self, pending: Some(pending) })
+    }
+
+    /// Starts the next prefetch; sleeps until there is one, at most for `patience`. `None`: nothing yet.
+    pub(crate) fn next_prefetch(&self, patience: Duration) -> Option<Unfilled<'_>> {
+        let mut state = self.state.lock();
+        if !state.closed
+            && let Some(load) = state.residency.next_prefetch()
+        {
+            self.measures.evicted(load.evicted);
+            let kind = LoadKind::Prefetch;
+            return Some(Unfilled { cache: self, key: load.key, slot: load.slot, kind });
+        }
+        if !state.closed {
+            state.loader_sleeps = true;
+            self.prefetch.wait_for(&mut state, patience);
+            state.loader_sleeps = false;
+        }
+        None
+    }
+
+    /// No prefetch starts any more. Calls that run go on.
+    pub(crate) fn close(&self) {
+        self.state.lock().closed = true;
+        self.prefetch.notify_all();
+    }
+
+    /// Whether [`ExpertCache::close`] was called.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.state.lock().closed
+    }
+
+    /// Applies a change that may free or fill a slot, and wakes who waits for it.
+    fn change(&self, apply: impl FnOnce(&mut Residency)) {
+        let mut state = self.state.lock();
+        apply(&mut state.residency);
+        if state.sleepers > 0 {
+            self.changed.notify_all();
+        }
+        self.wake_loader(&mut state);
+    }
+
+    fn wake_loader(&self, state: &mut MutexGuard<'_, State>) {
+        if state.loader_sleeps && state.residency.wants_prefetch() {
+            state.loader_sleeps = false;
+            self.prefetch.notify_one();
+        }
+    }
+
+    fn sleep(&self, state: &mut MutexGuard<'_, State>) {
+        state.sleepers += 1;
+        self.changed.wait(state);
+        state.sleepers -= 1;
+    }
+
+    fn hand_out(&self, grant: Grant) -> (usize, Granted<'_>) {
+        let Grant { group, key, slot, access } = grant;
+        let granted = match access {
+            Access::Resident => Granted::Ready(Pinned { cache: self, slot }),
+            Access::Load { evicted } => {
+                self.measures.evicted(evicted);
+                Granted::ToLoad(Unfilled { cache: self, key, slot, kind: LoadKind::Demand })
+            }
+            Access::Await(ticket) => Granted::LoadedByOther(Loading { cache: self, grant, ticket }),
+        };
+        (group, granted)
+    }
+}
+
+/// An expert granted to a call.
+pub(crate) enum Granted<'c> {
+    /// Resident.
+    Ready(Pinned<'c>),
+    /// To be loaded by this call.
+    ToLoad(Unfilled<'c>),
+    /// Being loaded by somebody else.
+    LoadedByOther(Loading<'c>),
+}
+
+/// A resident expert that cannot be evicted as long as this lives.
+pub(crate) struct Pinned<'c> {
+    cache: &'c ExpertCache,
+    slot: SlotId,
+}
+
+impl Pinned<'_> {
+    /// Its weights.
+    pub(crate) fn weights(&self) -> &[u8] {
+        // SAFETY: a `Pinned` is made when the machine grants a resident slot with a pin, or when its load is
+        // done; the machine gives a slot to a load only when nothing pins it, and this gives the pin back on drop.
+        unsafe { self.cache.slab.bytes(self.slot) }
+    }
+}
+
+impl Drop for Pinned<'_> {
+    fn drop(&mut self) {
+        self.cache.change(|residency| residency.unpin(self.slot));
+    }
+}
+
+/// A slot that an expert is to be loaded into, by whoever holds this.
+pub(crate) struct Unfilled<'c> {
+    cache: &'c ExpertCache,
+    key: ExpertKey,
+    slot: SlotId,
+    kind: LoadKind,
+}
+
+impl<'c> Unfilled<'c> {
+    /// Which expert.
+    pub(crate) fn key(&self) -> ExpertKey {
+        self.key
+    }
+
+    /// Loads the expert. A demanded one is the caller's to use; a prefetched one waits for its call.
+    pub(crate) fn fill(self) -> Result<Option<Pinned<'c>>, ModelError> {
+        let start = Instant::now();
+        // SAFETY: the machine gave this slot to this load alone, and reports of it come from here and drop only.
+        let bytes = unsafe { self.cache.slab.bytes_mut(self.slot) };
+        self.cache.source.load(self.key, bytes)?;
+        self.cache.measures.loaded(self.kind, start.elapsed());
+        let (cache, slot, kind) = (self.cache, self.slot, self.kind);
+        std::mem::forget(self); // It did not fail.
+        cache.change(|residency| residency.loaded(slot));
+        // A `Pinned` must not be made for a prefetch, not even to be dropped: nobody pinned it.
+        Ok((kind == LoadKind::Demand).then(|| Pinned { cache, slot }))
+    }
+}
+
+impl Drop for Unfilled<'_> {
+    fn drop(&mut self) {
+        self.cache.change(|residency| residency.load_failed(self.slot));
+    }
+}
+
+/// An expert that somebody else is loading, pinned for this call once it is there.
+pub(crate) struct Loading<'c> {
+    cache: &'c ExpertCache,
+    grant: Grant,
+    ticket: Ticket,
+}
+
+impl<'c> Loading<'c> {
+    /// Waits for that load only. If it failed, the expert goes back to `call`, which will load it itself.
+    pub(crate) fn wait(self, call: &mut PendingCall<'_>) -> Option<Pinned<'c>> {
+        let mut state = self.cache.state.lock();
+        loop {
+            match state.residency.awaited(self.ticket) {
+                Awaited::Loading => self.cache.sleep(&mut state),
+                Awaited::Loaded => {
+                    let (cache, slot) = (self.cache, self.grant.slot);
+                    drop(state);
+                    std::mem::forget(self); // Its pin goes on.
+                    return Some(Pinned { cache, slot });
+                }
+                Awaited::Failed => {
+                    let pending = call.pending.as_mut().expect("present until it is dropped");
+                    state.residency.again(pending, &self.grant);
+                    drop(state);
+                    return None;
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Loading<'_> {
+    fn drop(&mut self) {
+        self.cache.change(|residency| {
+            if residency.awaited(self.ticket) != Awaited::Failed {
+                residency.unpin(self.grant.slot);
+            }
+        });
+    }
+}
+
+/// What a call has not been given yet.
+pub(crate) struct PendingCall<'c> {
+    cache: &'c ExpertCache,
+    /// `None` only while it is dropped.
+    pending: Option<Pending>,
+}
+
+impl<'c> PendingCall<'c> {
+    /// Whether everything was given.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.pending.as_ref().is_none_or(Pending::is_empty)
+    }
+
+    /// What can be had now, with at most `loads_max` loads: the position of each expert in the call, and
+    /// the expert.
+    pub(crate) fn acquire(&mut self, loads_max: usize, granted: &mut Vec<(usize, Granted<'c>)>) {
+        let cache = self.cache;
+        let grants = self.round(&mut cache.state.lock(), loads_max);
+        granted.extend(grants.into_iter().map(|grant| self.cache.hand_out(grant)));
+    }
+
+    /// As [`PendingCall::acquire`], but sleeps until there is something. The call must hold nothing, or calls
+    /// could wait for each other.
+    pub(crate) fn acquire_waiting(&mut self, loads_max: usize, granted: &mut Vec<(usize, Granted<'c>)>) {
+        let cache = self.cache;
+        let mut state = cache.state.lock();
+        let mut grants = self.round(&mut state, loads_max);
+        while grants.is_empty() && !self.is_empty() {
+            cache.sleep(&mut state);
+            grants = self.round(&mut state, loads_max);
+        }
+        drop(state);
+        granted.extend(grants.into_iter().map(|grant| cache.hand_out(grant)));
+    }
+
+    fn round(&mut self, state: &mut MutexGuard<'_, State>, loads_max: usize) -> Vec<Grant> {
+        let pending = self.pending.as_mut().expect("present until it is dropped");
+        let mut grants = Vec::new();
+        state.residency.acquire(pending, loads_max, &mut grants);
+        grants
+    }
+}
+
+impl Drop for PendingCall<'_> {
+    fn drop(&mut self) {
+        if let Some(pending) = self.pending.take()
+            && !pending.is_empty()
+        {
+            self.cache.change(|residency| residency.abandon(pending));
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! Calls from the network on their way to a thread that computes: tokio's threads carry bytes and must not
+//! compute, so each call crosses once to a thread of its own and its answer goes straight back to its lane.
+//! Filled by [`crate::lane`] and the health check, emptied by threads that [`start`] makes.
+//!
+//! The queue itself has no bound: every call in it holds permits of its lane and of the node (see
+//! [`crate::lane`]), and those are bounded.
+
+use std::{
+    io,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+    thread,
+};
+
+use crossbeam_channel::{Receiver, Sender, unbounded};
+use sida_cluster::experts::{CallError, CallReport, ExpertCall, LocalExperts};
+use sida_proto::{
+    v1,
+    wire::{Bounds, Call},
+};
+use sida_rpc::{Fault, Reason};
+
+use crate::engine::Engine;
+
+/// What a thread does next.
+pub(crate) enum Job {
+    /// A call of a lane, as it came.
+    Call {
+        /// Not checked yet: that copies the payload, which is work for a thread that may work.
+        activations: v1::Activations,
+        /// Takes the answer. Called once.
+        answer: Box<dyn FnOnce(v1::Results) + Send>,
+    },
+    /// Prove that the node works.
+    Probe {
+        /// Takes what was found.
+        answer: Box<dyn FnOnce(Result<(), String>) + Send>,
+    },
+}
+
+/// Starts `threads` threads that take jobs until every sender is gone.
+pub(crate) fn start(engine: &Arc<Engine>, bounds: Bounds, threads: usize) -> io::Result<Sender<Job>> {
+    let (sender, receiver) = unbounded();
+    for number in 0..threads {
+        let (engine, receiver) = (engine.clone(), receiver.clone());
+        let name = format!("expert-call-{number}");
+        thread::Builder::new().name(name).spawn(move || take_jobs(&engine, &bounds, &receiver))?;
+    }
+    Ok(sender)
+}
+
+fn take_jobs(engine: &Engine, bounds: &Bounds, jobs: &Receiver<Job>) {
+    for job in jobs {
+        match job {
+            Job::Call { activations, answer } => answer(results(engine, bounds, activations)),
+            Job::Probe { answer } => {
+                answer(guarded(|| engine.probe().map_err(fault)).map_err(|fault| fault.to_string()))
+            }
+        }
+    }
+}
+
+/// The answer to one call, whatever becomes of it.
+fn results(engine: &Engine, bounds: &Bounds, activations: v1::Activations) -> v1::Results {
+    let call_id = activations.call_id;
+    match guarded(|| computed(engine, bounds, activations)) {
+        Ok((rows, report)) => v1::Results::done(call_id, rows, report_message(report)),
+        Err(fault) => {
+            if fault.reason() == Reason::Internal || fault.reason() == Reason::ExpertLoadFailed {
+                tracing::error!(node = %engine.node(), call_id, %fault, "call failed");
+            }
+            let (code, reason, message) = (fault.reason().code(), fault.reason().name(), fault.message());
+            let error = v1::CallError { code: code.into(), reason: reason.into(), message: message.into() };
+            v1::Results::failed(call_id, error)
+        }
+    }
+}
+
+fn computed(engine: &Engine, bounds: &Bounds, activations: v1::Activations) -> Result<(Vec<f32>, CallReport), Fault> {
+    let call: Call = activations.check(bounds).map_err(|error| Fault::from_error(Reason::MalformedMessage, &error))?;
+    let mut out = vec![0.0; call.activations.len()];
+    let call = ExpertCall { layer: call.layer, groups: &call.groups, activations: &call.activations };
+    let report = engine.compute(call, &mut out).map_err(fault)?;
+    Ok((out, report))
+}
+
+/// Turns a panic, which is a broken invariant of ours, into a failure of this job alone.
+fn guarded<T>(work: impl FnOnce() -> Result<T, Fault>) -> Result<T, Fault> {
+    // What a call holds of the engine gives itself back while it unwinds, so the engine stays sound.
+    catch_unwind(AssertUnwindSafe(work))
+        .unwrap_or_else(|_| Err(Fault::new(Reason::Internal, "the call panicked; see the node's log")))
+}
+
+fn fault(error: CallError) -> Fault {
+    let reason = match error {
+        CallError::Malformed(_) => Reason::MalformedMessage,
+        CallError::Load { .. } => Reason::ExpertLoadFailed,
+        CallError::ShuttingDown => Reason::ShuttingDown,
+    };
+    Fault::from_error(reason, &error)
+}
+
+fn report_message(report: CallReport) -> v1::CallReport {
+    v1::CallReport {
+        hits: report.hits,
+        demand_loads: report.demand_loads,
+        load_us: report.load.as_micros() as u64,
+        compute_us: report.compute.as_micros() as u64,
+    }
+}

@@ -1,0 +1,237 @@
+//! One call: the rows of one MoE layer through their experts. Workers take groups from a queue; for each they
+//! load the expert if it is missing, compute its rows straight into their place in the result, and give the slot
+//! back. The queue asks for missing experts only a few at a time, so that a call of a whole layer passes through
+//! few slots and leaves the others what they hold. Called by [`crate::engine`].
+//!
+//! A call waits (for another's load, for a slot) only on its own thread, never on one of the pool, and for a
+//! slot only while it holds none: so calls cannot wait for each other in a circle.
+
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use rayon::ThreadPool;
+use sida_cluster::experts::{CallError, CallReport, ExpertCall};
+use sida_model::{ExpertScratch, ExpertShape};
+use sida_routing::residency::ResidencyError;
+
+use crate::cache::{ExpertCache, Granted, Loading, PendingCall, Pinned};
+
+/// Loads that a call begins before it computes and gives slots back: enough to keep the workers of a small
+/// machine busy, few enough to evict little.
+const LOADS_PER_ROUND: usize = 4;
+
+/// Waking another thread costs about as much as so many multiplications.
+const PARALLEL_MACS_MIN: usize = 2_000_000;
+/// A product of so many multiplications is worth splitting (see `sida_model::cpu::matmul`).
+const SPLIT_MACS_MIN: usize = 4_000_000;
+/// Reading a byte of weights, or copying it, costs about as much as so many multiplications.
+const MACS_PER_WEIGHT_BYTE: usize = 2;
+
+/// The threads of a node and what they keep from call to call.
+pub(crate) struct Workers {
+    pool: ThreadPool,
+    scratches: Mutex<Vec<ExpertScratch>>,
+}
+
+/// How much a call is to do, in multiplications or what costs as much.
+struct Effort {
+    whole: usize,
+    largest_group: usize,
+}
+
+impl Effort {
+    fn of(call: &ExpertCall<'_>, shape: &ExpertShape) -> Self {
+        let group = |rows: u32| rows as usize * shape.macs_per_row() + shape.bytes() * MACS_PER_WEIGHT_BYTE;
+        let groups = call.groups.iter().map(|g| group(g.rows));
+        Self { whole: groups.clone().sum(), largest_group: groups.max().unwrap_or(0) }
+    }
+}
+
+impl Workers {
+    /// `threads` threads, which take part in calls that are worth it.
+    pub(crate) fn new(threads: usize) -> Result<Self, rayon::ThreadPoolBuildError> {
+        let pool =
+            rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("expert-{i}")).build()?;
+        Ok(Self { pool, scratches: Mutex::new(Vec::new()) })
+    }
+
+    /// Runs `work` on as many threads as the call is worth, all at the same time. Returns how many.
+    fn run(&self, effort: &Effort, groups: usize, work: impl Fn(&mut ExpertScratch) + Sync) -> u32 {
+        let work = || {
+            let mut scratch = self.scratches.lock().pop().unwrap_or_default();
+            work(&mut scratch);
+            self.scratches.lock().push(scratch);
+        };
+        let threads = self.pool.current_num_threads().min(groups).max(1);
+        if effort.largest_group >= SPLIT_MACS_MIN {
+            // From a thread of the pool, so that the products of a large group are split over the same pool.
+            self.pool.install(|| rayon::scope(|scope| share(scope, threads, &work)));
+        } else if threads > 1 && effort.whole >= PARALLEL_MACS_MIN {
+            self.pool.in_place_scope(|scope| share(scope, threads, &work));
+        } else {
+            work();
+            return 1;
+        }
+        threads as u32
+    }
+}
+
+/// Runs `work` on this thread and on `threads - 1` others.
+fn share<'s>(scope: &rayon::Scope<'s>, threads: usize, work: &'s (dyn Fn() + Sync)) {
+    (1..threads).for_each(|_| scope.spawn(|_| work()));
+    work();
+}
+
+/// Rows of one group, and where their results go.
+struct GroupRows<'x> {
+    x: &'x [f32],
+    out: &'x mut [f32],
+}
+
+/// What is left of a call.
+struct Queue<'c, 'x> {
+    pending: PendingCall<'c>,
+    granted: Vec<(usize, Granted<'c>)>,
+    /// Granted, but somebody else is loading them.
+    awaited: Vec<(usize, Loading<'c>)>,
+    /// By position in the call. `None`: taken by the worker that computes it.
+    groups: Vec<Option<GroupRows<'x>>>,
+    failure: Option<CallError>,
+    /// Experts that were not resident.
+    demand_loads: u32,
+    /// Sum over workers.
+    load: Duration,
+}
+
+impl<'c, 'x> Queue<'c, 'x> {
+    /// The next group that can be computed, or loaded and computed, without waiting for anybody.
+    fn next(&mut self) -> Option<(GroupRows<'x>, Granted<'c>)> {
+        while self.failure.is_none() {
+            if self.granted.is_empty() && !self.pending.is_empty() {
+                self.pending.acquire(LOADS_PER_ROUND, &mut self.granted);
+            }
+            let (group, granted) = self.granted.pop()?;
+            match granted {
+                Granted::LoadedByOther(loading) => {
+                    self.awaited.push((group, loading));
+                    continue;
+                }
+                Granted::Ready(_) => {}
+                Granted::ToLoad(_) => self.demand_loads += 1,
+            }
+            return Some((self.take(group), granted));
+        }
+        None
+    }
+
+    fn take(&mut self, group: usize) -> GroupRows<'x> {
+        self.groups[group].take().expect("an expert is granted once per call")
+    }
+}
+
+/// Computes a call whose lengths fit; see [`sida_cluster::experts::LocalExperts::compute`]. `planned`: it is a
+/// batch's, so that the plans advance by it.
+pub(crate) fn compute(
+    cache: &ExpertCache,
+    workers: &Workers,
+    call: ExpertCall<'_>,
+    planned: bool,
+    out: &mut [f32],
+) -> Result<CallReport, CallError> {
+    let start = Instant::now();
+    let shape = cache.source().shape();
+    let pending = cache.call(call.layer, call.groups.iter().map(|group| group.expert), planned).map_err(refused)?;
+    let rows = call.activations.len() / shape.d_model;
+    let effort = Effort::of(&call, shape);
+    let queue = Mutex::new(Queue {
+        pending,
+        granted: Vec::with_capacity(call.groups.len()),
+        awaited: Vec::new(),
+        groups: split(shape.d_model, call, out),
+        failure: None,
+        demand_loads: 0,
+        load: Duration::ZERO,
+    });
+    let mut load = Duration::ZERO;
+    loop {
+        let threads = workers.run(&effort, call.groups.len(), |scratch| work(&queue, shape, scratch));
+        let mut queue = queue.lock();
+        load += std::mem::take(&mut queue.load) / threads;
+        if let Some(failure) = queue.failure.take() {
+            return Err(failure);
+        }
+        if queue.awaited.is_empty() && queue.pending.is_empty() {
+            let demand_loads = queue.demand_loads;
+            let hits = call.groups.len() as u32 - demand_loads;
+            let compute = start.elapsed().saturating_sub(load);
+            cache.measures.computed(rows, compute);
+            return Ok(CallReport { hits, demand_loads, load, compute });
+        }
+        let waited = Instant::now();
+        wait(&mut queue);
+        load += waited.elapsed();
+    }
+}
+
+/// A worker: groups until there is none that can be had without waiting.
+fn work(queue: &Mutex<Queue<'_, '_>>, shape: &ExpertShape, scratch: &mut ExpertScratch) {
+    loop {
+        // In a statement of its own: the lock must not be held while computing.
+        let next = queue.lock().next();
+        let Some((rows, granted)) = next else { return };
+        match granted {
+            Granted::Ready(expert) => forward(shape, &expert, rows, scratch),
+            Granted::ToLoad(unfilled) => {
+                let (key, start) = (unfilled.key(), Instant::now());
+                match unfilled.fill() {
+                    Ok(Some(expert)) => {
+                        queue.lock().load += start.elapsed();
+                        forward(shape, &expert, rows, scratch);
+                    }
+                    Ok(None) => unreachable!("a demand load is the call's own"),
+                    Err(error) => {
+                        queue.lock().failure = Some(CallError::Load { key, reason: error.to_string() });
+                        return;
+                    }
+                }
+            }
+            Granted::LoadedByOther(_) => unreachable!("the queue keeps these back"),
+        }
+    }
+}
+
+fn forward(shape: &ExpertShape, expert: &Pinned<'_>, rows: GroupRows<'_>, scratch: &mut ExpertScratch) {
+    shape.forward(expert.weights(), rows.x, rows.out, scratch);
+}
+
+/// Waits for what others load, or, holding nothing, for a slot.
+fn wait(queue: &mut Queue<'_, '_>) {
+    if queue.awaited.is_empty() {
+        return queue.pending.acquire_waiting(LOADS_PER_ROUND, &mut queue.granted);
+    }
+    for (group, loading) in std::mem::take(&mut queue.awaited) {
+        // A load that failed sends the expert back to `pending`, to be loaded by this call.
+        if let Some(expert) = loading.wait(&mut queue.pending) {
+            queue.demand_loads += 1;
+            queue.granted.push((group, Granted::Ready(expert)));
+        }
+    }
+}
+
+/// Cuts activations and results by group.
+fn split<'x>(d_model: usize, call: ExpertCall<'x>, mut out: &'x mut [f32]) -> Vec<Option<GroupRows<'x>>> {
+    let mut x = call.activations;
+    let mut groups = Vec::with_capacity(call.groups.len());
+    for group in call.groups {
+        let values = group.rows as usize * d_model;
+        let (x_group, x_rest) = x.split_at(values);
+        let (out_group, out_rest) = out.split_at_mut(values);
+        groups.push(Some(GroupRows { x: x_group, out: out_group }));
+        (x, out) = (x_rest, out_rest);
+    }
+    groups
+}
+
+fn refused(error: ResidencyError) -> CallError {
+    CallError::Malformed(error.to_string())
+}

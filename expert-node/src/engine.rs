@@ -1,0 +1,187 @@
+//! An expert-node without its network: expert memory, the threads that compute, and the thread that loads ahead.
+//! The coordinator of the same process calls it directly, [`crate::lane`] for those of other processes.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread::JoinHandle,
+};
+
+use parking_lot::Mutex;
+use sida_cluster::experts::{CallError, CallReport, ExpertCall, LocalExperts, ResidencyReport};
+use sida_model::{Checkpoint, ExpertShape, ExpertStore};
+use sida_proto::wire::Bounds;
+use sida_routing::{Digest, ExpertId, ExpertKey, Group, LayerId, NodeId, Plan, PlanId};
+
+use crate::{
+    cache::ExpertCache,
+    compute::{self, Workers},
+    config::{ExpertNodeConfig, ExpertNodeLimits},
+    error::ExpertNodeError,
+    loader,
+    measures::Measures,
+    slots::slot_bytes,
+    source::ExpertSource,
+};
+
+/// A call needs a slot while a prefetch fills another.
+const SLOTS_MIN: u64 = 2;
+
+/// See the file's head. Calls may come from any number of threads.
+pub struct Engine {
+    node: NodeId,
+    cache: Arc<ExpertCache>,
+    workers: Workers,
+    budget_bytes: u64,
+    rows: AtomicU64,
+    /// `None` once it was stopped.
+    loader: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Engine {
+    /// Opens the model of `config`.
+    pub fn open(config: &ExpertNodeConfig) -> Result<Self, ExpertNodeError> {
+        Self::of_checkpoint(config, Checkpoint::open(&config.model_dir)?)
+    }
+
+    /// Serves the experts of a checkpoint that is open already: a process of several nodes maps a model once.
+    pub fn of_checkpoint(config: &ExpertNodeConfig, checkpoint: Arc<Checkpoint>) -> Result<Self, ExpertNodeError> {
+        Self::new(config, Arc::new(ExpertStore::open(checkpoint)?))
+    }
+
+    /// Takes the memory and starts the threads. Experts come from `source` as they are needed.
+    pub fn new(config: &ExpertNodeConfig, source: Arc<dyn ExpertSource>) -> Result<Self, ExpertNodeError> {
+        let experts = (source.layers() * source.num_experts()) as u64;
+        let (expert_bytes, slot_bytes) = (source.shape().bytes() as u64, slot_bytes(source.shape().bytes()) as u64);
+        let budget_bytes = config.expert_memory.bytes(experts * expert_bytes);
+        // More slots than experts would never be filled; a model of one expert is content with one.
+        let slots = (budget_bytes / slot_bytes).min(experts);
+        if slots < SLOTS_MIN.min(experts) {
+            let smallest_bytes = SLOTS_MIN.min(experts) * slot_bytes;
+            let smallest_percent = 100.0 * smallest_bytes as f64 / (experts * expert_bytes) as f64;
+            return Err(ExpertNodeError::BudgetTooSmall { budget_bytes, smallest_bytes, smallest_percent });
+        }
+        let measures = Measures::new(&config.node, source.layers(), expert_bytes, budget_bytes);
+        let cache = Arc::new(ExpertCache::new(source, slots as usize, config.limits.plans_max, measures)?);
+        let workers = Workers::new(config.threads.max(1))?;
+        let loader = Mutex::new(Some(loader::start(cache.clone())?));
+        Ok(Self { node: config.node.clone(), cache, workers, budget_bytes, rows: AtomicU64::new(0), loader })
+    }
+
+    /// The node's name.
+    pub fn node(&self) -> &NodeId {
+        &self.node
+    }
+
+    /// The shape of its experts.
+    pub fn shape(&self) -> &ExpertShape {
+        self.cache.source().shape()
+    }
+
+    /// Which model they are of.
+    pub fn model(&self) -> Digest {
+        self.cache.source().model()
+    }
+
+    /// What messages to this node may hold.
+    pub(crate) fn bounds(&self, limits: &ExpertNodeLimits) -> Bounds {
+        let source = self.cache.source();
+        Bounds {
+            moe_layers: source.layers(),
+            num_experts: source.num_experts(),
+            d_model: source.shape().d_model,
+            rows_max: limits.call_rows_max,
+            // Nothing with tokens comes here.
+            vocab_size: 0,
+            tokens_max: 0,
+            sequences_max: 0,
+        }
+    }
+
+    /// Computes one row with one expert, a resident one where there is any, so that a healthy node stays as
+    /// it is. No plan advances.
+    pub(crate) fn probe(&self) -> Result<(), CallError> {
+        let first = ExpertKey { layer: LayerId(0), expert: ExpertId(0) };
+        let key = self.cache.residency(|residency| residency.resident().next()).map_or(first, |(key, _)| key);
+        let groups = [Group { expert: key.expert, rows: 1 }];
+        let (activations, mut out) = (vec![1.0; self.shape().d_model], vec![0.0; self.shape().d_model]);
+        let call = ExpertCall { layer: key.layer, groups: &groups, activations: &activations };
+        self.check(&call, &out)?;
+        compute::compute(&self.cache, &self.workers, call, false, &mut out)?;
+        Ok(())
+    }
+
+    /// Takes no further call, and stops loading ahead. Calls that run come to their end.
+    pub fn close(&self) {
+        self.cache.close();
+        if let Some(loader) = self.loader.lock().take()
+            && loader.join().is_err()
+        {
+            tracing::error!(node = %self.node, "the prefetch thread panicked");
+        }
+    }
+
+    fn check(&self, call: &ExpertCall<'_>, out: &[f32]) -> Result<(), CallError> {
+        if self.cache.is_closed() {
+            return Err(CallError::ShuttingDown);
+        }
+        if let Some(group) = call.groups.iter().find(|group| group.rows == 0) {
+            return Err(CallError::Malformed(format!("expert {} is given no rows", group.expert)));
+        }
+        let rows: u64 = call.groups.iter().map(|group| u64::from(group.rows)).sum();
+        let (expected, d_model) = (rows.saturating_mul(self.shape().d_model as u64), self.shape().d_model);
+        for (what, found) in [("activations", call.activations.len()), ("results", out.len())] {
+            if found as u64 != expected {
+                let reason = format!("{rows} rows of {d_model} need {expected} {what}, found {found}");
+                return Err(CallError::Malformed(reason));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl LocalExperts for Engine {
+    fn plan(&self, plan: Plan) {
+        if let Err(error) = self.cache.residency(|residency| residency.plan(&plan)) {
+            // A hint: whoever sent it loses time, not results.
+            tracing::warn!(node = %self.node, plan = plan.id.0, %error, "plan refused");
+        }
+    }
+
+    fn release(&self, plan: PlanId) {
+        self.cache.residency(|residency| residency.release(plan));
+    }
+
+    fn compute(&self, call: ExpertCall<'_>, out: &mut [f32]) -> Result<CallReport, CallError> {
+        self.check(&call, out)?;
+        let report = compute::compute(&self.cache, &self.workers, call, true, out)?;
+        self.rows.fetch_add((call.activations.len() / self.shape().d_model) as u64, Ordering::Relaxed);
+        Ok(report)
+    }
+
+    fn residency(&self) -> ResidencyReport {
+        let expert_bytes = self.shape().bytes() as u64;
+        self.cache.residency(|residency| {
+            let resident: Vec<_> = residency.resident().map(|(key, _)| key).collect();
+            let counters = residency.counters();
+            ResidencyReport {
+                resident_bytes: resident.len() as u64 * expert_bytes,
+                budget_bytes: self.budget_bytes,
+                slots: residency.config().slots as u64,
+                demand_loads: counters.demand_loads,
+                prefetch_loads: counters.prefetch_loads,
+                evictions: counters.evictions,
+                rows: self.rows.load(Ordering::Relaxed),
+                resident,
+            }
+        })
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.close();
+    }
+}

@@ -1,0 +1,181 @@
+//! One lane: hints and calls of one coordinator in, results out, in any order. Opened by [`crate::service`].
+//!
+//! A lane that sends more than it may have in flight is not read until some of it is answered, so HTTP/2 flow
+//! control slows its sender and nobody else. A call's permits go with its answer and are given back when the
+//! answer leaves for the network: what a slow reader does not take counts as in flight.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use crossbeam_channel::Sender;
+use futures::Stream;
+use sida_cluster::experts::LocalExperts;
+use sida_proto::{
+    v1::{self, LaneRequest, LaneResponse, lane_request::Kind},
+    wire::Bounds,
+};
+use sida_routing::PlanId;
+use sida_rpc::{Fault, Reason};
+use tokio::sync::{
+    OwnedSemaphorePermit, Semaphore,
+    mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel},
+};
+use tokio_stream::{StreamExt, wrappers::UnboundedReceiverStream};
+use tokio_util::sync::CancellationToken;
+use tonic::{Status, Streaming};
+
+use crate::{call_queue::Job, config::ExpertNodeLimits, engine::Engine};
+
+/// Payloads are counted in units of this, since a semaphore counts to 2^29 at least and a lane may have more
+/// bytes than that.
+const BYTES_PER_PERMIT: usize = 1024;
+
+/// The first name of a lane's plan within the node: out of the way of those that a coordinator of this process
+/// gives by itself.
+static NEXT_PLAN: AtomicU64 = AtomicU64::new(1 << 63);
+
+/// What the lanes of a node share.
+pub(crate) struct Lanes {
+    pub(crate) engine: Arc<Engine>,
+    pub(crate) bounds: Bounds,
+    pub(crate) jobs: Sender<Job>,
+    pub(crate) limits: ExpertNodeLimits,
+    /// Calls in flight on all lanes.
+    pub(crate) calls: Arc<Semaphore>,
+    pub(crate) shutdown: CancellationToken,
+}
+
+/// An answer, and what it holds of its lane's and its node's limits.
+struct Answer {
+    response: Result<LaneResponse, Status>,
+    _permits: Option<Permits>,
+}
+
+/// A call in flight.
+struct Permits {
+    _node: OwnedSemaphorePermit,
+    _call: OwnedSemaphorePermit,
+    _bytes: OwnedSemaphorePermit,
+}
+
+/// The reading side of a lane.
+struct Lane {
+    lanes: Arc<Lanes>,
+    answers: UnboundedSender<Answer>,
+    calls: Arc<Semaphore>,
+    bytes: Arc<Semaphore>,
+    /// Plans of this lane: their names on the lane, and within the node. Several coordinators may use the same.
+    plans: BTreeMap<u64, PlanId>,
+}
+
+/// Serves a lane until either side ends it.
+pub(crate) fn open(
+    lanes: Arc<Lanes>,
+    requests: Streaming<LaneRequest>,
+) -> impl Stream<Item = Result<LaneResponse, Status>> + Send + 'static {
+    let (answers, outgoing): (_, UnboundedReceiver<Answer>) = unbounded_channel();
+    let (calls, bytes) = (lanes.limits.lane_calls_max, bytes_permits(lanes.limits.lane_bytes_max));
+    let (calls, bytes) = (Arc::new(Semaphore::new(calls)), Arc::new(Semaphore::new(bytes as usize)));
+    tokio::spawn(Lane { lanes, answers, calls, bytes, plans: BTreeMap::new() }.read(requests));
+    UnboundedReceiverStream::new(outgoing).map(|answer| answer.response)
+}
+
+impl Lane {
+    async fn read(mut self, mut requests: Streaming<LaneRequest>) {
+        let shutdown = self.lanes.shutdown.clone();
+        loop {
+            let request = tokio::select! {
+                request = requests.message() => request,
+                () = self.answers.closed() => break,
+                // Calls in flight end; what is still unread goes to another node when the lane is seen to end.
+                () = shutdown.cancelled() => break,
+            };
+            match request {
+                Ok(Some(request)) => self.take(request).await,
+                Ok(None) => break,
+                Err(status) => {
+                    self.refuse(status).await;
+                    break;
+                }
+            }
+        }
+        for plan in std::mem::take(&mut self.plans).into_values() {
+            self.lanes.engine.release(plan);
+        }
+    }
+
+    async fn take(&mut self, request: LaneRequest) {
+        match request.kind {
+            Some(Kind::Activations(activations)) => self.call(activations).await,
+            Some(Kind::Plan(plan)) => self.plan(plan),
+            Some(Kind::Release(release)) => self.release(release.plan_id),
+            None => tracing::warn!(node = %self.lanes.engine.node(), "a lane sent a request of unknown kind"),
+        }
+    }
+
+    /// Waits for room within the limits, then queues the call.
+    async fn call(&self, activations: v1::Activations) {
+        // A call larger than the limit by itself goes when nothing else is in flight.
+        let bytes = bytes_permits(activations.payload.len().min(self.lanes.limits.lane_bytes_max));
+        let permits = async {
+            Some(Permits {
+                _call: self.calls.clone().acquire_owned().await.ok()?,
+                _bytes: self.bytes.clone().acquire_many_owned(bytes).await.ok()?,
+                _node: self.lanes.calls.clone().acquire_owned().await.ok()?,
+            })
+        };
+        let Some(permits) = permits.await else { return }; // Nobody closes these semaphores.
+        let answers = self.answers.clone();
+        let answer = Box::new(move |results| {
+            let response = Ok(LaneResponse { results: Some(results) });
+            // An error says that the lane is gone, and with it whoever waited for the answer.
+            let _ = answers.send(Answer { response, _permits: Some(permits) });
+        });
+        // An error says that the threads are gone; the lane ends with them, which answers its calls.
+        let _ = self.lanes.jobs.send(Job::Call { activations, answer });
+    }
+
+    fn plan(&mut self, plan: v1::Plan) {
+        let lane_id = plan.plan_id;
+        let mut plan = match plan.check(&self.lanes.bounds) {
+            Ok(plan) => plan,
+            Err(error) => {
+                // A hint: whoever sent it loses time, not results.
+                return tracing::warn!(node = %self.lanes.engine.node(), plan = lane_id, %error, "plan refused");
+            }
+        };
+        self.release(lane_id);
+        if self.plans.len() >= self.lanes.limits.plans_max
+            && let Some((_, oldest)) = self.plans.pop_first()
+        {
+            self.lanes.engine.release(oldest);
+        }
+        plan.id = PlanId(NEXT_PLAN.fetch_add(1, Ordering::Relaxed));
+        self.plans.insert(lane_id, plan.id);
+        self.lanes.engine.plan(plan);
+    }
+
+    fn release(&mut self, lane_id: u64) {
+        if let Some(plan) = self.plans.remove(&lane_id) {
+            self.lanes.engine.release(plan);
+        }
+    }
+
+    /// Ends the lane because of what was sent on it, after the calls in flight are answered.
+    async fn refuse(&self, status: Status) {
+        let calls = self.lanes.limits.lane_calls_max as u32;
+        let Ok(_all) = self.calls.acquire_many(calls).await else { return };
+        let fault = Fault::new(Reason::MalformedMessage, format!("a request cannot be read: {}", status.message()));
+        let _ = self.answers.send(Answer { response: Err(fault.into()), _permits: None });
+    }
+}
+
+/// What so many bytes count as.
+fn bytes_permits(bytes: usize) -> u32 {
+    bytes.div_ceil(BYTES_PER_PERMIT).clamp(1, Semaphore::MAX_PERMITS.min(u32::MAX as usize)) as u32
+}

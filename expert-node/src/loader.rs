@@ -1,0 +1,34 @@
+//! The prefetch thread: loads what the residency machine names next, as long as it names something. Started and
+//! stopped by [`crate::engine`]. Demand loads do not come here: the call that needs them does them itself.
+
+use std::{
+    io,
+    sync::Arc,
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use crate::cache::ExpertCache;
+
+/// How often the gauges are set.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Starts the thread. It ends soon after [`ExpertCache::close`].
+pub(crate) fn start(cache: Arc<ExpertCache>) -> io::Result<JoinHandle<()>> {
+    thread::Builder::new().name("expert-prefetch".into()).spawn(move || {
+        let mut looked = Instant::now();
+        while !cache.is_closed() {
+            if let Some(unfilled) = cache.next_prefetch(LOOK_INTERVAL) {
+                let key = unfilled.key();
+                if let Err(error) = unfilled.fill() {
+                    // Not fatal: a call that needs it loads it itself, and reports what is wrong.
+                    tracing::warn!(%key, %error, "prefetch failed");
+                }
+            }
+            if looked.elapsed() >= LOOK_INTERVAL {
+                cache.residency(|residency| cache.measures.look(residency));
+                looked = Instant::now();
+            }
+        }
+    })
+}
