@@ -1,1 +1,48 @@
-//! Skeleton.
+//! A node that serves the hash predictor, so that prediction scales out apart from the coordinators. It keeps
+//! nothing between calls: the state of a decoding sequence travels with it, so that any predictor-node can
+//! answer any call. Started by the command line and the tests through [`run`]; training a predictor is
+//! `sida_model::predictor`'s, called by the command line.
+//!
+//! In reading order: [`config`], [`error`], `service` (one call).
+
+pub mod config;
+pub mod error;
+mod service;
+
+use sida_cluster::{Cluster, Role};
+use sida_proto::v1::predictor_server::{PredictorServer, SERVICE_NAME};
+use sida_rpc::Server;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+
+pub use config::{PredictorLimits, PredictorNodeConfig};
+pub use error::PredictorNodeError;
+use service::PredictorService;
+
+/// Serves `sida.v1.Predictor` on `listener` until `shutdown`; returns when the calls in flight are done.
+pub async fn run(
+    config: PredictorNodeConfig,
+    listener: TcpListener,
+    cluster: Cluster,
+    shutdown: CancellationToken,
+) -> Result<(), PredictorNodeError> {
+    let PredictorNodeConfig { node, shape, predictor, limits, server } = config;
+    // A coordinator would never find a node that goes by another name than the cluster knows.
+    if !cluster.members_of(Role::PredictorNode).iter().any(|member| member.node == node) {
+        return Err(PredictorNodeError::NotAMember { node });
+    }
+    tracing::info!(%node, net = predictor.net(), model = %predictor.model_digest(), "serving the hash predictor");
+    let service = PredictorService::new(predictor, shape, limits);
+    let checked = service.clone();
+    let grpc = PredictorServer::new(service)
+        .max_decoding_message_size(limits.request_bytes_max)
+        .max_encoding_message_size(sida_rpc::MESSAGE_BYTES_MAX);
+    Server::new(server)
+        .routes(Routes::new(grpc))
+        .descriptors(sida_proto::DESCRIPTORS)
+        .check(SERVICE_NAME, move || checked.clone().check())
+        .serve(listener, shutdown)
+        .await?;
+    Ok(())
+}

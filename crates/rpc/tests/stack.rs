@@ -153,8 +153,7 @@ async fn a_check_that_hangs_is_a_check_that_fails() {
     // Broken: a node whose expert call never returns would stay SERVING.
     let config = plain();
     let running =
-        Running::start(config, |server| server.check("test.Echo", std::future::pending::<Result<(), String>>))
-            .await;
+        Running::start(config, |server| server.check("test.Echo", std::future::pending::<Result<(), String>>)).await;
     let mut client = HealthClient::new(running.channel().await);
     tokio::time::sleep(Duration::from_millis(100)).await;
     let answer = client.check(HealthCheckRequest { service: "test.Echo".into() }).await.unwrap().into_inner();

@@ -1,0 +1,80 @@
+//! What a predictor-node is told when it starts: by the command line and by tests.
+
+use std::{fmt, sync::Arc};
+
+use sida_model::{
+    ModelConfig,
+    predictor::{HashPredictor, PredictorShape},
+};
+use sida_routing::NodeId;
+use sida_rpc::ServerConfig;
+
+/// Everything a predictor-node needs to know.
+#[derive(Clone)]
+pub struct PredictorNodeConfig {
+    /// Its name in the cluster.
+    pub node: NodeId,
+    /// What the predictor knows of the model: bounds what may be asked.
+    pub shape: PredictorShape,
+    /// What it serves.
+    pub predictor: Arc<dyn HashPredictor>,
+    /// Bounds on what others can ask of it.
+    pub limits: PredictorLimits,
+    /// The network side.
+    pub server: ServerConfig,
+}
+
+/// Bounds on what others can ask of a predictor-node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PredictorLimits {
+    /// Tokens of one sequence.
+    pub sequence_tokens_max: usize,
+    /// Sequences of one call.
+    pub sequences_max: usize,
+    /// Tokens of all sequences of a call together: bounds the work and the size of the answer.
+    pub call_tokens_max: usize,
+    /// Bytes of one request. A decoded request takes up to 28 times its bytes (a sequence of 2 bytes on the
+    /// wire is 56 in memory), so this is below what other services take.
+    pub request_bytes_max: usize,
+    /// Calls that compute at a time. At least 1.
+    pub threads: usize,
+    /// Calls that compute or wait; one more is refused with RESOURCE_EXHAUSTED.
+    pub calls_max: usize,
+}
+
+impl Default for PredictorLimits {
+    fn default() -> Self {
+        Self {
+            sequence_tokens_max: 4096,
+            sequences_max: 256,
+            call_tokens_max: 1 << 16,
+            request_bytes_max: 16 << 20,
+            threads: std::thread::available_parallelism().map_or(1, usize::from),
+            calls_max: 256,
+        }
+    }
+}
+
+impl PredictorNodeConfig {
+    /// The defaults for a node of this name that serves `predictor` for a model of this config.
+    pub fn new(node: NodeId, model: &ModelConfig, predictor: Arc<dyn HashPredictor>) -> Self {
+        Self {
+            node,
+            shape: PredictorShape::of(model),
+            predictor,
+            limits: PredictorLimits::default(),
+            server: ServerConfig::default(),
+        }
+    }
+}
+
+impl fmt::Debug for PredictorNodeConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PredictorNodeConfig")
+            .field("node", &self.node)
+            .field("predictor", &format_args!("{} {}", self.predictor.net(), self.predictor.digest()))
+            .field("limits", &self.limits)
+            .field("server", &self.server)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,16 @@
+//! Why a predictor-node cannot serve. What is wrong with a single call is told to its caller by `service`.
+
+use sida_routing::NodeId;
+use sida_rpc::ServerError;
+use thiserror::Error;
+
+/// Ends the node.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+#[allow(missing_docs)]
+pub enum PredictorNodeError {
+    #[error("the cluster has no predictor-node called {node}")]
+    NotAMember { node: NodeId },
+    #[error(transparent)]
+    Server(#[from] ServerError),
+}

@@ -1,0 +1,172 @@
+//! `sida.v1.Predictor`: a call is checked, waits for one of the computing threads, is predicted there, and
+//! answered. Prediction is arithmetic of milliseconds, so it never runs on a thread of the runtime.
+
+use std::{sync::Arc, time::Instant};
+
+use bytes::Bytes;
+use sida_model::predictor::{HashPredictor, PredictorError, PredictorShape, PredictorState};
+use sida_proto::{
+    v1::{self, predictor_server::Predictor},
+    wire::{Bounds, Prediction, PredictionRequest, Stack},
+};
+use sida_rpc::{Fault, Reason};
+use sida_telemetry::{counter, histogram, names};
+use tokio::{sync::Semaphore, task};
+use tonic::{Request, Response, Status};
+
+use crate::config::PredictorLimits;
+
+/// Serves one predictor. Clones share it.
+#[derive(Clone)]
+pub(crate) struct PredictorService {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    predictor: Arc<dyn HashPredictor>,
+    shape: PredictorShape,
+    limits: PredictorLimits,
+    bounds: Bounds,
+    /// A permit for each call that computes or waits.
+    calls: Arc<Semaphore>,
+    /// A permit for each call that computes.
+    threads: Arc<Semaphore>,
+}
+
+impl PredictorService {
+    pub(crate) fn new(predictor: Arc<dyn HashPredictor>, shape: PredictorShape, limits: PredictorLimits) -> Self {
+        let bounds = Bounds {
+            moe_layers: usize::from(shape.encoder_layers.end.max(shape.decoder_layers.end)),
+            num_experts: shape.num_experts,
+            vocab_size: shape.vocab_size,
+            tokens_max: limits.sequence_tokens_max,
+            sequences_max: limits.sequences_max,
+            // No activations come here.
+            d_model: 0,
+            rows_max: 0,
+        };
+        let calls = Arc::new(Semaphore::new(limits.calls_max));
+        let threads = Arc::new(Semaphore::new(limits.threads.max(1)));
+        Self { shared: Arc::new(Shared { predictor, shape, limits, bounds, calls, threads }) }
+    }
+
+    /// Predicts one token: passes only if a caller's prediction would.
+    pub(crate) async fn check(self) -> Result<(), String> {
+        let shape = &self.shared.shape;
+        let stack = if shape.encoder_layers.is_empty() { Stack::Decoder } else { Stack::Encoder };
+        let states = if stack == Stack::Decoder { vec![Bytes::new()] } else { Vec::new() };
+        let model = self.shared.predictor.model_digest();
+        let request = PredictionRequest { model, stack, sequences: vec![vec![0]], states };
+        self.compute(request).await.map(|_| ()).map_err(|fault| fault.to_string())
+    }
+
+    /// Refuses what this predictor cannot answer, and more work than a call may ask for.
+    fn admit(&self, request: &PredictionRequest) -> Result<(), Fault> {
+        let Shared { predictor, shape, limits, .. } = &*self.shared;
+        let (expected, found) = (predictor.model_digest(), request.model);
+        if found != expected {
+            let message = format!("this node predicts for model {expected}, the call is for {found}");
+            return Err(Fault::new(Reason::ModelMismatch, message).with("expected", expected).with("found", found));
+        }
+        if shape.layers(model_stack(request.stack)).is_empty() {
+            let message = format!("the model has no MoE layer in its {:?}", request.stack);
+            return Err(Fault::new(Reason::InvalidRequest, message));
+        }
+        let tokens: usize = request.sequences.iter().map(Vec::len).sum();
+        if tokens > limits.call_tokens_max {
+            let message = format!("{tokens} tokens in one call, at most {} are taken", limits.call_tokens_max);
+            return Err(Fault::new(Reason::InvalidRequest, message).with("call_tokens_max", limits.call_tokens_max));
+        }
+        Ok(())
+    }
+
+    /// Predicts on a thread of its own, when one is free.
+    async fn compute(&self, request: PredictionRequest) -> Result<Prediction, Fault> {
+        let shutting_down = |_| Fault::new(Reason::ShuttingDown, "this node is shutting down");
+        let thread = self.shared.threads.clone().acquire_owned().await.map_err(shutting_down)?;
+        let shared = self.shared.clone();
+        let computed = task::spawn_blocking(move || {
+            // Held to the end of the work even when the caller has gone: the thread is busy that long.
+            let _thread = thread;
+            let tokens: usize = request.sequences.iter().map(Vec::len).sum();
+            let start = Instant::now();
+            let prediction = predict(&*shared.predictor, &request);
+            histogram!(names::PREDICT_DURATION_SECONDS).record(start.elapsed());
+            counter!(names::PREDICT_TOKENS_TOTAL).increment(tokens as u64);
+            prediction
+        });
+        match computed.await {
+            Ok(prediction) => prediction,
+            Err(error) => {
+                tracing::error!(%error, "the predictor panicked");
+                Err(Fault::new(Reason::Internal, "the predictor failed"))
+            }
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl Predictor for PredictorService {
+    async fn predict(&self, request: Request<v1::PredictRequest>) -> Result<Response<v1::PredictResponse>, Status> {
+        let full = |_| {
+            let calls_max = self.shared.limits.calls_max;
+            Fault::new(Reason::QueueFull, format!("{calls_max} calls are waiting")).with("calls_max", calls_max)
+        };
+        let _call = self.shared.calls.try_acquire().map_err(full)?;
+        let malformed = |error| Fault::from_error(Reason::MalformedMessage, &error);
+        let request = request.into_inner().check(&self.shared.bounds).map_err(malformed)?;
+        self.admit(&request)?;
+        let prediction = self.compute(request).await?;
+        Ok(Response::new(v1::PredictResponse::new(&prediction.tables, prediction.states)))
+    }
+
+    async fn describe(
+        &self,
+        _: Request<v1::DescribePredictorRequest>,
+    ) -> Result<Response<v1::DescribePredictorResponse>, Status> {
+        let predictor = &self.shared.predictor;
+        Ok(Response::new(v1::DescribePredictorResponse {
+            model_digest: predictor.model_digest().0.to_vec().into(),
+            predictor_digest: predictor.digest().0.to_vec().into(),
+            net: predictor.net().to_owned(),
+        }))
+    }
+}
+
+/// The tables of a checked request, and the states after it.
+fn predict(predictor: &dyn HashPredictor, request: &PredictionRequest) -> Result<Prediction, Fault> {
+    let tokens: Vec<&[u32]> = request.sequences.iter().map(Vec::as_slice).collect();
+    match request.stack {
+        Stack::Encoder => {
+            let tables = predictor.encode(&tokens).map_err(fault)?;
+            Ok(Prediction { tables, states: Vec::new() })
+        }
+        Stack::Decoder => {
+            let states = request.states.iter().map(|state| PredictorState::from_bytes(state));
+            let mut states: Vec<PredictorState> = states.collect::<Result<_, _>>().map_err(fault)?;
+            let mut advanced: Vec<&mut PredictorState> = states.iter_mut().collect();
+            let tables = predictor.decode(&mut advanced, &tokens).map_err(fault)?;
+            Ok(Prediction { tables, states: states.iter().map(|state| state.to_bytes().into()).collect() })
+        }
+    }
+}
+
+/// What the caller did wrong is told to the caller; what is wrong with us is also logged.
+fn fault(error: PredictorError) -> Fault {
+    match error {
+        PredictorError::Token { .. } | PredictorError::States { .. } | PredictorError::State { .. } => {
+            Fault::from_error(Reason::MalformedMessage, &error)
+        }
+        error => {
+            tracing::error!(%error, "the predictor failed");
+            Fault::from_error(Reason::Internal, &error)
+        }
+    }
+}
+
+fn model_stack(stack: Stack) -> sida_model::Stack {
+    match stack {
+        Stack::Encoder => sida_model::Stack::Encoder,
+        Stack::Decoder => sida_model::Stack::Decoder,
+    }
+}
