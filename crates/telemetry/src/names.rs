@@ -1,5 +1,5 @@
 //! The name of every metric, its labels and what it means, in one place, so that dashboards, alerts and code
-//! cannot drift apart. Nodes record by these names; [`describe`] gives Prometheus its HELP lines.
+//! cannot drift apart. Nodes record by these names; `describe` gives Prometheus its HELP lines.
 //!
 //! A process may hold several nodes (the embedded cluster), so a series that speaks of one node's state
 //! carries [`NODE`].
