@@ -106,21 +106,27 @@ impl Checkpoint {
     /// Dtype (as safetensors calls it), shape and bytes of a tensor as its header says; reads no weights.
     pub fn describe(&self, name: &str) -> Result<(safetensors::Dtype, &[usize], usize), ModelError> {
         let stored = self.stored(name)?;
-        Ok((stored.dtype, &stored.shape, self.files.bytes(stored).len()))
+        Ok((stored.dtype, &stored.shape, stored.bytes()))
     }
 
     /// A tensor's bytes, compared with the manifest on first use where there is one.
     pub fn tensor(&self, name: &str) -> Result<TensorBytes<'_>, ModelError> {
         let stored = self.stored(name)?;
-        let dtype = self.dtype(name)?;
-        let bytes = self.files.bytes(stored);
-        if let Some(manifest) = &self.manifest
-            && !stored.verified.load(Ordering::Acquire)
-        {
-            manifest.check_tensor(name, bytes)?;
-            stored.verified.store(true, Ordering::Release);
+        let tensor = TensorBytes { dtype: self.dtype(name)?, shape: &stored.shape, bytes: self.files.bytes(stored) };
+        self.verify(name, stored, tensor.bytes)?;
+        Ok(tensor)
+    }
+
+    /// Copies a tensor's bytes into `into`, which is as long, without mapping them; compared with the manifest on
+    /// first use as [`Checkpoint::tensor`].
+    pub fn read(&self, name: &str, into: &mut [u8]) -> Result<(), ModelError> {
+        let stored = self.stored(name)?;
+        if stored.bytes() != into.len() {
+            let (expected, found) = (vec![stored.bytes()], vec![into.len()]);
+            return Err(ModelError::Shape { what: "room for a tensor [bytes]", expected, found });
         }
-        Ok(TensorBytes { dtype, shape: &stored.shape, bytes })
+        self.files.read(stored, into)?;
+        self.verify(name, stored, into)
     }
 
     /// [`Checkpoint::tensor`] of a shape that is known.
@@ -164,6 +170,16 @@ impl Checkpoint {
 
     fn stored(&self, name: &str) -> Result<&StoredTensor, ModelError> {
         self.files.get(name).ok_or_else(|| ModelError::TensorMissing { dir: self.dir.clone(), tensor: name.to_owned() })
+    }
+
+    fn verify(&self, name: &str, stored: &StoredTensor, bytes: &[u8]) -> Result<(), ModelError> {
+        if let Some(manifest) = &self.manifest
+            && !stored.verified.load(Ordering::Acquire)
+        {
+            manifest.check_tensor(name, bytes)?;
+            stored.verified.store(true, Ordering::Release);
+        }
+        Ok(())
     }
 
     fn identify(&self, config_json: &[u8]) -> Result<Digest, ModelError> {

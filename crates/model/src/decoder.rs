@@ -23,7 +23,6 @@ pub struct Decoder {
     layers: Vec<DecoderLayer>,
     final_norm: Norm,
     inner: usize,
-    d_model: usize,
 }
 
 /// One block.
@@ -52,26 +51,27 @@ impl Decoder {
             })
             .collect::<Result<_, ModelError>>()?;
         let final_norm = loader.norm(&names::final_norm(stack))?;
-        let config = loader.checkpoint.config();
-        Ok(Self { layers, final_norm, inner: config.inner_dim(), d_model: config.d_model })
+        Ok(Self { layers, final_norm, inner: loader.checkpoint.config().inner_dim() })
     }
 
     /// A sequence's state before its first token: keys and values of the encoder's states (tokens, d_model) for
     /// the cross-attention of every block.
     pub fn start(&self, encoder_states: &Tensor) -> Result<DecoderState, ModelError> {
-        if !matches!(*encoder_states.dims(), [_, width] if width == self.d_model) {
-            return Err(ModelError::Shape {
-                what: "encoder states [tokens, d_model]",
-                expected: vec![encoder_states.dim(0)?, self.d_model],
-                found: encoder_states.dims().to_vec(),
-            });
+        let mut states = self.start_batch(encoder_states, &Spans::new([encoder_states.dim(0)?]))?;
+        Ok(states.remove(0))
+    }
+
+    /// [`Decoder::start`] for all sequences of a batch (rows of all sequences, d_model).
+    pub fn start_batch(&self, encoder_states: &Tensor, spans: &Spans) -> Result<Vec<DecoderState>, ModelError> {
+        check_rows(encoder_states, spans)?;
+        let mut cross = vec![Vec::with_capacity(self.layers.len()); spans.len()];
+        for layer in &self.layers {
+            let kv = layer.cross_attention.keys_and_values(encoder_states)?; // (rows, 2 inner)
+            for (cross, span) in cross.iter_mut().zip(spans.ranges()) {
+                cross.push(kv[span.start * 2 * self.inner..span.end * 2 * self.inner].to_vec());
+            }
         }
-        let cross = self
-            .layers
-            .iter()
-            .map(|layer| layer.cross_attention.keys_and_values(encoder_states))
-            .collect::<Result<_, _>>()?;
-        Ok(DecoderState::new(cross, self.inner))
+        Ok(cross.into_iter().map(|cross| DecoderState::new(cross, self.inner)).collect())
     }
 
     /// The blocks, in order.

@@ -1,4 +1,4 @@
-//! Experts where they rest: in the mapped files of a checkpoint. An expert-node copies one into a slot when it
+//! Experts where they rest: in the files of a checkpoint. An expert-node copies one into a slot when it
 //! is wanted; nothing else of the experts stays in memory.
 
 use std::sync::Arc;
@@ -58,7 +58,7 @@ impl ExpertStore {
     }
 
     /// Copies an expert's matrices, one after another, into `slot` of [`ExpertShape::bytes`]. The first load of
-    /// each tensor compares it with the manifest where there is one. Leaves no page mapped behind.
+    /// each tensor compares it with the manifest where there is one. Leaves nothing of it in memory but the slot.
     pub fn load(&self, key: ExpertKey, slot: &mut [u8]) -> Result<(), ModelError> {
         self.check(key)?;
         if slot.len() != self.shape.bytes() {
@@ -67,15 +67,14 @@ impl ExpertStore {
         }
         let matrices = slot.chunks_exact_mut(self.shape.matrix_bytes());
         for ((name, shape), matrix) in names::expert(self.config(), key).iter().zip(matrices) {
-            let tensor = self.checkpoint.tensor_of_shape(name, shape)?;
-            if tensor.dtype == self.shape.dtype {
-                matrix.copy_from_slice(tensor.bytes);
+            if self.checkpoint.dtype(name)? == self.shape.dtype {
+                self.checkpoint.read(name, matrix)?;
             } else {
                 let mut widened = Vec::with_capacity(matrix.len());
-                tensor.append_to(self.shape.dtype, &mut widened);
+                self.checkpoint.tensor_of_shape(name, shape)?.append_to(self.shape.dtype, &mut widened);
                 matrix.copy_from_slice(&widened);
+                self.checkpoint.release(name);
             }
-            self.checkpoint.release(name);
         }
         Ok(())
     }

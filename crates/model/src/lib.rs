@@ -10,7 +10,8 @@
 //! Arithmetic on slices: [`cpu`]; on tensors: [`tensor_rows`], [`linear`], [`norm`].
 //! The backbone: [`spans`], [`position_bias`], [`kv_cache`], `attention`, [`router`], [`feed_forward`],
 //! [`encoder`], [`decoder`], `loader`, [`backbone`]. Experts: [`expert`], [`expert_store`].
-//! All of it at once: [`reference`](mod@reference). Making checkpoints: [`convert`], [`synth`], `fresh_directory`, `shards`.
+//! All of it at once: [`reference`](mod@reference). What will be routed where: [`predictor`].
+//! Making checkpoints: [`convert`], [`synth`], `fresh_directory`, `shards`.
 
 mod attention;
 pub mod backbone;

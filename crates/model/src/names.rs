@@ -1,9 +1,9 @@
 //! What the tensors of a Switch Transformers checkpoint are called. All names are here and nowhere else.
 //!
-//! There is one layout: that of the published google/switch-base-* files, which transformers has kept in
-//! every release that knows the family (4.25 to 5.23 write `experts.expert_K.wi.weight` per expert; the fused
-//! expert tensors that release 5 introduced for other families were not applied to this one). What does vary
-//! is which copies of the embedding a file holds: see [`embedding`].
+//! There is one layout, that of the published google/switch-base-* files. transformers 5 fuses or renames the
+//! experts of other families when it saves; for this one, 5.17 and 5.23 write what 4.x wrote (a ModuleDict of
+//! `experts.expert_K`, no entry in conversion_mapping.py; tests/data/parity/random-saved is such a file). What
+//! varies is which copies of the embedding a file holds: see [`embedding`].
 //!
 //! Called by the loader of the backbone, by the expert store, and by `sida synth`.
 

@@ -9,6 +9,7 @@ use sida_routing::{Digest, ExpertKey, Grouping, LayerId, Routes};
 
 use crate::{
     Backbone, Checkpoint, DecoderState, ExpertStore, FeedForward, ModelConfig, ModelError, MoeGate, Spans, Stack,
+    cpu::lanes::LANES,
     expert::ExpertScratch,
     router,
     tensor_rows::{from_rows, rows},
@@ -165,13 +166,33 @@ impl Reference {
     }
 }
 
-/// The best token of one row of logits, the lower id where two are equal; 0 where all are NaN.
+/// The best token of one row of logits, the lower id where two are equal; 0 where none is above -infinity.
 pub fn greedy(logits: &[f32]) -> u32 {
-    let mut best = (0, f32::NEG_INFINITY);
-    for (token, &logit) in logits.iter().enumerate() {
-        if logit > best.1 {
-            best = (token, logit);
+    // The maximum first, a vector at a time; then who has it.
+    let mut maxima = [f32::NEG_INFINITY; LANES];
+    for chunk in logits.chunks(LANES) {
+        for (max, &logit) in maxima.iter_mut().zip(chunk) {
+            *max = if logit > *max { logit } else { *max };
         }
     }
-    best.0 as u32
+    let best = maxima.into_iter().fold(f32::NEG_INFINITY, f32::max);
+    logits.iter().position(|&logit| logit == best).unwrap_or(0) as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Another token than the best would be the answer.
+    #[test]
+    fn greedy_takes_the_first_best() {
+        let mut logits: Vec<f32> = (0..37).map(|i| -(i as f32)).collect();
+        assert_eq!(greedy(&logits), 0);
+        (logits[20], logits[36]) = (5.0, 5.0);
+        assert_eq!(greedy(&logits), 20);
+        logits[3] = f32::NAN;
+        assert_eq!(greedy(&logits), 20);
+        assert_eq!(greedy(&[f32::NAN; 3]), 0);
+        assert_eq!(greedy(&[]), 0);
+    }
 }

@@ -5,6 +5,7 @@ use std::{
     collections::HashMap,
     fs::File,
     ops::Range,
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
     sync::atomic::AtomicBool,
 };
@@ -27,8 +28,16 @@ const SHARDS_MAX: usize = 4096;
 /// All tensors of a model, by name.
 #[derive(Debug)]
 pub(crate) struct WeightFiles {
-    maps: Vec<Mmap>,
+    files: Vec<MappedFile>,
     tensors: HashMap<String, StoredTensor>,
+}
+
+/// A file, to be read through its map or by copying out of it.
+#[derive(Debug)]
+struct MappedFile {
+    path: PathBuf,
+    file: File,
+    map: Mmap,
 }
 
 /// Where a tensor lies.
@@ -43,10 +52,16 @@ pub(crate) struct StoredTensor {
     pub(crate) verified: AtomicBool,
 }
 
+impl StoredTensor {
+    pub(crate) fn bytes(&self) -> usize {
+        self.range.len()
+    }
+}
+
 impl WeightFiles {
     /// Maps `model.safetensors`, or the shards that `model.safetensors.index.json` names.
     pub(crate) fn open(dir: &Path) -> Result<Self, ModelError> {
-        let mut files = Self { maps: Vec::new(), tensors: HashMap::new() };
+        let mut files = Self { files: Vec::new(), tensors: HashMap::new() };
         if dir.join(SINGLE).exists() {
             files.tensors = files.map(&dir.join(SINGLE))?;
         } else if dir.join(INDEX).exists() {
@@ -97,14 +112,14 @@ impl WeightFiles {
         let (header, metadata) = SafeTensors::read_metadata(&map).map_err(|error| damaged(path, &map, &error))?;
         let data = 8 + header; // the header's length takes 8 bytes
         let stored = |info: &safetensors::tensor::TensorInfo| StoredTensor {
-            file: self.maps.len(),
+            file: self.files.len(),
             range: data + info.data_offsets.0..data + info.data_offsets.1,
             dtype: info.dtype,
             shape: info.shape.clone(),
             verified: AtomicBool::new(false),
         };
         let tensors = metadata.tensors().into_iter().map(|(name, info)| (name, stored(info))).collect();
-        self.maps.push(map);
+        self.files.push(MappedFile { path: path.to_owned(), file, map });
         Ok(tensors)
     }
 
@@ -118,19 +133,27 @@ impl WeightFiles {
 
     /// The bytes of one tensor; reading them may read the disk.
     pub(crate) fn bytes(&self, tensor: &StoredTensor) -> &[u8] {
-        &self.maps[tensor.file][tensor.range.clone()]
+        &self.files[tensor.file].map[tensor.range.clone()]
+    }
+
+    /// Copies one tensor, of `into.len()` bytes. Not through the map: that costs a page fault every 64 KB and
+    /// leaves pages in this process (measured: 3.4 GB/s, against 9 to 16 by reading).
+    pub(crate) fn read(&self, tensor: &StoredTensor, into: &mut [u8]) -> Result<(), ModelError> {
+        let MappedFile { path, file, .. } = &self.files[tensor.file];
+        let failed = |source| ModelError::Read { path: path.clone(), source };
+        file.read_exact_at(into, tensor.range.start as u64).map_err(failed)
     }
 
     /// Asks the kernel to read a tensor ahead. Only advice: a failure costs time.
     pub(crate) fn will_need(&self, tensor: &StoredTensor) {
-        let _ = self.maps[tensor.file].advise_range(Advice::WillNeed, tensor.range.start, tensor.range.len());
+        let _ = self.files[tensor.file].map.advise_range(Advice::WillNeed, tensor.range.start, tensor.range.len());
     }
 
     /// Gives back the memory of a tensor that was copied out; the page cache may keep it. Only advice.
     pub(crate) fn release(&self, tensor: &StoredTensor) {
         // SAFETY: the map is read-only and backed by a file, so a dropped page reads the same again.
         let _ = unsafe {
-            self.maps[tensor.file].unchecked_advise_range(
+            self.files[tensor.file].map.unchecked_advise_range(
                 UncheckedAdvice::DontNeed,
                 tensor.range.start,
                 tensor.range.len(),

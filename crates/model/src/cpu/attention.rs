@@ -193,31 +193,14 @@ impl Queries<'_, '_> {
                 softmax_row(scores);
             }
             let out = std::array::from_fn(|r| self.out.as_mut_ptr().add(((row + r) * heads + head) * d_kv));
-            let mut at = 0;
-            while at + 2 * LANES <= d_kv {
-                weighted_sum::<L, R, 2>(
-                    self.scores,
-                    keys,
-                    self.sequence.values,
-                    head * d_kv + at,
-                    out.map(|o| o.add(at)),
-                );
-                at += 2 * LANES;
-            }
-            while at + LANES <= d_kv {
-                weighted_sum::<L, R, 1>(
-                    self.scores,
-                    keys,
-                    self.sequence.values,
-                    head * d_kv + at,
-                    out.map(|o| o.add(at)),
-                );
-                at += LANES;
-            }
-            if at < d_kv {
-                let width = d_kv - at;
-                let out = out.map(|o| o.add(at));
-                weighted_sum_partial::<L, R>(self.scores, keys, self.sequence.values, head * d_kv + at, width, out);
+            for at in (0..d_kv).step_by(2 * LANES) {
+                let (column, width) = (head * d_kv + at, d_kv - at);
+                let out = out.map(|out| out.add(at));
+                if width > LANES {
+                    weighted_sum::<L, R, 2>(self.scores, keys, self.sequence.values, column, width, out);
+                } else {
+                    weighted_sum::<L, R, 1>(self.scores, keys, self.sequence.values, column, width, out);
+                }
             }
         }
     }
@@ -247,22 +230,10 @@ unsafe fn dots<L: Lanes, const R: usize, const C: usize>(
     unsafe {
         let keys: [*const f32; C] = std::array::from_fn(|c| keys.head(key + c, column));
         let mut sums = [[L::splat(0.0); C]; R];
-        let whole = d_kv / LANES * LANES;
-        let mut at = 0;
-        while at < whole {
-            let q = queries.map(|query| L::load(query.add(at)));
+        for at in (0..d_kv).step_by(LANES) {
+            let q = queries.map(|query| load_up_to::<L>(query.add(at), d_kv - at));
             for c in 0..C {
-                let k = L::load(keys[c].add(at));
-                for r in 0..R {
-                    sums[r][c] = sums[r][c].fma(q[r], k);
-                }
-            }
-            at += LANES;
-        }
-        if whole < d_kv {
-            let q = queries.map(|query| L::load_partial(query.add(whole), d_kv - whole));
-            for c in 0..C {
-                let k = L::load_partial(keys[c].add(whole), d_kv - whole);
+                let k = load_up_to::<L>(keys[c].add(at), d_kv - at);
                 for r in 0..R {
                     sums[r][c] = sums[r][c].fma(q[r], k);
                 }
@@ -274,13 +245,15 @@ unsafe fn dots<L: Lanes, const R: usize, const C: usize>(
     }
 }
 
-/// `out[r] = sum over keys of p[r][key] * v[key]`, V vectors wide, in the order of the keys.
+/// `out[r] = sum over keys of p[r][key] * v[key]` in the order of the keys, for V vectors of which the last
+/// ends at `width` columns if those are fewer.
 #[inline(always)]
 unsafe fn weighted_sum<L: Lanes, const R: usize, const V: usize>(
     probabilities: &[f32],
     keys: usize,
     values: HeadRows<'_>,
     column: usize,
+    width: usize,
     out: [*mut f32; R],
 ) {
     // SAFETY: `probabilities` is (R, keys), and the caller's values and out exist.
@@ -288,7 +261,7 @@ unsafe fn weighted_sum<L: Lanes, const R: usize, const V: usize>(
         let mut sums = [[L::splat(0.0); V]; R];
         for key in 0..keys {
             let value = values.head(key, column);
-            let v: [L; V] = std::array::from_fn(|i| L::load(value.add(i * LANES)));
+            let v: [L; V] = std::array::from_fn(|i| load_up_to(value.add(i * LANES), width - i * LANES));
             for r in 0..R {
                 let p = L::splat(*probabilities.get_unchecked(r * keys + key));
                 for i in 0..V {
@@ -298,35 +271,20 @@ unsafe fn weighted_sum<L: Lanes, const R: usize, const V: usize>(
         }
         for r in 0..R {
             for i in 0..V {
-                sums[r][i].store(out[r].add(i * LANES));
+                let mut lanes = [0.0; LANES];
+                sums[r][i].store(lanes.as_mut_ptr());
+                let count = (width - i * LANES).min(LANES);
+                std::ptr::copy_nonoverlapping(lanes.as_ptr(), out[r].add(i * LANES), count);
             }
         }
     }
 }
 
-/// [`weighted_sum`] of the last `width < 16` columns of a head.
+/// 16 floats, or the `left` that there are; the other lanes are 0.
 #[inline(always)]
-unsafe fn weighted_sum_partial<L: Lanes, const R: usize>(
-    probabilities: &[f32],
-    keys: usize,
-    values: HeadRows<'_>,
-    column: usize,
-    width: usize,
-    out: [*mut f32; R],
-) {
-    // SAFETY: as in `weighted_sum`, with `width` columns.
-    unsafe {
-        for r in 0..R {
-            let mut sum = L::splat(0.0);
-            for key in 0..keys {
-                let v = L::load_partial(values.head(key, column), width);
-                sum = sum.fma(L::splat(probabilities[r * keys + key]), v);
-            }
-            let mut lanes = [0.0; LANES];
-            sum.store(lanes.as_mut_ptr());
-            std::ptr::copy_nonoverlapping(lanes.as_ptr(), out[r], width);
-        }
-    }
+unsafe fn load_up_to<L: Lanes>(from: *const f32, left: usize) -> L {
+    // SAFETY: the caller has `left` floats.
+    unsafe { if left >= LANES { L::load(from) } else { L::load_partial(from, left) } }
 }
 
 #[cfg(test)]
