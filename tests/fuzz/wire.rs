@@ -1,0 +1,138 @@
+//! Messages between nodes: prost's decoding and the checks of `sida_proto::wire` behind it.
+
+use prost::Message;
+use sida_proto::{
+    v1,
+    wire::{Answer, Bounds, Residency, Stack, decode},
+};
+use sida_routing::{Digest, ExpertId, ExpertKey, Group, HashTable, LayerId, Plan, PlanId, hash_table::Shape};
+
+use crate::fuzz;
+
+const BOUNDS: Bounds = Bounds {
+    moe_layers: 6,
+    num_experts: 64,
+    d_model: 4,
+    vocab_size: 1000,
+    rows_max: 100,
+    tokens_max: 50,
+    sequences_max: 8,
+};
+
+fn key(layer: u16, expert: u16) -> ExpertKey {
+    ExpertKey { layer: LayerId(layer), expert: ExpertId(expert) }
+}
+
+fn table() -> HashTable {
+    let shape = Shape { first_layer: LayerId(3), layers: 3, tokens: 4, top_k: 2 };
+    let experts = (0..24).map(|entry| ExpertId(entry * 2)).collect();
+    HashTable::new(Digest([1; 32]), Digest([2; 32]), shape, 64, experts, vec![0.25; 24]).expect("a valid table")
+}
+
+/// A hash table from a predictor-node could end a coordinator, or name experts that do not exist.
+#[test]
+fn hash_table() {
+    fuzz!([v1::HashTable::from(&table()).encode_to_vec()], |bytes| {
+        let Ok(table) = decode::hash_table(bytes, &BOUNDS) else { return false };
+        let shape = table.shape();
+        assert!(usize::from(shape.first_layer.0) + shape.layers <= BOUNDS.moe_layers);
+        assert!(table.all_experts().iter().all(|expert| usize::from(expert.0) < BOUNDS.num_experts));
+        assert_eq!(table.all_alphas().len(), shape.layers * shape.tokens * shape.top_k);
+        true
+    });
+}
+
+/// Rows from a coordinator could end an expert-node, or make it read past its buffers.
+#[test]
+fn activations() {
+    let groups = [(3, 2), (9, 1), (63, 4)].map(|(expert, rows)| Group { expert: ExpertId(expert), rows });
+    let call = v1::Activations::new(7, LayerId(5), &groups, &[0.5; 28]);
+    fuzz!([call.encode_to_vec()], |bytes| {
+        let Ok(call) = decode::activations(bytes, &BOUNDS) else { return false };
+        let rows: usize = call.groups.iter().map(|group| group.rows as usize).sum();
+        assert!(rows <= BOUNDS.rows_max);
+        assert_eq!(call.activations.len(), rows * BOUNDS.d_model);
+        assert!(call.groups.iter().all(|group| usize::from(group.expert.0) < BOUNDS.num_experts));
+        true
+    });
+}
+
+/// Results from an expert-node could end a coordinator, or be taken for those of another number of rows.
+#[test]
+fn results() {
+    let report = v1::CallReport { hits: 1, demand_loads: 2, load_us: 3, compute_us: 4 };
+    let done = v1::Results::done(7, vec![1.5; 12], report);
+    let failed = v1::Results::failed(7, v1::CallError { code: 14, reason: "LOAD".into(), message: "gone".into() });
+    fuzz!([done.encode_to_vec(), failed.encode_to_vec()], |bytes| match decode::results(bytes, 3, BOUNDS.d_model) {
+        Ok(Answer::Done { payload, .. }) => {
+            assert_eq!(payload.len(), 3 * BOUNDS.d_model * 4);
+            true
+        }
+        Ok(Answer::Failed(_)) => true,
+        Err(_) => false,
+    });
+}
+
+/// A hint could end an expert-node.
+#[test]
+fn plan() {
+    let plan = Plan { id: PlanId(3), experts: vec![key(0, 1), key(0, 63), key(5, 2)] };
+    fuzz!([v1::Plan::from(&plan).encode_to_vec()], |bytes| {
+        let Ok(plan) = decode::plan(bytes, &BOUNDS) else { return false };
+        let exists = |key: &ExpertKey| {
+            usize::from(key.layer.0) < BOUNDS.moe_layers && usize::from(key.expert.0) < BOUNDS.num_experts
+        };
+        assert!(plan.experts.iter().all(exists));
+        true
+    });
+}
+
+/// A request could end a predictor-node, or look up tokens that the model does not have.
+#[test]
+fn predict_request() {
+    let sequences: [&[u32]; 2] = [&[1, 2, 3], &[999]];
+    let request = v1::PredictRequest::new(Digest([9; 32]), Stack::Encoder, &sequences, &[]);
+    let states = [bytes::Bytes::from_static(b"state"), bytes::Bytes::new()];
+    let step = v1::PredictRequest::new(Digest([9; 32]), Stack::Decoder, &sequences, &states);
+    fuzz!([request.encode_to_vec(), step.encode_to_vec()], |bytes| { decode::predict_request(bytes, &BOUNDS).is_ok() });
+}
+
+/// A report of an expert-node could end whoever asked for it.
+#[test]
+fn residency() {
+    let held = Residency {
+        node: "expert-node-0".into(),
+        model: Digest([1; 32]),
+        resident_bytes: 1,
+        budget_bytes: 2,
+        slots: 3,
+        demand_loads: 4,
+        prefetch_loads: 5,
+        evictions: 6,
+        rows: 7,
+        resident: vec![key(0, 0), key(5, 63)],
+    };
+    fuzz!([v1::ResidencyResponse::from(&held).encode_to_vec()], |bytes| decode::residency(bytes, &BOUNDS).is_ok());
+}
+
+/// A frame of a lane could end a node before any check of ours is reached.
+#[test]
+fn lane_frames() {
+    let groups = [Group { expert: ExpertId(3), rows: 2 }];
+    let plan = Plan { id: PlanId(3), experts: vec![key(0, 1)] };
+    let kinds = [
+        v1::lane_request::Kind::Plan((&plan).into()),
+        v1::lane_request::Kind::Activations(v1::Activations::new(7, LayerId(5), &groups, &[0.5; 8])),
+        v1::lane_request::Kind::Release(v1::Release { plan_id: 3 }),
+    ];
+    let seeds = kinds.map(|kind| v1::LaneRequest { kind: Some(kind) }.encode_to_vec());
+    fuzz!(seeds, |bytes| {
+        let Ok(frame) = v1::LaneRequest::decode(bytes) else { return false };
+        match frame.kind {
+            Some(v1::lane_request::Kind::Plan(plan)) => plan.check(&BOUNDS).is_ok(),
+            Some(v1::lane_request::Kind::Activations(call)) => call.check(&BOUNDS).is_ok(),
+            Some(v1::lane_request::Kind::Release(_)) => true,
+            None => false,
+        }
+    });
+}
