@@ -53,7 +53,7 @@ proptest! {
         let engine = engine(&source, slots, threads).unwrap();
         let mut seed = seed;
         for id in 0..30 {
-            if random(&mut seed) % 2 == 0 {
+            if random(&mut seed).is_multiple_of(2) {
                 engine.plan(random_plan(&mut seed, id));
             }
             let call = MadeUpCall::new(&mut seed);
