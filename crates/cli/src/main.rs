@@ -1,1 +1,63 @@
-fn main() {}
+//! `sida`: the whole cluster in one process, one role of it, or a client of one.
+//!
+//! In reading order. What can be said on the command line: [`command_line`], [`settings_file`],
+//! [`arguments`], [`time_span`], [`bad_configuration`]. What it does: [`commands`]. What the commands share:
+//! [`model_dir`], [`text_file`], [`embedded`], [`front_door`], [`runtime`], [`shutdown`]. What a person sees:
+//! [`loading_bar`], [`byte_size`], [`plain_table`], [`expert_picture`], [`answer_report`],
+//! [`status_table`].
+
+mod answer_report;
+mod arguments;
+mod bad_configuration;
+mod byte_size;
+mod command_line;
+mod commands;
+mod embedded;
+mod expert_picture;
+mod front_door;
+mod loading_bar;
+mod model_dir;
+mod plain_table;
+mod runtime;
+mod settings_file;
+mod shutdown;
+mod status_table;
+mod text_file;
+mod time_span;
+
+use std::{env, process::ExitCode};
+
+use bad_configuration::BadConfiguration;
+
+/// `EX_USAGE` of sysexits.h: the command line, the environment or a configuration file is wrong, so that
+/// starting again will not help.
+const EXIT_BAD_CONFIGURATION: u8 = 64;
+
+fn main() -> ExitCode {
+    let command_line = match command_line::parse(env::args_os().collect()) {
+        Ok(command_line) => command_line,
+        Err(command_line::ParseError::Clap(error)) => {
+            // Help and version arrive as errors, too; they go to standard output and are a success.
+            let _ = error.print();
+            return if error.use_stderr() { EXIT_BAD_CONFIGURATION.into() } else { ExitCode::SUCCESS };
+        }
+        Err(command_line::ParseError::Settings(error)) => return failed(&error.into()),
+    };
+    match command_line.run() {
+        Ok(code) => code,
+        Err(error) => failed(&error),
+    }
+}
+
+/// Says what went wrong with every cause on one line, and picks the exit code.
+fn failed(error: &anyhow::Error) -> ExitCode {
+    match error.downcast_ref::<tonic::Status>() {
+        Some(status) => eprintln!("sida: {} ({:?})", status.message(), status.code()),
+        None => eprintln!("sida: {error:#}"),
+    }
+    if error.chain().any(|cause| cause.is::<BadConfiguration>()) {
+        EXIT_BAD_CONFIGURATION.into()
+    } else {
+        ExitCode::FAILURE
+    }
+}

@@ -1,0 +1,15 @@
+//! The shape of a cluster in one process.
+
+use clap::Args;
+use sida_expert_node::ExpertMemory;
+
+/// How many expert-nodes there are, and how much memory they get together.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct EmbeddedArguments {
+    /// Expert-nodes within this process
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub(crate) expert_nodes: usize,
+    /// Memory for experts, over all expert-nodes: 2GiB, 300MB, or a share of all experts as 25%
+    #[arg(long, value_name = "SIZE", default_value = "100%")]
+    pub(crate) expert_memory: ExpertMemory,
+}

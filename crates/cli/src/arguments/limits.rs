@@ -1,0 +1,56 @@
+//! What a coordinator takes on, and how it uses its cluster.
+
+use std::time::Duration;
+
+use clap::Args;
+use sida_coordinator::CoordinatorConfig;
+
+use crate::time_span;
+
+/// Bounds of batches and requests; the defaults are those of the design.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct LimitArguments {
+    /// Tokens of one batch at most
+    #[arg(long, value_name = "N", default_value_t = 8192)]
+    batch_tokens_max: usize,
+    /// Sequences that are generated at the same time at most
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    sequences_max: usize,
+    /// Requests that wait at most; further ones are refused at once
+    #[arg(long, value_name = "N", default_value_t = 1024)]
+    queue_max: usize,
+    /// Tokens of a prompt at most
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    prompt_tokens_max: usize,
+    /// Tokens of an answer at most
+    #[arg(long, value_name = "N", default_value_t = 1024)]
+    answer_tokens_max: usize,
+    /// Predicted experts per token and layer that are loaded ahead; 0: none
+    #[arg(long, value_name = "K", default_value_t = 3)]
+    preload_depth: usize,
+    /// Drop tokens beyond an expert's capacity, per sequence, as transformers does
+    #[arg(long)]
+    enforce_capacity: bool,
+    /// How long an expert call may take where no other node could answer it
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = time_span::parse)]
+    expert_call_timeout: Duration,
+    /// How long predictor-nodes may take for a batch
+    #[arg(long, value_name = "TIME", default_value = "200ms", value_parser = time_span::parse)]
+    predict_timeout: Duration,
+}
+
+impl LimitArguments {
+    /// Puts them into a coordinator's settings. A limit of 0, which nothing would pass, is taken as 1.
+    pub(crate) fn apply(&self, config: &mut CoordinatorConfig) {
+        config.limits.tokens_max = self.batch_tokens_max.max(1);
+        config.limits.sequences_max = self.sequences_max.max(1);
+        config.limits.queue_max = self.queue_max.max(1);
+        config.request_limits.prompt_tokens_max = self.prompt_tokens_max.max(1);
+        config.request_limits.tokens_max = self.answer_tokens_max.max(1);
+        config.request_limits.tokens_default = config.request_limits.tokens_default.min(self.answer_tokens_max.max(1));
+        config.preload_depth = self.preload_depth;
+        config.enforce_capacity = self.enforce_capacity;
+        config.expert_call_timeout = self.expert_call_timeout;
+        config.predict_timeout = self.predict_timeout;
+    }
+}

@@ -1,0 +1,12 @@
+//! Flags that several commands share, one file per group: what the model is, how a request is routed and
+//! answered, how much memory the experts get, where a cluster listens and how one is reached.
+
+pub(crate) mod connection;
+pub(crate) mod embedded;
+pub(crate) mod generation;
+pub(crate) mod limits;
+pub(crate) mod membership;
+pub(crate) mod model;
+pub(crate) mod predictor;
+pub(crate) mod routing;
+pub(crate) mod server;

@@ -1,0 +1,58 @@
+//! Where hash tables come from.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use clap::Args;
+use sida_coordinator::PredictorSource;
+use sida_model::{Checkpoint, predictor};
+
+use crate::bad_configuration::BadConfiguration;
+
+/// Runs without hash tables.
+const OFF: &str = "off";
+/// Asks the predictor-nodes of the cluster.
+const NODES: &str = "nodes";
+
+/// The predictor of a coordinator.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct PredictorArguments {
+    /// A predictor's file, `nodes` for the cluster's predictor-nodes, or `off` [default: the predictor-nodes if
+    /// there are any, else predictor.safetensors beside the model if there is one]
+    #[arg(long, value_name = "FILE")]
+    predictor: Option<String>,
+}
+
+impl PredictorArguments {
+    /// The source that the flag names, or the best that there is.
+    pub(crate) fn source(&self, checkpoint: &Checkpoint, has_nodes: bool) -> anyhow::Result<PredictorSource> {
+        match self.predictor.as_deref() {
+            Some(OFF) => return Ok(PredictorSource::Off),
+            Some(NODES) if has_nodes => return Ok(PredictorSource::Nodes),
+            Some(NODES) => {
+                let message = "--predictor nodes: the cluster has no predictor-node";
+                return Err(BadConfiguration::new(message).into());
+            }
+            Some(file) => return local(Path::new(file), checkpoint),
+            None if has_nodes => return Ok(PredictorSource::Nodes),
+            None => {}
+        }
+        let file = default_file(checkpoint);
+        if file.try_exists().with_context(|| format!("cannot look for {}", file.display()))? {
+            return local(&file, checkpoint);
+        }
+        tracing::info!("{} does not exist: nothing is preloaded; `sida train-predictor` makes one", file.display());
+        Ok(PredictorSource::Off)
+    }
+}
+
+/// The file of a model's own predictor.
+pub(crate) fn default_file(checkpoint: &Checkpoint) -> PathBuf {
+    checkpoint.dir().join(predictor::FILE_NAME)
+}
+
+fn local(file: &Path, checkpoint: &Checkpoint) -> anyhow::Result<PredictorSource> {
+    let opened = predictor::open(file, checkpoint.config(), checkpoint.digest());
+    let refused = |error| BadConfiguration::because(format!("predictor {}", file.display()), error);
+    Ok(PredictorSource::Local(opened.map_err(refused)?))
+}

@@ -1,0 +1,94 @@
+//! Where a node listens, how it proves itself there, and how long it drains.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
+
+use clap::Args;
+use sida_rpc::{Readiness, ServerConfig, ServerTls};
+use sida_telemetry::metrics::{self, Metrics};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use super::connection::ConnectionArguments;
+use crate::{bad_configuration::BadConfiguration, time_span};
+
+/// Says that no metrics are served.
+const METRICS_OFF: &str = "off";
+
+/// Where the nodes of a cluster serve metrics unless the flag says otherwise: Prometheus is elsewhere.
+pub(crate) const METRICS_OF_NODES: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 9090);
+
+/// What every server has.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct ServerArguments {
+    /// Serve Prometheus metrics at http://HOST:PORT/metrics; off: nowhere [default: port 9090 if it is free]
+    #[arg(long, value_name = "HOST:PORT")]
+    metrics_listen: Option<String>,
+    /// PEM file of the authorities whose clients are let in [default: all clients]
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_client_ca: Option<PathBuf>,
+    /// How long requests may go on after Ctrl-C or SIGTERM
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = time_span::parse)]
+    drain: Duration,
+}
+
+impl ServerArguments {
+    /// The gRPC server's settings; it tells `readiness` whether it serves.
+    pub(crate) fn server(&self, connection: &ConnectionArguments, readiness: Readiness) -> ServerConfig {
+        let identity = connection.tls_cert.clone().zip(connection.tls_key.clone());
+        let tls = identity.map(|(certificate, key)| ServerTls {
+            certificate,
+            key,
+            client_authorities: self.tls_client_ca.clone(),
+        });
+        ServerConfig { drain_limit: self.drain, tls, readiness, ..ServerConfig::default() }
+    }
+
+    /// Installs the metrics recorder and serves it on the address of the flag, or on `default` if that is
+    /// free: a second node of one machine shall start all the same. Call before the nodes start: what they
+    /// record earlier is lost.
+    pub(crate) async fn serve_metrics(
+        &self,
+        default: SocketAddr,
+        readiness: Readiness,
+        shutdown: CancellationToken,
+    ) -> anyhow::Result<()> {
+        let listener = match self.metrics_listen.as_deref() {
+            Some(METRICS_OFF) => return Ok(()),
+            Some(address) => bind(address).await?,
+            None => match TcpListener::bind(default).await {
+                Ok(listener) => listener,
+                Err(error) => {
+                    tracing::warn!("no metrics are served: {default}: {error}; name a port by --metrics-listen");
+                    return Ok(());
+                }
+            },
+        };
+        let metrics: Metrics = metrics::install()?;
+        tracing::info!("metrics on http://{}/metrics", listener.local_addr()?);
+        let ready = Arc::new(move || readiness.is_ready());
+        tokio::spawn(async move {
+            if let Err(error) = metrics.serve(listener, ready, shutdown).await {
+                tracing::error!("metrics are not served any more: {error}");
+            }
+        });
+        Ok(())
+    }
+}
+
+/// A listener on `host:port`; port 0 takes any that is free.
+pub(crate) async fn bind(address: &str) -> Result<TcpListener, BadConfiguration> {
+    let refused = |error| BadConfiguration::because(format!("cannot listen on {address}"), error);
+    let resolved: Vec<SocketAddr> = address.to_socket_addrs().map_err(refused)?.collect();
+    TcpListener::bind(resolved.as_slice()).await.map_err(refused)
+}
+
+/// Tells the address on standard output, for scripts that start a node on port 0.
+pub(crate) fn announce(listener: &TcpListener) -> anyhow::Result<()> {
+    println!("listening on {}", listener.local_addr()?);
+    Ok(())
+}

@@ -1,0 +1,201 @@
+//! What can be said to `sida`: its commands, and where their flags come from. Read by `main`, which parses
+//! and runs.
+//!
+//! Every flag also has an environment variable, `SIDA_` and its name in capitals, and a key in the TOML file
+//! of `--config`; neither is written down per flag, so that none can be forgotten.
+
+use std::{env, ffi::OsString, path::PathBuf, process::ExitCode};
+
+use clap::{Arg, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use sida_telemetry::logging::{self, LogFormat};
+
+use crate::{bad_configuration::BadConfiguration, commands, settings_file};
+
+/// Serves Mixture-of-Experts models from less memory: predicts which experts each token will need, and keeps
+/// only those resident.
+#[derive(Parser)]
+#[command(name = "sida", version, arg_required_else_help = true, max_term_width = 100)]
+pub(crate) struct CommandLine {
+    #[command(flatten)]
+    general: GeneralArguments,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Flags that every command has.
+#[derive(Args)]
+struct GeneralArguments {
+    /// TOML file of flags: `expert-memory = "25%"` for every command that has the flag, `[bench]` tables for one
+    #[arg(long, value_name = "FILE", global = true)]
+    config: Option<PathBuf>,
+    /// Which events to log on standard error, as `info,sida_rpc=debug` [default: info for servers, else warn]
+    #[arg(long, value_name = "FILTER", global = true)]
+    log: Option<String>,
+    /// How a log line looks: text or json
+    #[arg(long, value_name = "FORMAT", global = true, default_value = "text")]
+    log_format: String,
+}
+
+/// The commands, in the order of the design.
+#[derive(Subcommand)]
+enum Command {
+    Ask(commands::ask::AskArguments),
+    Up(commands::up::UpArguments),
+    Coordinator(commands::coordinator::CoordinatorArguments),
+    ExpertNode(commands::expert_node::ExpertNodeArguments),
+    PredictorNode(commands::predictor_node::PredictorNodeArguments),
+    Status(commands::status::StatusArguments),
+    TrainPredictor(commands::train_predictor::TrainPredictorArguments),
+    Bench(commands::bench::BenchArguments),
+    Inspect(commands::inspect::InspectArguments),
+    Convert(commands::convert::ConvertArguments),
+    Synth(commands::synth::SynthArguments),
+    Verify(commands::verify::VerifyArguments),
+    Doctor(commands::doctor::DoctorArguments),
+}
+
+/// Why there is no command line to run.
+#[derive(Debug)]
+pub(crate) enum ParseError {
+    /// Flags do not parse; or help or the version was asked for.
+    Clap(clap::Error),
+    /// The file of `--config`.
+    Settings(BadConfiguration),
+}
+
+/// The command line of `arguments` (the program's name first), completed from the environment and the file
+/// of `--config`.
+pub(crate) fn parse(arguments: Vec<OsString>) -> Result<CommandLine, ParseError> {
+    let mut command = command();
+    if let Some(file) = settings_file::named(&arguments, env::var_os("SIDA_CONFIG")) {
+        command = settings_file::apply(command, file.as_ref()).map_err(ParseError::Settings)?;
+    }
+    let matches = command.try_get_matches_from(arguments).map_err(ParseError::Clap)?;
+    CommandLine::from_arg_matches(&matches).map_err(ParseError::Clap)
+}
+
+/// The commands with an environment variable for every flag.
+fn command() -> clap::Command {
+    let with_environment = |arg: Arg| match arg.get_long() {
+        Some(long) => {
+            let variable = format!("SIDA_{}", long.replace('-', "_").to_uppercase());
+            arg.env(variable)
+        }
+        None => arg,
+    };
+    CommandLine::command().mut_args(with_environment).mut_subcommands(|sub| sub.mut_args(with_environment))
+}
+
+impl CommandLine {
+    /// Does it.
+    pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
+        self.set_up_logging()?;
+        match self.command {
+            Command::Ask(arguments) => commands::ask::run(arguments),
+            Command::Up(arguments) => commands::up::run(arguments),
+            Command::Coordinator(arguments) => commands::coordinator::run(arguments),
+            Command::ExpertNode(arguments) => commands::expert_node::run(arguments),
+            Command::PredictorNode(arguments) => commands::predictor_node::run(arguments),
+            Command::Status(arguments) => commands::status::run(arguments),
+            Command::TrainPredictor(arguments) => commands::train_predictor::run(arguments),
+            Command::Bench(arguments) => commands::bench::run(arguments),
+            Command::Inspect(arguments) => commands::inspect::run(arguments),
+            Command::Convert(arguments) => commands::convert::run(arguments),
+            Command::Synth(arguments) => commands::synth::run(arguments),
+            Command::Verify(arguments) => commands::verify::run(arguments),
+            Command::Doctor(arguments) => commands::doctor::run(arguments),
+        }
+    }
+
+    fn set_up_logging(&self) -> anyhow::Result<()> {
+        let is_server = matches!(
+            self.command,
+            Command::Up(_) | Command::Coordinator(_) | Command::ExpertNode(_) | Command::PredictorNode(_)
+        );
+        let filter = self.general.log.as_deref().unwrap_or(if is_server { "info" } else { "warn" });
+        let refused = |error| BadConfiguration::because("logging cannot be set up", error);
+        let format: LogFormat = self.general.log_format.parse().map_err(refused)?;
+        logging::install(filter, format).map_err(refused)?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(line: &[&str]) -> Result<CommandLine, clap::Error> {
+        let matches = command().try_get_matches_from(line)?;
+        CommandLine::from_arg_matches(&matches)
+    }
+
+    #[test]
+    fn every_flag_has_an_environment_variable() {
+        // Broken: a flag could not be set in a container without changing its command.
+        let mut command = command();
+        command.build();
+        let commands: Vec<_> = command.get_subcommands().filter(|sub| sub.get_name() != "help").collect();
+        assert_eq!(commands.len(), 13);
+        for sub in commands {
+            for arg in sub.get_arguments().filter(|arg| !["help", "version"].contains(&arg.get_id().as_str())) {
+                let Some(long) = arg.get_long() else { continue };
+                let variable = arg.get_env().unwrap_or_else(|| panic!("{} --{long}", sub.get_name()));
+                let expected = format!("SIDA_{}", long.replace('-', "_").to_uppercase());
+                assert_eq!(variable.to_str(), Some(expected.as_str()));
+            }
+        }
+    }
+
+    #[test]
+    fn every_flag_and_command_has_a_help_text() {
+        // Broken: `--help` would list a flag without saying what it does.
+        let mut command = command();
+        command.build();
+        for sub in command.get_subcommands() {
+            assert!(sub.get_about().is_some(), "{}", sub.get_name());
+            for arg in sub.get_arguments() {
+                assert!(arg.get_help().is_some(), "{} {}", sub.get_name(), arg.get_id());
+            }
+        }
+    }
+
+    #[test]
+    fn no_variable_collides_with_kubernetes() {
+        // Broken: beside a service called `sida` every pod gets SIDA_PORT=tcp://…, which would be read as a flag.
+        let injected = |variable: &str| {
+            ["SIDA_PORT", "SIDA_SERVICE_HOST", "SIDA_SERVICE_PORT"].iter().any(|name| variable.starts_with(name))
+        };
+        let command = command();
+        let flags = command.get_subcommands().flat_map(|sub| sub.get_arguments());
+        let variables = flags.filter_map(|arg| arg.get_env()?.to_str());
+        assert_eq!(variables.filter(|variable| injected(variable)).collect::<Vec<_>>(), Vec::<&str>::new());
+    }
+
+    #[test]
+    fn commands_parse() {
+        // Broken: the commands of the design would not exist under their names.
+        for line in [
+            "sida ask hello",
+            "sida ask --mode hash --alpha predicted --stop . --stop ! hello",
+            "sida up --expert-nodes 3 --expert-memory 25% --listen 127.0.0.1:0",
+            "sida coordinator --static cluster.toml --name c0",
+            "sida expert-node --static cluster.toml --name e0",
+            "sida predictor-node --static cluster.toml --name p0",
+            "sida status --endpoint http://127.0.0.1:50051 --watch",
+            "sida train-predictor --file corpus.txt --net table --out p.safetensors",
+            "sida bench --method encode --file t.txt --batch 8 --budgets 100%,25%",
+            "sida inspect models/switch-tiny-64",
+            "sida convert in --out out",
+            "sida synth --like switch-base-8 --out dir",
+            "sida verify dir",
+            "sida doctor",
+        ] {
+            if let Err(error) = parsed(&line.split(' ').collect::<Vec<_>>()) {
+                panic!("{line}: {error}");
+            }
+        }
+        for line in ["sida ask", "sida frobnicate", "sida ask --mode sideways hello", "sida expert-node"] {
+            assert!(parsed(&line.split(' ').collect::<Vec<_>>()).is_err(), "{line}");
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! What is measured: clusters in this process (one per budget), one over expert-node processes, or one that
+//! runs already. Started by `bench`.
+
+use clap::Args;
+use sida_expert_node::ExpertMemory;
+
+use super::{
+    figures::Figures,
+    processes::{self, ProcessCluster},
+    report::Measured,
+};
+use crate::{
+    arguments::{
+        connection::ConnectionArguments, embedded::EmbeddedArguments, model::ModelArguments,
+        predictor::PredictorArguments,
+    },
+    bad_configuration::BadConfiguration,
+    embedded::EmbeddedCluster,
+    front_door::FrontDoor,
+};
+
+/// What is measured.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct SubjectArguments {
+    /// Measure this coordinator, as http://127.0.0.1:50051, instead of a cluster in this process
+    #[arg(long, value_name = "URL", conflicts_with_all = ["processes", "budgets"])]
+    endpoint: Option<String>,
+    #[command(flatten)]
+    connection: ConnectionArguments,
+    #[command(flatten)]
+    pub(crate) model: ModelArguments,
+    #[command(flatten)]
+    predictor: PredictorArguments,
+    #[command(flatten)]
+    embedded: EmbeddedArguments,
+    /// Start so many expert-node processes and reach them by gRPC over loopback; 0: all in this process. With
+    /// --beside, next to the cluster in this process
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    processes: usize,
+    /// Measure the cluster in this process, too, in turns with the one of --processes
+    #[arg(long)]
+    beside: bool,
+    /// Measure clusters of these budgets in turns, as 100%,25%
+    #[arg(long, value_name = "SIZES", value_delimiter = ',', conflicts_with = "processes")]
+    budgets: Vec<ExpertMemory>,
+}
+
+/// A cluster under measurement.
+pub(crate) struct Subject {
+    pub(crate) label: String,
+    pub(crate) door: FrontDoor,
+    cluster: Running,
+}
+
+/// What was started for it.
+enum Running {
+    Embedded(EmbeddedCluster),
+    Processes(ProcessCluster),
+    /// Somebody else's.
+    Elsewhere,
+}
+
+/// More subjects than this in one process is a mistake.
+const BUDGETS_MAX: usize = 16;
+
+/// Starts what the flags describe.
+pub(crate) async fn start(arguments: &SubjectArguments) -> anyhow::Result<Vec<Subject>> {
+    if let Some(endpoint) = &arguments.endpoint {
+        let door = FrontDoor::connect(endpoint, &arguments.connection).await?;
+        return Ok(vec![Subject { label: endpoint.clone(), door, cluster: Running::Elsewhere }]);
+    }
+    if arguments.budgets.len() > BUDGETS_MAX {
+        let found = arguments.budgets.len();
+        return Err(BadConfiguration::new(format!("--budgets names {found}, at most {BUDGETS_MAX}")).into());
+    }
+    if arguments.processes > 0 {
+        let mut subjects = Vec::new();
+        if arguments.beside {
+            subjects.push(embedded(arguments, arguments.embedded.expert_memory, "in process".to_owned()).await?);
+        }
+        subjects.push(over_processes(arguments).await?);
+        return Ok(subjects);
+    }
+    let mut subjects = Vec::new();
+    let budgets = match arguments.budgets.as_slice() {
+        [] => vec![arguments.embedded.expert_memory],
+        budgets => budgets.to_vec(),
+    };
+    for budget in budgets {
+        subjects.push(embedded(arguments, budget, budget.to_string()).await?);
+    }
+    Ok(subjects)
+}
+
+async fn embedded(arguments: &SubjectArguments, budget: ExpertMemory, label: String) -> anyhow::Result<Subject> {
+    let shape = EmbeddedArguments { expert_memory: budget, ..arguments.embedded.clone() };
+    let cluster = EmbeddedCluster::start(&arguments.model, &arguments.predictor, &shape, |_| {}).await?;
+    Ok(Subject { label, door: cluster.door(), cluster: Running::Embedded(cluster) })
+}
+
+async fn over_processes(arguments: &SubjectArguments) -> anyhow::Result<Subject> {
+    let shape = EmbeddedArguments { expert_nodes: arguments.processes, ..arguments.embedded.clone() };
+    let cluster = processes::start(&arguments.model, &arguments.predictor, &shape).await?;
+    let label = format!("{} processes", arguments.processes);
+    Ok(Subject { label, door: cluster.door(), cluster: Running::Processes(cluster) })
+}
+
+impl Subject {
+    /// Its figures with what its nodes say of themselves.
+    pub(crate) async fn measured(&self, figures: Figures, rounds_per_s: Vec<f64>) -> anyhow::Result<Measured> {
+        let nodes = self.door.status().await?.nodes;
+        let residencies: Vec<_> = nodes.into_iter().filter_map(|node| node.residency).collect();
+        Ok(Measured {
+            label: self.label.clone(),
+            figures,
+            rounds_per_s,
+            resident_bytes: residencies.iter().map(|node| node.resident_bytes).sum(),
+            budget_bytes: residencies.iter().map(|node| node.budget_bytes).sum(),
+            node_prefetch_loads: residencies.iter().map(|node| node.prefetch_loads).sum(),
+            node_demand_loads: residencies.iter().map(|node| node.demand_loads).sum(),
+            node_evictions: residencies.iter().map(|node| node.evictions).sum(),
+        })
+    }
+
+    /// Ends what was started for it.
+    pub(crate) async fn stop(self) {
+        match self.cluster {
+            Running::Embedded(cluster) => cluster.stop().await,
+            Running::Processes(cluster) => cluster.stop().await,
+            Running::Elsewhere => {}
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! One request of the benchmark: which text, asked how. Called by [`super::load`] for every request.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use futures::TryStreamExt;
+use serde::Serialize;
+use sida_coordinator::{EncodeParams, Pooling, ScoreParams};
+use sida_proto::v1::Trace;
+use tonic::Status;
+
+use super::figures::Sample;
+use crate::{
+    arguments::{generation::GenerationArguments, routing::RoutingArguments},
+    bad_configuration::BadConfiguration,
+    front_door::FrontDoor,
+    text_file,
+};
+
+/// What is asked when no file is given: sentences of the length of film reviews.
+const BUILT_IN_TEXTS: [&str; 4] = [
+    "sst2 sentence: a quiet film that stays with you long after the lights come up .",
+    "sst2 sentence: the plot is thin and the jokes are thinner .",
+    "sst2 sentence: two hours of noise without a single idea .",
+    "sst2 sentence: warm , clever and beautifully played .",
+];
+
+/// What a request asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Method {
+    /// Encoder states, pooled
+    Encode,
+    /// An answer, token by token
+    Generate,
+    /// The likelihood of each of --targets
+    Score,
+}
+
+/// What is asked of which texts.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct WorkloadArguments {
+    /// What a request asks for
+    #[arg(long, value_enum, default_value_t = Method::Generate)]
+    pub(crate) method: Method,
+    /// Texts, one per line [default: four built-in sentences]
+    #[arg(long, value_name = "FILE")]
+    file: Option<PathBuf>,
+    /// Use only so many texts from the beginning of the file; 0: all
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    texts: usize,
+    /// For score: the candidates
+    #[arg(long, value_name = "TEXT", value_delimiter = ',', default_value = "negative,positive")]
+    targets: Vec<String>,
+    #[command(flatten)]
+    generation: GenerationArguments,
+    #[command(flatten)]
+    routing: RoutingArguments,
+}
+
+/// Ready to be asked.
+pub(crate) struct Workload {
+    arguments: WorkloadArguments,
+    /// Invariant: not empty.
+    texts: Vec<String>,
+}
+
+impl Workload {
+    /// Reads the texts.
+    pub(crate) fn open(arguments: WorkloadArguments) -> Result<Self, BadConfiguration> {
+        let mut texts = match &arguments.file {
+            None => BUILT_IN_TEXTS.map(str::to_owned).to_vec(),
+            Some(file) => text_file::lines(file)?,
+        };
+        if arguments.texts > 0 {
+            texts.truncate(arguments.texts);
+        }
+        Ok(Self { arguments, texts })
+    }
+
+    /// How many different texts there are.
+    pub(crate) fn texts(&self) -> usize {
+        self.texts.len()
+    }
+
+    /// Asks the request of a number: texts are taken in turn.
+    pub(crate) async fn ask(&self, door: &FrontDoor, number: u64) -> Result<Sample, Status> {
+        let text = self.texts[(number % self.texts.len() as u64) as usize].clone();
+        let routing = self.arguments.routing.into();
+        match self.arguments.method {
+            Method::Encode => {
+                let answer =
+                    door.encode(EncodeParams { text, routing, pooling: Pooling::Mean, deadline: None }).await?;
+                Ok(sample(answer.prompt_tokens.into(), answer.trace))
+            }
+            Method::Score => {
+                let targets = self.arguments.targets.clone();
+                let answer = door.score(ScoreParams { text, targets, routing, deadline: None }).await?;
+                let tokens = answer.scores.iter().map(|score| u64::from(score.tokens)).sum();
+                Ok(sample(tokens, answer.trace))
+            }
+            Method::Generate => {
+                let request = self.arguments.generation.params(text, self.arguments.routing);
+                let mut tokens = door.generate(request).await?;
+                let mut finish = None;
+                while let Some(token) = tokens.try_next().await? {
+                    finish = token.finish;
+                }
+                let finish = finish.ok_or_else(|| Status::data_loss("the answer ended without its last message"))?;
+                Ok(sample(finish.generated_tokens.into(), finish.trace))
+            }
+        }
+    }
+}
+
+fn sample(tokens: u64, trace: Option<Trace>) -> Sample {
+    let trace = trace.unwrap_or_default();
+    Sample { tokens, hash_hits: trace.hash_hits, hash_misses: trace.hash_misses, demand_loads: trace.demand_loads }
+}

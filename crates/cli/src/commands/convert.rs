@@ -1,0 +1,34 @@
+//! `sida convert`: a checkpoint of pytorch_model.bin files becomes safetensors with a manifest.
+
+use std::{path::PathBuf, process::ExitCode};
+
+use clap::Args;
+use sida_model::convert;
+
+use crate::{
+    byte_size,
+    loading_bar::{LoadingBar, Unit},
+};
+
+/// Turn pytorch_model.bin (one file or shards) into safetensors with a SHA-256 manifest
+#[derive(Args)]
+pub(crate) struct ConvertArguments {
+    /// The checkpoint: config.json, pytorch_model.bin or its index and shards, tokenizer.json
+    #[arg(value_name = "CHECKPOINT")]
+    source: PathBuf,
+    /// Where the new checkpoint goes; must not exist or be empty
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+}
+
+/// Converts, with a bar; prints what was written.
+pub(crate) fn run(arguments: ConvertArguments) -> anyhow::Result<ExitCode> {
+    let bar = LoadingBar::new("converting", Unit::Bytes);
+    let written = convert::convert(&arguments.source, &arguments.out, &mut |done, total| bar.advance(done, total))?;
+    drop(bar);
+    println!("{} tensors, {} in {}", written.tensors, byte_size::shown(written.bytes), arguments.out.display());
+    for tied in &written.tied {
+        println!("left out {tied}: the same weights as the embedding");
+    }
+    Ok(ExitCode::SUCCESS)
+}

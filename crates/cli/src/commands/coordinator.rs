@@ -1,0 +1,61 @@
+//! `sida coordinator`: one coordinator of a cluster.
+
+use std::process::ExitCode;
+
+use clap::Args;
+use sida_cluster::Role;
+use sida_coordinator::CoordinatorConfig;
+use sida_model::Checkpoint;
+use sida_rpc::Readiness;
+
+use crate::{
+    arguments::{
+        connection::ConnectionArguments,
+        limits::LimitArguments,
+        membership::MembershipArguments,
+        model::ModelArguments,
+        predictor::PredictorArguments,
+        server::{self, METRICS_OF_NODES, ServerArguments},
+    },
+    runtime, shutdown,
+};
+
+/// Run one coordinator: takes requests, predicts, runs the dense layers and asks the expert-nodes
+#[derive(Args)]
+pub(crate) struct CoordinatorArguments {
+    #[command(flatten)]
+    membership: MembershipArguments,
+    #[command(flatten)]
+    model: ModelArguments,
+    #[command(flatten)]
+    predictor: PredictorArguments,
+    #[command(flatten)]
+    limits: LimitArguments,
+    #[command(flatten)]
+    server: ServerArguments,
+    #[command(flatten)]
+    connection: ConnectionArguments,
+}
+
+/// Serves until Ctrl-C or SIGTERM, then drains.
+pub(crate) fn run(arguments: CoordinatorArguments) -> anyhow::Result<ExitCode> {
+    arguments.model.start_threads()?;
+    runtime::run(async {
+        let shutdown = shutdown::on_signal()?;
+        let member = arguments.membership.member(Role::Coordinator)?;
+        let checkpoint = Checkpoint::open(&arguments.model.dir()?)?;
+        let cluster = arguments.membership.cluster(checkpoint.config())?;
+        let has_predictor_nodes = !cluster.members_of(Role::PredictorNode).is_empty();
+        let predictor = arguments.predictor.source(&checkpoint, has_predictor_nodes)?;
+        let readiness = Readiness::default();
+        let mut config = CoordinatorConfig::new(member.node, checkpoint, predictor);
+        arguments.limits.apply(&mut config);
+        config.client = arguments.connection.client();
+        config.server = arguments.server.server(&arguments.connection, readiness.clone());
+        arguments.server.serve_metrics(METRICS_OF_NODES, readiness, shutdown.clone()).await?;
+        let listener = server::bind(&member.address).await?;
+        server::announce(&listener)?;
+        sida_coordinator::run(config, listener, cluster, shutdown).await?;
+        Ok(ExitCode::SUCCESS)
+    })
+}

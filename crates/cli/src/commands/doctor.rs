@@ -1,0 +1,179 @@
+//! `sida doctor`: what this machine can run, and what is missing. Fails if `sida ask` could not work here.
+
+use std::{
+    fs,
+    net::TcpListener,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    thread,
+};
+
+use clap::Args;
+use sida_model::{ModelConfig, manifest};
+
+use crate::{byte_size, expert_picture::Style, model_dir};
+
+/// The ports that `sida up` listens on unless told otherwise.
+const DEFAULT_PORTS: [(u16, &str); 2] = [(50051, "gRPC"), (9090, "metrics")];
+
+/// Show what this machine can run and what is missing
+#[derive(Args)]
+pub(crate) struct DoctorArguments {
+    /// The model's directory [default: the switch-tiny-64 that comes with the source]
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+}
+
+/// How a finding is to be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Verdict {
+    /// As it should be.
+    Good,
+    /// Worth knowing; things work.
+    Note,
+    /// Something will not work.
+    Bad,
+}
+
+struct Finding {
+    verdict: Verdict,
+    what: &'static str,
+    text: String,
+}
+
+/// Looks at everything and prints one line each.
+pub(crate) fn run(arguments: DoctorArguments) -> anyhow::Result<ExitCode> {
+    let mut findings = vec![processor(), memory(), gpu()];
+    findings.extend(model(arguments.model.as_deref()));
+    findings.extend(DEFAULT_PORTS.map(|(port, use_)| port_finding(port, use_)));
+    findings.push(finding(Verdict::Note, "etcd", "support is not built in: clusters are described by --static FILE"));
+    let style = Style::of_stdout();
+    for finding in &findings {
+        let (mark, sgr) = match finding.verdict {
+            Verdict::Good => ("ok", "32"),
+            Verdict::Note => ("--", "33"),
+            Verdict::Bad => ("!!", "31"),
+        };
+        println!("{} {:<10} {}", style.paint(sgr, mark), finding.what, finding.text);
+    }
+    let is_bad = findings.iter().any(|finding| finding.verdict == Verdict::Bad);
+    Ok(if is_bad { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+fn finding(verdict: Verdict, what: &'static str, text: impl Into<String>) -> Finding {
+    Finding { verdict, what, text: text.into() }
+}
+
+/// Cores, and the instructions that the kernels pick at run time.
+fn processor() -> Finding {
+    let cores = thread::available_parallelism().map_or(1, |cores| cores.get());
+    let instructions = vector_instructions();
+    let verdict = if instructions == PORTABLE { Verdict::Note } else { Verdict::Good };
+    finding(verdict, "processor", format!("{cores} cores, {}, {instructions}", std::env::consts::ARCH))
+}
+
+const PORTABLE: &str = "portable kernels only: slower";
+
+fn vector_instructions() -> &'static str {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if is_x86_feature_detected!("avx512f") {
+            return "AVX-512 kernels";
+        }
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            return "AVX2 kernels";
+        }
+    }
+    PORTABLE
+}
+
+fn memory() -> Finding {
+    let Ok(text) = fs::read_to_string("/proc/meminfo") else {
+        return finding(Verdict::Note, "memory", "unknown: there is no /proc/meminfo");
+    };
+    match (meminfo_bytes(&text, "MemTotal"), meminfo_bytes(&text, "MemAvailable")) {
+        (Some(total), Some(available)) => {
+            let text = format!("{}, {} of it available", byte_size::shown(total), byte_size::shown(available));
+            finding(Verdict::Good, "memory", text)
+        }
+        _ => finding(Verdict::Note, "memory", "unknown: /proc/meminfo does not say"),
+    }
+}
+
+/// The bytes of one line of /proc/meminfo, as `MemTotal:  24689764 kB`.
+fn meminfo_bytes(text: &str, name: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    line.trim().strip_suffix(" kB")?.parse::<u64>().ok()?.checked_mul(1024)
+}
+
+/// Whether there is a GPU with a driver. This build computes on the CPU whatever is found.
+fn gpu() -> Finding {
+    let driver = fs::read_to_string("/proc/driver/nvidia/version").ok();
+    let version = driver.as_deref().and_then(|text| text.lines().next());
+    let text = match version {
+        Some(version) => format!("{}; this build computes on the CPU", version.trim()),
+        None => "no NVIDIA driver: computing on the CPU".to_owned(),
+    };
+    finding(Verdict::Note, "GPU", text)
+}
+
+/// The model, its tokenizer, its predictor and its manifest.
+fn model(named: Option<&Path>) -> Vec<Finding> {
+    let dir = match model_dir::find(named) {
+        Ok(dir) => dir,
+        Err(error) => return vec![finding(Verdict::Bad, "model", error.to_string())],
+    };
+    let config = match ModelConfig::open(&dir) {
+        Ok(config) => config,
+        Err(error) => return vec![finding(Verdict::Bad, "model", error.to_string())],
+    };
+    let layers = config.moe_layer_count();
+    let text = format!("{}: {layers} MoE layers of {} experts", dir.display(), config.num_experts);
+    let mut findings = vec![finding(Verdict::Good, "model", text)];
+    let present = |name: &str| dir.join(name).is_file();
+    findings.push(match present("tokenizer.json") {
+        true => finding(Verdict::Good, "tokenizer", "found"),
+        false => finding(Verdict::Bad, "tokenizer", "the model has no tokenizer.json: texts cannot be read"),
+    });
+    findings.push(match present("predictor.safetensors") {
+        true => finding(Verdict::Good, "predictor", "found"),
+        false => finding(Verdict::Note, "predictor", "none: nothing is preloaded; `sida train-predictor` makes one"),
+    });
+    findings.push(match present(manifest::FILE_NAME) {
+        true => finding(Verdict::Good, "manifest", "found: weights are checked when they are loaded"),
+        false => finding(Verdict::Note, "manifest", "none; `sida verify --write-manifest` makes one"),
+    });
+    findings
+}
+
+fn port_finding(port: u16, use_: &'static str) -> Finding {
+    match TcpListener::bind(("127.0.0.1", port)) {
+        Ok(_) => finding(Verdict::Good, "port", format!("{port} ({use_}) is free")),
+        Err(error) => finding(Verdict::Note, "port", format!("{port} ({use_}): {error}; choose another by a flag")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn meminfo() {
+        // Broken: memory would be shown a thousand times off, or a kernel's new line would end the command.
+        let text = "MemTotal:       24689764 kB\nMemAvailable:   x kB\nHugePages_Total:       0\n";
+        assert_eq!(meminfo_bytes(text, "MemTotal"), Some(24689764 * 1024));
+        assert_eq!(meminfo_bytes(text, "MemAvailable"), None);
+        assert_eq!(meminfo_bytes(text, "HugePages_Total"), None);
+        assert_eq!(meminfo_bytes("", "MemTotal"), None);
+    }
+
+    #[test]
+    fn what_is_missing_is_said() {
+        // Broken: `sida doctor` would call a machine healthy on which `sida ask` fails.
+        let dir = tempfile::tempdir().unwrap();
+        let findings = model(Some(dir.path()));
+        assert_eq!(findings[0].verdict, Verdict::Bad);
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        assert_eq!(port_finding(listener.local_addr().unwrap().port(), "gRPC").verdict, Verdict::Note);
+    }
+}

@@ -1,0 +1,64 @@
+//! `sida predictor-node`: one predictor-node of a cluster.
+
+use std::{path::PathBuf, process::ExitCode};
+
+use clap::Args;
+use sida_cluster::Role;
+use sida_model::{Checkpoint, predictor};
+use sida_predictor_node::{PredictorLimits, PredictorNodeConfig};
+use sida_rpc::Readiness;
+
+use crate::{
+    arguments::{
+        connection::ConnectionArguments,
+        membership::MembershipArguments,
+        model::ModelArguments,
+        predictor::default_file,
+        server::{self, METRICS_OF_NODES, ServerArguments},
+    },
+    bad_configuration::BadConfiguration,
+    runtime, shutdown,
+};
+
+/// Run one predictor-node: serves the hash predictor to coordinators
+#[derive(Args)]
+pub(crate) struct PredictorNodeArguments {
+    #[command(flatten)]
+    membership: MembershipArguments,
+    #[command(flatten)]
+    model: ModelArguments,
+    /// The predictor's file [default: predictor.safetensors beside the model]
+    #[arg(long, value_name = "FILE")]
+    predictor: Option<PathBuf>,
+    #[command(flatten)]
+    server: ServerArguments,
+    #[command(flatten)]
+    connection: ConnectionArguments,
+}
+
+/// Serves until Ctrl-C or SIGTERM, then drains.
+pub(crate) fn run(arguments: PredictorNodeArguments) -> anyhow::Result<ExitCode> {
+    arguments.model.start_threads()?;
+    runtime::run(async {
+        let shutdown = shutdown::on_signal()?;
+        let member = arguments.membership.member(Role::PredictorNode)?;
+        let checkpoint = Checkpoint::open(&arguments.model.dir()?)?;
+        let model = checkpoint.config();
+        let cluster = arguments.membership.cluster(model)?;
+        let file = arguments.predictor.clone().unwrap_or_else(|| default_file(&checkpoint));
+        let predictor = predictor::open(&file, model, checkpoint.digest())
+            .map_err(|error| BadConfiguration::because(format!("predictor {}", file.display()), error))?;
+        let readiness = Readiness::default();
+        let threads = arguments.model.threads();
+        let config = PredictorNodeConfig {
+            limits: PredictorLimits { threads, ..PredictorLimits::default() },
+            server: arguments.server.server(&arguments.connection, readiness.clone()),
+            ..PredictorNodeConfig::new(member.node, model, predictor)
+        };
+        arguments.server.serve_metrics(METRICS_OF_NODES, readiness, shutdown.clone()).await?;
+        let listener = server::bind(&member.address).await?;
+        server::announce(&listener)?;
+        sida_predictor_node::run(config, listener, cluster, shutdown).await?;
+        Ok(ExitCode::SUCCESS)
+    })
+}

@@ -1,0 +1,104 @@
+//! `sida status`: the cluster as a coordinator sees it.
+
+use std::{process::ExitCode, time::Duration};
+
+use clap::Args;
+use serde_json::json;
+use sida_proto::v1::StatusResponse;
+
+use crate::{
+    arguments::connection::ConnectionArguments, expert_picture::Style, front_door::FrontDoor, runtime, status_table,
+    time_span,
+};
+
+/// Show a cluster's nodes, placement, residency and hit rate
+#[derive(Args)]
+pub(crate) struct StatusArguments {
+    /// The coordinator to ask
+    #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:50051")]
+    endpoint: String,
+    #[command(flatten)]
+    connection: ConnectionArguments,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+    /// Ask again and redraw until interrupted
+    #[arg(long)]
+    watch: bool,
+    /// Time between two questions of --watch
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = time_span::parse)]
+    interval: Duration,
+}
+
+/// Asks once, or again and again.
+pub(crate) fn run(arguments: StatusArguments) -> anyhow::Result<ExitCode> {
+    runtime::run(async {
+        let door = FrontDoor::connect(&arguments.endpoint, &arguments.connection).await?;
+        loop {
+            let status = door.status().await?;
+            print(&status, &arguments);
+            if !arguments.watch {
+                return Ok(ExitCode::SUCCESS);
+            }
+            tokio::time::sleep(arguments.interval.max(Duration::from_millis(50))).await;
+        }
+    })
+}
+
+fn print(status: &StatusResponse, arguments: &StatusArguments) {
+    if arguments.json {
+        println!("{}", as_json(status));
+        return;
+    }
+    let style = Style::of_stdout();
+    if arguments.watch && style != Style::Ascii {
+        // To the top left, then clear: the terminal keeps no old lines.
+        print!("\x1b[H\x1b[2J");
+    }
+    print!("{}", status_table::draw(status, style));
+}
+
+/// The whole answer; a node without residency did not give it.
+fn as_json(status: &StatusResponse) -> serde_json::Value {
+    let nodes: Vec<_> = status
+        .nodes
+        .iter()
+        .map(|node| {
+            let residency = node.residency.as_ref().map(|held| {
+                json!({
+                    "resident_bytes": held.resident_bytes,
+                    "budget_bytes": held.budget_bytes,
+                    "slots": held.slots,
+                    "demand_loads": held.demand_loads,
+                    "prefetch_loads": held.prefetch_loads,
+                    "evictions": held.evictions,
+                    "rows": held.rows,
+                    "experts": held.layers.iter().map(|layer| json!({
+                        "layer": layer.layer,
+                        "experts": layer.experts,
+                    })).collect::<Vec<_>>(),
+                })
+            });
+            json!({
+                "node": node.node,
+                "role": node.role,
+                "address": node.address,
+                "healthy": node.healthy,
+                "experts_placed": node.experts_placed,
+                "residency": residency,
+            })
+        })
+        .collect();
+    json!({
+        "coordinator": status.coordinator,
+        "model": status.model,
+        "placement_epoch": status.placement_epoch,
+        "requests_total": status.requests_total,
+        "requests_queued": status.requests_queued,
+        "requests_inflight": status.requests_inflight,
+        "hash_hits": status.hash_hits,
+        "hash_misses": status.hash_misses,
+        "failovers": status.failovers,
+        "nodes": nodes,
+    })
+}

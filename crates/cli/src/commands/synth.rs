@@ -1,0 +1,51 @@
+//! `sida synth`: a checkpoint of a published shape with random weights, for load and speed tests.
+
+use std::{path::PathBuf, process::ExitCode};
+
+use clap::Args;
+use sida_model::synth::{self, SynthError, SynthShape};
+
+use crate::{
+    bad_configuration::BadConfiguration,
+    byte_size,
+    loading_bar::{LoadingBar, Unit},
+};
+
+/// Write a checkpoint of a published shape with seeded random weights, for load and speed tests
+#[derive(Args)]
+pub(crate) struct SynthArguments {
+    /// The shape: switch-base-8, -16, -32, -64, -128, -256 or switch-large-128
+    #[arg(long, value_name = "SHAPE")]
+    like: String,
+    /// Where it goes; must not exist or be empty
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// The same seed gives the same weights
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// How unevenly tokens choose experts: as 1 / rank^S; 0: evenly
+    #[arg(long, value_name = "S", default_value_t = 0.0)]
+    skew: f64,
+}
+
+/// Writes, with a bar.
+pub(crate) fn run(arguments: SynthArguments) -> anyhow::Result<ExitCode> {
+    let shape = SynthShape::published(&arguments.like).map_err(refused)?;
+    let bar = LoadingBar::new("writing", Unit::Bytes);
+    let skew = Some(arguments.skew).filter(|&skew| skew != 0.0);
+    synth::synth(&shape, &arguments.out, arguments.seed, skew, &mut |done, total| bar.advance(done, total))
+        .map_err(refused)?;
+    drop(bar);
+    println!("{} of random weights in {}", byte_size::shown(shape.bytes()), arguments.out.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A shape or a skew that cannot be is the caller's mistake; a disk that is full is not.
+fn refused(error: SynthError) -> anyhow::Error {
+    match error {
+        SynthError::Shape { .. } | SynthError::Skew { .. } => {
+            BadConfiguration::because("no such checkpoint can be written", error).into()
+        }
+        error => error.into(),
+    }
+}

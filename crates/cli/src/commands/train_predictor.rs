@@ -1,0 +1,161 @@
+//! `sida train-predictor`: records what the model's routers do with the user's text, trains a hash predictor on
+//! it and tells how well it does on text it has not seen.
+
+use std::{path::PathBuf, process::ExitCode, time::Instant};
+
+use clap::{Args, ValueEnum};
+use serde_json::json;
+use sida_model::{
+    Checkpoint, ModelConfig, Stack,
+    predictor::{
+        HitRate, Net,
+        train::{self, RecordOptions, Recording, Text, Texts, TrainOptions},
+    },
+};
+
+use crate::{
+    arguments::{model::ModelArguments, predictor::default_file},
+    bad_configuration::BadConfiguration,
+    loading_bar::{LoadingBar, Unit},
+    plain_table::PlainTable,
+    text_file,
+};
+
+/// Train a hash predictor for a model on your text, and report its hit rates on held-out text
+#[derive(Args)]
+pub(crate) struct TrainPredictorArguments {
+    #[command(flatten)]
+    model: ModelArguments,
+    /// Texts, one per line; `input<TAB>target` where the answer is known
+    #[arg(long, value_name = "FILE")]
+    file: PathBuf,
+    /// Texts to measure with [default: every tenth of --file]
+    #[arg(long, value_name = "FILE")]
+    held_out: Option<PathBuf>,
+    /// Which net
+    #[arg(long, value_enum, default_value_t = NetKind::Lstm)]
+    net: NetKind,
+    /// Where the predictor goes [default: predictor.safetensors beside the model]
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+    /// Experts predicted per token and layer
+    #[arg(long, value_name = "K", default_value_t = TrainOptions::default().top_k)]
+    predicted: usize,
+    /// Passes over the texts
+    #[arg(long, value_name = "N", default_value_t = TrainOptions::default().epochs)]
+    epochs: usize,
+    /// Width of the lstm net
+    #[arg(long, value_name = "N", default_value_t = TrainOptions::default().width)]
+    width: usize,
+    /// The same seed trains the same predictor
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// The nets that can be trained.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum NetKind {
+    /// The paper's: a recurrent net over the text
+    Lstm,
+    /// The most frequent experts of each token
+    Table,
+}
+
+/// Every n-th text is held out where none are given apart.
+const HELD_OUT_EVERY: usize = 10;
+
+/// Records, trains, measures and prints.
+pub(crate) fn run(arguments: TrainPredictorArguments) -> anyhow::Result<ExitCode> {
+    arguments.model.start_threads()?;
+    let start = Instant::now();
+    let checkpoint = Checkpoint::open(&arguments.model.dir()?)?;
+    let texts = texts(&arguments)?;
+    let learnt_from = record(&checkpoint, &texts.train, "recording")?;
+    let measured_with = record(&checkpoint, &texts.held_out, "recording held-out text")?;
+    let options = TrainOptions {
+        net: match arguments.net {
+            NetKind::Lstm => Net::Lstm,
+            NetKind::Table => Net::Table,
+        },
+        top_k: arguments.predicted,
+        epochs: arguments.epochs,
+        width: arguments.width,
+        seed: arguments.seed,
+        ..TrainOptions::default()
+    };
+    let out = arguments.out.clone().unwrap_or_else(|| default_file(&checkpoint));
+    let bar = LoadingBar::new("training", Unit::Steps);
+    let hit_rates = train::train(&learnt_from, &measured_with, &options, &out, &mut |progress| {
+        let stack = match progress.stack {
+            Stack::Encoder => "encoder",
+            Stack::Decoder => "decoder",
+        };
+        bar.advance(progress.tokens_done, progress.tokens_total);
+        bar.describe(format!("training {stack}, loss {:.3}", progress.loss));
+    })?;
+    drop(bar);
+    if arguments.json {
+        println!("{}", as_json(&hit_rates, &out));
+        return Ok(ExitCode::SUCCESS);
+    }
+    println!("{}", as_table(&hit_rates, checkpoint.config()).draw());
+    println!(
+        "{} learnt from {} texts, measured with {} others, in {:.0} s",
+        out.display(),
+        texts.train.len(),
+        texts.held_out.len(),
+        start.elapsed().as_secs_f64()
+    );
+    Ok(ExitCode::SUCCESS)
+}
+
+fn texts(arguments: &TrainPredictorArguments) -> Result<Texts, BadConfiguration> {
+    let lines = text_file::read(&arguments.file)?;
+    let texts = match &arguments.held_out {
+        Some(file) => Texts::of(&lines, &text_file::read(file)?),
+        None => Texts::split(&lines, HELD_OUT_EVERY),
+    };
+    if texts.train.is_empty() || texts.held_out.is_empty() {
+        let (train, held_out) = (texts.train.len(), texts.held_out.len());
+        let message = format!("{train} texts to learn from and {held_out} to measure with: both are needed");
+        return Err(BadConfiguration::new(message));
+    }
+    Ok(texts)
+}
+
+fn record(checkpoint: &Checkpoint, texts: &[Text], label: &str) -> anyhow::Result<Recording> {
+    let bar = LoadingBar::new(label, Unit::Steps);
+    let recorded = Recording::of(checkpoint.dir(), texts, &RecordOptions::default(), &mut |done, total| {
+        bar.advance(done, total);
+    })?;
+    Ok(recorded)
+}
+
+fn as_table(hit_rates: &[HitRate], config: &ModelConfig) -> PlainTable {
+    let mut table = PlainTable::new(["layer", "held-out tokens", "top 1", "top 3"]);
+    for rate in hit_rates {
+        let (stack, block) = config.moe_block(rate.layer);
+        let stack = match stack {
+            Stack::Encoder => "encoder",
+            Stack::Decoder => "decoder",
+        };
+        table.row([
+            format!("{stack} block {block}"),
+            rate.tokens.to_string(),
+            format!("{:.1}%", 100.0 * rate.top1),
+            format!("{:.1}%", 100.0 * rate.top3),
+        ]);
+    }
+    table
+}
+
+fn as_json(hit_rates: &[HitRate], out: &std::path::Path) -> serde_json::Value {
+    let layers: Vec<_> = hit_rates
+        .iter()
+        .map(|rate| json!({"layer": rate.layer.0, "tokens": rate.tokens, "top1": rate.top1, "top3": rate.top3}))
+        .collect();
+    json!({"predictor": out.display().to_string(), "hit_rates": layers})
+}

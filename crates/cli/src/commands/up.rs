@@ -1,0 +1,66 @@
+//! `sida up`: the embedded cluster as a server.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    process::ExitCode,
+};
+
+use clap::Args;
+use sida_rpc::Readiness;
+
+use crate::{
+    arguments::{
+        connection::ConnectionArguments,
+        embedded::EmbeddedArguments,
+        limits::LimitArguments,
+        model::ModelArguments,
+        predictor::PredictorArguments,
+        server::{self, ServerArguments},
+    },
+    embedded::EmbeddedCluster,
+    runtime, shutdown,
+};
+
+/// Where metrics are served unless the flag says otherwise: for this machine only, as is the service.
+const METRICS_DEFAULT: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9090);
+
+/// Serve a whole cluster from this process: coordinator, predictor and expert-nodes
+#[derive(Args)]
+pub(crate) struct UpArguments {
+    /// Where requests are taken (gRPC); port 0 takes any that is free
+    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:50051")]
+    listen: String,
+    #[command(flatten)]
+    model: ModelArguments,
+    #[command(flatten)]
+    predictor: PredictorArguments,
+    #[command(flatten)]
+    embedded: EmbeddedArguments,
+    #[command(flatten)]
+    limits: LimitArguments,
+    #[command(flatten)]
+    server: ServerArguments,
+    #[command(flatten)]
+    connection: ConnectionArguments,
+}
+
+/// Serves until Ctrl-C or SIGTERM, then drains.
+pub(crate) fn run(arguments: UpArguments) -> anyhow::Result<ExitCode> {
+    arguments.model.start_threads()?;
+    runtime::run(async {
+        let shutdown = shutdown::on_signal()?;
+        // The ports first: a taken one is told before the model is loaded.
+        let listener = server::bind(&arguments.listen).await?;
+        let readiness = Readiness::default();
+        arguments.server.serve_metrics(METRICS_DEFAULT, readiness.clone(), shutdown.clone()).await?;
+        let cluster = EmbeddedCluster::start(&arguments.model, &arguments.predictor, &arguments.embedded, |config| {
+            arguments.limits.apply(config);
+            config.server = arguments.server.server(&arguments.connection, readiness);
+        })
+        .await?;
+        server::announce(&listener)?;
+        sida_coordinator::serve(cluster.coordinator().clone(), listener, shutdown).await?;
+        cluster.stop().await;
+        Ok(ExitCode::SUCCESS)
+    })
+}

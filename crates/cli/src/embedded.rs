@@ -1,0 +1,121 @@
+//! A whole cluster in this process: a coordinator with its predictor, and expert-nodes that it calls directly.
+//! Started by `ask`, `up` and `bench`.
+
+use std::{path::Path, sync::Arc};
+
+use sida_cluster::{Address, Cluster, Member, Role, experts::LocalExperts};
+use sida_coordinator::{Coordinator, CoordinatorConfig};
+use sida_expert_node::{Engine, ExpertMemory, ExpertNodeConfig};
+use sida_model::Checkpoint;
+use sida_routing::{Candidate, Extent, NodeId, Placement};
+
+use crate::{
+    arguments::{embedded::EmbeddedArguments, model::ModelArguments, predictor::PredictorArguments},
+    bad_configuration::BadConfiguration,
+    commands::expert_node,
+    front_door::FrontDoor,
+    loading_bar::{LoadingBar, Unit},
+};
+
+/// More than this in one process is a mistake.
+const EXPERT_NODES_MAX: usize = 64;
+/// The name of the coordinator.
+const COORDINATOR: &str = "coordinator-0";
+
+/// The running cluster.
+pub(crate) struct EmbeddedCluster {
+    coordinator: Coordinator,
+    engines: Vec<Arc<Engine>>,
+}
+
+impl EmbeddedCluster {
+    /// Starts the cluster that the flags describe, with a bar while the model loads. `adapt` may change the
+    /// coordinator's settings first.
+    pub(crate) async fn start(
+        model: &ModelArguments,
+        predictor: &PredictorArguments,
+        embedded: &EmbeddedArguments,
+        adapt: impl FnOnce(&mut CoordinatorConfig),
+    ) -> anyhow::Result<Self> {
+        let checkpoint = Checkpoint::open(&model.dir()?)?;
+        let engines = engines(&checkpoint, embedded, model.threads())?;
+        let members = engines.iter().map(|engine| local_member(engine)).collect();
+        let config = checkpoint.config();
+        let cluster = Cluster::fixed(members, config.moe_layer_count(), config.num_experts, 1)?;
+        let bar = LoadingBar::new(&format!("loading {}", checkpoint.name()), Unit::Bytes);
+        let predictor = predictor.source(&checkpoint, false)?;
+        let mut config = CoordinatorConfig::new(COORDINATOR.into(), checkpoint, predictor);
+        config.on_load = Some(Arc::new(move |done, total| bar.advance(done, total)));
+        adapt(&mut config);
+        Ok(Self { coordinator: Coordinator::start(config, cluster).await?, engines })
+    }
+
+    /// The coordinator.
+    pub(crate) fn coordinator(&self) -> &Coordinator {
+        &self.coordinator
+    }
+
+    /// The way in.
+    pub(crate) fn door(&self) -> FrontDoor {
+        FrontDoor::Here(self.coordinator.clone())
+    }
+
+    /// Answers what was accepted, then ends every thread.
+    pub(crate) async fn stop(self) {
+        self.coordinator.stop().await;
+        for engine in &self.engines {
+            engine.close();
+        }
+    }
+}
+
+fn local_member(engine: &Arc<Engine>) -> Member {
+    let experts: Arc<dyn LocalExperts> = engine.clone();
+    Member { node: engine.node().clone(), role: Role::ExpertNode, address: Address::Local(experts), weight: 1.0 }
+}
+
+/// The expert-nodes. Calls to them follow each other, so each may use all threads.
+fn engines(
+    checkpoint: &Arc<Checkpoint>,
+    embedded: &EmbeddedArguments,
+    threads: usize,
+) -> anyhow::Result<Vec<Arc<Engine>>> {
+    if !(1..=EXPERT_NODES_MAX).contains(&embedded.expert_nodes) {
+        let found = embedded.expert_nodes;
+        let message = format!("--expert-nodes is {found}, expected 1 to {EXPERT_NODES_MAX}");
+        return Err(BadConfiguration::new(message).into());
+    }
+    let shares = shares(checkpoint, embedded.expert_nodes)?;
+    let engine = |(node, share): (NodeId, f64)| {
+        let dir: &Path = checkpoint.dir();
+        let config = ExpertNodeConfig {
+            expert_memory: part_of(embedded.expert_memory, share),
+            threads,
+            ..ExpertNodeConfig::new(node, dir.to_owned())
+        };
+        let engine = Engine::of_checkpoint(&config, checkpoint.clone()).map_err(expert_node::refused)?;
+        Ok(Arc::new(engine))
+    };
+    shares.into_iter().map(engine).collect()
+}
+
+/// The nodes and the share of all experts that is placed on each: their part of the memory, so that "100%"
+/// keeps every expert resident although placement is not perfectly even.
+pub(crate) fn shares(checkpoint: &Checkpoint, expert_nodes: usize) -> anyhow::Result<Vec<(NodeId, f64)>> {
+    let names = (0..expert_nodes).map(|index| NodeId::from(format!("expert-node-{index}")));
+    let candidates: Vec<_> = names.map(|node| Candidate { node, weight: 1.0 }).collect();
+    let config = checkpoint.config();
+    let extent = Extent { moe_layers: config.moe_layer_count(), num_experts: config.num_experts, replicas: 1 };
+    let placement = Placement::compute(1, extent, &candidates)?;
+    let experts = (extent.moe_layers * extent.num_experts).max(1);
+    let share = |node: &NodeId| placement.experts_of(node).count() as f64 / experts as f64;
+    Ok(candidates.into_iter().map(|candidate| (candidate.node.clone(), share(&candidate.node))).collect())
+}
+
+/// A node's part of the memory of all.
+pub(crate) fn part_of(memory: ExpertMemory, share: f64) -> ExpertMemory {
+    match memory {
+        ExpertMemory::Bytes(bytes) => ExpertMemory::Bytes((bytes as f64 * share) as u64),
+        ExpertMemory::Share(all) => ExpertMemory::Share(all * share),
+    }
+}

@@ -1,0 +1,187 @@
+//! The way into a cluster, whether its coordinator runs in this process or behind an address. Used by the
+//! commands that ask: `ask`, `bench` and `status`.
+
+use futures::{StreamExt, stream::BoxStream};
+use sida_coordinator::{
+    Alpha, Coordinator, EncodeParams, GenerateParams, Pooling, RequestError, RoutingMode, ScoreParams,
+};
+use sida_model::{ExpertStore, Stack};
+use sida_proto::v1::{self, cluster_client::ClusterClient, inference_client::InferenceClient};
+use sida_rpc::{Fault, MESSAGE_BYTES_MAX};
+use tonic::{Status, transport::Channel};
+
+use crate::arguments::connection::ConnectionArguments;
+
+/// A coordinator that can be asked. Cheap to clone.
+#[derive(Clone)]
+pub(crate) enum FrontDoor {
+    /// In this process: called directly.
+    Here(Coordinator),
+    /// By gRPC.
+    There { inference: InferenceClient<Channel>, cluster: ClusterClient<Channel> },
+}
+
+/// What is shown of a model beside an answer.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct ModelFacts {
+    pub(crate) name: String,
+    pub(crate) moe_layers: usize,
+    /// Of `moe_layers`, those of the encoder: the first.
+    pub(crate) encoder_moe_layers: usize,
+    pub(crate) num_experts: usize,
+    /// Bytes of all experts.
+    pub(crate) experts_bytes: u64,
+}
+
+/// An answer as it comes. The last message carries `finish`.
+pub(crate) type Tokens = BoxStream<'static, Result<v1::GenerateResponse, Status>>;
+
+impl FrontDoor {
+    /// The coordinator at `endpoint`: `host:port`, or with `http://` or `https://` before it.
+    pub(crate) async fn connect(endpoint: &str, connection: &ConnectionArguments) -> anyhow::Result<Self> {
+        let channel = sida_rpc::connect(endpoint, &connection.client()).await?;
+        let inference = InferenceClient::new(channel.clone())
+            .max_decoding_message_size(MESSAGE_BYTES_MAX)
+            .max_encoding_message_size(MESSAGE_BYTES_MAX);
+        Ok(Self::There { inference, cluster: ClusterClient::new(channel) })
+    }
+
+    /// Generates text.
+    pub(crate) async fn generate(&self, params: GenerateParams) -> Result<Tokens, Status> {
+        match self {
+            Self::Here(coordinator) => {
+                let tokens = coordinator.generate(params).await.map_err(status)?;
+                Ok(tokens.map(|token| token.map(v1::GenerateResponse::from).map_err(status)).boxed())
+            }
+            Self::There { inference, .. } => {
+                let tokens = inference.clone().generate(generate_request(params)).await?.into_inner();
+                Ok(tokens.boxed())
+            }
+        }
+    }
+
+    /// Encoder states.
+    pub(crate) async fn encode(&self, params: EncodeParams) -> Result<v1::EncodeResponse, Status> {
+        match self {
+            Self::Here(coordinator) => Ok(coordinator.encode(params).await.map_err(status)?.into()),
+            Self::There { inference, .. } => {
+                let pooling = match params.pooling {
+                    Pooling::Mean => v1::Pooling::Mean,
+                    Pooling::None => v1::Pooling::None,
+                };
+                let routing = Some(routing_options(params.routing));
+                let request = v1::EncodeRequest { text: params.text, routing, pooling: pooling.into() };
+                Ok(inference.clone().encode(request).await?.into_inner())
+            }
+        }
+    }
+
+    /// The likelihood of each target.
+    pub(crate) async fn score(&self, params: ScoreParams) -> Result<v1::ScoreResponse, Status> {
+        match self {
+            Self::Here(coordinator) => Ok(coordinator.score(params).await.map_err(status)?.into()),
+            Self::There { inference, .. } => {
+                let routing = Some(routing_options(params.routing));
+                let request = v1::ScoreRequest { text: params.text, targets: params.targets, routing };
+                Ok(inference.clone().score(request).await?.into_inner())
+            }
+        }
+    }
+
+    /// What is served.
+    pub(crate) async fn model(&self) -> anyhow::Result<ModelFacts> {
+        match self {
+            Self::Here(coordinator) => {
+                let checkpoint = coordinator.checkpoint();
+                let config = checkpoint.config();
+                let expert_bytes = ExpertStore::open(checkpoint.clone())?.shape().bytes() as u64;
+                let moe_layers = config.moe_layer_count();
+                Ok(ModelFacts {
+                    name: checkpoint.name().to_owned(),
+                    moe_layers,
+                    encoder_moe_layers: config.moe_layers(Stack::Encoder).len(),
+                    num_experts: config.num_experts,
+                    experts_bytes: expert_bytes * (moe_layers * config.num_experts) as u64,
+                })
+            }
+            Self::There { inference, .. } => {
+                let model = inference.clone().model(v1::ModelRequest {}).await?.into_inner();
+                Ok(ModelFacts::from(model))
+            }
+        }
+    }
+
+    /// The cluster as its coordinator sees it.
+    pub(crate) async fn status(&self) -> Result<v1::StatusResponse, Status> {
+        match self {
+            Self::Here(coordinator) => Ok(coordinator.status().await),
+            Self::There { cluster, .. } => Ok(cluster.clone().status(v1::StatusRequest {}).await?.into_inner()),
+        }
+    }
+}
+
+/// The most MoE layers and experts that are believed of another process: beyond it a picture is not drawn.
+const LAYERS_MAX: u32 = 1024;
+const EXPERTS_MAX: u32 = 1 << 16;
+
+impl From<v1::ModelResponse> for ModelFacts {
+    fn from(model: v1::ModelResponse) -> Self {
+        let moe_layers = model.moe_layers.min(LAYERS_MAX);
+        Self {
+            name: model.name,
+            moe_layers: moe_layers as usize,
+            encoder_moe_layers: model.encoder_moe_layers.min(moe_layers) as usize,
+            num_experts: model.num_experts.min(EXPERTS_MAX) as usize,
+            experts_bytes: model.experts_bytes,
+        }
+    }
+}
+
+/// A refusal of this process's coordinator, as another's would look.
+fn status(error: RequestError) -> Status {
+    Fault::from(error).into()
+}
+
+fn generate_request(params: GenerateParams) -> v1::GenerateRequest {
+    let tokens = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+    v1::GenerateRequest {
+        routing: Some(routing_options(params.routing)),
+        text: params.text,
+        max_tokens: tokens(params.max_tokens),
+        min_tokens: tokens(params.min_tokens),
+        ignore_eos: params.ignore_eos,
+        temperature: params.sampling.temperature,
+        top_k: tokens(params.sampling.top_k),
+        top_p: params.sampling.top_p,
+        seed: params.sampling.seed,
+        stop: params.stop,
+    }
+}
+
+fn routing_options(mode: RoutingMode) -> v1::RoutingOptions {
+    let (mode, alpha) = match mode {
+        RoutingMode::Exact => (v1::RoutingMode::Exact, v1::AlphaSource::Unspecified),
+        RoutingMode::Hash { alpha: Alpha::Router } => (v1::RoutingMode::Hash, v1::AlphaSource::Router),
+        RoutingMode::Hash { alpha: Alpha::Predicted } => (v1::RoutingMode::Hash, v1::AlphaSource::Predicted),
+    };
+    v1::RoutingOptions { mode: mode.into(), alpha: alpha.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_processs_claims_are_bounded() {
+        // Broken: a server that claims four billion layers would make the client allocate for them.
+        let claim = v1::ModelResponse {
+            moe_layers: u32::MAX,
+            encoder_moe_layers: u32::MAX,
+            num_experts: u32::MAX,
+            ..Default::default()
+        };
+        let facts = ModelFacts::from(claim);
+        assert!(facts.encoder_moe_layers <= facts.moe_layers && facts.moe_layers <= 1024);
+        assert!(facts.num_experts <= 65536);
+    }
+}

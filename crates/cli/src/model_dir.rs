@@ -1,0 +1,90 @@
+//! Finds the model: the one that was named, or the small trained one that comes with the source. Called by
+//! every command that needs a model.
+
+use std::{
+    env,
+    path::{Path, PathBuf},
+};
+
+use crate::bad_configuration::BadConfiguration;
+
+/// The model that comes with the source, so that everything runs without a download.
+const DEFAULT_MODEL: &str = "models/switch-tiny-64";
+
+/// `named` if given, else the model that comes with the source: below the working directory, beside the
+/// executable or one of the directories above it, or in the source tree this was built from.
+pub(crate) fn find(named: Option<&Path>) -> Result<PathBuf, BadConfiguration> {
+    match named {
+        Some(dir) => check(dir),
+        None => first_of(default_places()),
+    }
+}
+
+/// A directory with a config.json is taken for a model; what is wrong inside is found by who opens it.
+fn check(dir: &Path) -> Result<PathBuf, BadConfiguration> {
+    let shown = dir.display();
+    if !dir.is_dir() {
+        return Err(BadConfiguration::new(format!("model {shown}: no such directory")));
+    }
+    if !holds_model(dir) {
+        return Err(BadConfiguration::new(format!("model {shown}: holds no config.json, expected a checkpoint")));
+    }
+    Ok(dir.to_owned())
+}
+
+fn first_of(places: Vec<PathBuf>) -> Result<PathBuf, BadConfiguration> {
+    if let Some(found) = places.iter().find(|place| holds_model(place)) {
+        return Ok(found.clone());
+    }
+    let tried: Vec<_> = places.iter().map(|place| place.display().to_string()).collect();
+    Err(BadConfiguration::new(format!(
+        "no model: name one by --model DIR or SIDA_MODEL; {DEFAULT_MODEL} was looked for at {}",
+        tried.join(", ")
+    )))
+}
+
+fn holds_model(dir: &Path) -> bool {
+    dir.join("config.json").is_file()
+}
+
+fn default_places() -> Vec<PathBuf> {
+    let mut places = vec![PathBuf::from(DEFAULT_MODEL)];
+    if let Ok(executable) = env::current_exe() {
+        places.extend(executable.ancestors().skip(1).take(4).map(|above| above.join(DEFAULT_MODEL)));
+    }
+    // crates/cli -> the source tree
+    places.extend(Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).map(|tree| tree.join(DEFAULT_MODEL)));
+    places
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn a_named_model_must_be_one() {
+        // Broken: a mistyped --model would silently serve the default model, or fail without naming the directory.
+        let dir = tempfile::tempdir().unwrap();
+        let missing = dir.path().join("absent");
+        assert!(find(Some(&missing)).unwrap_err().to_string().contains("absent: no such directory"));
+        assert!(find(Some(dir.path())).unwrap_err().to_string().contains("holds no config.json"));
+        fs::write(dir.path().join("config.json"), "{}").unwrap();
+        assert_eq!(find(Some(dir.path())).unwrap(), dir.path());
+    }
+
+    #[test]
+    fn the_error_says_where_it_looked() {
+        // Broken: a binary that was copied elsewhere would fail without saying how to name a model.
+        let dir = tempfile::tempdir().unwrap();
+        let error = first_of(vec![dir.path().join("a"), dir.path().join("b")]).unwrap_err().to_string();
+        assert!(error.contains("--model DIR or SIDA_MODEL") && error.contains("/b"), "{error}");
+    }
+
+    #[test]
+    fn the_default_model_is_found() {
+        // Broken: the README's first command would ask for a model.
+        assert!(find(None).is_ok());
+    }
+}

@@ -1,0 +1,105 @@
+//! A cluster's state as a table a person reads. Printed by `status`; the numbers come from `Cluster.Status`.
+
+use comfy_table::{Cell, CellAlignment, Color};
+use sida_proto::v1::{NodeStatus, ResidencyResponse, StatusResponse};
+
+use crate::{byte_size, expert_picture::Style, plain_table::PlainTable};
+
+/// Cells of a residency bar.
+const BAR_CELLS: u64 = 10;
+
+/// The whole answer: a line about the coordinator, then one row per node.
+pub(crate) fn draw(status: &StatusResponse, style: Style) -> String {
+    format!("{}\n\n{}", headline(status, style), nodes(&status.nodes, style).draw())
+}
+
+fn headline(status: &StatusResponse, style: Style) -> String {
+    let predicted = status.hash_hits + status.hash_misses;
+    let hits = match predicted {
+        0 => "no hash table used yet".to_owned(),
+        _ => format!("{:.1}% hash hits", 100.0 * status.hash_hits as f64 / predicted as f64),
+    };
+    format!(
+        "{} serves {}\n{} requests, {} running, {} queued · {hits} · {} failovers · placement epoch {}",
+        style.paint("1", &status.coordinator),
+        style.paint("1", &status.model),
+        status.requests_total,
+        status.requests_inflight,
+        status.requests_queued,
+        status.failovers,
+        status.placement_epoch,
+    )
+}
+
+fn nodes(nodes: &[NodeStatus], style: Style) -> PlainTable {
+    let mut table =
+        PlainTable::new(["node", "role", "address", "health", "placed", "resident", "loads", "waited", "evicted"]);
+    for node in nodes {
+        let (health, colour) = if node.healthy { ("serving", Color::Green) } else { ("down", Color::Red) };
+        let health = if style == Style::Colour { Cell::new(health).fg(colour) } else { Cell::new(health) };
+        let mut row = vec![Cell::new(&node.node), Cell::new(&node.role), Cell::new(&node.address), health];
+        if let Some(residency) = &node.residency {
+            row.push(number(node.experts_placed));
+            row.push(Cell::new(residency_bar(residency, style)));
+            row.push(number(residency.prefetch_loads + residency.demand_loads));
+            row.push(number(residency.demand_loads));
+            row.push(number(residency.evictions));
+        }
+        table.row(row);
+    }
+    table
+}
+
+fn number(value: u64) -> Cell {
+    Cell::new(value).set_alignment(CellAlignment::Right)
+}
+
+/// `█████░░░░░ 6.4 MiB of 12.8 MiB`.
+fn residency_bar(residency: &ResidencyResponse, style: Style) -> String {
+    let (resident, budget) = (residency.resident_bytes, residency.budget_bytes);
+    let filled = resident.saturating_mul(BAR_CELLS).checked_div(budget).unwrap_or(0).min(BAR_CELLS) as usize;
+    let (full, empty) = if style == Style::Ascii { ("#", ".") } else { ("█", "░") };
+    let bar = full.repeat(filled) + &empty.repeat(BAR_CELLS as usize - filled);
+    format!("{bar} {} of {}", byte_size::shown(resident), byte_size::shown(budget))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_that_did_not_answer_is_shown_down() {
+        // Broken: a dead expert-node would look like an empty one.
+        let residency = ResidencyResponse { resident_bytes: 6 << 20, budget_bytes: 12 << 20, ..Default::default() };
+        let node = |name: &str, residency: Option<ResidencyResponse>| NodeStatus {
+            node: name.into(),
+            role: "expert-node".into(),
+            healthy: residency.is_some(),
+            residency,
+            ..Default::default()
+        };
+        let status = StatusResponse {
+            coordinator: "coordinator-0".into(),
+            model: "switch-tiny-64".into(),
+            nodes: vec![node("e0", Some(residency)), node("e1", None)],
+            hash_hits: 3,
+            hash_misses: 1,
+            ..Default::default()
+        };
+        let drawn = draw(&status, Style::Ascii);
+        assert!(drawn.contains("75.0% hash hits"), "{drawn}");
+        assert!(drawn.contains("#####..... 6.0 MiB of 12.0 MiB"), "{drawn}");
+        let down = drawn.lines().find(|line| line.contains("e1")).unwrap();
+        assert!(down.contains("down") && !down.contains("MiB"), "{drawn}");
+    }
+
+    #[test]
+    fn a_bar_never_overflows() {
+        // Broken: a node without a budget, or one over it, would end the command by a panic.
+        let bar = |resident_bytes, budget_bytes| {
+            residency_bar(&ResidencyResponse { resident_bytes, budget_bytes, ..Default::default() }, Style::Ascii)
+        };
+        assert!(bar(5, 0).starts_with(".........."));
+        assert!(bar(u64::MAX, 1).starts_with("########## "));
+    }
+}
