@@ -2,7 +2,7 @@
 //! that deadlines, limits, health, shutdown and error details behave alike everywhere. Used by the nodes, by
 //! the command line's client commands and by the tests.
 //!
-//! In reading order: [`status`] (errors as gRPC statuses), [`ending`] (calls that end early), [`deadline`],
+//! In reading order: [`status`] (errors as gRPC statuses), `ending` (calls that end early), [`deadline`],
 //! [`drain`], [`request_id`], [`health`], [`tls`], [`server`] (puts them together), [`client`].
 
 pub mod client;
