@@ -52,13 +52,13 @@ mod tests {
     use super::*;
 
     /// A metaspace decoder with byte pieces: "▁" is a space, lost at the beginning of what is decoded; token 0
-    /// is special and has no text; 200.. are single bytes.
+    /// is special and has no text; from 128 on they are single bytes.
     fn decode(tokens: &[u32]) -> Result<String, Infallible> {
         const PIECES: [&str; 7] = ["", "▁a", "b", "▁", "▁é", "<extra_id_0>", "▁▁x"];
         let mut bytes = Vec::new();
         let mut first = true;
         for &token in tokens.iter().filter(|&&t| t != 0) {
-            if token >= 200 {
+            if token >= 128 {
                 bytes.push(token as u8);
             } else {
                 let piece = PIECES[token as usize];

@@ -1,17 +1,17 @@
 //! `exact` is the reference's own output, whatever the cluster looks like and whatever was predicted.
 
-mod noise_predictor;
-mod plain_experts;
-
 use std::sync::{Arc, atomic::Ordering};
 
 use futures::{StreamExt, future::join_all};
-use noise_predictor::NoisePredictor;
-use plain_experts::{model_dir, start};
 use sida_coordinator::{
     Alpha, Coordinator, EncodeParams, FinishReason, GenerateParams, Pooling, PredictorSource, RoutingMode, ScoreParams,
 };
 use sida_model::{ModelConfig, Reference, Tensor, Tokenizer, predictor};
+
+use crate::{
+    noise_predictor::NoisePredictor,
+    plain_experts::{model_dir, start},
+};
 
 const TEXTS: [&str; 6] = [
     "sst2 sentence: a gorgeous , witty , seductive movie .",

@@ -21,7 +21,7 @@ use sida_routing::{ExpertKey, Plan, PlanId};
 
 /// What a call to a node does.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Behaviour {
+pub(crate) enum Behaviour {
     /// Computes.
     Works,
     /// Refuses every call.
@@ -37,17 +37,17 @@ pub enum Behaviour {
 }
 
 /// The node.
-pub struct PlainExperts {
+pub(crate) struct PlainExperts {
     store: ExpertStore,
     behaviour: Mutex<Behaviour>,
-    pub rows: AtomicU64,
+    pub(crate) rows: AtomicU64,
     /// Plans given and not yet released.
-    pub plans: Mutex<Vec<Plan>>,
-    pub plans_total: AtomicU64,
+    pub(crate) plans: Mutex<Vec<Plan>>,
+    pub(crate) plans_total: AtomicU64,
 }
 
 impl PlainExperts {
-    pub fn behave(&self, behaviour: Behaviour) {
+    pub(crate) fn behave(&self, behaviour: Behaviour) {
         *self.behaviour.lock() = behaviour;
     }
 }
@@ -97,18 +97,18 @@ impl LocalExperts for PlainExperts {
 }
 
 /// Where the small model of this repository lies.
-pub fn model_dir() -> PathBuf {
+pub(crate) fn model_dir() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../models/switch-tiny-64")
 }
 
 /// A coordinator with plain expert-nodes.
-pub struct PlainCluster {
-    pub coordinator: Coordinator,
-    pub nodes: Vec<Arc<PlainExperts>>,
+pub(crate) struct PlainCluster {
+    pub(crate) coordinator: Coordinator,
+    pub(crate) nodes: Vec<Arc<PlainExperts>>,
 }
 
 /// Starts a coordinator over so many nodes; `configure` changes its config first.
-pub async fn start(
+pub(crate) async fn start(
     nodes: usize,
     predictor: PredictorSource,
     configure: impl FnOnce(&mut CoordinatorConfig),

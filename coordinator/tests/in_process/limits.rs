@@ -1,0 +1,68 @@
+//! What a coordinator refuses: each kind of bad request, with an error that names the field and the limit.
+
+use sida_coordinator::{EncodeParams, GenerateParams, PredictorSource, RequestError, Sampling, ScoreParams};
+
+use crate::plain_experts::{PlainCluster, start};
+
+async fn refused(cluster: &PlainCluster, params: GenerateParams) -> RequestError {
+    match cluster.coordinator.generate(params).await {
+        Ok(_) => panic!("it was accepted"),
+        Err(error) => error,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn texts() {
+    // Would break: a text that cannot be answered is queued, or is tokenized however long it is.
+    let cluster = start(1, PredictorSource::Off, |_| ()).await;
+    let encode = |text: String| cluster.coordinator.encode(EncodeParams { text, ..Default::default() });
+    for empty in ["", " \n\t "] {
+        assert!(matches!(encode(empty.into()).await, Err(RequestError::EmptyText)));
+    }
+    let long = encode("good ".repeat(600)).await;
+    assert!(matches!(long, Err(RequestError::PromptTooLong { tokens: 601, limit: 512 })), "{long:?}");
+    let huge = encode("x".repeat(10 << 20)).await;
+    assert!(matches!(huge, Err(RequestError::TextTooLong { limit: 65536, .. })));
+    assert!(encode("good ".repeat(511)).await.is_ok(), "the limit itself is allowed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn options() {
+    // Would break: an option out of its range is taken, and does something else than it says.
+    let cluster = start(1, PredictorSource::Off, |_| ()).await;
+    let base = GenerateParams { text: "good".into(), ..Default::default() };
+    let sampling = |temperature, top_p| Sampling { temperature, top_p, ..Default::default() };
+    let cases = [
+        ("max_tokens", GenerateParams { max_tokens: 1025, ..base.clone() }),
+        ("min_tokens", GenerateParams { max_tokens: 4, min_tokens: 5, ..base.clone() }),
+        ("min_tokens", GenerateParams { min_tokens: 65, ..base.clone() }),
+        ("temperature", GenerateParams { sampling: sampling(-1.0, 0.0), ..base.clone() }),
+        ("temperature", GenerateParams { sampling: sampling(f32::NAN, 0.0), ..base.clone() }),
+        ("temperature", GenerateParams { sampling: sampling(f32::INFINITY, 0.0), ..base.clone() }),
+        ("top_p", GenerateParams { sampling: sampling(1.0, 1.5), ..base.clone() }),
+        ("top_p", GenerateParams { sampling: sampling(1.0, f32::NAN), ..base.clone() }),
+        ("stop (their number)", GenerateParams { stop: vec!["x".into(); 17], ..base.clone() }),
+        ("stop (bytes)", GenerateParams { stop: vec![String::new()], ..base.clone() }),
+        ("stop (bytes)", GenerateParams { stop: vec!["x".repeat(257)], ..base.clone() }),
+    ];
+    for (expected, params) in cases {
+        match refused(&cluster, params).await {
+            RequestError::Argument { field, .. } => assert_eq!(field, expected),
+            error => panic!("{expected}: {error}"),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn targets() {
+    // Would break: a scored request without candidates, or with more than a batch holds, reaches the engine.
+    let cluster = start(1, PredictorSource::Off, |config| config.limits.tokens_max = 100).await;
+    let score = |targets: Vec<String>| {
+        cluster.coordinator.score(ScoreParams { text: "good".into(), targets, ..Default::default() })
+    };
+    for targets in [vec![], vec!["x".to_owned(); 65], vec![" ".to_owned()], vec!["good ".repeat(60); 2]] {
+        let answer = score(targets).await;
+        assert!(matches!(answer, Err(RequestError::Argument { .. })), "{answer:?}");
+    }
+    assert_eq!(score(vec!["x".into(); 8]).await.expect("scored").targets.len(), 8);
+}

@@ -1,0 +1,80 @@
+//! A predictor that knows nothing: experts and alphas from a hash of the token, its place and a seed.
+
+use std::path::Path;
+
+use sida_model::{
+    Checkpoint,
+    predictor::{HashPredictor, HitRate, PredictorError, PredictorShape, PredictorState},
+};
+use sida_routing::{Digest, ExpertId, HashTable, LayerId, hash_table::Shape};
+
+const TOP_K: usize = 3;
+
+/// The predictor.
+#[derive(Clone)]
+pub(crate) struct NoisePredictor {
+    shape: PredictorShape,
+    model: Digest,
+    seed: u64,
+}
+
+impl NoisePredictor {
+    /// For the model in `dir`.
+    pub(crate) fn of(dir: &Path, seed: u64) -> Self {
+        let checkpoint = Checkpoint::open(dir).expect("model");
+        Self { shape: PredictorShape::of(checkpoint.config()), model: checkpoint.digest(), seed }
+    }
+
+    /// The encoder's tables.
+    pub(crate) fn tables(&self, sequences: &[&[u32]]) -> Vec<HashTable> {
+        sequences.iter().map(|tokens| self.table(&self.shape.encoder_layers, tokens)).collect()
+    }
+
+    fn table(&self, layers: &std::ops::Range<u16>, tokens: &[u32]) -> HashTable {
+        let (mut experts, mut alphas) = (Vec::new(), Vec::new());
+        for layer in layers.clone() {
+            for (place, &token) in tokens.iter().enumerate() {
+                for k in 0..TOP_K as u64 {
+                    let x = self.seed ^ u64::from(token) << 32 ^ (place as u64) << 16 ^ u64::from(layer) << 8 ^ k;
+                    let x = x.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+                    experts.push(ExpertId((x >> 40) as u16 % self.shape.num_experts as u16));
+                    alphas.push((x >> 40) as f32 / (1 << 24) as f32);
+                }
+            }
+        }
+        let shape =
+            Shape { first_layer: LayerId(layers.start), layers: layers.len(), tokens: tokens.len(), top_k: TOP_K };
+        HashTable::new(self.model, self.digest(), shape, self.shape.num_experts, experts, alphas)
+            .expect("a valid table")
+    }
+}
+
+impl HashPredictor for NoisePredictor {
+    fn net(&self) -> &str {
+        "noise"
+    }
+
+    fn digest(&self) -> Digest {
+        Digest([7; 32])
+    }
+
+    fn top_k(&self) -> usize {
+        TOP_K
+    }
+
+    fn model_digest(&self) -> Digest {
+        self.model
+    }
+
+    fn hit_rates(&self) -> &[HitRate] {
+        &[]
+    }
+
+    fn encode(&self, sequences: &[&[u32]]) -> Result<Vec<HashTable>, PredictorError> {
+        Ok(self.tables(sequences))
+    }
+
+    fn decode(&self, _: &mut [&mut PredictorState], tokens: &[&[u32]]) -> Result<Vec<HashTable>, PredictorError> {
+        Ok(tokens.iter().map(|tokens| self.table(&self.shape.decoder_layers, tokens)).collect())
+    }
+}
