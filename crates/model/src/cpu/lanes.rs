@@ -36,6 +36,7 @@ pub unsafe trait Lanes: Copy {
     unsafe fn sum(self) -> f32;
     /// `sum` of several vectors.
     #[inline(always)]
+    #[allow(clippy::needless_range_loop)] // See the file's head.
     unsafe fn sums<const N: usize>(all: [Self; N]) -> [f32; N] {
         let mut sums = [0.0; N];
         for n in 0..N {

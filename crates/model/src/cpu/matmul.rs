@@ -215,6 +215,7 @@ impl Columns<'_> {
 
     /// R x C dot products at once, each in the order of `dot_lanes`.
     #[inline(always)]
+    #[allow(clippy::needless_range_loop)] // Iterators would be library calls, which need not inline.
     unsafe fn tile<L: Lanes, W: Stored, const R: usize, const C: usize>(
         &self,
         row: usize,
