@@ -311,14 +311,14 @@ fn source(config: &CoordinatorConfig, cluster: &Cluster, model: &ModelConfig, ru
                 sequences_max: config.limits.sequences_max,
             };
             let client = config.client.clone();
-            Source::Remote(RemotePredictor::new(
+            Source::Remote(Box::new(RemotePredictor::new(
                 cluster.clone(),
                 client,
                 runtime,
                 config.checkpoint.digest(),
                 bounds,
                 config.predict_timeout,
-            ))
+            )))
         }
     }
 }

@@ -31,7 +31,7 @@ pub(crate) enum Source {
     /// In this process.
     Local(Arc<dyn HashPredictor>),
     /// On predictor-nodes.
-    Remote(RemotePredictor),
+    Remote(Box<RemotePredictor>),
     /// Nowhere: every request runs unpredicted.
     Off,
 }

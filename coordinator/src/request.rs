@@ -98,7 +98,11 @@ impl Request {
     pub(crate) fn fail(self, error: RequestError) {
         match self.work {
             Work::Encode { reply, .. } => drop(reply.send(Err(error))),
-            Work::Score { reply, .. } => drop(reply.map(|reply| reply.send(Err(error)))),
+            Work::Score { reply, .. } => {
+                if let Some(reply) = reply {
+                    drop(reply.send(Err(error)));
+                }
+            }
             Work::Generate { reply, .. } => drop(reply.send(Err(error))),
         }
     }
