@@ -11,6 +11,7 @@ use sida_routing::Digest;
 
 use crate::{
     ModelConfig, ModelError, StoredDType, bounded_file,
+    config::{CONFIG, CONFIG_BYTES_MAX},
     manifest::Manifest,
     names,
     weight_files::{StoredTensor, WeightFiles},
@@ -58,11 +59,11 @@ impl Checkpoint {
     /// Opens a directory with `config.json` and safetensors, single or sharded. Reads no weights but the
     /// small ones that make up the digest.
     pub fn open(dir: &Path) -> Result<Arc<Self>, ModelError> {
-        let config = ModelConfig::open(dir)?;
+        let config_json = bounded_file::read(&dir.join(CONFIG), CONFIG_BYTES_MAX)?;
+        let config = ModelConfig::parse(&config_json, &dir.join(CONFIG))?;
         let manifest = Manifest::read(dir)?;
-        let config_json = bounded_file::read(&dir.join("config.json"), crate::config::CONFIG_BYTES_MAX)?;
         if let Some(manifest) = &manifest {
-            manifest.check_file("config.json", &config_json)?;
+            manifest.check_file(CONFIG, &config_json)?;
         }
         let files = WeightFiles::open(dir)?;
         let name = dir.file_name().map_or_else(|| dir.to_string_lossy(), |name| name.to_string_lossy()).into_owned();

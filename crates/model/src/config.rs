@@ -7,6 +7,8 @@ use sida_routing::LayerId;
 
 use crate::{ModelError, bounded_file, family};
 
+/// The config's name in a model directory.
+pub(crate) const CONFIG: &str = "config.json";
 /// The longest config.json that is read.
 pub(crate) const CONFIG_BYTES_MAX: u64 = 1 << 20;
 
@@ -115,9 +117,14 @@ pub struct ModelConfig {
 impl ModelConfig {
     /// Reads `config.json` of a model directory; `architectures` picks the family.
     pub fn open(dir: &Path) -> Result<Self, ModelError> {
-        let path = dir.join("config.json");
-        let json = bounded_file::read_json(&path, CONFIG_BYTES_MAX)?;
-        family::config(json, &path)
+        let path = dir.join(CONFIG);
+        Self::parse(&bounded_file::read(&path, CONFIG_BYTES_MAX)?, &path)
+    }
+
+    /// Reads the content of a config.json; `path` is for messages.
+    pub fn parse(json: &[u8], path: &Path) -> Result<Self, ModelError> {
+        let invalid = |source| ModelError::Json { path: path.to_owned(), source };
+        family::config(serde_json::from_slice(json).map_err(invalid)?, path)
     }
 
     /// Width of all heads side by side.

@@ -53,7 +53,8 @@ pub struct DecoderState {
 
 impl DecoderState {
     pub(crate) fn new(cross: Vec<Vec<f32>>, inner: usize) -> Self {
-        Self { position: 0, caches: vec![KvCache::new(inner); cross.len()], cross: cross.into() }
+        let caches = cross.iter().map(|_| KvCache::new(inner)).collect();
+        Self { position: 0, caches, cross: cross.into() }
     }
 
     /// How many tokens were decoded.

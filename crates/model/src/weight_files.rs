@@ -106,8 +106,8 @@ impl WeightFiles {
     fn map(&mut self, path: &Path) -> Result<HashMap<String, StoredTensor>, ModelError> {
         let failed = |source| ModelError::Read { path: path.to_owned(), source };
         let file = File::open(path).map_err(failed)?;
-        // SAFETY: read-only. Whoever changes or truncates a model's file while it is served breaks the
-        // process (SIGBUS) or the answers; README and docs say to replace the directory instead.
+        // SAFETY: read-only. The one who deploys must replace a model's directory, not change files in it: a file
+        // cut short under a running process ends it (SIGBUS), as with any program that maps files.
         let map = unsafe { Mmap::map(&file) }.map_err(failed)?;
         let (header, metadata) = SafeTensors::read_metadata(&map).map_err(|error| damaged(path, &map, &error))?;
         let data = 8 + header; // the header's length takes 8 bytes

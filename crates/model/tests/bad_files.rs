@@ -109,7 +109,8 @@ fn huge_header_lengths() {
 #[test]
 fn lying_offsets_and_shapes() {
     let norm = "encoder.final_layer_norm.weight";
-    let lies: [(&str, fn(&mut Value)); 6] = [
+    type Edit = fn(&mut Value);
+    let lies: [(&str, Edit); 6] = [
         ("overlap", |t| t["data_offsets"] = json!([0, t["data_offsets"][1].as_u64().unwrap()])),
         ("beyond the file", |t| t["data_offsets"][1] = json!(1u64 << 40)),
         ("backwards", |t| t["data_offsets"] = json!([80, 0])),
