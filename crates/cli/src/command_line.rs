@@ -146,6 +146,47 @@ mod tests {
         }
     }
 
+    /// Every command with its flags, one per line.
+    fn listing() -> String {
+        let mut command = command();
+        command.build();
+        let mut listing = String::new();
+        for sub in command.get_subcommands().filter(|sub| sub.get_name() != "help") {
+            listing += &format!("{}\n", sub.get_name());
+            for arg in sub.get_arguments().filter(|arg| arg.get_id() != "help") {
+                let defaults: Vec<_> = arg.get_default_values().iter().map(|value| value.to_string_lossy()).collect();
+                let required = if arg.is_required_set() { " (required)" } else { "" };
+                let default = if defaults.is_empty() { String::new() } else { format!(" = {}", defaults.join(",")) };
+                let name = arg.get_long().map_or_else(|| arg.get_id().to_string(), |long| format!("--{long}"));
+                listing += &format!("  {name}{default}{required}\n");
+            }
+        }
+        listing
+    }
+
+    #[test]
+    fn flags_are_those_of_the_listing() {
+        // Broken: a flag would be renamed or lose its default without anybody noticing, and the scripts, charts
+        // and TOML files that name it would fail. SIDA_REWRITE=1 writes the listing anew.
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/src/flags.txt");
+        if env::var_os("SIDA_REWRITE").is_some() {
+            std::fs::write(file, listing()).unwrap();
+        }
+        assert_eq!(listing(), std::fs::read_to_string(file).unwrap());
+    }
+
+    #[test]
+    fn no_flag_is_defined_twice() {
+        // Broken: two groups of flags would share a name, and one of them would get the other's value.
+        for sub in command().get_subcommands() {
+            let mut ids: Vec<_> = sub.get_arguments().map(|arg| arg.get_id().to_string()).collect();
+            let arguments = ids.len();
+            ids.sort();
+            ids.dedup();
+            assert_eq!(ids.len(), arguments, "{}", sub.get_name());
+        }
+    }
+
     #[test]
     fn every_flag_and_command_has_a_help_text() {
         // Broken: `--help` would list a flag without saying what it does.

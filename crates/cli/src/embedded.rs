@@ -1,7 +1,7 @@
 //! A whole cluster in this process: a coordinator with its predictor, and expert-nodes that it calls directly.
 //! Started by `ask`, `up` and `bench`.
 
-use std::{path::Path, sync::Arc};
+use std::{net::SocketAddr, path::Path, sync::Arc};
 
 use sida_cluster::{Address, Cluster, Member, Role, experts::LocalExperts};
 use sida_coordinator::{Coordinator, CoordinatorConfig};
@@ -29,17 +29,24 @@ pub(crate) struct EmbeddedCluster {
 }
 
 impl EmbeddedCluster {
-    /// Starts the cluster that the flags describe, with a bar while the model loads. `adapt` may change the
-    /// coordinator's settings first.
+    /// Starts the cluster that the flags describe, with a bar while the model loads. `address` is where its
+    /// coordinator will serve, if it will; `adapt` may change the coordinator's settings first.
     pub(crate) async fn start(
         model: &ModelArguments,
         predictor: &PredictorArguments,
         embedded: &EmbeddedArguments,
+        address: Option<SocketAddr>,
         adapt: impl FnOnce(&mut CoordinatorConfig),
     ) -> anyhow::Result<Self> {
         let checkpoint = Checkpoint::open(&model.dir()?)?;
         let engines = engines(&checkpoint, embedded, model.threads())?;
-        let members = engines.iter().map(|engine| local_member(engine)).collect();
+        let coordinator = address.map(|address| Member {
+            node: COORDINATOR.into(),
+            role: Role::Coordinator,
+            address: Address::Grpc(address.to_string()),
+            weight: 1.0,
+        });
+        let members = coordinator.into_iter().chain(engines.iter().map(local_member)).collect();
         let config = checkpoint.config();
         let cluster = Cluster::fixed(members, config.moe_layer_count(), config.num_experts, 1)?;
         let bar = LoadingBar::new(&format!("loading {}", checkpoint.name()), Unit::Bytes);

@@ -25,7 +25,7 @@ mod status_table;
 mod text_file;
 mod time_span;
 
-use std::{env, process::ExitCode};
+use std::{env, io, process::ExitCode};
 
 use bad_configuration::BadConfiguration;
 
@@ -51,6 +51,11 @@ fn main() -> ExitCode {
 
 /// Says what went wrong with every cause on one line, and picks the exit code.
 fn failed(error: &anyhow::Error) -> ExitCode {
+    let is_unread = |cause: &io::Error| cause.kind() == io::ErrorKind::BrokenPipe;
+    if error.downcast_ref::<io::Error>().is_some_and(is_unread) {
+        // Whoever reads the output, `head` say, has seen enough.
+        return ExitCode::SUCCESS;
+    }
     match error.downcast_ref::<tonic::Status>() {
         Some(status) => eprintln!("sida: {} ({:?})", status.message(), status.code()),
         None => eprintln!("sida: {error:#}"),

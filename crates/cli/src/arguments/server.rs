@@ -1,6 +1,7 @@
 //! Where a node listens, how it proves itself there, and how long it drains.
 
 use std::{
+    io::{self, Write},
     net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs},
     path::PathBuf,
     sync::Arc,
@@ -89,6 +90,6 @@ pub(crate) async fn bind(address: &str) -> Result<TcpListener, BadConfiguration>
 
 /// Tells the address on standard output, for scripts that start a node on port 0.
 pub(crate) fn announce(listener: &TcpListener) -> anyhow::Result<()> {
-    println!("listening on {}", listener.local_addr()?);
+    writeln!(io::stdout(), "listening on {}", listener.local_addr()?)?;
     Ok(())
 }

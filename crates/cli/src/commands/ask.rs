@@ -68,9 +68,9 @@ pub(crate) fn run(arguments: AskArguments) -> anyhow::Result<ExitCode> {
         let nodes = answerer.door.status().await?.nodes;
         let report = AnswerReport { model: &model, finish: &finish, nodes: &nodes };
         if arguments.json {
-            println!("{}", as_json(&text, &model, &finish, &report, answerer.ready_after));
+            writeln!(io::stdout(), "{}", as_json(&text, &model, &finish, &report, answerer.ready_after))?;
         } else {
-            print!("\n{}", report.draw(Style::of_stdout()));
+            write!(io::stdout(), "\n{}", report.draw(Style::of_stdout()))?;
         }
         if let Some(cluster) = answerer.cluster {
             cluster.stop().await;
@@ -85,7 +85,8 @@ async fn answerer(arguments: &AskArguments) -> anyhow::Result<Answerer> {
         let door = FrontDoor::connect(endpoint, &arguments.connection).await?;
         return Ok(Answerer { door, cluster: None, ready_after: start.elapsed() });
     }
-    let cluster = EmbeddedCluster::start(&arguments.model, &arguments.predictor, &arguments.embedded, |_| {}).await?;
+    let cluster =
+        EmbeddedCluster::start(&arguments.model, &arguments.predictor, &arguments.embedded, None, |_| {}).await?;
     Ok(Answerer { door: cluster.door(), cluster: Some(cluster), ready_after: start.elapsed() })
 }
 
@@ -96,14 +97,14 @@ async fn answer(door: &FrontDoor, arguments: &AskArguments) -> anyhow::Result<(S
     let mut finish = None;
     while let Some(token) = tokens.try_next().await? {
         if !arguments.json {
-            print!("{}", token.text);
+            write!(io::stdout(), "{}", token.text)?;
             io::stdout().flush()?;
         }
         text.push_str(&token.text);
         finish = token.finish;
     }
     if !arguments.json {
-        println!();
+        writeln!(io::stdout())?;
     }
     let finish = finish.ok_or_else(|| Status::data_loss("the answer ended without its last message"))?;
     Ok((text, finish))

@@ -11,7 +11,12 @@ mod report;
 mod subject;
 mod workload;
 
-use std::{process::ExitCode, sync::Arc, time::Duration};
+use std::{
+    io::{self, Write},
+    process::ExitCode,
+    sync::Arc,
+    time::Duration,
+};
 
 use clap::Args;
 use serde_json::json;
@@ -75,7 +80,7 @@ pub(crate) fn run(arguments: BenchArguments) -> anyhow::Result<ExitCode> {
         for subject in subjects {
             subject.stop().await;
         }
-        print(&arguments, rounds, &measured);
+        print(&arguments, rounds, &measured)?;
         let is_answered = measured.iter().all(|subject| subject.figures.requests > 0);
         Ok(if is_answered { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     })
@@ -120,6 +125,10 @@ async fn measure(
     for (subject, next) in subjects.iter().zip(&mut next) {
         (_, *next) = load::run(warming, 0, request_of(subject, workload)).await;
     }
+    let mut before = Vec::new();
+    for subject in subjects {
+        before.push(subject.node_state().await?);
+    }
     let mut samples: Vec<Samples> = subjects.iter().map(|_| Samples::default()).collect();
     let mut rounds_per_s = vec![Vec::new(); subjects.len()];
     for round in 0..rounds {
@@ -134,8 +143,16 @@ async fn measure(
     }
     drop(bar);
     let mut measured = Vec::new();
-    for ((subject, samples), rounds_per_s) in subjects.iter().zip(samples).zip(rounds_per_s) {
-        measured.push(subject.measured(samples.figures(), rounds_per_s).await?);
+    for (index, (subject, samples)) in subjects.iter().zip(samples).enumerate() {
+        let state = subject.node_state().await?;
+        measured.push(Measured {
+            label: subject.label.clone(),
+            figures: samples.figures(),
+            rounds_per_s: std::mem::take(&mut rounds_per_s[index]),
+            resident_bytes: state.resident_bytes,
+            budget_bytes: state.budget_bytes,
+            loads: state.loads.since(before[index].loads),
+        });
     }
     Ok(measured)
 }
@@ -153,14 +170,14 @@ fn request_of(
     })
 }
 
-fn print(arguments: &BenchArguments, rounds: usize, measured: &[Measured]) {
+fn print(arguments: &BenchArguments, rounds: usize, measured: &[Measured]) -> io::Result<()> {
     let latency_of = match arguments.batch {
         1 => "a request".to_owned(),
         batch => format!("a batch of {batch}"),
     };
     if !arguments.json {
-        print!("{}", report::as_table(measured, &latency_of));
-        return;
+        write!(io::stdout(), "{}", report::as_table(measured, &latency_of))?;
+        return Ok(());
     }
     let parameters = json!({
         "method": arguments.workload.method,
@@ -170,5 +187,5 @@ fn print(arguments: &BenchArguments, rounds: usize, measured: &[Measured]) {
         "latency_of": latency_of,
         "threads": arguments.subject.model.threads(),
     });
-    println!("{}", report::as_json(parameters, measured));
+    writeln!(io::stdout(), "{}", report::as_json(parameters, measured))
 }

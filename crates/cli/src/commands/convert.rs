@@ -1,6 +1,10 @@
 //! `sida convert`: a checkpoint of pytorch_model.bin files becomes safetensors with a manifest.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{
+    io::{self, Write},
+    path::PathBuf,
+    process::ExitCode,
+};
 
 use clap::Args;
 use sida_model::convert;
@@ -26,9 +30,15 @@ pub(crate) fn run(arguments: ConvertArguments) -> anyhow::Result<ExitCode> {
     let bar = LoadingBar::new("converting", Unit::Bytes);
     let written = convert::convert(&arguments.source, &arguments.out, &mut |done, total| bar.advance(done, total))?;
     drop(bar);
-    println!("{} tensors, {} in {}", written.tensors, byte_size::shown(written.bytes), arguments.out.display());
+    writeln!(
+        io::stdout(),
+        "{} tensors, {} in {}",
+        written.tensors,
+        byte_size::shown(written.bytes),
+        arguments.out.display()
+    )?;
     for tied in &written.tied {
-        println!("left out {tied}: the same weights as the embedding");
+        writeln!(io::stdout(), "left out {tied}: the same weights as the embedding")?;
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    io::{self, Write},
     net::TcpListener,
     path::{Path, PathBuf},
     process::ExitCode,
@@ -54,7 +55,7 @@ pub(crate) fn run(arguments: DoctorArguments) -> anyhow::Result<ExitCode> {
             Verdict::Note => ("--", "33"),
             Verdict::Bad => ("!!", "31"),
         };
-        println!("{} {:<10} {}", style.paint(sgr, mark), finding.what, finding.text);
+        writeln!(io::stdout(), "{} {:<10} {}", style.paint(sgr, mark), finding.what, finding.text)?;
     }
     let is_bad = findings.iter().any(|finding| finding.verdict == Verdict::Bad);
     Ok(if is_bad { ExitCode::FAILURE } else { ExitCode::SUCCESS })

@@ -1,6 +1,11 @@
 //! `sida inspect`: what a checkpoint holds, from its config and headers; no weights are read.
 
-use std::{collections::BTreeMap, path::PathBuf, process::ExitCode};
+use std::{
+    collections::BTreeMap,
+    io::{self, Write},
+    path::PathBuf,
+    process::ExitCode,
+};
 
 use anyhow::Context;
 use clap::Args;
@@ -41,21 +46,21 @@ pub(crate) fn run(arguments: InspectArguments) -> anyhow::Result<ExitCode> {
         let parts: BTreeMap<_, _> =
             parts.iter().map(|(name, part)| (*name, json!({"tensors": part.tensors, "bytes": part.bytes}))).collect();
         let facts: BTreeMap<_, _> = facts.into_iter().collect();
-        println!("{}", json!({"model": checkpoint.name(), "facts": facts, "parts": parts}));
+        writeln!(io::stdout(), "{}", json!({"model": checkpoint.name(), "facts": facts, "parts": parts}))?;
         return Ok(ExitCode::SUCCESS);
     }
     let mut table = PlainTable::new([]);
     facts.into_iter().for_each(|(name, value)| {
         table.row([name.to_owned(), value]);
     });
-    println!("{}", table.draw());
+    writeln!(io::stdout(), "{}", table.draw())?;
     let total: u64 = parts.values().map(|part| part.bytes).sum();
     let mut table = PlainTable::new(["part", "tensors", "bytes", "share"]);
     for (name, part) in &parts {
         let share = format!("{:.1}%", 100.0 * part.bytes as f64 / total.max(1) as f64);
         table.row([(*name).to_owned(), part.tensors.to_string(), byte_size::shown(part.bytes), share]);
     }
-    print!("{}", table.draw());
+    write!(io::stdout(), "{}", table.draw())?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -1,6 +1,10 @@
 //! `sida status`: the cluster as a coordinator sees it.
 
-use std::{process::ExitCode, time::Duration};
+use std::{
+    io::{self, Write},
+    process::ExitCode,
+    time::Duration,
+};
 
 use clap::Args;
 use serde_json::json;
@@ -36,7 +40,7 @@ pub(crate) fn run(arguments: StatusArguments) -> anyhow::Result<ExitCode> {
         let door = FrontDoor::connect(&arguments.endpoint, &arguments.connection).await?;
         loop {
             let status = door.status().await?;
-            print(&status, &arguments);
+            print(&status, &arguments)?;
             if !arguments.watch {
                 return Ok(ExitCode::SUCCESS);
             }
@@ -45,17 +49,18 @@ pub(crate) fn run(arguments: StatusArguments) -> anyhow::Result<ExitCode> {
     })
 }
 
-fn print(status: &StatusResponse, arguments: &StatusArguments) {
+fn print(status: &StatusResponse, arguments: &StatusArguments) -> io::Result<()> {
     if arguments.json {
-        println!("{}", as_json(status));
-        return;
+        writeln!(io::stdout(), "{}", as_json(status))?;
+        return Ok(());
     }
     let style = Style::of_stdout();
     if arguments.watch && style != Style::Ascii {
         // To the top left, then clear: the terminal keeps no old lines.
-        print!("\x1b[H\x1b[2J");
+        write!(io::stdout(), "\x1b[H\x1b[2J")?;
     }
-    print!("{}", status_table::draw(status, style));
+    write!(io::stdout(), "{}", status_table::draw(status, style))?;
+    io::stdout().flush()
 }
 
 /// The whole answer; a node without residency did not give it.

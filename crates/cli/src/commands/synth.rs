@@ -1,6 +1,10 @@
 //! `sida synth`: a checkpoint of a published shape with random weights, for load and speed tests.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{
+    io::{self, Write},
+    path::PathBuf,
+    process::ExitCode,
+};
 
 use clap::Args;
 use sida_model::synth::{self, SynthError, SynthShape};
@@ -36,7 +40,7 @@ pub(crate) fn run(arguments: SynthArguments) -> anyhow::Result<ExitCode> {
     synth::synth(&shape, &arguments.out, arguments.seed, skew, &mut |done, total| bar.advance(done, total))
         .map_err(refused)?;
     drop(bar);
-    println!("{} of random weights in {}", byte_size::shown(shape.bytes()), arguments.out.display());
+    writeln!(io::stdout(), "{} of random weights in {}", byte_size::shown(shape.bytes()), arguments.out.display())?;
     Ok(ExitCode::SUCCESS)
 }
 

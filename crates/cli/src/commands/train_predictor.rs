@@ -1,7 +1,12 @@
 //! `sida train-predictor`: records what the model's routers do with the user's text, trains a hash predictor on
 //! it and tells how well it does on text it has not seen.
 
-use std::{path::PathBuf, process::ExitCode, time::Instant};
+use std::{
+    io::{self, Write},
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Instant,
+};
 
 use clap::{Args, ValueEnum};
 use serde_json::json;
@@ -98,17 +103,18 @@ pub(crate) fn run(arguments: TrainPredictorArguments) -> anyhow::Result<ExitCode
     })?;
     drop(bar);
     if arguments.json {
-        println!("{}", as_json(&hit_rates, &out));
+        writeln!(io::stdout(), "{}", as_json(&hit_rates, &out))?;
         return Ok(ExitCode::SUCCESS);
     }
-    println!("{}", as_table(&hit_rates, checkpoint.config()).draw());
-    println!(
+    writeln!(io::stdout(), "{}", as_table(&hit_rates, checkpoint.config()).draw())?;
+    writeln!(
+        io::stdout(),
         "{} learnt from {} texts, measured with {} others, in {:.0} s",
         out.display(),
         texts.train.len(),
         texts.held_out.len(),
         start.elapsed().as_secs_f64()
-    );
+    )?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -152,7 +158,7 @@ fn as_table(hit_rates: &[HitRate], config: &ModelConfig) -> PlainTable {
     table
 }
 
-fn as_json(hit_rates: &[HitRate], out: &std::path::Path) -> serde_json::Value {
+fn as_json(hit_rates: &[HitRate], out: &Path) -> serde_json::Value {
     let layers: Vec<_> = hit_rates
         .iter()
         .map(|rate| json!({"layer": rate.layer.0, "tokens": rate.tokens, "top1": rate.top1, "top3": rate.top3}))

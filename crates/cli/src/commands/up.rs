@@ -53,11 +53,13 @@ pub(crate) fn run(arguments: UpArguments) -> anyhow::Result<ExitCode> {
         let listener = server::bind(&arguments.listen).await?;
         let readiness = Readiness::default();
         arguments.server.serve_metrics(METRICS_DEFAULT, readiness.clone(), shutdown.clone()).await?;
-        let cluster = EmbeddedCluster::start(&arguments.model, &arguments.predictor, &arguments.embedded, |config| {
-            arguments.limits.apply(config);
-            config.server = arguments.server.server(&arguments.connection, readiness);
-        })
-        .await?;
+        let address = Some(listener.local_addr()?);
+        let cluster =
+            EmbeddedCluster::start(&arguments.model, &arguments.predictor, &arguments.embedded, address, |config| {
+                arguments.limits.apply(config);
+                config.server = arguments.server.server(&arguments.connection, readiness);
+            })
+            .await?;
         server::announce(&listener)?;
         sida_coordinator::serve(cluster.coordinator().clone(), listener, shutdown).await?;
         cluster.stop().await;

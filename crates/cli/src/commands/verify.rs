@@ -1,6 +1,10 @@
 //! `sida verify`: whether a model is what it was when its manifest was written.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{
+    io::{self, Write},
+    path::PathBuf,
+    process::ExitCode,
+};
 
 use clap::Args;
 use sida_model::manifest::{self, Manifest};
@@ -32,16 +36,16 @@ pub(crate) fn run(arguments: VerifyArguments) -> anyhow::Result<ExitCode> {
         manifest.write()?;
         drop(bar);
         let (files, tensors) = (manifest.files(), manifest.tensors());
-        println!("wrote {shown}/{}: {files} files, {tensors} tensors", manifest::FILE_NAME);
+        writeln!(io::stdout(), "wrote {shown}/{}: {files} files, {tensors} tensors", manifest::FILE_NAME)?;
         return Ok(ExitCode::SUCCESS);
     }
     let Some(manifest) = Manifest::read(&dir)? else {
-        println!("{shown} has no {}: nothing to check against", manifest::FILE_NAME);
-        println!("`sida verify {shown} --write-manifest` writes one of what is there now");
+        writeln!(io::stdout(), "{shown} has no {}: nothing to check against", manifest::FILE_NAME)?;
+        writeln!(io::stdout(), "`sida verify {shown} --write-manifest` writes one of what is there now")?;
         return Ok(ExitCode::FAILURE);
     };
     manifest.verify_directory(&mut on_progress)?;
     drop(bar);
-    println!("{shown}: {} files and {} tensors are as listed", manifest.files(), manifest.tensors());
+    writeln!(io::stdout(), "{shown}: {} files and {} tensors are as listed", manifest.files(), manifest.tensors())?;
     Ok(ExitCode::SUCCESS)
 }

@@ -16,7 +16,6 @@ pub(crate) struct Sample {
     pub(crate) tokens: u64,
     pub(crate) hash_hits: u64,
     pub(crate) hash_misses: u64,
-    pub(crate) demand_loads: u64,
 }
 
 /// Collects while the load runs.
@@ -43,7 +42,6 @@ pub(crate) struct Figures {
     pub(crate) latency_ms: Latency,
     /// Of the (token, layer) pairs, the share whose expert was in the hash table; none without a predictor.
     pub(crate) hash_hit_rate: Option<f64>,
-    pub(crate) demand_loads: u64,
     pub(crate) latencies_ms: Vec<f64>,
 }
 
@@ -68,7 +66,6 @@ impl Samples {
             self.total.tokens += sample.tokens;
             self.total.hash_hits += sample.hash_hits;
             self.total.hash_misses += sample.hash_misses;
-            self.total.demand_loads += sample.demand_loads;
         }
     }
 
@@ -84,7 +81,6 @@ impl Samples {
         self.total.tokens += other.total.tokens;
         self.total.hash_hits += other.total.hash_hits;
         self.total.hash_misses += other.total.hash_misses;
-        self.total.demand_loads += other.total.demand_loads;
         for (code, count) in other.failures {
             *self.failures.entry(code).or_default() += count;
         }
@@ -104,7 +100,6 @@ impl Samples {
             tokens_per_s: per_second(self.total.tokens),
             latency_ms: Latency::of(&self.latencies_ms),
             hash_hit_rate: (predicted > 0).then(|| self.total.hash_hits as f64 / predicted as f64),
-            demand_loads: self.total.demand_loads,
             latencies_ms: self.latencies_ms.clone(),
         }
     }
@@ -156,7 +151,7 @@ mod tests {
         // Broken: the benchmark would report other numbers than it measured.
         let mut samples = Samples { wall: Duration::from_secs(2), ..Default::default() };
         for ms in 1..=100 {
-            let sample = Sample { tokens: 3, hash_hits: 9, hash_misses: 1, demand_loads: 1 };
+            let sample = Sample { tokens: 3, hash_hits: 9, hash_misses: 1 };
             samples.answered(Duration::from_millis(ms), &[sample, sample]);
         }
         let figures = samples.figures();
@@ -164,7 +159,6 @@ mod tests {
         assert_eq!(figures.requests_per_s, 100.0);
         assert_eq!(figures.tokens_per_s, 300.0);
         assert_eq!(figures.hash_hit_rate, Some(0.9));
-        assert_eq!(figures.demand_loads, 200);
         let latency = figures.latency_ms;
         for (found, expected) in [(latency.p50, 50.0), (latency.p90, 90.0), (latency.p99, 99.0), (latency.max, 100.0)] {
             assert!((found - expected).abs() <= expected * 1e-3, "{found} {expected}");

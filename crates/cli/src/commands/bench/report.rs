@@ -22,10 +22,30 @@ pub(crate) struct Measured {
     pub(crate) resident_bytes: u64,
     /// Bytes that could have been.
     pub(crate) budget_bytes: u64,
-    /// By its nodes since they started: loads ahead of their use, loads that a call waited for, evictions.
-    pub(crate) node_prefetch_loads: u64,
-    pub(crate) node_demand_loads: u64,
-    pub(crate) node_evictions: u64,
+    /// What its nodes loaded during the measurement.
+    pub(crate) loads: NodeLoads,
+}
+
+/// Loads and evictions, summed over expert-nodes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub(crate) struct NodeLoads {
+    /// Ahead of their use.
+    pub(crate) prefetched: u64,
+    /// While a call waited.
+    pub(crate) demanded: u64,
+    /// Experts dropped for another.
+    pub(crate) evicted: u64,
+}
+
+impl NodeLoads {
+    /// What was added since `earlier`.
+    pub(crate) fn since(self, earlier: Self) -> Self {
+        Self {
+            prefetched: self.prefetched.saturating_sub(earlier.prefetched),
+            demanded: self.demanded.saturating_sub(earlier.demanded),
+            evicted: self.evicted.saturating_sub(earlier.evicted),
+        }
+    }
 }
 
 impl Measured {
@@ -69,7 +89,7 @@ pub(crate) fn as_table(subjects: &[Measured], latency_of: &str) -> String {
         "p99 ms",
         "resident",
         "hash hits",
-        "waited loads",
+        "loads ahead / waited for",
     ]);
     for subject in subjects {
         let figures = &subject.figures;
@@ -87,7 +107,7 @@ pub(crate) fn as_table(subjects: &[Measured], latency_of: &str) -> String {
             format!("{:.2}", latency.p99),
             resident,
             hits,
-            figures.demand_loads.to_string(),
+            format!("{} / {}", subject.loads.prefetched, subject.loads.demanded),
         ]);
     }
     let mut text = table.draw();
@@ -139,9 +159,7 @@ mod tests {
             rounds_per_s: rounds_per_s.to_vec(),
             resident_bytes: 1 << 20,
             budget_bytes: 2 << 20,
-            node_prefetch_loads: 0,
-            node_demand_loads: 0,
-            node_evictions: 0,
+            loads: NodeLoads::default(),
         }
     }
 

@@ -5,9 +5,8 @@ use clap::Args;
 use sida_expert_node::ExpertMemory;
 
 use super::{
-    figures::Figures,
     processes::{self, ProcessCluster},
-    report::Measured,
+    report::NodeLoads,
 };
 use crate::{
     arguments::{
@@ -52,6 +51,15 @@ pub(crate) struct Subject {
     cluster: Running,
 }
 
+/// Sums over the expert-nodes of a subject.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct NodeState {
+    pub(crate) resident_bytes: u64,
+    pub(crate) budget_bytes: u64,
+    /// Since the nodes started.
+    pub(crate) loads: NodeLoads,
+}
+
 /// What was started for it.
 enum Running {
     Embedded(EmbeddedCluster),
@@ -94,7 +102,7 @@ pub(crate) async fn start(arguments: &SubjectArguments) -> anyhow::Result<Vec<Su
 
 async fn embedded(arguments: &SubjectArguments, budget: ExpertMemory, label: String) -> anyhow::Result<Subject> {
     let shape = EmbeddedArguments { expert_memory: budget, ..arguments.embedded.clone() };
-    let cluster = EmbeddedCluster::start(&arguments.model, &arguments.predictor, &shape, |_| {}).await?;
+    let cluster = EmbeddedCluster::start(&arguments.model, &arguments.predictor, &shape, None, |_| {}).await?;
     Ok(Subject { label, door: cluster.door(), cluster: Running::Embedded(cluster) })
 }
 
@@ -106,20 +114,17 @@ async fn over_processes(arguments: &SubjectArguments) -> anyhow::Result<Subject>
 }
 
 impl Subject {
-    /// Its figures with what its nodes say of themselves.
-    pub(crate) async fn measured(&self, figures: Figures, rounds_per_s: Vec<f64>) -> anyhow::Result<Measured> {
-        let nodes = self.door.status().await?.nodes;
-        let residencies: Vec<_> = nodes.into_iter().filter_map(|node| node.residency).collect();
-        Ok(Measured {
-            label: self.label.clone(),
-            figures,
-            rounds_per_s,
-            resident_bytes: residencies.iter().map(|node| node.resident_bytes).sum(),
-            budget_bytes: residencies.iter().map(|node| node.budget_bytes).sum(),
-            node_prefetch_loads: residencies.iter().map(|node| node.prefetch_loads).sum(),
-            node_demand_loads: residencies.iter().map(|node| node.demand_loads).sum(),
-            node_evictions: residencies.iter().map(|node| node.evictions).sum(),
-        })
+    /// What its nodes hold and have loaded so far.
+    pub(crate) async fn node_state(&self) -> anyhow::Result<NodeState> {
+        let mut state = NodeState::default();
+        for node in self.door.status().await?.nodes.into_iter().filter_map(|node| node.residency) {
+            state.resident_bytes += node.resident_bytes;
+            state.budget_bytes += node.budget_bytes;
+            state.loads.prefetched += node.prefetch_loads;
+            state.loads.demanded += node.demand_loads;
+            state.loads.evicted += node.evictions;
+        }
+        Ok(state)
     }
 
     /// Ends what was started for it.

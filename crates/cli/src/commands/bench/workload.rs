@@ -115,5 +115,5 @@ impl Workload {
 
 fn sample(tokens: u64, trace: Option<Trace>) -> Sample {
     let trace = trace.unwrap_or_default();
-    Sample { tokens, hash_hits: trace.hash_hits, hash_misses: trace.hash_misses, demand_loads: trace.demand_loads }
+    Sample { tokens, hash_hits: trace.hash_hits, hash_misses: trace.hash_misses }
 }
