@@ -4,7 +4,10 @@
 //! SiDA knows the future: the hash tables of the queued batches say which experts come next. So the machine
 //! evicts, in this order, what is empty, what no plan names (longest unused first), and what is planned
 //! (farthest next use first, as in Belady's rule); never what is in use or loading. A prefetch takes the
-//! nearest planned expert that is missing, and only if what it evicts is wanted later than itself.
+//! nearest planned expert that is missing, and only if what it evicts is wanted later than itself. Where plans
+//! name more than fits, even that is too eager: whatever a layer ahead is given early is taken from a later
+//! layer, which must then be loaded again, while what the layer before is about to leave would have done as
+//! well. So only a quarter of the slots may be won that way at a time.
 //!
 //! A layer may need more experts than there are slots, and even when it does not, holding all of them at once
 //! would push out what other layers keep. So a call takes what is resident at once, and loads the rest a
@@ -25,6 +28,9 @@ pub use grants::{
 use plan_queue::PlanQueue;
 
 use crate::{ExpertId, ExpertKey, LayerId, Plan, PlanId};
+
+/// One in so many slots may hold what was prefetched in the place of something else that is planned.
+const DISPLACING_SHARE: usize = 4;
 
 /// An expert as `layer * num_experts + expert`.
 type KeyIndex = usize;
@@ -61,6 +67,8 @@ struct Slot {
     pins: u32,
     /// The tick of its last use.
     used_at: u64,
+    /// Whether it was prefetched in the place of another planned expert, and neither used nor given up since.
+    displacing: bool,
     /// Names the load that filled it, so that a ticket is never taken for that of a later load.
     load: u64,
 }
@@ -87,6 +95,8 @@ pub struct Residency {
     /// Calls that wait for a slot. No prefetch starts while there are any.
     waiting: usize,
     resident: usize,
+    /// Invariant: how many slots are `displacing`.
+    displacing: usize,
     counters: ResidencyCounters,
 }
 
@@ -94,7 +104,7 @@ impl Residency {
     /// Nothing resident, nothing planned.
     pub fn new(config: ResidencyConfig) -> Self {
         let keys = config.layers * config.num_experts;
-        let empty = Slot { holding: Holding::Nothing, pins: 0, used_at: 0, load: 0 };
+        let empty = Slot { holding: Holding::Nothing, pins: 0, used_at: 0, displacing: false, load: 0 };
         Self {
             config,
             slots: vec![empty; config.slots],
@@ -108,6 +118,7 @@ impl Residency {
             loads: 0,
             waiting: 0,
             resident: 0,
+            displacing: 0,
             counters: ResidencyCounters::default(),
         }
     }
@@ -227,6 +238,7 @@ impl Residency {
         self.slot_of[key] = None;
         self.failed[key] = true;
         self.counters.failed_loads += 1;
+        self.settle(slot);
         self.rank(slot);
     }
 
@@ -242,8 +254,10 @@ impl Residency {
     /// Starts the next prefetch: the nearest planned expert that is missing, unless a call waits for a slot,
     /// or everything in memory is in use or wanted sooner.
     pub fn next_prefetch(&mut self) -> Option<Load> {
-        let (index, slot) = self.choose_prefetch()?;
+        let (index, slot, displacing) = self.choose_prefetch()?;
         let evicted = self.start_load(index, slot, LoadKind::Prefetch);
+        self.slots[slot.index()].displacing = displacing;
+        self.displacing += usize::from(displacing);
         Some(Load { key: self.key_of(index), slot, evicted })
     }
 
@@ -280,19 +294,28 @@ impl Residency {
         self.config
     }
 
-    fn choose_prefetch(&mut self) -> Option<(KeyIndex, SlotId)> {
+    /// What to prefetch, where to, and whether that displaces something planned.
+    fn choose_prefetch(&mut self) -> Option<(KeyIndex, SlotId, bool)> {
         if self.waiting > 0 {
             return None;
         }
         let (slot, rank) = self.order.first()?;
         let index = self.plans.first_missing(|key| self.slot_of[key].is_some() || self.failed[key])?;
         let wanted_at = self.plans.next_use(index).expect("what is planned has a next use");
-        (rank > Rank::planned(wanted_at)).then_some((index, slot))
+        let displacing = rank.is_planned();
+        let allowed = !displacing || self.displacing < self.slots.len().div_ceil(DISPLACING_SHARE);
+        (allowed && rank > Rank::planned(wanted_at)).then_some((index, slot, displacing))
+    }
+
+    /// A slot is not `displacing` any more.
+    fn settle(&mut self, slot: SlotId) {
+        self.displacing -= usize::from(std::mem::take(&mut self.slots[slot.index()].displacing));
     }
 
     /// Pins a slot that holds or loads what a call wants.
     fn pin(&mut self, slot: SlotId) -> Access {
         self.tick += 1;
+        self.settle(slot);
         self.order.set(slot, Rank::HELD);
         let held = &mut self.slots[slot.index()];
         held.pins += 1;
@@ -317,17 +340,23 @@ impl Residency {
             }
             Holding::Loading { .. } => panic!("slot {slot} is loading and was taken for another load"),
         };
+        self.settle(slot);
         self.tick += 1;
         self.loads += 1;
         let holding = Holding::Loading { key: index, kind };
-        self.slots[slot.index()] = Slot { holding, pins: 0, used_at: self.tick, load: self.loads };
+        self.slots[slot.index()] = Slot { holding, pins: 0, used_at: self.tick, displacing: false, load: self.loads };
         self.slot_of[index] = Some(slot);
         self.order.set(slot, Rank::HELD);
         evicted
     }
 
-    /// Brings a slot's rank up to date.
+    /// Brings a slot up to date with what is planned.
     fn rank(&mut self, slot: SlotId) {
+        if let Holding::Loading { key, .. } | Holding::Resident { key } = self.slots[slot.index()].holding
+            && self.plans.next_use(key).is_none()
+        {
+            self.settle(slot);
+        }
         let state = &self.slots[slot.index()];
         let rank = match state.holding {
             Holding::Nothing => Rank::EMPTY,

@@ -57,6 +57,8 @@ struct World {
     plans: Vec<(u64, Vec<ExpertKey>)>,
     /// Experts whose last load failed and that no plan named since.
     failed: BTreeSet<ExpertKey>,
+    /// Slots prefetched in the place of something planned, and neither used nor unplanned since.
+    displacing: BTreeSet<SlotId>,
     /// When each expert was last granted or loaded.
     used: BTreeMap<ExpertKey, u64>,
     clock: u64,
@@ -74,6 +76,7 @@ impl World {
             loading: Vec::new(),
             plans: Vec::new(),
             failed: BTreeSet::new(),
+            displacing: BTreeSet::new(),
             used: BTreeMap::new(),
             clock: 0,
             calls: Vec::new(),
@@ -118,6 +121,7 @@ impl World {
         }
         assert!(!self.memory.values().any(|&k| k == key), "{key} is in memory twice");
         self.memory.insert(slot, key);
+        self.displacing.remove(&slot);
         self.loading.push(slot);
         self.clock += 1;
         self.used.insert(key, self.clock);
@@ -171,6 +175,7 @@ impl World {
             match grant.access {
                 Access::Load { evicted } => self.start(grant.key, grant.slot, evicted),
                 Access::Resident | Access::Await(_) => {
+                    self.displacing.remove(&grant.slot);
                     assert_eq!(before.get(&grant.slot), Some(&grant.key));
                     let loading = self.loading.contains(&grant.slot);
                     assert_eq!(matches!(grant.access, Access::Await(_)), loading);
@@ -195,6 +200,7 @@ impl World {
         }
         self.machine.load_failed(slot);
         self.failed.extend(self.memory.remove(&slot));
+        self.displacing.remove(&slot);
         for call in &mut self.calls {
             for grant in call.held.extract_if(.., |grant| grant.slot == slot).collect::<Vec<_>>() {
                 if let Access::Await(ticket) = grant.access {
@@ -228,7 +234,9 @@ impl World {
         let key = *missing.next()?;
         let makes_room = match self.leaving().last() {
             _ if self.memory.len() < self.slots => true,
-            Some(&(_, leaves)) => self.next_use(leaves).is_none_or(|at| at > self.next_use(key).expect("planned")),
+            Some(&(_, leaves)) => self.next_use(leaves).is_none_or(|at| {
+                at > self.next_use(key).expect("planned") && self.displacing.len() < self.slots.div_ceil(4)
+            }),
             None => false,
         };
         makes_room.then_some(key)
@@ -240,7 +248,9 @@ impl World {
         let load = self.machine.next_prefetch();
         assert_eq!(load.map(|load| load.key), expected, "another prefetch than the rules say");
         if let Some(load) = load {
+            let displacing = load.evicted.is_some_and(|leaves| self.next_use(leaves).is_some());
             self.start(load.key, load.slot, load.evicted);
+            self.displacing.extend(displacing.then_some(load.slot));
         }
     }
 
@@ -276,6 +286,9 @@ impl World {
                 self.calls.remove(at);
             }
         }
+        let (memory, plans) = (&self.memory, &self.plans);
+        let planned = |key| plans.iter().any(|(_, keys)| keys.contains(key));
+        self.displacing.retain(|slot| planned(&memory[slot]));
         self.check();
     }
 

@@ -25,6 +25,11 @@ impl Rank {
         Self(1 + at)
     }
 
+    /// Whether it is one of [`Rank::planned`].
+    pub(super) fn is_planned(self) -> bool {
+        self != Self::HELD && self < Self::unplanned(TIME_MAX - 1)
+    }
+
     /// In no plan, last used at this tick.
     pub(super) fn unplanned(used_at: u64) -> Self {
         debug_assert!(used_at < TIME_MAX);
@@ -91,6 +96,8 @@ mod tests {
         assert!(Rank::planned(TIME_MAX - 1) < Rank::unplanned(TIME_MAX - 1));
         assert!(Rank::unplanned(5) < Rank::unplanned(4));
         assert!(Rank::unplanned(0) < Rank::EMPTY);
+        assert!(Rank::planned(0).is_planned() && Rank::planned(TIME_MAX - 1).is_planned());
+        assert!([Rank::HELD, Rank::unplanned(7), Rank::EMPTY].iter().all(|rank| !rank.is_planned()));
     }
 
     proptest! {
