@@ -3,7 +3,10 @@
 
 use crate::{
     config::ExpertKind,
-    cpu::matmul::{MatrixRef, matmul},
+    cpu::{
+        exp::exp,
+        matmul::{MatrixRef, matmul},
+    },
     dtype::StoredDType,
 };
 
@@ -66,17 +69,28 @@ impl ExpertShape {
         match self.kind {
             ExpertKind::Relu2 => {
                 matmul(x, matrix(self.d_ff, self.d_model), hidden); // h = relu(x Wi^T)
-                hidden.iter_mut().for_each(|h| *h = h.max(0.0));
+                hidden.iter_mut().for_each(|h| *h = relu(*h));
             }
             ExpertKind::GatedSilu3 => {
                 let up = room(&mut scratch.up, rows * self.d_ff);
                 matmul(x, matrix(self.d_ff, self.d_model), hidden); // h = silu(x Wgate^T) * (x Wup^T)
                 matmul(x, matrix(self.d_ff, self.d_model), up);
-                hidden.iter_mut().zip(up).for_each(|(h, up)| *h = *h / (1.0 + (-*h).exp()) * *up);
+                hidden.iter_mut().zip(up).for_each(|(h, up)| *h = silu(*h) * *up);
             }
         }
         matmul(hidden, matrix(self.d_model, self.d_ff), out); // out = h Wo^T
     }
+}
+
+/// max(h, 0), and NaN of NaN: a broken activation must not turn into an answer.
+fn relu(h: f32) -> f32 {
+    if h < 0.0 { 0.0 } else { h }
+}
+
+/// h / (1 + e^-h), through e^-|h| so that nothing overflows.
+fn silu(h: f32) -> f32 {
+    let e = exp(-h.abs());
+    if h < 0.0 { h * e / (1.0 + e) } else { h / (1.0 + e) }
 }
 
 fn room(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
@@ -120,8 +134,18 @@ mod tests {
                         product(&a, x).iter().zip(product(&b, x)).map(|(g, up)| g / (1.0 + (-g).exp()) * up).collect()
                     }
                 };
-                assert_eq!(out, product(&c, &hidden));
+                for (found, expected) in out.iter().zip(product(&c, &hidden)) {
+                    assert!((found - expected).abs() <= 1e-6 * expected.abs().max(1.0), "{found} for {expected}");
+                }
             }
         }
+    }
+
+    /// A NaN would vanish, or a large activation overflow.
+    #[test]
+    fn activations_hold_at_the_edges() {
+        assert!(relu(f32::NAN).is_nan() && silu(f32::NAN).is_nan());
+        assert_eq!([relu(-1.0), relu(2.0), silu(0.0)], [0.0, 2.0, 0.0]);
+        assert_eq!((silu(1e4), silu(-1e4)), (1e4, 0.0));
     }
 }
