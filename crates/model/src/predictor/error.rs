@@ -30,8 +30,8 @@ pub enum PredictorError {
     Texts { reason: String },
     #[error("{field} is {found}, expected {expected}")]
     Option { field: &'static str, found: String, expected: String },
-    #[error("training failed: {0}")]
-    Training(#[from] candle_core::Error),
+    #[error("cannot start a thread: {reason}")]
+    Threads { reason: String },
     #[error(transparent)]
     Table(#[from] HashTableError),
     #[error(transparent)]

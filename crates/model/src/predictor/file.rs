@@ -97,21 +97,24 @@ struct Stored {
 
 /// A weight matrix of a net, widened to float32.
 pub(super) struct Matrix {
-    bytes: Vec<u8>,
+    values: Vec<f32>,
     pub(super) rows: usize,
     pub(super) cols: usize,
 }
 
 impl Matrix {
-    /// From row-major values.
-    pub(super) fn new(values: &[f32], rows: usize, cols: usize) -> Self {
-        assert_eq!(values.len(), rows * cols);
-        Self { bytes: values.iter().flat_map(|value| value.to_le_bytes()).collect(), rows, cols }
-    }
-
     pub(super) fn by_ref(&self) -> MatrixRef<'_> {
-        MatrixRef { bytes: &self.bytes, dtype: StoredDType::F32, rows: self.rows, cols: self.cols }
+        matrix(&self.values, self.rows, self.cols)
     }
+}
+
+/// Values in memory as a matrix for [`matmul`](crate::cpu::matmul::matmul).
+pub(super) fn matrix(values: &[f32], rows: usize, cols: usize) -> MatrixRef<'_> {
+    assert_eq!(values.len(), rows * cols);
+    // SAFETY: any float is four valid bytes, and they live as long as `values`. `matmul` reads a float32 matrix
+    // as floats of this machine.
+    let bytes = unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), std::mem::size_of_val(values)) };
+    MatrixRef { bytes, dtype: StoredDType::F32, rows, cols }
 }
 
 impl PredictorFile {
@@ -137,8 +140,8 @@ impl PredictorFile {
     }
 
     /// Takes a matrix of float16, every value finite.
-    pub(super) fn matrix(&mut self, tensor: &str, rows: usize, cols: usize) -> Result<Matrix, PredictorError> {
-        Ok(Matrix::new(&self.floats(tensor, &[rows, cols])?, rows, cols))
+    pub(super) fn take_matrix(&mut self, tensor: &str, rows: usize, cols: usize) -> Result<Matrix, PredictorError> {
+        Ok(Matrix { values: self.floats(tensor, &[rows, cols])?, rows, cols })
     }
 
     /// Takes float16 values of a shape, every one finite, widened.

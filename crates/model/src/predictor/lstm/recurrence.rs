@@ -80,8 +80,8 @@ impl Direction {
         width: usize,
     ) -> Result<Self, PredictorError> {
         Ok(Self {
-            input: file.matrix(&format!("{prefix}.input"), 4 * width, inputs)?,
-            hidden: file.matrix(&format!("{prefix}.hidden"), 4 * width, width)?,
+            input: file.take_matrix(&format!("{prefix}.input"), 4 * width, inputs)?,
+            hidden: file.take_matrix(&format!("{prefix}.hidden"), 4 * width, width)?,
             bias: file.floats(&format!("{prefix}.bias"), &[4 * width])?,
         })
     }

@@ -7,17 +7,14 @@ use half::f16;
 use super::{
     super::{
         PredictorError, PredictorState,
-        file::{Matrix, PredictorFile},
+        file::{Matrix, PredictorFile, matrix},
         stack_name,
     },
     ATTENTION_WINDOW,
     recurrence::{Columns, Direction, Memory, Sequences},
     sparsemax::sparsemax,
 };
-use crate::{
-    Stack, StoredDType,
-    cpu::matmul::{MatrixRef, matmul},
-};
+use crate::{Stack, cpu::matmul::matmul};
 
 /// Layers of LSTM.
 pub(in crate::predictor) const LSTM_LAYERS: usize = 2;
@@ -78,8 +75,8 @@ impl StackNet {
             width,
             tokens,
             layers,
-            residual: file.matrix(&format!("{name}.residual"), width, width)?,
-            head: file.matrix(&format!("{name}.head"), outputs, width)?,
+            residual: file.take_matrix(&format!("{name}.residual"), width, width)?,
+            head: file.take_matrix(&format!("{name}.head"), outputs, width)?,
             head_bias: file.floats(&format!("{name}.head_bias"), &[outputs])?,
         }))
     }
@@ -156,10 +153,8 @@ impl StackNet {
         let width = self.width;
         let count = keys.len() / width;
         let scale = (width as f32).powf(-0.5);
-        let bytes: Vec<u8> = keys.iter().flat_map(|value| value.to_le_bytes()).collect();
-        let matrix = MatrixRef { bytes: &bytes, dtype: StoredDType::F32, rows: count, cols: width };
         let mut scores = vec![0.0; rows * count];
-        matmul(&keys[(count - rows) * width..], matrix, &mut scores); // (rows, width) @ keys^T -> (rows, n)
+        matmul(&keys[(count - rows) * width..], matrix(keys, count, width), &mut scores); // (rows, width) @ keys^T -> (rows, n)
         for (row, out) in out.chunks_exact_mut(width).enumerate() {
             let seen = seen(row);
             let scores = &mut scores[row * count..][seen.clone()];

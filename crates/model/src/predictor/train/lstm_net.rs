@@ -1,24 +1,18 @@
-//! Learns the LSTM net of one stack with candle's gradients: truncated distillation on the router's most
-//! probable experts plus cross-entropy with the chosen one (SiDA, section 3.3).
-//!
-//! A batch holds sequences of one length, so there is no padding to mask and what is learnt is what
-//! [`StackNet`](crate::predictor::lstm) computes.
+//! The LSTM net of one stack in training: its weights in one vector, the loss of a batch and its gradient.
+//! A batch holds sequences of one length, so there is no padding to mask, and what is learnt is what
+//! `StackNet` computes.
 
-use std::{collections::BTreeMap, sync::Mutex};
+use std::ops::Range;
 
-use candle_core::{D, Device, Result, Tensor, Var};
-use candle_nn::{AdamW, Optimizer, ParamsAdamW, ops::log_softmax};
-use rand::{Rng, SeedableRng, rngs::StdRng, seq::SliceRandom};
+use rand::{Rng, rngs::StdRng};
 
 use super::{
-    Recording, TrainOptions, TrainProgress,
-    autograd::{LstmScan, SparsemaxRows},
+    gradients::{Attention, LstmScan, Scanned, distillation, linear, linear_backward, relu_backward},
     record::StackRecording,
 };
 use crate::{
     Stack,
     predictor::{
-        PredictorError,
         file::Tensors,
         lstm::{
             ATTENTION_WINDOW,
@@ -27,226 +21,262 @@ use crate::{
         },
         stack_name,
     },
-    tensor_rows::rows,
 };
 
-/// Share of all steps over which the learning rate rises.
-const WARM_UP: f64 = 0.05;
-/// Gradients are scaled down to this norm.
-const GRADIENT_NORM_MAX: f64 = 1.0;
-const WEIGHT_DECAY: f64 = 0.01;
-/// A score that sparsemax gives no weight to.
-const UNSEEN: f32 = -1e4;
-
-/// Trains a stack's net and adds it to a file that is about to be written.
-pub(super) fn learn(
-    recording: &Recording,
+/// A net's form. Its weights are a vector of [`LstmNet::weights`] values, its gradient another one.
+pub(super) struct LstmNet {
     stack: Stack,
-    options: &TrainOptions,
-    tensors: &mut Tensors,
-    on_progress: &mut dyn FnMut(TrainProgress),
-) -> std::result::Result<(), PredictorError> {
-    let recorded = recording.of_stack(stack);
-    let layers = recording.shape.layers(stack).len();
-    let mut random = StdRng::seed_from_u64(options.seed);
-    let net = TrainedNet::new(recorded, stack, layers * recording.shape.num_experts, options.width, &mut random)?;
-    let mut optimizer = AdamW::new(
-        net.variables(),
-        ParamsAdamW { beta1: 0.9, beta2: 0.98, weight_decay: WEIGHT_DECAY, ..Default::default() },
-    )?;
-    let tokens_total = (recorded.tokens() * options.epochs) as u64;
-    let mut tokens_done = 0;
-    for _ in 0..options.epochs {
-        for batch in batches(recorded, options.batch_tokens, &mut random) {
-            let progress = tokens_done as f64 / tokens_total as f64;
-            optimizer.set_learning_rate(options.learning_rate * schedule(progress));
-            let loss = net.loss(recorded, &batch, recording.shape.num_experts)?;
-            let mut gradients = loss.backward()?;
-            clip(&mut gradients, &net.variables())?;
-            optimizer.step(&gradients)?;
-            tokens_done += (batch.len() * recorded.sequences[batch[0]].len()) as u64;
-            on_progress(TrainProgress { stack, tokens_done, tokens_total, loss: loss.to_scalar()? });
-        }
-    }
-    Ok(net.store(stack, tensors)?)
-}
-
-/// Rises linearly, then falls to 0 with a cosine.
-fn schedule(progress: f64) -> f64 {
-    let cosine = 0.5 * (1.0 + (std::f64::consts::PI * progress.min(1.0)).cos());
-    cosine * ((progress + 1e-3) / WARM_UP).min(1.0)
-}
-
-/// Indices of sequences of one length each, in random order.
-fn batches(recorded: &StackRecording, batch_tokens: usize, random: &mut StdRng) -> Vec<Vec<usize>> {
-    let mut by_length: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
-    for (index, tokens) in recorded.sequences.iter().enumerate().filter(|(_, tokens)| !tokens.is_empty()) {
-        by_length.entry(tokens.len()).or_default().push(index);
-    }
-    let mut batches = Vec::new();
-    for (length, mut indices) in by_length {
-        indices.shuffle(random);
-        batches.extend(indices.chunks((batch_tokens / length).max(1)).map(<[usize]>::to_vec));
-    }
-    batches.shuffle(random);
-    batches
-}
-
-fn clip(gradients: &mut candle_core::backprop::GradStore, variables: &[Var]) -> Result<()> {
-    let mut squares = 0.0;
-    for variable in variables {
-        if let Some(gradient) = gradients.get(variable) {
-            squares += f64::from(gradient.sqr()?.sum_all()?.to_scalar::<f32>()?);
-        }
-    }
-    let scale = GRADIENT_NORM_MAX / squares.sqrt();
-    if scale < 1.0 {
-        for variable in variables {
-            if let Some(gradient) = gradients.remove(variable) {
-                gradients.insert(variable, (gradient * scale)?);
-            }
-        }
-    }
-    Ok(())
-}
-
-/// A net in training. Matrices are (outputs, inputs).
-struct TrainedNet {
-    stack: Stack,
+    num_experts: usize,
     width: usize,
+    /// MoE layers x experts.
+    outputs: usize,
     /// (vocabulary, d_model), of root mean square 1; not trained.
-    embedding: Tensor,
-    token: Var,
-    token_bias: Var,
-    /// For each layer and direction: input, hidden, bias.
-    lstm: Vec<Vec<[Var; 3]>>,
-    residual: Var,
-    head: Var,
-    head_bias: Var,
+    embedding: Vec<f32>,
+    d_model: usize,
+    parts: Parts,
 }
 
-impl TrainedNet {
-    fn new(recorded: &StackRecording, stack: Stack, outputs: usize, width: usize, random: &mut StdRng) -> Result<Self> {
-        let d_model = recorded.embedding.dim(1)?;
-        let mean_square = recorded.embedding.sqr()?.mean_all()?.to_scalar::<f32>()?;
-        let embedding = (&recorded.embedding / f64::from(mean_square.sqrt().max(1e-9)))?;
-        let direction_width = width / directions(stack).len();
-        let mut lstm = Vec::new();
-        for _ in 0..LSTM_LAYERS {
-            let mut layer = Vec::new();
-            for _ in directions(stack) {
-                let input = uniform(&[4 * direction_width, width], width, random)?;
-                let hidden = uniform(&[4 * direction_width, direction_width], direction_width, random)?;
-                // Forget gates start open, so that gradients reach far back.
-                let bias = (0..4 * direction_width).map(|at| if at / direction_width == 1 { 1.0 } else { 0.0f32 });
-                layer.push([input, hidden, Var::from_vec(bias.collect(), 4 * direction_width, &Device::Cpu)?]);
-            }
-            lstm.push(layer);
-        }
-        Ok(Self {
-            stack,
-            width,
-            embedding,
-            token: uniform(&[width, d_model], d_model, random)?,
-            token_bias: uniform(&[width], d_model, random)?,
-            lstm,
-            residual: uniform(&[width, width], width, random)?,
-            head: uniform(&[outputs, width], width, random)?,
-            head_bias: uniform(&[outputs], width, random)?,
-        })
-    }
+/// Where each matrix (outputs, inputs) and bias is in the vector.
+struct Parts {
+    token: Range<usize>,
+    token_bias: Range<usize>,
+    /// For each layer and direction.
+    lstm: Vec<Vec<LstmParts>>,
+    residual: Range<usize>,
+    head: Range<usize>,
+    head_bias: Range<usize>,
+    len: usize,
+}
 
-    fn variables(&self) -> Vec<Var> {
-        let single = [&self.token, &self.token_bias, &self.residual, &self.head, &self.head_bias];
-        self.lstm.iter().flatten().flatten().chain(single).cloned().collect()
-    }
+struct LstmParts {
+    input: Range<usize>,
+    hidden: Range<usize>,
+    bias: Range<usize>,
+}
 
-    /// Nats per token and layer.
-    fn loss(&self, recorded: &StackRecording, batch: &[usize], num_experts: usize) -> Result<Tensor> {
-        let log_probabilities = log_softmax(&self.logits(recorded, batch)?.reshape(((), num_experts))?, D::Minus1)?;
-        let kept = recorded.kept;
-        let experts: Vec<u32> =
-            batch.iter().flat_map(|&index| recorded.experts[index].iter().map(|expert| u32::from(expert.0))).collect();
-        let probabilities: Vec<f32> =
-            batch.iter().flat_map(|&index| recorded.probabilities[index].iter().copied()).collect();
-        let entries = experts.len() / kept;
-        let experts = Tensor::from_vec(experts, (entries, kept), &Device::Cpu)?;
-        let probabilities = Tensor::from_vec(probabilities, (entries, kept), &Device::Cpu)?;
-        let of_kept = log_probabilities.gather(&experts, 1)?; // (entries, kept)
-        let chosen = of_kept.narrow(1, 0, 1)?.sum_all()?;
-        let distilled = (of_kept * probabilities)?.sum_all()?;
-        ((chosen + distilled)? * (-1.0 / entries as f64))?.reshape(())
-    }
-
-    /// Logits (sequences, tokens, layers x experts) of sequences of one length.
-    fn logits(&self, recorded: &StackRecording, batch: &[usize]) -> Result<Tensor> {
-        let (sequences, steps) = (batch.len(), recorded.sequences[batch[0]].len());
-        // Step by step, as the LSTM takes them.
-        let ids: Vec<u32> =
-            (0..steps).flat_map(|step| batch.iter().map(move |&index| recorded.sequences[index][step])).collect();
-        let ids = Tensor::from_vec(ids, sequences * steps, &Device::Cpu)?;
-        let x = linear(&self.embedding.index_select(&ids, 0)?, &self.token, Some(&self.token_bias))?.relu()?;
-        let mut outputs = x.clone();
-        for layer in &self.lstm {
-            let mut sides = Vec::new();
-            for (n, [input, hidden, bias]) in layer.iter().enumerate() {
-                let scan = LstmScan { sequences, reverse: n == 1, trace: Mutex::new(None) };
-                sides.push(linear(&outputs, input, Some(bias))?.contiguous()?.apply_op2(hidden.as_tensor(), scan)?);
-            }
-            outputs = Tensor::cat(&sides, 1)?;
-        }
-        let by_sequence = |t: &Tensor| t.reshape((steps, sequences, self.width))?.transpose(0, 1)?.contiguous();
-        let (x, outputs) = (by_sequence(&x)?, by_sequence(&outputs)?); // (sequences, steps, width)
-        let scale = (self.width as f64).powf(-0.5);
-        let scores = (outputs.matmul(&outputs.transpose(1, 2)?)? * scale)?;
-        let scores = match self.stack {
-            Stack::Encoder => scores,
-            Stack::Decoder => scores.broadcast_add(&window_mask(steps)?)?,
+impl Parts {
+    fn new(d_model: usize, width: usize, directions: usize, outputs: usize) -> Self {
+        let mut len = 0;
+        let mut part = |values: usize| {
+            len += values;
+            len - values..len
         };
-        let attended = scores.contiguous()?.apply_op1(SparsemaxRows)?.matmul(&outputs)?;
-        let flat = |t: &Tensor| t.reshape((sequences * steps, self.width));
-        let hidden = (flat(&attended)? + linear(&flat(&x)?, &self.residual, None)?)?;
-        linear(&hidden, &self.head, Some(&self.head_bias))
+        let side = width / directions;
+        let (token, token_bias) = (part(width * d_model), part(width));
+        let lstm = (0..LSTM_LAYERS)
+            .map(|_| {
+                let mut direction = |_| LstmParts {
+                    input: part(4 * side * width),
+                    hidden: part(4 * side * side),
+                    bias: part(4 * side),
+                };
+                (0..directions).map(&mut direction).collect()
+            })
+            .collect();
+        let (residual, head, head_bias) = (part(width * width), part(outputs * width), part(outputs));
+        Self { token, token_bias, lstm, residual, head, head_bias, len }
+    }
+}
+
+/// What a pass forward leaves for the pass backward. Rows are step by step up to the attention, then sequence
+/// by sequence.
+struct Passed {
+    /// (rows, d_model)
+    embedded: Vec<f32>,
+    /// (rows, width)
+    x: Vec<f32>,
+    /// For each LSTM layer, its input (rows, width) and its directions.
+    lstm: Vec<(Vec<f32>, Vec<Scanned>)>,
+    /// (rows, width)
+    outputs: Vec<f32>,
+    x_by_sequence: Vec<f32>,
+    /// (rows, width): what the head sees.
+    summary: Vec<f32>,
+}
+
+impl LstmNet {
+    pub(super) fn new(
+        recorded: &StackRecording,
+        stack: Stack,
+        layers: usize,
+        num_experts: usize,
+        width: usize,
+    ) -> Self {
+        let mean_square =
+            recorded.embedding.iter().map(|value| value * value).sum::<f32>() / recorded.embedding.len() as f32;
+        let scale = 1.0 / mean_square.sqrt().max(1e-9);
+        let outputs = layers * num_experts;
+        Self {
+            stack,
+            num_experts,
+            width,
+            outputs,
+            embedding: recorded.embedding.iter().map(|value| value * scale).collect(),
+            d_model: recorded.d_model,
+            parts: Parts::new(recorded.d_model, width, directions(stack).len(), outputs),
+        }
+    }
+
+    /// First weights: uniform within the inverse root of the number of inputs, PyTorch's default; forget gates
+    /// start open, so that gradients reach far back.
+    pub(super) fn weights(&self, random: &mut StdRng) -> Vec<f32> {
+        let mut weights = vec![0.0; self.parts.len];
+        let mut fill = |part: &Range<usize>, inputs: usize| {
+            let bound = (inputs as f32).powf(-0.5);
+            weights[part.clone()].iter_mut().for_each(|weight| *weight = random.random_range(-bound..bound));
+        };
+        fill(&self.parts.token, self.d_model);
+        fill(&self.parts.residual, self.width);
+        fill(&self.parts.head, self.width);
+        for parts in self.parts.lstm.iter().flatten() {
+            fill(&parts.input, self.width);
+            fill(&parts.hidden, self.side());
+        }
+        for parts in self.parts.lstm.iter().flatten() {
+            weights[parts.bias.start + self.side()..][..self.side()].fill(1.0);
+        }
+        weights
+    }
+
+    /// The summed loss of a batch, in nats, and its gradient.
+    pub(super) fn gradient(&self, weights: &[f32], recorded: &StackRecording, batch: &[usize]) -> (f32, Vec<f32>) {
+        let (sequences, steps) = (batch.len(), recorded.sequences[batch[0]].len());
+        let (passed, mut logits) = self.forward(weights, recorded, batch);
+        let experts = batch.iter().flat_map(|&index| recorded.experts[index].chunks_exact(recorded.kept));
+        let probabilities = batch.iter().flat_map(|&index| recorded.probabilities[index].chunks_exact(recorded.kept));
+        let loss = distillation(&mut logits, self.num_experts, experts.zip(probabilities));
+        (loss, self.backward(weights, &passed, &logits, sequences, steps))
+    }
+
+    /// Logits (sequences x steps, outputs), sequence by sequence.
+    fn forward(&self, weights: &[f32], recorded: &StackRecording, batch: &[usize]) -> (Passed, Vec<f32>) {
+        let (sequences, steps) = (batch.len(), recorded.sequences[batch[0]].len());
+        let part = |part: &Range<usize>| &weights[part.clone()];
+        let ids = (0..steps).flat_map(|step| batch.iter().map(move |&index| recorded.sequences[index][step] as usize));
+        let embedded: Vec<f32> =
+            ids.flat_map(|id| &self.embedding[id * self.d_model..][..self.d_model]).copied().collect();
+        let mut x = linear(&embedded, part(&self.parts.token), part(&self.parts.token_bias), self.width);
+        x.iter_mut().for_each(|value| *value = value.max(0.0));
+        let mut outputs = x.clone();
+        let mut lstm = Vec::new();
+        for layer in &self.parts.lstm {
+            let scan = |(n, parts): (usize, &LstmParts)| {
+                let gates = linear(&outputs, part(&parts.input), part(&parts.bias), 4 * self.side());
+                self.scan(sequences, n).forward(gates, part(&parts.hidden))
+            };
+            let sides: Vec<Scanned> = layer.iter().enumerate().map(scan).collect();
+            let joined = join(&sides.iter().map(|side| &side.hidden[..]).collect::<Vec<_>>(), self.side());
+            lstm.push((std::mem::replace(&mut outputs, joined), sides));
+        }
+        let outputs = swap(&outputs, steps, self.width);
+        let x_by_sequence = swap(&x, steps, self.width);
+        let mut summary = self.attention(steps).forward(&outputs);
+        let residual = linear(&x_by_sequence, part(&self.parts.residual), &[], self.width);
+        summary.iter_mut().zip(&residual).for_each(|(sum, residual)| *sum += residual);
+        let logits = linear(&summary, part(&self.parts.head), part(&self.parts.head_bias), self.outputs);
+        (Passed { embedded, x, lstm, outputs, x_by_sequence, summary }, logits)
+    }
+
+    fn backward(&self, weights: &[f32], passed: &Passed, grad: &[f32], sequences: usize, steps: usize) -> Vec<f32> {
+        let parts = &self.parts;
+        let mut gradient = Gradient { weights, sums: vec![0.0; weights.len()] };
+        let none = 0..0;
+        let summary = gradient.linear(&passed.summary, &parts.head, &parts.head_bias, grad, self.outputs);
+        let residual = gradient.linear(&passed.x_by_sequence, &parts.residual, &none, &summary, self.width);
+        let outputs = self.attention(steps).backward(&passed.outputs, &summary);
+        let mut grad = swap(&outputs, sequences, self.width);
+        for (layer, (input, sides)) in parts.lstm.iter().zip(&passed.lstm).rev() {
+            let mut grad_input = vec![0.0; input.len()];
+            for (n, (parts, scanned)) in layer.iter().zip(sides).enumerate() {
+                let own: Vec<f32> = grad
+                    .chunks_exact(self.width)
+                    .flat_map(|row| &row[n * self.side()..][..self.side()])
+                    .copied()
+                    .collect();
+                let sums = &mut gradient.sums[parts.hidden.clone()];
+                let gates = self.scan(sequences, n).backward(scanned, &weights[parts.hidden.clone()], &own, sums);
+                let part = gradient.linear(input, &parts.input, &parts.bias, &gates, 4 * self.side());
+                grad_input.iter_mut().zip(&part).for_each(|(sum, part)| *sum += part);
+            }
+            grad = grad_input;
+        }
+        let residual = swap(&residual, sequences, self.width);
+        grad.iter_mut().zip(&residual).for_each(|(sum, residual)| *sum += residual);
+        relu_backward(&passed.x, &mut grad);
+        gradient.linear(&passed.embedded, &parts.token, &parts.token_bias, &grad, self.width);
+        gradient.sums
     }
 
     /// Adds what `StackNet` reads.
-    fn store(&self, stack: Stack, tensors: &mut Tensors) -> Result<()> {
-        let name = stack_name(stack);
-        let values = |t: &Tensor| t.flatten_all()?.to_vec1::<f32>();
-        let tokens = linear(&self.embedding, &self.token, Some(&self.token_bias))?.relu()?;
-        rows(&tokens, |values| tensors.floats(&format!("{name}.tokens"), tokens.dims(), values))?;
-        for (layer, sides) in self.lstm.iter().enumerate() {
-            for (direction, [input, hidden, bias]) in directions(stack).iter().zip(sides) {
-                let weights = (&values(input)?[..], &values(hidden)?[..], &values(bias)?[..]);
+    pub(super) fn store(&self, weights: &[f32], tensors: &mut Tensors) {
+        let (name, width, side) = (stack_name(self.stack), self.width, self.side());
+        let part = |part: &Range<usize>| &weights[part.clone()];
+        let mut tokens = linear(&self.embedding, part(&self.parts.token), part(&self.parts.token_bias), width);
+        tokens.iter_mut().for_each(|value| *value = value.max(0.0));
+        tensors.floats(&format!("{name}.tokens"), &[tokens.len() / width, width], &tokens);
+        for (layer, sides) in self.parts.lstm.iter().enumerate() {
+            for (direction, parts) in directions(self.stack).iter().zip(sides) {
+                let weights = (part(&parts.input), part(&parts.hidden), part(&parts.bias));
+                debug_assert_eq!(weights.2.len(), 4 * side);
                 Direction::store(tensors, &format!("{name}.lstm.{layer}.{direction}"), weights);
             }
         }
-        for (part, weights) in [("residual", &self.residual), ("head", &self.head), ("head_bias", &self.head_bias)] {
-            tensors.floats(&format!("{name}.{part}"), weights.dims(), &values(weights)?);
-        }
-        Ok(())
+        tensors.floats(&format!("{name}.residual"), &[width, width], part(&self.parts.residual));
+        tensors.floats(&format!("{name}.head"), &[self.outputs, width], part(&self.parts.head));
+        tensors.floats(&format!("{name}.head_bias"), &[self.outputs], part(&self.parts.head_bias));
+    }
+
+    /// Width of one direction.
+    fn side(&self) -> usize {
+        self.width / directions(self.stack).len()
+    }
+
+    fn scan(&self, sequences: usize, direction: usize) -> LstmScan {
+        LstmScan { sequences, width: self.side(), reverse: direction == 1 }
+    }
+
+    fn attention(&self, steps: usize) -> Attention {
+        let window = match self.stack {
+            Stack::Encoder => None,
+            Stack::Decoder => Some(ATTENTION_WINDOW),
+        };
+        Attention { steps, width: self.width, window }
     }
 }
 
-/// 0 where a step (row) sees another one, as in [`ATTENTION_WINDOW`].
-fn window_mask(steps: usize) -> Result<Tensor> {
-    let seen = |row: usize, key: usize| key <= row && key + ATTENTION_WINDOW > row;
-    let mask: Vec<f32> = (0..steps * steps).map(|at| if seen(at / steps, at % steps) { 0.0 } else { UNSEEN }).collect();
-    Tensor::from_vec(mask, (1, steps, steps), &Device::Cpu)
+/// The gradient of all weights, being summed up.
+struct Gradient<'a> {
+    weights: &'a [f32],
+    sums: Vec<f32>,
 }
 
-/// `x W^T + b`: x (n, inputs), W (outputs, inputs)
-fn linear(x: &Tensor, weights: &Tensor, bias: Option<&Var>) -> Result<Tensor> {
-    let product = x.matmul(&weights.t()?)?;
-    match bias {
-        Some(bias) => product.broadcast_add(bias.as_tensor()),
-        None => Ok(product),
+impl Gradient<'_> {
+    /// [`linear_backward`] of one part; an empty `bias` stands for none.
+    fn linear(
+        &mut self,
+        x: &[f32],
+        part: &Range<usize>,
+        bias: &Range<usize>,
+        grad: &[f32],
+        outputs: usize,
+    ) -> Vec<f32> {
+        let mut of_bias = vec![0.0; bias.len()];
+        let of_part = &mut self.sums[part.clone()];
+        let grad_x = linear_backward(x, &self.weights[part.clone()], grad, outputs, of_part, &mut of_bias);
+        self.sums[bias.clone()].iter_mut().zip(&of_bias).for_each(|(sum, part)| *sum += part);
+        grad_x
     }
 }
 
-/// Uniform within the inverse root of the number of inputs, PyTorch's default.
-fn uniform(shape: &[usize], inputs: usize, random: &mut StdRng) -> Result<Var> {
-    let bound = (inputs as f32).powf(-0.5);
-    let values: Vec<f32> = (0..shape.iter().product()).map(|_| random.random_range(-bound..bound)).collect();
-    Var::from_vec(values, shape, &Device::Cpu)
+/// Rows (outer, inner, width) -> (inner, outer, width): from step by step to sequence by sequence, or back.
+fn swap(values: &[f32], outer: usize, width: usize) -> Vec<f32> {
+    let inner = values.len() / width / outer;
+    let rows = (0..inner).flat_map(|i| (0..outer).map(move |o| o * inner + i));
+    rows.flat_map(|row| &values[row * width..][..width]).copied().collect()
+}
+
+/// Matrices (rows, width) side by side.
+fn join(sides: &[&[f32]], width: usize) -> Vec<f32> {
+    let rows = sides[0].len() / width;
+    (0..rows).flat_map(|row| sides.iter().flat_map(move |side| &side[row * width..][..width])).copied().collect()
 }

@@ -2,9 +2,10 @@
 //! that was held out. Called by `sida train-predictor`; CPU only, a few minutes for a small model.
 //!
 //! In reading order: [`texts`] (what to learn from), [`record`] (what the routers do with it), [`table_net`]
-//! and [`lstm_net`] (the two nets), [`autograd`] (the gradients candle lacks), [`measure`].
+//! (counting), [`gradients`], [`lstm_net`] and [`descent`] (learning), [`measure`].
 
-mod autograd;
+mod descent;
+mod gradients;
 mod lstm_net;
 mod measure;
 mod record;
@@ -34,17 +35,17 @@ pub struct TrainOptions {
     pub width: usize,
     /// Passes of the LSTM net over the recorded tokens.
     pub epochs: usize,
-    /// Tokens of one step.
+    /// Tokens of one batch; a step takes a batch for each thread.
     pub batch_tokens: usize,
     /// The largest learning rate; it rises over the first steps and falls to 0 with a cosine.
     pub learning_rate: f64,
-    /// Weights and the order of batches start from it.
+    /// Weights and the order of batches start from it; with as many threads it gives the same net.
     pub seed: u64,
 }
 
 impl Default for TrainOptions {
     fn default() -> Self {
-        Self { net: Net::Lstm, top_k: 3, width: 128, epochs: 6, batch_tokens: 2048, learning_rate: 4e-3, seed: 0 }
+        Self { net: Net::Lstm, top_k: 3, width: 128, epochs: 6, batch_tokens: 4096, learning_rate: 4e-3, seed: 0 }
     }
 }
 
@@ -80,7 +81,7 @@ pub fn train(
             Net::Table => {
                 table_net::learn(train, stack, options.top_k).store(stack, &train.shape, options.top_k, &mut tensors)
             }
-            Net::Lstm => lstm_net::learn(train, stack, options, &mut tensors, on_progress)?,
+            Net::Lstm => descent::learn(train, stack, options, &mut tensors, on_progress)?,
         }
     }
     let layers = train.shape.encoder_layers.start..train.shape.decoder_layers.end;

@@ -10,7 +10,7 @@ use sida_routing::{Digest, ExpertId};
 
 use super::Text;
 use crate::{
-    Backbone, Checkpoint, Reference, RoutedLayer, Stack, Tokenizer,
+    Backbone, Checkpoint, ModelError, Reference, RoutedLayer, Stack, Tokenizer,
     predictor::{PredictorError, PredictorShape, entries::top_k},
     reference::greedy,
     tensor_rows::rows,
@@ -48,7 +48,8 @@ pub struct Recording {
 /// The routing of one stack.
 pub struct StackRecording {
     /// (vocabulary, d_model): what the stack's tokens are to the model.
-    pub(super) embedding: Tensor,
+    pub(super) embedding: Vec<f32>,
+    pub(super) d_model: usize,
     /// Experts kept per token and layer.
     pub(super) kept: usize,
     /// What the stack read, one sequence after another.
@@ -65,8 +66,8 @@ impl StackRecording {
         self.sequences.iter().map(Vec::len).sum()
     }
 
-    fn new(embedding: Tensor, kept: usize) -> Self {
-        Self { embedding, kept, sequences: Vec::new(), experts: Vec::new(), probabilities: Vec::new() }
+    fn new(embedding: Vec<f32>, d_model: usize, kept: usize) -> Self {
+        Self { embedding, d_model, kept, sequences: Vec::new(), experts: Vec::new(), probabilities: Vec::new() }
     }
 
     fn push(&mut self, routed: Routed) {
@@ -104,13 +105,13 @@ impl Recording {
         let checkpoint = Checkpoint::open(dir)?;
         let shape = PredictorShape::of(checkpoint.config());
         let tokenizer = Tokenizer::open(dir, checkpoint.config())?;
-        let kept = options.kept.clamp(1, shape.num_experts);
+        let (kept, d_model) = (options.kept.clamp(1, shape.num_experts), checkpoint.config().d_model);
         let [encoder, decoder] = embeddings(&checkpoint, &shape)?;
         let mut recording = Self {
             model: checkpoint.digest(),
             shape,
-            encoder: StackRecording::new(encoder, kept),
-            decoder: StackRecording::new(decoder, kept),
+            encoder: StackRecording::new(encoder, d_model, kept),
+            decoder: StackRecording::new(decoder, d_model, kept),
         };
         let recorder = Recorder { model: Reference::open(dir)?, tokenizer, options, kept };
         for (n, chunk) in texts.chunks(REPORT_TEXTS).enumerate() {
@@ -127,10 +128,12 @@ impl Recording {
 }
 
 /// What each stack's tokens are to the model.
-fn embeddings(checkpoint: &Checkpoint, shape: &PredictorShape) -> Result<[Tensor; 2], PredictorError> {
+fn embeddings(checkpoint: &Checkpoint, shape: &PredictorShape) -> Result<[Vec<f32>; 2], PredictorError> {
     let backbone = Backbone::load(checkpoint, &mut |_, _| ())?;
     let ids: Vec<u32> = (0..shape.vocab_size as u32).collect();
-    Ok([backbone.embed(Stack::Encoder, &ids)?, backbone.embed(Stack::Decoder, &ids)?])
+    let embedding =
+        |stack| -> Result<Vec<f32>, ModelError> { Ok(rows(&backbone.embed(stack, &ids)?, <[f32]>::to_vec)?) };
+    Ok([embedding(Stack::Encoder)?, embedding(Stack::Decoder)?])
 }
 
 struct Recorder<'a> {
@@ -175,7 +178,7 @@ impl Recorder<'_> {
             tokens.push(next);
             let (logits, routed) = self.model.decode(&mut state, &[next])?;
             routing.push(routed);
-            next = rows(&logits, greedy).map_err(PredictorError::Training)?;
+            next = rows(&logits, greedy).map_err(ModelError::from)?;
         }
         Ok(self.keep(tokens, &routing))
     }

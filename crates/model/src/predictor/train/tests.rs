@@ -2,7 +2,6 @@
 
 use std::{fs, path::PathBuf, sync::Arc};
 
-use candle_core::{Device, Tensor};
 use sida_routing::{Digest, ExpertId, LayerId};
 
 use super::{record::StackRecording, *};
@@ -26,12 +25,8 @@ fn recording(sequences: usize, seed: u64) -> Recording {
     };
     let mut stack = |layers: usize, neighbour: isize| {
         let mut recorded = StackRecording {
-            embedding: Tensor::from_vec(
-                (0..VOCAB * 8).map(|i| ((i * 7919) % 101) as f32 / 50.0 - 1.0).collect::<Vec<_>>(),
-                (VOCAB, 8),
-                &Device::Cpu,
-            )
-            .unwrap(),
+            embedding: (0..VOCAB * 8).map(|i| ((i * 7919) % 101) as f32 / 50.0 - 1.0).collect(),
+            d_model: 8,
             kept: 2,
             sequences: Vec::new(),
             experts: Vec::new(),
@@ -61,7 +56,7 @@ fn trained(net: Net) -> (tempfile::TempDir, PathBuf, Vec<HitRate>) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join(predictor::FILE_NAME);
     let options =
-        TrainOptions { net, top_k: 3, width: 32, epochs: 12, batch_tokens: 256, learning_rate: 0.02, seed: 1 };
+        TrainOptions { net, top_k: 3, width: 32, epochs: 24, batch_tokens: 128, learning_rate: 0.02, seed: 1 };
     let rates = train(&recording(1500, 1), &recording(100, 2), &options, &path, &mut |_| ()).unwrap();
     (dir, path, rates)
 }
