@@ -1,7 +1,7 @@
 //! `pytorch_model.bin` to safetensors, once, with a manifest: the only code that reads pickle. Called by
 //! `sida convert`.
 //!
-//! In reading order: [`pickle`] (what a state dictionary says, without running it), [`torch_file`] (where a
+//! In reading order: `pickle` (what a state dictionary says, without running it), `torch_file` (where a
 //! tensor's bytes are).
 
 mod pickle;

@@ -2,7 +2,7 @@
 //! but they load, route and compute as the real ones do. Called by `sida synth` and by tests, which make
 //! small shapes of their own.
 //!
-//! In reading order: [`shape`] (what tensors there are), [`random`] (seeded normal values, fast), [`vocabulary`] (a tokenizer that fits).
+//! In reading order: `shape` (what tensors there are), `random` (seeded normal values, fast), `vocabulary` (a tokenizer that fits).
 
 mod random;
 mod shape;

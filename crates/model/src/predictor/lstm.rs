@@ -7,8 +7,8 @@
 //! several tokens. The embedding with its linear layer and ReLU depends on the token alone: the file holds its
 //! result for each token.
 //!
-//! In reading order: [`activation`], [`sparsemax`], [`recurrence`] (LSTM layers over sequences of different
-//! lengths without padding), [`stack_net`] (the whole net of one stack).
+//! In reading order: `activation`, `sparsemax`, `recurrence` (LSTM layers over sequences of different
+//! lengths without padding), `stack_net` (the whole net of one stack).
 
 pub(crate) mod activation;
 pub(super) mod recurrence;

@@ -6,7 +6,7 @@
 //! its own output must not depend on the batch it was computed in, as `hash` mode routes by it: the nets are
 //! made of the row-wise kernels of [`crate::cpu`] and know no padding.
 //!
-//! In reading order: [`file`] (what is stored, checked), [`state`] (a decoder's memory of its sequence),
+//! In reading order: [`file`](mod@file) (what is stored, checked), [`state`] (a decoder's memory of its sequence),
 //! [`entries`] (from logits to hash tables), [`table`] (a predefined hash), [`lstm`] (the paper's net),
 //! [`train`] (record routing, learn it, measure).
 

@@ -1,8 +1,8 @@
 //! Makes a predictor for a model: records the routing of the user's text, learns it, and measures on text
 //! that was held out. Called by `sida train-predictor`; CPU only, a few minutes for a small model.
 //!
-//! In reading order: [`texts`] (what to learn from), [`record`] (what the routers do with it), [`table_net`]
-//! (counting), [`gradients`], [`lstm_net`] and [`descent`] (learning), [`measure`].
+//! In reading order: `texts` (what to learn from), `record` (what the routers do with it), `table_net`
+//! (counting), `gradients`, `lstm_net` and `descent` (learning), `measure`.
 
 mod descent;
 mod gradients;

@@ -1,6 +1,10 @@
 //! Training and serving together, on routing made up here, so that no model is needed.
 
-use std::{fs, path::PathBuf, sync::Arc};
+use std::{
+    fs,
+    path::PathBuf,
+    sync::{Arc, OnceLock},
+};
 
 use sida_routing::{Digest, ExpertId, LayerId};
 
@@ -52,13 +56,19 @@ fn recording(sequences: usize, seed: u64) -> Recording {
     Recording { model: MODEL, shape: shape(), encoder, decoder }
 }
 
+/// A trained file and what was measured; training takes seconds, so each net is trained once for all tests.
 fn trained(net: Net) -> (tempfile::TempDir, PathBuf, Vec<HitRate>) {
+    static TRAINED: [OnceLock<(Vec<u8>, Vec<HitRate>)>; 2] = [const { OnceLock::new() }; 2];
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join(predictor::FILE_NAME);
-    let options =
-        TrainOptions { net, top_k: 3, width: 32, epochs: 24, batch_tokens: 128, learning_rate: 0.02, seed: 1 };
-    let rates = train(&recording(1500, 1), &recording(100, 2), &options, &path, &mut |_| ()).unwrap();
-    (dir, path, rates)
+    let (file, rates) = TRAINED[usize::from(net == Net::Lstm)].get_or_init(|| {
+        let options =
+            TrainOptions { net, top_k: 3, width: 32, epochs: 20, batch_tokens: 128, learning_rate: 0.02, seed: 1 };
+        let rates = train(&recording(1500, 1), &recording(100, 2), &options, &path, &mut |_| ()).unwrap();
+        (fs::read(&path).unwrap(), rates)
+    });
+    fs::write(&path, file).unwrap();
+    (dir, path, rates.clone())
 }
 
 fn open(path: &std::path::Path) -> Arc<dyn HashPredictor> {
