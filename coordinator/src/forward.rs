@@ -8,7 +8,8 @@ use std::{
 
 use metrics::Counter;
 use sida_model::{
-    Backbone, DecoderState, FeedForward, ModelConfig, ModelError, MoeGate, Spans, Stack, Tensor, router, tensor_rows,
+    Backbone, DecoderState, FeedForward, ModelConfig, ModelError, MoeGate, Spans, Stack, Tensor, elementwise, router,
+    tensor_rows,
 };
 use sida_routing::{Grouping, Routes};
 use sida_telemetry::{counter, histogram, names};
@@ -168,7 +169,7 @@ impl Forward {
         costs.demand_loads += dispatched.demand_loads;
         costs.failovers += dispatched.failovers;
         self.statistics.failovers.fetch_add(dispatched.failovers, Ordering::Relaxed);
-        Ok((h + tensor_rows::from_rows(out, d_model)?)?)
+        Ok(elementwise::add(&h, &tensor_rows::from_rows(out, d_model)?)?)
     }
 
     /// Notes which experts each part uses, and how its table fared since `before`.

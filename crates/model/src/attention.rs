@@ -11,6 +11,7 @@ use crate::{
         attention::{Attention, HeadRows, Sequence},
         matmul::matmul,
     },
+    elementwise::add,
     kv_cache::DecoderState,
     linear::Linear,
     loader::Loader,
@@ -93,7 +94,7 @@ impl SelfAttention {
             });
             self.heads.attention(false, Some(&self.bias)).run(&sequences.collect::<Vec<_>>(), &mut attended);
         })?;
-        Ok((h + self.output.forward(&from_rows(attended, inner)?)?)?)
+        Ok(add(h, &self.output.forward(&from_rows(attended, inner)?)?)?)
     }
 
     /// Every token sees its sequence up to itself. Writes the new tokens' keys and values into the states'
@@ -126,7 +127,7 @@ impl SelfAttention {
             });
             self.heads.attention(true, Some(&self.bias)).run(&sequences.collect::<Vec<_>>(), &mut attended);
         })?;
-        Ok((h + self.output.forward(&from_rows(attended, inner)?)?)?)
+        Ok(add(h, &self.output.forward(&from_rows(attended, inner)?)?)?)
     }
 
     pub(crate) fn bytes(&self) -> usize {
@@ -194,7 +195,7 @@ impl CrossAttention {
             });
             self.heads.attention(false, None).run(&sequences.collect::<Vec<_>>(), &mut attended);
         })?;
-        Ok((h + self.output.forward(&from_rows(attended, inner)?)?)?)
+        Ok(add(h, &self.output.forward(&from_rows(attended, inner)?)?)?)
     }
 
     pub(crate) fn bytes(&self) -> usize {

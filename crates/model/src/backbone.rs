@@ -6,8 +6,8 @@ use std::sync::Arc;
 use candle_core::Tensor;
 
 use crate::{
-    Checkpoint, ModelConfig, ModelError, Stack, decoder::Decoder, encoder::Encoder, linear::Linear, loader::Loader,
-    names, tensor_rows::from_rows,
+    Checkpoint, ModelConfig, ModelError, Stack, decoder::Decoder, elementwise, encoder::Encoder, linear::Linear,
+    loader::Loader, names, tensor_rows::from_rows,
 };
 
 /// The dense part of a model.
@@ -28,7 +28,7 @@ struct Head {
     /// (vocab_size, d_model)
     weight: Arc<Linear>,
     /// What h is multiplied by: `d_model^-0.5` where the head is the embedding, which was not made for this.
-    scale: f64,
+    scale: f32,
 }
 
 impl Backbone {
@@ -46,7 +46,7 @@ impl Backbone {
             false => Arc::new(loader.linear(&decoder_name, vocab_size, d_model)?),
         };
         let head = match config.tie_word_embeddings {
-            true => Head { weight: decoder_embedding.clone(), scale: (d_model as f64).powf(-0.5) },
+            true => Head { weight: decoder_embedding.clone(), scale: (d_model as f64).powf(-0.5) as f32 },
             false => Head { weight: Arc::new(loader.linear(names::LM_HEAD, vocab_size, d_model)?), scale: 1.0 },
         };
         let encoder = Encoder::load(&mut loader)?;
@@ -93,7 +93,7 @@ impl Backbone {
         if *scale == 1.0 {
             return Ok(weight.forward(h)?);
         }
-        Ok(weight.forward(&(h * *scale)?)?)
+        Ok(weight.forward(&elementwise::scale(h, *scale)?)?)
     }
 
     /// Bytes of weights it holds.

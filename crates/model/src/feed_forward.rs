@@ -6,6 +6,7 @@ use sida_routing::{LayerId, Routes};
 
 use crate::{
     ModelError, RouterKind, Stack,
+    elementwise::{add, relu},
     linear::Linear,
     loader::Loader,
     names,
@@ -65,8 +66,8 @@ impl DenseFeedForward {
     /// `h + relu(norm(h) Wi^T) Wo^T`: h (n, d_model) -> (n, d_model)
     pub fn forward(&self, h: &Tensor) -> Result<Tensor, ModelError> {
         let x = self.norm.forward(h)?;
-        let hidden = self.wi.forward(&x)?.relu()?; // (n, d_ff)
-        Ok((h + self.wo.forward(&hidden)?)?)
+        let hidden = relu(&self.wi.forward(&x)?)?; // (n, d_ff)
+        Ok(add(h, &self.wo.forward(&hidden)?)?)
     }
 }
 

@@ -7,7 +7,7 @@
 //!
 //! In reading order. What a model is: [`error`], [`dtype`], [`config`], [`family`].
 //! Where its bytes are: [`bounded_file`], `weight_files`, [`manifest`], [`checkpoint`], [`names`], [`tokenizer`].
-//! Arithmetic on slices: [`cpu`]; on tensors: [`tensor_rows`], [`linear`], [`norm`].
+//! Arithmetic on slices: [`cpu`]; on tensors: [`tensor_rows`], [`linear`], [`norm`], [`elementwise`].
 //! The backbone: [`spans`], [`position_bias`], [`kv_cache`], `attention`, [`router`], [`feed_forward`],
 //! [`encoder`], [`decoder`], `loader`, [`backbone`]. Experts: [`expert`], [`expert_store`].
 //! All of it at once: [`reference`](mod@reference). What will be routed where: [`predictor`].
@@ -22,6 +22,7 @@ pub mod convert;
 pub mod cpu;
 pub mod decoder;
 pub mod dtype;
+pub mod elementwise;
 pub mod encoder;
 pub mod error;
 pub mod expert;

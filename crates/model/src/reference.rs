@@ -10,6 +10,7 @@ use sida_routing::{Digest, ExpertKey, Grouping, LayerId, Routes};
 use crate::{
     Backbone, Checkpoint, DecoderState, ExpertStore, FeedForward, ModelConfig, ModelError, MoeGate, Spans, Stack,
     cpu::lanes::LANES,
+    elementwise::add,
     expert::ExpertScratch,
     router,
     tensor_rows::{from_rows, rows},
@@ -127,7 +128,7 @@ impl Reference {
                 let routed = self.route(gate, &x, spans)?;
                 let output = self.experts(gate.id(), &x, &routed.routes)?;
                 routing.push(routed);
-                Ok((h + output)?)
+                Ok(add(h, &output)?)
             }
         }
     }
