@@ -4,7 +4,9 @@
 
 use std::{
     io,
+    pin::Pin,
     sync::{Arc, atomic::Ordering},
+    task::{Context, Poll},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
@@ -22,7 +24,6 @@ use tokio::{
     runtime::Handle,
     sync::{mpsc, oneshot},
 };
-use tokio_stream::wrappers::UnboundedReceiverStream;
 
 use crate::{
     accept::{Acceptance, EncodeParams, GenerateParams, ScoreParams},
@@ -88,6 +89,7 @@ struct Inner {
     config: CoordinatorConfig,
     cluster: Cluster,
     tokenizer: Arc<Tokenizer>,
+    nodes: Arc<Nodes>,
     predict: Arc<Predict>,
     probe: Arc<Probe>,
     requests: Arc<Queue<Request>>,
@@ -148,7 +150,7 @@ impl Coordinator {
         ];
         let probe = Arc::new(Probe::new(dispatch(), &model));
         let threads = Mutex::new(threads);
-        let inner = Inner { config, cluster, tokenizer, predict, probe, requests, statistics, threads };
+        let inner = Inner { config, cluster, tokenizer, nodes, predict, probe, requests, statistics, threads };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -169,17 +171,13 @@ impl Coordinator {
         answer.await.unwrap_or(Err(RequestError::Panicked))
     }
 
-    /// Generates text: a stream of tokens, the last of which carries `finish`, or ends with an error. Dropping
-    /// it cancels the request.
-    pub async fn generate(
-        &self,
-        mut params: GenerateParams,
-    ) -> Result<impl Stream<Item = Result<Token, RequestError>> + Send + Unpin + use<>, RequestError> {
+    /// Generates text.
+    pub async fn generate(&self, mut params: GenerateParams) -> Result<TokenStream, RequestError> {
         let tokens = self.acceptance().prompt(&params.text)?;
         let options = self.acceptance().options(&mut params)?;
-        let (reply, stream) = mpsc::unbounded_channel();
+        let (reply, answer) = mpsc::unbounded_channel();
         self.submit(tokens, params.routing, params.deadline, Work::Generate { options, reply })?;
-        Ok(UnboundedReceiverStream::new(stream))
+        Ok(TokenStream { tokens: Some(answer) })
     }
 
     /// Whether an expert call succeeds: what health stands on.
@@ -189,7 +187,7 @@ impl Coordinator {
         outcome.unwrap_or_else(|error| Err(format!("the probe ended: {error}")))
     }
 
-    /// Takes no more requests, answers those that were taken, and ends the threads.
+    /// Takes no more requests, answers those that were taken, and ends threads and lanes.
     pub async fn stop(&self) {
         self.inner.requests.close();
         let threads = std::mem::take(&mut *self.inner.threads.lock());
@@ -200,6 +198,7 @@ impl Coordinator {
             Ok(panicked) => tracing::error!(panicked, "threads of the coordinator had panicked"),
             Err(error) => tracing::error!(%error, "cannot wait for the coordinator's threads"),
         }
+        self.inner.nodes.close();
     }
 
     /// What it was started with.
@@ -254,6 +253,27 @@ impl Coordinator {
         counter!(names::TOKENS_TOTAL, names::KIND => "prompt").increment(prompt_tokens);
         gauge!(names::REQUESTS_QUEUED).set(inner.requests.len() as f64);
         Ok(())
+    }
+}
+
+/// The tokens of a generation. The last item carries `finish` or is an error. Dropping it cancels the request.
+pub struct TokenStream {
+    /// `None` once the last item was given.
+    tokens: Option<mpsc::UnboundedReceiver<Result<Token, RequestError>>>,
+}
+
+impl Stream for TokenStream {
+    type Item = Result<Token, RequestError>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let Some(tokens) = &mut self.tokens else { return Poll::Ready(None) };
+        let Poll::Ready(item) = tokens.poll_recv(cx) else { return Poll::Pending };
+        // The engine ends every answer with `finish` or an error, unless a panic took it.
+        let item = item.unwrap_or(Err(RequestError::Panicked));
+        if item.as_ref().map_or(true, |token| token.finish.is_some()) {
+            self.tokens = None;
+        }
+        Poll::Ready(Some(item))
     }
 }
 

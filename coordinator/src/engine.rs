@@ -51,8 +51,15 @@ impl Engine {
     pub(crate) fn run(mut self) {
         while let Some(joining) = self.next() {
             self.note_inflight(self.running.len() + joining.len());
-            self.join(joining);
-            self.step();
+            let outcome = guarded(|| {
+                self.join(joining);
+                self.step();
+                Ok(())
+            });
+            // What joined is told by the end of its channels.
+            if let Err(error) = outcome {
+                self.fail_running(&error);
+            }
             self.note_inflight(self.running.len());
         }
     }
@@ -179,10 +186,20 @@ impl Engine {
         let mut costs = Costs::default();
         let outcome = self.decode(&mut parts, &mut costs);
         costs.record();
-        match outcome {
-            Ok(output) => self.settle(parts, output, &costs),
-            Err(error) => self.running.drain(..).for_each(|sequence| sequence.request.fail(error.clone())),
+        let outcome = outcome.and_then(|output| match &output.logits {
+            None => Ok(self.settle(parts, &output, &[], &costs)),
+            Some(logits) => {
+                let settled = tensor_rows::rows(logits, |logits| self.settle(parts, &output, logits, &costs));
+                Ok(settled.map_err(ModelError::from)?)
+            }
+        });
+        if let Err(error) = outcome {
+            self.fail_running(&error);
         }
+    }
+
+    fn fail_running(&mut self, error: &RequestError) {
+        self.running.drain(..).for_each(|sequence| sequence.request.fail(error.clone()));
     }
 
     /// A hash table for the new tokens of every branch, as parts of the step's batch.
@@ -232,22 +249,17 @@ impl Engine {
             let spans = Spans::new(lengths);
             let h = forward.decode(&ids, &spans, &mut states, parts, costs)?;
             let start = Instant::now();
-            let logits = match score::rows_of(&h, &last_rows)? {
-                Some(h) => {
-                    let logits = forward.backbone().logits(&h)?;
-                    tensor_rows::rows(&logits, <[f32]>::to_vec).map_err(ModelError::from)?
-                }
-                None => Vec::new(),
-            };
+            let logits = score::rows_of(&h, &last_rows)?.map(|h| forward.backbone().logits(&h)).transpose()?;
             costs.backbone += start.elapsed();
             Ok(StepOutput { h, spans, logits })
         })
     }
 
     /// Gives every sequence its share of a step: the next token, its scores, or the reason of its failure.
-    fn settle(&mut self, mut parts: Vec<Part>, output: StepOutput, costs: &Costs) {
+    /// `logits` are (sequences that generate, vocab_size).
+    fn settle(&mut self, mut parts: Vec<Part>, output: &StepOutput, logits: &[f32], costs: &Costs) {
         let start = Instant::now();
-        let StepOutput { h, spans, logits } = output;
+        let StepOutput { h, spans, .. } = output;
         let config = self.forward.config();
         let mut logits = logits.chunks_exact(config.vocab_size);
         let mut branches_before = 0;
@@ -268,7 +280,7 @@ impl Engine {
                 },
                 (Decoding::Score, None) => {
                     let rows = branches.map(|branch| spans.range(branch));
-                    guarded(|| sequence.answer_score(self.forward.backbone(), &h, rows))
+                    guarded(|| sequence.answer_score(self.forward.backbone(), h, rows))
                 }
                 (Decoding::Score, Some(failure)) => Err(failure),
             };
@@ -299,8 +311,8 @@ struct StepOutput {
     /// (tokens, d_model), and whose rows they are: one span per branch.
     h: Tensor,
     spans: Spans,
-    /// (sequences that generate, vocab_size)
-    logits: Vec<f32>,
+    /// (sequences that generate, vocab_size), if there is one.
+    logits: Option<Tensor>,
 }
 
 /// A part of a step; a panic in it is logged here and becomes an error.

@@ -15,7 +15,7 @@ use sida_telemetry::{counter, histogram, names};
 use tonic::{Code, Request, Response, Status};
 
 use crate::{
-    coordinator::{Coordinator, CoordinatorError},
+    coordinator::{Coordinator, CoordinatorError, TokenStream},
     messages,
     request::RequestError,
 };
@@ -152,15 +152,12 @@ fn code_name(code: Code) -> &'static str {
 }
 
 /// A generation on its way out.
-struct Answer<S> {
-    tokens: S,
+struct Answer {
+    tokens: TokenStream,
     answering: Answering,
 }
 
-impl<S> Stream for Answer<S>
-where
-    S: Stream<Item = Result<crate::output::Token, RequestError>> + Unpin,
-{
+impl Stream for Answer {
     type Item = Result<v1::GenerateResponse, Status>;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
@@ -173,8 +170,6 @@ where
                 Some(Ok(token.into()))
             }
             Some(Err(error)) => Some(Err(self.answering.fail(error))),
-            // Every answer ends with `finish` or an error; the engine thread must be gone.
-            None if self.answering.code == Code::Cancelled => Some(Err(self.answering.fail(RequestError::Panicked))),
             None => None,
         })
     }

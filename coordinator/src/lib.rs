@@ -52,7 +52,7 @@ use tonic::service::Routes;
 
 pub use accept::{EncodeParams, GenerateParams, ScoreParams};
 pub use config::{CoordinatorConfig, PredictorSource, RequestLimits};
-pub use coordinator::{Coordinator, CoordinatorError};
+pub use coordinator::{Coordinator, CoordinatorError, TokenStream};
 pub use output::{Encoding, Finish, FinishReason, Scores, TargetScore, Token};
 pub use request::{Pooling, RequestError};
 pub use routing_mode::{Alpha, RoutingMode};

@@ -16,7 +16,7 @@ use sida_cluster::{
 use sida_routing::{ExpertKey, NodeId, Placement, Plan, PlanId};
 use sida_telemetry::{gauge, histogram, names};
 use tokio::runtime::Handle;
-use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::sync::CancellationToken;
 
 use crate::lane::{Lane, LaneConfig};
 
@@ -94,7 +94,13 @@ impl Roster {
 pub(crate) struct Nodes {
     roster: RwLock<Arc<Roster>>,
     /// Ends the tasks that follow the membership and keep the lanes.
-    _ends: DropGuard,
+    end: CancellationToken,
+}
+
+impl Drop for Nodes {
+    fn drop(&mut self) {
+        self.end.cancel();
+    }
 }
 
 impl Nodes {
@@ -108,7 +114,7 @@ impl Nodes {
             move |view: &View, old: &[Arc<Link>]| roster(view, old, &config, &runtime, &shutdown)
         };
         let roster = RwLock::new(Arc::new(connect(&cluster.view(), &[])));
-        let nodes = Arc::new(Self { roster, _ends: shutdown.clone().drop_guard() });
+        let nodes = Arc::new(Self { roster, end: shutdown.clone() });
         let following = Arc::downgrade(&nodes);
         runtime.spawn(async move {
             // The publisher outlives us or is gone; then the last view stays.
@@ -126,6 +132,11 @@ impl Nodes {
     /// Everyone now. Consistent for as long as the caller holds it.
     pub(crate) fn roster(&self) -> Arc<Roster> {
         self.roster.read().clone()
+    }
+
+    /// Ends the lanes: nobody will call any more.
+    pub(crate) fn close(&self) {
+        self.end.cancel();
     }
 
     /// Waits until every remote node is connected, `patience` at most; says which are not.

@@ -3,6 +3,8 @@
 //! goes ahead is bounded by one batch.
 
 use std::{
+    collections::VecDeque,
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -44,13 +46,13 @@ impl Prepare {
     /// Runs until the queue of requests is closed and empty; then closes that of prepared ones.
     pub(crate) fn run(self) {
         let limits = self.limits;
-        let choose = |waiting: &std::collections::VecDeque<Request>| {
-            limits.joining(Cost::default(), waiting.iter().map(Request::cost))
-        };
+        let choose = |waiting: &VecDeque<Request>| limits.joining(Cost::default(), waiting.iter().map(Request::cost));
         while let Some(batch) = self.requests.take(Wait::Block, choose) {
             gauge!(names::REQUESTS_QUEUED).set(self.requests.len() as f64);
-            for prepared in self.prepare(batch) {
-                self.hand_over(prepared);
+            // Requests that are lost in a panic are told so by the end of their channels.
+            match catch_unwind(AssertUnwindSafe(|| self.prepare(batch))) {
+                Ok(batch) => batch.into_iter().for_each(|prepared| self.hand_over(prepared)),
+                Err(_) => tracing::error!("preparing a batch panicked; its requests are answered with an error"),
             }
         }
         self.prepared.close();
@@ -75,7 +77,7 @@ impl Prepare {
     /// Waits while a whole batch is ready already.
     fn hand_over(&self, prepared: Prepared) {
         let limits = self.limits;
-        let fits = |waiting: &std::collections::VecDeque<Prepared>, next: &Prepared| {
+        let fits = |waiting: &VecDeque<Prepared>, next: &Prepared| {
             let costs = waiting.iter().chain([next]).map(|prepared| prepared.request.cost());
             limits.joining(Cost::default(), costs) == waiting.len() + 1
         };

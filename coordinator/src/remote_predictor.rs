@@ -81,7 +81,8 @@ impl RemotePredictor {
             let first = (chunk * SEQUENCES_MAX).min(states.len());
             let states = &states[first..(first + sequences.len()).min(states.len())];
             let call = self.call(channel.clone(), stack, sequences, states, layers.clone());
-            tokio::time::timeout(self.timeout, call)
+            // Within the future: a timer can only be made on the runtime.
+            async move { tokio::time::timeout(self.timeout, call).await }
         });
         let all = futures::future::join_all(calls);
         let mut prediction = Prediction { tables: Vec::new(), states: Vec::new() };

@@ -1,10 +1,12 @@
 //! A coordinator with expert-nodes in this process: what it answers ([`exactness`]), what it survives
-//! ([`failures`]), what it refuses ([`limits`]), and how that looks by gRPC ([`front_door`]). Whole clusters of
+//! ([`failures`]), how it reaches nodes behind sockets ([`lanes`]), what it refuses ([`limits`]), and how that looks by gRPC ([`front_door`]). Whole clusters of
 //! real nodes are tested in the `tests` crate.
 
 mod exactness;
 mod failures;
 mod front_door;
+mod lanes;
 mod limits;
 mod noise_predictor;
 mod plain_experts;
+mod plain_nodes;

@@ -107,33 +107,47 @@ pub(crate) struct PlainCluster {
     pub(crate) nodes: Vec<Arc<PlainExperts>>,
 }
 
-/// Starts a coordinator over so many nodes; `configure` changes its config first.
+/// Plain experts of the small model.
+pub(crate) fn experts() -> Arc<PlainExperts> {
+    let checkpoint = Checkpoint::open(&model_dir()).expect("model");
+    Arc::new(PlainExperts {
+        store: ExpertStore::open(checkpoint).expect("experts"),
+        behaviour: Mutex::new(Behaviour::Works),
+        rows: AtomicU64::new(0),
+        plans: Mutex::new(Vec::new()),
+        plans_total: AtomicU64::new(0),
+    })
+}
+
+/// Starts a coordinator over so many nodes in this process; `configure` changes its config first.
 pub(crate) async fn start(
     nodes: usize,
     predictor: PredictorSource,
     configure: impl FnOnce(&mut CoordinatorConfig),
 ) -> PlainCluster {
+    let nodes: Vec<Arc<PlainExperts>> = (0..nodes).map(|_| experts()).collect();
+    let addresses = nodes.iter().map(|experts| Address::Local(experts.clone())).collect();
+    PlainCluster { coordinator: start_over(addresses, Vec::new(), predictor, configure).await, nodes }
+}
+
+/// Starts a coordinator over expert-nodes at these addresses, and these other members.
+pub(crate) async fn start_over(
+    experts: Vec<Address>,
+    others: Vec<Member>,
+    predictor: PredictorSource,
+    configure: impl FnOnce(&mut CoordinatorConfig),
+) -> Coordinator {
     let checkpoint = Checkpoint::open(&model_dir()).expect("model");
-    let node = |_| {
-        Arc::new(PlainExperts {
-            store: ExpertStore::open(checkpoint.clone()).expect("experts"),
-            behaviour: Mutex::new(Behaviour::Works),
-            rows: AtomicU64::new(0),
-            plans: Mutex::new(Vec::new()),
-            plans_total: AtomicU64::new(0),
-        })
-    };
-    let nodes: Vec<Arc<PlainExperts>> = (0..nodes).map(node).collect();
-    let member = |(at, experts): (usize, &Arc<PlainExperts>)| Member {
+    let member = |(at, address): (usize, Address)| Member {
         node: format!("expert-node-{at}").into(),
         role: Role::ExpertNode,
-        address: Address::Local(experts.clone()),
+        address,
         weight: 1.0,
     };
-    let members = nodes.iter().enumerate().map(member).collect();
+    let members = experts.into_iter().enumerate().map(member).chain(others).collect();
     let config = checkpoint.config();
     let cluster = Cluster::fixed(members, config.moe_layer_count(), config.num_experts, 2).expect("cluster");
     let mut config = CoordinatorConfig::new("coordinator".into(), checkpoint, predictor);
     configure(&mut config);
-    PlainCluster { coordinator: Coordinator::start(config, cluster).await.expect("coordinator"), nodes }
+    Coordinator::start(config, cluster).await.expect("coordinator")
 }

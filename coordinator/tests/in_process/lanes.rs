@@ -1,0 +1,137 @@
+//! Nodes behind sockets: the same answers as in one process, whatever happens to the connections.
+
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, Instant},
+};
+
+use futures::{StreamExt, future::join_all};
+use sida_cluster::{Address, Member, Role};
+use sida_coordinator::{Coordinator, EncodeParams, Encoding, GenerateParams, PredictorSource, RequestError, Token};
+
+use crate::{
+    noise_predictor::NoisePredictor,
+    plain_experts::{Behaviour, PlainExperts, experts, model_dir, start, start_over},
+    plain_nodes::{PlainNode, any_port, serve_experts, serve_predictor},
+};
+
+const TEXT: &str = "sst2 sentence: a gorgeous , witty , seductive movie .";
+
+async fn nodes(count: usize) -> (Vec<Arc<PlainExperts>>, Vec<PlainNode>) {
+    let experts: Vec<_> = (0..count).map(|_| experts()).collect();
+    let nodes = join_all(experts.iter().map(|experts| serve_experts(experts.clone(), any_port()))).await;
+    (experts, nodes)
+}
+
+fn addresses(nodes: &[PlainNode]) -> Vec<Address> {
+    nodes.iter().map(|node| Address::Grpc(node.address.to_string())).collect()
+}
+
+async fn encode(coordinator: &Coordinator) -> Result<Encoding, RequestError> {
+    coordinator.encode(EncodeParams { text: TEXT.into(), ..Default::default() }).await
+}
+
+async fn generate(coordinator: &Coordinator) -> Vec<Token> {
+    let params = GenerateParams { text: TEXT.into(), min_tokens: 12, max_tokens: 12, ..Default::default() };
+    let tokens = coordinator.generate(params).await.expect("accepted");
+    tokens.map(|token| token.expect("token")).collect().await
+}
+
+fn ids(tokens: &[Token]) -> Vec<u32> {
+    tokens.iter().map(|token| token.id).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn remote_and_local_answer_alike() {
+    // Would break: an answer depends on where its experts live, or hints are lost on their way.
+    let here = start(1, PredictorSource::Off, |_| ()).await;
+    let (experts, nodes) = nodes(2).await;
+    let mixed = [addresses(&nodes), vec![Address::Local(here.nodes[0].clone())]].concat();
+    let predictor = || PredictorSource::Local(Arc::new(NoisePredictor::of(&model_dir(), 2)));
+    let (states, tokens) =
+        (encode(&here.coordinator).await.expect("encoded").states, generate(&here.coordinator).await);
+    for addresses in [addresses(&nodes), mixed] {
+        let coordinator = start_over(addresses, Vec::new(), predictor(), |_| ()).await;
+        assert_eq!(encode(&coordinator).await.expect("encoded").states, states);
+        assert_eq!(ids(&generate(&coordinator).await), ids(&tokens));
+        coordinator.stop().await;
+    }
+    assert!(experts.iter().all(|experts| experts.rows.load(Ordering::Relaxed) > 0));
+    assert!(experts.iter().all(|experts| experts.plans_total.load(Ordering::Relaxed) > 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn dead_node_costs_a_detour_and_may_come_back() {
+    // Would break: a node's crash fails requests, or its return goes unnoticed.
+    let (experts, mut nodes) = nodes(2).await;
+    let coordinator = start_over(addresses(&nodes), Vec::new(), PredictorSource::Off, |_| ()).await;
+    let expected = encode(&coordinator).await.expect("encoded").states;
+    let params = GenerateParams { text: TEXT.into(), min_tokens: 400, max_tokens: 400, ..Default::default() };
+    let mut running = coordinator.generate(params).await.expect("accepted");
+    for _ in 0..20 {
+        running.next().await.expect("a token").expect("before the crash");
+    }
+    nodes[0].kill().await;
+    let rest: Vec<_> = running.collect().await;
+    assert!(rest.len() == 380 && rest.iter().all(Result::is_ok), "the crash reached a running request");
+    assert_eq!(encode(&coordinator).await.expect("the other answers").states, expected);
+
+    let rows = experts[0].rows.load(Ordering::Relaxed);
+    let _back = serve_experts(experts[0].clone(), nodes[0].address).await;
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while experts[0].rows.load(Ordering::Relaxed) == rows {
+        assert!(Instant::now() < deadline, "the node that came back gets no rows");
+        assert_eq!(encode(&coordinator).await.expect("encoded").states, expected);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hung_node_costs_little() {
+    // Would break: a node that stopped answering holds requests until their deadline.
+    let (experts, nodes) = nodes(2).await;
+    let coordinator = start_over(addresses(&nodes), Vec::new(), PredictorSource::Off, |_| ()).await;
+    let expected = encode(&coordinator).await.expect("encoded").states;
+    experts[1].behave(Behaviour::Slow(Duration::from_secs(6)));
+    // No load was ever seen here, so that its assumed time is in the first call's allowance.
+    let start = Instant::now();
+    let first = encode(&coordinator).await.expect("the other answers");
+    assert_eq!(first.states, expected);
+    assert!(first.trace.failovers > 0);
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+    let start = Instant::now();
+    assert_eq!(encode(&coordinator).await.expect("it is not asked again at once").states, expected);
+    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_any_node_it_says_so() {
+    // Would break: a coordinator hangs, or does not start, while its nodes are still coming.
+    let coordinator = start_over(vec![Address::Grpc("127.0.0.1:1".into())], Vec::new(), PredictorSource::Off, |_| ());
+    match encode(&coordinator.await).await {
+        Err(RequestError::ExpertUnavailable { tried, .. }) => {
+            assert!(tried.len() == 1 && tried[0].1.contains("connect"), "{tried:?}");
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn predictions_come_from_predictor_nodes() {
+    // Would break: tables of a predictor-node are not used, or its death fails requests.
+    let here = start(1, PredictorSource::Off, |_| ()).await;
+    let mut node = serve_predictor(NoisePredictor::of(&model_dir(), 9)).await;
+    let address = Address::Grpc(node.address.to_string());
+    let predictor = Member { node: "predictor-node-0".into(), role: Role::PredictorNode, address, weight: 1.0 };
+    let experts = vec![Address::Local(here.nodes[0].clone())];
+    let coordinator = start_over(experts, vec![predictor], PredictorSource::Nodes, |_| ()).await;
+    let expected = ids(&generate(&here.coordinator).await);
+    let predicted = generate(&coordinator).await;
+    let trace = &predicted[11].finish.as_ref().expect("the last").trace;
+    assert!(!trace.unpredicted && trace.hash.misses > 0);
+    assert_eq!(ids(&predicted), expected);
+    node.kill().await;
+    let unpredicted = generate(&coordinator).await;
+    assert!(unpredicted[11].finish.as_ref().expect("the last").trace.unpredicted);
+    assert_eq!(ids(&unpredicted), expected);
+}

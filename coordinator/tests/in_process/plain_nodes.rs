@@ -1,0 +1,160 @@
+//! Expert-nodes and a predictor-node behind real sockets, at their plainest: the wire's other side, without
+//! what real nodes do about memory and limits.
+
+use std::{net::SocketAddr, pin::Pin, sync::Arc};
+
+use futures::{Stream, StreamExt};
+use sida_cluster::experts::{ExpertCall, LocalExperts};
+use sida_model::predictor::{HashPredictor, PredictorState};
+use sida_proto::{
+    v1::{
+        self,
+        experts_server::{Experts, ExpertsServer},
+        lane_request::Kind,
+        predictor_server::{Predictor, PredictorServer},
+    },
+    wire::{Bounds, Stack},
+};
+use sida_rpc::{MESSAGE_BYTES_MAX, Server, ServerConfig};
+use tokio::{net::TcpListener, task::JoinHandle};
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, Streaming, service::Routes};
+
+use crate::{noise_predictor::NoisePredictor, plain_experts::PlainExperts};
+
+/// Bounds of the model of this repository.
+pub(crate) const BOUNDS: Bounds = Bounds {
+    moe_layers: 6,
+    num_experts: 64,
+    d_model: 128,
+    vocab_size: 8192,
+    rows_max: 8192,
+    tokens_max: 8192,
+    sequences_max: 64,
+};
+
+/// A node that is being served.
+pub(crate) struct PlainNode {
+    pub(crate) address: SocketAddr,
+    server: JoinHandle<()>,
+}
+
+impl PlainNode {
+    /// Ends it at once, connections and all, as a crash would.
+    pub(crate) async fn kill(&mut self) {
+        self.server.abort();
+        let _ = (&mut self.server).await;
+    }
+
+    async fn serve(routes: Routes, address: SocketAddr) -> Self {
+        // A node that comes back takes its old port, which may linger for a moment.
+        let listener = loop {
+            match TcpListener::bind(address).await {
+                Ok(listener) => break listener,
+                Err(_) => tokio::time::sleep(std::time::Duration::from_millis(20)).await,
+            }
+        };
+        let address = listener.local_addr().expect("address");
+        let serving = Server::new(ServerConfig::default()).routes(routes).serve(listener, CancellationToken::new());
+        Self { address, server: tokio::spawn(async { serving.await.expect("served") }) }
+    }
+}
+
+/// Any free port.
+pub(crate) fn any_port() -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], 0))
+}
+
+/// Serves `experts` on `address`.
+pub(crate) async fn serve_experts(experts: Arc<PlainExperts>, address: SocketAddr) -> PlainNode {
+    let service = ExpertsServer::new(PlainService(experts))
+        .max_decoding_message_size(MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(MESSAGE_BYTES_MAX);
+    PlainNode::serve(Routes::new(service), address).await
+}
+
+/// Serves `predictor` on a free port.
+pub(crate) async fn serve_predictor(predictor: NoisePredictor) -> PlainNode {
+    PlainNode::serve(Routes::new(PredictorServer::new(PlainPredictor(predictor))), any_port()).await
+}
+
+struct PlainService(Arc<PlainExperts>);
+
+type LaneStream = Pin<Box<dyn Stream<Item = Result<v1::LaneResponse, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl Experts for PlainService {
+    type LaneStream = LaneStream;
+
+    async fn lane(&self, request: Request<Streaming<v1::LaneRequest>>) -> Result<Response<LaneStream>, Status> {
+        assert!(request.metadata().get("sida-model-digest").is_some(), "a lane names its model");
+        let experts = self.0.clone();
+        let responses = request.into_inner().filter_map(move |request| {
+            let experts = experts.clone();
+            async move {
+                match request.ok()?.kind? {
+                    Kind::Plan(plan) => experts.plan(plan.check(&BOUNDS).expect("a sound plan")),
+                    Kind::Release(release) => experts.release(release.into()),
+                    Kind::Activations(activations) => {
+                        let computed = tokio::task::spawn_blocking(move || compute(&experts, activations));
+                        let results = Some(computed.await.expect("computed"));
+                        return Some(Ok(v1::LaneResponse { results }));
+                    }
+                }
+                None
+            }
+        });
+        Ok(Response::new(Box::pin(responses)))
+    }
+
+    async fn residency(&self, _: Request<v1::ResidencyRequest>) -> Result<Response<v1::ResidencyResponse>, Status> {
+        Err(Status::unimplemented("nobody asks here"))
+    }
+}
+
+fn compute(experts: &PlainExperts, activations: v1::Activations) -> v1::Results {
+    let call = activations.check(&BOUNDS).expect("a sound call");
+    let mut out = vec![0.0; call.activations.len()];
+    let expert_call = ExpertCall { layer: call.layer, groups: &call.groups, activations: &call.activations };
+    match experts.compute(expert_call, &mut out) {
+        Ok(report) => {
+            let report = v1::CallReport { hits: report.hits, ..Default::default() };
+            v1::Results::done(call.call_id, out, report)
+        }
+        Err(error) => {
+            let (reason, message) = ("EXPERT_LOAD_FAILED".to_owned(), error.to_string());
+            v1::Results::failed(call.call_id, v1::CallError { code: 14, reason, message })
+        }
+    }
+}
+
+struct PlainPredictor(NoisePredictor);
+
+#[tonic::async_trait]
+impl Predictor for PlainPredictor {
+    async fn predict(&self, request: Request<v1::PredictRequest>) -> Result<Response<v1::PredictResponse>, Status> {
+        let request = request.into_inner().check(&BOUNDS).expect("a sound request");
+        let tokens: Vec<&[u32]> = request.sequences.iter().map(Vec::as_slice).collect();
+        let mut states = vec![PredictorState::default(); tokens.len()];
+        let mut states: Vec<&mut PredictorState> = states.iter_mut().collect();
+        Ok(Response::new(match request.stack {
+            Stack::Encoder => v1::PredictResponse::new(&self.0.encode(&tokens).expect("tables"), Vec::new()),
+            Stack::Decoder => {
+                // The state counts the sequence's tokens, so that a test can see that it travels.
+                let seen = |(state, tokens): (&bytes::Bytes, &&[u32])| {
+                    let before = state.as_ref().try_into().map(u32::from_le_bytes).unwrap_or_default();
+                    (before + tokens.len() as u32).to_le_bytes().to_vec().into()
+                };
+                let after = request.states.iter().zip(&tokens).map(seen).collect();
+                v1::PredictResponse::new(&self.0.decode(&mut states, &tokens).expect("tables"), after)
+            }
+        }))
+    }
+
+    async fn describe(
+        &self,
+        _: Request<v1::DescribePredictorRequest>,
+    ) -> Result<Response<v1::DescribePredictorResponse>, Status> {
+        Ok(Response::new(v1::DescribePredictorResponse::default()))
+    }
+}
