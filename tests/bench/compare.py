@@ -65,12 +65,13 @@ class Sida:
             done = subprocess.run(command + options.sida_options, capture_output=True, text=True)
         if done.returncode != 0:
             raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
-        return median_of_bench(json.loads(done.stdout))
-
-
-def median_of_bench(report):
-    """-> median latency of a batch in milliseconds, from what `sida bench --json` prints."""
-    return report["latency_ms"]["p50"]
+        report = json.loads(done.stdout)
+        if report["failures"]:
+            raise SystemExit(f"{' '.join(command)}: {report['failures']}")
+        if method == "generate":
+            tokens = report["tokens_per_s"] / report["requests_per_s"]
+            assert abs(tokens - options.tokens) < 0.01, f"{tokens} tokens a text"
+        return report["latency_ms"]["p50"]
 
 
 def compare(case, options, texts, theirs, ours):

@@ -6,7 +6,7 @@
 //! corpus and its crashes under `fuzz/__fuzz__`.
 //!
 //! In reading order: [`allocation`] and [`damage`] (what the targets share), [`wire`], [`model_files`],
-//! [`checkpoint`], [`pickle`], [`cluster_file`].
+//! [`checkpoint`], [`pickle`], [`predictor`], [`cluster_file`].
 
 mod allocation;
 mod checkpoint;
@@ -14,6 +14,7 @@ mod cluster_file;
 mod damage;
 mod model_files;
 mod pickle;
+mod predictor;
 mod wire;
 
 use std::time::Duration;

@@ -1,0 +1,12 @@
+//! A cluster of processes, asked over gRPC as an application would. What single crates promise is tested beside them;
+//! here is what only holds when all of it runs together.
+//!
+//! In reading order: [`client`] (asking), [`golden`] (the answers are the model's own), [`service`] (health,
+//! reflection, deadlines, the end), [`bad_input`], [`failure`] (nodes that die), [`commands`] (what needs no cluster).
+
+mod bad_input;
+mod client;
+mod commands;
+mod failure;
+mod golden;
+mod service;

@@ -1,0 +1,100 @@
+//! One process of the `sida` binary: started, asked for its address, ended in the way a test wants. Used by
+//! [`crate::sandbox`].
+
+use std::{
+    fs::{self, File},
+    io::{BufRead, BufReader},
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::mpsc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use crate::binary;
+
+/// A node says where it listens once its model's files are checked.
+const START_LIMIT: Duration = Duration::from_secs(60);
+/// A drain ends by itself well before this.
+const END_LIMIT: Duration = Duration::from_secs(60);
+
+/// A server that runs. It is killed when dropped.
+pub struct Process {
+    name: String,
+    child: Child,
+    address: String,
+    log: PathBuf,
+}
+
+impl Process {
+    /// Starts `sida` with `arguments` and waits until it says where it listens; its log goes to `NAME.log` in `dir`.
+    /// Panics, with the log, if it ends first.
+    pub fn start(dir: &Path, name: &str, arguments: &[String]) -> Self {
+        let log = dir.join(format!("{name}.log"));
+        let child = binary::command()
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(File::create(&log).expect("a log file"))
+            .spawn()
+            .expect("sida starts");
+        let mut process = Self { name: name.to_owned(), child, address: String::new(), log };
+        process.address = process.announced_address();
+        process
+    }
+
+    fn announced_address(&mut self) -> String {
+        let stdout = BufReader::new(self.child.stdout.take().expect("a pipe"));
+        let (sender, lines) = mpsc::channel();
+        // Read to its end, so that the node never waits for a reader.
+        thread::spawn(move || stdout.lines().map_while(Result::ok).for_each(|line| drop(sender.send(line))));
+        let started = Instant::now();
+        while let Ok(line) = lines.recv_timeout(START_LIMIT.saturating_sub(started.elapsed())) {
+            if let Some(address) = line.strip_prefix("listening on ") {
+                return address.to_owned();
+            }
+        }
+        panic!("{} does not listen", self.name);
+    }
+
+    /// `host:port` of its gRPC server.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// What it has logged so far.
+    pub fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Ends it as a crash would: no farewell, no drain.
+    pub fn kill(mut self) {
+        self.child.kill().expect("a process that runs");
+        self.child.wait().expect("its end");
+    }
+
+    /// Asks it to end (SIGTERM) and waits until it has. Panics if it does not.
+    pub fn terminate(mut self) -> ExitStatus {
+        let pid = self.child.id().to_string();
+        let asked = Command::new("kill").arg(pid).status().expect("kill can be run");
+        assert!(asked.success(), "{} has ended before: {}", self.name, self.log());
+        let started = Instant::now();
+        loop {
+            match self.child.try_wait().expect("its state") {
+                Some(status) => return status,
+                None => assert!(started.elapsed() < END_LIMIT, "{} does not end: {}", self.name, self.log()),
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if thread::panicking() {
+            eprintln!("--- log of {}\n{}", self.name, self.log());
+        }
+    }
+}
