@@ -187,7 +187,10 @@ impl Engine {
         let outcome = self.decode(&mut parts, &mut costs);
         costs.record();
         let outcome = outcome.and_then(|output| match &output.logits {
-            None => Ok(self.settle(parts, &output, &[], &costs)),
+            None => {
+                self.settle(parts, &output, &[], &costs);
+                Ok(())
+            }
             Some(logits) => {
                 let settled = tensor_rows::rows(logits, |logits| self.settle(parts, &output, logits, &costs));
                 Ok(settled.map_err(ModelError::from)?)
