@@ -1,5 +1,5 @@
 //! What an expert-node costs, piece by piece, on the model that ships with the repository: deciding, loading,
-//! computing, and a call over loopback. `cargo bench -p sida-expert-node`; figures in docs/benchmarks.md.
+//! computing, and a call over loopback. `cargo bench -p sida-expert-node [-- decide|load|calls|passes|lane]`; figures in docs/benchmarks.md.
 
 use std::{
     hint::black_box,
@@ -26,12 +26,26 @@ const EXPERTS: u16 = 64;
 const LAYERS: u16 = 6;
 
 fn main() {
-    decide();
+    // Names of parts to run; all of them by default. Cargo adds `--bench`.
+    let parts: Vec<String> = std::env::args().skip(1).filter(|part| !part.starts_with("--")).collect();
+    let wanted = |part: &str| parts.is_empty() || parts.iter().any(|wanted| wanted == part);
     let checkpoint = Checkpoint::open(Path::new(MODEL)).expect("models/switch-tiny-64");
-    load_and_compute(&checkpoint);
-    calls(&checkpoint);
-    passes(&checkpoint);
-    tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime").block_on(lane(&checkpoint));
+    if wanted("decide") {
+        decide();
+    }
+    if wanted("load") {
+        load_and_compute(&checkpoint);
+    }
+    if wanted("calls") {
+        calls(&checkpoint);
+    }
+    if wanted("passes") {
+        passes(&checkpoint);
+    }
+    if wanted("lane") {
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
+        runtime.block_on(lane(&checkpoint));
+    }
 }
 
 /// Prints the median and the 99th percentile of `samples` runs, per `units` of one run.

@@ -24,8 +24,8 @@ const LOADS_PER_ROUND: usize = 4;
 const PARALLEL_MACS_MIN: usize = 2_000_000;
 /// A product of so many multiplications is worth splitting (see `sida_model::cpu::matmul`).
 const SPLIT_MACS_MIN: usize = 4_000_000;
-/// Reading a byte of weights, or copying it, costs about as much as so many multiplications.
-const MACS_PER_WEIGHT_BYTE: usize = 2;
+/// Reading a byte of weights costs about as much as so many multiplications.
+const MACS_PER_WEIGHT_BYTE: usize = 1;
 
 /// The threads of a node and what they keep from call to call.
 pub(crate) struct Workers {
@@ -108,7 +108,11 @@ impl<'c, 'x> Queue<'c, 'x> {
     fn next(&mut self) -> Option<(GroupRows<'x>, Granted<'c>)> {
         while self.failure.is_none() {
             if self.granted.is_empty() && !self.pending.is_empty() {
-                self.pending.acquire(LOADS_PER_ROUND, &mut self.granted);
+                // Nothing is loaded while there is something to compute, since that will leave its slot.
+                self.pending.acquire(0, &mut self.granted);
+                if self.granted.is_empty() {
+                    self.pending.acquire(LOADS_PER_ROUND, &mut self.granted);
+                }
             }
             let (group, granted) = self.granted.pop()?;
             match granted {

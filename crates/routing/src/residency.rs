@@ -5,9 +5,10 @@
 //! evicts, in this order, what is empty, what no plan names (longest unused first), and what is planned
 //! (farthest next use first, as in Belady's rule); never what is in use or loading. A prefetch takes the
 //! nearest planned expert that is missing, and only if what it evicts is wanted later than itself. Where plans
-//! name more than fits, even that is too eager: whatever a layer ahead is given early is taken from a later
-//! layer, which must then be loaded again, while what the layer before is about to leave would have done as
-//! well. So only a quarter of the slots may be won that way at a time.
+//! name more than fits, even that is too eager: whatever the next layer is given early is taken from a later one,
+//! which must then be loaded again, while the slots that the current layer is about to leave would have done as
+//! well. So something planned makes room for a prefetch only while less than a quarter of the slots hold what
+//! was prefetched and not used yet.
 //!
 //! A layer may need more experts than there are slots, and even when it does not, holding all of them at once
 //! would push out what other layers keep. So a call takes what is resident at once, and loads the rest a
@@ -29,8 +30,8 @@ use plan_queue::PlanQueue;
 
 use crate::{ExpertId, ExpertKey, LayerId, Plan, PlanId};
 
-/// One in so many slots may hold what was prefetched in the place of something else that is planned.
-const DISPLACING_SHARE: usize = 4;
+/// One in so many slots holds what was prefetched and not used before something planned makes room for more.
+const AHEAD_SHARE: usize = 4;
 
 /// An expert as `layer * num_experts + expert`.
 type KeyIndex = usize;
@@ -67,8 +68,8 @@ struct Slot {
     pins: u32,
     /// The tick of its last use.
     used_at: u64,
-    /// Whether it was prefetched in the place of another planned expert, and neither used nor given up since.
-    displacing: bool,
+    /// Whether it was prefetched for a use that neither came nor was given up since.
+    ahead: bool,
     /// Names the load that filled it, so that a ticket is never taken for that of a later load.
     load: u64,
 }
@@ -95,8 +96,8 @@ pub struct Residency {
     /// Calls that wait for a slot. No prefetch starts while there are any.
     waiting: usize,
     resident: usize,
-    /// Invariant: how many slots are `displacing`.
-    displacing: usize,
+    /// Invariant: how many slots are `ahead`.
+    ahead: usize,
     counters: ResidencyCounters,
 }
 
@@ -104,7 +105,7 @@ impl Residency {
     /// Nothing resident, nothing planned.
     pub fn new(config: ResidencyConfig) -> Self {
         let keys = config.layers * config.num_experts;
-        let empty = Slot { holding: Holding::Nothing, pins: 0, used_at: 0, displacing: false, load: 0 };
+        let empty = Slot { holding: Holding::Nothing, pins: 0, used_at: 0, ahead: false, load: 0 };
         Self {
             config,
             slots: vec![empty; config.slots],
@@ -118,7 +119,7 @@ impl Residency {
             loads: 0,
             waiting: 0,
             resident: 0,
-            displacing: 0,
+            ahead: 0,
             counters: ResidencyCounters::default(),
         }
     }
@@ -136,7 +137,7 @@ impl Residency {
         let (slots, slot_of) = (&self.slots, &self.slot_of);
         let mut moved = Vec::new();
         self.plans.push(plan.id, experts, |key| collect_movable(slots, slot_of, key, &mut moved));
-        self.rank_all(&moved);
+        self.reconsider(&moved);
         Ok(())
     }
 
@@ -145,7 +146,7 @@ impl Residency {
         let (slots, slot_of) = (&self.slots, &self.slot_of);
         let mut moved = Vec::new();
         self.plans.remove(id, |key| collect_movable(slots, slot_of, key, &mut moved));
-        self.rank_all(&moved);
+        self.reconsider(&moved);
     }
 
     /// A batch is at this layer: its step of the plans is over, and the steps before it. See `plan_queue` for
@@ -154,7 +155,7 @@ impl Residency {
         let (slots, slot_of) = (&self.slots, &self.slot_of);
         let mut moved = Vec::new();
         self.plans.advance(layer, |key| collect_movable(slots, slot_of, key, &mut moved));
-        self.rank_all(&moved);
+        self.reconsider(&moved);
     }
 
     /// Opens a call of distinct experts of one layer. Nothing is granted yet, and no plan advances.
@@ -254,10 +255,10 @@ impl Residency {
     /// Starts the next prefetch: the nearest planned expert that is missing, unless a call waits for a slot,
     /// or everything in memory is in use or wanted sooner.
     pub fn next_prefetch(&mut self) -> Option<Load> {
-        let (index, slot, displacing) = self.choose_prefetch()?;
+        let (index, slot) = self.choose_prefetch()?;
         let evicted = self.start_load(index, slot, LoadKind::Prefetch);
-        self.slots[slot.index()].displacing = displacing;
-        self.displacing += usize::from(displacing);
+        self.slots[slot.index()].ahead = true;
+        self.ahead += 1;
         Some(Load { key: self.key_of(index), slot, evicted })
     }
 
@@ -294,22 +295,22 @@ impl Residency {
         self.config
     }
 
-    /// What to prefetch, where to, and whether that displaces something planned.
-    fn choose_prefetch(&mut self) -> Option<(KeyIndex, SlotId, bool)> {
+    fn choose_prefetch(&mut self) -> Option<(KeyIndex, SlotId)> {
         if self.waiting > 0 {
             return None;
         }
         let (slot, rank) = self.order.first()?;
+        if rank.is_planned() && self.ahead * AHEAD_SHARE >= self.slots.len() {
+            return None;
+        }
         let index = self.plans.first_missing(|key| self.slot_of[key].is_some() || self.failed[key])?;
         let wanted_at = self.plans.next_use(index).expect("what is planned has a next use");
-        let displacing = rank.is_planned();
-        let allowed = !displacing || self.displacing < self.slots.len().div_ceil(DISPLACING_SHARE);
-        (allowed && rank > Rank::planned(wanted_at)).then_some((index, slot, displacing))
+        (rank > Rank::planned(wanted_at)).then_some((index, slot))
     }
 
-    /// A slot is not `displacing` any more.
+    /// A slot is not `ahead` any more.
     fn settle(&mut self, slot: SlotId) {
-        self.displacing -= usize::from(std::mem::take(&mut self.slots[slot.index()].displacing));
+        self.ahead -= usize::from(std::mem::take(&mut self.slots[slot.index()].ahead));
     }
 
     /// Pins a slot that holds or loads what a call wants.
@@ -344,19 +345,14 @@ impl Residency {
         self.tick += 1;
         self.loads += 1;
         let holding = Holding::Loading { key: index, kind };
-        self.slots[slot.index()] = Slot { holding, pins: 0, used_at: self.tick, displacing: false, load: self.loads };
+        self.slots[slot.index()] = Slot { holding, pins: 0, used_at: self.tick, ahead: false, load: self.loads };
         self.slot_of[index] = Some(slot);
         self.order.set(slot, Rank::HELD);
         evicted
     }
 
-    /// Brings a slot up to date with what is planned.
+    /// Brings a slot's place in the order of eviction up to date.
     fn rank(&mut self, slot: SlotId) {
-        if let Holding::Loading { key, .. } | Holding::Resident { key } = self.slots[slot.index()].holding
-            && self.plans.next_use(key).is_none()
-        {
-            self.settle(slot);
-        }
         let state = &self.slots[slot.index()];
         let rank = match state.holding {
             Holding::Nothing => Rank::EMPTY,
@@ -369,8 +365,12 @@ impl Residency {
         self.order.set(slot, rank);
     }
 
-    fn rank_all(&mut self, slots: &[SlotId]) {
-        slots.iter().for_each(|&slot| self.rank(slot));
+    /// The next use of what these slots hold is another than it was.
+    fn reconsider(&mut self, slots: &[SlotId]) {
+        for &slot in slots {
+            self.settle(slot);
+            self.rank(slot);
+        }
     }
 
     fn count_waiting(&mut self, pending: &mut Pending, waits: bool) {
@@ -411,7 +411,7 @@ impl Residency {
     }
 }
 
-/// Notes the slot of an expert whose next use changed, if its rank depends on it.
+/// Notes the slot of an expert whose next use changed, unless it is in use: that will be ranked when it is not.
 fn collect_movable(slots: &[Slot], slot_of: &[Option<SlotId>], key: KeyIndex, moved: &mut Vec<SlotId>) {
     if let Some(slot) = slot_of[key]
         && slots[slot.index()].pins == 0

@@ -45,6 +45,14 @@ struct Call {
     waits: bool,
 }
 
+#[derive(Debug)]
+struct Queued {
+    id: u64,
+    /// Tells a plan from its replacement.
+    serial: u64,
+    keys: Vec<ExpertKey>,
+}
+
 /// The machine and what the world knows about it.
 struct World {
     machine: Residency,
@@ -53,12 +61,14 @@ struct World {
     /// What each slot holds, by what the machine said.
     memory: BTreeMap<SlotId, ExpertKey>,
     loading: Vec<SlotId>,
-    /// Plans with the steps that are ahead, restated without positions.
-    plans: Vec<(u64, Vec<ExpertKey>)>,
+    /// Plans with the experts of the steps that are ahead, restated without positions.
+    plans: Vec<Queued>,
+    plans_queued: u64,
     /// Experts whose last load failed and that no plan named since.
     failed: BTreeSet<ExpertKey>,
-    /// Slots prefetched in the place of something planned, and neither used nor unplanned since.
-    displacing: BTreeSet<SlotId>,
+    /// Slots prefetched and not used since, with the plan they were prefetched for as long as it is the next to
+    /// use them.
+    ahead: BTreeMap<SlotId, u64>,
     /// When each expert was last granted or loaded.
     used: BTreeMap<ExpertKey, u64>,
     clock: u64,
@@ -75,8 +85,9 @@ impl World {
             memory: BTreeMap::new(),
             loading: Vec::new(),
             plans: Vec::new(),
+            plans_queued: 0,
             failed: BTreeSet::new(),
-            displacing: BTreeSet::new(),
+            ahead: BTreeMap::new(),
             used: BTreeMap::new(),
             clock: 0,
             calls: Vec::new(),
@@ -85,7 +96,12 @@ impl World {
 
     /// How far ahead an expert is planned.
     fn next_use(&self, key: ExpertKey) -> Option<usize> {
-        self.plans.iter().flat_map(|(_, keys)| keys).position(|&k| k == key)
+        self.plans.iter().flat_map(|plan| &plan.keys).position(|&k| k == key)
+    }
+
+    /// The next plan to use an expert.
+    fn plan_of(&self, key: ExpertKey) -> Option<u64> {
+        self.plans.iter().find(|plan| plan.keys.contains(&key)).map(|plan| plan.serial)
     }
 
     fn pinned(&self, slot: SlotId) -> bool {
@@ -121,7 +137,7 @@ impl World {
         }
         assert!(!self.memory.values().any(|&k| k == key), "{key} is in memory twice");
         self.memory.insert(slot, key);
-        self.displacing.remove(&slot);
+        self.ahead.remove(&slot);
         self.loading.push(slot);
         self.clock += 1;
         self.used.insert(key, self.clock);
@@ -137,12 +153,13 @@ impl World {
         }
         self.machine.plan(&Plan { id: PlanId(id), experts: experts.clone() }).expect("a sound plan");
         experts.iter().for_each(|key| _ = self.failed.remove(key));
-        self.plans.retain(|(other, _)| *other != id);
+        self.plans.retain(|plan| plan.id != id);
         if !experts.is_empty() && self.plans_max > 0 {
             if self.plans.len() == self.plans_max {
                 self.plans.remove(0);
             }
-            self.plans.push((id, experts));
+            self.plans_queued += 1;
+            self.plans.push(Queued { id, serial: self.plans_queued, keys: experts });
         }
         assert_eq!(self.machine.plans(), self.plans.len());
     }
@@ -151,10 +168,10 @@ impl World {
         let layer = LayerId(layer);
         let pending = self.machine.call(layer, experts.iter().map(|&e| ExpertId(e))).expect("a sound call");
         self.machine.advance(layer);
-        let next = self.plans.iter().position(|(_, keys)| keys[0].layer == layer);
-        let found = next.or_else(|| self.plans.iter().position(|(_, keys)| keys.iter().any(|k| k.layer == layer)));
+        let next = self.plans.iter().position(|plan| plan.keys[0].layer == layer);
+        let found = next.or_else(|| self.plans.iter().position(|plan| plan.keys.iter().any(|k| k.layer == layer)));
         if let Some(at) = found {
-            let keys = &mut self.plans[at].1;
+            let keys = &mut self.plans[at].keys;
             let start = keys.iter().position(|k| k.layer == layer).expect("the step of the layer");
             let end = keys[start..].iter().position(|k| k.layer != layer).map_or(keys.len(), |n| start + n);
             keys.drain(..end);
@@ -175,7 +192,7 @@ impl World {
             match grant.access {
                 Access::Load { evicted } => self.start(grant.key, grant.slot, evicted),
                 Access::Resident | Access::Await(_) => {
-                    self.displacing.remove(&grant.slot);
+                    self.ahead.remove(&grant.slot);
                     assert_eq!(before.get(&grant.slot), Some(&grant.key));
                     let loading = self.loading.contains(&grant.slot);
                     assert_eq!(matches!(grant.access, Access::Await(_)), loading);
@@ -200,7 +217,7 @@ impl World {
         }
         self.machine.load_failed(slot);
         self.failed.extend(self.memory.remove(&slot));
-        self.displacing.remove(&slot);
+        self.ahead.remove(&slot);
         for call in &mut self.calls {
             for grant in call.held.extract_if(.., |grant| grant.slot == slot).collect::<Vec<_>>() {
                 if let Access::Await(ticket) = grant.access {
@@ -229,14 +246,14 @@ impl World {
         if self.calls.iter().any(|call| call.waits) {
             return None;
         }
-        let planned = self.plans.iter().flat_map(|(_, keys)| keys);
+        let planned = self.plans.iter().flat_map(|plan| &plan.keys);
         let mut missing = planned.filter(|key| !self.memory.values().any(|k| k == *key) && !self.failed.contains(key));
         let key = *missing.next()?;
         let makes_room = match self.leaving().last() {
             _ if self.memory.len() < self.slots => true,
-            Some(&(_, leaves)) => self.next_use(leaves).is_none_or(|at| {
-                at > self.next_use(key).expect("planned") && self.displacing.len() < self.slots.div_ceil(4)
-            }),
+            Some(&(_, leaves)) => self
+                .next_use(leaves)
+                .is_none_or(|at| at > self.next_use(key).expect("planned") && 4 * self.ahead.len() < self.slots),
             None => false,
         };
         makes_room.then_some(key)
@@ -248,9 +265,8 @@ impl World {
         let load = self.machine.next_prefetch();
         assert_eq!(load.map(|load| load.key), expected, "another prefetch than the rules say");
         if let Some(load) = load {
-            let displacing = load.evicted.is_some_and(|leaves| self.next_use(leaves).is_some());
             self.start(load.key, load.slot, load.evicted);
-            self.displacing.extend(displacing.then_some(load.slot));
+            self.ahead.insert(load.slot, self.plan_of(load.key).expect("what is prefetched is planned"));
         }
     }
 
@@ -272,7 +288,7 @@ impl World {
             Step::Plan(id, keys) => self.plan(id, &keys),
             Step::Release(id) => {
                 self.machine.release(PlanId(id));
-                self.plans.retain(|(other, _)| *other != id);
+                self.plans.retain(|plan| plan.id != id);
             }
             Step::Call(layer, experts) if self.calls.len() < 4 => self.call(layer, &experts),
             Step::Acquire(call, loads) if call < self.calls.len() => self.acquire(call, loads),
@@ -286,9 +302,9 @@ impl World {
                 self.calls.remove(at);
             }
         }
-        let (memory, plans) = (&self.memory, &self.plans);
-        let planned = |key| plans.iter().any(|(_, keys)| keys.contains(key));
-        self.displacing.retain(|slot| planned(&memory[slot]));
+        let mut ahead = std::mem::take(&mut self.ahead);
+        ahead.retain(|slot, plan| self.plan_of(self.memory[slot]) == Some(*plan));
+        self.ahead = ahead;
         self.check();
     }
 
@@ -346,7 +362,7 @@ proptest! {
         prop_assert!(!world.machine.wants_prefetch());
         // The nearest uses are the ones in memory.
         let mut nearest: Vec<ExpertKey> = Vec::new();
-        for &key in world.plans.iter().flat_map(|(_, keys)| keys) {
+        for &key in world.plans.iter().flat_map(|plan| &plan.keys) {
             if nearest.len() < slots && !nearest.contains(&key) {
                 nearest.push(key);
             }
