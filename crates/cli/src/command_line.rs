@@ -26,13 +26,20 @@ pub(crate) struct CommandLine {
 #[derive(Args)]
 struct GeneralArguments {
     /// TOML file of flags: `expert-memory = "25%"` for every command that has the flag, `[bench]` tables for one
-    #[arg(long, value_name = "FILE", global = true)]
+    #[arg(long, value_name = "FILE", global = true, display_order = 1000, help_heading = "General")]
     config: Option<PathBuf>,
     /// Which events to log on standard error, as `info,sida_rpc=debug` [default: info for servers, else warn]
-    #[arg(long, value_name = "FILTER", global = true)]
+    #[arg(long, value_name = "FILTER", global = true, display_order = 1000, help_heading = "General")]
     log: Option<String>,
     /// How a log line looks: text or json
-    #[arg(long, value_name = "FORMAT", global = true, default_value = "text")]
+    #[arg(
+        long,
+        value_name = "FORMAT",
+        global = true,
+        default_value = "text",
+        display_order = 1000,
+        help_heading = "General"
+    )]
     log_format: String,
 }
 

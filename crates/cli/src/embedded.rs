@@ -14,7 +14,7 @@ use crate::{
     bad_configuration::BadConfiguration,
     commands::expert_node,
     front_door::FrontDoor,
-    loading_bar::{LoadingBar, Unit},
+    loading_bar,
 };
 
 /// More than this in one process is a mistake.
@@ -49,10 +49,9 @@ impl EmbeddedCluster {
         let members = coordinator.into_iter().chain(engines.iter().map(local_member)).collect();
         let config = checkpoint.config();
         let cluster = Cluster::fixed(members, config.moe_layer_count(), config.num_experts, 1)?;
-        let bar = LoadingBar::new(&format!("loading {}", checkpoint.name()), Unit::Bytes);
         let predictor = predictor.source(&checkpoint, false)?;
         let mut config = CoordinatorConfig::new(COORDINATOR.into(), checkpoint, predictor);
-        config.on_load = Some(Arc::new(move |done, total| bar.advance(done, total)));
+        config.on_load = Some(loading_bar::of_model(&config.checkpoint));
         adapt(&mut config);
         Ok(Self { coordinator: Coordinator::start(config, cluster).await?, engines })
     }

@@ -18,7 +18,14 @@ pub(crate) enum FrontDoor {
     /// In this process: called directly.
     Here(Coordinator),
     /// By gRPC.
-    There { inference: InferenceClient<Channel>, cluster: ClusterClient<Channel> },
+    There(Box<Clients>),
+}
+
+/// The services of a coordinator behind an address.
+#[derive(Clone)]
+pub(crate) struct Clients {
+    inference: InferenceClient<Channel>,
+    cluster: ClusterClient<Channel>,
 }
 
 /// What is shown of a model beside an answer.
@@ -43,7 +50,7 @@ impl FrontDoor {
         let inference = InferenceClient::new(channel.clone())
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX);
-        Ok(Self::There { inference, cluster: ClusterClient::new(channel) })
+        Ok(Self::There(Box::new(Clients { inference, cluster: ClusterClient::new(channel) })))
     }
 
     /// Generates text.
@@ -53,8 +60,8 @@ impl FrontDoor {
                 let tokens = coordinator.generate(params).await.map_err(status)?;
                 Ok(tokens.map(|token| token.map(v1::GenerateResponse::from).map_err(status)).boxed())
             }
-            Self::There { inference, .. } => {
-                let tokens = inference.clone().generate(generate_request(params)).await?.into_inner();
+            Self::There(clients) => {
+                let tokens = clients.inference.clone().generate(generate_request(params)).await?.into_inner();
                 Ok(tokens.boxed())
             }
         }
@@ -64,14 +71,14 @@ impl FrontDoor {
     pub(crate) async fn encode(&self, params: EncodeParams) -> Result<v1::EncodeResponse, Status> {
         match self {
             Self::Here(coordinator) => Ok(coordinator.encode(params).await.map_err(status)?.into()),
-            Self::There { inference, .. } => {
+            Self::There(clients) => {
                 let pooling = match params.pooling {
                     Pooling::Mean => v1::Pooling::Mean,
                     Pooling::None => v1::Pooling::None,
                 };
                 let routing = Some(routing_options(params.routing));
                 let request = v1::EncodeRequest { text: params.text, routing, pooling: pooling.into() };
-                Ok(inference.clone().encode(request).await?.into_inner())
+                Ok(clients.inference.clone().encode(request).await?.into_inner())
             }
         }
     }
@@ -80,10 +87,10 @@ impl FrontDoor {
     pub(crate) async fn score(&self, params: ScoreParams) -> Result<v1::ScoreResponse, Status> {
         match self {
             Self::Here(coordinator) => Ok(coordinator.score(params).await.map_err(status)?.into()),
-            Self::There { inference, .. } => {
+            Self::There(clients) => {
                 let routing = Some(routing_options(params.routing));
                 let request = v1::ScoreRequest { text: params.text, targets: params.targets, routing };
-                Ok(inference.clone().score(request).await?.into_inner())
+                Ok(clients.inference.clone().score(request).await?.into_inner())
             }
         }
     }
@@ -104,8 +111,8 @@ impl FrontDoor {
                     experts_bytes: expert_bytes * (moe_layers * config.num_experts) as u64,
                 })
             }
-            Self::There { inference, .. } => {
-                let model = inference.clone().model(v1::ModelRequest {}).await?.into_inner();
+            Self::There(clients) => {
+                let model = clients.inference.clone().model(v1::ModelRequest {}).await?.into_inner();
                 Ok(ModelFacts::from(model))
             }
         }
@@ -115,7 +122,7 @@ impl FrontDoor {
     pub(crate) async fn status(&self) -> Result<v1::StatusResponse, Status> {
         match self {
             Self::Here(coordinator) => Ok(coordinator.status().await),
-            Self::There { cluster, .. } => Ok(cluster.clone().status(v1::StatusRequest {}).await?.into_inner()),
+            Self::There(clients) => Ok(clients.cluster.clone().status(v1::StatusRequest {}).await?.into_inner()),
         }
     }
 }

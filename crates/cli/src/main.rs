@@ -58,11 +58,37 @@ fn failed(error: &anyhow::Error) -> ExitCode {
     }
     match error.downcast_ref::<tonic::Status>() {
         Some(status) => eprintln!("sida: {} ({:?})", status.message(), status.code()),
-        None => eprintln!("sida: {error:#}"),
+        None => eprintln!("sida: {}", told(error)),
     }
     if error.chain().any(|cause| cause.is::<BadConfiguration>()) {
         EXIT_BAD_CONFIGURATION.into()
     } else {
         ExitCode::FAILURE
+    }
+}
+
+/// An error and its causes on one line. Many errors tell their cause themselves; it is not told twice.
+fn told(error: &anyhow::Error) -> String {
+    error.chain().fold(String::new(), |told, cause| {
+        let cause = cause.to_string();
+        match told.as_str() {
+            "" => cause,
+            earlier if earlier.contains(&cause) => told,
+            _ => format!("{told}: {cause}"),
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn causes_are_told_once() {
+        // Broken: an error would repeat itself, or its cause would be lost.
+        let denied = || io::Error::other("permission denied");
+        let error = anyhow::Error::new(denied()).context("cannot read config.json: permission denied");
+        assert_eq!(told(&error), "cannot read config.json: permission denied");
+        assert_eq!(told(&anyhow::Error::new(denied()).context("model m")), "model m: permission denied");
     }
 }

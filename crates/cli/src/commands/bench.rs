@@ -19,10 +19,11 @@ use std::{
 };
 
 use clap::Args;
+use futures::future::BoxFuture;
 use serde_json::json;
 
 use self::{
-    figures::Samples,
+    figures::{Sample, Samples},
     load::{Load, Until},
     report::Measured,
     subject::{Subject, SubjectArguments},
@@ -157,11 +158,11 @@ async fn measure(
     Ok(measured)
 }
 
-/// What [`load::run`] calls: the request of a number, its failure as code and message.
-fn request_of(
-    subject: &Subject,
-    workload: &Arc<Workload>,
-) -> Arc<impl Fn(u64) -> futures::future::BoxFuture<'static, Result<figures::Sample, String>> + use<>> {
+/// An answer's measure, or its failure as code and message.
+type Answering = BoxFuture<'static, Result<Sample, String>>;
+
+/// What [`load::run`] calls: the request of a number.
+fn request_of(subject: &Subject, workload: &Arc<Workload>) -> Arc<impl Fn(u64) -> Answering + use<>> {
     let (door, workload) = (subject.door.clone(), workload.clone());
     Arc::new(move |number| {
         let (door, workload) = (door.clone(), workload.clone());

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 use sida_cluster::Role;
-use sida_coordinator::CoordinatorConfig;
+use sida_coordinator::{Coordinator, CoordinatorConfig};
 use sida_model::Checkpoint;
 use sida_rpc::Readiness;
 
@@ -17,7 +17,7 @@ use crate::{
         predictor::PredictorArguments,
         server::{self, METRICS_OF_NODES, ServerArguments},
     },
-    runtime, shutdown,
+    loading_bar, runtime, shutdown,
 };
 
 /// Run one coordinator: takes requests, predicts, runs the dense layers and asks the expert-nodes
@@ -54,8 +54,10 @@ pub(crate) fn run(arguments: CoordinatorArguments) -> anyhow::Result<ExitCode> {
         config.server = arguments.server.server(&arguments.connection, readiness.clone());
         arguments.server.serve_metrics(METRICS_OF_NODES, readiness, shutdown.clone()).await?;
         let listener = server::bind(&member.address).await?;
+        config.on_load = Some(loading_bar::of_model(&config.checkpoint));
+        let coordinator = Coordinator::start(config, cluster).await?;
         server::announce(&listener)?;
-        sida_coordinator::run(config, listener, cluster, shutdown).await?;
+        sida_coordinator::serve(coordinator, listener, shutdown).await?;
         Ok(ExitCode::SUCCESS)
     })
 }

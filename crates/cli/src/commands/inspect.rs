@@ -36,11 +36,19 @@ struct Part {
     bytes: u64,
 }
 
+/// What a checkpoint's headers say.
+#[derive(Debug, Default)]
+struct Contents {
+    parts: BTreeMap<&'static str, Part>,
+    /// How many tensors are stored in which dtype.
+    dtypes: BTreeMap<String, u64>,
+}
+
 /// Opens the checkpoint and prints.
 pub(crate) fn run(arguments: InspectArguments) -> anyhow::Result<ExitCode> {
     let dir = model_dir::find(arguments.model.as_deref())?;
     let checkpoint = Checkpoint::open(&dir)?;
-    let (parts, dtypes) = parts_of(&checkpoint)?;
+    let Contents { parts, dtypes } = contents(&checkpoint)?;
     let facts = facts(&checkpoint, &dtypes)?;
     if arguments.json {
         let parts: BTreeMap<_, _> =
@@ -64,18 +72,17 @@ pub(crate) fn run(arguments: InspectArguments) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Bytes by part, and how many tensors are stored in which dtype.
-fn parts_of(checkpoint: &Checkpoint) -> anyhow::Result<(BTreeMap<&'static str, Part>, BTreeMap<String, u64>)> {
-    let mut parts: BTreeMap<&'static str, Part> = BTreeMap::new();
-    let mut dtypes: BTreeMap<String, u64> = BTreeMap::new();
+/// Reads the headers.
+fn contents(checkpoint: &Checkpoint) -> anyhow::Result<Contents> {
+    let mut contents = Contents::default();
     for name in checkpoint.names() {
         let (dtype, _, bytes) = checkpoint.describe(name)?;
-        let part = parts.entry(part_of(name)).or_default();
+        let part = contents.parts.entry(part_of(name)).or_default();
         part.tensors += 1;
         part.bytes += bytes as u64;
-        *dtypes.entry(format!("{dtype:?}")).or_default() += 1;
+        *contents.dtypes.entry(format!("{dtype:?}")).or_default() += 1;
     }
-    Ok((parts, dtypes))
+    Ok(contents)
 }
 
 /// The part of a model that a tensor belongs to.

@@ -39,9 +39,11 @@ impl ProcessCluster {
     }
 
     /// Ends the coordinator, then the processes.
-    pub(crate) async fn stop(mut self) {
-        self.coordinator.stop().await;
-        for node in &mut self.nodes {
+    pub(crate) async fn stop(self) {
+        let Self { coordinator, mut nodes, .. } = self;
+        coordinator.stop().await;
+        drop(coordinator);
+        for node in &mut nodes {
             if let Err(error) = node.kill().await {
                 tracing::warn!("an expert-node process did not end: {error}");
             }

@@ -129,6 +129,8 @@ impl Subject {
 
     /// Ends what was started for it.
     pub(crate) async fn stop(self) {
+        // The last way in, so that the coordinator leaves its expert-nodes before they end.
+        drop(self.door);
         match self.cluster {
             Running::Embedded(cluster) => cluster.stop().await,
             Running::Processes(cluster) => cluster.stop().await,
