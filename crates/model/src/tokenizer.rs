@@ -1,7 +1,10 @@
 //! Text to token ids and back, by the model's own tokenizer.json. Used by the front door and the predictor's
 //! training.
 
-use std::path::Path;
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::Path,
+};
 
 use crate::{ModelConfig, ModelError, bounded_file};
 
@@ -25,7 +28,7 @@ impl Tokenizer {
         let path = dir.join("tokenizer.json");
         let refuse = |reason: String| ModelError::Tokenizer { path: path.clone(), reason };
         let json = bounded_file::read(&path, TOKENIZER_BYTES_MAX)?;
-        let mut inner = tokenizers::Tokenizer::from_bytes(json).map_err(|error| refuse(error.to_string()))?;
+        let mut inner = guarded(|| tokenizers::Tokenizer::from_bytes(&json)).map_err(refuse)?;
         // What a file says about them is for training; we neither cut silently nor pad.
         inner.with_truncation(None).map_err(|error| refuse(error.to_string()))?.with_padding(None);
         let largest = inner.get_vocab(true).into_iter().max_by_key(|&(_, id)| id);
@@ -46,7 +49,7 @@ impl Tokenizer {
             return Err(ModelError::TextTooLong { bytes: text.len(), limit: TEXT_BYTES_MAX });
         }
         let encoding =
-            self.inner.encode_fast(text, true).map_err(|error| ModelError::Tokenize { reason: error.to_string() })?;
+            guarded(|| self.inner.encode_fast(text, true)).map_err(|reason| ModelError::Tokenize { reason })?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -55,6 +58,15 @@ impl Tokenizer {
     pub fn decode(&self, ids: &[u32]) -> Result<String, ModelError> {
         let kept: Vec<u32> =
             ids.iter().copied().filter(|&id| id != self.pad_token_id && id != self.eos_token_id).collect();
-        self.inner.decode(&kept, false).map_err(|error| ModelError::Tokenize { reason: error.to_string() })
+        guarded(|| self.inner.decode(&kept, false)).map_err(|reason| ModelError::Tokenize { reason })
+    }
+}
+
+/// Calls into the library, and takes a panic of its for an error: version 0.23.2 unwraps its way through
+/// malformed files, both when it reads one and when it uses it.
+fn guarded<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
+    match catch_unwind(AssertUnwindSafe(call)) {
+        Ok(result) => result.map_err(|error| error.to_string()),
+        Err(_) => Err("tokenizer.json is malformed: the tokenizers library panicked on it".to_owned()),
     }
 }
