@@ -119,3 +119,22 @@ fn stack_name(stack: Stack) -> &'static str {
         Stack::Decoder => "decoder",
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Checkpoint;
+
+    /// The first command of the README would run without its predictor, because model or code changed since it
+    /// was trained.
+    #[test]
+    fn the_shipped_predictor_fits_the_shipped_model() {
+        let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/switch-tiny-64");
+        let checkpoint = Checkpoint::open(&model).unwrap();
+        let predictor = open(&model.join(FILE_NAME), checkpoint.config(), checkpoint.digest()).unwrap();
+        assert_eq!(predictor.net(), "lstm");
+        assert!(predictor.hit_rates().iter().all(|rate| rate.top3 > 0.6 && rate.tokens > 0));
+        let table = &predictor.encode(&[&[5, 6, 7, 1]]).unwrap()[0];
+        assert_eq!((table.shape().layers, table.shape().tokens, table.shape().top_k), (3, 4, 3));
+    }
+}

@@ -15,6 +15,8 @@ use crate::{
 const WARM_UP: f64 = 0.05;
 /// Gradients are scaled down to this norm.
 const GRADIENT_NORM_MAX: f32 = 1.0;
+/// Batches become smaller where an epoch would be fewer steps: with few of them nothing is learnt.
+const STEPS_PER_EPOCH_MIN: usize = 300;
 /// Threads that train, at most: each adds a batch to every step, and larger steps learn less per token.
 const WORKERS_MAX: usize = 8;
 
@@ -33,10 +35,11 @@ pub(super) fn learn(
     let mut weights = net.weights(&mut random);
     let mut optimizer = AdamW::new(weights.len());
     let workers = workers()?;
+    let batch_tokens = options.batch_tokens.min(recorded.tokens() / (STEPS_PER_EPOCH_MIN * workers.len())).max(1);
     let tokens_total = (recorded.tokens() * options.epochs) as u64;
     let mut tokens_done = 0;
     for _ in 0..options.epochs {
-        for batches in batches(recorded, options.batch_tokens, &mut random).chunks(workers.len()) {
+        for batches in batches(recorded, batch_tokens, &mut random).chunks(workers.len()) {
             let tokens = tokens(recorded, batches);
             let (loss, mut gradient) = gradient(&net, &weights, recorded, batches, &workers);
             let entries = (tokens * layers) as f32;

@@ -35,7 +35,7 @@ pub struct TrainOptions {
     pub width: usize,
     /// Passes of the LSTM net over the recorded tokens.
     pub epochs: usize,
-    /// Tokens of one batch; a step takes a batch for each thread.
+    /// Tokens of one batch, at most; a step takes a batch for each thread.
     pub batch_tokens: usize,
     /// The largest learning rate; it rises over the first steps and falls to 0 with a cosine.
     pub learning_rate: f64,
@@ -45,7 +45,7 @@ pub struct TrainOptions {
 
 impl Default for TrainOptions {
     fn default() -> Self {
-        Self { net: Net::Lstm, top_k: 3, width: 128, epochs: 6, batch_tokens: 4096, learning_rate: 4e-3, seed: 0 }
+        Self { net: Net::Lstm, top_k: 3, width: 128, epochs: 6, batch_tokens: 2048, learning_rate: 4e-3, seed: 0 }
     }
 }
 
