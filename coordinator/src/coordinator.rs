@@ -146,7 +146,7 @@ impl Coordinator {
             Prepare { limits: config.limits, predict: predict.clone(), preload, requests: requests.clone(), prepared };
         let threads = vec![
             thread::Builder::new().name("sida-prepare".into()).spawn(move || prepare.run())?,
-            thread::Builder::new().name("sida-forward".into()).spawn(move || on_own_pool(|| engine.run()))?,
+            thread::Builder::new().name("sida-forward".into()).spawn(move || engine.run())?,
         ];
         let probe = Arc::new(Probe::new(dispatch(), &model));
         let threads = Mutex::new(threads);
@@ -275,16 +275,6 @@ impl Stream for TokenStream {
         }
         Poll::Ready(Some(item))
     }
-}
-
-/// Runs `work` as a thread of a rayon pool of its own, as wide as the process's: a product that splits keeps
-/// this thread busy with its first piece, where a pool of others would have to be woken for all of them.
-fn on_own_pool(work: impl FnOnce()) {
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(rayon::current_num_threads()).use_current_thread();
-    if let Err(error) = pool.thread_name(|index| format!("forward-{index}")).build() {
-        tracing::warn!(%error, "no pool for the forward thread: it shares the process's");
-    }
-    work();
 }
 
 /// Refuses what could not work.

@@ -21,7 +21,7 @@ const ROW_BLOCK: usize = 48;
 /// Products with fewer multiplications and less to read run on the calling thread: waking another costs
 /// more than it saves.
 const PARALLEL_MACS_MIN: usize = 2_000_000;
-const PARALLEL_BYTES_MIN: usize = 2 << 20;
+const PARALLEL_BYTES_MIN: usize = 4 << 20;
 /// Rows of W that are widened at once: the most columns a tile has.
 const WIDENED_ROWS_MAX: usize = 6;
 
