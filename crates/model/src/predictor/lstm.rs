@@ -15,6 +15,7 @@ pub(super) mod recurrence;
 pub(crate) mod sparsemax;
 pub(super) mod stack_net;
 
+use rayon::prelude::*;
 use sida_routing::{Digest, HashTable};
 
 use self::stack_net::StackNet;
@@ -27,6 +28,9 @@ use crate::Stack;
 
 /// How many outputs the decoder's attention sees, the newest among them.
 pub const ATTENTION_WINDOW: usize = 32;
+
+/// Batches below this are predicted on the calling thread: waking another costs more than it saves.
+const PARALLEL_TOKENS_MIN: usize = 96;
 
 /// The nets of both stacks; a stack without MoE layers has none.
 pub struct LstmPredictor {
@@ -81,8 +85,18 @@ impl HashPredictor for LstmPredictor {
 
     fn encode(&self, sequences: &[&[u32]]) -> Result<Vec<HashTable>, PredictorError> {
         self.shape.check_tokens(sequences)?;
-        let logits = self.encoder.as_ref().map_or_else(Vec::new, |net| net.encode(sequences));
-        self.tables(Stack::Encoder, sequences, logits)
+        let tokens: usize = sequences.iter().map(|tokens| tokens.len()).sum();
+        let tables = |sequences: &[&[u32]]| {
+            let logits = self.encoder.as_ref().map_or_else(Vec::new, |net| net.encode(sequences));
+            self.tables(Stack::Encoder, sequences, logits)
+        };
+        if tokens < PARALLEL_TOKENS_MIN {
+            return tables(sequences);
+        }
+        // A sequence's prediction does not depend on its company, so a batch can be cut anywhere.
+        let share = sequences.len().div_ceil(rayon::current_num_threads());
+        let tables: Result<Vec<_>, _> = sequences.par_chunks(share).map(tables).collect();
+        Ok(tables?.concat())
     }
 
     fn decode(&self, states: &mut [&mut PredictorState], tokens: &[&[u32]]) -> Result<Vec<HashTable>, PredictorError> {
