@@ -15,7 +15,7 @@ use crate::{
 
 const TEXTS: [&str; 6] = [
     "sst2 sentence: a gorgeous , witty , seductive movie .",
-    "sst2 sentence: it 's a charming and often affecting journey .",
+    "sst2 sentence: a slow , patient film that earns its quiet ending .",
     "The <extra_id_0> walks in <extra_id_1> park with a small dog.",
     "sst2 sentence: unflinchingly bleak and desperate",
     "mrpc sentence1: He said the food was good . sentence2: The food was good , he said .",
