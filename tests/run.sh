@@ -8,4 +8,5 @@ cargo clippy --version >/dev/null 2>&1 || rustup component add clippy
 
 cargo fmt --all --check
 cargo clippy --release --workspace --all-targets --locked -- -D warnings
-cargo test --release --workspace --locked
+# No documentation tests: the examples in comments are sketches.
+cargo test --release --workspace --lib --bins --tests --locked
