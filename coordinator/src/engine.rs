@@ -113,7 +113,7 @@ impl Engine {
         histogram!(names::BATCH_TOKENS).record(ids.len() as f64);
         let mut costs = Costs::default();
         let forward = &mut self.forward;
-        let outcome = guarded(|| Ok(forward.encode(&ids, &spans, &mut parts, &mut costs)?));
+        let outcome = guarded(|| Ok(on_pool(|| forward.encode(&ids, &spans, &mut parts, &mut costs))?));
         drop(hints);
         costs.record();
         let states = match outcome {
@@ -250,7 +250,7 @@ impl Engine {
             }
             histogram!(names::BATCH_TOKENS).record(ids.len() as f64);
             let spans = Spans::new(lengths);
-            let h = forward.decode(&ids, &spans, &mut states, parts, costs)?;
+            let h = on_pool(|| forward.decode(&ids, &spans, &mut states, parts, costs))?;
             let start = Instant::now();
             let logits = score::rows_of(&h, &last_rows)?.map(|h| forward.backbone().logits(&h)).transpose()?;
             costs.backbone += start.elapsed();
@@ -316,6 +316,11 @@ struct StepOutput {
     spans: Spans,
     /// (sequences that generate, vocab_size), if there is one.
     logits: Option<Tensor>,
+}
+
+/// Runs a pass as one of the threads that compute, so that between its products nobody must be woken.
+fn on_pool<T: Send>(pass: impl FnOnce() -> T + Send) -> T {
+    rayon::scope(|_| pass())
 }
 
 /// A part of a step; a panic in it is logged here and becomes an error.

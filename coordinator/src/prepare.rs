@@ -51,7 +51,7 @@ impl Prepare {
             gauge!(names::REQUESTS_QUEUED).set(self.requests.len() as f64);
             // Requests that are lost in a panic are told so by the end of their channels.
             match catch_unwind(AssertUnwindSafe(|| self.prepare(batch))) {
-                Ok(batch) => batch.into_iter().for_each(|prepared| self.hand_over(prepared)),
+                Ok(batch) => self.hand_over(batch),
                 Err(_) => tracing::error!("preparing a batch panicked; its requests are answered with an error"),
             }
         }
@@ -75,14 +75,14 @@ impl Prepare {
     }
 
     /// Waits while a whole batch is ready already.
-    fn hand_over(&self, prepared: Prepared) {
+    fn hand_over(&self, batch: Vec<Prepared>) {
         let limits = self.limits;
         let fits = |waiting: &VecDeque<Prepared>, next: &Prepared| {
             let costs = waiting.iter().chain([next]).map(|prepared| prepared.request.cost());
             limits.joining(Cost::default(), costs) == waiting.len() + 1
         };
-        if let Err(prepared) = self.prepared.push(prepared, fits) {
-            prepared.request.fail(RequestError::ShuttingDown);
+        for refused in self.prepared.push_all(batch, fits) {
+            refused.request.fail(RequestError::ShuttingDown);
         }
     }
 }

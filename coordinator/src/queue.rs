@@ -59,19 +59,24 @@ impl<T> Queue<T> {
         Ok(())
     }
 
-    /// Appends an item, waiting until `fits` says that there is room. Gives it back if the queue is closed.
-    pub(crate) fn push(&self, item: T, fits: impl Fn(&VecDeque<T>, &T) -> bool) -> Result<(), T> {
+    /// Appends items, together as far as `fits` says that there is room, waiting for room for the rest. Gives back
+    /// those that it could not before the queue was closed.
+    pub(crate) fn push_all(&self, items: Vec<T>, fits: impl Fn(&VecDeque<T>, &T) -> bool) -> Vec<T> {
+        let mut items = items.into_iter();
         let mut state = self.state.lock();
-        while !state.closed && !fits(&state.waiting, &item) {
-            self.taken.wait(&mut state);
+        while let Some(item) = items.next() {
+            while !state.closed && !fits(&state.waiting, &item) {
+                self.arrived.notify_one();
+                self.taken.wait(&mut state);
+            }
+            if state.closed {
+                return std::iter::once(item).chain(items).collect();
+            }
+            state.waiting.push_back(item);
         }
-        if state.closed {
-            return Err(item);
-        }
-        state.waiting.push_back(item);
         drop(state);
         self.arrived.notify_one();
-        Ok(())
+        Vec::new()
     }
 
     /// Takes the first `choose(waiting)` items. `None`: the queue is closed and empty.
@@ -123,7 +128,7 @@ mod tests {
         let queue = Arc::new(Queue::new());
         let pusher = thread::spawn({
             let queue = queue.clone();
-            move || (0..100).for_each(|i| queue.push(i, |waiting, _| waiting.len() < 3).expect("open"))
+            move || queue.push_all((0..100).collect(), |waiting, _| waiting.len() < 3)
         });
         let mut seen = Vec::new();
         while seen.len() < 100 {
@@ -131,7 +136,7 @@ mod tests {
             assert!(taken.len() <= 3);
             seen.extend(taken);
         }
-        pusher.join().expect("pusher");
+        assert!(pusher.join().expect("pusher").is_empty());
         assert_eq!(seen, (0..100).collect::<Vec<_>>());
     }
 
@@ -149,9 +154,10 @@ mod tests {
                 all
             }
         });
-        assert!(queue.push(7, |_, _| true).is_ok());
+        assert!(queue.push_all(vec![7], |_, _| true).is_empty());
         queue.close();
         assert_eq!(taker.join().expect("taker"), [7]);
         assert!(matches!(queue.try_push(8, |_| true), Err(Refused::Closed(8))));
+        assert_eq!(queue.push_all(vec![8, 9], |_, _| true), [8, 9]);
     }
 }

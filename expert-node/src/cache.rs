@@ -27,6 +27,9 @@ use crate::{
     source::ExpertSource,
 };
 
+/// How long a thread of the pool sleeps before it looks for work.
+const NAP: Duration = Duration::from_millis(1);
+
 /// The experts of a node.
 pub(crate) struct ExpertCache {
     source: Arc<dyn ExpertSource>,
@@ -137,9 +140,15 @@ impl ExpertCache {
         }
     }
 
+    /// Sleeps until something changed, or for a while. A thread of the pool works between naps: the change may be
+    /// up to a call that waits for a thread.
     fn sleep(&self, state: &mut MutexGuard<'_, State>) {
         state.sleepers += 1;
-        self.changed.wait(state);
+        if rayon::current_thread_index().is_none() {
+            self.changed.wait(state);
+        } else if self.changed.wait_for(state, NAP).timed_out() {
+            MutexGuard::unlocked(state, rayon::yield_now);
+        }
         state.sleepers -= 1;
     }
 

@@ -9,7 +9,6 @@
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use rayon::ThreadPool;
 use sida_cluster::experts::{CallError, CallReport, ExpertCall};
 use sida_model::{ExpertScratch, ExpertShape};
 use sida_routing::residency::ResidencyError;
@@ -27,9 +26,9 @@ const SPLIT_MACS_MIN: usize = 4_000_000;
 /// Reading a byte of weights costs about as much as so many multiplications.
 const MACS_PER_WEIGHT_BYTE: usize = 1;
 
-/// The threads of a node and what they keep from call to call.
+/// How many threads of the process's pool a node uses, and what they keep from call to call.
 pub(crate) struct Workers {
-    pool: ThreadPool,
+    threads: usize,
     scratches: Mutex<Vec<ExpertScratch>>,
 }
 
@@ -48,11 +47,10 @@ impl Effort {
 }
 
 impl Workers {
-    /// `threads` threads, which take part in calls that are worth it.
-    pub(crate) fn new(threads: usize) -> Result<Self, rayon::ThreadPoolBuildError> {
-        let pool =
-            rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("expert-{i}")).build()?;
-        Ok(Self { pool, scratches: Mutex::new(Vec::new()) })
+    /// At most `threads` threads, which take part in calls that are worth it. They are the pool that everything in
+    /// this process computes on: where coordinator and nodes share it, its threads are awake when a call comes.
+    pub(crate) fn new(threads: usize) -> Self {
+        Self { threads: threads.max(1), scratches: Mutex::new(Vec::new()) }
     }
 
     /// Runs `work` on as many threads as the call is worth, all at the same time. Returns how many.
@@ -62,12 +60,12 @@ impl Workers {
             work(&mut scratch);
             self.scratches.lock().push(scratch);
         };
-        let threads = self.pool.current_num_threads().min(groups).max(1);
+        let threads = rayon::current_num_threads().min(self.threads).min(groups).max(1);
         if effort.largest_group >= SPLIT_MACS_MIN {
             // From a thread of the pool, so that the products of a large group are split over the same pool.
-            self.pool.install(|| rayon::scope(|scope| share(scope, threads, &work)));
+            rayon::scope(|scope| share(scope, threads, &work));
         } else if threads > 1 && effort.whole >= PARALLEL_MACS_MIN {
-            self.pool.in_place_scope(|scope| share(scope, threads, &work));
+            rayon::in_place_scope(|scope| share(scope, threads, &work));
         } else {
             work();
             return 1;
@@ -113,6 +111,9 @@ impl<'c, 'x> Queue<'c, 'x> {
                 if self.granted.is_empty() {
                     self.pending.acquire(LOADS_PER_ROUND, &mut self.granted);
                 }
+                // The largest is taken first, so that the workers end at about the same time.
+                let rows = |group: &Option<GroupRows<'_>>| group.as_ref().map_or(0, |rows| rows.x.len());
+                self.granted.sort_by_key(|(group, _)| rows(&self.groups[*group]));
             }
             let (group, granted) = self.granted.pop()?;
             match granted {

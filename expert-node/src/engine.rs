@@ -65,7 +65,7 @@ impl Engine {
         }
         let measures = Measures::new(&config.node, source.layers(), expert_bytes, budget_bytes);
         let cache = Arc::new(ExpertCache::new(source, slots as usize, config.limits.plans_max, measures)?);
-        let workers = Workers::new(config.threads.max(1))?;
+        let workers = Workers::new(config.threads);
         let loader = Mutex::new(Some(loader::start(cache.clone())?));
         Ok(Self { node: config.node.clone(), cache, workers, budget_bytes, rows: AtomicU64::new(0), loader })
     }

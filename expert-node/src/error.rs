@@ -23,8 +23,6 @@ pub enum ExpertNodeError {
     Model(#[from] ModelError),
     #[error(transparent)]
     Memory(#[from] SlabError),
-    #[error("cannot start the compute threads: {0}")]
-    Threads(#[from] rayon::ThreadPoolBuildError),
     #[error("cannot start a thread: {0}")]
     Thread(#[from] io::Error),
     #[error(transparent)]

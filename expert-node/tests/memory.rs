@@ -42,7 +42,8 @@ fn experts_never_take_more_than_the_budget() {
     let slots = 4;
     // The made-up source makes weights before it copies them: up to one expert per thread that loads.
     let making = 3 * expert_bytes;
-    let slack = expert_bytes;
+    // What each thread that computes keeps: rows between matrices, and 32 columns of a matrix (`cpu::panel`).
+    let room = (rayon::current_num_threads() + 1) * (expert_bytes / 4 + 33 * 4096 * 4);
     let before = NOW.load(Ordering::Relaxed);
     PEAK.store(before, Ordering::Relaxed);
     let engine = engine(&source, slots, 2).unwrap();
@@ -57,10 +58,10 @@ fn experts_never_take_more_than_the_budget() {
         assert!(report.resident_bytes <= (slots * expert_bytes) as u64);
     }
     let peak = PEAK.load(Ordering::Relaxed) - before;
-    let allowed = slots * expert_bytes + making + slack;
+    let allowed = slots * expert_bytes + making + room;
     assert!(peak <= allowed, "{peak} bytes at the peak, {allowed} allowed");
     assert!(source.loads.load(Ordering::Relaxed) > 100, "the budget was never under pressure");
     drop(engine);
     let left = NOW.load(Ordering::Relaxed).saturating_sub(before);
-    assert!(left < expert_bytes, "{left} bytes are left of an engine that is gone");
+    assert!(left < room, "{left} bytes are left of an engine that is gone");
 }

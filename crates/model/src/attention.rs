@@ -7,16 +7,14 @@ use candle_core::Tensor;
 
 use crate::{
     ModelConfig, ModelError, Spans, Stack,
-    cpu::{
-        attention::{Attention, HeadRows, Sequence},
-        matmul::matmul,
-    },
-    elementwise::add,
+    cpu::attention::{Attention, HeadRows, Sequence},
+    elementwise::{add, add_to},
     kv_cache::DecoderState,
     linear::Linear,
     loader::Loader,
     names,
     norm::Norm,
+    pieces,
     position_bias::PositionBias,
     tensor_rows::{from_rows, rows},
 };
@@ -76,25 +74,30 @@ impl SelfAttention {
 
     /// Every token sees its whole sequence.
     pub(crate) fn encode(&self, h: &Tensor, spans: &Spans) -> Result<Tensor, ModelError> {
+        let d_model = h.dim(1)?;
+        let mut h = rows(h, <[f32]>::to_vec)?;
+        pieces::by_sequence(&mut h, d_model, spans, |h, spans| self.encode_piece(h, spans));
+        Ok(from_rows(h, d_model)?)
+    }
+
+    fn encode_piece(&self, h: &mut [f32], spans: &Spans) {
         let inner = self.heads.inner();
-        let qkv = self.qkv.forward(&self.norm.forward(h)?)?; // (n, 3 inner)
+        let qkv = self.qkv.product(&self.norm.apply(h)); // (n, 3 inner)
         let mut attended = vec![0.0; spans.rows() * inner];
-        rows(&qkv, |qkv| {
-            let sequences = spans.ranges().map(|span| {
-                let own = &qkv[span.start * 3 * inner..span.end * 3 * inner];
-                let part = |part: usize| HeadRows { values: own, stride: 3 * inner, offset: part * inner };
-                Sequence {
-                    query_rows: span.len(),
-                    first_position: 0,
-                    key_rows: span.len(),
-                    queries: part(0),
-                    keys: part(1),
-                    values: part(2),
-                }
-            });
-            self.heads.attention(false, Some(&self.bias)).run(&sequences.collect::<Vec<_>>(), &mut attended);
-        })?;
-        Ok(add(h, &self.output.forward(&from_rows(attended, inner)?)?)?)
+        let sequences = spans.ranges().map(|span| {
+            let own = &qkv[span.start * 3 * inner..span.end * 3 * inner];
+            let part = |part: usize| HeadRows { values: own, stride: 3 * inner, offset: part * inner };
+            Sequence {
+                query_rows: span.len(),
+                first_position: 0,
+                key_rows: span.len(),
+                queries: part(0),
+                keys: part(1),
+                values: part(2),
+            }
+        });
+        self.heads.attention(false, Some(&self.bias)).run(&sequences.collect::<Vec<_>>(), &mut attended);
+        add_to(h, &self.output.product(&attended));
     }
 
     /// Every token sees its sequence up to itself. Writes the new tokens' keys and values into the states'
@@ -165,9 +168,7 @@ impl CrossAttention {
 
     /// Keys and values of the encoder's output (tokens, d_model) -> (tokens, 2 * inner), once per sequence.
     pub(crate) fn keys_and_values(&self, encoder_states: &Tensor) -> Result<Vec<f32>, ModelError> {
-        let mut kv = vec![0.0; encoder_states.dim(0)? * self.kv.outputs()];
-        rows(encoder_states, |states| matmul(states, self.kv.matrix(), &mut kv))?;
-        Ok(kv)
+        Ok(rows(encoder_states, |states| self.kv.product(states))?)
     }
 
     /// Every token sees the whole input of its sequence.

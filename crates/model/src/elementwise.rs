@@ -12,10 +12,15 @@ pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     from_rows(sum, width)
 }
 
-/// max(x, 0), and NaN of NaN: x (n, width) -> (n, width)
-pub fn relu(x: &Tensor) -> Result<Tensor> {
-    let y = rows(x, |x| x.iter().map(|&x| if x < 0.0 { 0.0 } else { x }).collect())?;
-    from_rows(y, x.dim(1)?)
+/// sum += x, of one length
+pub fn add_to(sum: &mut [f32], x: &[f32]) {
+    assert_eq!(sum.len(), x.len());
+    sum.iter_mut().zip(x).for_each(|(sum, x)| *sum += x);
+}
+
+/// max(x, 0) in place, and NaN of NaN: a broken activation must not turn into an answer.
+pub fn relu(x: &mut [f32]) {
+    x.iter_mut().for_each(|x| *x = if *x < 0.0 { 0.0 } else { *x });
 }
 
 /// x * factor: x (n, width) -> (n, width)
@@ -45,8 +50,11 @@ mod tests {
         let a = from_rows(vec![1.0, -2.0, 3.0, f32::NAN], 2).unwrap();
         let b = from_rows(vec![0.5; 4], 2).unwrap();
         assert_eq!(values(&add(&a, &b).unwrap())[..3], [1.5, -1.5, 3.5]);
-        assert_eq!(values(&relu(&a).unwrap())[..3], [1.0, 0.0, 3.0]);
-        assert!(values(&relu(&a).unwrap())[3].is_nan());
+        let mut x = values(&a);
+        relu(&mut x);
+        assert!(x[..3] == [1.0, 0.0, 3.0] && x[3].is_nan());
+        add_to(&mut x[..3], &[1.0, 2.0, 3.0]);
+        assert_eq!(x[..3], [2.0, 2.0, 6.0]);
         assert_eq!(values(&scale(&a, 2.0).unwrap())[..3], [2.0, -4.0, 6.0]);
         assert!(add(&a, &from_rows(vec![0.5; 4], 4).unwrap()).is_err());
     }

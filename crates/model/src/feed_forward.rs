@@ -6,12 +6,14 @@ use sida_routing::{LayerId, Routes};
 
 use crate::{
     ModelError, RouterKind, Stack,
-    elementwise::{add, relu},
+    elementwise::{add_to, relu},
     linear::Linear,
     loader::Loader,
     names,
     norm::Norm,
+    pieces,
     router::{self, Router},
+    tensor_rows::{from_rows, rows},
 };
 
 /// What a block does after attention.
@@ -65,9 +67,14 @@ pub struct DenseFeedForward {
 impl DenseFeedForward {
     /// `h + relu(norm(h) Wi^T) Wo^T`: h (n, d_model) -> (n, d_model)
     pub fn forward(&self, h: &Tensor) -> Result<Tensor, ModelError> {
-        let x = self.norm.forward(h)?;
-        let hidden = relu(&self.wi.forward(&x)?)?; // (n, d_ff)
-        Ok(add(h, &self.wo.forward(&hidden)?)?)
+        let d_model = h.dim(1)?;
+        let mut h = rows(h, <[f32]>::to_vec)?;
+        pieces::by_row(&mut h, d_model, |h| {
+            let mut hidden = self.wi.product(&self.norm.apply(h)); // (n, d_ff)
+            relu(&mut hidden);
+            add_to(h, &self.wo.product(&hidden));
+        });
+        Ok(from_rows(h, d_model)?)
     }
 }
 

@@ -36,6 +36,7 @@ mod loader;
 pub mod manifest;
 pub mod names;
 pub mod norm;
+mod pieces;
 pub mod position_bias;
 pub mod predictor;
 pub mod reference;

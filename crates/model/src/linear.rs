@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 
 use crate::{
-    cpu::matmul::{MatrixRef, matmul},
+    cpu::matmul::{MatrixRef, product},
     dtype::StoredDType,
     tensor_rows::{from_rows, rows},
 };
@@ -41,8 +41,11 @@ impl Linear {
 
     /// x (n, inputs) -> y (n, outputs), float32.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let mut y = vec![0.0; x.dim(0)? * self.outputs];
-        rows(x, |x| matmul(x, self.matrix(), &mut y))?;
-        from_rows(y, self.outputs)
+        from_rows(rows(x, |x| self.product(x))?, self.outputs)
+    }
+
+    /// As [`Linear::forward`], of plain rows.
+    pub fn product(&self, x: &[f32]) -> Vec<f32> {
+        product(x, self.matrix())
     }
 }

@@ -23,8 +23,13 @@ impl Norm {
 
     /// x (n, d) -> (n, d)
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let mut y = vec![0.0; x.elem_count()];
-        rows(x, |x| rms_norm(x, &self.weight, self.epsilon, &mut y))?;
-        from_rows(y, self.weight.len())
+        from_rows(rows(x, |x| self.apply(x))?, self.weight.len())
+    }
+
+    /// As [`Norm::forward`], of plain rows.
+    pub fn apply(&self, x: &[f32]) -> Vec<f32> {
+        let mut y = vec![0.0; x.len()];
+        rms_norm(x, &self.weight, self.epsilon, &mut y);
+        y
     }
 }

@@ -5,12 +5,7 @@ use candle_core::Tensor;
 use sida_routing::{ExpertId, Routes};
 
 use crate::{
-    ModelError, RouterKind, Spans, Stack,
-    cpu::{matmul::matmul, norm::softmax},
-    linear::Linear,
-    loader::Loader,
-    names,
-    tensor_rows::rows,
+    ModelError, RouterKind, Spans, Stack, cpu::norm::softmax, linear::Linear, loader::Loader, names, tensor_rows::rows,
 };
 
 /// The router of one sparse block, in float32.
@@ -39,8 +34,7 @@ impl Router {
     /// Source: transformers, SwitchTransformersTop1Router.
     pub(crate) fn probabilities(&self, x: &Tensor) -> Result<Vec<f32>, ModelError> {
         let experts = self.classifier.outputs();
-        let mut logits = vec![0.0; x.dim(0)? * experts];
-        rows(x, |x| matmul(x, self.classifier.matrix(), &mut logits))?;
+        let mut logits = rows(x, |x| self.classifier.product(x))?;
         if let Some(bias) = &self.bias {
             logits.chunks_exact_mut(experts).for_each(|row| row.iter_mut().zip(bias).for_each(|(l, b)| *l += b));
         }

@@ -36,6 +36,22 @@ impl Spans {
         self.start(sequence)..self.ends[sequence]
     }
 
+    /// The sequences in at most `count` runs of about as many rows each.
+    pub fn runs(&self, count: usize) -> Vec<Spans> {
+        let mut runs = Vec::with_capacity(count);
+        let (mut first, mut start) = (0, 0);
+        for run in 1..=count {
+            let cut = self.rows() * run / count;
+            let end = self.ends.partition_point(|&end| end <= cut).max(first);
+            let end = if run == count { self.ends.len() } else { end };
+            if end > first {
+                runs.push(Self { ends: self.ends[first..end].iter().map(|end| end - start).collect() });
+                (first, start) = (end, self.ends[end - 1]);
+            }
+        }
+        runs
+    }
+
     /// How many rows all sequences have.
     pub fn rows(&self) -> usize {
         self.ends.last().copied().unwrap_or(0)
@@ -53,5 +69,27 @@ impl Spans {
 
     fn start(&self, sequence: usize) -> usize {
         if sequence == 0 { 0 } else { self.ends[sequence - 1] }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A sequence would be computed twice or not at all, or one thread would do all the work.
+    #[test]
+    fn runs_hold_every_sequence_once() {
+        for lengths in [vec![], vec![5], vec![3, 3, 3, 3], vec![100, 1, 1, 1], vec![1, 1, 1, 100], vec![0, 2, 0, 2, 0]]
+        {
+            let spans = Spans::new(lengths.iter().copied());
+            for count in 1..6 {
+                let runs = spans.runs(count);
+                assert!(runs.len() <= count);
+                let joined: Vec<usize> = runs.iter().flat_map(|run| run.ranges().map(|range| range.len())).collect();
+                assert_eq!(joined, lengths, "{count}");
+            }
+        }
+        let halves: Vec<usize> = Spans::new([4; 10]).runs(2).iter().map(Spans::rows).collect();
+        assert_eq!(halves, [20, 20]);
     }
 }

@@ -13,14 +13,18 @@ use rayon::prelude::*;
 
 use super::{
     lanes::{self, Kernel, LANES, Lanes},
+    matmul::aligned,
     norm::softmax_row,
+    panel,
 };
 use crate::position_bias::PositionBias;
 
 /// Less than this runs on the calling thread: waking another costs more than it saves.
 const PARALLEL_MACS_MIN: usize = 400_000;
 /// Queries per piece of parallel work.
-const QUERIES_PER_TASK: usize = 16;
+const QUERIES_PER_TASK: usize = 48;
+/// Queries at a time at most.
+const TILE_ROWS_MAX: usize = 6;
 
 /// Rows of heads where they lie: head h of row r is the `d_kv` floats from `r * stride + offset + h * d_kv`.
 /// So one fused product of queries, keys and values is used without being taken apart.
@@ -64,9 +68,17 @@ pub struct Attention<'a> {
     pub bias: Option<&'a PositionBias>,
 }
 
+/// A thread's room for one head.
+#[derive(Default)]
+struct Room {
+    /// Scores of the queries of a tile: [`TILE_ROWS_MAX`] rows of whole vectors of keys.
+    scores: Vec<f32>,
+    /// The head's keys, turned (see `panel`).
+    turned: Vec<f32>,
+}
+
 thread_local! {
-    /// The scores of the queries of a tile.
-    static SCORES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    static ROOM: RefCell<Room> = RefCell::default();
 }
 
 impl Attention<'_> {
@@ -101,9 +113,11 @@ impl Attention<'_> {
             out.fill(0.0);
             return;
         }
-        SCORES.with_borrow_mut(|scores| {
-            scores.resize(scores.len().max(4 * sequence.key_rows), 0.0);
-            lanes::run(Queries { attention: self, sequence, first_query, out, scores });
+        ROOM.with_borrow_mut(|room| {
+            let keys = sequence.key_rows.next_multiple_of(LANES);
+            let scores = aligned(&mut room.scores, TILE_ROWS_MAX * keys);
+            let turned = aligned(&mut room.turned, keys * self.d_kv + 2 * TILE_ROWS_MAX * LANES);
+            lanes::run(Queries { attention: self, sequence, first_query, out, scores, turned });
         });
     }
 }
@@ -126,8 +140,10 @@ struct Queries<'a, 's> {
     sequence: &'a Sequence<'s>,
     first_query: usize,
     out: &'a mut [f32],
-    /// At least 4 x key_rows.
-    scores: &'a mut [f32],
+    /// ([`TILE_ROWS_MAX`], keys in whole vectors)
+    scores: *mut f32,
+    /// (keys in whole vectors, d_kv), and what a tile of them needs.
+    turned: *mut f32,
 }
 
 impl Kernel for Queries<'_, '_> {
@@ -138,7 +154,7 @@ impl Kernel for Queries<'_, '_> {
         // SAFETY: `Sequence::check` saw that all rows are there. The tiles fit the registers.
         unsafe {
             match L::TILE_ROWS {
-                4 => self.heads::<L, 4, 6>(),
+                4 => self.heads::<L, 6, 3>(),
                 2 => self.heads::<L, 2, 3>(),
                 _ => self.heads::<L, 1, 4>(),
             }
@@ -150,45 +166,79 @@ impl Queries<'_, '_> {
     /// Every head: R queries at a time, or one where each sees other keys.
     #[inline(always)]
     unsafe fn heads<L: Lanes, const R: usize, const C: usize>(mut self) {
-        let rows = self.out.len() / (self.attention.heads * self.attention.d_kv);
-        for head in 0..self.attention.heads {
+        let Attention { heads, d_kv, causal, .. } = *self.attention;
+        let rows = self.out.len() / (heads * d_kv);
+        let turned = !causal && rows > 1 && d_kv.is_multiple_of(LANES);
+        for head in 0..heads {
             let mut row = 0;
             // SAFETY: rows of this task, heads of this model.
             unsafe {
-                while !self.attention.causal && row + R <= rows {
-                    self.tile::<L, R, C>(head, row);
+                if turned {
+                    self.turn_keys::<L>(head);
+                }
+                while !causal && row + R <= rows {
+                    self.tile::<L, R, C>(head, row, turned);
                     row += R;
                 }
                 while row < rows {
-                    self.tile::<L, 1, C>(head, row);
+                    self.tile::<L, 1, 6>(head, row, turned);
                     row += 1;
                 }
             }
         }
     }
 
+    /// The keys of a head, turned, 16 at a time; the last one again where there are fewer.
+    #[inline(always)]
+    unsafe fn turn_keys<L: Lanes>(&mut self, head: usize) {
+        let (d_kv, keys) = (self.attention.d_kv, self.sequence.keys);
+        let last = self.sequence.key_rows - 1;
+        for key in (0..=last).step_by(LANES) {
+            // SAFETY: no key beyond the last is read; `turned` has room for all.
+            unsafe {
+                let load = |c: usize, at: usize| L::load(keys.head((key + c).min(last), head * d_kv + at));
+                panel::turn::<L, 1>(load, d_kv, self.turned.add(key * d_kv));
+            }
+        }
+    }
+
     /// One head of R queries: scores, softmax, weighted sum of values.
     #[inline(always)]
-    unsafe fn tile<L: Lanes, const R: usize, const C: usize>(&mut self, head: usize, row: usize) {
+    unsafe fn tile<L: Lanes, const R: usize, const C: usize>(&mut self, head: usize, row: usize, turned: bool) {
         let Attention { d_kv, heads, causal, bias } = *self.attention;
         let position = self.sequence.first_position + self.first_query + row;
         let keys = if causal { position + 1 } else { self.sequence.key_rows }; // that these queries see
-        // SAFETY: all pointers are to rows and heads that exist; `scores` has room for 4 rows of all keys.
+        let stride = keys.next_multiple_of(LANES);
+        // SAFETY: all pointers are to rows and heads that exist; `scores` has room for the rows of a tile.
         unsafe {
-            let scores = self.scores.as_mut_ptr();
-            let queries = std::array::from_fn(|r| self.sequence.queries.head(self.first_query + row + r, head * d_kv));
-            let mut key = 0;
-            while key + C <= keys {
-                dots::<L, R, C>(queries, self.sequence.keys, key, head * d_kv, d_kv, scores, keys);
-                key += C;
+            let scores = self.scores;
+            if turned {
+                let queries = self.sequence.queries.head(self.first_query + row, head * d_kv);
+                let waiting = self.turned.add(self.sequence.key_rows.next_multiple_of(LANES) * d_kv);
+                for key in (0..keys).step_by(LANES) {
+                    let panel = self.turned.add(key * d_kv);
+                    let query_stride = self.sequence.queries.stride;
+                    panel::tile::<L, R, 1>(queries, query_stride, d_kv, panel, waiting, scores.add(key), stride);
+                }
+            } else {
+                let query = |r| self.sequence.queries.head(self.first_query + row + r, head * d_kv);
+                let queries = std::array::from_fn(query);
+                let mut key = 0;
+                while key + C <= keys {
+                    dots::<L, R, C>(queries, self.sequence.keys, key, head * d_kv, d_kv, scores, stride);
+                    key += C;
+                }
+                while key < keys {
+                    dots::<L, R, 1>(queries, self.sequence.keys, key, head * d_kv, d_kv, scores, stride);
+                    key += 1;
+                }
             }
-            while key < keys {
-                dots::<L, R, 1>(queries, self.sequence.keys, key, head * d_kv, d_kv, scores, keys);
-                key += 1;
-            }
-            for (r, scores) in self.scores[..R * keys].chunks_exact_mut(keys).enumerate() {
+            for r in 0..R {
+                let scores = std::slice::from_raw_parts_mut(scores.add(r * stride), stride);
+                // Whole vectors for the softmax: what is beyond the last key counts nothing.
+                scores[keys..].fill(f32::NEG_INFINITY);
                 if let Some(bias) = bias {
-                    bias.add_to(head, position + r, scores);
+                    bias.add_to(head, position + r, &mut scores[..keys]);
                 }
                 softmax_row(scores);
             }
@@ -197,9 +247,9 @@ impl Queries<'_, '_> {
                 let (column, width) = (head * d_kv + at, d_kv - at);
                 let out = out.map(|out| out.add(at));
                 if width > LANES {
-                    weighted_sum::<L, R, 2>(self.scores, keys, self.sequence.values, column, width, out);
+                    weighted_sum::<L, R, 2>(scores, stride, keys, self.sequence.values, column, width, out);
                 } else {
-                    weighted_sum::<L, R, 1>(self.scores, keys, self.sequence.values, column, width, out);
+                    weighted_sum::<L, R, 1>(scores, stride, keys, self.sequence.values, column, width, out);
                 }
             }
         }
@@ -249,21 +299,22 @@ unsafe fn dots<L: Lanes, const R: usize, const C: usize>(
 /// ends at `width` columns if those are fewer.
 #[inline(always)]
 unsafe fn weighted_sum<L: Lanes, const R: usize, const V: usize>(
-    probabilities: &[f32],
+    probabilities: *const f32,
+    stride: usize,
     keys: usize,
     values: HeadRows<'_>,
     column: usize,
     width: usize,
     out: [*mut f32; R],
 ) {
-    // SAFETY: `probabilities` is (R, keys), and the caller's values and out exist.
+    // SAFETY: `probabilities` is (R, stride), and the caller's values and out exist.
     unsafe {
         let mut sums = [[L::splat(0.0); V]; R];
         for key in 0..keys {
             let value = values.head(key, column);
             let v: [L; V] = std::array::from_fn(|i| load_up_to(value.add(i * LANES), width - i * LANES));
             for r in 0..R {
-                let p = L::splat(*probabilities.get_unchecked(r * keys + key));
+                let p = L::splat(*probabilities.add(r * stride + key));
                 for i in 0..V {
                     sums[r][i] = sums[r][i].fma(p, v[i]);
                 }

@@ -29,6 +29,26 @@ pub unsafe trait Lanes: Copy {
     unsafe fn store(self, to: *mut f32);
     /// `a * b + self`, rounded once.
     unsafe fn fma(self, a: Self, b: Self) -> Self;
+    /// `self + other`.
+    unsafe fn add(self, other: Self) -> Self;
+    /// Lane l of vector v becomes lane v of vector l.
+    #[inline(always)]
+    unsafe fn transpose(square: [Self; LANES]) -> [Self; LANES] {
+        let mut floats = [[0.0; LANES]; LANES];
+        let mut turned = [[0.0; LANES]; LANES];
+        // SAFETY: each array holds 16 floats.
+        unsafe {
+            for v in 0..LANES {
+                square[v].store(floats[v].as_mut_ptr());
+            }
+            for v in 0..LANES {
+                for l in 0..LANES {
+                    turned[l][v] = floats[v][l];
+                }
+            }
+            std::array::from_fn(|v| Self::load(turned[v].as_ptr()))
+        }
+    }
     /// Asks for bytes that are needed soon.
     #[inline(always)]
     unsafe fn prefetch(_soon: &[u8]) {}
@@ -76,19 +96,37 @@ pub fn run<K: Kernel>(kernel: K) -> K::Output {
     unsafe { kernel.run::<Portable>() }
 }
 
+/// Runs a kernel once with each kind of vectors that this machine has.
+#[cfg(test)]
+pub(super) fn run_each<K: Kernel>(kernel: impl Fn() -> K) -> Vec<K::Output> {
+    // SAFETY: the portable lanes need no features.
+    let mut outputs = vec![unsafe { kernel().run::<Portable>() }];
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+        // SAFETY: AVX2 and FMA were just detected.
+        outputs.push(unsafe { x86::run_avx2(kernel()) });
+    }
+    outputs.push(run(kernel()));
+    outputs
+}
+
 /// The dot product of two slices of one length.
 pub fn dot(a: &[f32], b: &[f32]) -> f32 {
-    struct Dot<'a>(&'a [f32], &'a [f32]);
-    impl Kernel for Dot<'_> {
-        type Output = f32;
-        #[inline(always)]
-        unsafe fn run<L: Lanes>(self) -> f32 {
-            // SAFETY: both slices hold `len` floats.
-            unsafe { dot_lanes::<L>(self.0.as_ptr(), self.1.as_ptr(), self.0.len()) }
-        }
-    }
     assert_eq!(a.len(), b.len());
     run(Dot(a, b))
+}
+
+/// Two slices of one length.
+struct Dot<'a>(&'a [f32], &'a [f32]);
+
+impl Kernel for Dot<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) -> f32 {
+        // SAFETY: both slices hold `len` floats.
+        unsafe { dot_lanes::<L>(self.0.as_ptr(), self.1.as_ptr(), self.0.len()) }
+    }
 }
 
 /// The dot product of `len` floats, in the order every kernel uses.
@@ -155,6 +193,11 @@ unsafe impl Lanes for Portable {
     }
 
     #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        Self(std::array::from_fn(|lane| self.0[lane] + other.0[lane]))
+    }
+
+    #[inline(always)]
     unsafe fn sum(self) -> f32 {
         let mut lanes = self.0;
         let mut width = LANES / 2;
@@ -176,7 +219,7 @@ mod x86 {
 
     use std::arch::x86_64::*;
 
-    use super::{Kernel, Lanes};
+    use super::{Kernel, LANES, Lanes};
 
     #[target_feature(enable = "avx512f,avx2,fma")]
     pub(super) unsafe fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
@@ -225,6 +268,44 @@ mod x86 {
         #[inline(always)]
         unsafe fn fma(self, a: Self, b: Self) -> Self {
             unsafe { Self(_mm512_fmadd_ps(a.0, b.0, self.0)) }
+        }
+
+        #[inline(always)]
+        unsafe fn add(self, other: Self) -> Self {
+            unsafe { Self(_mm512_add_ps(self.0, other.0)) }
+        }
+
+        /// Swaps the blocks beside the diagonal, of size 8, then 4, 2, 1.
+        #[inline(always)]
+        unsafe fn transpose(mut square: [Self; LANES]) -> [Self; LANES] {
+            unsafe {
+                let lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+                let mut size = LANES / 2;
+                while size > 0 {
+                    // Of two vectors, 0..16 and 16..32: the first's low blocks and the second's; and the high ones.
+                    let step = _mm512_set1_epi32(size as i32);
+                    let in_high = _mm512_test_epi32_mask(lane, step);
+                    let other = _mm512_set1_epi32(LANES as i32 - size as i32);
+                    let low = _mm512_mask_add_epi32(lane, in_high, lane, other);
+                    let high = _mm512_mask_add_epi32(
+                        _mm512_add_epi32(lane, step),
+                        in_high,
+                        lane,
+                        _mm512_set1_epi32(LANES as i32),
+                    );
+                    let mut v = 0;
+                    while v < LANES {
+                        if v & size == 0 {
+                            let (a, b) = (square[v].0, square[v + size].0);
+                            square[v] = Self(_mm512_permutex2var_ps(a, low, b));
+                            square[v + size] = Self(_mm512_permutex2var_ps(a, high, b));
+                        }
+                        v += 1;
+                    }
+                    size /= 2;
+                }
+                square
+            }
         }
 
         #[inline(always)]
@@ -339,6 +420,11 @@ mod x86 {
         }
 
         #[inline(always)]
+        unsafe fn add(self, other: Self) -> Self {
+            unsafe { Self(_mm256_add_ps(self.0, other.0), _mm256_add_ps(self.1, other.1)) }
+        }
+
+        #[inline(always)]
         unsafe fn sum(self) -> f32 {
             unsafe { sum_256(_mm256_add_ps(self.0, self.1)) }
         }
@@ -364,23 +450,8 @@ mod tests {
         for len in [1, 5, 15, 16, 17, 31, 32, 128, 769] {
             let a: Vec<f32> = (0..len).map(|i| ((i * 37 % 101) as f32 - 50.0) / 7.0).collect();
             let b: Vec<f32> = (0..len).map(|i| ((i * 53 % 97) as f32 - 48.0) / 11.0).collect();
-            // SAFETY: both hold `len` floats; the portable lanes need no features.
-            let portable = unsafe { dot_lanes::<Portable>(a.as_ptr(), b.as_ptr(), len) };
-            assert_eq!(portable.to_bits(), dot(&a, &b).to_bits(), "len {len}");
-            #[cfg(target_arch = "x86_64")]
-            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-                struct Dot<'a>(&'a [f32], &'a [f32]);
-                impl Kernel for Dot<'_> {
-                    type Output = f32;
-                    #[inline(always)]
-                    unsafe fn run<L: Lanes>(self) -> f32 {
-                        // SAFETY: both slices hold `len` floats.
-                        unsafe { dot_lanes::<L>(self.0.as_ptr(), self.1.as_ptr(), self.0.len()) }
-                    }
-                }
-                // SAFETY: AVX2 and FMA were just detected.
-                assert_eq!(portable.to_bits(), unsafe { x86::run_avx2(Dot(&a, &b)) }.to_bits(), "len {len}");
-            }
+            let sums = run_each(|| Dot(&a, &b));
+            assert!(sums.iter().all(|sum| sum.to_bits() == sums[0].to_bits()), "len {len}: {sums:?}");
         }
     }
 }

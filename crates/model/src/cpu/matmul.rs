@@ -8,12 +8,15 @@
 //!
 //! Called by `Linear` for the backbone, by `ExpertShape` for experts, and by the predictor nets.
 
-use std::{cell::RefCell, ops::Range};
+use std::{cell::RefCell, mem::MaybeUninit, ops::Range};
 
 use half::f16;
 use rayon::prelude::*;
 
-use super::lanes::{self, Kernel, Lanes};
+use super::{
+    lanes::{self, Kernel, LANES, Lanes},
+    panel,
+};
 use crate::dtype::StoredDType;
 
 /// Rows of x per pass over W: `ROW_BLOCK * d_model` floats stay in the second-level cache.
@@ -22,6 +25,8 @@ const ROW_BLOCK: usize = 48;
 /// more than it saves.
 const PARALLEL_MACS_MIN: usize = 2_000_000;
 const PARALLEL_BYTES_MIN: usize = 4 << 20;
+/// Pieces for threads are multiples of this, so that few tiles and panels are cut.
+const COLUMNS_PER_PIECE: usize = 32;
 /// Rows of W that are widened at once: the most columns a tile has.
 const WIDENED_ROWS_MAX: usize = 6;
 
@@ -38,36 +43,49 @@ pub struct MatrixRef<'a> {
     pub cols: usize,
 }
 
+/// `x W^T`: x (n, cols) -> (n, rows). See [`matmul`].
+pub fn product(x: &[f32], w: MatrixRef<'_>) -> Vec<f32> {
+    let len = x.len().checked_div(w.cols).unwrap_or(0) * w.rows;
+    let mut out = Vec::with_capacity(len);
+    write_product(x, w, &mut out.spare_capacity_mut()[..len]);
+    // SAFETY: `write_product` filled them.
+    unsafe { out.set_len(len) };
+    out
+}
+
 /// `out = x W^T`: x (n, cols), out (n, rows). Splits over the threads of the current rayon pool when there
 /// is enough to do.
 ///
 /// Panics when the lengths do not fit: shapes are checked where weights are loaded.
 pub fn matmul(x: &[f32], w: MatrixRef<'_>, out: &mut [f32]) {
+    // SAFETY: floats that were written stay written.
+    write_product(x, w, unsafe { std::mem::transmute::<&mut [f32], &mut [MaybeUninit<f32>]>(out) });
+}
+
+/// [`matmul`] into memory that holds nothing yet; writes every element of `out`.
+fn write_product(x: &[f32], w: MatrixRef<'_>, out: &mut [MaybeUninit<f32>]) {
     if w.cols == 0 || w.rows == 0 || x.is_empty() {
-        out.fill(0.0);
+        out.fill(MaybeUninit::new(0.0));
         return;
     }
     let n = x.len() / w.cols;
     assert_eq!(x.len(), n * w.cols, "x is (n, {})", w.cols);
     assert_eq!(out.len(), n * w.rows, "out is ({n}, {})", w.rows);
     assert_eq!(w.bytes.len(), w.rows * w.cols * w.dtype.size(), "W is ({}, {}) {:?}", w.rows, w.cols, w.dtype);
-    let out = OutPointer(out.as_mut_ptr());
+    let out = OutPointer(out.as_mut_ptr().cast());
     let small = n * w.rows * w.cols < PARALLEL_MACS_MIN && w.bytes.len() < PARALLEL_BYTES_MIN;
     let threads = if small { 1 } else { rayon::current_num_threads() };
     if threads == 1 {
         return columns(x, n, w, 0..w.rows, out);
     }
-    let share = w.rows.div_ceil(threads).next_multiple_of(12);
+    let share = w.rows.div_ceil(threads).next_multiple_of(COLUMNS_PER_PIECE);
     (0..w.rows.div_ceil(share)).into_par_iter().for_each(|piece| {
         columns(x, n, w, piece * share..w.rows.min((piece + 1) * share), out);
     });
 }
 
 fn columns(x: &[f32], n: usize, w: MatrixRef<'_>, columns: Range<usize>, out: OutPointer) {
-    WIDENED.with_borrow_mut(|widened| {
-        widened.resize(widened.len().max(WIDENED_ROWS_MAX * w.cols), 0.0);
-        lanes::run(Columns { x, n, w, columns, out, widened });
-    });
+    ROOM.with_borrow_mut(|room| lanes::run(Columns { x, n, w, columns, out, room }));
 }
 
 /// Where results go. Pieces write disjoint columns of it.
@@ -86,8 +104,7 @@ struct Columns<'a> {
     w: MatrixRef<'a>,
     columns: Range<usize>,
     out: OutPointer,
-    /// Room for [`WIDENED_ROWS_MAX`] rows of W.
-    widened: &'a mut [f32],
+    room: &'a mut Room,
 }
 
 impl Kernel for Columns<'_> {
@@ -98,23 +115,90 @@ impl Kernel for Columns<'_> {
         // SAFETY: `matmul` checked the lengths. The tile sizes are those whose accumulators fit the registers.
         unsafe {
             match L::TILE_ROWS {
-                4 => self.blocks::<L, 4, 6>(),
-                2 => self.blocks::<L, 2, 3>(),
-                _ => self.blocks::<L, 1, 4>(),
+                4 => {
+                    self.panels::<L, 3, 2>();
+                    self.blocks::<L, 4, 6>();
+                }
+                2 => {
+                    self.panels::<L, 1, 1>();
+                    self.blocks::<L, 2, 3>();
+                }
+                _ => {
+                    self.panels::<L, 1, 1>();
+                    self.blocks::<L, 1, 4>();
+                }
             }
         }
     }
 }
 
+/// A thread's room for parts of W.
+#[derive(Default)]
+struct Room {
+    /// At least [`WIDENED_ROWS_MAX`] rows, widened.
+    widened: Vec<f32>,
+    /// Columns, turned (see `panel`).
+    turned: Vec<f32>,
+}
+
 thread_local! {
-    /// A few rows of W, widened.
-    static WIDENED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    static ROOM: RefCell<Room> = RefCell::default();
 }
 
 impl Columns<'_> {
+    /// The columns that fill panels, where there are enough rows. What is left of `columns` is for `blocks`.
+    #[inline(always)]
+    unsafe fn panels<L: Lanes, const R: usize, const C: usize>(&mut self) {
+        let k = self.w.cols;
+        if !panel::pays(self.n, k) || !k.is_multiple_of(LANES) || self.w.dtype == StoredDType::F16 {
+            return;
+        }
+        let width = C * LANES;
+        let block = panel::block_columns(k, width);
+        let turned = aligned(&mut self.room.turned, block * k + 2 * R * width);
+        let waiting = turned.wrapping_add(block * k);
+        while self.columns.len() >= width {
+            let columns = self.columns.len().min(block) / width * width;
+            let first = self.columns.start;
+            // SAFETY: `turned` has room for a block; the rows of W and x hold k values each; out is (n, W rows).
+            unsafe {
+                for at in (0..columns).step_by(width) {
+                    let to = turned.add(at * k);
+                    let values = self.w.bytes.as_ptr().add((first + at) * k * self.w.dtype.size());
+                    match self.w.dtype {
+                        StoredDType::BF16 => {
+                            panel::turn::<L, C>(|c, i| L::load_bf16(values.cast::<u16>().add(c * k + i)), k, to);
+                        }
+                        _ => panel::turn::<L, C>(|c, i| L::load(values.cast::<f32>().add(c * k + i)), k, to),
+                    }
+                }
+                for at in (0..columns).step_by(width) {
+                    let mut row = 0;
+                    let turned = turned.add(at * k);
+                    while row < self.n {
+                        let tall = row + R <= self.n;
+                        let x = self.x.as_ptr().add(row * k);
+                        let out = self.out.0.add(row * self.w.rows + first + at);
+                        if tall {
+                            panel::tile::<L, R, C>(x, k, k, turned, waiting, out, self.w.rows);
+                        } else {
+                            panel::tile::<L, 1, C>(x, k, k, turned, waiting, out, self.w.rows);
+                        }
+                        row += if tall { R } else { 1 };
+                    }
+                }
+            }
+            self.columns.start += columns;
+        }
+    }
+
     #[inline(always)]
     unsafe fn blocks<L: Lanes, const R: usize, const C: usize>(&mut self) {
         // With few rows of x, widening ahead would cost as much as the product: widen on the way instead.
+        if self.columns.is_empty() {
+            return;
+        }
+        self.room.widened.resize(self.room.widened.len().max(WIDENED_ROWS_MAX * self.w.cols), 0.0);
         let straight = self.n <= R && self.w.dtype == StoredDType::BF16 && self.w.cols.is_multiple_of(lanes::LANES);
         let mut block = 0;
         while block < self.n {
@@ -152,7 +236,7 @@ impl Columns<'_> {
     fn widen(&mut self, column: usize, columns: usize) -> *const f32 {
         let (k, size) = (self.w.cols, self.w.dtype.size());
         let bytes = &self.w.bytes[column * k * size..(column + columns) * k * size];
-        let widened = &mut self.widened[..columns * k];
+        let widened = &mut self.room.widened[..columns * k];
         match self.w.dtype {
             StoredDType::F32 => return bytes.as_ptr().cast(),
             StoredDType::BF16 => {
@@ -267,6 +351,15 @@ impl Columns<'_> {
     }
 }
 
+/// `len` floats of a buffer from a cache line's beginning on.
+pub(super) fn aligned(buffer: &mut Vec<f32>, len: usize) -> *mut f32 {
+    const LINE: usize = 64;
+    buffer.resize(buffer.len().max(len + LINE / size_of::<f32>()), 0.0);
+    let start = buffer.as_mut_ptr();
+    // SAFETY: the buffer is a line longer than `len`.
+    unsafe { start.add(start.align_offset(LINE).min(LINE / size_of::<f32>())) }
+}
+
 /// How the tile reads W.
 trait Stored {
     /// One stored value.
@@ -340,6 +433,35 @@ mod tests {
         }
     }
 
+    /// As above, with vectors of every kind, tall and short tiles, whole and cut panels.
+    #[test]
+    fn every_kind_of_vectors_gives_the_same_bits() {
+        for (n, k, m) in [(3, 37, 5), (4, 48, 65), (13, 32, 97), (24, 256, 40)] {
+            let (x, w) = (values(n * k, 5), values(m * k, 6));
+            let bytes: Vec<u8> = w.iter().flat_map(|v| v.to_le_bytes()).collect();
+            let w_ref = MatrixRef { bytes: &bytes, dtype: StoredDType::F32, rows: m, cols: k };
+            let outs = RefCell::new(vec![]);
+            lanes::run_each(|| {
+                let mut out = vec![f32::NAN; n * m];
+                let columns = Columns {
+                    x: &x,
+                    n,
+                    w: w_ref,
+                    columns: 0..m,
+                    out: OutPointer(out.as_mut_ptr()),
+                    room: Box::leak(Box::default()),
+                };
+                outs.borrow_mut().push(out);
+                columns
+            });
+            for out in outs.into_inner() {
+                for (i, out) in out.iter().enumerate() {
+                    assert_eq!(out.to_bits(), dot(&x[i / m * k..][..k], &w[i % m * k..][..k]).to_bits(), "{n} {k} {m}");
+                }
+            }
+        }
+    }
+
     /// Narrow weights would be read as something else than their exact float32 value.
     #[test]
     fn narrow_weights_are_widened_exactly() {
@@ -349,7 +471,7 @@ mod tests {
             (StoredDType::F16, |v| (f16::from_f32(v).to_le_bytes(), f16::from_f32(v).to_f32())),
         ];
         for ((dtype, encode), (n, k, m)) in
-            encodings.into_iter().flat_map(|e| [(e, (9, 40, 17)), (e, (1, 64, 17)), (e, (3, 32, 8))])
+            encodings.into_iter().flat_map(|e| [(e, (9, 40, 17)), (e, (1, 64, 17)), (e, (3, 32, 8)), (e, (10, 64, 70))])
         {
             let (x, w) = (values(n * k, 3), values(m * k, 4));
             let bytes: Vec<u8> = w.iter().flat_map(|&v| encode(v).0).collect();

@@ -5,10 +5,11 @@
 //! threads work, on whichever node and whichever x86 or other machine: this is what lets rows move between
 //! nodes and batches without changing a token (docs/decisions/0002).
 //!
-//! In reading order: [`lanes`] (16 floats at a time), [`matmul`], [`exp`], [`norm`], [`attention`].
+//! In reading order: [`lanes`] (16 floats at a time), [`matmul`], [`panel`], [`exp`], [`norm`], [`attention`].
 
 pub mod attention;
 pub mod exp;
 pub mod lanes;
 pub mod matmul;
 pub mod norm;
+mod panel;
