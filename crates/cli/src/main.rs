@@ -25,7 +25,7 @@ mod status_table;
 mod text_file;
 mod time_span;
 
-use std::{env, io, process::ExitCode};
+use std::{env, error::Error, io, process::ExitCode};
 
 use bad_configuration::BadConfiguration;
 
@@ -57,7 +57,16 @@ fn failed(error: &anyhow::Error) -> ExitCode {
         return ExitCode::SUCCESS;
     }
     match error.downcast_ref::<tonic::Status>() {
-        Some(status) => eprintln!("sida: {} ({:?})", status.message(), status.code()),
+        Some(status) => {
+            // What the connection said, such as that a certificate is missing, is a cause of the status.
+            let causes = std::iter::successors(status.source(), |&cause| cause.source());
+            eprintln!("sida: {} ({:?})", joined(status.message().to_owned(), causes), status.code());
+            if status.source().is_some() {
+                eprintln!(
+                    "      the connection broke: do both ends speak TLS (https://), and does the server want --tls-cert?"
+                );
+            }
+        }
         None => eprintln!("sida: {}", told(error)),
     }
     if error.chain().any(|cause| cause.is::<BadConfiguration>()) {
@@ -67,9 +76,14 @@ fn failed(error: &anyhow::Error) -> ExitCode {
     }
 }
 
-/// An error and its causes on one line. Many errors tell their cause themselves; it is not told twice.
+/// An error and its causes on one line.
 fn told(error: &anyhow::Error) -> String {
-    error.chain().fold(String::new(), |told, cause| {
+    joined(String::new(), error.chain())
+}
+
+/// What came before, and what each cause adds. Many errors tell their cause themselves; it is not told twice.
+fn joined<'a>(told: String, causes: impl Iterator<Item = &'a (dyn Error + 'static)>) -> String {
+    causes.fold(told, |told, cause| {
         let cause = cause.to_string();
         match told.as_str() {
             "" => cause,
