@@ -3,8 +3,9 @@
 //! back. The queue asks for missing experts only a few at a time, so that a call of a whole layer passes through
 //! few slots and leaves the others what they hold. Called by [`crate::engine`].
 //!
-//! A call waits (for another's load, for a slot) only on its own thread, never on one of the pool, and for a
-//! slot only while it holds none: so calls cannot wait for each other in a circle.
+//! A call waits (for another's load, for a slot) only on the thread that made it, and for a slot only while it
+//! holds none: so calls cannot wait for each other in a circle. If that thread is one of the pool, as a
+//! coordinator's in the same process is, it works for others while it waits (see `cache`).
 
 use std::time::{Duration, Instant};
 

@@ -16,7 +16,7 @@ pub struct ExpertNodeConfig {
     pub model_dir: PathBuf,
     /// How much memory experts may take.
     pub expert_memory: ExpertMemory,
-    /// Threads that compute. At least 1.
+    /// How many threads of the process's pool a call may compute on. At least 1.
     pub threads: usize,
     /// Bounds on what others can ask of it.
     pub limits: ExpertNodeLimits,

@@ -80,7 +80,7 @@ fn local_member(engine: &Arc<Engine>) -> Member {
     Member { node: engine.node().clone(), role: Role::ExpertNode, address: Address::Local(experts), weight: 1.0 }
 }
 
-/// The expert-nodes. Calls to them follow each other, so each may use all threads.
+/// The expert-nodes. They and the coordinator compute on the same threads.
 fn engines(
     checkpoint: &Arc<Checkpoint>,
     embedded: &EmbeddedArguments,
