@@ -11,7 +11,7 @@ use sida_routing::{
 
 use crate::{
     core::Core,
-    etcd::{Op, Record},
+    etcd::{LEASE, Op, Record},
     event::{Actor, Message, Micros, Timer},
     requests::{Call, Request},
     session::{News, Session},
@@ -20,8 +20,12 @@ use crate::{
 pub(crate) const MODEL: Digest = Digest([7; 32]);
 pub(crate) const EXTENT: Extent = Extent { moe_layers: 2, num_experts: 12, replicas: 2 };
 pub(crate) const POLICY: Policy = Policy { replicas: 2, hot_replicas_max: 1, moves_max: 8 };
-pub(crate) const PACE: Pace =
-    Pace { moves_per_minute: 1200, step_interval: Duration::from_millis(250), gather: Duration::from_millis(1000) };
+pub(crate) const PACE: Pace = Pace {
+    moves_per_minute: 1200,
+    step_interval: Duration::from_millis(250),
+    absence_borne: Duration::from_micros(LEASE),
+    gather: Duration::from_millis(1000),
+};
 const CONNECT: Micros = 100_000;
 
 /// The way to an expert-node.
@@ -29,6 +33,8 @@ pub(crate) struct Lane {
     pub(crate) is_connected: bool,
     pub(crate) breaker: Breaker,
     pub(crate) silence: Silence,
+    /// When its silence is looked at.
+    pub(crate) alarm: Option<Micros>,
 }
 
 /// A term as the writer of the placement.
@@ -73,7 +79,7 @@ impl Coordinator {
         core.timer_in(0, me, Timer::Connect);
         core.timer_in(1_000_000, me, Timer::Demand);
         core.timer_in(10_000, me, Timer::Arrival);
-        let lane = || Lane { is_connected: false, breaker: Breaker::new(), silence: Silence::new() };
+        let lane = || Lane { is_connected: false, breaker: Breaker::new(), silence: Silence::new(), alarm: None };
         Self {
             me,
             session,
@@ -163,9 +169,10 @@ impl Coordinator {
                 self.adopt(core, &placement);
                 self.decide(core);
             }
-            News::Leader(leader) => {
-                let is_me = |term: &Term| leader == Some((self.me, term.elected));
-                if self.term.as_ref().is_some_and(|term| !is_me(term)) {
+            News::Leader(leader, revision) => {
+                // A list may have been overtaken by the answer to the election.
+                let is_over = |term: &Term| revision >= term.elected && leader != Some((self.me, term.elected));
+                if self.term.as_ref().is_some_and(is_over) {
                     let me = self.me;
                     core.note(|| format!("{me:?} leads no more"));
                     self.term = None;

@@ -84,7 +84,7 @@ impl Core {
         self.lives.get(&actor).copied().unwrap_or(0)
     }
 
-    /// Sends a message; it arrives, or is lost if the way is cut by then.
+    /// Sends a message; it arrives, unless the way is cut by then.
     pub(crate) fn send(&mut self, from: Actor, to: Actor, message: Message) {
         self.send_to_life(from, to, self.life(to), message);
     }
@@ -95,9 +95,7 @@ impl Core {
     }
 
     pub(crate) fn send_at(&mut self, arrives: Micros, from: Actor, to: Actor, life: u32, message: Message) {
-        if !self.is_cut(from, to) {
-            self.push(arrives, Event::Deliver { from, to, life, message });
-        }
+        self.push(arrives, Event::Deliver { from, to, life, message });
     }
 
     /// One way between two processes, now.

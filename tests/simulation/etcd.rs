@@ -63,7 +63,7 @@ pub(crate) enum Op {
     Watch {
         from: u64,
     },
-    /// Creates the leader's key unless there is one.
+    /// Creates the leader's key unless there is one; its creation is what elects. Asking again changes nothing.
     Campaign {
         lease: u64,
     },
@@ -223,8 +223,10 @@ impl Etcd {
                 if !self.leases.contains_key(&lease) {
                     return Reply::LeaseLost;
                 }
-                if self.entries.contains_key(&Key::Leader) {
-                    return Reply::NotElected;
+                if let Some(leader) = self.entries.get(&Key::Leader) {
+                    // Its own key: it was elected, and the answer was lost.
+                    let is_own = leader.lease == Some(lease);
+                    return if is_own { Reply::Elected { elected: leader.created } } else { Reply::NotElected };
                 }
                 self.put(core, Key::Leader, Value::Leader(from), Some(lease));
                 Reply::Elected { elected: self.revision }

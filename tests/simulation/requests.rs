@@ -214,11 +214,20 @@ impl Coordinator {
             // What others there are may change meanwhile.
             let deadline = Micros::try_from(deadline.as_micros()).expect("a time of this run");
             let again = core.now + 2 * HEARTBEAT.as_micros() as Micros;
-            core.timer_at(deadline.min(again), self.me, Timer::Silence { node });
+            let alarm = deadline.min(again);
+            let lane = &mut self.lanes[node];
+            if lane.alarm.is_none_or(|set| set <= core.now || set > alarm) {
+                lane.alarm = Some(alarm);
+                core.timer_at(alarm, self.me, Timer::Silence { node });
+            }
         }
     }
 
     pub(crate) fn check_silence(&mut self, core: &mut Core, node: usize) {
+        if self.lanes[node].alarm.is_none_or(|set| set > core.now) {
+            return;
+        }
+        self.lanes[node].alarm = None;
         let others = self.others(core, node);
         if !others {
             self.excuse(node);

@@ -23,8 +23,8 @@ pub(crate) enum News {
     /// A placement in the store, and the revision of its change.
     Placement(Placement, u64),
     Members,
-    /// Who leads, and the revision of the leader's key.
-    Leader(Option<(Actor, u64)>),
+    /// Who leads, with the revision that created the leader's key, as of a revision.
+    Leader(Option<(Actor, u64)>, u64),
     Elected(u64),
     Written(Placement, u64),
     Outdated,
@@ -103,10 +103,9 @@ impl Session {
         }
     }
 
-    /// Registers what the record says now.
+    /// Registers what the record says now. One at a time: of two under way the store may take the older last.
     pub(crate) fn register(&mut self, core: &mut Core) {
-        let is_same = |op: &Op| matches!(op, Op::Register { record, .. } if *record == self.record);
-        if !self.is_asking(is_same) {
+        if !self.is_asking(|op| matches!(op, Op::Register { .. })) {
             let (node, record) = (self.node.clone(), self.record.clone());
             self.send(core, Op::Register { lease: self.lease, node, record });
         }
@@ -117,6 +116,9 @@ impl Session {
         match (op, reply) {
             (Op::Register { record, .. }, Reply::Registered { lease }) => {
                 self.lease = Some(lease);
+                if record != self.record {
+                    self.register(core);
+                }
                 self.registered = Some(record);
             }
             (op, Reply::LeaseLost) => {
@@ -153,8 +155,12 @@ impl Session {
             self.is_watching = true;
             self.send(core, Op::Watch { from: revision + 1 });
         }
+        if !members.iter().any(|(node, record)| (node, Some(record)) == (&self.node, self.registered.as_ref())) {
+            // The store has something else, or nothing: register again at the next tick.
+            self.registered = None;
+        }
         self.members.listed(core.time(), revision, members);
-        let mut news = vec![News::Members, News::Leader(leader)];
+        let mut news = vec![News::Members, News::Leader(leader, revision)];
         news.extend(placement.map(|(placement, changed)| News::Placement(placement, changed)));
         news
     }

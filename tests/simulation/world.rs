@@ -18,8 +18,8 @@ use crate::{
 };
 
 /// By then the cluster has come to rest after the last fault: noticed by everybody (a list and a session's
-/// patience), dead registrations gone, and every copy moved at the pace that is set.
-const SETTLED: Micros = FAULTS_END + RELIST + LEASE + 2_500_000 + MOVES;
+/// patience), dead registrations gone, a new writer's wait for those it has not seen over, and every copy moved at the pace that is set.
+const SETTLED: Micros = FAULTS_END + RELIST + 2 * LEASE + 2_500_000 + MOVES;
 /// The moves of every copy of every expert, one exchange after another.
 const MOVES: Micros = {
     let copies = (EXTENT.moe_layers * EXTENT.num_experts * (POLICY.replicas + POLICY.hot_replicas_max)) as u64;
@@ -43,6 +43,8 @@ struct World {
     weights: Vec<f64>,
     /// What happens to a process that stands still waits until it goes on.
     stopped: BTreeMap<Actor, Vec<Event>>,
+    /// What is on a way that is cut.
+    parked: BTreeMap<(Actor, Actor), Vec<Event>>,
     /// When which coordinator could reach which node: closed times, and since when if it can now.
     reached: BTreeMap<(usize, usize), (Vec<(Micros, Micros)>, Option<Micros>)>,
 }
@@ -62,6 +64,7 @@ pub(crate) fn run(seed: u64, traced: bool) -> Outcome {
         nodes: (0..nodes).map(|_| None).collect(),
         weights,
         stopped: BTreeMap::new(),
+        parked: BTreeMap::new(),
         reached: BTreeMap::new(),
     };
     world.run();
@@ -98,7 +101,12 @@ impl World {
     fn happen(&mut self, event: Event) {
         match event {
             Event::Fault(fault) => self.fault(fault),
-            Event::Deliver { from, to, .. } if self.core.is_cut(from, to) => {}
+            Event::Deliver { from, to, .. } if self.core.is_cut(from, to) => {
+                // A call to the store is given up meanwhile; a lane's bytes are sent again when the way is free.
+                if from != Actor::Etcd && to != Actor::Etcd {
+                    self.parked.entry(pair(from, to)).or_default().push(event);
+                }
+            }
             Event::Deliver { to: actor, .. } | Event::Timer { actor, .. } if self.stopped.contains_key(&actor) => {
                 self.stopped.get_mut(&actor).expect("just seen").push(event);
             }
@@ -188,7 +196,12 @@ impl World {
                 }
             }
             Fault::Cut(a, b) => _ = self.core.cut.insert(pair(a, b)),
-            Fault::Mend(a, b) => _ = self.core.cut.remove(&pair(a, b)),
+            Fault::Mend(a, b) => {
+                self.core.cut.remove(&pair(a, b));
+                for event in self.parked.remove(&pair(a, b)).unwrap_or_default() {
+                    self.core.push(self.core.now, event);
+                }
+            }
             Fault::Slow(a, b, more) => _ = self.core.slow.insert(pair(a, b), more),
             Fault::Fast(a, b) => _ = self.core.slow.remove(&pair(a, b)),
             Fault::Reset(coordinator, node) => self.core.send(node, coordinator, Message::LaneLost),

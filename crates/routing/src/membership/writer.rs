@@ -4,7 +4,8 @@
 //!
 //! What failures took is restored as fast as steps go. What only improves (a node joined or leaves, a load
 //! moved) is paid from a bucket that fills with [`Pace::moves_per_minute`] and is empty at the begin of a term,
-//! so that the bound holds across writers too. Dead holders are dropped at once whatever the pace says.
+//! so that the bound holds across writers too. Dead holders are dropped at once whatever the pace says; but who
+//! was never seen in a term may only be late, and is waited for.
 
 use std::time::Duration;
 
@@ -23,6 +24,10 @@ pub struct Pace {
     pub moves_per_minute: u32,
     /// Between two steps, unless a holder died: each step makes everybody look at what they hold.
     pub step_interval: Duration,
+    /// How long after an election those are waited for who hold experts and are not registered: the time of a
+    /// lease. The election may come of the store having lost all leases, and a writer that has just started
+    /// cannot know who was registered before.
+    pub absence_borne: Duration,
     /// How long the first members of a cluster must have been the same before they are placed on: nodes start
     /// one after another, and the first must not be given everything.
     pub gather: Duration,
@@ -30,7 +35,12 @@ pub struct Pace {
 
 impl Default for Pace {
     fn default() -> Self {
-        Self { moves_per_minute: 600, step_interval: Duration::from_millis(250), gather: Duration::from_secs(2) }
+        Self {
+            moves_per_minute: 600,
+            step_interval: Duration::from_millis(250),
+            absence_borne: Duration::from_secs(10),
+            gather: Duration::from_secs(2),
+        }
     }
 }
 
@@ -65,6 +75,9 @@ pub struct Writer {
     moves: f64,
     filled: Duration,
     stepped: Option<Duration>,
+    elected: Duration,
+    /// Everybody who was a member in this term, ascending.
+    seen: Vec<NodeId>,
     /// The members seen last, and since when they are these.
     gathered: (Vec<NodeId>, Duration),
 }
@@ -72,7 +85,8 @@ pub struct Writer {
 impl Writer {
     /// Elected at `now`.
     pub fn new(policy: Policy, pace: Pace, now: Duration) -> Self {
-        Self { policy, pace, moves: 0.0, filled: now, stepped: None, gathered: (Vec::new(), now) }
+        let (seen, gathered) = (Vec::new(), (Vec::new(), now));
+        Self { policy, pace, moves: 0.0, filled: now, stepped: None, elected: now, seen, gathered }
     }
 
     /// Decides on what to write next. `current` is the latest placement this coordinator has adopted, and
@@ -88,10 +102,19 @@ impl Writer {
         demand: &Demand,
     ) -> Result<Decision, PlacementError> {
         self.fill(now);
-        if members.iter().all(|member| member.is_leaving) && (current.is_none() || members.is_empty()) {
+        if members.iter().all(|member| member.is_leaving) {
             // Nobody to place on: the last placement stays, in case they come back.
             return Ok(Decision::Wait(None));
         }
+        let is_member = |node: &NodeId| members.iter().any(|member| member.node == *node);
+        let is_unseen = |node: &NodeId| !is_member(node) && self.seen.binary_search(node).is_err();
+        let borne_until = self.elected + self.pace.absence_borne;
+        if now < borne_until && current.is_some_and(|current| current.nodes().iter().any(is_unseen)) {
+            // Whoever this term has not seen may be about to register again.
+            self.see(members);
+            return Ok(Decision::Wait(Some(borne_until)));
+        }
+        self.see(members);
         let candidate = |member: &Standing| Candidate {
             node: member.node.clone(),
             weight: if member.is_leaving { 0.0 } else { member.weight },
@@ -156,6 +179,14 @@ impl Writer {
         let seconds = (batch - self.moves) * 60.0 / f64::from(self.pace.moves_per_minute.max(1));
         // A little more, lest rounding makes it a moment too early.
         Decision::Wait(is_held_back.then(|| now + Duration::from_secs_f64(seconds) + Duration::from_millis(1)))
+    }
+
+    fn see(&mut self, members: &[Standing]) {
+        for member in members {
+            if let Err(at) = self.seen.binary_search(&member.node) {
+                self.seen.insert(at, member.node.clone());
+            }
+        }
     }
 
     fn fill(&mut self, now: Duration) {

@@ -4,8 +4,12 @@ use super::*;
 
 const EXTENT: Extent = Extent { moe_layers: 2, num_experts: 60, replicas: 2 };
 const POLICY: Policy = Policy { replicas: 2, hot_replicas_max: 2, moves_max: 20 };
-const PACE: Pace =
-    Pace { moves_per_minute: 60, step_interval: Duration::from_millis(250), gather: Duration::from_secs(2) };
+const PACE: Pace = Pace {
+    moves_per_minute: 60,
+    step_interval: Duration::from_millis(250),
+    absence_borne: Duration::from_secs(5),
+    gather: Duration::from_secs(2),
+};
 
 fn ms(ms: u64) -> Duration {
     Duration::from_millis(ms)
@@ -84,6 +88,7 @@ fn the_dead_are_dropped_at_once_and_their_copies_restored_quickly() {
     let mut writer = Writer::new(POLICY, PACE, ms(0));
     let before = placed(&["a", "b", "c", "d"], 4);
     let lost = before.held_by(&"c".into()).count();
+    writer.see(&members(&["a", "b", "c", "d"]));
     writer.stepped = Some(ms(990));
     let steps = follow(&mut writer, ms(1000), before, &members(&["a", "b", "d"]));
     let (at, first) = &steps[0];
@@ -93,6 +98,20 @@ fn the_dead_are_dropped_at_once_and_their_copies_restored_quickly() {
     assert!(last.same_holders(&placed(&["a", "b", "d"], 0)));
     assert!(*at <= ms(1000) + PACE.step_interval * (lost as u32 / 20 + 1), "{lost} copies took until {at:?}");
     assert!(decide(&mut writer, *at + ms(1), Some(last), &members(&["a", "b", "d"])) != Decision::Wait(None));
+}
+
+#[test]
+fn a_new_writer_waits_for_those_it_has_not_seen() {
+    // Broken: after the store lost its leases, whoever registers first would get everything. Found by simulation.
+    let mut writer = Writer::new(POLICY, PACE, ms(1000));
+    let current = placed(&["a", "b", "c"], 4);
+    assert_eq!(decide(&mut writer, ms(1000), Some(&current), &members(&["b"])), Decision::Wait(Some(ms(6000))));
+    assert_eq!(decide(&mut writer, ms(2000), Some(&current), &members(&["a", "b"])), Decision::Wait(Some(ms(6000))));
+    assert_eq!(decide(&mut writer, ms(3000), Some(&current), &members(&["a", "b", "c"])), Decision::Wait(None));
+    let dropped = decide(&mut writer, ms(3001), Some(&current), &members(&["b", "c"]));
+    assert!(matches!(dropped, Decision::Write(_)), "it was there and is gone");
+    let mut later = Writer::new(POLICY, PACE, ms(1000));
+    assert!(matches!(decide(&mut later, ms(6000), Some(&current), &members(&["b"])), Decision::Write(_)));
 }
 
 #[test]
