@@ -55,7 +55,7 @@ impl Counts {
 /// A request that was answered.
 pub(crate) struct Answered {
     pub(crate) took: Micros,
-    /// Of that, calls that were answered.
+    /// Of that, calls that were answered: with rows, or with a newer placement.
     pub(crate) worked: Micros,
     /// Calls that were not.
     pub(crate) failures: u32,

@@ -27,7 +27,7 @@ mod world;
 use ledger::Counts;
 
 /// Seeds of a run in CI.
-const SLICE: u64 = 50;
+const SLICE: u64 = 200;
 
 fn number(variable: &str) -> Option<u64> {
     let value = std::env::var(variable).ok()?;

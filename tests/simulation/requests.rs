@@ -32,6 +32,8 @@ pub(crate) struct Request {
     /// The slowest answered calls of the layers done.
     worked: Micros,
     worked_of_layer: Micros,
+    /// Calls that were refused as of the past.
+    refused: Micros,
     failures: u32,
     is_excused: bool,
 }
@@ -39,8 +41,6 @@ pub(crate) struct Request {
 struct Piece {
     key: ExpertKey,
     tried: Vec<usize>,
-    /// Calls that failed so far.
-    failures: u32,
     is_done: bool,
 }
 
@@ -70,6 +70,7 @@ impl Coordinator {
             layer_started: core.now,
             worked: 0,
             worked_of_layer: 0,
+            refused: 0,
             failures: 0,
             is_excused: false,
         };
@@ -82,13 +83,13 @@ impl Coordinator {
         request.worked += std::mem::take(&mut request.worked_of_layer);
         request.layer_started = core.now;
         let Some(keys) = request.layers.pop() else {
-            let &mut Request { started, worked, failures, is_excused, .. } = request;
-            let answered = Answered { took: core.now - started, worked, failures, is_excused };
+            let &mut Request { started, worked, refused, failures, is_excused, .. } = request;
+            let answered = Answered { took: core.now - started, worked: worked + refused, failures, is_excused };
             core.ledger.answered(self.me, id, &answered);
             self.requests.remove(&id);
             return;
         };
-        let piece = |&key: &ExpertKey| Piece { key, tried: Vec::new(), failures: 0, is_done: false };
+        let piece = |&key: &ExpertKey| Piece { key, tried: Vec::new(), is_done: false };
         request.pieces = keys.iter().map(piece).collect();
         for (piece, key) in keys.into_iter().enumerate() {
             self.wanted(key);
@@ -162,8 +163,11 @@ impl Coordinator {
                 core.ledger.counts.stale_calls += 1;
                 self.heard(core, node);
                 self.adopt(core, &newer);
-                if let Some(Call { request, piece, .. }) = self.calls.remove(&call) {
+                if let Some(Call { request, piece, sent, .. }) = self.calls.remove(&call) {
                     self.end_silence(node);
+                    if let Some(request) = self.requests.get_mut(&request) {
+                        request.refused += core.now - sent;
+                    }
                     self.ask(core, request, piece);
                 }
             }
@@ -263,7 +267,6 @@ impl Coordinator {
             core.ledger.counts.failed_calls += 1;
             let Some(request) = self.requests.get_mut(&id) else { continue };
             request.failures += 1;
-            request.pieces[piece].failures += 1;
             request.pieces[piece].tried.push(node);
             if self.budget.take_retry(core.time()) {
                 self.retries += 1;
