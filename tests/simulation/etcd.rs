@@ -237,6 +237,10 @@ impl Etcd {
                 if leader != Some(elected) || changed != replaces {
                     return Reply::Outdated;
                 }
+                let leader = self.entries.get(&Key::Leader).map(|entry| &entry.value);
+                if leader != Some(&Value::Leader(from)) {
+                    core.ledger.violated(|| format!("{from:?} writes epoch {} and does not lead", placement.epoch()));
+                }
                 core.ledger.written(from, self.placement(), &placement);
                 self.put(core, Key::Placement, Value::Placement(placement), None);
                 Reply::Written { revision: self.revision }
