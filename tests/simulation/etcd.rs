@@ -241,6 +241,14 @@ impl Etcd {
                 if leader != Some(&Value::Leader(from)) {
                     core.ledger.violated(|| format!("{from:?} writes epoch {} and does not lead", placement.epoch()));
                 }
+                // Whoever has been well for so long has had time to register again, whatever happened to the store.
+                let is_well = |node: &NodeId| core.well.get(node).is_some_and(|since| core.now >= since + 2 * LEASE);
+                let dropped = |before: &Placement| -> Option<NodeId> {
+                    before.nodes().iter().find(|node| is_well(node) && !placement.nodes().contains(node)).cloned()
+                };
+                if let Some(node) = self.placement().and_then(dropped) {
+                    core.ledger.violated(|| format!("{from:?} drops {node}, which is well"));
+                }
                 core.ledger.written(from, self.placement(), &placement);
                 self.put(core, Key::Placement, Value::Placement(placement), None);
                 Reply::Written { revision: self.revision }

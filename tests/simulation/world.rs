@@ -263,6 +263,15 @@ impl World {
     /// Notes who can reach whom from now on.
     fn note_reach(&mut self) {
         let now = self.core.now;
+        for (at, node) in self.nodes.iter().enumerate() {
+            let actor = Actor::Node(at);
+            let stays = node.as_ref().is_some_and(|node| !node.is_leaving());
+            if stays && !self.stopped.contains_key(&actor) && !self.core.is_cut(actor, Actor::Etcd) {
+                self.core.well.entry(node_name(at)).or_insert(now);
+            } else {
+                self.core.well.remove(&node_name(at));
+            }
+        }
         for coordinator in 0..self.coordinators.len() {
             for node in 0..self.nodes.len() {
                 let (from, to) = (Actor::Coordinator(coordinator), Actor::Node(node));
