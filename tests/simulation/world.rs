@@ -45,8 +45,17 @@ struct World {
     stopped: BTreeMap<Actor, Vec<Event>>,
     /// What is on a way that is cut.
     parked: BTreeMap<(Actor, Actor), Vec<Event>>,
-    /// When which coordinator could reach which node: closed times, and since when if it can now.
-    reached: BTreeMap<(usize, usize), (Vec<(Micros, Micros)>, Option<Micros>)>,
+    /// When which coordinator could reach which node.
+    reached: BTreeMap<(usize, usize), Reached>,
+}
+
+/// When somebody could be reached.
+#[derive(Default)]
+struct Reached {
+    /// From when to when.
+    times: Vec<(Micros, Micros)>,
+    /// Since when it can be reached now.
+    since: Option<Micros>,
 }
 
 /// Runs the cluster of a seed.
@@ -277,7 +286,7 @@ impl World {
                 let (from, to) = (Actor::Coordinator(coordinator), Actor::Node(node));
                 let runs = |actor| self.is_running(actor) && !self.stopped.contains_key(&actor);
                 let reaches = runs(from) && runs(to) && !self.core.is_cut(from, to);
-                let (times, since) = self.reached.entry((coordinator, node)).or_default();
+                let Reached { times, since } = self.reached.entry((coordinator, node)).or_default();
                 match (reaches, *since) {
                     (true, None) => *since = Some(now),
                     (false, Some(began)) => {
@@ -297,7 +306,7 @@ impl World {
             let now = self.core.now;
             let lasted = |&(from, to): &(Micros, Micros)| to.min(now).saturating_sub(from.max(since)) >= REACHABLE_MIN;
             for node in roster {
-                let Some((times, open)) = self.reached.get(&(coordinator, node)) else { continue };
+                let Some(Reached { times, since: open }) = self.reached.get(&(coordinator, node)) else { continue };
                 if times.iter().any(lasted) || open.is_some_and(|from| lasted(&(from, now))) {
                     self.core.ledger.violated(|| {
                         format!("{actor:?} request {request} failed after {PATIENCE} us although node {node} could be reached")
