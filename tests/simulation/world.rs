@@ -214,8 +214,8 @@ impl World {
             Fault::Slow(a, b, more) => _ = self.core.slow.insert(pair(a, b), more),
             Fault::Fast(a, b) => _ = self.core.slow.remove(&pair(a, b)),
             Fault::Reset(coordinator, node) => self.core.send(node, coordinator, Message::LaneLost),
-            Fault::StoreAway => self.etcd.stop(),
-            Fault::StoreBack { leases_lost } => self.etcd.start(&mut self.core, leases_lost),
+            Fault::StoreAway => self.etcd.stop(&self.core),
+            Fault::StoreBack { leases_run_out } => self.etcd.start(&mut self.core, leases_run_out),
             Fault::Compact => self.etcd.compact(&mut self.core),
             Fault::WatchLoss(percent) => self.core.watch_loss = f64::from(percent) / 100.0,
             Fault::End => {
