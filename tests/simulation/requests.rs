@@ -29,6 +29,8 @@ pub(crate) struct Request {
     layers: Vec<Vec<ExpertKey>>,
     pieces: Vec<Piece>,
     layer_started: Micros,
+    /// The nodes there were when the layer began.
+    roster: Vec<usize>,
     /// The slowest answered calls of the layers done.
     worked: Micros,
     worked_of_layer: Micros,
@@ -68,6 +70,7 @@ impl Coordinator {
             layers,
             pieces: Vec::new(),
             layer_started: core.now,
+            roster: Vec::new(),
             worked: 0,
             worked_of_layer: 0,
             refused: 0,
@@ -82,6 +85,7 @@ impl Coordinator {
         let request = self.requests.get_mut(&id).expect("a request under way");
         request.worked += std::mem::take(&mut request.worked_of_layer);
         request.layer_started = core.now;
+        request.roster.clone_from(&self.roster);
         let Some(keys) = request.layers.pop() else {
             let &mut Request { started, worked, refused, failures, is_excused, .. } = request;
             let answered = Answered { took: core.now - started, worked: worked + refused, failures, is_excused };
@@ -281,9 +285,11 @@ impl Coordinator {
     }
 
     fn fail(&mut self, core: &mut Core, id: u64, since: Micros) {
-        self.requests.remove(&id);
+        let Some(request) = self.requests.remove(&id) else { return };
         core.ledger.counts.failed_requests += 1;
-        core.failures.push((self.me, id, since, self.roster.clone()));
+        // A node that was placed on only lately was not known for all that time.
+        let known = request.roster.into_iter().filter(|node| self.roster.contains(node)).collect();
+        core.failures.push((self.me, id, since, known));
     }
 
     /// The process stood still: what it had under way proves nothing.
