@@ -34,7 +34,9 @@ pub(crate) struct Core {
     pub(crate) watch_loss: f64,
     /// All faults are over; the load is taken as it is.
     pub(crate) is_quiet: bool,
-    /// Since when an expert-node runs, reaches the store and wants to stay; whoever is not in it does not.
+    /// Expert-nodes that run, reach the store (if it is there) and want to stay.
+    pub(crate) fit: BTreeSet<NodeId>,
+    /// Since when those of them are registered that have been so without being unfit since.
     pub(crate) well: BTreeMap<NodeId, Micros>,
     /// Requests that failed: whose, which, since when it was tried, and the nodes there were.
     pub(crate) failures: Vec<(Actor, u64, Micros, Vec<usize>)>,
@@ -54,6 +56,7 @@ impl Core {
             lives: BTreeMap::new(),
             watch_loss: 0.0,
             is_quiet: false,
+            fit: BTreeSet::new(),
             well: BTreeMap::new(),
             failures: Vec::new(),
         }

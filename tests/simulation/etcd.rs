@@ -214,6 +214,10 @@ impl Etcd {
                     return Reply::LeaseLost;
                 }
                 self.leases.insert(lease, core.now + LEASE);
+                if core.fit.contains(&node) {
+                    let now = core.now;
+                    core.well.entry(node.clone()).or_insert(now);
+                }
                 self.put(core, Key::Member(node), Value::Member(record), Some(lease));
                 Reply::Registered { lease }
             }

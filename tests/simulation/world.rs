@@ -276,8 +276,9 @@ impl World {
             let actor = Actor::Node(at);
             let stays = node.as_ref().is_some_and(|node| !node.is_leaving());
             if stays && !self.stopped.contains_key(&actor) && !self.core.is_cut(actor, Actor::Etcd) {
-                self.core.well.entry(node_name(at)).or_insert(now);
+                self.core.fit.insert(node_name(at));
             } else {
+                self.core.fit.remove(&node_name(at));
                 self.core.well.remove(&node_name(at));
             }
         }
