@@ -7,7 +7,7 @@
 //!
 //! In reading order: [`config`], [`source`] (where experts come from), `slots` (where they go), `cache` (who may
 //! touch which slot), `loader` (ahead of use), `compute` (one call), [`engine`] (all of that), `call_queue`,
-//! `lane` and `service` (the network), `measures`, [`error`].
+//! `lane` with its `responses` and `stale` epochs, and `service` (the network), `measures`, [`error`].
 
 mod cache;
 mod call_queue;
@@ -18,9 +18,11 @@ pub mod error;
 mod lane;
 mod loader;
 mod measures;
+mod responses;
 mod service;
 mod slots;
 pub mod source;
+mod stale;
 
 use std::sync::Arc;
 
@@ -40,7 +42,7 @@ pub use engine::Engine;
 pub use error::ExpertNodeError;
 pub use service::MODEL_DIGEST_METADATA;
 
-use crate::{call_queue::Job, lane::Lanes, service::ExpertsService};
+use crate::{call_queue::Job, lane::Lanes, service::ExpertsService, stale::Epochs};
 
 /// The service that health speaks of.
 const SERVICE: &str = "sida.v1.Experts";
@@ -60,14 +62,16 @@ pub async fn run(
     let engine = task::spawn_blocking(move || Engine::open(&opening))
         .await
         .map_err(|error| ExpertNodeError::Thread(error.into()))??;
-    serve(Arc::new(engine), &config, listener, shutdown).await
+    serve(Arc::new(engine), &config, listener, cluster, shutdown).await
 }
 
-/// Serves an engine that is open already: the embedded cluster's, whose coordinator also calls it directly.
+/// Serves an engine that is open already: one that a coordinator of this process also calls directly. `cluster`
+/// says which placement is the newest.
 pub async fn serve(
     engine: Arc<Engine>,
     config: &ExpertNodeConfig,
     listener: TcpListener,
+    cluster: Cluster,
     shutdown: CancellationToken,
 ) -> Result<(), ExpertNodeError> {
     let bounds = engine.bounds(&config.limits);
@@ -77,6 +81,7 @@ pub async fn serve(
         bounds,
         jobs: jobs.clone(),
         limits: config.limits,
+        epochs: Epochs::new(cluster, engine.model()),
         calls: Arc::new(Semaphore::new(config.limits.calls_max)),
         shutdown: shutdown.clone(),
     });
