@@ -4,7 +4,9 @@
 use prost::Message;
 use sida_routing::{HashTable, Plan};
 
-use super::{Answer, Bounds, Call, PredictionRequest, Residency, WireError};
+use super::{
+    Answer, Bounds, Call, PlacementRecord, PredictionRequest, Residency, WireError, placement::RECORD_BYTES_MAX, within,
+};
 use crate::v1;
 
 /// A hash table.
@@ -35,6 +37,12 @@ pub fn results(bytes: &[u8], rows_expected: usize, d_model: usize) -> Result<Ans
 /// What an expert-node says it holds.
 pub fn residency(bytes: &[u8], bounds: &Bounds) -> Result<Residency, WireError> {
     message::<v1::ResidencyResponse>("ResidencyResponse", bytes)?.check(bounds)
+}
+
+/// Who holds what, from etcd or from an expert-node.
+pub fn placement(bytes: &[u8]) -> Result<PlacementRecord, WireError> {
+    within("PlacementRecord (bytes)", bytes.len(), 0, RECORD_BYTES_MAX)?;
+    message::<v1::PlacementRecord>("PlacementRecord", bytes)?.check()
 }
 
 fn message<M: Message + Default>(name: &'static str, bytes: &[u8]) -> Result<M, WireError> {
@@ -159,6 +167,7 @@ mod tests {
         let _ = activations(bytes, &BOUNDS);
         let _ = results(bytes, 3, 4);
         let _ = residency(bytes, &BOUNDS);
+        let _ = placement(bytes);
     }
 
     #[test]
