@@ -5,9 +5,10 @@
 //! here; what is done comes from the nodes.
 //!
 //! In reading order: [`ids`], [`hash_table`], [`plan`], [`routes`], [`grouping`], [`placement`],
-//! [`residency`], [`admission`].
+//! [`failover`], [`residency`], [`admission`].
 
 pub mod admission;
+pub mod failover;
 pub mod grouping;
 pub mod hash_table;
 pub mod ids;
@@ -19,6 +20,6 @@ pub mod routes;
 pub use grouping::{Group, Grouping};
 pub use hash_table::{HashTable, HashTableError};
 pub use ids::{Digest, ExpertId, ExpertKey, LayerId, NodeId};
-pub use placement::{Candidate, Extent, Placement, PlacementError};
+pub use placement::{Candidate, Demand, Extent, Placement, PlacementError, Policy};
 pub use plan::{Plan, PlanId};
 pub use routes::Routes;
