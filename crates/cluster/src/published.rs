@@ -4,11 +4,7 @@
 //! The placement as it was written is kept beside the view that is cut to the members: a node that comes back finds
 //! what it held without anybody writing anything.
 
-use std::{
-    collections::BTreeMap,
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 use sida_routing::{Demand, Digest, ExpertKey, HashTable, NodeId, Placement, PlacementError};

@@ -53,11 +53,8 @@ pub(crate) fn nowhere(extent: Extent) -> Result<Placement, PlacementError> {
 
 /// The same placement on `nodes`, ascending.
 fn cut(placement: &Placement, nodes: Vec<NodeId>) -> Result<Placement, PlacementError> {
-    let places: Vec<Option<u32>> = placement
-        .nodes()
-        .iter()
-        .map(|node| nodes.binary_search(node).ok().map(|place| place as u32))
-        .collect();
+    let places: Vec<Option<u32>> =
+        placement.nodes().iter().map(|node| nodes.binary_search(node).ok().map(|place| place as u32)).collect();
     let (mut counts, mut holders) = (Vec::new(), Vec::new());
     for key in placement.keys() {
         let before = holders.len();

@@ -112,8 +112,11 @@ pub(crate) struct Pems {
 impl EtcdTls {
     pub(crate) fn read(&self) -> Result<Pems, EtcdError> {
         let authorities = self.authorities.as_deref().map(read).transpose()?;
-        let identity = self.identity.as_ref().map(|(certificate, key)| Ok((read(certificate)?, read(key)?)));
-        Ok(Pems { authorities, identity: identity.transpose()? })
+        let identity = match &self.identity {
+            Some((certificate, key)) => Some((read(certificate)?, read(key)?)),
+            None => None,
+        };
+        Ok(Pems { authorities, identity })
     }
 }
 

@@ -32,6 +32,8 @@ pub enum EtcdError {
     Member { found: String },
     #[error("experts cannot be placed: {0}")]
     Placement(#[from] PlacementError),
-    #[error("{replicas} holders for each expert of this model would take more than the {expected} bytes of a record in etcd")]
+    #[error(
+        "{replicas} holders for each expert of this model would take more than the {expected} bytes of a record in etcd"
+    )]
     TooLarge { replicas: usize, expected: usize },
 }

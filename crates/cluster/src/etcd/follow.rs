@@ -225,23 +225,23 @@ impl Follower {
         }
         let ready: BTreeMap<&NodeId, u64> = members.iter().map(|(node, record)| (node, record.ready_epoch)).collect();
         let ready = |node: &NodeId| ready.get(node).copied().unwrap_or(0);
-        let policy =
-            Policy { replicas: extent.replicas, hot_replicas_max: HOT_REPLICAS_MAX, moves_max: MOVES_MAX };
+        let policy = Policy { replicas: extent.replicas, hot_replicas_max: HOT_REPLICAS_MAX, moves_max: MOVES_MAX };
         let demand = self.published.demand(|_| {});
         let target = placement::target(extent, &candidates, &demand, &policy)
             .inspect_err(|error| tracing::error!(%error, "experts cannot be placed"))
             .ok()?;
         let stored = listing.placement.record.as_deref();
         let known = self.published.placement();
-        let next = match stored.filter(|record| record.model == model && record.placement.extent().same_experts(&extent)) {
-            // etcd lost what was written last (it was restored from a copy): what the nodes know goes on.
-            Some(record) if record.placement.epoch() < known.epoch() => {
-                let step = placement::step(&known, &target, &ready, &policy);
-                step.unwrap_or_else(|| Placement::clone(&known))
-            }
-            Some(record) => placement::step(&record.placement, &target, &ready, &policy)?,
-            None => target,
-        };
+        let next =
+            match stored.filter(|record| record.model == model && record.placement.extent().same_experts(&extent)) {
+                // etcd lost what was written last (it was restored from a copy): what the nodes know goes on.
+                Some(record) if record.placement.epoch() < known.epoch() => {
+                    let step = placement::step(&known, &target, &ready, &policy);
+                    step.unwrap_or_else(|| Placement::clone(&known))
+                }
+                Some(record) => placement::step(&record.placement, &target, &ready, &policy)?,
+                None => target,
+            };
         let newest = known.epoch().max(stored.map_or(0, |record| record.placement.epoch()));
         Some(PlacementRecord { model, placement: Arc::new(next.with_epoch(newest + 1)) })
     }

@@ -88,8 +88,7 @@ impl Listing {
             },
             Some(Kind::Leader) => {
                 let node = NodeId::from(String::from_utf8_lossy(entry.value).into_owned());
-                self.leader =
-                    Some(Leader { node, create_revision: entry.create_revision, lease: entry.lease });
+                self.leader = Some(Leader { node, create_revision: entry.create_revision, lease: entry.lease });
             }
             Some(Kind::Placement) => {
                 let record = decode::placement(entry.value)

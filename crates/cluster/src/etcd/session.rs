@@ -11,7 +11,7 @@ use tokio::{
 };
 
 use super::{
-    connect::connect,
+    connect::{ConnectError, connect},
     election,
     follow::Follower,
     keys::Keys,
@@ -45,9 +45,14 @@ impl fmt::Display for Away {
 
 impl From<etcd_client::Error> for Away {
     fn from(error: etcd_client::Error) -> Self {
-        // A transport error says only that it is one; what happened is its cause.
+        use std::error::Error as _;
         let mut reason = error.to_string();
-        let mut cause = std::error::Error::source(&error);
+        // These say only what they are; what happened is their cause, which etcd-client does not pass on.
+        let mut cause = match &error {
+            etcd_client::Error::TransportError(error) => error.source(),
+            etcd_client::Error::GRpcStatus(error) => error.source(),
+            _ => None,
+        };
         while let Some(error) = cause {
             let told = error.to_string();
             if !reason.contains(&told) {
@@ -56,6 +61,15 @@ impl From<etcd_client::Error> for Away {
             cause = error.source();
         }
         Self(reason)
+    }
+}
+
+impl From<ConnectError> for Away {
+    fn from(error: ConnectError) -> Self {
+        match error {
+            ConnectError::Config(error) => Self(error.to_string()),
+            ConnectError::Etcd(error) => error.into(),
+        }
     }
 }
 
