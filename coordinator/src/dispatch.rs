@@ -23,8 +23,8 @@ use sida_rpc::Reason;
 use sida_telemetry::{counter, names};
 
 use crate::{
-    calls::{self, Call, Piece},
     call_failure::CallFailure,
+    calls::{self, Call, Piece},
     lane::{Computed, Lane, Reply},
     nodes::{Nodes, Reach, Roster},
     request::RequestError,
@@ -146,7 +146,9 @@ impl Dispatch {
         counter!(names::RETRIES_REFUSED_TOTAL).increment(1);
         for piece in call.pieces.drain(..) {
             let key = ExpertKey { layer, expert: piece.expert };
-            dispatched.failed.push((piece.range(), RequestError::RetriesExhausted { key, tried: calls::reasons(piece.tried) }));
+            dispatched
+                .failed
+                .push((piece.range(), RequestError::RetriesExhausted { key, tried: calls::reasons(piece.tried) }));
         }
         false
     }
@@ -171,10 +173,6 @@ impl Dispatch {
                     if let Err((call, failure)) = self.send(roster, lane, layer, grouping, x, call, &mut outstanding) {
                         self.give_back(roster, call, failure, &mut failed);
                     }
-                }
-                Reach::Absent => {
-                    let reason = "it is no member of the cluster".to_owned();
-                    self.give_back(roster, call, CallFailure::Disconnected { reason }, &mut failed);
                 }
             }
         }
@@ -296,12 +294,7 @@ impl Dispatch {
     }
 
     /// Takes out of `outstanding` what need not be waited for any longer, and says when to look at the others again.
-    fn given_up(
-        &self,
-        roster: &Roster,
-        outstanding: &mut Vec<Outstanding>,
-        now: Instant,
-    ) -> Vec<(Call, CallFailure)> {
+    fn given_up(&self, roster: &Roster, outstanding: &mut Vec<Outstanding>, now: Instant) -> Vec<(Call, CallFailure)> {
         let mut given_up = Vec::new();
         let mut at = 0;
         while at < outstanding.len() {
@@ -370,4 +363,3 @@ fn reason(error: &CallError) -> Reason {
         CallError::ShuttingDown => Reason::ShuttingDown,
     }
 }
-

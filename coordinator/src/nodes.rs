@@ -17,6 +17,7 @@ use sida_cluster::{
     experts::LocalExperts,
     member::{Address, Member, Role},
 };
+use sida_proto::wire::decode;
 use sida_routing::{
     ExpertKey, NodeId, Placement, Plan, PlanId,
     failover::{self, RetryBudget},
@@ -47,8 +48,6 @@ pub(crate) enum Reach {
     Local(Arc<dyn LocalExperts>),
     /// By gRPC.
     Remote(Arc<Lane>),
-    /// Not at all: it is placed on, and nobody knows its address any more.
-    Absent,
 }
 
 impl Link {
@@ -57,7 +56,6 @@ impl Link {
         match &self.reach {
             Reach::Local(_) => true,
             Reach::Remote(lane) => lane.is_up(now),
-            Reach::Absent => false,
         }
     }
 
@@ -66,7 +64,6 @@ impl Link {
         match &self.reach {
             Reach::Local(experts) => experts.plan(plan),
             Reach::Remote(lane) => lane.plan(&plan, placement_epoch),
-            Reach::Absent => {}
         }
     }
 
@@ -75,7 +72,6 @@ impl Link {
         match &self.reach {
             Reach::Local(experts) => experts.release(plan),
             Reach::Remote(lane) => lane.release(plan),
-            Reach::Absent => {}
         }
     }
 }
@@ -84,8 +80,7 @@ impl Link {
 pub(crate) struct Roster {
     /// Who should hold what.
     pub(crate) placement: Arc<Placement>,
-    /// Invariant: those of `placement.nodes()` first and in that order, so that a holder's index is its link's; then
-    /// the others, which can compute any expert, too.
+    /// Invariant: in the order of `placement.nodes()`, so that a holder's index is its link's.
     pub(crate) links: Vec<Arc<Link>>,
 }
 
@@ -174,8 +169,14 @@ impl Nodes {
     /// Takes over the placement that an expert-node refused a call with, an encoded `sida.v1.PlacementRecord`. Whether
     /// it is newer than `known`, so that the call can be made again under it.
     pub(crate) fn adopt(&self, record: &Bytes, known: u64) -> bool {
-        // PENDING
-        let _ = record;
+        match decode::placement(record) {
+            Ok(record) => {
+                if self.cluster.adopt(record.model, Arc::unwrap_or_clone(record.placement)) {
+                    self.refresh();
+                }
+            }
+            Err(error) => tracing::warn!(%error, "an expert-node's placement cannot be read"),
+        }
         self.roster().placement.epoch() > known
     }
 
@@ -224,20 +225,15 @@ fn roster(
     shutdown: &CancellationToken,
 ) -> Roster {
     gauge!(names::PLACEMENT_EPOCH).set(view.placement.epoch() as f64);
-    let members = || view.members.iter().filter(|member| member.role == Role::ExpertNode);
-    let link_of = |member: &Member| match old.iter().find(|link| leads_to(link, member)) {
-        Some(link) => link.clone(),
-        None => Arc::new(link(member, config, runtime, shutdown)),
-    };
-    let placed = view.placement.nodes();
-    let mut links: Vec<Arc<Link>> = placed
-        .iter()
-        .map(|node| match members().find(|member| member.node == *node) {
-            Some(member) => link_of(member),
-            None => Arc::new(Link { node: node.clone(), reach: Reach::Absent, durations: Histogram::noop() }),
+    let members = view.members.iter().filter(|member| member.role == Role::ExpertNode);
+    let mut links: Vec<Arc<Link>> = members
+        .map(|member| match old.iter().find(|link| leads_to(link, member)) {
+            Some(link) => link.clone(),
+            None => Arc::new(link(member, config, runtime, shutdown)),
         })
         .collect();
-    links.extend(members().filter(|member| placed.binary_search(&member.node).is_err()).map(link_of));
+    links.sort_by(|a, b| a.node.cmp(&b.node));
+    debug_assert!(links.iter().map(|link| &link.node).eq(view.placement.nodes()));
     Roster { placement: view.placement.clone(), links }
 }
 

@@ -1,11 +1,13 @@
 //! Calls of an older placement than this node has seen: refused, with the newer placement in the refusal, so that
 //! a coordinator that was cut off from the membership learns from whom it calls. Asked by [`crate::lane`].
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use parking_lot::Mutex;
 use sida_cluster::Cluster;
-use sida_proto::v1;
-use sida_routing::Digest;
+use sida_proto::{v1, wire::PlacementRecord};
+use sida_routing::{Digest, Placement};
 use sida_rpc::Reason;
 
 /// The newest placement that this node knows.
@@ -28,6 +30,15 @@ impl Epochs {
         epoch != 0 && epoch < self.cluster.placement().epoch()
     }
 
+    /// The record of a placement, or nothing if it is too large to be sent: then the refusal tells no more than that.
+    fn record(&self, placement: &Arc<Placement>) -> Bytes {
+        let record = PlacementRecord { model: self.model, placement: placement.clone() };
+        record.encode().map(Bytes::from).unwrap_or_else(|error| {
+            tracing::warn!(%error, "the placement cannot be sent to a coordinator that is behind");
+            Bytes::new()
+        })
+    }
+
     /// What to answer to a call of `epoch`, if it is refused.
     pub(crate) fn refusal(&self, epoch: u64) -> Option<v1::CallError> {
         if !self.is_stale(epoch) {
@@ -38,7 +49,7 @@ impl Epochs {
         let newer_placement = match &*encoded {
             Some((known, bytes)) if *known == placement.epoch() => bytes.clone(),
             _ => {
-                let bytes = encoded_placement(&placement, self.model);
+                let bytes = self.record(&placement);
                 encoded.insert((placement.epoch(), bytes)).1.clone()
             }
         };
@@ -46,9 +57,4 @@ impl Epochs {
         let (code, reason) = (Reason::StaleEpoch.code().into(), Reason::StaleEpoch.name().into());
         Some(v1::CallError { code, reason, message, newer_placement })
     }
-}
-
-// PENDING
-fn encoded_placement(_: &sida_routing::Placement, _: Digest) -> Bytes {
-    Bytes::new()
 }

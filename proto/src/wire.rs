@@ -6,21 +6,23 @@
 //! number is checked against [`Bounds`] before it is used as an index or multiplied.
 //!
 //! In reading order: [`rows`] (float payloads), [`hash_table`], [`predict`], [`plan`], [`call`] with its `checksum`,
-//! [`residency`], [`decode`] (all of them from plain bytes).
+//! [`residency`], [`placement`], [`decode`] (all of them from plain bytes).
 
 pub mod call;
 mod checksum;
 pub mod decode;
 pub mod hash_table;
+pub mod placement;
 pub mod plan;
 pub mod predict;
 pub mod residency;
 pub mod rows;
 
-use sida_routing::{Digest, ExpertId, ExpertKey, HashTableError, LayerId};
+use sida_routing::{Digest, ExpertId, ExpertKey, HashTableError, LayerId, PlacementError};
 use thiserror::Error;
 
 pub use call::{Answer, Call};
+pub use placement::PlacementRecord;
 pub use predict::{Prediction, PredictionRequest, Stack};
 pub use residency::Residency;
 
@@ -65,6 +67,8 @@ pub enum WireError {
     Missing { field: &'static str },
     #[error("hash table: {0}")]
     HashTable(#[from] HashTableError),
+    #[error("placement: {0}")]
+    Placement(#[from] PlacementError),
 }
 
 impl Bounds {

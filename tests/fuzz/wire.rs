@@ -3,9 +3,12 @@
 use prost::Message;
 use sida_proto::{
     v1,
-    wire::{Answer, Bounds, Residency, Stack, call::PLACEMENT_BYTES_MAX, decode},
+    wire::{Answer, Bounds, PlacementRecord, Residency, Stack, decode, placement::RECORD_BYTES_MAX},
 };
-use sida_routing::{Digest, ExpertId, ExpertKey, Group, HashTable, LayerId, Plan, PlanId, hash_table::Shape};
+use sida_routing::{
+    Candidate, Digest, ExpertId, ExpertKey, Extent, Group, HashTable, LayerId, Placement, Plan, PlanId,
+    hash_table::Shape,
+};
 
 use crate::fuzz;
 
@@ -71,7 +74,7 @@ fn results() {
             true
         }
         Ok(Answer::Failed(error)) => {
-            assert!(error.newer_placement.len() <= PLACEMENT_BYTES_MAX);
+            assert!(error.newer_placement.len() <= RECORD_BYTES_MAX);
             true
         }
         Err(_) => false,
@@ -118,6 +121,26 @@ fn residency() {
         resident: vec![key(0, 0), key(5, 63)],
     };
     fuzz!([v1::ResidencyResponse::from(&held).encode_to_vec()], |bytes| decode::residency(bytes, &BOUNDS).is_ok());
+}
+
+/// A record in etcd, or a hint from an expert-node, could end a node or send rows to nodes that do not exist.
+#[test]
+fn placement() {
+    let candidate = |name: &str| Candidate { node: name.into(), weight: 1.0 };
+    let candidates = [candidate("expert-node-0"), candidate("expert-node-1"), candidate("expert-node-2")];
+    let extent = Extent { moe_layers: 2, num_experts: 8, replicas: 2 };
+    let record = |candidates: &[Candidate]| {
+        let placement = Placement::compute(7, extent, candidates).expect("a placement");
+        PlacementRecord { model: Digest([1; 32]), placement: placement.into() }.encode().expect("a short record")
+    };
+    fuzz!([record(&candidates), record(&candidates[..1]), record(&[])], |bytes| {
+        let Ok(PlacementRecord { placement, .. }) = decode::placement(bytes) else { return false };
+        let nodes = placement.nodes().len();
+        for key in placement.keys() {
+            assert!(placement.holder_indices(key).iter().all(|&node| usize::from(node) < nodes));
+        }
+        true
+    });
 }
 
 /// A frame of a lane could end a node before any check of ours is reached.

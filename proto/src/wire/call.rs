@@ -3,11 +3,8 @@
 use bytes::Bytes;
 use sida_routing::{ExpertId, Group, LayerId};
 
-use super::{Bounds, WireError, checksum, length, rows, within};
+use super::{Bounds, WireError, checksum, length, placement::RECORD_BYTES_MAX, rows, within};
 use crate::v1;
-
-/// The largest placement that a refusal may carry.
-pub const PLACEMENT_BYTES_MAX: usize = 1 << 20;
 
 /// A checked call: rows for experts of one layer.
 #[derive(Clone, Debug, PartialEq)]
@@ -82,7 +79,13 @@ impl v1::Activations {
 impl v1::Results {
     /// Answers a call with its `rows`, (sum of rows, d_model).
     pub fn done(call_id: u64, rows: Vec<f32>, report: v1::CallReport) -> Self {
-        Self::summed(Self { call_id, payload: rows::into_payload(rows), report: Some(report), error: None, checksum: 0 })
+        Self::summed(Self {
+            call_id,
+            payload: rows::into_payload(rows),
+            report: Some(report),
+            error: None,
+            checksum: 0,
+        })
     }
 
     /// Answers a call that could not be computed.
@@ -100,7 +103,7 @@ impl v1::Results {
         undamaged("Results", self.checksum, checksum::of_results(&self))?;
         if let Some(error) = self.error {
             length("Results.payload of a failed call", "bytes", self.payload.len(), 0)?;
-            within("CallError.newer_placement (its bytes)", error.newer_placement.len(), 0, PLACEMENT_BYTES_MAX)?;
+            within("CallError.newer_placement (its bytes)", error.newer_placement.len(), 0, RECORD_BYTES_MAX)?;
             return Ok(Answer::Failed(error));
         }
         length("Results.payload", "bytes", self.payload.len(), payload_bytes(rows_expected, d_model))?;

@@ -4,7 +4,9 @@
 use prost::Message;
 use sida_routing::{HashTable, Plan};
 
-use super::{Answer, Bounds, Call, PredictionRequest, Residency, WireError};
+use super::{
+    Answer, Bounds, Call, PlacementRecord, PredictionRequest, Residency, WireError, placement::RECORD_BYTES_MAX, within,
+};
 use crate::v1;
 
 /// A hash table.
@@ -37,6 +39,12 @@ pub fn residency(bytes: &[u8], bounds: &Bounds) -> Result<Residency, WireError> 
     message::<v1::ResidencyResponse>("ResidencyResponse", bytes)?.check(bounds)
 }
 
+/// Who holds what, from etcd or from an expert-node.
+pub fn placement(bytes: &[u8]) -> Result<PlacementRecord, WireError> {
+    within("PlacementRecord (bytes)", bytes.len(), 0, RECORD_BYTES_MAX)?;
+    message::<v1::PlacementRecord>("PlacementRecord", bytes)?.check()
+}
+
 fn message<M: Message + Default>(name: &'static str, bytes: &[u8]) -> Result<M, WireError> {
     M::decode(bytes).map_err(|source| WireError::Decode { message: name, source })
 }
@@ -48,7 +56,7 @@ mod tests {
     use sida_routing::{Digest, ExpertId, ExpertKey, Group, LayerId, PlanId, hash_table::Shape};
 
     use super::*;
-    use crate::wire::{Stack, call, rows};
+    use crate::wire::{Stack, rows};
 
     const BOUNDS: Bounds = Bounds {
         moe_layers: 6,
@@ -160,6 +168,7 @@ mod tests {
         let _ = activations(bytes, &BOUNDS);
         let _ = results(bytes, 3, 4);
         let _ = residency(bytes, &BOUNDS);
+        let _ = placement(bytes);
     }
 
     #[test]
@@ -214,7 +223,7 @@ mod tests {
             results(&v1::Results::failed(1, error).encode_to_vec(), 1, 4)
         };
         assert!(matches!(refusal(9), Ok(Answer::Failed(error)) if error.newer_placement == [7; 9][..]));
-        assert!(refusal(call::PLACEMENT_BYTES_MAX + 1).is_err());
+        assert!(refusal(RECORD_BYTES_MAX + 1).is_err());
     }
 
     #[test]
