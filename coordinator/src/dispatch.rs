@@ -25,13 +25,15 @@ use sida_telemetry::{counter, names};
 use crate::{
     call_failure::CallFailure,
     calls::{self, Call, Piece},
-    lane::{Computed, Lane, Reply},
+    lane::{Computed, Lane, Reply, travel},
     nodes::{Nodes, Reach, Roster},
     request::RequestError,
 };
 
 /// How often the rows of one layer are shared out again under a newer placement.
 const RESHARES_MAX: u32 = 3;
+/// A call straggles that is on its way for longer than this and four times those to other nodes.
+const STRAGGLE_MIN: Duration = Duration::from_millis(10);
 /// How soon a call that should be given up is looked at again, while nobody else could answer it.
 const LOOK_PERIOD: Duration = Duration::from_millis(25);
 /// When this thread was woken so late, its machine was busy, and answers may have come without being read yet: nobody
@@ -256,6 +258,8 @@ impl Dispatch {
     ) {
         let mut load_max = Duration::ZERO;
         let mut late_wakes = 0;
+        // By node: how long its call was on its way, without loads, computation and what the size of it explains.
+        let mut on_the_way: Vec<(usize, Duration)> = Vec::with_capacity(outstanding.len());
         while let Some(look) = outstanding.iter().map(|call| call.look).min() {
             let Ok(Reply { call_id, outcome }) = self.replies.1.recv_deadline(look) else {
                 let now = Instant::now();
@@ -277,6 +281,8 @@ impl Dispatch {
                 Ok(Computed { payload, report, took }) => {
                     roster.links[call.node].durations.record(took);
                     load_max = load_max.max(report.load);
+                    let explained = report.load + report.compute + travel(payload.len());
+                    on_the_way.push((call.node, took.saturating_sub(explained)));
                     dispatched.demand_loads += u64::from(report.demand_loads);
                     let mut from = &payload[..];
                     for piece in &call.pieces {
@@ -289,6 +295,7 @@ impl Dispatch {
                 Err(failure) => self.give_back(roster, call, failure, failed),
             }
         }
+        note_stragglers(roster, &on_the_way);
         // Remote nodes load at the same time.
         dispatched.load += load_max;
     }
@@ -314,7 +321,7 @@ impl Dispatch {
             };
             match failure {
                 Some(failure) => {
-                    lane.give_up(one.call_id, &failure, now);
+                    lane.give_up(one.call_id, now);
                     given_up.push((outstanding.swap_remove(at).call, failure));
                 }
                 None => {
@@ -351,6 +358,22 @@ impl Dispatch {
                 piece.tried.push((node.clone(), failure.clone()));
             }
             failed.push(piece);
+        }
+    }
+}
+
+/// Tells the lanes of one round how they kept pace: one behind a link that is slow holds up every layer without ever
+/// being late enough to be given up.
+fn note_stragglers(roster: &Roster, on_the_way: &[(usize, Duration)]) {
+    let Some(&(slowest, longest)) = on_the_way.iter().max_by_key(|(_, took)| *took) else { return };
+    let Some(second) = on_the_way.iter().filter(|(node, _)| *node != slowest).map(|(_, took)| *took).max() else {
+        return;
+    };
+    let straggled = longest > STRAGGLE_MIN + 4 * second;
+    let now = Instant::now();
+    for &(node, _) in on_the_way {
+        if let Reach::Remote(lane) = &roster.links[node].reach {
+            lane.note_pace(straggled && node == slowest, now);
         }
     }
 }

@@ -45,6 +45,9 @@ use crate::{call_deadline::CallDeadline, call_failure::CallFailure};
 /// life until it has arrived, so large messages get the time that they need.
 const BYTES_PER_MICROSECOND: usize = 100;
 
+/// After so many answers in a row that were far later than others' a node is passed over.
+const STRAGGLES_MAX: u32 = 3;
+
 /// Names calls. One sequence for all lanes, so that answers from several of them can share a channel.
 static NEXT_CALL: AtomicU64 = AtomicU64::new(1);
 
@@ -88,6 +91,8 @@ struct State {
     /// Since when it is silent for too long; until the next message, or a new connection.
     suspect: Option<Instant>,
     breaker: Breaker,
+    /// Answers in a row that were far later than those of other nodes.
+    straggles: u32,
 }
 
 /// A call that waits for its answer.
@@ -135,6 +140,7 @@ impl Lane {
             silence: Silence::new(),
             suspect: None,
             breaker: Breaker::new(),
+            straggles: 0,
         };
         let breaker_state = gauge!(names::BREAKER_STATE, names::NODE => node.to_string());
         breaker_state.set(0.0);
@@ -177,10 +183,9 @@ impl Lane {
     /// Until when a call that left at `sent` waits for a sign of life.
     pub(crate) fn silent_until(&self, sent: Instant) -> Instant {
         let state = self.state.lock();
-        // There and back.
-        let travel = Duration::from_micros((2 * state.inflight_bytes / BYTES_PER_MICROSECOND) as u64);
         let of_the_call = self.since(sent) + state.silence.allowed(true);
-        self.origin + state.silence.deadline(true).unwrap_or_default().max(of_the_call) + travel
+        let deadline = state.silence.deadline(true).unwrap_or_default().max(of_the_call);
+        self.origin + deadline + travel(state.inflight_bytes)
     }
 
     /// For how long the node has been silent for too long; `None` if it is not.
@@ -217,16 +222,26 @@ impl Lane {
         Ok(call_id)
     }
 
-    /// Gives a call up; its answer, if it comes after all, is dropped.
-    pub(crate) fn give_up(&self, call_id: u64, failure: &CallFailure, now: Instant) {
+    /// Gives a call up; its answer, if it comes after all, is dropped. Until the next message the node counts as hung:
+    /// one that is merely late says something within a heartbeat, since it still works on the call.
+    pub(crate) fn give_up(&self, call_id: u64, now: Instant) {
         let mut state = self.state.lock();
         if state.take(call_id).is_some() {
-            if let CallFailure::Silent { .. } = failure {
-                state.suspect.get_or_insert(now);
-            }
+            state.suspect.get_or_insert(now);
             self.on_breaker(&mut state, now, Breaker::failed);
             drop(state);
             self.room.notify_all();
+        }
+    }
+
+    /// Notes whether a call that was answered was on its way much longer than those to other nodes. A node for which
+    /// that happens time and again is left to its breaker.
+    pub(crate) fn note_pace(&self, straggled: bool, now: Instant) {
+        let mut state = self.state.lock();
+        state.straggles = if straggled { state.straggles + 1 } else { 0 };
+        if state.straggles >= STRAGGLES_MAX {
+            tracing::debug!(node = %self.node, "answers are far later than those of other nodes");
+            self.on_breaker(&mut state, now, Breaker::failed);
         }
     }
 
@@ -354,6 +369,11 @@ impl State {
         }
         Some(pending)
     }
+}
+
+/// How long the rows of a call and those of its answer may travel.
+pub(crate) fn travel(bytes: usize) -> Duration {
+    Duration::from_micros((2 * bytes / BYTES_PER_MICROSECOND) as u64)
 }
 
 /// The rows of an answer, checked against the call.

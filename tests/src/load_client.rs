@@ -7,6 +7,7 @@
 
 use std::{
     collections::BTreeMap,
+    error::Error,
     fmt,
     sync::{
         Arc,
@@ -113,7 +114,7 @@ impl Load {
             asked.outcome = self.generate(channel.clone(), &mut asked, start).await;
             // Generation is greedy: asked again, a request gets the same answer.
             match &asked.outcome {
-                Err(status) if status.code() == Code::Unavailable => asked.moved += 1,
+                Err(status) if status.code() == Code::Unavailable || is_of_the_connection(status) => asked.moved += 1,
                 _ => break,
             }
         }
@@ -218,6 +219,11 @@ impl fmt::Display for Report {
         }
         Ok(())
     }
+}
+
+/// Whether it was the connection that ended rather than a server that answered: what a server says has no cause here.
+fn is_of_the_connection(status: &Status) -> bool {
+    status.source().is_some()
 }
 
 fn quantile_of(mut durations: Vec<Duration>, quantile: f64) -> Duration {

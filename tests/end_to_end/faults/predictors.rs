@@ -68,14 +68,14 @@ async fn a_bad_predictor_costs_hints_only() {
 /// Predictions for another model would be used.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_predictor_of_another_model_is_not_used() {
-    let plain = Sandbox::start(SandboxConfig::default()).await;
+    // The predictor of the larger model for the smaller, which has none of its own.
+    let models = repository().join("models");
+    let served = SandboxConfig { model: models.join("switch-mini-8"), ..Default::default() };
+    let coordinator_flags = ["--predictor", "off"].map(str::to_owned).to_vec();
+    let plain = Sandbox::start(SandboxConfig { coordinator_flags, ..served.clone() }).await;
     let expected = answers(&load(&plain)).await;
     drop(plain);
-    let config = SandboxConfig {
-        predictor_nodes: 1,
-        predictor_model: Some(repository().join("models/switch-mini-8")),
-        ..Default::default()
-    };
+    let config = SandboxConfig { predictor_nodes: 1, predictor_model: Some(models.join("switch-tiny-64")), ..served };
     let sandbox = Sandbox::start(config).await;
     let report = load(&sandbox).run(Duration::from_secs(1)).await;
     report.assert_as(&expected);
