@@ -115,7 +115,7 @@ impl Coordinator {
         let lanes = LaneConfig {
             inflight_bytes_max: config.lane_inflight_bytes_max,
             d_model: model.d_model,
-            connector: Arc::new(Connector { client: config.client.clone(), model: config.checkpoint.digest() }),
+            connector: Arc::new(Connector::new(&config.client, config.checkpoint.digest())),
         };
         let nodes = Nodes::follow(&cluster, lanes, &runtime);
         let missing = nodes.connected(CONNECT_PATIENCE).await;

@@ -28,6 +28,9 @@ impl From<RequestError> for Fault {
             E::ExpertUnavailable { key, .. } => {
                 fault(Reason::ExpertUnavailable).with("layer", key.layer).with("expert", key.expert)
             }
+            E::RetriesExhausted { key, .. } => {
+                fault(Reason::RetriesExhausted).with("layer", key.layer).with("expert", key.expert)
+            }
             E::Model(model) => match &**model {
                 // What the tokenizer refuses is the caller's text.
                 ModelError::Tokenize { .. } => fault(Reason::InvalidRequest).with("field", "text"),

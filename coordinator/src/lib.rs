@@ -5,8 +5,8 @@
 //! (the wire's side), or this process by [`coordinator`]; `accept` checks and tokenizes it into a [`request`].
 //! It waits in a `queue`; `prepare` takes a batch, has `predict` (here, or by `remote_predictor`) fill its hash
 //! tables and `preload` hint them. The `engine` lets it join: `forward` runs the layers, [`routing_mode`] chooses
-//! experts, `dispatch` sends rows to the `nodes` over `lane`s (`lane_connection`, `call_deadline`). A `sequence`
-//! goes on from step to step: `sampler`, `detokenize`, `stop_text`, or `score`; the answer leaves as [`output`]
+//! experts, `dispatch` sends rows in `calls` to the `nodes` over `lane`s (`lane_connection`,
+//! `call_deadline`, `call_failure`). A `sequence` goes on from step to step: `sampler`, `detokenize`, `stop_text`, or `score`; the answer leaves as [`output`]
 //! with its [`trace`], or as a `fault`. Beside that: `probe` (health), `cluster_service` and `statistics`.
 //!
 //! Invariant: it does not know expert-nodes but by `sida_cluster::experts` and the wire, and takes no decision
@@ -14,6 +14,8 @@
 
 mod accept;
 mod call_deadline;
+mod call_failure;
+mod calls;
 mod cluster_service;
 pub mod config;
 pub mod coordinator;

@@ -61,7 +61,7 @@ impl Preload {
         }
         let mut links = Vec::new();
         for (link, experts) in roster.links.iter().zip(shares).filter(|(_, experts)| !experts.is_empty()) {
-            link.plan(Plan { id, experts });
+            link.plan(Plan { id, experts }, roster.placement.epoch());
             links.push(link.clone());
         }
         Hint { id, links }

@@ -138,6 +138,12 @@ pub enum RequestError {
         /// Each node that was asked, and why it did not answer.
         tried: Vec<(NodeId, String)>,
     },
+    #[error("too many expert calls failed lately to ask another node for {key}: {}", reasons(.tried))]
+    RetriesExhausted {
+        key: ExpertKey,
+        /// As above.
+        tried: Vec<(NodeId, String)>,
+    },
     #[error("the model failed: {0}")]
     Model(#[from] Arc<ModelError>),
     #[error("the model's output is not a number")]

@@ -6,8 +6,9 @@
 //! [`sida_routing::residency`], what it computes from [`sida_model::expert`].
 //!
 //! In reading order: [`config`], [`source`] (where experts come from), `slots` (where they go), `cache` (who may
-//! touch which slot), `loader` (ahead of use), `placed` (for the placement), `compute` (one call), [`engine`] (all of that), `call_queue`,
-//! `lane` and `service` (the network), `measures`, [`error`].
+//! touch which slot), `loader` (ahead of use), `placed` (for the placement), `compute` (one call), [`engine`] (all of
+//! that), `call_queue`, `lane` with its `responses` and `stale` epochs, and `service` (the network), `measures`,
+//! [`error`].
 
 mod cache;
 mod call_queue;
@@ -19,9 +20,11 @@ mod lane;
 mod loader;
 mod measures;
 mod placed;
+mod responses;
 mod service;
 mod slots;
 pub mod source;
+mod stale;
 
 use std::{sync::Arc, time::Duration};
 
@@ -41,7 +44,7 @@ pub use engine::Engine;
 pub use error::ExpertNodeError;
 pub use service::MODEL_DIGEST_METADATA;
 
-use crate::{call_queue::Job, lane::Lanes, service::ExpertsService};
+use crate::{call_queue::Job, lane::Lanes, service::ExpertsService, stale::Epochs};
 
 /// The service that health speaks of.
 const SERVICE: &str = "sida.v1.Experts";
@@ -92,6 +95,7 @@ pub async fn serve(
         bounds,
         jobs: jobs.clone(),
         limits: config.limits,
+        epochs: Epochs::new(cluster, engine.model()),
         calls: Arc::new(Semaphore::new(config.limits.calls_max)),
         shutdown: shutdown.clone(),
     });

@@ -8,9 +8,13 @@ use std::{
     time::Duration,
 };
 
+use sida_cluster::Cluster;
 use sida_expert_node::{Engine, ExpertMemory, ExpertNodeConfig, ExpertNodeError, MODEL_DIGEST_METADATA};
 use sida_proto::{
-    v1::{self, LaneRequest, LaneResponse, experts_client::ExpertsClient, lane_request::Kind},
+    v1::{
+        self, LaneRequest, LaneResponse, experts_client::ExpertsClient, lane_request::Kind,
+        lane_response::Kind as Answered,
+    },
     wire::{Answer, rows},
 };
 use sida_routing::{Digest, ExpertId, ExpertKey, Group, LayerId, Plan, PlanId};
@@ -61,7 +65,9 @@ impl Node {
         let address = listener.local_addr().unwrap().to_string();
         let shutdown = CancellationToken::new();
         let ending = shutdown.clone();
-        let serving = tokio::spawn(async move { sida_expert_node::serve(engine, &config, listener, ending).await });
+        let cluster = Cluster::fixed(Vec::new(), support::LAYERS, support::EXPERTS, 1).unwrap();
+        let serving =
+            tokio::spawn(async move { sida_expert_node::serve(engine, &config, listener, cluster, ending).await });
         let channel = sida_rpc::connect(&address, &Default::default()).await.unwrap();
         Self { source, channel, shutdown, serving }
     }
@@ -123,8 +129,13 @@ impl Lane {
     }
 
     async fn answer(&mut self) -> v1::Results {
-        let answer = timeout(Duration::from_secs(10), self.answers.message()).await.expect("an answer in time");
-        answer.unwrap().expect("the lane is open").results.unwrap()
+        loop {
+            let message = timeout(Duration::from_secs(10), self.answers.message()).await.expect("an answer in time");
+            match message.unwrap().expect("the lane is open").kind.unwrap() {
+                Answered::Results(results) => return results,
+                Answered::Alive(_) => {}
+            }
+        }
     }
 }
 
@@ -285,7 +296,8 @@ async fn calls_in_flight_end_before_the_node_does() {
     // The others are answered, or the lane ends without an answer and they go elsewhere; none gets a wrong one.
     let mut answered = 1;
     while let Ok(Some(response)) = lane.answers.message().await {
-        assert_eq!(payload_of(response.results.unwrap(), &call), node.source.expected(call.as_call()));
+        let Some(Answered::Results(results)) = response.kind else { continue };
+        assert_eq!(payload_of(results, &call), node.source.expected(call.as_call()));
         answered += 1;
     }
     assert!(answered > 1, "what was under way was dropped");

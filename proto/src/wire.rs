@@ -5,10 +5,11 @@
 //! Invariant: nothing is allocated by a number that a message claims, only by bytes that arrived; and every
 //! number is checked against [`Bounds`] before it is used as an index or multiplied.
 //!
-//! In reading order: [`rows`] (float payloads), [`hash_table`], [`predict`], [`plan`], [`call`],
+//! In reading order: [`rows`] (float payloads), [`hash_table`], [`predict`], [`plan`], [`call`] with its `checksum`,
 //! [`residency`], [`placement`], [`decode`] (all of them from plain bytes).
 
 pub mod call;
+mod checksum;
 pub mod decode;
 pub mod hash_table;
 pub mod placement;
@@ -60,6 +61,8 @@ pub enum WireError {
     Digest { field: &'static str, found: usize },
     #[error("{field} is {found}, which this node does not take")]
     Kind { field: &'static str, found: i32 },
+    #[error("{message} has the checksum {found:08x}, expected {expected:08x}: it was damaged on its way")]
+    Damaged { message: &'static str, found: u32, expected: u32 },
     #[error("{field} is missing")]
     Missing { field: &'static str },
     #[error("hash table: {0}")]

@@ -52,6 +52,10 @@ pub const HASH_PREDICTIONS_TOTAL: &str = "sida_hash_predictions_total";
 pub const DISPATCH_DURATION_SECONDS: &str = "sida_dispatch_duration_seconds";
 /// Counter {reason}: calls that went to another holder.
 pub const FAILOVERS_TOTAL: &str = "sida_failovers_total";
+/// Counter: calls that could have gone to another holder and did not, since too many had failed lately.
+pub const RETRIES_REFUSED_TOTAL: &str = "sida_retries_refused_total";
+/// Gauge {node}: a coordinator's breaker before an expert-node: 0 closed, 1 on probation, 2 open.
+pub const BREAKER_STATE: &str = "sida_breaker_state";
 /// Gauge: epoch of the placement in use.
 pub const PLACEMENT_EPOCH: &str = "sida_placement_epoch";
 
@@ -113,6 +117,7 @@ const COUNTERS: &[Described] = &[
     (TOKENS_TOTAL, Unit::Count, "Tokens read (prompt) and written (generated)."),
     (HASH_PREDICTIONS_TOTAL, Unit::Count, "Routed experts that the hash table named first, named, or missed."),
     (FAILOVERS_TOTAL, Unit::Count, "Expert calls that went to another holder."),
+    (RETRIES_REFUSED_TOTAL, Unit::Count, "Expert calls that were not made again, since too many had failed lately."),
     (ETCD_DISCONNECTS_TOTAL, Unit::Count, "How often etcd was lost."),
     (PLACEMENT_WRITES_TOTAL, Unit::Count, "Placements written to etcd, or refused by it."),
     (EXPERT_LOADS_TOTAL, Unit::Count, "Experts loaded ahead of use (prefetch) or while a call waited (demand)."),
@@ -124,6 +129,7 @@ const COUNTERS: &[Described] = &[
 const GAUGES: &[Described] = &[
     (REQUESTS_INFLIGHT, Unit::Count, "Requests being worked on."),
     (REQUESTS_QUEUED, Unit::Count, "Requests waiting for a place in a batch."),
+    (BREAKER_STATE, Unit::Count, "Breaker before an expert-node: 0 closed, 1 on probation, 2 open."),
     (PLACEMENT_EPOCH, Unit::Count, "Epoch of the placement in use."),
     (ETCD_CONNECTED, Unit::Count, "1 while etcd answers."),
     (MEMBERS, Unit::Count, "Members of the cluster that this node sees, by role."),
