@@ -201,7 +201,7 @@ async fn a_malformed_call_fails_alone() {
         assert_eq!((error.code, &*error.reason), (Code::InvalidArgument as i32, Reason::MalformedMessage.name()));
     }
     // Hints that are wrong are dropped; a request of a kind of a later version is skipped.
-    lane.send(Kind::Plan(v1::Plan { plan_id: 1, layers: vec![0, 99], experts: vec![0, 0] }));
+    lane.send(Kind::Plan(v1::Plan { plan_id: 1, layers: vec![0, 99], experts: vec![0, 0], placement_epoch: 0 }));
     lane.send(Kind::Release(v1::Release { plan_id: 77 }));
     lane.requests.send(LaneRequest { kind: None }).unwrap();
     lane.call(9, &good);
