@@ -65,9 +65,7 @@ impl Coordinator {
         let mut residency = None;
         let healthy = match (member.role, &member.address) {
             (Role::Coordinator, _) if member.node == self.config().node => true,
-            (Role::Coordinator, Address::Grpc(address)) => {
-                within_patience(serves(address, client)).await == Some(true)
-            }
+            (Role::Coordinator, Address::Grpc(address)) => within_patience(serves(address, client)).await == Some(true),
             (Role::Coordinator, Address::Local(_)) => false,
             (Role::ExpertNode, Address::Local(experts)) => {
                 residency = Some(self.local_residency(member, experts.residency()));

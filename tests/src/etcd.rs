@@ -100,7 +100,8 @@ impl Etcd {
             let endpoint = format!("127.0.0.1:{}", self.members[*index].client_port);
             let status = self.ctl_at(&endpoint, &["endpoint", "status", "-w", "fields"]).unwrap_or_default();
             let field = |name: &str| {
-                let line = status.lines().find_map(|line| line.strip_prefix(&format!("\"{name}\" : ")).map(str::to_owned));
+                let line =
+                    status.lines().find_map(|line| line.strip_prefix(&format!("\"{name}\" : ")).map(str::to_owned));
                 line.unwrap_or_default()
             };
             !field("Leader").is_empty() && field("Leader") == field("MemberID")
@@ -129,7 +130,13 @@ impl Etcd {
         let mut command = Command::new("etcdctl");
         command.env("ETCDCTL_API", "3").args(["--endpoints", endpoints, "--command-timeout", "5s"]);
         if let Some(tls) = &self.tls {
-            command.arg("--cacert").arg(&tls.authorities).arg("--cert").arg(&tls.client.0).arg("--key").arg(&tls.client.1);
+            command
+                .arg("--cacert")
+                .arg(&tls.authorities)
+                .arg("--cert")
+                .arg(&tls.client.0)
+                .arg("--key")
+                .arg(&tls.client.1);
         }
         if let Some(user) = &self.user {
             command.args(["--user", user]);

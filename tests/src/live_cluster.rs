@@ -95,12 +95,7 @@ impl LiveCluster {
     }
 
     /// Waits until a coordinator sees what the test wants; tells what it saw then.
-    pub async fn wait(
-        &self,
-        coordinator: &str,
-        what: &str,
-        is_so: impl Fn(&StatusResponse) -> bool,
-    ) -> StatusResponse {
+    pub async fn wait(&self, coordinator: &str, what: &str, is_so: impl Fn(&StatusResponse) -> bool) -> StatusResponse {
         let started = Instant::now();
         loop {
             let status = self.status(coordinator).await;

@@ -49,8 +49,9 @@ fn membership(status: &StatusResponse, style: Style) -> String {
 }
 
 fn nodes(nodes: &[NodeStatus], style: Style) -> PlainTable {
-    let mut table =
-        PlainTable::new(["node", "role", "address", "health", "first", "holds", "ready", "resident", "loads", "waited", "evicted"]);
+    let mut table = PlainTable::new([
+        "node", "role", "address", "health", "first", "holds", "ready", "resident", "loads", "waited", "evicted",
+    ]);
     for node in nodes {
         let (health, colour) = if node.healthy { ("serving", Color::Green) } else { ("down", Color::Red) };
         let health = if style == Style::Colour { Cell::new(health).fg(colour) } else { Cell::new(health) };

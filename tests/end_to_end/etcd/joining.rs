@@ -45,9 +45,8 @@ async fn the_copies_of_a_dead_node_are_restored() {
     live.take("expert-node-1").kill();
     let left = ["expert-node-0", "expert-node-2"];
     let started = std::time::Instant::now();
-    let status = live
-        .wait("coordinator-0", "the copies of the dead node", |s| is_settled(s, &left, EXPERTS, REPLICAS))
-        .await;
+    let status =
+        live.wait("coordinator-0", "the copies of the dead node", |s| is_settled(s, &left, EXPERTS, REPLICAS)).await;
     println!("restored {:?} after the kill, of which {LEASE_TTL:?} are the lease", started.elapsed());
     assert!(status.placement_epoch > epoch);
     // It comes back under its name, and gets its share again.
