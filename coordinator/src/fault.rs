@@ -24,6 +24,7 @@ impl From<RequestError> for Fault {
             E::DeadlineExceeded => fault(Reason::DeadlineExceeded),
             E::Cancelled => fault(Reason::Cancelled),
             E::ShuttingDown => fault(Reason::ShuttingDown),
+            E::NoExpertNode => fault(Reason::ExpertUnavailable),
             E::ExpertUnavailable { key, .. } => {
                 fault(Reason::ExpertUnavailable).with("layer", key.layer).with("expert", key.expert)
             }

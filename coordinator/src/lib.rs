@@ -45,6 +45,8 @@ mod statistics;
 mod stop_text;
 pub mod trace;
 
+use std::time::Duration;
+
 use sida_cluster::Cluster;
 use sida_proto::v1::{cluster_server::ClusterServer, inference_server::InferenceServer};
 use sida_rpc::{MESSAGE_BYTES_MAX, Server};
@@ -73,7 +75,11 @@ pub async fn run(
     serve(coordinator, listener, shutdown).await
 }
 
-/// Serves a coordinator that runs already, so that this process can ask it, too.
+/// How long others may take to see that this node goes, before it takes no more requests.
+const LEAVE_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Serves a coordinator that runs already, so that this process can ask it, too. At `shutdown` health says NOT_SERVING
+/// and the coordinator leaves its cluster; then it takes no more requests and finishes those in flight.
 pub async fn serve(
     coordinator: Coordinator,
     listener: TcpListener,
@@ -95,7 +101,8 @@ pub async fn serve(
         .descriptors(sida_proto::DESCRIPTORS)
         .check("sida.v1.Inference", probe(&coordinator))
         .check("sida.v1.Cluster", || async { Ok(()) })
-        .serve(listener, shutdown)
+        .leaving(shutdown.clone())
+        .serve(listener, coordinator.cluster().left_after(shutdown, LEAVE_PATIENCE))
         .await?;
     coordinator.stop().await;
     Ok(())

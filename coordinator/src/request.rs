@@ -130,6 +130,8 @@ pub enum RequestError {
     Cancelled,
     #[error("the coordinator is shutting down")]
     ShuttingDown,
+    #[error("the cluster has no expert-node yet")]
+    NoExpertNode,
     #[error("no expert-node could compute {key}: {}", reasons(.tried))]
     ExpertUnavailable {
         key: ExpertKey,

@@ -44,7 +44,7 @@ impl Epochs {
         if !self.is_stale(epoch) {
             return None;
         }
-        let placement = self.cluster.placement();
+        let placement = self.cluster.placement_as_written();
         let mut encoded = self.encoded.lock();
         let newer_placement = match &*encoded {
             Some((known, bytes)) if *known == placement.epoch() => bytes.clone(),

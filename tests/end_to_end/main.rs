@@ -3,11 +3,12 @@
 //!
 //! In reading order: [`client`] (asking), [`golden`] (the answers are the model's own), [`service`] (health,
 //! reflection, deadlines, the end), [`bad_input`], [`failure`] (nodes that die),
-//! [`faults`] (everything that goes wrong under load), [`commands`] (what needs no cluster).
+//! [`faults`] (everything that goes wrong under load), [`etcd`] (nodes that come and go), [`commands`] (what needs no cluster).
 
 mod bad_input;
 mod client;
 mod commands;
+mod etcd;
 mod failure;
 mod faults;
 mod golden;

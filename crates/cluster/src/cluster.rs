@@ -15,7 +15,7 @@ use std::{sync::Arc, time::Duration};
 use sida_routing::{Candidate, Digest, Extent, HashTable, NodeId, Placement, PlacementError};
 use thiserror::Error;
 use tokio::sync::watch;
-use tokio_util::sync::DropGuard;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 pub use crate::view::View;
 use crate::{
@@ -93,6 +93,11 @@ impl Cluster {
         self.views.borrow().placement.clone()
     }
 
+    /// The placement as it was written, whether or not its nodes are members: what to tell another node of.
+    pub fn placement_as_written(&self) -> Arc<Placement> {
+        self.published.placement()
+    }
+
     /// The members of one role now.
     pub fn members_of(&self, role: Role) -> Vec<Member> {
         self.views.borrow().members.iter().filter(|member| member.role == role).cloned().collect()
@@ -131,6 +136,19 @@ impl Cluster {
     /// holders to those that are wanted most.
     pub fn note_demand<'a>(&self, tables: impl IntoIterator<Item = &'a HashTable>) {
         self.published.note_demand(tables);
+    }
+
+    /// A token that is cancelled once this node has left the cluster, which it does when `shutdown` is, in `patience`
+    /// at most: what a server stops at, so that it still answers while others are told that it goes.
+    pub fn left_after(&self, shutdown: CancellationToken, patience: Duration) -> CancellationToken {
+        let (left, cluster) = (CancellationToken::new(), self.clone());
+        let token = left.clone();
+        tokio::spawn(async move {
+            shutdown.cancelled().await;
+            cluster.leave(patience).await;
+            left.cancel();
+        });
+        token
     }
 
     /// Leaves the cluster: this node is no longer listed, and nothing new is placed on it. Returns once a placement

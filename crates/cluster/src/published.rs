@@ -30,7 +30,7 @@ pub(crate) struct Published {
 }
 
 struct Known {
-    /// Whose experts are placed; `None` in a fixed cluster, which takes no other placement.
+    /// Whose experts are placed; `None`: nobody said.
     model: Option<Digest>,
     members: Arc<[Member]>,
     /// As it was written.
@@ -80,7 +80,7 @@ impl Published {
     /// From another node: newer than what is known, of the same model.
     pub(crate) fn adopt(&self, model: Digest, placement: Placement) -> bool {
         let mut known = self.known.lock();
-        let fits = known.model == Some(model) && is_same_model(&known.placement, &placement);
+        let fits = known.model.is_none_or(|known| known == model) && is_same_model(&known.placement, &placement);
         let taken = fits && placement.epoch() > known.placement.epoch();
         if taken {
             tracing::info!(epoch = placement.epoch(), "took over a newer placement from another node");

@@ -4,7 +4,10 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use sida_proto::wire::{PlacementRecord, placement::RECORD_BYTES_MAX};
-use sida_routing::{Candidate, NodeId, Placement, Policy, placement};
+use sida_routing::{
+    Candidate, NodeId, Placement, Policy,
+    placement::{self, Allowance},
+};
 use sida_telemetry::{counter, gauge, names};
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
@@ -14,6 +17,7 @@ use super::{
     grace::Grace,
     lease::Lease,
     listing::Listing,
+    pace::Pace,
     session::{self, Away},
 };
 use crate::{
@@ -30,7 +34,7 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from
 /// Holders more than asked for that a hot expert can get.
 const HOT_REPLICAS_MAX: usize = 2;
 /// Copies that one placement adds to the one before.
-const MOVES_MAX: usize = 64;
+const COPIES_MAX: usize = 256;
 /// Bytes of a holder in a record: an index of two varint bytes.
 const HOLDER_BYTES: usize = 2;
 
@@ -41,6 +45,7 @@ pub(super) struct Follower {
     pub(super) published: Arc<Published>,
     pub(super) lease: Option<Lease>,
     grace: Grace,
+    pace: Pace,
     leads: bool,
     /// Whether etcd was last told to be there; `None`: nothing was told yet.
     told: Option<bool>,
@@ -61,6 +66,7 @@ pub(super) fn start(config: EtcdConfig, joining: Joining) -> Result<Cluster, Etc
         published: published.clone(),
         lease: None,
         grace: Grace::default(),
+        pace: Pace::new(Instant::now()),
         leads: false,
         told: None,
         twin_told: false,
@@ -225,23 +231,30 @@ impl Follower {
         }
         let ready: BTreeMap<&NodeId, u64> = members.iter().map(|(node, record)| (node, record.ready_epoch)).collect();
         let ready = |node: &NodeId| ready.get(node).copied().unwrap_or(0);
-        let policy = Policy { replicas: extent.replicas, hot_replicas_max: HOT_REPLICAS_MAX, moves_max: MOVES_MAX };
+        let policy = Policy { replicas: extent.replicas, hot_replicas_max: HOT_REPLICAS_MAX, moves_max: COPIES_MAX };
         let demand = self.published.demand(|_| {});
         let target = placement::target(extent, &candidates, &demand, &policy)
             .inspect_err(|error| tracing::error!(%error, "experts cannot be placed"))
             .ok()?;
         let stored = listing.placement.record.as_deref();
         let known = self.published.placement();
-        let next =
-            match stored.filter(|record| record.model == model && record.placement.extent().same_experts(&extent)) {
-                // etcd lost what was written last (it was restored from a copy): what the nodes know goes on.
-                Some(record) if record.placement.epoch() < known.epoch() => {
-                    let step = placement::step(&known, &target, &ready, &policy);
-                    step.unwrap_or_else(|| Placement::clone(&known))
-                }
-                Some(record) => placement::step(&record.placement, &target, &ready, &policy)?,
-                None => target,
-            };
+        let now = Instant::now();
+        let allowance = Allowance { copies: COPIES_MAX, moves: self.pace.moves(now) };
+        let mut step = |current: &Placement| {
+            let next = placement::step_within(current, &target, &ready, allowance)?;
+            self.pace.moved(placement::moves(current, &next));
+            Some(next)
+        };
+        let is_ours =
+            |record: &&PlacementRecord| record.model == model && record.placement.extent().same_experts(&extent);
+        let next = match stored.filter(is_ours) {
+            // etcd lost what was written last (it was restored from a copy): what the nodes know goes on.
+            Some(record) if record.placement.epoch() < known.epoch() => {
+                step(&known).unwrap_or_else(|| Placement::clone(&known))
+            }
+            Some(record) => step(&record.placement)?,
+            None => target,
+        };
         let newest = known.epoch().max(stored.map_or(0, |record| record.placement.epoch()));
         Some(PlacementRecord { model, placement: Arc::new(next.with_epoch(newest + 1)) })
     }

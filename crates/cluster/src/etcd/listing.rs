@@ -70,7 +70,7 @@ impl Listing {
         for change in changes {
             match change {
                 Change::Put(entry) if entry.mod_revision > self.revision => self.put(&entry),
-                Change::Delete { key, mod_revision } if mod_revision > self.revision => self.delete(key),
+                Change::Delete { key, mod_revision } if mod_revision > self.revision => self.delete(key, mod_revision),
                 _ => {}
             }
         }
@@ -86,26 +86,32 @@ impl Listing {
                     self.members.remove(&NodeId::from(name));
                 }
             },
-            Some(Kind::Leader) => {
+            // This node may know its own leadership and its own writes before the watch tells what was before them.
+            Some(Kind::Leader) if self.is_news_of_leader(entry.mod_revision) => {
                 let node = NodeId::from(String::from_utf8_lossy(entry.value).into_owned());
                 self.leader = Some(Leader { node, create_revision: entry.create_revision, lease: entry.lease });
             }
-            Some(Kind::Placement) => {
+            Some(Kind::Placement) if entry.mod_revision > self.placement.mod_revision => {
                 let record = decode::placement(entry.value)
                     .inspect_err(|error| tracing::error!(%error, "the placement in etcd cannot be read"));
                 self.placement = Stored { record: record.ok().map(Arc::new), mod_revision: entry.mod_revision };
             }
+            Some(Kind::Leader | Kind::Placement) => {}
             None => {}
         }
     }
 
-    fn delete(&mut self, key: &[u8]) {
+    fn delete(&mut self, key: &[u8], mod_revision: i64) {
         match self.keys.kind(key) {
             Some(Kind::Member(name)) => drop(self.members.remove(&NodeId::from(name))),
-            Some(Kind::Leader) => self.leader = None,
-            Some(Kind::Placement) => self.placement = Stored::default(),
-            None => {}
+            Some(Kind::Leader) if self.is_news_of_leader(mod_revision) => self.leader = None,
+            Some(Kind::Placement) if mod_revision > self.placement.mod_revision => self.placement = Stored::default(),
+            Some(Kind::Leader | Kind::Placement) | None => {}
         }
+    }
+
+    fn is_news_of_leader(&self, mod_revision: i64) -> bool {
+        self.leader.as_ref().is_none_or(|leader| mod_revision > leader.create_revision)
     }
 }
 
@@ -157,6 +163,21 @@ mod tests {
         let leader = Leader { node: "c0".into(), create_revision: 3, lease: 9 };
         assert_eq!(listing.leader, Some(leader));
         listing.apply(11, [Change::Delete { key: keys.leader().as_bytes(), mod_revision: 11 }]);
+        assert_eq!(listing.leader, None);
+    }
+
+    #[test]
+    fn what_this_node_has_done_itself_stays_done() {
+        // Broken: a coordinator that was just elected would not write, or would write after a placement of before.
+        let keys = Keys::new("c");
+        let mut listing = Listing::new(&keys, 10, [entry(&keys.leader(), b"c0", 4)]);
+        listing.leader = Some(Leader { node: "c1".into(), create_revision: 12, lease: 7 });
+        listing.placement.mod_revision = 13;
+        listing.apply(11, [Change::Delete { key: keys.leader().as_bytes(), mod_revision: 11 }]);
+        listing.apply(12, [Change::Put(entry(&keys.placement(), b"", 12))]);
+        assert_eq!(listing.leader.as_ref().map(|leader| leader.create_revision), Some(12));
+        assert_eq!(listing.placement.mod_revision, 13);
+        listing.apply(14, [Change::Delete { key: keys.leader().as_bytes(), mod_revision: 14 }]);
         assert_eq!(listing.leader, None);
     }
 

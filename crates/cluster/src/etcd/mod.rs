@@ -8,7 +8,7 @@
 //! needed for answering: while etcd is away the last view stays.
 //!
 //! In reading order: [`config`], [`error`], `keys` (what stands where), `listing` (what was read), `session` (one
-//! connection: `connect`, `lease`, `register`, `election`, `writer`), `grace` (who is not dead yet), `follow`
+//! connection: `connect`, `lease`, `register`, `election`, `writer`), `grace` (who is not dead yet), `pace`, `follow`
 //! (the task that goes from one connection to the next).
 
 pub mod config;
@@ -27,6 +27,8 @@ mod keys;
 mod lease;
 #[cfg(feature = "etcd")]
 mod listing;
+#[cfg(feature = "etcd")]
+mod pace;
 #[cfg(feature = "etcd")]
 mod register;
 #[cfg(feature = "etcd")]

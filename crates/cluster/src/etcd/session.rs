@@ -46,12 +46,11 @@ impl fmt::Display for Away {
 impl From<etcd_client::Error> for Away {
     fn from(error: etcd_client::Error) -> Self {
         use std::error::Error as _;
-        let mut reason = error.to_string();
         // These say only what they are; what happened is their cause, which etcd-client does not pass on.
-        let mut cause = match &error {
-            etcd_client::Error::TransportError(error) => error.source(),
-            etcd_client::Error::GRpcStatus(error) => error.source(),
-            _ => None,
+        let (mut reason, mut cause) = match &error {
+            etcd_client::Error::TransportError(error) => (error.to_string(), error.source()),
+            etcd_client::Error::GRpcStatus(status) => (status.message().to_owned(), status.source()),
+            error => (error.to_string(), None),
         };
         while let Some(error) = cause {
             let told = error.to_string();
