@@ -15,9 +15,9 @@ use sida_proto::{
         self, LaneRequest, LaneResponse, experts_client::ExpertsClient, lane_request::Kind,
         lane_response::Kind as Answered,
     },
-    wire::{Answer, rows},
+    wire::{Answer, decode, rows},
 };
-use sida_routing::{Digest, ExpertId, ExpertKey, Group, LayerId, Plan, PlanId};
+use sida_routing::{Digest, ExpertId, ExpertKey, Extent, Group, LayerId, Placement, Plan, PlanId};
 use sida_rpc::Reason;
 use support::{D_MODEL, MadeUp, MadeUpCall};
 use tokio::{
@@ -55,6 +55,11 @@ impl Node {
     }
 
     async fn start_of(source: Arc<MadeUp>, change: impl FnOnce(&mut ExpertNodeConfig)) -> Self {
+        let cluster = Cluster::fixed(Vec::new(), support::LAYERS, support::EXPERTS, 1).unwrap();
+        Self::start_in(source, cluster, change).await
+    }
+
+    async fn start_in(source: Arc<MadeUp>, cluster: Cluster, change: impl FnOnce(&mut ExpertNodeConfig)) -> Self {
         let mut config = ExpertNodeConfig::new("e0".into(), "made-up".into());
         config.expert_memory = ExpertMemory::Share(0.5);
         config.threads = 2;
@@ -65,7 +70,6 @@ impl Node {
         let address = listener.local_addr().unwrap().to_string();
         let shutdown = CancellationToken::new();
         let ending = shutdown.clone();
-        let cluster = Cluster::fixed(Vec::new(), support::LAYERS, support::EXPERTS, 1).unwrap();
         let serving =
             tokio::spawn(async move { sida_expert_node::serve(engine, &config, listener, cluster, ending).await });
         let channel = sida_rpc::connect(&address, &Default::default()).await.unwrap();
@@ -301,5 +305,38 @@ async fn calls_in_flight_end_before_the_node_does() {
         answered += 1;
     }
     assert!(answered > 1, "what was under way was dropped");
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_of_an_older_placement_is_refused() {
+    // Broken: a coordinator that was paused past its lease goes on by a placement that is no longer true.
+    let extent = Extent { moe_layers: support::LAYERS, num_experts: support::EXPERTS, replicas: 1 };
+    let model = Digest([7; 32]);
+    let cluster = Cluster::fixed_of(model, Vec::new(), support::LAYERS, support::EXPERTS, 1).unwrap();
+    assert!(cluster.adopt(model, Placement::compute(5, extent, &[]).unwrap()));
+    let node = Node::start_in(MadeUp::new(), cluster, |_| {}).await;
+    let mut lane = node.lane().await;
+    let call = MadeUpCall::new(&mut 1);
+    for (epoch, taken) in [(0, true), (4, false), (5, true), (6, true)] {
+        let activations = v1::Activations::new(epoch, call.layer, &call.groups, &call.activations);
+        lane.send(Kind::Activations(v1::Activations { placement_epoch: epoch, ..activations }));
+        let results = lane.answer().await;
+        if taken {
+            assert_eq!(payload_of(results, &call), node.source.expected(call.as_call()));
+        } else {
+            let refusal = results.error.expect("a refusal");
+            assert_eq!(refusal.reason, Reason::StaleEpoch.name());
+            let newer = decode::placement(&refusal.newer_placement).unwrap();
+            assert_eq!((newer.model, newer.placement.epoch()), (model, 5));
+        }
+    }
+    // A hint of an older one is not followed.
+    let experts = vec![ExpertKey { layer: LayerId(1), expert: ExpertId(3) }];
+    let plan = v1::Plan::from(&Plan { id: PlanId(1), experts });
+    lane.send(Kind::Plan(v1::Plan { placement_epoch: 4, ..plan }));
+    lane.call(9, &call);
+    lane.answer().await;
+    assert_eq!(node.residency().await.prefetch_loads, 0);
     node.stop().await;
 }

@@ -113,6 +113,12 @@ impl Experts for PlainService {
 }
 
 fn compute(experts: &PlainExperts, activations: v1::Activations) -> v1::Results {
+    let (epoch, newer_placement) = experts.newer.lock().clone();
+    if activations.placement_epoch < epoch {
+        let (reason, message) = ("STALE_EPOCH".to_owned(), "a newer one is known".to_owned());
+        let error = v1::CallError { code: 9, reason, message, newer_placement };
+        return v1::Results::failed(activations.call_id, error);
+    }
     let call = activations.check(&BOUNDS).expect("a sound call");
     let mut out = vec![0.0; call.activations.len()];
     let expert_call = ExpertCall { layer: call.layer, groups: &call.groups, activations: &call.activations };

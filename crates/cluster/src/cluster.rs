@@ -59,18 +59,19 @@ impl Cluster {
         num_experts: usize,
         replicas: usize,
     ) -> Result<Self, ClusterError> {
-        let mut names: Vec<&NodeId> = members.iter().map(|member| &member.node).collect();
-        names.sort();
-        if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
-            return Err(ClusterError::Duplicate { node: pair[0].clone() });
-        }
-        let candidates: Vec<Candidate> = expert_nodes(&members)
-            .map(|member| Candidate { node: member.node.clone(), weight: member.weight })
-            .collect();
-        let extent = Extent { moe_layers, num_experts, replicas };
-        let placement = Placement::compute(FIXED_EPOCH, extent, &candidates)?;
-        let published = Published::new(members.into(), placement, Membership::fixed())?;
-        Ok(Self::new(Arc::new(published), None))
+        Ok(Self::new(Arc::new(fixed(members, moe_layers, num_experts, replicas)?), None))
+    }
+
+    /// The same for the model of this digest: a newer placement of it can be adopted. Nobody makes one in a fixed
+    /// cluster; this is for tests of nodes that hear of one.
+    pub fn fixed_of(
+        model: Digest,
+        members: Vec<Member>,
+        moe_layers: usize,
+        num_experts: usize,
+        replicas: usize,
+    ) -> Result<Self, ClusterError> {
+        Ok(Self::new(Arc::new(fixed(members, moe_layers, num_experts, replicas)?.of_model(model)), None))
     }
 
     /// A handle on what somebody publishes.
@@ -162,6 +163,25 @@ impl std::fmt::Debug for Cluster {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Cluster").field("view", &*self.views.borrow()).finish_non_exhaustive()
     }
+}
+
+/// What is published in a cluster whose members never change.
+fn fixed(
+    members: Vec<Member>,
+    moe_layers: usize,
+    num_experts: usize,
+    replicas: usize,
+) -> Result<Published, ClusterError> {
+    let mut names: Vec<&NodeId> = members.iter().map(|member| &member.node).collect();
+    names.sort();
+    if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
+        return Err(ClusterError::Duplicate { node: pair[0].clone() });
+    }
+    let candidates: Vec<Candidate> =
+        expert_nodes(&members).map(|member| Candidate { node: member.node.clone(), weight: member.weight }).collect();
+    let extent = Extent { moe_layers, num_experts, replicas };
+    let placement = Placement::compute(FIXED_EPOCH, extent, &candidates)?;
+    Ok(Published::new(members.into(), placement, Membership::fixed())?)
 }
 
 #[cfg(test)]
