@@ -33,7 +33,9 @@ pub struct LiveCluster {
 impl LiveCluster {
     /// No node yet; all of them will look for the cluster at these endpoints of etcd.
     pub fn new(endpoints: &str) -> Self {
-        let flags = ["--etcd", endpoints, "--relist-interval", "3s"].map(str::to_owned).to_vec();
+        let flags = ["--etcd", endpoints, "--relist-interval", "3s", "--moves-per-minute", "100000"]
+            .map(str::to_owned)
+            .to_vec();
         let dir = tempfile::tempdir().expect("a temporary directory");
         Self { nodes: BTreeMap::new(), ports: BTreeMap::new(), flags, dir }
     }

@@ -29,6 +29,8 @@ pub struct EtcdConfig {
     pub lease_ttl: Duration,
     /// How often everything is listed anew, whatever the watch has told.
     pub relist_interval: Duration,
+    /// Copies of experts that may move in a minute where nothing was lost: a node that joins, a load that changes.
+    pub moves_per_minute: u32,
     /// TLS towards etcd. An endpoint without a scheme is reached by TLS where this is set.
     pub tls: Option<EtcdTls>,
     /// Who asks.
@@ -61,6 +63,7 @@ impl EtcdConfig {
             cluster,
             lease_ttl: Duration::from_secs(5),
             relist_interval: Duration::from_secs(30),
+            moves_per_minute: 600,
             tls: None,
             user: None,
         }
