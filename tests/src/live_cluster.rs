@@ -135,14 +135,15 @@ pub fn healthy(status: &StatusResponse, role: &str) -> Vec<String> {
     nodes.map(|node| node.node.clone()).collect()
 }
 
-/// Whether every expert of the placement has its holders, on these expert-nodes and no others, all loaded.
+/// Whether every expert of the placement has its holders (a hot one may have more), on these expert-nodes and no
+/// others, all loaded.
 pub fn is_settled(status: &StatusResponse, expert_nodes: &[&str], experts: u64, replicas: u64) -> bool {
     let nodes: Vec<_> = status.nodes.iter().filter(|node| node.role == "expert-node").collect();
     let mut names: Vec<&str> = nodes.iter().map(|node| node.node.as_str()).collect();
     names.sort_unstable();
     let held: u64 = nodes.iter().map(|node| node.experts_held).sum();
     names == expert_nodes
-        && held == experts * replicas.min(expert_nodes.len() as u64)
+        && held >= experts * replicas.min(expert_nodes.len() as u64)
         && nodes.iter().map(|node| node.experts_placed).sum::<u64>() == experts
         && nodes.iter().all(|node| node.ready_epoch >= status.placement_epoch)
 }

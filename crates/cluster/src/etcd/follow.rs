@@ -27,7 +27,8 @@ use crate::{
     view,
 };
 
-/// The first and the longest pause between two connections.
+/// The first and the longest pause between two connections. A quarter of a lease is enough, too: whoever comes back
+/// with etcd must be there before its lease has run out.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 /// Holders more than asked for that a hot expert can get.
 const HOT_REPLICAS_MAX: usize = 2;
@@ -102,6 +103,7 @@ fn check(joining: &Joining) -> Result<(), EtcdError> {
 /// One connection after the other, each to the next endpoint.
 async fn follow(mut follower: Follower) {
     let leaving = follower.published.leaving().clone();
+    let backoff_max = BACKOFF.1.min(follower.config.lease_ttl / 4);
     let mut backoff = BACKOFF.0;
     for endpoint in follower.config.endpoints.clone().iter().cycle() {
         let was_leaving = leaving.is_cancelled();
@@ -119,7 +121,7 @@ async fn follow(mut follower: Follower) {
         // All nodes lose etcd at the same time; they shall not all come back at the same time.
         let pause = backoff.mul_f64(rand::random_range(0.5..1.0));
         let _ = time::timeout(pause, leaving.cancelled()).await;
-        backoff = (backoff * 2).min(BACKOFF.1);
+        backoff = (backoff * 2).min(backoff_max);
     }
     follower.published.left().cancel();
 }
