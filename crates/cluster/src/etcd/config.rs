@@ -99,14 +99,12 @@ impl EtcdConfig {
 
     /// How long one question to etcd may take: well within a lease, so that a member of etcd that hangs does not
     /// cost the lease.
-    #[cfg(feature = "etcd")]
     pub(crate) fn call_timeout(&self) -> Duration {
         (self.lease_ttl / 3).min(Duration::from_secs(5))
     }
 }
 
 /// The bytes of the PEM files.
-#[cfg_attr(not(feature = "etcd"), allow(dead_code))]
 pub(crate) struct Pems {
     pub(crate) authorities: Option<Vec<u8>>,
     pub(crate) identity: Option<(Vec<u8>, Vec<u8>)>,
@@ -136,7 +134,7 @@ impl EtcdUser {
 }
 
 /// A password, kept out of logs.
-pub(crate) struct Password(#[cfg_attr(not(feature = "etcd"), allow(dead_code))] pub(crate) String);
+pub(crate) struct Password(pub(crate) String);
 
 impl fmt::Debug for Password {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
