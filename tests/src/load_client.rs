@@ -113,7 +113,7 @@ impl Load {
             asked.outcome = self.generate(channel.clone(), &mut asked, start).await;
             // Generation is greedy: asked again, a request gets the same answer.
             match &asked.outcome {
-                Err(status) if status.code() == Code::Unavailable => asked.moved += 1,
+                Err(status) if is_lost(status) => asked.moved += 1,
                 _ => break,
             }
         }
@@ -143,6 +143,12 @@ impl Load {
         }
         Ok(tokens)
     }
+}
+
+/// Whether a coordinator refused a request, or its connection was gone before or while it answered. tonic tells the
+/// latter by a cause of its own, under whatever code (CANCELLED where a pooled connection had just been closed).
+fn is_lost(status: &Status) -> bool {
+    status.code() == Code::Unavailable || std::error::Error::source(status).is_some()
 }
 
 impl Running {
