@@ -11,7 +11,7 @@ command -v etcdctl >/dev/null || missing+=(etcd-client)
 if ((${#missing[@]})); then
     as_root=(); [[ $EUID -eq 0 ]] || as_root=(sudo)
     "${as_root[@]}" apt-get update -q
-    DEBIAN_FRONTEND=noninteractive "${as_root[@]}" apt-get install -y -q --no-install-recommends "${missing[@]}"
+    "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${missing[@]}"
 fi
 
 cargo fmt --version >/dev/null 2>&1 || rustup component add rustfmt

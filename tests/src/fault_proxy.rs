@@ -153,19 +153,26 @@ async fn link(near: TcpStream, shared: &Shared) -> io::Result<()> {
     far.set_zero_linger()?;
     far.set_nodelay(true)?;
     let ((near_out, near_in), (far_out, far_in)) = (near.into_split(), far.into_split());
-    let there = carry(near_out, far_in, shared, Direction::There);
-    let back = carry(far_out, near_in, shared, Direction::Back);
+    let there = carry(near_out, Abrupt(Some(far_in)), shared, Direction::There);
+    let back = carry(far_out, Abrupt(Some(near_in)), shared, Direction::Back);
     tokio::try_join!(there, back).map(drop)
 }
 
-async fn carry(
-    mut from: OwnedReadHalf,
-    mut to: OwnedWriteHalf,
-    shared: &Shared,
-    direction: Direction,
-) -> io::Result<()> {
+/// The sending side of a connection, which says no farewell when it is dropped: then the connection is reset.
+struct Abrupt(Option<OwnedWriteHalf>);
+
+impl Drop for Abrupt {
+    fn drop(&mut self) {
+        if let Some(half) = self.0.take() {
+            half.forget();
+        }
+    }
+}
+
+async fn carry(mut from: OwnedReadHalf, mut abrupt: Abrupt, shared: &Shared, direction: Direction) -> io::Result<()> {
     let mut link = shared.link.subscribe();
     let mut chunk = vec![0; CHUNK_BYTES];
+    let Some(to) = &mut abrupt.0 else { return Ok(()) };
     loop {
         let count = from.read(&mut chunk).await?;
         // While it is dead, what was read waits here, and nothing more is read.

@@ -74,7 +74,9 @@ fn ends(key: KeyEvent) -> bool {
 /// Line by line over what was there, so that nothing flickers.
 fn draw(text: &str) -> io::Result<()> {
     let mut out = io::stdout().lock();
-    let (_, rows) = terminal::size()?;
+    // A terminal that does not know its size has that of the first ones.
+    let rows = terminal::size().map_or(0, |(_, rows)| rows);
+    let rows = if rows == 0 { 24 } else { rows };
     queue!(out, cursor::MoveTo(0, 0))?;
     for line in text.lines().take(usize::from(rows).saturating_sub(1)) {
         queue!(out, Print(line), terminal::Clear(ClearType::UntilNewLine), cursor::MoveToNextLine(1))?;

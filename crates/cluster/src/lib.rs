@@ -7,13 +7,18 @@
 //! [`member_record`] and [`etcd`].
 
 pub mod cluster;
+// Without the feature nobody publishes more than once; what that takes is compiled all the same.
+#[cfg_attr(not(feature = "etcd"), allow(dead_code))]
 pub mod etcd;
 pub mod experts;
 pub mod member;
 pub mod member_record;
+#[cfg_attr(not(feature = "etcd"), allow(dead_code))]
 pub mod membership;
+#[cfg_attr(not(feature = "etcd"), allow(dead_code))]
 mod published;
 pub mod static_file;
+#[cfg_attr(not(feature = "etcd"), allow(dead_code))]
 mod view;
 
 pub use cluster::{Cluster, ClusterError, View};

@@ -22,6 +22,13 @@ pub struct MemberRecord {
     pub ready_epoch: u64,
 }
 
+impl PartialEq for MemberRecord {
+    /// Whether the others would read the same.
+    fn eq(&self, other: &Self) -> bool {
+        self.member.node == other.member.node && self.encode() == other.encode()
+    }
+}
+
 /// Why a record is no member's.
 #[derive(Debug, Error)]
 #[allow(missing_docs)]

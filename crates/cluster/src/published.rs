@@ -7,7 +7,10 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
-use sida_routing::{Demand, Digest, ExpertKey, HashTable, NodeId, Placement, PlacementError};
+use sida_routing::{
+    Demand, Digest, ExpertKey, HashTable, NodeId, Placement, PlacementError,
+    membership::{Verdict, judge},
+};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -80,8 +83,8 @@ impl Published {
     /// From another node: newer than what is known, of the same model.
     pub(crate) fn adopt(&self, model: Digest, placement: Placement) -> bool {
         let mut known = self.known.lock();
-        let fits = known.model.is_none_or(|known| known == model) && is_same_model(&known.placement, &placement);
-        let taken = fits && placement.epoch() > known.placement.epoch();
+        let own = known.model.unwrap_or(model);
+        let taken = judge(Some((&known.placement, own)), &placement, model) == Verdict::Adopt;
         if taken {
             tracing::info!(epoch = placement.epoch(), "took over a newer placement from another node");
             known.placement = Arc::new(placement);
@@ -92,14 +95,16 @@ impl Published {
 
     /// From the source of the membership: members, and the placement where there is one. An older placement than
     /// what is known stays out: another node has told of a newer one, which will come here, too.
-    pub(crate) fn take(&self, members: Vec<Member>, placement: Option<&Arc<Placement>>) {
+    pub(crate) fn take(&self, members: Vec<Member>, model: Digest, placement: Option<&Arc<Placement>>) {
         let mut known = self.known.lock();
         known.members = members.into();
-        if let Some(placement) = placement
-            && is_same_model(&known.placement, placement)
-            && placement.epoch() >= known.placement.epoch()
-        {
-            known.placement = placement.clone();
+        if let Some(placement) = placement {
+            let own = known.model.unwrap_or(model);
+            match judge(Some((&known.placement, own)), placement, model) {
+                Verdict::Adopt => known.placement = placement.clone(),
+                Verdict::Known | Verdict::Older => {}
+                refused => tracing::error!(epoch = placement.epoch(), ?refused, "a placement in etcd is not taken"),
+            }
         }
         self.publish(&known);
     }
@@ -175,8 +180,4 @@ impl Published {
     pub(crate) fn left(&self) -> &CancellationToken {
         &self.left
     }
-}
-
-fn is_same_model(a: &Placement, b: &Placement) -> bool {
-    (a.extent().moe_layers, a.extent().num_experts) == (b.extent().moe_layers, b.extent().num_experts)
 }

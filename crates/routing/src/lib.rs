@@ -5,13 +5,14 @@
 //! here; what is done comes from the nodes.
 //!
 //! In reading order: [`ids`], [`hash_table`], [`plan`], [`routes`], [`grouping`], [`placement`],
-//! [`failover`], [`residency`], [`admission`].
+//! [`membership`], [`failover`], [`residency`], [`admission`].
 
 pub mod admission;
 pub mod failover;
 pub mod grouping;
 pub mod hash_table;
 pub mod ids;
+pub mod membership;
 pub mod placement;
 pub mod plan;
 pub mod residency;

@@ -37,6 +37,10 @@ pub(crate) struct EtcdArguments {
     /// How often everything is listed anew, whatever etcd has told in between
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = time_span::parse)]
     relist_interval: Duration,
+    /// Copies of experts that may move in a minute when a node joins or the load changes; lost ones are restored at
+    /// once
+    #[arg(long, value_name = "N", default_value_t = 600)]
+    moves_per_minute: u32,
     /// Expert-nodes that hold each expert; those of hot ones are more
     #[arg(long, value_name = "N", default_value_t = 2)]
     pub(crate) replicas: usize,
@@ -55,6 +59,7 @@ impl EtcdArguments {
         EtcdConfig {
             lease_ttl: self.lease_ttl,
             relist_interval: self.relist_interval.max(Duration::from_millis(100)),
+            moves_per_minute: self.moves_per_minute,
             tls: by_tls.then(|| EtcdTls { authorities: self.etcd_ca.clone(), identity }),
             user: user.map(|(name, password_file)| EtcdUser { name, password_file }),
             ..EtcdConfig::new(self.etcd.clone(), self.cluster.clone())

@@ -29,6 +29,8 @@ pub struct EtcdConfig {
     pub lease_ttl: Duration,
     /// How often everything is listed anew, whatever the watch has told.
     pub relist_interval: Duration,
+    /// Copies of experts that may move in a minute where nothing was lost: a node that joins, a load that changes.
+    pub moves_per_minute: u32,
     /// TLS towards etcd. An endpoint without a scheme is reached by TLS where this is set.
     pub tls: Option<EtcdTls>,
     /// Who asks.
@@ -61,6 +63,7 @@ impl EtcdConfig {
             cluster,
             lease_ttl: Duration::from_secs(5),
             relist_interval: Duration::from_secs(30),
+            moves_per_minute: 600,
             tls: None,
             user: None,
         }
@@ -96,14 +99,12 @@ impl EtcdConfig {
 
     /// How long one question to etcd may take: well within a lease, so that a member of etcd that hangs does not
     /// cost the lease.
-    #[cfg(feature = "etcd")]
     pub(crate) fn call_timeout(&self) -> Duration {
         (self.lease_ttl / 3).min(Duration::from_secs(5))
     }
 }
 
 /// The bytes of the PEM files.
-#[cfg_attr(not(feature = "etcd"), allow(dead_code))]
 pub(crate) struct Pems {
     pub(crate) authorities: Option<Vec<u8>>,
     pub(crate) identity: Option<(Vec<u8>, Vec<u8>)>,
@@ -133,7 +134,7 @@ impl EtcdUser {
 }
 
 /// A password, kept out of logs.
-pub(crate) struct Password(#[cfg_attr(not(feature = "etcd"), allow(dead_code))] pub(crate) String);
+pub(crate) struct Password(pub(crate) String);
 
 impl fmt::Debug for Password {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

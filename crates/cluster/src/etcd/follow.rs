@@ -1,12 +1,12 @@
 //! The task that follows a cluster in etcd: one connection after the other, for as long as there is a handle on the
 //! cluster. Here is what outlives a connection: the lease, who was there before, and what this node has published.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use sida_proto::wire::{PlacementRecord, placement::RECORD_BYTES_MAX};
 use sida_routing::{
-    Candidate, NodeId, Placement, Policy,
-    placement::{self, Allowance},
+    Placement, Policy,
+    membership::{Decision, Members, Pace, Standing, Writer},
 };
 use sida_telemetry::{counter, gauge, names};
 use tokio::time::{self, Instant};
@@ -14,10 +14,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     EtcdConfig, EtcdError, Joining,
-    grace::Grace,
     lease::Lease,
     listing::Listing,
-    pace::Pace,
     session::{self, Away},
 };
 use crate::{
@@ -29,7 +27,8 @@ use crate::{
     view,
 };
 
-/// The first and the longest pause between two connections.
+/// The first and the longest pause between two connections. A quarter of a lease is enough, too: whoever comes back
+/// with etcd must be there before its lease has run out.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 /// Holders more than asked for that a hot expert can get.
 const HOT_REPLICAS_MAX: usize = 2;
@@ -44,9 +43,13 @@ pub(super) struct Follower {
     pub(super) joining: Joining,
     pub(super) published: Arc<Published>,
     pub(super) lease: Option<Lease>,
-    grace: Grace,
-    pace: Pace,
-    leads: bool,
+    members: Members<MemberRecord>,
+    /// The term as the writer of the placement, while there is one.
+    writer: Option<Writer>,
+    /// When the writer wants to decide again.
+    decides_at: Option<Duration>,
+    /// Time is counted from here.
+    origin: Instant,
     /// Whether etcd was last told to be there; `None`: nothing was told yet.
     told: Option<bool>,
     twin_told: bool,
@@ -60,14 +63,16 @@ pub(super) fn start(config: EtcdConfig, joining: Joining) -> Result<Cluster, Etc
     let members = vec![joining.member.clone()];
     let published = Published::new(members.into(), view::nowhere(joining.extent)?, Membership::etcd())?;
     let published = Arc::new(published.of_model(joining.model));
+    let lease_ttl = config.lease_ttl;
     let follower = Follower {
         config,
         joining,
         published: published.clone(),
         lease: None,
-        grace: Grace::default(),
-        pace: Pace::new(Instant::now()),
-        leads: false,
+        members: Members::new(lease_ttl),
+        writer: None,
+        decides_at: None,
+        origin: Instant::now(),
         told: None,
         twin_told: false,
         strangers: 0,
@@ -98,6 +103,7 @@ fn check(joining: &Joining) -> Result<(), EtcdError> {
 /// One connection after the other, each to the next endpoint.
 async fn follow(mut follower: Follower) {
     let leaving = follower.published.leaving().clone();
+    let backoff_max = BACKOFF.1.min(follower.config.lease_ttl / 4);
     let mut backoff = BACKOFF.0;
     for endpoint in follower.config.endpoints.clone().iter().cycle() {
         let was_leaving = leaving.is_cancelled();
@@ -115,7 +121,7 @@ async fn follow(mut follower: Follower) {
         // All nodes lose etcd at the same time; they shall not all come back at the same time.
         let pause = backoff.mul_f64(rand::random_range(0.5..1.0));
         let _ = time::timeout(pause, leaving.cancelled()).await;
-        backoff = (backoff * 2).min(BACKOFF.1);
+        backoff = (backoff * 2).min(backoff_max);
     }
     follower.published.left().cancel();
 }
@@ -132,12 +138,12 @@ impl Follower {
         if self.told.replace(true) != Some(true) {
             tracing::info!(endpoint, cluster = self.config.cluster, members = listing.members.len(), "etcd is there");
         }
-        self.grace.reconnected(&listing.members, Instant::now(), self.config.lease_ttl);
+        self.members.reconnected(self.now());
     }
 
     /// A connection ended, or did not come about; tells whether there was one.
     fn disconnected(&mut self, endpoint: &str, away: &Away) -> bool {
-        self.leads = false;
+        self.writer = None;
         gauge!(names::PLACEMENT_LEADER).set(0.0);
         gauge!(names::ETCD_CONNECTED).set(0.0);
         self.published.set_connected(false);
@@ -166,10 +172,13 @@ impl Follower {
 
     /// Publishes what is listed; tells when that changes by itself.
     pub(super) fn publish(&mut self, listing: &Listing) -> Option<Instant> {
-        let model = self.joining.model;
-        let (members, again) = self.grace.members(&listing.members, Instant::now());
-        let strangers = members.values().filter(|record| record.model != model).count();
-        let ours = || members.values().filter(|record| record.model == model);
+        let (now, model) = (self.now(), self.joining.model);
+        let listed = listing.members.iter().map(|(node, record)| (node.clone(), record.clone()));
+        self.members.listed(now, listing.revision.unsigned_abs(), listed);
+        self.members.expire(now);
+        let members: Vec<MemberRecord> = self.members.counting(now).map(|(_, record)| record.clone()).collect();
+        let strangers = members.iter().filter(|record| record.model != model).count();
+        let ours = || members.iter().filter(|record| record.model == model);
         let ready = ours().map(|record| (record.member.node.clone(), record.ready_epoch)).collect();
         let mut members: Vec<Member> = ours().map(|record| record.member.clone()).collect();
         if !members.iter().any(|member| member.node == self.joining.member.node) {
@@ -185,8 +194,9 @@ impl Follower {
         }
         let record = listing.placement.record.as_ref().filter(|record| record.model == model);
         self.published.set_leader(listing.leader.as_ref().map(|leader| leader.node.clone()), ready);
-        self.published.take(members, record.map(|record| &record.placement));
-        again
+        self.published.take(members, model, record.map(|record| &record.placement));
+        let again = [self.members.changes_at(), self.decides_at].into_iter().flatten().min();
+        again.map(|again| self.origin + again)
     }
 
     /// Whether this node may write the placement: not where it is another model's, as long as that is in use.
@@ -199,16 +209,27 @@ impl Follower {
 
     /// Whether this node leads now. A new leader takes over what the one before has concluded from the demand.
     pub(super) fn set_leads(&mut self, leads: bool, listing: &Listing) {
-        if std::mem::replace(&mut self.leads, leads) == leads {
+        if self.writer.is_some() == leads {
             return;
         }
         gauge!(names::PLACEMENT_LEADER).set(f64::from(u8::from(leads)));
-        if leads {
-            tracing::info!(node = %self.joining.member.node, "this node writes the placement");
-            if let Some(record) = &listing.placement.record {
-                self.published.demand(|demand| demand.adopt(&record.placement));
-            }
+        self.decides_at = None;
+        if !leads {
+            self.writer = None;
+            return;
         }
+        tracing::info!(node = %self.joining.member.node, "this node writes the placement");
+        if let Some(record) = &listing.placement.record {
+            self.published.demand(|demand| demand.adopt(&record.placement));
+        }
+        let replicas = self.joining.extent.replicas;
+        let policy = Policy { replicas, hot_replicas_max: HOT_REPLICAS_MAX, moves_max: COPIES_MAX };
+        let pace = Pace {
+            moves_per_minute: self.config.moves_per_minute,
+            absence_borne: self.config.lease_ttl,
+            ..Pace::default()
+        };
+        self.writer = Some(Writer::new(policy, pace, self.now()));
     }
 
     /// What was asked for lately fades, and is concluded from.
@@ -221,41 +242,45 @@ impl Follower {
 
     /// What the leader should write next, if anything. The decision is `sida_routing`'s.
     pub(super) fn next_placement(&mut self, listing: &Listing) -> Option<PlacementRecord> {
-        let Joining { model, extent, .. } = self.joining;
-        let (members, _) = self.grace.members(&listing.members, Instant::now());
-        let nodes = members.values().filter(|r| r.model == model && r.member.role == Role::ExpertNode);
-        let candidates: Vec<Candidate> =
-            nodes.map(|r| Candidate { node: r.member.node.clone(), weight: r.member.weight }).collect();
-        if candidates.is_empty() {
-            return None; // Nobody to place on: the last placement stays for those who come back.
-        }
-        let ready: BTreeMap<&NodeId, u64> = members.iter().map(|(node, record)| (node, record.ready_epoch)).collect();
-        let ready = |node: &NodeId| ready.get(node).copied().unwrap_or(0);
-        let policy = Policy { replicas: extent.replicas, hot_replicas_max: HOT_REPLICAS_MAX, moves_max: COPIES_MAX };
+        let (now, model, extent) = (self.now(), self.joining.model, self.joining.extent);
+        let nodes = self.members.counting(now).map(|(_, record)| record);
+        let nodes = nodes.filter(|record| record.model == model && record.member.role == Role::ExpertNode);
+        let standing = |record: &MemberRecord| Standing {
+            node: record.member.node.clone(),
+            weight: record.member.weight,
+            // A node that leaves takes itself off the list.
+            is_leaving: false,
+            ready_epoch: record.ready_epoch,
+        };
+        let standings: Vec<Standing> = nodes.map(standing).collect();
+        let stored_epoch = listing.placement.record.as_ref().map_or(0, |record| record.placement.epoch());
+        let current = self.current();
         let demand = self.published.demand(|_| {});
-        let target = placement::target(extent, &candidates, &demand, &policy)
-            .inspect_err(|error| tracing::error!(%error, "experts cannot be placed"))
-            .ok()?;
-        let stored = listing.placement.record.as_deref();
-        let known = self.published.placement();
-        let now = Instant::now();
-        let allowance = Allowance { copies: COPIES_MAX, moves: self.pace.moves(now) };
-        let mut step = |current: &Placement| {
-            let next = placement::step_within(current, &target, &ready, allowance)?;
-            self.pace.moved(placement::moves(current, &next));
-            Some(next)
-        };
-        let is_ours =
-            |record: &&PlacementRecord| record.model == model && record.placement.extent().same_experts(&extent);
-        let next = match stored.filter(is_ours) {
-            // etcd lost what was written last (it was restored from a copy): what the nodes know goes on.
-            Some(record) if record.placement.epoch() < known.epoch() => {
-                step(&known).unwrap_or_else(|| Placement::clone(&known))
+        let decided = self.writer.as_mut()?.decide(now, current.as_deref(), stored_epoch, extent, &standings, &demand);
+        match decided.inspect_err(|error| tracing::error!(%error, "experts cannot be placed")).ok()? {
+            Decision::Write(placement) => Some(PlacementRecord { model, placement: Arc::new(placement) }),
+            Decision::Wait(until) => {
+                self.decides_at = until;
+                None
             }
-            Some(record) => step(&record.placement)?,
-            None => target,
-        };
-        let newest = known.epoch().max(stored.map_or(0, |record| record.placement.epoch()));
-        Some(PlacementRecord { model, placement: Arc::new(next.with_epoch(newest + 1)) })
+        }
+    }
+
+    /// The writer's placement is in force.
+    pub(super) fn written(&mut self, placement: &Placement) {
+        let (now, current) = (self.now(), self.current());
+        self.decides_at = None;
+        if let Some(writer) = &mut self.writer {
+            writer.written(now, current.as_deref(), placement);
+        }
+    }
+
+    /// The newest placement that is known; `None` before the first.
+    fn current(&self) -> Option<Arc<Placement>> {
+        Some(self.published.placement()).filter(|placement| placement.epoch() > 0)
+    }
+
+    fn now(&self) -> Duration {
+        self.origin.elapsed()
     }
 }

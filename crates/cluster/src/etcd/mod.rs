@@ -8,8 +8,8 @@
 //! needed for answering: while etcd is away the last view stays.
 //!
 //! In reading order: [`config`], [`error`], `keys` (what stands where), `listing` (what was read), `session` (one
-//! connection: `connect`, `lease`, `register`, `election`, `writer`), `grace` (who is not dead yet), `pace`, `follow`
-//! (the task that goes from one connection to the next).
+//! connection: `connect`, `lease`, `register`, `election`, `writer`), `follow` (the task that goes from one connection to
+//! the next). Who counts as a member, and what the writer writes, is decided by `sida_routing::membership`.
 
 pub mod config;
 #[cfg(feature = "etcd")]
@@ -20,15 +20,11 @@ pub mod error;
 #[cfg(feature = "etcd")]
 mod follow;
 #[cfg(feature = "etcd")]
-mod grace;
-#[cfg(feature = "etcd")]
 mod keys;
 #[cfg(feature = "etcd")]
 mod lease;
 #[cfg(feature = "etcd")]
 mod listing;
-#[cfg(feature = "etcd")]
-mod pace;
 #[cfg(feature = "etcd")]
 mod register;
 #[cfg(feature = "etcd")]

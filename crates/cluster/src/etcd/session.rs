@@ -158,11 +158,11 @@ impl Session<'_> {
     /// be done again although nothing changes.
     async fn settle(&mut self) -> Result<Option<Instant>, Away> {
         self.check_registration()?;
-        let again = self.follower.publish(&self.listing);
+        self.follower.publish(&self.listing);
         if self.follower.joining.member.role == Role::Coordinator && !self.off_the_list {
             self.lead().await?;
         }
-        Ok(again)
+        Ok(self.follower.publish(&self.listing))
     }
 
     /// Whether this node is still listed as itself.
@@ -218,6 +218,9 @@ impl Session<'_> {
         // The next step, if there is one, follows when the watch tells of this one.
         match within(self.patience, write).await? {
             Written::As(stored) => {
+                if let Some(record) = &stored.record {
+                    self.follower.written(&record.placement);
+                }
                 self.listing.placement = stored;
                 self.follower.publish(&self.listing);
             }

@@ -4,7 +4,8 @@
 //! a hang shows as a gap between signs, and how long a call takes, or a load, need not be guessed for it. What
 //! gap is normal depends on the machines and the network between them and is measured: silence is borne for
 //! four times the largest gap of late, at least [`ALLOWED_MIN`]; and while somebody else could be asked, for no
-//! more than [`ALLOWED_MAX`], which is what a request may lose.
+//! more than [`ALLOWED_MAX`], which is what a request may lose. With nobody else, giving up gains nothing, and
+//! it is borne for [`ALLOWED_ALONE_MIN`] at least.
 
 use std::time::Duration;
 
@@ -14,6 +15,8 @@ pub const HEARTBEAT: Duration = Duration::from_millis(25);
 pub const ALLOWED_MIN: Duration = Duration::from_millis(100);
 /// Silence that is borne at most while another node is up.
 pub const ALLOWED_MAX: Duration = Duration::from_millis(200);
+/// Silence that is borne at least while nobody else could be asked. When that changes, so does the deadline.
+pub const ALLOWED_ALONE_MIN: Duration = Duration::from_secs(1);
 /// How long a gap is remembered, at least; twice that at most.
 pub const REMEMBERED: Duration = Duration::from_secs(10);
 /// A longer gap is remembered as this one: it was a hang, and says nothing about what is normal.
@@ -65,7 +68,7 @@ impl Silence {
     /// How much silence is borne now. `others`: whether another node is up that could be asked instead.
     pub fn allowed(&self, others: bool) -> Duration {
         let normal = (self.gaps[0].max(self.gaps[1]) * 4).max(ALLOWED_MIN);
-        if others { normal.min(ALLOWED_MAX) } else { normal }
+        if others { normal.min(ALLOWED_MAX) } else { normal.max(ALLOWED_ALONE_MIN) }
     }
 
     /// When the silence will have lasted too long; `None` while nothing is pending.
@@ -117,7 +120,9 @@ mod tests {
         let now = beat(&mut silence, ms(0), ms(40), 3);
         assert_eq!(silence.allowed(true), ms(160));
         let now = beat(&mut silence, now, ms(90), 1);
-        assert_eq!((silence.allowed(true), silence.allowed(false)), (ALLOWED_MAX, ms(360)));
+        assert_eq!((silence.allowed(true), silence.allowed(false)), (ALLOWED_MAX, ALLOWED_ALONE_MIN));
+        let now = beat(&mut silence, now, ms(300), 1);
+        assert_eq!((silence.allowed(true), silence.allowed(false)), (ALLOWED_MAX, ms(1200)));
         beat(&mut silence, now, ms(60_000), 1);
         assert_eq!((silence.allowed(true), silence.allowed(false)), (ALLOWED_MAX, 4 * GAP_MAX));
     }

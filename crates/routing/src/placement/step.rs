@@ -61,9 +61,9 @@ pub fn step_within(
     let adds = plan.adds(allowance);
     let mut builder = Builder::new(extent, extent.replicas + 1);
     let mut kept = Vec::new();
-    for expert in 0..extent.experts() {
+    for (expert, &count) in adds.iter().enumerate() {
         plan.kept(expert, &mut kept);
-        let added = plan.missing(expert).take(usize::from(adds[expert]));
+        let added = plan.missing(expert).take(usize::from(count));
         // Only a target that is full to the brim fails here; it stays as it is.
         builder.push(kept.iter().copied().chain(added)).ok()?;
     }
