@@ -54,7 +54,8 @@ impl CallFailure {
         }
     }
 
-    /// Whether the same call could succeed on the same node once that is back.
+    /// Whether the same call could succeed on the same node once that is back: it failed for what the node or the
+    /// network went through, not for what was asked.
     pub(crate) fn may_pass(&self) -> bool {
         self.is_of_the_node() || matches!(self, Self::Congested { .. })
     }

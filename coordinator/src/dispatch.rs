@@ -140,7 +140,9 @@ impl Dispatch {
             self.nodes.note_call(now);
             return true;
         };
-        if self.nodes.take_retry(now) {
+        // The budget is against storms, in which nodes fail for having too much to do. A node that cannot load an expert
+        // answers at once, and each piece asks it once.
+        if !failure.may_pass() || self.nodes.take_retry(now) {
             counter!(names::FAILOVERS_TOTAL, names::REASON => failure.label()).increment(1);
             dispatched.failovers += 1;
             return true;

@@ -70,7 +70,7 @@ impl v1::Activations {
             groups.push(Group { expert, rows });
         }
         length("Activations.payload", "bytes", self.payload.len(), payload_bytes(rows_total, bounds.d_model))?;
-        undamaged("Activations", self.checksum, checksum::of_call(&self))?;
+        checksum::undamaged("Activations", self.checksum, checksum::of_call(&self))?;
         let (call_id, placement_epoch) = (self.call_id, self.placement_epoch);
         Ok(Call { call_id, placement_epoch, layer, groups, activations: rows::from_payload(&self.payload) })
     }
@@ -100,7 +100,7 @@ impl v1::Results {
 
     /// The answer to a call of `rows_expected` rows of `d_model` values.
     pub fn check(self, rows_expected: usize, d_model: usize) -> Result<Answer, WireError> {
-        undamaged("Results", self.checksum, checksum::of_results(&self))?;
+        checksum::undamaged("Results", self.checksum, checksum::of_results(&self))?;
         if let Some(error) = self.error {
             length("Results.payload of a failed call", "bytes", self.payload.len(), 0)?;
             within("CallError.newer_placement (its bytes)", error.newer_placement.len(), 0, RECORD_BYTES_MAX)?;
@@ -110,10 +110,6 @@ impl v1::Results {
         let report = self.report.ok_or(WireError::Missing { field: "Results.report" })?;
         Ok(Answer::Done { payload: self.payload, report })
     }
-}
-
-fn undamaged(message: &'static str, found: u32, expected: u32) -> Result<(), WireError> {
-    if found == expected { Ok(()) } else { Err(WireError::Damaged { message, found, expected }) }
 }
 
 fn payload_bytes(rows: usize, d_model: usize) -> usize {
