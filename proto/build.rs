@@ -6,7 +6,7 @@ use prost::Message;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=sida");
-    let names = ["inference", "hash_table", "predictor", "experts", "cluster"];
+    let names = ["inference", "hash_table", "predictor", "experts", "cluster", "placement"];
     let files: Vec<String> = names.iter().map(|name| format!("sida/v1/{name}.proto")).collect();
     let descriptors = protox::compile(files, ["."])?;
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);

@@ -1,5 +1,6 @@
 //! How long a call to an expert-node may take before the next holder is asked: from what that node's calls
-//! took, so that a hung node costs a request little and a slow one is not given up.
+//! took, so that a slow node is not given up. A node that hangs is found sooner, by its silence; this is for
+//! one that is alive and does not answer.
 //!
 //! Four times the slowest of the last calls of the same size (a stand-in for the 99th percentile that needs no
 //! sorting), at least 50 ms, plus what the call's experts could need to load.

@@ -6,6 +6,7 @@ use futures::future::join_all;
 use sida_cluster::{
     experts::ResidencyReport,
     member::{Address, Member, Role},
+    membership::Source,
 };
 use sida_proto::{
     v1::{self, cluster_server::Cluster, experts_client::ExpertsClient, predictor_client::PredictorClient},
@@ -13,6 +14,7 @@ use sida_proto::{
 };
 use sida_rpc::ClientConfig;
 use tonic::{Request, Response, Status};
+use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
 use crate::coordinator::Coordinator;
 
@@ -35,7 +37,11 @@ impl Coordinator {
     /// The cluster as this coordinator sees it. Asks every node what it holds, all at once.
     pub async fn status(&self) -> v1::StatusResponse {
         let members = self.cluster().members();
-        let nodes = join_all(members.iter().map(|member| self.node_status(member))).await;
+        let mut nodes = join_all(members.iter().map(|member| self.node_status(member))).await;
+        let membership = self.cluster().membership();
+        for node in &mut nodes {
+            node.ready_epoch = membership.ready.get(&node.node.as_str().into()).copied().unwrap_or(0);
+        }
         let statistics = self.statistics();
         v1::StatusResponse {
             coordinator: self.config().node.to_string(),
@@ -48,6 +54,9 @@ impl Coordinator {
             hash_hits: statistics.hash_hits.load(Ordering::Relaxed),
             hash_misses: statistics.hash_misses.load(Ordering::Relaxed),
             failovers: statistics.failovers.load(Ordering::Relaxed),
+            membership: if membership.is_fixed() { "fixed" } else { "etcd" }.to_owned(),
+            etcd_connected: membership.source == Source::Etcd { connected: true },
+            leader: membership.leader.map_or_else(String::new, String::from),
         }
     }
 
@@ -55,7 +64,9 @@ impl Coordinator {
         let client = &self.config().client;
         let mut residency = None;
         let healthy = match (member.role, &member.address) {
-            (Role::Coordinator, _) => member.node == self.config().node,
+            (Role::Coordinator, _) if member.node == self.config().node => true,
+            (Role::Coordinator, Address::Grpc(address)) => within_patience(serves(address, client)).await == Some(true),
+            (Role::Coordinator, Address::Local(_)) => false,
             (Role::ExpertNode, Address::Local(experts)) => {
                 residency = Some(self.local_residency(member, experts.residency()));
                 true
@@ -69,12 +80,16 @@ impl Coordinator {
             }
             (Role::PredictorNode, Address::Local(_)) => false,
         };
+        let placement = self.cluster().placement();
         v1::NodeStatus {
             node: member.node.to_string(),
             role: member.role.to_string(),
             address: member.address.to_string(),
             healthy,
-            experts_placed: self.cluster().placement().experts_of(&member.node).count() as u64,
+            experts_placed: placement.experts_of(&member.node).count() as u64,
+            experts_held: placement.held_by(&member.node).count() as u64,
+            ready_epoch: 0,
+            weight: member.weight,
             residency,
         }
     }
@@ -97,6 +112,13 @@ impl Coordinator {
 
 async fn within_patience<T>(answer: impl Future<Output = Option<T>>) -> Option<T> {
     tokio::time::timeout(PATIENCE, answer).await.ok().flatten()
+}
+
+async fn serves(address: &str, client: &ClientConfig) -> Option<bool> {
+    let channel = sida_rpc::connect(address, client).await.ok()?;
+    let request = HealthCheckRequest { service: String::new() };
+    let health = HealthClient::new(channel).check(request).await.ok()?.into_inner();
+    Some(health.status() == ServingStatus::Serving)
 }
 
 async fn remote_residency(address: &str, client: &ClientConfig) -> Option<v1::ResidencyResponse> {

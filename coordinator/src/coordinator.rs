@@ -115,7 +115,7 @@ impl Coordinator {
         let lanes = LaneConfig {
             inflight_bytes_max: config.lane_inflight_bytes_max,
             d_model: model.d_model,
-            connector: Arc::new(Connector { client: config.client.clone(), model: config.checkpoint.digest() }),
+            connector: Arc::new(Connector::new(&config.client, config.checkpoint.digest())),
         };
         let nodes = Nodes::follow(&cluster, lanes, &runtime);
         let missing = nodes.connected(CONNECT_PATIENCE).await;
@@ -125,7 +125,7 @@ impl Coordinator {
         }
         let predict =
             Arc::new(Predict::new(source(&config, &cluster, &model, runtime), &model, config.checkpoint.digest()));
-        let preload = Arc::new(Preload::new(nodes.clone(), config.preload_depth));
+        let preload = Arc::new(Preload::new(nodes.clone(), cluster.clone(), config.preload_depth));
         let statistics = Arc::new(Statistics::default());
         let dispatch = || {
             let rows_max = (CALL_BYTES_MAX / (model.d_model * size_of::<f32>())).clamp(1, CALL_ROWS_MAX);
@@ -242,6 +242,9 @@ impl Coordinator {
         work: Work,
     ) -> Result<(), RequestError> {
         let inner = &self.inner;
+        if inner.nodes.roster().links.is_empty() {
+            return Err(RequestError::NoExpertNode);
+        }
         let prompt_tokens = tokens.len() as u64;
         let request = Request { tokens, mode, work, accepted: Instant::now(), deadline };
         let limits = inner.config.limits;
@@ -296,7 +299,8 @@ fn check(config: &CoordinatorConfig, cluster: &Cluster) -> Result<(), Coordinato
         let (found_layers, found_experts) = (extent.moe_layers, extent.num_experts);
         return Err(CoordinatorError::Extent { expected_layers, expected_experts, found_layers, found_experts });
     }
-    if placement.nodes().is_empty() { Err(CoordinatorError::NoExpertNode) } else { Ok(()) }
+    // Where nodes can join, the first may come later: until then this coordinator is not ready.
+    if placement.nodes().is_empty() && cluster.is_fixed() { Err(CoordinatorError::NoExpertNode) } else { Ok(()) }
 }
 
 /// Loads what the coordinator computes with, off the runtime's own threads.

@@ -4,6 +4,10 @@
 //!
 //! A call that fails goes to the next node within the same layer; rows are idempotent. Only when nobody is
 //! left is a group given up, and with it the requests whose rows are in it; never a skipped expert.
+//!
+//! While another node could answer, a call is given up when its node gives no sign of life, or
+//! lives but takes far longer than such calls took (`call_deadline`). A node that knows a newer placement refuses;
+//! then its rows are shared out again under that. `routing::failover` bounds what is asked again.
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
@@ -14,15 +18,28 @@ use std::{
 use crossbeam_channel::{Receiver, Sender};
 use sida_cluster::experts::{CallError, CallReport, ExpertCall, LocalExperts};
 use sida_proto::wire::rows::copy_from_payload;
-use sida_routing::{ExpertId, ExpertKey, Group, Grouping, LayerId, NodeId};
+use sida_routing::{ExpertKey, Grouping, LayerId};
 use sida_rpc::Reason;
 use sida_telemetry::{counter, names};
 
 use crate::{
-    lane::{CallFailure, Computed, Lane, Reply},
+    call_failure::CallFailure,
+    calls::{self, Call, Piece},
+    lane::{Computed, Lane, Reply, travel},
     nodes::{Nodes, Reach, Roster},
     request::RequestError,
 };
+
+/// How often the rows of one layer are shared out again under a newer placement.
+const RESHARES_MAX: u32 = 3;
+/// A call straggles that is on its way for longer than this and four times those to other nodes.
+const STRAGGLE_MIN: Duration = Duration::from_millis(10);
+/// How soon a call that should be given up is looked at again, while nobody else could answer it.
+const LOOK_PERIOD: Duration = Duration::from_millis(25);
+/// When this thread was woken so late, its machine was busy, and answers may have come without being read yet: nobody
+/// is given up for that, so many times in a row.
+const LATE_WAKE: Duration = Duration::from_millis(20);
+const LATE_WAKES_MAX: u32 = 4;
 
 /// Sends rows to experts. One per thread that does: its buffers are kept from layer to layer.
 pub(crate) struct Dispatch {
@@ -53,40 +70,15 @@ pub(crate) struct Dispatched {
     pub(crate) failed: Vec<(std::ops::Range<usize>, RequestError)>,
 }
 
-/// A run of grouped rows for one expert: what is sent, and sent again, as a whole.
-struct Piece {
-    expert: ExpertId,
-    first_row: usize,
-    rows: usize,
-    /// Nodes that failed it, and why.
-    tried: Vec<(usize, CallFailure)>,
-    /// A message with it and others was refused: it goes by itself from now on, so that an expert that cannot
-    /// be loaded does not take the others with it.
-    alone: bool,
-}
-
-/// Pieces for one node, in one message.
-struct Call {
-    node: usize,
-    pieces: Vec<Piece>,
-}
-
 /// A call on its way.
 struct Outstanding {
     call_id: u64,
     call: Call,
     sent: Instant,
+    /// When it is given up, signs of life or not, if somebody else could answer.
     deadline: Instant,
-}
-
-impl Call {
-    fn rows(&self) -> usize {
-        self.pieces.iter().map(|piece| piece.rows).sum()
-    }
-
-    fn groups(&self) -> Vec<Group> {
-        self.pieces.iter().map(|piece| Group { expert: piece.expert, rows: piece.rows as u32 }).collect()
-    }
+    /// When to look whether it should be given up.
+    look: Instant,
 }
 
 impl Dispatch {
@@ -100,33 +92,18 @@ impl Dispatch {
     /// `out[token] += weight * expert(x[token])` for every row of `grouping`; `x` and `out` are (tokens,
     /// d_model).
     pub(crate) fn moe(&mut self, layer: LayerId, grouping: &Grouping, x: &[f32], out: &mut [f32]) -> Dispatched {
-        let roster = self.nodes.roster();
         let mut dispatched = Dispatched::default();
         // Pieces that nobody computed add nothing, so whatever an earlier layer left here must go.
         self.results.clear();
         self.results.resize(grouping.tokens.len() * self.d_model, 0.0);
-        let mut waiting = self.pieces(grouping);
+        let mut waiting = Piece::of(grouping, self.rows_max);
         while !waiting.is_empty() {
+            let roster = self.nodes.roster();
             let calls = self.share_out(&roster, layer, waiting, &mut dispatched);
             waiting = self.round(&roster, layer, grouping, x, calls, &mut dispatched);
         }
         grouping.combine(0, &self.results, self.d_model, out);
         dispatched
-    }
-
-    /// The groups, those beyond the size of a message cut up.
-    fn pieces(&self, grouping: &Grouping) -> Vec<Piece> {
-        let mut pieces = Vec::with_capacity(grouping.groups.len());
-        let mut first_row = 0;
-        for group in &grouping.groups {
-            let end = first_row + group.rows as usize;
-            while first_row < end {
-                let rows = self.rows_max.min(end - first_row);
-                pieces.push(Piece { expert: group.expert, first_row, rows, tried: Vec::new(), alone: false });
-                first_row += rows;
-            }
-        }
-        pieces
     }
 
     /// Chooses a node for every piece; those of a node make as few messages as their size allows. Pieces for
@@ -135,14 +112,10 @@ impl Dispatch {
         let now = Instant::now();
         let mut open: Vec<Option<Call>> = roster.links.iter().map(|_| None).collect();
         let mut calls = Vec::with_capacity(open.len());
-        let mut tried = Vec::new();
-        for piece in pieces {
+        for mut piece in pieces {
             let key = ExpertKey { layer, expert: piece.expert };
-            tried.clear();
-            tried.extend(piece.tried.iter().map(|(node, _)| *node));
-            let Some(node) = roster.choose(key, &tried, now) else {
-                let rows = piece.first_row..piece.first_row + piece.rows;
-                dispatched.failed.push((rows, unavailable(roster, key, piece.tried)));
+            let Some(node) = calls::choose(roster, key, &mut piece, now) else {
+                dispatched.failed.push((piece.range(), calls::unavailable(key, piece.tried)));
                 continue;
             };
             if piece.alone {
@@ -156,11 +129,32 @@ impl Dispatch {
             slot.get_or_insert_with(|| Call { node, pieces: Vec::new() }).pieces.push(piece);
         }
         calls.extend(open.into_iter().flatten());
-        for (_, failure) in calls.iter().filter_map(|call: &Call| call.pieces[0].tried.last()) {
+        calls.retain_mut(|call: &mut Call| self.may_be_made(layer, call, now, dispatched));
+        calls
+    }
+
+    /// Whether a call is within the budget, which bounds those that are made after others failed. Its pieces are noted
+    /// as failed if not.
+    fn may_be_made(&self, layer: LayerId, call: &mut Call, now: Instant, dispatched: &mut Dispatched) -> bool {
+        let Some((_, failure)) = call.pieces.iter().find_map(|piece| piece.tried.last()) else {
+            self.nodes.note_call(now);
+            return true;
+        };
+        // The budget is against storms, in which nodes fail for having too much to do. A node that cannot load an expert
+        // answers at once, and each piece asks it once.
+        if !failure.may_pass() || self.nodes.take_retry(now) {
             counter!(names::FAILOVERS_TOTAL, names::REASON => failure.label()).increment(1);
             dispatched.failovers += 1;
+            return true;
         }
-        calls
+        counter!(names::RETRIES_REFUSED_TOTAL).increment(1);
+        for piece in call.pieces.drain(..) {
+            let key = ExpertKey { layer, expert: piece.expert };
+            dispatched
+                .failed
+                .push((piece.range(), RequestError::RetriesExhausted { key, tried: calls::reasons(piece.tried) }));
+        }
+        false
     }
 
     /// Makes the calls, remote ones first; returns the pieces of those that failed.
@@ -179,10 +173,11 @@ impl Dispatch {
         for call in calls {
             match &roster.links[call.node].reach {
                 Reach::Local(experts) => local.push((experts.clone(), call)),
-                Reach::Remote(lane) => match self.send(roster, lane, layer, grouping, x, &call) {
-                    Ok((call_id, sent, deadline)) => outstanding.push(Outstanding { call_id, call, sent, deadline }),
-                    Err(failure) => give_back(roster, call, failure, &mut failed),
-                },
+                Reach::Remote(lane) => {
+                    if let Err((call, failure)) = self.send(roster, lane, layer, grouping, x, call, &mut outstanding) {
+                        self.give_back(roster, call, failure, &mut failed);
+                    }
+                }
             }
         }
         for (experts, call) in local {
@@ -193,14 +188,15 @@ impl Dispatch {
                     dispatched.load += report.load;
                     dispatched.demand_loads += u64::from(report.demand_loads);
                 }
-                Err(failure) => give_back(roster, call, failure, &mut failed),
+                Err(failure) => self.give_back(roster, call, failure, &mut failed),
             }
         }
         self.collect(roster, outstanding, dispatched, &mut failed);
         failed
     }
 
-    /// Sends a call's rows down a lane. Returns its id, when it was sent, and until when it is waited for.
+    /// Sends a call's rows down a lane; then it is outstanding.
+    #[allow(clippy::too_many_arguments)] // A call, where it goes, and what it is cut from.
     fn send(
         &mut self,
         roster: &Roster,
@@ -208,21 +204,22 @@ impl Dispatch {
         layer: LayerId,
         grouping: &Grouping,
         x: &[f32],
-        call: &Call,
-    ) -> Result<(u64, Instant, Instant), CallFailure> {
-        gather(grouping, x, self.d_model, &call.pieces, &mut self.gathered);
+        call: Call,
+        outstanding: &mut Vec<Outstanding>,
+    ) -> Result<(), (Call, CallFailure)> {
+        calls::gather(grouping, x, self.d_model, &call.pieces, &mut self.gathered);
         let sent = Instant::now();
-        // A tight deadline is of use only while somebody else could be asked.
-        let tried = call.pieces.iter().flat_map(|piece| &piece.tried).map(|(node, _)| *node);
-        let asked: Vec<usize> = tried.chain([call.node]).collect();
-        let allowed = if roster.anyone_else(&asked, sent) {
-            lane.allow(call.rows(), call.pieces.len()).min(self.patience)
-        } else {
-            self.patience
-        };
-        let deadline = sent + allowed;
-        let call = ExpertCall { layer, groups: &call.groups(), activations: &self.gathered };
-        Ok((lane.start(call, &self.replies.0, deadline)?, sent, deadline))
+        let deadline = sent + lane.allow(call.rows(), call.pieces.len()).min(self.patience);
+        let (groups, epoch) = (call.groups(), roster.placement.epoch());
+        let expert_call = ExpertCall { layer, groups: &groups, activations: &self.gathered };
+        match lane.start(expert_call, epoch, &self.replies.0, deadline) {
+            Ok(call_id) => {
+                let look = lane.silent_until(sent).min(deadline);
+                outstanding.push(Outstanding { call_id, call, sent, deadline, look });
+                Ok(())
+            }
+            Err(failure) => Err((call, failure)),
+        }
     }
 
     /// Computes a call on a node in this process, on this thread.
@@ -234,7 +231,7 @@ impl Dispatch {
         x: &[f32],
         call: &Call,
     ) -> Result<CallReport, CallFailure> {
-        gather(grouping, x, self.d_model, &call.pieces, &mut self.gathered);
+        calls::gather(grouping, x, self.d_model, &call.pieces, &mut self.gathered);
         self.computed.resize(self.gathered.len(), 0.0);
         let groups = call.groups();
         let expert_call = ExpertCall { layer, groups: &groups, activations: &self.gathered };
@@ -253,7 +250,7 @@ impl Dispatch {
         Ok(report)
     }
 
-    /// Waits for the answers to all calls that are under way, each until its deadline.
+    /// Waits for the answers to all calls that are under way, each until it is given up.
     fn collect(
         &mut self,
         roster: &Roster,
@@ -262,15 +259,20 @@ impl Dispatch {
         failed: &mut Vec<Piece>,
     ) {
         let mut load_max = Duration::ZERO;
-        while let Some(deadline) = outstanding.iter().map(|call| call.deadline).min() {
-            let Ok(Reply { call_id, outcome }) = self.replies.1.recv_deadline(deadline) else {
+        let mut late_wakes = 0;
+        // By node: how long its call was on its way, without loads, computation and what the size of it explains.
+        let mut on_the_way: Vec<(usize, Duration)> = Vec::with_capacity(outstanding.len());
+        while let Some(look) = outstanding.iter().map(|call| call.look).min() {
+            let Ok(Reply { call_id, outcome }) = self.replies.1.recv_deadline(look) else {
                 let now = Instant::now();
-                for late in outstanding.extract_if(.., |call| call.deadline <= now) {
-                    if let Reach::Remote(lane) = &roster.links[late.call.node].reach {
-                        lane.give_up(late.call_id, now);
-                    }
-                    let waited = now - late.sent;
-                    give_back(roster, late.call, CallFailure::Silent { waited }, failed);
+                if now > look + LATE_WAKE && late_wakes < LATE_WAKES_MAX {
+                    late_wakes += 1;
+                    outstanding.iter_mut().for_each(|call| call.look = call.look.max(now + LOOK_PERIOD));
+                    continue;
+                }
+                late_wakes = 0;
+                for (call, failure) in self.given_up(roster, &mut outstanding, now) {
+                    self.give_back(roster, call, failure, failed);
                 }
                 continue;
             };
@@ -281,6 +283,8 @@ impl Dispatch {
                 Ok(Computed { payload, report, took }) => {
                     roster.links[call.node].durations.record(took);
                     load_max = load_max.max(report.load);
+                    let explained = report.load + report.compute + travel(payload.len());
+                    on_the_way.push((call.node, took.saturating_sub(explained)));
                     dispatched.demand_loads += u64::from(report.demand_loads);
                     let mut from = &payload[..];
                     for piece in &call.pieces {
@@ -290,35 +294,89 @@ impl Dispatch {
                         from = rest;
                     }
                 }
-                Err(failure) => give_back(roster, call, failure, failed),
+                Err(failure) => self.give_back(roster, call, failure, failed),
             }
         }
+        note_stragglers(roster, &on_the_way);
         // Remote nodes load at the same time.
         dispatched.load += load_max;
     }
-}
 
-/// The rows of `pieces`, one after another.
-fn gather(grouping: &Grouping, x: &[f32], d_model: usize, pieces: &[Piece], rows: &mut Vec<f32>) {
-    rows.clear();
-    for piece in pieces {
-        for &token in &grouping.tokens[piece.first_row..][..piece.rows] {
-            rows.extend_from_slice(&x[token as usize * d_model..][..d_model]);
+    /// Takes out of `outstanding` what need not be waited for any longer, and says when to look at the others again.
+    fn given_up(&self, roster: &Roster, outstanding: &mut Vec<Outstanding>, now: Instant) -> Vec<(Call, CallFailure)> {
+        let mut given_up = Vec::new();
+        let mut at = 0;
+        while at < outstanding.len() {
+            let one = &mut outstanding[at];
+            let Reach::Remote(lane) = &roster.links[one.call.node].reach else {
+                unreachable!("only calls to remote nodes are outstanding");
+            };
+            let (silent, last) = (lane.silent_until(one.sent), one.sent + self.patience);
+            let waited = now - one.sent;
+            let failure = match () {
+                // When to look is the earliest of these, unless a sign of life came meanwhile.
+                () if now < silent.min(one.deadline) => None,
+                // A tight limit is of use only while somebody else could be asked.
+                () if now < last && !calls::anyone_else(roster, &one.call, now) => None,
+                () if now >= silent => Some(CallFailure::Silent { waited }),
+                () => Some(CallFailure::Late { waited }),
+            };
+            match failure {
+                Some(failure) => {
+                    lane.give_up(one.call_id, now);
+                    given_up.push((outstanding.swap_remove(at).call, failure));
+                }
+                None => {
+                    one.look = silent.min(one.deadline).max(now + LOOK_PERIOD).min(last.max(now + LOOK_PERIOD));
+                    at += 1;
+                }
+            }
+        }
+        given_up
+    }
+
+    /// A call failed: its pieces wait for another node, or for the same under a newer placement.
+    fn give_back(&self, roster: &Roster, call: Call, failure: CallFailure, failed: &mut Vec<Piece>) {
+        let node = &roster.links[call.node].node;
+        let several = call.pieces.len() > 1;
+        let reshared = match &failure {
+            CallFailure::Stale { newer } => {
+                call.pieces.iter().all(|piece| piece.reshares < RESHARES_MAX)
+                    && self.nodes.adopt(newer, roster.placement.epoch())
+            }
+            _ => false,
+        };
+        if reshared {
+            tracing::info!(%node, rows = call.rows(), "a node knows a newer placement; its rows are shared out again");
+        } else {
+            tracing::warn!(%node, rows = call.rows(), %failure, "an expert call failed");
+        }
+        for mut piece in call.pieces {
+            if reshared {
+                piece.reshares += 1;
+            } else if several && failure.is_of_one_expert() {
+                piece.alone = true;
+            } else {
+                piece.tried.push((node.clone(), failure.clone()));
+            }
+            failed.push(piece);
         }
     }
 }
 
-/// A call failed: its pieces wait for another node.
-fn give_back(roster: &Roster, call: Call, failure: CallFailure, failed: &mut Vec<Piece>) {
-    tracing::warn!(node = %roster.links[call.node].node, rows = call.rows(), %failure, "an expert call failed");
-    let several = call.pieces.len() > 1;
-    for mut piece in call.pieces {
-        if several && failure.is_of_one_expert() {
-            piece.alone = true;
-        } else {
-            piece.tried.push((call.node, failure.clone()));
+/// Tells the lanes of one round how they kept pace: one behind a link that is slow holds up every layer without ever
+/// being late enough to be given up.
+fn note_stragglers(roster: &Roster, on_the_way: &[(usize, Duration)]) {
+    let Some(&(slowest, longest)) = on_the_way.iter().max_by_key(|(_, took)| *took) else { return };
+    let Some(second) = on_the_way.iter().filter(|(node, _)| *node != slowest).map(|(_, took)| *took).max() else {
+        return;
+    };
+    let straggled = longest > STRAGGLE_MIN + 4 * second;
+    let now = Instant::now();
+    for &(node, _) in on_the_way {
+        if let Reach::Remote(lane) = &roster.links[node].reach {
+            lane.note_pace(straggled && node == slowest, now);
         }
-        failed.push(piece);
     }
 }
 
@@ -329,11 +387,4 @@ fn reason(error: &CallError) -> Reason {
         CallError::Load { .. } => Reason::ExpertLoadFailed,
         CallError::ShuttingDown => Reason::ShuttingDown,
     }
-}
-
-fn unavailable(roster: &Roster, key: ExpertKey, tried: Vec<(usize, CallFailure)>) -> RequestError {
-    let reason = |(node, failure): (usize, CallFailure)| -> (NodeId, String) {
-        (roster.links[node].node.clone(), failure.to_string())
-    };
-    RequestError::ExpertUnavailable { key, tried: tried.into_iter().map(reason).collect() }
 }

@@ -24,8 +24,12 @@ impl From<RequestError> for Fault {
             E::DeadlineExceeded => fault(Reason::DeadlineExceeded),
             E::Cancelled => fault(Reason::Cancelled),
             E::ShuttingDown => fault(Reason::ShuttingDown),
+            E::NoExpertNode => fault(Reason::ExpertUnavailable),
             E::ExpertUnavailable { key, .. } => {
                 fault(Reason::ExpertUnavailable).with("layer", key.layer).with("expert", key.expert)
+            }
+            E::RetriesExhausted { key, .. } => {
+                fault(Reason::RetriesExhausted).with("layer", key.layer).with("expert", key.expert)
             }
             E::Model(model) => match &**model {
                 // What the tokenizer refuses is the caller's text.

@@ -5,6 +5,10 @@
 //! A call crosses as few threads as it can: the forward thread puts the message into the stream's channel
 //! (waking the connection), and the lane's task hands the answer straight to the channel the forward thread
 //! waits on.
+//!
+//! Whether a node is asked at all stands on three things: the lane is connected, it is not silent
+//! for too long, and its breaker lets a call through (both decided by `sida_routing::failover`). A lane that was
+//! silent is not tried with somebody's rows: its next message, or a new connection, shows that the node lives.
 
 use std::{
     collections::HashMap,
@@ -17,23 +21,32 @@ use std::{
 
 use bytes::Bytes;
 use crossbeam_channel::Sender;
+use metrics::Gauge;
 use parking_lot::{Condvar, Mutex};
 use sida_cluster::experts::{CallReport, ExpertCall};
 use sida_proto::{
     v1::{self, lane_request::Kind},
     wire,
 };
-use sida_routing::{NodeId, Plan, PlanId};
-use sida_rpc::Reason;
-use thiserror::Error;
-use tokio::{runtime::Handle, sync::mpsc};
+use sida_routing::{
+    NodeId, Plan, PlanId,
+    failover::{Breaker, BreakerState, Silence},
+};
+use sida_telemetry::{gauge, names};
+use tokio::{
+    runtime::Handle,
+    sync::{Notify, mpsc},
+};
 use tokio_util::sync::CancellationToken;
 
-use crate::call_deadline::CallDeadline;
+use crate::{call_deadline::CallDeadline, call_failure::CallFailure};
 
-/// How long a node that was silent is asked only when nobody else is left; doubles with each silence.
-const SILENCE_MIN: Duration = Duration::from_millis(100);
-const SILENCE_MAX: Duration = Duration::from_secs(5);
+/// How fast rows travel at least, in bytes per microsecond: that of a network of 1 Gbit/s. What travels is no sign of
+/// life until it has arrived, so large messages get the time that they need.
+const BYTES_PER_MICROSECOND: usize = 100;
+
+/// After so many answers in a row that were far later than others' a node is passed over.
+const STRAGGLES_MAX: u32 = 3;
 
 /// Names calls. One sequence for all lanes, so that answers from several of them can share a channel.
 static NEXT_CALL: AtomicU64 = AtomicU64::new(1);
@@ -58,6 +71,11 @@ pub(crate) struct Lane {
     state: Mutex<State>,
     /// Bytes came free, or the connection was lost.
     room: Condvar,
+    /// The node may be back: connect at once.
+    retry: Notify,
+    /// Breaker and silence count time from here.
+    origin: Instant,
+    breaker_state: Gauge,
 }
 
 struct State {
@@ -69,8 +87,12 @@ struct State {
     /// Invariant: the sum of `bytes` over `pending`.
     inflight_bytes: usize,
     deadline: CallDeadline,
-    silences: u32,
-    silent_until: Option<Instant>,
+    silence: Silence,
+    /// Since when it is silent for too long; until the next message, or a new connection.
+    suspect: Option<Instant>,
+    breaker: Breaker,
+    /// Answers in a row that were far later than those of other nodes.
+    straggles: u32,
 }
 
 /// A call that waits for its answer.
@@ -99,43 +121,6 @@ pub(crate) struct Computed {
     pub(crate) took: Duration,
 }
 
-/// Why an expert-node did not answer a call with rows.
-#[derive(Clone, Debug, Error)]
-#[allow(missing_docs)]
-pub(crate) enum CallFailure {
-    #[error("not connected: {reason}")]
-    Disconnected { reason: String },
-    #[error("no answer within {waited:?}")]
-    Silent { waited: Duration },
-    #[error("more than {limit} bytes under way")]
-    Congested { limit: usize },
-    #[error("{message}")]
-    Refused { reason: Reason, message: String },
-    #[error("malformed answer: {reason}")]
-    Malformed { reason: String },
-    #[error("it panicked")]
-    Panicked,
-}
-
-impl CallFailure {
-    /// Whether it may have been one expert of the call that failed rather than the node.
-    pub(crate) fn is_of_one_expert(&self) -> bool {
-        matches!(self, Self::Refused { reason: Reason::ExpertLoadFailed | Reason::Internal, .. } | Self::Panicked)
-    }
-
-    /// The `reason` label of `sida_failovers_total`.
-    pub(crate) fn label(&self) -> &'static str {
-        match self {
-            Self::Disconnected { .. } => "disconnected",
-            Self::Silent { .. } => "silent",
-            Self::Congested { .. } => "congested",
-            Self::Refused { .. } => "refused",
-            Self::Malformed { .. } => "malformed",
-            Self::Panicked => "panicked",
-        }
-    }
-}
-
 impl Lane {
     /// A lane to `address` that a task on `runtime` keeps connected until `shutdown`.
     pub(crate) fn open(
@@ -145,15 +130,20 @@ impl Lane {
         runtime: &Handle,
         shutdown: CancellationToken,
     ) -> Arc<Self> {
+        let origin = Instant::now();
         let state = State {
             outgoing: None,
             lost: "not yet tried".to_owned(),
             pending: HashMap::new(),
             inflight_bytes: 0,
             deadline: CallDeadline::new(),
-            silences: 0,
-            silent_until: None,
+            silence: Silence::new(),
+            suspect: None,
+            breaker: Breaker::new(),
+            straggles: 0,
         };
+        let breaker_state = gauge!(names::BREAKER_STATE, names::NODE => node.to_string());
+        breaker_state.set(0.0);
         let lane = Arc::new(Self {
             node,
             address,
@@ -161,6 +151,9 @@ impl Lane {
             d_model: config.d_model,
             state: Mutex::new(state),
             room: Condvar::new(),
+            retry: Notify::new(),
+            origin,
+            breaker_state,
         });
         runtime.spawn(crate::lane_connection::keep(Arc::downgrade(&lane), config.connector, shutdown));
         lane
@@ -176,28 +169,43 @@ impl Lane {
         &self.node
     }
 
-    /// Connected, and not lately silent.
+    /// Whether a call would be answered, as far as is known.
     pub(crate) fn is_up(&self, now: Instant) -> bool {
         let state = self.state.lock();
-        state.outgoing.is_some() && state.silent_until.is_none_or(|until| now >= until)
+        state.outgoing.is_some() && state.suspect.is_none() && state.breaker.allows(self.since(now))
     }
 
-    /// How long a call may take before somebody else is asked.
+    /// How long a call may take before somebody else is asked, signs of life or not.
     pub(crate) fn allow(&self, rows: usize, experts: usize) -> Duration {
         self.state.lock().deadline.allow(rows, experts)
     }
 
-    /// Sends a call and returns its id; the answer, or the loss of the connection, comes to `replies`. Waits
-    /// until `give_up` for room where too many bytes are under way.
+    /// Until when a call that left at `sent` waits for a sign of life.
+    pub(crate) fn silent_until(&self, sent: Instant) -> Instant {
+        let state = self.state.lock();
+        let of_the_call = self.since(sent) + state.silence.allowed(true);
+        let deadline = state.silence.deadline(true).unwrap_or_default().max(of_the_call);
+        self.origin + deadline + travel(state.inflight_bytes)
+    }
+
+    /// For how long the node has been silent for too long; `None` if it is not.
+    pub(crate) fn suspect_for(&self, now: Instant) -> Option<Duration> {
+        self.state.lock().suspect.map(|since| now.saturating_duration_since(since))
+    }
+
+    /// Sends a call under a placement's epoch and returns its id; the answer, or the loss of the connection, comes to
+    /// `replies`. Waits until `give_up` for room where too many bytes are under way.
     pub(crate) fn start(
         &self,
         call: ExpertCall<'_>,
+        placement_epoch: u64,
         replies: &Sender<Reply>,
         give_up: Instant,
     ) -> Result<u64, CallFailure> {
         let bytes = size_of_val(call.activations);
         let call_id = NEXT_CALL.fetch_add(1, Ordering::Relaxed);
         let activations = v1::Activations::new(call_id, call.layer, call.groups, call.activations);
+        let activations = v1::Activations { placement_epoch, ..activations };
         let mut state = self.state.lock();
         // A call larger than the limit by itself goes when nothing else is under way.
         while state.inflight_bytes > 0 && state.inflight_bytes + bytes > self.inflight_bytes_max {
@@ -206,28 +214,42 @@ impl Lane {
             }
         }
         state.send(Kind::Activations(activations))?;
-        let rows = call.activations.len() / self.d_model;
+        let (rows, sent) = (call.activations.len() / self.d_model, Instant::now());
+        state.silence.begin(self.since(sent));
         state.inflight_bytes += bytes;
-        state.pending.insert(call_id, Pending { replies: replies.clone(), rows, bytes, sent: Instant::now() });
+        state.pending.insert(call_id, Pending { replies: replies.clone(), rows, bytes, sent });
+        self.on_breaker(&mut state, sent, Breaker::begin);
         Ok(call_id)
     }
 
-    /// Gives a call up after it was silent for too long; its answer, if it comes after all, is dropped.
+    /// Gives a call up; its answer, if it comes after all, is dropped. Until the next message the node counts as hung:
+    /// one that is merely late says something within a heartbeat, since it still works on the call.
     pub(crate) fn give_up(&self, call_id: u64, now: Instant) {
         let mut state = self.state.lock();
         if state.take(call_id).is_some() {
-            let silence = SILENCE_MIN * 2u32.saturating_pow(state.silences.min(16));
-            state.silences += 1;
-            state.silent_until = Some(now + silence.min(SILENCE_MAX));
+            state.suspect.get_or_insert(now);
+            self.on_breaker(&mut state, now, Breaker::failed);
             drop(state);
             self.room.notify_all();
         }
     }
 
-    /// Sends a hint; it is lost where there is no connection.
-    pub(crate) fn plan(&self, plan: &Plan) {
+    /// Notes whether a call that was answered was on its way much longer than those to other nodes. A node for which
+    /// that happens time and again is left to its breaker.
+    pub(crate) fn note_pace(&self, straggled: bool, now: Instant) {
+        let mut state = self.state.lock();
+        state.straggles = if straggled { state.straggles + 1 } else { 0 };
+        if state.straggles >= STRAGGLES_MAX {
+            tracing::debug!(node = %self.node, "answers are far later than those of other nodes");
+            self.on_breaker(&mut state, now, Breaker::failed);
+        }
+    }
+
+    /// Sends a hint under a placement's epoch; it is lost where there is no connection.
+    pub(crate) fn plan(&self, plan: &Plan, placement_epoch: u64) {
+        let plan = v1::Plan { placement_epoch, ..v1::Plan::from(plan) };
         // A lost hint costs a load on demand, and the lost connection is logged where it was lost.
-        let _ = self.state.lock().send(Kind::Plan(v1::Plan::from(plan)));
+        let _ = self.state.lock().send(Kind::Plan(plan));
     }
 
     /// Takes a hint back.
@@ -236,11 +258,23 @@ impl Lane {
         let _ = self.state.lock().send(Kind::Release(v1::Release::from(plan)));
     }
 
+    /// Something says that the node may be back: if there is no connection, the next attempt is made now.
+    pub(crate) fn retry_now(&self) {
+        if self.state.lock().outgoing.is_none() {
+            self.retry.notify_one();
+        }
+    }
+
+    /// Waits for [`Self::retry_now`].
+    pub(crate) async fn may_be_back(&self) {
+        self.retry.notified().await;
+    }
+
     /// The connection stands; messages go to `outgoing` from now on.
     pub(crate) fn connected(&self, outgoing: mpsc::UnboundedSender<v1::LaneRequest>) {
         let mut state = self.state.lock();
         state.outgoing = Some(outgoing);
-        (state.silences, state.silent_until) = (0, None);
+        state.suspect = None;
     }
 
     /// There is no connection: whatever waits for an answer learns it now.
@@ -250,6 +284,10 @@ impl Lane {
         state.lost = reason.to_owned();
         state.inflight_bytes = 0;
         let pending = std::mem::take(&mut state.pending);
+        state.silence.end();
+        if !pending.is_empty() {
+            self.on_breaker(&mut state, Instant::now(), Breaker::failed);
+        }
         drop(state);
         self.room.notify_all();
         for (call_id, pending) in pending {
@@ -257,20 +295,32 @@ impl Lane {
         }
     }
 
+    /// A sign of life came.
+    pub(crate) fn alive(&self) {
+        self.state.lock().heard(self.since(Instant::now()));
+    }
+
     /// An answer came.
     pub(crate) fn answered(&self, results: v1::Results) {
         let call_id = results.call_id;
+        let now = Instant::now();
         let mut state = self.state.lock();
+        state.heard(self.since(now));
         let Some(pending) = state.take(call_id) else {
             tracing::debug!(node = %self.node, call_id, "an answer came after its call was given up");
             return;
         };
-        let took = pending.sent.elapsed();
+        let took = now - pending.sent;
         let outcome = computed(results, pending.rows, self.d_model, took);
-        if let Ok(Computed { report, .. }) = &outcome {
-            state.deadline.note(pending.rows, took, report.demand_loads, report.load);
+        match &outcome {
+            Ok(Computed { report, .. }) => {
+                state.deadline.note(pending.rows, took, report.demand_loads, report.load);
+                self.on_breaker(&mut state, now, Breaker::succeeded);
+            }
+            Err(failure) if failure.is_of_the_node() => self.on_breaker(&mut state, now, Breaker::failed),
+            // It refuses, so it lives.
+            Err(_) => self.on_breaker(&mut state, now, Breaker::succeeded),
         }
-        (state.silences, state.silent_until) = (0, None);
         drop(state);
         self.room.notify_all();
         self.reply(call_id, pending, outcome);
@@ -279,6 +329,21 @@ impl Lane {
     fn reply(&self, call_id: u64, pending: Pending, outcome: Result<Computed, CallFailure>) {
         // Whoever waited may have ended with the engine.
         let _ = pending.replies.send(Reply { call_id, outcome });
+    }
+
+    /// Tells the breaker what happened, and the metric how it stands.
+    fn on_breaker(&self, state: &mut State, now: Instant, happened: impl FnOnce(&mut Breaker, Duration)) {
+        let since = self.since(now);
+        happened(&mut state.breaker, since);
+        self.breaker_state.set(match state.breaker.state(since) {
+            BreakerState::Closed => 0.0,
+            BreakerState::Probation => 1.0,
+            BreakerState::Open => 2.0,
+        });
+    }
+
+    fn since(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.origin)
     }
 }
 
@@ -291,11 +356,24 @@ impl State {
         }
     }
 
+    fn heard(&mut self, now: Duration) {
+        self.silence.heard(now);
+        self.suspect = None;
+    }
+
     fn take(&mut self, call_id: u64) -> Option<Pending> {
         let pending = self.pending.remove(&call_id)?;
         self.inflight_bytes -= pending.bytes;
+        if self.pending.is_empty() {
+            self.silence.end();
+        }
         Some(pending)
     }
+}
+
+/// How long the rows of a call and those of its answer may travel.
+pub(crate) fn travel(bytes: usize) -> Duration {
+    Duration::from_micros((2 * bytes / BYTES_PER_MICROSECOND) as u64)
 }
 
 /// The rows of an answer, checked against the call.
@@ -310,10 +388,7 @@ fn computed(results: v1::Results, rows: usize, d_model: usize, took: Duration) -
             };
             Ok(Computed { payload, report, took })
         }
-        Ok(wire::Answer::Failed(v1::CallError { reason, message, .. })) => {
-            let reason = Reason::from_name(&reason).unwrap_or(Reason::Internal);
-            Err(CallFailure::Refused { reason, message })
-        }
+        Ok(wire::Answer::Failed(error)) => Err(CallFailure::refused(error)),
         Err(error) => Err(CallFailure::Malformed { reason: error.to_string() }),
     }
 }

@@ -1,12 +1,15 @@
 //! What keeps a lane connected: a task that connects, opens the stream, hands every answer to the lane, and
 //! begins again after a pause when the connection is lost. Started by [`crate::lane`].
+//!
+//! A node that is hung or cut off may keep a connection open for ever, or let one be opened and say nothing on it:
+//! so connecting and opening have limits, idle connections are pinged, and one that stays silent is given up.
 
 use std::{
     sync::{Arc, Weak},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-use sida_proto::v1::{LaneRequest, experts_client::ExpertsClient};
+use sida_proto::v1::{self, LaneRequest, experts_client::ExpertsClient, lane_response::Kind};
 use sida_routing::Digest;
 use sida_rpc::{ClientConfig, MESSAGE_BYTES_MAX};
 use tokio::sync::mpsc;
@@ -18,7 +21,15 @@ use crate::lane::Lane;
 
 /// Pauses between attempts to connect double from the first to the last of these.
 const PAUSE_MIN: Duration = Duration::from_millis(20);
-const PAUSE_MAX: Duration = Duration::from_secs(2);
+const PAUSE_MAX: Duration = Duration::from_millis(500);
+/// How long connecting may take, and the node's consent to the lane after it.
+const OPEN_LIMIT: Duration = Duration::from_secs(1);
+/// How often a connection on which nothing comes is pinged, and how long the answer may take.
+const PING_PERIOD: Duration = Duration::from_secs(1);
+/// How long a node may stay silent for too long before its connection is given up, too.
+const SUSPECT_LIMIT: Duration = Duration::from_secs(3);
+/// How often that is looked at.
+const LOOK_PERIOD: Duration = Duration::from_millis(500);
 /// The metadata that names the model a lane is for.
 const MODEL_DIGEST: &str = "sida-model-digest";
 
@@ -26,9 +37,22 @@ const MODEL_DIGEST: &str = "sida-model-digest";
 #[derive(Debug)]
 pub(crate) struct Connector {
     /// Timeouts, windows, TLS.
-    pub(crate) client: ClientConfig,
+    client: ClientConfig,
     /// The model that the node must hold; it refuses a lane for another.
-    pub(crate) model: Digest,
+    model: Digest,
+}
+
+impl Connector {
+    /// Lanes of nodes with `model`. They connect as `client` says, but find out sooner that a node is gone.
+    pub(crate) fn new(client: &ClientConfig, model: Digest) -> Self {
+        let client = ClientConfig {
+            connect_timeout: client.connect_timeout.min(OPEN_LIMIT),
+            keepalive_interval: client.keepalive_interval.min(PING_PERIOD),
+            keepalive_timeout: client.keepalive_timeout.min(PING_PERIOD),
+            ..client.clone()
+        };
+        Self { client, model }
+    }
 }
 
 /// Keeps `lane` connected until it is dropped or `shutdown`.
@@ -44,11 +68,13 @@ pub(crate) async fn keep(lane: Weak<Lane>, connector: Arc<Connector>, shutdown: 
         } else {
             tracing::debug!(node = %lane.node(), reason, "cannot open a lane to an expert-node");
         }
-        drop(lane);
-        if shutdown.run_until_cancelled(tokio::time::sleep(pause)).await.is_none() {
-            return;
-        }
-        pause = (pause * 2).min(PAUSE_MAX);
+        // The lane lives no longer than whoever calls on it.
+        let paused = async {
+            let back = lane.may_be_back();
+            tokio::time::timeout(pause, back).await.is_err()
+        };
+        let Some(waited) = shutdown.run_until_cancelled(paused).await else { return };
+        pause = if waited { (pause * 2).min(PAUSE_MAX) } else { PAUSE_MIN };
     }
 }
 
@@ -78,17 +104,30 @@ async fn serve(lane: &Weak<Lane>, connector: &Connector, lasted: &mut bool) -> R
     let mut request = Request::new(UnboundedReceiverStream::new(requests));
     let digest = MetadataValue::try_from(connector.model.to_string()).expect("hexadecimal digits are metadata");
     request.metadata_mut().insert(MODEL_DIGEST, digest);
-    let mut responses = client.lane(request).await.map_err(refused)?.into_inner();
+    let opened = tokio::time::timeout(OPEN_LIMIT, client.lane(request)).await;
+    let opened = opened.map_err(|_| format!("no consent to a lane within {OPEN_LIMIT:?}"))?;
+    let mut responses = opened.map_err(refused)?.into_inner();
     match lane.upgrade() {
         Some(lane) => lane.connected(outgoing),
         None => return Ok(()),
     }
     *lasted = true;
-    while let Some(response) = responses.message().await.map_err(refused)? {
-        let (Some(lane), Some(results)) = (lane.upgrade(), response.results) else { continue };
-        lane.answered(results);
+    loop {
+        let response = tokio::time::timeout(LOOK_PERIOD, responses.message()).await;
+        let Some(lane) = lane.upgrade() else { return Ok(()) };
+        match response {
+            Ok(response) => match response.map_err(refused)? {
+                Some(v1::LaneResponse { kind: Some(Kind::Results(results)) }) => lane.answered(results),
+                // Of a kind of a later version: a sign of life, too.
+                Some(v1::LaneResponse { kind: Some(Kind::Alive(_)) | None }) => lane.alive(),
+                None => return Ok(()),
+            },
+            Err(_) if lane.suspect_for(Instant::now()) > Some(SUSPECT_LIMIT) => {
+                return Err(format!("no sign of life for more than {SUSPECT_LIMIT:?}"));
+            }
+            Err(_) => {}
+        }
     }
-    Ok(())
 }
 
 fn refused(status: Status) -> String {

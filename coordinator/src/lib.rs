@@ -5,8 +5,8 @@
 //! (the wire's side), or this process by [`coordinator`]; `accept` checks and tokenizes it into a [`request`].
 //! It waits in a `queue`; `prepare` takes a batch, has `predict` (here, or by `remote_predictor`) fill its hash
 //! tables and `preload` hint them. The `engine` lets it join: `forward` runs the layers, [`routing_mode`] chooses
-//! experts, `dispatch` sends rows to the `nodes` over `lane`s (`lane_connection`, `call_deadline`). A `sequence`
-//! goes on from step to step: `sampler`, `detokenize`, `stop_text`, or `score`; the answer leaves as [`output`]
+//! experts, `dispatch` sends rows in `calls` to the `nodes` over `lane`s (`lane_connection`,
+//! `call_deadline`, `call_failure`). A `sequence` goes on from step to step: `sampler`, `detokenize`, `stop_text`, or `score`; the answer leaves as [`output`]
 //! with its [`trace`], or as a `fault`. Beside that: `probe` (health), `cluster_service` and `statistics`.
 //!
 //! Invariant: it does not know expert-nodes but by `sida_cluster::experts` and the wire, and takes no decision
@@ -14,6 +14,8 @@
 
 mod accept;
 mod call_deadline;
+mod call_failure;
+mod calls;
 mod cluster_service;
 pub mod config;
 pub mod coordinator;
@@ -43,6 +45,8 @@ mod statistics;
 mod stop_text;
 pub mod trace;
 
+use std::time::Duration;
+
 use sida_cluster::Cluster;
 use sida_proto::v1::{cluster_server::ClusterServer, inference_server::InferenceServer};
 use sida_rpc::{MESSAGE_BYTES_MAX, Server};
@@ -71,7 +75,11 @@ pub async fn run(
     serve(coordinator, listener, shutdown).await
 }
 
-/// Serves a coordinator that runs already, so that this process can ask it, too.
+/// How long others may take to see that this node goes, before it takes no more requests.
+const LEAVE_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Serves a coordinator that runs already, so that this process can ask it, too. At `shutdown` health says NOT_SERVING
+/// and the coordinator leaves its cluster; then it takes no more requests and finishes those in flight.
 pub async fn serve(
     coordinator: Coordinator,
     listener: TcpListener,
@@ -93,7 +101,8 @@ pub async fn serve(
         .descriptors(sida_proto::DESCRIPTORS)
         .check("sida.v1.Inference", probe(&coordinator))
         .check("sida.v1.Cluster", || async { Ok(()) })
-        .serve(listener, shutdown)
+        .leaving(shutdown.clone())
+        .serve(listener, coordinator.cluster().left_after(shutdown, LEAVE_PATIENCE))
         .await?;
     coordinator.stop().await;
     Ok(())

@@ -1,24 +1,36 @@
 //! The expert-nodes as this coordinator reaches them: one link per node, and who is asked for an expert.
 //! Follows the cluster's membership; read by `dispatch`, `preload`, `health` and the status service.
+//!
+//! An expert-node may know a newer placement than this coordinator, which then takes it over in the middle of a
+//! request ([`Nodes::adopt`]).
 
 use std::{
     sync::Arc,
     time::{Duration, Instant},
 };
 
+use bytes::Bytes;
 use metrics::Histogram;
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use sida_cluster::{
     Cluster, View,
     experts::LocalExperts,
     member::{Address, Member, Role},
 };
-use sida_routing::{ExpertKey, NodeId, Placement, Plan, PlanId};
+use sida_proto::wire::decode;
+use sida_routing::{
+    ExpertKey, NodeId, Placement, Plan, PlanId,
+    failover::{self, RetryBudget},
+};
 use sida_telemetry::{gauge, histogram, names};
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
 use crate::lane::{Lane, LaneConfig};
+
+/// Calls made again may be so many of all calls, and so many a second whatever their share.
+const RETRY_SHARE: f64 = 0.2;
+const RETRIES_PER_SECOND_MIN: f64 = 10.0;
 
 /// One expert-node.
 pub(crate) struct Link {
@@ -47,11 +59,11 @@ impl Link {
         }
     }
 
-    /// Gives it a hint. A lost hint costs time only.
-    pub(crate) fn plan(&self, plan: Plan) {
+    /// Gives it a hint made from a placement of this epoch. A lost hint costs time only.
+    pub(crate) fn plan(&self, plan: Plan, placement_epoch: u64) {
         match &self.reach {
             Reach::Local(experts) => experts.plan(plan),
-            Reach::Remote(lane) => lane.plan(&plan),
+            Reach::Remote(lane) => lane.plan(&plan, placement_epoch),
         }
     }
 
@@ -68,7 +80,7 @@ impl Link {
 pub(crate) struct Roster {
     /// Who should hold what.
     pub(crate) placement: Arc<Placement>,
-    /// Invariant: in the order of `placement.nodes()`.
+    /// Invariant: in the order of `placement.nodes()`, so that a holder's index is its link's.
     pub(crate) links: Vec<Arc<Link>>,
 }
 
@@ -76,12 +88,13 @@ impl Roster {
     /// Whom to ask for `key`, as an index into `links`: the first of its holders that is up, else any other
     /// node that is up (it loads the expert from its own store), else whoever is left. Never one of `tried`.
     pub(crate) fn choose(&self, key: ExpertKey, tried: &[usize], now: Instant) -> Option<usize> {
-        let holders = self.placement.holder_indices(key).iter().map(|&node| usize::from(node));
-        // Rotated by the expert, so that the experts of a dead node do not all go to the same other one.
-        let start = usize::from(key.expert.0);
-        let others = (0..self.links.len()).map(|at| (at + start) % self.links.len());
-        let untried = || holders.clone().chain(others.clone()).filter(|node| !tried.contains(node));
-        untried().find(|&node| self.links[node].is_up(now)).or_else(|| untried().next())
+        let up = |node: usize| self.links[node].is_up(now);
+        failover::choose(self.placement.holder_indices(key), self.links.len(), key.expert, &up, tried)
+    }
+
+    /// Where among `links` a node of this name is.
+    pub(crate) fn position(&self, node: &NodeId) -> Option<usize> {
+        self.links.iter().position(|link| link.node == *node)
     }
 
     /// Whether somebody who is up was not `asked` yet.
@@ -92,7 +105,14 @@ impl Roster {
 
 /// The current [`Roster`].
 pub(crate) struct Nodes {
+    cluster: Cluster,
+    config: LaneConfig,
+    runtime: Handle,
     roster: RwLock<Arc<Roster>>,
+    /// For all calls of this coordinator.
+    retries: Mutex<RetryBudget>,
+    /// The budget counts time from here.
+    origin: Instant,
     /// Ends the tasks that follow the membership and keep the lanes.
     end: CancellationToken,
 }
@@ -106,27 +126,68 @@ impl Drop for Nodes {
 impl Nodes {
     /// Links to all expert-nodes of `cluster`, kept up to date by a task on `runtime` until they are dropped.
     pub(crate) fn follow(cluster: &Cluster, config: LaneConfig, runtime: &Handle) -> Arc<Self> {
-        let shutdown = CancellationToken::new();
+        let end = CancellationToken::new();
         let mut changes = cluster.changed();
-        let connect = {
-            let runtime = runtime.clone();
-            let shutdown = shutdown.clone();
-            move |view: &View, old: &[Arc<Link>]| roster(view, old, &config, &runtime, &shutdown)
-        };
-        let roster = RwLock::new(Arc::new(connect(&cluster.view(), &[])));
-        let nodes = Arc::new(Self { roster, end: shutdown.clone() });
+        let first = roster(&cluster.view(), &[], &config, runtime, &end);
+        let nodes = Arc::new(Self {
+            cluster: cluster.clone(),
+            config,
+            runtime: runtime.clone(),
+            roster: RwLock::new(Arc::new(first)),
+            retries: Mutex::new(RetryBudget::new(RETRY_SHARE, RETRIES_PER_SECOND_MIN)),
+            origin: Instant::now(),
+            end: end.clone(),
+        });
         let following = Arc::downgrade(&nodes);
         runtime.spawn(async move {
             // The publisher outlives us or is gone; then the last view stays.
-            while let Some(Ok(())) = shutdown.run_until_cancelled(changes.changed()).await {
-                let view = changes.borrow_and_update().clone();
+            while let Some(Ok(())) = end.run_until_cancelled(changes.changed()).await {
                 let Some(nodes) = following.upgrade() else { return };
-                let roster = connect(&view, &nodes.roster().links);
-                tracing::info!(epoch = view.placement.epoch(), nodes = roster.links.len(), "placement changed");
-                *nodes.roster.write() = Arc::new(roster);
+                nodes.refresh();
             }
         });
         nodes
+    }
+
+    /// Takes the cluster's view as it is now.
+    fn refresh(&self) {
+        let mut current = self.roster.write();
+        let view = self.cluster.view();
+        let new = roster(&view, &current.links, &self.config, &self.runtime, &self.end);
+        if new.placement.epoch() != current.placement.epoch() {
+            tracing::info!(epoch = view.placement.epoch(), nodes = new.links.len(), "placement changed");
+        }
+        for link in &new.links {
+            // Who is in a new view may have come back.
+            if let Reach::Remote(lane) = &link.reach {
+                lane.retry_now();
+            }
+        }
+        *current = Arc::new(new);
+    }
+
+    /// Takes over the placement that an expert-node refused a call with, an encoded `sida.v1.PlacementRecord`. Whether
+    /// it is newer than `known`, so that the call can be made again under it.
+    pub(crate) fn adopt(&self, record: &Bytes, known: u64) -> bool {
+        match decode::placement(record) {
+            Ok(record) => {
+                if self.cluster.adopt(record.model, Arc::unwrap_or_clone(record.placement)) {
+                    self.refresh();
+                }
+            }
+            Err(error) => tracing::warn!(%error, "an expert-node's placement cannot be read"),
+        }
+        self.roster().placement.epoch() > known
+    }
+
+    /// Notes a call that is made for the first time.
+    pub(crate) fn note_call(&self, now: Instant) {
+        self.retries.lock().call(now.saturating_duration_since(self.origin));
+    }
+
+    /// Whether a call may be made again.
+    pub(crate) fn take_retry(&self, now: Instant) -> bool {
+        self.retries.lock().take_retry(now.saturating_duration_since(self.origin))
     }
 
     /// Everyone now. Consistent for as long as the caller holds it.

@@ -10,6 +10,7 @@ use std::{
     time::Instant,
 };
 
+use sida_cluster::Cluster;
 use sida_routing::{ExpertKey, HashTable, Plan, PlanId};
 
 use crate::nodes::{Link, Nodes};
@@ -17,6 +18,8 @@ use crate::nodes::{Link, Nodes};
 /// Gives hints.
 pub(crate) struct Preload {
     nodes: Arc<Nodes>,
+    /// Told what is wanted: who writes the placement gives more holders to what is wanted most.
+    cluster: Cluster,
     /// How many experts per token and layer are hinted.
     depth: usize,
     next_id: AtomicU64,
@@ -35,14 +38,15 @@ impl Drop for Hint {
 }
 
 impl Preload {
-    pub(crate) fn new(nodes: Arc<Nodes>, depth: usize) -> Self {
-        Self { nodes, depth, next_id: AtomicU64::new(1) }
+    pub(crate) fn new(nodes: Arc<Nodes>, cluster: Cluster, depth: usize) -> Self {
+        Self { nodes, cluster, depth, next_id: AtomicU64::new(1) }
     }
 
     /// Tells every node which of its experts the tokens of `tables` will use.
     pub(crate) fn hint<'a>(&self, tables: impl IntoIterator<Item = &'a HashTable>) -> Hint {
         let id = PlanId(self.next_id.fetch_add(1, Ordering::Relaxed));
         let tables: Vec<&HashTable> = tables.into_iter().collect();
+        self.cluster.note_demand(tables.iter().copied());
         if tables.is_empty() || self.depth == 0 {
             return Hint { id, links: Vec::new() };
         }
@@ -57,7 +61,7 @@ impl Preload {
         }
         let mut links = Vec::new();
         for (link, experts) in roster.links.iter().zip(shares).filter(|(_, experts)| !experts.is_empty()) {
-            link.plan(Plan { id, experts });
+            link.plan(Plan { id, experts }, roster.placement.epoch());
             links.push(link.clone());
         }
         Hint { id, links }

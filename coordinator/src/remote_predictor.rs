@@ -1,9 +1,16 @@
-//! Hash tables from predictor-nodes. A call that takes too long or fails costs the tables only, so it is tried
-//! once, and a node that failed is left alone for a while.
+//! Hash tables from predictor-nodes. A call that takes too long or fails costs the tables only: another node is asked
+//! if there is time left, and if none answers, requests run without hints.
+//!
+//! A predictor-node that hangs must not cost every request its timeout. So one that failed is left alone by its
+//! breaker (`sida_routing::failover`), and nobody's request is what finds out whether it is back: it is asked to
+//! describe itself, beside all requests, and gets their calls again once it answers.
 
 use std::{
     ops::Range,
-    sync::atomic::{AtomicUsize, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -17,13 +24,15 @@ use sida_proto::{
     v1::{self, predictor_client::PredictorClient},
     wire::{Bounds, Prediction, Stack},
 };
-use sida_routing::{Digest, HashTable, NodeId};
+use sida_routing::{Digest, HashTable, NodeId, failover::Breaker};
 use sida_rpc::{ClientConfig, MESSAGE_BYTES_MAX};
 use tokio::runtime::Handle;
 use tonic::transport::Channel;
 
-/// How long a node that failed is not asked.
-const REST: Duration = Duration::from_secs(1);
+/// How often a node that failed is asked whether it is back.
+const ASK_PERIOD: Duration = Duration::from_millis(250);
+/// Nodes that are asked for one prediction at most.
+const ATTEMPTS_MAX: usize = 2;
 /// Sequences of one call.
 const SEQUENCES_MAX: usize = 64;
 
@@ -35,15 +44,27 @@ pub(crate) struct RemotePredictor {
     model: Digest,
     bounds: Bounds,
     timeout: Duration,
-    state: Mutex<State>,
+    /// Of the nodes that were asked.
+    links: Mutex<Vec<Arc<Link>>>,
     next: AtomicUsize,
+    /// Breakers count time from here.
+    origin: Instant,
 }
 
-/// What is remembered of the nodes.
+/// One predictor-node.
+struct Link {
+    node: NodeId,
+    address: String,
+    channel: Channel,
+    state: Mutex<State>,
+}
+
+/// How it has done.
 #[derive(Default)]
 struct State {
-    channels: Vec<(NodeId, String, Channel)>,
-    resting: Vec<(NodeId, Instant)>,
+    breaker: Breaker,
+    /// It failed, and has not said a word since.
+    is_away: bool,
 }
 
 impl RemotePredictor {
@@ -56,8 +77,8 @@ impl RemotePredictor {
         bounds: Bounds,
         timeout: Duration,
     ) -> Self {
-        let (state, next) = Default::default();
-        Self { cluster, client, runtime, model, bounds, timeout, state, next }
+        let (links, next) = Default::default();
+        Self { cluster, client, runtime, model, bounds, timeout, links, next, origin: Instant::now() }
     }
 
     /// Tables of the encoder's `layers`, one per sequence.
@@ -76,31 +97,77 @@ impl RemotePredictor {
     }
 
     fn predict(&self, stack: Stack, sequences: &[&[u32]], states: &[Bytes], layers: Range<u16>) -> Option<Prediction> {
-        let (node, channel) = self.choose()?;
+        let deadline = Instant::now() + self.timeout;
+        for _ in 0..ATTEMPTS_MAX {
+            let link = self.choose()?;
+            match self.ask(&link, stack, sequences, states, layers.clone(), deadline) {
+                Ok(prediction) => {
+                    link.state.lock().breaker.succeeded(self.origin.elapsed());
+                    return Some(prediction);
+                }
+                Err(reason) => {
+                    tracing::warn!(node = %link.node, reason, "a predictor-node failed");
+                    self.failed(link);
+                }
+            }
+            if Instant::now() >= deadline {
+                break;
+            }
+        }
+        tracing::warn!("no predictor-node answered; requests run without hints");
+        None
+    }
+
+    /// Asks one node, until `deadline`.
+    fn ask(
+        &self,
+        link: &Link,
+        stack: Stack,
+        sequences: &[&[u32]],
+        states: &[Bytes],
+        layers: Range<u16>,
+        deadline: Instant,
+    ) -> Result<Prediction, String> {
+        link.state.lock().breaker.begin(self.origin.elapsed());
         let calls = sequences.chunks(SEQUENCES_MAX).enumerate().map(|(chunk, sequences)| {
             let first = (chunk * SEQUENCES_MAX).min(states.len());
             let states = &states[first..(first + sequences.len()).min(states.len())];
-            let call = self.call(channel.clone(), stack, sequences, states, layers.clone());
+            let call = self.call(link.channel.clone(), stack, sequences, states, layers.clone());
             // Within the future: a timer can only be made on the runtime.
-            async move { tokio::time::timeout(self.timeout, call).await }
+            async move { tokio::time::timeout_at(deadline.into(), call).await }
         });
         let all = futures::future::join_all(calls);
         let mut prediction = Prediction { tables: Vec::new(), states: Vec::new() };
         // Called from the threads of `prepare` and the engine, never from the runtime's own.
         for part in self.runtime.block_on(all) {
-            match part.unwrap_or_else(|_| Err(format!("no answer within {:?}", self.timeout))) {
-                Ok(part) => {
-                    prediction.tables.extend(part.tables);
-                    prediction.states.extend(part.states);
-                }
-                Err(reason) => {
-                    tracing::warn!(%node, reason, "a predictor-node failed; requests run without hints");
-                    self.state.lock().resting.push((node, Instant::now() + REST));
-                    return None;
+            let part = part.unwrap_or_else(|_| Err(format!("no answer within {:?}", self.timeout)))?;
+            prediction.tables.extend(part.tables);
+            prediction.states.extend(part.states);
+        }
+        Ok(prediction)
+    }
+
+    /// Leaves a node alone until it answers again.
+    fn failed(&self, link: Arc<Link>) {
+        let mut state = link.state.lock();
+        state.breaker.failed(self.origin.elapsed());
+        if std::mem::replace(&mut state.is_away, true) {
+            return;
+        }
+        drop(state);
+        let (away, patience) = (Arc::downgrade(&link), self.timeout);
+        self.runtime.spawn(async move {
+            loop {
+                tokio::time::sleep(ASK_PERIOD).await;
+                let Some(link) = away.upgrade() else { return };
+                let mut client = PredictorClient::new(link.channel.clone());
+                let described = client.describe(v1::DescribePredictorRequest {});
+                if let Ok(Ok(_)) = tokio::time::timeout(patience, described).await {
+                    link.state.lock().is_away = false;
+                    return;
                 }
             }
-        }
-        Some(prediction)
+        });
     }
 
     async fn call(
@@ -120,32 +187,43 @@ impl RemotePredictor {
         response.check(&self.bounds, self.model, stack, layers, &lengths).map_err(|error| error.to_string())
     }
 
-    /// The next node in turn that is not resting.
-    fn choose(&self) -> Option<(NodeId, Channel)> {
-        let now = Instant::now();
-        let mut state = self.state.lock();
-        state.resting.retain(|(_, until)| *until > now);
+    /// The next node in turn that may be asked.
+    fn choose(&self) -> Option<Arc<Link>> {
+        let mut links = self.links.lock();
         let members = self.cluster.members_of(Role::PredictorNode);
-        let rested: Vec<&Member> =
-            members.iter().filter(|m| state.resting.iter().all(|(node, _)| *node != m.node)).collect();
-        let turn = self.next.fetch_add(1, Ordering::Relaxed);
-        let member = rested.get(turn.checked_rem(rested.len())?)?;
-        let Address::Grpc(address) = &member.address else { return None };
-        if let Some((_, _, channel)) = state.channels.iter().find(|(node, at, _)| *node == member.node && at == address)
-        {
-            return Some((member.node.clone(), channel.clone()));
+        links.retain(|link| members.iter().any(|member| leads_to(link, member)));
+        for member in &members {
+            if !links.iter().any(|link| leads_to(link, member)) {
+                links.extend(self.link(member));
+            }
         }
+        let now = self.origin.elapsed();
+        let may_be_asked = |link: &&Arc<Link>| {
+            let state = link.state.lock();
+            !state.is_away && state.breaker.allows(now)
+        };
+        let up: Vec<&Arc<Link>> = links.iter().filter(may_be_asked).collect();
+        let turn = self.next.fetch_add(1, Ordering::Relaxed);
+        up.get(turn.checked_rem(up.len())?).map(|link| Arc::clone(link))
+    }
+
+    /// A way to a member, if its address can be one.
+    fn link(&self, member: &Member) -> Option<Arc<Link>> {
+        let Address::Grpc(address) = &member.address else { return None };
         let _in_runtime = self.runtime.enter();
-        let channel = match sida_rpc::connect_lazy(address, &self.client) {
-            Ok(channel) => channel,
+        match sida_rpc::connect_lazy(address, &self.client) {
+            Ok(channel) => {
+                let (node, address) = (member.node.clone(), address.clone());
+                Some(Arc::new(Link { node, address, channel, state: Mutex::default() }))
+            }
             Err(error) => {
                 tracing::warn!(node = %member.node, %error, "a predictor-node cannot be reached");
-                state.resting.push((member.node.clone(), now + REST));
-                return None;
+                None
             }
-        };
-        state.channels.retain(|(node, _, _)| *node != member.node);
-        state.channels.push((member.node.clone(), address.clone(), channel.clone()));
-        Some((member.node.clone(), channel))
+        }
     }
+}
+
+fn leads_to(link: &Link, member: &Member) -> bool {
+    link.node == member.node && matches!(&member.address, Address::Grpc(address) if *address == link.address)
 }

@@ -130,10 +130,18 @@ pub enum RequestError {
     Cancelled,
     #[error("the coordinator is shutting down")]
     ShuttingDown,
+    #[error("the cluster has no expert-node yet")]
+    NoExpertNode,
     #[error("no expert-node could compute {key}: {}", reasons(.tried))]
     ExpertUnavailable {
         key: ExpertKey,
         /// Each node that was asked, and why it did not answer.
+        tried: Vec<(NodeId, String)>,
+    },
+    #[error("too many expert calls failed lately to ask another node for {key}: {}", reasons(.tried))]
+    RetriesExhausted {
+        key: ExpertKey,
+        /// As above.
         tried: Vec<(NodeId, String)>,
     },
     #[error("the model failed: {0}")]

@@ -8,10 +8,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use sida_cluster::experts::{ExpertCall, LocalExperts};
+use sida_cluster::{
+    Cluster,
+    experts::{ExpertCall, LocalExperts},
+};
 use sida_expert_node::{Engine, ExpertMemory, ExpertNodeConfig, MODEL_DIGEST_METADATA};
 use sida_model::{Checkpoint, ExpertScratch, ExpertStore};
-use sida_proto::v1::{self, LaneRequest, experts_client::ExpertsClient, lane_request::Kind};
+use sida_proto::v1::{self, LaneRequest, experts_client::ExpertsClient, lane_request::Kind, lane_response};
 use sida_routing::{
     ExpertId, ExpertKey, Group, LayerId, Plan, PlanId,
     residency::{Access, Residency, ResidencyConfig},
@@ -197,8 +200,10 @@ async fn lane(checkpoint: &Arc<Checkpoint>) {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let address = listener.local_addr().expect("an address").to_string();
     let (served, model) = (engine.clone(), engine.model().to_string());
-    let serving = async move { sida_expert_node::serve(served, &config, listener, CancellationToken::new()).await };
-    tokio::spawn(serving);
+    let experts = checkpoint.config();
+    let cluster = Cluster::fixed(Vec::new(), experts.moe_layer_count(), experts.num_experts, 1).expect("a cluster");
+    let end = CancellationToken::new();
+    tokio::spawn(async move { sida_expert_node::serve(served, &config, listener, cluster, end).await });
     let channel = sida_rpc::connect(&address, &Default::default()).await.expect("a connection");
     let (requests, outgoing) = unbounded_channel();
     let mut request = Request::new(UnboundedReceiverStream::new(outgoing));
@@ -214,9 +219,14 @@ async fn lane(checkpoint: &Arc<Checkpoint>) {
             let start = Instant::now();
             let activations = v1::Activations::new(id, LayerId(2), &groups, &x);
             requests.send(LaneRequest { kind: Some(Kind::Activations(activations)) }).expect("an open lane");
-            let results = answers.message().await.expect("an answer").expect("an open lane").results;
+            let results = loop {
+                let message = answers.message().await.expect("an answer").expect("an open lane");
+                if let Some(lane_response::Kind::Results(results)) = message.kind {
+                    break results;
+                }
+            };
             there_and_back.push(start.elapsed());
-            assert!(results.is_some_and(|results| results.error.is_none()));
+            assert!(results.error.is_none());
             direct.push(timed(|| _ = engine.compute(call, &mut out).expect("a call")));
         }
         there_and_back.sort();

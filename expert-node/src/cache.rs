@@ -17,7 +17,7 @@ use sida_model::ModelError;
 use sida_routing::{
     ExpertId, ExpertKey, LayerId,
     residency::{
-        Access, Awaited, Grant, LoadKind, Pending, Residency, ResidencyConfig, ResidencyError, SlotId, Ticket,
+        Access, Awaited, Grant, LoadKind, Pending, Placed, Residency, ResidencyConfig, ResidencyError, SlotId, Ticket,
     },
 };
 
@@ -112,6 +112,23 @@ impl ExpertCache {
         None
     }
 
+    /// Starts the next load of what is placed here (ascending), where there is room that nobody misses.
+    pub(crate) fn next_placed(&self, placed: &[ExpertKey]) -> NextPlaced<'_> {
+        let mut state = self.state.lock();
+        if state.closed {
+            return NextPlaced::Done;
+        }
+        match state.residency.next_placed(placed) {
+            Placed::Done => NextPlaced::Done,
+            Placed::Busy => NextPlaced::Busy,
+            Placed::Load(load) => {
+                self.measures.evicted(load.evicted);
+                let kind = LoadKind::Prefetch;
+                NextPlaced::Load(Unfilled { cache: self, key: load.key, slot: load.slot, kind })
+            }
+        }
+    }
+
     /// No prefetch starts any more. Calls that run go on.
     pub(crate) fn close(&self) {
         self.state.lock().closed = true;
@@ -164,6 +181,16 @@ impl ExpertCache {
         };
         (group, granted)
     }
+}
+
+/// [`Placed`], with the slot to fill.
+pub(crate) enum NextPlaced<'c> {
+    /// To be loaded.
+    Load(Unfilled<'c>),
+    /// Calls go first.
+    Busy,
+    /// Nothing is missing that there is room for.
+    Done,
 }
 
 /// An expert granted to a call.

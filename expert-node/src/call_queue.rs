@@ -70,7 +70,8 @@ fn results(engine: &Engine, bounds: &Bounds, activations: v1::Activations) -> v1
                 tracing::error!(node = %engine.node(), call_id, %fault, "call failed");
             }
             let (code, reason, message) = (fault.reason().code(), fault.reason().name(), fault.message());
-            let error = v1::CallError { code: code.into(), reason: reason.into(), message: message.into() };
+            let (reason, message, newer_placement) = (reason.into(), message.into(), Default::default());
+            let error = v1::CallError { code: code.into(), reason, message, newer_placement };
             v1::Results::failed(call_id, error)
         }
     }

@@ -85,6 +85,11 @@ impl Engine {
         self.cache.source().model()
     }
 
+    /// Its expert memory.
+    pub(crate) fn cache(&self) -> &ExpertCache {
+        &self.cache
+    }
+
     /// What messages to this node may hold.
     pub(crate) fn bounds(&self, limits: &ExpertNodeLimits) -> Bounds {
         let source = self.cache.source();

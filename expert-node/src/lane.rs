@@ -3,6 +3,10 @@
 //! A lane that sends more than it may have in flight is not read until some of it is answered, so HTTP/2 flow
 //! control slows its sender and nobody else. A call's permits go with its answer and are given back when the
 //! answer leaves for the network: what a slow reader does not take counts as in flight.
+//!
+//! While calls are in flight a lane is never silent: `responses` puts a sign of life where there is no answer for
+//! a while. They come from tokio's threads, which no computation holds, so that a coordinator can tell a node that
+//! hangs from one that has much to do. A call of an older placement than the node's is refused (`stale`).
 
 use std::{
     collections::BTreeMap,
@@ -13,7 +17,7 @@ use std::{
 };
 
 use crossbeam_channel::Sender;
-use futures::Stream;
+use futures::{Stream, stream};
 use sida_cluster::experts::LocalExperts;
 use sida_proto::{
     v1::{self, LaneRequest, LaneResponse, lane_request::Kind},
@@ -22,14 +26,20 @@ use sida_proto::{
 use sida_routing::PlanId;
 use sida_rpc::{Fault, Reason};
 use tokio::sync::{
-    OwnedSemaphorePermit, Semaphore,
-    mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel},
+    Semaphore,
+    mpsc::{UnboundedSender, unbounded_channel},
+    watch,
 };
-use tokio_stream::{StreamExt, wrappers::UnboundedReceiverStream};
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming};
 
-use crate::{call_queue::Job, config::ExpertNodeLimits, engine::Engine};
+use crate::{
+    call_queue::Job,
+    config::ExpertNodeLimits,
+    engine::Engine,
+    responses::{Answer, Permits, Responses, UnderWay},
+    stale::Epochs,
+};
 
 /// Payloads are counted in units of this, since a semaphore counts to 2^29 at least and a lane may have more
 /// bytes than that.
@@ -45,28 +55,18 @@ pub(crate) struct Lanes {
     pub(crate) bounds: Bounds,
     pub(crate) jobs: Sender<Job>,
     pub(crate) limits: ExpertNodeLimits,
+    pub(crate) epochs: Epochs,
     /// Calls in flight on all lanes.
     pub(crate) calls: Arc<Semaphore>,
     pub(crate) shutdown: CancellationToken,
-}
-
-/// An answer, and what it holds of its lane's and its node's limits.
-struct Answer {
-    response: Result<LaneResponse, Status>,
-    _permits: Option<Permits>,
-}
-
-/// A call in flight.
-struct Permits {
-    _node: OwnedSemaphorePermit,
-    _call: OwnedSemaphorePermit,
-    _bytes: OwnedSemaphorePermit,
 }
 
 /// The reading side of a lane.
 struct Lane {
     lanes: Arc<Lanes>,
     answers: UnboundedSender<Answer>,
+    /// How many calls were read and not yet answered.
+    under_way: Arc<watch::Sender<usize>>,
     calls: Arc<Semaphore>,
     bytes: Arc<Semaphore>,
     /// Plans of this lane: their names on the lane, and within the node. Several coordinators may use the same.
@@ -78,11 +78,13 @@ pub(crate) fn open(
     lanes: Arc<Lanes>,
     requests: Streaming<LaneRequest>,
 ) -> impl Stream<Item = Result<LaneResponse, Status>> + Send + 'static {
-    let (answers, outgoing): (_, UnboundedReceiver<Answer>) = unbounded_channel();
+    let (answers, outgoing) = unbounded_channel();
+    let (under_way, watched) = watch::channel(0);
+    let under_way = Arc::new(under_way);
     let (calls, bytes) = (lanes.limits.lane_calls_max, bytes_permits(lanes.limits.lane_bytes_max));
     let (calls, bytes) = (Arc::new(Semaphore::new(calls)), Arc::new(Semaphore::new(bytes as usize)));
-    tokio::spawn(Lane { lanes, answers, calls, bytes, plans: BTreeMap::new() }.read(requests));
-    UnboundedReceiverStream::new(outgoing).map(|answer| answer.response)
+    tokio::spawn(Lane { lanes, answers, under_way, calls, bytes, plans: BTreeMap::new() }.read(requests));
+    stream::unfold(Responses::new(outgoing, watched), Responses::next)
 }
 
 impl Lane {
@@ -122,26 +124,31 @@ impl Lane {
     async fn call(&self, activations: v1::Activations) {
         // A call larger than the limit by itself goes when nothing else is in flight.
         let bytes = bytes_permits(activations.payload.len().min(self.lanes.limits.lane_bytes_max));
+        let under_way = UnderWay::begin(&self.under_way);
         let permits = async {
-            Some(Permits {
-                _call: self.calls.clone().acquire_owned().await.ok()?,
-                _bytes: self.bytes.clone().acquire_many_owned(bytes).await.ok()?,
-                _node: self.lanes.calls.clone().acquire_owned().await.ok()?,
-            })
+            let call = self.calls.clone().acquire_owned().await.ok()?;
+            let bytes = self.bytes.clone().acquire_many_owned(bytes).await.ok()?;
+            let node = self.lanes.calls.clone().acquire_owned().await.ok()?;
+            Some(Permits::new([call, bytes, node], under_way))
         };
         let Some(permits) = permits.await else { return }; // Nobody closes these semaphores.
         let answers = self.answers.clone();
-        let answer = Box::new(move |results| {
-            let response = Ok(LaneResponse { results: Some(results) });
+        let answer: Box<dyn FnOnce(v1::Results) + Send> = Box::new(move |results| {
             // An error says that the lane is gone, and with it whoever waited for the answer.
-            let _ = answers.send(Answer { response, _permits: Some(permits) });
+            let _ = answers.send(Answer::of(results, permits));
         });
+        if let Some(refusal) = self.lanes.epochs.refusal(activations.placement_epoch) {
+            return answer(v1::Results::failed(activations.call_id, refusal));
+        }
         // An error says that the threads are gone; the lane ends with them, which answers its calls.
         let _ = self.lanes.jobs.send(Job::Call { activations, answer });
     }
 
     fn plan(&mut self, plan: v1::Plan) {
         let lane_id = plan.plan_id;
+        if self.lanes.epochs.is_stale(plan.placement_epoch) {
+            return tracing::debug!(node = %self.lanes.engine.node(), plan = lane_id, "hint of an older placement");
+        }
         let mut plan = match plan.check(&self.lanes.bounds) {
             Ok(plan) => plan,
             Err(error) => {
@@ -171,7 +178,7 @@ impl Lane {
         let calls = self.lanes.limits.lane_calls_max as u32;
         let Ok(_all) = self.calls.acquire_many(calls).await else { return };
         let fault = Fault::new(Reason::MalformedMessage, format!("a request cannot be read: {}", status.message()));
-        let _ = self.answers.send(Answer { response: Err(fault.into()), _permits: None });
+        let _ = self.answers.send(Answer::end(fault.into()));
     }
 }
 

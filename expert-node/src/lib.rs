@@ -6,8 +6,9 @@
 //! [`sida_routing::residency`], what it computes from [`sida_model::expert`].
 //!
 //! In reading order: [`config`], [`source`] (where experts come from), `slots` (where they go), `cache` (who may
-//! touch which slot), `loader` (ahead of use), `compute` (one call), [`engine`] (all of that), `call_queue`,
-//! `lane` and `service` (the network), `measures`, [`error`].
+//! touch which slot), `loader` (ahead of use), `placed` (for the placement), `compute` (one call), [`engine`] (all of
+//! that), `call_queue`, `lane` with its `responses` and `stale` epochs, and `service` (the network), `measures`,
+//! [`error`].
 
 mod cache;
 mod call_queue;
@@ -18,11 +19,14 @@ pub mod error;
 mod lane;
 mod loader;
 mod measures;
+mod placed;
+mod responses;
 mod service;
 mod slots;
 pub mod source;
+mod stale;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use sida_cluster::cluster::Cluster;
 use sida_proto::v1::experts_server::ExpertsServer;
@@ -30,7 +34,7 @@ use sida_rpc::{MESSAGE_BYTES_MAX, Server};
 use tokio::{
     net::TcpListener,
     sync::{Semaphore, oneshot},
-    task,
+    task::{self, JoinSet},
 };
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
@@ -40,10 +44,13 @@ pub use engine::Engine;
 pub use error::ExpertNodeError;
 pub use service::MODEL_DIGEST_METADATA;
 
-use crate::{call_queue::Job, lane::Lanes, service::ExpertsService};
+use crate::{call_queue::Job, lane::Lanes, service::ExpertsService, stale::Epochs};
 
 /// The service that health speaks of.
 const SERVICE: &str = "sida.v1.Experts";
+
+/// How long others may take to see that this node goes, before it takes no more calls.
+const LEAVE_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Opens the model and serves its experts on `listener` until `shutdown`; then health says NOT_SERVING, calls in
 /// flight end, and it returns within the drain limit.
@@ -60,16 +67,27 @@ pub async fn run(
     let engine = task::spawn_blocking(move || Engine::open(&opening))
         .await
         .map_err(|error| ExpertNodeError::Thread(error.into()))??;
-    serve(Arc::new(engine), &config, listener, shutdown).await
+    let engine = Arc::new(engine);
+    // Ends with the node: what is dropped is aborted.
+    let mut following = JoinSet::new();
+    if !cluster.is_fixed() {
+        following.spawn(placed::follow(engine.clone(), cluster.clone(), config.node.clone()));
+    }
+    serve(engine, &config, listener, cluster, shutdown).await
 }
 
-/// Serves an engine that is open already: the embedded cluster's, whose coordinator also calls it directly.
+/// Serves an engine that is open already: one that a coordinator of this process also calls directly. `cluster`
+/// says which placement is the newest. At `shutdown` health says NOT_SERVING and the node leaves its cluster; then
+/// lanes are no longer read.
 pub async fn serve(
     engine: Arc<Engine>,
     config: &ExpertNodeConfig,
     listener: TcpListener,
+    cluster: Cluster,
     shutdown: CancellationToken,
 ) -> Result<(), ExpertNodeError> {
+    let leaving = shutdown;
+    let shutdown = cluster.left_after(leaving.clone(), LEAVE_PATIENCE);
     let bounds = engine.bounds(&config.limits);
     let jobs = call_queue::start(&engine, bounds, config.threads.max(1))?;
     let lanes = Arc::new(Lanes {
@@ -77,6 +95,7 @@ pub async fn serve(
         bounds,
         jobs: jobs.clone(),
         limits: config.limits,
+        epochs: Epochs::new(cluster, engine.model()),
         calls: Arc::new(Semaphore::new(config.limits.calls_max)),
         shutdown: shutdown.clone(),
     });
@@ -90,6 +109,7 @@ pub async fn serve(
         .routes(Routes::new(service))
         .descriptors(sida_proto::DESCRIPTORS)
         .check(SERVICE, move || probe(jobs.clone()))
+        .leaving(leaving)
         .serve(listener, shutdown)
         .await;
     // Joins the prefetch thread, which may be in the middle of a load.

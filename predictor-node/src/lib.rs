@@ -9,6 +9,8 @@ pub mod config;
 pub mod error;
 mod service;
 
+use std::time::Duration;
+
 use sida_cluster::{Cluster, Role};
 use sida_proto::v1::predictor_server::{PredictorServer, SERVICE_NAME};
 use sida_rpc::Server;
@@ -19,6 +21,9 @@ use tonic::service::Routes;
 pub use config::{PredictorLimits, PredictorNodeConfig};
 pub use error::PredictorNodeError;
 use service::PredictorService;
+
+/// How long others may take to see that this node goes, before it takes no more calls.
+const LEAVE_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Serves `sida.v1.Predictor` on `listener` until `shutdown`; returns when the calls in flight are done.
 pub async fn run(
@@ -42,7 +47,8 @@ pub async fn run(
         .routes(Routes::new(grpc))
         .descriptors(sida_proto::DESCRIPTORS)
         .check(SERVICE_NAME, move || checked.clone().check())
-        .serve(listener, shutdown)
+        .leaving(shutdown.clone())
+        .serve(listener, cluster.left_after(shutdown, LEAVE_PATIENCE))
         .await?;
     Ok(())
 }

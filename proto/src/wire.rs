@@ -5,21 +5,24 @@
 //! Invariant: nothing is allocated by a number that a message claims, only by bytes that arrived; and every
 //! number is checked against [`Bounds`] before it is used as an index or multiplied.
 //!
-//! In reading order: [`rows`] (float payloads), [`hash_table`], [`predict`], [`plan`], [`call`],
-//! [`residency`], [`decode`] (all of them from plain bytes).
+//! In reading order: [`rows`] (float payloads), [`hash_table`], [`predict`], [`plan`], [`call`] with its `checksum`,
+//! [`residency`], [`placement`], [`decode`] (all of them from plain bytes).
 
 pub mod call;
+mod checksum;
 pub mod decode;
 pub mod hash_table;
+pub mod placement;
 pub mod plan;
 pub mod predict;
 pub mod residency;
 pub mod rows;
 
-use sida_routing::{Digest, ExpertId, ExpertKey, HashTableError, LayerId};
+use sida_routing::{Digest, ExpertId, ExpertKey, HashTableError, LayerId, PlacementError};
 use thiserror::Error;
 
 pub use call::{Answer, Call};
+pub use placement::PlacementRecord;
 pub use predict::{Prediction, PredictionRequest, Stack};
 pub use residency::Residency;
 
@@ -58,10 +61,14 @@ pub enum WireError {
     Digest { field: &'static str, found: usize },
     #[error("{field} is {found}, which this node does not take")]
     Kind { field: &'static str, found: i32 },
+    #[error("{message} has the checksum {found:08x}, expected {expected:08x}: it was damaged on its way")]
+    Damaged { message: &'static str, found: u32, expected: u32 },
     #[error("{field} is missing")]
     Missing { field: &'static str },
     #[error("hash table: {0}")]
     HashTable(#[from] HashTableError),
+    #[error("placement: {0}")]
+    Placement(#[from] PlacementError),
 }
 
 impl Bounds {

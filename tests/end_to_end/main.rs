@@ -2,11 +2,14 @@
 //! here is what only holds when all of it runs together.
 //!
 //! In reading order: [`client`] (asking), [`golden`] (the answers are the model's own), [`service`] (health,
-//! reflection, deadlines, the end), [`bad_input`], [`failure`] (nodes that die), [`commands`] (what needs no cluster).
+//! reflection, deadlines, the end), [`bad_input`], [`failure`] (nodes that die),
+//! [`faults`] (everything that goes wrong under load), [`etcd`] (nodes that come and go), [`commands`] (what needs no cluster).
 
 mod bad_input;
 mod client;
 mod commands;
+mod etcd;
 mod failure;
+mod faults;
 mod golden;
 mod service;

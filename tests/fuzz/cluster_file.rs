@@ -1,6 +1,7 @@
 //! The file of `--static`, which a person writes by hand.
 
-use sida_cluster::StaticFile;
+use sida_cluster::{Address, Member, MemberRecord, Role, StaticFile};
+use sida_routing::Digest;
 
 use crate::fuzz;
 
@@ -40,5 +41,21 @@ fn static_file() {
                 false
             }
         }
+    });
+}
+
+/// One damaged key in etcd could end every node, or place experts on a node that nobody can reach.
+#[test]
+fn member_record() {
+    let address = Address::Grpc("10.0.0.7:50051".into());
+    let member = Member { node: "e0".into(), role: Role::ExpertNode, address, weight: 2.5 };
+    let seed = MemberRecord { member, model: Digest([0xab; 32]), ready_epoch: 7 }.encode();
+    fuzz!([seed], |bytes| match MemberRecord::decode("e0", bytes) {
+        Ok(record) => {
+            assert!(record.member.weight.is_finite() && record.member.weight > 0.0);
+            assert_eq!(MemberRecord::decode("e0", &record.encode()).ok(), Some(record));
+            true
+        }
+        Err(_) => false,
     });
 }

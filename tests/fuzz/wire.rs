@@ -3,9 +3,12 @@
 use prost::Message;
 use sida_proto::{
     v1,
-    wire::{Answer, Bounds, Residency, Stack, decode},
+    wire::{Answer, Bounds, PlacementRecord, Residency, Stack, decode, placement::RECORD_BYTES_MAX},
 };
-use sida_routing::{Digest, ExpertId, ExpertKey, Group, HashTable, LayerId, Plan, PlanId, hash_table::Shape};
+use sida_routing::{
+    Candidate, Digest, ExpertId, ExpertKey, Extent, Group, HashTable, LayerId, Placement, Plan, PlanId,
+    hash_table::Shape,
+};
 
 use crate::fuzz;
 
@@ -46,7 +49,7 @@ fn hash_table() {
 #[test]
 fn activations() {
     let groups = [(3, 2), (9, 1), (63, 4)].map(|(expert, rows)| Group { expert: ExpertId(expert), rows });
-    let call = v1::Activations::new(7, LayerId(5), &groups, &[0.5; 28]);
+    let call = v1::Activations { placement_epoch: 9, ..v1::Activations::new(7, LayerId(5), &groups, &[0.5; 28]) };
     fuzz!([call.encode_to_vec()], |bytes| {
         let Ok(call) = decode::activations(bytes, &BOUNDS) else { return false };
         let rows: usize = call.groups.iter().map(|group| group.rows as usize).sum();
@@ -62,13 +65,18 @@ fn activations() {
 fn results() {
     let report = v1::CallReport { hits: 1, demand_loads: 2, load_us: 3, compute_us: 4 };
     let done = v1::Results::done(7, vec![1.5; 12], report);
-    let failed = v1::Results::failed(7, v1::CallError { code: 14, reason: "LOAD".into(), message: "gone".into() });
+    let (reason, message) = ("STALE_EPOCH".to_owned(), "old".to_owned());
+    let refusal = v1::CallError { code: 9, reason, message, newer_placement: vec![8, 1].into() };
+    let failed = v1::Results::failed(7, refusal);
     fuzz!([done.encode_to_vec(), failed.encode_to_vec()], |bytes| match decode::results(bytes, 3, BOUNDS.d_model) {
         Ok(Answer::Done { payload, .. }) => {
             assert_eq!(payload.len(), 3 * BOUNDS.d_model * 4);
             true
         }
-        Ok(Answer::Failed(_)) => true,
+        Ok(Answer::Failed(error)) => {
+            assert!(error.newer_placement.len() <= RECORD_BYTES_MAX);
+            true
+        }
         Err(_) => false,
     });
 }
@@ -115,6 +123,26 @@ fn residency() {
     fuzz!([v1::ResidencyResponse::from(&held).encode_to_vec()], |bytes| decode::residency(bytes, &BOUNDS).is_ok());
 }
 
+/// A record in etcd, or a hint from an expert-node, could end a node or send rows to nodes that do not exist.
+#[test]
+fn placement() {
+    let candidate = |name: &str| Candidate { node: name.into(), weight: 1.0 };
+    let candidates = [candidate("expert-node-0"), candidate("expert-node-1"), candidate("expert-node-2")];
+    let extent = Extent { moe_layers: 2, num_experts: 8, replicas: 2 };
+    let record = |candidates: &[Candidate]| {
+        let placement = Placement::compute(7, extent, candidates).expect("a placement");
+        PlacementRecord { model: Digest([1; 32]), placement: placement.into() }.encode().expect("a short record")
+    };
+    fuzz!([record(&candidates), record(&candidates[..1]), record(&[])], |bytes| {
+        let Ok(PlacementRecord { placement, .. }) = decode::placement(bytes) else { return false };
+        let nodes = placement.nodes().len();
+        for key in placement.keys() {
+            assert!(placement.holder_indices(key).iter().all(|&node| usize::from(node) < nodes));
+        }
+        true
+    });
+}
+
 /// A frame of a lane could end a node before any check of ours is reached.
 #[test]
 fn lane_frames() {
@@ -132,6 +160,25 @@ fn lane_frames() {
             Some(v1::lane_request::Kind::Plan(plan)) => plan.check(&BOUNDS).is_ok(),
             Some(v1::lane_request::Kind::Activations(call)) => call.check(&BOUNDS).is_ok(),
             Some(v1::lane_request::Kind::Release(_)) => true,
+            None => false,
+        }
+    });
+}
+
+/// A frame of a lane could end a coordinator before any check of ours is reached.
+#[test]
+fn lane_answers() {
+    let report = v1::CallReport { hits: 1, demand_loads: 2, load_us: 3, compute_us: 4 };
+    let kinds = [
+        v1::lane_response::Kind::Results(v1::Results::done(7, vec![1.5; 12], report)),
+        v1::lane_response::Kind::Alive(v1::Alive {}),
+    ];
+    let seeds = kinds.map(|kind| v1::LaneResponse { kind: Some(kind) }.encode_to_vec());
+    fuzz!(seeds, |bytes| {
+        let Ok(frame) = v1::LaneResponse::decode(bytes) else { return false };
+        match frame.kind {
+            Some(v1::lane_response::Kind::Results(results)) => results.check(3, BOUNDS.d_model).is_ok(),
+            Some(v1::lane_response::Kind::Alive(_)) => true,
             None => false,
         }
     });

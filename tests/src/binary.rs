@@ -40,6 +40,8 @@ fn build() -> PathBuf {
     let profile = test.ancestors().nth(2).expect("a target directory");
     let mut cargo = Command::new(env!("CARGO"));
     cargo.current_dir(repository()).args(["build", "--quiet", "--package", "sida-cli", "--bin", "sida"]);
+    // As tests/run.sh builds it.
+    cargo.args(["--features", "etcd"]);
     if profile.ends_with("release") {
         cargo.arg("--release");
     }

@@ -2,7 +2,7 @@
 //! [`crate::sandbox`].
 
 use std::{
-    fs::{self, File},
+    fs::{self, OpenOptions},
     io::{BufRead, BufReader},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::binary;
+use crate::{Namespace, binary};
 
 /// A node says where it listens once its model's files are checked.
 const START_LIMIT: Duration = Duration::from_secs(60);
@@ -27,15 +27,22 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts `sida` with `arguments` and waits until it says where it listens; its log goes to `NAME.log` in `dir`.
+    /// Starts `sida` with `arguments` and waits until it says where it listens; its log goes to `NAME.log` in `dir`. It
+    /// runs in the network `within`, if that is given.
     /// Panics, with the log, if it ends first.
-    pub fn start(dir: &Path, name: &str, arguments: &[String]) -> Self {
+    pub fn start(dir: &Path, name: &str, arguments: &[String], within: Option<&Namespace>) -> Self {
         let log = dir.join(format!("{name}.log"));
-        let child = binary::command()
-            .args(arguments)
+        // A node that is started again goes on in the same log.
+        let log_file = OpenOptions::new().create(true).append(true).open(&log);
+        let mut command = binary::command();
+        command.args(arguments);
+        if let Some(namespace) = within {
+            command = namespace.enter(&command);
+        }
+        let child = command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
-            .stderr(File::create(&log).expect("a log file"))
+            .stderr(log_file.expect("a log file"))
             .spawn()
             .expect("sida starts");
         let mut process = Self { name: name.to_owned(), child, address: String::new(), log };
@@ -67,6 +74,29 @@ impl Process {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
 
+    /// The operating system's number for it.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends it a signal, such as `STOP` or `CONT`.
+    pub fn signal(&self, signal: &str) {
+        let sent = Command::new("kill").args(["-s", signal, &self.id().to_string()]).status();
+        assert!(sent.expect("kill can be run").success(), "{} has ended before: {}", self.name, self.log());
+    }
+
+    /// Bytes of it that are in memory.
+    pub fn resident_bytes(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.id())).expect("it runs");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("its size");
+        line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") << 10
+    }
+
+    /// Files and sockets that it has open.
+    pub fn descriptors(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.id())).expect("it runs").count()
+    }
+
     /// Ends it as a crash would: no farewell, no drain.
     pub fn kill(mut self) {
         self.child.kill().expect("a process that runs");
@@ -75,9 +105,7 @@ impl Process {
 
     /// Asks it to end (SIGTERM) and waits until it has. Panics if it does not.
     pub fn terminate(mut self) -> ExitStatus {
-        let pid = self.child.id().to_string();
-        let asked = Command::new("kill").arg(pid).status().expect("kill can be run");
-        assert!(asked.success(), "{} has ended before: {}", self.name, self.log());
+        self.signal("TERM");
         let started = Instant::now();
         loop {
             match self.child.try_wait().expect("its state") {

@@ -68,6 +68,21 @@ async fn missing_expert_fails_only_those_who_need_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn retries_end_with_their_budget() {
+    // Would break: nodes that fail for having too much to do get every call of every coordinator once more.
+    let cluster = start(2, PredictorSource::Off, |_| ()).await;
+    let endless = GenerateParams { text: TEXT.into(), min_tokens: 400, max_tokens: 400, ..Default::default() };
+    cluster.nodes[0].behave(Behaviour::ShutsDown);
+    let tokens = cluster.coordinator.generate(endless.clone()).await.expect("accepted");
+    let tokens: Vec<_> = tokens.collect().await;
+    assert!(tokens.len() > 10, "the budget pays for {} tokens only", tokens.len());
+    assert!(matches!(tokens.last(), Some(Err(RequestError::RetriesExhausted { .. }))), "{:?}", tokens.last());
+    cluster.nodes[0].behave(Behaviour::Works);
+    let tokens = cluster.coordinator.generate(endless).await.expect("accepted");
+    assert_eq!(tokens.filter(|token| futures::future::ready(token.is_ok())).count().await, 400);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn nobody_left_is_an_error_and_passes() {
     // Would break: a coordinator whose nodes were all gone for a moment never answers again.
     let cluster = start(2, PredictorSource::Off, |_| ()).await;

@@ -44,6 +44,8 @@ pub(crate) struct PlainExperts {
     /// Plans given and not yet released.
     pub(crate) plans: Mutex<Vec<Plan>>,
     pub(crate) plans_total: AtomicU64,
+    /// The placement that the node knows, and what it sends to those who know an older one.
+    pub(crate) newer: Mutex<(u64, bytes::Bytes)>,
 }
 
 impl PlainExperts {
@@ -116,6 +118,7 @@ pub(crate) fn experts() -> Arc<PlainExperts> {
         rows: AtomicU64::new(0),
         plans: Mutex::new(Vec::new()),
         plans_total: AtomicU64::new(0),
+        newer: Mutex::default(),
     })
 }
 
@@ -146,7 +149,8 @@ pub(crate) async fn start_over(
     };
     let members = experts.into_iter().enumerate().map(member).chain(others).collect();
     let config = checkpoint.config();
-    let cluster = Cluster::fixed(members, config.moe_layer_count(), config.num_experts, 2).expect("cluster");
+    let (layers, num_experts) = (config.moe_layer_count(), config.num_experts);
+    let cluster = Cluster::fixed_of(checkpoint.digest(), members, layers, num_experts, 2).expect("cluster");
     let mut config = CoordinatorConfig::new("coordinator".into(), checkpoint, predictor);
     configure(&mut config);
     Coordinator::start(config, cluster).await.expect("coordinator")

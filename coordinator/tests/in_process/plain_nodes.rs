@@ -97,8 +97,8 @@ impl Experts for PlainService {
                     Kind::Release(release) => experts.release(release.into()),
                     Kind::Activations(activations) => {
                         let computed = tokio::task::spawn_blocking(move || compute(&experts, activations));
-                        let results = Some(computed.await.expect("computed"));
-                        return Some(Ok(v1::LaneResponse { results }));
+                        let results = v1::lane_response::Kind::Results(computed.await.expect("computed"));
+                        return Some(Ok(v1::LaneResponse { kind: Some(results) }));
                     }
                 }
                 None
@@ -113,6 +113,12 @@ impl Experts for PlainService {
 }
 
 fn compute(experts: &PlainExperts, activations: v1::Activations) -> v1::Results {
+    let (epoch, newer_placement) = experts.newer.lock().clone();
+    if activations.placement_epoch < epoch {
+        let (reason, message) = ("STALE_EPOCH".to_owned(), "a newer one is known".to_owned());
+        let error = v1::CallError { code: 9, reason, message, newer_placement };
+        return v1::Results::failed(activations.call_id, error);
+    }
     let call = activations.check(&BOUNDS).expect("a sound call");
     let mut out = vec![0.0; call.activations.len()];
     let expert_call = ExpertCall { layer: call.layer, groups: &call.groups, activations: &call.activations };
@@ -123,7 +129,8 @@ fn compute(experts: &PlainExperts, activations: v1::Activations) -> v1::Results 
         }
         Err(error) => {
             let (reason, message) = ("EXPERT_LOAD_FAILED".to_owned(), error.to_string());
-            v1::Results::failed(call.call_id, v1::CallError { code: 14, reason, message })
+            let error = v1::CallError { code: 14, reason, message, ..Default::default() };
+            v1::Results::failed(call.call_id, error)
         }
     }
 }

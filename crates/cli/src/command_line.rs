@@ -229,6 +229,8 @@ mod tests {
             "sida coordinator --static cluster.toml --name c0",
             "sida expert-node --static cluster.toml --name e0",
             "sida predictor-node --static cluster.toml --name p0",
+            "sida coordinator --etcd etcd-0:2379,etcd-1:2379 --cluster prod --name c0 --replicas 3",
+            "sida expert-node --etcd etcd-0:2379 --name e0 --listen 0.0.0.0:0 --advertise e0:0 --node-weight 2.5",
             "sida status --endpoint http://127.0.0.1:50051 --watch",
             "sida train-predictor --file corpus.txt --net table --out p.safetensors",
             "sida bench --method encode --file t.txt --batch 8 --budgets 100%,25%",

@@ -49,7 +49,7 @@ impl EmbeddedCluster {
         let members = coordinator.into_iter().chain(engines.iter().map(local_member)).collect();
         let config = checkpoint.config();
         let cluster = Cluster::fixed(members, config.moe_layer_count(), config.num_experts, 1)?;
-        let predictor = predictor.source(&checkpoint, false)?;
+        let predictor = predictor.source(&checkpoint, &cluster)?;
         let mut config = CoordinatorConfig::new(COORDINATOR.into(), checkpoint, predictor);
         config.on_load = Some(loading_bar::of_model(&config.checkpoint));
         adapt(&mut config);

@@ -4,7 +4,7 @@
 //! [`arguments`], [`time_span`], [`bad_configuration`]. What it does: [`commands`]. What the commands share:
 //! [`model_dir`], [`text_file`], [`embedded`], [`front_door`], [`runtime`], [`shutdown`]. What a person sees:
 //! [`loading_bar`], [`byte_size`], [`plain_table`], [`expert_picture`], [`answer_report`],
-//! [`status_table`].
+//! [`status_table`], [`watch_screen`].
 
 mod answer_report;
 mod arguments;
@@ -24,6 +24,7 @@ mod shutdown;
 mod status_table;
 mod text_file;
 mod time_span;
+mod watch_screen;
 
 use std::{env, error::Error, io, process::ExitCode};
 

@@ -20,26 +20,49 @@ fn headline(status: &StatusResponse, style: Style) -> String {
         _ => format!("{:.1}% hash hits", 100.0 * status.hash_hits as f64 / predicted as f64),
     };
     format!(
-        "{} serves {}\n{} requests, {} running, {} queued · {hits} · {} failovers · placement epoch {}",
+        "{} serves {}\n{} requests, {} running, {} queued · {hits} · {} failovers\n{}",
         style.paint("1", &status.coordinator),
         style.paint("1", &status.model),
         status.requests_total,
         status.requests_inflight,
         status.requests_queued,
         status.failovers,
-        status.placement_epoch,
+        membership(status, style),
     )
 }
 
+/// `placement epoch 7, written by c0 · etcd is there`.
+fn membership(status: &StatusResponse, style: Style) -> String {
+    let epoch = format!("placement epoch {}", status.placement_epoch);
+    if status.membership != "etcd" {
+        return format!("{epoch}, members are fixed");
+    }
+    let writer = match status.leader.as_str() {
+        "" => style.paint("33", "written by nobody now"),
+        leader => format!("written by {leader}"),
+    };
+    let etcd = match status.etcd_connected {
+        true => style.paint("32", "etcd is there"),
+        false => style.paint("31", "etcd is away, the last view stays"),
+    };
+    format!("{epoch}, {writer} · {etcd}")
+}
+
 fn nodes(nodes: &[NodeStatus], style: Style) -> PlainTable {
-    let mut table =
-        PlainTable::new(["node", "role", "address", "health", "placed", "resident", "loads", "waited", "evicted"]);
+    let mut table = PlainTable::new([
+        "node", "role", "address", "health", "first", "holds", "ready", "resident", "loads", "waited", "evicted",
+    ]);
     for node in nodes {
         let (health, colour) = if node.healthy { ("serving", Color::Green) } else { ("down", Color::Red) };
         let health = if style == Style::Colour { Cell::new(health).fg(colour) } else { Cell::new(health) };
         let mut row = vec![Cell::new(&node.node), Cell::new(&node.role), Cell::new(&node.address), health];
         if let Some(residency) = &node.residency {
             row.push(number(node.experts_placed));
+            row.push(number(node.experts_held));
+            row.push(match node.ready_epoch {
+                0 => Cell::new("-").set_alignment(CellAlignment::Right),
+                epoch => number(epoch),
+            });
             row.push(Cell::new(residency_bar(residency, style)));
             row.push(number(residency.prefetch_loads + residency.demand_loads));
             row.push(number(residency.demand_loads));
@@ -68,6 +91,22 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_state_of_etcd_is_told() {
+        // Broken: an operator would look for the fault everywhere but in etcd.
+        let status = |etcd_connected, leader: &str| StatusResponse {
+            membership: "etcd".into(),
+            placement_epoch: 7,
+            etcd_connected,
+            leader: leader.into(),
+            ..Default::default()
+        };
+        let there = draw(&status(true, "c0"), Style::Ascii);
+        assert!(there.contains("placement epoch 7, written by c0 · etcd is there"), "{there}");
+        let away = draw(&status(false, ""), Style::Ascii);
+        assert!(away.contains("written by nobody now · etcd is away"), "{away}");
+    }
+
+    #[test]
     fn a_node_that_did_not_answer_is_shown_down() {
         // Broken: a dead expert-node would look like an empty one.
         let residency = ResidencyResponse { resident_bytes: 6 << 20, budget_bytes: 12 << 20, ..Default::default() };
@@ -88,6 +127,7 @@ mod tests {
         };
         let drawn = draw(&status, Style::Ascii);
         assert!(drawn.contains("75.0% hash hits"), "{drawn}");
+        assert!(drawn.contains("placement epoch 0, members are fixed"), "{drawn}");
         assert!(drawn.contains("#####..... 6.0 MiB of 12.0 MiB"), "{drawn}");
         let down = drawn.lines().find(|line| line.contains("e1")).unwrap();
         assert!(down.contains("down") && !down.contains("MiB"), "{drawn}");

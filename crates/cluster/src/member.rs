@@ -6,6 +6,9 @@ use sida_routing::NodeId;
 
 use crate::experts::LocalExperts;
 
+/// The longest name or address: that of a DNS name with a port.
+pub const TEXT_BYTES_MAX: usize = 260;
+
 /// What a node does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Role {
@@ -39,6 +42,17 @@ pub struct Member {
     pub weight: f64,
 }
 
+impl Address {
+    /// Whether both lead to the same node.
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Grpc(a), Self::Grpc(b)) => a == b,
+            (Self::Local(a), Self::Local(b)) => Arc::ptr_eq(a, b),
+            _ => false,
+        }
+    }
+}
+
 impl fmt::Debug for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{self}")
@@ -62,4 +76,28 @@ impl fmt::Display for Role {
             Self::PredictorNode => "predictor-node",
         })
     }
+}
+
+impl Role {
+    /// The role of this name, as [`fmt::Display`] writes it.
+    pub fn from_name(name: &str) -> Option<Self> {
+        [Self::Coordinator, Self::ExpertNode, Self::PredictorNode].into_iter().find(|role| role.to_string() == name)
+    }
+}
+
+/// Whether `name` can be a node's: letters, digits, `-`, `_` and `.`.
+pub fn is_name(name: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+    !name.is_empty() && name.len() <= TEXT_BYTES_MAX && name.bytes().all(plain)
+}
+
+/// Whether `address` is `host:port` with a port above 0; an IPv6 host stands in brackets.
+pub fn is_host_and_port(address: &str) -> bool {
+    let Some((host, port)) = address.rsplit_once(':') else { return false };
+    let bracketed = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+    let host_is_good = match bracketed {
+        Some(ipv6) => ipv6.parse::<std::net::Ipv6Addr>().is_ok(),
+        None => !host.is_empty() && host.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b)),
+    };
+    host_is_good && address.len() <= TEXT_BYTES_MAX && port.parse::<u16>().is_ok_and(|port| port > 0)
 }

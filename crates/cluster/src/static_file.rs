@@ -33,13 +33,11 @@ use toml::Spanned;
 
 use crate::{
     cluster::{Cluster, ClusterError},
-    member::{Address, Member, Role},
+    member::{Address, Member, Role, is_host_and_port, is_name},
 };
 
 /// The largest file read: some ten thousand members.
 pub const FILE_BYTES_MAX: u64 = 1 << 20;
-/// The longest name or address: that of a DNS name with a port.
-const TEXT_BYTES_MAX: usize = 260;
 
 /// A checked file.
 #[derive(Clone, Debug)]
@@ -159,8 +157,7 @@ struct Check<'a> {
 impl Check<'_> {
     fn member(&self, role: Role, entry: &Entry) -> Result<Member, StaticFileError> {
         let (name, address) = (entry.name.get_ref(), entry.address.get_ref());
-        let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
-        if name.is_empty() || name.len() > TEXT_BYTES_MAX || !name.bytes().all(plain) {
+        if !is_name(name) {
             return Err(self.value("name", &entry.name, "letters, digits, '-', '_' and '.'"));
         }
         if !is_host_and_port(address) {
@@ -178,17 +175,6 @@ impl Check<'_> {
         let line = line_of(self.text, found.span());
         StaticFileError::Value { file: self.file.to_owned(), line, key, found: found.get_ref().to_string(), expected }
     }
-}
-
-/// Whether `address` is `host:port` with a port above 0; an IPv6 host stands in brackets.
-fn is_host_and_port(address: &str) -> bool {
-    let Some((host, port)) = address.rsplit_once(':') else { return false };
-    let bracketed = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
-    let host_is_good = match bracketed {
-        Some(ipv6) => ipv6.parse::<std::net::Ipv6Addr>().is_ok(),
-        None => !host.is_empty() && host.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b)),
-    };
-    host_is_good && address.len() <= TEXT_BYTES_MAX && port.parse::<u16>().is_ok_and(|port| port > 0)
 }
 
 /// The line, from 1, on which `span` begins.

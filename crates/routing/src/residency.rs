@@ -20,12 +20,14 @@
 
 mod eviction;
 mod grants;
+mod placed;
 mod plan_queue;
 
 use eviction::{EvictionOrder, Rank};
 pub use grants::{
     Access, Awaited, Grant, Load, LoadKind, ResidencyConfig, ResidencyCounters, ResidencyError, SlotId, Ticket,
 };
+pub use placed::Placed;
 use plan_queue::PlanQueue;
 
 use crate::{ExpertId, ExpertKey, LayerId, Plan, PlanId};

@@ -18,6 +18,9 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 /// The service name that stands for the whole node.
 const NODE: &str = "";
 
+/// Time between two checks of a node that is not ready.
+const UNREADY_PERIOD: Duration = Duration::from_millis(500);
+
 /// What a check finds wrong, for the log.
 pub type CheckResult = Result<(), String>;
 
@@ -64,13 +67,13 @@ impl Health {
     pub(crate) async fn run(&self, shutdown: &CancellationToken) {
         // Registered before the first check: a service that is not known yet would be NOT_FOUND.
         self.nothing_serves().await;
-        let mut ticks = time::interval(self.period);
-        ticks.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
         let mut serving = vec![None; self.checks.len()];
         let rounds = async {
             loop {
-                ticks.tick().await;
                 self.round(&mut serving).await;
+                // Who is not ready is waited for.
+                let pause = if self.readiness.is_ready() { self.period } else { self.period.min(UNREADY_PERIOD) };
+                time::sleep(pause).await;
             }
         };
         tokio::select! {

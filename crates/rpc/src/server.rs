@@ -102,12 +102,13 @@ pub struct Server {
     routes: Routes,
     descriptors: Vec<&'static [u8]>,
     checks: Vec<Check>,
+    leaving: Option<CancellationToken>,
 }
 
 impl Server {
     /// A server with nothing to serve yet.
     pub fn new(config: ServerConfig) -> Self {
-        Self { config, routes: Routes::default(), descriptors: Vec::new(), checks: Vec::new() }
+        Self { config, routes: Routes::default(), descriptors: Vec::new(), checks: Vec::new(), leaving: None }
     }
 
     /// Serves `routes`: all of the node's own services.
@@ -135,10 +136,19 @@ impl Server {
         self
     }
 
+    /// Health says NOT_SERVING from when `leaving` is cancelled, which may be before `shutdown`: the node still
+    /// answers while others are told that it goes.
+    #[must_use]
+    pub fn leaving(mut self, leaving: CancellationToken) -> Self {
+        self.leaving = Some(leaving);
+        self
+    }
+
     /// Serves on `listener` until `shutdown`. Then health says NOT_SERVING, no connection is accepted, calls in
     /// flight may finish, and at the drain limit what is left ends with UNAVAILABLE.
     pub async fn serve(self, listener: TcpListener, shutdown: CancellationToken) -> Result<(), ServerError> {
-        let Self { config, routes, descriptors, checks } = self;
+        let Self { config, routes, descriptors, checks, leaving } = self;
+        let leaving = leaving.unwrap_or_else(|| shutdown.clone());
         let (reporter, health_service) = health_reporter();
         let period = config.health_period;
         let health = Health { reporter, readiness: config.readiness.clone(), checks, period };
@@ -162,7 +172,8 @@ impl Server {
             .add_routes(routes)
             .serve_with_incoming_shutdown(incoming, drain.shutdown.clone().cancelled_owned());
         let ending = async {
-            health.run(&shutdown).await;
+            health.run(&leaving).await;
+            shutdown.cancelled().await;
             drain.shutdown.cancel();
             time::sleep(config.drain_limit).await;
             drain.limit.cancel();

@@ -20,6 +20,8 @@ pub const KIND: &str = "kind";
 pub const PHASE: &str = "phase";
 /// Label: how a prediction turned out.
 pub const OUTCOME: &str = "outcome";
+/// Label: what a member does, as `expert-node`.
+pub const ROLE: &str = "role";
 /// Label: why.
 pub const REASON: &str = "reason";
 
@@ -50,8 +52,24 @@ pub const HASH_PREDICTIONS_TOTAL: &str = "sida_hash_predictions_total";
 pub const DISPATCH_DURATION_SECONDS: &str = "sida_dispatch_duration_seconds";
 /// Counter {reason}: calls that went to another holder.
 pub const FAILOVERS_TOTAL: &str = "sida_failovers_total";
+/// Counter: calls that could have gone to another holder and did not, since too many had failed lately.
+pub const RETRIES_REFUSED_TOTAL: &str = "sida_retries_refused_total";
+/// Gauge {node}: a coordinator's breaker before an expert-node: 0 closed, 1 on probation, 2 open.
+pub const BREAKER_STATE: &str = "sida_breaker_state";
 /// Gauge: epoch of the placement in use.
 pub const PLACEMENT_EPOCH: &str = "sida_placement_epoch";
+
+/// Gauge: 1 while etcd answers, 0 while it does not. Only where etcd keeps the membership, as the four below.
+pub const ETCD_CONNECTED: &str = "sida_etcd_connected";
+/// Counter: how often etcd was lost.
+pub const ETCD_DISCONNECTS_TOTAL: &str = "sida_etcd_disconnects_total";
+/// Gauge {role}: members that this node sees.
+pub const MEMBERS: &str = "sida_members";
+/// Gauge: 1 on the coordinator that writes the placement.
+pub const PLACEMENT_LEADER: &str = "sida_placement_leader";
+/// Counter {outcome = written|refused}: placements written, and those that etcd refused because another
+/// coordinator leads.
+pub const PLACEMENT_WRITES_TOTAL: &str = "sida_placement_writes_total";
 
 /// Gauge {node}: bytes of resident experts; never above the budget.
 pub const EXPERT_RESIDENT_BYTES: &str = "sida_expert_resident_bytes";
@@ -99,6 +117,9 @@ const COUNTERS: &[Described] = &[
     (TOKENS_TOTAL, Unit::Count, "Tokens read (prompt) and written (generated)."),
     (HASH_PREDICTIONS_TOTAL, Unit::Count, "Routed experts that the hash table named first, named, or missed."),
     (FAILOVERS_TOTAL, Unit::Count, "Expert calls that went to another holder."),
+    (RETRIES_REFUSED_TOTAL, Unit::Count, "Expert calls that were not made again, since too many had failed lately."),
+    (ETCD_DISCONNECTS_TOTAL, Unit::Count, "How often etcd was lost."),
+    (PLACEMENT_WRITES_TOTAL, Unit::Count, "Placements written to etcd, or refused by it."),
     (EXPERT_LOADS_TOTAL, Unit::Count, "Experts loaded ahead of use (prefetch) or while a call waited (demand)."),
     (EXPERT_EVICTIONS_TOTAL, Unit::Count, "Experts dropped to make room."),
     (EXPERT_ROWS_TOTAL, Unit::Count, "Rows computed by experts."),
@@ -108,7 +129,11 @@ const COUNTERS: &[Described] = &[
 const GAUGES: &[Described] = &[
     (REQUESTS_INFLIGHT, Unit::Count, "Requests being worked on."),
     (REQUESTS_QUEUED, Unit::Count, "Requests waiting for a place in a batch."),
+    (BREAKER_STATE, Unit::Count, "Breaker before an expert-node: 0 closed, 1 on probation, 2 open."),
     (PLACEMENT_EPOCH, Unit::Count, "Epoch of the placement in use."),
+    (ETCD_CONNECTED, Unit::Count, "1 while etcd answers."),
+    (MEMBERS, Unit::Count, "Members of the cluster that this node sees, by role."),
+    (PLACEMENT_LEADER, Unit::Count, "1 on the coordinator that writes the placement."),
     (EXPERT_RESIDENT_BYTES, Unit::Bytes, "Bytes of resident experts."),
     (EXPERT_BUDGET_BYTES, Unit::Bytes, "Bytes that resident experts may take."),
     (EXPERTS_RESIDENT, Unit::Count, "Resident experts by layer."),

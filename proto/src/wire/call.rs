@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use sida_routing::{ExpertId, Group, LayerId};
 
-use super::{Bounds, WireError, length, rows, within};
+use super::{Bounds, WireError, checksum, length, placement::RECORD_BYTES_MAX, rows, within};
 use crate::v1;
 
 /// A checked call: rows for experts of one layer.
@@ -11,6 +11,8 @@ use crate::v1;
 pub struct Call {
     /// Names the call on its lane.
     pub call_id: u64,
+    /// Epoch of the placement that the sender knew; 0: none.
+    pub placement_epoch: u64,
     /// Which MoE layer.
     pub layer: LayerId,
     /// Consecutive rows by expert; at least one group.
@@ -35,16 +37,20 @@ pub enum Answer {
 }
 
 impl v1::Activations {
-    /// Sends `activations`, (sum of rows of `groups`, d_model).
+    /// Sends `activations`, (sum of rows of `groups`, d_model), under no placement's epoch.
     pub fn new(call_id: u64, layer: LayerId, groups: &[Group], activations: &[f32]) -> Self {
-        Self {
+        let mut message = Self {
             call_id,
             layer: layer.0.into(),
             experts: groups.iter().map(|group| group.expert.0.into()).collect(),
             rows: groups.iter().map(|group| group.rows).collect(),
             dtype: v1::DType::DtypeF32.into(),
             payload: rows::to_payload(activations),
-        }
+            placement_epoch: 0,
+            checksum: 0,
+        };
+        message.checksum = checksum::of_call(&message);
+        message
     }
 
     /// The call, if the model has its experts and the payload holds its rows, no more and no less.
@@ -64,25 +70,40 @@ impl v1::Activations {
             groups.push(Group { expert, rows });
         }
         length("Activations.payload", "bytes", self.payload.len(), payload_bytes(rows_total, bounds.d_model))?;
-        Ok(Call { call_id: self.call_id, layer, groups, activations: rows::from_payload(&self.payload) })
+        checksum::undamaged("Activations", self.checksum, checksum::of_call(&self))?;
+        let (call_id, placement_epoch) = (self.call_id, self.placement_epoch);
+        Ok(Call { call_id, placement_epoch, layer, groups, activations: rows::from_payload(&self.payload) })
     }
 }
 
 impl v1::Results {
     /// Answers a call with its `rows`, (sum of rows, d_model).
     pub fn done(call_id: u64, rows: Vec<f32>, report: v1::CallReport) -> Self {
-        Self { call_id, payload: rows::into_payload(rows), report: Some(report), error: None }
+        Self::summed(Self {
+            call_id,
+            payload: rows::into_payload(rows),
+            report: Some(report),
+            error: None,
+            checksum: 0,
+        })
     }
 
     /// Answers a call that could not be computed.
     pub fn failed(call_id: u64, error: v1::CallError) -> Self {
-        Self { call_id, payload: Bytes::new(), report: None, error: Some(error) }
+        Self::summed(Self { call_id, payload: Bytes::new(), report: None, error: Some(error), checksum: 0 })
+    }
+
+    fn summed(mut self) -> Self {
+        self.checksum = checksum::of_results(&self);
+        self
     }
 
     /// The answer to a call of `rows_expected` rows of `d_model` values.
     pub fn check(self, rows_expected: usize, d_model: usize) -> Result<Answer, WireError> {
+        checksum::undamaged("Results", self.checksum, checksum::of_results(&self))?;
         if let Some(error) = self.error {
             length("Results.payload of a failed call", "bytes", self.payload.len(), 0)?;
+            within("CallError.newer_placement (its bytes)", error.newer_placement.len(), 0, RECORD_BYTES_MAX)?;
             return Ok(Answer::Failed(error));
         }
         length("Results.payload", "bytes", self.payload.len(), payload_bytes(rows_expected, d_model))?;

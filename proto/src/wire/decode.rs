@@ -4,7 +4,9 @@
 use prost::Message;
 use sida_routing::{HashTable, Plan};
 
-use super::{Answer, Bounds, Call, PredictionRequest, Residency, WireError};
+use super::{
+    Answer, Bounds, Call, PlacementRecord, PredictionRequest, Residency, WireError, placement::RECORD_BYTES_MAX, within,
+};
 use crate::v1;
 
 /// A hash table.
@@ -35,6 +37,12 @@ pub fn results(bytes: &[u8], rows_expected: usize, d_model: usize) -> Result<Ans
 /// What an expert-node says it holds.
 pub fn residency(bytes: &[u8], bounds: &Bounds) -> Result<Residency, WireError> {
     message::<v1::ResidencyResponse>("ResidencyResponse", bytes)?.check(bounds)
+}
+
+/// Who holds what, from etcd or from an expert-node.
+pub fn placement(bytes: &[u8]) -> Result<PlacementRecord, WireError> {
+    within("PlacementRecord (bytes)", bytes.len(), 0, RECORD_BYTES_MAX)?;
+    message::<v1::PlacementRecord>("PlacementRecord", bytes)?.check()
 }
 
 fn message<M: Message + Default>(name: &'static str, bytes: &[u8]) -> Result<M, WireError> {
@@ -146,7 +154,8 @@ mod tests {
             let [first_layer, layers, tokens, top_k] = extent;
             let table = v1::HashTable { first_layer, layers, tokens, top_k, ..Default::default() };
             prop_assert!(table.check(&BOUNDS).is_err());
-            let hint = v1::Plan { plan_id: 1, layers: vec![layer; experts.len()], experts: experts.clone() };
+            let layers = vec![layer; experts.len()];
+            let hint = v1::Plan { plan_id: 1, layers, experts: experts.clone(), placement_epoch: 0 };
             let wrong = experts.iter().any(|&expert| expert >= 64 || layer >= 6);
             prop_assert_eq!(hint.check(&BOUNDS).is_err(), wrong);
         }
@@ -159,6 +168,7 @@ mod tests {
         let _ = activations(bytes, &BOUNDS);
         let _ = results(bytes, 3, 4);
         let _ = residency(bytes, &BOUNDS);
+        let _ = placement(bytes);
     }
 
     #[test]
@@ -179,6 +189,41 @@ mod tests {
         assert_eq!(refused(half), "Activations.dtype is 2, which this node does not take");
         let many = v1::Activations { experts: vec![1, 2], rows: vec![60, 60], ..good };
         assert_eq!(refused(many), "Activations.rows (their sum) is 120, expected 1 to 100");
+    }
+
+    proptest! {
+        #[test]
+        fn no_damage_goes_unnoticed(call in call(), at in any::<usize>(), bit in 0u32..8) {
+            // Broken: a bit that flips on its way becomes a wrong row, and a wrong token.
+            let (groups, values) = call;
+            let flipped = |mut bytes: Vec<u8>| {
+                let at = at % bytes.len();
+                bytes[at] ^= 1 << bit;
+                bytes
+            };
+            let sent = v1::Activations::new(1, LayerId(3), &groups, &values);
+            if let Ok(taken) = activations(&flipped(sent.encode_to_vec()), &BOUNDS) {
+                let taken = (taken.call_id, taken.layer, taken.groups, taken.activations);
+                prop_assert_eq!(taken, (1, LayerId(3), groups, values.clone()));
+            }
+            let report = v1::CallReport { hits: 1, demand_loads: 2, load_us: 3, compute_us: 4 };
+            let sent = v1::Results::done(1, values.clone(), report);
+            if let Ok(Answer::Done { payload, report: taken }) = results(&flipped(sent.encode_to_vec()), values.len() / 4, 4) {
+                prop_assert_eq!((rows::from_payload(&payload), taken), (values, report));
+            }
+        }
+    }
+
+    #[test]
+    fn a_refusal_carries_a_placement_within_bounds() {
+        // Broken: a node that refuses an old epoch could make a coordinator keep any number of bytes.
+        let refusal = |bytes: usize| {
+            let newer_placement = vec![7; bytes].into();
+            let error = v1::CallError { code: 9, reason: "STALE_EPOCH".into(), message: "old".into(), newer_placement };
+            results(&v1::Results::failed(1, error).encode_to_vec(), 1, 4)
+        };
+        assert!(matches!(refusal(9), Ok(Answer::Failed(error)) if error.newer_placement == [7; 9][..]));
+        assert!(refusal(RECORD_BYTES_MAX + 1).is_err());
     }
 
     #[test]

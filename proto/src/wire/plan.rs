@@ -31,6 +31,7 @@ impl From<&Plan> for v1::Plan {
             plan_id: plan.id.0,
             layers: plan.experts.iter().map(|key| key.layer.0.into()).collect(),
             experts: plan.experts.iter().map(|key| key.expert.0.into()).collect(),
+            placement_epoch: 0,
         }
     }
 }

@@ -4,7 +4,7 @@
 use bytes::Bytes;
 use sida_routing::{Digest, HashTable};
 
-use super::{Bounds, WireError, digest, length, within};
+use super::{Bounds, WireError, checksum, digest, length, within};
 use crate::v1;
 
 /// The most bytes of one sequence's predictor state: what a predictor of `sida_model` takes at the most.
@@ -49,11 +49,14 @@ impl v1::PredictRequest {
             token_ids: tokens.to_vec(),
             state: states.get(i).cloned().unwrap_or_default(),
         };
-        Self {
+        let mut request = Self {
             model_digest: model.0.to_vec().into(),
             stack: v1::Stack::from(stack).into(),
             sequences: sequences.iter().enumerate().map(sequence).collect(),
-        }
+            checksum: 0,
+        };
+        request.checksum = checksum::of_predict_request(&request);
+        request
     }
 
     /// The request, if it is within `bounds`.
@@ -65,6 +68,7 @@ impl v1::PredictRequest {
             _ => return Err(WireError::Kind { field: "PredictRequest.stack", found: self.stack }),
         };
         within("PredictRequest.sequences", self.sequences.len(), 1, bounds.sequences_max)?;
+        let expected = checksum::of_predict_request(&self);
         let mut states = Vec::new();
         let mut sequences = Vec::with_capacity(self.sequences.len());
         for v1::PredictSequence { token_ids, state } in self.sequences {
@@ -82,6 +86,7 @@ impl v1::PredictRequest {
             }
             sequences.push(token_ids);
         }
+        checksum::undamaged("PredictRequest", self.checksum, expected)?;
         Ok(PredictionRequest { model, stack, sequences, states })
     }
 }
@@ -89,7 +94,9 @@ impl v1::PredictRequest {
 impl v1::PredictResponse {
     /// Answers with a table per sequence; `states` is empty for the encoder.
     pub fn new(tables: &[HashTable], states: Vec<Bytes>) -> Self {
-        Self { tables: tables.iter().map(v1::HashTable::from).collect(), states }
+        let mut response = Self { tables: tables.iter().map(v1::HashTable::from).collect(), states, checksum: 0 };
+        response.checksum = checksum::of_predict_response(&response);
+        response
     }
 
     /// The prediction, if it answers a call for sequences of these lengths: a table of the stack's layers for
@@ -102,6 +109,7 @@ impl v1::PredictResponse {
         layers: std::ops::Range<u16>,
         lengths: &[usize],
     ) -> Result<Prediction, WireError> {
+        checksum::undamaged("PredictResponse", self.checksum, checksum::of_predict_response(&self))?;
         length("PredictResponse.tables", "tables", self.tables.len(), lengths.len())?;
         let states_expected = if stack == Stack::Decoder { lengths.len() } else { 0 };
         length("PredictResponse.states", "states", self.states.len(), states_expected)?;

@@ -3,6 +3,7 @@
 
 pub(crate) mod connection;
 pub(crate) mod embedded;
+pub(crate) mod etcd;
 pub(crate) mod generation;
 pub(crate) mod limits;
 pub(crate) mod membership;

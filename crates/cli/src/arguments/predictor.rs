@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::Args;
+use sida_cluster::{Cluster, Role};
 use sida_coordinator::PredictorSource;
 use sida_model::{Checkpoint, predictor};
 
@@ -18,17 +19,19 @@ const NODES: &str = "nodes";
 #[derive(Args, Clone, Debug)]
 pub(crate) struct PredictorArguments {
     /// A predictor's file, `nodes` for the cluster's predictor-nodes, or `off` [default: the predictor-nodes if
-    /// there are any, else predictor.safetensors beside the model if there is one]
+    /// there are any, else predictor.safetensors beside the model if there is one; with --etcd the file goes first]
     #[arg(long, value_name = "FILE")]
     predictor: Option<String>,
 }
 
 impl PredictorArguments {
     /// The source that the flag names, or the best that there is.
-    pub(crate) fn source(&self, checkpoint: &Checkpoint, has_nodes: bool) -> anyhow::Result<PredictorSource> {
+    pub(crate) fn source(&self, checkpoint: &Checkpoint, cluster: &Cluster) -> anyhow::Result<PredictorSource> {
+        let has_nodes = !cluster.members_of(Role::PredictorNode).is_empty();
+        let may_have_nodes = has_nodes || !cluster.is_fixed();
         match self.predictor.as_deref() {
             Some(OFF) => return Ok(PredictorSource::Off),
-            Some(NODES) if has_nodes => return Ok(PredictorSource::Nodes),
+            Some(NODES) if may_have_nodes => return Ok(PredictorSource::Nodes),
             Some(NODES) => {
                 let message = "--predictor nodes: the cluster has no predictor-node";
                 return Err(BadConfiguration::new(message).into());
@@ -40,6 +43,9 @@ impl PredictorArguments {
         let file = default_file(checkpoint);
         if file.try_exists().with_context(|| format!("cannot look for {}", file.display()))? {
             return local(&file, checkpoint);
+        }
+        if may_have_nodes {
+            return Ok(PredictorSource::Nodes); // They may come later.
         }
         tracing::info!("{} does not exist: nothing is preloaded; `sida train-predictor` makes one", file.display());
         Ok(PredictorSource::Off)

@@ -44,16 +44,17 @@ pub(crate) fn run(arguments: CoordinatorArguments) -> anyhow::Result<ExitCode> {
         let shutdown = shutdown::on_signal()?;
         let member = arguments.membership.member(Role::Coordinator)?;
         let checkpoint = Checkpoint::open(&arguments.model.dir()?)?;
-        let cluster = arguments.membership.cluster(checkpoint.config())?;
-        let has_predictor_nodes = !cluster.members_of(Role::PredictorNode).is_empty();
-        let predictor = arguments.predictor.source(&checkpoint, has_predictor_nodes)?;
+        // The port before the cluster, whose members are told of it.
+        let listener = server::bind(&member.address).await?;
+        let model = (checkpoint.config(), checkpoint.digest());
+        let cluster = arguments.membership.cluster(&member, listener.local_addr()?, model, 1.0)?;
+        let predictor = arguments.predictor.source(&checkpoint, &cluster)?;
         let readiness = Readiness::default();
         let mut config = CoordinatorConfig::new(member.node, checkpoint, predictor);
         arguments.limits.apply(&mut config);
         config.client = arguments.connection.client();
         config.server = arguments.server.server(&arguments.connection, readiness.clone());
         arguments.server.serve_metrics(METRICS_OF_NODES, readiness, shutdown.clone()).await?;
-        let listener = server::bind(&member.address).await?;
         config.on_load = Some(loading_bar::of_model(&config.checkpoint));
         let coordinator = Coordinator::start(config, cluster).await?;
         server::announce(&listener)?;

@@ -1,11 +1,11 @@
 //! `sida expert-node`: one expert-node of a cluster.
 
-use std::process::ExitCode;
+use std::{process::ExitCode, sync::Arc};
 
 use clap::Args;
 use sida_cluster::Role;
 use sida_expert_node::{ExpertMemory, ExpertNodeConfig, ExpertNodeError};
-use sida_model::ModelConfig;
+use sida_model::{Checkpoint, ExpertStore};
 use sida_rpc::Readiness;
 
 use crate::{
@@ -29,6 +29,9 @@ pub(crate) struct ExpertNodeArguments {
     /// Memory for experts: 2GiB, 300MB, or a share of all the model's experts as 25%
     #[arg(long, value_name = "SIZE", default_value = "100%")]
     expert_memory: ExpertMemory,
+    /// Share of the experts that this node takes, relative to the others [default: its memory for experts in MiB]
+    #[arg(long, value_name = "WEIGHT", value_parser = positive)]
+    node_weight: Option<f64>,
     #[command(flatten)]
     server: ServerArguments,
     #[command(flatten)]
@@ -42,7 +45,12 @@ pub(crate) fn run(arguments: ExpertNodeArguments) -> anyhow::Result<ExitCode> {
         let shutdown = shutdown::on_signal()?;
         let model_dir = arguments.model.dir()?;
         let member = arguments.membership.member(Role::ExpertNode)?;
-        let cluster = arguments.membership.cluster(&ModelConfig::open(&model_dir)?)?;
+        let checkpoint = Checkpoint::open(&model_dir)?;
+        // The port before the cluster, whose members are told of it.
+        let listener = server::bind(&member.address).await?;
+        let model = (checkpoint.config(), checkpoint.digest());
+        let weight = arguments.node_weight.map_or_else(|| weight(arguments.expert_memory, &checkpoint), Ok)?;
+        let cluster = arguments.membership.cluster(&member, listener.local_addr()?, model, weight)?;
         let readiness = Readiness::default();
         let config = ExpertNodeConfig {
             expert_memory: arguments.expert_memory,
@@ -51,11 +59,23 @@ pub(crate) fn run(arguments: ExpertNodeArguments) -> anyhow::Result<ExitCode> {
             ..ExpertNodeConfig::new(member.node, model_dir)
         };
         arguments.server.serve_metrics(METRICS_OF_NODES, readiness, shutdown.clone()).await?;
-        let listener = server::bind(&member.address).await?;
         server::announce(&listener)?;
         sida_expert_node::run(config, listener, cluster, shutdown).await.map_err(refused)?;
         Ok(ExitCode::SUCCESS)
     })
+}
+
+/// A node is given experts as it has room for them.
+fn weight(memory: ExpertMemory, checkpoint: &Arc<Checkpoint>) -> anyhow::Result<f64> {
+    let config = checkpoint.config();
+    let experts = (config.moe_layer_count() * config.num_experts) as u64;
+    let experts_bytes = experts * ExpertStore::open(checkpoint.clone())?.shape().bytes() as u64;
+    Ok(memory.bytes(experts_bytes).max(1) as f64 / f64::from(1 << 20))
+}
+
+fn positive(text: &str) -> Result<f64, String> {
+    let weight = text.parse().ok().filter(|weight: &f64| weight.is_finite() && *weight > 0.0);
+    weight.ok_or_else(|| format!("{text:?} is not a positive number"))
 }
 
 /// A budget that no model fits is the caller's mistake.

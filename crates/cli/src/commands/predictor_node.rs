@@ -44,7 +44,10 @@ pub(crate) fn run(arguments: PredictorNodeArguments) -> anyhow::Result<ExitCode>
         let member = arguments.membership.member(Role::PredictorNode)?;
         let checkpoint = Checkpoint::open(&arguments.model.dir()?)?;
         let model = checkpoint.config();
-        let cluster = arguments.membership.cluster(model)?;
+        // The port before the cluster, whose members are told of it.
+        let listener = server::bind(&member.address).await?;
+        let facts = (model, checkpoint.digest());
+        let cluster = arguments.membership.cluster(&member, listener.local_addr()?, facts, 1.0)?;
         let file = arguments.predictor.clone().unwrap_or_else(|| default_file(&checkpoint));
         let predictor = predictor::open(&file, model, checkpoint.digest())
             .map_err(|error| BadConfiguration::because(format!("predictor {}", file.display()), error))?;
@@ -56,7 +59,6 @@ pub(crate) fn run(arguments: PredictorNodeArguments) -> anyhow::Result<ExitCode>
             ..PredictorNodeConfig::new(member.node, model, predictor)
         };
         arguments.server.serve_metrics(METRICS_OF_NODES, readiness, shutdown.clone()).await?;
-        let listener = server::bind(&member.address).await?;
         server::announce(&listener)?;
         sida_predictor_node::run(config, listener, cluster, shutdown).await?;
         Ok(ExitCode::SUCCESS)

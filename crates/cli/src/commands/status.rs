@@ -1,7 +1,7 @@
 //! `sida status`: the cluster as a coordinator sees it.
 
 use std::{
-    io::{self, Write},
+    io::{self, IsTerminal, Write},
     process::ExitCode,
     time::Duration,
 };
@@ -12,7 +12,7 @@ use sida_proto::v1::StatusResponse;
 
 use crate::{
     arguments::connection::ConnectionArguments, expert_picture::Style, front_door::FrontDoor, runtime, status_table,
-    time_span,
+    time_span, watch_screen::WatchScreen,
 };
 
 /// Show a cluster's nodes, placement, residency and hit rate
@@ -26,7 +26,7 @@ pub(crate) struct StatusArguments {
     /// Print JSON
     #[arg(long)]
     json: bool,
-    /// Ask again and redraw until interrupted
+    /// Ask again and again: on a screen of its own in a terminal (q ends), else one answer after the other
     #[arg(long)]
     watch: bool,
     /// Time between two questions of --watch
@@ -38,15 +38,41 @@ pub(crate) struct StatusArguments {
 pub(crate) fn run(arguments: StatusArguments) -> anyhow::Result<ExitCode> {
     runtime::run(async {
         let door = FrontDoor::connect(&arguments.endpoint, &arguments.connection).await?;
-        loop {
-            let status = door.status().await?;
-            print(&status, &arguments)?;
-            if !arguments.watch {
-                return Ok(ExitCode::SUCCESS);
-            }
-            tokio::time::sleep(arguments.interval.max(Duration::from_millis(50))).await;
+        if !arguments.watch {
+            print(&door.status().await?, &arguments)?;
+            return Ok(ExitCode::SUCCESS);
         }
+        let interval = arguments.interval.max(Duration::from_millis(50));
+        if arguments.json || !io::stdout().is_terminal() {
+            loop {
+                print(&door.status().await?, &arguments)?;
+                tokio::time::sleep(interval).await;
+            }
+        }
+        watch(&door, &arguments.endpoint, interval).await?;
+        Ok(ExitCode::SUCCESS)
     })
+}
+
+/// Shows the state on a screen of its own until somebody types q or Ctrl-C. A coordinator that does not answer is
+/// asked again: it may be restarting.
+async fn watch(door: &FrontDoor, endpoint: &str, interval: Duration) -> anyhow::Result<()> {
+    let style = Style::of_stdout();
+    let mut screen = WatchScreen::open()?;
+    let mut state = String::new();
+    loop {
+        let head = match door.status().await {
+            Ok(status) => {
+                state = status_table::draw(&status, style);
+                format!("{endpoint} every {interval:?} · q ends")
+            }
+            Err(error) => style.paint("31", &format!("{endpoint} does not answer: {} · q ends", error.message())),
+        };
+        screen = screen.show(&format!("{head}\n\n{state}"), interval).await?;
+        if screen.is_over() {
+            return Ok(());
+        }
+    }
 }
 
 fn print(status: &StatusResponse, arguments: &StatusArguments) -> io::Result<()> {
@@ -54,12 +80,7 @@ fn print(status: &StatusResponse, arguments: &StatusArguments) -> io::Result<()>
         writeln!(io::stdout(), "{}", as_json(status))?;
         return Ok(());
     }
-    let style = Style::of_stdout();
-    if arguments.watch && style != Style::Ascii {
-        // To the top left, then clear: the terminal keeps no old lines.
-        write!(io::stdout(), "\x1b[H\x1b[2J")?;
-    }
-    write!(io::stdout(), "{}", status_table::draw(status, style))?;
+    write!(io::stdout(), "{}", status_table::draw(status, Style::of_stdout()))?;
     io::stdout().flush()
 }
 
@@ -90,6 +111,9 @@ fn as_json(status: &StatusResponse) -> serde_json::Value {
                 "address": node.address,
                 "healthy": node.healthy,
                 "experts_placed": node.experts_placed,
+                "experts_held": node.experts_held,
+                "ready_epoch": node.ready_epoch,
+                "weight": node.weight,
                 "residency": residency,
             })
         })
@@ -104,6 +128,9 @@ fn as_json(status: &StatusResponse) -> serde_json::Value {
         "hash_hits": status.hash_hits,
         "hash_misses": status.hash_misses,
         "failovers": status.failovers,
+        "membership": status.membership,
+        "etcd_connected": status.etcd_connected,
+        "leader": status.leader,
         "nodes": nodes,
     })
 }

@@ -84,7 +84,7 @@ pub(crate) async fn start(
     }
     let config = checkpoint.config();
     let cluster = Cluster::fixed(members, config.moe_layer_count(), config.num_experts, 1)?;
-    let predictor = predictor.source(&checkpoint, false)?;
+    let predictor = predictor.source(&checkpoint, &cluster)?;
     let config = CoordinatorConfig::new("coordinator-0".into(), checkpoint, predictor);
     Ok(ProcessCluster { coordinator: Coordinator::start(config, cluster).await?, nodes, _dir: dir })
 }

@@ -1,0 +1,115 @@
+//! The rows of a layer cut into what is sent: pieces of one expert each, calls of one node each, and whom to ask
+//! for a piece. Used by [`crate::dispatch`].
+
+use std::time::Instant;
+
+use sida_routing::{ExpertId, ExpertKey, Group, Grouping, NodeId};
+
+use crate::{call_failure::CallFailure, nodes::Roster, request::RequestError};
+
+/// A run of grouped rows for one expert: what is sent, and sent again, as a whole.
+pub(crate) struct Piece {
+    pub(crate) expert: ExpertId,
+    pub(crate) first_row: usize,
+    pub(crate) rows: usize,
+    /// Nodes that failed it, and why. By name: the roster may change meanwhile.
+    pub(crate) tried: Vec<(NodeId, CallFailure)>,
+    /// Everybody failed it once, and somebody who has come back since is asked again.
+    second_chance: bool,
+    /// Times that a node refused it for a newer placement.
+    pub(crate) reshares: u32,
+    /// A message with it and others was refused: it goes by itself from now on, so that an expert that cannot
+    /// be loaded does not take the others with it.
+    pub(crate) alone: bool,
+}
+
+/// Pieces for one node, in one message.
+pub(crate) struct Call {
+    pub(crate) node: usize,
+    pub(crate) pieces: Vec<Piece>,
+}
+
+impl Piece {
+    /// The groups, those of more than `rows_max` rows cut up.
+    pub(crate) fn of(grouping: &Grouping, rows_max: usize) -> Vec<Piece> {
+        let mut pieces = Vec::with_capacity(grouping.groups.len());
+        let mut first_row = 0;
+        for group in &grouping.groups {
+            let end = first_row + group.rows as usize;
+            while first_row < end {
+                let rows = rows_max.min(end - first_row);
+                let (expert, tried) = (group.expert, Vec::new());
+                let (second_chance, reshares, alone) = Default::default();
+                pieces.push(Piece { expert, first_row, rows, tried, second_chance, reshares, alone });
+                first_row += rows;
+            }
+        }
+        pieces
+    }
+
+    /// Where its rows are among the layer's.
+    pub(crate) fn range(&self) -> std::ops::Range<usize> {
+        self.first_row..self.first_row + self.rows
+    }
+}
+
+impl Call {
+    /// How many in all.
+    pub(crate) fn rows(&self) -> usize {
+        self.pieces.iter().map(|piece| piece.rows).sum()
+    }
+
+    /// As they go into a message.
+    pub(crate) fn groups(&self) -> Vec<Group> {
+        self.pieces.iter().map(|piece| Group { expert: piece.expert, rows: piece.rows as u32 }).collect()
+    }
+}
+
+/// Whom to ask for a piece. When everybody failed it, who has come back since is asked once more: two nodes may have
+/// failed one after the other, each for a moment.
+pub(crate) fn choose(roster: &Roster, key: ExpertKey, piece: &mut Piece, now: Instant) -> Option<usize> {
+    let chosen = roster.choose(key, &tried(roster, &piece.tried), now);
+    if chosen.is_some() || piece.second_chance {
+        return chosen;
+    }
+    piece.second_chance = true;
+    let is_back = |(node, failure): &(NodeId, CallFailure)| {
+        let link = roster.position(node).map(|at| &roster.links[at]);
+        failure.may_pass() && link.is_some_and(|link| link.is_up(now))
+    };
+    let spent: Vec<_> = piece.tried.iter().filter(|tried| !is_back(tried)).cloned().collect();
+    // The reasons stay, for the error that there may be in the end.
+    roster.choose(key, &tried(roster, &spent), now).filter(|_| spent.len() < piece.tried.len())
+}
+
+/// The links that were tried.
+fn tried(roster: &Roster, tried: &[(NodeId, CallFailure)]) -> Vec<usize> {
+    tried.iter().filter_map(|(node, _)| roster.position(node)).collect()
+}
+
+/// Whether somebody who is up was not asked yet.
+pub(crate) fn anyone_else(roster: &Roster, call: &Call, now: Instant) -> bool {
+    let mut asked: Vec<usize> = call.pieces.iter().flat_map(|piece| tried(roster, &piece.tried)).collect();
+    asked.push(call.node);
+    roster.anyone_else(&asked, now)
+}
+
+/// The rows of `pieces`, one after another.
+pub(crate) fn gather(grouping: &Grouping, x: &[f32], d_model: usize, pieces: &[Piece], rows: &mut Vec<f32>) {
+    rows.clear();
+    for piece in pieces {
+        for &token in &grouping.tokens[piece.first_row..][..piece.rows] {
+            rows.extend_from_slice(&x[token as usize * d_model..][..d_model]);
+        }
+    }
+}
+
+/// Nobody is left for an expert.
+pub(crate) fn unavailable(key: ExpertKey, tried: Vec<(NodeId, CallFailure)>) -> RequestError {
+    RequestError::ExpertUnavailable { key, tried: reasons(tried) }
+}
+
+/// What is told of those who were asked.
+pub(crate) fn reasons(tried: Vec<(NodeId, CallFailure)>) -> Vec<(NodeId, String)> {
+    tried.into_iter().map(|(node, failure)| (node, failure.to_string())).collect()
+}

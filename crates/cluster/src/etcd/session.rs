@@ -1,0 +1,324 @@
+//! One connection to etcd, from the first question to the last: registers this node, lists what there is, follows the
+//! changes, stands for leader and writes the placement where this node is a coordinator. Started again and again by
+//! `follow`; ends when etcd does not answer as it must, or when this node has left.
+
+use std::{fmt, time::Duration};
+
+use etcd_client::{Client, EventType, GetOptions, KeyValue, WatchOptions, WatchResponse, WatchStream};
+use tokio::{
+    task::JoinSet,
+    time::{self, Instant, MissedTickBehavior},
+};
+
+use super::{
+    connect::{ConnectError, connect},
+    election,
+    follow::Follower,
+    keys::Keys,
+    lease,
+    listing::{Change, Entry, Listing},
+    register,
+    writer::{self, Written},
+};
+use crate::member::Role;
+
+/// How often a writer looks at what was asked for lately.
+const DEMAND_INTERVAL: Duration = Duration::from_secs(10);
+/// How much of it is left each time: half after half a minute.
+const DEMAND_DECAY: f64 = 0.8;
+
+/// Why a connection ended.
+#[derive(Debug)]
+pub(super) struct Away(String);
+
+impl Away {
+    pub(super) fn new(reason: impl Into<String>) -> Self {
+        Self(reason.into())
+    }
+}
+
+impl fmt::Display for Away {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl From<etcd_client::Error> for Away {
+    fn from(error: etcd_client::Error) -> Self {
+        use std::error::Error as _;
+        // These say only what they are; what happened is their cause, which etcd-client does not pass on.
+        let (mut reason, mut cause) = match &error {
+            etcd_client::Error::TransportError(error) => (error.to_string(), error.source()),
+            etcd_client::Error::GRpcStatus(status) => (status.message().to_owned(), status.source()),
+            error => (error.to_string(), None),
+        };
+        while let Some(error) = cause {
+            let told = error.to_string();
+            if !reason.contains(&told) {
+                reason = format!("{reason}: {told}");
+            }
+            cause = error.source();
+        }
+        Self(reason)
+    }
+}
+
+impl From<ConnectError> for Away {
+    fn from(error: ConnectError) -> Self {
+        match error {
+            ConnectError::Config(error) => Self(error.to_string()),
+            ConnectError::Etcd(error) => error.into(),
+        }
+    }
+}
+
+/// What a connection is made of.
+struct Session<'a> {
+    follower: &'a mut Follower,
+    client: Client,
+    keys: Keys,
+    listing: Listing,
+    /// The revision by which this node is listed.
+    registered: i64,
+    patience: Duration,
+    /// Whether this node is leaving and has taken itself off the list.
+    off_the_list: bool,
+}
+
+/// Follows etcd at `endpoint` until it is away, or this node has left.
+pub(super) async fn run(follower: &mut Follower, endpoint: &str) -> Result<(), Away> {
+    let patience = follower.config.call_timeout();
+    let mut client = within(patience, connect(&follower.config, endpoint)).await?;
+    let renewal = within(patience, lease::hold(&mut client, follower.config.lease_ttl, &mut follower.lease)).await?;
+    // Ends with the session: what is dropped is aborted.
+    let mut renewing = JoinSet::new();
+    renewing.spawn(lease::keep(renewal, follower.lease()?, patience));
+
+    let keys = Keys::new(&follower.config.cluster);
+    let mut ready = follower.published.ready();
+    let ready_epoch = *ready.borrow_and_update();
+    let leaving = follower.published.leaving().clone();
+    let registered = match leaving.is_cancelled() {
+        true => 0,
+        false => {
+            let lease = follower.lease()?;
+            within(patience, register::put(&mut client, &keys, &follower.joining, &lease, ready_epoch)).await?
+        }
+    };
+    let listing = within(patience, list(&mut client, &keys)).await?;
+    let mut watch = within(patience, watch(&mut client, &keys, listing.revision + 1)).await?;
+    follower.connected(endpoint, &listing);
+    let mut session = Session { follower, client, keys, listing, registered, patience, off_the_list: false };
+
+    let mut relist = time::interval(session.follower.config.relist_interval);
+    relist.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    relist.reset();
+    let mut demand = time::interval(DEMAND_INTERVAL);
+    demand.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    demand.reset();
+    loop {
+        let again = session.settle().await?;
+        if session.off_the_list && session.is_forgotten() {
+            return Ok(());
+        }
+        tokio::select! {
+            ended = renewing.join_next() => {
+                return Err(ended.and_then(Result::ok).unwrap_or_else(|| Away::new("the lease is not renewed")));
+            }
+            told = watch.message() => match session.take(told?)? {
+                Told::Changes => {}
+                Told::Compacted => {
+                    tracing::info!("the watch is behind what etcd has compacted; listing anew");
+                    session.relist().await?;
+                    let from = session.listing.revision + 1;
+                    watch = within(patience, self::watch(&mut session.client, &session.keys, from)).await?;
+                }
+            },
+            _ = relist.tick() => session.relist().await?,
+            _ = ready.changed() => {
+                let ready_epoch = *ready.borrow_and_update();
+                session.register(ready_epoch).await?;
+            }
+            _ = demand.tick() => session.follower.settle_demand(DEMAND_DECAY),
+            () = leaving.cancelled(), if !session.off_the_list => session.get_off_the_list().await?,
+            // A member that was kept for a while may have to go now.
+            () = sleep_until(again) => {}
+        }
+    }
+}
+
+/// What a message of the watch came to.
+enum Told {
+    Changes,
+    Compacted,
+}
+
+impl Session<'_> {
+    /// Brings what is known into force: publishes it, stands for leader, writes the placement. Tells when it has to
+    /// be done again although nothing changes.
+    async fn settle(&mut self) -> Result<Option<Instant>, Away> {
+        self.check_registration()?;
+        self.follower.publish(&self.listing);
+        if self.follower.joining.member.role == Role::Coordinator && !self.off_the_list {
+            self.lead().await?;
+        }
+        Ok(self.follower.publish(&self.listing))
+    }
+
+    /// Whether this node is still listed as itself.
+    fn check_registration(&mut self) -> Result<(), Away> {
+        let own = &self.follower.joining.member;
+        if self.off_the_list || self.listing.revision < self.registered {
+            return Ok(());
+        }
+        match self.listing.members.get(&own.node) {
+            None => Err(Away::new("this node is no longer listed")),
+            Some(record) if !record.member.address.is_same(&own.address) => {
+                let other = record.member.address.to_string();
+                self.follower.warn_of_twin(&other);
+                Ok(())
+            }
+            Some(_) => Ok(()),
+        }
+    }
+
+    async fn register(&mut self, ready_epoch: u64) -> Result<(), Away> {
+        if self.off_the_list {
+            return Ok(());
+        }
+        let lease = self.follower.lease()?;
+        let put = register::put(&mut self.client, &self.keys, &self.follower.joining, &lease, ready_epoch);
+        self.registered = within(self.patience, put).await?;
+        Ok(())
+    }
+
+    /// Stands for leader where there is none; as the leader, writes the next placement if there is one to write.
+    async fn lead(&mut self) -> Result<(), Away> {
+        let lease = self.follower.lease()?;
+        if lease.may_have_run_out() {
+            return Ok(()); // The renewal will tell whether it has.
+        }
+        if self.listing.leader.is_none() && self.follower.may_lead(&self.listing) {
+            let node = self.follower.joining.member.node.clone();
+            let stood = election::stand(&mut self.client, &self.keys, &node, &lease);
+            if let Some(leader) = within(self.patience, stood).await? {
+                self.listing.leader = Some(leader);
+            }
+        }
+        let leader = self.listing.leader.clone().filter(|leader| leader.lease == lease.id);
+        self.follower.set_leads(leader.is_some(), &self.listing);
+        let Some(leader) = leader else { return Ok(()) };
+        let Some(record) = self.follower.next_placement(&self.listing) else { return Ok(()) };
+        // Asked again at the last moment: this process may have been stopped since.
+        if lease.may_have_run_out() {
+            return Ok(());
+        }
+        let before = self.listing.placement.mod_revision;
+        let write = writer::write(&mut self.client, &self.keys, &leader, before, record);
+        // The next step, if there is one, follows when the watch tells of this one.
+        match within(self.patience, write).await? {
+            Written::As(stored) => {
+                if let Some(record) = &stored.record {
+                    self.follower.written(&record.placement);
+                }
+                self.listing.placement = stored;
+                self.follower.publish(&self.listing);
+            }
+            Written::Refused => {
+                tracing::warn!("etcd refused a placement: this node leads no longer, or it was behind");
+                self.relist().await?;
+            }
+            Written::TooLarge => {}
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, told: Option<WatchResponse>) -> Result<Told, Away> {
+        let Some(response) = told else { return Err(Away::new("etcd ended the watch")) };
+        if response.compact_revision() > 0 {
+            return Ok(Told::Compacted);
+        }
+        if response.canceled() {
+            return Err(Away::new(format!("etcd ended the watch: {}", response.cancel_reason())));
+        }
+        // Not the revision of the answer's head: that is the store's, and a watch that catches up is behind it.
+        let revisions = response.events().iter().filter_map(|event| event.kv().map(KeyValue::mod_revision));
+        let revision = revisions.max().unwrap_or(0);
+        let changes = response.events().iter().filter_map(|event| {
+            let kv = event.kv()?;
+            Some(match event.event_type() {
+                EventType::Put => Change::Put(entry(kv)),
+                EventType::Delete => Change::Delete { key: kv.key(), mod_revision: kv.mod_revision() },
+            })
+        });
+        self.listing.apply(revision, changes);
+        Ok(Told::Changes)
+    }
+
+    async fn relist(&mut self) -> Result<(), Away> {
+        self.listing = within(self.patience, list(&mut self.client, &self.keys)).await?;
+        self.follower.relisted(&self.listing);
+        Ok(())
+    }
+
+    /// Gives back what this node holds in etcd, so that the others need not wait for the lease.
+    async fn get_off_the_list(&mut self) -> Result<(), Away> {
+        self.off_the_list = true;
+        let lease = self.follower.lease()?;
+        if let Some(leader) = self.listing.leader.clone().filter(|leader| leader.lease == lease.id) {
+            within(self.patience, election::resign(&mut self.client, &self.keys, &leader)).await?;
+        }
+        within(self.patience, register::delete(&mut self.client, &self.keys, &self.follower.joining)).await?;
+        self.relist().await?;
+        tracing::info!(epoch = self.follower.published.placement().epoch(), "left the cluster");
+        Ok(())
+    }
+
+    /// Whether nothing is placed on this node any more.
+    fn is_forgotten(&self) -> bool {
+        let node = &self.follower.joining.member.node;
+        let record = self.listing.placement.record.as_ref();
+        record.is_none_or(|record| record.placement.held_by(node).next().is_none())
+    }
+}
+
+/// Everything under the cluster's prefix.
+async fn list(client: &mut Client, keys: &Keys) -> Result<Listing, Away> {
+    let answer = client.get(keys.prefix(), Some(GetOptions::new().with_prefix())).await?;
+    let revision = answer.header().map_or(0, |header| header.revision());
+    Ok(Listing::new(keys, revision, answer.kvs().iter().map(entry)))
+}
+
+/// What changes under the cluster's prefix, from this revision on.
+async fn watch(client: &mut Client, keys: &Keys, from: i64) -> Result<WatchStream, Away> {
+    let options = WatchOptions::new().with_prefix().with_start_revision(from);
+    Ok(client.watch(keys.prefix(), Some(options)).await?)
+}
+
+fn entry(kv: &KeyValue) -> Entry<'_> {
+    Entry {
+        key: kv.key(),
+        value: kv.value(),
+        create_revision: kv.create_revision(),
+        mod_revision: kv.mod_revision(),
+        lease: kv.lease(),
+    }
+}
+
+/// An answer that has to come soon.
+async fn within<T, E>(patience: Duration, answer: impl Future<Output = Result<T, E>>) -> Result<T, Away>
+where
+    Away: From<E>,
+{
+    match time::timeout(patience, answer).await {
+        Ok(answer) => Ok(answer?),
+        Err(_) => Err(Away::new(format!("no answer within {patience:?}"))),
+    }
+}
+
+async fn sleep_until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => time::sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
+}

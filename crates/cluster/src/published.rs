@@ -1,0 +1,183 @@
+//! What is published of a cluster and what its node says, between the handles ([`crate::Cluster`]) and whoever keeps
+//! the membership (nobody in a fixed cluster, the task of `etcd` else).
+//!
+//! The placement as it was written is kept beside the view that is cut to the members: a node that comes back finds
+//! what it held without anybody writing anything.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use parking_lot::Mutex;
+use sida_routing::{
+    Demand, Digest, ExpertKey, HashTable, NodeId, Placement, PlacementError,
+    membership::{Verdict, judge},
+};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    member::Member,
+    membership::{Membership, Source},
+    view::View,
+};
+
+pub(crate) struct Published {
+    known: Mutex<Known>,
+    views: watch::Sender<View>,
+    /// The epoch up to which this node is ready.
+    ready: watch::Sender<u64>,
+    demand: Mutex<Demand>,
+    /// Cancelled when this node wants to leave.
+    leaving: CancellationToken,
+    /// Cancelled when it has.
+    left: CancellationToken,
+}
+
+struct Known {
+    /// Whose experts are placed; `None`: nobody said.
+    model: Option<Digest>,
+    members: Arc<[Member]>,
+    /// As it was written.
+    placement: Arc<Placement>,
+    membership: Membership,
+}
+
+impl Published {
+    /// Publishes a first view.
+    pub(crate) fn new(
+        members: Arc<[Member]>,
+        placement: Placement,
+        membership: Membership,
+    ) -> Result<Self, PlacementError> {
+        let placement = Arc::new(placement);
+        let (views, _) = watch::channel(View::of(members.clone(), &placement)?);
+        let demand = Demand::new(placement.extent().moe_layers, placement.extent().num_experts);
+        Ok(Self {
+            known: Mutex::new(Known { model: None, members, placement, membership }),
+            views,
+            ready: watch::channel(0).0,
+            demand: Mutex::new(demand),
+            leaving: CancellationToken::new(),
+            left: CancellationToken::new(),
+        })
+    }
+
+    /// Lets placements of `model` be adopted.
+    pub(crate) fn of_model(mut self, model: Digest) -> Self {
+        self.known.get_mut().model = Some(model);
+        self
+    }
+
+    pub(crate) fn views(&self) -> watch::Receiver<View> {
+        self.views.subscribe()
+    }
+
+    pub(crate) fn membership(&self) -> Membership {
+        self.known.lock().membership.clone()
+    }
+
+    /// The newest placement, as it was written.
+    pub(crate) fn placement(&self) -> Arc<Placement> {
+        self.known.lock().placement.clone()
+    }
+
+    /// From another node: newer than what is known, of the same model.
+    pub(crate) fn adopt(&self, model: Digest, placement: Placement) -> bool {
+        let mut known = self.known.lock();
+        let own = known.model.unwrap_or(model);
+        let taken = judge(Some((&known.placement, own)), &placement, model) == Verdict::Adopt;
+        if taken {
+            tracing::info!(epoch = placement.epoch(), "took over a newer placement from another node");
+            known.placement = Arc::new(placement);
+            self.publish(&known);
+        }
+        taken
+    }
+
+    /// From the source of the membership: members, and the placement where there is one. An older placement than
+    /// what is known stays out: another node has told of a newer one, which will come here, too.
+    pub(crate) fn take(&self, members: Vec<Member>, model: Digest, placement: Option<&Arc<Placement>>) {
+        let mut known = self.known.lock();
+        known.members = members.into();
+        if let Some(placement) = placement {
+            let own = known.model.unwrap_or(model);
+            match judge(Some((&known.placement, own)), placement, model) {
+                Verdict::Adopt => known.placement = placement.clone(),
+                Verdict::Known | Verdict::Older => {}
+                refused => tracing::error!(epoch = placement.epoch(), ?refused, "a placement in etcd is not taken"),
+            }
+        }
+        self.publish(&known);
+    }
+
+    fn publish(&self, known: &Known) {
+        match View::of(known.members.clone(), &known.placement) {
+            Ok(view) => {
+                self.views.send_if_modified(|published| {
+                    let changed = !published.is_same(&view);
+                    if changed {
+                        *published = view;
+                    }
+                    changed
+                });
+            }
+            // Names are checked and unique before they come here, so this takes more nodes than can be placed on.
+            Err(error) => tracing::error!(%error, "the last view of the cluster stays"),
+        }
+    }
+
+    /// How the source stands.
+    pub(crate) fn set_connected(&self, connected: bool) {
+        self.known.lock().membership.source = Source::Etcd { connected };
+    }
+
+    pub(crate) fn set_leader(&self, leader: Option<NodeId>, ready: BTreeMap<NodeId, u64>) {
+        let membership = &mut self.known.lock().membership;
+        (membership.leader, membership.ready) = (leader, ready);
+    }
+
+    pub(crate) fn report_ready(&self, epoch: u64) {
+        self.ready.send_if_modified(|ready| std::mem::replace(ready, epoch.max(*ready)) < epoch);
+    }
+
+    pub(crate) fn ready(&self) -> watch::Receiver<u64> {
+        self.ready.subscribe()
+    }
+
+    pub(crate) fn note_demand<'a>(&self, tables: impl IntoIterator<Item = &'a HashTable>) {
+        if self.known.lock().membership.is_fixed() {
+            return;
+        }
+        let mut demand = self.demand.lock();
+        for table in tables {
+            for layer in table.layers() {
+                for token in 0..table.shape().tokens {
+                    if let Some(&expert) = table.experts(layer, token).first() {
+                        demand.note(ExpertKey { layer, expert }, 1);
+                    }
+                }
+            }
+        }
+    }
+
+    /// What was asked for lately, after `change`.
+    pub(crate) fn demand(&self, change: impl FnOnce(&mut Demand)) -> Demand {
+        let mut demand = self.demand.lock();
+        change(&mut demand);
+        demand.clone()
+    }
+
+    pub(crate) async fn leave(&self, patience: Duration) {
+        if !self.membership().is_fixed() {
+            self.leaving.cancel();
+            let _ = tokio::time::timeout(patience, self.left.cancelled()).await;
+        }
+    }
+
+    pub(crate) fn leaving(&self) -> &CancellationToken {
+        &self.leaving
+    }
+
+    pub(crate) fn left(&self) -> &CancellationToken {
+        &self.left
+    }
+}

@@ -1,0 +1,83 @@
+//! Predictor-nodes that are dead, slow, wrong, or of another model: requests run `exact` without hints, say so in
+//! their trace, and are answered as ever.
+
+use std::time::Duration;
+
+use sida_tests::{
+    Load, Sandbox, SandboxConfig,
+    binary::repository,
+    fault_proxy::{Direction, Link},
+    load_client::Report,
+};
+use tokio::time::sleep;
+
+use super::load;
+
+fn unpredicted(report: &Report) -> usize {
+    report.asked.iter().filter(|asked| asked.unpredicted).count()
+}
+
+/// The answers that must come whatever the predictor does.
+async fn answers(load: &Load) -> std::collections::BTreeMap<usize, Vec<u32>> {
+    load.run(Duration::from_millis(700)).await.answers()
+}
+
+/// A bad predictor would fail requests, change their tokens, or cost each of them its timeout.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bad_predictor_costs_hints_only() {
+    let config = SandboxConfig { predictor_nodes: 1, proxies: true, ..Default::default() };
+    let mut sandbox = Sandbox::start(config).await;
+    let load = load(&sandbox);
+    let expected = answers(&load).await;
+    let predictor = "predictor-node-0";
+
+    // Slow: it answers after the coordinator's patience, if at all.
+    sandbox.process(predictor).signal("STOP");
+    let slow = load.run(Duration::from_secs(2)).await;
+    slow.assert_as(&expected);
+    println!("paused: {slow} {} unpredicted", unpredicted(&slow));
+    assert!(unpredicted(&slow) > 0);
+    // One timeout for whoever finds out, not one for every step.
+    let waited = slow.asked.iter().filter(|asked| asked.latency > Duration::from_millis(600)).count();
+    assert!(waited * 2 < slow.asked.len(), "{waited} of {} requests waited for it", slow.asked.len());
+
+    sandbox.process(predictor).signal("CONT");
+    sleep(Duration::from_secs(2)).await;
+    let back = load.run(Duration::from_secs(1)).await;
+    back.assert_as(&expected);
+    assert!(unpredicted(&back) < back.asked.len(), "it is not asked again");
+
+    // Wrong: damaged on their way, predictions are noise or cannot be read.
+    let running = load.start();
+    for _ in 0..20 {
+        sandbox.proxy(predictor).corrupt_next(Direction::Back);
+        sleep(Duration::from_millis(50)).await;
+    }
+    running.stop().await.assert_as(&expected);
+    sandbox.proxy(predictor).set(Link::Dead);
+    load.run(Duration::from_secs(1)).await.assert_as(&expected);
+    sandbox.proxy(predictor).set(Link::Good);
+
+    sandbox.take(predictor).kill();
+    let dead = load.run(Duration::from_secs(1)).await;
+    dead.assert_as(&expected);
+    println!("dead: {dead} {} unpredicted", unpredicted(&dead));
+    assert!(unpredicted(&dead) > 0);
+}
+
+/// Predictions for another model would be used.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_predictor_of_another_model_is_not_used() {
+    // The predictor of the larger model for the smaller, which has none of its own.
+    let models = repository().join("models");
+    let served = SandboxConfig { model: models.join("switch-mini-8"), ..Default::default() };
+    let coordinator_flags = ["--predictor", "off"].map(str::to_owned).to_vec();
+    let plain = Sandbox::start(SandboxConfig { coordinator_flags, ..served.clone() }).await;
+    let expected = answers(&load(&plain)).await;
+    drop(plain);
+    let config = SandboxConfig { predictor_nodes: 1, predictor_model: Some(models.join("switch-tiny-64")), ..served };
+    let sandbox = Sandbox::start(config).await;
+    let report = load(&sandbox).run(Duration::from_secs(1)).await;
+    report.assert_as(&expected);
+    assert_eq!(unpredicted(&report), report.asked.len());
+}

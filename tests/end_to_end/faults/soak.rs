@@ -1,0 +1,102 @@
+//! Load with random faults for as long as `SIDA_SOAK_SECONDS` says: memory and descriptors of every process stay as
+//! they are. Without that variable it is skipped.
+
+use std::{collections::BTreeMap, env, time::Duration};
+
+use rand::{Rng, seq::IndexedRandom};
+use sida_tests::{
+    Sandbox, SandboxConfig,
+    fault_proxy::{Direction, Link},
+};
+use tokio::time::{Instant, sleep};
+
+use super::{fault_free, load, random};
+
+/// What a process may hold beyond what it held when it was warm.
+const BYTES_MORE_MAX: u64 = 32 << 20;
+const DESCRIPTORS_MORE_MAX: usize = 24;
+
+/// A cluster would fill the memory of its machines within days, or run out of sockets.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_grows() {
+    let Some(seconds) = env::var("SIDA_SOAK_SECONDS").ok() else {
+        return println!("SKIPPED: the soak runs when SIDA_SOAK_SECONDS is set");
+    };
+    let seconds: u64 = seconds.parse().expect("SIDA_SOAK_SECONDS is a number");
+    let mut random = random("soak");
+    let config = SandboxConfig {
+        expert_nodes: 3,
+        predictor_nodes: 1,
+        replicas: 2,
+        expert_memory: "50%".into(),
+        proxies: true,
+        ..Default::default()
+    };
+    let mut sandbox = Sandbox::start(config).await;
+    let load = load(&sandbox);
+    let normal = fault_free(&load, Duration::from_secs(10)).await.answers();
+    let held = |sandbox: &Sandbox| -> BTreeMap<String, (u64, usize)> {
+        let of = |(name, process): (&str, &sida_tests::Process)| {
+            (name.to_owned(), (process.resident_bytes(), process.descriptors()))
+        };
+        sandbox.processes().map(of).collect()
+    };
+    let (mut warm, start) = (None, Instant::now());
+    let running = load.start();
+    let names = ["expert-node-0", "expert-node-1", "expert-node-2", "predictor-node-0"];
+    let mut faults = 0;
+    while start.elapsed() < Duration::from_secs(seconds) {
+        let name = names.choose(&mut random).expect("a node").to_string();
+        let proxy = sandbox.proxy(&name);
+        match random.random_range(0..9) {
+            0 => proxy.set(Link::Dead),
+            1 => proxy.set(Link::Closed),
+            2 => proxy.set(Link::Late(Duration::from_millis(random.random_range(1..20)))),
+            3 => proxy.set(Link::Slow(random.random_range(20_000..2_000_000))),
+            4 => proxy.cut(),
+            5 => proxy.reset_within_next(Direction::Back),
+            6 => proxy.corrupt_next(Direction::There),
+            7 => proxy.corrupt_next(Direction::Back),
+            _ => {
+                sandbox.process(&name).signal("STOP");
+                sleep(Duration::from_millis(random.random_range(10..1500))).await;
+                sandbox.process(&name).signal("CONT");
+            }
+        }
+        faults += 1;
+        sleep(Duration::from_millis(random.random_range(50..1500))).await;
+        sandbox.proxy(&name).set(Link::Good);
+        // A node that is started anew would begin small, so only the one that nothing is held against is killed.
+        if random.random_bool(0.1) && name == "expert-node-2" {
+            sandbox.take(&name).kill();
+            sandbox = tokio::task::spawn_blocking(move || {
+                sandbox.restart("expert-node-2");
+                sandbox
+            })
+            .await
+            .expect("it starts again");
+        }
+        // One fault at a time: whoever was cut off is back before the next.
+        sleep(Duration::from_millis(700)).await;
+        if warm.is_none() && start.elapsed() > Duration::from_secs(seconds / 4) {
+            warm = Some(held(&sandbox));
+        }
+    }
+    let report = running.stop().await;
+    report.assert_as(&normal);
+    sleep(Duration::from_secs(6)).await;
+    let (warm, end) = (warm.expect("it was warm"), held(&sandbox));
+    println!("{faults} faults: {report}");
+    for (name, (bytes, descriptors)) in &end {
+        let (warm_bytes, warm_descriptors) = warm[name];
+        println!(
+            "{name}: {} -> {} KiB, {warm_descriptors} -> {descriptors} descriptors",
+            warm_bytes >> 10,
+            bytes >> 10
+        );
+        if name != "expert-node-2" {
+            assert!(*bytes <= warm_bytes + BYTES_MORE_MAX, "{name} grows");
+            assert!(*descriptors <= warm_descriptors + DESCRIPTORS_MORE_MAX, "{name} leaks descriptors");
+        }
+    }
+}
