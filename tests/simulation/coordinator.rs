@@ -249,7 +249,7 @@ impl Coordinator {
     /// Decides on the placement, if elected and nothing is being written.
     fn decide(&mut self, core: &mut Core) {
         let Some(term) = &mut self.term else { return };
-        if term.writing.is_some() || !self.session.is_connected {
+        if term.writing.is_some() || !self.session.is_fresh(core) {
             return;
         }
         let standing = |(node, record): (&sida_routing::NodeId, &Record)| Standing {

@@ -9,6 +9,7 @@ use std::{
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use sida_routing::NodeId;
 
 use crate::{
     event::{Actor, Event, Message, Micros, Timer},
@@ -33,6 +34,8 @@ pub(crate) struct Core {
     pub(crate) watch_loss: f64,
     /// All faults are over; the load is taken as it is.
     pub(crate) is_quiet: bool,
+    /// Since when an expert-node runs, reaches the store and wants to stay; whoever is not in it does not.
+    pub(crate) well: BTreeMap<NodeId, Micros>,
     /// Requests that failed: whose, which, since when it was tried, and the nodes there were.
     pub(crate) failures: Vec<(Actor, u64, Micros, Vec<usize>)>,
 }
@@ -51,6 +54,7 @@ impl Core {
             lives: BTreeMap::new(),
             watch_loss: 0.0,
             is_quiet: false,
+            well: BTreeMap::new(),
             failures: Vec::new(),
         }
     }

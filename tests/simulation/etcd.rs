@@ -118,6 +118,8 @@ pub(crate) struct Etcd {
     /// Watcher -> (its life, when its last event arrives: a stream keeps its order).
     watchers: BTreeMap<Actor, (u32, Micros)>,
     pub(crate) is_up: bool,
+    /// When it went away last.
+    stopped: Micros,
 }
 
 impl Etcd {
@@ -131,6 +133,7 @@ impl Etcd {
             compacted: 0,
             watchers: BTreeMap::new(),
             is_up: true,
+            stopped: 0,
         }
     }
 
@@ -143,15 +146,23 @@ impl Etcd {
     }
 
     /// It stops answering; connections break.
-    pub(crate) fn stop(&mut self) {
-        self.is_up = false;
+    pub(crate) fn stop(&mut self, core: &Core) {
+        if !self.is_up {
+            return;
+        }
+        (self.is_up, self.stopped) = (false, core.now);
         self.watchers.clear();
     }
 
-    /// It answers again. Leases begin anew, as with a new leader of etcd, or they are lost.
-    pub(crate) fn start(&mut self, core: &mut Core, leases_lost: bool) {
+    /// It answers again. Leases begin anew, as with a new leader of etcd; or those that nobody could keep
+    /// meanwhile have run out.
+    pub(crate) fn start(&mut self, core: &mut Core, leases_run_out: bool) {
+        if self.is_up {
+            return;
+        }
         self.is_up = true;
-        let ends = if leases_lost { core.now } else { core.now + LEASE };
+        let have_run_out = leases_run_out && core.now >= self.stopped + LEASE;
+        let ends = if have_run_out { core.now } else { core.now + LEASE };
         self.leases.values_mut().for_each(|end| *end = ends);
     }
 
@@ -236,6 +247,18 @@ impl Etcd {
                 let changed = self.entries.get(&Key::Placement).map_or(0, |entry| entry.changed);
                 if leader != Some(elected) || changed != replaces {
                     return Reply::Outdated;
+                }
+                let leader = self.entries.get(&Key::Leader).map(|entry| &entry.value);
+                if leader != Some(&Value::Leader(from)) {
+                    core.ledger.violated(|| format!("{from:?} writes epoch {} and does not lead", placement.epoch()));
+                }
+                // Whoever has been well for so long has had time to register again, whatever happened to the store.
+                let is_well = |node: &NodeId| core.well.get(node).is_some_and(|since| core.now >= since + 2 * LEASE);
+                let dropped = |before: &Placement| -> Option<NodeId> {
+                    before.nodes().iter().find(|node| is_well(node) && !placement.nodes().contains(node)).cloned()
+                };
+                if let Some(node) = self.placement().and_then(dropped) {
+                    core.ledger.violated(|| format!("{from:?} drops {node}, which is well"));
                 }
                 core.ledger.written(from, self.placement(), &placement);
                 self.put(core, Key::Placement, Value::Placement(placement), None);

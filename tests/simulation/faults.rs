@@ -34,9 +34,9 @@ pub(crate) enum Fault {
     /// The connection between the two breaks.
     Reset(Actor, Actor),
     StoreAway,
-    /// It is back; with all leases lost, or none.
+    /// It is back; with the leases that nobody could keep, or without.
     StoreBack {
-        leases_lost: bool,
+        leases_run_out: bool,
     },
     Compact,
     /// The share of watch events that are lost from now on, in percent.
@@ -90,8 +90,8 @@ fn draw(core: &mut Core, coordinators: usize, nodes: usize) -> (Fault, Option<Fa
         71..79 => (Fault::Stop(coordinator), Some(Fault::Resume(coordinator)), 8_000_000),
         79..86 => (Fault::Kill(coordinator), Some(Fault::Start(coordinator)), 6_000_000),
         86..92 => {
-            let leases_lost = rng.random_bool(0.5);
-            (Fault::StoreAway, Some(Fault::StoreBack { leases_lost }), 8_000_000)
+            let leases_run_out = rng.random_bool(0.5);
+            (Fault::StoreAway, Some(Fault::StoreBack { leases_run_out }), 8_000_000)
         }
         92..96 => (Fault::Compact, None, 1_000_000),
         _ => (Fault::WatchLoss(rng.random_range(10..100)), Some(Fault::WatchLoss(0)), 6_000_000),

@@ -42,6 +42,8 @@ pub(crate) struct Session {
     pub(crate) members: Members<Record>,
     pub(crate) is_connected: bool,
     is_watching: bool,
+    /// When the last question was asked that the store has answered.
+    answered: Micros,
 }
 
 impl Session {
@@ -59,6 +61,7 @@ impl Session {
             members: Members::new(Duration::from_micros(LEASE)),
             is_connected: false,
             is_watching: false,
+            answered: 0,
         }
     }
 
@@ -67,6 +70,12 @@ impl Session {
         self.next_id += 1;
         self.outstanding.insert(id, (core.now, op.clone()));
         core.send(self.actor, Actor::Etcd, Message::Store { id, op });
+    }
+
+    /// Whether what is known is of now. A process that was stopped goes on with beliefs of before, while what
+    /// happened meanwhile waits to be read; it must not act on them.
+    pub(crate) fn is_fresh(&self, core: &Core) -> bool {
+        self.is_connected && core.now < self.answered + PATIENCE
     }
 
     /// Whether something of the kind is under way.
@@ -112,7 +121,8 @@ impl Session {
     }
 
     pub(crate) fn on_reply(&mut self, core: &mut Core, id: u64, reply: Reply) -> Vec<News> {
-        let Some((_, op)) = self.outstanding.remove(&id) else { return Vec::new() };
+        let Some((sent, op)) = self.outstanding.remove(&id) else { return Vec::new() };
+        self.answered = self.answered.max(sent);
         match (op, reply) {
             (Op::Register { record, .. }, Reply::Registered { lease }) => {
                 self.lease = Some(lease);

@@ -45,8 +45,17 @@ struct World {
     stopped: BTreeMap<Actor, Vec<Event>>,
     /// What is on a way that is cut.
     parked: BTreeMap<(Actor, Actor), Vec<Event>>,
-    /// When which coordinator could reach which node: closed times, and since when if it can now.
-    reached: BTreeMap<(usize, usize), (Vec<(Micros, Micros)>, Option<Micros>)>,
+    /// When which coordinator could reach which node.
+    reached: BTreeMap<(usize, usize), Reached>,
+}
+
+/// When somebody could be reached.
+#[derive(Default)]
+struct Reached {
+    /// From when to when.
+    times: Vec<(Micros, Micros)>,
+    /// Since when it can be reached now.
+    since: Option<Micros>,
 }
 
 /// Runs the cluster of a seed.
@@ -205,8 +214,8 @@ impl World {
             Fault::Slow(a, b, more) => _ = self.core.slow.insert(pair(a, b), more),
             Fault::Fast(a, b) => _ = self.core.slow.remove(&pair(a, b)),
             Fault::Reset(coordinator, node) => self.core.send(node, coordinator, Message::LaneLost),
-            Fault::StoreAway => self.etcd.stop(),
-            Fault::StoreBack { leases_lost } => self.etcd.start(&mut self.core, leases_lost),
+            Fault::StoreAway => self.etcd.stop(&self.core),
+            Fault::StoreBack { leases_run_out } => self.etcd.start(&mut self.core, leases_run_out),
             Fault::Compact => self.etcd.compact(&mut self.core),
             Fault::WatchLoss(percent) => self.core.watch_loss = f64::from(percent) / 100.0,
             Fault::End => {
@@ -263,12 +272,21 @@ impl World {
     /// Notes who can reach whom from now on.
     fn note_reach(&mut self) {
         let now = self.core.now;
+        for (at, node) in self.nodes.iter().enumerate() {
+            let actor = Actor::Node(at);
+            let stays = node.as_ref().is_some_and(|node| !node.is_leaving());
+            if stays && !self.stopped.contains_key(&actor) && !self.core.is_cut(actor, Actor::Etcd) {
+                self.core.well.entry(node_name(at)).or_insert(now);
+            } else {
+                self.core.well.remove(&node_name(at));
+            }
+        }
         for coordinator in 0..self.coordinators.len() {
             for node in 0..self.nodes.len() {
                 let (from, to) = (Actor::Coordinator(coordinator), Actor::Node(node));
                 let runs = |actor| self.is_running(actor) && !self.stopped.contains_key(&actor);
                 let reaches = runs(from) && runs(to) && !self.core.is_cut(from, to);
-                let (times, since) = self.reached.entry((coordinator, node)).or_default();
+                let Reached { times, since } = self.reached.entry((coordinator, node)).or_default();
                 match (reaches, *since) {
                     (true, None) => *since = Some(now),
                     (false, Some(began)) => {
@@ -288,7 +306,7 @@ impl World {
             let now = self.core.now;
             let lasted = |&(from, to): &(Micros, Micros)| to.min(now).saturating_sub(from.max(since)) >= REACHABLE_MIN;
             for node in roster {
-                let Some((times, open)) = self.reached.get(&(coordinator, node)) else { continue };
+                let Some(Reached { times, since: open }) = self.reached.get(&(coordinator, node)) else { continue };
                 if times.iter().any(lasted) || open.is_some_and(|from| lasted(&(from, now))) {
                     self.core.ledger.violated(|| {
                         format!("{actor:?} request {request} failed after {PATIENCE} us although node {node} could be reached")

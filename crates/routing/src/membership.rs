@@ -14,6 +14,15 @@
 //! compares its election's key and the revision of the placement it decided on, and reports success by
 //! [`Writer::written`]. If the transaction fails it decides again after the next list: somebody else wrote, or
 //! it is no longer elected.
+//!
+//! Three things that a session must see to, for no decision can (the simulation found each of them):
+//! - Decide only on fresh knowledge: when the last question that the store has answered was asked a second ago
+//!   or later. A process that was stopped goes on with beliefs of before, and would drop nodes whose
+//!   registrations wait to be read.
+//! - Write a node's own record one at a time, and compare it with every list: of two under way the older may
+//!   come last.
+//! - Take an election that was won for one's own when its answer was lost (the leader's key is under one's own
+//!   lease), and a list from before it for no sign that it is over.
 
 pub mod epoch;
 pub mod members;

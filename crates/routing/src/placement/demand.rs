@@ -87,7 +87,8 @@ impl Demand {
     }
 
     /// Takes over the levels that an earlier writer acted on, as its placement shows them, so that a change of
-    /// the writer moves nothing by itself.
+    /// the writer moves nothing by itself. An expert that was in the middle of a move looks hotter by one copy,
+    /// until it is seen that its load is less than even.
     pub fn adopt(&mut self, placement: &Placement) {
         let extent = placement.extent();
         if (extent.num_experts, extent.experts()) != (self.num_experts, self.rows.len()) {
