@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     member::Member,
     membership::{Membership, Source},
-    view::View,
+    view::{View, expert_nodes},
 };
 
 pub(crate) struct Published {
@@ -97,7 +97,7 @@ impl Published {
     /// what is known stays out: another node has told of a newer one, which will come here, too.
     pub(crate) fn take(&self, members: Vec<Member>, model: Digest, placement: Option<&Arc<Placement>>) {
         let mut known = self.known.lock();
-        known.members = members.into();
+        known.members = or_last_expert_nodes(members, &known.members).into();
         if let Some(placement) = placement {
             let own = known.model.unwrap_or(model);
             match judge(Some((&known.placement, own)), placement, model) {
@@ -179,5 +179,77 @@ impl Published {
 
     pub(crate) fn left(&self) -> &CancellationToken {
         &self.left
+    }
+}
+
+/// `members`; where no expert-node is left among them, with those that were there last. They may only have lost etcd
+/// and not their coordinators, and who asks them in vain finds that out at once.
+fn or_last_expert_nodes(mut members: Vec<Member>, last: &[Member]) -> Vec<Member> {
+    if expert_nodes(&members).next().is_none() {
+        let is_new = |node: &Member| members.iter().all(|member| member.node != node.node);
+        let kept: Vec<Member> = expert_nodes(last).filter(|node| is_new(node)).cloned().collect();
+        members.extend(kept);
+    }
+    members
+}
+
+#[cfg(test)]
+mod tests {
+    use sida_routing::{Candidate, Extent};
+
+    use super::*;
+    use crate::{
+        member::{Address, Role},
+        view,
+    };
+
+    const EXTENT: Extent = Extent { moe_layers: 1, num_experts: 8, replicas: 2 };
+    const MODEL: Digest = Digest([7; 32]);
+
+    fn members(names: &[(&str, Role)]) -> Vec<Member> {
+        let address = Address::Grpc("127.0.0.1:1".into());
+        let member =
+            |&(name, role): &(&str, Role)| Member { node: name.into(), role, address: address.clone(), weight: 1.0 };
+        names.iter().map(member).collect()
+    }
+
+    fn placement(epoch: u64) -> Arc<Placement> {
+        let candidates = ["a", "b"].map(|name| Candidate { node: name.into(), weight: 1.0 });
+        Arc::new(Placement::compute(epoch, EXTENT, &candidates).unwrap())
+    }
+
+    fn names(published: &Published) -> Vec<String> {
+        published.views().borrow().members.iter().map(|member| member.node.to_string()).collect()
+    }
+
+    #[test]
+    fn the_last_expert_nodes_stay_until_others_come() {
+        // Broken: nodes that are cut off from etcd and from nobody else would no longer be asked.
+        let own = ("c", Role::Coordinator);
+        let nowhere = view::nowhere(EXTENT).unwrap();
+        let published = Published::new(members(&[own]).into(), nowhere, Membership::etcd()).unwrap().of_model(MODEL);
+        assert_eq!(names(&published), ["c"]);
+        published.take(members(&[own, ("a", Role::ExpertNode), ("b", Role::ExpertNode)]), MODEL, None);
+        published.take(members(&[own, ("a", Role::ExpertNode)]), MODEL, None);
+        assert_eq!(names(&published), ["c", "a"]);
+        published.take(members(&[own]), MODEL, None);
+        assert_eq!(names(&published), ["c", "a"]);
+        published.take(members(&[own, ("d", Role::ExpertNode)]), MODEL, None);
+        assert_eq!(names(&published), ["c", "d"]);
+    }
+
+    #[test]
+    fn no_view_goes_back() {
+        // Broken: a late event, or a coordinator that was paused, would undo a move.
+        let nowhere = view::nowhere(EXTENT).unwrap();
+        let all = members(&[("a", Role::ExpertNode), ("b", Role::ExpertNode)]);
+        let published = Published::new(all.clone().into(), nowhere, Membership::etcd()).unwrap().of_model(MODEL);
+        let epoch = || published.views().borrow().placement.epoch();
+        published.take(all.clone(), MODEL, Some(&placement(4)));
+        assert!(published.adopt(MODEL, Placement::clone(&placement(6))));
+        assert!(!published.adopt(MODEL, Placement::clone(&placement(5))));
+        assert!(!published.adopt(Digest([8; 32]), Placement::clone(&placement(9))), "another model's");
+        published.take(all, MODEL, Some(&placement(5)));
+        assert_eq!(epoch(), 6);
     }
 }

@@ -26,6 +26,9 @@ use crate::member::Role;
 const DEMAND_INTERVAL: Duration = Duration::from_secs(10);
 /// How much of it is left each time: half after half a minute.
 const DEMAND_DECAY: f64 = 0.8;
+/// A placement is decided on what was listed at most so long ago. A process that was stopped for a while has events
+/// that wait to be read, and would decide on what was before them.
+const FRESH: Duration = Duration::from_secs(1);
 
 /// Why a connection ended.
 #[derive(Debug)]
@@ -78,8 +81,12 @@ struct Session<'a> {
     client: Client,
     keys: Keys,
     listing: Listing,
+    /// When the last listing was asked for.
+    listed: Instant,
     /// The revision by which this node is listed.
     registered: i64,
+    /// The epoch that it said to be ready for.
+    said_ready: u64,
     patience: Duration,
     /// Whether this node is leaving and has taken itself off the list.
     off_the_list: bool,
@@ -105,10 +112,21 @@ pub(super) async fn run(follower: &mut Follower, endpoint: &str) -> Result<(), A
             within(patience, register::put(&mut client, &keys, &follower.joining, &lease, ready_epoch)).await?
         }
     };
+    let listed = Instant::now();
     let listing = within(patience, list(&mut client, &keys)).await?;
     let mut watch = within(patience, watch(&mut client, &keys, listing.revision + 1)).await?;
     follower.connected(endpoint, &listing);
-    let mut session = Session { follower, client, keys, listing, registered, patience, off_the_list: false };
+    let mut session = Session {
+        follower,
+        client,
+        keys,
+        listing,
+        listed,
+        registered,
+        said_ready: ready_epoch,
+        patience,
+        off_the_list: false,
+    };
 
     let mut relist = time::interval(session.follower.config.relist_interval);
     relist.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -119,6 +137,7 @@ pub(super) async fn run(follower: &mut Follower, endpoint: &str) -> Result<(), A
     loop {
         let again = session.settle().await?;
         if session.off_the_list && session.is_forgotten() {
+            session.give_back_lease().await;
             return Ok(());
         }
         tokio::select! {
@@ -157,7 +176,7 @@ impl Session<'_> {
     /// Brings what is known into force: publishes it, stands for leader, writes the placement. Tells when it has to
     /// be done again although nothing changes.
     async fn settle(&mut self) -> Result<Option<Instant>, Away> {
-        self.check_registration()?;
+        self.check_registration().await?;
         self.follower.publish(&self.listing);
         if self.follower.joining.member.role == Role::Coordinator && !self.off_the_list {
             self.lead().await?;
@@ -165,8 +184,8 @@ impl Session<'_> {
         Ok(self.follower.publish(&self.listing))
     }
 
-    /// Whether this node is still listed as itself.
-    fn check_registration(&mut self) -> Result<(), Away> {
+    /// Whether this node is still listed as itself, with what it said last.
+    async fn check_registration(&mut self) -> Result<(), Away> {
         let own = &self.follower.joining.member;
         if self.off_the_list || self.listing.revision < self.registered {
             return Ok(());
@@ -178,6 +197,8 @@ impl Session<'_> {
                 self.follower.warn_of_twin(&other);
                 Ok(())
             }
+            // A put of an earlier connection, whose answer was not waited for, has come last.
+            Some(record) if record.ready_epoch != self.said_ready => self.register(self.said_ready).await,
             Some(_) => Ok(()),
         }
     }
@@ -189,6 +210,7 @@ impl Session<'_> {
         let lease = self.follower.lease()?;
         let put = register::put(&mut self.client, &self.keys, &self.follower.joining, &lease, ready_epoch);
         self.registered = within(self.patience, put).await?;
+        self.said_ready = ready_epoch;
         Ok(())
     }
 
@@ -208,7 +230,15 @@ impl Session<'_> {
         let leader = self.listing.leader.clone().filter(|leader| leader.lease == lease.id);
         self.follower.set_leads(leader.is_some(), &self.listing);
         let Some(leader) = leader else { return Ok(()) };
-        let Some(record) = self.follower.next_placement(&self.listing) else { return Ok(()) };
+        let Some(mut record) = self.follower.next_placement(&self.listing) else { return Ok(()) };
+        if self.listed.elapsed() > FRESH {
+            self.relist().await?;
+            self.follower.publish(&self.listing);
+            match self.follower.next_placement(&self.listing) {
+                Some(next) if self.listing.leader.as_ref() == Some(&leader) => record = next,
+                _ => return Ok(()),
+            }
+        }
         // Asked again at the last moment: this process may have been stopped since.
         if lease.may_have_run_out() {
             return Ok(());
@@ -256,6 +286,7 @@ impl Session<'_> {
     }
 
     async fn relist(&mut self) -> Result<(), Away> {
+        self.listed = Instant::now();
         self.listing = within(self.patience, list(&mut self.client, &self.keys)).await?;
         self.follower.relisted(&self.listing);
         Ok(())
@@ -272,6 +303,15 @@ impl Session<'_> {
         self.relist().await?;
         tracing::info!(epoch = self.follower.published.placement().epoch(), "left the cluster");
         Ok(())
+    }
+
+    /// Nothing hangs on it any more; should this fail, it runs out by itself.
+    async fn give_back_lease(&mut self) {
+        if let Some(lease) = self.follower.lease.take()
+            && let Err(away) = within(self.patience, self.client.lease_revoke(lease.id)).await
+        {
+            tracing::debug!(reason = %away, "the lease is left to run out");
+        }
     }
 
     /// Whether nothing is placed on this node any more.
