@@ -15,32 +15,32 @@ pub(crate) struct EtcdArguments {
     pub(crate) etcd: Vec<String>,
     /// The cluster's name; everything is kept under /sida/NAME/
     #[arg(long, value_name = "NAME", default_value = "default")]
-    cluster: String,
+    pub(super) cluster: String,
     /// PEM file of the authorities trusted for etcd; with it, or --etcd-cert, etcd is reached by TLS
     #[arg(long, value_name = "FILE")]
-    etcd_ca: Option<PathBuf>,
+    pub(super) etcd_ca: Option<PathBuf>,
     /// PEM file of this node's certificate for etcd
     #[arg(long, value_name = "FILE", requires = "etcd_key")]
-    etcd_cert: Option<PathBuf>,
+    pub(super) etcd_cert: Option<PathBuf>,
     /// PEM file of its private key
     #[arg(long, value_name = "FILE", requires = "etcd_cert")]
-    etcd_key: Option<PathBuf>,
+    pub(super) etcd_key: Option<PathBuf>,
     /// The user of etcd
     #[arg(long, value_name = "NAME", requires = "etcd_password_file")]
-    etcd_user: Option<String>,
+    pub(super) etcd_user: Option<String>,
     /// File with that user's password
     #[arg(long, value_name = "FILE", requires = "etcd_user")]
-    etcd_password_file: Option<PathBuf>,
+    pub(super) etcd_password_file: Option<PathBuf>,
     /// How long a node that is gone without a word stays a member
     #[arg(long, value_name = "TIME", default_value = "5s", value_parser = time_span::parse)]
-    lease_ttl: Duration,
+    pub(super) lease_ttl: Duration,
     /// How often everything is listed anew, whatever etcd has told in between
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = time_span::parse)]
-    relist_interval: Duration,
+    pub(super) relist_interval: Duration,
     /// Copies of experts that may move in a minute when a node joins or the load changes; lost ones are restored at
     /// once
     #[arg(long, value_name = "N", default_value_t = 600)]
-    moves_per_minute: u32,
+    pub(super) moves_per_minute: u32,
     /// Expert-nodes that hold each expert; those of hot ones are more
     #[arg(long, value_name = "N", default_value_t = 2)]
     pub(crate) replicas: usize,
