@@ -67,6 +67,8 @@ pub struct Running {
 pub struct Report {
     /// Every request.
     pub asked: Vec<Asked>,
+    /// Requests made before: their answers count, their latencies do not.
+    pub before: Vec<Asked>,
 }
 
 impl Load {
@@ -95,6 +97,15 @@ impl Load {
         let running = self.start();
         tokio::time::sleep(duration).await;
         running.stop().await
+    }
+
+    /// Asks every text once, one after the other.
+    pub async fn every_text(&self) -> Report {
+        let mut report = Report::default();
+        for text in 0..self.texts.len() {
+            report.asked.push(self.ask(format!("text-{text}"), text).await);
+        }
+        report
     }
 
     /// Asks once, of one coordinator after another until one answers.
@@ -158,7 +169,7 @@ impl Running {
         for worker in self.workers {
             worker.await.expect("a worker does not panic");
         }
-        Report { asked: std::mem::take(&mut *self.asked.lock()) }
+        Report { asked: std::mem::take(&mut *self.asked.lock()), before: Vec::new() }
     }
 }
 
@@ -166,7 +177,7 @@ impl Report {
     /// The answer to every text, which must be one.
     pub fn answers(&self) -> BTreeMap<usize, Vec<u32>> {
         let mut answers = BTreeMap::new();
-        for asked in &self.asked {
+        for asked in self.before.iter().chain(&self.asked) {
             let tokens = asked.outcome.as_ref().unwrap_or_else(|status| panic!("{}: {status}", asked.id));
             let known = answers.entry(asked.text).or_insert_with(|| tokens.clone());
             assert_eq!(known, tokens, "{} was answered otherwise before", asked.id);

@@ -37,7 +37,7 @@ async fn storms_leave_nothing_behind() {
     let coordinator_flags = ["--queue-max", "40", "--sequences-max", "32"].map(str::to_owned).to_vec();
     let sandbox = Sandbox::start(SandboxConfig { coordinator_flags, ..Default::default() }).await;
     let load = load(&sandbox);
-    let expected = load.run(Duration::from_millis(700)).await.answers();
+    let expected = load.every_text().await.answers();
 
     let mut calls = Vec::new();
     for number in 0..STORM {

@@ -19,7 +19,7 @@ fn unpredicted(report: &Report) -> usize {
 
 /// The answers that must come whatever the predictor does.
 async fn answers(load: &Load) -> std::collections::BTreeMap<usize, Vec<u32>> {
-    load.run(Duration::from_millis(700)).await.answers()
+    load.every_text().await.answers()
 }
 
 /// A bad predictor would fail requests, change their tokens, or cost each of them its timeout.
