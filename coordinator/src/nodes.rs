@@ -171,7 +171,9 @@ impl Nodes {
     pub(crate) fn adopt(&self, record: &Bytes, known: u64) -> bool {
         match decode::placement(record) {
             Ok(record) => {
-                if self.cluster.adopt(record.model, Arc::unwrap_or_clone(record.placement)) {
+                self.cluster.adopt(record.model, Arc::unwrap_or_clone(record.placement));
+                // The membership may have brought it here before, and the roster not have followed yet.
+                if self.cluster.placement().epoch() > self.roster().placement.epoch() {
                     self.refresh();
                 }
             }
