@@ -30,9 +30,9 @@ pub(crate) fn by_row(rows: &mut [f32], width: usize, work: impl Fn(&mut [f32]) +
     }
 }
 
-/// How many pieces. Each passes over all weights, so a piece of fewer rows than those are wide would cost more
-/// than it saves; then the products are left to split themselves.
+/// How many pieces. Each passes over all weights, so a piece of fewer rows than half of what those are wide would
+/// cost more than it saves; then the products are left to split themselves.
 fn count(rows: usize, width: usize) -> usize {
     let threads = rayon::current_num_threads();
-    if rows / threads >= width / 2 { threads } else { 1 }
+    if rows / threads >= width.div_ceil(2) { threads } else { 1 }
 }
