@@ -6,8 +6,9 @@ use std::collections::BTreeMap;
 use cargo_metadata::MetadataCommand;
 
 /// From top to bottom. A crate uses only crates of lines below its own; those of one line never use each other.
-const LAYERS: [&[&str]; 5] = [
-    &["sida-cli", "sida-tests"],
+const LAYERS: [&[&str]; 6] = [
+    &["sida-cli"],
+    &["sida-tests"],
     &["sida-coordinator", "sida-predictor-node", "sida-expert-node"],
     &["sida-cluster"],
     &["sida-proto", "sida-model", "sida-rpc"],

@@ -3,8 +3,7 @@
 //! installs them.
 
 use std::{
-    fs::File,
-    net::TcpListener,
+    fs::{self, File},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread,
@@ -13,6 +12,10 @@ use std::{
 
 use tempfile::TempDir;
 
+use crate::ports::free_port;
+
+/// Memory, where the system has a disk of it: etcd waits for every write, and other tests keep the disk busy.
+const MEMORY_DISK: &str = "/dev/shm";
 /// etcd elects a leader and answers well before this.
 const READY_LIMIT: Duration = Duration::from_secs(30);
 
@@ -59,11 +62,13 @@ impl Etcd {
 
     /// Picks ports and starts nothing yet: nodes can be told where etcd will be.
     pub fn prepare(members: usize, tls: Option<ServerTls>) -> Self {
-        let member = |index: usize| {
-            let (client_port, peer_port) = free_ports();
-            Member { name: format!("etcd-{index}"), client_port, peer_port, child: None }
+        let member = |index: usize| Member {
+            name: format!("etcd-{index}"),
+            client_port: free_port(),
+            peer_port: free_port(),
+            child: None,
         };
-        let dir = tempfile::tempdir().expect("a temporary directory");
+        let dir = tempfile::tempdir_in(MEMORY_DISK).or_else(|_| tempfile::tempdir()).expect("a temporary directory");
         Self { members: (0..members).map(member).collect(), tls, user: None, dir }
     }
 
@@ -161,9 +166,7 @@ impl Etcd {
             .arg(dir.join(&member.name))
             .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
             .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
-            .args(["--initial-cluster", &peers.join(",")])
-            // As fast as one machine allows, slow enough for a loaded one.
-            .args(["--heartbeat-interval", "50", "--election-timeout", "500"]);
+            .args(["--initial-cluster", &peers.join(",")]);
         if let Some(tls) = &self.tls {
             command.arg("--cert-file").arg(&tls.certificate).arg("--key-file").arg(&tls.key);
             command.arg("--trusted-ca-file").arg(&tls.authorities).arg("--client-cert-auth");
@@ -179,7 +182,10 @@ impl Etcd {
         for member in self.members.iter().filter(|member| member.child.is_some()) {
             let endpoint = format!("127.0.0.1:{}", member.client_port);
             while let Err(error) = self.ctl_at(&endpoint, &["endpoint", "health"]) {
-                assert!(started.elapsed() < READY_LIMIT, "{} does not answer: {error}", member.name);
+                if started.elapsed() > READY_LIMIT {
+                    let log = fs::read_to_string(self.dir.path().join(format!("{}.log", member.name)));
+                    panic!("{} does not answer: {error}\nits log:\n{}", member.name, log.unwrap_or_default());
+                }
                 thread::sleep(Duration::from_millis(20));
             }
         }
@@ -195,19 +201,6 @@ impl Drop for Etcd {
             }
         }
     }
-}
-
-/// Ports that were free just now.
-fn free_ports() -> (u16, u16) {
-    let free = || TcpListener::bind("127.0.0.1:0").expect("a free port");
-    let (a, b) = (free(), free());
-    let port = |listener: &TcpListener| listener.local_addr().expect("its address").port();
-    (port(&a), port(&b))
-}
-
-/// A port that was free just now, for a node that shall come back to the same.
-pub fn free_port() -> u16 {
-    free_ports().0
 }
 
 fn log_file(dir: &Path, name: &str) -> File {

@@ -3,8 +3,9 @@
 //!
 //! In reading order: [`binary`] (where `sida` is), [`process`] (one running node), [`fault_proxy`] (a bad network
 //! before it) and [`namespace`] (a network of its own), [`sandbox`] (a cluster), [`load_client`] (what is asked of it),
-//! [`etcd`] and [`live_cluster`] (a cluster whose nodes come and go).
-//! The tests themselves are beside `src`: `import_direction.rs`, `fuzz/`, `end_to_end/`.
+//! [`etcd`] and [`live_cluster`] (a cluster whose nodes come and go), on [`ports`].
+//! The tests themselves are beside `src`: `import_direction.rs`, `fuzz/`, `simulation/`, and `end_to_end/`, which belongs to
+//! `sida-cli`, so that Cargo builds the binary for it.
 
 pub mod binary;
 pub mod etcd;
@@ -12,6 +13,7 @@ pub mod fault_proxy;
 pub mod live_cluster;
 pub mod load_client;
 pub mod namespace;
+pub mod ports;
 pub mod process;
 pub mod sandbox;
 

@@ -13,7 +13,7 @@ use tempfile::TempDir;
 use tonic::{Status, transport::Channel};
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
-use crate::{Process, binary, etcd::free_port};
+use crate::{Process, binary, ports::free_port};
 
 /// The lease of every node: the shortest that etcd counts with some margin.
 pub const LEASE_TTL: Duration = Duration::from_secs(2);
