@@ -17,9 +17,11 @@ use sida_routing::{
     HashTable,
     admission::{Cost, Limits},
 };
-use sida_telemetry::{gauge, histogram, names};
+use sida_telemetry::{Span, TraceContext, counter, gauge, histogram, names, spans};
 
 use crate::{
+    asked,
+    batch_span::BatchSpan,
     forward::{Costs, Forward},
     output::Encoding,
     predict::{Predict, Progress},
@@ -51,11 +53,13 @@ impl Engine {
     pub(crate) fn run(mut self) {
         while let Some(joining) = self.next() {
             self.note_inflight(self.running.len() + joining.len());
+            self.statistics.step_begins();
             let outcome = guarded(|| {
                 self.join(joining);
                 self.step();
                 Ok(())
             });
+            self.statistics.step_ended();
             // What joined is told by the end of its channels.
             if let Err(error) = outcome {
                 self.fail_running(&error);
@@ -92,7 +96,7 @@ impl Engine {
         let mut parts = Vec::with_capacity(joining.len());
         // Held until the prompts are encoded.
         let mut hints = Vec::with_capacity(joining.len());
-        for Prepared { request, table, hint, predict } in joining {
+        for Prepared { mut request, table, hint, at, predict } in joining {
             if let Some(reason) = request.over(now) {
                 request.fail(reason);
                 continue;
@@ -101,6 +105,8 @@ impl Engine {
             trace.timings.predict = predict;
             trace.timings.queue = (now - request.accepted).saturating_sub(predict);
             histogram!(names::QUEUE_DURATION_SECONDS).record(trace.timings.queue);
+            spans::record(request.span.context(), "join", at, now);
+            asked::describe_prompt(&mut request.span, request.tokens.len());
             parts.push(self.part(&request, table, 0));
             requests.push((request, trace));
             hints.push(hint);
@@ -111,10 +117,12 @@ impl Engine {
         let spans = Spans::new(requests.iter().map(|(request, _)| request.tokens.len()));
         let ids: Vec<u32> = requests.iter().flat_map(|(request, _)| request.tokens.iter().copied()).collect();
         histogram!(names::BATCH_TOKENS).record(ids.len() as f64);
-        let mut costs = Costs::default();
+        let mut span = BatchSpan::begin("encode", requests.iter().map(|(request, _)| request.span.context()));
+        describe(&mut span, requests.len(), ids.len());
+        let mut costs = Costs::of_pass(span.as_ref().map(BatchSpan::context));
         let forward = &mut self.forward;
         let outcome = guarded(|| Ok(on_pool(|| forward.encode(&ids, &spans, &mut parts, &mut costs))?));
-        drop(hints);
+        drop((hints, span));
         costs.record();
         let states = match outcome {
             Ok(states) => states,
@@ -181,11 +189,17 @@ impl Engine {
         if self.running.is_empty() {
             return;
         }
-        let mut parts = self.predict_step();
+        let mut span = BatchSpan::begin("decode", self.running.iter().map(|sequence| sequence.request.span.context()));
+        describe(&mut span, self.running.len(), self.running.iter().flat_map(|s| &s.branches).map(|b| b.feed.len()).sum());
+        let within = span.as_ref().map(BatchSpan::context);
+        let mut parts = self.predict_step(within);
+        let preloading = within.map(|within| Span::below(within, "preload"));
         let _hint = self.preload.hint(parts.iter().filter_map(|part| part.table.as_ref()));
-        let mut costs = Costs::default();
+        drop(preloading);
+        let mut costs = Costs::of_pass(within);
         let outcome = self.decode(&mut parts, &mut costs);
         costs.record();
+        let _settling = within.map(|within| Span::below(within, "output"));
         let outcome = outcome.and_then(|output| match &output.logits {
             None => {
                 self.settle(parts, &output, &[], &costs);
@@ -206,15 +220,17 @@ impl Engine {
     }
 
     /// A hash table for the new tokens of every branch, as parts of the step's batch.
-    fn predict_step(&mut self) -> Vec<Part> {
+    fn predict_step(&mut self, within: Option<TraceContext>) -> Vec<Part> {
         let start = Instant::now();
+        let span = within.map(|within| Span::below(within, "predict"));
         let mut progress: Vec<&mut Progress> = Vec::new();
         let mut tokens: Vec<&[u32]> = Vec::new();
         for branch in self.running.iter_mut().flat_map(|sequence| &mut sequence.branches) {
             progress.push(&mut branch.progress);
             tokens.push(&branch.feed);
         }
-        let mut tables = self.predict.decode(&mut progress, &tokens).into_iter();
+        let mut tables = self.predict.decode(&mut progress, &tokens, span.as_ref().map(Span::context)).into_iter();
+        drop(span);
         let took = start.elapsed();
         histogram!(names::PHASE_DURATION_SECONDS, names::PHASE => "predict").record(took);
         self.running.iter_mut().for_each(|sequence| sequence.trace.timings.predict += took);
@@ -254,6 +270,7 @@ impl Engine {
             let start = Instant::now();
             let logits = score::rows_of(&h, &last_rows)?.map(|h| forward.backbone().logits(&h)).transpose()?;
             costs.backbone += start.elapsed();
+            costs.dense_until(Instant::now());
             Ok(StepOutput { h, spans, logits })
         })
     }
@@ -298,6 +315,9 @@ impl Engine {
     }
 
     fn part(&self, request: &Request, table: Option<HashTable>, first_token: usize) -> Part {
+        if table.is_none() {
+            counter!(names::PREDICTIONS_MISSING_TOTAL).increment(1);
+        }
         let config = self.forward.config();
         let experts = ExpertSets::new(config.moe_layer_count(), config.num_experts);
         Part::new(request.mode, table, first_token, config.router.top_k(), experts)
@@ -306,6 +326,14 @@ impl Engine {
     fn trace(&self, request: &Request) -> Trace {
         let config = self.forward.config();
         Trace::new(request.mode, config.moe_layer_count(), config.num_experts)
+    }
+}
+
+/// Says how much a pass was for.
+fn describe(span: &mut Option<BatchSpan>, sequences: usize, tokens: usize) {
+    if let Some(span) = span {
+        span.lead().set("sida.batch.sequences", sequences as i64);
+        span.lead().set("sida.batch.tokens", tokens as i64);
     }
 }
 

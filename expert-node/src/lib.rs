@@ -26,7 +26,10 @@ mod slots;
 pub mod source;
 mod stale;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use sida_cluster::cluster::Cluster;
 use sida_proto::v1::experts_server::ExpertsServer;

@@ -37,6 +37,13 @@ pub(crate) struct CoordinatorArguments {
     connection: ConnectionArguments,
 }
 
+impl CoordinatorArguments {
+    /// The node's name.
+    pub(crate) fn name(&self) -> &str {
+        self.membership.name()
+    }
+}
+
 /// Serves until Ctrl-C or SIGTERM, then drains.
 pub(crate) fn run(arguments: CoordinatorArguments) -> anyhow::Result<ExitCode> {
     arguments.model.start_threads()?;

@@ -38,6 +38,13 @@ pub(crate) struct ExpertNodeArguments {
     connection: ConnectionArguments,
 }
 
+impl ExpertNodeArguments {
+    /// The node's name.
+    pub(crate) fn name(&self) -> &str {
+        self.membership.name()
+    }
+}
+
 /// Serves until Ctrl-C or SIGTERM, then drains.
 pub(crate) fn run(arguments: ExpertNodeArguments) -> anyhow::Result<ExitCode> {
     arguments.model.start_threads()?;

@@ -36,6 +36,13 @@ pub(crate) struct PredictorNodeArguments {
     connection: ConnectionArguments,
 }
 
+impl PredictorNodeArguments {
+    /// The node's name.
+    pub(crate) fn name(&self) -> &str {
+        self.membership.name()
+    }
+}
+
 /// Serves until Ctrl-C or SIGTERM, then drains.
 pub(crate) fn run(arguments: PredictorNodeArguments) -> anyhow::Result<ExitCode> {
     arguments.model.start_threads()?;
