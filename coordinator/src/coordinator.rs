@@ -30,11 +30,12 @@ use tokio::{
 
 use crate::{
     accept::{Acceptance, EncodeParams, GenerateParams, ScoreParams},
+    asked::Asked,
+    call_failure::CallFailure,
     config::{CoordinatorConfig, PredictorSource},
     dispatch::Dispatch,
     engine::Engine,
     forward::Forward,
-    asked::Asked,
     lane::LaneConfig,
     lane_connection::Connector,
     nodes::Nodes,
@@ -47,6 +48,7 @@ use crate::{
     remote_predictor::RemotePredictor,
     request::{Request, RequestError, Work},
     statistics::Statistics,
+    unheld,
 };
 
 /// Bytes of rows in one message to an expert-node: well below what a message may have, so that the first
@@ -129,6 +131,10 @@ impl Coordinator {
             connector: Arc::new(Connector::new(&config.client, config.checkpoint.digest())),
         };
         let nodes = Nodes::follow(&cluster, lanes, &runtime);
+        runtime.spawn(unheld::watch(Arc::downgrade(&nodes)));
+        for reason in CallFailure::LABELS {
+            counter!(names::FAILOVERS_TOTAL, names::REASON => reason).increment(0);
+        }
         let missing = nodes.connected(CONNECT_PATIENCE).await;
         if !missing.is_empty() {
             let missing: Vec<String> = missing.iter().map(NodeId::to_string).collect();

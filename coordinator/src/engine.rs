@@ -190,7 +190,11 @@ impl Engine {
             return;
         }
         let mut span = BatchSpan::begin("decode", self.running.iter().map(|sequence| sequence.request.span.context()));
-        describe(&mut span, self.running.len(), self.running.iter().flat_map(|s| &s.branches).map(|b| b.feed.len()).sum());
+        describe(
+            &mut span,
+            self.running.len(),
+            self.running.iter().flat_map(|s| &s.branches).map(|b| b.feed.len()).sum(),
+        );
         let within = span.as_ref().map(BatchSpan::context);
         let mut parts = self.predict_step(within);
         let preloading = within.map(|within| Span::below(within, "preload"));

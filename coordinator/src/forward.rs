@@ -36,7 +36,6 @@ pub(crate) struct Forward {
 /// Series of `sida_routed_rows_total` at most.
 const ROUTED_SERIES_MAX: usize = 4096;
 
-
 /// What a pass cost, for every sequence in it.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Costs {
@@ -69,9 +68,7 @@ impl Forward {
         };
         let (layers, experts) = (backbone.config().moe_layer_count(), backbone.config().num_experts);
         let predictions = (0..layers).map(outcomes).collect();
-        let rows = |layer: usize, expert: usize| {
-            counter!(names::ROUTED_ROWS_TOTAL, names::LAYER => layer.to_string(), names::EXPERT => expert.to_string())
-        };
+        let rows = |layer: usize, expert: usize| counter!(names::ROUTED_ROWS_TOTAL, names::LAYER => layer.to_string(), names::EXPERT => expert.to_string());
         let exported = if layers * experts <= ROUTED_SERIES_MAX { layers } else { 0 };
         let routed = (0..exported).map(|layer| (0..experts).map(|expert| rows(layer, expert)).collect()).collect();
         for phase in ["predict", "load", "backbone", "experts", "output"] {
@@ -173,7 +170,8 @@ impl Forward {
         let start = Instant::now();
         costs.dense_until(start);
         let grouping = Grouping::new(&routes);
-        let span = costs.trace.map(|(pass, _)| Span::below(pass, "dispatch").with("sida.layer", i64::from(gate.id().0)));
+        let span =
+            costs.trace.map(|(pass, _)| Span::below(pass, "dispatch").with("sida.layer", i64::from(gate.id().0)));
         let trace = span.as_ref().map(Span::context);
         let mut out = vec![0.0; spans.rows() * d_model];
         if let Some(routed) = self.routed.get(usize::from(gate.id().0)) {

@@ -7,7 +7,7 @@
 //! tables and `preload` hint them. The `engine` lets it join: `forward` runs the layers, [`routing_mode`] chooses
 //! experts, `dispatch` sends rows in `calls` to the `nodes` over `lane`s (`lane_connection`,
 //! `call_deadline`, `call_failure`). A `sequence` goes on from step to step: `sampler`, `detokenize`, `stop_text`, or `score`; the answer leaves as [`output`]
-//! with its [`trace`], or as a `fault`. Work for several at once has a `batch_span`. Beside that: `probe` (health), `cluster_service` and `statistics`.
+//! with its [`trace`], or as a `fault`. Work for several at once has a `batch_span`. Beside that: `probe` (health), `cluster_service`, `unheld` and `statistics`.
 //!
 //! Invariant: it does not know expert-nodes but by `sida_cluster::experts` and the wire, and takes no decision
 //! that belongs to `sida_routing`.
@@ -46,6 +46,7 @@ mod sequence;
 mod statistics;
 mod stop_text;
 pub mod trace;
+mod unheld;
 
 use std::time::Duration;
 

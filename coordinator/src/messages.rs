@@ -24,10 +24,7 @@ pub(crate) struct Caller {
 }
 
 /// The request behind a message. Limits are checked where it is accepted.
-pub(crate) fn encode_params(
-    message: v1::EncodeRequest,
-    caller: Caller,
-) -> Result<EncodeParams, RequestError> {
+pub(crate) fn encode_params(message: v1::EncodeRequest, caller: Caller) -> Result<EncodeParams, RequestError> {
     let pooling = match v1::Pooling::try_from(message.pooling) {
         Ok(v1::Pooling::Unspecified | v1::Pooling::Mean) => Pooling::Mean,
         Ok(v1::Pooling::None) => Pooling::None,
@@ -45,10 +42,7 @@ pub(crate) fn score_params(message: v1::ScoreRequest, caller: Caller) -> Result<
 }
 
 /// The request behind a message.
-pub(crate) fn generate_params(
-    message: v1::GenerateRequest,
-    caller: Caller,
-) -> Result<GenerateParams, RequestError> {
+pub(crate) fn generate_params(message: v1::GenerateRequest, caller: Caller) -> Result<GenerateParams, RequestError> {
     Ok(GenerateParams {
         routing: routing(message.routing)?,
         text: message.text,

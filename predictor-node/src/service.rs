@@ -10,7 +10,10 @@ use sida_proto::{
     wire::{Bounds, Prediction, PredictionRequest, Stack},
 };
 use sida_rpc::{Fault, Reason, trace};
-use sida_telemetry::{Span, TraceContext, counter, histogram, names};
+use sida_telemetry::{
+    Span, TraceContext, counter, histogram,
+    names::{self, On},
+};
 use tokio::{sync::Semaphore, task};
 use tonic::{Request, Response, Status};
 
@@ -35,6 +38,7 @@ struct Shared {
 
 impl PredictorService {
     pub(crate) fn new(predictor: Arc<dyn HashPredictor>, shape: PredictorShape, limits: PredictorLimits) -> Self {
+        names::declare(On::PredictorNode);
         let bounds = Bounds {
             moe_layers: usize::from(shape.encoder_layers.end.max(shape.decoder_layers.end)),
             num_experts: shape.num_experts,
@@ -81,11 +85,7 @@ impl PredictorService {
     }
 
     /// Predicts on a thread of its own, when one is free.
-    async fn compute(
-        &self,
-        request: PredictionRequest,
-        trace: Option<TraceContext>,
-    ) -> Result<Prediction, Fault> {
+    async fn compute(&self, request: PredictionRequest, trace: Option<TraceContext>) -> Result<Prediction, Fault> {
         let shutting_down = |_| Fault::new(Reason::ShuttingDown, "this node is shutting down");
         let thread = self.shared.threads.clone().acquire_owned().await.map_err(shutting_down)?;
         let shared = self.shared.clone();

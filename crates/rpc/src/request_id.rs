@@ -91,7 +91,8 @@ where
 
     fn call(&mut self, mut request: Request<Body>) -> Self::Future {
         let (id, echo) = RequestId::taken_or_made(request.headers().get(HEADER));
-        let trace = request.extensions().get::<TraceContext>().map(|context| tracing::field::display(context.trace_id()));
+        let trace =
+            request.extensions().get::<TraceContext>().map(|context| tracing::field::display(context.trace_id()));
         let (method, request_id) = (request.uri().path(), id.as_str());
         let span = tracing::info_span!("call", method, request_id, trace_id = trace);
         request.extensions_mut().insert(id);

@@ -110,7 +110,14 @@ pub struct Server {
 impl Server {
     /// A server with nothing to serve yet.
     pub fn new(config: ServerConfig) -> Self {
-        Self { config, routes: Routes::default(), descriptors: Vec::new(), checks: Vec::new(), is_alive: None, leaving: None }
+        Self {
+            config,
+            routes: Routes::default(),
+            descriptors: Vec::new(),
+            checks: Vec::new(),
+            is_alive: None,
+            leaving: None,
+        }
     }
 
     /// Serves `routes`: all of the node's own services.
