@@ -224,6 +224,39 @@ mod tests {
         assert_eq!(listing(), std::fs::read_to_string(file).unwrap());
     }
 
+    /// `docs/flags.md`.
+    fn document() -> String {
+        let mut command = command();
+        command.build();
+        let mut text = "# Flags\n\nEvery flag of every command. Each is also an environment variable, `SIDA_` and its name in capitals with \
+             `_` for `-`, and\na key of the TOML file of `--config`. This page is written by `SIDA_REWRITE=1 cargo test -p sida-cli \
+             --bins`.\n"
+            .to_owned();
+        for sub in command.get_subcommands().filter(|sub| sub.get_name() != "help") {
+            let about = sub.get_about().map(ToString::to_string).unwrap_or_default();
+            text +=
+                &format!("\n## sida {}\n\n{about}.\n\n| flag | default | meaning |\n|---|---|---|\n", sub.get_name());
+            for arg in sub.get_arguments().filter(|arg| arg.get_id() != "help") {
+                let name =
+                    arg.get_long().map_or_else(|| arg.get_id().to_string().to_uppercase(), |long| format!("--{long}"));
+                let defaults: Vec<_> = arg.get_default_values().iter().map(|value| value.to_string_lossy()).collect();
+                let help = arg.get_help().map(ToString::to_string).unwrap_or_default().replace('|', "\\|");
+                text += &format!("| `{name}` | {} | {help} |\n", defaults.join(","));
+            }
+        }
+        text
+    }
+
+    #[test]
+    fn the_document_lists_every_flag() {
+        // Broken: an operator would look for flags that do not exist, or never learn of those that do.
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/flags.md");
+        if env::var_os("SIDA_REWRITE").is_some() {
+            std::fs::write(file, document()).unwrap();
+        }
+        assert_eq!(document(), std::fs::read_to_string(file).unwrap());
+    }
+
     #[test]
     fn no_flag_is_defined_twice() {
         // Broken: two groups of flags would share a name, and one of them would get the other's value.
