@@ -41,14 +41,23 @@ class Load:
         self.answers, self.errors, self.stopped = [], [], threading.Event()
         self.channel = grpc.insecure_channel(
             "ipv4:" + ",".join(f"{address}:50051" for address in addresses),
-            options=[("grpc.service_config", json.dumps(POLICY)), ("grpc.max_reconnect_backoff_ms", 500)])
+            # Otherwise the list of addresses, which is no authority and is refused as such.
+            options=[("grpc.default_authority", "sida"), ("grpc.service_config", json.dumps(POLICY)), ("grpc.max_reconnect_backoff_ms", 500)])
         self.stub = rpc.InferenceStub(self.channel)
-        self.threads = [threading.Thread(target=self.work, args=(worker,)) for worker in range(workers)]
+        # The longest that this process was not run for: a machine that stalls breaks connections by itself.
+        self.stall = 0.0
+        self.threads = [threading.Thread(target=self.watch, daemon=True)] + [threading.Thread(target=self.work, args=(worker,)) for worker in range(workers)]
 
     def ask(self, text):
         """The token ids of an answer."""
         request = self.inference.GenerateRequest(text=text, max_tokens=self.tokens, ignore_eos=True)
         return tuple(answer.token_id for answer in self.stub.Generate(request, timeout=60, wait_for_ready=True))
+
+    def watch(self):
+        before = time.monotonic()
+        while not self.stopped.wait(0.05):
+            now = time.monotonic()
+            self.stall, before = max(self.stall, now - before - 0.05), now
 
     def work(self, worker):
         number = worker
@@ -60,6 +69,10 @@ class Load:
                 self.answers.append((text, self.ask(text), time.monotonic() - started))
             except grpc.RpcError as error:
                 self.errors.append((time.time(), error.code(), error.details()))
+
+    def failures(self):
+        """The first errors, and what this machine went through meanwhile."""
+        return self.errors[:3] + [f"this process was not run for {self.stall:.2f} s"] if self.errors else []
 
     def __enter__(self):
         for thread in self.threads:

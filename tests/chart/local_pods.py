@@ -24,6 +24,9 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 NUMBERS = itertools.count(2)
+# Coordinators have addresses of their own, so that a client can be told all that there will be, as a Service would.
+COORDINATORS = range(200, 250)
+COORDINATOR_NUMBERS = iter(COORDINATORS)
 # A laptop with other things to do is slower than any cluster.
 START_LIMIT = 120
 
@@ -111,7 +114,7 @@ class Pod:
     def __init__(self, cluster, name, component, spec, owner):
         self.cluster, self.name, self.component, self.spec, self.owner = cluster, name, component, spec, owner
         self.container = spec["containers"][0]
-        number = next(NUMBERS)
+        number = next(COORDINATOR_NUMBERS if component == "coordinator" else NUMBERS)
         self.address = f"{cluster.network.subnet}.{number}"
         self.netns = f"sidap{cluster.network.tag}x{number}"
         self.outside, self.inside = f"so{cluster.network.tag}x{number}", f"si{cluster.network.tag}x{number}"
@@ -191,10 +194,10 @@ class Pod:
         user = f"--reuid={security['runAsUser']} --regid={security['runAsGroup']} --clear-groups --no-new-privs --bounding-set=-all"
         script += [f'exec chroot . setpriv {user} -- "$@"']
         arguments = [fill(argument) for argument in command + container.get("args", [])]
-        log = open(self.place / "log", "ab")
-        return subprocess.Popen(
-            ["ip", "netns", "exec", self.netns, "unshare", "--mount", "sh", "-c", "\n".join(script), "sh", *arguments],
-            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **environment}, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        with open(self.place / "log", "ab") as log:
+            return subprocess.Popen(
+                ["ip", "netns", "exec", self.netns, "unshare", "--mount", "sh", "-c", "\n".join(script), "sh", *arguments],
+                env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **environment}, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
     def log(self):
         return (self.place / "log").read_text(errors="replace")
@@ -222,7 +225,7 @@ class Pod:
         startup, ready, live = (self.container.get(kind) for kind in ("startupProbe", "readinessProbe", "livenessProbe"))
         live = live if live and "tcpSocket" not in live else None
         failures, next_live = 0, 0
-        while not self.ending.wait(0.2 if not self.is_ready else 1):
+        while not self.ending.wait(0.2 if not self.is_ready else 2):
             if startup and not self.is_started:
                 self.is_started = self.answers(startup)
                 continue
@@ -249,7 +252,7 @@ class Pod:
         started = time.monotonic()
         self.process.send_signal(signal.SIGTERM)
         try:
-            code = self.process.wait(self.spec["terminationGracePeriodSeconds"])
+            code = self.process.wait(self.spec.get("terminationGracePeriodSeconds", 30))
         except subprocess.TimeoutExpired:
             self.process.kill()
             code = self.process.wait()
