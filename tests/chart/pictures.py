@@ -96,7 +96,7 @@ def inside(panel, prometheus, filled, start, end, width, height):
             series += [(named(target["legendFormat"], s["metric"]), [(t, float(v)) for t, v in s["values"]]) for s in found]
         stacked = panel["fieldConfig"]["defaults"]["custom"]["stacking"]["mode"] == "normal"
         return plot(series, unit, width, height, stacked)
-    result = prometheus.query(filled(panel["targets"][0]["expr"]))
+    result = prometheus.query(filled(panel["targets"][0]["expr"]), time=end)
     if panel["type"] == "stat":
         return f"<p class=stat>{shown(float(result[0]['value'][1]) if result else None, unit)}</p>"
     if result and "expert" in result[0]["metric"]:

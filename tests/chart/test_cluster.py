@@ -76,8 +76,8 @@ class Prometheus:
         with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}", timeout=30) as answer:
             return json.load(answer)["data"]
 
-    def query(self, expression):
-        return self.ask("query", query=expression)["result"]
+    def query(self, expression, **when):
+        return self.ask("query", query=expression, **when)["result"]
 
     def close(self):
         self.process.terminate()
@@ -155,6 +155,7 @@ class Running(unittest.TestCase):
             for rule in alerts:
                 expression = observed(rule["expr"])
                 found[f"{rule['alert']}: {expression}"] = self.prometheus.query(expression)
+            ended = time.time()
         self.assertEqual(load.failures(), [])
         self.assertGreater(len(load.answers), 100)
         empty = [query for query, result in found.items() if not result]
@@ -168,7 +169,7 @@ class Running(unittest.TestCase):
         self.assertEqual(firing, [])
         print(f"{len(found)} queries, {len(load.answers)} requests in {time.time() - started:.0f} s")
         if "SIDA_PICTURES" in os.environ:
-            pictures.draw(self.prometheus, filled, started, time.time(), REPOSITORY / "docs/pictures")
+            pictures.draw(self.prometheus, filled, started, ended, REPOSITORY / "docs/pictures")
 
     def test_3_names_agree(self):
         """Broken: a dashboard, an alert or a document would name a metric that no node exports, or a node would export
