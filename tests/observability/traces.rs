@@ -176,7 +176,9 @@ async fn requests_of_one_batch_are_linked() {
 /// Two expert-nodes, a predictor-node and a coordinator, which record what callers want recorded.
 async fn sandbox(collector: &Collector) -> Sandbox {
     let flags = ["--otlp-endpoint", collector.endpoint(), "--otlp-sampling", "0"].map(str::to_owned).to_vec();
-    Sandbox::start(SandboxConfig { predictor_nodes: 1, flags, ..SandboxConfig::default() }).await
+    // On a machine that is busy with other tests a prediction may take longer than it should.
+    let coordinator_flags = ["--predict-timeout", "10s"].map(str::to_owned).to_vec();
+    Sandbox::start(SandboxConfig { predictor_nodes: 1, coordinator_flags, flags, ..SandboxConfig::default() }).await
 }
 
 /// The prediction below `of` went to the predictor-node.
