@@ -25,7 +25,7 @@ use crate::{
     forward::{Costs, Forward},
     output::Encoding,
     predict::{Predict, Progress},
-    preload::Preload,
+    preload::{Hint, Preload},
     prepare::Prepared,
     queue::{Queue, Wait},
     request::{Pooling, Request, RequestError, Work},
@@ -94,8 +94,7 @@ impl Engine {
         let now = Instant::now();
         let mut requests = Vec::with_capacity(joining.len());
         let mut parts = Vec::with_capacity(joining.len());
-        // Held until the prompts are encoded.
-        let mut hints = Vec::with_capacity(joining.len());
+        let mut announced = Vec::with_capacity(joining.len());
         for Prepared { mut request, table, hint, at, predict } in joining {
             if let Some(reason) = request.over(now) {
                 request.fail(reason);
@@ -109,20 +108,23 @@ impl Engine {
             asked::describe_prompt(&mut request.span, request.tokens.len());
             parts.push(self.part(&request, table, 0));
             requests.push((request, trace));
-            hints.push(hint);
+            announced.push(hint);
         }
         if requests.is_empty() {
             return;
         }
+        let mut span = BatchSpan::begin("encode", requests.iter().map(|(request, _)| request.span.context()));
+        let within = span.as_ref().map(BatchSpan::context);
+        let hint = self.preload_within(within, &parts);
+        drop(announced);
         let spans = Spans::new(requests.iter().map(|(request, _)| request.tokens.len()));
         let ids: Vec<u32> = requests.iter().flat_map(|(request, _)| request.tokens.iter().copied()).collect();
         histogram!(names::BATCH_TOKENS).record(ids.len() as f64);
-        let mut span = BatchSpan::begin("encode", requests.iter().map(|(request, _)| request.span.context()));
         describe(&mut span, requests.len(), ids.len());
-        let mut costs = Costs::of_pass(span.as_ref().map(BatchSpan::context));
+        let mut costs = Costs::of_pass(within);
         let forward = &mut self.forward;
         let outcome = guarded(|| Ok(on_pool(|| forward.encode(&ids, &spans, &mut parts, &mut costs))?));
-        drop((hints, span));
+        drop((hint, span));
         costs.record();
         let states = match outcome {
             Ok(states) => states,
@@ -197,9 +199,8 @@ impl Engine {
         );
         let within = span.as_ref().map(BatchSpan::context);
         let mut parts = self.predict_step(within);
-        let preloading = within.map(|within| Span::below(within, "preload"));
-        let _hint = self.preload.hint(parts.iter().filter_map(|part| part.table.as_ref()));
-        drop(preloading);
+        self.preload.note_demand(parts.iter().filter_map(|part| part.table.as_ref()));
+        let _hint = self.preload_within(within, &parts);
         let mut costs = Costs::of_pass(within);
         let outcome = self.decode(&mut parts, &mut costs);
         costs.record();
@@ -316,6 +317,12 @@ impl Engine {
         }
         self.running = going;
         histogram!(names::PHASE_DURATION_SECONDS, names::PHASE => "output").record(start.elapsed());
+    }
+
+    /// The batch begins: expert-nodes are told what it will use.
+    fn preload_within(&self, within: Option<TraceContext>, parts: &[Part]) -> Hint {
+        let _span = within.map(|within| Span::below(within, "preload"));
+        self.preload.begin(parts.iter().filter_map(|part| part.table.as_ref()))
     }
 
     fn part(&self, request: &Request, table: Option<HashTable>, first_token: usize) -> Part {

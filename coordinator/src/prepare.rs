@@ -28,7 +28,7 @@ pub(crate) struct Prepared {
     pub(crate) request: Request,
     /// The encoder's; `None` runs unpredicted.
     pub(crate) table: Option<HashTable>,
-    /// Taken back when the last request of its batch has been encoded.
+    /// Taken back when the last request that it was announced with joins a batch.
     pub(crate) hint: Arc<Hint>,
     /// When it was ready to join.
     pub(crate) at: Instant,
@@ -79,7 +79,7 @@ impl Prepare {
         let predict = start.elapsed();
         histogram!(names::PHASE_DURATION_SECONDS, names::PHASE => "predict").record(predict);
         let preloading = BatchSpan::begin("preload", contexts());
-        let hint = Arc::new(self.preload.hint(tables.iter().flatten()));
+        let hint = Arc::new(self.preload.announce(tables.iter().flatten()));
         drop(preloading);
         let at = Instant::now();
         let together = |(request, table)| Prepared { request, table, hint: hint.clone(), at, predict };
