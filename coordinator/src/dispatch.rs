@@ -194,7 +194,7 @@ impl Dispatch {
         }
         for (experts, call) in local {
             let start = Instant::now();
-            let _span = self.call_span(roster, layer, &call);
+            let _span = calls::span(self.trace, roster, layer, &call);
             match self.compute(&*experts, layer, grouping, x, &call) {
                 Ok(report) => {
                     roster.links[call.node].durations.record(start.elapsed());
@@ -225,7 +225,7 @@ impl Dispatch {
         let deadline = sent + lane.allow(call.rows(), call.pieces.len()).min(self.patience);
         let (groups, epoch) = (call.groups(), roster.placement.epoch());
         let expert_call = ExpertCall { layer, groups: &groups, activations: &self.gathered };
-        let span = self.call_span(roster, layer, &call).map(Span::as_client);
+        let span = calls::span(self.trace, roster, layer, &call).map(Span::as_client);
         let trace = span.as_ref().map(Span::context);
         match lane.start(expert_call, epoch, trace, &self.replies.0, deadline) {
             Ok(call_id) => {
@@ -235,18 +235,6 @@ impl Dispatch {
             }
             Err(failure) => Err((call, failure)),
         }
-    }
-
-    /// The span of a call that is made.
-    fn call_span(&self, roster: &Roster, layer: LayerId, call: &Call) -> Option<Span> {
-        let mut span = Span::below(self.trace?, "expert call");
-        if span.is_recorded() {
-            span.set("sida.node", roster.links[call.node].node.to_string());
-            span.set("sida.layer", i64::from(layer.0));
-            span.set("sida.experts", call.pieces.len() as i64);
-            span.set("sida.rows", call.rows() as i64);
-        }
-        Some(span)
     }
 
     /// Computes a call on a node in this process, on this thread.

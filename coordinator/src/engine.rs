@@ -22,13 +22,13 @@ use sida_telemetry::{Span, TraceContext, counter, gauge, histogram, names, spans
 use crate::{
     asked,
     batch_span::BatchSpan,
+    encoding,
     forward::{Costs, Forward},
-    output::Encoding,
     predict::{Predict, Progress},
     preload::{Hint, Preload},
     prepare::Prepared,
     queue::{Queue, Wait},
-    request::{Pooling, Request, RequestError, Work},
+    request::{Request, RequestError, Work},
     routing_mode::Part,
     score,
     sequence::{self, Branch, Decoding, Next, Sequence},
@@ -145,7 +145,7 @@ impl Engine {
         let outcome = match &request.work {
             Work::Encode { pooling, .. } => {
                 let pooling = *pooling;
-                return answer_encoding(request, trace, pooling, states, rows);
+                return encoding::answer(request, trace, pooling, states, rows);
             }
             Work::Generate { .. } => self.branches(states, rows, &[&[]]),
             Work::Score { targets, .. } => {
@@ -363,50 +363,11 @@ fn on_pool<T: Send>(pass: impl FnOnce() -> T + Send) -> T {
 }
 
 /// A part of a step; a panic in it is logged here and becomes an error.
-fn guarded<T>(work: impl FnOnce() -> Result<T, RequestError>) -> Result<T, RequestError> {
+pub(crate) fn guarded<T>(work: impl FnOnce() -> Result<T, RequestError>) -> Result<T, RequestError> {
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
         let message = panic.downcast_ref::<String>().map(String::as_str);
         let message = message.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
         tracing::error!(message, "a step panicked; its requests are answered with an error");
         Err(RequestError::Panicked)
     })
-}
-
-/// Answers a request for encoder states with rows `rows` of `states`.
-fn answer_encoding(
-    request: Request,
-    mut trace: Trace,
-    pooling: Pooling,
-    states: &Tensor,
-    rows: std::ops::Range<usize>,
-) {
-    trace.timings.total = request.accepted.elapsed();
-    let prompt_tokens = request.tokens.len();
-    let encoding = guarded(|| {
-        let d_model = states.dim(1).map_err(ModelError::from)?;
-        let own = |all: &[f32]| all[rows.start * d_model..rows.end * d_model].to_vec();
-        let own = tensor_rows::rows(states, own).map_err(ModelError::from)?;
-        let states = match pooling {
-            Pooling::None => own,
-            Pooling::Mean => mean(&own, d_model),
-        };
-        Ok(Encoding { rows: states.len() / d_model, states, d_model, prompt_tokens, trace })
-    });
-    let encoding = encoding.and_then(|encoding| {
-        if encoding.states.iter().all(|value| value.is_finite()) { Ok(encoding) } else { Err(RequestError::NotANumber) }
-    });
-    if let Work::Encode { reply, .. } = request.work {
-        // The caller may have gone, which is no error.
-        drop(reply.send(encoding));
-    }
-}
-
-/// The mean of (n, d_model) rows.
-fn mean(rows: &[f32], d_model: usize) -> Vec<f32> {
-    let count = (rows.len() / d_model) as f32;
-    let mut sum = vec![0.0; d_model];
-    for row in rows.chunks_exact(d_model) {
-        sum.iter_mut().zip(row).for_each(|(sum, value)| *sum += value);
-    }
-    sum.iter().map(|sum| sum / count).collect()
 }

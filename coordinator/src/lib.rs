@@ -6,7 +6,7 @@
 //! It waits in a `queue`; `prepare` takes a batch, has `predict` (here, or by `remote_predictor`) fill its hash
 //! tables and `preload` hint them. The `engine` lets it join: `forward` runs the layers, [`routing_mode`] chooses
 //! experts, `dispatch` sends rows in `calls` to the `nodes` over `lane`s (`lane_connection`,
-//! `call_deadline`, `call_failure`). A `sequence` goes on from step to step: `sampler`, `detokenize`, `stop_text`, or `score`; the answer leaves as [`output`]
+//! `call_deadline`, `call_failure`). A `sequence` goes on from step to step: `sampler`, `detokenize`, `stop_text`, or `score`, or `encoding`; the answer leaves as [`output`]
 //! with its [`trace`], or as a `fault`. Work for several at once has a `batch_span`. Beside that: `probe` (health), `cluster_service`, `unheld` and `statistics`.
 //!
 //! Invariant: it does not know expert-nodes but by `sida_cluster::experts` and the wire, and takes no decision
@@ -23,6 +23,7 @@ pub mod config;
 pub mod coordinator;
 mod detokenize;
 mod dispatch;
+mod encoding;
 mod engine;
 mod fault;
 mod forward;
