@@ -32,6 +32,10 @@ pub(crate) enum CallFailure {
 }
 
 impl CallFailure {
+    /// Every [`Self::label`].
+    pub(crate) const LABELS: [&str; 8] =
+        ["disconnected", "silent", "late", "congested", "refused", "stale_epoch", "malformed", "panicked"];
+
     /// What a node's refusal means.
     pub(crate) fn refused(error: v1::CallError) -> Self {
         match Reason::from_name(&error.reason) {

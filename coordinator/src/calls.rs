@@ -3,7 +3,8 @@
 
 use std::time::Instant;
 
-use sida_routing::{ExpertId, ExpertKey, Group, Grouping, NodeId};
+use sida_routing::{ExpertId, ExpertKey, Group, Grouping, LayerId, NodeId};
+use sida_telemetry::{Span, TraceContext};
 
 use crate::{call_failure::CallFailure, nodes::Roster, request::RequestError};
 
@@ -102,6 +103,18 @@ pub(crate) fn gather(grouping: &Grouping, x: &[f32], d_model: usize, pieces: &[P
             rows.extend_from_slice(&x[token as usize * d_model..][..d_model]);
         }
     }
+}
+
+/// The span of a call that is made, below the layer's.
+pub(crate) fn span(layer_span: Option<TraceContext>, roster: &Roster, layer: LayerId, call: &Call) -> Option<Span> {
+    let mut span = Span::below(layer_span?, "expert call");
+    if span.is_recorded() {
+        span.set("sida.node", roster.links[call.node].node.to_string());
+        span.set("sida.layer", i64::from(layer.0));
+        span.set("sida.experts", call.pieces.len() as i64);
+        span.set("sida.rows", call.rows() as i64);
+    }
+    Some(span)
 }
 
 /// Nobody is left for an expert.

@@ -20,7 +20,7 @@ use sida_cluster::experts::{CallError, CallReport, ExpertCall, LocalExperts};
 use sida_proto::wire::rows::copy_from_payload;
 use sida_routing::{ExpertKey, Grouping, LayerId};
 use sida_rpc::Reason;
-use sida_telemetry::{counter, names};
+use sida_telemetry::{Span, TraceContext, counter, names};
 
 use crate::{
     call_failure::CallFailure,
@@ -50,6 +50,8 @@ pub(crate) struct Dispatch {
     /// How long the last node that could answer is waited for.
     patience: Duration,
     replies: (Sender<Reply>, Receiver<Reply>),
+    /// Of the layer's span: calls go below it.
+    trace: Option<TraceContext>,
     /// (rows of the layer, d_model), in grouped order.
     results: Vec<f32>,
     /// (rows of a call, d_model): what goes to a node, and what a node in this process makes of it.
@@ -74,6 +76,8 @@ pub(crate) struct Dispatched {
 struct Outstanding {
     call_id: u64,
     call: Call,
+    /// Ends when the call is over, however it ends.
+    span: Option<Span>,
     sent: Instant,
     /// When it is given up, signs of life or not, if somebody else could answer.
     deadline: Instant,
@@ -86,12 +90,20 @@ impl Dispatch {
     pub(crate) fn new(nodes: Arc<Nodes>, d_model: usize, rows_max: usize, patience: Duration) -> Self {
         let replies = crossbeam_channel::unbounded();
         let (results, gathered, computed) = Default::default();
-        Self { nodes, d_model, rows_max, patience, replies, results, gathered, computed }
+        Self { nodes, d_model, rows_max, patience, replies, trace: None, results, gathered, computed }
     }
 
     /// `out[token] += weight * expert(x[token])` for every row of `grouping`; `x` and `out` are (tokens,
     /// d_model).
-    pub(crate) fn moe(&mut self, layer: LayerId, grouping: &Grouping, x: &[f32], out: &mut [f32]) -> Dispatched {
+    pub(crate) fn moe(
+        &mut self,
+        layer: LayerId,
+        grouping: &Grouping,
+        x: &[f32],
+        trace: Option<TraceContext>,
+        out: &mut [f32],
+    ) -> Dispatched {
+        self.trace = trace;
         let mut dispatched = Dispatched::default();
         // Pieces that nobody computed add nothing, so whatever an earlier layer left here must go.
         self.results.clear();
@@ -182,6 +194,7 @@ impl Dispatch {
         }
         for (experts, call) in local {
             let start = Instant::now();
+            let _span = calls::span(self.trace, roster, layer, &call);
             match self.compute(&*experts, layer, grouping, x, &call) {
                 Ok(report) => {
                     roster.links[call.node].durations.record(start.elapsed());
@@ -212,10 +225,12 @@ impl Dispatch {
         let deadline = sent + lane.allow(call.rows(), call.pieces.len()).min(self.patience);
         let (groups, epoch) = (call.groups(), roster.placement.epoch());
         let expert_call = ExpertCall { layer, groups: &groups, activations: &self.gathered };
-        match lane.start(expert_call, epoch, &self.replies.0, deadline) {
+        let span = calls::span(self.trace, roster, layer, &call).map(Span::as_client);
+        let trace = span.as_ref().map(Span::context);
+        match lane.start(expert_call, epoch, trace, &self.replies.0, deadline) {
             Ok(call_id) => {
                 let look = lane.silent_until(sent).min(deadline);
-                outstanding.push(Outstanding { call_id, call, sent, deadline, look });
+                outstanding.push(Outstanding { call_id, call, span, sent, deadline, look });
                 Ok(())
             }
             Err(failure) => Err((call, failure)),
@@ -278,7 +293,8 @@ impl Dispatch {
             };
             // The answer to a call that was given up meanwhile is nobody's.
             let Some(at) = outstanding.iter().position(|call| call.call_id == call_id) else { continue };
-            let Outstanding { call, .. } = outstanding.swap_remove(at);
+            let Outstanding { call, span, .. } = outstanding.swap_remove(at);
+            drop(span);
             match outcome {
                 Ok(Computed { payload, report, took }) => {
                     roster.links[call.node].durations.record(took);
@@ -349,7 +365,8 @@ impl Dispatch {
         if reshared {
             tracing::info!(%node, rows = call.rows(), "a node knows a newer placement; its rows are shared out again");
         } else {
-            tracing::warn!(%node, rows = call.rows(), %failure, "an expert call failed");
+            let trace_id = self.trace.map(|trace| tracing::field::display(trace.trace_id()));
+            tracing::warn!(%node, rows = call.rows(), trace_id, %failure, "an expert call failed");
         }
         for mut piece in call.pieces {
             if reshared {

@@ -32,7 +32,7 @@ use sida_routing::{
     NodeId, Plan, PlanId,
     failover::{Breaker, BreakerState, Silence},
 };
-use sida_telemetry::{gauge, names};
+use sida_telemetry::{TraceContext, gauge, names};
 use tokio::{
     runtime::Handle,
     sync::{Notify, mpsc},
@@ -199,13 +199,15 @@ impl Lane {
         &self,
         call: ExpertCall<'_>,
         placement_epoch: u64,
+        trace: Option<TraceContext>,
         replies: &Sender<Reply>,
         give_up: Instant,
     ) -> Result<u64, CallFailure> {
         let bytes = size_of_val(call.activations);
         let call_id = NEXT_CALL.fetch_add(1, Ordering::Relaxed);
         let activations = v1::Activations::new(call_id, call.layer, call.groups, call.activations);
-        let activations = v1::Activations { placement_epoch, ..activations };
+        let traceparent = trace.map(|trace| trace.to_string()).unwrap_or_default();
+        let activations = v1::Activations { placement_epoch, traceparent, ..activations };
         let mut state = self.state.lock();
         // A call larger than the limit by itself goes when nothing else is under way.
         while state.inflight_bytes > 0 && state.inflight_bytes + bytes > self.inflight_bytes_max {

@@ -2,17 +2,19 @@
 //! sends the rows of every MoE layer to the expert-nodes.
 //!
 //! One request in reading order. It comes in through [`config`]ured limits: `front_door` (gRPC) and `messages`
-//! (the wire's side), or this process by [`coordinator`]; `accept` checks and tokenizes it into a [`request`].
+//! (the wire's side), or this process by [`coordinator`]; `accept` checks and tokenizes what was `asked` into a [`request`].
 //! It waits in a `queue`; `prepare` takes a batch, has `predict` (here, or by `remote_predictor`) fill its hash
 //! tables and `preload` hint them. The `engine` lets it join: `forward` runs the layers, [`routing_mode`] chooses
 //! experts, `dispatch` sends rows in `calls` to the `nodes` over `lane`s (`lane_connection`,
-//! `call_deadline`, `call_failure`). A `sequence` goes on from step to step: `sampler`, `detokenize`, `stop_text`, or `score`; the answer leaves as [`output`]
-//! with its [`trace`], or as a `fault`. Beside that: `probe` (health), `cluster_service` and `statistics`.
+//! `call_deadline`, `call_failure`). A `sequence` goes on from step to step: `sampler`, `detokenize`, `stop_text`, or `score`, or `encoding`; the answer leaves as [`output`]
+//! with its [`trace`], or as a `fault`. Work for several at once has a `batch_span`. Beside that: `probe` (health), `cluster_service`, `unheld` and `statistics`.
 //!
 //! Invariant: it does not know expert-nodes but by `sida_cluster::experts` and the wire, and takes no decision
 //! that belongs to `sida_routing`.
 
 mod accept;
+mod asked;
+mod batch_span;
 mod call_deadline;
 mod call_failure;
 mod calls;
@@ -21,6 +23,7 @@ pub mod config;
 pub mod coordinator;
 mod detokenize;
 mod dispatch;
+mod encoding;
 mod engine;
 mod fault;
 mod forward;
@@ -44,6 +47,7 @@ mod sequence;
 mod statistics;
 mod stop_text;
 pub mod trace;
+mod unheld;
 
 use std::time::Duration;
 
@@ -101,6 +105,10 @@ pub async fn serve(
         .descriptors(sida_proto::DESCRIPTORS)
         .check("sida.v1.Inference", probe(&coordinator))
         .check("sida.v1.Cluster", || async { Ok(()) })
+        .alive({
+            let coordinator = coordinator.clone();
+            move || coordinator.is_alive()
+        })
         .leaving(shutdown.clone())
         .serve(listener, coordinator.cluster().left_after(shutdown, LEAVE_PATIENCE))
         .await?;

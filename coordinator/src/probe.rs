@@ -34,7 +34,7 @@ impl Probe {
         let (layer, expert) = (LayerId((next / self.num_experts) as u16), ExpertId((next % self.num_experts) as u16));
         let routes = Routes { top_k: 1, experts: vec![Some(expert)], weights: vec![1.0] };
         let (x, mut out) = (vec![1.0; self.d_model], vec![0.0; self.d_model]);
-        let dispatched = self.dispatch.lock().moe(layer, &Grouping::new(&routes), &x, &mut out);
+        let dispatched = self.dispatch.lock().moe(layer, &Grouping::new(&routes), &x, None, &mut out);
         match dispatched.failed.into_iter().next() {
             Some((_, error)) => Err(error.to_string()),
             None if out.iter().all(|value| value.is_finite()) => Ok(()),
