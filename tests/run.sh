@@ -39,7 +39,7 @@ cargo clippy --release --workspace --features sida-cli/etcd --all-targets --lock
 # No documentation tests: the examples in comments are sketches.
 cargo test --release --workspace --features sida-cli/etcd --lib --bins --tests --locked
 
-# The chart: rendered, validated, and its pods executed as processes of the binary that the tests were run with.
+# The chart: rendered, validated, and its pods executed as processes of the binary that the tests above have built.
 "$tools/bin/python" tests/chart/test_chart.py
 if [[ $EUID -eq 0 ]]; then
     "$tools/bin/python" tests/chart/test_cluster.py

@@ -49,3 +49,23 @@ impl Statistics {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_step_can_be_stuck() {
+        // Broken: an idle coordinator would be started again, or one whose engine hangs never.
+        let mut statistics = Statistics::default();
+        assert_eq!(statistics.stuck_for(), Duration::ZERO);
+        statistics.step_begins();
+        let hour = Duration::from_secs(3600);
+        // As if it had begun an hour ago.
+        let Some(origin) = statistics.origin.checked_sub(hour) else { return };
+        statistics.origin = origin;
+        assert!(statistics.stuck_for() > hour - Duration::from_secs(60));
+        statistics.step_ended();
+        assert_eq!(statistics.stuck_for(), Duration::ZERO);
+    }
+}

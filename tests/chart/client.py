@@ -35,9 +35,10 @@ def messages():
 class Load:
     """Requests one after the other from some workers, until it is stopped; every answer is kept."""
 
-    def __init__(self, addresses, texts, workers=3, tokens=8):
+    def __init__(self, addresses, texts, workers=3, tokens=8, traceparent=None):
         self.inference, rpc = messages()
-        self.addresses, self.texts, self.tokens = addresses, texts, tokens
+        self.texts, self.tokens = texts, tokens
+        self.metadata = [("traceparent", traceparent)] if traceparent else []
         self.answers, self.errors, self.stopped = [], [], threading.Event()
         self.channel = grpc.insecure_channel(
             "ipv4:" + ",".join(f"{address}:50051" for address in addresses),
@@ -51,7 +52,7 @@ class Load:
     def ask(self, text):
         """The token ids of an answer."""
         request = self.inference.GenerateRequest(text=text, max_tokens=self.tokens, ignore_eos=True)
-        return tuple(answer.token_id for answer in self.stub.Generate(request, timeout=60, wait_for_ready=True))
+        return tuple(answer.token_id for answer in self.stub.Generate(request, timeout=60, wait_for_ready=True, metadata=self.metadata))
 
     def watch(self):
         before = time.monotonic()

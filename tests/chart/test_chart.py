@@ -278,6 +278,41 @@ class Chart(unittest.TestCase):
             for text in found["data"].values():
                 json.loads(text)
 
+    def test_flags_exist(self):
+        """Broken: a pod or a compose service would end at once with exit code 64."""
+        flags, command = {}, None
+        for line in (REPOSITORY / "docs/flags.md").read_text().splitlines():
+            if line.startswith("## sida "):
+                command = flags.setdefault(line.removeprefix("## sida "), set())
+            elif found := re.match(r"\| `(--[a-z-]+)`", line):
+                command.add(found[1])
+        for name in CASES:
+            for owner, spec in pods(name):
+                for container in spec["containers"] + spec.get("initContainers", []):
+                    if "command" in container:
+                        continue
+                    command, *arguments = container["args"]
+                    for argument in arguments:
+                        if argument.startswith("--"):
+                            self.assertIn(argument.split("=")[0], flags[command], f"{name}: {container['name']}")
+        services = yaml.safe_load((REPOSITORY / "compose.yaml").read_text())["services"]
+        known = lambda command: {"SIDA_" + flag.lstrip("-").replace("-", "_").upper() for flag in flags[command]}
+        ours = {name: service for name, service in services.items() if service["image"].startswith("sida:")}
+        self.assertEqual(len(ours), 4)
+        for service in ours.values():
+            [command] = service["command"]
+            self.assertLessEqual(set(service["environment"]), known(command))
+        check = ours["coordinator-0"]["healthcheck"]["test"]
+        self.assertLessEqual({argument for argument in check if argument.startswith("--")}, flags[check[2]])
+
+    def test_compose_mounts_what_is_there(self):
+        """Broken: Grafana or Prometheus would come up empty."""
+        for service in yaml.safe_load((REPOSITORY / "compose.yaml").read_text())["services"].values():
+            for volume in service.get("volumes", []):
+                self.assertTrue((REPOSITORY / volume.split(":")[0]).exists(), volume)
+        config = subprocess.run(["promtool", "check", "config", "--syntax-only", REPOSITORY / "deploy/prometheus/prometheus.yaml"], capture_output=True, text=True)
+        self.assertEqual(config.returncode, 0, config.stdout + config.stderr)
+
     def test_weights_are_fetched_once_and_checked(self):
         """Broken: a pod would serve a file that is not the pinned one, fetch it anew at every start, or leave half a
         model for the next."""

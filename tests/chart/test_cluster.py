@@ -214,6 +214,23 @@ class Running(unittest.TestCase):
         print(f"{len(load.answers)} requests over {len(ended)} restarts, 0 errors, longest {longest:.2f} s; ends took at most {max(t for _, t in ended):.1f} s")
         self.assertEqual([pod.restarts for pod in self.cluster.pods.values()], [0] * len(self.cluster.pods))
 
+    def test_6_a_killed_node_is_in_the_logs(self):
+        """Broken: what happened to a request could not be found in the logs of the nodes that it passed."""
+        [victim] = [pod for pod in self.cluster.of("expert-node") if pod.name.endswith("-1")]
+        trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+        with self.load(workers=4, traceparent=f"00-{trace}-00f067aa0ba902b7-00") as load:
+            time.sleep(2)
+            victim.process.kill()
+            victim.process.wait()
+            time.sleep(3)
+        self.assertEqual(load.failures(), [])
+        victim.remove()
+        self.cluster.start(self.owners["expert-node"], victim.name).wait_until_ready()
+        lines = [json.loads(line) for pod in self.cluster.of("coordinator") for line in pod.log().splitlines() if not line.startswith("listening on")]
+        failed = [line for line in lines if line["message"] == "an expert call failed" and line.get("trace_id") == trace]
+        self.assertTrue(failed, lines[-20:])
+        self.assertEqual({line["node"] for line in failed}, {"sida-expert-node-1"})
+
     def test_5_etcd_away_restarts_nobody(self):
         """Broken: a blip of etcd would have every pod started again, or taken out of service."""
         [etcd] = self.cluster.of("etcd")

@@ -79,6 +79,8 @@ def rust_base(root, mounts, cache):
     mounts.bind("/dev", root / "dev")
     mounts.fresh("proc", root / "proc")
     shutil.copy("/etc/resolv.conf", root / "etc/resolv.conf")
+    # A proxy before this machine may have an authority of its own.
+    shutil.copy("/etc/ssl/certs/ca-certificates.crt", root / "etc/ssl/certs/ca-certificates.crt")
     cargo = root / "usr/local/cargo"
     (cargo / "bin").mkdir(parents=True, exist_ok=True)
     stage = Stage(root)
