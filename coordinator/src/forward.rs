@@ -15,7 +15,9 @@ use sida_routing::{Grouping, Routes};
 use sida_telemetry::{counter, histogram, names};
 
 use crate::{
-    dispatch::Dispatch,
+    callers::Callers,
+    dispatch::{Dispatch, LayerRows},
+    request::Request,
     routing_mode::{self, Part},
     statistics::Statistics,
     trace::HashCounts,
@@ -73,12 +75,13 @@ impl Forward {
         &self.backbone
     }
 
-    /// Encoder states (tokens, d_model) of the prompts that `spans` cuts `ids` into.
+    /// Encoder states (tokens, d_model) of the prompts that `spans` cuts `ids` into, one of each of `requests`.
     pub(crate) fn encode(
         &mut self,
         ids: &[u32],
         spans: &Spans,
         parts: &mut [Part],
+        requests: &[&Request],
         costs: &mut Costs,
     ) -> Result<Tensor, ModelError> {
         let start = Instant::now();
@@ -86,20 +89,22 @@ impl Forward {
         let mut h = backbone.embed(Stack::Encoder, ids)?; // (tokens, d_model)
         for layer in backbone.encoder().layers() {
             h = layer.attend(&h, spans)?;
-            h = self.feed_forward(layer.feed_forward(), h, spans, parts, costs)?;
+            h = self.feed_forward(layer.feed_forward(), h, spans, parts, requests, costs)?;
         }
         let states = backbone.encoder().finish(&h)?;
         costs.finish_pass(start);
         Ok(states)
     }
 
-    /// Decoder states (tokens, d_model) of the new tokens of each sequence, whose caches are `states`.
+    /// Decoder states (tokens, d_model) of the new tokens of each sequence, whose caches are `states`, and whose
+    /// requests `requests`.
     pub(crate) fn decode(
         &mut self,
         ids: &[u32],
         spans: &Spans,
         states: &mut [&mut DecoderState],
         parts: &mut [Part],
+        requests: &[&Request],
         costs: &mut Costs,
     ) -> Result<Tensor, ModelError> {
         let start = Instant::now();
@@ -107,7 +112,7 @@ impl Forward {
         let mut h = backbone.embed(Stack::Decoder, ids)?; // (tokens, d_model)
         for layer in backbone.decoder().layers() {
             h = layer.attend(&h, states, spans)?;
-            h = self.feed_forward(layer.feed_forward(), h, spans, parts, costs)?;
+            h = self.feed_forward(layer.feed_forward(), h, spans, parts, requests, costs)?;
         }
         for (state, range) in states.iter_mut().zip(spans.ranges()) {
             state.advance(range.len());
@@ -123,11 +128,12 @@ impl Forward {
         h: Tensor,
         spans: &Spans,
         parts: &mut [Part],
+        requests: &[&Request],
         costs: &mut Costs,
     ) -> Result<Tensor, ModelError> {
         match block {
             FeedForward::Dense(dense) => dense.forward(&h),
-            FeedForward::Moe(gate) => self.moe(gate, h, spans, parts, costs),
+            FeedForward::Moe(gate) => self.moe(gate, h, spans, parts, requests, costs),
         }
     }
 
@@ -138,6 +144,7 @@ impl Forward {
         h: Tensor,
         spans: &Spans,
         parts: &mut [Part],
+        requests: &[&Request],
         costs: &mut Costs,
     ) -> Result<Tensor, ModelError> {
         let (kind, num_experts, d_model) = {
@@ -155,11 +162,13 @@ impl Forward {
         let start = Instant::now();
         let grouping = Grouping::new(&routes);
         let mut out = vec![0.0; spans.rows() * d_model];
-        let dispatched = tensor_rows::rows(&x, |x| self.dispatch.moe(gate.id(), &grouping, x, &mut out))?;
+        let callers = Callers::new(spans, requests);
+        let dispatched = tensor_rows::rows(&x, |x| {
+            self.dispatch.moe(&LayerRows { layer: gate.id(), grouping: &grouping, x, callers }, &mut out)
+        })?;
         for (rows, error) in &dispatched.failed {
             for &token in &grouping.tokens[rows.clone()] {
-                let part = spans.ranges().position(|range| range.contains(&(token as usize)));
-                if let Some(part) = part {
+                if let Some(part) = spans.holder(token as usize) {
                     parts[part].failure.get_or_insert_with(|| error.clone());
                 }
             }
