@@ -88,7 +88,7 @@ async fn leads(client: &mut Client, keys: &Keys, name: &str) -> (Leader, Lease) 
 async fn stored(client: &mut Client, keys: &Keys) -> u64 {
     let answer = client.get(keys.placement(), None).await.expect("an answer");
     let value = answer.kvs().first().expect("a placement").value().to_vec();
-    sida_proto::wire::decode::placement(&value.into()).expect("it can be read").placement.epoch()
+    sida_proto::wire::decode::placement(&value).expect("it can be read").placement.epoch()
 }
 
 /// A writer that was paused, or that is behind, would write over the placement of its successor.
