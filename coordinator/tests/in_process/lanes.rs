@@ -91,18 +91,19 @@ async fn dead_node_costs_a_detour_and_may_come_back() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_only_node_may_be_away_for_a_moment() {
     // Would break: a request fails because its node is being started again; or is held although its caller has left.
-    let (experts, mut nodes) = nodes(1).await;
-    let coordinator = start_over(addresses(&nodes), Vec::new(), PredictorSource::Off, |_| ()).await;
-    let expected = encode(&coordinator).await.expect("encoded").states;
-    nodes[0].kill().await;
+    let here = start(1, PredictorSource::Off, |_| ()).await;
+    let expected = encode(&here.coordinator).await.expect("encoded").states;
+    // A port that was free a moment ago, where the node will listen.
+    let address = std::net::TcpListener::bind(any_port()).and_then(|port| port.local_addr()).expect("a port");
+    let node = vec![Address::Grpc(address.to_string())];
+    let coordinator = start_over(node, Vec::new(), PredictorSource::Off, |_| ()).await;
     let leaving = tokio::time::timeout(Duration::from_millis(300), encode(&coordinator)).await;
     assert!(leaving.is_err(), "somebody answered: {leaving:?}");
     tokio::time::sleep(Duration::from_millis(100)).await;
     assert_eq!(coordinator.status().await.requests_inflight, 0, "work for nobody goes on");
-    let address = nodes[0].address;
     let returning = async {
         tokio::time::sleep(Duration::from_millis(700)).await;
-        serve_experts(experts[0].clone(), address).await
+        serve_experts(experts(), address).await
     };
     let (answered, _back) = tokio::join!(encode(&coordinator), returning);
     assert_eq!(answered.expect("it waited").states, expected);
