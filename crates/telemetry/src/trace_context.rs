@@ -42,7 +42,7 @@ impl TraceContext {
         let (version, trace_id, span_id, flags) = (next(2)?, next(32)?, next(16)?, next(2)?);
         // Later versions may have more behind the flags, the first may not.
         let is_known = version != 0xff && (version != 0 || text.len() == 55);
-        (is_known && trace_id != 0 && span_id != 0).then(|| Self {
+        (is_known && trace_id != 0 && span_id != 0).then_some(Self {
             trace_id,
             span_id: span_id as u64,
             sampled: flags & 1 == 1,
