@@ -1,6 +1,7 @@
 """Executes deploy/Dockerfile without a container engine: the CPU variant's steps, as they are written there, each stage in
 a Debian root of its own, then the image's command as its user on a read-only root. Needs root, debootstrap and a Rust
-toolchain; takes as long as a release build from nothing. Run by `SIDA_IMAGE_TEST=1 bash tests/run.sh`.
+toolchain; takes as long as a release build from nothing. Run by `SIDA_IMAGE_TEST=1 bash tests/run.sh`. SIDA_IMAGE_BINARY
+names a binary to take instead of building one, which leaves the run-time stage to be tested.
 
 What stands in for the base images, since their registries are not asked:
 
@@ -126,6 +127,10 @@ def copy(stage, stages, rest):
 
 def step(stage, rest, mounts, cache):
     """RUN, with its cache mounts."""
+    if (binary := os.environ.get("SIDA_IMAGE_BINARY")) and "cargo build" in rest:
+        # Only the run-time stage is wanted: the program is one that was built elsewhere.
+        rest = "mkdir -p target/release && cp /binary target/release/sida && " + rest[rest.index("install -D"):]
+        shutil.copy(binary, stage.root / "binary")
     before = len(mounts.points)
     while rest.startswith("--mount="):
         mount, rest = rest.split(maxsplit=1)
