@@ -182,7 +182,8 @@ def build(mounts, cache):
 
 def container(image, root, *arguments, **more):
     """The image's command, as its user, on its read-only root."""
-    command = ["chroot", f"--userspec={image.user}", "--groups=", root, *image.entrypoint, *arguments]
+    # Found by its whole name: the image sets no PATH.
+    command = [shutil.which("chroot"), f"--userspec={image.user}", "--groups=", root, *image.entrypoint, *arguments]
     return subprocess.Popen(list(map(str, command)), env=image.environment, text=True, **more)
 
 
