@@ -29,6 +29,8 @@ pub(crate) enum CallFailure {
     Malformed { reason: String },
     #[error("it panicked")]
     Panicked,
+    #[error("nobody waits for the answer any more")]
+    Unwanted,
 }
 
 impl CallFailure {
@@ -54,7 +56,7 @@ impl CallFailure {
         match self {
             Self::Disconnected { .. } | Self::Silent { .. } | Self::Late { .. } | Self::Malformed { .. } => true,
             Self::Refused { reason, .. } => *reason == Reason::ShuttingDown,
-            Self::Congested { .. } | Self::Stale { .. } | Self::Panicked => false,
+            Self::Congested { .. } | Self::Stale { .. } | Self::Panicked | Self::Unwanted => false,
         }
     }
 
@@ -75,6 +77,7 @@ impl CallFailure {
             Self::Stale { .. } => "stale_epoch",
             Self::Malformed { .. } => "malformed",
             Self::Panicked => "panicked",
+            Self::Unwanted => "unwanted",
         }
     }
 }

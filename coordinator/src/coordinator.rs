@@ -144,15 +144,20 @@ impl Coordinator {
             Arc::new(Predict::new(source(&config, &cluster, &model, runtime), &model, config.checkpoint.digest()));
         let preload = Arc::new(Preload::new(nodes.clone(), cluster.clone(), config.preload_depth));
         let statistics = Arc::new(Statistics::default());
-        let dispatch = || {
+        let dispatch = |patience| {
             let rows_max = (CALL_BYTES_MAX / (model.d_model * size_of::<f32>())).clamp(1, CALL_ROWS_MAX);
-            Dispatch::new(nodes.clone(), model.d_model, rows_max, config.expert_call_timeout)
+            Dispatch::new(nodes.clone(), model.d_model, rows_max, patience)
         };
         let (requests, prepared) = (Arc::new(Queue::new()), Arc::new(Queue::new()));
         let engine = Engine {
             limits: config.limits,
             prepared: prepared.clone(),
-            forward: Forward::new(backbone, dispatch(), config.enforce_capacity, statistics.clone()),
+            forward: Forward::new(
+                backbone,
+                dispatch(config.expert_call_timeout),
+                config.enforce_capacity,
+                statistics.clone(),
+            ),
             predict: predict.clone(),
             preload: preload.clone(),
             tokenizer: tokenizer.clone(),
@@ -165,7 +170,7 @@ impl Coordinator {
             thread::Builder::new().name("sida-prepare".into()).spawn(move || prepare.run())?,
             thread::Builder::new().name("sida-forward".into()).spawn(move || engine.run())?,
         ];
-        let probe = Arc::new(Probe::new(dispatch(), &model));
+        let probe = Arc::new(Probe::new(dispatch(config.server.health_period.min(config.expert_call_timeout)), &model));
         let threads = Mutex::new(threads);
         let inner = Inner { config, cluster, tokenizer, nodes, predict, probe, requests, statistics, threads };
         Ok(Self { inner: Arc::new(inner) })

@@ -123,7 +123,8 @@ impl Engine {
         describe(&mut span, requests.len(), ids.len());
         let mut costs = Costs::of_pass(within);
         let forward = &mut self.forward;
-        let outcome = guarded(|| Ok(on_pool(|| forward.encode(&ids, &spans, &mut parts, &mut costs))?));
+        let callers: Vec<&Request> = requests.iter().map(|(request, _)| request).collect();
+        let outcome = guarded(|| Ok(on_pool(|| forward.encode(&ids, &spans, &mut parts, &callers, &mut costs))?));
         drop((hint, span));
         costs.record();
         let states = match outcome {
@@ -258,12 +259,14 @@ impl Engine {
             let mut ids = Vec::new();
             let mut lengths = Vec::new();
             let mut states = Vec::new();
+            let mut requests = Vec::new();
             let mut last_rows = Vec::new();
             for sequence in running.iter_mut() {
                 for branch in &mut sequence.branches {
                     ids.extend_from_slice(&branch.feed);
                     lengths.push(branch.feed.len());
                     states.push(&mut branch.state);
+                    requests.push(&sequence.request);
                 }
                 if let Decoding::Generate(_) = sequence.decoding {
                     last_rows.push(ids.len() - 1);
@@ -271,7 +274,7 @@ impl Engine {
             }
             histogram!(names::BATCH_TOKENS).record(ids.len() as f64);
             let spans = Spans::new(lengths);
-            let h = on_pool(|| forward.decode(&ids, &spans, &mut states, parts, costs))?;
+            let h = on_pool(|| forward.decode(&ids, &spans, &mut states, parts, &requests, costs))?;
             let start = Instant::now();
             let logits = score::rows_of(&h, &last_rows)?.map(|h| forward.backbone().logits(&h)).transpose()?;
             costs.backbone += start.elapsed();

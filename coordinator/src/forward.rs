@@ -15,7 +15,9 @@ use sida_routing::{Grouping, Routes};
 use sida_telemetry::{Span, TraceContext, counter, histogram, names, spans};
 
 use crate::{
-    dispatch::Dispatch,
+    callers::Callers,
+    dispatch::{Dispatch, LayerRows},
+    request::Request,
     routing_mode::{self, Part},
     statistics::Statistics,
     trace::HashCounts,
@@ -87,12 +89,13 @@ impl Forward {
         &self.backbone
     }
 
-    /// Encoder states (tokens, d_model) of the prompts that `spans` cuts `ids` into.
+    /// Encoder states (tokens, d_model) of the prompts that `spans` cuts `ids` into, one of each of `requests`.
     pub(crate) fn encode(
         &mut self,
         ids: &[u32],
         spans: &Spans,
         parts: &mut [Part],
+        requests: &[&Request],
         costs: &mut Costs,
     ) -> Result<Tensor, ModelError> {
         let start = Instant::now();
@@ -100,7 +103,7 @@ impl Forward {
         let mut h = backbone.embed(Stack::Encoder, ids)?; // (tokens, d_model)
         for layer in backbone.encoder().layers() {
             h = layer.attend(&h, spans)?;
-            h = self.feed_forward(layer.feed_forward(), h, spans, parts, costs)?;
+            h = self.feed_forward(layer.feed_forward(), h, spans, parts, requests, costs)?;
         }
         let states = backbone.encoder().finish(&h)?;
         costs.finish_pass(start);
@@ -108,13 +111,15 @@ impl Forward {
         Ok(states)
     }
 
-    /// Decoder states (tokens, d_model) of the new tokens of each sequence, whose caches are `states`.
+    /// Decoder states (tokens, d_model) of the new tokens of each sequence, whose caches are `states`, and whose
+    /// requests `requests`.
     pub(crate) fn decode(
         &mut self,
         ids: &[u32],
         spans: &Spans,
         states: &mut [&mut DecoderState],
         parts: &mut [Part],
+        requests: &[&Request],
         costs: &mut Costs,
     ) -> Result<Tensor, ModelError> {
         let start = Instant::now();
@@ -122,7 +127,7 @@ impl Forward {
         let mut h = backbone.embed(Stack::Decoder, ids)?; // (tokens, d_model)
         for layer in backbone.decoder().layers() {
             h = layer.attend(&h, states, spans)?;
-            h = self.feed_forward(layer.feed_forward(), h, spans, parts, costs)?;
+            h = self.feed_forward(layer.feed_forward(), h, spans, parts, requests, costs)?;
         }
         for (state, range) in states.iter_mut().zip(spans.ranges()) {
             state.advance(range.len());
@@ -138,11 +143,12 @@ impl Forward {
         h: Tensor,
         spans: &Spans,
         parts: &mut [Part],
+        requests: &[&Request],
         costs: &mut Costs,
     ) -> Result<Tensor, ModelError> {
         match block {
             FeedForward::Dense(dense) => dense.forward(&h),
-            FeedForward::Moe(gate) => self.moe(gate, h, spans, parts, costs),
+            FeedForward::Moe(gate) => self.moe(gate, h, spans, parts, requests, costs),
         }
     }
 
@@ -153,6 +159,7 @@ impl Forward {
         h: Tensor,
         spans: &Spans,
         parts: &mut [Part],
+        requests: &[&Request],
         costs: &mut Costs,
     ) -> Result<Tensor, ModelError> {
         let (kind, num_experts, d_model) = {
@@ -179,11 +186,13 @@ impl Forward {
                 routed[usize::from(group.expert.0)].increment(u64::from(group.rows));
             }
         }
-        let dispatched = tensor_rows::rows(&x, |x| self.dispatch.moe(gate.id(), &grouping, x, trace, &mut out))?;
+        let callers = Callers::new(spans, requests);
+        let dispatched = tensor_rows::rows(&x, |x| {
+            self.dispatch.moe(&LayerRows { layer: gate.id(), grouping: &grouping, x, callers, trace }, &mut out)
+        })?;
         for (rows, error) in &dispatched.failed {
             for &token in &grouping.tokens[rows.clone()] {
-                let part = spans.ranges().position(|range| range.contains(&(token as usize)));
-                if let Some(part) = part {
+                if let Some(part) = spans.holder(token as usize) {
                     parts[part].failure.get_or_insert_with(|| error.clone());
                 }
             }

@@ -224,13 +224,17 @@ impl Lane {
         Ok(call_id)
     }
 
-    /// Gives a call up; its answer, if it comes after all, is dropped. Until the next message the node counts as hung:
-    /// one that is merely late says something within a heartbeat, since it still works on the call.
-    pub(crate) fn give_up(&self, call_id: u64, now: Instant) {
+    /// Gives a call up; its answer, if it comes after all, is dropped. Unless nobody wants it any more, the node counts
+    /// as hung until its next message: one that is merely late says something within a heartbeat, since it still works.
+    pub(crate) fn give_up(&self, call_id: u64, is_wanted: bool, now: Instant) {
         let mut state = self.state.lock();
         if state.take(call_id).is_some() {
-            state.suspect.get_or_insert(now);
-            self.on_breaker(&mut state, now, Breaker::failed);
+            if is_wanted {
+                state.suspect.get_or_insert(now);
+                self.on_breaker(&mut state, now, Breaker::failed);
+            } else {
+                self.on_breaker(&mut state, now, |breaker, _| breaker.abandoned());
+            }
             drop(state);
             self.room.notify_all();
         }

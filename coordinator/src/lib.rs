@@ -5,9 +5,11 @@
 //! (the wire's side), or this process by [`coordinator`]; `accept` checks and tokenizes what was `asked` into a [`request`].
 //! It waits in a `queue`; `prepare` takes a batch, has `predict` (here, or by `remote_predictor`) fill its hash
 //! tables and `preload` hint them. The `engine` lets it join: `forward` runs the layers, [`routing_mode`] chooses
-//! experts, `dispatch` sends rows in `calls` to the `nodes` over `lane`s (`lane_connection`,
-//! `call_deadline`, `call_failure`). A `sequence` goes on from step to step: `sampler`, `detokenize`, `stop_text`, or `score`, or `encoding`; the answer leaves as [`output`]
-//! with its [`trace`], or as a `fault`. Work for several at once has a `batch_span`. Beside that: `probe` (health), `cluster_service`, `unheld` and `statistics`.
+//! experts, `dispatch` sends rows in `calls` to the `nodes` over `lane`s (`lane_connection`, `call_deadline`,
+//! `call_failure`), `share_out` saying whom to ask, `waiting` how long where nobody is left, and `callers` who still
+//! wants an answer. A `sequence` goes on from step to step: `sampler`, `detokenize`, `stop_text`, or `score`, or
+//! `encoding`; the answer leaves as [`output`] with its [`trace`], or as a `fault`. Work for several at once has a
+//! `batch_span`. Beside that: `probe` (health), `cluster_service`, `unheld` and `statistics`.
 //!
 //! Invariant: it does not know expert-nodes but by `sida_cluster::experts` and the wire, and takes no decision
 //! that belongs to `sida_routing`.
@@ -17,6 +19,7 @@ mod asked;
 mod batch_span;
 mod call_deadline;
 mod call_failure;
+mod callers;
 mod calls;
 mod cluster_service;
 pub mod config;
@@ -44,10 +47,12 @@ pub mod routing_mode;
 mod sampler;
 mod score;
 mod sequence;
+mod share_out;
 mod statistics;
 mod stop_text;
 pub mod trace;
 mod unheld;
+mod waiting;
 
 use std::time::Duration;
 

@@ -86,11 +86,15 @@ pub(crate) struct Health {
 }
 
 impl Health {
-    /// Checks at once and then periodically, until `shutdown`; then publishes NOT_SERVING and returns.
-    pub(crate) async fn run(&self, shutdown: &CancellationToken) {
-        // Registered before the first check: a service that is not known yet would be NOT_FOUND.
+    /// Publishes that nothing serves yet. To be called before anybody can ask: a service that is not known would be
+    /// NOT_FOUND, and the node, by the library's default, SERVING.
+    pub(crate) async fn register(&self) {
         self.nothing_serves().await;
         self.publish(LIVENESS, true).await;
+    }
+
+    /// Checks at once and then periodically, until `shutdown`; then publishes NOT_SERVING and returns.
+    pub(crate) async fn run(&self, shutdown: &CancellationToken) {
         let mut serving = vec![None; self.checks.len()];
         let rounds = async {
             loop {

@@ -169,6 +169,7 @@ impl Server {
         let (reporter, health_service) = health_reporter();
         let period = config.health_period;
         let health = Health { reporter, readiness: config.readiness.clone(), checks, is_alive, period };
+        health.register().await;
         let drain = DrainLayer { shutdown: CancellationToken::new(), limit: CancellationToken::new() };
         let routes = with_reflection(routes.add_service(health_service), &descriptors)?;
         let incoming = TcpIncoming::from(listener)
