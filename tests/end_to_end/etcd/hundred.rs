@@ -6,7 +6,7 @@
 use std::time::{Duration, Instant};
 
 use sida_cluster::{Address, Cluster, EtcdConfig, Joining, Member, Role};
-use sida_routing::{Digest, Extent, Placement};
+use sida_routing::{Candidate, Digest, Extent, NodeId, Placement, placement::moves};
 use sida_tests::Etcd;
 use tokio::{task::JoinSet, time::sleep};
 
@@ -15,23 +15,19 @@ const COORDINATORS: usize = 3;
 const EXTENT: Extent = Extent { moe_layers: 12, num_experts: 512, replicas: 2 };
 /// Far more than anything takes.
 const LIMIT: Duration = Duration::from_secs(300);
-/// What is at rest changes nothing for so long.
-const REST: Duration = Duration::from_secs(8);
 
 /// A member. It is gone without a word when it is dropped.
 struct One {
+    name: NodeId,
     cluster: Cluster,
     _following: JoinSet<()>,
 }
 
 /// Joins the cluster at these endpoints, with the lease, the pace and the listings that are the default.
 fn join(endpoints: &str, role: Role, number: usize) -> One {
-    let member = Member {
-        node: format!("{role}-{number}").into(),
-        role,
-        address: Address::Grpc(format!("10.0.0.{number}:50051")),
-        weight: 1.0,
-    };
+    let name = NodeId::from(format!("{role}-{number}"));
+    let member =
+        Member { node: name.clone(), role, address: Address::Grpc(format!("10.0.0.{number}:50051")), weight: 1.0 };
     let joining = Joining { member, model: Digest([7; 32]), extent: EXTENT };
     let config = EtcdConfig::new(vec![endpoints.to_owned()], "default".to_owned());
     let cluster = Cluster::join(config, joining).expect("sound settings");
@@ -44,7 +40,7 @@ fn join(endpoints: &str, role: Role, number: usize) -> One {
             }
         });
     }
-    One { cluster, _following: following }
+    One { name, cluster, _following: following }
 }
 
 /// What etcd has done so far.
@@ -85,23 +81,21 @@ impl Work {
     }
 }
 
-/// Waits until every member knows one placement, on the expert-nodes among them, that stays for a while. Tells since
-/// when it has been so, and its epoch.
-async fn at_rest(members: &[One]) -> (Instant, u64) {
-    let (started, mut since, mut last) = (Instant::now(), Instant::now(), 0);
+/// Waits until every member knows one placement, and it is the one that the expert-nodes among them should have. Tells
+/// its epoch.
+async fn at_rest(members: &[One]) -> u64 {
+    let started = Instant::now();
+    let names = members.iter().skip(COORDINATORS).map(|member| member.name.clone());
+    let candidates: Vec<Candidate> = names.map(|node| Candidate { node, weight: 1.0 }).collect();
+    let target = Placement::compute(0, EXTENT, &candidates).expect("names and weights of ours");
     loop {
         let placements: Vec<_> = members.iter().map(|member| member.cluster.placement_as_written()).collect();
-        let nodes = members[0].cluster.members_of(Role::ExpertNode).len();
         let epoch = placements[0].epoch();
         let is_one = placements.iter().all(|placement| placement.epoch() == epoch);
-        let is_whole =
-            placements[0].nodes().len() == members.len() - COORDINATORS && nodes == placements[0].nodes().len();
-        if !is_one || !is_whole || epoch != last {
-            (since, last) = (Instant::now(), epoch);
-        } else if since.elapsed() > REST {
-            return (since, epoch);
+        if is_one && placements[0].nodes() == target.nodes() && placements[0].same_holders(&target) {
+            return epoch;
         }
-        assert!(started.elapsed() < LIMIT, "not at rest: epoch {epoch} on {nodes} nodes");
+        assert!(started.elapsed() < LIMIT, "not at rest: epoch {epoch} on {} nodes", placements[0].nodes().len());
         sleep(Duration::from_millis(20)).await;
     }
 }
@@ -118,8 +112,8 @@ async fn a_hundred_members_share_an_etcd() {
     let coordinators = (0..COORDINATORS).map(|number| join(&endpoints, Role::Coordinator, number));
     let mut members: Vec<One> = coordinators.collect();
     members.extend((0..NODES).map(|number| join(&endpoints, Role::ExpertNode, number)));
-    let (since, epoch) = at_rest(&members).await;
-    work.tell("start of all", &etcd, since - began, epoch);
+    let epoch = at_rest(&members).await;
+    work.tell("start of all", &etcd, began.elapsed(), epoch);
 
     let work = Work::of(&etcd);
     sleep(Duration::from_secs(30)).await;
@@ -131,14 +125,8 @@ async fn a_hundred_members_share_an_etcd() {
             None => drop(members.pop()),
             Some(number) => members.push(join(&endpoints, Role::ExpertNode, number)),
         }
-        let (since, epoch) = at_rest(&members).await;
-        work.tell(what, &etcd, since - began, epoch - before.epoch());
-        let after = members[0].cluster.placement_as_written();
-        println!("{} copies moved", sida_routing::placement::moves(&before, &after));
-        assert!(every_expert_has_two(&after));
+        let epoch = at_rest(&members).await;
+        work.tell(what, &etcd, began.elapsed(), epoch - before.epoch());
+        println!("{} copies moved", moves(&before, &members[0].cluster.placement_as_written()));
     }
-}
-
-fn every_expert_has_two(placement: &Placement) -> bool {
-    placement.keys().all(|key| placement.holders(key).count() == EXTENT.replicas)
 }
