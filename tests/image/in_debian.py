@@ -24,7 +24,6 @@ import sys
 import time
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
-MIRROR = os.environ.get("SIDA_DEBIAN_MIRROR", "http://deb.debian.org/debian")
 # Of gcr.io/distroless/cc-debian12, as far as a program can see them.
 DISTROLESS = ["base-files", "netbase", "tzdata", "ca-certificates", "libc6", "libssl3", "libgcc-s1", "libgomp1", "libstdc++6"]
 
@@ -74,7 +73,7 @@ class Stage:
 def rust_base(root, mounts, cache):
     """In place of rust:1.95-bookworm."""
     if not (root / "usr/bin/gcc").exists():
-        run("debootstrap", "--variant=minbase", "--include=gcc,g++,libc6-dev,make,pkg-config,ca-certificates", "bookworm", root, MIRROR)
+        run("debootstrap", "--variant=minbase", "--include=gcc,g++,libc6-dev,make,pkg-config,ca-certificates", "bookworm", root)
     toolchain = subprocess.run(["rustc", "--print", "sysroot"], check=True, capture_output=True, text=True).stdout.strip()
     mounts.bind(toolchain, root / "usr/local/toolchain", "ro")
     mounts.bind("/dev", root / "dev")
