@@ -72,10 +72,12 @@ def main():
     parser.add_argument("--sida", default=REPOSITORY / "target/release/sida")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--seconds", type=int, default=4)
+    parser.add_argument("--kinds", default="off,on,all")
     arguments = parser.parse_args()
     collector = Collector()
     on = ["--metrics-listen", "127.0.0.1:PORT", "--log-format", "json", "--otlp-endpoint", f"http://127.0.0.1:{collector.port}"]
     kinds = {"off": ["--metrics-listen", "off"], "on": on, "all": [*on, "--otlp-sampling", "1"]}
+    kinds = {kind: kinds[kind] for kind in arguments.kinds.split(",")}
     with tempfile.TemporaryDirectory() as directory:
         clusters = {kind: Cluster(arguments.sida, pathlib.Path(directory), flags, 21000 + 100 * n) for n, (kind, flags) in enumerate(kinds.items())}
         rates, costs = {kind: [] for kind in kinds}, {kind: [] for kind in kinds}

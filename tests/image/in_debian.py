@@ -1,6 +1,7 @@
 """Executes deploy/Dockerfile without a container engine: the CPU variant's steps, as they are written there, each stage in
 a Debian root of its own, then the image's command as its user on a read-only root. Needs root, debootstrap and a Rust
-toolchain; takes as long as a release build from nothing. Run by `SIDA_IMAGE_TEST=1 bash tests/run.sh`.
+toolchain; takes as long as a release build from nothing. Run by `SIDA_IMAGE_TEST=1 bash tests/run.sh`. SIDA_IMAGE_BINARY
+names a binary to take instead of building one, which leaves the run-time stage to be tested.
 
 What stands in for the base images, since their registries are not asked:
 
@@ -23,7 +24,6 @@ import sys
 import time
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
-MIRROR = os.environ.get("SIDA_DEBIAN_MIRROR", "http://deb.debian.org/debian")
 # Of gcr.io/distroless/cc-debian12, as far as a program can see them.
 DISTROLESS = ["base-files", "netbase", "tzdata", "ca-certificates", "libc6", "libssl3", "libgcc-s1", "libgomp1", "libstdc++6"]
 
@@ -73,7 +73,7 @@ class Stage:
 def rust_base(root, mounts, cache):
     """In place of rust:1.95-bookworm."""
     if not (root / "usr/bin/gcc").exists():
-        run("debootstrap", "--variant=minbase", "--include=gcc,g++,libc6-dev,make,pkg-config,ca-certificates", "bookworm", root, MIRROR)
+        run("debootstrap", "--variant=minbase", "--include=gcc,g++,libc6-dev,make,pkg-config,ca-certificates", "bookworm", root)
     toolchain = subprocess.run(["rustc", "--print", "sysroot"], check=True, capture_output=True, text=True).stdout.strip()
     mounts.bind(toolchain, root / "usr/local/toolchain", "ro")
     mounts.bind("/dev", root / "dev")
@@ -126,6 +126,10 @@ def copy(stage, stages, rest):
 
 def step(stage, rest, mounts, cache):
     """RUN, with its cache mounts."""
+    if (binary := os.environ.get("SIDA_IMAGE_BINARY")) and "cargo build" in rest:
+        # Only the run-time stage is wanted: the program is one that was built elsewhere.
+        rest = "mkdir -p target/release && cp /binary target/release/sida && " + rest[rest.index("install -D"):]
+        shutil.copy(binary, stage.root / "binary")
     before = len(mounts.points)
     while rest.startswith("--mount="):
         mount, rest = rest.split(maxsplit=1)
@@ -177,7 +181,8 @@ def build(mounts, cache):
 
 def container(image, root, *arguments, **more):
     """The image's command, as its user, on its read-only root."""
-    command = ["chroot", f"--userspec={image.user}", "--groups=", root, *image.entrypoint, *arguments]
+    # Found by its whole name: the image sets no PATH.
+    command = [shutil.which("chroot"), f"--userspec={image.user}", "--groups=", root, *image.entrypoint, *arguments]
     return subprocess.Popen(list(map(str, command)), env=image.environment, text=True, **more)
 
 

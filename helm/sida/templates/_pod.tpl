@@ -88,6 +88,10 @@ spec:
         {{- end }}
         {{- if $v.etcd.tls.existingSecret }}
         - --etcd-ca=/etc/sida/etcd/ca.crt
+        {{- if $v.etcd.tls.mutual }}
+        - --etcd-cert=/etc/sida/etcd/tls.crt
+        - --etcd-key=/etc/sida/etcd/tls.key
+        {{- end }}
         {{- end }}
         {{- if $v.etcd.auth.user }}
         - --etcd-user={{ $v.etcd.auth.user }}
