@@ -159,7 +159,8 @@ async fn requests_of_one_batch_are_linked() {
     for request in spans.iter().filter(|span| is_request(span)) {
         let steps: Vec<_> = spans.iter().filter(|span| span.parent == request.id).collect();
         let share = Trace::share(request, steps.iter().copied());
-        assert!(share >= 0.95, "{share} of {request:?} is explained");
+        // Less than of a request alone: the prompts of those who join it are no work of its own.
+        assert!(share >= 0.9, "{share} of {request:?} is explained");
         for step in steps.iter().filter(|step| step.name == "decode" && !step.links.is_empty()) {
             shared += 1;
             for link in &step.links {
