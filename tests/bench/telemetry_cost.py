@@ -4,7 +4,7 @@ else the machine does disturbs less.
 
     target/chart-tools/bin/python tests/bench/telemetry_cost.py --sida target/release/sida
 
-"On" is what the chart sets: metrics served and scraped once a second, JSON logs, OTLP to a collector at the default
+"On" is what the chart sets: metrics served and scraped, JSON logs, OTLP to a collector at the default
 sampling. "Off" has none. "All" records every request."""
 
 import argparse
@@ -22,6 +22,8 @@ import urllib.request
 import grpc
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+# The chart's PodMonitor does so.
+SCRAPE_SECONDS = 15
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -83,24 +85,23 @@ def main():
         rates, costs = {kind: [] for kind in kinds}, {kind: [] for kind in kinds}
 
         def measure(kind, seconds):
-            cluster, stop = clusters[kind], threading.Event()
-
-            def scraping():
-                while not stop.wait(1):
-                    cluster.scrape()
-
-            scraper = threading.Thread(target=scraping)
-            scraper.start()
+            cluster = clusters[kind]
             before = cluster.cpu_seconds()
             output = subprocess.run(
                 [arguments.sida, "bench", "--endpoint", cluster.endpoint, "--file", REPOSITORY / "tests/data/sentences.txt", "--max-tokens", "16", "--ignore-eos",
                  "--concurrency", "4", "--warmup", "8", "--duration", f"{seconds}s", "--json"],
                 check=True, capture_output=True, text=True).stdout
-            stop.set()
-            scraper.join()
             found = json.loads(output)
             return found["requests_per_s"], (cluster.cpu_seconds() - before) / (found["requests"] + 8)
 
+        stop = threading.Event()
+
+        def scraping():
+            while not stop.wait(SCRAPE_SECONDS):
+                for cluster in clusters.values():
+                    cluster.scrape()
+
+        threading.Thread(target=scraping, daemon=True).start()
         try:
             for kind in kinds:
                 measure(kind, 2)
@@ -110,9 +111,11 @@ def main():
                     rates[kind].append(rate)
                     costs[kind].append(cost)
         finally:
+            stop.set()
             for cluster in clusters.values():
                 for process in cluster.processes:
                     process.terminate()
+    collector.server.stop(None).wait()
     for kind in kinds:
         ratios = [with_it / without for with_it, without in zip(rates[kind], rates["off"])]
         cpu = [with_it / without for with_it, without in zip(costs[kind], costs["off"])]
