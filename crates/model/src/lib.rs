@@ -11,6 +11,7 @@
 //! The backbone: [`spans`], [`position_bias`], [`kv_cache`], `attention`, [`router`], [`feed_forward`],
 //! [`encoder`], [`decoder`], `loader`, [`backbone`]. Experts: [`expert`], [`expert_store`].
 //! All of it at once: [`reference`](mod@reference). What will be routed where: [`predictor`].
+//! All of it on a GPU (feature `cuda`): [`cuda`].
 //! Making checkpoints: [`convert`], [`synth`], `fresh_directory`, `shards`.
 
 mod attention;
@@ -20,6 +21,8 @@ pub mod checkpoint;
 pub mod config;
 pub mod convert;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod decoder;
 pub mod dtype;
 pub mod elementwise;

@@ -1,0 +1,27 @@
+//! Models on NVIDIA GPUs: the whole forward on the device, experts in a slab within a budget, what is planned uploaded
+//! while it computes. Used by the coordinator where it is given a device, and by `sida bench --gpu`.
+//!
+//! Nothing of CUDA is needed to build this. The driver and the kernel compiler are loaded when a [`Gpu`] is opened;
+//! where they are missing that is an error like any other.
+//!
+//! Invariant: as on the CPU, a row's bits depend on nothing but the row and its sequence (see `kernels/numbers.cu`).
+//!
+//! In reading order: [`error`], [`device`] (context, streams, memory), [`kernels`] (compiled at the start; the sources
+//! under `kernels/`: numbers, rows, product and its three ways, routing, attention) and their `arguments`, `weights`,
+//! `scratch`, `pass` (the forward), `host_tier` and `experts` (who is on the device), [`model`].
+
+mod arguments;
+pub mod device;
+pub mod error;
+mod experts;
+mod host_tier;
+pub mod kernels;
+pub mod model;
+mod pass;
+mod scratch;
+mod weights;
+
+pub use device::{DeviceName, DeviceNameError, Gpu, GpuDescription};
+pub use error::CudaError;
+pub use kernels::Precision;
+pub use model::{DeviceModel, DeviceOptions, DeviceSequence, Passed};
