@@ -8,7 +8,7 @@
 //!
 //! In reading order: [`error`], [`device`] (context, streams, memory), [`kernels`] (compiled at the start; the sources
 //! under `kernels/`: numbers, rows, product and its three ways, routing, attention) and their `arguments`, `weights`,
-//! `scratch`, `pass` (the forward), `host_tier` and `experts` (who is on the device), [`model`].
+//! `scratch`, `pass` (the forward), `host_tier` and `experts` (who is on the device), [`model`], [`timing`].
 
 mod arguments;
 pub mod device;
@@ -19,9 +19,11 @@ pub mod kernels;
 pub mod model;
 mod pass;
 mod scratch;
+pub mod timing;
 mod weights;
 
 pub use device::{DeviceName, DeviceNameError, Gpu, GpuDescription};
 pub use error::CudaError;
 pub use kernels::Precision;
 pub use model::{DeviceModel, DeviceOptions, DeviceSequence, Passed};
+pub use timing::{Ceilings, KernelTiming};

@@ -84,14 +84,14 @@ impl DeviceSequence {
 /// See the file's head.
 #[derive(Debug)]
 pub struct DeviceModel {
-    gpu: Gpu,
-    config: ModelConfig,
-    options: DeviceOptions,
-    kernels: Kernels,
-    backbone: DeviceBackbone,
-    scratch: Scratch,
+    pub(super) gpu: Gpu,
+    pub(super) config: ModelConfig,
+    pub(super) options: DeviceOptions,
+    pub(super) kernels: Kernels,
+    pub(super) backbone: DeviceBackbone,
+    pub(super) scratch: Scratch,
     host: HostTier,
-    experts: Experts,
+    pub(super) experts: Experts,
     graphs: HashMap<(Stack, BatchShape), Recorded>,
     /// The plan of the next pass.
     current: Option<PlanId>,
@@ -442,7 +442,7 @@ impl DeviceModel {
         }
     }
 
-    fn machine(&self) -> Machine<'_> {
+    pub(super) fn machine(&self) -> Machine<'_> {
         Machine {
             gpu: &self.gpu,
             kernels: &self.kernels,

@@ -246,7 +246,7 @@ impl<'m> Pass<'m> {
 
     /// Where each row of x goes: chosen, grouped, and noted in the guard if it is nowhere.
     fn route(&self, router: &Matrix, slots: u64) -> Result<Route, CudaError> {
-        let Machine { gpu, kernels, scratch, config, .. } = self.machine;
+        let Machine { gpu, kernels, scratch, .. } = self.machine;
         let rows = self.shape.rows;
         let logits = Product {
             x: scratch.x.address(),
@@ -260,8 +260,22 @@ impl<'m> Pass<'m> {
             ..Product::default()
         };
         gpu.launch(&kernels.router_logits, (router.outputs.div_ceil(16), rows.div_ceil(8), 1), 128, &logits)?;
+        let route = self.route_of(slots);
+        if rows <= FUSED_ROUTE_ROWS_MAX {
+            gpu.launch(&kernels.choose_and_group, (1, 1, 1), 1024, &route)?;
+        } else {
+            gpu.launch(&kernels.choose_experts, (rows.div_ceil(4), 1, 1), 128, &route)?;
+            gpu.launch(&kernels.group_rows, (1, 1, 1), 1024, &route)?;
+        }
+        Ok(route)
+    }
+
+    /// What choosing and grouping the rows of the next MoE layer takes.
+    pub(super) fn route_of(&self, slots: u64) -> Route {
+        let Machine { kernels, scratch, config, .. } = self.machine;
+        let rows = self.shape.rows;
         let has_many = kernels.many.is_some();
-        let route = Route {
+        Route {
             logits: scratch.router_logits.address(),
             chosen: scratch.chosen(self.layers, rows),
             alpha: scratch.alpha.address(),
@@ -277,18 +291,11 @@ impl<'m> Pass<'m> {
             few_rows: if has_many { FEW_GROUP_ROWS_MAX as i32 } else { i32::MAX },
             few_tile: kernels.few.tile.1 as i32,
             many_tile: kernels.many.as_ref().map_or(1, |many| many.tile.1 as i32),
-        };
-        if rows <= FUSED_ROUTE_ROWS_MAX {
-            gpu.launch(&kernels.choose_and_group, (1, 1, 1), 1024, &route)?;
-        } else {
-            gpu.launch(&kernels.choose_experts, (rows.div_ceil(4), 1, 1), 128, &route)?;
-            gpu.launch(&kernels.group_rows, (1, 1, 1), 1024, &route)?;
         }
-        Ok(route)
     }
 
     /// h += alpha * relu(x Wi^T) Wo^T by each row's expert: groups with few rows, then those with many.
-    fn experts(&self, route: &Route) -> Result<(), CudaError> {
+    pub(super) fn experts(&self, route: &Route) -> Result<(), CudaError> {
         let kernels = self.machine.kernels;
         let (rows, experts) = (self.shape.rows, self.machine.config.num_experts);
         let groups = rows.min(experts);
