@@ -93,7 +93,7 @@ impl CoordinatorConfig {
             predictor,
             limits: Limits { tokens_max: 8192, sequences_max: 256, queue_max: 1024 },
             request_limits: RequestLimits::default(),
-            preload_depth: 3,
+            preload_depth: 1,
             enforce_capacity: false,
             expert_call_timeout: Duration::from_secs(30),
             lane_inflight_bytes_max: 64 << 20,

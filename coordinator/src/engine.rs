@@ -90,8 +90,7 @@ impl Engine {
         let now = Instant::now();
         let mut requests = Vec::with_capacity(joining.len());
         let mut parts = Vec::with_capacity(joining.len());
-        // Held until the prompts are encoded.
-        let mut hints = Vec::with_capacity(joining.len());
+        let mut announced = Vec::with_capacity(joining.len());
         for Prepared { request, table, hint, predict } in joining {
             if let Some(reason) = request.over(now) {
                 request.fail(reason);
@@ -103,18 +102,20 @@ impl Engine {
             histogram!(names::QUEUE_DURATION_SECONDS).record(trace.timings.queue);
             parts.push(self.part(&request, table, 0));
             requests.push((request, trace));
-            hints.push(hint);
+            announced.push(hint);
         }
         if requests.is_empty() {
             return;
         }
+        let hint = self.preload.begin(parts.iter().filter_map(|part| part.table.as_ref()));
+        drop(announced);
         let spans = Spans::new(requests.iter().map(|(request, _)| request.tokens.len()));
         let ids: Vec<u32> = requests.iter().flat_map(|(request, _)| request.tokens.iter().copied()).collect();
         histogram!(names::BATCH_TOKENS).record(ids.len() as f64);
         let mut costs = Costs::default();
         let forward = &mut self.forward;
         let outcome = guarded(|| Ok(on_pool(|| forward.encode(&ids, &spans, &mut parts, &mut costs))?));
-        drop(hints);
+        drop(hint);
         costs.record();
         let states = match outcome {
             Ok(states) => states,
@@ -182,7 +183,8 @@ impl Engine {
             return;
         }
         let mut parts = self.predict_step();
-        let _hint = self.preload.hint(parts.iter().filter_map(|part| part.table.as_ref()));
+        self.preload.note_demand(parts.iter().filter_map(|part| part.table.as_ref()));
+        let _hint = self.preload.begin(parts.iter().filter_map(|part| part.table.as_ref()));
         let mut costs = Costs::default();
         let outcome = self.decode(&mut parts, &mut costs);
         costs.record();

@@ -42,15 +42,30 @@ impl Preload {
         Self { nodes, cluster, depth, next_id: AtomicU64::new(1) }
     }
 
-    /// Tells every node which of its experts the tokens of `tables` will use.
-    pub(crate) fn hint<'a>(&self, tables: impl IntoIterator<Item = &'a HashTable>) -> Hint {
-        let id = PlanId(self.next_id.fetch_add(1, Ordering::Relaxed));
+    /// Tells every node which of its experts the tokens of `tables` will use when their batch begins.
+    pub(crate) fn announce<'a>(&self, tables: impl IntoIterator<Item = &'a HashTable>) -> Hint {
         let tables: Vec<&HashTable> = tables.into_iter().collect();
         self.cluster.note_demand(tables.iter().copied());
+        self.hint(&tables, false)
+    }
+
+    /// Tells every node which of its experts the batch of `tables` uses, which begins now. It takes the place of what
+    /// was announced of its parts: only together do they say in which order the experts are used.
+    pub(crate) fn begin<'a>(&self, tables: impl IntoIterator<Item = &'a HashTable>) -> Hint {
+        self.hint(&tables.into_iter().collect::<Vec<_>>(), true)
+    }
+
+    /// Counts towards the demand for experts what was never announced.
+    pub(crate) fn note_demand<'a>(&self, tables: impl IntoIterator<Item = &'a HashTable>) {
+        self.cluster.note_demand(tables);
+    }
+
+    fn hint(&self, tables: &[&HashTable], begins: bool) -> Hint {
+        let id = PlanId(self.next_id.fetch_add(1, Ordering::Relaxed));
         if tables.is_empty() || self.depth == 0 {
             return Hint { id, links: Vec::new() };
         }
-        let plan = Plan::from_tables(id, &tables, self.depth);
+        let plan = Plan::from_tables(id, tables, self.depth);
         let roster = self.nodes.roster();
         let now = Instant::now();
         let mut shares: Vec<Vec<ExpertKey>> = vec![Vec::new(); roster.links.len()];
@@ -61,7 +76,7 @@ impl Preload {
         }
         let mut links = Vec::new();
         for (link, experts) in roster.links.iter().zip(shares).filter(|(_, experts)| !experts.is_empty()) {
-            link.plan(Plan { id, experts }, roster.placement.epoch());
+            link.plan(Plan { id, experts, begins }, roster.placement.epoch());
             links.push(link.clone());
         }
         Hint { id, links }

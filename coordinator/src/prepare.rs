@@ -27,7 +27,7 @@ pub(crate) struct Prepared {
     pub(crate) request: Request,
     /// The encoder's; `None` runs unpredicted.
     pub(crate) table: Option<HashTable>,
-    /// Taken back when the last request of its batch has been encoded.
+    /// Taken back when the last request that it was announced with joins a batch.
     pub(crate) hint: Arc<Hint>,
     /// What the prediction took, for its whole batch.
     pub(crate) predict: Duration,
@@ -69,7 +69,7 @@ impl Prepare {
         let tables = self.predict.encode(&sequences);
         let predict = start.elapsed();
         histogram!(names::PHASE_DURATION_SECONDS, names::PHASE => "predict").record(predict);
-        let hint = Arc::new(self.preload.hint(tables.iter().flatten()));
+        let hint = Arc::new(self.preload.announce(tables.iter().flatten()));
         let together = |(request, table)| Prepared { request, table, hint: hint.clone(), predict };
         batch.into_iter().zip(tables).map(together).collect()
     }

@@ -104,7 +104,7 @@ fn whole_plan(id: u64) -> Plan {
     let layers = (0..LAYERS).map(LayerId);
     let experts =
         layers.flat_map(|layer| (0..EXPERTS).map(move |e| ExpertKey { layer, expert: ExpertId(e) })).collect();
-    Plan { id: PlanId(id), experts }
+    Plan { id: PlanId(id), experts, begins: false }
 }
 
 /// One expert, without a node.

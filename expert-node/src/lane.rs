@@ -157,10 +157,12 @@ impl Lane {
             }
         };
         self.release(lane_id);
-        if self.plans.len() >= self.lanes.limits.plans_max
-            && let Some((_, oldest)) = self.plans.pop_first()
-        {
-            self.lanes.engine.release(oldest);
+        if self.plans.len() >= self.lanes.limits.plans_max {
+            // What is used last is given up: this plan, or another if its batch begins.
+            if !plan.begins {
+                return tracing::debug!(node = %self.lanes.engine.node(), plan = lane_id, "more plans than are kept");
+            }
+            self.plans.pop_last().into_iter().for_each(|(_, last)| self.lanes.engine.release(last));
         }
         plan.id = PlanId(NEXT_PLAN.fetch_add(1, Ordering::Relaxed));
         self.plans.insert(lane_id, plan.id);

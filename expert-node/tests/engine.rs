@@ -30,7 +30,7 @@ fn random_plan(seed: &mut u64, id: u64) -> Plan {
             experts.push(key);
         }
     }
-    Plan { id: PlanId(id), experts }
+    Plan { id: PlanId(id), experts, begins: id.is_multiple_of(2) }
 }
 
 fn bits(values: &[f32]) -> Vec<u32> {
@@ -129,7 +129,7 @@ fn what_is_planned_is_there_before_it_is_called() {
     // Broken: hints cost loads and save none.
     let source = MadeUp::new();
     let engine = engine(&source, 8, 1).unwrap();
-    engine.plan(Plan { id: PlanId(1), experts: (0..6).map(|expert| key(0, expert)).collect() });
+    engine.plan(Plan { id: PlanId(1), experts: (0..6).map(|expert| key(0, expert)).collect(), begins: false });
     let start = Instant::now();
     while engine.residency().prefetch_loads < 6 {
         assert!(start.elapsed() < Duration::from_secs(10), "{:?}", engine.residency());
@@ -155,7 +155,7 @@ fn a_load_that_fails_costs_its_call_only() {
     let good = ExpertCall { layer: LayerId(1), ..bad };
     let mut out = vec![0.0; activations.len()];
     for _ in 0..5 {
-        engine.plan(Plan { id: PlanId(1), experts: vec![damaged, key(1, 0)] });
+        engine.plan(Plan { id: PlanId(1), experts: vec![damaged, key(1, 0)], begins: false });
         let error = engine.compute(bad, &mut out).unwrap_err();
         assert!(matches!(error, CallError::Load { key, .. } if key == damaged), "{error}");
         engine.compute(good, &mut out).unwrap();

@@ -205,7 +205,13 @@ async fn a_malformed_call_fails_alone() {
         assert_eq!((error.code, &*error.reason), (Code::InvalidArgument as i32, Reason::MalformedMessage.name()));
     }
     // Hints that are wrong are dropped; a request of a kind of a later version is skipped.
-    lane.send(Kind::Plan(v1::Plan { plan_id: 1, layers: vec![0, 99], experts: vec![0, 0], placement_epoch: 0 }));
+    lane.send(Kind::Plan(v1::Plan {
+        plan_id: 1,
+        layers: vec![0, 99],
+        experts: vec![0, 0],
+        placement_epoch: 0,
+        begins: false,
+    }));
     lane.send(Kind::Release(v1::Release { plan_id: 77 }));
     lane.requests.send(LaneRequest { kind: None }).unwrap();
     lane.call(9, &good);
@@ -249,7 +255,7 @@ async fn plans_of_a_lane_prefetch_and_end_with_it() {
     let node = Node::start(|_| {}).await;
     let lane = node.lane().await;
     let experts: Vec<ExpertKey> = (0..5).map(|e| ExpertKey { layer: LayerId(1), expert: ExpertId(e) }).collect();
-    lane.send(Kind::Plan(v1::Plan::from(&Plan { id: PlanId(1), experts })));
+    lane.send(Kind::Plan(v1::Plan::from(&Plan { id: PlanId(1), experts, begins: false })));
     let residency = async {
         loop {
             let residency = node.residency().await;
@@ -333,7 +339,7 @@ async fn a_call_of_an_older_placement_is_refused() {
     }
     // A hint of an older one is not followed.
     let experts = vec![ExpertKey { layer: LayerId(1), expert: ExpertId(3) }];
-    let plan = v1::Plan::from(&Plan { id: PlanId(1), experts });
+    let plan = v1::Plan::from(&Plan { id: PlanId(1), experts, begins: false });
     lane.send(Kind::Plan(v1::Plan { placement_epoch: 4, ..plan }));
     lane.call(9, &call);
     lane.answer().await;

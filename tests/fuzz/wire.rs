@@ -84,7 +84,7 @@ fn results() {
 /// A hint could end an expert-node.
 #[test]
 fn plan() {
-    let plan = Plan { id: PlanId(3), experts: vec![key(0, 1), key(0, 63), key(5, 2)] };
+    let plan = Plan { id: PlanId(3), experts: vec![key(0, 1), key(0, 63), key(5, 2)], begins: true };
     fuzz!([v1::Plan::from(&plan).encode_to_vec()], |bytes| {
         let Ok(plan) = decode::plan(bytes, &BOUNDS) else { return false };
         let exists = |key: &ExpertKey| {
@@ -147,7 +147,7 @@ fn placement() {
 #[test]
 fn lane_frames() {
     let groups = [Group { expert: ExpertId(3), rows: 2 }];
-    let plan = Plan { id: PlanId(3), experts: vec![key(0, 1)] };
+    let plan = Plan { id: PlanId(3), experts: vec![key(0, 1)], begins: false };
     let kinds = [
         v1::lane_request::Kind::Plan((&plan).into()),
         v1::lane_request::Kind::Activations(v1::Activations::new(7, LayerId(5), &groups, &[0.5; 8])),

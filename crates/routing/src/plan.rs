@@ -17,6 +17,8 @@ pub struct Plan {
     /// In order of use; the experts of a layer are those with most rows first.
     /// Invariant: no key appears twice.
     pub experts: Vec<ExpertKey>,
+    /// Whether its batch begins now: it is used before every plan that waits.
+    pub begins: bool,
 }
 
 /// How much the tokens of a layer want one expert.
@@ -49,7 +51,7 @@ impl Plan {
             wanted.sort_by_key(|&e| (wants[usize::from(e)].rank, Reverse(wants[usize::from(e)].rows)));
             experts.extend(wanted.into_iter().map(|expert| ExpertKey { layer, expert: ExpertId(expert) }));
         }
-        Self { id, experts }
+        Self { id, experts, begins: false }
     }
 }
 

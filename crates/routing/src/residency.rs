@@ -2,7 +2,7 @@
 //! no loading; it says what to load into which slot and who leaves, and is told what came of it.
 //!
 //! SiDA knows the future: the hash tables of the queued batches say which experts come next. So the machine
-//! evicts, in this order, what is empty, what no plan names (longest unused first), and what is planned
+//! evicts, in this order, what is empty, what no plan names (least worth first, see `worth`), and what is planned
 //! (farthest next use first, as in Belady's rule); never what is in use or loading. A prefetch takes the
 //! nearest planned expert that is missing, and only if what it evicts is wanted later than itself. Where plans
 //! name more than fits, even that is too eager: whatever the next layer is given early is taken from a later one,
@@ -22,6 +22,7 @@ mod eviction;
 mod grants;
 mod placed;
 mod plan_queue;
+mod worth;
 
 use eviction::{EvictionOrder, Rank};
 pub use grants::{
@@ -29,6 +30,7 @@ pub use grants::{
 };
 pub use placed::Placed;
 use plan_queue::PlanQueue;
+use worth::Worth;
 
 use crate::{ExpertId, ExpertKey, LayerId, Plan, PlanId};
 
@@ -68,8 +70,6 @@ struct Slot {
     /// Calls that use it or wait for its load.
     /// Invariant: 0 while it holds nothing.
     pins: u32,
-    /// The tick of its last use.
-    used_at: u64,
     /// Whether it was prefetched for a use that neither came nor was given up since.
     ahead: bool,
     /// Names the load that filled it, so that a ticket is never taken for that of a later load.
@@ -92,8 +92,7 @@ pub struct Residency {
     plans: PlanQueue,
     /// Invariant: every slot's rank is that of [`Residency::rank`].
     order: EvictionOrder,
-    /// Counts uses; what is used later has the larger number.
-    tick: u64,
+    worth: Worth,
     loads: u64,
     /// Calls that wait for a slot. No prefetch starts while there are any.
     waiting: usize,
@@ -107,7 +106,7 @@ impl Residency {
     /// Nothing resident, nothing planned.
     pub fn new(config: ResidencyConfig) -> Self {
         let keys = config.layers * config.num_experts;
-        let empty = Slot { holding: Holding::Nothing, pins: 0, used_at: 0, ahead: false, load: 0 };
+        let empty = Slot { holding: Holding::Nothing, pins: 0, ahead: false, load: 0 };
         Self {
             config,
             slots: vec![empty; config.slots],
@@ -117,7 +116,7 @@ impl Residency {
             calls: 0,
             plans: PlanQueue::new(keys, config.plans_max),
             order: EvictionOrder::new(config.slots),
-            tick: 0,
+            worth: Worth::new(keys, config.slots),
             loads: 0,
             waiting: 0,
             resident: 0,
@@ -126,8 +125,8 @@ impl Residency {
         }
     }
 
-    /// Queues a plan behind those there are. A plan of the same name is replaced; beyond the limit of
-    /// plans the oldest is dropped. A plan with an error changes nothing.
+    /// Queues a plan: before all others if its batch begins, else behind them. A plan of the same name is replaced;
+    /// beyond the limit of plans the last is dropped. A plan with an error changes nothing.
     pub fn plan(&mut self, plan: &Plan) -> Result<(), ResidencyError> {
         let keys = self.indices(plan.experts.iter().copied())?;
         for &key in &keys {
@@ -138,7 +137,8 @@ impl Residency {
         let experts = plan.experts.iter().map(|key| key.layer).zip(keys).collect();
         let (slots, slot_of) = (&self.slots, &self.slot_of);
         let mut moved = Vec::new();
-        self.plans.push(plan.id, experts, |key| collect_movable(slots, slot_of, key, &mut moved));
+        let changed = |key| collect_movable(slots, slot_of, key, &mut moved);
+        self.plans.push(plan.id, experts, plan.begins, changed);
         self.reconsider(&moved);
         Ok(())
     }
@@ -179,6 +179,7 @@ impl Residency {
         pending.wanted.retain(|&(group, index)| {
             let Some(slot) = self.slot_of[index] else { return true };
             let access = self.pin(slot);
+            self.worth.used(index);
             grants.push(Grant { group, key: self.key(layer, index), slot, access });
             false
         });
@@ -187,6 +188,7 @@ impl Residency {
             let Some((slot, _)) = self.order.first() else { break };
             let (group, index) = pending.wanted[granted];
             let evicted = self.start_load(index, slot, LoadKind::Demand);
+            self.worth.used(index);
             self.slots[slot.index()].pins = 1;
             grants.push(Grant { group, key: self.key(layer, index), slot, access: Access::Load { evicted } });
             granted += 1;
@@ -317,12 +319,10 @@ impl Residency {
 
     /// Pins a slot that holds or loads what a call wants.
     fn pin(&mut self, slot: SlotId) -> Access {
-        self.tick += 1;
         self.settle(slot);
         self.order.set(slot, Rank::HELD);
         let held = &mut self.slots[slot.index()];
         held.pins += 1;
-        held.used_at = self.tick;
         match held.holding {
             Holding::Loading { .. } => Access::Await(Ticket { slot, load: held.load }),
             _ => Access::Resident,
@@ -344,10 +344,9 @@ impl Residency {
             Holding::Loading { .. } => panic!("slot {slot} is loading and was taken for another load"),
         };
         self.settle(slot);
-        self.tick += 1;
         self.loads += 1;
         let holding = Holding::Loading { key: index, kind };
-        self.slots[slot.index()] = Slot { holding, pins: 0, used_at: self.tick, ahead: false, load: self.loads };
+        self.slots[slot.index()] = Slot { holding, pins: 0, ahead: false, load: self.loads };
         self.slot_of[index] = Some(slot);
         self.order.set(slot, Rank::HELD);
         evicted
@@ -360,7 +359,7 @@ impl Residency {
             Holding::Nothing => Rank::EMPTY,
             Holding::Resident { key } if state.pins == 0 => match self.plans.next_use(key) {
                 Some(at) => Rank::planned(at),
-                None => Rank::unplanned(state.used_at),
+                None => Rank::unplanned(self.worth.of(key)),
             },
             _ => Rank::HELD,
         };

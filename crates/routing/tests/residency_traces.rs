@@ -37,8 +37,9 @@ impl Story {
                 };
                 *self = Self { machine: Residency::new(config), calls: BTreeMap::new() };
             }
-            ["plan", id, ref experts @ ..] => {
-                let plan = Plan { id: PlanId(number(id)), experts: experts.iter().map(|e| key(e)).collect() };
+            ["plan" | "begin", id, ref experts @ ..] => {
+                let (id, begins) = (PlanId(number(id)), words[0] == "begin");
+                let plan = Plan { id, experts: experts.iter().map(|e| key(e)).collect(), begins };
                 match self.machine.plan(&plan) {
                     Ok(()) => writeln!(out, "{} queued", self.machine.plans()).unwrap(),
                     Err(error) => writeln!(out, "{error}").unwrap(),

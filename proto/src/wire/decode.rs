@@ -101,7 +101,7 @@ mod tests {
             let bytes = v1::HashTable::from(&table).encode_to_vec();
             prop_assert_eq!(hash_table(&bytes, &BOUNDS).unwrap(), table);
 
-            let hint = Plan { id: PlanId(3), experts: keys.iter().rev().copied().collect() };
+            let hint = Plan { id: PlanId(3), experts: keys.iter().rev().copied().collect(), begins: true };
             prop_assert_eq!(plan(&v1::Plan::from(&hint).encode_to_vec(), &BOUNDS).unwrap(), hint);
 
             let (groups, values) = call;
@@ -155,7 +155,7 @@ mod tests {
             let table = v1::HashTable { first_layer, layers, tokens, top_k, ..Default::default() };
             prop_assert!(table.check(&BOUNDS).is_err());
             let layers = vec![layer; experts.len()];
-            let hint = v1::Plan { plan_id: 1, layers, experts: experts.clone(), placement_epoch: 0 };
+            let hint = v1::Plan { plan_id: 1, layers, experts: experts.clone(), placement_epoch: 0, begins: false };
             let wrong = experts.iter().any(|&expert| expert >= 64 || layer >= 6);
             prop_assert_eq!(hint.check(&BOUNDS).is_err(), wrong);
         }

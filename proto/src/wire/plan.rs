@@ -21,7 +21,7 @@ impl v1::Plan {
                 experts.push(key);
             }
         }
-        Ok(Plan { id: PlanId(self.plan_id), experts })
+        Ok(Plan { id: PlanId(self.plan_id), experts, begins: self.begins })
     }
 }
 
@@ -32,6 +32,7 @@ impl From<&Plan> for v1::Plan {
             layers: plan.experts.iter().map(|key| key.layer.0.into()).collect(),
             experts: plan.experts.iter().map(|key| key.expert.0.into()).collect(),
             placement_epoch: 0,
+            begins: plan.begins,
         }
     }
 }

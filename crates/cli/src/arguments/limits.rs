@@ -26,7 +26,7 @@ pub(crate) struct LimitArguments {
     #[arg(long, value_name = "N", default_value_t = 1024)]
     answer_tokens_max: usize,
     /// Predicted experts per token and layer that are loaded ahead; 0: none
-    #[arg(long, value_name = "K", default_value_t = 3)]
+    #[arg(long, value_name = "K", default_value_t = 1)]
     preload_depth: usize,
     /// Drop tokens beyond an expert's capacity, per sequence, as transformers does
     #[arg(long)]

@@ -6,11 +6,11 @@ use super::SlotId;
 
 /// How readily a slot is given up.
 ///
-/// `HELD` < planned (the farther its next use, the larger) < unplanned (the longer unused, the larger) < `EMPTY`.
+/// `HELD` < planned (the farther its next use, the larger) < unplanned (the less worth, the larger) < `EMPTY`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Rank(u64);
 
-/// Positions of use and ticks of recency stay below this: at one per nanosecond for 146 years.
+/// Positions of use and what experts are worth stay below this: at a billion uses per second for decades.
 const TIME_MAX: u64 = 1 << 62;
 
 impl Rank {
@@ -30,10 +30,10 @@ impl Rank {
         self != Self::HELD && self < Self::unplanned(TIME_MAX - 1)
     }
 
-    /// In no plan, last used at this tick.
-    pub(super) fn unplanned(used_at: u64) -> Self {
-        debug_assert!(used_at < TIME_MAX);
-        Self(2 * TIME_MAX + (TIME_MAX - used_at))
+    /// In no plan, and worth so much.
+    pub(super) fn unplanned(worth: u64) -> Self {
+        debug_assert!(worth < TIME_MAX);
+        Self(2 * TIME_MAX + (TIME_MAX - worth))
     }
 }
 
@@ -53,6 +53,11 @@ impl EvictionOrder {
         let mut order = Self { ranks: vec![Rank::HELD; 2 * leaves], leaves };
         (0..slots).for_each(|slot| order.set(SlotId(slot as u32), Rank::EMPTY));
         order
+    }
+
+    /// How readily this slot is given up.
+    pub(super) fn rank(&self, slot: SlotId) -> Rank {
+        self.ranks[self.leaves + slot.index()]
     }
 
     pub(super) fn set(&mut self, slot: SlotId, rank: Rank) {

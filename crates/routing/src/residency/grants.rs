@@ -32,7 +32,7 @@ pub struct ResidencyConfig {
     pub layers: usize,
     /// Experts per layer.
     pub num_experts: usize,
-    /// Plans queued at most; beyond it the oldest is dropped.
+    /// Plans queued at most; beyond it the last is dropped.
     pub plans_max: usize,
 }
 

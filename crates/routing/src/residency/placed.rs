@@ -47,7 +47,7 @@ impl Residency {
             state.pins == 0 && self.plans.next_use(key).is_none() && placed.binary_search(&self.key_of(key)).is_err()
         };
         let slots = (0..self.slots.len() as u32).map(SlotId);
-        slots.filter(stray).min_by_key(|slot| self.slots[slot.index()].used_at)
+        slots.filter(stray).max_by_key(|&slot| self.order.rank(slot))
     }
 }
 
@@ -89,7 +89,7 @@ mod tests {
         // Broken: a placement would throw out what the next batch needs.
         let mut residency = residency(3);
         assert_eq!(filled(&mut residency, &[key(0, 0), key(0, 1), key(0, 2)]).len(), 3);
-        residency.plan(&Plan { id: PlanId(1), experts: vec![key(0, 1)] }).unwrap();
+        residency.plan(&Plan { id: PlanId(1), experts: vec![key(0, 1)], begins: false }).unwrap();
         let placed = [key(0, 2), key(1, 0), key(1, 1)];
         assert_eq!(filled(&mut residency, &placed), [key(1, 0)]);
         let resident: Vec<_> = residency.resident().map(|(key, _)| key).collect();

@@ -6,10 +6,13 @@
 //! one ahead. Whatever such a plan expected before or at that step is over, whether it came true or not.
 //! A wrong guess costs a worse eviction, never a wrong result.
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, ops::Range};
 
 use super::KeyIndex;
 use crate::{LayerId, PlanId};
+
+/// Where the first plan is. Far from both ends: at a billion experts a second each lasts for decades.
+const MIDDLE: u64 = 1 << 61;
 
 #[derive(Debug)]
 struct QueuedPlan {
@@ -38,8 +41,9 @@ pub(super) struct PlanQueue {
     /// Per expert the positions ahead at which it is wanted, ascending.
     /// Invariant: exactly the positions of `plans` from each plan's `ahead()` on.
     uses: Vec<VecDeque<u64>>,
-    /// The position that the next plan begins at. Positions are never given twice.
-    end: u64,
+    /// The positions given out, from the middle of what there is: plans come before and behind those that are there.
+    /// No position is given twice.
+    given: Range<u64>,
     /// No expert ahead of this position needs a prefetch; see [`PlanQueue::first_missing`].
     searched: u64,
 }
@@ -47,7 +51,7 @@ pub(super) struct PlanQueue {
 impl PlanQueue {
     pub(super) fn new(keys: usize, plans_max: usize) -> Self {
         let uses = (0..keys).map(|_| VecDeque::new()).collect();
-        Self { plans: VecDeque::new(), plans_max, uses, end: 0, searched: 0 }
+        Self { plans: VecDeque::new(), plans_max, uses, given: MIDDLE..MIDDLE, searched: MIDDLE }
     }
 
     /// How many plans are queued.
@@ -60,32 +64,54 @@ impl PlanQueue {
         self.uses[key].front().copied()
     }
 
-    /// Queues a plan last. A plan of the same name is replaced, the oldest one dropped beyond the limit.
-    /// `changed` is told every expert whose next use is not what it was.
-    pub(super) fn push(&mut self, id: PlanId, experts: Vec<(LayerId, KeyIndex)>, mut changed: impl FnMut(KeyIndex)) {
+    /// Queues a plan, first if its batch `begins`, else last. A plan of the same name is replaced; beyond the limit the
+    /// last one is dropped, be it this. `changed` is told every expert whose next use is not what it was.
+    pub(super) fn push(
+        &mut self,
+        id: PlanId,
+        experts: Vec<(LayerId, KeyIndex)>,
+        begins: bool,
+        mut changed: impl FnMut(KeyIndex),
+    ) {
         self.remove(id, &mut changed);
         if self.plans_max == 0 || experts.is_empty() {
             return;
         }
-        while self.plans.len() >= self.plans_max {
-            let oldest = self.plans.pop_front().expect("a full queue has a first plan");
-            forget(&mut self.uses, &oldest, oldest.ahead()..oldest.experts.len(), &mut changed);
+        if self.plans.len() >= self.plans_max {
+            if !begins {
+                return;
+            }
+            let last = self.plans.pop_back().expect("a full queue has a last plan");
+            forget(&mut self.uses, &last, last.ahead()..last.experts.len(), &mut changed);
         }
+        let count = experts.len() as u64;
+        let first = if begins { self.given.start - count } else { self.given.end };
         let mut steps: Vec<(LayerId, usize)> = Vec::new();
         for (at, &(layer, key)) in experts.iter().enumerate() {
             match steps.last_mut() {
                 Some((last, end)) if *last == layer => *end = at + 1,
                 _ => steps.push((layer, at + 1)),
             }
-            self.uses[key].push_back(self.end + at as u64);
-            if self.uses[key].len() == 1 {
+            let (uses, position) = (&mut self.uses[key], first + at as u64);
+            if begins {
+                uses.push_front(position);
+            } else {
+                uses.push_back(position);
+            }
+            if begins || uses.len() == 1 {
                 changed(key);
             }
         }
         let experts: Vec<KeyIndex> = experts.into_iter().map(|(_, key)| key).collect();
-        let first = self.end;
-        self.end += experts.len() as u64;
-        self.plans.push_back(QueuedPlan { id, first, experts, steps, next_step: 0 });
+        let plan = QueuedPlan { id, first, experts, steps, next_step: 0 };
+        if begins {
+            self.given.start = first;
+            self.searched = first;
+            self.plans.push_front(plan);
+        } else {
+            self.given.end += count;
+            self.plans.push_back(plan);
+        }
     }
 
     /// Forgets a plan, if it is still queued.
@@ -129,7 +155,7 @@ impl PlanQueue {
                 }
             }
         }
-        self.searched = self.end;
+        self.searched = self.given.end;
         None
     }
 
@@ -142,12 +168,7 @@ impl PlanQueue {
 }
 
 /// Takes positions of a plan out of the uses of its experts.
-fn forget(
-    uses: &mut [VecDeque<u64>],
-    plan: &QueuedPlan,
-    over: std::ops::Range<usize>,
-    changed: &mut impl FnMut(KeyIndex),
-) {
+fn forget(uses: &mut [VecDeque<u64>], plan: &QueuedPlan, over: Range<usize>, changed: &mut impl FnMut(KeyIndex)) {
     for at in over {
         let (key, position) = (plan.experts[at], plan.first + at as u64);
         let found = uses[key].binary_search(&position).expect("a position ahead is among the uses of its expert");
