@@ -3,13 +3,12 @@
 //!
 //! Invariant: a [`Gpu`] is used by one thread at a time. Memory is freed in the order of the compute stream.
 
-use std::{ffi::c_void, fmt, str::FromStr, sync::Arc};
+use std::{ffi::c_void, sync::Arc};
 
 use cudarc::driver::{
     CudaContext, CudaEvent, CudaFunction, CudaSlice, CudaStream, DevicePtr, PinnedHostSlice, result,
     sys::{self, CUdevice_attribute, CUresult},
 };
-use thiserror::Error;
 
 use super::error::{CudaError, failed};
 
@@ -17,47 +16,6 @@ use super::error::{CudaError, failed};
 const DRIVER_MIN: (i32, &str) = (13_000, "13.0");
 /// bf16 tensor cores and asynchronous copies to shared memory came with Ampere.
 const CAPABILITY_MIN: ((i32, i32), &str) = ((8, 0), "8.0");
-
-/// Where a model computes: `cpu`, or a GPU as `cuda:0`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum DeviceName {
-    /// The processor.
-    #[default]
-    Cpu,
-    /// A GPU by its number.
-    Cuda(usize),
-}
-
-/// Not a device.
-#[derive(Clone, Debug, Error, PartialEq, Eq)]
-#[error("{found:?} is not a device, expected cpu or cuda:N")]
-pub struct DeviceNameError {
-    /// What it was.
-    pub found: String,
-}
-
-impl FromStr for DeviceName {
-    type Err = DeviceNameError;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let refused = || DeviceNameError { found: text.to_owned() };
-        match text.split_once(':') {
-            None if text == "cpu" => Ok(Self::Cpu),
-            None if text == "cuda" => Ok(Self::Cuda(0)),
-            Some(("cuda", number)) => number.parse().map(Self::Cuda).map_err(|_| refused()),
-            _ => Err(refused()),
-        }
-    }
-}
-
-impl fmt::Display for DeviceName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Cpu => f.write_str("cpu"),
-            Self::Cuda(number) => write!(f, "cuda:{number}"),
-        }
-    }
-}
 
 /// What a GPU is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -273,18 +231,6 @@ fn describe(context: &Arc<CudaContext>, driver: i32) -> Result<GpuDescription, C
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// A model would be started on another device than the one that was named.
-    #[test]
-    fn devices_are_read_as_written() {
-        for device in [DeviceName::Cpu, DeviceName::Cuda(0), DeviceName::Cuda(7)] {
-            assert_eq!(device.to_string().parse(), Ok(device));
-        }
-        assert_eq!("cuda".parse(), Ok(DeviceName::Cuda(0)));
-        for wrong in ["", "gpu", "cuda:", "cuda:-1", "cuda:x", "cpu:0", "CUDA:0"] {
-            assert!(wrong.parse::<DeviceName>().is_err(), "{wrong}");
-        }
-    }
 
     /// A machine without a GPU would end with a panic of the library that loads the driver.
     #[test]

@@ -22,7 +22,7 @@ mod scratch;
 pub mod timing;
 mod weights;
 
-pub use device::{DeviceName, DeviceNameError, Gpu, GpuDescription};
+pub use device::{Gpu, GpuDescription};
 pub use error::CudaError;
 pub use kernels::Precision;
 pub use model::{DeviceModel, DeviceOptions, DeviceSequence, Passed};

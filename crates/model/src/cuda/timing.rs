@@ -103,7 +103,7 @@ impl DeviceModel {
         self.gpu.write(self.scratch.h.address(), plain_bytes(&noise))
     }
 
-    fn time_experts(&mut self, rows: usize) -> Result<KernelTiming, CudaError> {
+    fn time_experts(&self, rows: usize) -> Result<KernelTiming, CudaError> {
         let num_experts = self.config.num_experts;
         let chosen: Vec<u16> = (0..rows).map(|row| (row % num_experts) as u16).collect();
         self.gpu.write(self.scratch.guard(), &NOT_STOPPED.to_le_bytes())?;

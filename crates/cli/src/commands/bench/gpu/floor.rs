@@ -3,11 +3,7 @@
 
 use sida_model::cuda::{Ceilings, DeviceModel};
 
-use super::{
-    inputs::Inputs,
-    settings::Method,
-    turn::Routed,
-};
+use super::{inputs::Inputs, settings::Method, turn::Routed};
 
 /// Seconds, the mean over the batches of an input.
 pub(super) fn of(model: &DeviceModel, input: &Inputs, routed: &Routed, ceilings: Ceilings) -> f64 {
@@ -21,9 +17,8 @@ pub(super) fn of(model: &DeviceModel, input: &Inputs, routed: &Routed, ceilings:
     let encoder = 4.0 * square * config.encoder_layers as f64 + dense * dense_blocks(&config.encoder_sparse);
     let mut bytes = encoder * value;
     let experts = |layers: std::ops::Range<usize>| -> f64 {
-        let used = |batch: &Vec<Vec<u16>>| -> usize {
-            layers.clone().map(|layer| batch.get(layer).map_or(0, Vec::len)).sum()
-        };
+        let used =
+            |batch: &Vec<Vec<u16>>| -> usize { layers.clone().map(|layer| batch.get(layer).map_or(0, Vec::len)).sum() };
         routed.iter().map(used).sum::<usize>() as f64 / routed.len() as f64 * expert_bytes
     };
     bytes += experts(0..encoder_layers);

@@ -24,12 +24,12 @@ use sida_model::{
 use tempfile::TempDir;
 use thiserror::Error;
 
+pub(crate) use self::settings::GpuSettings;
 use self::{
     inputs::Inputs,
     report::{Figure, Report},
     turn::{Subject, Turn},
 };
-pub(crate) use self::settings::GpuSettings;
 
 /// Names a model that is made for the run.
 const SYNTH: &str = "synth:";

@@ -98,9 +98,7 @@ impl Report {
 
     /// Everything, every turn by itself.
     pub(crate) fn as_json(&self) -> Value {
-        let kernel = |k: &KernelTiming| {
-            json!({"what": k.what, "rows": k.rows, "seconds": k.seconds, "bytes": k.bytes, "operations": k.operations})
-        };
+        let kernel = |k: &KernelTiming| json!({"what": k.what, "rows": k.rows, "seconds": k.seconds, "bytes": k.bytes, "operations": k.operations});
         let figure = |f: &Figure| {
             json!({
                 "subject": f.subject, "case": f.case, "median_ms": f.median_ms, "floor_ms": f.floor_ms,

@@ -174,6 +174,6 @@ impl Turn<'_> {
             let layer = LayerId(layer as u16);
             experts.extend(named.into_iter().map(|expert| ExpertKey { layer, expert: ExpertId(expert) }));
         }
-        Plan { id: PlanId(number), experts }
+        Plan { id: PlanId(number), begins: false, experts }
     }
 }
