@@ -20,7 +20,7 @@ use sida_routing::{ExpertId, ExpertKey, LayerId, Plan, PlanId};
 const TOLERANCE_F32: f64 = 1e-4;
 /// Router probabilities that differ by less are a tie.
 const NEAR_TIE: f32 = 1e-4;
-const ROWS_MAX: usize = 1024;
+const ROWS_MAX: usize = 2048;
 
 fn device() -> Option<usize> {
     let ordinal = std::env::var("SIDA_CUDA_DEVICE").ok()?.parse().expect("SIDA_CUDA_DEVICE is a number");
@@ -140,7 +140,7 @@ fn rows_do_not_depend_on_their_batch() {
             let mut all = open(&dir, ordinal, precision, 1.0, 0);
             let mut part = open(&dir, ordinal, precision, 0.25, u64::MAX);
             let (vocab, d_model) = (all.config().vocab_size, all.config().d_model);
-            let lengths = [5, 1, 40, 90, 300, 17, 8, 33];
+            let lengths = [5, 1, 40, 90, 300, 17, 8, 33, 500, 512];
             let (ids, spans) = random_batch(&mut random, vocab, &lengths);
             all.encode(&ids, &spans).unwrap();
             let together = all.states(ids.len()).unwrap();

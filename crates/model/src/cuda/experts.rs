@@ -195,14 +195,16 @@ impl Experts {
         (0..self.awaited.len() as u16).try_for_each(|layer| self.wait_for_layer(gpu, LayerId(layer)))
     }
 
-    /// A pass is over that used these experts of a layer, all distinct.
-    pub(super) fn used(&mut self, layer: LayerId, experts: &[ExpertId]) -> Result<(), CudaError> {
+    /// A pass is over that used these experts of a layer, all distinct. `is_last`: its batch will not use the layer again.
+    pub(super) fn used(&mut self, layer: LayerId, experts: &[ExpertId], is_last: bool) -> Result<(), CudaError> {
         let mut pending = self.residency.call(layer, experts.iter().copied()).map_err(refused)?;
         let mut grants = Vec::with_capacity(experts.len());
         self.residency.acquire(&mut pending, 0, &mut grants);
         grants.iter().for_each(|grant| self.residency.unpin(grant.slot));
         self.residency.abandon(pending);
-        self.residency.advance(layer);
+        if is_last {
+            self.residency.advance(layer);
+        }
         self.awaited[usize::from(layer.0)] = None;
         Ok(())
     }

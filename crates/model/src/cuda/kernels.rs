@@ -14,7 +14,7 @@ use super::{
 };
 
 /// In the order in which they build on each other.
-const SOURCES: [(&str, &str); 7] = [
+const SOURCES: [(&str, &str); 9] = [
     ("numbers.cu", include_str!("kernels/numbers.cu")),
     ("rows.cu", include_str!("kernels/rows.cu")),
     ("product.cu", include_str!("kernels/product.cu")),
@@ -22,6 +22,8 @@ const SOURCES: [(&str, &str); 7] = [
     ("product_tensor.cu", include_str!("kernels/product_tensor.cu")),
     ("routing.cu", include_str!("kernels/routing.cu")),
     ("attention.cu", include_str!("kernels/attention.cu")),
+    ("attention_scalar.cu", include_str!("kernels/attention_scalar.cu")),
+    ("attention_tensor.cu", include_str!("kernels/attention_tensor.cu")),
 ];
 
 /// What weights and activations are stored in on the device. Sums are float32 either way.
@@ -70,10 +72,14 @@ pub(super) struct Kernels {
     pub(super) attend_own_rows: CudaFunction,
     pub(super) attend_cache: CudaFunction,
     pub(super) attend_input: CudaFunction,
+    /// Queries of a block of the three above.
+    pub(super) queries: usize,
     pub(super) write_cache: CudaFunction,
     pub(super) few: ProductKernels,
     /// For bf16 only: with float32 `few` multiplies any number of rows.
     pub(super) many: Option<ProductKernels>,
+    /// As `many`, in tiles twice as large.
+    pub(super) wide: Option<ProductKernels>,
 }
 
 impl Kernels {
@@ -91,7 +97,7 @@ impl Kernels {
         let cubin = compile(&sources.concat(), &options, &format!("sm_{major}{minor}"))?;
         let module = gpu.context().load_module(Ptx::from_binary(cubin)).map_err(failed("cuModuleLoadData"))?;
         let function = |name: &str| load(&module, name);
-        let few_rows = if precision == Precision::Bf16 { 32 } else { 8 };
+        let is_bf16 = precision == Precision::Bf16;
         Ok(Self {
             embed: function("embed_rows")?,
             norm: function("rms_norm")?,
@@ -103,12 +109,11 @@ impl Kernels {
             attend_own_rows: function("attend_own_rows")?,
             attend_cache: function("attend_cache")?,
             attend_input: function("attend_input")?,
+            queries: if is_bf16 { 64 } else { 8 },
             write_cache: function("write_cache")?,
-            few: ProductKernels::load(&module, "few", 128, (16, few_rows))?,
-            many: match precision {
-                Precision::Bf16 => Some(ProductKernels::load(&module, "many", 256, (128, 64))?),
-                Precision::F32 => None,
-            },
+            few: ProductKernels::load(&module, "few", 128, (16, if is_bf16 { 32 } else { 8 }))?,
+            many: is_bf16.then(|| ProductKernels::load(&module, "many", 256, (128, 64))).transpose()?,
+            wide: is_bf16.then(|| ProductKernels::load(&module, "wide", 256, (128, 128))).transpose()?,
         })
     }
 }

@@ -7,7 +7,7 @@
 //! Invariant: as on the CPU, a row's bits depend on nothing but the row and its sequence (see `kernels/numbers.cu`).
 //!
 //! In reading order: [`error`], [`device`] (context, streams, memory), [`kernels`] (compiled at the start; the sources
-//! under `kernels/`: numbers, rows, product and its three ways, routing, attention) and their `arguments`, `weights`,
+//! under `kernels/`: numbers, rows, product and its ways, routing, attention and its ways) and their `arguments`, `weights`,
 //! `scratch`, `pass` (the forward), `host_tier` and `experts` (who is on the device), [`model`], [`timing`].
 
 mod arguments;

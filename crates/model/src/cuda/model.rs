@@ -375,7 +375,8 @@ impl DeviceModel {
             resume = Some(stopped);
         }
         for (layer, chosen) in layers.map(LayerId).zip(&passed.experts) {
-            self.experts.used(layer, &distinct(chosen))?;
+            // What a batch decodes uses the decoder's layers again at every token.
+            self.experts.used(layer, &distinct(chosen), stack == Stack::Encoder)?;
         }
         Ok(passed)
     }

@@ -8,7 +8,7 @@ use super::{
     arguments::Product,
     device::Gpu,
     error::{CudaError, failed},
-    kernels::ProductKernels,
+    kernels::{Kernels, ProductKernels},
     model::DeviceModel,
     pass::{BatchShape, Pass},
     scratch::{NOT_STOPPED, Packet},
@@ -138,7 +138,8 @@ impl DeviceModel {
             FeedForward::Moe { .. } => None,
         });
         let matrices: Vec<_> = dense.collect();
-        let ways = [("few", Some(&self.kernels.few)), ("many", self.kernels.many.as_ref())];
+        let Kernels { few, many, wide, .. } = &self.kernels;
+        let ways = [("few", Some(few)), ("many", many.as_ref()), ("wide", wide.as_ref())];
         let mut timings = Vec::new();
         for (what, kernels) in ways.into_iter().filter_map(|(what, kernels)| Some((what, kernels?))) {
             let Some(first) = matrices.first() else { break };

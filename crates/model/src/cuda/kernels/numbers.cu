@@ -1,5 +1,5 @@
-// Number types, the guard of a pass, and reductions. First of the files that `kernels.rs` puts together; BF16, D_KV and
-// WARPS are defined by it. No header is included: NVRTC needs no path to any.
+// Number types, the guard of a pass, and reductions. First of the files that `kernels.rs` puts together; BF16 and D_KV
+// are defined by it. No header is included: NVRTC needs no path to any.
 //
 // Invariant of every kernel: a row is computed by itself in an order that depends on no other row and on nobody's
 // number of rows, so its bits are the same in any batch.
@@ -14,8 +14,8 @@ typedef bf16 T; // what weights and activations are stored in
 typedef float T;
 #endif
 
-__device__ __forceinline__ float wide(bf16 value) { return __uint_as_float(u32(value) << 16); }
-__device__ __forceinline__ float wide(float value) { return value; }
+__device__ __forceinline__ float widen(bf16 value) { return __uint_as_float(u32(value) << 16); }
+__device__ __forceinline__ float widen(float value) { return value; }
 
 __device__ __forceinline__ void narrow(float value, bf16 *to) {
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(*to) : "f"(value));

@@ -10,7 +10,7 @@ struct Embed {
 // h[row] = table[ids[row]], a block per row
 extern "C" __global__ void embed_rows(Embed a) {
     const T *from = a.table + u64(a.ids[blockIdx.x]) * a.d;
-    for (int i = threadIdx.x; i < a.d; i += blockDim.x) a.h[u64(blockIdx.x) * a.d + i] = wide(from[i]);
+    for (int i = threadIdx.x; i < a.d; i += blockDim.x) a.h[u64(blockIdx.x) * a.d + i] = widen(from[i]);
 }
 
 struct Norm {

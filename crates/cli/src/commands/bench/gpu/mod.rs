@@ -120,9 +120,10 @@ fn measure(
                 let turn = Turn { subject, input, routed, hint_rate: settings.hint_rate, seconds: settings.seconds };
                 let taken = turn.take(&mut model)?;
                 let floor = floor::of(&model, input, routed, ceilings);
-                report.add(Figure::new(subject, input, &taken, floor));
+                let figure = Figure::new(subject, input, &taken, floor);
+                note(&format!("round {} of {}: {}", round + 1, settings.rounds, figure.line()));
+                report.add(figure);
             }
-            note(&format!("round {} of {}: {}", round + 1, settings.rounds, subject.label()));
         }
     }
     Ok(model)

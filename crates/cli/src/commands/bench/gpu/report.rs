@@ -43,6 +43,14 @@ impl Figure {
             load_ms: each(taken.load.as_secs_f64() * 1e3),
         }
     }
+
+    /// Of one turn.
+    pub(super) fn line(&self) -> String {
+        let Self { case, subject, median_ms, floor_ms, demand_loads, prefetch_loads, .. } = self;
+        format!(
+            "{case}, {subject}: {median_ms:.3} ms, floor {floor_ms:.3}, loads {demand_loads:.1} + {prefetch_loads:.1}"
+        )
+    }
 }
 
 fn median(values: &[f64]) -> f64 {

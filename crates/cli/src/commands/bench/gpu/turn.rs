@@ -11,7 +11,10 @@ use sida_routing::{ExpertId, ExpertKey, LayerId, Plan, PlanId};
 use super::{inputs::Inputs, settings::Method};
 
 /// Batches before the measurement: enough for every graph to be recorded and every cache to fill.
-const WARM_UP: usize = 24;
+const WARM_UP_ENCODE: usize = 16;
+const WARM_UP_GENERATE: usize = 4;
+/// Batches of a measurement, however long they take.
+const BATCHES_MIN: usize = 5;
 
 /// What is measured: a budget, with plans or without.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -116,13 +119,17 @@ impl Turn<'_> {
         if self.subject.planned {
             model.plan(&self.plan(model, 0))?;
         }
-        for _ in 0..WARM_UP {
+        let warm_up = match self.input.case.method {
+            Method::Encode => WARM_UP_ENCODE,
+            Method::Generate(_) => WARM_UP_GENERATE,
+        };
+        for _ in 0..warm_up {
             self.batch(model, &mut number)?;
         }
         let before = model.counters();
         let mut taken = Taken::default();
         let begun = Instant::now();
-        while begun.elapsed().as_secs_f64() < self.seconds || taken.seconds.len() < 8 {
+        while begun.elapsed().as_secs_f64() < self.seconds || taken.seconds.len() < BATCHES_MIN {
             let start = Instant::now();
             taken.load += self.batch(model, &mut number)?;
             taken.seconds.push(start.elapsed().as_secs_f64());
