@@ -78,8 +78,6 @@ pub(super) struct Kernels {
     pub(super) few: ProductKernels,
     /// For bf16 only: with float32 `few` multiplies any number of rows.
     pub(super) many: Option<ProductKernels>,
-    /// As `many`, in tiles twice as large.
-    pub(super) wide: Option<ProductKernels>,
 }
 
 impl Kernels {
@@ -113,7 +111,6 @@ impl Kernels {
             write_cache: function("write_cache")?,
             few: ProductKernels::load(&module, "few", 128, (16, if is_bf16 { 32 } else { 8 }))?,
             many: is_bf16.then(|| ProductKernels::load(&module, "many", 256, (128, 64))).transpose()?,
-            wide: is_bf16.then(|| ProductKernels::load(&module, "wide", 256, (128, 128))).transpose()?,
         })
     }
 }

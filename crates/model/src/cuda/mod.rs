@@ -25,5 +25,5 @@ mod weights;
 pub use device::{Gpu, GpuDescription};
 pub use error::CudaError;
 pub use kernels::Precision;
-pub use model::{DeviceModel, DeviceOptions, DeviceSequence, Passed};
+pub use model::{DeviceModel, DeviceOptions, DeviceSequence, Passed, distinct};
 pub use timing::{Ceilings, KernelTiming};

@@ -216,15 +216,21 @@ impl DeviceModel {
 
     /// The states that the last pass over prompts left: (rows, d_model), row-major.
     pub fn states(&self, rows: usize) -> Result<Vec<f32>, CudaError> {
-        self.check_rows(rows)?;
-        self.gpu.enter()?;
-        let mut bytes = vec![0; rows * self.config.d_model * self.options.precision.size()];
-        self.gpu.read(self.scratch.x.address(), &mut bytes)?;
+        let mut bytes = Vec::new();
+        self.read_states(rows, &mut bytes)?;
         let dtype = match self.options.precision {
             Precision::Bf16 => StoredDType::BF16,
             Precision::F32 => StoredDType::F32,
         };
         Ok(dtype.widen(&bytes))
+    }
+
+    /// As [`DeviceModel::states`], in the model's precision as they lie on the device, into memory that is kept.
+    pub fn read_states(&self, rows: usize, into: &mut Vec<u8>) -> Result<(), CudaError> {
+        self.check_rows(rows)?;
+        self.gpu.enter()?;
+        into.resize(rows * self.config.d_model * self.options.precision.size(), 0);
+        self.gpu.read(self.scratch.x.address(), into)
     }
 
     /// Puts states (rows, d_model) back where [`DeviceModel::encode`] leaves them.
@@ -358,27 +364,43 @@ impl DeviceModel {
         packet.send(&self.gpu, ids, sequences, wanted)?;
         let layers = self.config.moe_layers(stack);
         let mut passed = Passed::default();
-        let mut resume = None;
+        let (mut resume, mut settled) = (None, 0);
         loop {
             self.start_pass(stack, shape, packet, resume)?;
             let report = Report::read(&self.gpu, &self.scratch, layers.len(), shape.rows)?;
             let Some(stopped) = report.stopped_at() else {
                 passed.experts = (0..layers.len()).map(|layer| report.chosen(layer, shape.rows)).collect();
                 passed.tokens = report.tokens(shape.wanted);
-                break;
+                self.settle(stack, settled..layers.len(), &report, shape.rows)?;
+                return Ok(passed);
             };
             let begun = Instant::now();
+            // What is behind the pass may leave for what it waits for.
+            self.settle(stack, settled..stopped, &report, shape.rows)?;
+            settled = stopped;
             let experts = distinct(&report.chosen(stopped, shape.rows));
             let layer = LayerId(layers.start + stopped as u16);
             passed.demand_loads += self.experts.demand(&self.gpu, &mut self.host, layer, &experts)?;
             passed.load += begun.elapsed();
             resume = Some(stopped);
         }
-        for (layer, chosen) in layers.map(LayerId).zip(&passed.experts) {
+    }
+
+    /// Tells the experts that a pass is done with MoE layers of its stack.
+    fn settle(
+        &mut self,
+        stack: Stack,
+        layers: std::ops::Range<usize>,
+        report: &Report,
+        rows: usize,
+    ) -> Result<(), CudaError> {
+        let first = self.config.moe_layers(stack).start;
+        for index in layers {
+            let layer = LayerId(first + index as u16);
             // What a batch decodes uses the decoder's layers again at every token.
-            self.experts.used(layer, &distinct(chosen), stack == Stack::Encoder)?;
+            self.experts.used(layer, &distinct(&report.chosen(index, rows)), stack == Stack::Encoder)?;
         }
-        Ok(passed)
+        Ok(())
     }
 
     /// Starts all operations of a pass, recorded ones at once.
@@ -475,9 +497,20 @@ impl DeviceModel {
 }
 
 /// Each expert once, ascending.
-fn distinct(chosen: &[u16]) -> Vec<ExpertId> {
-    let mut experts = chosen.to_vec();
-    experts.sort_unstable();
-    experts.dedup();
-    experts.into_iter().map(ExpertId).collect()
+pub fn distinct(chosen: &[u16]) -> Vec<ExpertId> {
+    let mut seen = vec![false; chosen.iter().max().map_or(0, |&most| usize::from(most) + 1)];
+    chosen.iter().for_each(|&expert| seen[usize::from(expert)] = true);
+    (0..seen.len()).filter(|&expert| seen[expert]).map(|expert| ExpertId(expert as u16)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An expert would be asked for twice, which residency refuses, or not at all.
+    #[test]
+    fn experts_are_named_once() {
+        assert_eq!(distinct(&[3, 0, 3, 7, 0]), [ExpertId(0), ExpertId(3), ExpertId(7)]);
+        assert!(distinct(&[]).is_empty());
+    }
 }

@@ -18,10 +18,9 @@ use super::{
 };
 use crate::ModelConfig;
 
-/// Up to so many rows a dense product reads its matrix once per 32 rows; with more it is multiplied in larger tiles, and
-/// beyond the second bound in the largest (measured: see docs/benchmarks.md).
-const FEW_ROWS_MAX: usize = 256;
-const MANY_ROWS_MAX: usize = 1024;
+/// Up to so many rows a dense product reads its matrix once per 32 rows; with more it is multiplied in larger tiles.
+/// Measured: at 128 rows 14 against 18 us, at 256 rows 21 against 18.
+const FEW_ROWS_MAX: usize = 192;
 /// Up to so many rows one block chooses and groups; with more, choosing is spread over the device.
 const FUSED_ROUTE_ROWS_MAX: usize = 256;
 /// Groups of at most so many rows are one tile that reads its expert once.
@@ -364,9 +363,8 @@ impl<'m> Pass<'m> {
         if self.is_done() {
             return Ok(());
         }
-        let kernels = match (&kernels.many, &kernels.wide) {
-            (_, Some(wide)) if rows > MANY_ROWS_MAX => wide,
-            (Some(many), _) if rows > FEW_ROWS_MAX => many,
+        let kernels = match &kernels.many {
+            Some(many) if rows > FEW_ROWS_MAX => many,
             _ => &kernels.few,
         };
         let arguments = Product {

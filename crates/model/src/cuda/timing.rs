@@ -138,8 +138,8 @@ impl DeviceModel {
             FeedForward::Moe { .. } => None,
         });
         let matrices: Vec<_> = dense.collect();
-        let Kernels { few, many, wide, .. } = &self.kernels;
-        let ways = [("few", Some(few)), ("many", many.as_ref()), ("wide", wide.as_ref())];
+        let Kernels { few, many, .. } = &self.kernels;
+        let ways = [("few", Some(few)), ("many", many.as_ref())];
         let mut timings = Vec::new();
         for (what, kernels) in ways.into_iter().filter_map(|(what, kernels)| Some((what, kernels?))) {
             let Some(first) = matrices.first() else { break };

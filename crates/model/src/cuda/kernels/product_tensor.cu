@@ -6,7 +6,7 @@
 // thread t of a row's four has 8t to 8t + 7; the first instruction takes the lower four of each, the second the upper.
 //
 // k is cut into 4 runs that are summed by themselves and then added in order. `few` gives each run to a warp, `many`
-// and `wide` do one after another; so all give the same bits, and a row's do not depend on which was chosen.
+// does one after another; so both give the same bits, and a row's do not depend on which was chosen.
 // k is a multiple of 128, outputs of 16 (few) or 128.
 
 #if BF16
@@ -81,35 +81,33 @@ __device__ __forceinline__ void copy_ahead(void *to, const void *from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(u32(__cvta_generic_to_shared(to))), "l"(from));
 }
 
-// 128 outputs x 32 * ACROSS rows by 8 warps: ACROSS of them side by side over the rows, each with 32 rows and with
-// 16 * ACROSS outputs. Stages of 32 of k, STAGES of them under way.
-template <int KIND, int ACROSS, int STAGES> __device__ __forceinline__ void staged(const Product &a) {
-    const int TILE_ROWS = 32 * ACROSS, STAGE_BYTES = (128 + TILE_ROWS) * 64;
+// 128 outputs x 64 rows; each of 8 warps makes 32 x 32. Stages of 32 of k, STAGES of them under way. (Tiles of 128 rows
+// were slower: they leave room for one block a multiprocessor only.)
+const int STAGES = 4;
+const int STAGE_BYTES = (128 + 64) * 64;
+
+template <int KIND> __device__ __forceinline__ void many(const Product &a) {
     __shared__ __align__(128) unsigned char stages[STAGES * STAGE_BYTES];
     Rows<KIND> rows;
-    if (!rows.template find<T>(a, TILE_ROWS)) return;
+    if (!rows.template find<T>(a, 64)) return;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    int o = blockIdx.x * 128, outputs_at = warp / ACROSS * 16 * ACROSS, rows_at = warp % ACROSS * 32;
+    int o = blockIdx.x * 128, outputs_at = warp / 2 * 32, rows_at = warp % 2 * 32;
     const T *w = static_cast<const T *>(rows.w) + u64(o + threadIdx.x / 4) * a.k + threadIdx.x % 4 * 8;
-    const T *x[ACROSS / 2];
-#pragma unroll
-    for (int i = 0; i < ACROSS / 2; ++i)
-        x[i] = static_cast<const T *>(a.x) + u64(rows.input(a, threadIdx.x / 4 + 64 * i)) * a.k + threadIdx.x % 4 * 8;
+    const T *x = static_cast<const T *>(a.x) + u64(rows.input(a, threadIdx.x / 4)) * a.k + threadIdx.x % 4 * 8;
     auto fetch = [&](int step) {
         if (step * 32 < a.k) {
             unsigned char *to = stages + step % STAGES * STAGE_BYTES + threadIdx.x * 16;
             copy_ahead(to, w + step * 32);
             copy_ahead(to + 4096, w + 64 * u64(a.k) + step * 32);
-#pragma unroll
-            for (int i = 0; i < ACROSS / 2; ++i) copy_ahead(to + 8192 + i * 4096, x[i] + step * 32);
+            copy_ahead(to + 8192, x + step * 32);
         }
         asm volatile("cp.async.commit_group;");
     };
     for (int step = 0; step < STAGES - 1; ++step) fetch(step);
-    float sums[ACROSS][4][4] = {};
+    float sums[2][4][4] = {};
     int steps = a.k / 128, step = 0;
     for (int run = 0; run < 4; ++run) {
-        float parts[ACROSS][4][4] = {};
+        float parts[2][4][4] = {};
         for (int end = step + steps; step < end; ++step) {
             asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2));
             __syncthreads();
@@ -120,7 +118,7 @@ template <int KIND, int ACROSS, int STAGES> __device__ __forceinline__ void stag
             for (int n = 0; n < 4; ++n)
                 xs[n] = *reinterpret_cast<const uint4 *>(stage + 8192 + (rows_at + n * 8) * 64);
 #pragma unroll
-            for (int m = 0; m < ACROSS; ++m) {
+            for (int m = 0; m < 2; ++m) {
                 uint4 upper = *reinterpret_cast<const uint4 *>(stage + (outputs_at + m * 16) * 64);
                 uint4 lower = *reinterpret_cast<const uint4 *>(stage + (outputs_at + m * 16 + 8) * 64);
 #pragma unroll
@@ -128,23 +126,18 @@ template <int KIND, int ACROSS, int STAGES> __device__ __forceinline__ void stag
             }
         }
 #pragma unroll
-        for (int i = 0; i < 16 * ACROSS; ++i) {
+        for (int i = 0; i < 32; ++i) {
             float &sum = sums[i / 16][i / 4 % 4][i % 4], part = parts[i / 16][i / 4 % 4][i % 4];
             sum = run ? sum + part : part;
         }
     }
 #pragma unroll
-    for (int i = 0; i < 16 * ACROSS; ++i) {
+    for (int i = 0; i < 32; ++i) {
         int r = rows_at + i / 4 % 4 * 8 + t * 2 + i % 2, at = o + outputs_at + i / 16 * 16 + g + i % 4 / 2 * 8;
         if (r < rows.count) rows.put(a, r, at, sums[i / 16][i / 4 % 4][i % 4]);
     }
 }
 
-// 64 rows, two blocks a multiprocessor; 128 rows, one.
-template <int KIND> __device__ __forceinline__ void many(const Product &a) { staged<KIND, 2, 4>(a); }
-template <int KIND> __device__ __forceinline__ void wide(const Product &a) { staged<KIND, 4, 3>(a); }
-
 KINDS(many, many, 256, 2)
-KINDS(wide, wide, 256, 1)
 
 #endif

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use sida_model::{
     Spans,
-    cuda::{CudaError, DeviceModel, DeviceSequence},
+    cuda::{CudaError, DeviceModel, DeviceSequence, Passed, distinct},
 };
 use sida_routing::{ExpertId, ExpertKey, LayerId, Plan, PlanId};
 
@@ -69,32 +69,34 @@ struct Batch {
     /// For each MoE layer of the model, the distinct experts.
     experts: Vec<Vec<u16>>,
     load: Duration,
+    /// Of an encoding, as they lie on the device.
+    states: Vec<u8>,
 }
 
 impl Batch {
-    fn take(&mut self, first_layer: usize, passed: sida_model::cuda::Passed) {
+    fn take(&mut self, first_layer: usize, passed: Passed) {
         self.load += passed.load;
-        for (index, mut chosen) in passed.experts.into_iter().enumerate() {
+        for (index, chosen) in passed.experts.iter().enumerate() {
             let at = first_layer + index;
             self.experts.resize(self.experts.len().max(at + 1), Vec::new());
-            self.experts[at].append(&mut chosen);
-            self.experts[at].sort_unstable();
-            self.experts[at].dedup();
+            let before = std::mem::take(&mut self.experts[at]);
+            let all = distinct(chosen).into_iter().map(|expert| expert.0).chain(before).collect::<Vec<u16>>();
+            self.experts[at] = distinct(&all).into_iter().map(|expert| expert.0).collect();
         }
     }
 }
 
 /// What each batch of an input uses. Every expert must be resident.
 pub(super) fn route(model: &mut DeviceModel, input: &Inputs) -> Result<Routed, CudaError> {
-    input.batches.iter().map(|ids| Ok(answer(model, input, ids)?.experts)).collect()
+    input.batches.iter().map(|ids| Ok(answer(model, input, ids, Vec::new())?.experts)).collect()
 }
 
 /// One batch, from ids to states or tokens on the host.
-fn answer(model: &mut DeviceModel, input: &Inputs, ids: &[u32]) -> Result<Batch, CudaError> {
-    let mut batch = Batch::default();
+fn answer(model: &mut DeviceModel, input: &Inputs, ids: &[u32], states: Vec<u8>) -> Result<Batch, CudaError> {
+    let mut batch = Batch { states, ..Batch::default() };
     batch.take(0, model.encode(ids, &input.spans)?);
     let Method::Generate(new_tokens) = input.case.method else {
-        model.states(ids.len())?;
+        model.read_states(ids.len(), &mut batch.states)?;
         return Ok(batch);
     };
     let mut sequences = model.start(&input.spans)?;
@@ -115,7 +117,7 @@ fn answer(model: &mut DeviceModel, input: &Inputs, ids: &[u32]) -> Result<Batch,
 impl Turn<'_> {
     /// Warms up, then measures.
     pub(super) fn take(&self, model: &mut DeviceModel) -> Result<Taken, CudaError> {
-        let mut number = 0;
+        let (mut number, mut states) = (0, Vec::new());
         if self.subject.planned {
             model.plan(&self.plan(model, 0))?;
         }
@@ -124,14 +126,14 @@ impl Turn<'_> {
             Method::Generate(_) => WARM_UP_GENERATE,
         };
         for _ in 0..warm_up {
-            self.batch(model, &mut number)?;
+            self.batch(model, &mut number, &mut states)?;
         }
         let before = model.counters();
         let mut taken = Taken::default();
         let begun = Instant::now();
         while begun.elapsed().as_secs_f64() < self.seconds || taken.seconds.len() < BATCHES_MIN {
             let start = Instant::now();
-            taken.load += self.batch(model, &mut number)?;
+            taken.load += self.batch(model, &mut number, &mut states)?;
             taken.seconds.push(start.elapsed().as_secs_f64());
         }
         let after = model.counters();
@@ -144,17 +146,18 @@ impl Turn<'_> {
     }
 
     /// One batch, whose plan is queued already; queues the next one's before it begins.
-    fn batch(&self, model: &mut DeviceModel, number: &mut u64) -> Result<Duration, CudaError> {
+    fn batch(&self, model: &mut DeviceModel, number: &mut u64, states: &mut Vec<u8>) -> Result<Duration, CudaError> {
         let ids = &self.input.batches[*number as usize % self.input.batches.len()];
         if self.subject.planned {
             model.plan(&self.plan(model, *number + 1))?;
             model.begin_batch(Some(PlanId(*number)));
         }
-        let batch = answer(model, self.input, ids)?;
+        let batch = answer(model, self.input, ids, std::mem::take(states))?;
         if self.subject.planned {
             model.release(PlanId(*number));
         }
         *number += 1;
+        *states = batch.states;
         Ok(batch.load)
     }
 
