@@ -8,7 +8,8 @@
 //!
 //! In reading order: [`error`], [`device`] (context, streams, memory), [`kernels`] (compiled at the start; the sources
 //! under `kernels/`: numbers, rows, product and its ways, routing, attention and its ways) and their `arguments`, `weights`,
-//! `scratch`, `pass` (the forward), `host_tier` and `experts` (who is on the device), [`model`], [`timing`].
+//! `scratch`, `pass` (the forward), `host_tier` and `experts` (who is on the device), [`model`], [`sequence`],
+//! [`timing`].
 
 mod arguments;
 pub mod device;
@@ -19,11 +20,13 @@ pub mod kernels;
 pub mod model;
 mod pass;
 mod scratch;
+pub mod sequence;
 pub mod timing;
 mod weights;
 
 pub use device::{Gpu, GpuDescription};
 pub use error::CudaError;
 pub use kernels::Precision;
-pub use model::{DeviceModel, DeviceOptions, DeviceSequence, Passed, distinct};
+pub use model::{DeviceModel, DeviceOptions, Passed, distinct};
+pub use sequence::DeviceSequence;
 pub use timing::{Ceilings, KernelTiming};

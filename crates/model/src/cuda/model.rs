@@ -1,5 +1,5 @@
-//! A whole model on a GPU: encode prompts, start sequences, decode tokens. The counterpart of [`crate::Reference`],
-//! against which it is tested, for batches, with experts within a budget.
+//! A whole model on a GPU: loading it, encoding prompts, and the pass that decoding (`sequence`) shares. The
+//! counterpart of [`crate::Reference`], against which it is tested, for batches, with experts within a budget.
 //!
 //! A call starts one pass and waits for it once. If an expert was missing, it loads what the layer needs and resumes
 //! there. Passes over decoding steps of a shape that was seen before are replayed as a recorded graph: at batch 1 a
@@ -16,7 +16,7 @@ use sida_routing::{ExpertId, LayerId, Plan, PlanId, residency::ResidencyCounters
 
 use super::{
     arguments::Sequence,
-    device::{DeviceMemory, Gpu},
+    device::Gpu,
     error::{CudaError, failed},
     experts::Experts,
     host_tier::HostTier,
@@ -27,8 +27,6 @@ use super::{
 };
 use crate::{Checkpoint, ExpertStore, ModelConfig, ModelError, Spans, Stack, StoredDType};
 
-/// A cache begins with room for so many tokens, and doubles when it is full.
-const CACHE_TOKENS_FIRST: usize = 64;
 /// Recorded passes that are kept; beyond it all are dropped.
 const GRAPHS_MAX: usize = 128;
 
@@ -58,27 +56,6 @@ pub struct Passed {
     pub demand_loads: usize,
     /// How long that took.
     pub load: Duration,
-}
-
-/// A sequence in the decoder: its caches, and its share of the keys and values of its input.
-#[derive(Debug)]
-pub struct DeviceSequence {
-    /// (blocks, capacity, 2 * inner)
-    cache: DeviceMemory,
-    capacity: usize,
-    position: usize,
-    input: Arc<DeviceMemory>,
-    /// Where its rows begin in block 0 of `input`, and from one block to the next, in values.
-    input_first: u64,
-    input_stride: u64,
-    input_rows: usize,
-}
-
-impl DeviceSequence {
-    /// How many tokens were decoded.
-    pub fn position(&self) -> usize {
-        self.position
-    }
 }
 
 /// See the file's head.
@@ -242,75 +219,6 @@ impl DeviceModel {
         self.gpu.write(self.scratch.x.address(), &bytes)
     }
 
-    /// Sequences before their first token: keys and values of the states that the last encoding left, for every block.
-    pub fn start(&mut self, spans: &Spans) -> Result<Vec<DeviceSequence>, CudaError> {
-        let rows = spans.rows();
-        self.check_rows(rows)?;
-        self.gpu.enter()?;
-        let (width, value) = (2 * self.config.inner_dim(), self.options.precision.size());
-        let stride = rows * width;
-        let blocks = &self.backbone.decoder.blocks;
-        let input = Arc::new(self.gpu.allocate("caches", blocks.len() * stride * value)?);
-        let shape = BatchShape { rows, sequences: spans.len(), longest: 0, wanted: 0 };
-        let pass = Pass::new(self.machine(), shape, Packet::plan(&self.scratch, 0, 0, 0), None, false);
-        for (block, cross) in blocks.iter().enumerate().filter_map(|(at, block)| Some((at, block.cross.as_ref()?))) {
-            pass.cross_keys(cross, input.address() + (block * stride * value) as u64)?;
-        }
-        let sequence = |range: std::ops::Range<usize>| {
-            Ok(DeviceSequence {
-                cache: self.gpu.allocate("caches", self.cache_bytes(CACHE_TOKENS_FIRST))?,
-                capacity: CACHE_TOKENS_FIRST,
-                position: 0,
-                input: input.clone(),
-                input_first: (range.start * width) as u64,
-                input_stride: stride as u64,
-                input_rows: range.len(),
-            })
-        };
-        spans.ranges().map(sequence).collect()
-    }
-
-    /// Decodes the new tokens of each sequence, and computes logits and best token of the rows `wanted`, at most
-    /// [`LOGIT_ROWS_MAX`]. Advances the sequences.
-    pub fn decode(
-        &mut self,
-        ids: &[u32],
-        spans: &Spans,
-        sequences: &mut [&mut DeviceSequence],
-        wanted: &[u32],
-    ) -> Result<Passed, CudaError> {
-        if sequences.len() != spans.len() {
-            let (expected, found) = (vec![spans.len()], vec![sequences.len()]);
-            return Err(ModelError::Shape { what: "decoder states [sequences]", expected, found }.into());
-        }
-        let limit = LOGIT_ROWS_MAX.min(spans.rows());
-        if wanted.len() > limit || wanted.iter().any(|&row| row as usize >= spans.rows()) {
-            return Err(CudaError::TooManyRows { rows: wanted.len(), limit });
-        }
-        self.gpu.enter()?;
-        let mut described = Vec::with_capacity(spans.len());
-        for (sequence, range) in sequences.iter_mut().zip(spans.ranges()) {
-            self.make_room(sequence, range.len())?;
-            let value = self.options.precision.size() as u64;
-            described.push(Sequence {
-                cache: sequence.cache.address(),
-                cross: sequence.input.address() + sequence.input_first * value,
-                cross_stride: sequence.input_stride,
-                capacity: sequence.capacity as i32,
-                input_rows: sequence.input_rows as i32,
-                first_row: range.start as i32,
-                rows: range.len() as i32,
-                position: sequence.position as i32,
-                unused: 0,
-            });
-        }
-        let passed = self.pass(Stack::Decoder, ids, spans, &described, wanted)?;
-        for (sequence, range) in sequences.iter_mut().zip(spans.ranges()) {
-            sequence.position += range.len();
-        }
-        Ok(passed)
-    }
-
     /// The logits of the first `rows` rows that the last pass was asked for: (rows, vocab_size).
     pub fn logits(&self, rows: usize) -> Result<Vec<f32>, CudaError> {
         if rows > LOGIT_ROWS_MAX {
@@ -322,32 +230,8 @@ impl DeviceModel {
         Ok(StoredDType::F32.widen(&bytes))
     }
 
-    fn cache_bytes(&self, tokens: usize) -> usize {
-        self.config.decoder_layers * tokens * 2 * self.config.inner_dim() * self.options.precision.size()
-    }
-
-    /// Doubles a cache until it has room for `tokens` more.
-    fn make_room(&self, sequence: &mut DeviceSequence, tokens: usize) -> Result<(), CudaError> {
-        let mut capacity = sequence.capacity;
-        while capacity < sequence.position + tokens {
-            capacity *= 2;
-        }
-        if capacity == sequence.capacity {
-            return Ok(());
-        }
-        let cache = self.gpu.allocate("caches", self.cache_bytes(capacity))?;
-        let block = |capacity| self.cache_bytes(capacity) / self.config.decoder_layers;
-        for index in 0..self.config.decoder_layers {
-            let (old, new) = (index * block(sequence.capacity), index * block(capacity));
-            let (from, to) = (sequence.cache.address() + old as u64, cache.address() + new as u64);
-            self.gpu.copy(from, to, block(sequence.position))?;
-        }
-        (sequence.cache, sequence.capacity) = (cache, capacity);
-        Ok(())
-    }
-
     /// Starts a pass, waits for it, and resumes it as often as an expert was missing.
-    fn pass(
+    pub(super) fn pass(
         &mut self,
         stack: Stack,
         ids: &[u32],
@@ -488,7 +372,7 @@ impl DeviceModel {
         }
     }
 
-    fn check_rows(&self, rows: usize) -> Result<(), CudaError> {
+    pub(super) fn check_rows(&self, rows: usize) -> Result<(), CudaError> {
         match rows <= self.scratch.rows_max {
             true => Ok(()),
             false => Err(CudaError::TooManyRows { rows, limit: self.scratch.rows_max }),
