@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use sida_model::Tokenizer;
 use sida_routing::admission::Limits;
+use sida_telemetry::TraceContext;
 
 use crate::{
     config::RequestLimits,
@@ -24,6 +25,8 @@ pub struct EncodeParams {
     pub pooling: Pooling,
     /// Until when the answer is of use.
     pub deadline: Option<Instant>,
+    /// Which trace it is part of; `None` begins one.
+    pub trace: Option<TraceContext>,
 }
 
 /// A request for the likelihood of targets.
@@ -37,6 +40,8 @@ pub struct ScoreParams {
     pub routing: RoutingMode,
     /// Until when the answer is of use.
     pub deadline: Option<Instant>,
+    /// Which trace it is part of; `None` begins one.
+    pub trace: Option<TraceContext>,
 }
 
 /// A request to generate text.
@@ -58,6 +63,8 @@ pub struct GenerateParams {
     pub stop: Vec<String>,
     /// Until when the answer is of use.
     pub deadline: Option<Instant>,
+    /// Which trace it is part of; `None` begins one.
+    pub trace: Option<TraceContext>,
 }
 
 /// What requests are held to.

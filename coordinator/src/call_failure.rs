@@ -29,9 +29,15 @@ pub(crate) enum CallFailure {
     Malformed { reason: String },
     #[error("it panicked")]
     Panicked,
+    #[error("nobody waits for the answer any more")]
+    Unwanted,
 }
 
 impl CallFailure {
+    /// Every [`Self::label`].
+    pub(crate) const LABELS: [&str; 8] =
+        ["disconnected", "silent", "late", "congested", "refused", "stale_epoch", "malformed", "panicked"];
+
     /// What a node's refusal means.
     pub(crate) fn refused(error: v1::CallError) -> Self {
         match Reason::from_name(&error.reason) {
@@ -50,7 +56,7 @@ impl CallFailure {
         match self {
             Self::Disconnected { .. } | Self::Silent { .. } | Self::Late { .. } | Self::Malformed { .. } => true,
             Self::Refused { reason, .. } => *reason == Reason::ShuttingDown,
-            Self::Congested { .. } | Self::Stale { .. } | Self::Panicked => false,
+            Self::Congested { .. } | Self::Stale { .. } | Self::Panicked | Self::Unwanted => false,
         }
     }
 
@@ -71,6 +77,7 @@ impl CallFailure {
             Self::Stale { .. } => "stale_epoch",
             Self::Malformed { .. } => "malformed",
             Self::Panicked => "panicked",
+            Self::Unwanted => "unwanted",
         }
     }
 }

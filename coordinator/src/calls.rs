@@ -4,18 +4,20 @@
 use std::time::Instant;
 
 use sida_routing::{ExpertId, ExpertKey, Group, Grouping, NodeId};
+use sida_telemetry::Span;
 
-use crate::{call_failure::CallFailure, nodes::Roster, request::RequestError};
+use crate::{call_failure::CallFailure, dispatch::LayerRows, nodes::Roster};
 
 /// A run of grouped rows for one expert: what is sent, and sent again, as a whole.
 pub(crate) struct Piece {
     pub(crate) expert: ExpertId,
     pub(crate) first_row: usize,
     pub(crate) rows: usize,
-    /// Nodes that failed it, and why. By name: the roster may change meanwhile.
+    /// Nodes that failed it, and why they did so last. By name: the roster may change meanwhile.
+    /// Invariant: each node once, who failed last comes last.
     pub(crate) tried: Vec<(NodeId, CallFailure)>,
-    /// Everybody failed it once, and somebody who has come back since is asked again.
-    second_chance: bool,
+    /// The budget had no retry for it, and it is told already.
+    pub(crate) is_refused: bool,
     /// Times that a node refused it for a newer placement.
     pub(crate) reshares: u32,
     /// A message with it and others was refused: it goes by itself from now on, so that an expert that cannot
@@ -39,12 +41,18 @@ impl Piece {
             while first_row < end {
                 let rows = rows_max.min(end - first_row);
                 let (expert, tried) = (group.expert, Vec::new());
-                let (second_chance, reshares, alone) = Default::default();
-                pieces.push(Piece { expert, first_row, rows, tried, second_chance, reshares, alone });
+                let (is_refused, reshares, alone) = Default::default();
+                pieces.push(Piece { expert, first_row, rows, tried, is_refused, reshares, alone });
                 first_row += rows;
             }
         }
         pieces
+    }
+
+    /// A node failed it.
+    pub(crate) fn failed(&mut self, node: &NodeId, failure: CallFailure) {
+        self.tried.retain(|(tried, _)| tried != node);
+        self.tried.push((node.clone(), failure));
     }
 
     /// Where its rows are among the layer's.
@@ -65,21 +73,19 @@ impl Call {
     }
 }
 
-/// Whom to ask for a piece. When everybody failed it, who has come back since is asked once more: two nodes may have
-/// failed one after the other, each for a moment.
-pub(crate) fn choose(roster: &Roster, key: ExpertKey, piece: &mut Piece, now: Instant) -> Option<usize> {
-    let chosen = roster.choose(key, &tried(roster, &piece.tried), now);
-    if chosen.is_some() || piece.second_chance {
-        return chosen;
-    }
-    piece.second_chance = true;
+/// Whom to ask for a piece that not everybody has failed.
+pub(crate) fn choose(roster: &Roster, key: ExpertKey, piece: &Piece, now: Instant) -> Option<usize> {
+    roster.choose(key, &tried(roster, &piece.tried), now)
+}
+
+/// Whom to ask for a piece that everybody has failed: somebody who has come back since.
+pub(crate) fn choose_again(roster: &Roster, key: ExpertKey, piece: &Piece, now: Instant) -> Option<usize> {
     let is_back = |(node, failure): &(NodeId, CallFailure)| {
         let link = roster.position(node).map(|at| &roster.links[at]);
         failure.may_pass() && link.is_some_and(|link| link.is_up(now))
     };
-    let spent: Vec<_> = piece.tried.iter().filter(|tried| !is_back(tried)).cloned().collect();
-    // The reasons stay, for the error that there may be in the end.
-    roster.choose(key, &tried(roster, &spent), now).filter(|_| spent.len() < piece.tried.len())
+    let away: Vec<_> = piece.tried.iter().filter(|tried| !is_back(tried)).cloned().collect();
+    roster.choose(key, &tried(roster, &away), now)
 }
 
 /// The links that were tried.
@@ -94,6 +100,15 @@ pub(crate) fn anyone_else(roster: &Roster, call: &Call, now: Instant) -> bool {
     roster.anyone_else(&asked, now)
 }
 
+/// Whether somebody who is up was not asked yet, or failed for a reason that has passed.
+pub(crate) fn anyone_back(roster: &Roster, call: &Call, now: Instant) -> bool {
+    let for_good = |(_, failure): &&(NodeId, CallFailure)| !failure.may_pass();
+    let for_good = call.pieces.iter().flat_map(|piece| piece.tried.iter().filter(for_good));
+    let mut asked: Vec<usize> = for_good.filter_map(|(node, _)| roster.position(node)).collect();
+    asked.push(call.node);
+    roster.anyone_else(&asked, now)
+}
+
 /// The rows of `pieces`, one after another.
 pub(crate) fn gather(grouping: &Grouping, x: &[f32], d_model: usize, pieces: &[Piece], rows: &mut Vec<f32>) {
     rows.clear();
@@ -104,12 +119,19 @@ pub(crate) fn gather(grouping: &Grouping, x: &[f32], d_model: usize, pieces: &[P
     }
 }
 
-/// Nobody is left for an expert.
-pub(crate) fn unavailable(key: ExpertKey, tried: Vec<(NodeId, CallFailure)>) -> RequestError {
-    RequestError::ExpertUnavailable { key, tried: reasons(tried) }
+/// The span of a call that is made, below the layer's.
+pub(crate) fn span(roster: &Roster, rows: &LayerRows<'_>, call: &Call) -> Option<Span> {
+    let mut span = Span::below(rows.trace?, "expert call");
+    if span.is_recorded() {
+        span.set("sida.node", roster.links[call.node].node.to_string());
+        span.set("sida.layer", i64::from(rows.layer.0));
+        span.set("sida.experts", call.pieces.len() as i64);
+        span.set("sida.rows", call.rows() as i64);
+    }
+    Some(span)
 }
 
 /// What is told of those who were asked.
-pub(crate) fn reasons(tried: Vec<(NodeId, CallFailure)>) -> Vec<(NodeId, String)> {
-    tried.into_iter().map(|(node, failure)| (node, failure.to_string())).collect()
+pub(crate) fn reasons(tried: &[(NodeId, CallFailure)]) -> Vec<(NodeId, String)> {
+    tried.iter().map(|(node, failure)| (node.clone(), failure.to_string())).collect()
 }

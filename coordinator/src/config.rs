@@ -23,7 +23,8 @@ pub struct CoordinatorConfig {
     pub preload_depth: usize,
     /// Drops tokens beyond the model's `expert_capacity`, per sequence, as transformers 4.x and 5.2x do.
     pub enforce_capacity: bool,
-    /// How long an expert call is waited for where no other node could answer it.
+    /// How long an expert is waited for where no node computes it: the last one that could, or one to come back. A
+    /// request whose deadline is earlier waits until then.
     pub expert_call_timeout: Duration,
     /// Bytes of rows that may be under way to one expert-node.
     pub lane_inflight_bytes_max: usize,

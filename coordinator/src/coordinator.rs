@@ -18,7 +18,10 @@ use sida_model::{Backbone, Checkpoint, ModelConfig, ModelError, Stack, StackKind
 use sida_proto::wire::Bounds;
 use sida_routing::{Digest, NodeId};
 use sida_rpc::ServerError;
-use sida_telemetry::{counter, gauge, names};
+use sida_telemetry::{
+    Span, TraceContext, counter, gauge,
+    names::{self, On},
+};
 use thiserror::Error;
 use tokio::{
     runtime::Handle,
@@ -27,6 +30,8 @@ use tokio::{
 
 use crate::{
     accept::{Acceptance, EncodeParams, GenerateParams, ScoreParams},
+    asked::Asked,
+    call_failure::CallFailure,
     config::{CoordinatorConfig, PredictorSource},
     dispatch::Dispatch,
     engine::Engine,
@@ -43,6 +48,7 @@ use crate::{
     remote_predictor::RemotePredictor,
     request::{Request, RequestError, Work},
     statistics::Statistics,
+    unheld,
 };
 
 /// Bytes of rows in one message to an expert-node: well below what a message may have, so that the first
@@ -52,6 +58,8 @@ const CALL_BYTES_MAX: usize = 16 << 20;
 const CALL_ROWS_MAX: usize = 8192;
 /// How long a start waits for the expert-nodes to be reached.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
+/// No step takes so long: its expert calls end well before.
+const STUCK_LIMIT: Duration = Duration::from_secs(600);
 /// How long a full queue asks callers to stay away.
 const RETRY_AFTER: Duration = Duration::from_millis(100);
 
@@ -109,6 +117,11 @@ impl Coordinator {
     /// runtime of several threads, which then carries the lanes.
     pub async fn start(config: CoordinatorConfig, cluster: Cluster) -> Result<Self, CoordinatorError> {
         check(&config, &cluster)?;
+        names::declare(On::Coordinator);
+        names::declare(On::Placed);
+        for kind in ["prompt", "generated"] {
+            counter!(names::TOKENS_TOTAL, names::KIND => kind).increment(0);
+        }
         let runtime = Handle::current();
         let (backbone, tokenizer) = load(&config).await?;
         let model = backbone.config().clone();
@@ -118,6 +131,10 @@ impl Coordinator {
             connector: Arc::new(Connector::new(&config.client, config.checkpoint.digest())),
         };
         let nodes = Nodes::follow(&cluster, lanes, &runtime);
+        runtime.spawn(unheld::watch(Arc::downgrade(&nodes)));
+        for reason in CallFailure::LABELS {
+            counter!(names::FAILOVERS_TOTAL, names::REASON => reason).increment(0);
+        }
         let missing = nodes.connected(CONNECT_PATIENCE).await;
         if !missing.is_empty() {
             let missing: Vec<String> = missing.iter().map(NodeId::to_string).collect();
@@ -127,15 +144,20 @@ impl Coordinator {
             Arc::new(Predict::new(source(&config, &cluster, &model, runtime), &model, config.checkpoint.digest()));
         let preload = Arc::new(Preload::new(nodes.clone(), cluster.clone(), config.preload_depth));
         let statistics = Arc::new(Statistics::default());
-        let dispatch = || {
+        let dispatch = |patience| {
             let rows_max = (CALL_BYTES_MAX / (model.d_model * size_of::<f32>())).clamp(1, CALL_ROWS_MAX);
-            Dispatch::new(nodes.clone(), model.d_model, rows_max, config.expert_call_timeout)
+            Dispatch::new(nodes.clone(), model.d_model, rows_max, patience)
         };
         let (requests, prepared) = (Arc::new(Queue::new()), Arc::new(Queue::new()));
         let engine = Engine {
             limits: config.limits,
             prepared: prepared.clone(),
-            forward: Forward::new(backbone, dispatch(), config.enforce_capacity, statistics.clone()),
+            forward: Forward::new(
+                backbone,
+                dispatch(config.expert_call_timeout),
+                config.enforce_capacity,
+                statistics.clone(),
+            ),
             predict: predict.clone(),
             preload: preload.clone(),
             tokenizer: tokenizer.clone(),
@@ -148,7 +170,7 @@ impl Coordinator {
             thread::Builder::new().name("sida-prepare".into()).spawn(move || prepare.run())?,
             thread::Builder::new().name("sida-forward".into()).spawn(move || engine.run())?,
         ];
-        let probe = Arc::new(Probe::new(dispatch(), &model));
+        let probe = Arc::new(Probe::new(dispatch(config.server.health_period.min(config.expert_call_timeout)), &model));
         let threads = Mutex::new(threads);
         let inner = Inner { config, cluster, tokenizer, nodes, predict, probe, requests, statistics, threads };
         Ok(Self { inner: Arc::new(inner) })
@@ -156,28 +178,38 @@ impl Coordinator {
 
     /// The encoder's states of a text.
     pub async fn encode(&self, params: EncodeParams) -> Result<Encoding, RequestError> {
-        let tokens = self.acceptance().prompt(&params.text)?;
+        let asked = self.asked("embeddings", params.trace);
+        let tokens = self.prompt(&asked, &params.text)?;
         let (reply, answer) = oneshot::channel();
-        self.submit(tokens, params.routing, params.deadline, Work::Encode { pooling: params.pooling, reply })?;
+        self.submit(asked, tokens, params.routing, params.deadline, Work::Encode { pooling: params.pooling, reply })?;
         answer.await.unwrap_or(Err(RequestError::Panicked))
     }
 
     /// The likelihood of each target given a text.
     pub async fn score(&self, params: ScoreParams) -> Result<Scores, RequestError> {
-        let tokens = self.acceptance().prompt(&params.text)?;
+        let asked = self.asked("score", params.trace);
+        let tokens = self.prompt(&asked, &params.text)?;
         let targets = self.acceptance().targets(tokens.len(), &params.targets)?;
         let (reply, answer) = oneshot::channel();
-        self.submit(tokens, params.routing, params.deadline, Work::Score { targets, reply: Some(reply) })?;
+        self.submit(asked, tokens, params.routing, params.deadline, Work::Score { targets, reply: Some(reply) })?;
         answer.await.unwrap_or(Err(RequestError::Panicked))
     }
 
     /// Generates text.
     pub async fn generate(&self, mut params: GenerateParams) -> Result<TokenStream, RequestError> {
-        let tokens = self.acceptance().prompt(&params.text)?;
+        let mut asked = self.asked("text_completion", params.trace);
+        let tokens = self.prompt(&asked, &params.text)?;
         let options = self.acceptance().options(&mut params)?;
+        asked.describe(&options);
         let (reply, answer) = mpsc::unbounded_channel();
-        self.submit(tokens, params.routing, params.deadline, Work::Generate { options, reply })?;
+        self.submit(asked, tokens, params.routing, params.deadline, Work::Generate { options, reply })?;
         Ok(TokenStream { tokens: Some(answer) })
+    }
+
+    /// Whether its threads run, and the one that computes has not been in one step for longer than any takes.
+    pub fn is_alive(&self) -> bool {
+        let run = self.inner.threads.lock().iter().all(|thread| !thread.is_finished());
+        run && self.inner.statistics.stuck_for() < STUCK_LIMIT
     }
 
     /// Whether an expert call succeeds: what health stands on.
@@ -234,8 +266,20 @@ impl Coordinator {
         Acceptance { limits: &config.request_limits, batch: &config.limits, tokenizer }
     }
 
+    /// The tokens of a prompt.
+    fn prompt(&self, asked: &Asked, text: &str) -> Result<Vec<u32>, RequestError> {
+        let _span = Span::below(asked.span.context(), "tokenize");
+        self.acceptance().prompt(text)
+    }
+
+    /// A request begins.
+    fn asked(&self, operation: &'static str, caller: Option<TraceContext>) -> Asked {
+        Asked::begin(operation, self.checkpoint().name(), caller)
+    }
+
     fn submit(
         &self,
+        asked: Asked,
         tokens: Vec<u32>,
         mode: crate::routing_mode::RoutingMode,
         deadline: Option<Instant>,
@@ -246,7 +290,7 @@ impl Coordinator {
             return Err(RequestError::NoExpertNode);
         }
         let prompt_tokens = tokens.len() as u64;
-        let request = Request { tokens, mode, work, accepted: Instant::now(), deadline };
+        let request = Request { tokens, mode, work, accepted: asked.at, deadline, span: asked.span };
         let limits = inner.config.limits;
         inner.requests.try_push(request, |queued| limits.may_wait(queued)).map_err(|refused| match refused {
             Refused::Full(_) => RequestError::QueueFull { limit: limits.queue_max, retry_after: RETRY_AFTER },

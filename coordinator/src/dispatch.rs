@@ -2,8 +2,9 @@
 //! experts, remote nodes are asked first, nodes in this process compute on this thread meanwhile, and the
 //! results are combined in the order of the groups, so that a sum never depends on who answered first.
 //!
-//! A call that fails goes to the next node within the same layer; rows are idempotent. Only when nobody is
-//! left is a group given up, and with it the requests whose rows are in it; never a skipped expert.
+//! A call that fails goes to the next node within the same layer; rows are idempotent. When all have failed, rows wait
+//! for one to come back (`waiting`). Only when nobody does is a group given up, and with it the requests whose rows are
+//! in it; never a skipped expert.
 //!
 //! While another node could answer, a call is given up when its node gives no sign of life, or
 //! lives but takes far longer than such calls took (`call_deadline`). A node that knows a newer placement refuses;
@@ -18,16 +19,19 @@ use std::{
 use crossbeam_channel::{Receiver, Sender};
 use sida_cluster::experts::{CallError, CallReport, ExpertCall, LocalExperts};
 use sida_proto::wire::rows::copy_from_payload;
-use sida_routing::{ExpertKey, Grouping, LayerId};
+use sida_routing::{Grouping, LayerId};
 use sida_rpc::Reason;
-use sida_telemetry::{counter, names};
+use sida_telemetry::{Span, TraceContext};
 
 use crate::{
     call_failure::CallFailure,
+    callers::Callers,
     calls::{self, Call, Piece},
     lane::{Computed, Lane, Reply, travel},
     nodes::{Nodes, Reach, Roster},
     request::RequestError,
+    share_out::{self, Shared},
+    waiting::Waiting,
 };
 
 /// How often the rows of one layer are shared out again under a newer placement.
@@ -47,14 +51,30 @@ pub(crate) struct Dispatch {
     d_model: usize,
     /// Rows of one call at most; more are sent as several.
     rows_max: usize,
-    /// How long the last node that could answer is waited for.
+    /// How long the last node that could answer is waited for, and for any to come back when all have failed.
     patience: Duration,
+    /// The last layer waited for that in vain.
+    is_given_up: bool,
     replies: (Sender<Reply>, Receiver<Reply>),
     /// (rows of the layer, d_model), in grouped order.
     results: Vec<f32>,
     /// (rows of a call, d_model): what goes to a node, and what a node in this process makes of it.
     gathered: Vec<f32>,
     computed: Vec<f32>,
+}
+
+/// One layer's rows.
+pub(crate) struct LayerRows<'a> {
+    /// Which of the MoE layers.
+    pub(crate) layer: LayerId,
+    /// Which row goes to which expert.
+    pub(crate) grouping: &'a Grouping,
+    /// (tokens, d_model)
+    pub(crate) x: &'a [f32],
+    /// Who waits for them.
+    pub(crate) callers: Callers<'a>,
+    /// Of the layer's span: calls go below it.
+    pub(crate) trace: Option<TraceContext>,
 }
 
 /// What a layer's rows cost.
@@ -74,6 +94,8 @@ pub(crate) struct Dispatched {
 struct Outstanding {
     call_id: u64,
     call: Call,
+    /// Ends when the call is over, however it ends.
+    span: Option<Span>,
     sent: Instant,
     /// When it is given up, signs of life or not, if somebody else could answer.
     deadline: Instant,
@@ -82,89 +104,44 @@ struct Outstanding {
 }
 
 impl Dispatch {
-    /// `rows_max` bounds one message, at least 1; `patience`, the wait for a node when no other can answer.
+    /// `rows_max` bounds one message, at least 1; `patience`, the wait for a node when no other can answer, or none.
     pub(crate) fn new(nodes: Arc<Nodes>, d_model: usize, rows_max: usize, patience: Duration) -> Self {
         let replies = crossbeam_channel::unbounded();
         let (results, gathered, computed) = Default::default();
-        Self { nodes, d_model, rows_max, patience, replies, results, gathered, computed }
+        Self { nodes, d_model, rows_max, patience, is_given_up: false, replies, results, gathered, computed }
     }
 
-    /// `out[token] += weight * expert(x[token])` for every row of `grouping`; `x` and `out` are (tokens,
-    /// d_model).
-    pub(crate) fn moe(&mut self, layer: LayerId, grouping: &Grouping, x: &[f32], out: &mut [f32]) -> Dispatched {
+    /// `out[token] += weight * expert(x[token])` for every row of the layer; `out` is (tokens, d_model).
+    pub(crate) fn moe(&mut self, rows: &LayerRows<'_>, out: &mut [f32]) -> Dispatched {
         let mut dispatched = Dispatched::default();
         // Pieces that nobody computed add nothing, so whatever an earlier layer left here must go.
         self.results.clear();
-        self.results.resize(grouping.tokens.len() * self.d_model, 0.0);
-        let mut waiting = Piece::of(grouping, self.rows_max);
-        while !waiting.is_empty() {
+        self.results.resize(rows.grouping.tokens.len() * self.d_model, 0.0);
+        let mut waiting = Waiting::new(self.patience, self.is_given_up);
+        let mut pieces = Piece::of(rows.grouping, self.rows_max);
+        while !pieces.is_empty() {
             let roster = self.nodes.roster();
-            let calls = self.share_out(&roster, layer, waiting, &mut dispatched);
-            waiting = self.round(&roster, layer, grouping, x, calls, &mut dispatched);
+            let (nodes, rows_max) = (&*self.nodes, self.rows_max);
+            let Shared { calls, held } =
+                share_out::share_out(nodes, &roster, rows, rows_max, pieces, &mut waiting, &mut dispatched);
+            if calls.is_empty() && !held.is_empty() {
+                waiting.pause();
+            }
+            pieces = self.round(&roster, rows, calls, &mut waiting, &mut dispatched);
+            pieces.extend(held);
         }
-        grouping.combine(0, &self.results, self.d_model, out);
+        self.is_given_up = waiting.is_given_up();
+        rows.grouping.combine(0, &self.results, self.d_model, out);
         dispatched
-    }
-
-    /// Chooses a node for every piece; those of a node make as few messages as their size allows. Pieces for
-    /// which nobody is left are noted as failed.
-    fn share_out(&self, roster: &Roster, layer: LayerId, pieces: Vec<Piece>, dispatched: &mut Dispatched) -> Vec<Call> {
-        let now = Instant::now();
-        let mut open: Vec<Option<Call>> = roster.links.iter().map(|_| None).collect();
-        let mut calls = Vec::with_capacity(open.len());
-        for mut piece in pieces {
-            let key = ExpertKey { layer, expert: piece.expert };
-            let Some(node) = calls::choose(roster, key, &mut piece, now) else {
-                dispatched.failed.push((piece.range(), calls::unavailable(key, piece.tried)));
-                continue;
-            };
-            if piece.alone {
-                calls.push(Call { node, pieces: vec![piece] });
-                continue;
-            }
-            let slot = &mut open[node];
-            if slot.as_ref().is_some_and(|call| call.rows() + piece.rows > self.rows_max) {
-                calls.extend(slot.take());
-            }
-            slot.get_or_insert_with(|| Call { node, pieces: Vec::new() }).pieces.push(piece);
-        }
-        calls.extend(open.into_iter().flatten());
-        calls.retain_mut(|call: &mut Call| self.may_be_made(layer, call, now, dispatched));
-        calls
-    }
-
-    /// Whether a call is within the budget, which bounds those that are made after others failed. Its pieces are noted
-    /// as failed if not.
-    fn may_be_made(&self, layer: LayerId, call: &mut Call, now: Instant, dispatched: &mut Dispatched) -> bool {
-        let Some((_, failure)) = call.pieces.iter().find_map(|piece| piece.tried.last()) else {
-            self.nodes.note_call(now);
-            return true;
-        };
-        // The budget is against storms, in which nodes fail for having too much to do. A node that cannot load an expert
-        // answers at once, and each piece asks it once.
-        if !failure.may_pass() || self.nodes.take_retry(now) {
-            counter!(names::FAILOVERS_TOTAL, names::REASON => failure.label()).increment(1);
-            dispatched.failovers += 1;
-            return true;
-        }
-        counter!(names::RETRIES_REFUSED_TOTAL).increment(1);
-        for piece in call.pieces.drain(..) {
-            let key = ExpertKey { layer, expert: piece.expert };
-            dispatched
-                .failed
-                .push((piece.range(), RequestError::RetriesExhausted { key, tried: calls::reasons(piece.tried) }));
-        }
-        false
     }
 
     /// Makes the calls, remote ones first; returns the pieces of those that failed.
     fn round(
         &mut self,
         roster: &Roster,
-        layer: LayerId,
-        grouping: &Grouping,
-        x: &[f32],
+        rows: &LayerRows<'_>,
         calls: Vec<Call>,
+        waiting: &mut Waiting,
         dispatched: &mut Dispatched,
     ) -> Vec<Piece> {
         let mut failed = Vec::new();
@@ -174,48 +151,49 @@ impl Dispatch {
             match &roster.links[call.node].reach {
                 Reach::Local(experts) => local.push((experts.clone(), call)),
                 Reach::Remote(lane) => {
-                    if let Err((call, failure)) = self.send(roster, lane, layer, grouping, x, call, &mut outstanding) {
-                        self.give_back(roster, call, failure, &mut failed);
+                    if let Err((call, failure)) = self.send(roster, lane, rows, call, &mut outstanding) {
+                        self.give_back(roster, rows, call, failure, &mut failed);
                     }
                 }
             }
         }
         for (experts, call) in local {
             let start = Instant::now();
-            match self.compute(&*experts, layer, grouping, x, &call) {
+            let _span = calls::span(roster, rows, &call);
+            match self.compute(&*experts, rows, &call) {
                 Ok(report) => {
+                    waiting.answered();
                     roster.links[call.node].durations.record(start.elapsed());
                     dispatched.load += report.load;
                     dispatched.demand_loads += u64::from(report.demand_loads);
                 }
-                Err(failure) => self.give_back(roster, call, failure, &mut failed),
+                Err(failure) => self.give_back(roster, rows, call, failure, &mut failed),
             }
         }
-        self.collect(roster, outstanding, dispatched, &mut failed);
+        self.collect(roster, rows, outstanding, waiting, dispatched, &mut failed);
         failed
     }
 
     /// Sends a call's rows down a lane; then it is outstanding.
-    #[allow(clippy::too_many_arguments)] // A call, where it goes, and what it is cut from.
     fn send(
         &mut self,
         roster: &Roster,
         lane: &Lane,
-        layer: LayerId,
-        grouping: &Grouping,
-        x: &[f32],
+        rows: &LayerRows<'_>,
         call: Call,
         outstanding: &mut Vec<Outstanding>,
     ) -> Result<(), (Call, CallFailure)> {
-        calls::gather(grouping, x, self.d_model, &call.pieces, &mut self.gathered);
+        calls::gather(rows.grouping, rows.x, self.d_model, &call.pieces, &mut self.gathered);
         let sent = Instant::now();
         let deadline = sent + lane.allow(call.rows(), call.pieces.len()).min(self.patience);
         let (groups, epoch) = (call.groups(), roster.placement.epoch());
-        let expert_call = ExpertCall { layer, groups: &groups, activations: &self.gathered };
-        match lane.start(expert_call, epoch, &self.replies.0, deadline) {
+        let expert_call = ExpertCall { layer: rows.layer, groups: &groups, activations: &self.gathered };
+        let span = calls::span(roster, rows, &call).map(Span::as_client);
+        let trace = span.as_ref().map(Span::context);
+        match lane.start(expert_call, epoch, trace, &self.replies.0, deadline) {
             Ok(call_id) => {
                 let look = lane.silent_until(sent).min(deadline);
-                outstanding.push(Outstanding { call_id, call, sent, deadline, look });
+                outstanding.push(Outstanding { call_id, call, span, sent, deadline, look });
                 Ok(())
             }
             Err(failure) => Err((call, failure)),
@@ -226,15 +204,13 @@ impl Dispatch {
     fn compute(
         &mut self,
         experts: &dyn LocalExperts,
-        layer: LayerId,
-        grouping: &Grouping,
-        x: &[f32],
+        rows: &LayerRows<'_>,
         call: &Call,
     ) -> Result<CallReport, CallFailure> {
-        calls::gather(grouping, x, self.d_model, &call.pieces, &mut self.gathered);
+        calls::gather(rows.grouping, rows.x, self.d_model, &call.pieces, &mut self.gathered);
         self.computed.resize(self.gathered.len(), 0.0);
         let groups = call.groups();
-        let expert_call = ExpertCall { layer, groups: &groups, activations: &self.gathered };
+        let expert_call = ExpertCall { layer: rows.layer, groups: &groups, activations: &self.gathered };
         let computed = &mut self.computed;
         // A node's bug must not take the coordinator down with it.
         let outcome = catch_unwind(AssertUnwindSafe(|| experts.compute(expert_call, computed)));
@@ -254,7 +230,9 @@ impl Dispatch {
     fn collect(
         &mut self,
         roster: &Roster,
+        rows: &LayerRows<'_>,
         mut outstanding: Vec<Outstanding>,
+        waiting: &mut Waiting,
         dispatched: &mut Dispatched,
         failed: &mut Vec<Piece>,
     ) {
@@ -265,22 +243,25 @@ impl Dispatch {
         while let Some(look) = outstanding.iter().map(|call| call.look).min() {
             let Ok(Reply { call_id, outcome }) = self.replies.1.recv_deadline(look) else {
                 let now = Instant::now();
+                waiting.passed(look, now);
                 if now > look + LATE_WAKE && late_wakes < LATE_WAKES_MAX {
                     late_wakes += 1;
                     outstanding.iter_mut().for_each(|call| call.look = call.look.max(now + LOOK_PERIOD));
                     continue;
                 }
                 late_wakes = 0;
-                for (call, failure) in self.given_up(roster, &mut outstanding, now) {
-                    self.give_back(roster, call, failure, failed);
+                for (call, failure) in self.given_up(roster, rows, &mut outstanding, now) {
+                    self.give_back(roster, rows, call, failure, failed);
                 }
                 continue;
             };
             // The answer to a call that was given up meanwhile is nobody's.
             let Some(at) = outstanding.iter().position(|call| call.call_id == call_id) else { continue };
-            let Outstanding { call, .. } = outstanding.swap_remove(at);
+            let Outstanding { call, span, .. } = outstanding.swap_remove(at);
+            drop(span);
             match outcome {
                 Ok(Computed { payload, report, took }) => {
+                    waiting.answered();
                     roster.links[call.node].durations.record(took);
                     load_max = load_max.max(report.load);
                     let explained = report.load + report.compute + travel(payload.len());
@@ -294,7 +275,7 @@ impl Dispatch {
                         from = rest;
                     }
                 }
-                Err(failure) => self.give_back(roster, call, failure, failed),
+                Err(failure) => self.give_back(roster, rows, call, failure, failed),
             }
         }
         note_stragglers(roster, &on_the_way);
@@ -303,7 +284,13 @@ impl Dispatch {
     }
 
     /// Takes out of `outstanding` what need not be waited for any longer, and says when to look at the others again.
-    fn given_up(&self, roster: &Roster, outstanding: &mut Vec<Outstanding>, now: Instant) -> Vec<(Call, CallFailure)> {
+    fn given_up(
+        &self,
+        roster: &Roster,
+        rows: &LayerRows<'_>,
+        outstanding: &mut Vec<Outstanding>,
+        now: Instant,
+    ) -> Vec<(Call, CallFailure)> {
         let mut given_up = Vec::new();
         let mut at = 0;
         while at < outstanding.len() {
@@ -316,14 +303,21 @@ impl Dispatch {
             let failure = match () {
                 // When to look is the earliest of these, unless a sign of life came meanwhile.
                 () if now < silent.min(one.deadline) => None,
-                // A tight limit is of use only while somebody else could be asked.
-                () if now < last && !calls::anyone_else(roster, &one.call, now) => None,
+                () if rows.is_for_nobody(&one.call, now) => Some(CallFailure::Unwanted),
+                // Tight limits are of use only while somebody else could be asked. Who is alive but late is not left
+                // for one who was so before: they would take turns, and none would come to its end.
+                () if now < last
+                    && !calls::anyone_else(roster, &one.call, now)
+                    && !(now >= silent && calls::anyone_back(roster, &one.call, now)) =>
+                {
+                    None
+                }
                 () if now >= silent => Some(CallFailure::Silent { waited }),
                 () => Some(CallFailure::Late { waited }),
             };
             match failure {
                 Some(failure) => {
-                    lane.give_up(one.call_id, now);
+                    lane.give_up(one.call_id, !matches!(failure, CallFailure::Unwanted), now);
                     given_up.push((outstanding.swap_remove(at).call, failure));
                 }
                 None => {
@@ -336,7 +330,14 @@ impl Dispatch {
     }
 
     /// A call failed: its pieces wait for another node, or for the same under a newer placement.
-    fn give_back(&self, roster: &Roster, call: Call, failure: CallFailure, failed: &mut Vec<Piece>) {
+    fn give_back(
+        &self,
+        roster: &Roster,
+        rows: &LayerRows<'_>,
+        call: Call,
+        failure: CallFailure,
+        failed: &mut Vec<Piece>,
+    ) {
         let node = &roster.links[call.node].node;
         let several = call.pieces.len() > 1;
         let reshared = match &failure {
@@ -346,10 +347,17 @@ impl Dispatch {
             }
             _ => false,
         };
-        if reshared {
-            tracing::info!(%node, rows = call.rows(), "a node knows a newer placement; its rows are shared out again");
-        } else {
-            tracing::warn!(%node, rows = call.rows(), %failure, "an expert call failed");
+        match &failure {
+            _ if reshared => {
+                tracing::info!(%node, rows = call.rows(), "a node knows a newer placement; its rows are shared out again")
+            }
+            CallFailure::Unwanted => {
+                tracing::debug!(%node, rows = call.rows(), "nobody waits for an expert call any more")
+            }
+            failure => {
+                let trace_id = rows.trace.map(|trace| tracing::field::display(trace.trace_id()));
+                tracing::warn!(%node, rows = call.rows(), trace_id, %failure, "an expert call failed");
+            }
         }
         for mut piece in call.pieces {
             if reshared {
@@ -357,10 +365,17 @@ impl Dispatch {
             } else if several && failure.is_of_one_expert() {
                 piece.alone = true;
             } else {
-                piece.tried.push((node.clone(), failure.clone()));
+                piece.failed(node, failure.clone());
             }
             failed.push(piece);
         }
+    }
+}
+
+impl LayerRows<'_> {
+    /// Whether nobody waits for any row of a call any more.
+    fn is_for_nobody(&self, call: &Call, now: Instant) -> bool {
+        call.pieces.iter().all(|piece| self.callers.gone(&self.grouping.tokens[piece.range()], now).is_some())
     }
 }
 

@@ -17,16 +17,18 @@ use sida_routing::{
     HashTable,
     admission::{Cost, Limits},
 };
-use sida_telemetry::{gauge, histogram, names};
+use sida_telemetry::{Span, TraceContext, counter, gauge, histogram, names, spans};
 
 use crate::{
+    asked,
+    batch_span::BatchSpan,
+    encoding,
     forward::{Costs, Forward},
-    output::Encoding,
     predict::{Predict, Progress},
-    preload::Preload,
+    preload::{Hint, Preload},
     prepare::Prepared,
     queue::{Queue, Wait},
-    request::{Pooling, Request, RequestError, Work},
+    request::{Request, RequestError, Work},
     routing_mode::Part,
     score,
     sequence::{self, Branch, Decoding, Next, Sequence},
@@ -51,11 +53,13 @@ impl Engine {
     pub(crate) fn run(mut self) {
         while let Some(joining) = self.next() {
             self.note_inflight(self.running.len() + joining.len());
+            self.statistics.step_begins();
             let outcome = guarded(|| {
                 self.join(joining);
                 self.step();
                 Ok(())
             });
+            self.statistics.step_ended();
             // What joined is told by the end of its channels.
             if let Err(error) = outcome {
                 self.fail_running(&error);
@@ -91,7 +95,7 @@ impl Engine {
         let mut requests = Vec::with_capacity(joining.len());
         let mut parts = Vec::with_capacity(joining.len());
         let mut announced = Vec::with_capacity(joining.len());
-        for Prepared { request, table, hint, predict } in joining {
+        for Prepared { mut request, table, hint, at, predict } in joining {
             if let Some(reason) = request.over(now) {
                 request.fail(reason);
                 continue;
@@ -100,6 +104,8 @@ impl Engine {
             trace.timings.predict = predict;
             trace.timings.queue = (now - request.accepted).saturating_sub(predict);
             histogram!(names::QUEUE_DURATION_SECONDS).record(trace.timings.queue);
+            spans::record(request.span.context(), "join", at, now);
+            asked::describe_prompt(&mut request.span, request.tokens.len());
             parts.push(self.part(&request, table, 0));
             requests.push((request, trace));
             announced.push(hint);
@@ -107,15 +113,19 @@ impl Engine {
         if requests.is_empty() {
             return;
         }
-        let hint = self.preload.begin(parts.iter().filter_map(|part| part.table.as_ref()));
+        let mut span = BatchSpan::begin("encode", requests.iter().map(|(request, _)| request.span.context()));
+        let within = span.as_ref().map(BatchSpan::context);
+        let hint = self.preload_within(within, &parts);
         drop(announced);
         let spans = Spans::new(requests.iter().map(|(request, _)| request.tokens.len()));
         let ids: Vec<u32> = requests.iter().flat_map(|(request, _)| request.tokens.iter().copied()).collect();
         histogram!(names::BATCH_TOKENS).record(ids.len() as f64);
-        let mut costs = Costs::default();
+        describe(&mut span, requests.len(), ids.len());
+        let mut costs = Costs::of_pass(within);
         let forward = &mut self.forward;
-        let outcome = guarded(|| Ok(on_pool(|| forward.encode(&ids, &spans, &mut parts, &mut costs))?));
-        drop(hint);
+        let callers: Vec<&Request> = requests.iter().map(|(request, _)| request).collect();
+        let outcome = guarded(|| Ok(on_pool(|| forward.encode(&ids, &spans, &mut parts, &callers, &mut costs))?));
+        drop((hint, span));
         costs.record();
         let states = match outcome {
             Ok(states) => states,
@@ -136,7 +146,7 @@ impl Engine {
         let outcome = match &request.work {
             Work::Encode { pooling, .. } => {
                 let pooling = *pooling;
-                return answer_encoding(request, trace, pooling, states, rows);
+                return encoding::answer(request, trace, pooling, states, rows);
             }
             Work::Generate { .. } => self.branches(states, rows, &[&[]]),
             Work::Score { targets, .. } => {
@@ -182,12 +192,20 @@ impl Engine {
         if self.running.is_empty() {
             return;
         }
-        let mut parts = self.predict_step();
+        let mut span = BatchSpan::begin("decode", self.running.iter().map(|sequence| sequence.request.span.context()));
+        describe(
+            &mut span,
+            self.running.len(),
+            self.running.iter().flat_map(|s| &s.branches).map(|b| b.feed.len()).sum(),
+        );
+        let within = span.as_ref().map(BatchSpan::context);
+        let mut parts = self.predict_step(within);
         self.preload.note_demand(parts.iter().filter_map(|part| part.table.as_ref()));
-        let _hint = self.preload.begin(parts.iter().filter_map(|part| part.table.as_ref()));
-        let mut costs = Costs::default();
+        let _hint = self.preload_within(within, &parts);
+        let mut costs = Costs::of_pass(within);
         let outcome = self.decode(&mut parts, &mut costs);
         costs.record();
+        let _settling = within.map(|within| Span::below(within, "output"));
         let outcome = outcome.and_then(|output| match &output.logits {
             None => {
                 self.settle(parts, &output, &[], &costs);
@@ -208,15 +226,17 @@ impl Engine {
     }
 
     /// A hash table for the new tokens of every branch, as parts of the step's batch.
-    fn predict_step(&mut self) -> Vec<Part> {
+    fn predict_step(&mut self, within: Option<TraceContext>) -> Vec<Part> {
         let start = Instant::now();
+        let span = within.map(|within| Span::below(within, "predict"));
         let mut progress: Vec<&mut Progress> = Vec::new();
         let mut tokens: Vec<&[u32]> = Vec::new();
         for branch in self.running.iter_mut().flat_map(|sequence| &mut sequence.branches) {
             progress.push(&mut branch.progress);
             tokens.push(&branch.feed);
         }
-        let mut tables = self.predict.decode(&mut progress, &tokens).into_iter();
+        let mut tables = self.predict.decode(&mut progress, &tokens, span.as_ref().map(Span::context)).into_iter();
+        drop(span);
         let took = start.elapsed();
         histogram!(names::PHASE_DURATION_SECONDS, names::PHASE => "predict").record(took);
         self.running.iter_mut().for_each(|sequence| sequence.trace.timings.predict += took);
@@ -239,12 +259,14 @@ impl Engine {
             let mut ids = Vec::new();
             let mut lengths = Vec::new();
             let mut states = Vec::new();
+            let mut requests = Vec::new();
             let mut last_rows = Vec::new();
             for sequence in running.iter_mut() {
                 for branch in &mut sequence.branches {
                     ids.extend_from_slice(&branch.feed);
                     lengths.push(branch.feed.len());
                     states.push(&mut branch.state);
+                    requests.push(&sequence.request);
                 }
                 if let Decoding::Generate(_) = sequence.decoding {
                     last_rows.push(ids.len() - 1);
@@ -252,10 +274,11 @@ impl Engine {
             }
             histogram!(names::BATCH_TOKENS).record(ids.len() as f64);
             let spans = Spans::new(lengths);
-            let h = on_pool(|| forward.decode(&ids, &spans, &mut states, parts, costs))?;
+            let h = on_pool(|| forward.decode(&ids, &spans, &mut states, parts, &requests, costs))?;
             let start = Instant::now();
             let logits = score::rows_of(&h, &last_rows)?.map(|h| forward.backbone().logits(&h)).transpose()?;
             costs.backbone += start.elapsed();
+            costs.dense_until(Instant::now());
             Ok(StepOutput { h, spans, logits })
         })
     }
@@ -299,7 +322,16 @@ impl Engine {
         histogram!(names::PHASE_DURATION_SECONDS, names::PHASE => "output").record(start.elapsed());
     }
 
+    /// The batch begins: expert-nodes are told what it will use.
+    fn preload_within(&self, within: Option<TraceContext>, parts: &[Part]) -> Hint {
+        let _span = within.map(|within| Span::below(within, "preload"));
+        self.preload.begin(parts.iter().filter_map(|part| part.table.as_ref()))
+    }
+
     fn part(&self, request: &Request, table: Option<HashTable>, first_token: usize) -> Part {
+        if table.is_none() {
+            counter!(names::PREDICTIONS_MISSING_TOTAL).increment(1);
+        }
         let config = self.forward.config();
         let experts = ExpertSets::new(config.moe_layer_count(), config.num_experts);
         Part::new(request.mode, table, first_token, config.router.top_k(), experts)
@@ -308,6 +340,14 @@ impl Engine {
     fn trace(&self, request: &Request) -> Trace {
         let config = self.forward.config();
         Trace::new(request.mode, config.moe_layer_count(), config.num_experts)
+    }
+}
+
+/// Says how much a pass was for.
+fn describe(span: &mut Option<BatchSpan>, sequences: usize, tokens: usize) {
+    if let Some(span) = span {
+        span.lead().set("sida.batch.sequences", sequences as i64);
+        span.lead().set("sida.batch.tokens", tokens as i64);
     }
 }
 
@@ -326,50 +366,11 @@ fn on_pool<T: Send>(pass: impl FnOnce() -> T + Send) -> T {
 }
 
 /// A part of a step; a panic in it is logged here and becomes an error.
-fn guarded<T>(work: impl FnOnce() -> Result<T, RequestError>) -> Result<T, RequestError> {
+pub(crate) fn guarded<T>(work: impl FnOnce() -> Result<T, RequestError>) -> Result<T, RequestError> {
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
         let message = panic.downcast_ref::<String>().map(String::as_str);
         let message = message.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
         tracing::error!(message, "a step panicked; its requests are answered with an error");
         Err(RequestError::Panicked)
     })
-}
-
-/// Answers a request for encoder states with rows `rows` of `states`.
-fn answer_encoding(
-    request: Request,
-    mut trace: Trace,
-    pooling: Pooling,
-    states: &Tensor,
-    rows: std::ops::Range<usize>,
-) {
-    trace.timings.total = request.accepted.elapsed();
-    let prompt_tokens = request.tokens.len();
-    let encoding = guarded(|| {
-        let d_model = states.dim(1).map_err(ModelError::from)?;
-        let own = |all: &[f32]| all[rows.start * d_model..rows.end * d_model].to_vec();
-        let own = tensor_rows::rows(states, own).map_err(ModelError::from)?;
-        let states = match pooling {
-            Pooling::None => own,
-            Pooling::Mean => mean(&own, d_model),
-        };
-        Ok(Encoding { rows: states.len() / d_model, states, d_model, prompt_tokens, trace })
-    });
-    let encoding = encoding.and_then(|encoding| {
-        if encoding.states.iter().all(|value| value.is_finite()) { Ok(encoding) } else { Err(RequestError::NotANumber) }
-    });
-    if let Work::Encode { reply, .. } = request.work {
-        // The caller may have gone, which is no error.
-        drop(reply.send(encoding));
-    }
-}
-
-/// The mean of (n, d_model) rows.
-fn mean(rows: &[f32], d_model: usize) -> Vec<f32> {
-    let count = (rows.len() / d_model) as f32;
-    let mut sum = vec![0.0; d_model];
-    for row in rows.chunks_exact(d_model) {
-        sum.iter_mut().zip(row).for_each(|(sum, value)| *sum += value);
-    }
-    sum.iter().map(|sum| sum / count).collect()
 }

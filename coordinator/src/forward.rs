@@ -12,10 +12,12 @@ use sida_model::{
     tensor_rows,
 };
 use sida_routing::{Grouping, Routes};
-use sida_telemetry::{counter, histogram, names};
+use sida_telemetry::{Span, TraceContext, counter, histogram, names, spans};
 
 use crate::{
-    dispatch::Dispatch,
+    callers::Callers,
+    dispatch::{Dispatch, LayerRows},
+    request::Request,
     routing_mode::{self, Part},
     statistics::Statistics,
     trace::HashCounts,
@@ -29,11 +31,18 @@ pub(crate) struct Forward {
     statistics: Arc<Statistics>,
     /// For each MoE layer: predictions that were the first choice, another one, a miss.
     predictions: Vec<[Counter; 3]>,
+    /// For each MoE layer and expert: rows. Empty where there are too many to export.
+    routed: Vec<Vec<Counter>>,
 }
+
+/// Series of `sida_routed_rows_total` at most.
+const ROUTED_SERIES_MAX: usize = 4096;
 
 /// What a pass cost, for every sequence in it.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Costs {
+    /// The pass's span, and since when dense layers have been computed in it.
+    trace: Option<(TraceContext, Instant)>,
     /// Dense layers, routers and the head.
     pub(crate) backbone: Duration,
     /// Dispatch, expert compute and combine, without `load`.
@@ -59,8 +68,15 @@ impl Forward {
                 counter!(names::HASH_PREDICTIONS_TOTAL, names::LAYER => layer.to_string(), names::OUTCOME => outcome)
             })
         };
-        let predictions = (0..backbone.config().moe_layer_count()).map(outcomes).collect();
-        Self { backbone, dispatch, enforce_capacity, statistics, predictions }
+        let (layers, experts) = (backbone.config().moe_layer_count(), backbone.config().num_experts);
+        let predictions = (0..layers).map(outcomes).collect();
+        let rows = |layer: usize, expert: usize| counter!(names::ROUTED_ROWS_TOTAL, names::LAYER => layer.to_string(), names::EXPERT => expert.to_string());
+        let exported = if layers * experts <= ROUTED_SERIES_MAX { layers } else { 0 };
+        let routed = (0..exported).map(|layer| (0..experts).map(|expert| rows(layer, expert)).collect()).collect();
+        for phase in ["predict", "load", "backbone", "experts", "output"] {
+            drop(histogram!(names::PHASE_DURATION_SECONDS, names::PHASE => phase));
+        }
+        Self { backbone, dispatch, enforce_capacity, statistics, predictions, routed }
     }
 
     /// What the model is.
@@ -73,12 +89,13 @@ impl Forward {
         &self.backbone
     }
 
-    /// Encoder states (tokens, d_model) of the prompts that `spans` cuts `ids` into.
+    /// Encoder states (tokens, d_model) of the prompts that `spans` cuts `ids` into, one of each of `requests`.
     pub(crate) fn encode(
         &mut self,
         ids: &[u32],
         spans: &Spans,
         parts: &mut [Part],
+        requests: &[&Request],
         costs: &mut Costs,
     ) -> Result<Tensor, ModelError> {
         let start = Instant::now();
@@ -86,20 +103,23 @@ impl Forward {
         let mut h = backbone.embed(Stack::Encoder, ids)?; // (tokens, d_model)
         for layer in backbone.encoder().layers() {
             h = layer.attend(&h, spans)?;
-            h = self.feed_forward(layer.feed_forward(), h, spans, parts, costs)?;
+            h = self.feed_forward(layer.feed_forward(), h, spans, parts, requests, costs)?;
         }
         let states = backbone.encoder().finish(&h)?;
         costs.finish_pass(start);
+        costs.dense_until(Instant::now());
         Ok(states)
     }
 
-    /// Decoder states (tokens, d_model) of the new tokens of each sequence, whose caches are `states`.
+    /// Decoder states (tokens, d_model) of the new tokens of each sequence, whose caches are `states`, and whose
+    /// requests `requests`.
     pub(crate) fn decode(
         &mut self,
         ids: &[u32],
         spans: &Spans,
         states: &mut [&mut DecoderState],
         parts: &mut [Part],
+        requests: &[&Request],
         costs: &mut Costs,
     ) -> Result<Tensor, ModelError> {
         let start = Instant::now();
@@ -107,7 +127,7 @@ impl Forward {
         let mut h = backbone.embed(Stack::Decoder, ids)?; // (tokens, d_model)
         for layer in backbone.decoder().layers() {
             h = layer.attend(&h, states, spans)?;
-            h = self.feed_forward(layer.feed_forward(), h, spans, parts, costs)?;
+            h = self.feed_forward(layer.feed_forward(), h, spans, parts, requests, costs)?;
         }
         for (state, range) in states.iter_mut().zip(spans.ranges()) {
             state.advance(range.len());
@@ -123,11 +143,12 @@ impl Forward {
         h: Tensor,
         spans: &Spans,
         parts: &mut [Part],
+        requests: &[&Request],
         costs: &mut Costs,
     ) -> Result<Tensor, ModelError> {
         match block {
             FeedForward::Dense(dense) => dense.forward(&h),
-            FeedForward::Moe(gate) => self.moe(gate, h, spans, parts, costs),
+            FeedForward::Moe(gate) => self.moe(gate, h, spans, parts, requests, costs),
         }
     }
 
@@ -138,6 +159,7 @@ impl Forward {
         h: Tensor,
         spans: &Spans,
         parts: &mut [Part],
+        requests: &[&Request],
         costs: &mut Costs,
     ) -> Result<Tensor, ModelError> {
         let (kind, num_experts, d_model) = {
@@ -153,17 +175,30 @@ impl Forward {
         self.note(gate, &routes, spans, parts, &before);
 
         let start = Instant::now();
+        costs.dense_until(start);
         let grouping = Grouping::new(&routes);
+        let span =
+            costs.trace.map(|(pass, _)| Span::below(pass, "dispatch").with("sida.layer", i64::from(gate.id().0)));
+        let trace = span.as_ref().map(Span::context);
         let mut out = vec![0.0; spans.rows() * d_model];
-        let dispatched = tensor_rows::rows(&x, |x| self.dispatch.moe(gate.id(), &grouping, x, &mut out))?;
+        if let Some(routed) = self.routed.get(usize::from(gate.id().0)) {
+            for group in &grouping.groups {
+                routed[usize::from(group.expert.0)].increment(u64::from(group.rows));
+            }
+        }
+        let callers = Callers::new(spans, requests);
+        let dispatched = tensor_rows::rows(&x, |x| {
+            self.dispatch.moe(&LayerRows { layer: gate.id(), grouping: &grouping, x, callers, trace }, &mut out)
+        })?;
         for (rows, error) in &dispatched.failed {
             for &token in &grouping.tokens[rows.clone()] {
-                let part = spans.ranges().position(|range| range.contains(&(token as usize)));
-                if let Some(part) = part {
+                if let Some(part) = spans.holder(token as usize) {
                     parts[part].failure.get_or_insert_with(|| error.clone());
                 }
             }
         }
+        drop(span);
+        costs.dense_from(Instant::now());
         costs.experts += start.elapsed().saturating_sub(dispatched.load);
         costs.load += dispatched.load;
         costs.demand_loads += dispatched.demand_loads;
@@ -194,6 +229,26 @@ impl Forward {
 }
 
 impl Costs {
+    /// Of a pass with this span.
+    pub(crate) fn of_pass(span: Option<TraceContext>) -> Self {
+        Self { trace: span.map(|span| (span, Instant::now())), ..Self::default() }
+    }
+
+    /// Dense layers were computed until then.
+    pub(crate) fn dense_until(&mut self, end: Instant) {
+        if let Some((pass, since)) = &mut self.trace {
+            spans::record(*pass, "backbone", *since, end);
+            *since = end;
+        }
+    }
+
+    /// Dense layers are computed from then on.
+    fn dense_from(&mut self, start: Instant) {
+        if let Some((_, since)) = &mut self.trace {
+            *since = start;
+        }
+    }
+
     /// What the pass took beyond the experts was the backbone's.
     fn finish_pass(&mut self, start: Instant) {
         self.backbone += start.elapsed().saturating_sub(self.experts + self.load);

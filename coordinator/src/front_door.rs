@@ -10,15 +10,28 @@ use std::{
 use futures::{Stream, StreamExt};
 use sida_model::{ExpertStore, Stack};
 use sida_proto::v1::{self, inference_server::Inference};
-use sida_rpc::{Deadline, Fault};
-use sida_telemetry::{counter, histogram, names};
+use sida_rpc::{Deadline, Fault, trace};
+use sida_telemetry::{counter, gauge, histogram, names};
 use tonic::{Code, Request, Response, Status};
 
 use crate::{
     coordinator::{Coordinator, CoordinatorError, TokenStream},
-    messages,
+    messages::{self, Caller},
     request::RequestError,
 };
+
+/// The methods that are counted.
+const METHODS: [&str; 3] = ["Generate", "Score", "Encode"];
+/// Codes whose counts are exported from the start, since alerts ask for their rates.
+const COUNTED_CODES: [Code; 7] = [
+    Code::Ok,
+    Code::Cancelled,
+    Code::InvalidArgument,
+    Code::DeadlineExceeded,
+    Code::ResourceExhausted,
+    Code::Internal,
+    Code::Unavailable,
+];
 
 /// The service.
 pub(crate) struct FrontDoor {
@@ -29,6 +42,13 @@ pub(crate) struct FrontDoor {
 impl FrontDoor {
     pub(crate) fn new(coordinator: Coordinator) -> Result<Self, CoordinatorError> {
         let model = describe(&coordinator)?;
+        gauge!(names::MODEL_EXPERT_BYTES).set(model.experts_bytes as f64);
+        for method in METHODS {
+            drop(histogram!(names::REQUEST_DURATION_SECONDS, names::METHOD => method));
+            for code in COUNTED_CODES.map(code_name) {
+                counter!(names::REQUESTS_TOTAL, names::METHOD => method, names::CODE => code).increment(0);
+            }
+        }
         Ok(Self { coordinator, model })
     }
 }
@@ -39,9 +59,9 @@ impl Inference for FrontDoor {
 
     async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
         let mut answering = Answering::begin("Generate");
-        let deadline = deadline(&request);
+        let caller = caller(&request);
         let tokens = async {
-            let params = messages::generate_params(request.into_inner(), deadline)?;
+            let params = messages::generate_params(request.into_inner(), caller)?;
             self.coordinator.generate(params).await
         };
         let tokens = tokens.await.map_err(|error| answering.fail(error))?;
@@ -50,9 +70,9 @@ impl Inference for FrontDoor {
 
     async fn score(&self, request: Request<v1::ScoreRequest>) -> Result<Response<v1::ScoreResponse>, Status> {
         let mut answering = Answering::begin("Score");
-        let deadline = deadline(&request);
+        let caller = caller(&request);
         let scores = async {
-            let params = messages::score_params(request.into_inner(), deadline)?;
+            let params = messages::score_params(request.into_inner(), caller)?;
             self.coordinator.score(params).await
         };
         let scores = scores.await.map_err(|error| answering.fail(error))?;
@@ -62,9 +82,9 @@ impl Inference for FrontDoor {
 
     async fn encode(&self, request: Request<v1::EncodeRequest>) -> Result<Response<v1::EncodeResponse>, Status> {
         let mut answering = Answering::begin("Encode");
-        let deadline = deadline(&request);
+        let caller = caller(&request);
         let encoding = async {
-            let params = messages::encode_params(request.into_inner(), deadline)?;
+            let params = messages::encode_params(request.into_inner(), caller)?;
             self.coordinator.encode(params).await
         };
         let encoding = encoding.await.map_err(|error| answering.fail(error))?;
@@ -102,9 +122,8 @@ fn describe(coordinator: &Coordinator) -> Result<v1::ModelResponse, CoordinatorE
     })
 }
 
-/// Until when the caller waits.
-fn deadline<T>(request: &Request<T>) -> Option<Instant> {
-    Deadline::of(request).map(|deadline| deadline.0.into_std())
+fn caller<T>(request: &Request<T>) -> Caller {
+    Caller { deadline: Deadline::of(request).map(|deadline| deadline.0.into_std()), trace: trace::context_of(request) }
 }
 
 /// A request that is being answered; counted when it is dropped, however it ended.

@@ -32,7 +32,7 @@ use sida_routing::{
     NodeId, Plan, PlanId,
     failover::{Breaker, BreakerState, Silence},
 };
-use sida_telemetry::{gauge, names};
+use sida_telemetry::{TraceContext, gauge, names};
 use tokio::{
     runtime::Handle,
     sync::{Notify, mpsc},
@@ -199,13 +199,15 @@ impl Lane {
         &self,
         call: ExpertCall<'_>,
         placement_epoch: u64,
+        trace: Option<TraceContext>,
         replies: &Sender<Reply>,
         give_up: Instant,
     ) -> Result<u64, CallFailure> {
         let bytes = size_of_val(call.activations);
         let call_id = NEXT_CALL.fetch_add(1, Ordering::Relaxed);
         let activations = v1::Activations::new(call_id, call.layer, call.groups, call.activations);
-        let activations = v1::Activations { placement_epoch, ..activations };
+        let traceparent = trace.map(|trace| trace.to_string()).unwrap_or_default();
+        let activations = v1::Activations { placement_epoch, traceparent, ..activations };
         let mut state = self.state.lock();
         // A call larger than the limit by itself goes when nothing else is under way.
         while state.inflight_bytes > 0 && state.inflight_bytes + bytes > self.inflight_bytes_max {
@@ -222,13 +224,17 @@ impl Lane {
         Ok(call_id)
     }
 
-    /// Gives a call up; its answer, if it comes after all, is dropped. Until the next message the node counts as hung:
-    /// one that is merely late says something within a heartbeat, since it still works on the call.
-    pub(crate) fn give_up(&self, call_id: u64, now: Instant) {
+    /// Gives a call up; its answer, if it comes after all, is dropped. Unless nobody wants it any more, the node counts
+    /// as hung until its next message: one that is merely late says something within a heartbeat, since it still works.
+    pub(crate) fn give_up(&self, call_id: u64, is_wanted: bool, now: Instant) {
         let mut state = self.state.lock();
         if state.take(call_id).is_some() {
-            state.suspect.get_or_insert(now);
-            self.on_breaker(&mut state, now, Breaker::failed);
+            if is_wanted {
+                state.suspect.get_or_insert(now);
+                self.on_breaker(&mut state, now, Breaker::failed);
+            } else {
+                self.on_breaker(&mut state, now, |breaker, _| breaker.abandoned());
+            }
             drop(state);
             self.room.notify_all();
         }

@@ -2,25 +2,31 @@
 //! sends the rows of every MoE layer to the expert-nodes.
 //!
 //! One request in reading order. It comes in through [`config`]ured limits: `front_door` (gRPC) and `messages`
-//! (the wire's side), or this process by [`coordinator`]; `accept` checks and tokenizes it into a [`request`].
+//! (the wire's side), or this process by [`coordinator`]; `accept` checks and tokenizes what was `asked` into a [`request`].
 //! It waits in a `queue`; `prepare` takes a batch, has `predict` (here, or by `remote_predictor`) fill its hash
 //! tables and `preload` hint them. The `engine` lets it join: `forward` runs the layers, [`routing_mode`] chooses
-//! experts, `dispatch` sends rows in `calls` to the `nodes` over `lane`s (`lane_connection`,
-//! `call_deadline`, `call_failure`). A `sequence` goes on from step to step: `sampler`, `detokenize`, `stop_text`, or `score`; the answer leaves as [`output`]
-//! with its [`trace`], or as a `fault`. Beside that: `probe` (health), `cluster_service` and `statistics`.
+//! experts, `dispatch` sends rows in `calls` to the `nodes` over `lane`s (`lane_connection`, `call_deadline`,
+//! `call_failure`), `share_out` saying whom to ask, `waiting` how long where nobody is left, and `callers` who still
+//! wants an answer. A `sequence` goes on from step to step: `sampler`, `detokenize`, `stop_text`, or `score`, or
+//! `encoding`; the answer leaves as [`output`] with its [`trace`], or as a `fault`. Work for several at once has a
+//! `batch_span`. Beside that: `probe` (health), `cluster_service`, `unheld` and `statistics`.
 //!
 //! Invariant: it does not know expert-nodes but by `sida_cluster::experts` and the wire, and takes no decision
 //! that belongs to `sida_routing`.
 
 mod accept;
+mod asked;
+mod batch_span;
 mod call_deadline;
 mod call_failure;
+mod callers;
 mod calls;
 mod cluster_service;
 pub mod config;
 pub mod coordinator;
 mod detokenize;
 mod dispatch;
+mod encoding;
 mod engine;
 mod fault;
 mod forward;
@@ -41,9 +47,12 @@ pub mod routing_mode;
 mod sampler;
 mod score;
 mod sequence;
+mod share_out;
 mod statistics;
 mod stop_text;
 pub mod trace;
+mod unheld;
+mod waiting;
 
 use std::time::Duration;
 
@@ -101,6 +110,10 @@ pub async fn serve(
         .descriptors(sida_proto::DESCRIPTORS)
         .check("sida.v1.Inference", probe(&coordinator))
         .check("sida.v1.Cluster", || async { Ok(()) })
+        .alive({
+            let coordinator = coordinator.clone();
+            move || coordinator.is_alive()
+        })
         .leaving(shutdown.clone())
         .serve(listener, coordinator.cluster().left_after(shutdown, LEAVE_PATIENCE))
         .await?;

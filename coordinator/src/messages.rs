@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use sida_proto::{v1, wire::rows};
+use sida_telemetry::TraceContext;
 
 use crate::{
     accept::{EncodeParams, GenerateParams, ScoreParams},
@@ -13,30 +14,35 @@ use crate::{
     trace::Trace,
 };
 
+/// What a call carries beside its message.
+#[derive(Clone, Copy)]
+pub(crate) struct Caller {
+    /// Until when it waits.
+    pub(crate) deadline: Option<Instant>,
+    /// Which trace it is part of.
+    pub(crate) trace: Option<TraceContext>,
+}
+
 /// The request behind a message. Limits are checked where it is accepted.
-pub(crate) fn encode_params(
-    message: v1::EncodeRequest,
-    deadline: Option<Instant>,
-) -> Result<EncodeParams, RequestError> {
+pub(crate) fn encode_params(message: v1::EncodeRequest, caller: Caller) -> Result<EncodeParams, RequestError> {
     let pooling = match v1::Pooling::try_from(message.pooling) {
         Ok(v1::Pooling::Unspecified | v1::Pooling::Mean) => Pooling::Mean,
         Ok(v1::Pooling::None) => Pooling::None,
         Err(_) => return Err(unknown("pooling", message.pooling)),
     };
-    Ok(EncodeParams { text: message.text, routing: routing(message.routing)?, pooling, deadline })
+    let Caller { deadline, trace } = caller;
+    Ok(EncodeParams { text: message.text, routing: routing(message.routing)?, pooling, deadline, trace })
 }
 
 /// The request behind a message.
-pub(crate) fn score_params(message: v1::ScoreRequest, deadline: Option<Instant>) -> Result<ScoreParams, RequestError> {
+pub(crate) fn score_params(message: v1::ScoreRequest, caller: Caller) -> Result<ScoreParams, RequestError> {
+    let Caller { deadline, trace } = caller;
     let routing = routing(message.routing)?;
-    Ok(ScoreParams { text: message.text, targets: message.targets, routing, deadline })
+    Ok(ScoreParams { text: message.text, targets: message.targets, routing, deadline, trace })
 }
 
 /// The request behind a message.
-pub(crate) fn generate_params(
-    message: v1::GenerateRequest,
-    deadline: Option<Instant>,
-) -> Result<GenerateParams, RequestError> {
+pub(crate) fn generate_params(message: v1::GenerateRequest, caller: Caller) -> Result<GenerateParams, RequestError> {
     Ok(GenerateParams {
         routing: routing(message.routing)?,
         text: message.text,
@@ -50,7 +56,8 @@ pub(crate) fn generate_params(
             seed: message.seed,
         },
         stop: message.stop,
-        deadline,
+        deadline: caller.deadline,
+        trace: caller.trace,
     })
 }
 

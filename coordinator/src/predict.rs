@@ -15,6 +15,7 @@ use sida_model::{
     predictor::{HashPredictor, PredictorState},
 };
 use sida_routing::{Digest, HashTable, LayerId};
+use sida_telemetry::TraceContext;
 
 use crate::remote_predictor::RemotePredictor;
 
@@ -64,12 +65,12 @@ impl Predict {
     }
 
     /// A table of the encoder's layers for each sequence, or none for any.
-    pub(crate) fn encode(&self, sequences: &[&[u32]]) -> Vec<Option<HashTable>> {
+    pub(crate) fn encode(&self, sequences: &[&[u32]], trace: Option<TraceContext>) -> Vec<Option<HashTable>> {
         let lengths: Vec<usize> = sequences.iter().map(|tokens| tokens.len()).collect();
         let tables = match &self.source {
             _ if self.encoder_layers.is_empty() => None,
             Source::Local(predictor) => guarded(|| predictor.encode(sequences).map_err(|e| e.to_string())),
-            Source::Remote(nodes) => nodes.encode(sequences, self.encoder_layers.clone()),
+            Source::Remote(nodes) => nodes.encode(sequences, self.encoder_layers.clone(), trace),
             Source::Off => None,
         };
         self.usable(tables, &self.encoder_layers, &lengths)
@@ -86,7 +87,12 @@ impl Predict {
 
     /// A table of the decoder's layers for the new `tokens` of each sequence, or none for any. A table may begin
     /// with earlier tokens: its last ones are the new.
-    pub(crate) fn decode(&self, progress: &mut [&mut Progress], tokens: &[&[u32]]) -> Vec<Option<HashTable>> {
+    pub(crate) fn decode(
+        &self,
+        progress: &mut [&mut Progress],
+        tokens: &[&[u32]],
+        trace: Option<TraceContext>,
+    ) -> Vec<Option<HashTable>> {
         if matches!(self.source, Source::Off) || self.decoder_layers.is_empty() {
             return vec![None; tokens.len()];
         }
@@ -96,7 +102,7 @@ impl Predict {
         let fed: Vec<Vec<u32>> = progress.iter_mut().map(|progress| std::mem::take(&mut progress.unseen)).collect();
         let sequences: Vec<&[u32]> = fed.iter().map(Vec::as_slice).collect();
         let lengths: Vec<usize> = sequences.iter().map(|tokens| tokens.len()).collect();
-        let tables = self.advance(progress, &sequences);
+        let tables = self.advance(progress, &sequences, trace);
         if tables.is_none() {
             for (progress, fed) in progress.iter_mut().zip(fed) {
                 progress.unseen = fed;
@@ -106,7 +112,12 @@ impl Predict {
     }
 
     /// Predicts, and advances the states if that succeeds.
-    fn advance(&self, progress: &mut [&mut Progress], sequences: &[&[u32]]) -> Option<Vec<HashTable>> {
+    fn advance(
+        &self,
+        progress: &mut [&mut Progress],
+        sequences: &[&[u32]],
+        trace: Option<TraceContext>,
+    ) -> Option<Vec<HashTable>> {
         match &self.source {
             Source::Local(predictor) => {
                 let mut states: Vec<&mut PredictorState> = Vec::with_capacity(progress.len());
@@ -124,7 +135,7 @@ impl Predict {
                     State::Local(_) => Bytes::new(),
                 });
                 let states: Vec<Bytes> = states.collect();
-                let (tables, states) = nodes.decode(sequences, &states, self.decoder_layers.clone())?;
+                let (tables, states) = nodes.decode(sequences, &states, self.decoder_layers.clone(), trace)?;
                 for (progress, state) in progress.iter_mut().zip(states) {
                     progress.state = State::Remote(state);
                 }

@@ -13,9 +13,10 @@ use sida_routing::{
     HashTable,
     admission::{Cost, Limits},
 };
-use sida_telemetry::{gauge, histogram, names};
+use sida_telemetry::{gauge, histogram, names, spans};
 
 use crate::{
+    batch_span::BatchSpan,
     predict::Predict,
     preload::{Hint, Preload},
     queue::{Queue, Wait},
@@ -29,6 +30,8 @@ pub(crate) struct Prepared {
     pub(crate) table: Option<HashTable>,
     /// Taken back when the last request that it was announced with joins a batch.
     pub(crate) hint: Arc<Hint>,
+    /// When it was ready to join.
+    pub(crate) at: Instant,
     /// What the prediction took, for its whole batch.
     pub(crate) predict: Duration,
 }
@@ -65,12 +68,21 @@ impl Prepare {
             let reason = request.over(start).unwrap_or(RequestError::Cancelled);
             request.fail(reason);
         }
+        for request in &batch {
+            spans::record(request.span.context(), "queue", request.accepted, start);
+        }
+        let contexts = || batch.iter().map(|request| request.span.context());
         let sequences: Vec<&[u32]> = batch.iter().map(|request| request.tokens.as_slice()).collect();
-        let tables = self.predict.encode(&sequences);
+        let predicting = BatchSpan::begin("predict", contexts());
+        let tables = self.predict.encode(&sequences, predicting.as_ref().map(BatchSpan::context));
+        drop(predicting);
         let predict = start.elapsed();
         histogram!(names::PHASE_DURATION_SECONDS, names::PHASE => "predict").record(predict);
+        let preloading = BatchSpan::begin("preload", contexts());
         let hint = Arc::new(self.preload.announce(tables.iter().flatten()));
-        let together = |(request, table)| Prepared { request, table, hint: hint.clone(), predict };
+        drop(preloading);
+        let at = Instant::now();
+        let together = |(request, table)| Prepared { request, table, hint: hint.clone(), at, predict };
         batch.into_iter().zip(tables).map(together).collect()
     }
 

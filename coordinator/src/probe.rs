@@ -4,10 +4,13 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
-use sida_model::ModelConfig;
+use sida_model::{ModelConfig, Spans};
 use sida_routing::{ExpertId, Grouping, LayerId, Routes};
 
-use crate::dispatch::Dispatch;
+use crate::{
+    callers::Callers,
+    dispatch::{Dispatch, LayerRows},
+};
 
 /// Calls one expert after another.
 pub(crate) struct Probe {
@@ -34,7 +37,9 @@ impl Probe {
         let (layer, expert) = (LayerId((next / self.num_experts) as u16), ExpertId((next % self.num_experts) as u16));
         let routes = Routes { top_k: 1, experts: vec![Some(expert)], weights: vec![1.0] };
         let (x, mut out) = (vec![1.0; self.d_model], vec![0.0; self.d_model]);
-        let dispatched = self.dispatch.lock().moe(layer, &Grouping::new(&routes), &x, &mut out);
+        let (grouping, spans) = (Grouping::new(&routes), Spans::single_tokens(1));
+        let rows = LayerRows { layer, grouping: &grouping, x: &x, callers: Callers::new(&spans, &[]), trace: None };
+        let dispatched = self.dispatch.lock().moe(&rows, &mut out);
         match dispatched.failed.into_iter().next() {
             Some((_, error)) => Err(error.to_string()),
             None if out.iter().all(|value| value.is_finite()) => Ok(()),

@@ -25,9 +25,10 @@ use sida_proto::{
     wire::{Bounds, Prediction, Stack},
 };
 use sida_routing::{Digest, HashTable, NodeId, failover::Breaker};
-use sida_rpc::{ClientConfig, MESSAGE_BYTES_MAX};
+use sida_rpc::{ClientConfig, MESSAGE_BYTES_MAX, trace};
+use sida_telemetry::{Span, TraceContext};
 use tokio::runtime::Handle;
-use tonic::transport::Channel;
+use tonic::{Request, transport::Channel};
 
 /// How often a node that failed is asked whether it is back.
 const ASK_PERIOD: Duration = Duration::from_millis(250);
@@ -67,6 +68,17 @@ struct State {
     is_away: bool,
 }
 
+/// What is predicted.
+#[derive(Clone)]
+struct Ask<'a> {
+    stack: Stack,
+    sequences: &'a [&'a [u32]],
+    /// Decoder: one per sequence.
+    states: &'a [Bytes],
+    layers: Range<u16>,
+    trace: Option<TraceContext>,
+}
+
 impl RemotePredictor {
     /// Predictions for `model`, whose extent is `bounds`. Each may take `timeout`; `runtime` carries the calls.
     pub(crate) fn new(
@@ -82,8 +94,14 @@ impl RemotePredictor {
     }
 
     /// Tables of the encoder's `layers`, one per sequence.
-    pub(crate) fn encode(&self, sequences: &[&[u32]], layers: Range<u16>) -> Option<Vec<HashTable>> {
-        self.predict(Stack::Encoder, sequences, &[], layers).map(|prediction| prediction.tables)
+    pub(crate) fn encode(
+        &self,
+        sequences: &[&[u32]],
+        layers: Range<u16>,
+        trace: Option<TraceContext>,
+    ) -> Option<Vec<HashTable>> {
+        let ask = Ask { stack: Stack::Encoder, sequences, states: &[], layers, trace };
+        self.predict(&ask).map(|prediction| prediction.tables)
     }
 
     /// Tables of the decoder's `layers` for the new tokens of each sequence, and the states after them.
@@ -92,15 +110,17 @@ impl RemotePredictor {
         sequences: &[&[u32]],
         states: &[Bytes],
         layers: Range<u16>,
+        trace: Option<TraceContext>,
     ) -> Option<(Vec<HashTable>, Vec<Bytes>)> {
-        self.predict(Stack::Decoder, sequences, states, layers).map(|prediction| (prediction.tables, prediction.states))
+        let ask = Ask { stack: Stack::Decoder, sequences, states, layers, trace };
+        self.predict(&ask).map(|prediction| (prediction.tables, prediction.states))
     }
 
-    fn predict(&self, stack: Stack, sequences: &[&[u32]], states: &[Bytes], layers: Range<u16>) -> Option<Prediction> {
+    fn predict(&self, ask: &Ask<'_>) -> Option<Prediction> {
         let deadline = Instant::now() + self.timeout;
         for _ in 0..ATTEMPTS_MAX {
             let link = self.choose()?;
-            match self.ask(&link, stack, sequences, states, layers.clone(), deadline) {
+            match self.ask(&link, ask, deadline) {
                 Ok(prediction) => {
                     link.state.lock().breaker.succeeded(self.origin.elapsed());
                     return Some(prediction);
@@ -119,20 +139,13 @@ impl RemotePredictor {
     }
 
     /// Asks one node, until `deadline`.
-    fn ask(
-        &self,
-        link: &Link,
-        stack: Stack,
-        sequences: &[&[u32]],
-        states: &[Bytes],
-        layers: Range<u16>,
-        deadline: Instant,
-    ) -> Result<Prediction, String> {
+    fn ask(&self, link: &Link, ask: &Ask<'_>, deadline: Instant) -> Result<Prediction, String> {
+        let Ask { sequences, states, .. } = ask;
         link.state.lock().breaker.begin(self.origin.elapsed());
         let calls = sequences.chunks(SEQUENCES_MAX).enumerate().map(|(chunk, sequences)| {
             let first = (chunk * SEQUENCES_MAX).min(states.len());
             let states = &states[first..(first + sequences.len()).min(states.len())];
-            let call = self.call(link.channel.clone(), stack, sequences, states, layers.clone());
+            let call = self.call(link, Ask { sequences, states, ..ask.clone() });
             // Within the future: a timer can only be made on the runtime.
             async move { tokio::time::timeout_at(deadline.into(), call).await }
         });
@@ -170,18 +183,17 @@ impl RemotePredictor {
         });
     }
 
-    async fn call(
-        &self,
-        channel: Channel,
-        stack: Stack,
-        sequences: &[&[u32]],
-        states: &[Bytes],
-        layers: Range<u16>,
-    ) -> Result<Prediction, String> {
-        let mut client = PredictorClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
-        let request = v1::PredictRequest::new(self.model, stack, sequences, states);
+    async fn call(&self, link: &Link, ask: Ask<'_>) -> Result<Prediction, String> {
+        let Ask { stack, sequences, states, layers, trace } = ask;
+        let span = trace.map(|trace| Span::below(trace, "sida.v1.Predictor/Predict").as_client());
+        let mut client = PredictorClient::new(link.channel.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX);
+        let mut request = Request::new(v1::PredictRequest::new(self.model, stack, sequences, states));
+        if let Some(span) = &span {
+            trace::pass_on(span.context(), request.metadata_mut());
+        }
         let response = client.predict(request).await;
         let response = response.map_err(|status| format!("{:?}: {}", status.code(), status.message()))?;
+        drop(span);
         let lengths: Vec<usize> = sequences.iter().map(|tokens| tokens.len()).collect();
         let response = response.into_inner();
         response.check(&self.bounds, self.model, stack, layers, &lengths).map_err(|error| error.to_string())

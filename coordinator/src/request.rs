@@ -7,6 +7,7 @@ use std::{
 
 use sida_model::ModelError;
 use sida_routing::{ExpertKey, NodeId, admission::Cost};
+use sida_telemetry::Span;
 use thiserror::Error;
 use tokio::sync::{mpsc, oneshot};
 
@@ -28,6 +29,8 @@ pub(crate) struct Request {
     pub(crate) accepted: Instant,
     /// When its answer is of no more use.
     pub(crate) deadline: Option<Instant>,
+    /// From acceptance to the answer; ends with the request.
+    pub(crate) span: Span,
 }
 
 /// What is asked, with the way back. A receiver that is gone means that the client is.
@@ -95,7 +98,8 @@ impl Request {
     }
 
     /// Answers with an error. Nobody may be there to hear it any more, which is no error.
-    pub(crate) fn fail(self, error: RequestError) {
+    pub(crate) fn fail(mut self, error: RequestError) {
+        self.span.fail(&error);
         match self.work {
             Work::Encode { reply, .. } => drop(reply.send(Err(error))),
             Work::Score { reply, .. } => {

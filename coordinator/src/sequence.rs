@@ -5,9 +5,10 @@
 use std::{ops::Range, time::Instant};
 
 use sida_model::{Backbone, DecoderState, ModelConfig, ModelError, Tensor, Tokenizer};
-use sida_telemetry::{counter, histogram, names};
+use sida_telemetry::{counter, histogram, names, spans};
 
 use crate::{
+    asked,
     detokenize::Detokenizer,
     forward::Costs,
     output::{Finish, FinishReason, Scores, TargetScore, Token},
@@ -93,11 +94,14 @@ impl Sequence {
         let now = Instant::now();
         if generation.first_token_at.is_none() {
             generation.first_token_at = Some(now);
-            histogram!(names::TIME_TO_FIRST_TOKEN_SECONDS).record(now - self.request.accepted);
+            let waited = now - self.request.accepted;
+            histogram!(names::TIME_TO_FIRST_TOKEN_SECONDS).record(waited);
+            self.request.span.set("sida.time_to_first_token_us", spans::microseconds(waited));
         }
         let finish = reason.map(|reason| {
             generation.record_pace(now);
             self.trace.timings.total = now - self.request.accepted;
+            asked::describe_answer(&mut self.request.span, generation.generated, reason);
             Finish {
                 reason,
                 prompt_tokens: self.request.tokens.len(),

@@ -1,9 +1,12 @@
 //! What a coordinator has done since it started, for its status. Counted by the front door, the engine and the forward pass.
 
-use std::sync::atomic::{AtomicU64, AtomicUsize};
+use std::{
+    sync::atomic::{AtomicU64, AtomicUsize, Ordering},
+    time::{Duration, Instant},
+};
 
 /// Counters that several threads add to.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Statistics {
     /// Requests accepted.
     pub(crate) requests: AtomicU64,
@@ -15,4 +18,54 @@ pub(crate) struct Statistics {
     pub(crate) hash_misses: AtomicU64,
     /// Expert calls that went to another node.
     pub(crate) failovers: AtomicU64,
+    origin: Instant,
+    /// Milliseconds from `origin` to the beginning of the engine's step; 0: it is in none.
+    step_began: AtomicU64,
+}
+
+impl Default for Statistics {
+    fn default() -> Self {
+        let (requests, inflight, hash_hits, hash_misses, failovers, step_began) = Default::default();
+        Self { requests, inflight, hash_hits, hash_misses, failovers, origin: Instant::now(), step_began }
+    }
+}
+
+impl Statistics {
+    /// The engine begins a step.
+    pub(crate) fn step_begins(&self) {
+        self.step_began.store((self.origin.elapsed().as_millis() as u64).max(1), Ordering::Relaxed);
+    }
+
+    /// The engine's step is over.
+    pub(crate) fn step_ended(&self) {
+        self.step_began.store(0, Ordering::Relaxed);
+    }
+
+    /// For how long the engine has been in one step.
+    pub(crate) fn stuck_for(&self) -> Duration {
+        match self.step_began.load(Ordering::Relaxed) {
+            0 => Duration::ZERO,
+            began => self.origin.elapsed().saturating_sub(Duration::from_millis(began)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_step_can_be_stuck() {
+        // Broken: an idle coordinator would be started again, or one whose engine hangs never.
+        let mut statistics = Statistics::default();
+        assert_eq!(statistics.stuck_for(), Duration::ZERO);
+        statistics.step_begins();
+        let hour = Duration::from_secs(3600);
+        // As if it had begun an hour ago.
+        let Some(origin) = statistics.origin.checked_sub(hour) else { return };
+        statistics.origin = origin;
+        assert!(statistics.stuck_for() > hour - Duration::from_secs(60));
+        statistics.step_ended();
+        assert_eq!(statistics.stuck_for(), Duration::ZERO);
+    }
 }

@@ -1,5 +1,6 @@
 //! What an expert-node costs, piece by piece, on the model that ships with the repository: deciding, loading,
-//! computing, and a call over loopback. `cargo bench -p sida-expert-node [-- decide|load|calls|passes|lane]`; figures in docs/benchmarks.md.
+//! computing, and a call over loopback with its checksums and signs of life.
+//! `cargo bench -p sida-expert-node [-- decide|load|calls|passes|lane]`; figures in docs/benchmarks.md.
 
 use std::{
     hint::black_box,
@@ -14,12 +15,15 @@ use sida_cluster::{
 };
 use sida_expert_node::{Engine, ExpertMemory, ExpertNodeConfig, MODEL_DIGEST_METADATA};
 use sida_model::{Checkpoint, ExpertScratch, ExpertStore};
-use sida_proto::v1::{self, LaneRequest, experts_client::ExpertsClient, lane_request::Kind, lane_response};
+use sida_proto::{
+    v1::{self, LaneRequest, experts_client::ExpertsClient, lane_request::Kind, lane_response},
+    wire::rows,
+};
 use sida_routing::{
     ExpertId, ExpertKey, Group, LayerId, Plan, PlanId,
     residency::{Access, Residency, ResidencyConfig},
 };
-use tokio::sync::mpsc::unbounded_channel;
+use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::Request;
@@ -239,5 +243,54 @@ async fn lane(checkpoint: &Arc<Checkpoint>) {
             direct[1000],
             there_and_back[1000].saturating_sub(direct[1000])
         );
+        checksums(&rows::to_payload(&x), there_and_back[1000]);
     }
+    signs_of_life(&requests).await;
+}
+
+/// The sums of a call's rows and of its answer's, each made and checked.
+fn checksums(payload: &[u8], there_and_back: Duration) {
+    let mut sums: Vec<Duration> =
+        (0..2000).map(|_| timed(|| _ = black_box(crc32fast::hash(black_box(payload))))).collect();
+    sums.sort();
+    let sum = sums[1000];
+    println!(
+        "    a checksum over {} bytes: {sum:.2?}, {:.3} ns a byte; the four of a call are {:.2}% of it",
+        payload.len(),
+        sum.as_nanos() as f64 / payload.len() as f64,
+        400.0 * sum.as_secs_f64() / there_and_back.as_secs_f64()
+    );
+}
+
+/// What a small message on a lane costs both sides together: one that, like a sign of life, asks for nothing. One at a
+/// time, as they come, against as many wakes without one.
+async fn signs_of_life(requests: &UnboundedSender<LaneRequest>) {
+    const MESSAGES: u32 = 4000;
+    let mut costs = Vec::new();
+    for speaks in [false, true, false, true, false, true] {
+        let start = cpu();
+        for plan_id in 0..MESSAGES {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+            if speaks {
+                let release = Kind::Release(v1::Release { plan_id: plan_id.into() });
+                requests.send(LaneRequest { kind: Some(release) }).expect("an open lane");
+            }
+        }
+        costs.push((cpu() - start) / MESSAGES);
+    }
+    for pair in costs.chunks(2) {
+        let cost = pair[1].saturating_sub(pair[0]);
+        let percent = 100.0 * 40.0 * cost.as_secs_f64();
+        println!("a small message: {cost:.1?} of CPU on both sides; 40 a second on a lane are {percent:.3}% of a core");
+    }
+}
+
+/// How long the threads of this process have run.
+fn cpu() -> Duration {
+    let tasks = std::fs::read_dir("/proc/self/task").expect("Linux");
+    let ran = |task: std::io::Result<std::fs::DirEntry>| {
+        let stat = std::fs::read_to_string(task.ok()?.path().join("schedstat")).ok()?;
+        stat.split(' ').next()?.parse::<u64>().ok()
+    };
+    Duration::from_nanos(tasks.filter_map(ran).sum())
 }

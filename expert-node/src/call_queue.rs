@@ -10,6 +10,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
     thread,
+    time::Instant,
 };
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
@@ -19,6 +20,7 @@ use sida_proto::{
     wire::{Bounds, Call},
 };
 use sida_rpc::{Fault, Reason};
+use sida_telemetry::{Span, TraceContext, spans};
 
 use crate::engine::Engine;
 
@@ -28,6 +30,8 @@ pub(crate) enum Job {
     Call {
         /// Not checked yet: that copies the payload, which is work for a thread that may work.
         activations: v1::Activations,
+        /// When it was read.
+        received: Instant,
         /// Takes the answer. Called once.
         answer: Box<dyn FnOnce(v1::Results) + Send>,
     },
@@ -52,7 +56,7 @@ pub(crate) fn start(engine: &Arc<Engine>, bounds: Bounds, threads: usize) -> io:
 fn take_jobs(engine: &Engine, bounds: &Bounds, jobs: &Receiver<Job>) {
     for job in jobs {
         match job {
-            Job::Call { activations, answer } => answer(results(engine, bounds, activations)),
+            Job::Call { activations, received, answer } => answer(results(engine, bounds, activations, received)),
             Job::Probe { answer } => {
                 answer(guarded(|| engine.probe().map_err(fault)).map_err(|fault| fault.to_string()))
             }
@@ -61,13 +65,33 @@ fn take_jobs(engine: &Engine, bounds: &Bounds, jobs: &Receiver<Job>) {
 }
 
 /// The answer to one call, whatever becomes of it.
-fn results(engine: &Engine, bounds: &Bounds, activations: v1::Activations) -> v1::Results {
+fn results(engine: &Engine, bounds: &Bounds, activations: v1::Activations, received: Instant) -> v1::Results {
     let call_id = activations.call_id;
+    let trace = TraceContext::from_traceparent(&activations.traceparent);
+    let mut span = trace.map(|trace| Span::of_caller(Some(trace), || "compute".into()).as_server().since(received));
+    let taken = Instant::now();
+    if let Some(span) = span.as_mut().filter(|span| span.is_recorded()) {
+        span.set("sida.node", engine.node().to_string());
+        span.set("sida.layer", i64::from(activations.layer));
+        span.set("sida.experts", activations.experts.len() as i64);
+        spans::record(span.context(), "call queue", received, taken);
+    }
     match guarded(|| computed(engine, bounds, activations)) {
-        Ok((rows, report)) => v1::Results::done(call_id, rows, report_message(report)),
+        Ok((rows, report)) => {
+            if let Some(span) = &mut span {
+                span.set("sida.demand_loads", i64::from(report.demand_loads));
+                span.set("sida.load_us", spans::microseconds(report.load));
+                span.set("sida.compute_us", spans::microseconds(report.compute));
+            }
+            v1::Results::done(call_id, rows, report_message(report))
+        }
         Err(fault) => {
+            if let Some(span) = &mut span {
+                span.fail(&fault);
+            }
+            let trace_id = trace.map(|trace| tracing::field::display(trace.trace_id()));
             if fault.reason() == Reason::Internal || fault.reason() == Reason::ExpertLoadFailed {
-                tracing::error!(node = %engine.node(), call_id, %fault, "call failed");
+                tracing::error!(node = %engine.node(), call_id, trace_id, %fault, "call failed");
             }
             let (code, reason, message) = (fault.reason().code(), fault.reason().name(), fault.message());
             let (reason, message, newer_placement) = (reason.into(), message.into(), Default::default());

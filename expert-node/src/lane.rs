@@ -14,6 +14,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    time::Instant,
 };
 
 use crossbeam_channel::Sender;
@@ -123,6 +124,7 @@ impl Lane {
     /// Waits for room within the limits, then queues the call.
     async fn call(&self, activations: v1::Activations) {
         // A call larger than the limit by itself goes when nothing else is in flight.
+        let received = Instant::now();
         let bytes = bytes_permits(activations.payload.len().min(self.lanes.limits.lane_bytes_max));
         let under_way = UnderWay::begin(&self.under_way);
         let permits = async {
@@ -141,7 +143,7 @@ impl Lane {
             return answer(v1::Results::failed(activations.call_id, refusal));
         }
         // An error says that the threads are gone; the lane ends with them, which answers its calls.
-        let _ = self.lanes.jobs.send(Job::Call { activations, answer });
+        let _ = self.lanes.jobs.send(Job::Call { activations, received, answer });
     }
 
     fn plan(&mut self, plan: v1::Plan) {

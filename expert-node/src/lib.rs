@@ -26,11 +26,19 @@ mod slots;
 pub mod source;
 mod stale;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
+use parking_lot::Mutex;
 use sida_cluster::cluster::Cluster;
 use sida_proto::v1::experts_server::ExpertsServer;
 use sida_rpc::{MESSAGE_BYTES_MAX, Server};
+use sida_telemetry::{
+    gauge,
+    names::{self, On},
+};
 use tokio::{
     net::TcpListener,
     sync::{Semaphore, oneshot},
@@ -48,6 +56,9 @@ use crate::{call_queue::Job, lane::Lanes, service::ExpertsService, stale::Epochs
 
 /// The service that health speaks of.
 const SERVICE: &str = "sida.v1.Experts";
+
+/// A node whose threads have answered nobody for so long has to be started again; calls end well before.
+const STUCK_LIMIT: Duration = Duration::from_secs(300);
 
 /// How long others may take to see that this node goes, before it takes no more calls.
 const LEAVE_PATIENCE: Duration = Duration::from_secs(2);
@@ -68,6 +79,8 @@ pub async fn run(
         .await
         .map_err(|error| ExpertNodeError::Thread(error.into()))??;
     let engine = Arc::new(engine);
+    names::declare(On::Placed);
+    gauge!(names::PLACEMENT_EPOCH).set(cluster.placement().epoch() as f64);
     // Ends with the node: what is dropped is aborted.
     let mut following = JoinSet::new();
     if !cluster.is_fixed() {
@@ -99,6 +112,7 @@ pub async fn serve(
         calls: Arc::new(Semaphore::new(config.limits.calls_max)),
         shutdown: shutdown.clone(),
     });
+    let answered = Arc::new(Mutex::new(Instant::now()));
     let service = ExpertsServer::new(ExpertsService { lanes })
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
@@ -108,7 +122,11 @@ pub async fn serve(
     let served = Server::new(config.server.clone())
         .routes(Routes::new(service))
         .descriptors(sida_proto::DESCRIPTORS)
-        .check(SERVICE, move || probe(jobs.clone()))
+        .check(SERVICE, {
+            let answered = answered.clone();
+            move || probe(jobs.clone(), answered.clone())
+        })
+        .alive(move || answered.lock().elapsed() < STUCK_LIMIT)
         .leaving(leaving)
         .serve(listener, shutdown)
         .await;
@@ -117,11 +135,13 @@ pub async fn serve(
     Ok(served?)
 }
 
-/// A real expert call, on the way that calls of lanes take.
-async fn probe(jobs: crossbeam_channel::Sender<Job>) -> Result<(), String> {
+/// A real expert call, on the way that calls of lanes take. Notes when it was `answered` at all: that the threads run.
+async fn probe(jobs: crossbeam_channel::Sender<Job>, answered: Arc<Mutex<Instant>>) -> Result<(), String> {
     let (answer, found) = oneshot::channel();
     // An error of `send` says that the health check gave up waiting.
     let answer = Box::new(move |result| drop(answer.send(result)));
     jobs.send(Job::Probe { answer }).map_err(|_| "the compute threads are gone".to_owned())?;
-    found.await.map_err(|_| "the call got no answer".to_owned())?
+    let found = found.await.map_err(|_| "the call got no answer".to_owned())?;
+    *answered.lock() = Instant::now();
+    found
 }

@@ -27,6 +27,7 @@ pub(crate) struct Measures {
 
 struct LoadMeasures {
     loads: Counter,
+    bytes: Counter,
     seconds: Histogram,
 }
 
@@ -34,6 +35,7 @@ impl LoadMeasures {
     fn new(node: &str, kind: &'static str) -> Self {
         Self {
             loads: counter!(names::EXPERT_LOADS_TOTAL, names::NODE => node.to_owned(), names::KIND => kind),
+            bytes: counter!(names::EXPERT_LOAD_BYTES_TOTAL, names::NODE => node.to_owned(), names::KIND => kind),
             seconds: histogram!(names::EXPERT_LOAD_DURATION_SECONDS, names::NODE => node.to_owned(), names::KIND => kind),
         }
     }
@@ -65,6 +67,7 @@ impl Measures {
             LoadKind::Prefetch => &self.prefetch,
         };
         measures.loads.increment(1);
+        measures.bytes.increment(self.expert_bytes);
         measures.seconds.record(took);
     }
 

@@ -6,6 +6,7 @@ use std::{sync::Arc, thread, time::Duration};
 
 use sida_cluster::Cluster;
 use sida_routing::{ExpertKey, NodeId};
+use sida_telemetry::{gauge, names};
 use tokio::task;
 
 use crate::{
@@ -23,6 +24,7 @@ pub(crate) async fn follow(engine: Arc<Engine>, cluster: Cluster, node: NodeId) 
         let placement = cluster.placement();
         let placed: Vec<ExpertKey> = placement.held_by(&node).collect();
         let (epoch, count) = (placement.epoch(), placed.len());
+        gauge!(names::PLACEMENT_EPOCH).set(epoch as f64);
         let is_newest = {
             let cluster = cluster.clone();
             move || cluster.placement().epoch() == epoch

@@ -9,8 +9,11 @@ use sida_proto::{
     v1::{self, predictor_server::Predictor},
     wire::{Bounds, Prediction, PredictionRequest, Stack},
 };
-use sida_rpc::{Fault, Reason};
-use sida_telemetry::{counter, histogram, names};
+use sida_rpc::{Fault, Reason, trace};
+use sida_telemetry::{
+    Span, TraceContext, counter, histogram,
+    names::{self, On},
+};
 use tokio::{sync::Semaphore, task};
 use tonic::{Request, Response, Status};
 
@@ -35,6 +38,7 @@ struct Shared {
 
 impl PredictorService {
     pub(crate) fn new(predictor: Arc<dyn HashPredictor>, shape: PredictorShape, limits: PredictorLimits) -> Self {
+        names::declare(On::PredictorNode);
         let bounds = Bounds {
             moe_layers: usize::from(shape.encoder_layers.end.max(shape.decoder_layers.end)),
             num_experts: shape.num_experts,
@@ -57,7 +61,7 @@ impl PredictorService {
         let states = if stack == Stack::Decoder { vec![Bytes::new()] } else { Vec::new() };
         let model = self.shared.predictor.model_digest();
         let request = PredictionRequest { model, stack, sequences: vec![vec![0]], states };
-        self.compute(request).await.map(|_| ()).map_err(|fault| fault.to_string())
+        self.compute(request, None).await.map(|_| ()).map_err(|fault| fault.to_string())
     }
 
     /// Refuses what this predictor cannot answer, and more work than a call may ask for.
@@ -81,7 +85,7 @@ impl PredictorService {
     }
 
     /// Predicts on a thread of its own, when one is free.
-    async fn compute(&self, request: PredictionRequest) -> Result<Prediction, Fault> {
+    async fn compute(&self, request: PredictionRequest, trace: Option<TraceContext>) -> Result<Prediction, Fault> {
         let shutting_down = |_| Fault::new(Reason::ShuttingDown, "this node is shutting down");
         let thread = self.shared.threads.clone().acquire_owned().await.map_err(shutting_down)?;
         let shared = self.shared.clone();
@@ -90,6 +94,7 @@ impl PredictorService {
             let _thread = thread;
             let tokens: usize = request.sequences.iter().map(Vec::len).sum();
             let start = Instant::now();
+            let _span = trace.map(|trace| Span::below(trace, "compute").with("sida.tokens", tokens as i64));
             let prediction = predict(&*shared.predictor, &request);
             histogram!(names::PREDICT_DURATION_SECONDS).record(start.elapsed());
             counter!(names::PREDICT_TOKENS_TOTAL).increment(tokens as u64);
@@ -113,10 +118,11 @@ impl Predictor for PredictorService {
             Fault::new(Reason::QueueFull, format!("{calls_max} calls are waiting")).with("calls_max", calls_max)
         };
         let _call = self.shared.calls.try_acquire().map_err(full)?;
+        let trace = trace::context_of(&request);
         let malformed = |error| Fault::from_error(Reason::MalformedMessage, &error);
         let request = request.into_inner().check(&self.shared.bounds).map_err(malformed)?;
         self.admit(&request)?;
-        let prediction = self.compute(request).await?;
+        let prediction = self.compute(request, trace).await?;
         Ok(Response::new(v1::PredictResponse::new(&prediction.tables, prediction.states)))
     }
 

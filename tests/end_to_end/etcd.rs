@@ -2,10 +2,13 @@
 //! long.
 //!
 //! In reading order: [`joining`] (in any order, and out again), [`away`] (etcd stops for a while), [`leases`] (a node
-//! loses its place), [`writers`] (two coordinators), [`restarts`] (one node after the other), [`secured`] (TLS and
-//! passwords).
+//! loses its place), [`behind`] (it stands still for less than that takes), [`writers`] (two coordinators),
+//! [`restarts`] (one node after the other), [`secured`] (TLS and passwords),
+//! [`hundred`] (many nodes).
 
 mod away;
+mod behind;
+mod hundred;
 mod joining;
 mod leases;
 mod restarts;

@@ -18,13 +18,25 @@ use crate::{
 };
 
 pub(crate) const MODEL: Digest = Digest([7; 32]);
-pub(crate) const EXTENT: Extent = Extent { moe_layers: 2, num_experts: 12, replicas: 2 };
-pub(crate) const POLICY: Policy = Policy { replicas: 2, hot_replicas_max: 1, moves_max: 8 };
-pub(crate) const PACE: Pace = Pace {
-    moves_per_minute: 1200,
-    step_interval: Duration::from_millis(250),
-    absence_borne: Duration::from_micros(LEASE),
-    gather: Duration::from_millis(1000),
+
+/// How large a cluster is, and how its placement follows it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Shape {
+    pub(crate) extent: Extent,
+    pub(crate) policy: Policy,
+    pub(crate) pace: Pace,
+}
+
+/// Few experts, so that everything is touched by everything.
+pub(crate) const SMALL: Shape = Shape {
+    extent: Extent { moe_layers: 2, num_experts: 12, replicas: 2 },
+    policy: Policy { replicas: 2, hot_replicas_max: 1, moves_max: 8 },
+    pace: Pace {
+        moves_per_minute: 1200,
+        step_interval: Duration::from_millis(250),
+        absence_borne: Duration::from_micros(LEASE),
+        gather: Duration::from_millis(1000),
+    },
 };
 const CONNECT: Micros = 100_000;
 
@@ -87,7 +99,7 @@ impl Coordinator {
             roster: Vec::new(),
             stored: (0, 0),
             term: None,
-            demand: Demand::new(EXTENT.moe_layers, EXTENT.num_experts),
+            demand: Demand::new(core.shape.extent.moe_layers, core.shape.extent.num_experts),
             lanes: (0..nodes).map(|_| lane()).collect(),
             budget: RetryBudget::new(0.2, 10.0),
             retries: 0,
@@ -188,7 +200,7 @@ impl Coordinator {
                 if let Some(placement) = &self.placement {
                     self.demand.adopt(placement);
                 }
-                let writer = Writer::new(POLICY, PACE, core.time());
+                let writer = Writer::new(core.shape.policy, core.shape.pace, core.time());
                 self.term = Some(Term { elected, writer, alarm: None, writing: None });
                 self.decide(core);
             }
@@ -261,7 +273,8 @@ impl Coordinator {
         let counting = self.session.members.counting(core.time());
         let members: Vec<Standing> = counting.filter(|(_, record)| record.is_expert_node).map(standing).collect();
         let current = self.placement.as_ref();
-        let decision = term.writer.decide(core.time(), current, self.stored.0, EXTENT, &members, &self.demand);
+        let extent = core.shape.extent;
+        let decision = term.writer.decide(core.time(), current, self.stored.0, extent, &members, &self.demand);
         match decision.expect("names and weights of ours") {
             Decision::Write(placement) => {
                 let me = self.me;

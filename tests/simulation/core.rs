@@ -12,11 +12,13 @@ use rand_chacha::ChaCha8Rng;
 use sida_routing::NodeId;
 
 use crate::{
+    coordinator::Shape,
     event::{Actor, Event, Message, Micros, Timer},
     ledger::Ledger,
 };
 
 pub(crate) struct Core {
+    pub(crate) shape: Shape,
     pub(crate) now: Micros,
     /// By time, then by the order in which they came about.
     queue: BTreeMap<(Micros, u64), Event>,
@@ -43,8 +45,9 @@ pub(crate) struct Core {
 }
 
 impl Core {
-    pub(crate) fn new(seed: u64, traced: bool) -> Self {
+    pub(crate) fn new(shape: Shape, seed: u64, traced: bool) -> Self {
         Self {
+            shape,
             now: 0,
             queue: BTreeMap::new(),
             sequence: 0,
@@ -65,6 +68,11 @@ impl Core {
     /// The time, as the decisions take it.
     pub(crate) fn time(&self) -> Duration {
         Duration::from_micros(self.now)
+    }
+
+    /// When the next event is due.
+    pub(crate) fn next_at(&self) -> Option<Micros> {
+        self.queue.first_key_value().map(|(&(at, _), _)| at)
     }
 
     pub(crate) fn pop(&mut self) -> Option<Event> {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use sida_routing::Placement;
+use sida_routing::{Placement, placement::moves};
 
 use crate::event::{Actor, Micros};
 
@@ -32,6 +32,8 @@ pub(crate) struct Counts {
     pub(crate) failed_calls: u64,
     pub(crate) stale_calls: u64,
     pub(crate) placements: u64,
+    /// Copies of experts that placements added to the ones before.
+    pub(crate) moves: u64,
     pub(crate) refused_writes: u64,
     pub(crate) elections: u64,
     pub(crate) stall_max: Micros,
@@ -46,6 +48,7 @@ impl Counts {
         self.failed_calls += other.failed_calls;
         self.stale_calls += other.stale_calls;
         self.placements += other.placements;
+        self.moves += other.moves;
         self.refused_writes += other.refused_writes;
         self.elections += other.elections;
         self.stall_max = self.stall_max.max(other.stall_max);
@@ -75,6 +78,7 @@ impl Ledger {
     /// A placement goes into the store.
     pub(crate) fn written(&mut self, writer: Actor, before: Option<&Placement>, written: &Placement) {
         self.counts.placements += 1;
+        self.counts.moves += before.map_or(0, |before| moves(before, written)) as u64;
         let (epoch, before_epoch) = (written.epoch(), before.map_or(0, Placement::epoch));
         if epoch <= before_epoch {
             self.violated(|| format!("{writer:?} wrote epoch {epoch} over {before_epoch}"));

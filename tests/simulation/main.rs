@@ -6,7 +6,7 @@
 //! and prints its trace.
 //!
 //! In reading order: `event`, `core` (time, chance, network), `etcd`, `session`, `coordinator`, `requests`,
-//! `expert_node`, `faults`, `ledger` (what must hold), `world` (one run).
+//! `expert_node`, `faults`, `ledger` (what must hold), `world` (one run); `hundred` measures a large cluster.
 //!
 //! What is modelled: SIGKILL, SIGSTOP and SIGTERM of any process and its return, partitions and slow links
 //! between any two, connections that break, an etcd that is away and comes back with or without its leases,
@@ -19,6 +19,7 @@ mod etcd;
 mod event;
 mod expert_node;
 mod faults;
+mod hundred;
 mod ledger;
 mod requests;
 mod session;

@@ -1,14 +1,16 @@
 //! A coordinator's requests: layer by layer, every expert of a layer is asked of some node until one answers.
 //! What `dispatch` and the lanes do, with the same decisions of `sida_routing::failover`.
 
+use std::time::Duration;
+
 use rand::Rng;
 use sida_routing::{
     ExpertId, ExpertKey, LayerId, Placement,
-    failover::{BreakerState, choose, silence::HEARTBEAT},
+    failover::{BreakerState, Patience, choose, patience::LOOK, silence::HEARTBEAT},
 };
 
 use crate::{
-    coordinator::{Coordinator, EXTENT},
+    coordinator::Coordinator,
     core::Core,
     event::{Actor, Message, Micros, Timer},
     ledger::{Answered, CALL_NORMAL_MAX},
@@ -20,8 +22,6 @@ const ARRIVAL: std::ops::Range<Micros> = 60_000..240_000;
 const LAYERS: usize = 4;
 /// How long a piece is tried before its request fails.
 pub(crate) const PATIENCE: Micros = 5_000_000;
-/// Between two rounds over all nodes.
-const ROUND: Micros = 50_000;
 
 pub(crate) struct Request {
     started: Micros,
@@ -43,6 +43,9 @@ pub(crate) struct Request {
 struct Piece {
     key: ExpertKey,
     tried: Vec<usize>,
+    patience: Patience,
+    /// When it is looked again who is back, while everybody was asked.
+    looks_at: Option<Duration>,
     is_done: bool,
 }
 
@@ -93,7 +96,11 @@ impl Coordinator {
             self.requests.remove(&id);
             return;
         };
-        let piece = |&key: &ExpertKey| Piece { key, tried: Vec::new(), is_done: false };
+        let patience = Patience::new(Duration::from_micros(PATIENCE), core.time());
+        let piece = |&key: &ExpertKey| {
+            let (tried, patience) = (Vec::new(), patience.clone());
+            Piece { key, tried, patience, looks_at: None, is_done: false }
+        };
         request.pieces = keys.iter().map(piece).collect();
         for (piece, key) in keys.into_iter().enumerate() {
             self.wanted(key);
@@ -107,29 +114,35 @@ impl Coordinator {
     pub(crate) fn ask(&mut self, core: &mut Core, id: u64, piece: usize) {
         let Some(request) = self.requests.get_mut(&id) else { return };
         let placement = self.placement.as_ref().expect("requests come after the first placement");
-        let Piece { key, tried, .. } = &mut request.pieces[piece];
-        let key = *key;
+        let Piece { key, tried, patience, looks_at, .. } = &mut request.pieces[piece];
+        let (key, now) = (*key, core.time());
+        patience.passed(looks_at.take().unwrap_or(now), now);
         loop {
-            let (lanes, roster, now) = (&self.lanes, &self.roster, core.time());
+            let (lanes, roster) = (&self.lanes, &self.roster);
             let up = |at: usize| lanes[roster[at]].is_connected && lanes[roster[at]].breaker.allows(now);
             let tried_at: Vec<usize> = (0..roster.len()).filter(|&at| tried.contains(&roster[at])).collect();
             let chosen = choose(placement.holder_indices(key), roster.len(), key.expert, &up, &tried_at);
-            let Some(node) = chosen.map(|at| roster[at]) else { break };
-            if !lanes[node].is_connected {
-                tried.push(node);
-                continue;
+            match chosen.map(|at| roster[at]) {
+                Some(node) if lanes[node].is_connected => {
+                    let epoch = placement.epoch();
+                    return self.call(core, id, piece, node, key, epoch);
+                }
+                Some(node) => tried.push(node),
+                // Everybody was asked: again whoever is back, as long as the request may take.
+                None if patience.may_ask_again(now) && roster.iter().any(|&node| lanes[node].is_connected) => {
+                    patience.asked_again(now);
+                    tried.retain(|&node| !lanes[node].is_connected);
+                }
+                None => break,
             }
-            let epoch = placement.epoch();
-            return self.call(core, id, piece, node, key, epoch);
         }
-        // Everybody was asked: again from the beginning, as long as the request may take.
-        tried.clear();
         request.is_excused = true;
-        if core.now >= request.layer_started + PATIENCE {
+        if patience.is_over() {
             let since = request.layer_started;
             self.fail(core, id, since);
         } else {
-            core.timer_in(ROUND, self.me, Timer::Retry { request: id, piece });
+            *looks_at = Some(now + LOOK);
+            core.timer_in(LOOK.as_micros() as Micros, self.me, Timer::Retry { request: id, piece });
         }
     }
 
@@ -305,13 +318,14 @@ impl Coordinator {
 
 /// One to three experts of a layer; half of the rows go to a third of them.
 fn experts(core: &mut Core, layer: usize) -> Vec<ExpertKey> {
+    let extent = core.shape.extent;
     let count = core.rng.random_range(1..4);
     let mut keys = Vec::new();
     while keys.len() < count {
         let hot = core.rng.random_bool(0.3);
-        let experts = if hot { 1 } else { EXTENT.num_experts as u16 };
+        let experts = if hot { 1 } else { extent.num_experts as u16 };
         let expert = ExpertId(core.rng.random_range(0..experts));
-        let key = ExpertKey { layer: LayerId((layer % EXTENT.moe_layers) as u16), expert };
+        let key = ExpertKey { layer: LayerId((layer % extent.moe_layers) as u16), expert };
         if keys.contains(&key) && keys.len() + 1 >= count {
             break;
         }

@@ -6,7 +6,7 @@ use rand::Rng;
 use sida_routing::{Candidate, Placement, failover::BreakerState};
 
 use crate::{
-    coordinator::{Coordinator, EXTENT, PACE, POLICY, node_name},
+    coordinator::{Coordinator, SMALL, Shape, node_name},
     core::{Core, pair},
     etcd::{Etcd, LEASE},
     event::{Actor, Event, Message, Micros},
@@ -22,8 +22,9 @@ use crate::{
 const SETTLED: Micros = FAULTS_END + RELIST + 2 * LEASE + 2_500_000 + MOVES;
 /// The moves of every copy of every expert, one exchange after another.
 const MOVES: Micros = {
-    let copies = (EXTENT.moe_layers * EXTENT.num_experts * (POLICY.replicas + POLICY.hot_replicas_max)) as u64;
-    copies * 60_000_000 / PACE.moves_per_minute as u64 + 12 * 250_000
+    let Shape { extent, policy, pace } = SMALL;
+    let copies = (extent.moe_layers * extent.num_experts * (policy.replicas + policy.hot_replicas_max)) as u64;
+    copies * 60_000_000 / pace.moves_per_minute as u64 + 12 * 250_000
 };
 /// Time for all lanes to be tried again.
 const END: Micros = SETTLED + 11_000_000;
@@ -35,12 +36,12 @@ pub(crate) struct Outcome {
     pub(crate) counts: Counts,
 }
 
-struct World {
-    core: Core,
-    etcd: Etcd,
-    coordinators: Vec<Option<Coordinator>>,
-    nodes: Vec<Option<ExpertNode>>,
-    weights: Vec<f64>,
+pub(crate) struct World {
+    pub(crate) core: Core,
+    pub(crate) etcd: Etcd,
+    pub(crate) coordinators: Vec<Option<Coordinator>>,
+    pub(crate) nodes: Vec<Option<ExpertNode>>,
+    pub(crate) weights: Vec<f64>,
     /// What happens to a process that stands still waits until it goes on.
     stopped: BTreeMap<Actor, Vec<Event>>,
     /// What is on a way that is cut.
@@ -60,28 +61,33 @@ struct Reached {
 
 /// Runs the cluster of a seed.
 pub(crate) fn run(seed: u64, traced: bool) -> Outcome {
-    let mut core = Core::new(seed, traced);
+    let mut core = Core::new(SMALL, seed, traced);
     let coordinators = core.rng.random_range(1..4);
     let nodes: usize = core.rng.random_range(3..7);
     let weights: Vec<f64> = (0..nodes).map(|_| f64::from(core.rng.random_range(1..4u32))).collect();
     core.note(|| format!("seed {seed}: {coordinators} coordinators, expert-nodes of weights {weights:?}"));
     faults::schedule(&mut core, coordinators, nodes);
-    let mut world = World {
-        core,
-        etcd: Etcd::new(),
-        coordinators: (0..coordinators).map(|_| None).collect(),
-        nodes: (0..nodes).map(|_| None).collect(),
-        weights,
-        stopped: BTreeMap::new(),
-        parked: BTreeMap::new(),
-        reached: BTreeMap::new(),
-    };
+    let mut world = World::new(core, coordinators, weights);
     world.run();
     let trace = world.core.take_trace();
     Outcome { violation: world.core.ledger.violation.take(), trace, counts: world.core.ledger.counts }
 }
 
 impl World {
+    /// Nobody runs yet; so many coordinators, and an expert-node of each weight.
+    pub(crate) fn new(core: Core, coordinators: usize, weights: Vec<f64>) -> Self {
+        Self {
+            core,
+            etcd: Etcd::new(),
+            coordinators: (0..coordinators).map(|_| None).collect(),
+            nodes: weights.iter().map(|_| None).collect(),
+            weights,
+            stopped: BTreeMap::new(),
+            parked: BTreeMap::new(),
+            reached: BTreeMap::new(),
+        }
+    }
+
     fn run(&mut self) {
         let mut has_settled = false;
         while let Some(event) = self.core.pop() {
@@ -93,11 +99,7 @@ impl World {
                 self.check_end();
                 break;
             }
-            self.core.ledger.counts.events += 1;
-            self.etcd.expire(&mut self.core);
-            self.core.note(|| event.to_string());
-            self.happen(event);
-            self.check_failures();
+            self.step(event);
             if self.core.ledger.violation.is_some() {
                 break;
             }
@@ -105,6 +107,15 @@ impl World {
         if let Some(violation) = self.core.ledger.violation.clone() {
             self.core.note(|| violation);
         }
+    }
+
+    /// One event, and what must hold after it.
+    pub(crate) fn step(&mut self, event: Event) {
+        self.core.ledger.counts.events += 1;
+        self.etcd.expire(&mut self.core);
+        self.core.note(|| event.to_string());
+        self.happen(event);
+        self.check_failures();
     }
 
     fn happen(&mut self, event: Event) {
@@ -321,12 +332,12 @@ impl World {
     fn check_settled(&mut self) {
         let nodes = self.weights.iter().enumerate();
         let candidates: Vec<Candidate> = nodes.map(|(at, &weight)| Candidate { node: node_name(at), weight }).collect();
-        let expected = Placement::compute(1, EXTENT, &candidates).expect("names and weights of ours");
+        let expected = Placement::compute(1, SMALL.extent, &candidates).expect("names and weights of ours");
         let ledger = &mut self.core.ledger;
         let Some(stored) = self.etcd.placement() else { return ledger.violated(|| "nothing was placed".to_owned()) };
         for key in expected.keys() {
             let (should, is): (Vec<_>, Vec<_>) = (expected.holders(key).collect(), stored.holders(key).collect());
-            if is.len() > POLICY.replicas + POLICY.hot_replicas_max || !is.starts_with(&should) {
+            if is.len() > SMALL.policy.replicas + SMALL.policy.hot_replicas_max || !is.starts_with(&should) {
                 ledger.violated(|| format!("not at rest: {key} is held by {is:?}, expected {should:?}"));
             }
         }

@@ -4,6 +4,8 @@
 
 use std::{
     fs::{self, File},
+    io::{Read, Write},
+    net::TcpStream,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread,
@@ -117,6 +119,48 @@ impl Etcd {
     /// What `etcdctl` prints when it is asked this. Panics if it fails.
     pub fn ctl(&self, arguments: &[&str]) -> String {
         self.ctl_at(&self.endpoints(), arguments).unwrap_or_else(|error| panic!("etcdctl {arguments:?}: {error}"))
+    }
+
+    /// Writes a key again and again, faster than by as many runs of `etcdctl`: by etcd's HTTP gateway. `key` and
+    /// `value` are in base64.
+    pub fn put_many(&self, key: &str, value: &str, times: usize) {
+        let body = format!("{{\"key\":\"{key}\",\"value\":\"{value}\"}}");
+        let head = "POST /v3/kv/put HTTP/1.1\r\nHost: etcd\r\nConnection: close\r\nContent-Type: application/json";
+        let request = format!("{head}\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+        for _ in 0..times {
+            let mut stream = TcpStream::connect(("127.0.0.1", self.members[0].client_port)).expect("a connection");
+            stream.write_all(request.as_bytes()).expect("it is read");
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).expect("an answer");
+            assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        }
+    }
+
+    /// How long its first member has computed so far.
+    pub fn cpu(&self) -> Duration {
+        let id = self.members[0].child.as_ref().expect("a member that runs").id();
+        let stat = fs::read_to_string(format!("/proc/{id}/stat")).expect("it runs");
+        // After the name, which may have spaces: state is the third field, the times are the 14th and 15th.
+        let fields: Vec<&str> = stat.rsplit(") ").next().expect("fields").split(' ').collect();
+        let ticks: u64 = fields[11..13].iter().map(|field| field.parse::<u64>().expect("a number")).sum();
+        Duration::from_millis(ticks * 10)
+    }
+
+    /// The sum of its first member's metrics whose lines begin so.
+    pub fn metric(&self, begins: &str) -> f64 {
+        let mut stream = TcpStream::connect(("127.0.0.1", self.members[0].client_port)).expect("a connection");
+        stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").expect("it is read");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("an answer");
+        let values = answer.lines().filter(|line| line.starts_with(begins)).filter_map(|line| line.rsplit(' ').next());
+        values.map(|value| value.parse::<f64>().expect("a number")).sum()
+    }
+
+    /// The revision that it is at.
+    pub fn revision(&self) -> String {
+        let status = self.ctl(&["endpoint", "status", "-w", "fields"]);
+        let line = status.lines().find_map(|line| line.strip_prefix("\"Revision\" : ")).expect("a revision");
+        line.trim().to_owned()
     }
 
     /// Turns authentication on: `user` may read and write under `prefix`.

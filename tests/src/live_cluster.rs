@@ -15,7 +15,7 @@ use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus,
 
 use crate::{Process, binary, ports::free_port};
 
-/// The lease of every node: the shortest that etcd counts with some margin.
+/// The lease of every node, unless a test sets another: the shortest that etcd counts with some margin.
 pub const LEASE_TTL: Duration = Duration::from_secs(2);
 /// What a test waits for comes well before this, on a loaded machine, too.
 const LIMIT: Duration = Duration::from_secs(40);
@@ -25,6 +25,10 @@ pub struct LiveCluster {
     nodes: BTreeMap<String, Process>,
     /// Where each coordinator listens, so that it comes back to where its clients look for it.
     ports: BTreeMap<String, u16>,
+    /// `--lease-ttl` of every node.
+    lease_ttl: Duration,
+    /// `--expert-memory` of every expert-node.
+    expert_memory: String,
     /// More flags of every node.
     flags: Vec<String>,
     dir: TempDir,
@@ -37,12 +41,29 @@ impl LiveCluster {
             .map(str::to_owned)
             .to_vec();
         let dir = tempfile::tempdir().expect("a temporary directory");
-        Self { nodes: BTreeMap::new(), ports: BTreeMap::new(), flags, dir }
+        Self {
+            nodes: BTreeMap::new(),
+            ports: BTreeMap::new(),
+            lease_ttl: LEASE_TTL,
+            expert_memory: "100%".to_owned(),
+            flags,
+            dir,
+        }
     }
 
     /// Gives every node that starts from now on these flags, too.
     pub fn add_flags(&mut self, flags: &[&str]) {
         self.flags.extend(flags.iter().map(|&flag| flag.to_owned()));
+    }
+
+    /// Gives every node that starts from now on another lease than [`LEASE_TTL`].
+    pub fn set_lease_ttl(&mut self, lease_ttl: Duration) {
+        self.lease_ttl = lease_ttl;
+    }
+
+    /// Gives every expert-node that starts from now on so much memory for experts; all of them otherwise.
+    pub fn set_expert_memory(&mut self, expert_memory: &str) {
+        expert_memory.clone_into(&mut self.expert_memory);
     }
 
     /// Where the nodes' logs are; a test may put files here.
@@ -64,11 +85,14 @@ impl LiveCluster {
             ("--listen", format!("127.0.0.1:{port}")),
             ("--metrics-listen", "off".to_owned()),
             ("--model", model.display().to_string()),
-            ("--lease-ttl", format!("{}ms", LEASE_TTL.as_millis())),
+            ("--lease-ttl", format!("{}ms", self.lease_ttl.as_millis())),
             ("--threads", "1".to_owned()),
             ("--log", "info".to_owned()),
         ];
         arguments.extend(common.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]));
+        if role == "expert-node" {
+            arguments.extend(["--expert-memory", &self.expert_memory].map(str::to_owned));
+        }
         arguments.extend_from_slice(&self.flags);
         let process = Process::start(self.dir.path(), name, &arguments, None);
         self.nodes.insert(name.to_owned(), process);

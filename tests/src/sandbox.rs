@@ -39,6 +39,8 @@ pub struct SandboxConfig {
     pub proxies: bool,
     /// More flags of the coordinators.
     pub coordinator_flags: Vec<String>,
+    /// More flags of every node.
+    pub flags: Vec<String>,
 }
 
 impl Default for SandboxConfig {
@@ -54,6 +56,7 @@ impl Default for SandboxConfig {
             replicas: 1,
             proxies: false,
             coordinator_flags: Vec::new(),
+            flags: Vec::new(),
         }
     }
 }
@@ -225,6 +228,7 @@ impl Sandbox {
             ("--log", "warn".to_owned()),
         ];
         arguments.extend(flags.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]));
+        arguments.extend_from_slice(&config.flags);
         match role {
             "expert-node" => arguments.extend(["--expert-memory".to_owned(), config.expert_memory.clone()]),
             "coordinator" => {

@@ -70,7 +70,7 @@ async fn missing_expert_fails_only_those_who_need_it() {
 #[tokio::test(flavor = "multi_thread")]
 async fn retries_end_with_their_budget() {
     // Would break: nodes that fail for having too much to do get every call of every coordinator once more.
-    let cluster = start(2, PredictorSource::Off, |_| ()).await;
+    let cluster = start(2, PredictorSource::Off, |config| config.expert_call_timeout = Duration::from_millis(50)).await;
     let endless = GenerateParams { text: TEXT.into(), min_tokens: 400, max_tokens: 400, ..Default::default() };
     cluster.nodes[0].behave(Behaviour::ShutsDown);
     let tokens = cluster.coordinator.generate(endless.clone()).await.expect("accepted");
@@ -80,6 +80,17 @@ async fn retries_end_with_their_budget() {
     cluster.nodes[0].behave(Behaviour::Works);
     let tokens = cluster.coordinator.generate(endless).await.expect("accepted");
     assert_eq!(tokens.filter(|token| futures::future::ready(token.is_ok())).count().await, 400);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn retries_wait_for_their_budget() {
+    // Would break: requests fail for the failures of others before them, although somebody could answer.
+    let cluster = start(2, PredictorSource::Off, |_| ()).await;
+    cluster.nodes[0].behave(Behaviour::ShutsDown);
+    let long = GenerateParams { text: TEXT.into(), min_tokens: 150, max_tokens: 150, ..Default::default() };
+    let tokens = cluster.coordinator.generate(long).await.expect("accepted");
+    let tokens: Vec<_> = tokens.collect().await;
+    assert!(tokens.len() == 150 && tokens.iter().all(Result::is_ok), "{:?}", tokens.last());
 }
 
 #[tokio::test(flavor = "multi_thread")]

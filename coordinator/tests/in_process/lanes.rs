@@ -7,7 +7,9 @@ use std::{
 
 use futures::{StreamExt, future::join_all};
 use sida_cluster::{Address, Member, Role};
-use sida_coordinator::{Coordinator, EncodeParams, Encoding, GenerateParams, PredictorSource, RequestError, Token};
+use sida_coordinator::{
+    Coordinator, CoordinatorConfig, EncodeParams, Encoding, GenerateParams, PredictorSource, RequestError, Token,
+};
 
 use crate::{
     noise_predictor::NoisePredictor,
@@ -87,6 +89,27 @@ async fn dead_node_costs_a_detour_and_may_come_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_only_node_may_be_away_for_a_moment() {
+    // Would break: a request fails because its node is being started again; or is held although its caller has left.
+    let here = start(1, PredictorSource::Off, |_| ()).await;
+    let expected = encode(&here.coordinator).await.expect("encoded").states;
+    // A port that was free a moment ago, where the node will listen.
+    let address = std::net::TcpListener::bind(any_port()).and_then(|port| port.local_addr()).expect("a port");
+    let node = vec![Address::Grpc(address.to_string())];
+    let coordinator = start_over(node, Vec::new(), PredictorSource::Off, |_| ()).await;
+    let leaving = tokio::time::timeout(Duration::from_millis(300), encode(&coordinator)).await;
+    assert!(leaving.is_err(), "somebody answered: {leaving:?}");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_eq!(coordinator.status().await.requests_inflight, 0, "work for nobody goes on");
+    let returning = async {
+        tokio::time::sleep(Duration::from_millis(700)).await;
+        serve_experts(experts(), address).await
+    };
+    let (answered, _back) = tokio::join!(encode(&coordinator), returning);
+    assert_eq!(answered.expect("it waited").states, expected);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn hung_node_costs_little() {
     // Would break: a node that stopped answering holds requests until their deadline.
     let (experts, nodes) = nodes(2).await;
@@ -107,7 +130,9 @@ async fn hung_node_costs_little() {
 #[tokio::test(flavor = "multi_thread")]
 async fn without_any_node_it_says_so() {
     // Would break: a coordinator hangs, or does not start, while its nodes are still coming.
-    let coordinator = start_over(vec![Address::Grpc("127.0.0.1:1".into())], Vec::new(), PredictorSource::Off, |_| ());
+    let node = vec![Address::Grpc("127.0.0.1:1".into())];
+    let brief = |config: &mut CoordinatorConfig| config.expert_call_timeout = Duration::from_millis(300);
+    let coordinator = start_over(node, Vec::new(), PredictorSource::Off, brief);
     match encode(&coordinator.await).await {
         Err(RequestError::ExpertUnavailable { tried, .. }) => {
             assert!(tried.len() == 1 && tried[0].1.contains("connect"), "{tried:?}");

@@ -1,7 +1,7 @@
 //! Expert-nodes and a predictor-node behind real sockets, at their plainest: the wire's other side, without
 //! what real nodes do about memory and limits.
 
-use std::{net::SocketAddr, pin::Pin, sync::Arc};
+use std::{net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
 
 use futures::{Stream, StreamExt};
 use sida_cluster::experts::{ExpertCall, LocalExperts};
@@ -16,7 +16,10 @@ use sida_proto::{
     wire::{Bounds, Stack},
 };
 use sida_rpc::{MESSAGE_BYTES_MAX, Server, ServerConfig};
-use tokio::{net::TcpListener, task::JoinHandle};
+use tokio::{
+    net::TcpListener,
+    runtime::{Builder, Runtime},
+};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming, service::Routes};
 
@@ -36,14 +39,16 @@ pub(crate) const BOUNDS: Bounds = Bounds {
 /// A node that is being served.
 pub(crate) struct PlainNode {
     pub(crate) address: SocketAddr,
-    server: JoinHandle<()>,
+    /// Its own, with which all its connections end. `None` once it is killed.
+    runtime: Option<Runtime>,
 }
 
 impl PlainNode {
     /// Ends it at once, connections and all, as a crash would.
     pub(crate) async fn kill(&mut self) {
-        self.server.abort();
-        let _ = (&mut self.server).await;
+        let runtime = self.runtime.take().expect("a node that runs");
+        let ended = tokio::task::spawn_blocking(|| runtime.shutdown_timeout(Duration::from_secs(10)));
+        ended.await.expect("its end");
     }
 
     async fn serve(routes: Routes, address: SocketAddr) -> Self {
@@ -51,12 +56,25 @@ impl PlainNode {
         let listener = loop {
             match TcpListener::bind(address).await {
                 Ok(listener) => break listener,
-                Err(_) => tokio::time::sleep(std::time::Duration::from_millis(20)).await,
+                Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
             }
         };
         let address = listener.local_addr().expect("address");
-        let serving = Server::new(ServerConfig::default()).routes(routes).serve(listener, CancellationToken::new());
-        Self { address, server: tokio::spawn(async { serving.await.expect("served") }) }
+        let listener = listener.into_std().expect("a listener");
+        let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
+        runtime.spawn(async move {
+            let listener = TcpListener::from_std(listener).expect("a listener");
+            let serving = Server::new(ServerConfig::default()).routes(routes).serve(listener, CancellationToken::new());
+            serving.await.expect("served");
+        });
+        Self { address, runtime: Some(runtime) }
+    }
+}
+
+impl Drop for PlainNode {
+    fn drop(&mut self) {
+        // Where it is dropped nothing may wait.
+        self.runtime.take().into_iter().for_each(Runtime::shutdown_background);
     }
 }
 

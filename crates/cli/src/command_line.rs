@@ -7,7 +7,10 @@
 use std::{env, ffi::OsString, path::PathBuf, process::ExitCode};
 
 use clap::{Arg, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
-use sida_telemetry::logging::{self, LogFormat};
+use sida_telemetry::{
+    logging::{self, LogFormat},
+    otlp::{self, Exporting, OtlpConfig},
+};
 
 use crate::{bad_configuration::BadConfiguration, commands, settings_file};
 
@@ -41,6 +44,19 @@ struct GeneralArguments {
         help_heading = "General"
     )]
     log_format: String,
+    /// Send traces to this OpenTelemetry collector (OTLP over gRPC), as http://collector:4317 [default: nowhere]
+    #[arg(long, value_name = "URL", global = true, display_order = 1000, help_heading = "General")]
+    otlp_endpoint: Option<String>,
+    /// Share of requests that are traced where the caller did not decide, 0 to 1
+    #[arg(
+        long,
+        value_name = "SHARE",
+        global = true,
+        default_value_t = 0.01,
+        display_order = 1000,
+        help_heading = "General"
+    )]
+    otlp_sampling: f64,
 }
 
 /// The commands, in the order of the design.
@@ -97,6 +113,8 @@ impl CommandLine {
     /// Does it.
     pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
         self.set_up_logging()?;
+        // Sends what is left when the command has ended.
+        let _exporting = self.set_up_tracing()?;
         match self.command {
             Command::Ask(arguments) => commands::ask::run(arguments),
             Command::Up(arguments) => commands::up::run(arguments),
@@ -112,6 +130,30 @@ impl CommandLine {
             Command::Verify(arguments) => commands::verify::run(arguments),
             Command::Doctor(arguments) => commands::doctor::run(arguments),
         }
+    }
+
+    fn set_up_tracing(&self) -> anyhow::Result<Option<Exporting>> {
+        let Some(endpoint) = &self.general.otlp_endpoint else { return Ok(None) };
+        let sampling = self.general.otlp_sampling;
+        if !(0.0..=1.0).contains(&sampling) {
+            return Err(BadConfiguration::new(format!("--otlp-sampling is {sampling}, expected 0 to 1")).into());
+        }
+        let (service, instance) = self.identity();
+        let config = OtlpConfig { endpoint: endpoint.clone(), sampling, service, instance };
+        let started = otlp::start(&config);
+        Ok(Some(started.map_err(|error| BadConfiguration::because("traces cannot be sent", error))?))
+    }
+
+    /// What this process is called in traces: its kind, and which of them.
+    fn identity(&self) -> (String, String) {
+        let (role, node) = match &self.command {
+            Command::Coordinator(arguments) => ("coordinator", arguments.name()),
+            Command::ExpertNode(arguments) => ("expert-node", arguments.name()),
+            Command::PredictorNode(arguments) => ("predictor-node", arguments.name()),
+            Command::Up(_) => ("up", "up"),
+            _ => ("client", "client"),
+        };
+        (format!("sida-{role}"), node.to_owned())
     }
 
     fn set_up_logging(&self) -> anyhow::Result<()> {
@@ -180,6 +222,39 @@ mod tests {
             std::fs::write(file, listing()).unwrap();
         }
         assert_eq!(listing(), std::fs::read_to_string(file).unwrap());
+    }
+
+    /// `docs/flags.md`.
+    fn document() -> String {
+        let mut command = command();
+        command.build();
+        let mut text = "# Flags\n\nEvery flag of every command. Each is also an environment variable, `SIDA_` and its name in capitals with \
+             `_` for `-`, and\na key of the TOML file of `--config`. This page is written by `SIDA_REWRITE=1 cargo test -p sida-cli \
+             --bins`.\n"
+            .to_owned();
+        for sub in command.get_subcommands().filter(|sub| sub.get_name() != "help") {
+            let about = sub.get_about().map(ToString::to_string).unwrap_or_default();
+            text +=
+                &format!("\n## sida {}\n\n{about}.\n\n| flag | default | meaning |\n|---|---|---|\n", sub.get_name());
+            for arg in sub.get_arguments().filter(|arg| arg.get_id() != "help") {
+                let name =
+                    arg.get_long().map_or_else(|| arg.get_id().to_string().to_uppercase(), |long| format!("--{long}"));
+                let defaults: Vec<_> = arg.get_default_values().iter().map(|value| value.to_string_lossy()).collect();
+                let help = arg.get_help().map(ToString::to_string).unwrap_or_default().replace('|', "\\|");
+                text += &format!("| `{name}` | {} | {help} |\n", defaults.join(","));
+            }
+        }
+        text
+    }
+
+    #[test]
+    fn the_document_lists_every_flag() {
+        // Broken: an operator would look for flags that do not exist, or never learn of those that do.
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/flags.md");
+        if env::var_os("SIDA_REWRITE").is_some() {
+            std::fs::write(file, document()).unwrap();
+        }
+        assert_eq!(document(), std::fs::read_to_string(file).unwrap());
     }
 
     #[test]

@@ -7,8 +7,9 @@ use sida_coordinator::{
 };
 use sida_model::{ExpertStore, Stack};
 use sida_proto::v1::{self, cluster_client::ClusterClient, inference_client::InferenceClient};
-use sida_rpc::{Fault, MESSAGE_BYTES_MAX};
-use tonic::{Status, transport::Channel};
+use sida_rpc::{Fault, MESSAGE_BYTES_MAX, trace};
+use sida_telemetry::Span;
+use tonic::{Request, Status, transport::Channel};
 
 use crate::arguments::connection::ConnectionArguments;
 
@@ -61,8 +62,10 @@ impl FrontDoor {
                 Ok(tokens.map(|token| token.map(v1::GenerateResponse::from).map_err(status)).boxed())
             }
             Self::There(clients) => {
-                let tokens = clients.inference.clone().generate(generate_request(params)).await?.into_inner();
-                Ok(tokens.boxed())
+                let (span, request) = traced("sida.v1.Inference/Generate", generate_request(params));
+                let tokens = clients.inference.clone().generate(request).await?.into_inner();
+                // The call ends with its last token.
+                Ok(tokens.inspect(move |_| _ = &span).boxed())
             }
         }
     }
@@ -78,6 +81,7 @@ impl FrontDoor {
                 };
                 let routing = Some(routing_options(params.routing));
                 let request = v1::EncodeRequest { text: params.text, routing, pooling: pooling.into() };
+                let (_span, request) = traced("sida.v1.Inference/Encode", request);
                 Ok(clients.inference.clone().encode(request).await?.into_inner())
             }
         }
@@ -90,6 +94,7 @@ impl FrontDoor {
             Self::There(clients) => {
                 let routing = Some(routing_options(params.routing));
                 let request = v1::ScoreRequest { text: params.text, targets: params.targets, routing };
+                let (_span, request) = traced("sida.v1.Inference/Score", request);
                 Ok(clients.inference.clone().score(request).await?.into_inner())
             }
         }
@@ -125,6 +130,16 @@ impl FrontDoor {
             Self::There(clients) => Ok(clients.cluster.clone().status(v1::StatusRequest {}).await?.into_inner()),
         }
     }
+}
+
+/// A call in a trace of its own, which the server goes on with.
+fn traced<M>(name: &'static str, message: M) -> (Span, Request<M>) {
+    let span = Span::of_caller(None, || name.into()).as_client();
+    let mut request = Request::new(message);
+    if span.is_recorded() {
+        trace::pass_on(span.context(), request.metadata_mut());
+    }
+    (span, request)
 }
 
 /// The most MoE layers and experts that are believed of another process: beyond it a picture is not drawn.

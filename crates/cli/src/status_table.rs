@@ -13,6 +13,17 @@ pub(crate) fn draw(status: &StatusResponse, style: Style) -> String {
     format!("{}\n\n{}", headline(status, style), nodes(&status.nodes, style).draw())
 }
 
+/// The same on a screen of so many columns: where the table is wider, what expert-nodes hold gets a table of its own.
+pub(crate) fn draw_within(columns: usize, status: &StatusResponse, style: Style) -> String {
+    // Colours have no width.
+    let whole = nodes(&status.nodes, Style::Ascii).draw();
+    if whole.lines().all(|line| line.chars().count() <= columns) {
+        return draw(status, style);
+    }
+    let (members, held) = (members(&status.nodes, style).draw(), held(&status.nodes).draw());
+    format!("{}\n\n{members}\n{held}", headline(status, style))
+}
+
 fn headline(status: &StatusResponse, style: Style) -> String {
     let predicted = status.hash_hits + status.hash_misses;
     let hits = match predicted {
@@ -53,24 +64,58 @@ fn nodes(nodes: &[NodeStatus], style: Style) -> PlainTable {
         "node", "role", "address", "health", "first", "holds", "ready", "resident", "loads", "waited", "evicted",
     ]);
     for node in nodes {
-        let (health, colour) = if node.healthy { ("serving", Color::Green) } else { ("down", Color::Red) };
-        let health = if style == Style::Colour { Cell::new(health).fg(colour) } else { Cell::new(health) };
-        let mut row = vec![Cell::new(&node.node), Cell::new(&node.role), Cell::new(&node.address), health];
+        let mut row = member(node, style);
         if let Some(residency) = &node.residency {
-            row.push(number(node.experts_placed));
-            row.push(number(node.experts_held));
-            row.push(match node.ready_epoch {
-                0 => Cell::new("-").set_alignment(CellAlignment::Right),
-                epoch => number(epoch),
-            });
+            row.extend(placed(node));
             row.push(Cell::new(residency_bar(residency, style)));
-            row.push(number(residency.prefetch_loads + residency.demand_loads));
-            row.push(number(residency.demand_loads));
-            row.push(number(residency.evictions));
+            row.extend(loads(residency));
         }
         table.row(row);
     }
     table
+}
+
+/// Who is there.
+fn members(nodes: &[NodeStatus], style: Style) -> PlainTable {
+    let mut table = PlainTable::new(["node", "role", "address", "health"]);
+    nodes.iter().for_each(|node| table.row(member(node, style)));
+    table
+}
+
+/// What expert-nodes hold.
+fn held(nodes: &[NodeStatus]) -> PlainTable {
+    let mut table = PlainTable::new(["node", "first", "holds", "ready", "resident", "loads", "waited", "evicted"]);
+    for node in nodes {
+        let Some(residency) = &node.residency else { continue };
+        let mut row = vec![Cell::new(&node.node)];
+        row.extend(placed(node));
+        let percent = residency.resident_bytes.saturating_mul(100).checked_div(residency.budget_bytes).unwrap_or(0);
+        row.push(Cell::new(format!("{percent}% of {}", byte_size::shown(residency.budget_bytes))));
+        row.extend(loads(residency));
+        table.row(row);
+    }
+    table
+}
+
+fn member(node: &NodeStatus, style: Style) -> Vec<Cell> {
+    let (health, colour) = if node.healthy { ("serving", Color::Green) } else { ("down", Color::Red) };
+    let health = if style == Style::Colour { Cell::new(health).fg(colour) } else { Cell::new(health) };
+    vec![Cell::new(&node.node), Cell::new(&node.role), Cell::new(&node.address), health]
+}
+
+/// What the placement gives to a node, and up to which epoch it has loaded that.
+fn placed(node: &NodeStatus) -> [Cell; 3] {
+    let ready = match node.ready_epoch {
+        0 => Cell::new("-").set_alignment(CellAlignment::Right),
+        epoch => number(epoch),
+    };
+    [number(node.experts_placed), number(node.experts_held), ready]
+}
+
+/// Loads, those that somebody waited for, evictions.
+fn loads(residency: &ResidencyResponse) -> [Cell; 3] {
+    let loads = residency.prefetch_loads + residency.demand_loads;
+    [number(loads), number(residency.demand_loads), number(residency.evictions)]
 }
 
 fn number(value: u64) -> Cell {
@@ -131,6 +176,33 @@ mod tests {
         assert!(drawn.contains("#####..... 6.0 MiB of 12.0 MiB"), "{drawn}");
         let down = drawn.lines().find(|line| line.contains("e1")).unwrap();
         assert!(down.contains("down") && !down.contains("MiB"), "{drawn}");
+    }
+
+    #[test]
+    fn a_narrow_screen_shows_everything() {
+        // Broken: on a terminal of 80 columns nobody would see what is resident, or what was waited for.
+        let residency = ResidencyResponse {
+            resident_bytes: 6 << 20,
+            budget_bytes: 12 << 20,
+            prefetch_loads: 160_206,
+            demand_loads: 22_488,
+            evictions: 182_502,
+            ..Default::default()
+        };
+        let node = NodeStatus {
+            node: "expert-node-0".into(),
+            role: "expert-node".into(),
+            address: "127.0.0.1:43177".into(),
+            residency: Some(residency),
+            ..Default::default()
+        };
+        let status = StatusResponse { nodes: vec![node], ..Default::default() };
+        assert_eq!(draw_within(160, &status, Style::Ascii), draw(&status, Style::Ascii));
+        let narrow = draw_within(80, &status, Style::Ascii);
+        assert!(narrow.lines().all(|line| line.chars().count() <= 80), "{narrow}");
+        for shown in ["127.0.0.1:43177", "50% of 12.0 MiB", "182694", "22488", "182502"] {
+            assert!(narrow.contains(shown), "{narrow}");
+        }
     }
 
     #[test]

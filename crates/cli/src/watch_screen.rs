@@ -52,6 +52,11 @@ impl WatchScreen {
         shown.await.map_err(io::Error::other)?
     }
 
+    /// How wide it is.
+    pub(crate) fn columns(&self) -> usize {
+        size().0
+    }
+
     /// Whether somebody wanted to end.
     pub(crate) fn is_over(&self) -> bool {
         self.over
@@ -71,14 +76,20 @@ fn ends(key: KeyEvent) -> bool {
     matches!(key.code, KeyCode::Char('q') | KeyCode::Esc) || (control && key.code == KeyCode::Char('c'))
 }
 
+/// Columns and rows. A terminal that does not know its size has that of the first ones.
+fn size() -> (usize, usize) {
+    match terminal::size() {
+        Ok((columns, rows)) if columns > 0 && rows > 0 => (columns.into(), rows.into()),
+        _ => (80, 24),
+    }
+}
+
 /// Line by line over what was there, so that nothing flickers.
 fn draw(text: &str) -> io::Result<()> {
     let mut out = io::stdout().lock();
-    // A terminal that does not know its size has that of the first ones.
-    let rows = terminal::size().map_or(0, |(_, rows)| rows);
-    let rows = if rows == 0 { 24 } else { rows };
+    let (_, rows) = size();
     queue!(out, cursor::MoveTo(0, 0))?;
-    for line in text.lines().take(usize::from(rows).saturating_sub(1)) {
+    for line in text.lines().take(rows.saturating_sub(1)) {
         queue!(out, Print(line), terminal::Clear(ClearType::UntilNewLine), cursor::MoveToNextLine(1))?;
     }
     queue!(out, terminal::Clear(ClearType::FromCursorDown))?;

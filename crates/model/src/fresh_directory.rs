@@ -3,10 +3,17 @@
 
 use std::{
     fs,
+    hash::{BuildHasher, Hasher, RandomState},
     path::{Path, PathBuf},
 };
 
 use crate::ModelError;
+
+/// Differs from process to process; ids of processes do not, where each is the first of its container and several share
+/// a volume.
+fn random() -> u64 {
+    RandomState::new().build_hasher().finish()
+}
 
 /// A directory being written. Dropped before [`FreshDirectory::finish`], it leaves nothing.
 pub(crate) struct FreshDirectory {
@@ -23,7 +30,7 @@ impl FreshDirectory {
             return Err(ModelError::NotEmpty { dir: place.to_owned() });
         }
         let name = place.file_name().unwrap_or_default().to_string_lossy();
-        let partial = place.with_file_name(format!(".{name}.{}.partial", std::process::id()));
+        let partial = place.with_file_name(format!(".{name}.{:016x}.partial", random()));
         fs::create_dir_all(&partial).map_err(failed)?;
         Ok(Self { place: place.to_owned(), partial, finished: false })
     }

@@ -36,6 +36,12 @@ impl Spans {
         self.start(sequence)..self.ends[sequence]
     }
 
+    /// Which sequence a row is of; `None` beyond the last.
+    pub fn holder(&self, row: usize) -> Option<usize> {
+        let sequence = self.ends.partition_point(|&end| end <= row);
+        (sequence < self.ends.len()).then_some(sequence)
+    }
+
     /// The sequences in at most `count` runs of about as many rows each.
     pub fn runs(&self, count: usize) -> Vec<Spans> {
         let mut runs = Vec::with_capacity(count);
@@ -89,6 +95,8 @@ mod tests {
                 assert_eq!(joined, lengths, "{count}");
             }
         }
+        let spans = Spans::new([2, 0, 3]);
+        assert_eq!([0, 1, 2, 4, 5].map(|row| spans.holder(row)), [Some(0), Some(0), Some(2), Some(2), None]);
         let halves: Vec<usize> = Spans::new([4; 10]).runs(2).iter().map(Spans::rows).collect();
         assert_eq!(halves, [20, 20]);
     }

@@ -4,11 +4,8 @@
 //! SiDA knows the future: the hash tables of the queued batches say which experts come next. So the machine
 //! evicts, in this order, what is empty, what no plan names (least worth first, see `worth`), and what is planned
 //! (farthest next use first, as in Belady's rule); never what is in use or loading. A prefetch takes the
-//! nearest planned expert that is missing, and only if what it evicts is wanted later than itself. Where plans
-//! name more than fits, even that is too eager: whatever the next layer is given early is taken from a later one,
-//! which must then be loaded again, while the slots that the current layer is about to leave would have done as
-//! well. So something planned makes room for a prefetch only while less than a quarter of the slots hold what
-//! was prefetched and not used yet.
+//! nearest planned expert that is missing, and only the place of what no plan names: to take it from something planned
+//! would be to load that again, while the layer that is computed is about to leave its slots anyway.
 //!
 //! A layer may need more experts than there are slots, and even when it does not, holding all of them at once
 //! would push out what other layers keep. So a call takes what is resident at once, and loads the rest a
@@ -33,9 +30,6 @@ use plan_queue::PlanQueue;
 use worth::Worth;
 
 use crate::{ExpertId, ExpertKey, LayerId, Plan, PlanId};
-
-/// One in so many slots holds what was prefetched and not used before something planned makes room for more.
-const AHEAD_SHARE: usize = 4;
 
 /// An expert as `layer * num_experts + expert`.
 type KeyIndex = usize;
@@ -70,8 +64,6 @@ struct Slot {
     /// Calls that use it or wait for its load.
     /// Invariant: 0 while it holds nothing.
     pins: u32,
-    /// Whether it was prefetched for a use that neither came nor was given up since.
-    ahead: bool,
     /// Names the load that filled it, so that a ticket is never taken for that of a later load.
     load: u64,
 }
@@ -97,8 +89,6 @@ pub struct Residency {
     /// Calls that wait for a slot. No prefetch starts while there are any.
     waiting: usize,
     resident: usize,
-    /// Invariant: how many slots are `ahead`.
-    ahead: usize,
     counters: ResidencyCounters,
 }
 
@@ -106,7 +96,7 @@ impl Residency {
     /// Nothing resident, nothing planned.
     pub fn new(config: ResidencyConfig) -> Self {
         let keys = config.layers * config.num_experts;
-        let empty = Slot { holding: Holding::Nothing, pins: 0, ahead: false, load: 0 };
+        let empty = Slot { holding: Holding::Nothing, pins: 0, load: 0 };
         Self {
             config,
             slots: vec![empty; config.slots],
@@ -120,7 +110,6 @@ impl Residency {
             loads: 0,
             waiting: 0,
             resident: 0,
-            ahead: 0,
             counters: ResidencyCounters::default(),
         }
     }
@@ -243,7 +232,6 @@ impl Residency {
         self.slot_of[key] = None;
         self.failed[key] = true;
         self.counters.failed_loads += 1;
-        self.settle(slot);
         self.rank(slot);
     }
 
@@ -257,12 +245,10 @@ impl Residency {
     }
 
     /// Starts the next prefetch: the nearest planned expert that is missing, unless a call waits for a slot,
-    /// or everything in memory is in use or wanted sooner.
+    /// or everything in memory is in use or planned.
     pub fn next_prefetch(&mut self) -> Option<Load> {
         let (index, slot) = self.choose_prefetch()?;
         let evicted = self.start_load(index, slot, LoadKind::Prefetch);
-        self.slots[slot.index()].ahead = true;
-        self.ahead += 1;
         Some(Load { key: self.key_of(index), slot, evicted })
     }
 
@@ -303,23 +289,13 @@ impl Residency {
         if self.waiting > 0 {
             return None;
         }
-        let (slot, rank) = self.order.first()?;
-        if rank.is_planned() && self.ahead * AHEAD_SHARE >= self.slots.len() {
-            return None;
-        }
+        let (slot, _) = self.order.first().filter(|(_, rank)| !rank.is_planned())?;
         let index = self.plans.first_missing(|key| self.slot_of[key].is_some() || self.failed[key])?;
-        let wanted_at = self.plans.next_use(index).expect("what is planned has a next use");
-        (rank > Rank::planned(wanted_at)).then_some((index, slot))
-    }
-
-    /// A slot is not `ahead` any more.
-    fn settle(&mut self, slot: SlotId) {
-        self.ahead -= usize::from(std::mem::take(&mut self.slots[slot.index()].ahead));
+        Some((index, slot))
     }
 
     /// Pins a slot that holds or loads what a call wants.
     fn pin(&mut self, slot: SlotId) -> Access {
-        self.settle(slot);
         self.order.set(slot, Rank::HELD);
         let held = &mut self.slots[slot.index()];
         held.pins += 1;
@@ -343,10 +319,9 @@ impl Residency {
             }
             Holding::Loading { .. } => panic!("slot {slot} is loading and was taken for another load"),
         };
-        self.settle(slot);
         self.loads += 1;
         let holding = Holding::Loading { key: index, kind };
-        self.slots[slot.index()] = Slot { holding, pins: 0, ahead: false, load: self.loads };
+        self.slots[slot.index()] = Slot { holding, pins: 0, load: self.loads };
         self.slot_of[index] = Some(slot);
         self.order.set(slot, Rank::HELD);
         evicted
@@ -369,7 +344,6 @@ impl Residency {
     /// The next use of what these slots hold is another than it was.
     fn reconsider(&mut self, slots: &[SlotId]) {
         for &slot in slots {
-            self.settle(slot);
             self.rank(slot);
         }
     }

@@ -48,8 +48,6 @@ struct Call {
 #[derive(Debug)]
 struct Queued {
     id: u64,
-    /// Tells a plan from its replacement.
-    serial: u64,
     keys: Vec<ExpertKey>,
 }
 
@@ -63,12 +61,8 @@ struct World {
     loading: Vec<SlotId>,
     /// Plans with the experts of the steps that are ahead, restated without positions.
     plans: Vec<Queued>,
-    plans_queued: u64,
     /// Experts whose last load failed and that no plan named since.
     failed: BTreeSet<ExpertKey>,
-    /// Slots prefetched and not used since, with the plan they were prefetched for as long as it is the next to
-    /// use them.
-    ahead: BTreeMap<SlotId, u64>,
     /// How often each expert was granted, a grant counting half after `8 * slots` further ones.
     used: BTreeMap<ExpertKey, f64>,
     calls: Vec<Call>,
@@ -84,9 +78,7 @@ impl World {
             memory: BTreeMap::new(),
             loading: Vec::new(),
             plans: Vec::new(),
-            plans_queued: 0,
             failed: BTreeSet::new(),
-            ahead: BTreeMap::new(),
             used: BTreeMap::new(),
             calls: Vec::new(),
         }
@@ -95,11 +87,6 @@ impl World {
     /// How far ahead an expert is planned.
     fn next_use(&self, key: ExpertKey) -> Option<usize> {
         self.plans.iter().flat_map(|plan| &plan.keys).position(|&k| k == key)
-    }
-
-    /// The next plan to use an expert.
-    fn plan_of(&self, key: ExpertKey) -> Option<u64> {
-        self.plans.iter().find(|plan| plan.keys.contains(&key)).map(|plan| plan.serial)
     }
 
     fn pinned(&self, slot: SlotId) -> bool {
@@ -143,7 +130,6 @@ impl World {
         }
         assert!(!self.memory.values().any(|&k| k == key), "{key} is in memory twice");
         self.memory.insert(slot, key);
-        self.ahead.remove(&slot);
         self.loading.push(slot);
     }
 
@@ -165,9 +151,8 @@ impl World {
         experts.iter().for_each(|key| _ = self.failed.remove(key));
         self.plans.retain(|plan| plan.id != id);
         if !experts.is_empty() && self.plans_max > 0 {
-            self.plans_queued += 1;
             let at = if begins { 0 } else { self.plans.len() };
-            self.plans.insert(at, Queued { id, serial: self.plans_queued, keys: experts });
+            self.plans.insert(at, Queued { id, keys: experts });
             self.plans.truncate(self.plans_max);
         }
         assert_eq!(self.machine.plans(), self.plans.len());
@@ -201,7 +186,6 @@ impl World {
             match grant.access {
                 Access::Load { evicted } => self.start(grant.key, grant.slot, evicted),
                 Access::Resident | Access::Await(_) => {
-                    self.ahead.remove(&grant.slot);
                     assert_eq!(before.get(&grant.slot), Some(&grant.key));
                     let loading = self.loading.contains(&grant.slot);
                     assert_eq!(matches!(grant.access, Access::Await(_)), loading);
@@ -225,7 +209,6 @@ impl World {
         }
         self.machine.load_failed(slot);
         self.failed.extend(self.memory.remove(&slot));
-        self.ahead.remove(&slot);
         for call in &mut self.calls {
             for grant in call.held.extract_if(.., |grant| grant.slot == slot).collect::<Vec<_>>() {
                 if let Access::Await(ticket) = grant.access {
@@ -257,13 +240,8 @@ impl World {
         let planned = self.plans.iter().flat_map(|plan| &plan.keys);
         let mut missing = planned.filter(|key| !self.memory.values().any(|k| k == *key) && !self.failed.contains(key));
         let key = *missing.next()?;
-        let makes_room = match self.leaving().last() {
-            _ if self.memory.len() < self.slots => true,
-            Some(&(_, leaves)) => self
-                .next_use(leaves)
-                .is_none_or(|at| at > self.next_use(key).expect("planned") && 4 * self.ahead.len() < self.slots),
-            None => false,
-        };
+        let unplanned = |&(_, leaves): &(SlotId, ExpertKey)| self.next_use(leaves).is_none();
+        let makes_room = self.memory.len() < self.slots || self.leaving().last().is_some_and(unplanned);
         makes_room.then_some(key)
     }
 
@@ -274,7 +252,6 @@ impl World {
         assert_eq!(load.map(|load| load.key), expected, "another prefetch than the rules say");
         if let Some(load) = load {
             self.start(load.key, load.slot, load.evicted);
-            self.ahead.insert(load.slot, self.plan_of(load.key).expect("what is prefetched is planned"));
         }
     }
 
@@ -310,9 +287,6 @@ impl World {
                 self.calls.remove(at);
             }
         }
-        let mut ahead = std::mem::take(&mut self.ahead);
-        ahead.retain(|slot, plan| self.plan_of(self.memory[slot]) == Some(*plan));
-        self.ahead = ahead;
         self.check();
     }
 

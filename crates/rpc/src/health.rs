@@ -1,5 +1,9 @@
 //! `grpc.health.v1`, backed by checks that do what the service does: a service is SERVING only while its check
 //! passes, and the whole node (service name "") only while all of them do. Put in place by [`crate::server`].
+//!
+//! Beside that stands [`LIVENESS`], for whoever decides whether to start a process again: it says SERVING from the first
+//! moment to the last, and NOT_SERVING only once the node's own work has stopped for good. What the node waits for (its
+//! model, etcd, other nodes) never makes it so: starting again would not help.
 
 use std::{
     future::Future,
@@ -18,6 +22,9 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 /// The service name that stands for the whole node.
 const NODE: &str = "";
 
+/// The service name that stands for the process being alive.
+pub const LIVENESS: &str = "liveness";
+
 /// Time between two checks of a node that is not ready.
 const UNREADY_PERIOD: Duration = Duration::from_millis(500);
 
@@ -32,14 +39,28 @@ pub(crate) struct Check {
     run: Box<dyn Fn() -> CheckFuture + Send + Sync>,
 }
 
-/// Whether the node is SERVING, for those outside gRPC (`/readyz`). Clones tell the same.
+/// Whether what computes in the node still does.
+pub(crate) type Alive = Box<dyn Fn() -> bool + Send + Sync>;
+
+/// Whether the node is SERVING, and alive, for those outside gRPC (`/readyz`, `/healthz`). Clones tell the same.
 #[derive(Clone, Debug, Default)]
-pub struct Readiness(Arc<AtomicBool>);
+pub struct Readiness(Arc<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    is_ready: AtomicBool,
+    is_dead: AtomicBool,
+}
 
 impl Readiness {
     /// Whether every check passed when it last ran, and the node is not shutting down.
     pub fn is_ready(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+        self.0.is_ready.load(Ordering::Relaxed)
+    }
+
+    /// Whether the node can still become ready by itself. One that loads its model, or waits for others, is alive.
+    pub fn is_alive(&self) -> bool {
+        !self.0.is_dead.load(Ordering::Relaxed)
     }
 }
 
@@ -58,18 +79,26 @@ pub(crate) struct Health {
     pub(crate) reporter: HealthReporter,
     pub(crate) readiness: Readiness,
     pub(crate) checks: Vec<Check>,
+    /// `None`: always.
+    pub(crate) is_alive: Option<Alive>,
     /// Time between two rounds of checks, and the longest that one check may take.
     pub(crate) period: Duration,
 }
 
 impl Health {
+    /// Publishes that nothing serves yet. To be called before anybody can ask: a service that is not known would be
+    /// NOT_FOUND, and the node, by the library's default, SERVING.
+    pub(crate) async fn register(&self) {
+        self.nothing_serves().await;
+        self.publish(LIVENESS, true).await;
+    }
+
     /// Checks at once and then periodically, until `shutdown`; then publishes NOT_SERVING and returns.
     pub(crate) async fn run(&self, shutdown: &CancellationToken) {
-        // Registered before the first check: a service that is not known yet would be NOT_FOUND.
-        self.nothing_serves().await;
         let mut serving = vec![None; self.checks.len()];
         let rounds = async {
             loop {
+                self.look_whether_alive().await;
                 self.round(&mut serving).await;
                 // Who is not ready is waited for.
                 let pause = if self.readiness.is_ready() { self.period } else { self.period.min(UNREADY_PERIOD) };
@@ -100,8 +129,18 @@ impl Health {
             *serving = Some(result.is_ok());
         }
         let ready = serving.iter().all(|serving| *serving == Some(true));
-        if self.readiness.0.swap(ready, Ordering::Relaxed) != ready {
+        if self.readiness.0.is_ready.swap(ready, Ordering::Relaxed) != ready {
             self.publish(NODE, ready).await;
+        }
+    }
+
+    async fn look_whether_alive(&self) {
+        let is_alive = self.is_alive.as_ref().is_none_or(|is_alive| is_alive());
+        if self.readiness.0.is_dead.swap(!is_alive, Ordering::Relaxed) == is_alive {
+            if !is_alive {
+                tracing::error!("what computes in this node has stopped; it has to be started again");
+            }
+            self.publish(LIVENESS, is_alive).await;
         }
     }
 
@@ -111,7 +150,7 @@ impl Health {
     }
 
     async fn nothing_serves(&self) {
-        self.readiness.0.store(false, Ordering::Relaxed);
+        self.readiness.0.is_ready.store(false, Ordering::Relaxed);
         for service in self.checks.iter().map(|check| check.service).chain([NODE]) {
             self.publish(service, false).await;
         }

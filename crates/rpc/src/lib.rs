@@ -3,7 +3,7 @@
 //! the command line's client commands and by the tests.
 //!
 //! In reading order: [`status`] (errors as gRPC statuses), `ending` (calls that end early), [`deadline`],
-//! [`drain`], [`request_id`], [`health`], [`tls`], [`server`] (puts them together), [`client`].
+//! [`drain`], [`trace`], [`request_id`], [`health`], [`tls`], [`server`] (puts them together), [`client`].
 
 pub mod client;
 pub mod deadline;
@@ -14,6 +14,7 @@ pub mod request_id;
 pub mod server;
 pub mod status;
 pub mod tls;
+pub mod trace;
 
 pub use client::{ClientConfig, ClientError, connect, connect_lazy};
 pub use deadline::Deadline;

@@ -8,6 +8,7 @@ use std::{
 };
 
 use http::{HeaderName, HeaderValue, Request, Response};
+use sida_telemetry::TraceContext;
 use tonic::body::Body;
 use tower::{Layer, Service};
 use tracing::Instrument;
@@ -90,7 +91,10 @@ where
 
     fn call(&mut self, mut request: Request<Body>) -> Self::Future {
         let (id, echo) = RequestId::taken_or_made(request.headers().get(HEADER));
-        let span = tracing::info_span!("call", method = request.uri().path(), request_id = id.as_str());
+        let trace =
+            request.extensions().get::<TraceContext>().map(|context| tracing::field::display(context.trace_id()));
+        let (method, request_id) = (request.uri().path(), id.as_str());
+        let span = tracing::info_span!("call", method, request_id, trace_id = trace);
         request.extensions_mut().insert(id);
         let response = self.inner.call(request).instrument(span);
         Box::pin(async move {

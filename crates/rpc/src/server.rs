@@ -26,9 +26,10 @@ use crate::{
     client::root_cause,
     deadline::DeadlineLayer,
     drain::DrainLayer,
-    health::{Check, CheckResult, Health, Readiness},
+    health::{Alive, Check, CheckResult, Health, Readiness},
     request_id::RequestIdLayer,
     tls::{ServerTls, TlsError},
+    trace::TraceLayer,
 };
 
 /// The largest message taken or sent. tonic keeps this limit in each generated service and client, so whoever
@@ -102,13 +103,21 @@ pub struct Server {
     routes: Routes,
     descriptors: Vec<&'static [u8]>,
     checks: Vec<Check>,
+    is_alive: Option<Alive>,
     leaving: Option<CancellationToken>,
 }
 
 impl Server {
     /// A server with nothing to serve yet.
     pub fn new(config: ServerConfig) -> Self {
-        Self { config, routes: Routes::default(), descriptors: Vec::new(), checks: Vec::new(), leaving: None }
+        Self {
+            config,
+            routes: Routes::default(),
+            descriptors: Vec::new(),
+            checks: Vec::new(),
+            is_alive: None,
+            leaving: None,
+        }
     }
 
     /// Serves `routes`: all of the node's own services.
@@ -136,6 +145,14 @@ impl Server {
         self
     }
 
+    /// The node is alive while `is_alive` says so, always if this is not called; see [`Readiness::is_alive`]. Asked at
+    /// every health check.
+    #[must_use]
+    pub fn alive(mut self, is_alive: impl Fn() -> bool + Send + Sync + 'static) -> Self {
+        self.is_alive = Some(Box::new(is_alive));
+        self
+    }
+
     /// Health says NOT_SERVING from when `leaving` is cancelled, which may be before `shutdown`: the node still
     /// answers while others are told that it goes.
     #[must_use]
@@ -147,11 +164,12 @@ impl Server {
     /// Serves on `listener` until `shutdown`. Then health says NOT_SERVING, no connection is accepted, calls in
     /// flight may finish, and at the drain limit what is left ends with UNAVAILABLE.
     pub async fn serve(self, listener: TcpListener, shutdown: CancellationToken) -> Result<(), ServerError> {
-        let Self { config, routes, descriptors, checks, leaving } = self;
+        let Self { config, routes, descriptors, checks, is_alive, leaving } = self;
         let leaving = leaving.unwrap_or_else(|| shutdown.clone());
         let (reporter, health_service) = health_reporter();
         let period = config.health_period;
-        let health = Health { reporter, readiness: config.readiness.clone(), checks, period };
+        let health = Health { reporter, readiness: config.readiness.clone(), checks, is_alive, period };
+        health.register().await;
         let drain = DrainLayer { shutdown: CancellationToken::new(), limit: CancellationToken::new() };
         let routes = with_reflection(routes.add_service(health_service), &descriptors)?;
         let incoming = TcpIncoming::from(listener)
@@ -162,7 +180,9 @@ impl Server {
         let serving = transport_builder(&config)?
             .layer(
                 ServiceBuilder::new()
-                    // Outermost, so that whatever is answered further in carries the request's name.
+                    // Outermost: a span is the whole call, and log lines within carry its trace.
+                    .layer(TraceLayer)
+                    // Whatever is answered further in carries the request's name.
                     .layer(RequestIdLayer)
                     // Before tonic's own timer, which would say CANCELLED; see the module.
                     .layer(DeadlineLayer)

@@ -6,6 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use sida_telemetry::{gauge, names};
 use thiserror::Error;
 use tonic::transport::{Certificate, ClientTlsConfig, Identity, ServerTlsConfig};
 
@@ -42,11 +43,16 @@ pub enum TlsError {
     Read { file: PathBuf, source: io::Error },
     #[error("{file} is longer than {expected} bytes")]
     Length { file: PathBuf, expected: u64 },
+    #[error("{file} does not begin with a certificate")]
+    Certificate { file: PathBuf },
 }
 
 impl ServerTls {
     pub(crate) fn load(&self) -> Result<ServerTlsConfig, TlsError> {
-        let identity = Identity::from_pem(pem(&self.certificate)?, pem(&self.key)?);
+        let chain = pem(&self.certificate)?;
+        let not_after = not_after(&chain).ok_or_else(|| TlsError::Certificate { file: self.certificate.clone() })?;
+        gauge!(names::TLS_CERTIFICATE_NOT_AFTER_SECONDS).set(not_after as f64);
+        let identity = Identity::from_pem(chain, pem(&self.key)?);
         let config = ServerTlsConfig::new().identity(identity);
         Ok(match &self.client_authorities {
             None => config,
@@ -69,6 +75,12 @@ impl ClientTls {
         }
         Ok(config)
     }
+}
+
+/// When the first certificate of a chain expires, as a Unix time.
+fn not_after(chain: &[u8]) -> Option<i64> {
+    let (_, first) = x509_parser::pem::parse_x509_pem(chain).ok()?;
+    Some(first.parse_x509().ok()?.validity().not_after.timestamp())
 }
 
 fn pem(file: &Path) -> Result<Vec<u8>, TlsError> {

@@ -149,6 +149,37 @@ async fn health_follows_the_check() {
 }
 
 #[tokio::test]
+async fn liveness_is_not_readiness() {
+    // Broken: a node that waits for others would be started again and again, or one whose engine is dead never.
+    const SERVING: i32 = ServingStatus::Serving as i32;
+    const NOT_SERVING: i32 = ServingStatus::NotServing as i32;
+    let readiness = Readiness::default();
+    let config = ServerConfig { readiness: readiness.clone(), ..plain() };
+    let works = Arc::new(AtomicBool::new(true));
+    let is_alive = works.clone();
+    let assemble = move |server: sida_rpc::Server| {
+        let server = server.check("test.Echo", || async { Err("etcd and every other node are away".to_owned()) });
+        server.alive(move || is_alive.load(Ordering::Relaxed))
+    };
+    let running = Running::start(config, assemble).await;
+    let mut health = HealthClient::new(running.channel().await);
+    let mut status = async |service: &str| {
+        let request = HealthCheckRequest { service: service.to_owned() };
+        health.check(request).await.unwrap().into_inner().status
+    };
+    assert_eq!((status("").await, status("liveness").await), (NOT_SERVING, SERVING));
+    assert!(readiness.is_alive() && !readiness.is_ready());
+    works.store(false, Ordering::Relaxed);
+    let started = Instant::now();
+    while status("liveness").await == SERVING {
+        assert!(started.elapsed() < Duration::from_secs(5));
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert!(!readiness.is_alive());
+    running.stop().await;
+}
+
+#[tokio::test]
 async fn a_check_that_hangs_is_a_check_that_fails() {
     // Broken: a node whose expert call never returns would stay SERVING.
     let config = plain();

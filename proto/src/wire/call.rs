@@ -48,6 +48,7 @@ impl v1::Activations {
             payload: rows::to_payload(activations),
             placement_epoch: 0,
             checksum: 0,
+            traceparent: String::new(),
         };
         message.checksum = checksum::of_call(&message);
         message

@@ -73,3 +73,29 @@ async fn a_node_that_ends_leaves_first() {
     assert_eq!(held, ["expert-node-1"]);
     settled(&live, &["coordinator-0", "expert-node-1"]).await;
 }
+
+/// A node with room for a fraction of what is placed on it would never say that it is ready: the node whose place it
+/// takes would be asked for ever, and copies of a dead one never counted as restored.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_with_little_room_is_ready() {
+    let etcd = Etcd::start(1);
+    let mut live = LiveCluster::new(&etcd.endpoints());
+    live.start("coordinator-0");
+    live.start("expert-node-0");
+    settled(&live, &["coordinator-0", "expert-node-0"]).await;
+    let asked = load(&live, &["coordinator-0"]).await;
+    let right = answers(&asked).await;
+    // What is asked for competes with what is placed for the little room that there is.
+    let running = asked.start();
+    live.set_expert_memory("2%");
+    live.start("expert-node-1");
+    settled(&live, &["coordinator-0", "expert-node-0", "expert-node-1"]).await;
+    live.take("expert-node-0").kill();
+    let status = live.wait("coordinator-0", "the small node alone", |s| is_settled(s, &["expert-node-1"], EXPERTS, 1));
+    let status = status.await;
+    let small = status.nodes.iter().find(|node| node.node == "expert-node-1").expect("it is a member");
+    assert_eq!((small.experts_held, small.ready_epoch >= status.placement_epoch), (EXPERTS, true));
+    let report = running.stop().await;
+    println!("{report}");
+    report.assert_as(&right);
+}

@@ -16,8 +16,7 @@ async fn lost_leases_and_keys_are_got_again() {
     let right = answers(&asked).await;
     let running = asked.start();
     // The history is gone, and then every lease, the leader's among them.
-    let revision = revision(&etcd);
-    etcd.ctl(&["compact", &revision]);
+    etcd.ctl(&["compact", &etcd.revision()]);
     for lease in etcd.ctl(&["lease", "list"]).lines().skip(1) {
         etcd.ctl(&["lease", "revoke", lease.trim()]);
     }
@@ -49,11 +48,4 @@ async fn wait_for_keys(etcd: &Etcd, keys: &[&str]) {
         assert!(started.elapsed() < Duration::from_secs(20), "{keys:?} do not come back: {listed}");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-}
-
-/// The revision that etcd is at.
-fn revision(etcd: &Etcd) -> String {
-    let status = etcd.ctl(&["endpoint", "status", "-w", "fields"]);
-    let line = status.lines().find_map(|line| line.strip_prefix("\"Revision\" : ")).expect("a revision");
-    line.trim().to_owned()
 }

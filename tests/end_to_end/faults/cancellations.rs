@@ -21,7 +21,7 @@ async fn work(sandbox: &Sandbox) -> (u64, u64) {
 }
 
 /// How long until nothing is left to do.
-async fn idle(sandbox: &Sandbox) -> Duration {
+pub(super) async fn idle(sandbox: &Sandbox) -> Duration {
     let start = Instant::now();
     while work(sandbox).await != (0, 0) {
         assert!(start.elapsed() < Duration::from_secs(20), "{:?} is still done for nobody", work(sandbox).await);

@@ -46,6 +46,7 @@ impl GenerationArguments {
             sampling: Sampling { temperature: self.temperature, top_k: self.top_k, top_p: self.top_p, seed: self.seed },
             stop: self.stop.clone(),
             deadline: None,
+            trace: None,
         }
     }
 }

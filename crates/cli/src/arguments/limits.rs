@@ -31,7 +31,7 @@ pub(crate) struct LimitArguments {
     /// Drop tokens beyond an expert's capacity, per sequence, as transformers does
     #[arg(long)]
     enforce_capacity: bool,
-    /// How long an expert call may take where no other node could answer it
+    /// How long an expert is waited for where no node computes it: the last one, or any to come back
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = time_span::parse)]
     expert_call_timeout: Duration,
     /// How long predictor-nodes may take for a batch

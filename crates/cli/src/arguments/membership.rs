@@ -39,6 +39,11 @@ pub(crate) struct Own {
 }
 
 impl MembershipArguments {
+    /// This node's name.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
     /// This node, which must have this role where a file says who has which.
     pub(crate) fn member(&self, role: Role) -> Result<Own, BadConfiguration> {
         let Some(static_file) = self.source()? else {

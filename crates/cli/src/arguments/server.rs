@@ -10,7 +10,7 @@ use std::{
 
 use clap::Args;
 use sida_rpc::{Readiness, ServerConfig, ServerTls};
-use sida_telemetry::metrics::{self, Metrics};
+use sida_telemetry::metrics::{self, Metrics, Probes};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -71,9 +71,11 @@ impl ServerArguments {
         };
         let metrics: Metrics = metrics::install()?;
         tracing::info!("metrics on http://{}/metrics", listener.local_addr()?);
-        let ready = Arc::new(move || readiness.is_ready());
+        let alive = readiness.clone();
+        let probes =
+            Probes { is_alive: Arc::new(move || alive.is_alive()), is_ready: Arc::new(move || readiness.is_ready()) };
         tokio::spawn(async move {
-            if let Err(error) = metrics.serve(listener, ready, shutdown).await {
+            if let Err(error) = metrics.serve(listener, probes, shutdown).await {
                 tracing::error!("metrics are not served any more: {error}");
             }
         });

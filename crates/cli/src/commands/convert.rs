@@ -23,10 +23,17 @@ pub(crate) struct ConvertArguments {
     /// Where the new checkpoint goes; must not exist or be empty
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
+    /// Leave a directory that is there already as it is, and succeed
+    #[arg(long)]
+    if_missing: bool,
 }
 
 /// Converts, with a bar; prints what was written.
 pub(crate) fn run(arguments: ConvertArguments) -> anyhow::Result<ExitCode> {
+    if arguments.if_missing && arguments.out.try_exists()? {
+        writeln!(io::stdout(), "{} is there already", arguments.out.display())?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let bar = LoadingBar::new("converting", Unit::Bytes);
     let written = convert::convert(&arguments.source, &arguments.out, &mut |done, total| bar.advance(done, total))?;
     drop(bar);

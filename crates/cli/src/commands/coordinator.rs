@@ -37,6 +37,13 @@ pub(crate) struct CoordinatorArguments {
     connection: ConnectionArguments,
 }
 
+impl CoordinatorArguments {
+    /// The node's name.
+    pub(crate) fn name(&self) -> &str {
+        self.membership.name()
+    }
+}
+
 /// Serves until Ctrl-C or SIGTERM, then drains.
 pub(crate) fn run(arguments: CoordinatorArguments) -> anyhow::Result<ExitCode> {
     arguments.model.start_threads()?;
@@ -46,15 +53,15 @@ pub(crate) fn run(arguments: CoordinatorArguments) -> anyhow::Result<ExitCode> {
         let checkpoint = Checkpoint::open(&arguments.model.dir()?)?;
         // The port before the cluster, whose members are told of it.
         let listener = server::bind(&member.address).await?;
+        let readiness = Readiness::default();
+        arguments.server.serve_metrics(METRICS_OF_NODES, readiness.clone(), shutdown.clone()).await?;
         let model = (checkpoint.config(), checkpoint.digest());
         let cluster = arguments.membership.cluster(&member, listener.local_addr()?, model, 1.0)?;
         let predictor = arguments.predictor.source(&checkpoint, &cluster)?;
-        let readiness = Readiness::default();
         let mut config = CoordinatorConfig::new(member.node, checkpoint, predictor);
         arguments.limits.apply(&mut config);
         config.client = arguments.connection.client();
-        config.server = arguments.server.server(&arguments.connection, readiness.clone());
-        arguments.server.serve_metrics(METRICS_OF_NODES, readiness, shutdown.clone()).await?;
+        config.server = arguments.server.server(&arguments.connection, readiness);
         config.on_load = Some(loading_bar::of_model(&config.checkpoint));
         let coordinator = Coordinator::start(config, cluster).await?;
         server::announce(&listener)?;

@@ -38,6 +38,13 @@ pub(crate) struct ExpertNodeArguments {
     connection: ConnectionArguments,
 }
 
+impl ExpertNodeArguments {
+    /// The node's name.
+    pub(crate) fn name(&self) -> &str {
+        self.membership.name()
+    }
+}
+
 /// Serves until Ctrl-C or SIGTERM, then drains.
 pub(crate) fn run(arguments: ExpertNodeArguments) -> anyhow::Result<ExitCode> {
     arguments.model.start_threads()?;
@@ -48,17 +55,17 @@ pub(crate) fn run(arguments: ExpertNodeArguments) -> anyhow::Result<ExitCode> {
         let checkpoint = Checkpoint::open(&model_dir)?;
         // The port before the cluster, whose members are told of it.
         let listener = server::bind(&member.address).await?;
+        let readiness = Readiness::default();
+        arguments.server.serve_metrics(METRICS_OF_NODES, readiness.clone(), shutdown.clone()).await?;
         let model = (checkpoint.config(), checkpoint.digest());
         let weight = arguments.node_weight.map_or_else(|| weight(arguments.expert_memory, &checkpoint), Ok)?;
         let cluster = arguments.membership.cluster(&member, listener.local_addr()?, model, weight)?;
-        let readiness = Readiness::default();
         let config = ExpertNodeConfig {
             expert_memory: arguments.expert_memory,
             threads: arguments.model.threads(),
-            server: arguments.server.server(&arguments.connection, readiness.clone()),
+            server: arguments.server.server(&arguments.connection, readiness),
             ..ExpertNodeConfig::new(member.node, model_dir)
         };
-        arguments.server.serve_metrics(METRICS_OF_NODES, readiness, shutdown.clone()).await?;
         server::announce(&listener)?;
         sida_expert_node::run(config, listener, cluster, shutdown).await.map_err(refused)?;
         Ok(ExitCode::SUCCESS)

@@ -36,6 +36,13 @@ pub(crate) struct PredictorNodeArguments {
     connection: ConnectionArguments,
 }
 
+impl PredictorNodeArguments {
+    /// The node's name.
+    pub(crate) fn name(&self) -> &str {
+        self.membership.name()
+    }
+}
+
 /// Serves until Ctrl-C or SIGTERM, then drains.
 pub(crate) fn run(arguments: PredictorNodeArguments) -> anyhow::Result<ExitCode> {
     arguments.model.start_threads()?;
@@ -46,19 +53,19 @@ pub(crate) fn run(arguments: PredictorNodeArguments) -> anyhow::Result<ExitCode>
         let model = checkpoint.config();
         // The port before the cluster, whose members are told of it.
         let listener = server::bind(&member.address).await?;
+        let readiness = Readiness::default();
+        arguments.server.serve_metrics(METRICS_OF_NODES, readiness.clone(), shutdown.clone()).await?;
         let facts = (model, checkpoint.digest());
         let cluster = arguments.membership.cluster(&member, listener.local_addr()?, facts, 1.0)?;
         let file = arguments.predictor.clone().unwrap_or_else(|| default_file(&checkpoint));
         let predictor = predictor::open(&file, model, checkpoint.digest())
             .map_err(|error| BadConfiguration::because(format!("predictor {}", file.display()), error))?;
-        let readiness = Readiness::default();
         let threads = arguments.model.threads();
         let config = PredictorNodeConfig {
             limits: PredictorLimits { threads, ..PredictorLimits::default() },
-            server: arguments.server.server(&arguments.connection, readiness.clone()),
+            server: arguments.server.server(&arguments.connection, readiness),
             ..PredictorNodeConfig::new(member.node, model, predictor)
         };
-        arguments.server.serve_metrics(METRICS_OF_NODES, readiness, shutdown.clone()).await?;
         server::announce(&listener)?;
         sida_predictor_node::run(config, listener, cluster, shutdown).await?;
         Ok(ExitCode::SUCCESS)

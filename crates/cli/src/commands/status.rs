@@ -63,7 +63,7 @@ async fn watch(door: &FrontDoor, endpoint: &str, interval: Duration) -> anyhow::
     loop {
         let head = match door.status().await {
             Ok(status) => {
-                state = status_table::draw(&status, style);
+                state = status_table::draw_within(screen.columns(), &status, style);
                 format!("{endpoint} every {interval:?} · q ends")
             }
             Err(error) => style.paint("31", &format!("{endpoint} does not answer: {} · q ends", error.message())),

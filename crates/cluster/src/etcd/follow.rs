@@ -8,7 +8,10 @@ use sida_routing::{
     Placement, Policy,
     membership::{Decision, Members, Pace, Standing, Writer},
 };
-use sida_telemetry::{counter, gauge, names};
+use sida_telemetry::{
+    counter, gauge,
+    names::{self, On},
+};
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
 
@@ -102,6 +105,10 @@ fn check(joining: &Joining) -> Result<(), EtcdError> {
 
 /// One connection after the other, each to the next endpoint.
 async fn follow(mut follower: Follower) {
+    names::declare(On::Etcd);
+    for outcome in ["written", "refused"] {
+        counter!(names::PLACEMENT_WRITES_TOTAL, names::OUTCOME => outcome).increment(0);
+    }
     let leaving = follower.published.leaving().clone();
     let backoff_max = BACKOFF.1.min(follower.config.lease_ttl / 4);
     let mut backoff = BACKOFF.0;

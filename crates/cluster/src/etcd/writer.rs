@@ -54,3 +54,7 @@ pub(super) async fn write(
     tracing::info!(epoch, nodes, "wrote the placement");
     Ok(Written::As(Stored { record: Some(Arc::new(record)), mod_revision }))
 }
+
+#[cfg(test)]
+#[path = "writer_tests.rs"]
+mod tests;

@@ -89,13 +89,13 @@ impl Workload {
         let routing = self.arguments.routing.into();
         match self.arguments.method {
             Method::Encode => {
-                let answer =
-                    door.encode(EncodeParams { text, routing, pooling: Pooling::Mean, deadline: None }).await?;
+                let params = EncodeParams { text, routing, pooling: Pooling::Mean, ..EncodeParams::default() };
+                let answer = door.encode(params).await?;
                 Ok(sample(answer.prompt_tokens.into(), answer.trace))
             }
             Method::Score => {
                 let targets = self.arguments.targets.clone();
-                let answer = door.score(ScoreParams { text, targets, routing, deadline: None }).await?;
+                let answer = door.score(ScoreParams { text, targets, routing, ..ScoreParams::default() }).await?;
                 let tokens = answer.scores.iter().map(|score| u64::from(score.tokens)).sum();
                 Ok(sample(tokens, answer.trace))
             }

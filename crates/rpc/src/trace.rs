@@ -1,0 +1,138 @@
+//! The trace of a call: `traceparent` as the caller gave it, or a new one. It becomes an extension of the request for
+//! handlers to go on from, and a span from the call's arrival to the last byte of its answer. Put in place by
+//! [`crate::server`].
+
+use std::{
+    borrow::Cow,
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use http::{HeaderMap, HeaderName, Request, Response};
+use http_body::{Body as HttpBody, Frame, SizeHint};
+use sida_telemetry::{Span, TraceContext, trace_context::TRACEPARENT};
+use tonic::{Status, body::Body, metadata::MetadataMap};
+use tower::{Layer, Service};
+
+use crate::ending::ResponseFuture;
+
+/// Calls that carry other calls, which have traces of their own, or that nobody waits for.
+const UNTRACED: [&str; 2] = ["/grpc.", "/sida.v1.Experts/Lane"];
+
+/// Metadata key of a call's outcome.
+const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
+
+/// The trace of a request that came through the server stack.
+pub fn context_of<T>(request: &tonic::Request<T>) -> Option<TraceContext> {
+    request.extensions().get().copied()
+}
+
+/// Tells the server of a call which trace it is part of.
+pub fn pass_on(context: TraceContext, metadata: &mut MetadataMap) {
+    let text = context.to_string().parse().expect("a traceparent is visible ASCII");
+    metadata.insert(TRACEPARENT, text);
+}
+
+/// Makes [`TraceService`]s.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct TraceLayer;
+
+/// Traces calls.
+#[derive(Clone, Debug)]
+pub struct TraceService<S> {
+    inner: S,
+}
+
+impl<S> Layer<S> for TraceLayer {
+    type Service = TraceService<S>;
+
+    fn layer(&self, inner: S) -> Self::Service {
+        TraceService { inner }
+    }
+}
+
+impl<S> Service<Request<Body>> for TraceService<S>
+where
+    S: Service<Request<Body>, Response = Response<Body>>,
+    S::Future: Send + 'static,
+    S::Error: Send + 'static,
+{
+    type Response = Response<Body>;
+    type Error = S::Error;
+    type Future = ResponseFuture<S::Error>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
+        let path = request.uri().path();
+        if UNTRACED.iter().any(|untraced| path.starts_with(untraced)) {
+            return Box::pin(self.inner.call(request));
+        }
+        let header = request.headers().get(TRACEPARENT).and_then(|value| value.to_str().ok());
+        let caller = header.and_then(TraceContext::from_traceparent);
+        // OpenTelemetry's names for RPCs; the span's is `package.Service/Method`.
+        let name = || Cow::Owned(path.trim_start_matches('/').to_owned());
+        let mut span = Span::of_caller(caller, name).as_server().with("rpc.system", "grpc");
+        if span.is_recorded()
+            && let Some((service, method)) = path.trim_start_matches('/').split_once('/')
+        {
+            span.set("rpc.service", service.to_owned());
+            span.set("rpc.method", method.to_owned());
+        }
+        request.extensions_mut().insert(span.context());
+        let response = self.inner.call(request);
+        if !span.is_recorded() {
+            return Box::pin(response);
+        }
+        Box::pin(async move {
+            let response = response.await?;
+            // A refusal has its status among the headers and no body.
+            note_status(&mut span, response.headers());
+            Ok(response.map(|inner| Body::new(TracedBody { inner, span })))
+        })
+    }
+}
+
+/// A response body whose end is the end of its span.
+struct TracedBody {
+    inner: Body,
+    span: Span,
+}
+
+impl HttpBody for TracedBody {
+    type Data = bytes::Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
+        let frame = Pin::new(&mut self.inner).poll_frame(cx);
+        if let Poll::Ready(Some(Ok(frame))) = &frame
+            && let Some(trailers) = frame.trailers_ref()
+        {
+            note_status(&mut self.span, trailers);
+        }
+        frame
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
+    }
+}
+
+fn note_status(span: &mut Span, headers: &HeaderMap) {
+    let Some(code) = headers.get(&GRPC_STATUS).and_then(|value| value.to_str().ok()?.parse::<i32>().ok()) else {
+        return;
+    };
+    span.set("rpc.grpc.status_code", i64::from(code));
+    if code != 0 {
+        span.fail(&tonic::Code::from_i32(code));
+    }
+}
