@@ -55,7 +55,7 @@ pub enum StackKind {
 }
 
 /// One of a model's stacks of blocks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Stack {
     /// Reads the whole input at once.
     Encoder,

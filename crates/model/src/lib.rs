@@ -11,6 +11,7 @@
 //! The backbone: [`spans`], [`position_bias`], [`kv_cache`], `attention`, [`router`], [`feed_forward`],
 //! [`encoder`], [`decoder`], `loader`, [`backbone`]. Experts: [`expert`], [`expert_store`].
 //! All of it at once: [`reference`](mod@reference). What will be routed where: [`predictor`].
+//! All of it on a GPU (feature `cuda`): [`cuda`], and [`device_name`].
 //! Making checkpoints: [`convert`], [`synth`], `fresh_directory`, `shards`.
 
 mod attention;
@@ -20,7 +21,10 @@ pub mod checkpoint;
 pub mod config;
 pub mod convert;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod decoder;
+pub mod device_name;
 pub mod dtype;
 pub mod elementwise;
 pub mod encoder;
@@ -54,6 +58,7 @@ pub use backbone::Backbone;
 pub use checkpoint::{Checkpoint, TensorBytes};
 pub use config::{ExpertKind, ModelConfig, RouterKind, Stack, StackKind};
 pub use decoder::{Decoder, DecoderLayer};
+pub use device_name::{DeviceName, DeviceNameError};
 pub use dtype::StoredDType;
 pub use encoder::{Encoder, EncoderLayer};
 pub use error::ModelError;

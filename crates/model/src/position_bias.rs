@@ -29,6 +29,12 @@ impl PositionBias {
         Ok(Self { by_distance: by_distance.collect(), reach })
     }
 
+    /// (heads, 2 * max_distance + 1): the bias of key - query, as the device's kernels take it.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn by_distance(&self) -> &[f32] {
+        &self.by_distance
+    }
+
     /// Adds one head's bias to the scores of one query, which is at `position`, with keys 0, 1, 2, ...
     #[inline(always)]
     pub(crate) fn add_to(&self, head: usize, position: usize, scores: &mut [f32]) {

@@ -1,0 +1,124 @@
+//! The structures that kernels take, field by field as in `kernels/*.cu`. Addresses are the device's; what they name is
+//! said there.
+
+/// `Embed` of rows.cu.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(super) struct Embed {
+    pub(super) table: u64,
+    pub(super) ids: u64,
+    pub(super) h: u64,
+    pub(super) d: i32,
+}
+
+/// `Norm` of rows.cu.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(super) struct Norm {
+    pub(super) h: u64,
+    pub(super) weight: u64,
+    pub(super) x: u64,
+    pub(super) rows: u64,
+    pub(super) epsilon: f32,
+    pub(super) scale: f32,
+    pub(super) d: i32,
+    pub(super) layers: i32,
+    pub(super) pass: u64,
+}
+
+/// `Best` of rows.cu.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(super) struct Best {
+    pub(super) logits: u64,
+    pub(super) tokens: u64,
+    pub(super) vocab: i32,
+}
+
+/// `Product` of product.cu.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+pub(super) struct Product {
+    pub(super) x: u64,
+    pub(super) w: u64,
+    pub(super) out: u64,
+    pub(super) rows: i32,
+    pub(super) k: i32,
+    pub(super) outputs: i32,
+    pub(super) layers: i32,
+    pub(super) pass: u64,
+    pub(super) tiles: u64,
+    pub(super) tile_count: u64,
+    pub(super) order: u64,
+    pub(super) alpha: u64,
+    pub(super) slot_stride: u64,
+}
+
+/// `Route` of routing.cu.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(super) struct Route {
+    pub(super) logits: u64,
+    pub(super) chosen: u64,
+    pub(super) alpha: u64,
+    pub(super) slots: u64,
+    pub(super) pass: u64,
+    pub(super) few: u64,
+    pub(super) many: u64,
+    pub(super) counts: u64,
+    pub(super) order: u64,
+    pub(super) rows: i32,
+    pub(super) experts: i32,
+    pub(super) layer: i32,
+    pub(super) few_rows: i32,
+    pub(super) few_tile: i32,
+    pub(super) many_tile: i32,
+}
+
+/// `Sequence` of attention.cu.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+pub(super) struct Sequence {
+    pub(super) cache: u64,
+    pub(super) cross: u64,
+    pub(super) cross_stride: u64,
+    pub(super) capacity: i32,
+    pub(super) input_rows: i32,
+    pub(super) first_row: i32,
+    pub(super) rows: i32,
+    pub(super) position: i32,
+    pub(super) unused: i32,
+}
+
+/// `Attention` of attention.cu.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(super) struct Attention {
+    pub(super) q: u64,
+    pub(super) out: u64,
+    pub(super) sequences: u64,
+    pub(super) bias: u64,
+    pub(super) q_stride: i32,
+    pub(super) inner: i32,
+    pub(super) reach: i32,
+    pub(super) block: i32,
+    pub(super) layers: i32,
+    pub(super) pass: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use std::mem::{offset_of, size_of};
+
+    use super::*;
+
+    /// A kernel would read one field for another: these are the sizes and places that a C++ compiler gives.
+    #[test]
+    fn layouts_are_those_of_the_kernels() {
+        assert_eq!((size_of::<Embed>(), size_of::<Norm>(), size_of::<Best>()), (32, 56, 24));
+        assert_eq!((size_of::<Product>(), offset_of!(Product, pass), offset_of!(Product, slot_stride)), (88, 40, 80));
+        assert_eq!((size_of::<Route>(), offset_of!(Route, rows)), (96, 72));
+        assert_eq!((size_of::<Sequence>(), offset_of!(Sequence, capacity)), (48, 24));
+        assert_eq!((size_of::<Attention>(), offset_of!(Attention, pass)), (64, 56));
+    }
+}

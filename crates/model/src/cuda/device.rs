@@ -1,0 +1,243 @@
+//! One GPU: its context, its streams, and the calls that everything else here makes on it. A computation and the copies
+//! that feed it are on streams of their own; what must wait for what is said by events.
+//!
+//! Invariant: a [`Gpu`] is used by one thread at a time. Memory is freed in the order of the compute stream.
+
+use std::{ffi::c_void, sync::Arc};
+
+use cudarc::driver::{
+    CudaContext, CudaEvent, CudaFunction, CudaSlice, CudaStream, DevicePtr, PinnedHostSlice, result,
+    sys::{self, CUdevice_attribute, CUresult},
+};
+
+use super::error::{CudaError, failed};
+
+/// The oldest CUDA that a driver must speak: what the library loads is named after it.
+const DRIVER_MIN: (i32, &str) = (13_000, "13.0");
+/// bf16 tensor cores and asynchronous copies to shared memory came with Ampere.
+const CAPABILITY_MIN: ((i32, i32), &str) = ((8, 0), "8.0");
+
+/// What a GPU is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GpuDescription {
+    /// As its maker calls it.
+    pub name: String,
+    /// Compute capability.
+    pub capability: (i32, i32),
+    /// All of its memory.
+    pub bytes: u64,
+    /// What of it is not taken.
+    pub bytes_free: u64,
+    /// How many blocks it runs side by side at least.
+    pub multiprocessors: usize,
+    /// The CUDA that the driver speaks: 13000 is 13.0.
+    pub driver: i32,
+}
+
+/// A device, and the streams of work on it.
+#[derive(Debug)]
+pub struct Gpu {
+    context: Arc<CudaContext>,
+    /// Kernels, and what they read and write.
+    pub(super) compute: Arc<CudaStream>,
+    /// Experts ahead of their use.
+    pub(super) prefetch: Arc<CudaStream>,
+    /// Experts that a pass waits for.
+    pub(super) demand: Arc<CudaStream>,
+    description: GpuDescription,
+}
+
+/// Memory on the device.
+#[derive(Debug)]
+pub(super) struct DeviceMemory {
+    slice: CudaSlice<u8>,
+    address: u64,
+}
+
+impl DeviceMemory {
+    /// Where it begins.
+    pub(super) fn address(&self) -> u64 {
+        self.address
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.slice.len()
+    }
+}
+
+impl Gpu {
+    /// Opens a device. Fails with a typed error, never a panic, where there is no driver or no such device.
+    pub fn open(ordinal: usize) -> Result<Self, CudaError> {
+        // SAFETY: loads a library, whose initialisers NVIDIA vouches for.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(CudaError::NoDriver);
+        }
+        // SAFETY: as above.
+        if !unsafe { cudarc::nvrtc::sys::is_culib_present() } {
+            return Err(CudaError::NoCompiler);
+        }
+        let driver = driver_version()?;
+        if driver < DRIVER_MIN.0 {
+            let (major, minor) = (driver / 1000, driver % 1000 / 10);
+            return Err(CudaError::OldDriver { major, minor, expected: DRIVER_MIN.1 });
+        }
+        let found = CudaContext::device_count().map_err(failed("cuDeviceGetCount"))? as usize;
+        if ordinal >= found {
+            return Err(CudaError::NoDevice { ordinal, found });
+        }
+        let context = CudaContext::new(ordinal).map_err(failed("cuDevicePrimaryCtxRetain"))?;
+        // SAFETY: streams are ordered by events of ours; the library's, one per buffer and launch, are not needed.
+        unsafe { context.disable_event_tracking() };
+        let description = describe(&context, driver)?;
+        let capability = description.capability;
+        if capability < CAPABILITY_MIN.0 {
+            let (device, (major, minor)) = (description.name, capability);
+            return Err(CudaError::OldDevice { device, major, minor, expected: CAPABILITY_MIN.1 });
+        }
+        let stream = || context.new_stream().map_err(failed("cuStreamCreate"));
+        Ok(Self { compute: stream()?, prefetch: stream()?, demand: stream()?, description, context })
+    }
+
+    /// What it is; free memory as it was when it was opened.
+    pub fn description(&self) -> &GpuDescription {
+        &self.description
+    }
+
+    /// Free and total bytes now.
+    pub fn memory(&self) -> Result<(u64, u64), CudaError> {
+        let (free, total) = self.context.mem_get_info().map_err(failed("cuMemGetInfo"))?;
+        Ok((free as u64, total as u64))
+    }
+
+    /// Makes the device the calling thread's. To be called before anything else on a thread that may be new.
+    pub(super) fn enter(&self) -> Result<(), CudaError> {
+        self.context.bind_to_thread().map_err(failed("cuCtxSetCurrent"))
+    }
+
+    /// Takes memory, which holds anything. At least 16 bytes, since nothing has no address.
+    pub(super) fn allocate(&self, what: &'static str, bytes: usize) -> Result<DeviceMemory, CudaError> {
+        // SAFETY: whoever takes it writes it before it is read.
+        let slice = unsafe { self.compute.alloc::<u8>(bytes.max(16)) }.map_err(|source| match source.0 {
+            CUresult::CUDA_ERROR_OUT_OF_MEMORY => CudaError::OutOfMemory { what, bytes },
+            _ => CudaError::Driver { call: "cuMemAllocAsync", source },
+        })?;
+        let address = slice.device_ptr(&self.compute).0;
+        Ok(DeviceMemory { slice, address })
+    }
+
+    /// Takes memory and fills it. Returns when `bytes` may go.
+    pub(super) fn allocate_with(&self, what: &'static str, bytes: &[u8]) -> Result<DeviceMemory, CudaError> {
+        let memory = self.allocate(what, bytes.len())?;
+        self.write(memory.address(), bytes)?;
+        Ok(memory)
+    }
+
+    /// Page-locked memory of the host, which the device copies from without help. Holds anything.
+    pub(super) fn pinned(&self, bytes: usize) -> Result<PinnedHostSlice<u8>, CudaError> {
+        self.enter()?;
+        // SAFETY: whoever takes it writes it before it is read.
+        unsafe { self.context.alloc_pinned_with_flags::<u8>(bytes, 0) }.map_err(failed("cuMemHostAlloc"))
+    }
+
+    /// Writes bytes into device memory, in the order of the compute stream. Returns when `bytes` may go.
+    pub(super) fn write(&self, to: u64, bytes: &[u8]) -> Result<(), CudaError> {
+        // SAFETY: `to` is memory of ours of that length; from pageable memory the call returns after a copy was made.
+        unsafe { result::memcpy_htod_async(to, bytes, self.compute.cu_stream()) }.map_err(failed("cuMemcpyHtoDAsync"))
+    }
+
+    /// Reads bytes back, after all that the compute stream was given.
+    pub(super) fn read(&self, from: u64, into: &mut [u8]) -> Result<(), CudaError> {
+        // SAFETY: `from` is memory of ours of that length; `into` outlives the call, which waits below.
+        unsafe { result::memcpy_dtoh_async(into, from, self.compute.cu_stream()) }
+            .map_err(failed("cuMemcpyDtoHAsync"))?;
+        self.finish()
+    }
+
+    /// Copies within the device, in the order of the compute stream.
+    pub(super) fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<(), CudaError> {
+        // SAFETY: both are memory of ours of that length.
+        unsafe { result::memcpy_dtod_async(to, from, bytes, self.compute.cu_stream()) }
+            .map_err(failed("cuMemcpyDtoDAsync"))
+    }
+
+    /// Starts a copy from page-locked memory on a stream of its own.
+    ///
+    /// # Safety
+    /// Until that stream is done, `from` is not written and `to` is touched by nothing else.
+    pub(super) unsafe fn upload(&self, stream: &CudaStream, from: &[u8], to: u64) -> Result<(), CudaError> {
+        // SAFETY: by the caller's promise.
+        unsafe { result::memcpy_htod_async(to, from, stream.cu_stream()) }.map_err(failed("cuMemcpyHtoDAsync"))
+    }
+
+    /// Starts a kernel on the compute stream. `arguments` is the one structure it takes.
+    pub(super) fn launch<A: Copy>(
+        &self,
+        function: &CudaFunction,
+        grid: (usize, usize, usize),
+        threads: u32,
+        arguments: &A,
+    ) -> Result<(), CudaError> {
+        let mut parameters = [std::ptr::from_ref(arguments).cast_mut().cast::<c_void>()];
+        let grid = (grid.0 as u32, grid.1 as u32, grid.2 as u32);
+        let (threads, stream) = ((threads, 1, 1), self.compute.cu_stream());
+        // SAFETY: the structure is laid out as the kernel's (see `arguments`), and is copied by the call; what its
+        // addresses name is memory of ours that lives until the stream is done with it.
+        unsafe { result::launch_kernel(function.cu_function(), grid, threads, 0, stream, &mut parameters) }
+            .map_err(failed("cuLaunchKernel"))
+    }
+
+    /// An event that marks no work yet.
+    pub(super) fn event(&self) -> Result<CudaEvent, CudaError> {
+        self.context.new_event(None).map_err(failed("cuEventCreate"))
+    }
+
+    /// An event that knows the time.
+    pub(super) fn timer(&self) -> Result<CudaEvent, CudaError> {
+        let flags = sys::CUevent_flags::CU_EVENT_DEFAULT;
+        self.context.new_event(Some(flags)).map_err(failed("cuEventCreate"))
+    }
+
+    /// Waits until the compute stream is done, and learns whether its work failed.
+    pub(super) fn finish(&self) -> Result<(), CudaError> {
+        self.compute.synchronize().map_err(failed("cuStreamSynchronize"))
+    }
+
+    pub(super) fn context(&self) -> &Arc<CudaContext> {
+        &self.context
+    }
+}
+
+fn driver_version() -> Result<i32, CudaError> {
+    let mut version = 0;
+    // SAFETY: writes one number.
+    let status = unsafe { sys::cuDriverGetVersion(&mut version) };
+    status.result().map_err(failed("cuDriverGetVersion"))?;
+    Ok(version)
+}
+
+fn describe(context: &Arc<CudaContext>, driver: i32) -> Result<GpuDescription, CudaError> {
+    let attribute = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+    let (free, total) = context.mem_get_info().map_err(failed("cuMemGetInfo"))?;
+    Ok(GpuDescription {
+        name: context.name().map_err(failed("cuDeviceGetName"))?,
+        capability: context.compute_capability().map_err(failed("cuDeviceGetAttribute"))?,
+        bytes: total as u64,
+        bytes_free: free as u64,
+        multiprocessors: context.attribute(attribute).map_err(failed("cuDeviceGetAttribute"))? as usize,
+        driver,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A machine without a GPU would end with a panic of the library that loads the driver.
+    #[test]
+    fn without_a_driver_it_is_an_error() {
+        match Gpu::open(0) {
+            Ok(gpu) => assert!(gpu.description().bytes > 0),
+            Err(error) => assert!(error.is_missing_device(), "{error}"),
+        }
+    }
+}

@@ -1,0 +1,170 @@
+//! The kernels, compiled for the device that was found when a model is opened on it: by NVRTC, from the sources under
+//! `kernels/`, for one dtype and one width of heads.
+
+use std::{ffi::CString, sync::Arc};
+
+use cudarc::{
+    driver::{CudaFunction, CudaModule},
+    nvrtc::{Ptx, result as nvrtc, sys},
+};
+
+use super::{
+    device::Gpu,
+    error::{CudaError, failed},
+};
+
+/// In the order in which they build on each other.
+const SOURCES: [(&str, &str); 9] = [
+    ("numbers.cu", include_str!("kernels/numbers.cu")),
+    ("rows.cu", include_str!("kernels/rows.cu")),
+    ("product.cu", include_str!("kernels/product.cu")),
+    ("product_scalar.cu", include_str!("kernels/product_scalar.cu")),
+    ("product_tensor.cu", include_str!("kernels/product_tensor.cu")),
+    ("routing.cu", include_str!("kernels/routing.cu")),
+    ("attention.cu", include_str!("kernels/attention.cu")),
+    ("attention_scalar.cu", include_str!("kernels/attention_scalar.cu")),
+    ("attention_tensor.cu", include_str!("kernels/attention_tensor.cu")),
+];
+
+/// What weights and activations are stored in on the device. Sums are float32 either way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// Products by tensor cores.
+    Bf16,
+    /// For comparison with the CPU.
+    F32,
+}
+
+impl Precision {
+    /// Bytes of one value.
+    pub(super) fn size(self) -> usize {
+        match self {
+            Self::Bf16 => 2,
+            Self::F32 => 4,
+        }
+    }
+}
+
+/// One way to multiply: a kernel for each thing that can become of a result (see `Kind` of product.cu).
+#[derive(Debug)]
+pub(super) struct ProductKernels {
+    pub(super) store: CudaFunction,
+    pub(super) relu: CudaFunction,
+    pub(super) add: CudaFunction,
+    pub(super) logits: CudaFunction,
+    pub(super) gather: CudaFunction,
+    pub(super) scatter: CudaFunction,
+    pub(super) threads: u32,
+    /// Outputs and rows of a block.
+    pub(super) tile: (usize, usize),
+}
+
+/// Everything that runs on the device.
+#[derive(Debug)]
+pub(super) struct Kernels {
+    pub(super) embed: CudaFunction,
+    pub(super) norm: CudaFunction,
+    pub(super) best: CudaFunction,
+    pub(super) router_logits: CudaFunction,
+    pub(super) choose_experts: CudaFunction,
+    pub(super) group_rows: CudaFunction,
+    pub(super) choose_and_group: CudaFunction,
+    pub(super) attend_own_rows: CudaFunction,
+    pub(super) attend_cache: CudaFunction,
+    pub(super) attend_input: CudaFunction,
+    /// Queries of a block of the three above.
+    pub(super) queries: usize,
+    pub(super) write_cache: CudaFunction,
+    pub(super) few: ProductKernels,
+    /// For bf16 only: with float32 `few` multiplies any number of rows.
+    pub(super) many: Option<ProductKernels>,
+}
+
+impl Kernels {
+    /// Compiles them; takes a few seconds.
+    pub(super) fn compile(gpu: &Gpu, precision: Precision, d_kv: usize) -> Result<Self, CudaError> {
+        let (major, minor) = gpu.description().capability;
+        let options = [
+            format!("--gpu-architecture=sm_{major}{minor}"),
+            "--std=c++17".to_owned(),
+            format!("-DBF16={}", u8::from(precision == Precision::Bf16)),
+            format!("-DD_KV={d_kv}"),
+            "-DINFINITY=__int_as_float(0x7f800000)".to_owned(),
+        ];
+        let sources: Vec<String> = SOURCES.iter().map(|(name, text)| format!("#line 1 \"{name}\"\n{text}")).collect();
+        let cubin = compile(&sources.concat(), &options, &format!("sm_{major}{minor}"))?;
+        let module = gpu.context().load_module(Ptx::from_binary(cubin)).map_err(failed("cuModuleLoadData"))?;
+        let function = |name: &str| load(&module, name);
+        let is_bf16 = precision == Precision::Bf16;
+        Ok(Self {
+            embed: function("embed_rows")?,
+            norm: function("rms_norm")?,
+            best: function("best_tokens")?,
+            router_logits: function("router_logits")?,
+            choose_experts: function("choose_experts")?,
+            group_rows: function("group_rows")?,
+            choose_and_group: function("choose_and_group")?,
+            attend_own_rows: function("attend_own_rows")?,
+            attend_cache: function("attend_cache")?,
+            attend_input: function("attend_input")?,
+            queries: if is_bf16 { 64 } else { 8 },
+            write_cache: function("write_cache")?,
+            few: ProductKernels::load(&module, "few", 128, (16, if is_bf16 { 32 } else { 8 }))?,
+            many: is_bf16.then(|| ProductKernels::load(&module, "many", 256, (128, 64))).transpose()?,
+        })
+    }
+}
+
+impl ProductKernels {
+    fn load(module: &Arc<CudaModule>, name: &str, threads: u32, tile: (usize, usize)) -> Result<Self, CudaError> {
+        let kind = |kind: &str| load(module, &format!("{name}_{kind}"));
+        Ok(Self {
+            store: kind("store")?,
+            relu: kind("relu")?,
+            add: kind("add")?,
+            logits: kind("logits")?,
+            gather: kind("gather")?,
+            scatter: kind("scatter")?,
+            threads,
+            tile,
+        })
+    }
+}
+
+fn load(module: &Arc<CudaModule>, name: &str) -> Result<CudaFunction, CudaError> {
+    module.load_function(name).map_err(failed("cuModuleGetFunction"))
+}
+
+/// Machine code of `source`. The library's own wrapper makes PTX only, which the driver would compile once more.
+fn compile(source: &str, options: &[String], target: &str) -> Result<Vec<u8>, CudaError> {
+    let refused = |log: String| CudaError::Compile { target: target.to_owned(), log };
+    let code = |error: nvrtc::NvrtcError| refused(format!("{:?}", error.0));
+    let source = CString::new(source).map_err(|error| refused(error.to_string()))?;
+    let program = nvrtc::create_program(&source, None).map_err(code)?;
+    // SAFETY: the program was created above and is destroyed below, once.
+    let machine_code = unsafe { machine_code(program, options) };
+    // SAFETY: as above.
+    unsafe { nvrtc::destroy_program(program) }.map_err(code)?;
+    machine_code.map_err(refused)
+}
+
+/// # Safety
+/// `program` was created and not destroyed.
+unsafe fn machine_code(program: sys::nvrtcProgram, options: &[String]) -> Result<Vec<u8>, String> {
+    // SAFETY: by the caller's promise, here and below.
+    if let Err(error) = unsafe { nvrtc::compile_program(program, options) } {
+        // SAFETY: see above.
+        let log = unsafe { nvrtc::get_program_log(program) }.unwrap_or_default();
+        let log: Vec<u8> = log.into_iter().map(|c| c as u8).take_while(|&c| c != 0).collect();
+        return Err(format!("{:?}: {}", error.0, String::from_utf8_lossy(&log)));
+    }
+    let mut bytes = 0;
+    // SAFETY: see above; writes one number.
+    unsafe { sys::nvrtcGetCUBINSize(program, &mut bytes) }.result().map_err(|error| format!("{:?}", error.0))?;
+    let mut cubin = vec![0_u8; bytes];
+    // SAFETY: see above; `cubin` is as long as the compiler said.
+    unsafe { sys::nvrtcGetCUBIN(program, cubin.as_mut_ptr().cast()) }
+        .result()
+        .map_err(|error| format!("{:?}", error.0))?;
+    Ok(cubin)
+}

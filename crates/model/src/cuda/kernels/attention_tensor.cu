@@ -1,0 +1,119 @@
+// Attention in bf16 by tensor cores, with float32 sums: 64 queries a block, 16 a warp; keys come by 32 through shared
+// memory. Scores are the products of product_tensor.cu, operands laid out as there: queries on the left, keys on the
+// right. Shares of keys, rounded to bf16, are the left operand of the product with the values.
+
+#if BF16
+
+const int QUERIES = 64;
+const int WIDTH = D_KV + 8; // of a row in shared memory: 16 bytes more, so that banks differ
+
+// Two neighbours in one register.
+__device__ __forceinline__ u32 pair(float low, float high) {
+    u32 two;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(high), "f"(low));
+    return two;
+}
+
+// Loads 32 rows of a head from `row` on, those from `end` on as zero.
+__device__ __forceinline__ void load_rows(const T *from, u64 stride, int row, int end, T *to) {
+    for (int at = threadIdx.x; at < 32 * D_KV / 8; at += 128) {
+        int r = at / (D_KV / 8), d = at % (D_KV / 8) * 8;
+        uint4 v = make_uint4(0, 0, 0, 0);
+        if (row + r < end) v = *reinterpret_cast<const uint4 *>(from + (row + r) * stride + d);
+        *reinterpret_cast<uint4 *>(to + r * WIDTH + d) = v;
+    }
+}
+
+// The right operands of 16 values' rows for 16 dimensions: two of 8 each.
+__device__ __forceinline__ void load_values(const T *from, u32 (&b)[4]) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+                 : "r"(u32(__cvta_generic_to_shared(from))));
+}
+
+template <int KEYS> __device__ __forceinline__ void attend(const Attention &a) {
+    __shared__ __align__(16) T ks[32 * WIDTH], vs[32 * WIDTH];
+    if (ended(a.pass, a.layers)) return;
+    Sequence s = a.sequences[blockIdx.y];
+    Seen<KEYS> seen(a, s, QUERIES);
+    if (seen.first >= s.rows) return;
+    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, head = blockIdx.x;
+    int query = seen.first + threadIdx.x / 32 * 16 + g; // and the one 8 further on
+    uint4 upper[D_KV / 32], lower[D_KV / 32];
+    const T *q = a.q + u64(s.first_row) * a.q_stride + head * D_KV + t * 8;
+#pragma unroll
+    for (int c = 0; c < D_KV / 32; ++c) {
+        upper[c] = *reinterpret_cast<const uint4 *>(q + u64(min(query, s.rows - 1)) * a.q_stride + c * 32);
+        lower[c] = *reinterpret_cast<const uint4 *>(q + u64(min(query + 8, s.rows - 1)) * a.q_stride + c * 32);
+    }
+    const float *bias = a.bias + head * (2 * a.reach + 1) + a.reach;
+    float most[2] = {-INFINITY, -INFINITY}, total[2] = {}, sums[D_KV / 8][4] = {};
+    for (int row = 0; row < seen.end; row += 32) {
+        __syncthreads();
+        load_rows(seen.keys, seen.stride, row, seen.end, ks);
+        load_rows(seen.keys + a.inner, seen.stride, row, seen.end, vs);
+        __syncthreads();
+        float scores[4][4] = {};
+        float now[2] = {most[0], most[1]};
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+#pragma unroll
+            for (int c = 0; c < D_KV / 32; ++c)
+                multiply32(scores[n], upper[c], lower[c],
+                           *reinterpret_cast<const uint4 *>(ks + (n * 8 + g) * WIDTH + c * 32 + t * 8));
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                int key = row + n * 8 + t * 2 + i % 2, position = s.position + query + i / 2 * 8;
+                scores[n][i] = biased<KEYS>(scores[n][i], bias, a.reach, key, position, seen.end);
+                now[i / 2] = fmaxf(now[i / 2], scores[n][i]);
+            }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            now[half] = fmaxf(now[half], __shfl_xor_sync(~0u, now[half], 1));
+            now[half] = fmaxf(now[half], __shfl_xor_sync(~0u, now[half], 2));
+            float before = most[half] == -INFINITY ? 0.f : __expf(most[half] - now[half]), sum = 0;
+#pragma unroll
+            for (int n = 0; n < 4; ++n)
+#pragma unroll
+                for (int i = half * 2; i < half * 2 + 2; ++i) {
+                    scores[n][i] = scores[n][i] == -INFINITY ? 0.f : __expf(scores[n][i] - now[half]);
+                    sum += scores[n][i];
+                }
+            total[half] = total[half] * before + sum, most[half] = now[half];
+#pragma unroll
+            for (int d = 0; d < D_KV / 8; ++d) sums[d][half * 2] *= before, sums[d][half * 2 + 1] *= before;
+        }
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            const float(&low)[4] = scores[k * 2], (&high)[4] = scores[k * 2 + 1];
+            u32 a0 = pair(low[0], low[1]), a1 = pair(low[2], low[3]);
+            u32 a2 = pair(high[0], high[1]), a3 = pair(high[2], high[3]);
+#pragma unroll
+            for (int d = 0; d < D_KV / 16; ++d) {
+                u32 b[4];
+                load_values(vs + (k * 16 + lane % 16) * WIDTH + d * 16 + lane / 16 * 8, b);
+                multiply(sums[d * 2], a0, a1, a2, a3, b[0], b[1]);
+                multiply(sums[d * 2 + 1], a0, a1, a2, a3, b[2], b[3]);
+            }
+        }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        total[half] += __shfl_xor_sync(~0u, total[half], 1);
+        total[half] += __shfl_xor_sync(~0u, total[half], 2);
+        int r = query + half * 8;
+        if (r >= s.rows) continue;
+        T *out = a.out + u64(s.first_row + r) * a.inner + head * D_KV + t * 2;
+#pragma unroll
+        for (int d = 0; d < D_KV / 8; ++d)
+            *reinterpret_cast<u32 *>(out + d * 8) =
+                pair(sums[d][half * 2] / total[half], sums[d][half * 2 + 1] / total[half]);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(128) attend_own_rows(Attention a) { attend<OWN_ROWS>(a); }
+extern "C" __global__ void __launch_bounds__(128) attend_cache(Attention a) { attend<CACHE>(a); }
+extern "C" __global__ void __launch_bounds__(128) attend_input(Attention a) { attend<INPUT>(a); }
+
+#endif

@@ -1,0 +1,58 @@
+// Number types, the guard of a pass, and reductions. First of the files that `kernels.rs` puts together; BF16 and D_KV
+// are defined by it. No header is included: NVRTC needs no path to any.
+//
+// Invariant of every kernel: a row is computed by itself in an order that depends on no other row and on nobody's
+// number of rows, so its bits are the same in any batch.
+
+typedef unsigned short bf16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#if BF16
+typedef bf16 T; // what weights and activations are stored in
+#else
+typedef float T;
+#endif
+
+__device__ __forceinline__ float widen(bf16 value) { return __uint_as_float(u32(value) << 16); }
+__device__ __forceinline__ float widen(float value) { return value; }
+
+__device__ __forceinline__ void narrow(float value, bf16 *to) {
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(*to) : "f"(value));
+}
+__device__ __forceinline__ void narrow(float value, float *to) { *to = value; }
+
+// Four neighbours as float.
+__device__ __forceinline__ float4 wide4(const float *from) { return *reinterpret_cast<const float4 *>(from); }
+__device__ __forceinline__ float4 wide4(const bf16 *from) {
+    uint2 two = *reinterpret_cast<const uint2 *>(from);
+    return make_float4(__uint_as_float(two.x << 16), __uint_as_float(two.x & 0xffff0000u),
+                       __uint_as_float(two.y << 16), __uint_as_float(two.y & 0xffff0000u));
+}
+
+// 16 bytes of a weight, which nobody reads again soon.
+__device__ __forceinline__ uint4 load_streaming(const void *from) {
+    uint4 v;
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+        : "l"(from));
+    return v;
+}
+
+// Where a pass through the layers stands. `stop` is the first MoE layer of which an expert was missing.
+struct Pass {
+    int stop;
+};
+
+// Whether the pass has ended before an operation that follows `layers` MoE layers. A pass that cannot end early
+// has no guard.
+__device__ __forceinline__ bool ended(const Pass *pass, int layers) { return pass && pass->stop < layers; }
+
+__device__ __forceinline__ float warp_sum(float value) {
+    for (int offset = 16; offset; offset >>= 1) value += __shfl_xor_sync(~0u, value, offset);
+    return value;
+}
+__device__ __forceinline__ float warp_max(float value) {
+    for (int offset = 16; offset; offset >>= 1) value = fmaxf(value, __shfl_xor_sync(~0u, value, offset));
+    return value;
+}

@@ -1,0 +1,80 @@
+// y = x W^T: of a dense layer, or of the experts of an MoE layer, each with the rows that chose it. What is read
+// through which rows and where the results go is the same for all ways to multiply, which follow in product_*.cu.
+
+// A run of rows for one matrix. `first` is a place in the order of the groups.
+struct Tile {
+    int slot;
+    int first;
+    int rows;
+    int unused;
+};
+
+struct Product {
+    const void *x;
+    const void *w; // (outputs, k); of experts: slot 0's
+    void *out;     // (rows, outputs)
+    int rows;
+    int k;
+    int outputs;
+    int layers; // MoE layers before this operation
+    const Pass *pass;
+    // Experts only.
+    const Tile *tiles;
+    const int *tile_count;
+    const u32 *order;   // the token of each place
+    const float *alpha; // of each token
+    u64 slot_stride;    // in elements
+};
+
+// What becomes of a result. Of experts are GATHER (x by token, result by place) and SCATTER (the way back).
+enum Kind { STORE, RELU, ADD, LOGITS, GATHER, SCATTER };
+
+template <int KIND> struct Rows {
+    int first, count;
+    const void *w;
+
+    // The rows of this block, `tile` at most. False: none are left.
+    template <typename W> __device__ bool find(const Product &a, int tile) {
+        if (ended(a.pass, a.layers)) return false;
+        if (KIND == GATHER || KIND == SCATTER) {
+            if (int(blockIdx.y) >= *a.tile_count) return false;
+            Tile own = a.tiles[blockIdx.y];
+            first = own.first, count = own.rows;
+            w = static_cast<const W *>(a.w) + u64(own.slot) * a.slot_stride;
+        } else {
+            first = blockIdx.y * tile, count = min(tile, a.rows - first);
+            w = a.w;
+        }
+        return true;
+    }
+
+    // The row of x that is row r of this block; beyond the end the last one, whose result nobody takes.
+    __device__ int input(const Product &a, int r) const {
+        int place = first + min(r, count - 1);
+        return KIND == GATHER ? a.order[place] : place;
+    }
+
+    __device__ void put(const Product &a, int r, int o, float y) const {
+        int place = first + r;
+        if (KIND == STORE) narrow(y, static_cast<T *>(a.out) + u64(place) * a.outputs + o);
+        if (KIND == RELU || KIND == GATHER)
+            narrow(y < 0 ? 0.f : y, static_cast<T *>(a.out) + u64(place) * a.outputs + o); // a NaN stays
+        if (KIND == ADD) static_cast<float *>(a.out)[u64(place) * a.outputs + o] += y;
+        if (KIND == LOGITS) static_cast<float *>(a.out)[u64(place) * a.outputs + o] = y;
+        if (KIND == SCATTER) {
+            int token = a.order[place];
+            static_cast<float *>(a.out)[u64(token) * a.outputs + o] += a.alpha[token] * y;
+        }
+    }
+};
+
+// One way to multiply, for every kind: threads of a block, and blocks a multiprocessor must hold.
+#define KIND_OF(NAME, BODY, KIND, THREADS, BLOCKS)                                                                     \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(Product a) { BODY<KIND>(a); }
+#define KINDS(NAME, BODY, THREADS, BLOCKS)                                                                             \
+    KIND_OF(NAME##_store, BODY, STORE, THREADS, BLOCKS)                                                                \
+    KIND_OF(NAME##_relu, BODY, RELU, THREADS, BLOCKS)                                                                  \
+    KIND_OF(NAME##_add, BODY, ADD, THREADS, BLOCKS)                                                                    \
+    KIND_OF(NAME##_logits, BODY, LOGITS, THREADS, BLOCKS)                                                              \
+    KIND_OF(NAME##_gather, BODY, GATHER, THREADS, BLOCKS)                                                              \
+    KIND_OF(NAME##_scatter, BODY, SCATTER, THREADS, BLOCKS)

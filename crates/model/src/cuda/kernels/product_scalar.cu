@@ -1,0 +1,35 @@
+// Products in float32 arithmetic without tensor cores: all of a float32 model, and the routers of any.
+// A block is 4 warps; a warp makes 4 outputs of 8 rows, its lanes share k. k is a multiple of 128, outputs of 4.
+
+template <int KIND, typename X, typename W> __device__ __forceinline__ void scalar(const Product &a) {
+    Rows<KIND> rows;
+    if (!rows.template find<W>(a, 8)) return;
+    int lane = threadIdx.x % 32, o = blockIdx.x * 16 + threadIdx.x / 32 * 4;
+    if (o >= a.outputs) return;
+    const W *w = static_cast<const W *>(rows.w) + u64(o) * a.k + lane * 4;
+    const X *x[8];
+    for (int r = 0; r < 8; ++r) x[r] = static_cast<const X *>(a.x) + u64(rows.input(a, r)) * a.k + lane * 4;
+    float sums[4][8] = {};
+    for (int k = 0; k < a.k; k += 128) {
+        float4 ws[4];
+        for (int j = 0; j < 4; ++j) ws[j] = wide4(w + u64(j) * a.k + k);
+        for (int r = 0; r < 8; ++r) {
+            float4 v = wide4(x[r] + k);
+            for (int j = 0; j < 4; ++j)
+                sums[j][r] += v.x * ws[j].x + v.y * ws[j].y + v.z * ws[j].z + v.w * ws[j].w;
+        }
+    }
+    for (int r = 0; r < 8; ++r)
+        for (int j = 0; j < 4; ++j) {
+            float y = warp_sum(sums[j][r]);
+            if (lane == r * 4 + j && r < rows.count) rows.put(a, r, o + j, y);
+        }
+}
+
+#if BF16
+extern "C" __global__ void __launch_bounds__(128) router_logits(Product a) { scalar<LOGITS, T, float>(a); }
+#else
+template <int KIND> __device__ __forceinline__ void scalar_f32(const Product &a) { scalar<KIND, float, float>(a); }
+KINDS(few, scalar_f32, 128, 1)
+extern "C" __global__ void __launch_bounds__(128) router_logits(Product a) { scalar<LOGITS, float, float>(a); }
+#endif

@@ -1,0 +1,73 @@
+// What is done to single rows: embedding, norm, and the best token of a row of logits.
+
+struct Embed {
+    const T *table;
+    const u32 *ids;
+    float *h;
+    int d;
+};
+
+// h[row] = table[ids[row]], a block per row
+extern "C" __global__ void embed_rows(Embed a) {
+    const T *from = a.table + u64(a.ids[blockIdx.x]) * a.d;
+    for (int i = threadIdx.x; i < a.d; i += blockDim.x) a.h[u64(blockIdx.x) * a.d + i] = widen(from[i]);
+}
+
+struct Norm {
+    const float *h;
+    const float *weight;
+    T *x;
+    const u32 *rows; // which rows of h; null: all, in order
+    float epsilon;
+    float scale; // of the result
+    int d;
+    int layers;
+    const Pass *pass;
+};
+
+// x = w * h / sqrt(mean(h^2) + epsilon) * scale, a block of 128 per row
+extern "C" __global__ void rms_norm(Norm a) {
+    __shared__ float sums[4];
+    if (ended(a.pass, a.layers)) return;
+    const float *h = a.h + u64(a.rows ? a.rows[blockIdx.x] : blockIdx.x) * a.d;
+    float sum = 0;
+    for (int i = threadIdx.x * 4; i < a.d; i += 512) {
+        float4 v = wide4(h + i);
+        sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+    }
+    sum = warp_sum(sum);
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
+    __syncthreads();
+    float factor = rsqrtf((sums[0] + sums[1] + sums[2] + sums[3]) / a.d + a.epsilon);
+    for (int i = threadIdx.x; i < a.d; i += 128)
+        narrow(h[i] * factor * a.weight[i] * a.scale, a.x + u64(blockIdx.x) * a.d + i);
+}
+
+struct Best {
+    const float *logits;
+    u32 *tokens;
+    int vocab;
+};
+
+// tokens[row] = the best of logits[row], the lowest where two are equal; a block of 1024 per row
+extern "C" __global__ void best_tokens(Best a) {
+    __shared__ float values[32];
+    __shared__ int places[32];
+    const float *logits = a.logits + u64(blockIdx.x) * a.vocab;
+    float most = -INFINITY;
+    int place = 0x7fffffff;
+    for (int i = threadIdx.x; i < a.vocab; i += 1024)
+        if (logits[i] > most) most = logits[i], place = i;
+    for (int round = 0; round < 2; ++round) {
+        for (int offset = 16; offset; offset >>= 1) {
+            float other = __shfl_xor_sync(~0u, most, offset);
+            int other_place = __shfl_xor_sync(~0u, place, offset);
+            if (other > most || (other == most && other_place < place)) most = other, place = other_place;
+        }
+        if (round) break;
+        if (threadIdx.x % 32 == 0) values[threadIdx.x / 32] = most, places[threadIdx.x / 32] = place;
+        __syncthreads();
+        most = values[threadIdx.x % 32], place = places[threadIdx.x % 32];
+    }
+    if (threadIdx.x == 0) a.tokens[blockIdx.x] = place == 0x7fffffff ? 0 : place;
+}

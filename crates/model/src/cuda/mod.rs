@@ -1,0 +1,32 @@
+//! Models on NVIDIA GPUs: the whole forward on the device, experts in a slab within a budget, what is planned uploaded
+//! while it computes. Used by the coordinator where it is given a device, and by `sida bench --gpu`.
+//!
+//! Nothing of CUDA is needed to build this. The driver and the kernel compiler are loaded when a [`Gpu`] is opened;
+//! where they are missing that is an error like any other.
+//!
+//! Invariant: as on the CPU, a row's bits depend on nothing but the row and its sequence (see `kernels/numbers.cu`).
+//!
+//! In reading order: [`error`], [`device`] (context, streams, memory), [`kernels`] (compiled at the start; the sources
+//! under `kernels/`: numbers, rows, product and its ways, routing, attention and its ways) and their `arguments`, `weights`,
+//! `scratch`, `pass` (the forward), `host_tier` and `experts` (who is on the device), [`model`], [`sequence`],
+//! [`timing`].
+
+mod arguments;
+pub mod device;
+pub mod error;
+mod experts;
+mod host_tier;
+pub mod kernels;
+pub mod model;
+mod pass;
+mod scratch;
+pub mod sequence;
+pub mod timing;
+mod weights;
+
+pub use device::{Gpu, GpuDescription};
+pub use error::CudaError;
+pub use kernels::Precision;
+pub use model::{DeviceModel, DeviceOptions, Passed, distinct};
+pub use sequence::DeviceSequence;
+pub use timing::{Ceilings, KernelTiming};

@@ -1,0 +1,400 @@
+//! A whole model on a GPU: loading it, encoding prompts, and the pass that decoding (`sequence`) shares. The
+//! counterpart of [`crate::Reference`], against which it is tested, for batches, with experts within a budget.
+//!
+//! A call starts one pass and waits for it once. If an expert was missing, it loads what the layer needs and resumes
+//! there. Passes over decoding steps of a shape that was seen before are replayed as a recorded graph: at batch 1 a
+//! step is some 170 small kernels, whose launches would take longer than they do.
+
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use cudarc::driver::{CudaGraph, result, sys};
+use sida_routing::{ExpertId, LayerId, Plan, PlanId, residency::ResidencyCounters};
+
+use super::{
+    arguments::Sequence,
+    device::Gpu,
+    error::{CudaError, failed},
+    experts::Experts,
+    host_tier::HostTier,
+    kernels::{Kernels, Precision},
+    pass::{BatchShape, Machine, Pass},
+    scratch::{LOGIT_ROWS_MAX, Packet, Report, Scratch},
+    weights::{self, DeviceBackbone},
+};
+use crate::{Checkpoint, ExpertStore, ModelConfig, ModelError, Spans, Stack, StoredDType};
+
+/// Recorded passes that are kept; beyond it all are dropped.
+const GRAPHS_MAX: usize = 128;
+
+/// How a model is put on a device.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct DeviceOptions {
+    /// What it computes in.
+    pub precision: Precision,
+    /// Bytes of experts on the device.
+    pub expert_bytes: u64,
+    /// Bytes of experts in page-locked memory of the host; the others are read from disk when they are wanted.
+    pub host_bytes: u64,
+    /// Rows of a batch at most.
+    pub rows_max: usize,
+    /// Whether steps of a known shape are replayed as graphs.
+    pub graphs: bool,
+}
+
+/// What became of a pass.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Passed {
+    /// For each MoE layer of the stack, the expert of every row.
+    pub experts: Vec<Vec<u16>>,
+    /// The best token of each row that was wanted.
+    pub tokens: Vec<u32>,
+    /// Experts that were missing and had to be loaded.
+    pub demand_loads: usize,
+    /// How long that took.
+    pub load: Duration,
+}
+
+/// See the file's head.
+#[derive(Debug)]
+pub struct DeviceModel {
+    pub(super) gpu: Gpu,
+    pub(super) config: ModelConfig,
+    pub(super) options: DeviceOptions,
+    pub(super) kernels: Kernels,
+    pub(super) backbone: DeviceBackbone,
+    pub(super) scratch: Scratch,
+    host: HostTier,
+    pub(super) experts: Experts,
+    graphs: HashMap<(Stack, BatchShape), Recorded>,
+    /// The plan of the next pass.
+    current: Option<PlanId>,
+}
+
+/// A shape of a pass that was seen.
+enum Recorded {
+    Once,
+    Graph(CudaGraph),
+}
+
+impl std::fmt::Debug for Recorded {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Once => "Once",
+            Self::Graph(_) => "Graph",
+        })
+    }
+}
+
+impl DeviceModel {
+    /// Compiles the kernels and loads the backbone; experts as far as they are pinned in the host's memory, and all of
+    /// them onto the device if the budget holds them. `on_progress` gets experts done and experts in all.
+    pub fn open(
+        gpu: Gpu,
+        checkpoint: Arc<Checkpoint>,
+        options: DeviceOptions,
+        on_progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Self, CudaError> {
+        let config = checkpoint.config().clone();
+        weights::check(&config)?;
+        gpu.enter()?;
+        let kernels = Kernels::compile(&gpu, options.precision, config.d_kv)?;
+        let backbone = DeviceBackbone::load(&gpu, &checkpoint, options.precision)?;
+        let scratch = Scratch::new(&gpu, &config, options.precision, options.rows_max)?;
+        let store = ExpertStore::open(checkpoint)?;
+        let host = HostTier::open(&gpu, store, options.precision, options.host_bytes, on_progress)?;
+        let experts = Self::slab(&gpu, &config, &host, &options)?;
+        let graphs = HashMap::new();
+        let mut model = Self { gpu, config, options, kernels, backbone, scratch, host, experts, graphs, current: None };
+        model.fill_if_all_fit()?;
+        Ok(model)
+    }
+
+    fn slab(gpu: &Gpu, config: &ModelConfig, host: &HostTier, options: &DeviceOptions) -> Result<Experts, CudaError> {
+        let expert = (host.expert_bytes(), options.precision);
+        Experts::new(gpu, config, expert, options.expert_bytes, options.rows_max)
+    }
+
+    fn fill_if_all_fit(&mut self) -> Result<(), CudaError> {
+        match self.experts.slots() == self.host.experts() {
+            true => self.experts.fill(&self.gpu, &mut self.host),
+            false => Ok(()),
+        }
+    }
+
+    /// Drops all experts from the device and goes on with another budget.
+    pub fn with_expert_bytes(self, expert_bytes: u64) -> Result<Self, CudaError> {
+        self.gpu.enter()?;
+        let Self { gpu, config, mut options, kernels, backbone, scratch, host, experts, graphs, .. } = self;
+        options.expert_bytes = expert_bytes;
+        drop((graphs, experts));
+        gpu.finish()?;
+        let experts = Self::slab(&gpu, &config, &host, &options)?;
+        let graphs = HashMap::new();
+        let mut model = Self { gpu, config, options, kernels, backbone, scratch, host, experts, graphs, current: None };
+        model.fill_if_all_fit()?;
+        Ok(model)
+    }
+
+    /// What the model is.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Where it is.
+    pub fn gpu(&self) -> &Gpu {
+        &self.gpu
+    }
+
+    /// Bytes of one expert on the device, and of all.
+    pub fn expert_bytes(&self) -> (u64, u64) {
+        let one = self.host.expert_bytes() as u64;
+        (one, one * self.host.experts() as u64)
+    }
+
+    /// Bytes on the device: backbone, experts, and what passes work in; caches of sequences come on top.
+    pub fn bytes(&self) -> (u64, u64, u64) {
+        (self.backbone.bytes, self.experts.bytes(), self.scratch.bytes())
+    }
+
+    /// What was loaded and dropped since the budget was set.
+    pub fn counters(&self) -> ResidencyCounters {
+        self.experts.counters()
+    }
+
+    /// Queues what a batch will probably use. A plan is a hint: it costs or saves time and changes no output.
+    pub fn plan(&mut self, plan: &Plan) -> Result<(), CudaError> {
+        self.experts.plan(plan)
+    }
+
+    /// Forgets a plan: its batch is done.
+    pub fn release(&mut self, plan: PlanId) {
+        self.experts.release(plan);
+        self.current = self.current.filter(|&current| current != plan);
+    }
+
+    /// Names the plan of the batch whose passes follow.
+    pub fn begin_batch(&mut self, plan: Option<PlanId>) {
+        self.current = plan;
+    }
+
+    /// Encodes prompts: `spans` cuts `ids` into sequences. The states stay on the device, for [`DeviceModel::states`]
+    /// and [`DeviceModel::start`], until the next pass.
+    pub fn encode(&mut self, ids: &[u32], spans: &Spans) -> Result<Passed, CudaError> {
+        let sequences: Vec<Sequence> = spans
+            .ranges()
+            .map(|range| Sequence { first_row: range.start as i32, rows: range.len() as i32, ..Sequence::default() })
+            .collect();
+        self.pass(Stack::Encoder, ids, spans, &sequences, &[])
+    }
+
+    /// The states that the last pass over prompts left: (rows, d_model), row-major.
+    pub fn states(&self, rows: usize) -> Result<Vec<f32>, CudaError> {
+        let mut bytes = Vec::new();
+        self.read_states(rows, &mut bytes)?;
+        let dtype = match self.options.precision {
+            Precision::Bf16 => StoredDType::BF16,
+            Precision::F32 => StoredDType::F32,
+        };
+        Ok(dtype.widen(&bytes))
+    }
+
+    /// As [`DeviceModel::states`], in the model's precision as they lie on the device, into memory that is kept.
+    pub fn read_states(&self, rows: usize, into: &mut Vec<u8>) -> Result<(), CudaError> {
+        self.check_rows(rows)?;
+        self.gpu.enter()?;
+        into.resize(rows * self.config.d_model * self.options.precision.size(), 0);
+        self.gpu.read(self.scratch.x.address(), into)
+    }
+
+    /// Puts states (rows, d_model) back where [`DeviceModel::encode`] leaves them.
+    pub fn put_states(&mut self, states: &[f32]) -> Result<(), CudaError> {
+        self.check_rows(states.len() / self.config.d_model)?;
+        self.gpu.enter()?;
+        let mut bytes = Vec::with_capacity(states.len() * 4);
+        weights::convert(StoredDType::F32, weights::plain_bytes(states), self.options.precision, &mut bytes);
+        self.gpu.write(self.scratch.x.address(), &bytes)
+    }
+
+    /// The logits of the first `rows` rows that the last pass was asked for: (rows, vocab_size).
+    pub fn logits(&self, rows: usize) -> Result<Vec<f32>, CudaError> {
+        if rows > LOGIT_ROWS_MAX {
+            return Err(CudaError::TooManyRows { rows, limit: LOGIT_ROWS_MAX });
+        }
+        self.gpu.enter()?;
+        let mut bytes = vec![0; rows * self.config.vocab_size * 4];
+        self.gpu.read(self.scratch.logits.address(), &mut bytes)?;
+        Ok(StoredDType::F32.widen(&bytes))
+    }
+
+    /// Starts a pass, waits for it, and resumes it as often as an expert was missing.
+    pub(super) fn pass(
+        &mut self,
+        stack: Stack,
+        ids: &[u32],
+        spans: &Spans,
+        sequences: &[Sequence],
+        wanted: &[u32],
+    ) -> Result<Passed, CudaError> {
+        self.check_batch(ids, spans)?;
+        self.gpu.enter()?;
+        let longest = spans.ranges().map(|range| range.len()).max().unwrap_or(0);
+        let shape = BatchShape { rows: ids.len(), sequences: spans.len(), longest, wanted: wanted.len() };
+        let packet = Packet::plan(&self.scratch, shape.rows, shape.sequences, shape.wanted);
+        self.experts.begin_pass(&self.gpu, &mut self.host, self.current)?;
+        packet.send(&self.gpu, ids, sequences, wanted)?;
+        let layers = self.config.moe_layers(stack);
+        let mut passed = Passed::default();
+        let (mut resume, mut settled) = (None, 0);
+        loop {
+            self.start_pass(stack, shape, packet, resume)?;
+            let report = Report::read(&self.gpu, &self.scratch, layers.len(), shape.rows)?;
+            let Some(stopped) = report.stopped_at() else {
+                passed.experts = (0..layers.len()).map(|layer| report.chosen(layer, shape.rows)).collect();
+                passed.tokens = report.tokens(shape.wanted);
+                self.settle(stack, settled..layers.len(), &report, shape.rows)?;
+                return Ok(passed);
+            };
+            let begun = Instant::now();
+            // What is behind the pass may leave for what it waits for.
+            self.settle(stack, settled..stopped, &report, shape.rows)?;
+            settled = stopped;
+            let experts = distinct(&report.chosen(stopped, shape.rows));
+            let layer = LayerId(layers.start + stopped as u16);
+            passed.demand_loads += self.experts.demand(&self.gpu, &mut self.host, layer, &experts)?;
+            passed.load += begun.elapsed();
+            resume = Some(stopped);
+        }
+    }
+
+    /// Tells the experts that a pass is done with MoE layers of its stack.
+    fn settle(
+        &mut self,
+        stack: Stack,
+        layers: std::ops::Range<usize>,
+        report: &Report,
+        rows: usize,
+    ) -> Result<(), CudaError> {
+        let first = self.config.moe_layers(stack).start;
+        for index in layers {
+            let layer = LayerId(first + index as u16);
+            // What a batch decodes uses the decoder's layers again at every token.
+            self.experts.used(layer, &distinct(&report.chosen(index, rows)), stack == Stack::Encoder)?;
+        }
+        Ok(())
+    }
+
+    /// Starts all operations of a pass, recorded ones at once.
+    fn start_pass(
+        &mut self,
+        stack: Stack,
+        shape: BatchShape,
+        packet: Packet,
+        resume: Option<usize>,
+    ) -> Result<(), CudaError> {
+        let stream = self.gpu.compute.cu_stream();
+        // SAFETY: the report begins with the guard.
+        unsafe { result::memset_d8_async(self.scratch.guard(), 0x7f, 4, stream) }.map_err(failed("cuMemsetD8Async"))?;
+        if resume.is_some() || !self.options.graphs {
+            return self.run(stack, shape, packet, resume, true);
+        }
+        if self.graphs.len() > GRAPHS_MAX {
+            self.graphs.clear();
+        }
+        match self.graphs.get(&(stack, shape)) {
+            None => {
+                self.graphs.insert((stack, shape), Recorded::Once);
+                self.run(stack, shape, packet, None, true)
+            }
+            Some(Recorded::Graph(graph)) => {
+                self.experts.wait_for_all(&self.gpu)?;
+                graph.launch().map_err(failed("cuGraphLaunch"))
+            }
+            Some(Recorded::Once) => {
+                self.experts.wait_for_all(&self.gpu)?;
+                let graph = self.record(stack, shape, packet)?;
+                graph.launch().map_err(failed("cuGraphLaunch"))?;
+                self.graphs.insert((stack, shape), Recorded::Graph(graph));
+                Ok(())
+            }
+        }
+    }
+
+    fn record(&self, stack: Stack, shape: BatchShape, packet: Packet) -> Result<CudaGraph, CudaError> {
+        let stream = &self.gpu.compute;
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        stream.begin_capture(mode).map_err(failed("cuStreamBeginCapture"))?;
+        let started = self.run(stack, shape, packet, None, false);
+        let graph = stream.end_capture(sys::CUgraphInstantiate_flags(0)).map_err(failed("cuStreamEndCapture"));
+        started?;
+        Ok(graph?.expect("a pass has operations"))
+    }
+
+    fn run(
+        &self,
+        stack: Stack,
+        shape: BatchShape,
+        packet: Packet,
+        resume: Option<usize>,
+        waits: bool,
+    ) -> Result<(), CudaError> {
+        let mut pass = Pass::new(self.machine(), shape, packet, resume, waits);
+        let backbone = &self.backbone;
+        match stack {
+            Stack::Encoder => pass.encode(&backbone.encoder),
+            Stack::Decoder => pass.decode(&backbone.decoder, &backbone.head, backbone.head_scale),
+        }
+    }
+
+    pub(super) fn machine(&self) -> Machine<'_> {
+        Machine {
+            gpu: &self.gpu,
+            kernels: &self.kernels,
+            scratch: &self.scratch,
+            config: &self.config,
+            experts: &self.experts,
+        }
+    }
+
+    fn check_batch(&self, ids: &[u32], spans: &Spans) -> Result<(), CudaError> {
+        self.check_rows(ids.len())?;
+        if spans.rows() != ids.len() || spans.is_empty() || spans.ranges().any(|range| range.is_empty()) {
+            let (expected, found) = (vec![ids.len()], vec![spans.rows()]);
+            return Err(ModelError::Shape { what: "sequences, none empty [rows]", expected, found }.into());
+        }
+        let vocab_size = self.config.vocab_size;
+        match ids.iter().find(|&&id| id as usize >= vocab_size) {
+            Some(&id) => Err(ModelError::TokenId { id, vocab_size }.into()),
+            None => Ok(()),
+        }
+    }
+
+    pub(super) fn check_rows(&self, rows: usize) -> Result<(), CudaError> {
+        match rows <= self.scratch.rows_max {
+            true => Ok(()),
+            false => Err(CudaError::TooManyRows { rows, limit: self.scratch.rows_max }),
+        }
+    }
+}
+
+/// Each expert once, ascending.
+pub fn distinct(chosen: &[u16]) -> Vec<ExpertId> {
+    let mut seen = vec![false; chosen.iter().max().map_or(0, |&most| usize::from(most) + 1)];
+    chosen.iter().for_each(|&expert| seen[usize::from(expert)] = true);
+    (0..seen.len()).filter(|&expert| seen[expert]).map(|expert| ExpertId(expert as u16)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An expert would be asked for twice, which residency refuses, or not at all.
+    #[test]
+    fn experts_are_named_once() {
+        assert_eq!(distinct(&[3, 0, 3, 7, 0]), [ExpertId(0), ExpertId(3), ExpertId(7)]);
+        assert!(distinct(&[]).is_empty());
+    }
+}

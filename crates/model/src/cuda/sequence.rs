@@ -1,0 +1,133 @@
+//! Sequences in the decoder of a model on a GPU: their caches on the device, which a sequence takes along when it joins or
+//! leaves a batch, and the passes that fill them.
+
+use std::sync::Arc;
+
+use super::{
+    arguments::Sequence,
+    device::DeviceMemory,
+    error::CudaError,
+    model::{DeviceModel, Passed},
+    pass::{BatchShape, Pass},
+    scratch::{LOGIT_ROWS_MAX, Packet},
+};
+use crate::{ModelError, Spans, Stack};
+
+/// A cache begins with room for so many tokens, and doubles when it is full.
+const CACHE_TOKENS_FIRST: usize = 64;
+
+/// A sequence in the decoder: its caches, and its share of the keys and values of its input.
+#[derive(Debug)]
+pub struct DeviceSequence {
+    /// (blocks, capacity, 2 * inner)
+    cache: DeviceMemory,
+    capacity: usize,
+    position: usize,
+    input: Arc<DeviceMemory>,
+    /// Where its rows begin in block 0 of `input`, and from one block to the next, in values.
+    input_first: u64,
+    input_stride: u64,
+    input_rows: usize,
+}
+
+impl DeviceSequence {
+    /// How many tokens were decoded.
+    pub fn position(&self) -> usize {
+        self.position
+    }
+}
+
+impl DeviceModel {
+    /// Sequences before their first token: keys and values of the states that the last encoding left, for every block.
+    pub fn start(&mut self, spans: &Spans) -> Result<Vec<DeviceSequence>, CudaError> {
+        let rows = spans.rows();
+        self.check_rows(rows)?;
+        self.gpu.enter()?;
+        let (width, value) = (2 * self.config.inner_dim(), self.options.precision.size());
+        let stride = rows * width;
+        let blocks = &self.backbone.decoder.blocks;
+        let input = Arc::new(self.gpu.allocate("caches", blocks.len() * stride * value)?);
+        let shape = BatchShape { rows, sequences: spans.len(), longest: 0, wanted: 0 };
+        let pass = Pass::new(self.machine(), shape, Packet::plan(&self.scratch, 0, 0, 0), None, false);
+        for (block, cross) in blocks.iter().enumerate().filter_map(|(at, block)| Some((at, block.cross.as_ref()?))) {
+            pass.cross_keys(cross, input.address() + (block * stride * value) as u64)?;
+        }
+        let sequence = |range: std::ops::Range<usize>| {
+            Ok(DeviceSequence {
+                cache: self.gpu.allocate("caches", self.cache_bytes(CACHE_TOKENS_FIRST))?,
+                capacity: CACHE_TOKENS_FIRST,
+                position: 0,
+                input: input.clone(),
+                input_first: (range.start * width) as u64,
+                input_stride: stride as u64,
+                input_rows: range.len(),
+            })
+        };
+        spans.ranges().map(sequence).collect()
+    }
+
+    /// Decodes the new tokens of each sequence, and computes logits and best token of the rows `wanted`, at most
+    /// [`LOGIT_ROWS_MAX`]. Advances the sequences.
+    pub fn decode(
+        &mut self,
+        ids: &[u32],
+        spans: &Spans,
+        sequences: &mut [&mut DeviceSequence],
+        wanted: &[u32],
+    ) -> Result<Passed, CudaError> {
+        if sequences.len() != spans.len() {
+            let (expected, found) = (vec![spans.len()], vec![sequences.len()]);
+            return Err(ModelError::Shape { what: "decoder states [sequences]", expected, found }.into());
+        }
+        let limit = LOGIT_ROWS_MAX.min(spans.rows());
+        if wanted.len() > limit || wanted.iter().any(|&row| row as usize >= spans.rows()) {
+            return Err(CudaError::TooManyRows { rows: wanted.len(), limit });
+        }
+        self.gpu.enter()?;
+        let mut described = Vec::with_capacity(spans.len());
+        for (sequence, range) in sequences.iter_mut().zip(spans.ranges()) {
+            self.make_room(sequence, range.len())?;
+            let value = self.options.precision.size() as u64;
+            described.push(Sequence {
+                cache: sequence.cache.address(),
+                cross: sequence.input.address() + sequence.input_first * value,
+                cross_stride: sequence.input_stride,
+                capacity: sequence.capacity as i32,
+                input_rows: sequence.input_rows as i32,
+                first_row: range.start as i32,
+                rows: range.len() as i32,
+                position: sequence.position as i32,
+                unused: 0,
+            });
+        }
+        let passed = self.pass(Stack::Decoder, ids, spans, &described, wanted)?;
+        for (sequence, range) in sequences.iter_mut().zip(spans.ranges()) {
+            sequence.position += range.len();
+        }
+        Ok(passed)
+    }
+
+    fn cache_bytes(&self, tokens: usize) -> usize {
+        self.config.decoder_layers * tokens * 2 * self.config.inner_dim() * self.options.precision.size()
+    }
+
+    /// Doubles a cache until it has room for `tokens` more.
+    fn make_room(&self, sequence: &mut DeviceSequence, tokens: usize) -> Result<(), CudaError> {
+        let mut capacity = sequence.capacity;
+        while capacity < sequence.position + tokens {
+            capacity *= 2;
+        }
+        if capacity == sequence.capacity {
+            return Ok(());
+        }
+        let cache = self.gpu.allocate("caches", self.cache_bytes(capacity))?;
+        let block = |capacity| self.cache_bytes(capacity) / self.config.decoder_layers;
+        for index in 0..self.config.decoder_layers {
+            let (old, new) = (index * block(sequence.capacity), index * block(capacity));
+            let (from, to) = (sequence.cache.address() + old as u64, cache.address() + new as u64);
+            self.gpu.copy(from, to, block(sequence.position))?;
+        }
+        (sequence.cache, sequence.capacity) = (cache, capacity);
+        Ok(())
+    }
+}

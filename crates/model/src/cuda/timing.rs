@@ -1,0 +1,182 @@
+//! What the device and its kernels reach by themselves: the ceilings that every figure of a benchmark is held against,
+//! and the products at various numbers of rows, timed by events on the device. Called by `sida bench --gpu`.
+
+use cudarc::driver::CudaEvent;
+use sida_routing::LayerId;
+
+use super::{
+    arguments::Product,
+    device::Gpu,
+    error::{CudaError, failed},
+    kernels::{Kernels, ProductKernels},
+    model::DeviceModel,
+    pass::{BatchShape, Pass},
+    scratch::{NOT_STOPPED, Packet},
+    weights::{FeedForward, plain_bytes},
+};
+
+/// What a copy within the device, and one to it, is timed with: several times its cache.
+const COPY_BYTES: usize = 1 << 30;
+const UPLOAD_BYTES: usize = 1 << 28;
+const REPEATS: usize = 20;
+
+/// The fastest that the device moves bytes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Ceilings {
+    /// Of a copy within the device, bytes read plus bytes written a second.
+    pub copy_bytes_per_s: f64,
+    /// From page-locked memory of the host.
+    pub upload_bytes_per_s: f64,
+}
+
+/// How long one launch, or one pair for experts, takes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct KernelTiming {
+    /// Which.
+    pub what: String,
+    /// Rows of the batch.
+    pub rows: usize,
+    /// Median.
+    pub seconds: f64,
+    /// Bytes of weights it must read.
+    pub bytes: f64,
+    /// Multiplications and additions it must do.
+    pub operations: f64,
+}
+
+impl Gpu {
+    /// Measures both. Takes 2 GiB of the device for a moment.
+    pub fn ceilings(&self) -> Result<Ceilings, CudaError> {
+        self.enter()?;
+        let (from, to) = (self.allocate("a measurement", COPY_BYTES)?, self.allocate("a measurement", COPY_BYTES)?);
+        let copy = median(self, || self.copy(from.address(), to.address(), COPY_BYTES))?;
+        let mut host = self.pinned(UPLOAD_BYTES)?;
+        let bytes = host.as_mut_slice().map_err(failed("cuEventSynchronize"))?;
+        bytes.iter_mut().enumerate().for_each(|(at, byte)| *byte = (at * 31) as u8);
+        // SAFETY: nobody else has either end, and the median waits for every copy.
+        let upload = median(self, || unsafe { self.upload(&self.compute, bytes, to.address()) })?;
+        let copy_bytes_per_s = 2.0 * COPY_BYTES as f64 / copy;
+        Ok(Ceilings { copy_bytes_per_s, upload_bytes_per_s: UPLOAD_BYTES as f64 / upload })
+    }
+}
+
+/// The median time on the compute stream of what `work` starts.
+fn median(gpu: &Gpu, mut work: impl FnMut() -> Result<(), CudaError>) -> Result<f64, CudaError> {
+    let (begun, ended): (CudaEvent, CudaEvent) = (gpu.timer()?, gpu.timer()?);
+    let mut seconds = Vec::with_capacity(REPEATS);
+    for _ in 0..REPEATS + 3 {
+        begun.record(&gpu.compute).map_err(failed("cuEventRecord"))?;
+        work()?;
+        ended.record(&gpu.compute).map_err(failed("cuEventRecord"))?;
+        seconds.push(f64::from(begun.elapsed_ms(&ended).map_err(failed("cuEventElapsedTime"))?) / 1e3);
+    }
+    let mut timed = seconds.split_off(3);
+    timed.sort_by(f64::total_cmp);
+    Ok(timed[timed.len() / 2])
+}
+
+impl DeviceModel {
+    /// Times the experts of an MoE layer and the largest dense products, at each of these numbers of rows. Rows go to
+    /// experts in turn. Every expert must be resident.
+    pub fn kernel_timings(&mut self, rows: &[usize]) -> Result<Vec<KernelTiming>, CudaError> {
+        self.gpu.enter()?;
+        let mut timings = Vec::new();
+        self.put_noise()?;
+        for &rows in rows.iter().filter(|&&rows| rows <= self.scratch.rows_max) {
+            timings.push(self.time_experts(rows)?);
+            timings.extend(self.time_dense(rows)?);
+        }
+        Ok(timings)
+    }
+
+    /// x and h of random values: a product of zeros is faster than any other.
+    fn put_noise(&mut self) -> Result<(), CudaError> {
+        let (rows, d_model) = (self.scratch.rows_max, self.config.d_model);
+        let mut state = 1_u64;
+        let noise: Vec<f32> = (0..rows * d_model)
+            .map(|_| {
+                state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+            })
+            .collect();
+        self.put_states(&noise)?;
+        self.gpu.write(self.scratch.h.address(), plain_bytes(&noise))
+    }
+
+    fn time_experts(&self, rows: usize) -> Result<KernelTiming, CudaError> {
+        let num_experts = self.config.num_experts;
+        let chosen: Vec<u16> = (0..rows).map(|row| (row % num_experts) as u16).collect();
+        self.gpu.write(self.scratch.guard(), &NOT_STOPPED.to_le_bytes())?;
+        self.gpu.write(self.scratch.chosen(0, rows), plain_bytes(&chosen))?;
+        self.gpu.write(self.scratch.alpha.address(), plain_bytes(&vec![1e-3_f32; rows]))?;
+        let layers = self.config.moe_layer_count() as u16;
+        let shape = BatchShape { rows, sequences: 1, longest: rows, wanted: 0 };
+        let pass = Pass::new(self.machine(), shape, Packet::plan(&self.scratch, 0, 0, 0), None, false);
+        let mut layer = 0;
+        let mut route = pass.route_of(self.experts.table_of(LayerId(0)));
+        // Another layer each time, so that the cache does not hold the weights.
+        let seconds = median(&self.gpu, || {
+            layer = (layer + 1) % layers;
+            route.slots = self.experts.table_of(LayerId(layer));
+            self.gpu.launch(&self.kernels.group_rows, (1, 1, 1), 1024, &route)?;
+            pass.experts(&route)
+        })?;
+        let grouping = median(&self.gpu, || self.gpu.launch(&self.kernels.group_rows, (1, 1, 1), 1024, &route))?;
+        let matrices = 2.0 * (self.config.d_model * self.config.d_ff) as f64;
+        Ok(KernelTiming {
+            what: "experts".to_owned(),
+            rows,
+            seconds: seconds - grouping,
+            bytes: rows.min(num_experts) as f64 * matrices * self.options.precision.size() as f64,
+            operations: 2.0 * matrices * rows as f64,
+        })
+    }
+
+    fn time_dense(&self, rows: usize) -> Result<Vec<KernelTiming>, CudaError> {
+        let dense = self.backbone.encoder.blocks.iter().filter_map(|block| match &block.feed_forward {
+            FeedForward::Dense { wi, .. } => Some(wi),
+            FeedForward::Moe { .. } => None,
+        });
+        let matrices: Vec<_> = dense.collect();
+        let Kernels { few, many, .. } = &self.kernels;
+        let ways = [("few", Some(few)), ("many", many.as_ref())];
+        let mut timings = Vec::new();
+        for (what, kernels) in ways.into_iter().filter_map(|(what, kernels)| Some((what, kernels?))) {
+            let Some(first) = matrices.first() else { break };
+            let mut turn = 0;
+            let seconds = median(&self.gpu, || {
+                turn += 1;
+                self.multiply(kernels, rows, matrices[turn % matrices.len()].address(), (first.inputs, first.outputs))
+            })?;
+            let values = (first.inputs * first.outputs) as f64;
+            timings.push(KernelTiming {
+                what: format!("dense {}x{} {what}", first.inputs, first.outputs),
+                rows,
+                seconds,
+                bytes: values * self.options.precision.size() as f64,
+                operations: 2.0 * values * rows as f64,
+            });
+        }
+        Ok(timings)
+    }
+
+    fn multiply(
+        &self,
+        kernels: &ProductKernels,
+        rows: usize,
+        w: u64,
+        (inputs, outputs): (usize, usize),
+    ) -> Result<(), CudaError> {
+        let arguments = Product {
+            x: self.scratch.x.address(),
+            w,
+            out: self.scratch.hidden.address(),
+            rows: rows as i32,
+            k: inputs as i32,
+            outputs: outputs as i32,
+            ..Product::default()
+        };
+        let grid = (outputs / kernels.tile.0, rows.div_ceil(kernels.tile.1), 1);
+        self.gpu.launch(&kernels.relu, grid, kernels.threads, &arguments)
+    }
+}

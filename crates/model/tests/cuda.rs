@@ -1,0 +1,316 @@
+//! Models on a GPU against the reference on the CPU and against transformers' outputs. Runs where SIDA_CUDA_DEVICE
+//! names a device (`SIDA_CUDA_DEVICE=0 cargo test -p sida-model --features cuda --test cuda`); SIDA_MODELS_DIR adds
+//! models as in parity.rs.
+#![cfg(feature = "cuda")]
+
+mod golden;
+
+use std::path::{Path, PathBuf};
+
+use golden::Golden;
+use rand::{Rng, SeedableRng};
+use sida_model::{
+    Checkpoint, Reference, Spans,
+    cuda::{CudaError, DeviceModel, DeviceOptions, DeviceSequence, Gpu, Precision},
+    reference::greedy,
+};
+use sida_routing::{ExpertId, ExpertKey, LayerId, Plan, PlanId};
+
+/// Float32 on both sides, summed in another order.
+const TOLERANCE_F32: f64 = 1e-4;
+/// Router probabilities that differ by less are a tie.
+const NEAR_TIE: f32 = 1e-4;
+const ROWS_MAX: usize = 2048;
+
+fn device() -> Option<usize> {
+    let ordinal = std::env::var("SIDA_CUDA_DEVICE").ok()?.parse().expect("SIDA_CUDA_DEVICE is a number");
+    Some(ordinal)
+}
+
+fn models() -> Vec<PathBuf> {
+    let models = std::env::var_os("SIDA_MODELS_DIR").map(PathBuf::from);
+    let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models");
+    let shipped = models.unwrap_or(shipped);
+    let names = ["switch-tiny-64", "switch-mini-8", "switch-mini-64"];
+    names.iter().map(|name| shipped.join(name)).filter(|dir| dir.join("config.json").exists()).collect()
+}
+
+fn open(dir: &Path, ordinal: usize, precision: Precision, share: f64, host_bytes: u64) -> DeviceModel {
+    let checkpoint = Checkpoint::open(dir).unwrap();
+    let config = checkpoint.config();
+    let size = if precision == Precision::Bf16 { 2 } else { 4 };
+    let expert = (2 * config.d_model * config.d_ff * size) as u64;
+    let all = (config.moe_layer_count() * config.num_experts) as u64;
+    let slots = ((all as f64 * share) as u64).max(config.num_experts as u64);
+    let options =
+        DeviceOptions { precision, expert_bytes: slots * expert, host_bytes, rows_max: ROWS_MAX, graphs: true };
+    DeviceModel::open(Gpu::open(ordinal).unwrap(), checkpoint, options, &mut |_, _| ()).unwrap()
+}
+
+fn relative(found: &[f32], expected: &[f32]) -> f64 {
+    assert_eq!(found.len(), expected.len());
+    let square = |v: f64| v * v;
+    let off: f64 = found.iter().zip(expected).map(|(&a, &b)| square(f64::from(a) - f64::from(b))).sum();
+    let all: f64 = expected.iter().map(|&b| square(f64::from(b))).sum();
+    let relative = (off / all).sqrt();
+    assert!(!relative.is_nan(), "not a number");
+    relative
+}
+
+fn values(tensor: &sida_model::Tensor) -> Vec<f32> {
+    tensor.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+fn generate(model: &mut DeviceModel, ids: &[u32], tokens_max: usize) -> Vec<u32> {
+    let (start, eos) = (model.config().decoder_start_token_id, model.config().eos_token_id);
+    let spans = Spans::new([ids.len()]);
+    model.encode(ids, &spans).unwrap();
+    let mut sequence = model.start(&spans).unwrap().remove(0);
+    let (mut answer, mut token) = (Vec::new(), start);
+    while answer.len() < tokens_max && answer.last() != Some(&eos) {
+        let passed = model.decode(&[token], &Spans::new([1]), &mut [&mut sequence], &[0]).unwrap();
+        token = passed.tokens[0];
+        answer.push(token);
+    }
+    answer
+}
+
+/// A model on a GPU would answer with other tokens than transformers does, or route otherwise.
+#[test]
+fn float32_agrees_with_transformers() {
+    let Some(ordinal) = device() else { return println!("SIDA_CUDA_DEVICE is not set: nothing is compared") };
+    for dir in models() {
+        let path = dir.join("golden.json");
+        if !path.exists() {
+            continue;
+        }
+        for share in [1.0, 0.3] {
+            let mut model = open(&dir, ordinal, Precision::F32, share, u64::MAX);
+            let reference = Reference::open(&dir).unwrap();
+            let (mut choices, mut ties, mut tokens) = (0, 0, 0);
+            for case in &Golden::open(&path).cases {
+                let ids = &case.input_ids;
+                let passed = model.encode(ids, &Spans::new([ids.len()])).unwrap();
+                let states = model.states(ids.len()).unwrap();
+                let (expected, routing) = reference.encode(ids).unwrap();
+                let off = relative(&states, &values(&expected));
+                assert!(off < TOLERANCE_F32, "{}: encoder states are off by {off:e}", dir.display());
+                for (layer, found) in routing.iter().zip(&passed.experts) {
+                    let experts = reference.config().num_experts;
+                    for (token, &found) in found.iter().enumerate() {
+                        choices += 1;
+                        let chosen = layer.routes.experts[token].unwrap().0;
+                        let row = &layer.probabilities[token * experts..][..experts];
+                        if chosen != found {
+                            ties += 1;
+                            let gap = row[usize::from(chosen)] - row[usize::from(found)];
+                            assert!(gap < NEAR_TIE, "token {token} goes to {found}, not {chosen}: gap {gap}");
+                        }
+                    }
+                }
+                let expected = &case.greedy_ids[1..];
+                assert_eq!(generate(&mut model, ids, expected.len()), expected, "{:?}", case.text);
+                tokens += expected.len();
+            }
+            let counters = model.counters();
+            println!(
+                "{} at {share}: {choices} choices, {ties} near ties that differ, {tokens} tokens, {counters:?}",
+                dir.display()
+            );
+        }
+    }
+}
+
+fn random_batch(random: &mut impl Rng, vocab: usize, lengths: &[usize]) -> (Vec<u32>, Spans) {
+    let rows: usize = lengths.iter().sum();
+    let ids = (0..rows).map(|_| random.random_range(2..vocab as u32)).collect();
+    (ids, Spans::new(lengths.iter().copied()))
+}
+
+/// A sequence's bits would depend on who shares its batch, on whether its experts were there, or on a recorded pass
+/// being replayed.
+#[test]
+fn rows_do_not_depend_on_their_batch() {
+    let Some(ordinal) = device() else { return println!("SIDA_CUDA_DEVICE is not set: nothing is compared") };
+    let seed = rand::rng().random();
+    println!("seed {seed}");
+    let mut random = rand::rngs::StdRng::seed_from_u64(seed);
+    for dir in models() {
+        for precision in [Precision::Bf16, Precision::F32] {
+            let mut all = open(&dir, ordinal, precision, 1.0, 0);
+            let mut part = open(&dir, ordinal, precision, 0.25, u64::MAX);
+            let (vocab, d_model) = (all.config().vocab_size, all.config().d_model);
+            let lengths = [5, 1, 40, 90, 300, 17, 8, 33, 500, 512];
+            let (ids, spans) = random_batch(&mut random, vocab, &lengths);
+            all.encode(&ids, &spans).unwrap();
+            let together = all.states(ids.len()).unwrap();
+            assert!(together.iter().all(|v| v.is_finite()));
+            for range in spans.ranges() {
+                for round in 0..3 {
+                    let model = if round == 1 { &mut part } else { &mut all };
+                    model.encode(&ids[range.clone()], &Spans::new([range.len()])).unwrap();
+                    let alone = model.states(range.len()).unwrap();
+                    let same = &together[range.start * d_model..range.end * d_model];
+                    assert!(
+                        alone.iter().zip(same).all(|(a, b)| a.to_bits() == b.to_bits()),
+                        "{} {precision:?}: {} rows differ alone, round {round}, by {:e}",
+                        dir.display(),
+                        range.len(),
+                        relative(&alone, same)
+                    );
+                }
+            }
+            assert!(part.counters().demand_loads > 0 && part.counters().evictions > 0);
+        }
+    }
+}
+
+/// Decoding token by token, in whatever company, would give other logits than decoding at once.
+#[test]
+fn decoding_does_not_depend_on_company_or_steps() {
+    let Some(ordinal) = device() else { return println!("SIDA_CUDA_DEVICE is not set: nothing is compared") };
+    let mut random = rand::rngs::StdRng::seed_from_u64(7);
+    for dir in models() {
+        for precision in [Precision::Bf16, Precision::F32] {
+            let mut model = open(&dir, ordinal, precision, 1.0, 0);
+            let vocab = model.config().vocab_size;
+            let (ids, spans) = random_batch(&mut random, vocab, &[7, 60, 12]);
+            let (targets, target_spans) = random_batch(&mut random, vocab, &[80, 80, 80]);
+            model.encode(&ids, &spans).unwrap();
+            let mut sequences = model.start(&spans).unwrap();
+            let mut all: Vec<&mut DeviceSequence> = sequences.iter_mut().collect();
+            let wanted: Vec<u32> = (0..240).collect();
+            model.decode(&targets, &target_spans, &mut all, &wanted).unwrap();
+            let at_once = model.logits(240).unwrap();
+            model.encode(&ids, &spans).unwrap();
+            let mut sequences = model.start(&spans).unwrap();
+            for step in 0..80 {
+                let fed: Vec<u32> = (0..3).map(|sequence| targets[sequence * 80 + step]).collect();
+                let mut all: Vec<&mut DeviceSequence> = sequences.iter_mut().collect();
+                let passed = model.decode(&fed, &Spans::single_tokens(3), &mut all, &[0, 1, 2]).unwrap();
+                let logits = model.logits(3).unwrap();
+                for sequence in 0..3 {
+                    let expected = &at_once[(sequence * 80 + step) * vocab..][..vocab];
+                    let found = &logits[sequence * vocab..][..vocab];
+                    assert!(
+                        found.iter().zip(expected).all(|(a, b)| a.to_bits() == b.to_bits()),
+                        "{precision:?} step {step} of {sequence}: off by {:e}",
+                        relative(found, expected)
+                    );
+                    assert_eq!(passed.tokens[sequence], greedy(found));
+                }
+            }
+        }
+    }
+}
+
+/// bf16 on tensor cores would compute another function than float32.
+#[test]
+fn bf16_is_near_float32() {
+    let Some(ordinal) = device() else { return println!("SIDA_CUDA_DEVICE is not set: nothing is compared") };
+    let seed = rand::rng().random();
+    println!("seed {seed}");
+    let mut random = rand::rngs::StdRng::seed_from_u64(seed);
+    for dir in models() {
+        let mut narrow = open(&dir, ordinal, Precision::Bf16, 1.0, 0);
+        let mut wide = open(&dir, ordinal, Precision::F32, 1.0, 0);
+        let lengths = [20, 200, 3, 64];
+        let (ids, spans) = random_batch(&mut random, narrow.config().vocab_size, &lengths);
+        let found = narrow.encode(&ids, &spans).unwrap();
+        let expected = wide.encode(&ids, &spans).unwrap();
+        let (a, b) = (narrow.states(ids.len()).unwrap(), wide.states(ids.len()).unwrap());
+        // Rows that were routed alike all the way, and saw only such: the first layer's choices tell enough here.
+        let d_model = narrow.config().d_model;
+        let alike = |row: usize| found.experts.iter().zip(&expected.experts).all(|(f, e)| f[row] == e[row]);
+        let rows: Vec<usize> = (0..ids.len()).filter(|&row| alike(row)).collect();
+        let pick =
+            |v: &[f32]| -> Vec<f32> { rows.iter().flat_map(|&r| &v[r * d_model..][..d_model]).copied().collect() };
+        let off = relative(&pick(&a), &pick(&b));
+        println!(
+            "{}: {} of {} rows routed alike, off by {off:.2e}; all rows by {:.2e}",
+            dir.display(),
+            rows.len(),
+            ids.len(),
+            relative(&a, &b)
+        );
+        assert!(rows.len() * 10 > ids.len() * 8 && off < 3e-2);
+    }
+}
+
+/// A plan would change an output, or not be followed.
+#[test]
+fn plans_change_no_output() {
+    let Some(ordinal) = device() else { return println!("SIDA_CUDA_DEVICE is not set: nothing is compared") };
+    let mut random = rand::rngs::StdRng::seed_from_u64(11);
+    let Some(dir) = models().into_iter().next() else { panic!("no models") };
+    let mut all = open(&dir, ordinal, Precision::Bf16, 1.0, 0);
+    let mut planned = open(&dir, ordinal, Precision::Bf16, 0.3, u64::MAX);
+    let mut demanded = open(&dir, ordinal, Precision::Bf16, 0.3, 1 << 20);
+    let vocab = all.config().vocab_size;
+    let batches: Vec<_> = (0..40).map(|_| random_batch(&mut random, vocab, &[12])).collect();
+    let plans: Vec<Plan> = batches
+        .iter()
+        .enumerate()
+        .map(|(number, (ids, spans))| {
+            let passed = all.encode(ids, spans).unwrap();
+            plan(number as u64, &passed.experts)
+        })
+        .collect();
+    let (mut misses, mut misses_unplanned) = (0, 0);
+    planned.plan(&plans[0]).unwrap();
+    for (number, (ids, spans)) in batches.iter().enumerate() {
+        if let Some(next) = plans.get(number + 1) {
+            planned.plan(next).unwrap();
+        }
+        planned.begin_batch(Some(plans[number].id));
+        misses += planned.encode(ids, spans).unwrap().demand_loads;
+        planned.release(plans[number].id);
+        misses_unplanned += demanded.encode(ids, spans).unwrap().demand_loads;
+        all.encode(ids, spans).unwrap();
+        let expected = all.states(ids.len()).unwrap();
+        assert_eq!(planned.states(ids.len()).unwrap(), expected);
+        assert_eq!(demanded.states(ids.len()).unwrap(), expected);
+    }
+    println!("misses with plans {misses}, without {misses_unplanned}; {:?}", planned.counters());
+    assert_eq!(misses, 0);
+    assert!(misses_unplanned > 0);
+}
+
+fn plan(number: u64, experts: &[Vec<u16>]) -> Plan {
+    let mut keys = Vec::new();
+    for (layer, chosen) in experts.iter().enumerate() {
+        let mut chosen = chosen.clone();
+        chosen.sort_unstable();
+        chosen.dedup();
+        let key = |expert| ExpertKey { layer: LayerId(layer as u16), expert: ExpertId(expert) };
+        keys.extend(chosen.into_iter().map(key));
+    }
+    Plan { id: PlanId(number), begins: false, experts: keys }
+}
+
+/// What does not fit would be a panic, or a wrong answer.
+#[test]
+fn what_does_not_fit_is_refused() {
+    let Some(ordinal) = device() else {
+        assert!(Gpu::open(999).unwrap_err().is_missing_device());
+        return;
+    };
+    assert!(matches!(Gpu::open(999), Err(CudaError::NoDevice { ordinal: 999, .. })));
+    let dir = models().remove(0);
+    let options = |expert_bytes| DeviceOptions {
+        precision: Precision::Bf16,
+        expert_bytes,
+        host_bytes: 0,
+        rows_max: 64,
+        graphs: false,
+    };
+    let opened = |bytes| {
+        DeviceModel::open(Gpu::open(ordinal).unwrap(), Checkpoint::open(&dir).unwrap(), options(bytes), &mut |_, _| ())
+    };
+    assert!(matches!(opened(1 << 16), Err(CudaError::BudgetTooSmall { .. })));
+    let mut model = opened(1 << 30).unwrap();
+    assert!(matches!(model.encode(&[3; 65], &Spans::new([65])), Err(CudaError::TooManyRows { .. })));
+    assert!(model.encode(&[u32::MAX], &Spans::new([1])).is_err());
+    assert!(model.encode(&[], &Spans::new([])).is_err());
+    model.encode(&[3; 64], &Spans::new([64])).unwrap();
+}
