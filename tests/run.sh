@@ -5,7 +5,7 @@ cd "$(dirname "$0")/.."
 
 # etcd-client is built by protoc; the tests start real etcd.
 missing=()
-command -v protoc >/dev/null || missing+=(protobuf-compiler)
+command -v protoc >/dev/null && [[ -e /usr/include/google/protobuf/descriptor.proto ]] || missing+=(protobuf-compiler libprotobuf-dev)
 command -v etcd >/dev/null || missing+=(etcd-server)
 command -v etcdctl >/dev/null || missing+=(etcd-client)
 # The chart's tests scrape its nodes by a real Prometheus, each in a network of its own.
