@@ -30,6 +30,10 @@ use crate::{
 /// How long a thread of the pool sleeps before it looks for work.
 const NAP: Duration = Duration::from_millis(1);
 
+/// A load that takes less is left to the call that needs it: to have the prefetch thread do it would cost a wake-up and
+/// bring the expert into another core's cache, and what a plan named in vain would be loaded for nothing.
+const QUICK_LOAD: Duration = Duration::from_micros(100);
+
 /// The experts of a node.
 pub(crate) struct ExpertCache {
     source: Arc<dyn ExpertSource>,
@@ -244,10 +248,14 @@ impl<'c> Unfilled<'c> {
         // SAFETY: the machine gave this slot to this load alone, and reports of it come from here and drop only.
         let bytes = unsafe { self.cache.slab.bytes_mut(self.slot) };
         self.cache.source.load(self.key, bytes)?;
-        self.cache.measures.loaded(self.kind, start.elapsed());
-        let (cache, slot, kind) = (self.cache, self.slot, self.kind);
+        let took = start.elapsed();
+        self.cache.measures.loaded(self.kind, took);
+        let (cache, key, slot, kind) = (self.cache, self.key, self.slot, self.kind);
         std::mem::forget(self); // It did not fail.
-        cache.change(|residency| residency.loaded(slot));
+        cache.change(|residency| {
+            residency.note_pace(key, took < QUICK_LOAD);
+            residency.loaded(slot);
+        });
         // A `Pinned` must not be made for a prefetch, not even to be dropped: nobody pinned it.
         Ok((kind == LoadKind::Demand).then(|| Pinned { cache, slot }))
     }
