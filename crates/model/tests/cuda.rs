@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 use golden::Golden;
 use rand::{Rng, SeedableRng};
 use sida_model::{
-    Checkpoint, Reference, Spans,
-    cuda::{CudaError, DeviceModel, DeviceOptions, DeviceSequence, Gpu, Precision},
+    Checkpoint, Precision, Reference, Spans,
+    cuda::{CudaError, DeviceModel, DeviceOptions, DeviceSequence, Gpu},
     reference::greedy,
 };
 use sida_routing::{ExpertId, ExpertKey, LayerId, Plan, PlanId};
