@@ -400,6 +400,7 @@ fn reason(error: &CallError) -> Reason {
     match error {
         CallError::Malformed(_) => Reason::MalformedMessage,
         CallError::Load { .. } => Reason::ExpertLoadFailed,
+        CallError::Device { .. } => Reason::DeviceFailed,
         CallError::ShuttingDown => Reason::ShuttingDown,
     }
 }

@@ -12,7 +12,7 @@ use sida_routing::{Candidate, Extent, NodeId, Placement};
 use crate::{
     arguments::{embedded::EmbeddedArguments, model::ModelArguments, predictor::PredictorArguments},
     bad_configuration::BadConfiguration,
-    commands::expert_node,
+    commands::{coordinator, expert_node},
     front_door::FrontDoor,
     loading_bar,
 };
@@ -51,9 +51,11 @@ impl EmbeddedCluster {
         let cluster = Cluster::fixed(members, config.moe_layer_count(), config.num_experts, 1)?;
         let predictor = predictor.source(&checkpoint, &cluster)?;
         let mut config = CoordinatorConfig::new(COORDINATOR.into(), checkpoint, predictor);
+        (config.device, config.precision) = (embedded.device.device, embedded.device.precision);
         config.on_load = Some(loading_bar::of_model(&config.checkpoint));
         adapt(&mut config);
-        Ok(Self { coordinator: Coordinator::start(config, cluster).await?, engines })
+        let coordinator = Coordinator::start(config, cluster).await.map_err(coordinator::refused)?;
+        Ok(Self { coordinator, engines })
     }
 
     /// The coordinator.
@@ -96,6 +98,9 @@ fn engines(
         let dir: &Path = checkpoint.dir();
         let config = ExpertNodeConfig {
             expert_memory: part_of(embedded.expert_memory, share),
+            device: embedded.device.device,
+            precision: embedded.device.precision,
+            host_memory: part_of(embedded.host_memory, share),
             threads,
             ..ExpertNodeConfig::new(node, dir.to_owned())
         };

@@ -38,6 +38,8 @@ pub enum CallError {
     Malformed(String),
     #[error("cannot load {key}: {reason}")]
     Load { key: ExpertKey, reason: String },
+    #[error("cannot compute: {reason}")]
+    Device { reason: String },
     #[error("the node is shutting down")]
     ShuttingDown,
 }

@@ -3,6 +3,8 @@
 use clap::Args;
 use sida_expert_node::ExpertMemory;
 
+use super::device::DeviceArguments;
+
 /// How many expert-nodes there are, and how much memory they get together.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct EmbeddedArguments {
@@ -12,4 +14,9 @@ pub(crate) struct EmbeddedArguments {
     /// Memory for experts, over all expert-nodes: 2GiB, 300MB, or a share of all experts as 25%
     #[arg(long, value_name = "SIZE", default_value = "100%")]
     pub(crate) expert_memory: ExpertMemory,
+    /// With a GPU: page-locked memory of the host for experts; the others come from disk when they are wanted
+    #[arg(long, value_name = "SIZE", default_value = "100%")]
+    pub(crate) host_memory: ExpertMemory,
+    #[command(flatten)]
+    pub(crate) device: DeviceArguments,
 }

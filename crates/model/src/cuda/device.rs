@@ -54,6 +54,13 @@ pub(super) struct DeviceMemory {
     address: u64,
 }
 
+impl Drop for DeviceMemory {
+    fn drop(&mut self) {
+        // It is given back below, by a call that takes the calling thread's device. An error comes back with the next call.
+        let _ = self.slice.stream().context().bind_to_thread();
+    }
+}
+
 impl DeviceMemory {
     /// Where it begins.
     pub(super) fn address(&self) -> u64 {
@@ -147,10 +154,18 @@ impl Gpu {
 
     /// Reads bytes back, after all that the compute stream was given.
     pub(super) fn read(&self, from: u64, into: &mut [u8]) -> Result<(), CudaError> {
-        // SAFETY: `from` is memory of ours of that length; `into` outlives the call, which waits below.
-        unsafe { result::memcpy_dtoh_async(into, from, self.compute.cu_stream()) }
-            .map_err(failed("cuMemcpyDtoHAsync"))?;
+        // SAFETY: `into` outlives the call, which waits below.
+        unsafe { self.start_reading(from, into) }?;
         self.finish()
+    }
+
+    /// Starts reading bytes back, in the order of the compute stream.
+    ///
+    /// # Safety
+    /// `into` is neither touched nor freed before [`Gpu::finish`].
+    pub(super) unsafe fn start_reading(&self, from: u64, into: &mut [u8]) -> Result<(), CudaError> {
+        // SAFETY: `from` is memory of ours of that length; the rest by the caller's promise.
+        unsafe { result::memcpy_dtoh_async(into, from, self.compute.cu_stream()) }.map_err(failed("cuMemcpyDtoHAsync"))
     }
 
     /// Copies within the device, in the order of the compute stream.

@@ -12,21 +12,25 @@
 //! [`timing`].
 
 mod arguments;
+pub mod dense;
 pub mod device;
 pub mod error;
 mod experts;
+mod grouped;
 mod host_tier;
 pub mod kernels;
 pub mod model;
 mod pass;
 mod scratch;
 pub mod sequence;
+pub mod slab;
 pub mod timing;
 mod weights;
 
+pub use dense::{DeviceDense, MoeRows};
 pub use device::{Gpu, GpuDescription};
 pub use error::CudaError;
-pub use kernels::Precision;
 pub use model::{DeviceModel, DeviceOptions, Passed, distinct};
 pub use sequence::DeviceSequence;
+pub use slab::DeviceSlab;
 pub use timing::{Ceilings, KernelTiming};

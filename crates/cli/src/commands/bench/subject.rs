@@ -31,7 +31,7 @@ pub(crate) struct SubjectArguments {
     #[command(flatten)]
     predictor: PredictorArguments,
     #[command(flatten)]
-    embedded: EmbeddedArguments,
+    pub(super) embedded: EmbeddedArguments,
     /// Start so many expert-node processes and reach them by gRPC over loopback; 0: all in this process. With
     /// --beside, next to the cluster in this process
     #[arg(long, value_name = "N", default_value_t = 0)]
