@@ -210,14 +210,22 @@ impl Coordinator {
         Ok(TokenStream { tokens: Some(answer) })
     }
 
-    /// Whether its threads run, and the one that computes has not been in one step for longer than any takes.
+    /// Whether its threads run, its device is not lost, and the thread that computes has not been in one step for longer than
+    /// any takes.
     pub fn is_alive(&self) -> bool {
         let run = self.inner.threads.lock().iter().all(|thread| !thread.is_finished());
-        run && self.inner.statistics.stuck_for() < STUCK_LIMIT
+        run && !self.is_device_lost() && self.inner.statistics.stuck_for() < STUCK_LIMIT
+    }
+
+    fn is_device_lost(&self) -> bool {
+        self.inner.statistics.is_device_lost.load(Ordering::Relaxed)
     }
 
     /// Whether an expert call succeeds: what health stands on.
     pub async fn probe(&self) -> Result<(), String> {
+        if self.is_device_lost() {
+            return Err("the device is lost".to_owned());
+        }
         let probe = self.inner.probe.clone();
         let outcome = tokio::task::spawn_blocking(move || probe.run()).await;
         outcome.unwrap_or_else(|error| Err(format!("the probe ended: {error}")))

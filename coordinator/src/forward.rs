@@ -7,7 +7,7 @@ use std::{
 };
 
 use metrics::Counter;
-use sida_model::{Dense, ModelConfig, ModelError, SequenceState, Spans, Stack, States, Walk, router};
+use sida_model::{Dense, DeviceError, ModelConfig, ModelError, SequenceState, Spans, Stack, States, Walk, router};
 use sida_routing::{Grouping, LayerId, Routes};
 use sida_telemetry::{Span, TraceContext, counter, histogram, names, spans};
 
@@ -90,7 +90,8 @@ impl Forward {
         requests: &[&Request],
         costs: &mut Costs,
     ) -> Result<States, ModelError> {
-        let states = self.pass(Stack::Encoder, ids, spans, &mut [], parts, requests, costs)?;
+        let states = self.pass(Stack::Encoder, ids, spans, &mut [], parts, requests, costs);
+        let states = self.noted(states)?;
         costs.dense_until(Instant::now());
         Ok(states)
     }
@@ -105,7 +106,16 @@ impl Forward {
         requests: &[&Request],
         costs: &mut Costs,
     ) -> Result<States, ModelError> {
-        self.pass(Stack::Decoder, ids, spans, caches, parts, requests, costs)
+        let states = self.pass(Stack::Decoder, ids, spans, caches, parts, requests, costs);
+        self.noted(states)
+    }
+
+    /// Notes whether a pass ended because the device is lost.
+    fn noted<T>(&self, outcome: Result<T, ModelError>) -> Result<T, ModelError> {
+        if let Err(ModelError::Device(DeviceError::Lost(_))) = &outcome {
+            self.statistics.is_device_lost.store(true, Ordering::Relaxed);
+        }
+        outcome
     }
 
     #[allow(clippy::too_many_arguments)] // A batch: its rows, whose they are, and what is noted of it.
@@ -155,15 +165,27 @@ impl Forward {
         let grouping = Grouping::new(&routes);
         let span = costs.trace.map(|(pass, _)| Span::below(pass, "dispatch").with("sida.layer", i64::from(layer.0)));
         let trace = span.as_ref().map(Span::context);
-        let mut out = vec![0.0; spans.rows() * d_model];
         if let Some(routed) = self.routed.get(usize::from(layer.0)) {
             for group in &grouping.groups {
                 routed[usize::from(group.expert.0)].increment(u64::from(group.rows));
             }
         }
-        let callers = Callers::new(spans, requests);
-        let dispatched =
-            walk.rows(|x| self.dispatch.moe(&LayerRows { layer, grouping: &grouping, x, callers, trace }, &mut out))?;
+        let Self { dense, dispatch, .. } = self;
+        let dispatched = match dispatch.beside(layer, &grouping, dense) {
+            Some(dispatched) => {
+                dense.add_computed()?;
+                dispatched
+            }
+            None => {
+                let callers = Callers::new(spans, requests);
+                let mut out = vec![0.0; spans.rows() * d_model];
+                let send =
+                    |x: &[f32]| dispatch.moe(&LayerRows { layer, grouping: &grouping, x, callers, trace }, &mut out);
+                let dispatched = dense.rows(walk, send)?;
+                dense.add(walk, out)?;
+                dispatched
+            }
+        };
         for (rows, error) in &dispatched.failed {
             for &token in &grouping.tokens[rows.clone()] {
                 if let Some(part) = spans.holder(token as usize) {
@@ -178,7 +200,7 @@ impl Forward {
         costs.demand_loads += dispatched.demand_loads;
         costs.failovers += dispatched.failovers;
         self.statistics.failovers.fetch_add(dispatched.failovers, Ordering::Relaxed);
-        self.dense.add(walk, out)
+        Ok(())
     }
 
     /// Notes which experts each part uses, and how its table fared since `before`.

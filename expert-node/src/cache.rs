@@ -260,6 +260,27 @@ impl Pinned<'_> {
     }
 }
 
+/// As [`Pinned`], for whoever outlives the call: a device that is not through with it.
+pub(crate) struct Kept {
+    cache: Arc<ExpertCache>,
+    slot: SlotId,
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        self.cache.change(|residency| residency.unpin(self.slot));
+    }
+}
+
+impl Pinned<'_> {
+    /// The same pin, of the cache that it is of.
+    pub(crate) fn keep(self, cache: &Arc<ExpertCache>) -> Kept {
+        let slot = self.slot;
+        std::mem::forget(self); // Its pin goes on.
+        Kept { cache: cache.clone(), slot }
+    }
+}
+
 impl Drop for Pinned<'_> {
     fn drop(&mut self) {
         self.cache.change(|residency| residency.unpin(self.slot));

@@ -13,10 +13,10 @@ use parking_lot::Mutex;
 use sida_cluster::experts::{CallError, CallReport, ExpertCall, LocalExperts, ResidencyReport};
 use sida_model::{
     Checkpoint, DeviceName, ExpertDevice, ExpertDeviceOptions, ExpertShape, ExpertStore, ModelError, Precision,
-    expert_device,
+    RowsOnDevice, expert_device,
 };
 use sida_proto::wire::Bounds;
-use sida_routing::{Digest, ExpertId, ExpertKey, Group, LayerId, NodeId, Plan, PlanId};
+use sida_routing::{Digest, ExpertId, ExpertKey, Group, Grouping, LayerId, NodeId, Plan, PlanId};
 
 use crate::{
     cache::{ExpertCache, Memory},
@@ -232,6 +232,24 @@ impl LocalExperts for Engine {
         let report = self.run(call, true, out)?;
         self.rows.fetch_add((call.activations.len() / self.shape().d_model) as u64, Ordering::Relaxed);
         Ok(report)
+    }
+
+    fn compute_beside(
+        &self,
+        layer: LayerId,
+        grouping: &Grouping,
+        rows: &mut RowsOnDevice<'_>,
+    ) -> Option<Result<CallReport, CallError>> {
+        let Memory::Device(device) = self.cache.memory() else { return None };
+        if !device.is_beside(rows) {
+            return None;
+        }
+        if self.cache.is_closed() {
+            return Some(Err(CallError::ShuttingDown));
+        }
+        let started = device_compute::compute_beside(&self.cache, &**device, layer, grouping, rows);
+        self.rows.fetch_add(grouping.tokens.len() as u64, Ordering::Relaxed);
+        Some(started)
     }
 
     fn residency(&self) -> ResidencyReport {

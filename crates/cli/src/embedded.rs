@@ -88,12 +88,12 @@ fn engines(
     embedded: &EmbeddedArguments,
     threads: usize,
 ) -> anyhow::Result<Vec<Arc<Engine>>> {
-    if !(1..=EXPERT_NODES_MAX).contains(&embedded.expert_nodes) {
-        let found = embedded.expert_nodes;
+    if !(1..=EXPERT_NODES_MAX).contains(&embedded.nodes()) {
+        let found = embedded.nodes();
         let message = format!("--expert-nodes is {found}, expected 1 to {EXPERT_NODES_MAX}");
         return Err(BadConfiguration::new(message).into());
     }
-    let shares = shares(checkpoint, embedded.expert_nodes)?;
+    let shares = shares(checkpoint, embedded.nodes())?;
     let engine = |(node, share): (NodeId, f64)| {
         let dir: &Path = checkpoint.dir();
         let config = ExpertNodeConfig {

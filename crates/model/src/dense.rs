@@ -10,10 +10,10 @@ use candle_core::Tensor;
 use sida_routing::{LayerId, Routes};
 
 #[cfg(feature = "cuda")]
-use crate::cuda::{DeviceDense, DeviceSequence, Gpu, MoeRows};
+use crate::cuda::{Choice, DeviceDense, DeviceSequence, Gpu};
 use crate::{
-    Backbone, Checkpoint, DecoderState, DeviceName, ModelConfig, ModelError, MoeGate, Precision, RouterKind, Spans,
-    Stack, elementwise,
+    Backbone, Checkpoint, DecoderState, DeviceName, ModelConfig, ModelError, MoeGate, Precision, RouterKind,
+    RowsOnDevice, Spans, Stack, elementwise,
     feed_forward::FeedForward,
     router,
     tensor_rows::{from_rows, rows},
@@ -60,7 +60,11 @@ enum At {
         probabilities: Option<Vec<f32>>,
     },
     #[cfg(feature = "cuda")]
-    Gpu { rows: MoeRows },
+    Gpu {
+        /// Of the MoE layer at hand, and all that its router said once somebody asked.
+        choice: Choice,
+        probabilities: Vec<f32>,
+    },
 }
 
 /// What a walk left: a row for each token.
@@ -136,7 +140,7 @@ impl Dense {
             #[cfg(feature = "cuda")]
             Place::Gpu(device) => {
                 device.begin(stack, ids, spans, &mut SequenceState::on_device(states))?;
-                At::Gpu { rows: MoeRows::default() }
+                At::Gpu { choice: Choice::default(), probabilities: Vec::new() }
             }
         };
         #[cfg(not(feature = "cuda"))]
@@ -170,7 +174,7 @@ impl Dense {
     }
 
     /// What follows in a block that is dense: h += feed_forward(norm(h)). In a sparse one x = norm(h), and the router
-    /// chooses; then come [`Walk::rows`], [`Dense::routes`] and [`Dense::add`].
+    /// chooses; then come [`Dense::routes`], [`Dense::rows`] and [`Dense::add`].
     pub fn feed_forward(&mut self, walk: &mut Walk, number: usize) -> Result<Option<LayerId>, ModelError> {
         match (&mut self.place, &mut walk.at) {
             (Place::Cpu(backbone), At::Cpu { h, x, block, probabilities }) => {
@@ -186,10 +190,10 @@ impl Dense {
                 }
             }
             #[cfg(feature = "cuda")]
-            (Place::Gpu(device), At::Gpu { rows }) => {
+            (Place::Gpu(device), At::Gpu { choice, probabilities }) => {
                 let layer = device.feed_forward(number)?;
                 if layer.is_some() {
-                    *rows = device.moe_rows()?;
+                    (*choice, *probabilities) = (device.choice()?, Vec::new());
                 }
                 Ok(layer)
             }
@@ -201,9 +205,9 @@ impl Dense {
     /// The router's choice for the rows of the MoE layer at hand. Enforces no capacity.
     pub fn routes(&self, walk: &mut Walk) -> Result<Routes, ModelError> {
         #[cfg(feature = "cuda")]
-        if let At::Gpu { rows } = &walk.at {
-            let experts = rows.experts.iter().map(|&expert| Some(sida_routing::ExpertId(expert))).collect();
-            return Ok(Routes { top_k: 1, experts, weights: rows.alpha.clone() });
+        if let At::Gpu { choice, .. } = &walk.at {
+            let experts = choice.experts.iter().map(|&expert| Some(sida_routing::ExpertId(expert))).collect();
+            return Ok(Routes { top_k: 1, experts, weights: choice.alpha.clone() });
         }
         let (kind, num_experts): (RouterKind, usize) = (self.config().router, self.config().num_experts);
         Ok(router::routes(&kind, self.probabilities(walk)?, num_experts))
@@ -222,15 +226,47 @@ impl Dense {
                 Ok(probabilities.as_deref().expect("computed above"))
             }
             #[cfg(feature = "cuda")]
-            (Place::Gpu(device), At::Gpu { rows }) => {
-                if rows.probabilities.is_empty() {
-                    rows.probabilities = device.router_logits()?;
-                    crate::cpu::norm::softmax(&mut rows.probabilities, device.config().num_experts);
+            (Place::Gpu(device), At::Gpu { probabilities, .. }) => {
+                if probabilities.is_empty() {
+                    *probabilities = device.router_logits()?;
+                    crate::cpu::norm::softmax(probabilities, device.config().num_experts);
                 }
-                Ok(&rows.probabilities)
+                Ok(probabilities)
             }
             #[cfg(feature = "cuda")]
             _ => unreachable!("a walk is of the model that began it"),
+        }
+    }
+
+    /// Calls `work` with the rows (tokens, d_model) of the MoE layer at hand.
+    pub fn rows<T>(&mut self, walk: &Walk, work: impl FnOnce(&[f32]) -> T) -> Result<T, ModelError> {
+        match (&mut self.place, &walk.at) {
+            (Place::Cpu(_), At::Cpu { x, .. }) => {
+                Ok(rows(x.as_ref().expect("rows are asked for at an MoE layer"), work)?)
+            }
+            #[cfg(feature = "cuda")]
+            (Place::Gpu(device), At::Gpu { .. }) => Ok(work(&device.rows()?)),
+            #[cfg(feature = "cuda")]
+            _ => unreachable!("a walk is of the model that began it"),
+        }
+    }
+
+    /// Those rows where they are on a device, for experts on the same one; after these comes [`Dense::add_computed`].
+    /// `None`: they are in this machine's memory.
+    pub fn rows_on_device(&mut self) -> Option<RowsOnDevice<'_>> {
+        match &mut self.place {
+            Place::Cpu(_) => None,
+            #[cfg(feature = "cuda")]
+            Place::Gpu(device) => Some(RowsOnDevice { dense: device }),
+        }
+    }
+
+    /// h += what experts on the device made of the rows.
+    pub fn add_computed(&mut self) -> Result<(), ModelError> {
+        match &mut self.place {
+            Place::Cpu(_) => unreachable!("experts compute on a device where the rows are"),
+            #[cfg(feature = "cuda")]
+            Place::Gpu(device) => Ok(device.add_computed()?),
         }
     }
 
@@ -334,17 +370,6 @@ impl Dense {
             }
             #[cfg(feature = "cuda")]
             _ => unreachable!("states are of the model that made them"),
-        }
-    }
-}
-
-impl Walk {
-    /// Calls `work` with the rows (tokens, d_model) of the MoE layer at hand.
-    pub fn rows<T>(&self, work: impl FnOnce(&[f32]) -> T) -> Result<T, ModelError> {
-        match &self.at {
-            At::Cpu { x, .. } => Ok(rows(x.as_ref().expect("rows are asked for at an MoE layer"), work)?),
-            #[cfg(feature = "cuda")]
-            At::Gpu { rows } => Ok(work(&rows.x)),
         }
     }
 }

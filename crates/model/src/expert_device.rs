@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use sida_routing::ExpertKey;
+use sida_routing::{ExpertKey, Grouping};
 use thiserror::Error;
 
 use crate::{DeviceName, ExpertShape, ExpertStore, ModelError, Precision};
@@ -39,6 +39,44 @@ pub trait ExpertDevice: Send + Sync {
     fn finish_load(&self, slot: usize) -> Result<(), ModelError>;
     /// Computes rows with the experts in slots.
     fn compute(&self, groups: &mut [SlotRows<'_>]) -> Result<(), ModelError>;
+    /// Whether [`ExpertDevice::start_beside`] takes rows from there.
+    fn is_beside(&self, _rows: &RowsOnDevice<'_>) -> bool {
+        false
+    }
+    /// Tells the device how such rows are grouped: the token at each place, and the factor of its expert. The sum of what
+    /// follows begins with 0.
+    fn group_beside(&self, _rows: &mut RowsOnDevice<'_>, _grouping: &Grouping) -> Result<(), ModelError> {
+        Err(DeviceError::Refused("these rows are on another device".to_owned()).into())
+    }
+    /// Starts computing such rows. `done` is called, or dropped, when the device is through with the slots.
+    fn start_beside(
+        &self,
+        _rows: &RowsOnDevice<'_>,
+        _groups: &[SlotRun],
+        _done: Box<dyn FnOnce() + Send>,
+    ) -> Result<(), ModelError> {
+        Err(DeviceError::Refused("these rows are on another device".to_owned()).into())
+    }
+}
+
+/// A run of grouped rows for the expert in a slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SlotRun {
+    /// Which slot.
+    pub slot: usize,
+    /// The first of the rows, counted over all groups.
+    pub first: usize,
+    /// How many.
+    pub rows: usize,
+}
+
+/// The rows of an MoE layer where a walk left them on a device: see [`crate::Dense::rows_on_device`].
+pub struct RowsOnDevice<'w> {
+    #[cfg(feature = "cuda")]
+    pub(crate) dense: &'w mut crate::cuda::DeviceDense,
+    /// No build without devices makes one.
+    #[cfg(not(feature = "cuda"))]
+    _never: (std::convert::Infallible, std::marker::PhantomData<&'w ()>),
 }
 
 /// What is wrong with a device.

@@ -68,7 +68,7 @@ pub use dtype::StoredDType;
 pub use encoder::{Encoder, EncoderLayer};
 pub use error::ModelError;
 pub use expert::{ExpertScratch, ExpertShape};
-pub use expert_device::{DeviceError, ExpertDevice, ExpertDeviceOptions, SlotRows, Urgency};
+pub use expert_device::{DeviceError, ExpertDevice, ExpertDeviceOptions, RowsOnDevice, SlotRows, SlotRun, Urgency};
 pub use expert_store::ExpertStore;
 pub use feed_forward::{DenseFeedForward, FeedForward, MoeGate};
 pub use kv_cache::DecoderState;

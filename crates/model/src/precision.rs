@@ -37,6 +37,23 @@ impl Precision {
         self.stored().size()
     }
 
+    /// Writes values as they are kept: bf16 is rounded to nearest, even. Panics unless `to` has their bytes.
+    pub fn narrow(self, values: &[f32], to: &mut [u8]) {
+        assert_eq!(to.len(), values.len() * self.size());
+        match self {
+            Self::Bf16 => to.as_chunks_mut().0.iter_mut().zip(values).for_each(|(to, &value)| {
+                // As `half` does it, but without branches: a row of them takes a tenth of the time.
+                let bits = value.to_bits();
+                let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+                let nan = bits >> 16 | 0x40;
+                *to = (if value.is_nan() { nan } else { rounded } as u16).to_le_bytes();
+            }),
+            Self::F32 => {
+                to.as_chunks_mut().0.iter_mut().zip(values).for_each(|(to, value)| *to = value.to_le_bytes());
+            }
+        }
+    }
+
     /// The type that values have in memory.
     pub fn stored(self) -> StoredDType {
         match self {
@@ -78,5 +95,17 @@ mod tests {
             assert_eq!(precision.to_string().parse(), Ok(precision));
         }
         assert!("f16".parse::<Precision>().is_err());
+    }
+
+    /// Rows would be rounded otherwise than weights are.
+    #[test]
+    fn values_are_rounded_to_nearest_even() {
+        let mut values = vec![0.0, -0.0, 1.0, 1.00390625, 1.01171875, 3e38, f32::MAX, f32::INFINITY, f32::NAN, 1e-40];
+        values.extend((0..100_000_u32).map(|n| f32::from_bits(n.wrapping_mul(2_654_435_761))));
+        let mut found = vec![0; values.len() * 2];
+        Precision::Bf16.narrow(&values, &mut found);
+        for (&value, found) in values.iter().zip(found.as_chunks().0) {
+            assert_eq!(u16::from_le_bytes(*found), half::bf16::from_f32(value).to_bits(), "{value:e}");
+        }
     }
 }

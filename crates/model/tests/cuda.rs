@@ -386,27 +386,28 @@ fn walk(
     for block in 0..dense.config().sparse(stack).len() {
         dense.attend(block).unwrap();
         let Some(layer) = dense.feed_forward(block).unwrap() else { continue };
-        let rows = dense.moe_rows().unwrap();
+        let choice = dense.choice().unwrap();
+        let x = dense.rows().unwrap();
         let groups: Vec<(usize, Vec<usize>)> = (0..experts)
-            .map(|expert| (expert, (0..ids.len()).filter(|&r| usize::from(rows.experts[r]) == expert).collect()))
+            .map(|expert| (expert, (0..ids.len()).filter(|&r| usize::from(choice.experts[r]) == expert).collect()))
             .filter(|(_, of): &(usize, Vec<usize>)| !of.is_empty())
             .collect();
         let gathered: Vec<(usize, Vec<f32>)> = groups
             .iter()
             .map(|(expert, of)| {
-                let x = of.iter().flat_map(|&row| &rows.x[row * d_model..][..d_model]).copied().collect();
+                let x = of.iter().flat_map(|&row| &x[row * d_model..][..d_model]).copied().collect();
                 (usize::from(layer.0) * experts + expert, x)
             })
             .collect();
-        let mut out = vec![0.0; rows.x.len()];
+        let mut out = vec![0.0; x.len()];
         for ((_, of), results) in groups.iter().zip(on_slab(slab, &gathered)) {
             for (&row, y) in of.iter().zip(results.chunks(d_model)) {
                 let to = &mut out[row * d_model..][..d_model];
-                to.iter_mut().zip(y).for_each(|(to, y)| *to += rows.alpha[row] * y);
+                to.iter_mut().zip(y).for_each(|(to, y)| *to += choice.alpha[row] * y);
             }
         }
         dense.add(&out).unwrap();
-        chosen.push(rows.experts);
+        chosen.push(choice.experts);
     }
     dense.finish(spans, sequences).unwrap();
     chosen

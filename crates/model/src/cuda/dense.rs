@@ -2,23 +2,24 @@
 //! host, and what experts elsewhere made of them goes back. The counterpart of [`crate::Backbone`] for a coordinator
 //! whose experts are on other nodes; [`super::DeviceModel`] is the same with experts of its own, in one go.
 //!
-//! A walk is `begin`, then `attend` and `feed_forward` of each block, with `moe_rows` and `add` in between where a
+//! A walk is `begin`, then `attend` and `feed_forward` of each block, with `choice`, `rows` and `add` in between where a
 //! block is sparse, then `finish`. The hidden states stay on the device, one walk at a time.
 
 use cudarc::driver::PinnedHostSlice;
-use sida_routing::LayerId;
+use sida_routing::{Grouping, LayerId};
 
 use super::{
     arguments::Sequence,
     device::{DeviceMemory, Gpu},
     error::{CudaError, failed},
+    grouped::{Grouped, Tiles},
     kernels::Kernels,
     pass::{BatchShape, Machine, Pass},
     scratch::{LOGIT_ROWS_MAX, Packet, Scratch},
     sequence::DeviceSequence,
     weights::{self, Block, DeviceBackbone, FeedForward, StackWeights},
 };
-use crate::{Checkpoint, ModelConfig, ModelError, Precision, Spans, Stack};
+use crate::{Checkpoint, ModelConfig, ModelError, Precision, SlotRun, Spans, Stack, StoredDType};
 
 /// See the file's head.
 #[derive(Debug)]
@@ -37,8 +38,10 @@ pub struct DeviceDense {
 #[derive(Debug)]
 struct Exchange {
     host: PinnedHostSlice<u8>,
-    /// (rows, d_model), float32
+    /// (rows, d_model), float32: what experts made of the rows.
     added: DeviceMemory,
+    /// How many tiles of both ways there are, and those, where experts are on this device.
+    tiles: DeviceMemory,
 }
 
 /// A pass that is walked.
@@ -49,17 +52,13 @@ struct Walk {
     packet: Packet,
 }
 
-/// An MoE layer's rows.
+/// What the router chose for the rows of an MoE layer.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct MoeRows {
-    /// (rows, d_model): what experts see.
-    pub x: Vec<f32>,
-    /// The router's choice for each row, and its probability.
+pub struct Choice {
+    /// The expert of each row.
     pub experts: Vec<u16>,
-    /// See `experts`.
+    /// Its probability.
     pub alpha: Vec<f32>,
-    /// (rows, experts): all that the router said, empty until somebody asks.
-    pub probabilities: Vec<f32>,
 }
 
 impl DeviceDense {
@@ -118,7 +117,7 @@ impl DeviceDense {
     }
 
     /// What follows in a block that is dense: h += feed_forward(norm(h)). A sparse one's router chooses; then come
-    /// [`DeviceDense::moe_rows`] and [`DeviceDense::add`].
+    /// [`DeviceDense::choice`], and [`DeviceDense::add`] or [`DeviceDense::add_computed`].
     pub fn feed_forward(&self, block: usize) -> Result<Option<LayerId>, CudaError> {
         self.gpu.enter()?;
         let walk = self.walk();
@@ -129,33 +128,90 @@ impl DeviceDense {
         }
     }
 
-    /// The rows of the MoE layer that the walk is at, and the router's choice. Waits for the device.
-    pub fn moe_rows(&mut self) -> Result<MoeRows, CudaError> {
+    /// The router's choice at the MoE layer that the walk is at. Waits for the device.
+    pub fn choice(&mut self) -> Result<Choice, CudaError> {
         self.gpu.enter()?;
         let rows = self.walk().shape.rows;
-        let value = self.precision.size();
-        let (x, chosen, alpha) = (rows * self.config.d_model * value, rows * 2, rows * 4);
-        let places = [
-            (self.scratch.x.address(), x),
-            (self.scratch.alpha.address(), alpha),
-            (self.scratch.chosen(0, rows), chosen),
-        ];
+        let (alpha, chosen) = (rows * 4, rows * 2);
+        let places = [(self.scratch.alpha.address(), 0..alpha), (self.scratch.chosen(0, rows), alpha..alpha + chosen)];
         let exchange = self.exchange.as_mut().expect("made when the walk began");
         let host = exchange.host.as_mut_slice().map_err(failed("cuEventSynchronize"))?;
-        let mut at = 0;
-        for (from, bytes) in places {
+        for (from, place) in places {
             // SAFETY: the buffer is this object's, and is touched again after `finish` below only.
-            unsafe { self.gpu.start_reading(from, &mut host[at..at + bytes]) }?;
-            at += bytes;
+            unsafe { self.gpu.start_reading(from, &mut host[place]) }?;
         }
         self.gpu.finish()?;
-        let dtype = self.precision.stored();
-        let mut found = MoeRows { x: Vec::with_capacity(rows * self.config.d_model), ..MoeRows::default() };
-        dtype.widen_into(&host[..x], &mut found.x);
-        found.alpha = crate::StoredDType::F32.widen(&host[x..x + alpha]);
-        found.experts =
-            host[x + alpha..x + alpha + chosen].as_chunks().0.iter().map(|&e| u16::from_le_bytes(e)).collect();
-        Ok(found)
+        let experts = host[alpha..alpha + chosen].as_chunks().0.iter().map(|&e| u16::from_le_bytes(e)).collect();
+        Ok(Choice { experts, alpha: StoredDType::F32.widen(&host[..alpha]) })
+    }
+
+    /// The rows of that layer, x (rows, d_model): for experts that are elsewhere.
+    pub fn rows(&mut self) -> Result<Vec<f32>, CudaError> {
+        self.gpu.enter()?;
+        let bytes = self.walk().shape.rows * self.config.d_model * self.precision.size();
+        let exchange = self.exchange.as_mut().expect("made when the walk began");
+        let host = exchange.host.as_mut_slice().map_err(failed("cuEventSynchronize"))?;
+        // SAFETY: as in `choice`.
+        unsafe { self.gpu.start_reading(self.scratch.x.address(), &mut host[..bytes]) }?;
+        self.gpu.finish()?;
+        Ok(self.precision.stored().widen(&host[..bytes]))
+    }
+
+    /// Tells the device which token is at each place of the grouped rows, and the factor of each token's expert. What
+    /// experts on the device make of them is summed from 0; then comes [`DeviceDense::add_computed`].
+    pub(super) fn group(&mut self, grouping: &Grouping) -> Result<(), CudaError> {
+        let rows = self.walk().shape.rows;
+        let mut alpha = vec![0.0; rows];
+        for (&token, &weight) in grouping.tokens.iter().zip(&grouping.weights) {
+            alpha[token as usize] = weight;
+        }
+        self.gpu.enter()?;
+        self.gpu.write(self.scratch.order.address(), weights::plain_bytes(&grouping.tokens))?;
+        self.gpu.write(self.scratch.alpha.address(), weights::plain_bytes(&alpha))?;
+        let added = &self.exchange.as_ref().expect("made when the walk began").added;
+        self.gpu.clear(added.address(), rows * self.config.d_model * 4)
+    }
+
+    /// h += what experts on the device made of the rows.
+    pub fn add_computed(&mut self) -> Result<(), CudaError> {
+        self.gpu.enter()?;
+        self.pass(self.walk()).add(self.exchange.as_ref().expect("made when the walk began").added.address())
+    }
+
+    /// Starts the experts in slots of `slab` on their rows.
+    pub(super) fn start_experts(
+        &self,
+        kernels: &Kernels,
+        (matrices, slot_values): ([u64; 2], usize),
+        runs: &[SlotRun],
+    ) -> Result<(), CudaError> {
+        self.gpu.enter()?;
+        let walk = self.walk();
+        let exchange = self.exchange.as_ref().expect("made when the walk began");
+        let tiles = Tiles::of(kernels, runs);
+        let packet = tiles.packet();
+        self.gpu.write(exchange.tiles.address(), &packet)?;
+        let (counts, few, many) = tiles.addresses(exchange.tiles.address());
+        let grouped = Grouped {
+            gpu: &self.gpu,
+            kernels,
+            rows: walk.shape.rows,
+            d_model: self.config.d_model,
+            d_ff: self.config.d_ff,
+            x: self.scratch.x.address(),
+            hidden: self.scratch.hidden.address(),
+            out: exchange.added.address(),
+            order: self.scratch.order.address(),
+            alpha: self.scratch.alpha.address(),
+            matrices,
+            slot_values,
+            few,
+            many,
+            counts,
+            layers: 0,
+            guard: 0,
+        };
+        grouped.start(tiles.few.len(), tiles.many.len())
     }
 
     /// What the router of that layer said before the softmax: (rows, experts).
@@ -163,7 +219,7 @@ impl DeviceDense {
         self.gpu.enter()?;
         let mut bytes = vec![0; self.walk().shape.rows * self.config.num_experts * 4];
         self.gpu.read(self.scratch.router_logits.address(), &mut bytes)?;
-        Ok(crate::StoredDType::F32.widen(&bytes))
+        Ok(StoredDType::F32.widen(&bytes))
     }
 
     /// h += out (rows, d_model).
@@ -180,7 +236,7 @@ impl DeviceDense {
         // Nothing is on its way: the rows were waited for.
         let host = exchange.host.as_mut_slice().map_err(failed("cuEventSynchronize"))?;
         host[..bytes.len()].copy_from_slice(bytes);
-        // SAFETY: `host` is written again only after the device was waited for, by `moe_rows`; the stream orders `added`.
+        // SAFETY: `host` is written again only after the device was waited for, by `choice`; the stream orders `added`.
         unsafe { self.gpu.upload(&self.gpu.compute, &host[..bytes.len()], exchange.added.address()) }?;
         self.pass(walk).add(self.exchange.as_ref().expect("as above").added.address())
     }
@@ -238,7 +294,7 @@ impl DeviceDense {
         self.gpu.enter()?;
         let mut bytes = vec![0; rows * self.config.vocab_size * 4];
         self.gpu.read(self.scratch.logits.address(), &mut bytes)?;
-        Ok(crate::StoredDType::F32.widen(&bytes))
+        Ok(StoredDType::F32.widen(&bytes))
     }
 
     /// Sequences of prompts: nothing but their rows.
@@ -282,7 +338,8 @@ impl DeviceDense {
             let (rows, d_model) = (self.scratch.rows_max, self.config.d_model);
             let host = self.gpu.pinned(rows * (d_model * 4 + 4 + 2))?;
             let added = self.gpu.allocate("activations", rows * d_model * 4)?;
-            self.exchange = Some(Exchange { host, added });
+            let tiles = self.gpu.allocate("activations", Tiles::bytes_max(rows))?;
+            self.exchange = Some(Exchange { host, added, tiles });
         }
         Ok(())
     }

@@ -3,11 +3,13 @@
 //! `slab` that computes for others.
 
 use super::{
-    arguments::Product,
+    arguments::{Product, Tile},
     device::Gpu,
     error::CudaError,
     kernels::{Kernels, ProductKernels},
+    weights::plain_bytes,
 };
+use crate::SlotRun;
 
 /// Groups of at most so many rows are one tile that reads its expert once.
 pub(super) const FEW_GROUP_ROWS_MAX: usize = 32;
@@ -81,5 +83,49 @@ impl Grouped<'_> {
             ..wi
         };
         self.gpu.launch(&kernels.scatter, (self.d_model / kernels.tile.0, tiles, 1), kernels.threads, &wo)
+    }
+}
+
+/// Rows in slots as tiles of both ways, where the host knows who is where.
+pub(super) struct Tiles {
+    pub(super) few: Vec<Tile>,
+    pub(super) many: Vec<Tile>,
+}
+
+/// Bytes of the numbers of tiles, which come first.
+const COUNTS_BYTES: usize = 16;
+
+impl Tiles {
+    /// Cuts runs of rows.
+    pub(super) fn of(kernels: &Kernels, runs: &[SlotRun]) -> Self {
+        let mut tiles = Self { few: Vec::new(), many: Vec::new() };
+        for run in runs {
+            let (list, tile) = match &kernels.many {
+                Some(many) if run.rows > FEW_GROUP_ROWS_MAX => (&mut tiles.many, many.tile.1),
+                _ => (&mut tiles.few, kernels.few.tile.1),
+            };
+            for at in (0..run.rows).step_by(tile) {
+                let (slot, rows) = (run.slot as i32, tile.min(run.rows - at) as i32);
+                list.push(Tile { slot, first: (run.first + at) as i32, rows, unused: 0 });
+            }
+        }
+        tiles
+    }
+
+    /// What the device is sent: how many there are, then the tiles.
+    pub(super) fn packet(&self) -> Vec<u8> {
+        let counts = [self.few.len() as i32, self.many.len() as i32, 0, 0];
+        [plain_bytes(&counts), plain_bytes(&self.few), plain_bytes(&self.many)].concat()
+    }
+
+    /// Where the numbers and both lists are in a packet at `base`.
+    pub(super) fn addresses(&self, base: u64) -> (u64, u64, u64) {
+        let few = base + COUNTS_BYTES as u64;
+        (base, few, few + size_of_val(&self.few[..]) as u64)
+    }
+
+    /// Of a packet for `rows` rows: at worst each is a run of its own.
+    pub(super) fn bytes_max(rows: usize) -> usize {
+        COUNTS_BYTES + (rows + 1) * size_of::<Tile>()
     }
 }

@@ -5,20 +5,20 @@
 //! Invariant: uploads may come from any thread at any time; a computation has the compute stream and the buffers of
 //! [`Work`] for itself.
 
-use cudarc::driver::{CudaEvent, PinnedHostSlice, result};
+use cudarc::driver::{CudaEvent, PinnedHostSlice};
 use parking_lot::Mutex;
-use sida_routing::ExpertKey;
+use sida_routing::{ExpertKey, Grouping};
 
 use super::{
-    arguments::Tile,
+    dense::DeviceDense,
     device::{DeviceMemory, Gpu},
     error::{CudaError, failed},
-    grouped::{FEW_GROUP_ROWS_MAX, Grouped},
+    grouped::{Grouped, Tiles},
     host_tier::HostTier,
     kernels::Kernels,
     weights::{self, plain_bytes},
 };
-use crate::{ExpertDevice, ExpertShape, ExpertStore, ModelError, Precision, SlotRows, StoredDType, Urgency};
+use crate::{ExpertDevice, ExpertShape, ExpertStore, ModelError, Precision, RowsOnDevice, SlotRows, SlotRun, Urgency};
 
 /// Rows computed at once; more take turns.
 const ROWS_MAX: usize = 4096;
@@ -74,7 +74,7 @@ impl DeviceSlab {
         let shape = ExpertShape { dtype: precision.stored(), ..*store.shape() };
         let memory = gpu.allocate("experts", slots * shape.bytes())?;
         let uploads = (0..slots).map(|_| gpu.event()).collect::<Result<_, _>>()?;
-        let work = Work::new(&gpu, &shape, &kernels)?;
+        let work = Work::new(&gpu, &shape)?;
         let host = HostTier::open(&gpu, store, precision, host_bytes)?;
         gpu.finish()?;
         let slices = Mutex::new([gpu.event()?, gpu.event()?]);
@@ -130,73 +130,71 @@ impl DeviceSlab {
     /// As many groups as fit, from `groups` on; what is left of a group that is cut is computed next.
     fn compute_some(&self, groups: &mut [Part<'_, '_>]) -> Result<(), CudaError> {
         let d_model = self.shape.d_model;
-        let (mut few, mut many, mut first) = (Vec::new(), Vec::new(), 0);
+        let (mut runs, mut rows) = (Vec::with_capacity(groups.len()), 0);
         for part in groups.iter() {
-            let rows = part.rows.len();
-            let (tiles, tile) = match &self.kernels.many {
-                Some(kernels) if rows > FEW_GROUP_ROWS_MAX => (&mut many, kernels.tile.1),
-                _ => (&mut few, self.kernels.few.tile.1),
-            };
-            for at in (0..rows).step_by(tile) {
-                let (slot, rows) = (part.group.slot as i32, tile.min(rows - at) as i32);
-                tiles.push(Tile { slot, first: (first + at) as i32, rows, unused: 0 });
-            }
-            first += rows;
+            runs.push(SlotRun { slot: part.group.slot, first: rows, rows: part.rows.len() });
+            rows += part.rows.len();
         }
-        let rows = first;
+        let tiles = Tiles::of(&self.kernels, &runs);
         let work = &mut *self.work.lock();
         self.gpu.enter()?;
         let staging = work.staging.as_mut_slice().map_err(failed("cuEventSynchronize"))?;
-        let mut packet = Vec::with_capacity(16 + (few.len() + many.len()) * size_of::<Tile>());
-        packet.extend_from_slice(plain_bytes(&[few.len() as i32, many.len() as i32, 0, 0]));
-        packet.extend_from_slice(plain_bytes(&few));
-        packet.extend_from_slice(plain_bytes(&many));
-        let x_at = packet.len();
+        let packet = tiles.packet();
+        staging[..packet.len()].copy_from_slice(&packet);
+        let mut at = packet.len();
         for part in groups.iter() {
             let x = &part.group.x[part.rows.start * d_model..part.rows.end * d_model];
-            weights::convert(StoredDType::F32, plain_bytes(x), self.precision, &mut packet);
+            let bytes = x.len() * self.precision.size();
+            self.precision.narrow(x, &mut staging[at..at + bytes]);
+            at += bytes;
         }
-        staging[..packet.len()].copy_from_slice(&packet);
         let base = work.packet.address();
         // SAFETY: the staging memory is written again only after `finish` below, or after the next one if that fails; the
         // stream orders the rest.
-        unsafe { self.gpu.upload(&self.gpu.compute, &staging[..packet.len()], base) }?;
+        unsafe { self.gpu.upload(&self.gpu.compute, &staging[..at], base) }?;
         let values = rows * d_model;
-        // SAFETY: `out` holds ROWS_MAX rows.
-        unsafe { result::memset_d8_async(work.out.address(), 0, values * 4, self.gpu.compute.cu_stream()) }
-            .map_err(failed("cuMemsetD8Async"))?;
-        let matrix = (self.shape.matrix_bytes()) as u64;
+        self.gpu.clear(work.out.address(), values * 4)?;
+        let (counts, few, many) = tiles.addresses(base);
         let grouped = Grouped {
             gpu: &self.gpu,
             kernels: &self.kernels,
             rows,
             d_model,
             d_ff: self.shape.d_ff,
-            x: base + x_at as u64,
+            x: base + packet.len() as u64,
             hidden: work.hidden.address(),
             out: work.out.address(),
             order: work.order.address(),
             alpha: work.alpha.address(),
-            matrices: [self.slots.address(), self.slots.address() + matrix],
-            slot_values: self.shape.bytes() / self.precision.size(),
-            few: base + 16,
-            many: base + 16 + (few.len() * size_of::<Tile>()) as u64,
-            counts: base,
+            matrices: self.matrices(),
+            slot_values: self.slot_values(),
+            few,
+            many,
+            counts,
             layers: 0,
             guard: 0,
         };
-        grouped.start(few.len(), many.len())?;
+        grouped.start(tiles.few.len(), tiles.many.len())?;
         // SAFETY: the staging memory is read after `finish` only, and the stream has done with what lay there.
         unsafe { self.gpu.start_reading(work.out.address(), &mut staging[..values * 4]) }?;
         self.gpu.finish()?;
-        let mut from = staging.chunks_exact(d_model * 4);
+        let mut from = staging[..values * 4].as_chunks().0;
         for part in groups {
-            for row in part.group.out[part.rows.start * d_model..part.rows.end * d_model].chunks_exact_mut(d_model) {
-                let bytes = from.next().expect("as many rows as were sent").as_chunks().0;
-                row.iter_mut().zip(bytes).for_each(|(value, &bytes)| *value = f32::from_le_bytes(bytes));
-            }
+            let out = &mut part.group.out[part.rows.start * d_model..part.rows.end * d_model];
+            let (own, rest) = from.split_at(out.len());
+            out.iter_mut().zip(own).for_each(|(value, &bytes)| *value = f32::from_le_bytes(bytes));
+            from = rest;
         }
         Ok(())
+    }
+
+    /// Where wi and wo of slot 0 are.
+    fn matrices(&self) -> [u64; 2] {
+        [self.slots.address(), self.slots.address() + self.shape.matrix_bytes() as u64]
+    }
+
+    fn slot_values(&self) -> usize {
+        self.shape.bytes() / self.precision.size()
     }
 }
 
@@ -241,6 +239,32 @@ impl ExpertDevice for DeviceSlab {
         }
         Ok(self.compute_some(&mut parts)?)
     }
+
+    fn is_beside(&self, rows: &RowsOnDevice<'_>) -> bool {
+        let DeviceDense { gpu, precision, config, .. } = &*rows.dense;
+        let shape = (config.d_model, config.d_ff, *precision);
+        gpu.is_same(&self.gpu) && shape == (self.shape.d_model, self.shape.d_ff, self.precision)
+    }
+
+    fn group_beside(&self, rows: &mut RowsOnDevice<'_>, grouping: &Grouping) -> Result<(), ModelError> {
+        Ok(rows.dense.group(grouping)?)
+    }
+
+    fn start_beside(
+        &self,
+        rows: &RowsOnDevice<'_>,
+        groups: &[SlotRun],
+        done: Box<dyn FnOnce() + Send>,
+    ) -> Result<(), ModelError> {
+        let dense = &*rows.dense;
+        let started = dense.start_experts(&self.kernels, (self.matrices(), self.slot_values()), groups);
+        let started = started.and_then(|()| dense.gpu.call_back(done));
+        if started.is_err() {
+            // What was started may still read the slots, which whoever holds them gives up when it learns of this.
+            dense.gpu.finish()?;
+        }
+        Ok(started?)
+    }
 }
 
 impl Drop for DeviceSlab {
@@ -253,12 +277,9 @@ impl Drop for DeviceSlab {
 }
 
 impl Work {
-    fn new(gpu: &Gpu, shape: &ExpertShape, kernels: &Kernels) -> Result<Self, CudaError> {
+    fn new(gpu: &Gpu, shape: &ExpertShape) -> Result<Self, CudaError> {
         let take = |bytes| gpu.allocate("activations", bytes);
-        // At worst every row is a group of its own.
-        let few_tile = kernels.few.tile.1.min(FEW_GROUP_ROWS_MAX);
-        let tiles = 16 + (ROWS_MAX + ROWS_MAX / few_tile + 1) * size_of::<Tile>();
-        let packet = tiles + ROWS_MAX * shape.d_model * shape.dtype.size();
+        let packet = Tiles::bytes_max(ROWS_MAX) + ROWS_MAX * shape.d_model * shape.dtype.size();
         let order: Vec<u32> = (0..ROWS_MAX as u32).collect();
         let alpha = vec![1.0_f32; ROWS_MAX];
         Ok(Self {

@@ -59,7 +59,7 @@ pub(crate) async fn start(
     shape: &EmbeddedArguments,
 ) -> anyhow::Result<ProcessCluster> {
     let checkpoint = Checkpoint::open(&model.dir()?)?;
-    let shares = embedded::shares(&checkpoint, shape.expert_nodes)?;
+    let shares = embedded::shares(&checkpoint, shape.nodes())?;
     let dir = tempfile::tempdir()?;
     let file = dir.path().join("cluster.toml");
     // The nodes listen on ports of their own choice; they call nobody, so what the file says of them is their
