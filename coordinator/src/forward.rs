@@ -12,11 +12,12 @@ use sida_model::{
     tensor_rows,
 };
 use sida_routing::{Grouping, Routes};
-use sida_telemetry::{Span, TraceContext, counter, histogram, names, spans};
+use sida_telemetry::{Span, TraceContext, counter, names, spans};
 
 use crate::{
     callers::Callers,
     dispatch::{Dispatch, LayerRows},
+    measures::Phases,
     request::Request,
     routing_mode::{self, Part},
     statistics::Statistics,
@@ -73,9 +74,6 @@ impl Forward {
         let rows = |layer: usize, expert: usize| counter!(names::ROUTED_ROWS_TOTAL, names::LAYER => layer.to_string(), names::EXPERT => expert.to_string());
         let exported = if layers * experts <= ROUTED_SERIES_MAX { layers } else { 0 };
         let routed = (0..exported).map(|layer| (0..experts).map(|expert| rows(layer, expert)).collect()).collect();
-        for phase in ["predict", "load", "backbone", "experts", "output"] {
-            drop(histogram!(names::PHASE_DURATION_SECONDS, names::PHASE => phase));
-        }
         Self { backbone, dispatch, enforce_capacity, statistics, predictions, routed }
     }
 
@@ -255,9 +253,9 @@ impl Costs {
     }
 
     /// Adds a step's costs to the metrics.
-    pub(crate) fn record(&self) {
-        for (phase, took) in [("backbone", self.backbone), ("experts", self.experts), ("load", self.load)] {
-            histogram!(names::PHASE_DURATION_SECONDS, names::PHASE => phase).record(took);
-        }
+    pub(crate) fn record(&self, phases: &Phases) {
+        phases.backbone.record(self.backbone);
+        phases.experts.record(self.experts);
+        phases.load.record(self.load);
     }
 }
