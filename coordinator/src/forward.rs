@@ -218,7 +218,9 @@ impl Forward {
             sum.misses += part.hash.misses - before.misses;
         }
         let counters = &self.predictions[usize::from(gate.id().0)];
-        for (counter, count) in counters.iter().zip([sum.top1_hits, sum.hits - sum.top1_hits, sum.misses]) {
+        let counts = [sum.top1_hits, sum.hits - sum.top1_hits, sum.misses];
+        // A single token's layer has one of them, and to add nothing to the others would cost as much.
+        for (counter, count) in counters.iter().zip(counts).filter(|&(_, count)| count > 0) {
             counter.increment(count);
         }
         self.statistics.hash_hits.fetch_add(sum.hits, Ordering::Relaxed);
