@@ -51,11 +51,12 @@ impl CallFailure {
         matches!(self, Self::Refused { reason: Reason::ExpertLoadFailed | Reason::Internal, .. } | Self::Panicked)
     }
 
-    /// Whether the node is to be left alone for a while. A node that refuses answers, and may answer the next call.
+    /// Whether the node is to be left alone for a while. A node that refuses answers, and may answer the next call, unless
+    /// it ends or its device fails.
     pub(crate) fn is_of_the_node(&self) -> bool {
         match self {
             Self::Disconnected { .. } | Self::Silent { .. } | Self::Late { .. } | Self::Malformed { .. } => true,
-            Self::Refused { reason, .. } => *reason == Reason::ShuttingDown,
+            Self::Refused { reason, .. } => matches!(reason, Reason::ShuttingDown | Reason::DeviceFailed),
             Self::Congested { .. } | Self::Stale { .. } | Self::Panicked | Self::Unwanted => false,
         }
     }

@@ -2,7 +2,7 @@
 
 use std::{fmt, sync::Arc, time::Duration};
 
-use sida_model::{Checkpoint, predictor::HashPredictor};
+use sida_model::{Checkpoint, DeviceName, Precision, predictor::HashPredictor};
 use sida_routing::{NodeId, admission::Limits};
 use sida_rpc::{ClientConfig, ServerConfig};
 
@@ -13,6 +13,10 @@ pub struct CoordinatorConfig {
     pub node: NodeId,
     /// The model, opened.
     pub checkpoint: Arc<Checkpoint>,
+    /// What computes the dense layers.
+    pub device: DeviceName,
+    /// What a GPU computes in; `None`: as the model is stored.
+    pub precision: Option<Precision>,
     /// Where hash tables come from.
     pub predictor: PredictorSource,
     /// Bounds of a batch and of the queue.
@@ -91,6 +95,8 @@ impl CoordinatorConfig {
         Self {
             node,
             checkpoint,
+            device: DeviceName::Cpu,
+            precision: None,
             predictor,
             limits: Limits { tokens_max: 8192, sequences_max: 256, queue_max: 1024 },
             request_limits: RequestLimits::default(),

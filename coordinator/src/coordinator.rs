@@ -14,7 +14,7 @@ use std::{
 use futures::Stream;
 use parking_lot::Mutex;
 use sida_cluster::Cluster;
-use sida_model::{Backbone, Checkpoint, ModelConfig, ModelError, Stack, StackKind, Tokenizer};
+use sida_model::{Checkpoint, Dense, DenseOptions, ModelConfig, ModelError, Stack, StackKind, Tokenizer};
 use sida_proto::wire::Bounds;
 use sida_routing::{Digest, NodeId};
 use sida_rpc::ServerError;
@@ -118,8 +118,8 @@ impl Coordinator {
         check(&config, &cluster)?;
         let measures = Arc::new(Measures::new());
         let runtime = Handle::current();
-        let (backbone, tokenizer) = load(&config).await?;
-        let model = backbone.config().clone();
+        let (dense, tokenizer) = load(&config).await?;
+        let model = dense.config().clone();
         let lanes = LaneConfig {
             inflight_bytes_max: config.lane_inflight_bytes_max,
             d_model: model.d_model,
@@ -148,7 +148,7 @@ impl Coordinator {
             limits: config.limits,
             prepared: prepared.clone(),
             forward: Forward::new(
-                backbone,
+                dense,
                 dispatch(config.expert_call_timeout),
                 config.enforce_capacity,
                 statistics.clone(),
@@ -209,14 +209,22 @@ impl Coordinator {
         Ok(TokenStream { tokens: Some(answer) })
     }
 
-    /// Whether its threads run, and the one that computes has not been in one step for longer than any takes.
+    /// Whether its threads run, its device is not lost, and the thread that computes has not been in one step for longer than
+    /// any takes.
     pub fn is_alive(&self) -> bool {
         let run = self.inner.threads.lock().iter().all(|thread| !thread.is_finished());
-        run && self.inner.statistics.stuck_for() < STUCK_LIMIT
+        run && !self.is_device_lost() && self.inner.statistics.stuck_for() < STUCK_LIMIT
+    }
+
+    fn is_device_lost(&self) -> bool {
+        self.inner.statistics.is_device_lost.load(Ordering::Relaxed)
     }
 
     /// Whether an expert call succeeds: what health stands on.
     pub async fn probe(&self) -> Result<(), String> {
+        if self.is_device_lost() {
+            return Err("the device is lost".to_owned());
+        }
         let probe = self.inner.probe.clone();
         let outcome = tokio::task::spawn_blocking(move || probe.run()).await;
         outcome.unwrap_or_else(|error| Err(format!("the probe ended: {error}")))
@@ -351,17 +359,19 @@ fn check(config: &CoordinatorConfig, cluster: &Cluster) -> Result<(), Coordinato
 }
 
 /// Loads what the coordinator computes with, off the runtime's own threads.
-async fn load(config: &CoordinatorConfig) -> Result<(Arc<Backbone>, Arc<Tokenizer>), CoordinatorError> {
+async fn load(config: &CoordinatorConfig) -> Result<(Dense, Arc<Tokenizer>), CoordinatorError> {
     let (checkpoint, on_load) = (config.checkpoint.clone(), config.on_load.clone());
+    let options =
+        DenseOptions { device: config.device, precision: config.precision, rows_max: config.limits.tokens_max };
     let loading = tokio::task::spawn_blocking(move || {
         let mut progress = |done, total| {
             if let Some(on_load) = &on_load {
                 on_load(done, total);
             }
         };
-        let backbone = Backbone::load(&checkpoint, &mut progress)?;
+        let dense = Dense::load(&checkpoint, options, &mut progress)?;
         let tokenizer = Tokenizer::open(checkpoint.dir(), checkpoint.config())?;
-        Ok::<_, ModelError>((Arc::new(backbone), Arc::new(tokenizer)))
+        Ok::<_, ModelError>((dense, Arc::new(tokenizer)))
     });
     Ok(loading.await.map_err(|error| CoordinatorError::LoadPanicked(error.to_string()))??)
 }

@@ -18,6 +18,7 @@ use std::{
 
 use crossbeam_channel::{Receiver, Sender};
 use sida_cluster::experts::{CallError, CallReport, ExpertCall, LocalExperts};
+use sida_model::Dense;
 use sida_proto::wire::rows::copy_from_payload;
 use sida_routing::{Grouping, LayerId};
 use sida_rpc::Reason;
@@ -133,6 +134,32 @@ impl Dispatch {
         self.is_given_up = waiting.is_given_up();
         rows.grouping.combine(0, &self.results, self.d_model, out);
         dispatched
+    }
+
+    /// The layer on the one node there is, if that is in this process and has its experts on the device where the rows are:
+    /// nothing travels, and [`Dense::add_computed`] adds the results. `None`: by [`Dispatch::moe`], also if it failed here.
+    pub(crate) fn beside(&mut self, layer: LayerId, grouping: &Grouping, dense: &mut Dense) -> Option<Dispatched> {
+        let roster = self.nodes.roster();
+        let [link] = &roster.links[..] else { return None };
+        let Reach::Local(experts) = &link.reach else { return None };
+        let mut rows = dense.rows_on_device()?;
+        let start = Instant::now();
+        match catch_unwind(AssertUnwindSafe(|| experts.compute_beside(layer, grouping, &mut rows))) {
+            Ok(None) => None,
+            Ok(Some(Ok(report))) => {
+                link.durations.record(start.elapsed());
+                let demand_loads = u64::from(report.demand_loads);
+                Some(Dispatched { load: report.load, demand_loads, ..Dispatched::default() })
+            }
+            Ok(Some(Err(error))) => {
+                tracing::warn!(node = %link.node, %layer, %error, "experts beside the backbone failed");
+                None
+            }
+            Err(_) => {
+                tracing::error!(node = %link.node, %layer, "experts beside the backbone panicked");
+                None
+            }
+        }
     }
 
     /// Makes the calls, remote ones first; returns the pieces of those that failed.
@@ -400,6 +427,7 @@ fn reason(error: &CallError) -> Reason {
     match error {
         CallError::Malformed(_) => Reason::MalformedMessage,
         CallError::Load { .. } => Reason::ExpertLoadFailed,
+        CallError::Device { .. } => Reason::DeviceFailed,
         CallError::ShuttingDown => Reason::ShuttingDown,
     }
 }

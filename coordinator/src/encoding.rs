@@ -1,7 +1,5 @@
 //! Answers to requests for encoder states: the request's rows of a batch, pooled if that was asked. Called by the engine.
 
-use sida_model::{ModelError, Tensor, tensor_rows};
-
 use crate::{
     engine::guarded,
     output::Encoding,
@@ -9,23 +7,14 @@ use crate::{
     trace::Trace,
 };
 
-/// Answers a request for encoder states with rows `rows` of `states`.
-pub(crate) fn answer(
-    request: Request,
-    mut trace: Trace,
-    pooling: Pooling,
-    states: &Tensor,
-    rows: std::ops::Range<usize>,
-) {
+/// Answers a request for encoder states with its rows (tokens, d_model) of `states`.
+pub(crate) fn answer(request: Request, mut trace: Trace, pooling: Pooling, states: &[f32], d_model: usize) {
     trace.timings.total = request.accepted.elapsed();
     let prompt_tokens = request.tokens.len();
     let encoding = guarded(|| {
-        let d_model = states.dim(1).map_err(ModelError::from)?;
-        let own = |all: &[f32]| all[rows.start * d_model..rows.end * d_model].to_vec();
-        let own = tensor_rows::rows(states, own).map_err(ModelError::from)?;
         let states = match pooling {
-            Pooling::None => own,
-            Pooling::Mean => mean(&own, d_model),
+            Pooling::None => states.to_vec(),
+            Pooling::Mean => mean(states, d_model),
         };
         Ok(Encoding { rows: states.len() / d_model, states, d_model, prompt_tokens, trace })
     });

@@ -12,7 +12,7 @@ use std::{
     time::Instant,
 };
 
-use sida_model::{ModelError, Spans, Tensor, Tokenizer, tensor_rows};
+use sida_model::{SequenceState, Spans, States, Tokenizer};
 use sida_routing::{
     HashTable,
     admission::{Cost, Limits},
@@ -31,7 +31,6 @@ use crate::{
     queue::{Queue, Wait},
     request::{Request, RequestError, Work},
     routing_mode::Part,
-    score,
     sequence::{self, Branch, Decoding, Next, Sequence},
     statistics::Statistics,
     trace::{ExpertSets, Trace},
@@ -133,55 +132,70 @@ impl Engine {
             Ok(states) => states,
             Err(error) => return requests.into_iter().for_each(|(request, _)| request.fail(error.clone())),
         };
-        for (index, ((request, mut trace), part)) in requests.into_iter().zip(parts).enumerate() {
+        let mut encoded = Vec::with_capacity(requests.len());
+        for ((request, mut trace), part) in requests.into_iter().zip(parts) {
             sequence::absorb(&mut trace, &part);
             sequence::absorb_costs(&mut trace, &costs);
-            match part.failure {
-                Some(failure) => request.fail(failure),
-                None => self.admit(request, trace, &states, spans.range(index)),
-            }
+            encoded.push((request, trace, part.failure));
         }
+        self.admit(encoded, &states, &spans);
     }
 
-    /// A request whose prompt is encoded: rows `rows` of `states`.
-    fn admit(&mut self, request: Request, trace: Trace, states: &Tensor, rows: std::ops::Range<usize>) {
-        let outcome = match &request.work {
-            Work::Encode { pooling, .. } => {
-                let pooling = *pooling;
-                return encoding::answer(request, trace, pooling, states, rows);
-            }
-            Work::Generate { .. } => self.branches(states, rows, &[&[]]),
-            Work::Score { targets, .. } => {
-                let fed: Vec<&[u32]> = targets.iter().map(|target| &target[..target.len() - 1]).collect();
-                self.branches(states, rows, &fed)
-            }
+    /// Requests whose prompts are encoded, one for each of `spans`.
+    fn admit(&mut self, encoded: Vec<(Request, Trace, Option<RequestError>)>, states: &States, spans: &Spans) {
+        let wants = |wanted: fn(&Work) -> bool| {
+            encoded.iter().any(|(request, _, failure)| failure.is_none() && wanted(&request.work))
         };
-        match outcome {
-            Ok(branches) => self.running.push(Sequence::new(request, trace, branches)),
-            Err(error) => request.fail(error),
+        let dense = self.forward.dense();
+        let values = match wants(|work| matches!(work, Work::Encode { .. })) {
+            true => guarded(|| Ok(dense.values(states)?)),
+            false => Ok(Vec::new()),
+        };
+        let started = match wants(|work| !matches!(work, Work::Encode { .. })) {
+            true => guarded(|| Ok(dense.start(states, spans)?)).map(|all| all.into_iter().map(Some).collect()),
+            false => Ok(encoded.iter().map(|_| None).collect::<Vec<_>>()),
+        };
+        let mut started = match started {
+            Ok(started) => started.into_iter(),
+            Err(error) => return encoded.into_iter().for_each(|(request, ..)| request.fail(error.clone())),
+        };
+        let d_model = self.forward.config().d_model;
+        for ((request, trace, failure), rows) in encoded.into_iter().zip(spans.ranges()) {
+            let state = started.next().flatten();
+            match (failure, &request.work, state) {
+                (Some(failure), ..) => request.fail(failure),
+                (None, &Work::Encode { pooling, .. }, _) => match &values {
+                    Ok(values) => {
+                        let own = &values[rows.start * d_model..rows.end * d_model];
+                        encoding::answer(request, trace, pooling, own, d_model);
+                    }
+                    Err(error) => request.fail(error.clone()),
+                },
+                (None, _, state) => match self.branches(&request, state.expect("started for all")) {
+                    Ok(branches) => self.running.push(Sequence::new(request, trace, branches)),
+                    Err(error) => request.fail(error),
+                },
+            }
         }
     }
 
-    /// Branches of one sequence: each begins with the decoder's start token and the given tokens, and all share
+    /// The branches of a sequence: each begins with the decoder's start token and what is fed of a target, and all share
     /// the keys and values of the encoder's output.
-    fn branches(
-        &self,
-        states: &Tensor,
-        rows: std::ops::Range<usize>,
-        fed: &[&[u32]],
-    ) -> Result<Vec<Branch>, RequestError> {
+    fn branches(&mut self, request: &Request, state: SequenceState) -> Result<Vec<Branch>, RequestError> {
         let start = self.forward.config().decoder_start_token_id;
-        let decoder = self.forward.backbone().decoder();
-        let state = guarded(|| {
-            let states = states.narrow(0, rows.start, rows.len()).map_err(ModelError::from)?;
-            Ok(decoder.start(&states)?)
-        })?;
-        let branch = |tokens: &&[u32]| Branch {
-            state: state.fork(),
+        let fed: Vec<&[u32]> = match &request.work {
+            Work::Score { targets, .. } => targets.iter().map(|target| &target[..target.len() - 1]).collect(),
+            Work::Generate { .. } | Work::Encode { .. } => vec![&[]],
+        };
+        let dense = self.forward.dense();
+        let mut states = guarded(|| Ok((1..fed.len()).map(|_| dense.fork(&state)).collect::<Result<Vec<_>, _>>()?))?;
+        states.push(state);
+        let branch = |(state, tokens): (SequenceState, &&[u32])| Branch {
+            state,
             progress: self.predict.start(),
             feed: [&[start], *tokens].concat(),
         };
-        Ok(fed.iter().map(branch).collect())
+        Ok(states.into_iter().zip(&fed).map(branch).collect())
     }
 
     /// One step of the decoder over every running sequence.
@@ -208,18 +222,9 @@ impl Engine {
         let outcome = self.decode(&mut parts, &mut costs);
         costs.record(&self.measures.phases);
         let _settling = within.map(|within| Span::below(within, "output"));
-        let outcome = outcome.and_then(|output| match &output.logits {
-            None => {
-                self.settle(parts, &output, &[], &costs);
-                Ok(())
-            }
-            Some(logits) => {
-                let settled = tensor_rows::rows(logits, |logits| self.settle(parts, &output, logits, &costs));
-                Ok(settled.map_err(ModelError::from)?)
-            }
-        });
-        if let Err(error) = outcome {
-            self.fail_running(&error);
+        match outcome {
+            Ok(output) => self.settle(parts, &output, &costs),
+            Err(error) => self.fail_running(&error),
         }
     }
 
@@ -276,22 +281,20 @@ impl Engine {
             }
             measures.batch_tokens.record(ids.len() as f64);
             let spans = Spans::new(lengths);
-            let h = on_pool(|| forward.decode(&ids, &spans, &mut states, parts, &requests, costs))?;
+            let states = on_pool(|| forward.decode(&ids, &spans, &mut states, parts, &requests, costs))?;
             let start = Instant::now();
-            let logits = score::rows_of(&h, &last_rows)?.map(|h| forward.backbone().logits(&h)).transpose()?;
+            let logits = forward.dense().logits(&states, &last_rows)?;
             costs.backbone += start.elapsed();
             costs.dense_until(Instant::now());
-            Ok(StepOutput { h, spans, logits })
+            Ok(StepOutput { states, spans, logits })
         })
     }
 
     /// Gives every sequence its share of a step: the next token, its scores, or the reason of its failure.
-    /// `logits` are (sequences that generate, vocab_size).
-    fn settle(&mut self, mut parts: Vec<Part>, output: &StepOutput, logits: &[f32], costs: &Costs) {
+    fn settle(&mut self, mut parts: Vec<Part>, output: &StepOutput, costs: &Costs) {
         let start = Instant::now();
-        let StepOutput { h, spans, .. } = output;
-        let config = self.forward.config();
-        let mut logits = logits.chunks_exact(config.vocab_size);
+        let StepOutput { states, spans, logits } = output;
+        let mut logits = logits.chunks_exact(self.forward.config().vocab_size);
         let mut branches_before = 0;
         let mut going = Vec::with_capacity(self.running.len());
         for mut sequence in std::mem::take(&mut self.running) {
@@ -306,13 +309,13 @@ impl Engine {
             let outcome = match (&sequence.decoding, failure) {
                 (Decoding::Generate(_), failure) => match (logits.next(), failure) {
                     (Some(logits), None) => {
-                        guarded(|| sequence.advance(logits, config, &self.tokenizer, &self.measures))
+                        guarded(|| sequence.advance(logits, self.forward.config(), &self.tokenizer, &self.measures))
                     }
                     (_, failure) => Err(failure.unwrap_or(RequestError::NotANumber)),
                 },
                 (Decoding::Score, None) => {
                     let rows = branches.map(|branch| spans.range(branch));
-                    guarded(|| sequence.answer_score(self.forward.backbone(), h, rows))
+                    guarded(|| sequence.answer_score(self.forward.dense(), states, rows))
                 }
                 (Decoding::Score, Some(failure)) => Err(failure),
             };
@@ -357,11 +360,11 @@ fn describe(span: &mut Option<BatchSpan>, sequences: usize, tokens: usize) {
 
 /// What a step made.
 struct StepOutput {
-    /// (tokens, d_model), and whose rows they are: one span per branch.
-    h: Tensor,
+    /// A row for each token, and whose rows they are: one span per branch.
+    states: States,
     spans: Spans,
-    /// (sequences that generate, vocab_size), if there is one.
-    logits: Option<Tensor>,
+    /// (sequences that generate, vocab_size)
+    logits: Vec<f32>,
 }
 
 /// Runs a pass as one of the threads that compute, so that between its products nobody must be woken.

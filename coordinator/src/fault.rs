@@ -35,6 +35,7 @@ impl From<RequestError> for Fault {
                 // What the tokenizer refuses is the caller's text.
                 ModelError::Tokenize { .. } => fault(Reason::InvalidRequest).with("field", "text"),
                 ModelError::TextTooLong { .. } => fault(Reason::TextTooLong),
+                ModelError::Device(_) => fault(Reason::DeviceFailed),
                 _ => fault(Reason::Internal),
             },
             E::NotANumber | E::Panicked => fault(Reason::Internal),

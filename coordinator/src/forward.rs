@@ -7,11 +7,8 @@ use std::{
 };
 
 use metrics::Counter;
-use sida_model::{
-    Backbone, DecoderState, FeedForward, ModelConfig, ModelError, MoeGate, Spans, Stack, Tensor, elementwise, router,
-    tensor_rows,
-};
-use sida_routing::{Grouping, Routes};
+use sida_model::{Dense, DeviceError, ModelConfig, ModelError, SequenceState, Spans, Stack, States, Walk, router};
+use sida_routing::{Grouping, LayerId, Routes};
 use sida_telemetry::{Span, TraceContext, counter, names, spans};
 
 use crate::{
@@ -26,7 +23,7 @@ use crate::{
 
 /// One pass through the model after another.
 pub(crate) struct Forward {
-    backbone: Arc<Backbone>,
+    dense: Dense,
     dispatch: Dispatch,
     enforce_capacity: bool,
     statistics: Arc<Statistics>,
@@ -58,36 +55,31 @@ pub(crate) struct Costs {
 
 impl Forward {
     /// `enforce_capacity` drops tokens beyond the model's `expert_capacity`, per sequence.
-    pub(crate) fn new(
-        backbone: Arc<Backbone>,
-        dispatch: Dispatch,
-        enforce_capacity: bool,
-        statistics: Arc<Statistics>,
-    ) -> Self {
+    pub(crate) fn new(dense: Dense, dispatch: Dispatch, enforce_capacity: bool, statistics: Arc<Statistics>) -> Self {
         let outcomes = |layer: usize| {
             ["top1", "hit", "miss"].map(|outcome| {
                 counter!(names::HASH_PREDICTIONS_TOTAL, names::LAYER => layer.to_string(), names::OUTCOME => outcome)
             })
         };
-        let (layers, experts) = (backbone.config().moe_layer_count(), backbone.config().num_experts);
+        let (layers, experts) = (dense.config().moe_layer_count(), dense.config().num_experts);
         let predictions = (0..layers).map(outcomes).collect();
         let rows = |layer: usize, expert: usize| counter!(names::ROUTED_ROWS_TOTAL, names::LAYER => layer.to_string(), names::EXPERT => expert.to_string());
         let exported = if layers * experts <= ROUTED_SERIES_MAX { layers } else { 0 };
         let routed = (0..exported).map(|layer| (0..experts).map(|expert| rows(layer, expert)).collect()).collect();
-        Self { backbone, dispatch, enforce_capacity, statistics, predictions, routed }
+        Self { dense, dispatch, enforce_capacity, statistics, predictions, routed }
     }
 
     /// What the model is.
     pub(crate) fn config(&self) -> &ModelConfig {
-        self.backbone.config()
+        self.dense.config()
     }
 
     /// The dense part of the model.
-    pub(crate) fn backbone(&self) -> &Backbone {
-        &self.backbone
+    pub(crate) fn dense(&mut self) -> &mut Dense {
+        &mut self.dense
     }
 
-    /// Encoder states (tokens, d_model) of the prompts that `spans` cuts `ids` into, one of each of `requests`.
+    /// The encoder's states of the prompts that `spans` cuts `ids` into, one of each of `requests`.
     pub(crate) fn encode(
         &mut self,
         ids: &[u32],
@@ -95,99 +87,103 @@ impl Forward {
         parts: &mut [Part],
         requests: &[&Request],
         costs: &mut Costs,
-    ) -> Result<Tensor, ModelError> {
-        let start = Instant::now();
-        let backbone = self.backbone.clone();
-        let mut h = backbone.embed(Stack::Encoder, ids)?; // (tokens, d_model)
-        for layer in backbone.encoder().layers() {
-            h = layer.attend(&h, spans)?;
-            h = self.feed_forward(layer.feed_forward(), h, spans, parts, requests, costs)?;
-        }
-        let states = backbone.encoder().finish(&h)?;
-        costs.finish_pass(start);
+    ) -> Result<States, ModelError> {
+        let states = self.pass(Stack::Encoder, ids, spans, &mut [], parts, requests, costs);
+        let states = self.noted(states)?;
         costs.dense_until(Instant::now());
         Ok(states)
     }
 
-    /// Decoder states (tokens, d_model) of the new tokens of each sequence, whose caches are `states`, and whose
-    /// requests `requests`.
+    /// The decoder's states of the new tokens of each sequence, whose caches are `caches`, and whose requests `requests`.
     pub(crate) fn decode(
         &mut self,
         ids: &[u32],
         spans: &Spans,
-        states: &mut [&mut DecoderState],
+        caches: &mut [&mut SequenceState],
         parts: &mut [Part],
         requests: &[&Request],
         costs: &mut Costs,
-    ) -> Result<Tensor, ModelError> {
+    ) -> Result<States, ModelError> {
+        let states = self.pass(Stack::Decoder, ids, spans, caches, parts, requests, costs);
+        self.noted(states)
+    }
+
+    /// Notes whether a pass ended because the device is lost.
+    fn noted<T>(&self, outcome: Result<T, ModelError>) -> Result<T, ModelError> {
+        if let Err(ModelError::Device(DeviceError::Lost(_))) = &outcome {
+            self.statistics.is_device_lost.store(true, Ordering::Relaxed);
+        }
+        outcome
+    }
+
+    #[allow(clippy::too_many_arguments)] // A batch: its rows, whose they are, and what is noted of it.
+    fn pass(
+        &mut self,
+        stack: Stack,
+        ids: &[u32],
+        spans: &Spans,
+        caches: &mut [&mut SequenceState],
+        parts: &mut [Part],
+        requests: &[&Request],
+        costs: &mut Costs,
+    ) -> Result<States, ModelError> {
         let start = Instant::now();
-        let backbone = self.backbone.clone();
-        let mut h = backbone.embed(Stack::Decoder, ids)?; // (tokens, d_model)
-        for layer in backbone.decoder().layers() {
-            h = layer.attend(&h, states, spans)?;
-            h = self.feed_forward(layer.feed_forward(), h, spans, parts, requests, costs)?;
+        let mut walk = self.dense.begin(stack, ids, spans, caches)?; // h (tokens, d_model)
+        for block in 0..self.dense.blocks(stack) {
+            self.dense.attend(&mut walk, block, spans, caches)?;
+            if let Some(layer) = self.dense.feed_forward(&mut walk, block)? {
+                self.moe(&mut walk, layer, spans, parts, requests, costs)?;
+            }
         }
-        for (state, range) in states.iter_mut().zip(spans.ranges()) {
-            state.advance(range.len());
-        }
-        let states = backbone.decoder().finish(&h)?;
+        let states = self.dense.finish(walk, spans, caches)?;
         costs.finish_pass(start);
         Ok(states)
     }
 
-    fn feed_forward(
-        &mut self,
-        block: &FeedForward,
-        h: Tensor,
-        spans: &Spans,
-        parts: &mut [Part],
-        requests: &[&Request],
-        costs: &mut Costs,
-    ) -> Result<Tensor, ModelError> {
-        match block {
-            FeedForward::Dense(dense) => dense.forward(&h),
-            FeedForward::Moe(gate) => self.moe(gate, h, spans, parts, requests, costs),
-        }
-    }
-
-    /// `h + sum over its experts of weight * expert(norm(h))`, row by row.
+    /// `h += sum over its experts of weight * expert(x)`, row by row.
     fn moe(
         &mut self,
-        gate: &MoeGate,
-        h: Tensor,
+        walk: &mut Walk,
+        layer: LayerId,
         spans: &Spans,
         parts: &mut [Part],
         requests: &[&Request],
         costs: &mut Costs,
-    ) -> Result<Tensor, ModelError> {
-        let (kind, num_experts, d_model) = {
-            let config = self.config();
-            (config.router, config.num_experts, config.d_model)
-        };
+    ) -> Result<(), ModelError> {
+        let d_model = self.config().d_model;
         let before: Vec<HashCounts> = parts.iter().map(|part| part.hash).collect();
-        let x = gate.normed(&h)?; // (tokens, d_model)
-        let mut routes = routing_mode::routes(gate, &kind, num_experts, &x, spans, parts)?;
+        let mut routes = routing_mode::routes(&self.dense, walk, layer, spans, parts)?;
         if self.enforce_capacity {
             router::enforce_capacity(&mut routes, spans, self.config().expert_capacity);
         }
-        self.note(gate, &routes, spans, parts, &before);
+        self.note(layer, &routes, spans, parts, &before);
 
         let start = Instant::now();
         costs.dense_until(start);
         let grouping = Grouping::new(&routes);
-        let span =
-            costs.trace.map(|(pass, _)| Span::below(pass, "dispatch").with("sida.layer", i64::from(gate.id().0)));
+        let span = costs.trace.map(|(pass, _)| Span::below(pass, "dispatch").with("sida.layer", i64::from(layer.0)));
         let trace = span.as_ref().map(Span::context);
-        let mut out = vec![0.0; spans.rows() * d_model];
-        if let Some(routed) = self.routed.get(usize::from(gate.id().0)) {
+        if let Some(routed) = self.routed.get(usize::from(layer.0)) {
             for group in &grouping.groups {
                 routed[usize::from(group.expert.0)].increment(u64::from(group.rows));
             }
         }
-        let callers = Callers::new(spans, requests);
-        let dispatched = tensor_rows::rows(&x, |x| {
-            self.dispatch.moe(&LayerRows { layer: gate.id(), grouping: &grouping, x, callers, trace }, &mut out)
-        })?;
+        let Self { dense, dispatch, .. } = self;
+        let dispatched = match dispatch.beside(layer, &grouping, dense) {
+            Some(dispatched) => {
+                dense.add_computed()?;
+                dispatched
+            }
+            None => {
+                let callers = Callers::new(spans, requests);
+                let mut out = vec![0.0; spans.rows() * d_model];
+                let send =
+                    |x: &[f32]| dispatch.moe(&LayerRows { layer, grouping: &grouping, x, callers, trace }, &mut out);
+                let dispatched = dense.rows(walk, send)?;
+                dense.add(walk, out)?;
+                dispatched
+            }
+        };
         for (rows, error) in &dispatched.failed {
             for &token in &grouping.tokens[rows.clone()] {
                 if let Some(part) = spans.holder(token as usize) {
@@ -202,22 +198,22 @@ impl Forward {
         costs.demand_loads += dispatched.demand_loads;
         costs.failovers += dispatched.failovers;
         self.statistics.failovers.fetch_add(dispatched.failovers, Ordering::Relaxed);
-        Ok(elementwise::add(&h, &tensor_rows::from_rows(out, d_model)?)?)
+        Ok(())
     }
 
     /// Notes which experts each part uses, and how its table fared since `before`.
-    fn note(&self, gate: &MoeGate, routes: &Routes, spans: &Spans, parts: &mut [Part], before: &[HashCounts]) {
+    fn note(&self, layer: LayerId, routes: &Routes, spans: &Spans, parts: &mut [Part], before: &[HashCounts]) {
         let mut sum = HashCounts::default();
         for ((part, range), before) in parts.iter_mut().zip(spans.ranges()).zip(before) {
             let rows = range.start * routes.top_k..range.end * routes.top_k;
             for &expert in routes.experts[rows].iter().flatten() {
-                part.experts.insert(gate.id(), expert);
+                part.experts.insert(layer, expert);
             }
             sum.hits += part.hash.hits - before.hits;
             sum.top1_hits += part.hash.top1_hits - before.top1_hits;
             sum.misses += part.hash.misses - before.misses;
         }
-        let counters = &self.predictions[usize::from(gate.id().0)];
+        let counters = &self.predictions[usize::from(layer.0)];
         let counts = [sum.top1_hits, sum.hits - sum.top1_hits, sum.misses];
         // A single token's layer has one of them, and to add nothing to the others would cost as much.
         for (counter, count) in counters.iter().zip(counts).filter(|&(_, count)| count > 0) {

@@ -2,7 +2,7 @@
 //! row: first the router for everyone who wants it, then the rows of `hash` requests are overwritten from
 //! their hash tables. Called by the forward pass at each MoE layer.
 
-use sida_model::{ModelError, MoeGate, RouterKind, Spans, Tensor, router};
+use sida_model::{Dense, ModelError, RouterKind, Spans, Walk};
 use sida_routing::{ExpertId, HashTable, LayerId, Routes};
 
 use crate::{
@@ -78,36 +78,36 @@ impl Part {
     }
 }
 
-/// The routes of one MoE layer for normed hidden states `x` (tokens, d_model), whose rows belong to `parts`
-/// as `spans` says. Notes in each part how its table fared against the router.
+/// The routes of the MoE layer that a walk is at, whose rows belong to `parts` as `spans` says. Notes in each part how its
+/// table fared against the router.
 pub(crate) fn routes(
-    gate: &MoeGate,
-    kind: &RouterKind,
-    num_experts: usize,
-    x: &Tensor,
+    dense: &Dense,
+    walk: &mut Walk,
+    layer: LayerId,
     spans: &Spans,
     parts: &mut [Part],
 ) -> Result<Routes, ModelError> {
+    let (kind, num_experts) = (dense.config().router, dense.config().num_experts);
     let top_k = kind.top_k();
-    let probabilities = if parts.iter().any(Part::wants_router) { Some(gate.probabilities(x)?) } else { None };
-    let mut routes = match &probabilities {
-        Some(probabilities) => router::routes(kind, probabilities, num_experts),
-        None => Routes { top_k, experts: vec![None; spans.rows() * top_k], weights: vec![0.0; spans.rows() * top_k] },
+    let mut routes = match parts.iter().any(Part::wants_router) {
+        true => dense.routes(walk)?,
+        false => Routes { top_k, experts: vec![None; spans.rows() * top_k], weights: vec![0.0; spans.rows() * top_k] },
     };
     for (part, rows) in parts.iter_mut().zip(spans.ranges()) {
         let chosen = rows.start * top_k..rows.end * top_k;
         if let Some(table) = part.table.as_ref().filter(|_| part.wants_router()) {
-            part.hash.add(count(table, gate.id(), part.first_token, top_k, &routes.experts[chosen.clone()]));
+            part.hash.add(count(table, layer, part.first_token, top_k, &routes.experts[chosen.clone()]));
         }
         let (Some(alpha), Some(table)) = (part.hash_alpha(), &part.table) else { continue };
+        let probabilities = match alpha {
+            Alpha::Router => Some(dense.probabilities(walk)?),
+            Alpha::Predicted => None,
+        };
         for (token, row) in rows.enumerate() {
-            let row_probabilities = match (alpha, &probabilities) {
-                (Alpha::Router, Some(probabilities)) => Some(&probabilities[row * num_experts..][..num_experts]),
-                _ => None,
-            };
+            let row_probabilities = probabilities.map(|all| &all[row * num_experts..][..num_experts]);
             let at = row * top_k..(row + 1) * top_k;
             let (experts, weights) = (&mut routes.experts[at.clone()], &mut routes.weights[at]);
-            predicted(kind, table, gate.id(), part.first_token + token, row_probabilities, experts, weights);
+            predicted(&kind, table, layer, part.first_token + token, row_probabilities, experts, weights);
         }
     }
     Ok(routes)

@@ -4,7 +4,7 @@
 
 use std::{ops::Range, time::Instant};
 
-use sida_model::{Backbone, DecoderState, ModelConfig, ModelError, Tensor, Tokenizer};
+use sida_model::{Dense, ModelConfig, ModelError, SequenceState, States, Tokenizer};
 use sida_telemetry::spans;
 
 use crate::{
@@ -33,7 +33,7 @@ pub(crate) struct Sequence {
 /// One run of tokens after the prompt.
 pub(crate) struct Branch {
     /// The decoder's caches.
-    pub(crate) state: DecoderState,
+    pub(crate) state: SequenceState,
     /// What the predictor knows of it.
     pub(crate) progress: Progress,
     /// Tokens for the next step.
@@ -120,17 +120,17 @@ impl Sequence {
         Ok(Next::Goes)
     }
 
-    /// Answers a scored request: `rows` are the rows of each branch in `h` (tokens, d_model).
+    /// Answers a scored request: `rows` are the rows of each branch in `states`.
     pub(crate) fn answer_score(
         &mut self,
-        backbone: &Backbone,
-        h: &Tensor,
+        dense: &mut Dense,
+        states: &States,
         rows: impl Iterator<Item = Range<usize>>,
     ) -> Result<Next, RequestError> {
         let Work::Score { targets, reply } = &mut self.request.work else { return Ok(Next::Ended) };
         let mut scores = Vec::with_capacity(targets.len());
         for (target, rows) in targets.iter().zip(rows) {
-            let log_likelihood = score::log_likelihood(backbone, h, rows.start, target)?;
+            let log_likelihood = score::log_likelihood(dense, states, rows.start, target)?;
             if log_likelihood.is_nan() {
                 return Err(RequestError::NotANumber);
             }

@@ -1,7 +1,7 @@
 //! What a coordinator has done since it started, for its status. Counted by the front door, the engine and the forward pass.
 
 use std::{
-    sync::atomic::{AtomicU64, AtomicUsize, Ordering},
+    sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     time::{Duration, Instant},
 };
 
@@ -18,6 +18,8 @@ pub(crate) struct Statistics {
     pub(crate) hash_misses: AtomicU64,
     /// Expert calls that went to another node.
     pub(crate) failovers: AtomicU64,
+    /// The device of the dense layers is lost: nothing can be computed any more.
+    pub(crate) is_device_lost: AtomicBool,
     origin: Instant,
     /// Milliseconds from `origin` to the beginning of the engine's step; 0: it is in none.
     step_began: AtomicU64,
@@ -25,8 +27,9 @@ pub(crate) struct Statistics {
 
 impl Default for Statistics {
     fn default() -> Self {
-        let (requests, inflight, hash_hits, hash_misses, failovers, step_began) = Default::default();
-        Self { requests, inflight, hash_hits, hash_misses, failovers, origin: Instant::now(), step_began }
+        let (requests, inflight, hash_hits, hash_misses, failovers, is_device_lost, step_began) = Default::default();
+        let origin = Instant::now();
+        Self { requests, inflight, hash_hits, hash_misses, failovers, is_device_lost, origin, step_began }
     }
 }
 

@@ -8,12 +8,15 @@
 //! `Pinned` reads a slot, only an `Unfilled` writes one, and the machine never grants both.
 
 use std::{
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
-use sida_model::ModelError;
+use sida_model::{DeviceError, ExpertDevice, ExpertShape, ModelError, Urgency};
 use sida_routing::{
     ExpertId, ExpertKey, LayerId,
     residency::{
@@ -21,24 +24,30 @@ use sida_routing::{
     },
 };
 
-use crate::{
-    measures::Measures,
-    slots::{Slab, SlabError},
-    source::ExpertSource,
-};
+use crate::{measures::Measures, slots::Slab, source::ExpertSource};
 
 /// How long a thread of the pool sleeps before it looks for work.
 const NAP: Duration = Duration::from_millis(1);
 
+/// Where the slots are.
+pub(crate) enum Memory {
+    /// In this machine's memory, filled from the source.
+    Host(Slab),
+    /// On a device, which fills them itself.
+    Device(Arc<dyn ExpertDevice>),
+}
+
 /// The experts of a node.
 pub(crate) struct ExpertCache {
     source: Arc<dyn ExpertSource>,
-    slab: Slab,
+    memory: Memory,
     state: Mutex<State>,
     /// Something was unpinned, loaded or failed.
     changed: Condvar,
     /// There is something to prefetch, or the cache closes.
     prefetch: Condvar,
+    /// The device is lost.
+    lost: AtomicBool,
     pub(crate) measures: Measures,
 }
 
@@ -52,23 +61,36 @@ struct State {
 }
 
 impl ExpertCache {
-    /// `slots` empty slots.
+    /// `slots` empty slots in `memory`, which has as many.
     pub(crate) fn new(
         source: Arc<dyn ExpertSource>,
+        memory: Memory,
         slots: usize,
         plans_max: usize,
         measures: Measures,
-    ) -> Result<Self, SlabError> {
-        let slab = Slab::new(slots, source.shape().bytes())?;
+    ) -> Self {
         let (layers, num_experts) = (source.layers(), source.num_experts());
         let residency = Residency::new(ResidencyConfig { slots, layers, num_experts, plans_max });
         let state = State { residency, sleepers: 0, loader_sleeps: false, closed: false };
         let (changed, prefetch) = (Condvar::new(), Condvar::new());
-        Ok(Self { source, slab, state: Mutex::new(state), changed, prefetch, measures })
+        let lost = AtomicBool::new(false);
+        Self { source, memory, state: Mutex::new(state), changed, prefetch, lost, measures }
     }
 
     pub(crate) fn source(&self) -> &dyn ExpertSource {
         &*self.source
+    }
+
+    pub(crate) fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// How an expert lies in a slot.
+    pub(crate) fn shape(&self) -> &ExpertShape {
+        match &self.memory {
+            Memory::Host(_) => self.source.shape(),
+            Memory::Device(device) => device.shape(),
+        }
     }
 
     /// Looks at the machine, or changes what is planned.
@@ -101,8 +123,7 @@ impl ExpertCache {
             && let Some(load) = state.residency.next_prefetch()
         {
             self.measures.evicted(load.evicted);
-            let kind = LoadKind::Prefetch;
-            return Some(Unfilled { cache: self, key: load.key, slot: load.slot, kind });
+            return Some(Unfilled::new(self, load.key, load.slot, LoadKind::Prefetch));
         }
         if !state.closed {
             state.loader_sleeps = true;
@@ -123,8 +144,7 @@ impl ExpertCache {
             Placed::Busy => NextPlaced::Busy,
             Placed::Load(load) => {
                 self.measures.evicted(load.evicted);
-                let kind = LoadKind::Prefetch;
-                NextPlaced::Load(Unfilled { cache: self, key: load.key, slot: load.slot, kind })
+                NextPlaced::Load(Unfilled::new(self, load.key, load.slot, LoadKind::Prefetch))
             }
         }
     }
@@ -138,6 +158,18 @@ impl ExpertCache {
     /// Whether [`ExpertCache::close`] was called.
     pub(crate) fn is_closed(&self) -> bool {
         self.state.lock().closed
+    }
+
+    /// Notes whether an error says that the device is lost.
+    pub(crate) fn note_failure(&self, error: &ModelError) {
+        if matches!(error, ModelError::Device(DeviceError::Lost(_))) {
+            self.lost.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether nothing can be computed any more.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::Relaxed)
     }
 
     /// Applies a change that may free or fill a slot, and wakes who waits for it.
@@ -175,7 +207,7 @@ impl ExpertCache {
             Access::Resident => Granted::Ready(Pinned { cache: self, slot }),
             Access::Load { evicted } => {
                 self.measures.evicted(evicted);
-                Granted::ToLoad(Unfilled { cache: self, key, slot, kind: LoadKind::Demand })
+                Granted::ToLoad(Unfilled::new(self, key, slot, LoadKind::Demand))
             }
             Access::Await(ticket) => Granted::LoadedByOther(Loading { cache: self, grant, ticket }),
         };
@@ -210,11 +242,38 @@ pub(crate) struct Pinned<'c> {
 }
 
 impl Pinned<'_> {
-    /// Its weights.
+    /// Where it is.
+    pub(crate) fn slot(&self) -> usize {
+        self.slot.index()
+    }
+
+    /// Its weights. Panics if they are on a device.
     pub(crate) fn weights(&self) -> &[u8] {
+        let Memory::Host(slab) = &self.cache.memory else { panic!("weights on a device are the device's to read") };
         // SAFETY: a `Pinned` is made when the machine grants a resident slot with a pin, or when its load is
         // done; the machine gives a slot to a load only when nothing pins it, and this gives the pin back on drop.
-        unsafe { self.cache.slab.bytes(self.slot) }
+        unsafe { slab.bytes(self.slot) }
+    }
+}
+
+/// As [`Pinned`], for whoever outlives the call: a device that is not through with it.
+pub(crate) struct Kept {
+    cache: Arc<ExpertCache>,
+    slot: SlotId,
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        self.cache.change(|residency| residency.unpin(self.slot));
+    }
+}
+
+impl Pinned<'_> {
+    /// The same pin, of the cache that it is of.
+    pub(crate) fn keep(self, cache: &Arc<ExpertCache>) -> Kept {
+        let slot = self.slot;
+        std::mem::forget(self); // Its pin goes on.
+        Kept { cache: cache.clone(), slot }
     }
 }
 
@@ -230,26 +289,55 @@ pub(crate) struct Unfilled<'c> {
     key: ExpertKey,
     slot: SlotId,
     kind: LoadKind,
+    begun: Instant,
 }
 
 impl<'c> Unfilled<'c> {
+    fn new(cache: &'c ExpertCache, key: ExpertKey, slot: SlotId, kind: LoadKind) -> Self {
+        Self { cache, key, slot, kind, begun: Instant::now() }
+    }
+
     /// Which expert.
     pub(crate) fn key(&self) -> ExpertKey {
         self.key
     }
 
-    /// Loads the expert. A demanded one is the caller's to use; a prefetched one waits for its call.
-    pub(crate) fn fill(self) -> Result<Option<Pinned<'c>>, ModelError> {
-        let start = Instant::now();
-        // SAFETY: the machine gave this slot to this load alone, and reports of it come from here and drop only.
-        let bytes = unsafe { self.cache.slab.bytes_mut(self.slot) };
-        self.cache.source.load(self.key, bytes)?;
-        self.cache.measures.loaded(self.kind, start.elapsed());
+    /// Starts the load where that is another's work, a device's.
+    pub(crate) fn begin(&mut self) -> Result<(), ModelError> {
+        self.begun = Instant::now();
+        let urgency = match self.kind {
+            LoadKind::Demand => Urgency::Demand,
+            LoadKind::Prefetch => Urgency::Ahead,
+        };
+        match &self.cache.memory {
+            Memory::Host(_) => Ok(()),
+            Memory::Device(device) => device.begin_load(self.key, self.slot.index(), urgency),
+        }
+    }
+
+    /// Loads the expert, or waits for what was begun. A demanded one is the caller's to use; a prefetched one waits for
+    /// its call.
+    pub(crate) fn finish(self) -> Result<Option<Pinned<'c>>, ModelError> {
+        match &self.cache.memory {
+            Memory::Host(slab) => {
+                // SAFETY: the machine gave this slot to this load alone, and reports of it come from here and drop only.
+                let bytes = unsafe { slab.bytes_mut(self.slot) };
+                self.cache.source.load(self.key, bytes)?;
+            }
+            Memory::Device(device) => device.finish_load(self.slot.index())?,
+        }
+        self.cache.measures.loaded(self.kind, self.begun.elapsed());
         let (cache, slot, kind) = (self.cache, self.slot, self.kind);
         std::mem::forget(self); // It did not fail.
         cache.change(|residency| residency.loaded(slot));
         // A `Pinned` must not be made for a prefetch, not even to be dropped: nobody pinned it.
         Ok((kind == LoadKind::Demand).then(|| Pinned { cache, slot }))
+    }
+
+    /// Both.
+    pub(crate) fn fill(mut self) -> Result<Option<Pinned<'c>>, ModelError> {
+        self.begin()?;
+        self.finish()
     }
 }
 

@@ -90,7 +90,7 @@ fn results(engine: &Engine, bounds: &Bounds, activations: v1::Activations, recei
                 span.fail(&fault);
             }
             let trace_id = trace.map(|trace| tracing::field::display(trace.trace_id()));
-            if fault.reason() == Reason::Internal || fault.reason() == Reason::ExpertLoadFailed {
+            if [Reason::Internal, Reason::ExpertLoadFailed, Reason::DeviceFailed].contains(&fault.reason()) {
                 tracing::error!(node = %engine.node(), call_id, trace_id, %fault, "call failed");
             }
             let (code, reason, message) = (fault.reason().code(), fault.reason().name(), fault.message());
@@ -120,6 +120,7 @@ fn fault(error: CallError) -> Fault {
     let reason = match error {
         CallError::Malformed(_) => Reason::MalformedMessage,
         CallError::Load { .. } => Reason::ExpertLoadFailed,
+        CallError::Device { .. } => Reason::DeviceFailed,
         CallError::ShuttingDown => Reason::ShuttingDown,
     };
     Fault::from_error(reason, &error)

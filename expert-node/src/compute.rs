@@ -82,9 +82,9 @@ fn share<'s>(scope: &rayon::Scope<'s>, threads: usize, work: &'s (dyn Fn() + Syn
 }
 
 /// Rows of one group, and where their results go.
-struct GroupRows<'x> {
-    x: &'x [f32],
-    out: &'x mut [f32],
+pub(crate) struct GroupRows<'x> {
+    pub(crate) x: &'x [f32],
+    pub(crate) out: &'x mut [f32],
 }
 
 /// What is left of a call.
@@ -225,7 +225,7 @@ fn wait(queue: &mut Queue<'_, '_>) {
 }
 
 /// Cuts activations and results by group.
-fn split<'x>(d_model: usize, call: ExpertCall<'x>, mut out: &'x mut [f32]) -> Vec<Option<GroupRows<'x>>> {
+pub(crate) fn split<'x>(d_model: usize, call: ExpertCall<'x>, mut out: &'x mut [f32]) -> Vec<Option<GroupRows<'x>>> {
     let mut x = call.activations;
     let mut groups = Vec::with_capacity(call.groups.len());
     for group in call.groups {
@@ -238,6 +238,6 @@ fn split<'x>(d_model: usize, call: ExpertCall<'x>, mut out: &'x mut [f32]) -> Ve
     groups
 }
 
-fn refused(error: ResidencyError) -> CallError {
+pub(crate) fn refused(error: ResidencyError) -> CallError {
     CallError::Malformed(error.to_string())
 }

@@ -3,6 +3,7 @@
 use std::{fmt, path::PathBuf, str::FromStr};
 
 use serde::Deserialize;
+use sida_model::{DeviceName, Precision};
 use sida_routing::NodeId;
 use sida_rpc::ServerConfig;
 use thiserror::Error;
@@ -14,8 +15,14 @@ pub struct ExpertNodeConfig {
     pub node: NodeId,
     /// The model's directory.
     pub model_dir: PathBuf,
-    /// How much memory experts may take.
+    /// How much memory experts may take, of the device.
     pub expert_memory: ExpertMemory,
+    /// What computes.
+    pub device: DeviceName,
+    /// What a GPU computes in; `None`: as the experts are stored.
+    pub precision: Option<Precision>,
+    /// Page-locked memory in which experts that were read from disk wait for a GPU.
+    pub host_memory: ExpertMemory,
     /// How many threads of the process's pool a call may compute on. At least 1.
     pub threads: usize,
     /// Bounds on what others can ask of it.
@@ -54,6 +61,9 @@ impl ExpertNodeConfig {
             node,
             model_dir,
             expert_memory: ExpertMemory::Share(1.0),
+            device: DeviceName::Cpu,
+            precision: None,
+            host_memory: ExpertMemory::Share(1.0),
             threads: std::thread::available_parallelism().map_or(1, usize::from),
             limits: ExpertNodeLimits::default(),
             server: ServerConfig::default(),

@@ -11,18 +11,22 @@ use std::{
 
 use parking_lot::Mutex;
 use sida_cluster::experts::{CallError, CallReport, ExpertCall, LocalExperts, ResidencyReport};
-use sida_model::{Checkpoint, ExpertShape, ExpertStore};
+use sida_model::{
+    Checkpoint, DeviceName, ExpertDevice, ExpertDeviceOptions, ExpertShape, ExpertStore, ModelError, Precision,
+    RowsOnDevice, expert_device,
+};
 use sida_proto::wire::Bounds;
-use sida_routing::{Digest, ExpertId, ExpertKey, Group, LayerId, NodeId, Plan, PlanId};
+use sida_routing::{Digest, ExpertId, ExpertKey, Group, Grouping, LayerId, NodeId, Plan, PlanId};
 
 use crate::{
-    cache::ExpertCache,
+    cache::{ExpertCache, Memory},
     compute::{self, Workers},
     config::{ExpertNodeConfig, ExpertNodeLimits},
+    device_compute,
     error::ExpertNodeError,
     loader,
     measures::Measures,
-    slots::slot_bytes,
+    slots::{Slab, slot_bytes},
     source::ExpertSource,
 };
 
@@ -48,23 +52,46 @@ impl Engine {
 
     /// Serves the experts of a checkpoint that is open already: a process of several nodes maps a model once.
     pub fn of_checkpoint(config: &ExpertNodeConfig, checkpoint: Arc<Checkpoint>) -> Result<Self, ExpertNodeError> {
-        Self::new(config, Arc::new(ExpertStore::open(checkpoint)?))
+        let store = ExpertStore::open(checkpoint)?;
+        if config.device == DeviceName::Cpu {
+            return Self::new(config, Arc::new(store));
+        }
+        let precision = config.precision.unwrap_or(Precision::of_weights(store.shape().dtype));
+        let shape = ExpertShape { dtype: precision.stored(), ..*store.shape() };
+        let experts = store.config().moe_layer_count() * store.config().num_experts;
+        let host_bytes = config.host_memory.bytes((experts * shape.bytes()) as u64);
+        let options = ExpertDeviceOptions { device: config.device, precision, host_bytes };
+        Self::on_device(config, Arc::new(store.clone()), &shape, |slots| expert_device::open(options, store, slots))
     }
 
     /// Takes the memory and starts the threads. Experts come from `source` as they are needed.
     pub fn new(config: &ExpertNodeConfig, source: Arc<dyn ExpertSource>) -> Result<Self, ExpertNodeError> {
-        let experts = (source.layers() * source.num_experts()) as u64;
-        let (expert_bytes, slot_bytes) = (source.shape().bytes() as u64, slot_bytes(source.shape().bytes()) as u64);
-        let budget_bytes = config.expert_memory.bytes(experts * expert_bytes);
-        // More slots than experts would never be filled; a model of one expert is content with one.
-        let slots = (budget_bytes / slot_bytes).min(experts);
-        if slots < SLOTS_MIN.min(experts) {
-            let smallest_bytes = SLOTS_MIN.min(experts) * slot_bytes;
-            let smallest_percent = 100.0 * smallest_bytes as f64 / (experts * expert_bytes) as f64;
-            return Err(ExpertNodeError::BudgetTooSmall { budget_bytes, smallest_bytes, smallest_percent });
-        }
+        let expert_bytes = source.shape().bytes();
+        let budget = Budget::of(config, &*source, expert_bytes, slot_bytes(expert_bytes))?;
+        let slab = Slab::new(budget.slots, expert_bytes)?;
+        Self::with(config, source, Memory::Host(slab), budget)
+    }
+
+    /// As [`Engine::new`], with slots of `shape` on the device that `open` makes for their number.
+    pub fn on_device(
+        config: &ExpertNodeConfig,
+        source: Arc<dyn ExpertSource>,
+        shape: &ExpertShape,
+        open: impl FnOnce(usize) -> Result<Arc<dyn ExpertDevice>, ModelError>,
+    ) -> Result<Self, ExpertNodeError> {
+        let budget = Budget::of(config, &*source, shape.bytes(), shape.bytes())?;
+        Self::with(config, source, Memory::Device(open(budget.slots)?), budget)
+    }
+
+    fn with(
+        config: &ExpertNodeConfig,
+        source: Arc<dyn ExpertSource>,
+        memory: Memory,
+        budget: Budget,
+    ) -> Result<Self, ExpertNodeError> {
+        let Budget { bytes: budget_bytes, slots, expert_bytes } = budget;
         let measures = Measures::new(&config.node, source.layers(), expert_bytes, budget_bytes);
-        let cache = Arc::new(ExpertCache::new(source, slots as usize, config.limits.plans_max, measures)?);
+        let cache = Arc::new(ExpertCache::new(source, memory, slots, config.limits.plans_max, measures));
         let workers = Workers::new(config.threads);
         let loader = Mutex::new(Some(loader::start(cache.clone())?));
         Ok(Self { node: config.node.clone(), cache, workers, budget_bytes, rows: AtomicU64::new(0), loader })
@@ -77,7 +104,7 @@ impl Engine {
 
     /// The shape of its experts.
     pub fn shape(&self) -> &ExpertShape {
-        self.cache.source().shape()
+        self.cache.shape()
     }
 
     /// Which model they are of.
@@ -96,7 +123,7 @@ impl Engine {
         Bounds {
             moe_layers: source.layers(),
             num_experts: source.num_experts(),
-            d_model: source.shape().d_model,
+            d_model: self.shape().d_model,
             rows_max: limits.call_rows_max,
             // Nothing with tokens comes here.
             vocab_size: 0,
@@ -114,7 +141,7 @@ impl Engine {
         let (activations, mut out) = (vec![1.0; self.shape().d_model], vec![0.0; self.shape().d_model]);
         let call = ExpertCall { layer: key.layer, groups: &groups, activations: &activations };
         self.check(&call, &out)?;
-        compute::compute(&self.cache, &self.workers, call, false, &mut out)?;
+        self.run(call, false, &mut out)?;
         Ok(())
     }
 
@@ -125,6 +152,18 @@ impl Engine {
             && loader.join().is_err()
         {
             tracing::error!(node = %self.node, "the prefetch thread panicked");
+        }
+    }
+
+    /// Whether it can never compute again: its device is lost.
+    pub fn is_lost(&self) -> bool {
+        self.cache.is_lost()
+    }
+
+    fn run(&self, call: ExpertCall<'_>, planned: bool, out: &mut [f32]) -> Result<CallReport, CallError> {
+        match self.cache.memory() {
+            Memory::Host(_) => compute::compute(&self.cache, &self.workers, call, planned, out),
+            Memory::Device(device) => device_compute::compute(&self.cache, &**device, call, planned, out),
         }
     }
 
@@ -147,6 +186,35 @@ impl Engine {
     }
 }
 
+/// Expert memory, cut into slots.
+struct Budget {
+    bytes: u64,
+    slots: usize,
+    expert_bytes: u64,
+}
+
+impl Budget {
+    /// For experts of `expert_bytes`, which take `slot_bytes` each.
+    fn of(
+        config: &ExpertNodeConfig,
+        source: &dyn ExpertSource,
+        expert_bytes: usize,
+        slot_bytes: usize,
+    ) -> Result<Self, ExpertNodeError> {
+        let experts = (source.layers() * source.num_experts()) as u64;
+        let (expert_bytes, slot_bytes) = (expert_bytes as u64, slot_bytes as u64);
+        let budget_bytes = config.expert_memory.bytes(experts * expert_bytes);
+        // More slots than experts would never be filled; a model of one expert is content with one.
+        let slots = (budget_bytes / slot_bytes).min(experts);
+        if slots < SLOTS_MIN.min(experts) {
+            let smallest_bytes = SLOTS_MIN.min(experts) * slot_bytes;
+            let smallest_percent = 100.0 * smallest_bytes as f64 / (experts * expert_bytes) as f64;
+            return Err(ExpertNodeError::BudgetTooSmall { budget_bytes, smallest_bytes, smallest_percent });
+        }
+        Ok(Self { bytes: budget_bytes, slots: slots as usize, expert_bytes })
+    }
+}
+
 impl LocalExperts for Engine {
     fn plan(&self, plan: Plan) {
         if let Err(error) = self.cache.residency(|residency| residency.plan(&plan)) {
@@ -161,9 +229,27 @@ impl LocalExperts for Engine {
 
     fn compute(&self, call: ExpertCall<'_>, out: &mut [f32]) -> Result<CallReport, CallError> {
         self.check(&call, out)?;
-        let report = compute::compute(&self.cache, &self.workers, call, true, out)?;
+        let report = self.run(call, true, out)?;
         self.rows.fetch_add((call.activations.len() / self.shape().d_model) as u64, Ordering::Relaxed);
         Ok(report)
+    }
+
+    fn compute_beside(
+        &self,
+        layer: LayerId,
+        grouping: &Grouping,
+        rows: &mut RowsOnDevice<'_>,
+    ) -> Option<Result<CallReport, CallError>> {
+        let Memory::Device(device) = self.cache.memory() else { return None };
+        if !device.is_beside(rows) {
+            return None;
+        }
+        if self.cache.is_closed() {
+            return Some(Err(CallError::ShuttingDown));
+        }
+        let started = device_compute::compute_beside(&self.cache, &**device, layer, grouping, rows);
+        self.rows.fetch_add(grouping.tokens.len() as u64, Ordering::Relaxed);
+        Some(started)
     }
 
     fn residency(&self) -> ResidencyReport {

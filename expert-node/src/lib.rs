@@ -6,14 +6,15 @@
 //! [`sida_routing::residency`], what it computes from [`sida_model::expert`].
 //!
 //! In reading order: [`config`], [`source`] (where experts come from), `slots` (where they go), `cache` (who may
-//! touch which slot), `loader` (ahead of use), `placed` (for the placement), `compute` (one call), [`engine`] (all of
-//! that), `call_queue`, `lane` with its `responses` and `stale` epochs, and `service` (the network), `measures`,
+//! touch which slot), `loader` (ahead of use), `placed` (for the placement), `compute` and `device_compute` (one call),
+//! [`engine`] (all of that), `call_queue`, `lane` with its `responses` and `stale` epochs, and `service` (the network), `measures`,
 //! [`error`].
 
 mod cache;
 mod call_queue;
 mod compute;
 pub mod config;
+mod device_compute;
 pub mod engine;
 pub mod error;
 mod lane;
@@ -57,7 +58,8 @@ use crate::{call_queue::Job, lane::Lanes, service::ExpertsService, stale::Epochs
 /// The service that health speaks of.
 const SERVICE: &str = "sida.v1.Experts";
 
-/// A node whose threads have answered nobody for so long has to be started again; calls end well before.
+/// A node whose threads have answered nobody for so long has to be started again, as one whose device is lost; calls end
+/// well before.
 const STUCK_LIMIT: Duration = Duration::from_secs(300);
 
 /// How long others may take to see that this node goes, before it takes no more calls.
@@ -113,6 +115,7 @@ pub async fn serve(
         shutdown: shutdown.clone(),
     });
     let answered = Arc::new(Mutex::new(Instant::now()));
+    let watched = engine.clone();
     let service = ExpertsServer::new(ExpertsService { lanes })
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
@@ -126,7 +129,7 @@ pub async fn serve(
             let answered = answered.clone();
             move || probe(jobs.clone(), answered.clone())
         })
-        .alive(move || answered.lock().elapsed() < STUCK_LIMIT)
+        .alive(move || answered.lock().elapsed() < STUCK_LIMIT && !watched.is_lost())
         .leaving(leaving)
         .serve(listener, shutdown)
         .await;

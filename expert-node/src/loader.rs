@@ -22,6 +22,7 @@ pub(crate) fn start(cache: Arc<ExpertCache>) -> io::Result<JoinHandle<()>> {
                 let key = unfilled.key();
                 if let Err(error) = unfilled.fill() {
                     // Not fatal: a call that needs it loads it itself, and reports what is wrong.
+                    cache.note_failure(&error);
                     tracing::warn!(%key, %error, "prefetch failed");
                 }
             }

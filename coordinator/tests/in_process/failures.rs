@@ -31,7 +31,8 @@ async fn failing_node_costs_a_detour_only() {
     let expected = encode(&cluster, TEXT).await.expect("all nodes work");
     let key = |layer, expert| ExpertKey { layer: sida_routing::LayerId(layer), expert };
     let used = expected.trace.experts.layers().next().expect("a layer");
-    for behaviour in [Behaviour::ShutsDown, Behaviour::Panics, Behaviour::Lacks(key(used.0.0, used.1[0]))] {
+    let lacks = Behaviour::Lacks(key(used.0.0, used.1[0]));
+    for behaviour in [Behaviour::ShutsDown, Behaviour::DeviceFails, Behaviour::Panics, lacks] {
         let mut failovers = 0;
         for node in &cluster.nodes {
             node.behave(behaviour);

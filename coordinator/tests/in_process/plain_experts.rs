@@ -26,6 +26,8 @@ pub(crate) enum Behaviour {
     Works,
     /// Refuses every call.
     ShutsDown,
+    /// Has a device that fails.
+    DeviceFails,
     /// Cannot load one expert.
     Lacks(ExpertKey),
     /// Panics.
@@ -68,6 +70,7 @@ impl LocalExperts for PlainExperts {
         let behaviour = *self.behaviour.lock();
         match behaviour {
             Behaviour::ShutsDown => return Err(CallError::ShuttingDown),
+            Behaviour::DeviceFails => return Err(CallError::Device { reason: "it is lost".to_owned() }),
             Behaviour::Panics => panic!("as the test asked"),
             Behaviour::Slow(delay) => std::thread::sleep(delay),
             _ => {}

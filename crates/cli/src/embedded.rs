@@ -12,7 +12,7 @@ use sida_routing::{Candidate, Extent, NodeId, Placement};
 use crate::{
     arguments::{embedded::EmbeddedArguments, model::ModelArguments, predictor::PredictorArguments},
     bad_configuration::BadConfiguration,
-    commands::expert_node,
+    commands::{coordinator, expert_node},
     front_door::FrontDoor,
     loading_bar,
 };
@@ -51,9 +51,11 @@ impl EmbeddedCluster {
         let cluster = Cluster::fixed(members, config.moe_layer_count(), config.num_experts, 1)?;
         let predictor = predictor.source(&checkpoint, &cluster)?;
         let mut config = CoordinatorConfig::new(COORDINATOR.into(), checkpoint, predictor);
+        (config.device, config.precision) = (embedded.device.device, embedded.device.precision);
         config.on_load = Some(loading_bar::of_model(&config.checkpoint));
         adapt(&mut config);
-        Ok(Self { coordinator: Coordinator::start(config, cluster).await?, engines })
+        let coordinator = Coordinator::start(config, cluster).await.map_err(coordinator::refused)?;
+        Ok(Self { coordinator, engines })
     }
 
     /// The coordinator.
@@ -86,16 +88,19 @@ fn engines(
     embedded: &EmbeddedArguments,
     threads: usize,
 ) -> anyhow::Result<Vec<Arc<Engine>>> {
-    if !(1..=EXPERT_NODES_MAX).contains(&embedded.expert_nodes) {
-        let found = embedded.expert_nodes;
+    if !(1..=EXPERT_NODES_MAX).contains(&embedded.nodes()) {
+        let found = embedded.nodes();
         let message = format!("--expert-nodes is {found}, expected 1 to {EXPERT_NODES_MAX}");
         return Err(BadConfiguration::new(message).into());
     }
-    let shares = shares(checkpoint, embedded.expert_nodes)?;
+    let shares = shares(checkpoint, embedded.nodes())?;
     let engine = |(node, share): (NodeId, f64)| {
         let dir: &Path = checkpoint.dir();
         let config = ExpertNodeConfig {
             expert_memory: part_of(embedded.expert_memory, share),
+            device: embedded.device.device,
+            precision: embedded.device.precision,
+            host_memory: part_of(embedded.host_memory, share),
             threads,
             ..ExpertNodeConfig::new(node, dir.to_owned())
         };

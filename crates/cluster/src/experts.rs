@@ -3,7 +3,8 @@
 
 use std::time::Duration;
 
-use sida_routing::{ExpertKey, Group, LayerId, Plan, PlanId};
+use sida_model::RowsOnDevice;
+use sida_routing::{ExpertKey, Group, Grouping, LayerId, Plan, PlanId};
 use thiserror::Error;
 
 /// Rows for experts of one layer.
@@ -38,6 +39,8 @@ pub enum CallError {
     Malformed(String),
     #[error("cannot load {key}: {reason}")]
     Load { key: ExpertKey, reason: String },
+    #[error("cannot compute: {reason}")]
+    Device { reason: String },
     #[error("the node is shutting down")]
     ShuttingDown,
 }
@@ -71,6 +74,16 @@ pub trait LocalExperts: Send + Sync {
     fn release(&self, plan: PlanId);
     /// Computes the rows of one layer into `out`, (sum of rows, d_model), in the order of the call.
     fn compute(&self, call: ExpertCall<'_>, out: &mut [f32]) -> Result<CallReport, CallError>;
+    /// Starts computing rows of one layer that are on a device, if its experts are there, too. `None`: they are not.
+    /// Waits for loads and not for the results.
+    fn compute_beside(
+        &self,
+        _layer: LayerId,
+        _grouping: &Grouping,
+        _rows: &mut RowsOnDevice<'_>,
+    ) -> Option<Result<CallReport, CallError>> {
+        None
+    }
     /// What it holds now.
     fn residency(&self) -> ResidencyReport;
 }

@@ -6,8 +6,13 @@ use std::sync::Arc;
 use candle_core::Tensor;
 
 use crate::{
-    Checkpoint, ModelConfig, ModelError, Stack, decoder::Decoder, elementwise, encoder::Encoder, linear::Linear,
-    loader::Loader, names, tensor_rows::from_rows,
+    Checkpoint, ModelConfig, ModelError, Stack,
+    decoder::Decoder,
+    encoder::Encoder,
+    linear::Linear,
+    loader::Loader,
+    names,
+    tensor_rows::{from_rows, rows},
 };
 
 /// The dense part of a model.
@@ -89,11 +94,16 @@ impl Backbone {
 
     /// Scores of every token of the vocabulary: what [`Decoder::finish`] gave (n, d_model) -> (n, vocab_size).
     pub fn logits(&self, h: &Tensor) -> Result<Tensor, ModelError> {
+        Ok(from_rows(rows(h, |h| self.logits_of(h))?, self.config.vocab_size)?)
+    }
+
+    /// As [`Backbone::logits`], of plain rows.
+    pub fn logits_of(&self, h: &[f32]) -> Vec<f32> {
         let Head { weight, scale } = &self.head;
         if *scale == 1.0 {
-            return Ok(weight.forward(h)?);
+            return weight.product(h);
         }
-        Ok(weight.forward(&elementwise::scale(h, *scale)?)?)
+        weight.product(&h.iter().map(|h| h * scale).collect::<Vec<f32>>())
     }
 
     /// Bytes of weights it holds.

@@ -6,6 +6,8 @@ use std::{io, path::PathBuf};
 use sida_routing::{Digest, LayerId};
 use thiserror::Error;
 
+use crate::DeviceError;
+
 /// Why a model cannot be opened, loaded or run.
 #[derive(Debug, Error)]
 #[non_exhaustive]
@@ -63,4 +65,6 @@ pub enum ModelError {
     Expert { layer: LayerId, expert: u16, layers: usize, num_experts: usize },
     #[error("tensor operation failed: {0}")]
     Tensor(#[from] candle_core::Error),
+    #[error(transparent)]
+    Device(#[from] DeviceError),
 }

@@ -8,7 +8,7 @@ use sida_routing::{Digest, ExpertKey, LayerId};
 use crate::{Checkpoint, ModelConfig, ModelError, StoredDType, expert::ExpertShape, names};
 
 /// All experts of a model.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct ExpertStore {
     checkpoint: Arc<Checkpoint>,
     shape: ExpertShape,

@@ -9,9 +9,10 @@
 //! Where its bytes are: [`bounded_file`], `weight_files`, [`manifest`], [`checkpoint`], [`names`], [`tokenizer`].
 //! Arithmetic on slices: [`cpu`]; on tensors: [`tensor_rows`], [`linear`], [`norm`], [`elementwise`].
 //! The backbone: [`spans`], [`position_bias`], [`kv_cache`], `attention`, [`router`], [`feed_forward`],
-//! [`encoder`], [`decoder`], `loader`, [`backbone`]. Experts: [`expert`], [`expert_store`].
+//! [`encoder`], [`decoder`], `loader`, [`backbone`], and [`dense`] (the same wherever it is computed). Experts: [`expert`], [`expert_store`].
 //! All of it at once: [`reference`](mod@reference). What will be routed where: [`predictor`].
-//! All of it on a GPU (feature `cuda`): [`cuda`], and [`device_name`].
+//! Experts on another device than the processor: [`expert_device`]. All of it on a GPU (feature `cuda`): [`cuda`],
+//! [`device_name`] and [`precision`].
 //! Making checkpoints: [`convert`], [`synth`], `fresh_directory`, `shards`.
 
 mod attention;
@@ -24,12 +25,14 @@ pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod decoder;
+pub mod dense;
 pub mod device_name;
 pub mod dtype;
 pub mod elementwise;
 pub mod encoder;
 pub mod error;
 pub mod expert;
+pub mod expert_device;
 pub mod expert_store;
 pub mod family;
 pub mod feed_forward;
@@ -42,6 +45,7 @@ pub mod names;
 pub mod norm;
 mod pieces;
 pub mod position_bias;
+pub mod precision;
 pub mod predictor;
 pub mod reference;
 pub mod router;
@@ -58,14 +62,17 @@ pub use backbone::Backbone;
 pub use checkpoint::{Checkpoint, TensorBytes};
 pub use config::{ExpertKind, ModelConfig, RouterKind, Stack, StackKind};
 pub use decoder::{Decoder, DecoderLayer};
+pub use dense::{Dense, DenseOptions, SequenceState, States, Walk};
 pub use device_name::{DeviceName, DeviceNameError};
 pub use dtype::StoredDType;
 pub use encoder::{Encoder, EncoderLayer};
 pub use error::ModelError;
 pub use expert::{ExpertScratch, ExpertShape};
+pub use expert_device::{DeviceError, ExpertDevice, ExpertDeviceOptions, RowsOnDevice, SlotRows, SlotRun, Urgency};
 pub use expert_store::ExpertStore;
 pub use feed_forward::{DenseFeedForward, FeedForward, MoeGate};
 pub use kv_cache::DecoderState;
+pub use precision::{Precision, PrecisionError};
 pub use reference::{Reference, RoutedLayer};
 pub use spans::Spans;
 pub use tokenizer::Tokenizer;

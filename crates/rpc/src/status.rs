@@ -43,6 +43,8 @@ pub enum Reason {
     ExpertUnavailable,
     /// This node cannot load an expert; another may.
     ExpertLoadFailed,
+    /// This node's device failed; another's may not.
+    DeviceFailed,
     /// Too many expert calls failed lately for more of them to be made.
     RetriesExhausted,
     /// The caller's placement is older than this node's.
@@ -73,6 +75,7 @@ const TABLE: &[Row] = &[
     (Reason::Cancelled,            Code::Cancelled,          "CANCELLED",             None),
     (Reason::ExpertUnavailable,    Code::Unavailable,        "EXPERT_UNAVAILABLE",    Some(Duration::from_secs(1))),
     (Reason::ExpertLoadFailed,     Code::Unavailable,        "EXPERT_LOAD_FAILED",    None),
+    (Reason::DeviceFailed,         Code::Unavailable,        "DEVICE_FAILED",         None),
     (Reason::RetriesExhausted,     Code::Unavailable,        "RETRIES_EXHAUSTED",     Some(Duration::from_secs(1))),
     (Reason::StaleEpoch,           Code::FailedPrecondition, "STALE_EPOCH",           None),
     (Reason::PredictorUnavailable, Code::Unavailable,        "PREDICTOR_UNAVAILABLE", Some(Duration::from_secs(1))),

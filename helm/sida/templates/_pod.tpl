@@ -6,6 +6,12 @@ gpus. */}}
 {{- $v := $root.Values }}
 {{- $role := .values }}
 {{- $gpus := ternary (int .gpus) 0 $v.gpu.enabled }}
+{{- $args := .args }}
+{{- if $gpus }}
+{{- /* A container sees its own GPU only. */}}
+{{- $args = append $args "--device=cuda:0" }}
+{{- with $v.gpu.precision }}{{ $args = append $args (printf "--precision=%s" .) }}{{ end }}
+{{- end }}
 metadata:
   labels:
     {{- include "sida.labels" $root | nindent 4 }}
@@ -106,7 +112,7 @@ spec:
         - --tls-client-ca=/etc/sida/tls/ca.crt
         {{- end }}
         {{- end }}
-        {{- range .args }}
+        {{- range $args }}
         - {{ . }}
         {{- end }}
         {{- range $role.extraArgs }}

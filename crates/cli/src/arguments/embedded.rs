@@ -2,14 +2,30 @@
 
 use clap::Args;
 use sida_expert_node::ExpertMemory;
+use sida_model::DeviceName;
+
+use super::device::DeviceArguments;
 
 /// How many expert-nodes there are, and how much memory they get together.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct EmbeddedArguments {
-    /// Expert-nodes within this process
-    #[arg(long, value_name = "N", default_value_t = 2)]
-    pub(crate) expert_nodes: usize,
+    /// Expert-nodes within this process [default: 2; on a GPU 1, which shares it with the coordinator]
+    #[arg(long, value_name = "N")]
+    pub(crate) expert_nodes: Option<usize>,
     /// Memory for experts, over all expert-nodes: 2GiB, 300MB, or a share of all experts as 25%
     #[arg(long, value_name = "SIZE", default_value = "100%")]
     pub(crate) expert_memory: ExpertMemory,
+    /// With a GPU: page-locked memory of the host for experts; the others come from disk when they are wanted
+    #[arg(long, value_name = "SIZE", default_value = "100%")]
+    pub(crate) host_memory: ExpertMemory,
+    #[command(flatten)]
+    pub(crate) device: DeviceArguments,
+}
+
+impl EmbeddedArguments {
+    /// How many expert-nodes there are.
+    pub(crate) fn nodes(&self) -> usize {
+        let default = if self.device.device == DeviceName::Cpu { 2 } else { 1 };
+        self.expert_nodes.unwrap_or(default)
+    }
 }

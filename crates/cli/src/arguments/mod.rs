@@ -2,6 +2,7 @@
 //! answered, how much memory the experts get, where a cluster listens and how one is reached.
 
 pub(crate) mod connection;
+pub(crate) mod device;
 pub(crate) mod embedded;
 pub(crate) mod etcd;
 pub(crate) mod generation;

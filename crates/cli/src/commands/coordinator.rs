@@ -4,13 +4,14 @@ use std::process::ExitCode;
 
 use clap::Args;
 use sida_cluster::Role;
-use sida_coordinator::{Coordinator, CoordinatorConfig};
+use sida_coordinator::{Coordinator, CoordinatorConfig, CoordinatorError};
 use sida_model::Checkpoint;
 use sida_rpc::Readiness;
 
 use crate::{
     arguments::{
         connection::ConnectionArguments,
+        device::{self, DeviceArguments},
         limits::LimitArguments,
         membership::MembershipArguments,
         model::ModelArguments,
@@ -27,6 +28,8 @@ pub(crate) struct CoordinatorArguments {
     membership: MembershipArguments,
     #[command(flatten)]
     model: ModelArguments,
+    #[command(flatten)]
+    device: DeviceArguments,
     #[command(flatten)]
     predictor: PredictorArguments,
     #[command(flatten)]
@@ -60,12 +63,21 @@ pub(crate) fn run(arguments: CoordinatorArguments) -> anyhow::Result<ExitCode> {
         let predictor = arguments.predictor.source(&checkpoint, &cluster)?;
         let mut config = CoordinatorConfig::new(member.node, checkpoint, predictor);
         arguments.limits.apply(&mut config);
+        (config.device, config.precision) = (arguments.device.device, arguments.device.precision);
         config.client = arguments.connection.client();
         config.server = arguments.server.server(&arguments.connection, readiness);
         config.on_load = Some(loading_bar::of_model(&config.checkpoint));
-        let coordinator = Coordinator::start(config, cluster).await?;
+        let coordinator = Coordinator::start(config, cluster).await.map_err(refused)?;
         server::announce(&listener)?;
         sida_coordinator::serve(coordinator, listener, shutdown).await?;
         Ok(ExitCode::SUCCESS)
     })
+}
+
+/// A device that is not there, or does not hold the model, is the caller's mistake.
+pub(crate) fn refused(error: CoordinatorError) -> anyhow::Error {
+    match error {
+        CoordinatorError::Model(error) => device::model_refused(error),
+        error => error.into(),
+    }
 }

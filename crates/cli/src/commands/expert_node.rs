@@ -11,6 +11,7 @@ use sida_rpc::Readiness;
 use crate::{
     arguments::{
         connection::ConnectionArguments,
+        device::{self, DeviceArguments},
         membership::MembershipArguments,
         model::ModelArguments,
         server::{self, METRICS_OF_NODES, ServerArguments},
@@ -29,6 +30,11 @@ pub(crate) struct ExpertNodeArguments {
     /// Memory for experts: 2GiB, 300MB, or a share of all the model's experts as 25%
     #[arg(long, value_name = "SIZE", default_value = "100%")]
     expert_memory: ExpertMemory,
+    /// With a GPU: page-locked memory of the host for experts; the others come from disk when they are wanted
+    #[arg(long, value_name = "SIZE", default_value = "100%")]
+    host_memory: ExpertMemory,
+    #[command(flatten)]
+    device: DeviceArguments,
     /// Share of the experts that this node takes, relative to the others [default: its memory for experts in MiB]
     #[arg(long, value_name = "WEIGHT", value_parser = positive)]
     node_weight: Option<f64>,
@@ -62,6 +68,9 @@ pub(crate) fn run(arguments: ExpertNodeArguments) -> anyhow::Result<ExitCode> {
         let cluster = arguments.membership.cluster(&member, listener.local_addr()?, model, weight)?;
         let config = ExpertNodeConfig {
             expert_memory: arguments.expert_memory,
+            host_memory: arguments.host_memory,
+            device: arguments.device.device,
+            precision: arguments.device.precision,
             threads: arguments.model.threads(),
             server: arguments.server.server(&arguments.connection, readiness),
             ..ExpertNodeConfig::new(member.node, model_dir)
@@ -89,6 +98,7 @@ fn positive(text: &str) -> Result<f64, String> {
 pub(crate) fn refused(error: ExpertNodeError) -> anyhow::Error {
     match error {
         ExpertNodeError::BudgetTooSmall { .. } => BadConfiguration::because("--expert-memory", error).into(),
+        ExpertNodeError::Model(error) => device::model_refused(error),
         error => error.into(),
     }
 }

@@ -26,6 +26,25 @@ pub(super) struct Norm {
     pub(super) pass: u64,
 }
 
+/// `Add` of rows.cu.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(super) struct Add {
+    pub(super) h: u64,
+    pub(super) y: u64,
+    pub(super) count: i32,
+}
+
+/// `Tile` of product.cu.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub(super) struct Tile {
+    pub(super) slot: i32,
+    pub(super) first: i32,
+    pub(super) rows: i32,
+    pub(super) unused: i32,
+}
+
 /// `Best` of rows.cu.
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -116,6 +135,7 @@ mod tests {
     #[test]
     fn layouts_are_those_of_the_kernels() {
         assert_eq!((size_of::<Embed>(), size_of::<Norm>(), size_of::<Best>()), (32, 56, 24));
+        assert_eq!((size_of::<Add>(), size_of::<Tile>()), (24, 16));
         assert_eq!((size_of::<Product>(), offset_of!(Product, pass), offset_of!(Product, slot_stride)), (88, 40, 80));
         assert_eq!((size_of::<Route>(), offset_of!(Route, rows)), (96, 72));
         assert_eq!((size_of::<Sequence>(), offset_of!(Sequence, capacity)), (48, 24));

@@ -54,6 +54,13 @@ pub(super) struct DeviceMemory {
     address: u64,
 }
 
+impl Drop for DeviceMemory {
+    fn drop(&mut self) {
+        // It is given back below, by a call that takes the calling thread's device. An error comes back with the next call.
+        let _ = self.slice.stream().context().bind_to_thread();
+    }
+}
+
 impl DeviceMemory {
     /// Where it begins.
     pub(super) fn address(&self) -> u64 {
@@ -147,10 +154,24 @@ impl Gpu {
 
     /// Reads bytes back, after all that the compute stream was given.
     pub(super) fn read(&self, from: u64, into: &mut [u8]) -> Result<(), CudaError> {
-        // SAFETY: `from` is memory of ours of that length; `into` outlives the call, which waits below.
-        unsafe { result::memcpy_dtoh_async(into, from, self.compute.cu_stream()) }
-            .map_err(failed("cuMemcpyDtoHAsync"))?;
+        // SAFETY: `into` outlives the call, which waits below.
+        unsafe { self.start_reading(from, into) }?;
         self.finish()
+    }
+
+    /// Starts reading bytes back, in the order of the compute stream.
+    ///
+    /// # Safety
+    /// `into` is neither touched nor freed before [`Gpu::finish`].
+    pub(super) unsafe fn start_reading(&self, from: u64, into: &mut [u8]) -> Result<(), CudaError> {
+        // SAFETY: `from` is memory of ours of that length; the rest by the caller's promise.
+        unsafe { result::memcpy_dtoh_async(into, from, self.compute.cu_stream()) }.map_err(failed("cuMemcpyDtoHAsync"))
+    }
+
+    /// Sets memory to 0, in the order of the compute stream.
+    pub(super) fn clear(&self, at: u64, bytes: usize) -> Result<(), CudaError> {
+        // SAFETY: `at` is memory of ours of that length.
+        unsafe { result::memset_d8_async(at, 0, bytes, self.compute.cu_stream()) }.map_err(failed("cuMemsetD8Async"))
     }
 
     /// Copies within the device, in the order of the compute stream.
@@ -186,6 +207,24 @@ impl Gpu {
             .map_err(failed("cuLaunchKernel"))
     }
 
+    /// Has `then` called from a thread of the driver when the compute stream comes to here, or dropped if it never does. It must
+    /// not call the device.
+    pub(super) fn call_back(&self, then: Box<dyn FnOnce() + Send>) -> Result<(), CudaError> {
+        unsafe extern "C" fn call(then: *mut c_void) {
+            // SAFETY: what `into_raw` below gave, once.
+            let then = unsafe { Box::from_raw(then.cast::<Box<dyn FnOnce() + Send>>()) };
+            then();
+        }
+        let then = Box::into_raw(Box::new(then));
+        // SAFETY: `call` takes what it is given, and is called at most once.
+        let started = unsafe { result::stream::launch_host_function(self.compute.cu_stream(), call, then.cast()) };
+        started.map_err(|source| {
+            // SAFETY: it was not started, so nobody else takes it.
+            drop(unsafe { Box::from_raw(then) });
+            failed("cuLaunchHostFunc")(source)
+        })
+    }
+
     /// An event that marks no work yet.
     pub(super) fn event(&self) -> Result<CudaEvent, CudaError> {
         self.context.new_event(None).map_err(failed("cuEventCreate"))
@@ -200,6 +239,11 @@ impl Gpu {
     /// Waits until the compute stream is done, and learns whether its work failed.
     pub(super) fn finish(&self) -> Result<(), CudaError> {
         self.compute.synchronize().map_err(failed("cuStreamSynchronize"))
+    }
+
+    /// Whether both are the same device of this process.
+    pub(super) fn is_same(&self, other: &Self) -> bool {
+        self.context.cu_ctx() == other.context.cu_ctx()
     }
 
     pub(super) fn context(&self) -> &Arc<CudaContext> {

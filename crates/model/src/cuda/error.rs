@@ -4,7 +4,7 @@
 use cudarc::driver::{DriverError, sys::CUresult};
 use thiserror::Error;
 
-use crate::ModelError;
+use crate::{DeviceError, ModelError};
 
 /// Why something cannot be done on a GPU.
 #[derive(Debug, Error)]
@@ -58,4 +58,26 @@ impl CudaError {
 /// Names the call that failed.
 pub(super) fn failed(call: &'static str) -> impl Fn(DriverError) -> CudaError {
     move |source| CudaError::Driver { call, source }
+}
+
+impl From<CudaError> for DeviceError {
+    fn from(error: CudaError) -> Self {
+        let reason = error.to_string();
+        match error {
+            error if error.is_missing_device() => Self::Missing(reason),
+            CudaError::OutOfMemory { .. } => Self::Failed(reason),
+            error if error.is_device_lost() => Self::Lost(reason),
+            CudaError::Driver { .. } => Self::Failed(reason),
+            _ => Self::Refused(reason),
+        }
+    }
+}
+
+impl From<CudaError> for ModelError {
+    fn from(error: CudaError) -> Self {
+        match error {
+            CudaError::Model(error) => error,
+            error => Self::Device(error.into()),
+        }
+    }
 }

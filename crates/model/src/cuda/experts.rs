@@ -21,10 +21,9 @@ use super::{
     device::{DeviceMemory, Gpu},
     error::{CudaError, failed},
     host_tier::HostTier,
-    kernels::Precision,
     weights::plain_bytes,
 };
-use crate::ModelConfig;
+use crate::{ModelConfig, Precision};
 
 /// Uploads for later plans begun before one pass. What a pass of a millisecond hides is about 6 experts of 9 MiB; more
 /// would only queue, and be wanted by then or not.
@@ -287,7 +286,7 @@ impl Experts {
         let done = &self.uploads[slot.index()];
         // The upload before it may have been begun on the other stream and not be over.
         stream.wait(done).map_err(failed("cuStreamWaitEvent"))?;
-        let found = host.find(key)?;
+        let found = host.find(gpu, key)?;
         let to = self.slab.address() + (slot.index() * self.expert_bytes) as u64;
         // SAFETY: no pass that could read the slot runs (see the file's head), the upload before it is waited for,
         // and a place of the host is filled again only after `read`.

@@ -8,13 +8,12 @@ use sida_routing::{ExpertId, ExpertKey, LayerId};
 use super::{
     device::Gpu,
     error::{CudaError, failed},
-    kernels::Precision,
     weights::convert,
 };
-use crate::{ExpertStore, ModelError, StoredDType};
+use crate::{ExpertStore, ModelError, Precision, StoredDType};
 
 /// Experts of one allocation, so that filling begins before all is taken.
-const CHUNK_EXPERTS: usize = 64;
+const CHUNK_EXPERTS: usize = 16;
 /// Places for experts that come from disk.
 const STAGES: usize = 4;
 
@@ -24,8 +23,11 @@ pub(super) struct HostTier {
     store: ExpertStore,
     precision: Precision,
     chunks: Vec<PinnedHostSlice<u8>>,
-    /// How many experts the chunks hold: the first ones, in order of layer and expert.
-    pinned: usize,
+    /// For each expert, in order of layer and expert, its place in the chunks.
+    places: Vec<Option<usize>>,
+    /// Places that are taken, and that there may be.
+    taken: usize,
+    places_max: usize,
     stages: Vec<Stage>,
     next_stage: usize,
 }
@@ -45,35 +47,42 @@ pub(super) struct Found<'t> {
 }
 
 impl HostTier {
-    /// Fills at most `bytes` of page-locked memory. `on_progress` gets experts done and experts in all.
-    pub(super) fn open(
-        gpu: &Gpu,
-        store: ExpertStore,
-        precision: Precision,
-        bytes: u64,
-        on_progress: &mut dyn FnMut(u64, u64),
-    ) -> Result<Self, CudaError> {
-        let mut tier = Self { store, precision, chunks: Vec::new(), pinned: 0, stages: Vec::new(), next_stage: 0 };
+    /// Takes at most `bytes` of page-locked memory, as experts are found for the first time.
+    pub(super) fn open(gpu: &Gpu, store: ExpertStore, precision: Precision, bytes: u64) -> Result<Self, CudaError> {
+        let (chunks, stages) = (Vec::new(), Vec::new());
+        let (places, taken, places_max, next_stage) = (Vec::new(), 0, 0, 0);
+        let mut tier = Self { store, precision, chunks, places, taken, places_max, stages, next_stage };
         let (expert_bytes, experts) = (tier.expert_bytes(), tier.experts());
-        let pinned = experts.min((bytes / expert_bytes as u64) as usize);
-        while tier.pinned < pinned {
-            let count = CHUNK_EXPERTS.min(pinned - tier.pinned);
-            let mut chunk = gpu.pinned(count * expert_bytes)?;
-            let slots = chunk.as_mut_slice().map_err(failed("cuEventSynchronize"))?;
-            slots
-                .par_chunks_exact_mut(expert_bytes)
-                .enumerate()
-                .try_for_each(|(at, slot)| tier.load(tier.key(tier.pinned + at), slot))?;
-            tier.chunks.push(chunk);
-            tier.pinned += count;
-            on_progress(tier.pinned as u64, pinned as u64);
-        }
-        if pinned < experts {
-            for _ in 0..STAGES {
-                tier.stages.push(Stage { memory: gpu.pinned(expert_bytes)?, read: gpu.event()? });
-            }
+        tier.places = vec![None; experts];
+        tier.places_max = experts.min((bytes / expert_bytes as u64) as usize);
+        for _ in 0..STAGES {
+            tier.stages.push(Stage { memory: gpu.pinned(expert_bytes)?, read: gpu.event()? });
         }
         Ok(tier)
+    }
+
+    /// Reads as many experts as there are places for. `on_progress` gets experts done and experts in all.
+    pub(super) fn fill(&mut self, gpu: &Gpu, on_progress: &mut dyn FnMut(u64, u64)) -> Result<(), CudaError> {
+        while self.taken < self.places_max {
+            let first = self.taken;
+            let mut chunk = self.new_chunk(gpu)?;
+            let count = CHUNK_EXPERTS.min(self.places_max - first);
+            let places = chunk.as_mut_slice().map_err(failed("cuEventSynchronize"))?;
+            places
+                .par_chunks_exact_mut(self.expert_bytes())
+                .take(count)
+                .enumerate()
+                .try_for_each(|(at, place)| self.load(self.key(first + at), place))?;
+            self.chunks.push(chunk);
+            (first..first + count).for_each(|index| self.places[index] = Some(index));
+            self.taken += count;
+            on_progress(self.taken as u64, self.places_max as u64);
+        }
+        Ok(())
+    }
+
+    fn new_chunk(&self, gpu: &Gpu) -> Result<PinnedHostSlice<u8>, CudaError> {
+        gpu.pinned(CHUNK_EXPERTS.min(self.places_max - self.taken) * self.expert_bytes())
     }
 
     /// Bytes of one expert on the device.
@@ -88,17 +97,20 @@ impl HostTier {
     }
 
     /// Where the expert lies; reads it from disk if it is not in memory.
-    pub(super) fn find(&mut self, key: ExpertKey) -> Result<Found<'_>, CudaError> {
+    pub(super) fn find(&mut self, gpu: &Gpu, key: ExpertKey) -> Result<Found<'_>, CudaError> {
         let expert_bytes = self.expert_bytes();
         let index = usize::from(key.layer.0) * self.store.config().num_experts + usize::from(key.expert.0);
-        if index < self.pinned {
-            let chunk = self.chunks[index / CHUNK_EXPERTS].as_slice().map_err(failed("cuEventSynchronize"))?;
-            let bytes = &chunk[index % CHUNK_EXPERTS * expert_bytes..][..expert_bytes];
+        if self.places[index].is_none() && self.taken < self.places_max {
+            self.keep(gpu, key, index)?;
+        }
+        if let Some(place) = self.places[index] {
+            let chunk = self.chunks[place / CHUNK_EXPERTS].as_slice().map_err(failed("cuEventSynchronize"))?;
+            let bytes = &chunk[place % CHUNK_EXPERTS * expert_bytes..][..expert_bytes];
             return Ok(Found { bytes, read: None });
         }
         self.next_stage = (self.next_stage + 1) % self.stages.len();
         let mut stage = self.stages.swap_remove(self.next_stage);
-        let filled = self.fill(key, &mut stage);
+        let filled = self.stage(key, &mut stage);
         self.stages.push(stage);
         let last = self.stages.len() - 1;
         self.stages.swap(self.next_stage, last);
@@ -108,7 +120,33 @@ impl HostTier {
         Ok(Found { bytes, read: Some(&stage.read) })
     }
 
-    fn fill(&self, key: ExpertKey, stage: &mut Stage) -> Result<(), CudaError> {
+    /// Reads an expert into the next place.
+    fn keep(&mut self, gpu: &Gpu, key: ExpertKey, index: usize) -> Result<(), CudaError> {
+        let at = self.taken % CHUNK_EXPERTS;
+        let chunk = match at {
+            0 => self.new_chunk(gpu),
+            _ => Ok(self.chunks.pop().expect("the last chunk has room")),
+        };
+        let Ok(mut chunk) = chunk else {
+            // The host has no more to lock: what is there stays, the others come from disk.
+            self.places_max = self.taken;
+            return Ok(());
+        };
+        let bytes = chunk.as_mut_slice().map_err(failed("cuEventSynchronize"))?;
+        let expert_bytes = self.expert_bytes();
+        let loaded = self.load(key, &mut bytes[at * expert_bytes..][..expert_bytes]);
+        if loaded.is_ok() {
+            self.places[index] = Some(self.taken);
+            self.taken += 1;
+        }
+        // Kept even if nothing was read: others may be in it.
+        if loaded.is_ok() || at > 0 {
+            self.chunks.push(chunk);
+        }
+        Ok(loaded?)
+    }
+
+    fn stage(&self, key: ExpertKey, stage: &mut Stage) -> Result<(), CudaError> {
         stage.read.synchronize().map_err(failed("cuEventSynchronize"))?;
         let slot = stage.memory.as_mut_slice().map_err(failed("cuEventSynchronize"))?;
         Ok(self.load(key, slot)?)

@@ -12,6 +12,7 @@ use super::{
     device::Gpu,
     error::{CudaError, failed},
 };
+use crate::Precision;
 
 /// In the order in which they build on each other.
 const SOURCES: [(&str, &str); 9] = [
@@ -25,25 +26,6 @@ const SOURCES: [(&str, &str); 9] = [
     ("attention_scalar.cu", include_str!("kernels/attention_scalar.cu")),
     ("attention_tensor.cu", include_str!("kernels/attention_tensor.cu")),
 ];
-
-/// What weights and activations are stored in on the device. Sums are float32 either way.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Precision {
-    /// Products by tensor cores.
-    Bf16,
-    /// For comparison with the CPU.
-    F32,
-}
-
-impl Precision {
-    /// Bytes of one value.
-    pub(super) fn size(self) -> usize {
-        match self {
-            Self::Bf16 => 2,
-            Self::F32 => 4,
-        }
-    }
-}
 
 /// One way to multiply: a kernel for each thing that can become of a result (see `Kind` of product.cu).
 #[derive(Debug)]
@@ -64,6 +46,7 @@ pub(super) struct ProductKernels {
 pub(super) struct Kernels {
     pub(super) embed: CudaFunction,
     pub(super) norm: CudaFunction,
+    pub(super) add_rows: CudaFunction,
     pub(super) best: CudaFunction,
     pub(super) router_logits: CudaFunction,
     pub(super) choose_experts: CudaFunction,
@@ -99,6 +82,7 @@ impl Kernels {
         Ok(Self {
             embed: function("embed_rows")?,
             norm: function("rms_norm")?,
+            add_rows: function("add_rows")?,
             best: function("best_tokens")?,
             router_logits: function("router_logits")?,
             choose_experts: function("choose_experts")?,

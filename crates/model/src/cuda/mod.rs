@@ -8,25 +8,29 @@
 //!
 //! In reading order: [`error`], [`device`] (context, streams, memory), [`kernels`] (compiled at the start; the sources
 //! under `kernels/`: numbers, rows, product and its ways, routing, attention and its ways) and their `arguments`, `weights`,
-//! `scratch`, `pass` (the forward), `host_tier` and `experts` (who is on the device), [`model`], [`sequence`],
-//! [`timing`].
+//! `scratch`, `pass` (the forward) and `grouped` (its experts), `host_tier` and `experts` (who is on the device), [`model`],
+//! [`sequence`], [`dense`] (the forward without experts), [`slab`] (experts without the forward), [`timing`].
 
 mod arguments;
+pub mod dense;
 pub mod device;
 pub mod error;
 mod experts;
+mod grouped;
 mod host_tier;
 pub mod kernels;
 pub mod model;
 mod pass;
 mod scratch;
 pub mod sequence;
+pub mod slab;
 pub mod timing;
 mod weights;
 
+pub use dense::{Choice, DeviceDense};
 pub use device::{Gpu, GpuDescription};
 pub use error::CudaError;
-pub use kernels::Precision;
 pub use model::{DeviceModel, DeviceOptions, Passed, distinct};
 pub use sequence::DeviceSequence;
+pub use slab::DeviceSlab;
 pub use timing::{Ceilings, KernelTiming};

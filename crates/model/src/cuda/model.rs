@@ -16,16 +16,17 @@ use sida_routing::{ExpertId, LayerId, Plan, PlanId, residency::ResidencyCounters
 
 use super::{
     arguments::Sequence,
+    dense::DeviceDense,
     device::Gpu,
     error::{CudaError, failed},
     experts::Experts,
     host_tier::HostTier,
-    kernels::{Kernels, Precision},
     pass::{BatchShape, Machine, Pass},
-    scratch::{LOGIT_ROWS_MAX, Packet, Report, Scratch},
-    weights::{self, DeviceBackbone},
+    scratch::{LOGIT_ROWS_MAX, Packet, Report},
+    sequence::DeviceSequence,
+    weights,
 };
-use crate::{Checkpoint, ExpertStore, ModelConfig, ModelError, Spans, Stack, StoredDType};
+use crate::{Checkpoint, ExpertStore, ModelConfig, Precision, Spans, Stack, StoredDType};
 
 /// Recorded passes that are kept; beyond it all are dropped.
 const GRAPHS_MAX: usize = 128;
@@ -61,12 +62,8 @@ pub struct Passed {
 /// See the file's head.
 #[derive(Debug)]
 pub struct DeviceModel {
-    pub(super) gpu: Gpu,
-    pub(super) config: ModelConfig,
-    pub(super) options: DeviceOptions,
-    pub(super) kernels: Kernels,
-    pub(super) backbone: DeviceBackbone,
-    pub(super) scratch: Scratch,
+    pub(super) dense: DeviceDense,
+    options: DeviceOptions,
     host: HostTier,
     pub(super) experts: Experts,
     graphs: HashMap<(Stack, BatchShape), Recorded>,
@@ -98,55 +95,46 @@ impl DeviceModel {
         options: DeviceOptions,
         on_progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Self, CudaError> {
-        let config = checkpoint.config().clone();
-        weights::check(&config)?;
-        gpu.enter()?;
-        let kernels = Kernels::compile(&gpu, options.precision, config.d_kv)?;
-        let backbone = DeviceBackbone::load(&gpu, &checkpoint, options.precision)?;
-        let scratch = Scratch::new(&gpu, &config, options.precision, options.rows_max)?;
+        let dense = DeviceDense::open(gpu, &checkpoint, options.precision, options.rows_max)?;
         let store = ExpertStore::open(checkpoint)?;
-        let host = HostTier::open(&gpu, store, options.precision, options.host_bytes, on_progress)?;
-        let experts = Self::slab(&gpu, &config, &host, &options)?;
-        let graphs = HashMap::new();
-        let mut model = Self { gpu, config, options, kernels, backbone, scratch, host, experts, graphs, current: None };
+        let mut host = HostTier::open(&dense.gpu, store, options.precision, options.host_bytes)?;
+        host.fill(&dense.gpu, on_progress)?;
+        Self::with_slab(dense, host, options)
+    }
+
+    fn with_slab(dense: DeviceDense, host: HostTier, options: DeviceOptions) -> Result<Self, CudaError> {
+        let expert = (host.expert_bytes(), options.precision);
+        let experts = Experts::new(&dense.gpu, &dense.config, expert, options.expert_bytes, options.rows_max)?;
+        let mut model = Self { dense, options, host, experts, graphs: HashMap::new(), current: None };
         model.fill_if_all_fit()?;
         Ok(model)
     }
 
-    fn slab(gpu: &Gpu, config: &ModelConfig, host: &HostTier, options: &DeviceOptions) -> Result<Experts, CudaError> {
-        let expert = (host.expert_bytes(), options.precision);
-        Experts::new(gpu, config, expert, options.expert_bytes, options.rows_max)
-    }
-
     fn fill_if_all_fit(&mut self) -> Result<(), CudaError> {
         match self.experts.slots() == self.host.experts() {
-            true => self.experts.fill(&self.gpu, &mut self.host),
+            true => self.experts.fill(&self.dense.gpu, &mut self.host),
             false => Ok(()),
         }
     }
 
     /// Drops all experts from the device and goes on with another budget.
     pub fn with_expert_bytes(self, expert_bytes: u64) -> Result<Self, CudaError> {
-        self.gpu.enter()?;
-        let Self { gpu, config, mut options, kernels, backbone, scratch, host, experts, graphs, .. } = self;
+        self.dense.gpu.enter()?;
+        let Self { dense, mut options, host, experts, graphs, .. } = self;
         options.expert_bytes = expert_bytes;
         drop((graphs, experts));
-        gpu.finish()?;
-        let experts = Self::slab(&gpu, &config, &host, &options)?;
-        let graphs = HashMap::new();
-        let mut model = Self { gpu, config, options, kernels, backbone, scratch, host, experts, graphs, current: None };
-        model.fill_if_all_fit()?;
-        Ok(model)
+        dense.gpu.finish()?;
+        Self::with_slab(dense, host, options)
     }
 
     /// What the model is.
     pub fn config(&self) -> &ModelConfig {
-        &self.config
+        &self.dense.config
     }
 
     /// Where it is.
     pub fn gpu(&self) -> &Gpu {
-        &self.gpu
+        &self.dense.gpu
     }
 
     /// Bytes of one expert on the device, and of all.
@@ -157,7 +145,7 @@ impl DeviceModel {
 
     /// Bytes on the device: backbone, experts, and what passes work in; caches of sequences come on top.
     pub fn bytes(&self) -> (u64, u64, u64) {
-        (self.backbone.bytes, self.experts.bytes(), self.scratch.bytes())
+        (self.dense.backbone.bytes, self.experts.bytes(), self.dense.scratch.bytes())
     }
 
     /// What was loaded and dropped since the budget was set.
@@ -184,50 +172,59 @@ impl DeviceModel {
     /// Encodes prompts: `spans` cuts `ids` into sequences. The states stay on the device, for [`DeviceModel::states`]
     /// and [`DeviceModel::start`], until the next pass.
     pub fn encode(&mut self, ids: &[u32], spans: &Spans) -> Result<Passed, CudaError> {
-        let sequences: Vec<Sequence> = spans
-            .ranges()
-            .map(|range| Sequence { first_row: range.start as i32, rows: range.len() as i32, ..Sequence::default() })
-            .collect();
-        self.pass(Stack::Encoder, ids, spans, &sequences, &[])
+        self.pass(Stack::Encoder, ids, spans, &DeviceDense::prompts(spans), &[])
+    }
+
+    /// Sequences before their first token: see [`DeviceDense::start`].
+    pub fn start(&mut self, spans: &Spans) -> Result<Vec<DeviceSequence>, CudaError> {
+        self.dense.start(spans)
+    }
+
+    /// Decodes the new tokens of each sequence, and computes logits and best token of the rows `wanted`, at most
+    /// [`LOGIT_ROWS_MAX`]. Advances the sequences.
+    pub fn decode(
+        &mut self,
+        ids: &[u32],
+        spans: &Spans,
+        sequences: &mut [&mut DeviceSequence],
+        wanted: &[u32],
+    ) -> Result<Passed, CudaError> {
+        let described = self.dense.describe(spans, sequences)?;
+        let limit = LOGIT_ROWS_MAX.min(spans.rows());
+        if wanted.len() > limit || wanted.iter().any(|&row| row as usize >= spans.rows()) {
+            return Err(CudaError::TooManyRows { rows: wanted.len(), limit });
+        }
+        let passed = self.pass(Stack::Decoder, ids, spans, &described, wanted)?;
+        for (sequence, range) in sequences.iter_mut().zip(spans.ranges()) {
+            sequence.advance(range.len());
+        }
+        Ok(passed)
     }
 
     /// The states that the last pass over prompts left: (rows, d_model), row-major.
     pub fn states(&self, rows: usize) -> Result<Vec<f32>, CudaError> {
         let mut bytes = Vec::new();
         self.read_states(rows, &mut bytes)?;
-        let dtype = match self.options.precision {
-            Precision::Bf16 => StoredDType::BF16,
-            Precision::F32 => StoredDType::F32,
-        };
-        Ok(dtype.widen(&bytes))
+        Ok(self.options.precision.stored().widen(&bytes))
     }
 
     /// As [`DeviceModel::states`], in the model's precision as they lie on the device, into memory that is kept.
     pub fn read_states(&self, rows: usize, into: &mut Vec<u8>) -> Result<(), CudaError> {
-        self.check_rows(rows)?;
-        self.gpu.enter()?;
-        into.resize(rows * self.config.d_model * self.options.precision.size(), 0);
-        self.gpu.read(self.scratch.x.address(), into)
+        self.dense.read_states(rows, into)
     }
 
     /// Puts states (rows, d_model) back where [`DeviceModel::encode`] leaves them.
     pub fn put_states(&mut self, states: &[f32]) -> Result<(), CudaError> {
-        self.check_rows(states.len() / self.config.d_model)?;
-        self.gpu.enter()?;
+        self.dense.check_rows(states.len() / self.dense.config.d_model)?;
+        self.dense.gpu.enter()?;
         let mut bytes = Vec::with_capacity(states.len() * 4);
         weights::convert(StoredDType::F32, weights::plain_bytes(states), self.options.precision, &mut bytes);
-        self.gpu.write(self.scratch.x.address(), &bytes)
+        self.dense.gpu.write(self.dense.scratch.x.address(), &bytes)
     }
 
     /// The logits of the first `rows` rows that the last pass was asked for: (rows, vocab_size).
     pub fn logits(&self, rows: usize) -> Result<Vec<f32>, CudaError> {
-        if rows > LOGIT_ROWS_MAX {
-            return Err(CudaError::TooManyRows { rows, limit: LOGIT_ROWS_MAX });
-        }
-        self.gpu.enter()?;
-        let mut bytes = vec![0; rows * self.config.vocab_size * 4];
-        self.gpu.read(self.scratch.logits.address(), &mut bytes)?;
-        Ok(StoredDType::F32.widen(&bytes))
+        self.dense.read_logits(rows)
     }
 
     /// Starts a pass, waits for it, and resumes it as often as an expert was missing.
@@ -239,19 +236,18 @@ impl DeviceModel {
         sequences: &[Sequence],
         wanted: &[u32],
     ) -> Result<Passed, CudaError> {
-        self.check_batch(ids, spans)?;
-        self.gpu.enter()?;
-        let longest = spans.ranges().map(|range| range.len()).max().unwrap_or(0);
-        let shape = BatchShape { rows: ids.len(), sequences: spans.len(), longest, wanted: wanted.len() };
-        let packet = Packet::plan(&self.scratch, shape.rows, shape.sequences, shape.wanted);
-        self.experts.begin_pass(&self.gpu, &mut self.host, self.current)?;
-        packet.send(&self.gpu, ids, sequences, wanted)?;
-        let layers = self.config.moe_layers(stack);
+        self.dense.check_batch(ids, spans)?;
+        self.dense.gpu.enter()?;
+        let shape = BatchShape::of(spans, wanted.len());
+        let packet = Packet::plan(&self.dense.scratch, shape.rows, shape.sequences, shape.wanted);
+        self.experts.begin_pass(&self.dense.gpu, &mut self.host, self.current)?;
+        packet.send(&self.dense.gpu, ids, sequences, wanted)?;
+        let layers = self.dense.config.moe_layers(stack);
         let mut passed = Passed::default();
         let (mut resume, mut settled) = (None, 0);
         loop {
             self.start_pass(stack, shape, packet, resume)?;
-            let report = Report::read(&self.gpu, &self.scratch, layers.len(), shape.rows)?;
+            let report = Report::read(&self.dense.gpu, &self.dense.scratch, layers.len(), shape.rows)?;
             let Some(stopped) = report.stopped_at() else {
                 passed.experts = (0..layers.len()).map(|layer| report.chosen(layer, shape.rows)).collect();
                 passed.tokens = report.tokens(shape.wanted);
@@ -264,7 +260,7 @@ impl DeviceModel {
             settled = stopped;
             let experts = distinct(&report.chosen(stopped, shape.rows));
             let layer = LayerId(layers.start + stopped as u16);
-            passed.demand_loads += self.experts.demand(&self.gpu, &mut self.host, layer, &experts)?;
+            passed.demand_loads += self.experts.demand(&self.dense.gpu, &mut self.host, layer, &experts)?;
             passed.load += begun.elapsed();
             resume = Some(stopped);
         }
@@ -278,7 +274,7 @@ impl DeviceModel {
         report: &Report,
         rows: usize,
     ) -> Result<(), CudaError> {
-        let first = self.config.moe_layers(stack).start;
+        let first = self.dense.config.moe_layers(stack).start;
         for index in layers {
             let layer = LayerId(first + index as u16);
             // What a batch decodes uses the decoder's layers again at every token.
@@ -295,9 +291,10 @@ impl DeviceModel {
         packet: Packet,
         resume: Option<usize>,
     ) -> Result<(), CudaError> {
-        let stream = self.gpu.compute.cu_stream();
+        let stream = self.dense.gpu.compute.cu_stream();
         // SAFETY: the report begins with the guard.
-        unsafe { result::memset_d8_async(self.scratch.guard(), 0x7f, 4, stream) }.map_err(failed("cuMemsetD8Async"))?;
+        unsafe { result::memset_d8_async(self.dense.scratch.guard(), 0x7f, 4, stream) }
+            .map_err(failed("cuMemsetD8Async"))?;
         if resume.is_some() || !self.options.graphs {
             return self.run(stack, shape, packet, resume, true);
         }
@@ -310,11 +307,11 @@ impl DeviceModel {
                 self.run(stack, shape, packet, None, true)
             }
             Some(Recorded::Graph(graph)) => {
-                self.experts.wait_for_all(&self.gpu)?;
+                self.experts.wait_for_all(&self.dense.gpu)?;
                 graph.launch().map_err(failed("cuGraphLaunch"))
             }
             Some(Recorded::Once) => {
-                self.experts.wait_for_all(&self.gpu)?;
+                self.experts.wait_for_all(&self.dense.gpu)?;
                 let graph = self.record(stack, shape, packet)?;
                 graph.launch().map_err(failed("cuGraphLaunch"))?;
                 self.graphs.insert((stack, shape), Recorded::Graph(graph));
@@ -324,7 +321,7 @@ impl DeviceModel {
     }
 
     fn record(&self, stack: Stack, shape: BatchShape, packet: Packet) -> Result<CudaGraph, CudaError> {
-        let stream = &self.gpu.compute;
+        let stream = &self.dense.gpu.compute;
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         stream.begin_capture(mode).map_err(failed("cuStreamBeginCapture"))?;
         let started = self.run(stack, shape, packet, None, false);
@@ -342,7 +339,7 @@ impl DeviceModel {
         waits: bool,
     ) -> Result<(), CudaError> {
         let mut pass = Pass::new(self.machine(), shape, packet, resume, waits);
-        let backbone = &self.backbone;
+        let backbone = &self.dense.backbone;
         match stack {
             Stack::Encoder => pass.encode(&backbone.encoder),
             Stack::Decoder => pass.decode(&backbone.decoder, &backbone.head, backbone.head_scale),
@@ -350,33 +347,7 @@ impl DeviceModel {
     }
 
     pub(super) fn machine(&self) -> Machine<'_> {
-        Machine {
-            gpu: &self.gpu,
-            kernels: &self.kernels,
-            scratch: &self.scratch,
-            config: &self.config,
-            experts: &self.experts,
-        }
-    }
-
-    fn check_batch(&self, ids: &[u32], spans: &Spans) -> Result<(), CudaError> {
-        self.check_rows(ids.len())?;
-        if spans.rows() != ids.len() || spans.is_empty() || spans.ranges().any(|range| range.is_empty()) {
-            let (expected, found) = (vec![ids.len()], vec![spans.rows()]);
-            return Err(ModelError::Shape { what: "sequences, none empty [rows]", expected, found }.into());
-        }
-        let vocab_size = self.config.vocab_size;
-        match ids.iter().find(|&&id| id as usize >= vocab_size) {
-            Some(&id) => Err(ModelError::TokenId { id, vocab_size }.into()),
-            None => Ok(()),
-        }
-    }
-
-    pub(super) fn check_rows(&self, rows: usize) -> Result<(), CudaError> {
-        match rows <= self.scratch.rows_max {
-            true => Ok(()),
-            false => Err(CudaError::TooManyRows { rows, limit: self.scratch.rows_max }),
-        }
+        Machine { experts: Some(&self.experts), ..self.dense.machine() }
     }
 }
 

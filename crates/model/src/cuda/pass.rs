@@ -8,23 +8,22 @@
 use cudarc::driver::CudaFunction;
 
 use super::{
-    arguments::{Attention, Best, Embed, Norm, Product, Route},
+    arguments::{Add, Attention, Best, Embed, Norm, Product, Route},
     device::Gpu,
     error::CudaError,
     experts::Experts,
-    kernels::{Kernels, ProductKernels},
+    grouped::{FEW_GROUP_ROWS_MAX, Grouped},
+    kernels::Kernels,
     scratch::{Packet, Scratch},
     weights::{Block, CrossAttention, FeedForward, Matrix, NormWeight, SelfAttention, StackWeights},
 };
-use crate::ModelConfig;
+use crate::{ModelConfig, Spans};
 
 /// Up to so many rows a dense product reads its matrix once per 32 rows; with more it is multiplied in larger tiles.
 /// Measured: at 128 rows 14 against 18 us, at 256 rows 21 against 18.
 const FEW_ROWS_MAX: usize = 192;
 /// Up to so many rows one block chooses and groups; with more, choosing is spread over the device.
 const FUSED_ROUTE_ROWS_MAX: usize = 256;
-/// Groups of at most so many rows are one tile that reads its expert once.
-const FEW_GROUP_ROWS_MAX: usize = 32;
 
 /// What every pass of a model works with.
 #[derive(Clone, Copy)]
@@ -33,7 +32,8 @@ pub(super) struct Machine<'m> {
     pub(super) kernels: &'m Kernels,
     pub(super) scratch: &'m Scratch,
     pub(super) config: &'m ModelConfig,
-    pub(super) experts: &'m Experts,
+    /// `None`: they are elsewhere, and no pass goes through an MoE layer.
+    pub(super) experts: Option<&'m Experts>,
 }
 
 /// What a batch looks like: all that the shape of a pass depends on.
@@ -45,6 +45,14 @@ pub(super) struct BatchShape {
     pub(super) longest: usize,
     /// Rows whose logits are wanted.
     pub(super) wanted: usize,
+}
+
+impl BatchShape {
+    /// Of a batch of these sequences.
+    pub(super) fn of(spans: &Spans, wanted: usize) -> Self {
+        let longest = spans.ranges().map(|range| range.len()).max().unwrap_or(0);
+        Self { rows: spans.rows(), sequences: spans.len(), longest, wanted }
+    }
 }
 
 /// See the file's head.
@@ -82,18 +90,19 @@ impl<'m> Pass<'m> {
         resume: Option<usize>,
         waits: bool,
     ) -> Self {
-        let guard = if machine.experts.is_complete() { 0 } else { machine.scratch.guard() };
+        let may_miss = machine.experts.is_some_and(|experts| !experts.is_complete());
+        let guard = if may_miss { machine.scratch.guard() } else { 0 };
         Self { machine, shape, packet, layers: 0, resume, waits, guard }
     }
 
     /// ids (rows) -> the encoder's states (rows, d_model), in `scratch.x`.
     pub(super) fn encode(&mut self, weights: &StackWeights) -> Result<(), CudaError> {
         self.embed(&weights.embedding)?;
-        for block in &weights.blocks {
-            self.attend_own_rows(&block.attention, weights)?;
+        for (index, block) in weights.blocks.iter().enumerate() {
+            self.attend_block(block, index, weights)?;
             self.feed_forward(block)?;
         }
-        self.norm(&weights.final_norm, None, 1.0)
+        self.finish(weights)
     }
 
     /// ids (rows), and caches, which get the rows' keys and values -> the best token of each wanted row, whose logits
@@ -101,13 +110,26 @@ impl<'m> Pass<'m> {
     pub(super) fn decode(&mut self, weights: &StackWeights, head: &Matrix, head_scale: f32) -> Result<(), CudaError> {
         self.embed(&weights.embedding)?;
         for (index, block) in weights.blocks.iter().enumerate() {
-            self.attend_cache(&block.attention, index, weights)?;
-            if let Some(cross) = &block.cross {
-                self.attend_input(cross, index)?;
-            }
+            self.attend_block(block, index, weights)?;
             self.feed_forward(block)?;
         }
         self.head(&weights.final_norm, head, head_scale)
+    }
+
+    /// The attention of a block; one without cross-attention is the encoder's.
+    pub(super) fn attend_block(&self, block: &Block, index: usize, weights: &StackWeights) -> Result<(), CudaError> {
+        match &block.cross {
+            None => self.attend_own_rows(&block.attention, weights),
+            Some(cross) => {
+                self.attend_cache(&block.attention, index, weights)?;
+                self.attend_input(cross, index)
+            }
+        }
+    }
+
+    /// x = the norm after the last block.
+    pub(super) fn finish(&self, weights: &StackWeights) -> Result<(), CudaError> {
+        self.norm(&weights.final_norm, None, 1.0)
     }
 
     /// Keys and values of the encoder's states, which are in `scratch.x`, for one block: (rows, 2 * inner) at `to`.
@@ -116,7 +138,7 @@ impl<'m> Pass<'m> {
     }
 
     /// Logits of the wanted rows of h, and the best token of each.
-    fn head(&self, norm: &NormWeight, head: &Matrix, scale: f32) -> Result<(), CudaError> {
+    pub(super) fn head(&self, norm: &NormWeight, head: &Matrix, scale: f32) -> Result<(), CudaError> {
         if self.shape.wanted == 0 {
             return Ok(());
         }
@@ -128,7 +150,7 @@ impl<'m> Pass<'m> {
         gpu.launch(&kernels.best, (self.shape.wanted, 1, 1), 1024, &arguments)
     }
 
-    fn embed(&self, embedding: &Matrix) -> Result<(), CudaError> {
+    pub(super) fn embed(&self, embedding: &Matrix) -> Result<(), CudaError> {
         let Machine { gpu, kernels, scratch, .. } = self.machine;
         if self.is_done() {
             return Ok(());
@@ -219,7 +241,7 @@ impl<'m> Pass<'m> {
     }
 
     /// h += relu(norm(h) Wi^T) Wo^T, or the same by the expert of each row.
-    fn feed_forward(&mut self, block: &Block) -> Result<(), CudaError> {
+    pub(super) fn feed_forward(&mut self, block: &Block) -> Result<(), CudaError> {
         let scratch = self.machine.scratch;
         match &block.feed_forward {
             FeedForward::Dense { norm, wi, wo } => {
@@ -231,23 +253,39 @@ impl<'m> Pass<'m> {
                 if self.resume == Some(self.layers) {
                     self.resume = None;
                 }
-                if !self.is_done() {
-                    if self.waits {
-                        self.machine.experts.wait_for_layer(self.machine.gpu, *layer)?;
-                    }
-                    self.norm(norm, None, 1.0)?;
-                    let route = self.route(router, self.machine.experts.table_of(*layer))?;
+                if self.is_done() {
                     self.layers += 1;
-                    return self.experts(&route);
+                    return Ok(());
                 }
+                let experts = self.machine.experts.expect("a pass through an MoE layer has experts");
+                if self.waits {
+                    experts.wait_for_layer(self.machine.gpu, *layer)?;
+                }
+                self.norm(norm, None, 1.0)?;
+                let route = self.route(router, experts.table_of(*layer))?;
                 self.layers += 1;
-                Ok(())
+                self.experts(experts, &route)
             }
         }
     }
 
-    /// Where each row of x goes: chosen, grouped, and noted in the guard if it is nowhere.
-    fn route(&self, router: &Matrix, slots: u64) -> Result<Route, CudaError> {
+    /// x = norm(h), and the expert and the factor of each row: what goes to experts that are elsewhere.
+    pub(super) fn gate(&self, norm: &NormWeight, router: &Matrix) -> Result<(), CudaError> {
+        let Machine { gpu, kernels, .. } = self.machine;
+        self.norm(norm, None, 1.0)?;
+        self.router_logits(router)?;
+        gpu.launch(&kernels.choose_experts, (self.shape.rows.div_ceil(4), 1, 1), 128, &self.route_of(0))
+    }
+
+    /// h += out (rows, d_model), what experts elsewhere made of x.
+    pub(super) fn add(&self, out: u64) -> Result<(), CudaError> {
+        let Machine { gpu, kernels, scratch, config, .. } = self.machine;
+        let count = self.shape.rows * config.d_model;
+        let arguments = Add { h: scratch.h.address(), y: out, count: count as i32 };
+        gpu.launch(&kernels.add_rows, (count.div_ceil(1024), 1, 1), 256, &arguments)
+    }
+
+    fn router_logits(&self, router: &Matrix) -> Result<(), CudaError> {
         let Machine { gpu, kernels, scratch, .. } = self.machine;
         let rows = self.shape.rows;
         let logits = Product {
@@ -261,7 +299,14 @@ impl<'m> Pass<'m> {
             pass: self.guard,
             ..Product::default()
         };
-        gpu.launch(&kernels.router_logits, (router.outputs.div_ceil(16), rows.div_ceil(8), 1), 128, &logits)?;
+        gpu.launch(&kernels.router_logits, (router.outputs.div_ceil(16), rows.div_ceil(8), 1), 128, &logits)
+    }
+
+    /// Where each row of x goes: chosen, grouped, and noted in the guard if it is nowhere.
+    fn route(&self, router: &Matrix, slots: u64) -> Result<Route, CudaError> {
+        let Machine { gpu, kernels, .. } = self.machine;
+        let rows = self.shape.rows;
+        self.router_logits(router)?;
         let route = self.route_of(slots);
         if rows <= FUSED_ROUTE_ROWS_MAX {
             gpu.launch(&kernels.choose_and_group, (1, 1, 1), 1024, &route)?;
@@ -272,7 +317,8 @@ impl<'m> Pass<'m> {
         Ok(route)
     }
 
-    /// What choosing and grouping the rows of the next MoE layer takes.
+    /// What choosing and grouping the rows of the next MoE layer takes. `slots`: the layer's table, 0 where its experts
+    /// are elsewhere.
     pub(super) fn route_of(&self, slots: u64) -> Route {
         let Machine { kernels, scratch, config, .. } = self.machine;
         let rows = self.shape.rows;
@@ -282,7 +328,7 @@ impl<'m> Pass<'m> {
             chosen: scratch.chosen(self.layers, rows),
             alpha: scratch.alpha.address(),
             slots,
-            pass: scratch.guard(),
+            pass: self.guard,
             few: scratch.few_tiles.address(),
             many: scratch.many_tiles.address(),
             counts: scratch.tile_counts.address(),
@@ -296,61 +342,37 @@ impl<'m> Pass<'m> {
         }
     }
 
-    /// h += alpha * relu(x Wi^T) Wo^T by each row's expert: groups with few rows, then those with many.
-    pub(super) fn experts(&self, route: &Route) -> Result<(), CudaError> {
-        let kernels = self.machine.kernels;
-        let (rows, experts) = (self.shape.rows, self.machine.config.num_experts);
-        let groups = rows.min(experts);
-        let few = match &kernels.many {
-            Some(_) => groups,
-            None => groups + rows / kernels.few.tile.1,
+    /// h += alpha * relu(x Wi^T) Wo^T by each row's expert.
+    pub(super) fn experts(&self, experts: &Experts, route: &Route) -> Result<(), CudaError> {
+        let Machine { gpu, kernels, scratch, config, .. } = self.machine;
+        let rows = self.shape.rows;
+        let groups = rows.min(config.num_experts);
+        // How many tiles there are only the device knows; so many at most.
+        let (few, many) = match &kernels.many {
+            None => (groups + rows / kernels.few.tile.1, 0),
+            Some(_) if rows <= FEW_GROUP_ROWS_MAX => (groups, 0),
+            Some(many) => (groups, rows / many.tile.1 + config.num_experts.min(rows / (FEW_GROUP_ROWS_MAX + 1))),
         };
-        self.grouped(&kernels.few, few, route.few, route.counts, route)?;
-        if let Some(many) = &kernels.many
-            && rows > FEW_GROUP_ROWS_MAX
-        {
-            let tiles = rows / many.tile.1 + experts.min(rows / (FEW_GROUP_ROWS_MAX + 1));
-            self.grouped(many, tiles, route.many, route.counts + 4, route)?;
-        }
-        Ok(())
-    }
-
-    /// Both products of `tiles` tiles at most.
-    fn grouped(
-        &self,
-        kernels: &ProductKernels,
-        tiles: usize,
-        list: u64,
-        tile_count: u64,
-        route: &Route,
-    ) -> Result<(), CudaError> {
-        let Machine { gpu, scratch, config, experts, .. } = self.machine;
-        let (d_model, d_ff) = (config.d_model, config.d_ff);
-        let wi = Product {
+        let grouped = Grouped {
+            gpu,
+            kernels,
+            rows,
+            d_model: config.d_model,
+            d_ff: config.d_ff,
             x: scratch.x.address(),
-            w: experts.matrix(0),
-            out: scratch.hidden.address(),
-            rows: self.shape.rows as i32,
-            k: d_model as i32,
-            outputs: d_ff as i32,
-            layers: self.layers as i32,
-            pass: self.guard,
-            tiles: list,
-            tile_count,
+            hidden: scratch.hidden.address(),
+            out: scratch.h.address(),
             order: route.order,
             alpha: route.alpha,
-            slot_stride: experts.slot_values() as u64,
+            matrices: [experts.matrix(0), experts.matrix(1)],
+            slot_values: experts.slot_values(),
+            few: route.few,
+            many: route.many,
+            counts: route.counts,
+            layers: self.layers,
+            guard: self.guard,
         };
-        gpu.launch(&kernels.gather, (d_ff / kernels.tile.0, tiles, 1), kernels.threads, &wi)?;
-        let wo = Product {
-            x: scratch.hidden.address(),
-            w: experts.matrix(1),
-            out: scratch.h.address(),
-            k: d_ff as i32,
-            outputs: d_model as i32,
-            ..wi
-        };
-        gpu.launch(&kernels.scatter, (d_model / kernels.tile.0, tiles, 1), kernels.threads, &wo)
+        grouped.start(few, many)
     }
 
     /// y = x W^T of all rows of the batch.

@@ -5,10 +5,9 @@ use super::{
     arguments::Sequence,
     device::{DeviceMemory, Gpu},
     error::CudaError,
-    kernels::Precision,
     weights::plain_bytes,
 };
-use crate::ModelConfig;
+use crate::{ModelConfig, Precision};
 
 /// Rows whose logits are computed at once: 33 MB of them for a vocabulary of 32,128.
 pub(super) const LOGIT_ROWS_MAX: usize = 256;

@@ -5,13 +5,13 @@ use std::sync::Arc;
 
 use super::{
     arguments::Sequence,
+    dense::DeviceDense,
     device::DeviceMemory,
     error::CudaError,
-    model::{DeviceModel, Passed},
     pass::{BatchShape, Pass},
-    scratch::{LOGIT_ROWS_MAX, Packet},
+    scratch::Packet,
 };
-use crate::{ModelError, Spans, Stack};
+use crate::{ModelError, Spans};
 
 /// A cache begins with room for so many tokens, and doubles when it is full.
 const CACHE_TOKENS_FIRST: usize = 64;
@@ -35,15 +35,20 @@ impl DeviceSequence {
     pub fn position(&self) -> usize {
         self.position
     }
+
+    /// Counts `tokens` new tokens as decoded.
+    pub(super) fn advance(&mut self, tokens: usize) {
+        self.position += tokens;
+    }
 }
 
-impl DeviceModel {
+impl DeviceDense {
     /// Sequences before their first token: keys and values of the states that the last encoding left, for every block.
     pub fn start(&mut self, spans: &Spans) -> Result<Vec<DeviceSequence>, CudaError> {
         let rows = spans.rows();
         self.check_rows(rows)?;
         self.gpu.enter()?;
-        let (width, value) = (2 * self.config.inner_dim(), self.options.precision.size());
+        let (width, value) = (2 * self.config.inner_dim(), self.precision.size());
         let stride = rows * width;
         let blocks = &self.backbone.decoder.blocks;
         let input = Arc::new(self.gpu.allocate("caches", blocks.len() * stride * value)?);
@@ -66,28 +71,30 @@ impl DeviceModel {
         spans.ranges().map(sequence).collect()
     }
 
-    /// Decodes the new tokens of each sequence, and computes logits and best token of the rows `wanted`, at most
-    /// [`LOGIT_ROWS_MAX`]. Advances the sequences.
-    pub fn decode(
-        &mut self,
-        ids: &[u32],
+    /// Another sequence that goes on from the beginning: what scoring several targets of one input needs. Shares what
+    /// came from the encoder.
+    pub fn fork(&self, sequence: &DeviceSequence) -> Result<DeviceSequence, CudaError> {
+        self.gpu.enter()?;
+        let cache = self.gpu.allocate("caches", self.cache_bytes(sequence.capacity))?;
+        self.gpu.copy(sequence.cache.address(), cache.address(), self.cache_bytes(sequence.capacity))?;
+        Ok(DeviceSequence { cache, input: sequence.input.clone(), ..*sequence })
+    }
+
+    /// What the device is told of sequences that get new tokens as `spans` says. Makes room for them.
+    pub(super) fn describe(
+        &self,
         spans: &Spans,
         sequences: &mut [&mut DeviceSequence],
-        wanted: &[u32],
-    ) -> Result<Passed, CudaError> {
+    ) -> Result<Vec<Sequence>, CudaError> {
         if sequences.len() != spans.len() {
             let (expected, found) = (vec![spans.len()], vec![sequences.len()]);
             return Err(ModelError::Shape { what: "decoder states [sequences]", expected, found }.into());
         }
-        let limit = LOGIT_ROWS_MAX.min(spans.rows());
-        if wanted.len() > limit || wanted.iter().any(|&row| row as usize >= spans.rows()) {
-            return Err(CudaError::TooManyRows { rows: wanted.len(), limit });
-        }
         self.gpu.enter()?;
+        let value = self.precision.size() as u64;
         let mut described = Vec::with_capacity(spans.len());
         for (sequence, range) in sequences.iter_mut().zip(spans.ranges()) {
             self.make_room(sequence, range.len())?;
-            let value = self.options.precision.size() as u64;
             described.push(Sequence {
                 cache: sequence.cache.address(),
                 cross: sequence.input.address() + sequence.input_first * value,
@@ -100,15 +107,11 @@ impl DeviceModel {
                 unused: 0,
             });
         }
-        let passed = self.pass(Stack::Decoder, ids, spans, &described, wanted)?;
-        for (sequence, range) in sequences.iter_mut().zip(spans.ranges()) {
-            sequence.position += range.len();
-        }
-        Ok(passed)
+        Ok(described)
     }
 
     fn cache_bytes(&self, tokens: usize) -> usize {
-        self.config.decoder_layers * tokens * 2 * self.config.inner_dim() * self.options.precision.size()
+        self.config.decoder_layers * tokens * 2 * self.config.inner_dim() * self.precision.size()
     }
 
     /// Doubles a cache until it has room for `tokens` more.

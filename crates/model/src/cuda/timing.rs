@@ -79,10 +79,10 @@ impl DeviceModel {
     /// Times the experts of an MoE layer and the largest dense products, at each of these numbers of rows. Rows go to
     /// experts in turn. Every expert must be resident.
     pub fn kernel_timings(&mut self, rows: &[usize]) -> Result<Vec<KernelTiming>, CudaError> {
-        self.gpu.enter()?;
+        self.dense.gpu.enter()?;
         let mut timings = Vec::new();
         self.put_noise()?;
-        for &rows in rows.iter().filter(|&&rows| rows <= self.scratch.rows_max) {
+        for &rows in rows.iter().filter(|&&rows| rows <= self.dense.scratch.rows_max) {
             timings.push(self.time_experts(rows)?);
             timings.extend(self.time_dense(rows)?);
         }
@@ -91,7 +91,7 @@ impl DeviceModel {
 
     /// x and h of random values: a product of zeros is faster than any other.
     fn put_noise(&mut self) -> Result<(), CudaError> {
-        let (rows, d_model) = (self.scratch.rows_max, self.config.d_model);
+        let (rows, d_model) = (self.dense.scratch.rows_max, self.dense.config.d_model);
         let mut state = 1_u64;
         let noise: Vec<f32> = (0..rows * d_model)
             .map(|_| {
@@ -100,51 +100,52 @@ impl DeviceModel {
             })
             .collect();
         self.put_states(&noise)?;
-        self.gpu.write(self.scratch.h.address(), plain_bytes(&noise))
+        self.dense.gpu.write(self.dense.scratch.h.address(), plain_bytes(&noise))
     }
 
     fn time_experts(&self, rows: usize) -> Result<KernelTiming, CudaError> {
-        let num_experts = self.config.num_experts;
+        let num_experts = self.dense.config.num_experts;
         let chosen: Vec<u16> = (0..rows).map(|row| (row % num_experts) as u16).collect();
-        self.gpu.write(self.scratch.guard(), &NOT_STOPPED.to_le_bytes())?;
-        self.gpu.write(self.scratch.chosen(0, rows), plain_bytes(&chosen))?;
-        self.gpu.write(self.scratch.alpha.address(), plain_bytes(&vec![1e-3_f32; rows]))?;
-        let layers = self.config.moe_layer_count() as u16;
+        self.dense.gpu.write(self.dense.scratch.guard(), &NOT_STOPPED.to_le_bytes())?;
+        self.dense.gpu.write(self.dense.scratch.chosen(0, rows), plain_bytes(&chosen))?;
+        self.dense.gpu.write(self.dense.scratch.alpha.address(), plain_bytes(&vec![1e-3_f32; rows]))?;
+        let layers = self.dense.config.moe_layer_count() as u16;
         let shape = BatchShape { rows, sequences: 1, longest: rows, wanted: 0 };
-        let pass = Pass::new(self.machine(), shape, Packet::plan(&self.scratch, 0, 0, 0), None, false);
+        let pass = Pass::new(self.machine(), shape, Packet::plan(&self.dense.scratch, 0, 0, 0), None, false);
         let mut layer = 0;
         let mut route = pass.route_of(self.experts.table_of(LayerId(0)));
         // Another layer each time, so that the cache does not hold the weights.
-        let seconds = median(&self.gpu, || {
+        let seconds = median(&self.dense.gpu, || {
             layer = (layer + 1) % layers;
             route.slots = self.experts.table_of(LayerId(layer));
-            self.gpu.launch(&self.kernels.group_rows, (1, 1, 1), 1024, &route)?;
-            pass.experts(&route)
+            self.dense.gpu.launch(&self.dense.kernels.group_rows, (1, 1, 1), 1024, &route)?;
+            pass.experts(&self.experts, &route)
         })?;
-        let grouping = median(&self.gpu, || self.gpu.launch(&self.kernels.group_rows, (1, 1, 1), 1024, &route))?;
-        let matrices = 2.0 * (self.config.d_model * self.config.d_ff) as f64;
+        let grouping =
+            median(&self.dense.gpu, || self.dense.gpu.launch(&self.dense.kernels.group_rows, (1, 1, 1), 1024, &route))?;
+        let matrices = 2.0 * (self.dense.config.d_model * self.dense.config.d_ff) as f64;
         Ok(KernelTiming {
             what: "experts".to_owned(),
             rows,
             seconds: seconds - grouping,
-            bytes: rows.min(num_experts) as f64 * matrices * self.options.precision.size() as f64,
+            bytes: rows.min(num_experts) as f64 * matrices * self.dense.precision.size() as f64,
             operations: 2.0 * matrices * rows as f64,
         })
     }
 
     fn time_dense(&self, rows: usize) -> Result<Vec<KernelTiming>, CudaError> {
-        let dense = self.backbone.encoder.blocks.iter().filter_map(|block| match &block.feed_forward {
+        let dense = self.dense.backbone.encoder.blocks.iter().filter_map(|block| match &block.feed_forward {
             FeedForward::Dense { wi, .. } => Some(wi),
             FeedForward::Moe { .. } => None,
         });
         let matrices: Vec<_> = dense.collect();
-        let Kernels { few, many, .. } = &self.kernels;
+        let Kernels { few, many, .. } = &self.dense.kernels;
         let ways = [("few", Some(few)), ("many", many.as_ref())];
         let mut timings = Vec::new();
         for (what, kernels) in ways.into_iter().filter_map(|(what, kernels)| Some((what, kernels?))) {
             let Some(first) = matrices.first() else { break };
             let mut turn = 0;
-            let seconds = median(&self.gpu, || {
+            let seconds = median(&self.dense.gpu, || {
                 turn += 1;
                 self.multiply(kernels, rows, matrices[turn % matrices.len()].address(), (first.inputs, first.outputs))
             })?;
@@ -153,7 +154,7 @@ impl DeviceModel {
                 what: format!("dense {}x{} {what}", first.inputs, first.outputs),
                 rows,
                 seconds,
-                bytes: values * self.options.precision.size() as f64,
+                bytes: values * self.dense.precision.size() as f64,
                 operations: 2.0 * values * rows as f64,
             });
         }
@@ -168,15 +169,15 @@ impl DeviceModel {
         (inputs, outputs): (usize, usize),
     ) -> Result<(), CudaError> {
         let arguments = Product {
-            x: self.scratch.x.address(),
+            x: self.dense.scratch.x.address(),
             w,
-            out: self.scratch.hidden.address(),
+            out: self.dense.scratch.hidden.address(),
             rows: rows as i32,
             k: inputs as i32,
             outputs: outputs as i32,
             ..Product::default()
         };
         let grid = (outputs / kernels.tile.0, rows.div_ceil(kernels.tile.1), 1);
-        self.gpu.launch(&kernels.relu, grid, kernels.threads, &arguments)
+        self.dense.gpu.launch(&kernels.relu, grid, kernels.threads, &arguments)
     }
 }

@@ -9,9 +9,10 @@ use sida_routing::LayerId;
 use super::{
     device::{DeviceMemory, Gpu},
     error::CudaError,
-    kernels::Precision,
 };
-use crate::{Checkpoint, ModelConfig, ModelError, Stack, StoredDType, encoder, names, position_bias::PositionBias};
+use crate::{
+    Checkpoint, ModelConfig, ModelError, Precision, Stack, StoredDType, encoder, names, position_bias::PositionBias,
+};
 
 /// W, row-major (outputs, inputs).
 #[derive(Debug)]

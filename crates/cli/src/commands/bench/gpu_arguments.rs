@@ -3,7 +3,6 @@
 use std::process::ExitCode;
 
 use clap::Args;
-use sida_expert_node::ExpertMemory;
 use sida_model::DeviceName;
 
 use super::BenchArguments;
@@ -23,9 +22,6 @@ pub(crate) struct GpuArguments {
     /// With --synth: how unevenly tokens choose experts, as 1 / rank^S; 0: evenly
     #[arg(long, value_name = "S", default_value_t = 0.0)]
     skew: f64,
-    /// With --gpu: compute in float32 instead of bf16
-    #[arg(long)]
-    float32: bool,
     /// With --gpu: sequences of a batch
     #[arg(long, value_name = "NUMBERS", value_delimiter = ',', default_value = "1,8,32")]
     batches: Vec<usize>,
@@ -38,9 +34,6 @@ pub(crate) struct GpuArguments {
     /// With --gpu: share of right entries in the plans
     #[arg(long, value_name = "SHARE", default_value_t = 1.0)]
     hint_rate: f64,
-    /// With --gpu: page-locked memory for experts, as 20GiB; 100%: for all of them
-    #[arg(long, value_name = "SIZE", default_value = "100%")]
-    host_memory: ExpertMemory,
     /// With --gpu: start every kernel by itself instead of replaying passes
     #[arg(long)]
     no_graphs: bool,
@@ -88,9 +81,10 @@ pub(super) fn run(device: DeviceName, arguments: &BenchArguments) -> anyhow::Res
 
 #[cfg(feature = "cuda")]
 fn settings(device: DeviceName, arguments: &BenchArguments) -> anyhow::Result<super::gpu::GpuSettings> {
-    use sida_model::cuda::Precision;
+    use sida_expert_node::ExpertMemory;
+    use sida_model::Precision;
 
-    let own = &arguments.gpu;
+    let (own, embedded) = (&arguments.gpu, &arguments.subject.embedded);
     let refused = |message: String| BadConfiguration::new(message);
     let DeviceName::Cuda(ordinal) = device else {
         return Err(refused(format!("--gpu is {device}, expected cuda:N")).into());
@@ -119,9 +113,9 @@ fn settings(device: DeviceName, arguments: &BenchArguments) -> anyhow::Result<su
         ordinal,
         model,
         skew: own.skew,
-        precision: if own.float32 { Precision::F32 } else { Precision::Bf16 },
+        precision: embedded.device.precision.unwrap_or(Precision::Bf16),
         budgets: arguments.subject.budgets().iter().map(share).collect::<Result<_, _>>()?,
-        host_bytes: match own.host_memory {
+        host_bytes: match embedded.host_memory {
             ExpertMemory::Bytes(bytes) => bytes,
             ExpertMemory::Share(1.0) => u64::MAX,
             other => return Err(refused(format!("--host-memory is {other}, expected bytes or 100%")).into()),

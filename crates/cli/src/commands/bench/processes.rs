@@ -17,6 +17,7 @@ use tokio::{
 
 use crate::{
     arguments::{embedded::EmbeddedArguments, model::ModelArguments, predictor::PredictorArguments},
+    commands::coordinator,
     embedded,
     front_door::FrontDoor,
 };
@@ -58,7 +59,7 @@ pub(crate) async fn start(
     shape: &EmbeddedArguments,
 ) -> anyhow::Result<ProcessCluster> {
     let checkpoint = Checkpoint::open(&model.dir()?)?;
-    let shares = embedded::shares(&checkpoint, shape.expert_nodes)?;
+    let shares = embedded::shares(&checkpoint, shape.nodes())?;
     let dir = tempfile::tempdir()?;
     let file = dir.path().join("cluster.toml");
     // The nodes listen on ports of their own choice; they call nobody, so what the file says of them is their
@@ -72,6 +73,9 @@ pub(crate) async fn start(
             .arg("expert-node")
             .args(["--name", node.as_str(), "--listen", "127.0.0.1:0", "--metrics-listen", "off", "--log", "warn"])
             .args(["--expert-memory", &embedded::part_of(shape.expert_memory, share).to_string()])
+            .args(["--host-memory", &embedded::part_of(shape.host_memory, share).to_string()])
+            .args(["--device", &shape.device.device.to_string()])
+            .args(shape.device.precision.map(|precision| format!("--precision={precision}")))
             .args(["--threads", &model.threads().to_string()])
             .arg("--static")
             .arg(&file)
@@ -85,8 +89,10 @@ pub(crate) async fn start(
     let config = checkpoint.config();
     let cluster = Cluster::fixed(members, config.moe_layer_count(), config.num_experts, 1)?;
     let predictor = predictor.source(&checkpoint, &cluster)?;
-    let config = CoordinatorConfig::new("coordinator-0".into(), checkpoint, predictor);
-    Ok(ProcessCluster { coordinator: Coordinator::start(config, cluster).await?, nodes, _dir: dir })
+    let mut config = CoordinatorConfig::new("coordinator-0".into(), checkpoint, predictor);
+    (config.device, config.precision) = (shape.device.device, shape.device.precision);
+    let coordinator = Coordinator::start(config, cluster).await.map_err(coordinator::refused)?;
+    Ok(ProcessCluster { coordinator, nodes, _dir: dir })
 }
 
 /// The address that a node announces on its standard output.

@@ -31,7 +31,7 @@ pub(crate) struct SubjectArguments {
     #[command(flatten)]
     predictor: PredictorArguments,
     #[command(flatten)]
-    embedded: EmbeddedArguments,
+    pub(super) embedded: EmbeddedArguments,
     /// Start so many expert-node processes and reach them by gRPC over loopback; 0: all in this process. With
     /// --beside, next to the cluster in this process
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -115,7 +115,7 @@ async fn embedded(arguments: &SubjectArguments, budget: ExpertMemory, label: Str
 }
 
 async fn over_processes(arguments: &SubjectArguments) -> anyhow::Result<Subject> {
-    let shape = EmbeddedArguments { expert_nodes: arguments.processes, ..arguments.embedded.clone() };
+    let shape = EmbeddedArguments { expert_nodes: Some(arguments.processes), ..arguments.embedded.clone() };
     let cluster = processes::start(&arguments.model, &arguments.predictor, &shape).await?;
     let label = format!("{} processes", arguments.processes);
     Ok(Subject { label, door: cluster.door(), cluster: Running::Processes(cluster) })

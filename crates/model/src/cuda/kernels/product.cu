@@ -63,7 +63,9 @@ template <int KIND> struct Rows {
         if (KIND == LOGITS) static_cast<float *>(a.out)[u64(place) * a.outputs + o] = y;
         if (KIND == SCATTER) {
             int token = a.order[place];
-            static_cast<float *>(a.out)[u64(token) * a.outputs + o] += a.alpha[token] * y;
+            float *h = static_cast<float *>(a.out) + u64(token) * a.outputs + o;
+            // Not fused: where experts are elsewhere, the product comes rounded, too.
+            *h = __fadd_rn(*h, __fmul_rn(a.alpha[token], y));
         }
     }
 };

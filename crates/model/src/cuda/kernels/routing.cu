@@ -4,7 +4,7 @@ struct Route {
     const float *logits; // (rows, experts)
     unsigned short *chosen; // (rows)
     float *alpha;           // (rows): the factor of the expert's output, its probability
-    const int *slots;       // (experts): where each expert of the layer is, -1: nowhere
+    const int *slots;       // (experts): where each expert of the layer is, -1: nowhere; null: nobody asks
     Pass *pass;
     Tile *few;  // groups of at most few_rows rows in one tile each, or all in tiles of few_tile
     Tile *many; // the others, in tiles of many_tile
@@ -37,7 +37,7 @@ __device__ __forceinline__ void choose(const Route &a, int token) {
     if (lane == 0) {
         a.chosen[token] = best;
         a.alpha[token] = 1 / sum;
-        if (a.slots[best] < 0) atomicMin(&a.pass->stop, a.layer);
+        if (a.slots && a.slots[best] < 0) atomicMin(&a.pass->stop, a.layer);
     }
 }
 

@@ -1,4 +1,4 @@
-// What is done to single rows: embedding, norm, and the best token of a row of logits.
+// What is done to single rows: embedding, norm, a sum, and the best token of a row of logits.
 
 struct Embed {
     const T *table;
@@ -41,6 +41,20 @@ extern "C" __global__ void rms_norm(Norm a) {
     float factor = rsqrtf((sums[0] + sums[1] + sums[2] + sums[3]) / a.d + a.epsilon);
     for (int i = threadIdx.x; i < a.d; i += 128)
         narrow(h[i] * factor * a.weight[i] * a.scale, a.x + u64(blockIdx.x) * a.d + i);
+}
+
+struct Add {
+    float *h;
+    const float *y;
+    int count; // a multiple of 4
+};
+
+// h += y, four values a thread
+extern "C" __global__ void add_rows(Add a) {
+    int i = (blockIdx.x * blockDim.x + threadIdx.x) * 4;
+    if (i >= a.count) return;
+    float4 h = wide4(a.h + i), y = wide4(a.y + i);
+    *reinterpret_cast<float4 *>(a.h + i) = make_float4(h.x + y.x, h.y + y.y, h.z + y.z, h.w + y.w);
 }
 
 struct Best {

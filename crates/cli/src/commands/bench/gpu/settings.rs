@@ -1,6 +1,6 @@
 //! What is measured on a GPU. Made of the command line.
 
-use sida_model::cuda::Precision;
+use sida_model::Precision;
 
 /// Everything that can be chosen.
 #[derive(Clone, Debug)]

@@ -1,0 +1,361 @@
+//! The dense part of a model on a GPU, walked block by block: at an MoE layer the rows and the router's choice come to the
+//! host, and what experts elsewhere made of them goes back. The counterpart of [`crate::Backbone`] for a coordinator
+//! whose experts are on other nodes; [`super::DeviceModel`] is the same with experts of its own, in one go.
+//!
+//! A walk is `begin`, then `attend` and `feed_forward` of each block, with `choice`, `rows` and `add` in between where a
+//! block is sparse, then `finish`. The hidden states stay on the device, one walk at a time.
+
+use cudarc::driver::PinnedHostSlice;
+use sida_routing::{Grouping, LayerId};
+
+use super::{
+    arguments::Sequence,
+    device::{DeviceMemory, Gpu},
+    error::{CudaError, failed},
+    grouped::{Grouped, Tiles},
+    kernels::Kernels,
+    pass::{BatchShape, Machine, Pass},
+    scratch::{LOGIT_ROWS_MAX, Packet, Scratch},
+    sequence::DeviceSequence,
+    weights::{self, Block, DeviceBackbone, FeedForward, StackWeights},
+};
+use crate::{Checkpoint, ModelConfig, ModelError, Precision, SlotRun, Spans, Stack, StoredDType};
+
+/// See the file's head.
+#[derive(Debug)]
+pub struct DeviceDense {
+    pub(super) gpu: Gpu,
+    pub(super) config: ModelConfig,
+    pub(super) precision: Precision,
+    pub(super) kernels: Kernels,
+    pub(super) backbone: DeviceBackbone,
+    pub(super) scratch: Scratch,
+    exchange: Option<Exchange>,
+    walk: Option<Walk>,
+}
+
+/// Where rows stop on their way from and to the device.
+#[derive(Debug)]
+struct Exchange {
+    host: PinnedHostSlice<u8>,
+    /// (rows, d_model), float32: what experts made of the rows.
+    added: DeviceMemory,
+    /// How many tiles of both ways there are, and those, where experts are on this device.
+    tiles: DeviceMemory,
+}
+
+/// A pass that is walked.
+#[derive(Clone, Copy, Debug)]
+struct Walk {
+    stack: Stack,
+    shape: BatchShape,
+    packet: Packet,
+}
+
+/// What the router chose for the rows of an MoE layer.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Choice {
+    /// The expert of each row.
+    pub experts: Vec<u16>,
+    /// Its probability.
+    pub alpha: Vec<f32>,
+}
+
+impl DeviceDense {
+    /// Compiles the kernels and loads the weights. Batches of at most `rows_max` rows.
+    pub fn open(gpu: Gpu, checkpoint: &Checkpoint, precision: Precision, rows_max: usize) -> Result<Self, CudaError> {
+        let config = checkpoint.config().clone();
+        weights::check(&config)?;
+        gpu.enter()?;
+        let kernels = Kernels::compile(&gpu, precision, config.d_kv)?;
+        let backbone = DeviceBackbone::load(&gpu, checkpoint, precision)?;
+        let scratch = Scratch::new(&gpu, &config, precision, rows_max)?;
+        Ok(Self { gpu, config, precision, kernels, backbone, scratch, exchange: None, walk: None })
+    }
+
+    /// What the model is.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Bytes of weights on the device, and of what passes work in; caches of sequences come on top.
+    pub fn bytes(&self) -> (u64, u64) {
+        let added = self.exchange.as_ref().map_or(0, |exchange| exchange.added.bytes() as u64);
+        (self.backbone.bytes, self.scratch.bytes() + added)
+    }
+
+    /// Begins a walk through a stack: h = the embeddings of `ids`, which `spans` cuts into sequences. `sequences` are
+    /// the decoder's, in the same order, and none for the encoder.
+    pub fn begin(
+        &mut self,
+        stack: Stack,
+        ids: &[u32],
+        spans: &Spans,
+        sequences: &mut [&mut DeviceSequence],
+    ) -> Result<(), CudaError> {
+        self.check_batch(ids, spans)?;
+        self.gpu.enter()?;
+        self.make_exchange()?;
+        let described = match stack {
+            Stack::Encoder => Self::prompts(spans),
+            Stack::Decoder => self.describe(spans, sequences)?,
+        };
+        let shape = BatchShape::of(spans, 0);
+        let packet = Packet::plan(&self.scratch, shape.rows, shape.sequences, 0);
+        packet.send(&self.gpu, ids, &described, &[])?;
+        let walk = Walk { stack, shape, packet };
+        self.walk = Some(walk);
+        self.pass(walk).embed(&self.weights(stack).embedding)
+    }
+
+    /// The attention of a block: h += attention(norm(h)).
+    pub fn attend(&self, block: usize) -> Result<(), CudaError> {
+        self.gpu.enter()?;
+        let walk = self.walk();
+        let weights = self.weights(walk.stack);
+        self.pass(walk).attend_block(&weights.blocks[block], block, weights)
+    }
+
+    /// What follows in a block that is dense: h += feed_forward(norm(h)). A sparse one's router chooses; then come
+    /// [`DeviceDense::choice`], and [`DeviceDense::add`] or [`DeviceDense::add_computed`].
+    pub fn feed_forward(&self, block: usize) -> Result<Option<LayerId>, CudaError> {
+        self.gpu.enter()?;
+        let walk = self.walk();
+        let block: &Block = &self.weights(walk.stack).blocks[block];
+        match &block.feed_forward {
+            FeedForward::Dense { .. } => self.pass(walk).feed_forward(block).map(|()| None),
+            FeedForward::Moe { layer, norm, router } => self.pass(walk).gate(norm, router).map(|()| Some(*layer)),
+        }
+    }
+
+    /// The router's choice at the MoE layer that the walk is at. Waits for the device.
+    pub fn choice(&mut self) -> Result<Choice, CudaError> {
+        self.gpu.enter()?;
+        let rows = self.walk().shape.rows;
+        let (alpha, chosen) = (rows * 4, rows * 2);
+        let places = [(self.scratch.alpha.address(), 0..alpha), (self.scratch.chosen(0, rows), alpha..alpha + chosen)];
+        let exchange = self.exchange.as_mut().expect("made when the walk began");
+        let host = exchange.host.as_mut_slice().map_err(failed("cuEventSynchronize"))?;
+        for (from, place) in places {
+            // SAFETY: the buffer is this object's, and is touched again after `finish` below only.
+            unsafe { self.gpu.start_reading(from, &mut host[place]) }?;
+        }
+        self.gpu.finish()?;
+        let experts = host[alpha..alpha + chosen].as_chunks().0.iter().map(|&e| u16::from_le_bytes(e)).collect();
+        Ok(Choice { experts, alpha: StoredDType::F32.widen(&host[..alpha]) })
+    }
+
+    /// The rows of that layer, x (rows, d_model): for experts that are elsewhere.
+    pub fn rows(&mut self) -> Result<Vec<f32>, CudaError> {
+        self.gpu.enter()?;
+        let bytes = self.walk().shape.rows * self.config.d_model * self.precision.size();
+        let exchange = self.exchange.as_mut().expect("made when the walk began");
+        let host = exchange.host.as_mut_slice().map_err(failed("cuEventSynchronize"))?;
+        // SAFETY: as in `choice`.
+        unsafe { self.gpu.start_reading(self.scratch.x.address(), &mut host[..bytes]) }?;
+        self.gpu.finish()?;
+        Ok(self.precision.stored().widen(&host[..bytes]))
+    }
+
+    /// Tells the device which token is at each place of the grouped rows, and the factor of each token's expert. What
+    /// experts on the device make of them is summed from 0; then comes [`DeviceDense::add_computed`].
+    pub(super) fn group(&mut self, grouping: &Grouping) -> Result<(), CudaError> {
+        let rows = self.walk().shape.rows;
+        let mut alpha = vec![0.0; rows];
+        for (&token, &weight) in grouping.tokens.iter().zip(&grouping.weights) {
+            alpha[token as usize] = weight;
+        }
+        self.gpu.enter()?;
+        self.gpu.write(self.scratch.order.address(), weights::plain_bytes(&grouping.tokens))?;
+        self.gpu.write(self.scratch.alpha.address(), weights::plain_bytes(&alpha))?;
+        let added = &self.exchange.as_ref().expect("made when the walk began").added;
+        self.gpu.clear(added.address(), rows * self.config.d_model * 4)
+    }
+
+    /// h += what experts on the device made of the rows.
+    pub fn add_computed(&mut self) -> Result<(), CudaError> {
+        self.gpu.enter()?;
+        self.pass(self.walk()).add(self.exchange.as_ref().expect("made when the walk began").added.address())
+    }
+
+    /// Starts the experts in slots of `slab` on their rows.
+    pub(super) fn start_experts(
+        &self,
+        kernels: &Kernels,
+        (matrices, slot_values): ([u64; 2], usize),
+        runs: &[SlotRun],
+    ) -> Result<(), CudaError> {
+        self.gpu.enter()?;
+        let walk = self.walk();
+        let exchange = self.exchange.as_ref().expect("made when the walk began");
+        let tiles = Tiles::of(kernels, runs);
+        let packet = tiles.packet();
+        self.gpu.write(exchange.tiles.address(), &packet)?;
+        let (counts, few, many) = tiles.addresses(exchange.tiles.address());
+        let grouped = Grouped {
+            gpu: &self.gpu,
+            kernels,
+            rows: walk.shape.rows,
+            d_model: self.config.d_model,
+            d_ff: self.config.d_ff,
+            x: self.scratch.x.address(),
+            hidden: self.scratch.hidden.address(),
+            out: exchange.added.address(),
+            order: self.scratch.order.address(),
+            alpha: self.scratch.alpha.address(),
+            matrices,
+            slot_values,
+            few,
+            many,
+            counts,
+            layers: 0,
+            guard: 0,
+        };
+        grouped.start(tiles.few.len(), tiles.many.len())
+    }
+
+    /// What the router of that layer said before the softmax: (rows, experts).
+    pub fn router_logits(&self) -> Result<Vec<f32>, CudaError> {
+        self.gpu.enter()?;
+        let mut bytes = vec![0; self.walk().shape.rows * self.config.num_experts * 4];
+        self.gpu.read(self.scratch.router_logits.address(), &mut bytes)?;
+        Ok(StoredDType::F32.widen(&bytes))
+    }
+
+    /// h += out (rows, d_model).
+    pub fn add(&mut self, out: &[f32]) -> Result<(), CudaError> {
+        let walk = self.walk();
+        let expected = walk.shape.rows * self.config.d_model;
+        if out.len() != expected {
+            let (expected, found) = (vec![expected], vec![out.len()]);
+            return Err(ModelError::Shape { what: "results of experts [values]", expected, found }.into());
+        }
+        self.gpu.enter()?;
+        let bytes = weights::plain_bytes(out);
+        let exchange = self.exchange.as_mut().expect("made when the walk began");
+        // Nothing is on its way: the rows were waited for.
+        let host = exchange.host.as_mut_slice().map_err(failed("cuEventSynchronize"))?;
+        host[..bytes.len()].copy_from_slice(bytes);
+        // SAFETY: `host` is written again only after the device was waited for, by `choice`; the stream orders `added`.
+        unsafe { self.gpu.upload(&self.gpu.compute, &host[..bytes.len()], exchange.added.address()) }?;
+        self.pass(walk).add(self.exchange.as_ref().expect("as above").added.address())
+    }
+
+    /// Ends a walk. Of the encoder the states are left for [`DeviceDense::read_states`] and [`DeviceDense::start`], of
+    /// the decoder for [`DeviceDense::logits`], each until the next walk; the decoder's `sequences` advance.
+    pub fn finish(&mut self, spans: &Spans, sequences: &mut [&mut DeviceSequence]) -> Result<(), CudaError> {
+        self.gpu.enter()?;
+        let walk = self.walk();
+        if walk.stack == Stack::Encoder {
+            self.pass(walk).finish(self.weights(walk.stack))?;
+        }
+        for (sequence, range) in sequences.iter_mut().zip(spans.ranges()) {
+            sequence.advance(range.len());
+        }
+        // What the host takes back next is ordered after this; what it was given is not written before.
+        self.gpu.finish()
+    }
+
+    /// Logits of rows of the decoder's last walk: (rows, vocab_size).
+    pub fn logits(&mut self, rows: &[u32]) -> Result<Vec<f32>, CudaError> {
+        let mut all = Vec::with_capacity(rows.len() * self.config.vocab_size);
+        for rows in rows.chunks(LOGIT_ROWS_MAX) {
+            self.gpu.enter()?;
+            let mut walk = self.walk();
+            walk.shape.wanted = rows.len();
+            walk.packet = Packet::plan(&self.scratch, 0, 0, rows.len());
+            walk.packet.send(&self.gpu, &[], &[], rows)?;
+            let DeviceBackbone { decoder, head, head_scale, .. } = &self.backbone;
+            self.pass(walk).head(&decoder.final_norm, head, *head_scale)?;
+            all.extend(self.read_logits(rows.len())?);
+        }
+        Ok(all)
+    }
+
+    /// The encoder's states (rows, d_model), in the model's precision.
+    pub fn read_states(&self, rows: usize, into: &mut Vec<u8>) -> Result<(), CudaError> {
+        self.check_rows(rows)?;
+        self.gpu.enter()?;
+        into.resize(rows * self.config.d_model * self.precision.size(), 0);
+        self.gpu.read(self.scratch.x.address(), into)
+    }
+
+    /// As [`DeviceDense::read_states`], in float32.
+    pub fn states(&self, rows: usize) -> Result<Vec<f32>, CudaError> {
+        let mut bytes = Vec::new();
+        self.read_states(rows, &mut bytes)?;
+        Ok(self.precision.stored().widen(&bytes))
+    }
+
+    pub(super) fn read_logits(&self, rows: usize) -> Result<Vec<f32>, CudaError> {
+        if rows > LOGIT_ROWS_MAX {
+            return Err(CudaError::TooManyRows { rows, limit: LOGIT_ROWS_MAX });
+        }
+        self.gpu.enter()?;
+        let mut bytes = vec![0; rows * self.config.vocab_size * 4];
+        self.gpu.read(self.scratch.logits.address(), &mut bytes)?;
+        Ok(StoredDType::F32.widen(&bytes))
+    }
+
+    /// Sequences of prompts: nothing but their rows.
+    pub(super) fn prompts(spans: &Spans) -> Vec<Sequence> {
+        let sequence = |range: std::ops::Range<usize>| Sequence {
+            first_row: range.start as i32,
+            rows: range.len() as i32,
+            ..Sequence::default()
+        };
+        spans.ranges().map(sequence).collect()
+    }
+
+    /// What a pass works with, without experts.
+    pub(super) fn machine(&self) -> Machine<'_> {
+        let Self { gpu, kernels, scratch, config, .. } = self;
+        Machine { gpu, kernels, scratch, config, experts: None }
+    }
+
+    pub(super) fn check_batch(&self, ids: &[u32], spans: &Spans) -> Result<(), CudaError> {
+        self.check_rows(ids.len())?;
+        if spans.rows() != ids.len() || spans.is_empty() || spans.ranges().any(|range| range.is_empty()) {
+            let (expected, found) = (vec![ids.len()], vec![spans.rows()]);
+            return Err(ModelError::Shape { what: "sequences, none empty [rows]", expected, found }.into());
+        }
+        let vocab_size = self.config.vocab_size;
+        match ids.iter().find(|&&id| id as usize >= vocab_size) {
+            Some(&id) => Err(ModelError::TokenId { id, vocab_size }.into()),
+            None => Ok(()),
+        }
+    }
+
+    pub(super) fn check_rows(&self, rows: usize) -> Result<(), CudaError> {
+        match rows <= self.scratch.rows_max {
+            true => Ok(()),
+            false => Err(CudaError::TooManyRows { rows, limit: self.scratch.rows_max }),
+        }
+    }
+
+    fn make_exchange(&mut self) -> Result<(), CudaError> {
+        if self.exchange.is_none() {
+            let (rows, d_model) = (self.scratch.rows_max, self.config.d_model);
+            let host = self.gpu.pinned(rows * (d_model * 4 + 4 + 2))?;
+            let added = self.gpu.allocate("activations", rows * d_model * 4)?;
+            let tiles = self.gpu.allocate("activations", Tiles::bytes_max(rows))?;
+            self.exchange = Some(Exchange { host, added, tiles });
+        }
+        Ok(())
+    }
+
+    fn weights(&self, stack: Stack) -> &StackWeights {
+        match stack {
+            Stack::Encoder => &self.backbone.encoder,
+            Stack::Decoder => &self.backbone.decoder,
+        }
+    }
+
+    fn walk(&self) -> Walk {
+        self.walk.expect("a walk was begun")
+    }
+
+    fn pass(&self, walk: Walk) -> Pass<'_> {
+        Pass::new(self.machine(), walk.shape, walk.packet, None, false)
+    }
+}

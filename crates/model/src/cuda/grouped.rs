@@ -1,0 +1,131 @@
+//! out += alpha * relu(x Wi^T) Wo^T by the expert of each row: two products over tiles, each a run of rows for one expert,
+//! groups with few rows and those with many each in their own way. Started by a `pass` through the model, and by a
+//! `slab` that computes for others.
+
+use super::{
+    arguments::{Product, Tile},
+    device::Gpu,
+    error::CudaError,
+    kernels::{Kernels, ProductKernels},
+    weights::plain_bytes,
+};
+use crate::SlotRun;
+
+/// Groups of at most so many rows are one tile that reads its expert once.
+pub(super) const FEW_GROUP_ROWS_MAX: usize = 32;
+
+/// Rows, their experts, and where results go. Addresses are the device's.
+#[derive(Clone, Copy)]
+pub(super) struct Grouped<'m> {
+    pub(super) gpu: &'m Gpu,
+    pub(super) kernels: &'m Kernels,
+    pub(super) rows: usize,
+    pub(super) d_model: usize,
+    pub(super) d_ff: usize,
+    /// (rows, d_model) by token.
+    pub(super) x: u64,
+    /// (rows, d_ff) by place.
+    pub(super) hidden: u64,
+    /// (rows, d_model) by token, float32.
+    pub(super) out: u64,
+    /// The token of each place.
+    pub(super) order: u64,
+    /// The factor of each token.
+    pub(super) alpha: u64,
+    /// Where wi and wo of slot 0 are, and from one slot to the next, in values.
+    pub(super) matrices: [u64; 2],
+    pub(super) slot_values: usize,
+    /// `Tile`s of product.cu of both ways; then how many there are of each, as i32.
+    pub(super) few: u64,
+    pub(super) many: u64,
+    pub(super) counts: u64,
+    /// MoE layers before this one, and the guard of the pass or 0.
+    pub(super) layers: usize,
+    pub(super) guard: u64,
+}
+
+impl Grouped<'_> {
+    /// Starts both products, with room for so many tiles of each way.
+    pub(super) fn start(&self, few_max: usize, many_max: usize) -> Result<(), CudaError> {
+        self.products(&self.kernels.few, few_max, self.few, self.counts)?;
+        match &self.kernels.many {
+            Some(many) => self.products(many, many_max, self.many, self.counts + 4),
+            None => Ok(()),
+        }
+    }
+
+    fn products(&self, kernels: &ProductKernels, tiles: usize, list: u64, tile_count: u64) -> Result<(), CudaError> {
+        if tiles == 0 {
+            return Ok(());
+        }
+        let wi = Product {
+            x: self.x,
+            w: self.matrices[0],
+            out: self.hidden,
+            rows: self.rows as i32,
+            k: self.d_model as i32,
+            outputs: self.d_ff as i32,
+            layers: self.layers as i32,
+            pass: self.guard,
+            tiles: list,
+            tile_count,
+            order: self.order,
+            alpha: self.alpha,
+            slot_stride: self.slot_values as u64,
+        };
+        self.gpu.launch(&kernels.gather, (self.d_ff / kernels.tile.0, tiles, 1), kernels.threads, &wi)?;
+        let wo = Product {
+            x: self.hidden,
+            w: self.matrices[1],
+            out: self.out,
+            k: self.d_ff as i32,
+            outputs: self.d_model as i32,
+            ..wi
+        };
+        self.gpu.launch(&kernels.scatter, (self.d_model / kernels.tile.0, tiles, 1), kernels.threads, &wo)
+    }
+}
+
+/// Rows in slots as tiles of both ways, where the host knows who is where.
+pub(super) struct Tiles {
+    pub(super) few: Vec<Tile>,
+    pub(super) many: Vec<Tile>,
+}
+
+/// Bytes of the numbers of tiles, which come first.
+const COUNTS_BYTES: usize = 16;
+
+impl Tiles {
+    /// Cuts runs of rows.
+    pub(super) fn of(kernels: &Kernels, runs: &[SlotRun]) -> Self {
+        let mut tiles = Self { few: Vec::new(), many: Vec::new() };
+        for run in runs {
+            let (list, tile) = match &kernels.many {
+                Some(many) if run.rows > FEW_GROUP_ROWS_MAX => (&mut tiles.many, many.tile.1),
+                _ => (&mut tiles.few, kernels.few.tile.1),
+            };
+            for at in (0..run.rows).step_by(tile) {
+                let (slot, rows) = (run.slot as i32, tile.min(run.rows - at) as i32);
+                list.push(Tile { slot, first: (run.first + at) as i32, rows, unused: 0 });
+            }
+        }
+        tiles
+    }
+
+    /// What the device is sent: how many there are, then the tiles.
+    pub(super) fn packet(&self) -> Vec<u8> {
+        let counts = [self.few.len() as i32, self.many.len() as i32, 0, 0];
+        [plain_bytes(&counts), plain_bytes(&self.few), plain_bytes(&self.many)].concat()
+    }
+
+    /// Where the numbers and both lists are in a packet at `base`.
+    pub(super) fn addresses(&self, base: u64) -> (u64, u64, u64) {
+        let few = base + COUNTS_BYTES as u64;
+        (base, few, few + size_of_val(&self.few[..]) as u64)
+    }
+
+    /// Of a packet for `rows` rows: at worst each is a run of its own.
+    pub(super) fn bytes_max(rows: usize) -> usize {
+        COUNTS_BYTES + (rows + 1) * size_of::<Tile>()
+    }
+}

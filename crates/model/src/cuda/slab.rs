@@ -1,0 +1,294 @@
+//! The experts of an expert-node on a GPU: a slab of slots, uploads on streams of their own, and the products of an
+//! expert for rows that others send. Which expert is where is decided by the node, which also promises that nobody
+//! computes with a slot that is being loaded.
+//!
+//! Invariant: uploads may come from any thread at any time; a computation has the compute stream and the buffers of
+//! [`Work`] for itself.
+
+use cudarc::driver::{CudaEvent, PinnedHostSlice};
+use parking_lot::Mutex;
+use sida_routing::{ExpertKey, Grouping};
+
+use super::{
+    dense::DeviceDense,
+    device::{DeviceMemory, Gpu},
+    error::{CudaError, failed},
+    grouped::{Grouped, Tiles},
+    host_tier::HostTier,
+    kernels::Kernels,
+    weights::{self, plain_bytes},
+};
+use crate::{ExpertDevice, ExpertShape, ExpertStore, ModelError, Precision, RowsOnDevice, SlotRows, SlotRun, Urgency};
+
+/// Rows computed at once; more take turns.
+const ROWS_MAX: usize = 4096;
+/// Nobody reads heads here, and the kernels that do must be compiled for some width.
+const D_KV: usize = 64;
+/// A prefetch is uploaded in pieces of so many bytes, two at a time on their way, so that a demand never waits for more.
+const SLICE_BYTES: usize = 2 << 20;
+
+/// See the file's head.
+#[derive(Debug)]
+pub struct DeviceSlab {
+    gpu: Gpu,
+    kernels: Kernels,
+    shape: ExpertShape,
+    precision: Precision,
+    slots: DeviceMemory,
+    /// For each slot, the last upload into it.
+    uploads: Vec<CudaEvent>,
+    host: Mutex<HostTier>,
+    /// The two slices of a prefetch that are on their way.
+    slices: Mutex<[CudaEvent; 2]>,
+    work: Mutex<Work>,
+}
+
+/// What a computation works in: [`ROWS_MAX`] rows.
+#[derive(Debug)]
+struct Work {
+    /// What is sent, in one copy: how many tiles there are, the tiles, then x.
+    packet: DeviceMemory,
+    /// (rows, d_ff)
+    hidden: DeviceMemory,
+    /// (rows, d_model), float32
+    out: DeviceMemory,
+    /// Rows come grouped, and their factors are the coordinator's: place i is row i, times one.
+    order: DeviceMemory,
+    alpha: DeviceMemory,
+    /// The packet on its way there, the results on their way back.
+    staging: PinnedHostSlice<u8>,
+}
+
+impl DeviceSlab {
+    /// Takes `slots` slots on the device, and `host_bytes` of page-locked memory as experts come to need it.
+    pub fn open(
+        gpu: Gpu,
+        store: ExpertStore,
+        precision: Precision,
+        slots: usize,
+        host_bytes: u64,
+    ) -> Result<Self, CudaError> {
+        weights::check(store.config())?;
+        gpu.enter()?;
+        let kernels = Kernels::compile(&gpu, precision, D_KV)?;
+        let shape = ExpertShape { dtype: precision.stored(), ..*store.shape() };
+        let memory = gpu.allocate("experts", slots * shape.bytes())?;
+        let uploads = (0..slots).map(|_| gpu.event()).collect::<Result<_, _>>()?;
+        let work = Work::new(&gpu, &shape)?;
+        let host = HostTier::open(&gpu, store, precision, host_bytes)?;
+        gpu.finish()?;
+        let slices = Mutex::new([gpu.event()?, gpu.event()?]);
+        let (host, work) = (Mutex::new(host), Mutex::new(work));
+        Ok(Self { gpu, kernels, shape, precision, slots: memory, uploads, host, slices, work })
+    }
+
+    fn begin(&self, key: ExpertKey, slot: usize, urgency: Urgency) -> Result<(), CudaError> {
+        self.gpu.enter()?;
+        let done = &self.uploads[slot];
+        let stream = match urgency {
+            Urgency::Demand => &self.gpu.demand,
+            Urgency::Ahead => &self.gpu.prefetch,
+        };
+        // One that failed was perhaps not waited for.
+        stream.wait(done).map_err(failed("cuStreamWaitEvent"))?;
+        let to = self.slots.address() + (slot * self.shape.bytes()) as u64;
+        let mut host = self.host.lock();
+        let found = host.find(&self.gpu, key)?;
+        match (urgency, found.read) {
+            (Urgency::Ahead, None) => {
+                // SAFETY: an expert that stays in memory is written once and freed with the tier, after the slab's streams.
+                let bytes = unsafe { std::slice::from_raw_parts(found.bytes.as_ptr(), found.bytes.len()) };
+                // A demand must find its expert meanwhile.
+                drop(host);
+                self.upload_in_slices(bytes, to)?;
+            }
+            (_, read) => {
+                // SAFETY: nobody computes with the slot (see the trait), and a place that is used again is written only
+                // after `read`.
+                unsafe { self.gpu.upload(stream, found.bytes, to) }?;
+                if let Some(read) = read {
+                    read.record(stream).map_err(failed("cuEventRecord"))?;
+                }
+            }
+        }
+        done.record(stream).map_err(failed("cuEventRecord"))
+    }
+
+    fn upload_in_slices(&self, bytes: &[u8], to: u64) -> Result<(), CudaError> {
+        let stream = &self.gpu.prefetch;
+        let on_the_way = self.slices.lock();
+        for (at, slice) in bytes.chunks(SLICE_BYTES).enumerate() {
+            let before = &on_the_way[at % 2];
+            before.synchronize().map_err(failed("cuEventSynchronize"))?;
+            // SAFETY: nobody computes with the slot (see the trait), and the bytes stay as they are.
+            unsafe { self.gpu.upload(stream, slice, to + (at * SLICE_BYTES) as u64) }?;
+            before.record(stream).map_err(failed("cuEventRecord"))?;
+        }
+        Ok(())
+    }
+
+    /// As many groups as fit, from `groups` on; what is left of a group that is cut is computed next.
+    fn compute_some(&self, groups: &mut [Part<'_, '_>]) -> Result<(), CudaError> {
+        let d_model = self.shape.d_model;
+        let (mut runs, mut rows) = (Vec::with_capacity(groups.len()), 0);
+        for part in groups.iter() {
+            runs.push(SlotRun { slot: part.group.slot, first: rows, rows: part.rows.len() });
+            rows += part.rows.len();
+        }
+        let tiles = Tiles::of(&self.kernels, &runs);
+        let work = &mut *self.work.lock();
+        self.gpu.enter()?;
+        let staging = work.staging.as_mut_slice().map_err(failed("cuEventSynchronize"))?;
+        let packet = tiles.packet();
+        staging[..packet.len()].copy_from_slice(&packet);
+        let mut at = packet.len();
+        for part in groups.iter() {
+            let x = &part.group.x[part.rows.start * d_model..part.rows.end * d_model];
+            let bytes = x.len() * self.precision.size();
+            self.precision.narrow(x, &mut staging[at..at + bytes]);
+            at += bytes;
+        }
+        let base = work.packet.address();
+        // SAFETY: the staging memory is written again only after `finish` below, or after the next one if that fails; the
+        // stream orders the rest.
+        unsafe { self.gpu.upload(&self.gpu.compute, &staging[..at], base) }?;
+        let values = rows * d_model;
+        self.gpu.clear(work.out.address(), values * 4)?;
+        let (counts, few, many) = tiles.addresses(base);
+        let grouped = Grouped {
+            gpu: &self.gpu,
+            kernels: &self.kernels,
+            rows,
+            d_model,
+            d_ff: self.shape.d_ff,
+            x: base + packet.len() as u64,
+            hidden: work.hidden.address(),
+            out: work.out.address(),
+            order: work.order.address(),
+            alpha: work.alpha.address(),
+            matrices: self.matrices(),
+            slot_values: self.slot_values(),
+            few,
+            many,
+            counts,
+            layers: 0,
+            guard: 0,
+        };
+        grouped.start(tiles.few.len(), tiles.many.len())?;
+        // SAFETY: the staging memory is read after `finish` only, and the stream has done with what lay there.
+        unsafe { self.gpu.start_reading(work.out.address(), &mut staging[..values * 4]) }?;
+        self.gpu.finish()?;
+        let mut from = staging[..values * 4].as_chunks().0;
+        for part in groups {
+            let out = &mut part.group.out[part.rows.start * d_model..part.rows.end * d_model];
+            let (own, rest) = from.split_at(out.len());
+            out.iter_mut().zip(own).for_each(|(value, &bytes)| *value = f32::from_le_bytes(bytes));
+            from = rest;
+        }
+        Ok(())
+    }
+
+    /// Where wi and wo of slot 0 are.
+    fn matrices(&self) -> [u64; 2] {
+        [self.slots.address(), self.slots.address() + self.shape.matrix_bytes() as u64]
+    }
+
+    fn slot_values(&self) -> usize {
+        self.shape.bytes() / self.precision.size()
+    }
+}
+
+/// Rows of a group that are computed at once.
+struct Part<'g, 'a> {
+    group: &'g mut SlotRows<'a>,
+    rows: std::ops::Range<usize>,
+}
+
+impl ExpertDevice for DeviceSlab {
+    fn shape(&self) -> &ExpertShape {
+        &self.shape
+    }
+
+    fn begin_load(&self, key: ExpertKey, slot: usize, urgency: Urgency) -> Result<(), ModelError> {
+        Ok(self.begin(key, slot, urgency)?)
+    }
+
+    fn finish_load(&self, slot: usize) -> Result<(), ModelError> {
+        self.gpu.enter()?;
+        Ok(self.uploads[slot].synchronize().map_err(failed("cuEventSynchronize"))?)
+    }
+
+    fn compute(&self, groups: &mut [SlotRows<'_>]) -> Result<(), ModelError> {
+        let mut parts: Vec<Part<'_, '_>> = Vec::with_capacity(groups.len());
+        let mut rows = 0;
+        for group in groups {
+            let all = group.x.len() / self.shape.d_model;
+            let mut done = 0;
+            // A group that does not fit with those before it waits, one that fits nowhere is cut.
+            while all - done > ROWS_MAX {
+                self.compute_some(&mut [Part { group, rows: done..done + ROWS_MAX }])?;
+                done += ROWS_MAX;
+            }
+            if rows + all - done > ROWS_MAX {
+                self.compute_some(&mut parts)?;
+                parts.clear();
+                rows = 0;
+            }
+            rows += all - done;
+            parts.push(Part { group, rows: done..all });
+        }
+        Ok(self.compute_some(&mut parts)?)
+    }
+
+    fn is_beside(&self, rows: &RowsOnDevice<'_>) -> bool {
+        let DeviceDense { gpu, precision, config, .. } = &*rows.dense;
+        let shape = (config.d_model, config.d_ff, *precision);
+        gpu.is_same(&self.gpu) && shape == (self.shape.d_model, self.shape.d_ff, self.precision)
+    }
+
+    fn group_beside(&self, rows: &mut RowsOnDevice<'_>, grouping: &Grouping) -> Result<(), ModelError> {
+        Ok(rows.dense.group(grouping)?)
+    }
+
+    fn start_beside(
+        &self,
+        rows: &RowsOnDevice<'_>,
+        groups: &[SlotRun],
+        done: Box<dyn FnOnce() + Send>,
+    ) -> Result<(), ModelError> {
+        let dense = &*rows.dense;
+        let started = dense.start_experts(&self.kernels, (self.matrices(), self.slot_values()), groups);
+        let started = started.and_then(|()| dense.gpu.call_back(done));
+        if started.is_err() {
+            // What was started may still read the slots, which whoever holds them gives up when it learns of this.
+            dense.gpu.finish()?;
+        }
+        Ok(started?)
+    }
+}
+
+impl Drop for DeviceSlab {
+    fn drop(&mut self) {
+        for stream in [&self.gpu.prefetch, &self.gpu.demand] {
+            // What is on its way must not outlive what it is read from. An error says that nothing is: the device is lost.
+            let _ = stream.synchronize();
+        }
+    }
+}
+
+impl Work {
+    fn new(gpu: &Gpu, shape: &ExpertShape) -> Result<Self, CudaError> {
+        let take = |bytes| gpu.allocate("activations", bytes);
+        let packet = Tiles::bytes_max(ROWS_MAX) + ROWS_MAX * shape.d_model * shape.dtype.size();
+        let order: Vec<u32> = (0..ROWS_MAX as u32).collect();
+        let alpha = vec![1.0_f32; ROWS_MAX];
+        Ok(Self {
+            packet: take(packet)?,
+            hidden: take(ROWS_MAX * shape.d_ff * shape.dtype.size())?,
+            out: take(ROWS_MAX * shape.d_model * 4)?,
+            order: gpu.allocate_with("activations", plain_bytes(&order))?,
+            alpha: gpu.allocate_with("activations", plain_bytes(&alpha))?,
+            staging: gpu.pinned(packet.max(ROWS_MAX * shape.d_model * 4))?,
+        })
+    }
+}

@@ -1,0 +1,142 @@
+//! What an expert-node asks of a device other than the processor: slots for experts, and their arithmetic. Known to every
+//! build; a GPU's is opened by [`open`] where the cargo feature `cuda` is.
+
+use std::sync::Arc;
+
+use sida_routing::{ExpertKey, Grouping};
+use thiserror::Error;
+
+use crate::{DeviceName, ExpertShape, ExpertStore, ModelError, Precision};
+
+/// Rows for the expert in a slot.
+#[derive(Debug)]
+pub struct SlotRows<'a> {
+    /// Which slot.
+    pub slot: usize,
+    /// (rows, d_model)
+    pub x: &'a [f32],
+    /// (rows, d_model): the expert's output, before the router's factor.
+    pub out: &'a mut [f32],
+}
+
+/// Whether somebody waits for an expert.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Urgency {
+    /// A call does.
+    Demand,
+    /// Nobody yet: it gives way to what is demanded.
+    Ahead,
+}
+
+/// Slots of one expert each, and what computes with them. Which expert is in which slot, and who may touch it, is the
+/// caller's to decide: a slot that is loaded is not computed with meanwhile.
+pub trait ExpertDevice: Send + Sync {
+    /// How an expert lies in a slot.
+    fn shape(&self) -> &ExpertShape;
+    /// Starts bringing an expert into a slot. Nobody may compute with it before [`ExpertDevice::finish_load`].
+    fn begin_load(&self, key: ExpertKey, slot: usize, urgency: Urgency) -> Result<(), ModelError>;
+    /// Waits for it.
+    fn finish_load(&self, slot: usize) -> Result<(), ModelError>;
+    /// Computes rows with the experts in slots.
+    fn compute(&self, groups: &mut [SlotRows<'_>]) -> Result<(), ModelError>;
+    /// Whether [`ExpertDevice::start_beside`] takes rows from there.
+    fn is_beside(&self, _rows: &RowsOnDevice<'_>) -> bool {
+        false
+    }
+    /// Tells the device how such rows are grouped: the token at each place, and the factor of its expert. The sum of what
+    /// follows begins with 0.
+    fn group_beside(&self, _rows: &mut RowsOnDevice<'_>, _grouping: &Grouping) -> Result<(), ModelError> {
+        Err(DeviceError::Refused("these rows are on another device".to_owned()).into())
+    }
+    /// Starts computing such rows. `done` is called, or dropped, when the device is through with the slots.
+    fn start_beside(
+        &self,
+        _rows: &RowsOnDevice<'_>,
+        _groups: &[SlotRun],
+        _done: Box<dyn FnOnce() + Send>,
+    ) -> Result<(), ModelError> {
+        Err(DeviceError::Refused("these rows are on another device".to_owned()).into())
+    }
+}
+
+/// A run of grouped rows for the expert in a slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SlotRun {
+    /// Which slot.
+    pub slot: usize,
+    /// The first of the rows, counted over all groups.
+    pub first: usize,
+    /// How many.
+    pub rows: usize,
+}
+
+/// The rows of an MoE layer where a walk left them on a device: see [`crate::Dense::rows_on_device`].
+pub struct RowsOnDevice<'w> {
+    #[cfg(feature = "cuda")]
+    pub(crate) dense: &'w mut crate::cuda::DeviceDense,
+    /// No build without devices makes one.
+    #[cfg(not(feature = "cuda"))]
+    _never: (std::convert::Infallible, std::marker::PhantomData<&'w ()>),
+}
+
+/// What is wrong with a device.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum DeviceError {
+    /// The machine or this build has none that will do.
+    #[error("{0}")]
+    Missing(String),
+    /// It cannot hold or run what it is asked to.
+    #[error("{0}")]
+    Refused(String),
+    /// A call of it failed; the next may not.
+    #[error("the device failed: {0}")]
+    Failed(String),
+    /// Nothing on it can be trusted any more.
+    #[error("the device is lost: {0}")]
+    Lost(String),
+}
+
+/// How a node's experts are put on a device.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ExpertDeviceOptions {
+    /// Which device.
+    pub device: DeviceName,
+    /// What it computes in.
+    pub precision: Precision,
+    /// Page-locked memory of the host that experts are kept in once they were read from disk.
+    pub host_bytes: u64,
+}
+
+/// Opens a device for the experts of `store`, in `slots` slots.
+#[cfg(not(feature = "cuda"))]
+pub fn open(
+    options: ExpertDeviceOptions,
+    _store: ExpertStore,
+    _slots: usize,
+) -> Result<Arc<dyn ExpertDevice>, ModelError> {
+    Err(DeviceError::not_built(options.device).into())
+}
+
+/// Opens a device for the experts of `store`, in `slots` slots.
+#[cfg(feature = "cuda")]
+pub fn open(
+    options: ExpertDeviceOptions,
+    store: ExpertStore,
+    slots: usize,
+) -> Result<Arc<dyn ExpertDevice>, ModelError> {
+    use crate::cuda::{DeviceSlab, Gpu};
+
+    let DeviceName::Cuda(ordinal) = options.device else {
+        return Err(DeviceError::Refused(format!("{} is not a GPU", options.device)).into());
+    };
+    let gpu = Gpu::open(ordinal)?;
+    Ok(Arc::new(DeviceSlab::open(gpu, store, options.precision, slots, options.host_bytes)?))
+}
+
+impl DeviceError {
+    /// Of a build that cannot use it.
+    #[cfg(not(feature = "cuda"))]
+    pub(crate) fn not_built(device: DeviceName) -> Self {
+        Self::Missing(format!("{device} needs a build with the cargo feature cuda"))
+    }
+}
