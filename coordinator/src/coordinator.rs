@@ -18,10 +18,7 @@ use sida_model::{Checkpoint, Dense, DenseOptions, ModelConfig, ModelError, Stack
 use sida_proto::wire::Bounds;
 use sida_routing::{Digest, NodeId};
 use sida_rpc::ServerError;
-use sida_telemetry::{
-    Span, TraceContext, counter, gauge,
-    names::{self, On},
-};
+use sida_telemetry::{Span, TraceContext, counter, names};
 use thiserror::Error;
 use tokio::{
     runtime::Handle,
@@ -38,6 +35,7 @@ use crate::{
     forward::Forward,
     lane::LaneConfig,
     lane_connection::Connector,
+    measures::Measures,
     nodes::Nodes,
     output::{Encoding, Scores, Token},
     predict::{Predict, Source},
@@ -105,6 +103,7 @@ struct Inner {
     probe: Arc<Probe>,
     requests: Arc<Queue<Request>>,
     statistics: Arc<Statistics>,
+    measures: Arc<Measures>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -120,11 +119,7 @@ impl Coordinator {
     /// runtime of several threads, which then carries the lanes.
     pub async fn start(config: CoordinatorConfig, cluster: Cluster) -> Result<Self, CoordinatorError> {
         check(&config, &cluster)?;
-        names::declare(On::Coordinator);
-        names::declare(On::Placed);
-        for kind in ["prompt", "generated"] {
-            counter!(names::TOKENS_TOTAL, names::KIND => kind).increment(0);
-        }
+        let measures = Arc::new(Measures::new());
         let runtime = Handle::current();
         let (dense, tokenizer) = load(&config).await?;
         let model = dense.config().clone();
@@ -165,17 +160,25 @@ impl Coordinator {
             preload: preload.clone(),
             tokenizer: tokenizer.clone(),
             statistics: statistics.clone(),
+            measures: measures.clone(),
             running: Vec::new(),
         };
-        let prepare =
-            Prepare { limits: config.limits, predict: predict.clone(), preload, requests: requests.clone(), prepared };
+        let prepare = Prepare {
+            limits: config.limits,
+            predict: predict.clone(),
+            preload,
+            requests: requests.clone(),
+            prepared,
+            measures: measures.clone(),
+        };
         let threads = vec![
             thread::Builder::new().name("sida-prepare".into()).spawn(move || prepare.run())?,
             thread::Builder::new().name("sida-forward".into()).spawn(move || engine.run())?,
         ];
         let probe = Arc::new(Probe::new(dispatch(config.server.health_period.min(config.expert_call_timeout)), &model));
         let threads = Mutex::new(threads);
-        let inner = Inner { config, cluster, tokenizer, nodes, predict, probe, requests, statistics, threads };
+        let inner =
+            Inner { config, cluster, tokenizer, nodes, predict, probe, requests, statistics, measures, threads };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -319,8 +322,8 @@ impl Coordinator {
             Refused::Closed(_) => RequestError::ShuttingDown,
         })?;
         inner.statistics.requests.fetch_add(1, Ordering::Relaxed);
-        counter!(names::TOKENS_TOTAL, names::KIND => "prompt").increment(prompt_tokens);
-        gauge!(names::REQUESTS_QUEUED).set(inner.requests.len() as f64);
+        inner.measures.prompt_tokens.increment(prompt_tokens);
+        inner.measures.requests_queued.set(inner.requests.len() as f64);
         Ok(())
     }
 }

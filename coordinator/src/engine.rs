@@ -17,13 +17,14 @@ use sida_routing::{
     HashTable,
     admission::{Cost, Limits},
 };
-use sida_telemetry::{Span, TraceContext, counter, gauge, histogram, names, spans};
+use sida_telemetry::{Span, TraceContext, spans};
 
 use crate::{
     asked,
     batch_span::BatchSpan,
     encoding,
     forward::{Costs, Forward},
+    measures::Measures,
     predict::{Predict, Progress},
     preload::{Hint, Preload},
     prepare::Prepared,
@@ -44,6 +45,7 @@ pub(crate) struct Engine {
     pub(crate) preload: Arc<Preload>,
     pub(crate) tokenizer: Arc<Tokenizer>,
     pub(crate) statistics: Arc<Statistics>,
+    pub(crate) measures: Arc<Measures>,
     pub(crate) running: Vec<Sequence>,
 }
 
@@ -85,7 +87,7 @@ impl Engine {
 
     fn note_inflight(&self, requests: usize) {
         self.statistics.inflight.store(requests, Ordering::Relaxed);
-        gauge!(names::REQUESTS_INFLIGHT).set(requests as f64);
+        self.measures.requests_inflight.set(requests as f64);
     }
 
     /// Encodes the prompts of those who join, answers those who wanted no more, and keeps the others running.
@@ -102,7 +104,7 @@ impl Engine {
             let mut trace = self.trace(&request);
             trace.timings.predict = predict;
             trace.timings.queue = (now - request.accepted).saturating_sub(predict);
-            histogram!(names::QUEUE_DURATION_SECONDS).record(trace.timings.queue);
+            self.measures.queue_seconds.record(trace.timings.queue);
             spans::record(request.span.context(), "join", at, now);
             asked::describe_prompt(&mut request.span, request.tokens.len());
             parts.push(self.part(&request, table, 0));
@@ -118,14 +120,14 @@ impl Engine {
         drop(announced);
         let spans = Spans::new(requests.iter().map(|(request, _)| request.tokens.len()));
         let ids: Vec<u32> = requests.iter().flat_map(|(request, _)| request.tokens.iter().copied()).collect();
-        histogram!(names::BATCH_TOKENS).record(ids.len() as f64);
+        self.measures.batch_tokens.record(ids.len() as f64);
         describe(&mut span, requests.len(), ids.len());
         let mut costs = Costs::of_pass(within);
         let forward = &mut self.forward;
         let callers: Vec<&Request> = requests.iter().map(|(request, _)| request).collect();
         let outcome = guarded(|| Ok(on_pool(|| forward.encode(&ids, &spans, &mut parts, &callers, &mut costs))?));
         drop((hint, span));
-        costs.record();
+        costs.record(&self.measures.phases);
         let states = match outcome {
             Ok(states) => states,
             Err(error) => return requests.into_iter().for_each(|(request, _)| request.fail(error.clone())),
@@ -218,7 +220,7 @@ impl Engine {
         let _hint = self.preload_within(within, &parts);
         let mut costs = Costs::of_pass(within);
         let outcome = self.decode(&mut parts, &mut costs);
-        costs.record();
+        costs.record(&self.measures.phases);
         let _settling = within.map(|within| Span::below(within, "output"));
         match outcome {
             Ok(output) => self.settle(parts, &output, &costs),
@@ -243,7 +245,7 @@ impl Engine {
         let mut tables = self.predict.decode(&mut progress, &tokens, span.as_ref().map(Span::context)).into_iter();
         drop(span);
         let took = start.elapsed();
-        histogram!(names::PHASE_DURATION_SECONDS, names::PHASE => "predict").record(took);
+        self.measures.phases.predict.record(took);
         self.running.iter_mut().for_each(|sequence| sequence.trace.timings.predict += took);
         let mut parts = Vec::with_capacity(tables.len());
         for sequence in &self.running {
@@ -259,7 +261,7 @@ impl Engine {
 
     /// One pass of the decoder over what every branch was fed, and the logits of those that generate.
     fn decode(&mut self, parts: &mut [Part], costs: &mut Costs) -> Result<StepOutput, RequestError> {
-        let (forward, running) = (&mut self.forward, &mut self.running);
+        let (forward, running, measures) = (&mut self.forward, &mut self.running, &self.measures);
         guarded(|| {
             let mut ids = Vec::new();
             let mut lengths = Vec::new();
@@ -277,7 +279,7 @@ impl Engine {
                     last_rows.push(ids.len() - 1);
                 }
             }
-            histogram!(names::BATCH_TOKENS).record(ids.len() as f64);
+            measures.batch_tokens.record(ids.len() as f64);
             let spans = Spans::new(lengths);
             let states = on_pool(|| forward.decode(&ids, &spans, &mut states, parts, &requests, costs))?;
             let start = Instant::now();
@@ -307,7 +309,7 @@ impl Engine {
             let outcome = match (&sequence.decoding, failure) {
                 (Decoding::Generate(_), failure) => match (logits.next(), failure) {
                     (Some(logits), None) => {
-                        guarded(|| sequence.advance(logits, self.forward.config(), &self.tokenizer))
+                        guarded(|| sequence.advance(logits, self.forward.config(), &self.tokenizer, &self.measures))
                     }
                     (_, failure) => Err(failure.unwrap_or(RequestError::NotANumber)),
                 },
@@ -324,7 +326,7 @@ impl Engine {
             }
         }
         self.running = going;
-        histogram!(names::PHASE_DURATION_SECONDS, names::PHASE => "output").record(start.elapsed());
+        self.measures.phases.output.record(start.elapsed());
     }
 
     /// The batch begins: expert-nodes are told what it will use.
@@ -335,7 +337,7 @@ impl Engine {
 
     fn part(&self, request: &Request, table: Option<HashTable>, first_token: usize) -> Part {
         if table.is_none() {
-            counter!(names::PREDICTIONS_MISSING_TOTAL).increment(1);
+            self.measures.predictions_missing.increment(1);
         }
         let config = self.forward.config();
         let experts = ExpertSets::new(config.moe_layer_count(), config.num_experts);

@@ -9,11 +9,12 @@ use std::{
 use metrics::Counter;
 use sida_model::{Dense, DeviceError, ModelConfig, ModelError, SequenceState, Spans, Stack, States, Walk, router};
 use sida_routing::{Grouping, LayerId, Routes};
-use sida_telemetry::{Span, TraceContext, counter, histogram, names, spans};
+use sida_telemetry::{Span, TraceContext, counter, names, spans};
 
 use crate::{
     callers::Callers,
     dispatch::{Dispatch, LayerRows},
+    measures::Phases,
     request::Request,
     routing_mode::{self, Part},
     statistics::Statistics,
@@ -65,9 +66,6 @@ impl Forward {
         let rows = |layer: usize, expert: usize| counter!(names::ROUTED_ROWS_TOTAL, names::LAYER => layer.to_string(), names::EXPERT => expert.to_string());
         let exported = if layers * experts <= ROUTED_SERIES_MAX { layers } else { 0 };
         let routed = (0..exported).map(|layer| (0..experts).map(|expert| rows(layer, expert)).collect()).collect();
-        for phase in ["predict", "load", "backbone", "experts", "output"] {
-            drop(histogram!(names::PHASE_DURATION_SECONDS, names::PHASE => phase));
-        }
         Self { dense, dispatch, enforce_capacity, statistics, predictions, routed }
     }
 
@@ -216,7 +214,9 @@ impl Forward {
             sum.misses += part.hash.misses - before.misses;
         }
         let counters = &self.predictions[usize::from(layer.0)];
-        for (counter, count) in counters.iter().zip([sum.top1_hits, sum.hits - sum.top1_hits, sum.misses]) {
+        let counts = [sum.top1_hits, sum.hits - sum.top1_hits, sum.misses];
+        // A single token's layer has one of them, and to add nothing to the others would cost as much.
+        for (counter, count) in counters.iter().zip(counts).filter(|&(_, count)| count > 0) {
             counter.increment(count);
         }
         self.statistics.hash_hits.fetch_add(sum.hits, Ordering::Relaxed);
@@ -251,9 +251,9 @@ impl Costs {
     }
 
     /// Adds a step's costs to the metrics.
-    pub(crate) fn record(&self) {
-        for (phase, took) in [("backbone", self.backbone), ("experts", self.experts), ("load", self.load)] {
-            histogram!(names::PHASE_DURATION_SECONDS, names::PHASE => phase).record(took);
-        }
+    pub(crate) fn record(&self, phases: &Phases) {
+        phases.backbone.record(self.backbone);
+        phases.experts.record(self.experts);
+        phases.load.record(self.load);
     }
 }

@@ -9,7 +9,7 @@
 //! `call_failure`), `share_out` saying whom to ask, `waiting` how long where nobody is left, and `callers` who still
 //! wants an answer. A `sequence` goes on from step to step: `sampler`, `detokenize`, `stop_text`, or `score`, or
 //! `encoding`; the answer leaves as [`output`] with its [`trace`], or as a `fault`. Work for several at once has a
-//! `batch_span`. Beside that: `probe` (health), `cluster_service`, `unheld` and `statistics`.
+//! `batch_span`. Beside that: `probe` (health), `cluster_service`, `unheld`, `statistics` and `measures`.
 //!
 //! Invariant: it does not know expert-nodes but by `sida_cluster::experts` and the wire, and takes no decision
 //! that belongs to `sida_routing`.
@@ -33,6 +33,7 @@ mod forward;
 mod front_door;
 mod lane;
 mod lane_connection;
+mod measures;
 mod messages;
 mod nodes;
 pub mod output;

@@ -13,10 +13,11 @@ use sida_routing::{
     HashTable,
     admission::{Cost, Limits},
 };
-use sida_telemetry::{gauge, histogram, names, spans};
+use sida_telemetry::spans;
 
 use crate::{
     batch_span::BatchSpan,
+    measures::Measures,
     predict::Predict,
     preload::{Hint, Preload},
     queue::{Queue, Wait},
@@ -43,6 +44,7 @@ pub(crate) struct Prepare {
     pub(crate) preload: Arc<Preload>,
     pub(crate) requests: Arc<Queue<Request>>,
     pub(crate) prepared: Arc<Queue<Prepared>>,
+    pub(crate) measures: Arc<Measures>,
 }
 
 impl Prepare {
@@ -51,7 +53,7 @@ impl Prepare {
         let limits = self.limits;
         let choose = |waiting: &VecDeque<Request>| limits.joining(Cost::default(), waiting.iter().map(Request::cost));
         while let Some(batch) = self.requests.take(Wait::Block, choose) {
-            gauge!(names::REQUESTS_QUEUED).set(self.requests.len() as f64);
+            self.measures.requests_queued.set(self.requests.len() as f64);
             // Requests that are lost in a panic are told so by the end of their channels.
             match catch_unwind(AssertUnwindSafe(|| self.prepare(batch))) {
                 Ok(batch) => self.hand_over(batch),
@@ -77,7 +79,7 @@ impl Prepare {
         let tables = self.predict.encode(&sequences, predicting.as_ref().map(BatchSpan::context));
         drop(predicting);
         let predict = start.elapsed();
-        histogram!(names::PHASE_DURATION_SECONDS, names::PHASE => "predict").record(predict);
+        self.measures.phases.predict.record(predict);
         let preloading = BatchSpan::begin("preload", contexts());
         let hint = Arc::new(self.preload.announce(tables.iter().flatten()));
         drop(preloading);

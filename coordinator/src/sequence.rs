@@ -5,12 +5,13 @@
 use std::{ops::Range, time::Instant};
 
 use sida_model::{Dense, ModelConfig, ModelError, SequenceState, States, Tokenizer};
-use sida_telemetry::{counter, histogram, names, spans};
+use sida_telemetry::spans;
 
 use crate::{
     asked,
     detokenize::Detokenizer,
     forward::Costs,
+    measures::Measures,
     output::{Finish, FinishReason, Scores, TargetScore, Token},
     predict::Progress,
     request::{GenerateOptions, Request, RequestError, Work},
@@ -82,6 +83,7 @@ impl Sequence {
         logits: &[f32],
         config: &ModelConfig,
         tokenizer: &Tokenizer,
+        measures: &Measures,
     ) -> Result<Next, RequestError> {
         let (Decoding::Generate(generation), Work::Generate { reply, .. }) = (&mut self.decoding, &self.request.work)
         else {
@@ -91,15 +93,16 @@ impl Sequence {
         let banned = (generation.generated < generation.options.tokens_min).then_some(eos);
         let id = generation.sampler.next(logits, banned).ok_or(RequestError::NotANumber)?;
         let (text, reason) = generation.take(id, eos, tokenizer)?;
+        measures.generated_tokens.increment(1);
         let now = Instant::now();
         if generation.first_token_at.is_none() {
             generation.first_token_at = Some(now);
             let waited = now - self.request.accepted;
-            histogram!(names::TIME_TO_FIRST_TOKEN_SECONDS).record(waited);
+            measures.time_to_first_token_seconds.record(waited);
             self.request.span.set("sida.time_to_first_token_us", spans::microseconds(waited));
         }
         let finish = reason.map(|reason| {
-            generation.record_pace(now);
+            generation.record_pace(now, measures);
             self.trace.timings.total = now - self.request.accepted;
             asked::describe_answer(&mut self.request.span, generation.generated, reason);
             Finish {
@@ -157,7 +160,6 @@ impl Generation {
     /// Takes a token into the text; returns what may be streamed and why the text ends here, if it does.
     fn take(&mut self, id: u32, eos: u32, tokenizer: &Tokenizer) -> Result<(String, Option<FinishReason>), ModelError> {
         self.generated += 1;
-        counter!(names::TOKENS_TOTAL, names::KIND => "generated").increment(1);
         let decode = |ids: &[u32]| tokenizer.decode(ids);
         let added = self.detokenizer.push(id, decode)?;
         let released = self.stops.push(added);
@@ -182,9 +184,9 @@ impl Generation {
         Ok((text, reason))
     }
 
-    fn record_pace(&self, now: Instant) {
+    fn record_pace(&self, now: Instant, measures: &Measures) {
         if let (Some(first), Some(others)) = (self.first_token_at, self.generated.checked_sub(1).filter(|&n| n > 0)) {
-            histogram!(names::TIME_PER_OUTPUT_TOKEN_SECONDS).record((now - first) / others as u32);
+            measures.time_per_output_token_seconds.record((now - first) / others as u32);
         }
     }
 }

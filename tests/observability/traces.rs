@@ -139,7 +139,7 @@ async fn requests_of_one_batch_are_linked() {
         async move {
             let mut request = Request::new(GenerateRequest {
                 text: TEXT.to_owned(),
-                max_tokens: 24,
+                max_tokens: 64,
                 ignore_eos: true,
                 ..Default::default()
             });
@@ -159,7 +159,8 @@ async fn requests_of_one_batch_are_linked() {
     for request in spans.iter().filter(|span| is_request(span)) {
         let steps: Vec<_> = spans.iter().filter(|span| span.parent == request.id).collect();
         let share = Trace::share(request, steps.iter().copied());
-        // Less than of a request alone: the prompts of those who join it are no work of its own.
+        // Less than of a request alone: the prompts of those who join it are no work of its own. On a busy machine they
+        // come one by one, hence the many tokens.
         assert!(share >= 0.9, "{share} of {request:?} is explained");
         for step in steps.iter().filter(|step| step.name == "decode" && !step.links.is_empty()) {
             shared += 1;

@@ -47,7 +47,13 @@ pub(crate) fn run(arguments: DoctorArguments) -> anyhow::Result<ExitCode> {
     let mut findings = vec![processor(), memory(), gpu()];
     findings.extend(model(arguments.model.as_deref()));
     findings.extend(DEFAULT_PORTS.map(|(port, use_)| port_finding(port, use_)));
-    findings.push(finding(Verdict::Note, "etcd", "support is not built in: clusters are described by --static FILE"));
+    if cfg!(not(feature = "etcd")) {
+        findings.push(finding(
+            Verdict::Note,
+            "etcd",
+            "support is not built in: clusters are described by --static FILE",
+        ));
+    }
     let style = Style::of_stdout();
     for finding in &findings {
         let (mark, sgr) = match finding.verdict {

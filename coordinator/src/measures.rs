@@ -1,0 +1,60 @@
+//! What a coordinator tells Prometheus on a request's way: its handles on the metrics of [`sida_telemetry::names`], so that
+//! recording costs no look-up. What happens once in a while is recorded where it happens, by its name; what has more labels
+//! than a few (layers, experts, nodes) is with whoever knows these.
+
+use metrics::{Counter, Gauge, Histogram};
+use sida_telemetry::{
+    counter, gauge, histogram,
+    names::{self, On},
+};
+
+/// Handles. Made once, after the recorder is installed.
+pub(crate) struct Measures {
+    pub(crate) requests_queued: Gauge,
+    pub(crate) requests_inflight: Gauge,
+    pub(crate) queue_seconds: Histogram,
+    pub(crate) time_to_first_token_seconds: Histogram,
+    pub(crate) time_per_output_token_seconds: Histogram,
+    pub(crate) batch_tokens: Histogram,
+    pub(crate) prompt_tokens: Counter,
+    pub(crate) generated_tokens: Counter,
+    pub(crate) predictions_missing: Counter,
+    pub(crate) phases: Phases,
+}
+
+/// `sida_phase_duration_seconds`.
+pub(crate) struct Phases {
+    pub(crate) predict: Histogram,
+    pub(crate) load: Histogram,
+    pub(crate) backbone: Histogram,
+    pub(crate) experts: Histogram,
+    pub(crate) output: Histogram,
+}
+
+impl Measures {
+    /// Every series of them exists from then on.
+    pub(crate) fn new() -> Self {
+        names::declare(On::Coordinator);
+        names::declare(On::Placed);
+        let tokens = |kind| counter!(names::TOKENS_TOTAL, names::KIND => kind);
+        let phase = |phase| histogram!(names::PHASE_DURATION_SECONDS, names::PHASE => phase);
+        Self {
+            requests_queued: gauge!(names::REQUESTS_QUEUED),
+            requests_inflight: gauge!(names::REQUESTS_INFLIGHT),
+            queue_seconds: histogram!(names::QUEUE_DURATION_SECONDS),
+            time_to_first_token_seconds: histogram!(names::TIME_TO_FIRST_TOKEN_SECONDS),
+            time_per_output_token_seconds: histogram!(names::TIME_PER_OUTPUT_TOKEN_SECONDS),
+            batch_tokens: histogram!(names::BATCH_TOKENS),
+            prompt_tokens: tokens("prompt"),
+            generated_tokens: tokens("generated"),
+            predictions_missing: counter!(names::PREDICTIONS_MISSING_TOTAL),
+            phases: Phases {
+                predict: phase("predict"),
+                load: phase("load"),
+                backbone: phase("backbone"),
+                experts: phase("experts"),
+                output: phase("output"),
+            },
+        }
+    }
+}
