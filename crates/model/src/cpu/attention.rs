@@ -13,7 +13,6 @@ use rayon::prelude::*;
 
 use super::{
     lanes::{self, Kernel, LANES, Lanes},
-    matmul::aligned,
     norm::softmax_row,
     panel,
 };
@@ -197,7 +196,7 @@ impl Queries<'_, '_> {
             // SAFETY: no key beyond the last is read; `turned` has room for all.
             unsafe {
                 let load = |c: usize, at: usize| L::load(keys.head((key + c).min(last), head * d_kv + at));
-                panel::turn::<L, 1>(load, d_kv, self.turned.add(key * d_kv));
+                panel::turn::<L>(load, d_kv, self.turned.add(key * d_kv));
             }
         }
     }
@@ -218,7 +217,7 @@ impl Queries<'_, '_> {
                 for key in (0..keys).step_by(LANES) {
                     let panel = self.turned.add(key * d_kv);
                     let query_stride = self.sequence.queries.stride;
-                    panel::tile::<L, R, 1>(queries, query_stride, d_kv, panel, waiting, scores.add(key), stride);
+                    panel::tile::<L, R>(queries, query_stride, d_kv, panel, waiting, scores.add(key), stride);
                 }
             } else {
                 let query = |r| self.sequence.queries.head(self.first_query + row + r, head * d_kv);
@@ -289,8 +288,9 @@ unsafe fn dots<L: Lanes, const R: usize, const C: usize>(
                 }
             }
         }
-        for (r, sums) in sums.into_iter().enumerate() {
-            scores.add(r * scores_stride + key).cast::<[f32; C]>().write_unaligned(L::sums(sums));
+        let sums = L::sums(sums);
+        for r in 0..R {
+            scores.add(r * scores_stride + key).cast::<[f32; C]>().write_unaligned(sums[r]);
         }
     }
 }
@@ -336,6 +336,15 @@ unsafe fn weighted_sum<L: Lanes, const R: usize, const V: usize>(
 unsafe fn load_up_to<L: Lanes>(from: *const f32, left: usize) -> L {
     // SAFETY: the caller has `left` floats.
     unsafe { if left >= LANES { L::load(from) } else { L::load_partial(from, left) } }
+}
+
+/// `len` floats of a buffer from a cache line's beginning on.
+fn aligned(buffer: &mut Vec<f32>, len: usize) -> *mut f32 {
+    const LINE: usize = 64;
+    buffer.resize(buffer.len().max(len + LINE / size_of::<f32>()), 0.0);
+    let start = buffer.as_mut_ptr();
+    // SAFETY: the buffer is a line longer than `len`.
+    unsafe { start.add(start.align_offset(LINE).min(LINE / size_of::<f32>())) }
 }
 
 #[cfg(test)]

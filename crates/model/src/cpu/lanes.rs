@@ -57,11 +57,13 @@ pub unsafe trait Lanes: Copy {
     /// `sum` of several vectors.
     #[inline(always)]
     #[allow(clippy::needless_range_loop)] // See the file's head.
-    unsafe fn sums<const N: usize>(all: [Self; N]) -> [f32; N] {
-        let mut sums = [0.0; N];
-        for n in 0..N {
-            // SAFETY: the caller's.
-            sums[n] = unsafe { all[n].sum() };
+    unsafe fn sums<const R: usize, const C: usize>(all: [[Self; C]; R]) -> [[f32; C]; R] {
+        let mut sums = [[0.0; C]; R];
+        for r in 0..R {
+            for c in 0..C {
+                // SAFETY: the caller's.
+                sums[r][c] = unsafe { all[r][c].sum() };
+            }
         }
         sums
     }
@@ -323,20 +325,51 @@ mod x86 {
         }
 
         #[inline(always)]
-        unsafe fn sums<const N: usize>(all: [Self; N]) -> [f32; N] {
-            let mut sums = [0.0; N];
+        unsafe fn sums<const R: usize, const C: usize>(all: [[Self; C]; R]) -> [[f32; C]; R] {
+            let mut sums = [[0.0; C]; R];
+            let (all, to) = (all.as_ptr().cast::<Self>(), sums.as_mut_ptr().cast::<f32>());
             let mut n = 0;
             unsafe {
-                while n + 4 <= N {
-                    sums[n..n + 4].copy_from_slice(&sums_4(all[n].0, all[n + 1].0, all[n + 2].0, all[n + 3].0));
+                while n + LANES <= R * C {
+                    sums_16(all.add(n)).store(to.add(n));
+                    n += LANES;
+                }
+                while n + 4 <= R * C {
+                    let four = |i| halves((*all.add(n + i)).0);
+                    to.add(n).cast::<[f32; 4]>().write_unaligned(sums_4(four(0), four(1), four(2), four(3)));
                     n += 4;
                 }
-                while n < N {
-                    sums[n] = all[n].sum();
+                while n < R * C {
+                    *to.add(n) = (*all.add(n)).sum();
                     n += 1;
                 }
             }
             sums
+        }
+    }
+
+    /// Sixteen sums at once, each the tree of `sum`: one addition serves two vectors, then four, eight and sixteen.
+    /// One after another they would take as long as dot products of 128 inputs.
+    #[inline(always)]
+    unsafe fn sums_16(all: *const Avx512) -> Avx512 {
+        unsafe {
+            // In the order in which sum l ends in lane l.
+            let at = |n: usize| (*all.add(n % 4 * 4 + n / 4)).0;
+            let by_8 = |n| {
+                let (a, b) = (at(n), at(n + 1));
+                _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xEE>(a, b))
+            };
+            let by_4 = |n| {
+                let (a, b) = (by_8(n), by_8(n + 2));
+                _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xDD>(a, b))
+            };
+            let by_2 = |n| {
+                let (a, b) = (_mm512_castps_pd(by_4(n)), _mm512_castps_pd(by_4(n + 4)));
+                let (low, high) = (_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b));
+                _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high))
+            };
+            let (a, b) = (by_2(0), by_2(8));
+            Avx512(_mm512_add_ps(_mm512_shuffle_ps::<0x88>(a, b), _mm512_shuffle_ps::<0xDD>(a, b)))
         }
     }
 
@@ -348,11 +381,10 @@ mod x86 {
         }
     }
 
-    /// Four sums at once, each the tree of `sum`: the additions of four vectors share instructions.
+    /// Four sums at once, each the tree of `sum_256`: the additions of four vectors share instructions.
     #[inline(always)]
-    unsafe fn sums_4(a: __m512, b: __m512, c: __m512, d: __m512) -> [f32; 4] {
+    unsafe fn sums_4(a: __m256, b: __m256, c: __m256, d: __m256) -> [f32; 4] {
         unsafe {
-            let (a, b, c, d) = (halves(a), halves(b), halves(c), halves(d));
             let ab = _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b));
             let cd = _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(c, d), _mm256_permute2f128_ps::<0x31>(c, d));
             let (ab, cd) = (_mm256_castps_pd(ab), _mm256_castps_pd(cd));
@@ -427,6 +459,28 @@ mod x86 {
         #[inline(always)]
         unsafe fn sum(self) -> f32 {
             unsafe { sum_256(_mm256_add_ps(self.0, self.1)) }
+        }
+
+        #[inline(always)]
+        unsafe fn sums<const R: usize, const C: usize>(all: [[Self; C]; R]) -> [[f32; C]; R] {
+            let mut sums = [[0.0; C]; R];
+            let (all, to) = (all.as_ptr().cast::<Self>(), sums.as_mut_ptr().cast::<f32>());
+            let mut n = 0;
+            unsafe {
+                while n + 4 <= R * C {
+                    let four = |i| {
+                        let Self(low, high) = *all.add(n + i);
+                        _mm256_add_ps(low, high)
+                    };
+                    to.add(n).cast::<[f32; 4]>().write_unaligned(sums_4(four(0), four(1), four(2), four(3)));
+                    n += 4;
+                }
+                while n < R * C {
+                    *to.add(n) = (*all.add(n)).sum();
+                    n += 1;
+                }
+            }
+            sums
         }
     }
 

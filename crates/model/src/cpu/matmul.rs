@@ -13,22 +13,21 @@ use std::{cell::RefCell, mem::MaybeUninit, ops::Range};
 use half::f16;
 use rayon::prelude::*;
 
-use super::{
-    lanes::{self, Kernel, LANES, Lanes},
-    panel,
-};
+use super::lanes::{self, Kernel, Lanes};
 use crate::dtype::StoredDType;
 
-/// Rows of x per pass over W: `ROW_BLOCK * d_model` floats stay in the second-level cache.
+/// Rows of x per pass over W, so that they stay in the second-level cache: so many where rows are long, and as many
+/// as are so many floats where they are short.
 const ROW_BLOCK: usize = 48;
+const ROW_BLOCK_FLOATS: usize = 16 << 10;
 /// Products with fewer multiplications and less to read run on the calling thread: waking another costs
 /// more than it saves.
 const PARALLEL_MACS_MIN: usize = 2_000_000;
 const PARALLEL_BYTES_MIN: usize = 4 << 20;
-/// Pieces for threads are multiples of this, so that few tiles and panels are cut.
+/// Pieces for threads are multiples of this, so that few tiles are cut.
 const COLUMNS_PER_PIECE: usize = 32;
 /// Rows of W that are widened at once: the most columns a tile has.
-const WIDENED_ROWS_MAX: usize = 6;
+const WIDENED_ROWS_MAX: usize = 4;
 
 /// A weight matrix where it lies.
 #[derive(Clone, Copy, Debug)]
@@ -85,7 +84,7 @@ fn write_product(x: &[f32], w: MatrixRef<'_>, out: &mut [MaybeUninit<f32>]) {
 }
 
 fn columns(x: &[f32], n: usize, w: MatrixRef<'_>, columns: Range<usize>, out: OutPointer) {
-    ROOM.with_borrow_mut(|room| lanes::run(Columns { x, n, w, columns, out, room }));
+    ROOM.with_borrow_mut(|widened| lanes::run(Columns { x, n, w, columns, out, widened }));
 }
 
 /// Where results go. Pieces write disjoint columns of it.
@@ -104,7 +103,7 @@ struct Columns<'a> {
     w: MatrixRef<'a>,
     columns: Range<usize>,
     out: OutPointer,
-    room: &'a mut Room,
+    widened: &'a mut Vec<f32>,
 }
 
 impl Kernel for Columns<'_> {
@@ -115,94 +114,34 @@ impl Kernel for Columns<'_> {
         // SAFETY: `matmul` checked the lengths. The tile sizes are those whose accumulators fit the registers.
         unsafe {
             match L::TILE_ROWS {
-                4 => {
-                    self.panels::<L, 3, 2>();
-                    self.blocks::<L, 4, 6>();
-                }
-                2 => {
-                    self.panels::<L, 1, 1>();
-                    self.blocks::<L, 2, 3>();
-                }
-                _ => {
-                    self.panels::<L, 1, 1>();
-                    self.blocks::<L, 1, 4>();
-                }
+                4 => self.blocks::<L, 4, 4>(),
+                2 => self.blocks::<L, 2, 3>(),
+                _ => self.blocks::<L, 1, 4>(),
             }
         }
     }
-}
-
-/// A thread's room for parts of W.
-#[derive(Default)]
-struct Room {
-    /// At least [`WIDENED_ROWS_MAX`] rows, widened.
-    widened: Vec<f32>,
-    /// Columns, turned (see `panel`).
-    turned: Vec<f32>,
 }
 
 thread_local! {
-    static ROOM: RefCell<Room> = RefCell::default();
+    /// A thread's room for at least [`WIDENED_ROWS_MAX`] rows of W, widened.
+    static ROOM: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
 impl Columns<'_> {
-    /// The columns that fill panels, where there are enough rows. What is left of `columns` is for `blocks`.
-    #[inline(always)]
-    unsafe fn panels<L: Lanes, const R: usize, const C: usize>(&mut self) {
-        let k = self.w.cols;
-        if !panel::pays(self.n, k) || !k.is_multiple_of(LANES) || self.w.dtype == StoredDType::F16 {
-            return;
-        }
-        let width = C * LANES;
-        let block = panel::block_columns(k, width);
-        let turned = aligned(&mut self.room.turned, block * k + 2 * R * width);
-        let waiting = turned.wrapping_add(block * k);
-        while self.columns.len() >= width {
-            let columns = self.columns.len().min(block) / width * width;
-            let first = self.columns.start;
-            // SAFETY: `turned` has room for a block; the rows of W and x hold k values each; out is (n, W rows).
-            unsafe {
-                for at in (0..columns).step_by(width) {
-                    let to = turned.add(at * k);
-                    let values = self.w.bytes.as_ptr().add((first + at) * k * self.w.dtype.size());
-                    match self.w.dtype {
-                        StoredDType::BF16 => {
-                            panel::turn::<L, C>(|c, i| L::load_bf16(values.cast::<u16>().add(c * k + i)), k, to);
-                        }
-                        _ => panel::turn::<L, C>(|c, i| L::load(values.cast::<f32>().add(c * k + i)), k, to),
-                    }
-                }
-                for at in (0..columns).step_by(width) {
-                    let mut row = 0;
-                    let turned = turned.add(at * k);
-                    while row < self.n {
-                        let tall = row + R <= self.n;
-                        let x = self.x.as_ptr().add(row * k);
-                        let out = self.out.0.add(row * self.w.rows + first + at);
-                        if tall {
-                            panel::tile::<L, R, C>(x, k, k, turned, waiting, out, self.w.rows);
-                        } else {
-                            panel::tile::<L, 1, C>(x, k, k, turned, waiting, out, self.w.rows);
-                        }
-                        row += if tall { R } else { 1 };
-                    }
-                }
-            }
-            self.columns.start += columns;
-        }
-    }
-
     #[inline(always)]
     unsafe fn blocks<L: Lanes, const R: usize, const C: usize>(&mut self) {
         // With few rows of x, widening ahead would cost as much as the product: widen on the way instead.
         if self.columns.is_empty() {
             return;
         }
-        self.room.widened.resize(self.room.widened.len().max(WIDENED_ROWS_MAX * self.w.cols), 0.0);
+        self.widened.resize(self.widened.len().max(WIDENED_ROWS_MAX * self.w.cols), 0.0);
         let straight = self.n <= R && self.w.dtype == StoredDType::BF16 && self.w.cols.is_multiple_of(lanes::LANES);
+        // Blocks of about one size: a last one of a row or two would cost as much reading of W as a whole one.
+        let blocks = self.n.div_ceil(ROW_BLOCK.max(ROW_BLOCK_FLOATS / self.w.cols));
+        let row_block = self.n.div_ceil(blocks).next_multiple_of(R);
         let mut block = 0;
         while block < self.n {
-            let rows = block..self.n.min(block + ROW_BLOCK);
+            let rows = block..self.n.min(block + row_block);
             let mut column = self.columns.start;
             while column < self.columns.end {
                 let columns = C.min(self.columns.end - column);
@@ -210,16 +149,16 @@ impl Columns<'_> {
                 unsafe {
                     if straight {
                         let w = self.stored(column, columns).as_ptr().cast();
-                        self.column_tiles::<L, Bf16, R, C>(rows.clone(), column, columns, w);
+                        self.column_tiles::<L, Bf16, R, C>(rows.clone(), column, columns, w, &[]);
                     } else {
                         let w = self.widen(column, columns);
-                        L::prefetch(self.stored(column + C, C));
-                        self.column_tiles::<L, F32, R, C>(rows.clone(), column, columns, w);
+                        let soon = self.stored(column + C, C);
+                        self.column_tiles::<L, F32, R, C>(rows.clone(), column, columns, w, soon);
                     }
                 }
                 column += C;
             }
-            block += ROW_BLOCK;
+            block += row_block;
         }
     }
 
@@ -236,7 +175,7 @@ impl Columns<'_> {
     fn widen(&mut self, column: usize, columns: usize) -> *const f32 {
         let (k, size) = (self.w.cols, self.w.dtype.size());
         let bytes = &self.w.bytes[column * k * size..(column + columns) * k * size];
-        let widened = &mut self.room.widened[..columns * k];
+        let widened = &mut self.widened[..columns * k];
         match self.w.dtype {
             StoredDType::F32 => return bytes.as_ptr().cast(),
             StoredDType::BF16 => {
@@ -261,38 +200,48 @@ impl Columns<'_> {
         column: usize,
         columns: usize,
         w: *const W::Value,
+        soon: &[u8],
     ) {
         // SAFETY: rows and columns are within x, `w` and out.
         unsafe {
             if columns == C {
-                return self.row_tiles::<L, W, R, C>(rows, column, w);
+                return self.row_tiles::<L, W, R, C>(rows, column, w, soon);
             }
             let mut last = 0;
             while last < columns {
-                self.row_tiles::<L, W, R, 1>(rows.clone(), column + last, w.add(last * self.w.cols));
+                self.row_tiles::<L, W, R, 1>(rows.clone(), column + last, w.add(last * self.w.cols), soon);
                 last += 1;
             }
         }
     }
 
-    /// All tiles of some rows and C columns; rows that do not fill a tile go one by one.
+    /// All tiles of some rows and C columns; the last one has as many rows as are left, at most 3.
     #[inline(always)]
     unsafe fn row_tiles<L: Lanes, W: Stored, const R: usize, const C: usize>(
         &self,
         rows: Range<usize>,
         column: usize,
         w: *const W::Value,
+        mut soon: &[u8],
     ) {
         let mut row = rows.start;
+        // A few lines with each tile: all at once they would wait for each other.
+        let share = soon.len().div_ceil((rows.len() / R).max(1));
         // SAFETY: rows and columns are within x, `w` and out.
         unsafe {
             while row + R <= rows.end {
+                let (now, later) = soon.split_at(share.min(soon.len()));
+                L::prefetch(now);
+                soon = later;
                 self.tile::<L, W, R, C>(row, column, w);
                 row += R;
             }
-            while row < rows.end {
-                self.tile::<L, W, 1, C>(row, column, w);
-                row += 1;
+            L::prefetch(soon);
+            match rows.end - row {
+                3 => self.tile::<L, W, 3, C>(row, column, w),
+                2 => self.tile::<L, W, 2, C>(row, column, w),
+                1 => self.tile::<L, W, 1, C>(row, column, w),
+                _ => {}
             }
         }
     }
@@ -339,25 +288,12 @@ impl Columns<'_> {
                 }
             }
             let out = self.out.0.add(row * self.w.rows + column);
-            if R == 1 {
-                return out.cast::<[f32; C]>().write(L::sums(sums[0]));
-            }
+            let sums = L::sums(sums);
             for r in 0..R {
-                for c in 0..C {
-                    *out.add(r * self.w.rows + c) = sums[r][c].sum();
-                }
+                out.add(r * self.w.rows).cast::<[f32; C]>().write(sums[r]);
             }
         }
     }
-}
-
-/// `len` floats of a buffer from a cache line's beginning on.
-pub(super) fn aligned(buffer: &mut Vec<f32>, len: usize) -> *mut f32 {
-    const LINE: usize = 64;
-    buffer.resize(buffer.len().max(len + LINE / size_of::<f32>()), 0.0);
-    let start = buffer.as_mut_ptr();
-    // SAFETY: the buffer is a line longer than `len`.
-    unsafe { start.add(start.align_offset(LINE).min(LINE / size_of::<f32>())) }
 }
 
 /// How the tile reads W.
@@ -433,7 +369,7 @@ mod tests {
         }
     }
 
-    /// As above, with vectors of every kind, tall and short tiles, whole and cut panels.
+    /// As above, with vectors of every kind, tall and short tiles.
     #[test]
     fn every_kind_of_vectors_gives_the_same_bits() {
         for (n, k, m) in [(3, 37, 5), (4, 48, 65), (13, 32, 97), (24, 256, 40)] {
@@ -449,7 +385,7 @@ mod tests {
                     w: w_ref,
                     columns: 0..m,
                     out: OutPointer(out.as_mut_ptr()),
-                    room: Box::leak(Box::default()),
+                    widened: Box::leak(Box::default()),
                 };
                 outs.borrow_mut().push(out);
                 columns
