@@ -42,7 +42,7 @@ use crate::{
     preload::Preload,
     prepare::Prepare,
     probe::Probe,
-    queue::{Queue, Refused},
+    queue::{Announced, Queue, Refused},
     remote_predictor::RemotePredictor,
     request::{Request, RequestError, Work},
     statistics::Statistics,
@@ -58,6 +58,9 @@ const CALL_ROWS_MAX: usize = 8192;
 const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
 /// No step takes so long: its expert calls end well before.
 const STUCK_LIMIT: Duration = Duration::from_secs(600);
+/// Requests that arrive together run together, unless the text of one takes longer to tokenize than this much does: a
+/// fraction of a millisecond.
+const AWAITED_TEXT_BYTES_MAX: usize = 2048;
 /// How long a full queue asks callers to stay away.
 const RETRY_AFTER: Duration = Duration::from_millis(100);
 
@@ -182,30 +185,31 @@ impl Coordinator {
     /// The encoder's states of a text.
     pub async fn encode(&self, params: EncodeParams) -> Result<Encoding, RequestError> {
         let asked = self.asked("embeddings", params.trace);
-        let tokens = self.prompt(&asked, &params.text)?;
+        let prompt = self.prompt(asked, params.text).await?;
         let (reply, answer) = oneshot::channel();
-        self.submit(asked, tokens, params.routing, params.deadline, Work::Encode { pooling: params.pooling, reply })?;
+        self.submit(prompt, params.routing, params.deadline, Work::Encode { pooling: params.pooling, reply })?;
         answer.await.unwrap_or(Err(RequestError::Panicked))
     }
 
     /// The likelihood of each target given a text.
     pub async fn score(&self, params: ScoreParams) -> Result<Scores, RequestError> {
         let asked = self.asked("score", params.trace);
-        let tokens = self.prompt(&asked, &params.text)?;
-        let targets = self.acceptance().targets(tokens.len(), &params.targets)?;
+        let prompt = self.prompt(asked, params.text).await?;
+        let targets = self.acceptance().targets(prompt.tokens.len(), &params.targets)?;
         let (reply, answer) = oneshot::channel();
-        self.submit(asked, tokens, params.routing, params.deadline, Work::Score { targets, reply: Some(reply) })?;
+        self.submit(prompt, params.routing, params.deadline, Work::Score { targets, reply: Some(reply) })?;
         answer.await.unwrap_or(Err(RequestError::Panicked))
     }
 
     /// Generates text.
     pub async fn generate(&self, mut params: GenerateParams) -> Result<TokenStream, RequestError> {
-        let mut asked = self.asked("text_completion", params.trace);
-        let tokens = self.prompt(&asked, &params.text)?;
+        let asked = self.asked("text_completion", params.trace);
+        let text = std::mem::take(&mut params.text);
+        let mut prompt = self.prompt(asked, text).await?;
         let options = self.acceptance().options(&mut params)?;
-        asked.describe(&options);
+        prompt.asked.describe(&options);
         let (reply, answer) = mpsc::unbounded_channel();
-        self.submit(asked, tokens, params.routing, params.deadline, Work::Generate { options, reply })?;
+        self.submit(prompt, params.routing, params.deadline, Work::Generate { options, reply })?;
         Ok(TokenStream { tokens: Some(answer) })
     }
 
@@ -277,10 +281,19 @@ impl Coordinator {
         Acceptance { limits: &config.request_limits, batch: &config.limits, tokenizer }
     }
 
-    /// The tokens of a prompt.
-    fn prompt(&self, asked: &Asked, text: &str) -> Result<Vec<u32>, RequestError> {
-        let _span = Span::below(asked.span.context(), "tokenize");
-        self.acceptance().prompt(text)
+    /// The tokens of a prompt. In a task of its own, so that of several requests that one task sends all are announced
+    /// before the first is read, and other threads take part.
+    async fn prompt(&self, asked: Asked, text: String) -> Result<Prompt, RequestError> {
+        let announced = (text.len() <= AWAITED_TEXT_BYTES_MAX).then(|| self.inner.requests.announce());
+        let this = self.clone();
+        let read = tokio::spawn(async move {
+            let tokens = {
+                let _span = Span::below(asked.span.context(), "tokenize");
+                this.acceptance().prompt(&text)?
+            };
+            Ok(Prompt { asked, tokens, announced })
+        });
+        read.await.unwrap_or(Err(RequestError::Panicked))
     }
 
     /// A request begins.
@@ -290,8 +303,7 @@ impl Coordinator {
 
     fn submit(
         &self,
-        asked: Asked,
-        tokens: Vec<u32>,
+        prompt: Prompt,
         mode: crate::routing_mode::RoutingMode,
         deadline: Option<Instant>,
         work: Work,
@@ -300,6 +312,8 @@ impl Coordinator {
         if inner.nodes.roster().links.is_empty() {
             return Err(RequestError::NoExpertNode);
         }
+        // Until the request is queued, or refused.
+        let Prompt { asked, tokens, announced: _announced } = prompt;
         let prompt_tokens = tokens.len() as u64;
         let request = Request { tokens, mode, work, accepted: asked.at, deadline, span: asked.span };
         let limits = inner.config.limits;
@@ -312,6 +326,14 @@ impl Coordinator {
         inner.measures.requests_queued.set(inner.requests.len() as f64);
         Ok(())
     }
+}
+
+/// A prompt that was read.
+struct Prompt {
+    asked: Asked,
+    tokens: Vec<u32>,
+    /// That its request is about to be queued, unless its text was too long for others to wait for.
+    announced: Option<Announced<Request>>,
 }
 
 /// The tokens of a generation. The last item carries `finish` or is an error. Dropping it cancels the request.

@@ -1,8 +1,11 @@
 //! A first-in first-out queue between threads that both sides bound: the requests that wait to be prepared,
 //! and the prepared ones that wait for the engine. How many leave at once is the taker's decision
 //! (`routing::admission`), so the queue only keeps order, wakes, and closes.
+//!
+//! Items can be announced while they are made. The first to arrive in an empty queue is taken only together with
+//! those that were announced by then: requests that come together run in one pass, and nobody waits by a clock.
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, sync::Arc};
 
 use parking_lot::{Condvar, Mutex};
 
@@ -18,6 +21,35 @@ pub(crate) struct Queue<T> {
 struct State<T> {
     waiting: VecDeque<T>,
     closed: bool,
+    /// Announcements that were made, and those that are over.
+    announced: u64,
+    settled: u64,
+    /// How many announcements had been made when the first of `waiting` arrived.
+    gathering: u64,
+}
+
+impl<T> State<T> {
+    /// Whether those that wait can be taken.
+    fn is_gathered(&self) -> bool {
+        !self.waiting.is_empty() && self.settled >= self.gathering
+    }
+}
+
+/// An item that is being made. Over when it is dropped, whether the item came or not.
+pub(crate) struct Announced<T> {
+    queue: Arc<Queue<T>>,
+}
+
+impl<T> Drop for Announced<T> {
+    fn drop(&mut self) {
+        let mut state = self.queue.state.lock();
+        state.settled += 1;
+        let wakes = state.is_gathered();
+        drop(state);
+        if wakes {
+            self.queue.arrived.notify_one();
+        }
+    }
 }
 
 /// An item that did not get in, given back.
@@ -40,8 +72,15 @@ pub(crate) enum Wait {
 impl<T> Queue<T> {
     /// An empty queue.
     pub(crate) fn new() -> Self {
-        let state = Mutex::new(State { waiting: VecDeque::new(), closed: false });
+        let state =
+            Mutex::new(State { waiting: VecDeque::new(), closed: false, announced: 0, settled: 0, gathering: 0 });
         Self { state, arrived: Condvar::new(), taken: Condvar::new() }
+    }
+
+    /// An item is going to be pushed soon: what arrives meanwhile waits for it.
+    pub(crate) fn announce(self: &Arc<Self>) -> Announced<T> {
+        self.state.lock().announced += 1;
+        Announced { queue: self.clone() }
     }
 
     /// Appends an item at once if `may_wait` allows one more behind those that wait.
@@ -53,9 +92,15 @@ impl<T> Queue<T> {
         if !may_wait(state.waiting.len()) {
             return Err(Refused::Full(item));
         }
+        if state.waiting.is_empty() {
+            state.gathering = state.announced;
+        }
         state.waiting.push_back(item);
+        let wakes = state.is_gathered();
         drop(state);
-        self.arrived.notify_one();
+        if wakes {
+            self.arrived.notify_one();
+        }
         Ok(())
     }
 
@@ -79,10 +124,10 @@ impl<T> Queue<T> {
         Vec::new()
     }
 
-    /// Takes the first `choose(waiting)` items. `None`: the queue is closed and empty.
+    /// Takes the first `choose(waiting)` items; one that waits also waits for those announced. `None`: the queue is closed and empty.
     pub(crate) fn take(&self, wait: Wait, choose: impl FnOnce(&VecDeque<T>) -> usize) -> Option<Vec<T>> {
         let mut state = self.state.lock();
-        while wait == Wait::Block && state.waiting.is_empty() && !state.closed {
+        while wait == Wait::Block && !state.is_gathered() && !state.closed {
             self.arrived.wait(&mut state);
         }
         if state.closed && state.waiting.is_empty() {
@@ -110,7 +155,7 @@ impl<T> Queue<T> {
 
 #[cfg(test)]
 mod tests {
-    use std::{sync::Arc, thread};
+    use std::{sync::Arc, thread, time::Duration};
 
     use super::*;
 
@@ -138,6 +183,30 @@ mod tests {
         }
         assert!(pusher.join().expect("pusher").is_empty());
         assert_eq!(seen, (0..100).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn those_announced_are_taken_together() {
+        // Would break: requests sent together run in several passes, or one that never comes holds up the others.
+        let queue = Arc::new(Queue::new());
+        let (comes, fails) = (queue.announce(), queue.announce());
+        assert!(queue.try_push(1, |_| true).is_ok());
+        // Announced too late for the first to wait for it.
+        let late = queue.announce();
+        let taker = thread::spawn({
+            let queue = queue.clone();
+            move || queue.take(Wait::Block, |waiting| waiting.len())
+        });
+        thread::sleep(Duration::from_millis(20));
+        assert!(!taker.is_finished(), "taken without those announced");
+        drop(fails);
+        assert!(queue.try_push(2, |_| true).is_ok());
+        drop(comes);
+        assert_eq!(taker.join().expect("taker"), Some(vec![1, 2]));
+        drop(late);
+        // What nobody announced is taken at once.
+        assert!(queue.try_push(3, |_| true).is_ok());
+        assert_eq!(queue.take(Wait::Block, |waiting| waiting.len()), Some(vec![3]));
     }
 
     #[test]

@@ -29,6 +29,10 @@ use crate::{measures::Measures, slots::Slab, source::ExpertSource};
 /// How long a thread of the pool sleeps before it looks for work.
 const NAP: Duration = Duration::from_millis(1);
 
+/// A load that takes less is left to the call that needs it: to have the prefetch thread do it would cost a wake-up and
+/// bring the expert into another core's cache, and what a plan named in vain would be loaded for nothing.
+const QUICK_LOAD: Duration = Duration::from_micros(100);
+
 /// Where the slots are.
 pub(crate) enum Memory {
     /// In this machine's memory, filled from the source.
@@ -318,18 +322,26 @@ impl<'c> Unfilled<'c> {
     /// Loads the expert, or waits for what was begun. A demanded one is the caller's to use; a prefetched one waits for
     /// its call.
     pub(crate) fn finish(self) -> Result<Option<Pinned<'c>>, ModelError> {
-        match &self.cache.memory {
+        let quick = match &self.cache.memory {
             Memory::Host(slab) => {
+                let start = Instant::now();
                 // SAFETY: the machine gave this slot to this load alone, and reports of it come from here and drop only.
                 let bytes = unsafe { slab.bytes_mut(self.slot) };
                 self.cache.source.load(self.key, bytes)?;
+                start.elapsed() < QUICK_LOAD
             }
-            Memory::Device(device) => device.finish_load(self.slot.index())?,
-        }
+            Memory::Device(device) => {
+                device.finish_load(self.slot.index())?;
+                false // Copied while processors compute: always worth beginning early.
+            }
+        };
         self.cache.measures.loaded(self.kind, self.begun.elapsed());
-        let (cache, slot, kind) = (self.cache, self.slot, self.kind);
+        let (cache, key, slot, kind) = (self.cache, self.key, self.slot, self.kind);
         std::mem::forget(self); // It did not fail.
-        cache.change(|residency| residency.loaded(slot));
+        cache.change(|residency| {
+            residency.note_pace(key, quick);
+            residency.loaded(slot);
+        });
         // A `Pinned` must not be made for a prefetch, not even to be dropped: nobody pinned it.
         Ok((kind == LoadKind::Demand).then(|| Pinned { cache, slot }))
     }

@@ -78,6 +78,8 @@ pub struct Residency {
     slot_of: Vec<Option<SlotId>>,
     /// Experts whose last load failed: not prefetched until a plan names them anew or a call loads them.
     failed: Vec<bool>,
+    /// Experts whose last load was quick: not prefetched.
+    quick: Vec<bool>,
     /// The last call that named each expert, to find one named twice.
     named_by: Vec<u64>,
     calls: u64,
@@ -102,6 +104,7 @@ impl Residency {
             slots: vec![empty; config.slots],
             slot_of: vec![None; keys],
             failed: vec![false; keys],
+            quick: vec![false; keys],
             named_by: vec![0; keys],
             calls: 0,
             plans: PlanQueue::new(keys, config.plans_max),
@@ -222,6 +225,13 @@ impl Residency {
         self.rank(slot);
     }
 
+    /// Whether the load of this expert, which is under way, was a quick one: so short that to have another thread do
+    /// it ahead gains nothing. It is prefetched again once a load of it takes long.
+    pub fn note_pace(&mut self, key: ExpertKey, quick: bool) {
+        let index = self.index_of(key);
+        self.quick[index] = quick;
+    }
+
     /// The load into this slot failed: it is empty, and every pin of it is void.
     pub fn load_failed(&mut self, slot: SlotId) {
         let Holding::Loading { key, .. } = self.slots[slot.index()].holding else {
@@ -290,7 +300,8 @@ impl Residency {
             return None;
         }
         let (slot, _) = self.order.first().filter(|(_, rank)| !rank.is_planned())?;
-        let index = self.plans.first_missing(|key| self.slot_of[key].is_some() || self.failed[key])?;
+        let index =
+            self.plans.first_missing(|key| self.slot_of[key].is_some() || self.failed[key] || self.quick[key])?;
         Some((index, slot))
     }
 
@@ -312,7 +323,9 @@ impl Residency {
             Holding::Resident { key } => {
                 debug_assert_eq!(self.slots[slot.index()].pins, 0, "an expert in use is never evicted");
                 self.slot_of[key] = None;
-                self.plans.search_again(key);
+                if !self.quick[key] {
+                    self.plans.search_again(key);
+                }
                 self.resident -= 1;
                 self.counters.evictions += 1;
                 Some(self.key_of(key))

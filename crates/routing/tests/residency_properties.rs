@@ -18,7 +18,7 @@ enum Step {
     Release(u64),
     Call(u16, BTreeSet<u16>),
     Acquire(usize, usize),
-    FinishLoad(usize, bool),
+    FinishLoad(usize, Outcome),
     UseOne(usize),
     Prefetch,
 }
@@ -30,10 +30,22 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (0u64..6).prop_map(Step::Release),
         4 => (0..LAYERS, prop::collection::btree_set(0..EXPERTS, 1..6)).prop_map(|(l, e)| Step::Call(l, e)),
         4 => (0usize..4, 1usize..7).prop_map(|(call, loads)| Step::Acquire(call, loads)),
-        8 => (0usize..8, prop::bool::weighted(0.85)).prop_map(|(load, good)| Step::FinishLoad(load, good)),
+        8 => (0usize..8, outcome()).prop_map(|(load, outcome)| Step::FinishLoad(load, outcome)),
         8 => (0usize..4).prop_map(Step::UseOne),
         6 => Just(Step::Prefetch),
     ]
+}
+
+fn outcome() -> impl Strategy<Value = Outcome> {
+    prop_oneof![5 => Just(Outcome::Slow), 2 => Just(Outcome::Quick), 1 => Just(Outcome::Failed)]
+}
+
+/// How a load ends.
+#[derive(Clone, Copy, Debug)]
+enum Outcome {
+    Quick,
+    Slow,
+    Failed,
 }
 
 #[derive(Debug)]
@@ -63,6 +75,8 @@ struct World {
     plans: Vec<Queued>,
     /// Experts whose last load failed and that no plan named since.
     failed: BTreeSet<ExpertKey>,
+    /// Experts whose last load was quick.
+    quick: BTreeSet<ExpertKey>,
     /// How often each expert was granted, a grant counting half after `8 * slots` further ones.
     used: BTreeMap<ExpertKey, f64>,
     calls: Vec<Call>,
@@ -79,6 +93,7 @@ impl World {
             loading: Vec::new(),
             plans: Vec::new(),
             failed: BTreeSet::new(),
+            quick: BTreeSet::new(),
             used: BTreeMap::new(),
             calls: Vec::new(),
         }
@@ -200,11 +215,19 @@ impl World {
         }
     }
 
-    fn finish_load(&mut self, load: usize, good: bool) {
+    fn finish_load(&mut self, load: usize, outcome: Outcome) {
         let slot = self.loading.remove(load);
-        if good {
+        let key = self.memory[&slot];
+        if let Outcome::Quick | Outcome::Slow = outcome {
+            let quick = matches!(outcome, Outcome::Quick);
+            self.machine.note_pace(key, quick);
             self.machine.loaded(slot);
-            self.failed.remove(&self.memory[&slot]);
+            self.failed.remove(&key);
+            if quick {
+                self.quick.insert(key)
+            } else {
+                self.quick.remove(&key)
+            };
             return;
         }
         self.machine.load_failed(slot);
@@ -238,7 +261,8 @@ impl World {
             return None;
         }
         let planned = self.plans.iter().flat_map(|plan| &plan.keys);
-        let mut missing = planned.filter(|key| !self.memory.values().any(|k| k == *key) && !self.failed.contains(key));
+        let is_skipped = |key| self.failed.contains(key) || self.quick.contains(key);
+        let mut missing = planned.filter(|key| !self.memory.values().any(|k| k == *key) && !is_skipped(key));
         let key = *missing.next()?;
         let unplanned = |&(_, leaves): &(SlotId, ExpertKey)| self.next_use(leaves).is_none();
         let makes_room = self.memory.len() < self.slots || self.leaving().last().is_some_and(unplanned);
@@ -277,7 +301,7 @@ impl World {
             }
             Step::Call(layer, experts) if self.calls.len() < 4 => self.call(layer, &experts),
             Step::Acquire(call, loads) if call < self.calls.len() => self.acquire(call, loads),
-            Step::FinishLoad(load, good) if load < self.loading.len() => self.finish_load(load, good),
+            Step::FinishLoad(load, outcome) if load < self.loading.len() => self.finish_load(load, outcome),
             Step::UseOne(call) if call < self.calls.len() => self.use_one(call),
             Step::Prefetch => self.prefetch(),
             _ => {}
@@ -298,7 +322,7 @@ impl World {
             assert!(rounds < 1000, "calls do not come to an end: {:?}", self.calls);
             (0..self.calls.len()).for_each(|call| self.acquire(call, 2));
             while !self.loading.is_empty() {
-                self.finish_load(0, true);
+                self.finish_load(0, Outcome::Slow);
             }
             for call in 0..self.calls.len() {
                 while !self.calls[call].held.is_empty() {
@@ -338,7 +362,7 @@ proptest! {
         for _ in 0..=slots {
             world.prefetch();
             while !world.loading.is_empty() {
-                world.finish_load(0, true);
+                world.finish_load(0, Outcome::Slow);
             }
         }
         prop_assert!(!world.machine.wants_prefetch());

@@ -82,6 +82,8 @@ impl Story {
                 out = self.acquire(name, usize::MAX);
             }
             ["loaded", slot] => self.machine.loaded(SlotId(number(slot))),
+            ["quick", expert] => self.machine.note_pace(key(expert), true),
+            ["slow", expert] => self.machine.note_pace(key(expert), false),
             ["failed", slot] => {
                 let slot = SlotId(number(slot));
                 self.machine.load_failed(slot);

@@ -78,7 +78,7 @@ const ROUNDS_MAX: usize = 10_000;
 
 /// Starts the subjects, measures them in turn and prints.
 pub(crate) fn run(arguments: BenchArguments) -> anyhow::Result<ExitCode> {
-    if let Some(device) = arguments.gpu.device {
+    if let Some(device) = arguments.gpu.gpu {
         return gpu_arguments::run(device, &arguments);
     }
     let load = load_of(&arguments)?;

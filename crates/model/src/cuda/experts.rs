@@ -152,6 +152,19 @@ impl Experts {
         gpu.demand.synchronize().map_err(failed("cuStreamSynchronize"))
     }
 
+    /// Uploads what is resident once more, as demands are, and waits. Returns the bytes.
+    pub(super) fn upload_again(&self, gpu: &Gpu, host: &mut HostTier) -> Result<u64, CudaError> {
+        let mut bytes = 0;
+        for (place, &slot) in self.mirror.iter().enumerate().filter(|(_, slot)| **slot >= 0) {
+            let (layer, expert) = (place / self.num_experts, place % self.num_experts);
+            let key = ExpertKey { layer: LayerId(layer as u16), expert: ExpertId(expert as u16) };
+            self.begin_upload(gpu, host, &gpu.demand, key, SlotId(slot as u32))?;
+            bytes += self.expert_bytes as u64;
+        }
+        gpu.demand.synchronize().map_err(failed("cuStreamSynchronize"))?;
+        Ok(bytes)
+    }
+
     /// Brings the table up to date and begins what is planned: first of `current`, the plan of the pass that follows.
     pub(super) fn begin_pass(
         &mut self,

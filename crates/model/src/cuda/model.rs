@@ -64,7 +64,7 @@ pub struct Passed {
 pub struct DeviceModel {
     pub(super) dense: DeviceDense,
     options: DeviceOptions,
-    host: HostTier,
+    pub(super) host: HostTier,
     pub(super) experts: Experts,
     graphs: HashMap<(Stack, BatchShape), Recorded>,
     /// The plan of the next pass.

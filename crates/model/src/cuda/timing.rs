@@ -1,6 +1,8 @@
 //! What the device and its kernels reach by themselves: the ceilings that every figure of a benchmark is held against,
 //! and the products at various numbers of rows, timed by events on the device. Called by `sida bench --gpu`.
 
+use std::time::Instant;
+
 use cudarc::driver::CudaEvent;
 use sida_routing::LayerId;
 
@@ -19,6 +21,8 @@ use super::{
 const COPY_BYTES: usize = 1 << 30;
 const UPLOAD_BYTES: usize = 1 << 28;
 const REPEATS: usize = 20;
+/// How often all experts are uploaded to be timed.
+const UPLOAD_ROUNDS: usize = 3;
 
 /// The fastest that the device moves bytes.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -76,6 +80,19 @@ fn median(gpu: &Gpu, mut work: impl FnMut() -> Result<(), CudaError>) -> Result<
 }
 
 impl DeviceModel {
+    /// How fast experts are uploaded, in bytes a second: the median over [`UPLOAD_ROUNDS`] of all that are resident.
+    pub fn upload_rate(&mut self) -> Result<f64, CudaError> {
+        self.dense.gpu.enter()?;
+        let mut rates = Vec::with_capacity(UPLOAD_ROUNDS);
+        for _ in 0..UPLOAD_ROUNDS {
+            let begun = Instant::now();
+            let bytes = self.experts.upload_again(&self.dense.gpu, &mut self.host)?;
+            rates.push(bytes as f64 / begun.elapsed().as_secs_f64());
+        }
+        rates.sort_by(f64::total_cmp);
+        Ok(rates[rates.len() / 2])
+    }
+
     /// Times the experts of an MoE layer and the largest dense products, at each of these numbers of rows. Rows go to
     /// experts in turn. Every expert must be resident.
     pub fn kernel_timings(&mut self, rows: &[usize]) -> Result<Vec<KernelTiming>, CudaError> {

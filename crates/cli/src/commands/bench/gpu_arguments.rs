@@ -14,10 +14,10 @@ use crate::bad_configuration::BadConfiguration;
 pub(crate) struct GpuArguments {
     /// Measure the model by itself on this GPU, as cuda:0, without a cluster: everything resident, and --budgets with
     /// and without plans
-    #[arg(long = "gpu", value_name = "DEVICE", conflicts_with_all = ["endpoint", "processes"])]
-    pub(super) device: Option<DeviceName>,
+    #[arg(long, value_name = "DEVICE", conflicts_with_all = ["endpoint", "processes"])]
+    pub(super) gpu: Option<DeviceName>,
     /// With --gpu: random weights of this published shape, made in memory, instead of --model
-    #[arg(long, value_name = "SHAPE", requires = "device", conflicts_with = "model")]
+    #[arg(long, value_name = "SHAPE", requires = "gpu", conflicts_with = "model")]
     synth: Option<String>,
     /// With --synth: how unevenly tokens choose experts, as 1 / rank^S; 0: evenly
     #[arg(long, value_name = "S", default_value_t = 0.0)]

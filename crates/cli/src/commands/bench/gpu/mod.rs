@@ -105,6 +105,7 @@ fn measure(
 ) -> Result<DeviceModel, GpuBenchError> {
     if settings.kernels {
         report.kernels = model.kernel_timings(&KERNEL_ROWS)?;
+        report.note_uploads(model.upload_rate()?);
     }
     // What each batch uses, for plans and floors: from a first pass with everything resident.
     let mut routed = Vec::with_capacity(inputs.len());

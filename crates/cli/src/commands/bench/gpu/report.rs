@@ -89,6 +89,12 @@ impl Report {
         Self { head, ceilings, kernels: Vec::new(), figures: Vec::new(), device_bytes: 0 }
     }
 
+    /// Notes how fast experts are uploaded, in bytes a second.
+    pub(super) fn note_uploads(&mut self, rate: f64) {
+        self.head["expert_upload_bytes_per_s"] = json!(rate);
+        self.head["expert_uploads_of_pinned_rate"] = json!(rate / self.ceilings.upload_bytes_per_s);
+    }
+
     pub(super) fn add(&mut self, figure: Figure) {
         self.figures.push(figure);
     }
