@@ -25,6 +25,7 @@ use sida_rpc::Reason;
 use sida_telemetry::{Span, TraceContext};
 
 use crate::{
+    beside,
     call_failure::CallFailure,
     callers::Callers,
     calls::{self, Call, Piece},
@@ -136,30 +137,9 @@ impl Dispatch {
         dispatched
     }
 
-    /// The layer on the one node there is, if that is in this process and has its experts on the device where the rows are:
-    /// nothing travels, and [`Dense::add_computed`] adds the results. `None`: by [`Dispatch::moe`], also if it failed here.
-    pub(crate) fn beside(&mut self, layer: LayerId, grouping: &Grouping, dense: &mut Dense) -> Option<Dispatched> {
-        let roster = self.nodes.roster();
-        let [link] = &roster.links[..] else { return None };
-        let Reach::Local(experts) = &link.reach else { return None };
-        let mut rows = dense.rows_on_device()?;
-        let start = Instant::now();
-        match catch_unwind(AssertUnwindSafe(|| experts.compute_beside(layer, grouping, &mut rows))) {
-            Ok(None) => None,
-            Ok(Some(Ok(report))) => {
-                link.durations.record(start.elapsed());
-                let demand_loads = u64::from(report.demand_loads);
-                Some(Dispatched { load: report.load, demand_loads, ..Dispatched::default() })
-            }
-            Ok(Some(Err(error))) => {
-                tracing::warn!(node = %link.node, %layer, %error, "experts beside the backbone failed");
-                None
-            }
-            Err(_) => {
-                tracing::error!(node = %link.node, %layer, "experts beside the backbone panicked");
-                None
-            }
-        }
+    /// See [`beside::compute`].
+    pub(crate) fn beside(&self, layer: LayerId, grouping: &Grouping, dense: &mut Dense) -> Option<Dispatched> {
+        beside::compute(&self.nodes.roster(), layer, grouping, dense)
     }
 
     /// Makes the calls, remote ones first; returns the pieces of those that failed.

@@ -5,9 +5,9 @@
 //! (the wire's side), or this process by [`coordinator`]; `accept` checks and tokenizes what was `asked` into a [`request`].
 //! It waits in a `queue`; `prepare` takes a batch, has `predict` (here, or by `remote_predictor`) fill its hash
 //! tables and `preload` hint them. The `engine` lets it join: `forward` runs the layers, [`routing_mode`] chooses
-//! experts, `dispatch` sends rows in `calls` to the `nodes` over `lane`s (`lane_connection`, `call_deadline`,
-//! `call_failure`), `share_out` saying whom to ask, `waiting` how long where nobody is left, and `callers` who still
-//! wants an answer. A `sequence` goes on from step to step: `sampler`, `detokenize`, `stop_text`, or `score`, or
+//! experts, `dispatch` leaves rows where they are (`beside`) or sends them in `calls` to the `nodes` over `lane`s
+//! (`lane_connection`, `call_deadline`, `call_failure`), `share_out` saying whom to ask, `waiting` how long where
+//! nobody is left, and `callers` who still wants an answer. A `sequence` goes on from step to step: `sampler`, `detokenize`, `stop_text`, or `score`, or
 //! `encoding`; the answer leaves as [`output`] with its [`trace`], or as a `fault`. Work for several at once has a
 //! `batch_span`. Beside that: `probe` (health), `cluster_service`, `unheld`, `statistics` and `measures`.
 //!
@@ -17,6 +17,7 @@
 mod accept;
 mod asked;
 mod batch_span;
+mod beside;
 mod call_deadline;
 mod call_failure;
 mod callers;

@@ -4,26 +4,27 @@
 //!
 //! What the machine grants is handed out as values that give themselves back: a [`Pinned`] slot is unpinned,
 //! an [`Unfilled`] one reported as failed, a [`PendingCall`] abandoned when dropped. So an error or a panic in
-//! the middle of a call costs that call and nothing else, and the two unsafe lines below rest on types: only a
+//! the middle of a call costs that call and nothing else, and the two unsafe lines of `granted` rest on types: only a
 //! `Pinned` reads a slot, only an `Unfilled` writes one, and the machine never grants both.
+
+mod granted;
 
 use std::{
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
-use sida_model::{DeviceError, ExpertDevice, ExpertShape, ModelError, Urgency};
+use sida_model::{DeviceError, ExpertDevice, ExpertShape, ModelError};
 use sida_routing::{
     ExpertId, ExpertKey, LayerId,
-    residency::{
-        Access, Awaited, Grant, LoadKind, Pending, Placed, Residency, ResidencyConfig, ResidencyError, SlotId, Ticket,
-    },
+    residency::{Access, Grant, LoadKind, Pending, Placed, Residency, ResidencyConfig, ResidencyError},
 };
 
+pub(crate) use self::granted::{Granted, Kept, Loading, Pinned, Unfilled};
 use crate::{measures::Measures, slots::Slab, source::ExpertSource};
 
 /// How long a thread of the pool sleeps before it looks for work.
@@ -227,177 +228,6 @@ pub(crate) enum NextPlaced<'c> {
     Busy,
     /// Nothing is missing that there is room for.
     Done,
-}
-
-/// An expert granted to a call.
-pub(crate) enum Granted<'c> {
-    /// Resident.
-    Ready(Pinned<'c>),
-    /// To be loaded by this call.
-    ToLoad(Unfilled<'c>),
-    /// Being loaded by somebody else.
-    LoadedByOther(Loading<'c>),
-}
-
-/// A resident expert that cannot be evicted as long as this lives.
-pub(crate) struct Pinned<'c> {
-    cache: &'c ExpertCache,
-    slot: SlotId,
-}
-
-impl Pinned<'_> {
-    /// Where it is.
-    pub(crate) fn slot(&self) -> usize {
-        self.slot.index()
-    }
-
-    /// Its weights. Panics if they are on a device.
-    pub(crate) fn weights(&self) -> &[u8] {
-        let Memory::Host(slab) = &self.cache.memory else { panic!("weights on a device are the device's to read") };
-        // SAFETY: a `Pinned` is made when the machine grants a resident slot with a pin, or when its load is
-        // done; the machine gives a slot to a load only when nothing pins it, and this gives the pin back on drop.
-        unsafe { slab.bytes(self.slot) }
-    }
-}
-
-/// As [`Pinned`], for whoever outlives the call: a device that is not through with it.
-pub(crate) struct Kept {
-    cache: Arc<ExpertCache>,
-    slot: SlotId,
-}
-
-impl Drop for Kept {
-    fn drop(&mut self) {
-        self.cache.change(|residency| residency.unpin(self.slot));
-    }
-}
-
-impl Pinned<'_> {
-    /// The same pin, of the cache that it is of.
-    pub(crate) fn keep(self, cache: &Arc<ExpertCache>) -> Kept {
-        let slot = self.slot;
-        std::mem::forget(self); // Its pin goes on.
-        Kept { cache: cache.clone(), slot }
-    }
-}
-
-impl Drop for Pinned<'_> {
-    fn drop(&mut self) {
-        self.cache.change(|residency| residency.unpin(self.slot));
-    }
-}
-
-/// A slot that an expert is to be loaded into, by whoever holds this.
-pub(crate) struct Unfilled<'c> {
-    cache: &'c ExpertCache,
-    key: ExpertKey,
-    slot: SlotId,
-    kind: LoadKind,
-    begun: Instant,
-}
-
-impl<'c> Unfilled<'c> {
-    fn new(cache: &'c ExpertCache, key: ExpertKey, slot: SlotId, kind: LoadKind) -> Self {
-        Self { cache, key, slot, kind, begun: Instant::now() }
-    }
-
-    /// Which expert.
-    pub(crate) fn key(&self) -> ExpertKey {
-        self.key
-    }
-
-    /// Starts the load where that is another's work, a device's.
-    pub(crate) fn begin(&mut self) -> Result<(), ModelError> {
-        self.begun = Instant::now();
-        let urgency = match self.kind {
-            LoadKind::Demand => Urgency::Demand,
-            LoadKind::Prefetch => Urgency::Ahead,
-        };
-        match &self.cache.memory {
-            Memory::Host(_) => Ok(()),
-            Memory::Device(device) => device.begin_load(self.key, self.slot.index(), urgency),
-        }
-    }
-
-    /// Loads the expert, or waits for what was begun. A demanded one is the caller's to use; a prefetched one waits for
-    /// its call.
-    pub(crate) fn finish(self) -> Result<Option<Pinned<'c>>, ModelError> {
-        let quick = match &self.cache.memory {
-            Memory::Host(slab) => {
-                let start = Instant::now();
-                // SAFETY: the machine gave this slot to this load alone, and reports of it come from here and drop only.
-                let bytes = unsafe { slab.bytes_mut(self.slot) };
-                self.cache.source.load(self.key, bytes)?;
-                start.elapsed() < QUICK_LOAD
-            }
-            Memory::Device(device) => {
-                device.finish_load(self.slot.index())?;
-                false // Copied while processors compute: always worth beginning early.
-            }
-        };
-        self.cache.measures.loaded(self.kind, self.begun.elapsed());
-        let (cache, key, slot, kind) = (self.cache, self.key, self.slot, self.kind);
-        std::mem::forget(self); // It did not fail.
-        cache.change(|residency| {
-            residency.note_pace(key, quick);
-            residency.loaded(slot);
-        });
-        // A `Pinned` must not be made for a prefetch, not even to be dropped: nobody pinned it.
-        Ok((kind == LoadKind::Demand).then(|| Pinned { cache, slot }))
-    }
-
-    /// Both.
-    pub(crate) fn fill(mut self) -> Result<Option<Pinned<'c>>, ModelError> {
-        self.begin()?;
-        self.finish()
-    }
-}
-
-impl Drop for Unfilled<'_> {
-    fn drop(&mut self) {
-        self.cache.change(|residency| residency.load_failed(self.slot));
-    }
-}
-
-/// An expert that somebody else is loading, pinned for this call once it is there.
-pub(crate) struct Loading<'c> {
-    cache: &'c ExpertCache,
-    grant: Grant,
-    ticket: Ticket,
-}
-
-impl<'c> Loading<'c> {
-    /// Waits for that load only. If it failed, the expert goes back to `call`, which will load it itself.
-    pub(crate) fn wait(self, call: &mut PendingCall<'_>) -> Option<Pinned<'c>> {
-        let mut state = self.cache.state.lock();
-        loop {
-            match state.residency.awaited(self.ticket) {
-                Awaited::Loading => self.cache.sleep(&mut state),
-                Awaited::Loaded => {
-                    let (cache, slot) = (self.cache, self.grant.slot);
-                    drop(state);
-                    std::mem::forget(self); // Its pin goes on.
-                    return Some(Pinned { cache, slot });
-                }
-                Awaited::Failed => {
-                    let pending = call.pending.as_mut().expect("present until it is dropped");
-                    state.residency.again(pending, &self.grant);
-                    drop(state);
-                    return None;
-                }
-            }
-        }
-    }
-}
-
-impl Drop for Loading<'_> {
-    fn drop(&mut self) {
-        self.cache.change(|residency| {
-            if residency.awaited(self.ticket) != Awaited::Failed {
-                residency.unpin(self.grant.slot);
-            }
-        });
-    }
 }
 
 /// What a call has not been given yet.

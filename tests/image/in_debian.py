@@ -248,9 +248,10 @@ def check_gpu(variant, image, root, cache):
     """Without a GPU: who asks for one is told what is missing, and everybody else is served."""
     code, text = told(image, root, "doctor")
     assert code == 0 and "no NVIDIA driver: computing on the CPU" in text, code
-    code, text = told(image, root, "bench", "--gpu", "cuda:0")
     missing = {"cpu": "needs a build with the cargo feature cuda", "cuda": "no NVIDIA driver"}[variant]
-    assert code == 64 and missing in text, code
+    for asking in (["up", "--device=cuda:0", "--listen=127.0.0.1:0", "--metrics-listen=off"], ["bench", "--gpu=cuda:0"]):
+        code, text = told(image, root, *asking)
+        assert code == 64 and missing in text, code
     if variant == "cuda":
         # NVRTC needs no driver: whether the image has all that it loads can be seen here.
         shutil.copy(REPOSITORY / "tests/image/nvrtc.c", cache / "root-build/tmp/nvrtc.c")

@@ -49,7 +49,10 @@ impl StoredDType {
         match self {
             Self::F32 => values.extend(bytes.as_chunks().0.iter().map(|&value| f32::from_le_bytes(value))),
             Self::BF16 => {
-                values.extend(bytes.as_chunks().0.iter().map(|&value| half::bf16::from_le_bytes(value).to_f32()))
+                // The upper half of a float32. As `half` does it but for signalling NaNs, and without its branch, so that a
+                // row takes a tenth of the time.
+                let widen = |&value: &[u8; 2]| f32::from_bits(u32::from(u16::from_le_bytes(value)) << 16);
+                values.extend(bytes.as_chunks().0.iter().map(widen))
             }
             Self::F16 => {
                 values.extend(bytes.as_chunks().0.iter().map(|&value| half::f16::from_le_bytes(value).to_f32()))

@@ -100,7 +100,7 @@ mod tests {
     /// Rows would be rounded otherwise than weights are.
     #[test]
     fn values_are_rounded_to_nearest_even() {
-        let mut values = vec![0.0, -0.0, 1.0, 1.00390625, 1.01171875, 3e38, f32::MAX, f32::INFINITY, f32::NAN, 1e-40];
+        let mut values = vec![0.0, -0.0, 1.0, 1.003_906_3, 1.011_718_8, 3e38, f32::MAX, f32::INFINITY, f32::NAN, 1e-40];
         values.extend((0..100_000_u32).map(|n| f32::from_bits(n.wrapping_mul(2_654_435_761))));
         let mut found = vec![0; values.len() * 2];
         Precision::Bf16.narrow(&values, &mut found);

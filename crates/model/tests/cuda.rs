@@ -3,6 +3,7 @@
 //! models as in parity.rs.
 #![cfg(feature = "cuda")]
 
+#[allow(dead_code)] // parity.rs reads the rest.
 mod golden;
 
 use std::path::{Path, PathBuf};

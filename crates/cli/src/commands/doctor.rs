@@ -44,7 +44,8 @@ struct Finding {
 
 /// Looks at everything and prints one line each.
 pub(crate) fn run(arguments: DoctorArguments) -> anyhow::Result<ExitCode> {
-    let mut findings = vec![processor(), memory(), gpu()];
+    let mut findings = vec![processor(), memory()];
+    findings.extend(gpus());
     findings.extend(model(arguments.model.as_deref()));
     findings.extend(DEFAULT_PORTS.map(|(port, use_)| port_finding(port, use_)));
     if cfg!(not(feature = "etcd")) {
@@ -113,34 +114,45 @@ fn meminfo_bytes(text: &str, name: &str) -> Option<u64> {
     line.trim().strip_suffix(" kB")?.parse::<u64>().ok()?.checked_mul(1024)
 }
 
-/// What of a GPU this build and this machine can use.
+/// What of GPUs this build and this machine can use.
 #[cfg(feature = "cuda")]
-fn gpu() -> Finding {
+fn gpus() -> Vec<Finding> {
     use sida_model::cuda::{CudaError, Gpu};
 
-    match Gpu::open(0) {
-        Ok(gpu) => {
-            let found = gpu.description();
-            let (major, minor) = found.capability;
-            let memory = format!("{}, {} free", byte_size::shown(found.bytes), byte_size::shown(found.bytes_free));
-            let text = format!("{}: {memory}, compute capability {major}.{minor}", found.name);
-            finding(Verdict::Good, "GPU", format!("{text}, CUDA {}.{}", found.driver / 1000, found.driver % 1000 / 10))
-        }
-        Err(CudaError::NoDriver) => finding(Verdict::Note, "GPU", "no NVIDIA driver: computing on the CPU"),
-        Err(error) => finding(Verdict::Note, "GPU", format!("{error}: computing on the CPU")),
+    let mut findings = Vec::new();
+    loop {
+        let ordinal = findings.len();
+        findings.push(match Gpu::open(ordinal) {
+            Ok(gpu) => {
+                let found = gpu.description();
+                let (major, minor) = found.capability;
+                let memory = format!("{}, {} free", byte_size::shown(found.bytes), byte_size::shown(found.bytes_free));
+                let text = format!("cuda:{ordinal}, {}: {memory}, compute capability {major}.{minor}", found.name);
+                let (major, minor) = (found.driver / 1000, found.driver % 1000 / 10);
+                finding(Verdict::Good, "GPU", format!("{text}, CUDA {major}.{minor}"))
+            }
+            Err(CudaError::NoDevice { .. }) if ordinal > 0 => return findings,
+            Err(CudaError::NoDriver) => {
+                return vec![finding(Verdict::Note, "GPU", "no NVIDIA driver: computing on the CPU")];
+            }
+            Err(error) => {
+                findings.push(finding(Verdict::Note, "GPU", format!("{error}: computing on the CPU")));
+                return findings;
+            }
+        });
     }
 }
 
 /// Whether there is a GPU with a driver. This build computes on the CPU whatever is found.
 #[cfg(not(feature = "cuda"))]
-fn gpu() -> Finding {
+fn gpus() -> Vec<Finding> {
     let driver = fs::read_to_string("/proc/driver/nvidia/version").ok();
     let version = driver.as_deref().and_then(|text| text.lines().next());
     let text = match version {
         Some(version) => format!("{}; this build has no GPU support (cargo feature cuda)", version.trim()),
         None => "no NVIDIA driver: computing on the CPU".to_owned(),
     };
-    finding(Verdict::Note, "GPU", text)
+    vec![finding(Verdict::Note, "GPU", text)]
 }
 
 /// The model, its tokenizer, its predictor and its manifest.

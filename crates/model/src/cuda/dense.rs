@@ -258,8 +258,9 @@ impl DeviceDense {
 
     /// Logits of rows of the decoder's last walk: (rows, vocab_size).
     pub fn logits(&mut self, rows: &[u32]) -> Result<Vec<f32>, CudaError> {
-        let mut all = Vec::with_capacity(rows.len() * self.config.vocab_size);
-        for rows in rows.chunks(LOGIT_ROWS_MAX) {
+        let vocab_size = self.config.vocab_size;
+        let mut all = vec![0.0; rows.len() * vocab_size];
+        for (rows, values) in rows.chunks(LOGIT_ROWS_MAX).zip(all.chunks_mut(LOGIT_ROWS_MAX * vocab_size)) {
             self.gpu.enter()?;
             let mut walk = self.walk();
             walk.shape.wanted = rows.len();
@@ -267,7 +268,7 @@ impl DeviceDense {
             walk.packet.send(&self.gpu, &[], &[], rows)?;
             let DeviceBackbone { decoder, head, head_scale, .. } = &self.backbone;
             self.pass(walk).head(&decoder.final_norm, head, *head_scale)?;
-            all.extend(self.read_logits(rows.len())?);
+            self.gpu.read(self.scratch.logits.address(), weights::plain_bytes_mut(values))?;
         }
         Ok(all)
     }
@@ -292,9 +293,9 @@ impl DeviceDense {
             return Err(CudaError::TooManyRows { rows, limit: LOGIT_ROWS_MAX });
         }
         self.gpu.enter()?;
-        let mut bytes = vec![0; rows * self.config.vocab_size * 4];
-        self.gpu.read(self.scratch.logits.address(), &mut bytes)?;
-        Ok(StoredDType::F32.widen(&bytes))
+        let mut values = vec![0.0; rows * self.config.vocab_size];
+        self.gpu.read(self.scratch.logits.address(), weights::plain_bytes_mut(&mut values))?;
+        Ok(values)
     }
 
     /// Sequences of prompts: nothing but their rows.

@@ -219,6 +219,8 @@ impl Gpu {
         // SAFETY: `call` takes what it is given, and is called at most once.
         let started = unsafe { result::stream::launch_host_function(self.compute.cu_stream(), call, then.cast()) };
         started.map_err(|source| {
+            // It may give up what the work before it still uses. An error says that there is no such work any more.
+            let _ = self.finish();
             // SAFETY: it was not started, so nobody else takes it.
             drop(unsafe { Box::from_raw(then) });
             failed("cuLaunchHostFunc")(source)

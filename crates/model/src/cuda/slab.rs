@@ -257,13 +257,13 @@ impl ExpertDevice for DeviceSlab {
         done: Box<dyn FnOnce() + Send>,
     ) -> Result<(), ModelError> {
         let dense = &*rows.dense;
-        let started = dense.start_experts(&self.kernels, (self.matrices(), self.slot_values()), groups);
-        let started = started.and_then(|()| dense.gpu.call_back(done));
-        if started.is_err() {
-            // What was started may still read the slots, which whoever holds them gives up when it learns of this.
+        if let Err(error) = dense.start_experts(&self.kernels, (self.matrices(), self.slot_values()), groups) {
+            // What was started may still read the slots, which `done` gives up.
             dense.gpu.finish()?;
+            drop(done);
+            return Err(error.into());
         }
-        Ok(started?)
+        Ok(dense.gpu.call_back(done)?)
     }
 }
 

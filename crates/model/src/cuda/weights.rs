@@ -225,6 +225,12 @@ pub(super) fn plain_bytes<V: Copy>(values: &[V]) -> &[u8] {
     unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
 }
 
+/// The bytes of float32 numbers, to be written.
+pub(super) fn plain_bytes_mut(values: &mut [f32]) -> &mut [u8] {
+    // SAFETY: any bytes are such numbers; bytes need no alignment.
+    unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), size_of_val(values)) }
+}
+
 /// Appends values stored as `dtype` as a model of `precision` keeps them: bf16 is rounded to nearest, even.
 pub(super) fn convert(dtype: StoredDType, bytes: &[u8], precision: Precision, to: &mut Vec<u8>) {
     match (dtype, precision) {
