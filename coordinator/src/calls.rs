@@ -3,10 +3,10 @@
 
 use std::time::Instant;
 
-use sida_routing::{ExpertId, ExpertKey, Group, Grouping, NodeId};
+use sida_routing::{ExpertId, ExpertKey, Group, Grouping, NodeId, PlacedGroup};
 use sida_telemetry::Span;
 
-use crate::{call_failure::CallFailure, dispatch::LayerRows, nodes::Roster};
+use crate::{call_failure::CallFailure, layer_rows::LayerRows, nodes::Roster};
 
 /// A run of grouped rows for one expert: what is sent, and sent again, as a whole.
 pub(crate) struct Piece {
@@ -65,6 +65,21 @@ impl Call {
     /// How many in all.
     pub(crate) fn rows(&self) -> usize {
         self.pieces.iter().map(|piece| piece.rows).sum()
+    }
+
+    /// Where its rows are among the layer's, one after another.
+    pub(crate) fn places(&self) -> Vec<u32> {
+        self.pieces.iter().flat_map(Piece::range).map(|place| place as u32).collect()
+    }
+
+    /// As a window's are named.
+    pub(crate) fn placed_groups(&self) -> Vec<PlacedGroup> {
+        let placed = |piece: &Piece| PlacedGroup {
+            expert: piece.expert,
+            first: piece.first_row as u32,
+            rows: piece.rows as u32,
+        };
+        self.pieces.iter().map(placed).collect()
     }
 
     /// As they go into a message.

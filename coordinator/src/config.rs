@@ -32,6 +32,8 @@ pub struct CoordinatorConfig {
     pub expert_call_timeout: Duration,
     /// Bytes of rows that may be under way to one expert-node.
     pub lane_inflight_bytes_max: usize,
+    /// Whether expert-nodes on this machine may read rows in the memory of its GPU; elsewhere, and else, rows are sent.
+    pub share_rows: bool,
     /// How long predictor-nodes may take for a batch.
     pub predict_timeout: Duration,
     /// How connections to other nodes are made.
@@ -104,6 +106,7 @@ impl CoordinatorConfig {
             enforce_capacity: false,
             expert_call_timeout: Duration::from_secs(30),
             lane_inflight_bytes_max: 64 << 20,
+            share_rows: true,
             predict_timeout: Duration::from_millis(200),
             client: ClientConfig::default(),
             server: ServerConfig::default(),

@@ -123,10 +123,13 @@ impl Coordinator {
         let runtime = Handle::current();
         let (dense, tokenizer) = load(&config).await?;
         let model = dense.config().clone();
+        let rows = dense.rows_window().filter(|_| config.share_rows).and_then(|window| {
+            window.inspect_err(|error| tracing::info!(%error, "rows travel to all expert-nodes")).ok()
+        });
         let lanes = LaneConfig {
             inflight_bytes_max: config.lane_inflight_bytes_max,
             d_model: model.d_model,
-            connector: Arc::new(Connector::new(&config.client, config.checkpoint.digest())),
+            connector: Arc::new(Connector::new(&config.client, config.checkpoint.digest(), rows)),
         };
         let nodes = Nodes::follow(&cluster, lanes, &runtime);
         runtime.spawn(unheld::watch(Arc::downgrade(&nodes)));

@@ -1,6 +1,7 @@
 //! One MoE layer's rows, to the experts and back: grouped rows are shared out among the nodes that hold their
 //! experts, remote nodes are asked first, nodes in this process compute on this thread meanwhile, and the
-//! results are combined in the order of the groups, so that a sum never depends on who answered first.
+//! results are combined in the order of the groups, so that a sum never depends on who answered first. Rows on a device
+//! stay there as far as nodes can compute or read them there (`layer_rows`).
 //!
 //! A call that fails goes to the next node within the same layer; rows are idempotent. When all have failed, rows wait
 //! for one to come back (`waiting`). Only when nobody does is a group given up, and with it the requests whose rows are
@@ -18,18 +19,17 @@ use std::{
 
 use crossbeam_channel::{Receiver, Sender};
 use sida_cluster::experts::{CallError, CallReport, ExpertCall, LocalExperts};
-use sida_model::Dense;
+use sida_model::ModelError;
 use sida_proto::wire::rows::copy_from_payload;
-use sida_routing::{Grouping, LayerId};
+use sida_routing::Grouping;
 use sida_rpc::Reason;
-use sida_telemetry::{Span, TraceContext};
+use sida_telemetry::Span;
 
 use crate::{
-    beside,
     call_failure::CallFailure,
-    callers::Callers,
     calls::{self, Call, Piece},
-    lane::{Computed, Lane, Reply, travel},
+    lane::{Computed, Lane, Outgoing, Reply, Results, travel},
+    layer_rows::{LayerRows, Place},
     nodes::{Nodes, Reach, Roster},
     request::RequestError,
     share_out::{self, Shared},
@@ -58,25 +58,11 @@ pub(crate) struct Dispatch {
     /// The last layer waited for that in vain.
     is_given_up: bool,
     replies: (Sender<Reply>, Receiver<Reply>),
-    /// (rows of the layer, d_model), in grouped order.
+    /// (rows of the layer, d_model), in grouped order; empty until the first that come to this machine's memory.
     results: Vec<f32>,
     /// (rows of a call, d_model): what goes to a node, and what a node in this process makes of it.
     gathered: Vec<f32>,
     computed: Vec<f32>,
-}
-
-/// One layer's rows.
-pub(crate) struct LayerRows<'a> {
-    /// Which of the MoE layers.
-    pub(crate) layer: LayerId,
-    /// Which row goes to which expert.
-    pub(crate) grouping: &'a Grouping,
-    /// (tokens, d_model)
-    pub(crate) x: &'a [f32],
-    /// Who waits for them.
-    pub(crate) callers: Callers<'a>,
-    /// Of the layer's span: calls go below it.
-    pub(crate) trace: Option<TraceContext>,
 }
 
 /// What a layer's rows cost.
@@ -113,12 +99,11 @@ impl Dispatch {
         Self { nodes, d_model, rows_max, patience, is_given_up: false, replies, results, gathered, computed }
     }
 
-    /// `out[token] += weight * expert(x[token])` for every row of the layer; `out` is (tokens, d_model).
-    pub(crate) fn moe(&mut self, rows: &LayerRows<'_>, out: &mut [f32]) -> Dispatched {
+    /// `out[token] += weight * expert(x[token])` for every row of the layer.
+    pub(crate) fn moe(&mut self, rows: &LayerRows<'_>, mut place: Place<'_>) -> Result<Dispatched, ModelError> {
         let mut dispatched = Dispatched::default();
         // Pieces that nobody computed add nothing, so whatever an earlier layer left here must go.
         self.results.clear();
-        self.results.resize(rows.grouping.tokens.len() * self.d_model, 0.0);
         let mut waiting = Waiting::new(self.patience, self.is_given_up);
         let mut pieces = Piece::of(rows.grouping, self.rows_max);
         while !pieces.is_empty() {
@@ -129,17 +114,13 @@ impl Dispatch {
             if calls.is_empty() && !held.is_empty() {
                 waiting.pause();
             }
-            pieces = self.round(&roster, rows, calls, &mut waiting, &mut dispatched);
+            pieces = self.round(&roster, rows, &mut place, calls, &mut waiting, &mut dispatched)?;
             pieces.extend(held);
         }
         self.is_given_up = waiting.is_given_up();
-        rows.grouping.combine(0, &self.results, self.d_model, out);
-        dispatched
-    }
-
-    /// See [`beside::compute`].
-    pub(crate) fn beside(&self, layer: LayerId, grouping: &Grouping, dense: &mut Dense) -> Option<Dispatched> {
-        beside::compute(&self.nodes.roster(), layer, grouping, dense)
+        let results = Some(&self.results[..]).filter(|results| !results.is_empty());
+        place.combine(rows.grouping, results, self.d_model)?;
+        Ok(dispatched)
     }
 
     /// Makes the calls, remote ones first; returns the pieces of those that failed.
@@ -147,10 +128,11 @@ impl Dispatch {
         &mut self,
         roster: &Roster,
         rows: &LayerRows<'_>,
+        place: &mut Place<'_>,
         calls: Vec<Call>,
         waiting: &mut Waiting,
         dispatched: &mut Dispatched,
-    ) -> Vec<Piece> {
+    ) -> Result<Vec<Piece>, ModelError> {
         let mut failed = Vec::new();
         let mut outstanding = Vec::new();
         let mut local = Vec::new();
@@ -158,7 +140,14 @@ impl Dispatch {
             match &roster.links[call.node].reach {
                 Reach::Local(experts) => local.push((experts.clone(), call)),
                 Reach::Remote(lane) => {
-                    if let Err((call, failure)) = self.send(roster, lane, rows, call, &mut outstanding) {
+                    let in_window = lane.has_window() && place.device().is_some();
+                    match place.device().filter(|_| in_window) {
+                        Some(device) => device.settle()?,
+                        None => {
+                            calls::gather(rows.grouping, place.x()?, self.d_model, &call.pieces, &mut self.gathered)
+                        }
+                    }
+                    if let Err((call, failure)) = self.send(roster, lane, rows, in_window, call, &mut outstanding) {
                         self.give_back(roster, rows, call, failure, &mut failed);
                     }
                 }
@@ -167,7 +156,7 @@ impl Dispatch {
         for (experts, call) in local {
             let start = Instant::now();
             let _span = calls::span(roster, rows, &call);
-            match self.compute(&*experts, rows, &call) {
+            match self.compute(&*experts, rows, place, &call)? {
                 Ok(report) => {
                     waiting.answered();
                     roster.links[call.node].durations.record(start.elapsed());
@@ -177,27 +166,30 @@ impl Dispatch {
                 Err(failure) => self.give_back(roster, rows, call, failure, &mut failed),
             }
         }
-        self.collect(roster, rows, outstanding, waiting, dispatched, &mut failed);
-        failed
+        self.collect(roster, rows, place, outstanding, waiting, dispatched, &mut failed)?;
+        Ok(failed)
     }
 
-    /// Sends a call's rows down a lane; then it is outstanding.
+    /// Sends a call down a lane, with the rows that were gathered or with where they are; then it is outstanding.
     fn send(
         &mut self,
         roster: &Roster,
         lane: &Lane,
         rows: &LayerRows<'_>,
+        in_window: bool,
         call: Call,
         outstanding: &mut Vec<Outstanding>,
     ) -> Result<(), (Call, CallFailure)> {
-        calls::gather(rows.grouping, rows.x, self.d_model, &call.pieces, &mut self.gathered);
         let sent = Instant::now();
         let deadline = sent + lane.allow(call.rows(), call.pieces.len()).min(self.patience);
-        let (groups, epoch) = (call.groups(), roster.placement.epoch());
-        let expert_call = ExpertCall { layer: rows.layer, groups: &groups, activations: &self.gathered };
+        let (groups, placed, epoch) = (call.groups(), call.placed_groups(), roster.placement.epoch());
+        let outgoing = match in_window {
+            true => Outgoing::InWindow(rows.layer, &placed),
+            false => Outgoing::Rows(ExpertCall { layer: rows.layer, groups: &groups, activations: &self.gathered }),
+        };
         let span = calls::span(roster, rows, &call).map(Span::as_client);
         let trace = span.as_ref().map(Span::context);
-        match lane.start(expert_call, epoch, trace, &self.replies.0, deadline) {
+        match lane.start(outgoing, epoch, trace, &self.replies.0, deadline) {
             Ok(call_id) => {
                 let look = lane.silent_until(sent).min(deadline);
                 outstanding.push(Outstanding { call_id, call, span, sent, deadline, look });
@@ -207,42 +199,65 @@ impl Dispatch {
         }
     }
 
-    /// Computes a call on a node in this process, on this thread.
+    /// Computes a call on a node in this process, on this thread or on the device that the rows are on.
     fn compute(
         &mut self,
         experts: &dyn LocalExperts,
         rows: &LayerRows<'_>,
+        place: &mut Place<'_>,
         call: &Call,
-    ) -> Result<CallReport, CallFailure> {
-        calls::gather(rows.grouping, rows.x, self.d_model, &call.pieces, &mut self.gathered);
+    ) -> Result<Result<CallReport, CallFailure>, ModelError> {
+        let refused = |error: CallError| CallFailure::Refused { reason: reason(&error), message: error.to_string() };
+        if let Some(device) = place.device() {
+            // A node's bug must not take the coordinator down with it.
+            let started = catch_unwind(AssertUnwindSafe(|| device.compute(experts, rows.layer, call)));
+            match started.map_err(|_| CallFailure::Panicked) {
+                Ok(None) => {}
+                Ok(Some(Ok(report))) => return Ok(Ok(report)),
+                Ok(Some(Err(error))) => {
+                    device.forget(call)?;
+                    return Ok(Err(refused(error)));
+                }
+                Err(panicked) => {
+                    device.forget(call)?;
+                    return Ok(Err(panicked));
+                }
+            }
+        }
+        calls::gather(rows.grouping, place.x()?, self.d_model, &call.pieces, &mut self.gathered);
         self.computed.resize(self.gathered.len(), 0.0);
         let groups = call.groups();
         let expert_call = ExpertCall { layer: rows.layer, groups: &groups, activations: &self.gathered };
         let computed = &mut self.computed;
-        // A node's bug must not take the coordinator down with it.
+        // As above.
         let outcome = catch_unwind(AssertUnwindSafe(|| experts.compute(expert_call, computed)));
-        let report = outcome
-            .map_err(|_| CallFailure::Panicked)?
-            .map_err(|error| CallFailure::Refused { reason: reason(&error), message: error.to_string() })?;
+        let report = match outcome {
+            Ok(Ok(report)) => report,
+            Ok(Err(error)) => return Ok(Err(refused(error))),
+            Err(_) => return Ok(Err(CallFailure::Panicked)),
+        };
+        let results = kept(&mut self.results, rows.grouping, self.d_model);
         let mut from = &self.computed[..];
         for piece in &call.pieces {
             let (rows, rest) = from.split_at(piece.rows * self.d_model);
-            self.results[piece.first_row * self.d_model..][..rows.len()].copy_from_slice(rows);
+            results[piece.first_row * self.d_model..][..rows.len()].copy_from_slice(rows);
             from = rest;
         }
-        Ok(report)
+        Ok(Ok(report))
     }
 
-    /// Waits for the answers to all calls that are under way, each until it is given up.
+    /// Waits for the answers; those of remote nodes that failed go to `failed`.
+    #[allow(clippy::too_many_arguments)] // A round, and what is noted of it.
     fn collect(
         &mut self,
         roster: &Roster,
         rows: &LayerRows<'_>,
+        place: &mut Place<'_>,
         mut outstanding: Vec<Outstanding>,
         waiting: &mut Waiting,
         dispatched: &mut Dispatched,
         failed: &mut Vec<Piece>,
-    ) {
+    ) -> Result<(), ModelError> {
         let mut load_max = Duration::ZERO;
         let mut late_wakes = 0;
         // By node: how long its call was on its way, without loads, computation and what the size of it explains.
@@ -267,19 +282,28 @@ impl Dispatch {
             let Outstanding { call, span, .. } = outstanding.swap_remove(at);
             drop(span);
             match outcome {
-                Ok(Computed { payload, report, took }) => {
+                Ok(Computed { results, report, took }) => {
                     waiting.answered();
                     roster.links[call.node].durations.record(took);
                     load_max = load_max.max(report.load);
-                    let explained = report.load + report.compute + travel(payload.len());
+                    let explained = report.load + report.compute + travel(results.bytes());
                     on_the_way.push((call.node, took.saturating_sub(explained)));
                     dispatched.demand_loads += u64::from(report.demand_loads);
-                    let mut from = &payload[..];
-                    for piece in &call.pieces {
-                        let (rows, rest) = from.split_at(piece.rows * self.d_model * size_of::<f32>());
-                        let to = &mut self.results[piece.first_row * self.d_model..][..piece.rows * self.d_model];
-                        copy_from_payload(rows, to);
-                        from = rest;
+                    match results {
+                        Results::InWindow(window) => {
+                            let device = place.device().expect("a call through a window is of rows on a device");
+                            device.take(&window, &call)?;
+                        }
+                        Results::Payload(payload) => {
+                            let results = kept(&mut self.results, rows.grouping, self.d_model);
+                            let mut from = &payload[..];
+                            for piece in &call.pieces {
+                                let (rows, rest) = from.split_at(piece.rows * self.d_model * size_of::<f32>());
+                                let to = &mut results[piece.first_row * self.d_model..][..piece.rows * self.d_model];
+                                copy_from_payload(rows, to);
+                                from = rest;
+                            }
+                        }
                     }
                 }
                 Err(failure) => self.give_back(roster, rows, call, failure, failed),
@@ -288,6 +312,7 @@ impl Dispatch {
         note_stragglers(roster, &on_the_way);
         // Remote nodes load at the same time.
         dispatched.load += load_max;
+        Ok(())
     }
 
     /// Takes out of `outstanding` what need not be waited for any longer, and says when to look at the others again.
@@ -384,6 +409,12 @@ impl LayerRows<'_> {
     fn is_for_nobody(&self, call: &Call, now: Instant) -> bool {
         call.pieces.iter().all(|piece| self.callers.gone(&self.grouping.tokens[piece.range()], now).is_some())
     }
+}
+
+/// Room for all results of a layer, 0 where none came yet.
+fn kept<'r>(results: &'r mut Vec<f32>, grouping: &Grouping, d_model: usize) -> &'r mut [f32] {
+    results.resize(grouping.tokens.len() * d_model, 0.0);
+    results
 }
 
 /// Tells the lanes of one round how they kept pace: one behind a link that is slow holds up every layer without ever

@@ -13,7 +13,8 @@ use sida_telemetry::{Span, TraceContext, counter, names, spans};
 
 use crate::{
     callers::Callers,
-    dispatch::{Dispatch, LayerRows},
+    dispatch::Dispatch,
+    layer_rows::{LayerRows, Place},
     measures::Phases,
     request::Request,
     routing_mode::{self, Part},
@@ -168,18 +169,13 @@ impl Forward {
                 routed[usize::from(group.expert.0)].increment(u64::from(group.rows));
             }
         }
+        let rows = LayerRows { layer, grouping: &grouping, callers: Callers::new(spans, requests), trace };
         let Self { dense, dispatch, .. } = self;
-        let dispatched = match dispatch.beside(layer, &grouping, dense) {
-            Some(dispatched) => {
-                dense.add_computed()?;
-                dispatched
-            }
+        let dispatched = match dense.rows_on_device() {
+            Some(on_device) => dispatch.moe(&rows, Place::on_device(on_device, &grouping)?)?,
             None => {
-                let callers = Callers::new(spans, requests);
                 let mut out = vec![0.0; spans.rows() * d_model];
-                let send =
-                    |x: &[f32]| dispatch.moe(&LayerRows { layer, grouping: &grouping, x, callers, trace }, &mut out);
-                let dispatched = dense.rows(walk, send)?;
+                let dispatched = dense.rows(walk, |x| dispatch.moe(&rows, Place::Here { x, out: &mut out }))??;
                 dense.add(walk, out)?;
                 dispatched
             }

@@ -24,12 +24,13 @@ use crossbeam_channel::Sender;
 use metrics::Gauge;
 use parking_lot::{Condvar, Mutex};
 use sida_cluster::experts::{CallReport, ExpertCall};
+use sida_model::ResultsWindow;
 use sida_proto::{
     v1::{self, lane_request::Kind},
     wire,
 };
 use sida_routing::{
-    NodeId, Plan, PlanId,
+    LayerId, NodeId, PlacedGroup, Plan, PlanId,
     failover::{Breaker, BreakerState, Silence},
 };
 use sida_telemetry::{TraceContext, gauge, names};
@@ -39,7 +40,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{call_deadline::CallDeadline, call_failure::CallFailure};
+use crate::{call_deadline::CallDeadline, call_failure::CallFailure, lane_window::LaneWindow};
 
 /// How fast rows travel at least, in bytes per microsecond: that of a network of 1 Gbit/s. What travels is no sign of
 /// life until it has arrived, so large messages get the time that they need.
@@ -93,6 +94,7 @@ struct State {
     breaker: Breaker,
     /// Answers in a row that were far later than those of other nodes.
     straggles: u32,
+    window: LaneWindow<ResultsWindow>,
 }
 
 /// A call that waits for its answer.
@@ -101,6 +103,8 @@ struct Pending {
     rows: usize,
     bytes: usize,
     sent: Instant,
+    /// Where its results will be, unless they travel.
+    window: Option<Arc<ResultsWindow>>,
 }
 
 /// What became of a call.
@@ -111,10 +115,26 @@ pub(crate) struct Reply {
     pub(crate) outcome: Result<Computed, CallFailure>,
 }
 
+/// The rows of a call that is to be made.
+pub(crate) enum Outgoing<'a> {
+    /// They travel.
+    Rows(ExpertCall<'a>),
+    /// They are in this coordinator's window.
+    InWindow(LayerId, &'a [PlacedGroup]),
+}
+
+/// What an expert-node made of them.
+pub(crate) enum Results {
+    /// (rows, d_model) as a payload of exactly that length.
+    Payload(Bytes),
+    /// In the node's window, at the places of the call.
+    InWindow(Arc<ResultsWindow>),
+}
+
 /// Rows that an expert-node computed.
 pub(crate) struct Computed {
-    /// (rows, d_model) as a payload of exactly that length.
-    pub(crate) payload: Bytes,
+    /// Where they are.
+    pub(crate) results: Results,
     /// What it cost there.
     pub(crate) report: CallReport,
     /// How long it took, seen from here.
@@ -141,6 +161,7 @@ impl Lane {
             suspect: None,
             breaker: Breaker::new(),
             straggles: 0,
+            window: LaneWindow::closed(),
         };
         let breaker_state = gauge!(names::BREAKER_STATE, names::NODE => node.to_string());
         breaker_state.set(0.0);
@@ -197,15 +218,24 @@ impl Lane {
     /// `replies`. Waits until `give_up` for room where too many bytes are under way.
     pub(crate) fn start(
         &self,
-        call: ExpertCall<'_>,
+        outgoing: Outgoing<'_>,
         placement_epoch: u64,
         trace: Option<TraceContext>,
         replies: &Sender<Reply>,
         give_up: Instant,
     ) -> Result<u64, CallFailure> {
-        let bytes = size_of_val(call.activations);
         let call_id = NEXT_CALL.fetch_add(1, Ordering::Relaxed);
-        let activations = v1::Activations::new(call_id, call.layer, call.groups, call.activations);
+        let (activations, rows) = match outgoing {
+            Outgoing::Rows(ExpertCall { layer, groups, activations }) => {
+                (v1::Activations::new(call_id, layer, groups, activations), activations.len() / self.d_model)
+            }
+            Outgoing::InWindow(layer, groups) => {
+                let rows = groups.iter().map(|group| group.rows as usize).sum();
+                (v1::Activations::in_window(call_id, layer, groups), rows)
+            }
+        };
+        let bytes = activations.payload.len();
+        let is_in_window = matches!(outgoing, Outgoing::InWindow(..));
         let traceparent = trace.map(|trace| trace.to_string()).unwrap_or_default();
         let activations = v1::Activations { placement_epoch, traceparent, ..activations };
         let mut state = self.state.lock();
@@ -215,11 +245,16 @@ impl Lane {
                 return Err(CallFailure::Congested { limit: self.inflight_bytes_max });
             }
         }
+        let window = state.window.free().filter(|_| is_in_window).cloned();
+        if is_in_window && window.is_none() {
+            // It went with the connection.
+            return Err(CallFailure::Disconnected { reason: state.lost.clone() });
+        }
         state.send(Kind::Activations(activations))?;
-        let (rows, sent) = (call.activations.len() / self.d_model, Instant::now());
+        let sent = Instant::now();
         state.silence.begin(self.since(sent));
         state.inflight_bytes += bytes;
-        state.pending.insert(call_id, Pending { replies: replies.clone(), rows, bytes, sent });
+        state.pending.insert(call_id, Pending { replies: replies.clone(), rows, bytes, sent, window });
         self.on_breaker(&mut state, sent, Breaker::begin);
         Ok(call_id)
     }
@@ -228,7 +263,10 @@ impl Lane {
     /// as hung until its next message: one that is merely late says something within a heartbeat, since it still works.
     pub(crate) fn give_up(&self, call_id: u64, is_wanted: bool, now: Instant) {
         let mut state = self.state.lock();
-        if state.take(call_id).is_some() {
+        if let Some(pending) = state.take(call_id) {
+            if pending.window.is_some() {
+                state.window.gave_up(call_id);
+            }
             if is_wanted {
                 state.suspect.get_or_insert(now);
                 self.on_breaker(&mut state, now, Breaker::failed);
@@ -283,11 +321,22 @@ impl Lane {
         state.suspect = None;
     }
 
+    /// The node's side of a window is open, too: rows need not travel any more.
+    pub(crate) fn window_opened(&self, results: ResultsWindow) {
+        self.state.lock().window.open(results);
+    }
+
+    /// Whether rows on this coordinator's device may stay there.
+    pub(crate) fn has_window(&self) -> bool {
+        self.state.lock().window.free().is_some()
+    }
+
     /// There is no connection: whatever waits for an answer learns it now.
     pub(crate) fn disconnected(&self, reason: &str) {
         let mut state = self.state.lock();
         state.outgoing = None;
         state.lost = reason.to_owned();
+        state.window = LaneWindow::closed();
         state.inflight_bytes = 0;
         let pending = std::mem::take(&mut state.pending);
         state.silence.end();
@@ -313,11 +362,12 @@ impl Lane {
         let mut state = self.state.lock();
         state.heard(self.since(now));
         let Some(pending) = state.take(call_id) else {
+            state.window.answered(call_id);
             tracing::debug!(node = %self.node, call_id, "an answer came after its call was given up");
             return;
         };
         let took = now - pending.sent;
-        let outcome = computed(results, pending.rows, self.d_model, took);
+        let outcome = computed(results, &pending, self.d_model, took);
         match &outcome {
             Ok(Computed { report, .. }) => {
                 state.deadline.note(pending.rows, took, report.demand_loads, report.load);
@@ -383,8 +433,9 @@ pub(crate) fn travel(bytes: usize) -> Duration {
 }
 
 /// The rows of an answer, checked against the call.
-fn computed(results: v1::Results, rows: usize, d_model: usize, took: Duration) -> Result<Computed, CallFailure> {
-    match results.check(rows, d_model) {
+fn computed(results: v1::Results, call: &Pending, d_model: usize, took: Duration) -> Result<Computed, CallFailure> {
+    let rows_sent = if call.window.is_some() { 0 } else { call.rows };
+    match results.check(rows_sent, d_model) {
         Ok(wire::Answer::Done { payload, report }) => {
             let report = CallReport {
                 hits: report.hits,
@@ -392,9 +443,20 @@ fn computed(results: v1::Results, rows: usize, d_model: usize, took: Duration) -
                 load: Duration::from_micros(report.load_us),
                 compute: Duration::from_micros(report.compute_us),
             };
-            Ok(Computed { payload, report, took })
+            let results = call.window.clone().map_or(Results::Payload(payload), Results::InWindow);
+            Ok(Computed { results, report, took })
         }
         Ok(wire::Answer::Failed(error)) => Err(CallFailure::refused(error)),
         Err(error) => Err(CallFailure::Malformed { reason: error.to_string() }),
+    }
+}
+
+impl Results {
+    /// How many travelled.
+    pub(crate) fn bytes(&self) -> usize {
+        match self {
+            Self::Payload(payload) => payload.len(),
+            Self::InWindow(_) => 0,
+        }
     }
 }

@@ -9,7 +9,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use sida_proto::v1::{self, LaneRequest, experts_client::ExpertsClient, lane_response::Kind};
+use sida_model::{ResultsWindow, RowsWindow, StoredDType, WindowHandle};
+use sida_proto::{
+    v1::{self, LaneRequest, experts_client::ExpertsClient, lane_request, lane_response::Kind},
+    wire,
+};
 use sida_routing::Digest;
 use sida_rpc::{ClientConfig, MESSAGE_BYTES_MAX};
 use tokio::sync::mpsc;
@@ -40,18 +44,20 @@ pub(crate) struct Connector {
     client: ClientConfig,
     /// The model that the node must hold; it refuses a lane for another.
     model: Digest,
+    /// Where the coordinator's rows are, if nodes of this machine may read them there.
+    rows: Option<RowsWindow>,
 }
 
 impl Connector {
     /// Lanes of nodes with `model`. They connect as `client` says, but find out sooner that a node is gone.
-    pub(crate) fn new(client: &ClientConfig, model: Digest) -> Self {
+    pub(crate) fn new(client: &ClientConfig, model: Digest, rows: Option<RowsWindow>) -> Self {
         let client = ClientConfig {
             connect_timeout: client.connect_timeout.min(OPEN_LIMIT),
             keepalive_interval: client.keepalive_interval.min(PING_PERIOD),
             keepalive_timeout: client.keepalive_timeout.min(PING_PERIOD),
             ..client.clone()
         };
-        Self { client, model }
+        Self { client, model, rows }
     }
 }
 
@@ -107,6 +113,10 @@ async fn serve(lane: &Weak<Lane>, connector: &Connector, lasted: &mut bool) -> R
     let opened = tokio::time::timeout(OPEN_LIMIT, client.lane(request)).await;
     let opened = opened.map_err(|_| format!("no consent to a lane within {OPEN_LIMIT:?}"))?;
     let mut responses = opened.map_err(refused)?.into_inner();
+    if let Some(rows) = &connector.rows {
+        // An error says that the connection is lost already, which is seen below.
+        let _ = outgoing.send(LaneRequest { kind: Some(lane_request::Kind::Window(offer(rows.handle()))) });
+    }
     match lane.upgrade() {
         Some(lane) => lane.connected(outgoing),
         None => return Ok(()),
@@ -120,6 +130,17 @@ async fn serve(lane: &Weak<Lane>, connector: &Connector, lasted: &mut bool) -> R
                 Some(v1::LaneResponse { kind: Some(Kind::Results(results)) }) => lane.answered(results),
                 // Of a kind of a later version: a sign of life, too.
                 Some(v1::LaneResponse { kind: Some(Kind::Alive(_)) | None }) => lane.alive(),
+                Some(v1::LaneResponse { kind: Some(Kind::Window(window)) }) => {
+                    lane.alive();
+                    match open_results(connector, window).await {
+                        Ok(results) => {
+                            tracing::info!(node = %lane.node(), "rows for an expert-node stay on the device");
+                            lane.window_opened(results);
+                        }
+                        // Rows travel, as they do between machines.
+                        Err(reason) => tracing::debug!(node = %lane.node(), reason, "no window to an expert-node"),
+                    }
+                }
                 None => return Ok(()),
             },
             Err(_) if lane.suspect_for(Instant::now()) > Some(SUSPECT_LIMIT) => {
@@ -128,6 +149,31 @@ async fn serve(lane: &Weak<Lane>, connector: &Connector, lasted: &mut bool) -> R
             Err(_) => {}
         }
     }
+}
+
+/// Where this coordinator's rows are, as the wire says it.
+fn offer(rows: &WindowHandle) -> v1::Window {
+    let dtype = match rows.dtype {
+        StoredDType::F32 => v1::DType::DtypeF32,
+        StoredDType::BF16 => v1::DType::DtypeBf16,
+        StoredDType::F16 => v1::DType::DtypeF16,
+    };
+    (&wire::Window { machine: rows.machine.clone(), handle: rows.memory, rows: rows.rows, dtype }).into()
+}
+
+/// Opens what a node answered an offer with.
+async fn open_results(connector: &Connector, window: v1::Window) -> Result<ResultsWindow, String> {
+    let rows = connector.rows.clone();
+    let open = move || {
+        let Some(rows) = rows else { return Err("it was not offered one".to_owned()) };
+        let wire::Window { machine, handle, rows: places, dtype: _ } =
+            window.check(rows.handle().rows).map_err(|error| error.to_string())??;
+        // Results are float32, as on the wire.
+        let results = WindowHandle { machine, memory: handle, rows: places, dtype: StoredDType::F32 };
+        rows.open_results(&results).map_err(|error| error.to_string())
+    };
+    // Mapping waits for the driver.
+    tokio::task::spawn_blocking(open).await.map_err(|error| error.to_string())?
 }
 
 fn refused(status: Status) -> String {

@@ -5,8 +5,8 @@
 //! (the wire's side), or this process by [`coordinator`]; `accept` checks and tokenizes what was `asked` into a [`request`].
 //! It waits in a `queue`; `prepare` takes a batch, has `predict` (here, or by `remote_predictor`) fill its hash
 //! tables and `preload` hint them. The `engine` lets it join: `forward` runs the layers, [`routing_mode`] chooses
-//! experts, `dispatch` leaves rows where they are (`beside`) or sends them in `calls` to the `nodes` over `lane`s
-//! (`lane_connection`, `call_deadline`, `call_failure`), `share_out` saying whom to ask, `waiting` how long where
+//! experts, `dispatch` takes the rows from where they are (`layer_rows`) in `calls` to the `nodes` over `lane`s
+//! (`lane_connection`, `lane_window`, `call_deadline`, `call_failure`), `share_out` saying whom to ask, `waiting` how long where
 //! nobody is left, and `callers` who still wants an answer. A `sequence` goes on from step to step: `sampler`, `detokenize`, `stop_text`, or `score`, or
 //! `encoding`; the answer leaves as [`output`] with its [`trace`], or as a `fault`. Work for several at once has a
 //! `batch_span`. Beside that: `probe` (health), `cluster_service`, `unheld`, `statistics` and `measures`.
@@ -17,7 +17,6 @@
 mod accept;
 mod asked;
 mod batch_span;
-mod beside;
 mod call_deadline;
 mod call_failure;
 mod callers;
@@ -34,6 +33,8 @@ mod forward;
 mod front_door;
 mod lane;
 mod lane_connection;
+mod lane_window;
+mod layer_rows;
 mod measures;
 mod messages;
 mod nodes;

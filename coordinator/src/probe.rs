@@ -9,7 +9,8 @@ use sida_routing::{ExpertId, Grouping, LayerId, Routes};
 
 use crate::{
     callers::Callers,
-    dispatch::{Dispatch, LayerRows},
+    dispatch::Dispatch,
+    layer_rows::{LayerRows, Place},
 };
 
 /// Calls one expert after another.
@@ -38,8 +39,9 @@ impl Probe {
         let routes = Routes { top_k: 1, experts: vec![Some(expert)], weights: vec![1.0] };
         let (x, mut out) = (vec![1.0; self.d_model], vec![0.0; self.d_model]);
         let (grouping, spans) = (Grouping::new(&routes), Spans::single_tokens(1));
-        let rows = LayerRows { layer, grouping: &grouping, x: &x, callers: Callers::new(&spans, &[]), trace: None };
-        let dispatched = self.dispatch.lock().moe(&rows, &mut out);
+        let rows = LayerRows { layer, grouping: &grouping, callers: Callers::new(&spans, &[]), trace: None };
+        let place = Place::Here { x: &x, out: &mut out };
+        let dispatched = self.dispatch.lock().moe(&rows, place).map_err(|error| error.to_string())?;
         match dispatched.failed.into_iter().next() {
             Some((_, error)) => Err(error.to_string()),
             None if out.iter().all(|value| value.is_finite()) => Ok(()),

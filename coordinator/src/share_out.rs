@@ -9,7 +9,8 @@ use sida_telemetry::{counter, names};
 
 use crate::{
     calls::{self, Call, Piece},
-    dispatch::{Dispatched, LayerRows},
+    dispatch::Dispatched,
+    layer_rows::LayerRows,
     nodes::{Nodes, Roster},
     request::RequestError,
     waiting::Waiting,

@@ -15,10 +15,12 @@ use std::{
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use sida_cluster::experts::{CallError, CallReport, ExpertCall, LocalExperts};
+use sida_model::ExpertWindow;
 use sida_proto::{
     v1,
-    wire::{Bounds, Call},
+    wire::{Bounds, Call, CallRows},
 };
+use sida_routing::{Group, PlacedGroup};
 use sida_rpc::{Fault, Reason};
 use sida_telemetry::{Span, TraceContext, spans};
 
@@ -30,6 +32,8 @@ pub(crate) enum Job {
     Call {
         /// Not checked yet: that copies the payload, which is work for a thread that may work.
         activations: v1::Activations,
+        /// Of its lane, if that has one.
+        window: Option<Arc<dyn ExpertWindow>>,
         /// When it was read.
         received: Instant,
         /// Takes the answer. Called once.
@@ -56,7 +60,9 @@ pub(crate) fn start(engine: &Arc<Engine>, bounds: Bounds, threads: usize) -> io:
 fn take_jobs(engine: &Engine, bounds: &Bounds, jobs: &Receiver<Job>) {
     for job in jobs {
         match job {
-            Job::Call { activations, received, answer } => answer(results(engine, bounds, activations, received)),
+            Job::Call { activations, window, received, answer } => {
+                answer(results(engine, bounds, activations, window.as_deref(), received));
+            }
             Job::Probe { answer } => {
                 answer(guarded(|| engine.probe().map_err(fault)).map_err(|fault| fault.to_string()))
             }
@@ -65,7 +71,13 @@ fn take_jobs(engine: &Engine, bounds: &Bounds, jobs: &Receiver<Job>) {
 }
 
 /// The answer to one call, whatever becomes of it.
-fn results(engine: &Engine, bounds: &Bounds, activations: v1::Activations, received: Instant) -> v1::Results {
+fn results(
+    engine: &Engine,
+    bounds: &Bounds,
+    activations: v1::Activations,
+    window: Option<&dyn ExpertWindow>,
+    received: Instant,
+) -> v1::Results {
     let call_id = activations.call_id;
     let trace = TraceContext::from_traceparent(&activations.traceparent);
     let mut span = trace.map(|trace| Span::of_caller(Some(trace), || "compute".into()).as_server().since(received));
@@ -76,7 +88,7 @@ fn results(engine: &Engine, bounds: &Bounds, activations: v1::Activations, recei
         span.set("sida.experts", activations.experts.len() as i64);
         spans::record(span.context(), "call queue", received, taken);
     }
-    match guarded(|| computed(engine, bounds, activations)) {
+    match guarded(|| computed(engine, bounds, activations, window)) {
         Ok((rows, report)) => {
             if let Some(span) = &mut span {
                 span.set("sida.demand_loads", i64::from(report.demand_loads));
@@ -101,12 +113,31 @@ fn results(engine: &Engine, bounds: &Bounds, activations: v1::Activations, recei
     }
 }
 
-fn computed(engine: &Engine, bounds: &Bounds, activations: v1::Activations) -> Result<(Vec<f32>, CallReport), Fault> {
+/// The results, none where they are in the window, and what they cost.
+fn computed(
+    engine: &Engine,
+    bounds: &Bounds,
+    activations: v1::Activations,
+    window: Option<&dyn ExpertWindow>,
+) -> Result<(Vec<f32>, CallReport), Fault> {
     let call: Call = activations.check(bounds).map_err(|error| Fault::from_error(Reason::MalformedMessage, &error))?;
-    let mut out = vec![0.0; call.activations.len()];
-    let call = ExpertCall { layer: call.layer, groups: &call.groups, activations: &call.activations };
-    let report = engine.compute(call, &mut out).map_err(fault)?;
-    Ok((out, report))
+    match (call.rows, window) {
+        (CallRows::Sent(activations), _) => {
+            let mut out = vec![0.0; activations.len()];
+            let call = ExpertCall { layer: call.layer, groups: &call.groups, activations: &activations };
+            let report = engine.compute(call, &mut out).map_err(fault)?;
+            Ok((out, report))
+        }
+        (CallRows::InWindow(firsts), Some(window)) => {
+            let placed = |(group, first): (&Group, u32)| PlacedGroup { expert: group.expert, first, rows: group.rows };
+            let groups: Vec<PlacedGroup> = call.groups.iter().zip(firsts).map(placed).collect();
+            let report = engine.compute_in_window(window, call.layer, &groups).map_err(fault)?;
+            Ok((Vec::new(), report))
+        }
+        (CallRows::InWindow(_), None) => {
+            Err(Fault::new(Reason::MalformedMessage, "rows are said to be in a window, and the lane has none"))
+        }
+    }
 }
 
 /// Turns a panic, which is a broken invariant of ours, into a failure of this job alone.

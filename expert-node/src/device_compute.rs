@@ -1,5 +1,6 @@
 //! One call on a device: what is resident is computed while what is missing is on its way there, then the rest, in as few
-//! computations as there are waits. Its rows come from this machine's memory, or are on the device already. The counterpart of [`crate::compute`] where slots are not in this machine's memory.
+//! computations as there are waits. Its rows come from this machine's memory, are on the device already, or where a coordinator
+//! in another process left them (a window). The counterpart of [`crate::compute`] where slots are not in this machine's memory.
 //!
 //! A call waits for another's load, or for a slot, only while it holds none but those that the device will be through with
 //! by itself: so calls cannot wait for each other in a circle.
@@ -10,8 +11,8 @@ use std::{
 };
 
 use sida_cluster::experts::{CallError, CallReport, ExpertCall};
-use sida_model::{ExpertDevice, ModelError, RowsOnDevice, SlotRows, SlotRun};
-use sida_routing::{ExpertKey, Group, Grouping, LayerId};
+use sida_model::{ExpertDevice, ExpertWindow, ModelError, RowsOnDevice, SlotRows, SlotRun};
+use sida_routing::{ExpertKey, Group, LayerId, PlacedGroup};
 
 use crate::{
     cache::{ExpertCache, Granted, Kept, PendingCall, Pinned},
@@ -55,22 +56,12 @@ pub(crate) fn compute_beside(
     cache: &Arc<ExpertCache>,
     device: &dyn ExpertDevice,
     layer: LayerId,
-    grouping: &Grouping,
-    rows: &mut RowsOnDevice<'_>,
+    groups: &[PlacedGroup],
+    rows: &RowsOnDevice<'_>,
 ) -> Result<CallReport, CallError> {
     let start = Instant::now();
-    let groups = &grouping.groups;
-    let firsts: Vec<usize> =
-        groups.iter().scan(0, |first, group| Some(std::mem::replace(first, *first + group.rows as usize))).collect();
-    let rounds = Rounds::open(cache, layer, groups, true)?;
-    device.group_beside(rows, grouping).map_err(|error| rounds.failed(0, error))?;
-    let rows = &*rows;
     let mut run = |there: There<'_>| {
-        let run = |(group, expert): &(usize, Pinned<'_>)| {
-            let (first, rows) = (firsts[*group], groups[*group].rows as usize);
-            SlotRun { slot: expert.slot(), first, rows }
-        };
-        let runs: Vec<SlotRun> = there.iter().map(run).collect();
+        let runs = runs(groups, &there);
         let count: usize = runs.iter().map(|run| run.rows).sum();
         let kept: Vec<Kept> = there.into_iter().map(|(_, expert)| expert.keep(cache)).collect();
         let measured = cache.clone();
@@ -80,7 +71,34 @@ pub(crate) fn compute_beside(
         };
         device.start_beside(rows, &runs, Box::new(done))
     };
-    rounds.go(&mut run)
+    Rounds::open(cache, layer, &unplaced(groups), true)?.go(&mut run)
+}
+
+/// Computes rows that a coordinator in another process left in its window, which has these places.
+pub(crate) fn compute_in_window(
+    cache: &ExpertCache,
+    window: &dyn ExpertWindow,
+    layer: LayerId,
+    groups: &[PlacedGroup],
+) -> Result<CallReport, CallError> {
+    let start = Instant::now();
+    let mut run = |there: There<'_>| window.compute(&runs(groups, &there));
+    let mut report = Rounds::open(cache, layer, &unplaced(groups), true)?.go(&mut run)?;
+    report.compute = start.elapsed().saturating_sub(report.load);
+    cache.measures.computed(groups.iter().map(|group| group.rows as usize).sum(), report.compute);
+    Ok(report)
+}
+
+fn runs(groups: &[PlacedGroup], there: &There<'_>) -> Vec<SlotRun> {
+    let run = |(group, expert): &(usize, Pinned<'_>)| {
+        let PlacedGroup { first, rows, .. } = groups[*group];
+        SlotRun { slot: expert.slot(), first: first as usize, rows: rows as usize }
+    };
+    there.iter().map(run).collect()
+}
+
+fn unplaced(groups: &[PlacedGroup]) -> Vec<Group> {
+    groups.iter().map(|&PlacedGroup { expert, rows, .. }| Group { expert, rows }).collect()
 }
 
 /// The experts of a call as they come: what is resident, then what was loaded, until all were there once.

@@ -12,11 +12,11 @@ use std::{
 use parking_lot::Mutex;
 use sida_cluster::experts::{CallError, CallReport, ExpertCall, LocalExperts, ResidencyReport};
 use sida_model::{
-    Checkpoint, DeviceName, ExpertDevice, ExpertDeviceOptions, ExpertShape, ExpertStore, ModelError, Precision,
-    RowsOnDevice, expert_device,
+    Checkpoint, DeviceError, DeviceName, ExpertDevice, ExpertDeviceOptions, ExpertShape, ExpertStore, ExpertWindow,
+    ModelError, Precision, RowsOnDevice, WindowHandle, expert_device,
 };
 use sida_proto::wire::Bounds;
-use sida_routing::{Digest, ExpertId, ExpertKey, Group, Grouping, LayerId, NodeId, Plan, PlanId};
+use sida_routing::{Digest, ExpertId, ExpertKey, Group, LayerId, NodeId, PlacedGroup, Plan, PlanId};
 
 use crate::{
     cache::{ExpertCache, Memory},
@@ -145,6 +145,45 @@ impl Engine {
         Ok(())
     }
 
+    /// Maps the rows of a coordinator in another process of this machine.
+    pub(crate) fn open_window(&self, rows: &WindowHandle) -> Result<Arc<dyn ExpertWindow>, ModelError> {
+        match self.cache.memory() {
+            Memory::Host(_) => Err(DeviceError::Refused("this node computes on the processor".to_owned()).into()),
+            Memory::Device(device) => device.clone().open_window(rows),
+        }
+    }
+
+    /// Computes the rows of one layer that are in a window of this node.
+    pub(crate) fn compute_in_window(
+        &self,
+        window: &dyn ExpertWindow,
+        layer: LayerId,
+        groups: &[PlacedGroup],
+    ) -> Result<CallReport, CallError> {
+        if self.cache.is_closed() {
+            return Err(CallError::ShuttingDown);
+        }
+        let end = |group: &PlacedGroup| u64::from(group.first) + u64::from(group.rows);
+        if let Some(group) = groups.iter().find(|group| end(group) > window.rows() as u64) {
+            let (expert, end, places) = (group.expert, end(group), window.rows());
+            return Err(CallError::Malformed(format!(
+                "expert {expert}'s rows end at place {end} of a window of {places}"
+            )));
+        }
+        let report = device_compute::compute_in_window(&self.cache, window, layer, groups)?;
+        self.note_rows(groups);
+        Ok(report)
+    }
+
+    fn note_rows(&self, groups: &[PlacedGroup]) {
+        self.rows.fetch_add(groups.iter().map(|group| u64::from(group.rows)).sum(), Ordering::Relaxed);
+    }
+
+    /// Whether its experts are on a device.
+    pub(crate) fn has_device(&self) -> bool {
+        matches!(self.cache.memory(), Memory::Device(_))
+    }
+
     /// Takes no further call, and stops loading ahead. Calls that run come to their end.
     pub fn close(&self) {
         self.cache.close();
@@ -237,8 +276,8 @@ impl LocalExperts for Engine {
     fn compute_beside(
         &self,
         layer: LayerId,
-        grouping: &Grouping,
-        rows: &mut RowsOnDevice<'_>,
+        groups: &[PlacedGroup],
+        rows: &RowsOnDevice<'_>,
     ) -> Option<Result<CallReport, CallError>> {
         let Memory::Device(device) = self.cache.memory() else { return None };
         if !device.is_beside(rows) {
@@ -247,8 +286,8 @@ impl LocalExperts for Engine {
         if self.cache.is_closed() {
             return Some(Err(CallError::ShuttingDown));
         }
-        let started = device_compute::compute_beside(&self.cache, &**device, layer, grouping, rows);
-        self.rows.fetch_add(grouping.tokens.len() as u64, Ordering::Relaxed);
+        let started = device_compute::compute_beside(&self.cache, &**device, layer, groups, rows);
+        self.note_rows(groups);
         Some(started)
     }
 

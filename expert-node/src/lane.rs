@@ -7,6 +7,8 @@
 //! While calls are in flight a lane is never silent: `responses` puts a sign of life where there is no answer for
 //! a while. They come from tokio's threads, which no computation holds, so that a coordinator can tell a node that
 //! hangs from one that has much to do. A call of an older placement than the node's is refused (`stale`).
+//!
+//! A coordinator of this machine may offer a window, in which rows and results stay on GPUs; calls then only name them.
 
 use std::{
     collections::BTreeMap,
@@ -20,9 +22,10 @@ use std::{
 use crossbeam_channel::Sender;
 use futures::{Stream, stream};
 use sida_cluster::experts::LocalExperts;
+use sida_model::{ExpertWindow, StoredDType, WindowHandle};
 use sida_proto::{
     v1::{self, LaneRequest, LaneResponse, lane_request::Kind},
-    wire::Bounds,
+    wire::{self, Bounds},
 };
 use sida_routing::PlanId;
 use sida_rpc::{Fault, Reason};
@@ -45,6 +48,9 @@ use crate::{
 /// Payloads are counted in units of this, since a semaphore counts to 2^29 at least and a lane may have more
 /// bytes than that.
 const BYTES_PER_PERMIT: usize = 1024;
+
+/// Rows of a window at most: what its memory is taken for.
+const WINDOW_ROWS_MAX: usize = 1 << 16;
 
 /// The first name of a lane's plan within the node: out of the way of those that a coordinator of this process
 /// gives by itself.
@@ -72,6 +78,7 @@ struct Lane {
     bytes: Arc<Semaphore>,
     /// Plans of this lane: their names on the lane, and within the node. Several coordinators may use the same.
     plans: BTreeMap<u64, PlanId>,
+    window: Option<Arc<dyn ExpertWindow>>,
 }
 
 /// Serves a lane until either side ends it.
@@ -84,7 +91,8 @@ pub(crate) fn open(
     let under_way = Arc::new(under_way);
     let (calls, bytes) = (lanes.limits.lane_calls_max, bytes_permits(lanes.limits.lane_bytes_max));
     let (calls, bytes) = (Arc::new(Semaphore::new(calls)), Arc::new(Semaphore::new(bytes as usize)));
-    tokio::spawn(Lane { lanes, answers, under_way, calls, bytes, plans: BTreeMap::new() }.read(requests));
+    let lane = Lane { lanes, answers, under_way, calls, bytes, plans: BTreeMap::new(), window: None };
+    tokio::spawn(lane.read(requests));
     stream::unfold(Responses::new(outgoing, watched), Responses::next)
 }
 
@@ -117,6 +125,7 @@ impl Lane {
             Some(Kind::Activations(activations)) => self.call(activations).await,
             Some(Kind::Plan(plan)) => self.plan(plan),
             Some(Kind::Release(release)) => self.release(release.plan_id),
+            Some(Kind::Window(window)) => self.open_window(window).await,
             None => tracing::warn!(node = %self.lanes.engine.node(), "a lane sent a request of unknown kind"),
         }
     }
@@ -143,7 +152,35 @@ impl Lane {
             return answer(v1::Results::failed(activations.call_id, refusal));
         }
         // An error says that the threads are gone; the lane ends with them, which answers its calls.
-        let _ = self.lanes.jobs.send(Job::Call { activations, received, answer });
+        let window = self.window.clone();
+        let _ = self.lanes.jobs.send(Job::Call { activations, window, received, answer });
+    }
+
+    /// Takes up a coordinator's offer of a window, or says why not.
+    async fn open_window(&mut self, offered: v1::Window) {
+        let engine = self.lanes.engine.clone();
+        let opened = match offered.check(WINDOW_ROWS_MAX) {
+            _ if self.window.is_some() => Err("the lane has a window".to_owned()),
+            Ok(Ok(offered)) => {
+                let opened = tokio::task::spawn_blocking(move || engine.open_window(&handle(offered))).await;
+                opened.map_err(|error| error.to_string()).and_then(|opened| opened.map_err(|error| error.to_string()))
+            }
+            Ok(Err(refusal)) => Err(format!("an offer cannot be a refusal: {refusal}")),
+            Err(error) => Err(error.to_string()),
+        };
+        let answer = match opened {
+            Ok(window) => {
+                let answer = answer_of(window.results());
+                self.window = Some(window);
+                answer
+            }
+            Err(refusal) => {
+                tracing::debug!(node = %self.lanes.engine.node(), refusal, "no window for a lane");
+                v1::Window::refused(refusal)
+            }
+        };
+        // An error says that the lane is gone.
+        let _ = self.answers.send(Answer::window(answer));
     }
 
     fn plan(&mut self, plan: v1::Plan) {
@@ -184,6 +221,23 @@ impl Lane {
         let fault = Fault::new(Reason::MalformedMessage, format!("a request cannot be read: {}", status.message()));
         let _ = self.answers.send(Answer::end(fault.into()));
     }
+}
+
+/// What was offered, as devices know it.
+fn handle(offered: wire::Window) -> WindowHandle {
+    let wire::Window { machine, handle, rows, dtype } = offered;
+    let dtype = match dtype {
+        v1::DType::DtypeBf16 => StoredDType::BF16,
+        v1::DType::DtypeF16 => StoredDType::F16,
+        v1::DType::DtypeF32 | v1::DType::DtypeUnspecified => StoredDType::F32,
+    };
+    WindowHandle { machine, memory: handle, rows, dtype }
+}
+
+fn answer_of(results: &WindowHandle) -> v1::Window {
+    let (machine, handle, rows) = (results.machine.clone(), results.memory, results.rows);
+    // Results are float32, on the wire, too.
+    (&wire::Window { machine, handle, rows, dtype: v1::DType::DtypeF32 }).into()
 }
 
 /// What so many bytes count as.

@@ -85,7 +85,7 @@ pub async fn run(
     gauge!(names::PLACEMENT_EPOCH).set(cluster.placement().epoch() as f64);
     // Ends with the node: what is dropped is aborted.
     let mut following = JoinSet::new();
-    if !cluster.is_fixed() {
+    if !cluster.is_fixed() || engine.has_device() {
         following.spawn(placed::follow(engine.clone(), cluster.clone(), config.node.clone()));
     }
     serve(engine, &config, listener, cluster, shutdown).await

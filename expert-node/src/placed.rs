@@ -1,6 +1,7 @@
 //! Follows the placement: loads what is newly placed on this node into room that nobody misses, and then says so, so
-//! that the writer of the placement lets this node take the place of another. Started by [`crate::run`] where the
-//! membership is alive.
+//! that the writer of the placement lets this node take the place of another. A node with a device then reads what is placed
+//! on it and has no slot into the host's memory, too. Started by [`crate::run`] where the membership is alive, or loads are
+//! slow.
 
 use std::{sync::Arc, thread, time::Duration};
 
@@ -10,7 +11,7 @@ use sida_telemetry::{gauge, names};
 use tokio::task;
 
 use crate::{
-    cache::{ExpertCache, NextPlaced},
+    cache::{ExpertCache, Memory, NextPlaced},
     engine::Engine,
 };
 
@@ -22,15 +23,15 @@ pub(crate) async fn follow(engine: Arc<Engine>, cluster: Cluster, node: NodeId) 
     let mut views = cluster.changed();
     loop {
         let placement = cluster.placement();
-        let placed: Vec<ExpertKey> = placement.held_by(&node).collect();
+        let placed: Arc<[ExpertKey]> = placement.held_by(&node).collect();
         let (epoch, count) = (placement.epoch(), placed.len());
         gauge!(names::PLACEMENT_EPOCH).set(epoch as f64);
         let is_newest = {
             let cluster = cluster.clone();
             move || cluster.placement().epoch() == epoch
         };
-        let loading = engine.clone();
-        match task::spawn_blocking(move || load(loading.cache(), &placed, is_newest)).await {
+        let (loading, keys, newest) = (engine.clone(), placed.clone(), is_newest.clone());
+        match task::spawn_blocking(move || load(loading.cache(), &keys, newest)).await {
             Ok(Some(loaded)) => {
                 if loaded > 0 {
                     tracing::info!(%node, epoch, placed = count, loaded, "loaded what is placed here");
@@ -41,8 +42,26 @@ pub(crate) async fn follow(engine: Arc<Engine>, cluster: Cluster, node: NodeId) 
             Ok(None) => continue,
             Err(error) => tracing::error!(%node, %error, "loading what is placed here panicked"),
         }
+        let near = engine.clone();
+        if let Err(error) = task::spawn_blocking(move || keep_near(near.cache(), &placed, is_newest)).await {
+            tracing::error!(%node, %error, "reading what is placed here panicked");
+        }
         if views.changed().await.is_err() {
             return;
+        }
+    }
+}
+
+/// Reads what is placed here into the host's memory, as far as there is room.
+fn keep_near(cache: &ExpertCache, placed: &[ExpertKey], is_newest: impl Fn() -> bool) {
+    let Memory::Device(device) = cache.memory() else { return };
+    for &key in placed {
+        if !is_newest() || cache.is_closed() {
+            return;
+        }
+        if let Err(error) = device.keep_near(key) {
+            cache.note_failure(&error);
+            return tracing::warn!(%key, %error, "an expert that is placed here cannot be read ahead");
         }
     }
 }

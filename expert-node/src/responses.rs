@@ -42,6 +42,11 @@ impl Answer {
         Self { response: Ok(LaneResponse { kind: Some(Kind::Results(results)) }), _permits: Some(permits) }
     }
 
+    /// What becomes of an offer.
+    pub(crate) fn window(window: v1::Window) -> Self {
+        Self { response: Ok(LaneResponse { kind: Some(Kind::Window(window)) }), _permits: None }
+    }
+
     /// The end of the lane.
     pub(crate) fn end(status: Status) -> Self {
         Self { response: Err(status), _permits: None }

@@ -138,6 +138,7 @@ impl Lane {
             match message.unwrap().expect("the lane is open").kind.unwrap() {
                 Answered::Results(results) => return results,
                 Answered::Alive(_) => {}
+                Answered::Window(window) => panic!("nobody offered one: {window:?}"),
             }
         }
     }

@@ -6,7 +6,7 @@
 //! number is checked against [`Bounds`] before it is used as an index or multiplied.
 //!
 //! In reading order: [`rows`] (float payloads), [`hash_table`], [`predict`], [`plan`], [`call`] with its `checksum`,
-//! [`residency`], [`placement`], [`decode`] (all of them from plain bytes).
+//! [`window`], [`residency`], [`placement`], [`decode`] (all of them from plain bytes).
 
 pub mod call;
 mod checksum;
@@ -17,14 +17,16 @@ pub mod plan;
 pub mod predict;
 pub mod residency;
 pub mod rows;
+pub mod window;
 
 use sida_routing::{Digest, ExpertId, ExpertKey, HashTableError, LayerId, PlacementError};
 use thiserror::Error;
 
-pub use call::{Answer, Call};
+pub use call::{Answer, Call, CallRows};
 pub use placement::PlacementRecord;
 pub use predict::{Prediction, PredictionRequest, Stack};
 pub use residency::Residency;
+pub use window::Window;
 
 /// What the receiver can bear: the extent of its model, and its own limits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -3,10 +3,10 @@
 use prost::Message;
 use sida_proto::{
     v1,
-    wire::{Answer, Bounds, PlacementRecord, Residency, Stack, decode, placement::RECORD_BYTES_MAX},
+    wire::{Answer, Bounds, CallRows, PlacementRecord, Residency, Stack, Window, decode, placement::RECORD_BYTES_MAX},
 };
 use sida_routing::{
-    Candidate, Digest, ExpertId, ExpertKey, Extent, Group, HashTable, LayerId, Placement, Plan, PlanId,
+    Candidate, Digest, ExpertId, ExpertKey, Extent, Group, HashTable, LayerId, PlacedGroup, Placement, Plan, PlanId,
     hash_table::Shape,
 };
 
@@ -50,11 +50,16 @@ fn hash_table() {
 fn activations() {
     let groups = [(3, 2), (9, 1), (63, 4)].map(|(expert, rows)| Group { expert: ExpertId(expert), rows });
     let call = v1::Activations { placement_epoch: 9, ..v1::Activations::new(7, LayerId(5), &groups, &[0.5; 28]) };
-    fuzz!([call.encode_to_vec()], |bytes| {
+    let placed = [PlacedGroup { expert: ExpertId(3), first: 5, rows: 2 }];
+    let in_window = v1::Activations::in_window(7, LayerId(5), &placed);
+    fuzz!([call.encode_to_vec(), in_window.encode_to_vec()], |bytes| {
         let Ok(call) = decode::activations(bytes, &BOUNDS) else { return false };
         let rows: usize = call.groups.iter().map(|group| group.rows as usize).sum();
         assert!(rows <= BOUNDS.rows_max);
-        assert_eq!(call.activations.len(), rows * BOUNDS.d_model);
+        match call.rows {
+            CallRows::Sent(activations) => assert_eq!(activations.len(), rows * BOUNDS.d_model),
+            CallRows::InWindow(firsts) => assert_eq!(firsts.len(), call.groups.len()),
+        }
         assert!(call.groups.iter().all(|group| usize::from(group.expert.0) < BOUNDS.num_experts));
         true
     });
@@ -148,10 +153,12 @@ fn placement() {
 fn lane_frames() {
     let groups = [Group { expert: ExpertId(3), rows: 2 }];
     let plan = Plan { id: PlanId(3), experts: vec![key(0, 1)], begins: false };
+    let window = Window { machine: "boot".into(), handle: [7; 64], rows: 100, dtype: v1::DType::DtypeBf16 };
     let kinds = [
         v1::lane_request::Kind::Plan((&plan).into()),
         v1::lane_request::Kind::Activations(v1::Activations::new(7, LayerId(5), &groups, &[0.5; 8])),
         v1::lane_request::Kind::Release(v1::Release { plan_id: 3 }),
+        v1::lane_request::Kind::Window((&window).into()),
     ];
     let seeds = kinds.map(|kind| v1::LaneRequest { kind: Some(kind) }.encode_to_vec());
     fuzz!(seeds, |bytes| {
@@ -160,6 +167,7 @@ fn lane_frames() {
             Some(v1::lane_request::Kind::Plan(plan)) => plan.check(&BOUNDS).is_ok(),
             Some(v1::lane_request::Kind::Activations(call)) => call.check(&BOUNDS).is_ok(),
             Some(v1::lane_request::Kind::Release(_)) => true,
+            Some(v1::lane_request::Kind::Window(window)) => window.check(100).is_ok(),
             None => false,
         }
     });

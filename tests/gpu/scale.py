@@ -1,21 +1,23 @@
-"""How serving grows with GPUs: a cluster of one expert-node per GPU, the coordinator on the first of them, against the one on a
-single GPU, in turns.
+"""How serving grows with GPUs: a cluster of one expert-node per GPU against the one on a single GPU, in turns.
 
     python tests/gpu/scale.py --sida target/release/sida --like switch-base-256 --expert-nodes 1,2,4,8 --gpus 8
 
 prints, for each method, batch and number of expert-nodes: requests a second and their ratio to the first cluster, what a
-layer's call to a node took and what of that the node computed, and what every node held. With fewer GPUs than expert-nodes
-these take turns on the GPUs there are, each with its own part of the memory. Needs a build with the cargo feature cuda and
-no Python package; the model is random weights made by `sida synth` in --directory. Ends with --kill by killing an
-expert-node under load, as serve.py does.
+layer's call to a node took and what of that the node computed, and what every node held. The expert-nodes share the model
+evenly, or each has --expert-memory of it. The coordinator is on the first GPU; with --coordinators each there is one on
+every GPU, and each gets its part of the batch. With fewer GPUs than expert-nodes these take turns on the GPUs there are.
+Needs a build with the cargo feature cuda and no Python package; the model is random weights made by `sida synth` in
+--directory. Ends with --kill by killing an expert-node under load, as serve.py does.
 """
 
 import argparse
+import concurrent.futures
 import pathlib
 import re
 import statistics
 import sys
 import tempfile
+import time
 import urllib.request
 
 import serve
@@ -26,28 +28,41 @@ METRIC = re.compile(
 
 
 class Cluster:
-    """A coordinator and expert-nodes, with their metrics."""
+    """Coordinators and expert-nodes, with their metrics."""
+
+    pool = concurrent.futures.ThreadPoolExecutor(64)
 
     def __init__(self, args, expert_nodes, directory, log):
         self.metrics = []
-        names = ["c0", *(f"e{number}" for number in range(expert_nodes))]
-        ports = {name: serve.free_port() for name in names}
-        entry = lambda name: f'[[{"coordinator" if name == "c0" else "expert-node"}]]\nname = "{name}"\naddress = "127.0.0.1:{ports[name]}"\n'
+        nodes = [f"e{number}" for number in range(expert_nodes)]
+        coordinators = [f"c{number}" for number in range(expert_nodes if args.coordinators == "each" else 1)]
+        ports = {name: serve.free_port() for name in [*nodes, *coordinators]}
+        entry = lambda role, name: f'[[{role}]]\nname = "{name}"\naddress = "127.0.0.1:{ports[name]}"\n'
         file = pathlib.Path(directory) / "cluster.toml"
-        file.write_text("".join(entry(name) for name in names))
+        members = [entry("expert-node", name) for name in nodes] + [entry("coordinator", name) for name in coordinators]
+        file.write_text("".join(members))
         # A little more than an even share: placement is not perfectly even.
-        share = min(100, 100 / expert_nodes + 5)
+        share = args.expert_memory or f"{min(100, 100 / expert_nodes + 5)}%"
         self.processes = []
-        for number, name in enumerate(names[1:]):
-            flags = ["--device", f"cuda:{number % args.gpus}", "--expert-memory", f"{share}%", "--host-memory", f"{share}%"]
+        for number, name in enumerate(nodes):
+            flags = ["--device", f"cuda:{number % args.gpus}", "--expert-memory", share, "--host-memory", args.host_memory or share]
             self.start(args, "expert-node", name, file, flags, log)
-        self.start(args, "coordinator", "c0", file, ["--device", "cuda:0", "--batch-tokens-max", "16384"], log)
-        self.endpoint = self.processes[-1].address
+        for number, name in enumerate(coordinators):
+            flags = ["--device", f"cuda:{number % args.gpus}", "--batch-tokens-max", "16384", *args.coordinator_flags.split()]
+            self.start(args, "coordinator", name, file, flags, log)
+        self.coordinators = self.processes[expert_nodes:]
+        self.settle()
 
     def start(self, args, role, name, file, flags, log):
         self.metrics.append(serve.free_port())
         common = ["--static", str(file), "--model", args.model, "--log", "error", "--metrics-listen", f"127.0.0.1:{self.metrics[-1]}"]
         self.processes.append(serve.Process([args.sida, role, "--name", name, *flags, *common], log))
+
+    def settle(self):
+        """Waits until the nodes have loaded what is placed on them."""
+        before = None
+        while before != (before := self.scrape()[1]):
+            time.sleep(1)
 
     def scrape(self):
         """Sums over the nodes, and each node's resident bytes."""
@@ -62,16 +77,22 @@ class Cluster:
         return sums, resident
 
     def measure(self, args, method, batch):
-        flags = ["--method", method, "--ignore-eos", "--max-tokens", "32", "--batch", str(batch), "--log", "error", "--file", args.file]
-        serve.bench(args.sida, self.endpoint, *flags, "--duration", "500ms")
+        own = max(1, batch // len(self.coordinators))
+        flags = ["--method", method, "--ignore-eos", "--max-tokens", "32", "--batch", str(own), "--log", "error", "--file", args.file]
+        load = lambda duration: [
+            self.pool.submit(serve.bench, args.sida, coordinator.address, *flags, "--duration", duration)
+            for coordinator in self.coordinators
+        ]
+        concurrent.futures.wait(load("500ms"))
         before, _ = self.scrape()
-        report = serve.bench(args.sida, self.endpoint, *flags, "--duration", args.duration)[0]
+        reports = [report.result()[0] for report in load(args.duration)]
         after, resident = self.scrape()
-        if report["failures"]:
-            raise SystemExit(f"{method} {batch}: {report['failures']}")
+        for report in reports:
+            if report["failures"]:
+                raise SystemExit(f"{method} {batch}: {report['failures']}")
         grown = {name: after[name] - before.get(name, 0) for name in after}
         mean = lambda name: 1e3 * grown[f"sida_{name}_duration_seconds_sum"] / max(1, grown[f"sida_{name}_duration_seconds_count"])
-        return report["requests_per_s"], mean("dispatch"), mean("expert_compute"), resident
+        return sum(report["requests_per_s"] for report in reports), mean("dispatch"), mean("expert_compute"), resident
 
     def end(self):
         for process in reversed(self.processes):
@@ -86,7 +107,11 @@ def main():
     arguments.add_argument("--file", default="tests/data/sentences.txt")
     arguments.add_argument("--gpus", type=int, default=1)
     arguments.add_argument("--expert-nodes", default="1,2", help="sizes of clusters, the first is what the others are held against")
-    arguments.add_argument("--batches", default="8,32,128,256")
+    arguments.add_argument("--coordinators", choices=["one", "each"], default="one", help="one in all, or one on each GPU")
+    arguments.add_argument("--coordinator-flags", default="", help="more flags of coordinators")
+    arguments.add_argument("--expert-memory", help="of each expert-node [default: an even share and a little more]")
+    arguments.add_argument("--host-memory", help="of each expert-node [default: as --expert-memory]")
+    arguments.add_argument("--batches", default="8,32,128,256", help="requests at a time, over all coordinators")
     arguments.add_argument("--methods", default="encode,generate")
     arguments.add_argument("--rounds", type=int, default=2)
     arguments.add_argument("--duration", default="2s")
@@ -108,7 +133,7 @@ def main():
             print_table(args, sizes, cases, found)
             if args.kill:
                 cluster = Cluster(args, max(sizes), directory, log)
-                report = serve.kill_under_load(args, [cluster.processes[-1], *cluster.processes[:-1]])
+                report = serve.kill_under_load(args, [cluster.coordinators[0], cluster.processes[max(sizes) - 1]])
                 serve.check(f"no request of {report['requests']} failed when a node was killed", report["failures"], {})
                 cluster.end()
         except SystemExit:
@@ -118,7 +143,8 @@ def main():
 
 
 def print_table(args, sizes, cases, found):
-    print(f"{args.like}, {args.gpus} GPUs, {args.rounds} rounds; medians")
+    print(f"{args.like}, {args.gpus} GPUs, coordinators: {args.coordinators}, expert memory of a node: {args.expert_memory or 'its share'}, "
+          f"{args.rounds} rounds; medians")
     print(f"{'':14} {'nodes':>5} {'requests/s':>10} {'ratio':>6} {'call ms':>8} {'of it computed':>14}  resident GiB")
     for case in cases:
         for size in sizes:

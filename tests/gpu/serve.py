@@ -81,6 +81,11 @@ def started_cluster(args, directory, log, precision):
     return [Process([args.sida, "coordinator", "--name", "c0", "--device", "cuda:0", *common], log), *started]
 
 
+def windows(log):
+    """How often coordinators have said so far that rows for a node need not travel."""
+    return pathlib.Path(log.name).read_text().count("rows for an expert-node stay on the device")
+
+
 def free_port():
     import socket
 
@@ -138,6 +143,7 @@ def run(args, directory, log):
     for precision in ["f32", "bf16"]:
         processes = started_cluster(args, directory, log, precision)
         before = answers(args.sida, processes[0].address)
+        check("rows stay on the GPUs", windows(log), args.expert_nodes * (1 if precision == "f32" else 2))
         if precision == "f32":
             check(f"{args.expert_nodes} expert-nodes on {args.gpus} GPUs answer as the processor does", before, expected)
         report = kill_under_load(args, processes)

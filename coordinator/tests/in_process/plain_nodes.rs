@@ -13,7 +13,7 @@ use sida_proto::{
         lane_request::Kind,
         predictor_server::{Predictor, PredictorServer},
     },
-    wire::{Bounds, Stack},
+    wire::{Bounds, CallRows, Stack},
 };
 use sida_rpc::{MESSAGE_BYTES_MAX, Server, ServerConfig};
 use tokio::{
@@ -113,6 +113,7 @@ impl Experts for PlainService {
                 match request.ok()?.kind? {
                     Kind::Plan(plan) => experts.plan(plan.check(&BOUNDS).expect("a sound plan")),
                     Kind::Release(release) => experts.release(release.into()),
+                    Kind::Window(_) => panic!("a coordinator without a device has no window to offer"),
                     Kind::Activations(activations) => {
                         let computed = tokio::task::spawn_blocking(move || compute(&experts, activations));
                         let results = v1::lane_response::Kind::Results(computed.await.expect("computed"));
@@ -138,8 +139,9 @@ fn compute(experts: &PlainExperts, activations: v1::Activations) -> v1::Results 
         return v1::Results::failed(activations.call_id, error);
     }
     let call = activations.check(&BOUNDS).expect("a sound call");
-    let mut out = vec![0.0; call.activations.len()];
-    let expert_call = ExpertCall { layer: call.layer, groups: &call.groups, activations: &call.activations };
+    let CallRows::Sent(activations) = &call.rows else { panic!("rows are said to be in a window") };
+    let mut out = vec![0.0; activations.len()];
+    let expert_call = ExpertCall { layer: call.layer, groups: &call.groups, activations };
     match experts.compute(expert_call, &mut out) {
         Ok(report) => {
             let report = v1::CallReport { hits: report.hits, ..Default::default() };

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use sida_model::RowsOnDevice;
-use sida_routing::{ExpertKey, Group, Grouping, LayerId, Plan, PlanId};
+use sida_routing::{ExpertKey, Group, LayerId, PlacedGroup, Plan, PlanId};
 use thiserror::Error;
 
 /// Rows for experts of one layer.
@@ -74,13 +74,13 @@ pub trait LocalExperts: Send + Sync {
     fn release(&self, plan: PlanId);
     /// Computes the rows of one layer into `out`, (sum of rows, d_model), in the order of the call.
     fn compute(&self, call: ExpertCall<'_>, out: &mut [f32]) -> Result<CallReport, CallError>;
-    /// Starts computing rows of one layer that are on a device, if its experts are there, too. `None`: they are not.
-    /// Waits for loads and not for the results.
+    /// Starts computing these of the rows of a layer, which are grouped on a device, if its experts are there, too. `None`:
+    /// they are not. Waits for loads and not for the results.
     fn compute_beside(
         &self,
         _layer: LayerId,
-        _grouping: &Grouping,
-        _rows: &mut RowsOnDevice<'_>,
+        _groups: &[PlacedGroup],
+        _rows: &RowsOnDevice<'_>,
     ) -> Option<Result<CallReport, CallError>> {
         None
     }

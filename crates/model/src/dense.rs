@@ -13,7 +13,7 @@ use sida_routing::{LayerId, Routes};
 use crate::cuda::{Choice, DeviceDense, DeviceSequence, Gpu};
 use crate::{
     Backbone, Checkpoint, DecoderState, DeviceName, ModelConfig, ModelError, MoeGate, Precision, RouterKind,
-    RowsOnDevice, Spans, Stack, elementwise,
+    RowsOnDevice, RowsWindow, Spans, Stack, elementwise,
     feed_forward::FeedForward,
     router,
     tensor_rows::{from_rows, rows},
@@ -251,8 +251,7 @@ impl Dense {
         }
     }
 
-    /// Those rows where they are on a device, for experts on the same one; after these comes [`Dense::add_computed`].
-    /// `None`: they are in this machine's memory.
+    /// Those rows where they are on a device: see [`RowsOnDevice`]. `None`: they are in this machine's memory.
     pub fn rows_on_device(&mut self) -> Option<RowsOnDevice<'_>> {
         match &mut self.place {
             Place::Cpu(_) => None,
@@ -261,12 +260,16 @@ impl Dense {
         }
     }
 
-    /// h += what experts on the device made of the rows.
-    pub fn add_computed(&mut self) -> Result<(), ModelError> {
-        match &mut self.place {
-            Place::Cpu(_) => unreachable!("experts compute on a device where the rows are"),
+    /// The memory that rows are in, for expert-nodes of this machine. `None`: not a device's; an error: the device does not
+    /// let it be shared.
+    pub fn rows_window(&self) -> Option<Result<RowsWindow, ModelError>> {
+        match &self.place {
+            Place::Cpu(_) => None,
             #[cfg(feature = "cuda")]
-            Place::Gpu(device) => Ok(device.add_computed()?),
+            Place::Gpu(device) => {
+                let shared = device.shared_rows().map_err(ModelError::from);
+                Some(shared.map(|shared| RowsWindow { shared: Arc::new(shared) }))
+            }
         }
     }
 

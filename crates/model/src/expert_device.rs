@@ -6,7 +6,7 @@ use std::sync::Arc;
 use sida_routing::{ExpertKey, Grouping};
 use thiserror::Error;
 
-use crate::{DeviceName, ExpertShape, ExpertStore, ModelError, Precision};
+use crate::{DeviceName, ExpertShape, ExpertStore, ExpertWindow, ModelError, Precision, ResultsWindow, WindowHandle};
 
 /// Rows for the expert in a slot.
 #[derive(Debug)]
@@ -37,18 +37,18 @@ pub trait ExpertDevice: Send + Sync {
     fn begin_load(&self, key: ExpertKey, slot: usize, urgency: Urgency) -> Result<(), ModelError>;
     /// Waits for it.
     fn finish_load(&self, slot: usize) -> Result<(), ModelError>;
+    /// Keeps an expert near the device, if there is room, so that its next load does not wait for a disk.
+    fn keep_near(&self, _key: ExpertKey) -> Result<(), ModelError> {
+        Ok(())
+    }
     /// Computes rows with the experts in slots.
     fn compute(&self, groups: &mut [SlotRows<'_>]) -> Result<(), ModelError>;
     /// Whether [`ExpertDevice::start_beside`] takes rows from there.
     fn is_beside(&self, _rows: &RowsOnDevice<'_>) -> bool {
         false
     }
-    /// Tells the device how such rows are grouped: the token at each place, and the factor of its expert. The sum of what
-    /// follows begins with 0.
-    fn group_beside(&self, _rows: &mut RowsOnDevice<'_>, _grouping: &Grouping) -> Result<(), ModelError> {
-        Err(DeviceError::Refused("these rows are on another device".to_owned()).into())
-    }
-    /// Starts computing such rows. `done` is called, or dropped, when the device is through with the slots.
+    /// Starts computing such rows, which are grouped. `done` is called, or dropped, when the device is through with the
+    /// slots.
     fn start_beside(
         &self,
         _rows: &RowsOnDevice<'_>,
@@ -56,6 +56,10 @@ pub trait ExpertDevice: Send + Sync {
         _done: Box<dyn FnOnce() + Send>,
     ) -> Result<(), ModelError> {
         Err(DeviceError::Refused("these rows are on another device".to_owned()).into())
+    }
+    /// Maps the rows of a coordinator in another process, and takes memory for their results.
+    fn open_window(self: Arc<Self>, _rows: &WindowHandle) -> Result<Arc<dyn ExpertWindow>, ModelError> {
+        Err(DeviceError::Refused("this device's memory cannot be shared".to_owned()).into())
     }
 }
 
@@ -76,7 +80,78 @@ pub struct RowsOnDevice<'w> {
     pub(crate) dense: &'w mut crate::cuda::DeviceDense,
     /// No build without devices makes one.
     #[cfg(not(feature = "cuda"))]
-    _never: (std::convert::Infallible, std::marker::PhantomData<&'w ()>),
+    never: (std::convert::Infallible, std::marker::PhantomData<&'w ()>),
+}
+
+#[cfg(feature = "cuda")]
+impl RowsOnDevice<'_> {
+    /// Tells the device how the rows are grouped: the token at each place, and the factor of its expert. What experts make
+    /// of them is summed from 0. To be called before anything is computed of a layer.
+    pub fn group(&mut self, grouping: &Grouping) -> Result<(), ModelError> {
+        Ok(self.dense.group(grouping)?)
+    }
+
+    /// Waits until rows and grouping can be read by others.
+    pub fn settle(&mut self) -> Result<(), ModelError> {
+        Ok(self.dense.settle()?)
+    }
+
+    /// Starts taking over the results of these places, each times its factor.
+    pub fn take(&mut self, from: &ResultsWindow, places: &[u32]) -> Result<(), ModelError> {
+        Ok(self.dense.take(Some(&from.mapped), places)?)
+    }
+
+    /// Forgets what was computed of these places.
+    pub fn forget(&mut self, places: &[u32]) -> Result<(), ModelError> {
+        Ok(self.dense.take(None, places)?)
+    }
+
+    /// The rows, (tokens, d_model), for experts that cannot read them where they are.
+    pub fn fetch(&mut self) -> Result<Vec<f32>, ModelError> {
+        Ok(self.dense.rows()?)
+    }
+
+    /// h += what experts on devices made of the rows.
+    pub fn add_computed(&mut self) -> Result<(), ModelError> {
+        Ok(self.dense.add_computed()?)
+    }
+
+    /// h += out (tokens, d_model).
+    pub fn add(&mut self, out: &[f32]) -> Result<(), ModelError> {
+        Ok(self.dense.add(out)?)
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+#[allow(missing_docs)] // As above, and never called.
+impl RowsOnDevice<'_> {
+    pub fn group(&mut self, _: &Grouping) -> Result<(), ModelError> {
+        match self.never.0 {}
+    }
+
+    pub fn settle(&mut self) -> Result<(), ModelError> {
+        match self.never.0 {}
+    }
+
+    pub fn take(&mut self, _: &ResultsWindow, _: &[u32]) -> Result<(), ModelError> {
+        match self.never.0 {}
+    }
+
+    pub fn forget(&mut self, _: &[u32]) -> Result<(), ModelError> {
+        match self.never.0 {}
+    }
+
+    pub fn fetch(&mut self) -> Result<Vec<f32>, ModelError> {
+        match self.never.0 {}
+    }
+
+    pub fn add_computed(&mut self) -> Result<(), ModelError> {
+        match self.never.0 {}
+    }
+
+    pub fn add(&mut self, _: &[f32]) -> Result<(), ModelError> {
+        match self.never.0 {}
+    }
 }
 
 /// What is wrong with a device.

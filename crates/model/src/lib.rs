@@ -11,7 +11,7 @@
 //! The backbone: [`spans`], [`position_bias`], [`kv_cache`], `attention`, [`router`], [`feed_forward`],
 //! [`encoder`], [`decoder`], `loader`, [`backbone`], and [`dense`] (the same wherever it is computed). Experts: [`expert`], [`expert_store`].
 //! All of it at once: [`reference`](mod@reference). What will be routed where: [`predictor`].
-//! Experts on another device than the processor: [`expert_device`]. All of it on a GPU (feature `cuda`): [`cuda`],
+//! Experts on another device than the processor: [`expert_device`], and in another process: [`window`](mod@window). All of it on a GPU (feature `cuda`): [`cuda`],
 //! [`device_name`] and [`precision`].
 //! Making checkpoints: [`convert`], [`synth`], `fresh_directory`, `shards`.
 
@@ -55,6 +55,7 @@ pub mod synth;
 pub mod tensor_rows;
 pub mod tokenizer;
 mod weight_files;
+pub mod window;
 
 pub use candle_core::{Device, Tensor};
 
@@ -76,3 +77,4 @@ pub use precision::{Precision, PrecisionError};
 pub use reference::{Reference, RoutedLayer};
 pub use spans::Spans;
 pub use tokenizer::Tokenizer;
+pub use window::{ExpertWindow, ResultsWindow, RowsWindow, WindowHandle};

@@ -12,6 +12,17 @@ pub struct Group {
     pub rows: u32,
 }
 
+/// A run of rows for one expert, and where it is among all the rows of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PlacedGroup {
+    /// Who computes them.
+    pub expert: ExpertId,
+    /// The place of the first of them in grouped order.
+    pub first: u32,
+    /// How many. Never 0.
+    pub rows: u32,
+}
+
 /// The rows of one MoE layer, ordered by expert.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Grouping {

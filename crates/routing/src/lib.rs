@@ -18,7 +18,7 @@ pub mod plan;
 pub mod residency;
 pub mod routes;
 
-pub use grouping::{Group, Grouping};
+pub use grouping::{Group, Grouping, PlacedGroup};
 pub use hash_table::{HashTable, HashTableError};
 pub use ids::{Digest, ExpertId, ExpertKey, LayerId, NodeId};
 pub use placement::{Candidate, Demand, Extent, Placement, PlacementError, Policy};

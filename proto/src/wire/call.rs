@@ -1,7 +1,7 @@
 //! `Activations` -> [`Call`], read by expert-nodes; `Results` -> [`Answer`], read by coordinators.
 
 use bytes::Bytes;
-use sida_routing::{ExpertId, Group, LayerId};
+use sida_routing::{ExpertId, Group, LayerId, PlacedGroup};
 
 use super::{Bounds, WireError, checksum, length, placement::RECORD_BYTES_MAX, rows, within};
 use crate::v1;
@@ -17,8 +17,17 @@ pub struct Call {
     pub layer: LayerId,
     /// Consecutive rows by expert; at least one group.
     pub groups: Vec<Group>,
-    /// (sum of rows, d_model).
-    pub activations: Vec<f32>,
+    /// The rows.
+    pub rows: CallRows,
+}
+
+/// Where the rows of a call are.
+#[derive(Clone, Debug, PartialEq)]
+pub enum CallRows {
+    /// They came with it: (sum of rows, d_model).
+    Sent(Vec<f32>),
+    /// In the lane's window: the first place of each group. Whether the window has them is known to whoever opened it.
+    InWindow(Vec<u32>),
 }
 
 /// A checked answer to one call.
@@ -49,6 +58,19 @@ impl v1::Activations {
             placement_epoch: 0,
             checksum: 0,
             traceparent: String::new(),
+            first_places: Vec::new(),
+        };
+        message.checksum = checksum::of_call(&message);
+        message
+    }
+
+    /// Names rows that are in the lane's window, under no placement's epoch.
+    pub fn in_window(call_id: u64, layer: LayerId, groups: &[PlacedGroup]) -> Self {
+        let mut message = Self {
+            experts: groups.iter().map(|group| group.expert.0.into()).collect(),
+            rows: groups.iter().map(|group| group.rows).collect(),
+            first_places: groups.iter().map(|group| group.first).collect(),
+            ..Self::new(call_id, layer, &[], &[])
         };
         message.checksum = checksum::of_call(&message);
         message
@@ -70,10 +92,17 @@ impl v1::Activations {
             rows_total = within("Activations.rows (their sum)", rows_total + rows as usize, 1, bounds.rows_max)?;
             groups.push(Group { expert, rows });
         }
-        length("Activations.payload", "bytes", self.payload.len(), payload_bytes(rows_total, bounds.d_model))?;
+        let is_in_window = !self.first_places.is_empty();
+        let expected = if is_in_window { 0 } else { payload_bytes(rows_total, bounds.d_model) };
+        length("Activations.payload", "bytes", self.payload.len(), expected)?;
         checksum::undamaged("Activations", self.checksum, checksum::of_call(&self))?;
-        let (call_id, placement_epoch) = (self.call_id, self.placement_epoch);
-        Ok(Call { call_id, placement_epoch, layer, groups, activations: rows::from_payload(&self.payload) })
+        let rows = if is_in_window {
+            length("Activations.first_places", "groups", self.first_places.len(), groups.len())?;
+            CallRows::InWindow(self.first_places)
+        } else {
+            CallRows::Sent(rows::from_payload(&self.payload))
+        };
+        Ok(Call { call_id: self.call_id, placement_epoch: self.placement_epoch, layer, groups, rows })
     }
 }
 

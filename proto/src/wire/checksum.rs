@@ -41,6 +41,10 @@ pub(super) fn of_call(call: &v1::Activations) -> u32 {
     sum.numbers(&call.rows);
     sum.number(call.dtype as u64);
     sum.bytes(&call.payload);
+    // Nothing where there are none, so that nodes without windows agree.
+    if !call.first_places.is_empty() {
+        sum.numbers(&call.first_places);
+    }
     sum.0.finalize()
 }
 

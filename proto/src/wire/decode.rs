@@ -53,10 +53,10 @@ fn message<M: Message + Default>(name: &'static str, bytes: &[u8]) -> Result<M, 
 mod tests {
     use bytes::Bytes;
     use proptest::prelude::*;
-    use sida_routing::{Digest, ExpertId, ExpertKey, Group, LayerId, PlanId, hash_table::Shape};
+    use sida_routing::{Digest, ExpertId, ExpertKey, Group, LayerId, PlacedGroup, PlanId, hash_table::Shape};
 
     use super::*;
-    use crate::wire::{Stack, rows};
+    use crate::wire::{CallRows, Stack, checksum, rows};
 
     const BOUNDS: Bounds = Bounds {
         moe_layers: 6,
@@ -107,7 +107,13 @@ mod tests {
             let (groups, values) = call;
             let sent = v1::Activations::new(9, LayerId(5), &groups, &values);
             let taken = activations(&sent.encode_to_vec(), &BOUNDS).unwrap();
-            prop_assert_eq!((taken.groups, &taken.activations, taken.layer), (groups, &values, LayerId(5)));
+            prop_assert_eq!((&taken.groups, taken.rows, taken.layer), (&groups, CallRows::Sent(values.clone()), LayerId(5)));
+
+            let placed = |group: &Group| PlacedGroup { expert: group.expert, first: 7 * group.rows, rows: group.rows };
+            let sent = v1::Activations::in_window(9, LayerId(5), &groups.iter().map(placed).collect::<Vec<_>>());
+            let taken = activations(&sent.encode_to_vec(), &BOUNDS).unwrap();
+            let firsts = groups.iter().map(|group| 7 * group.rows).collect();
+            prop_assert_eq!((&taken.groups, taken.rows), (&groups, CallRows::InWindow(firsts)));
 
             let sent = v1::Results::done(9, values.clone(), v1::CallReport::default());
             match results(&sent.encode_to_vec(), values.len() / 4, 4).unwrap() {
@@ -187,8 +193,15 @@ mod tests {
         assert_eq!(refused(short), "Activations.payload holds 31 bytes, expected 32");
         let half = v1::Activations { dtype: 2, ..good.clone() };
         assert_eq!(refused(half), "Activations.dtype is 2, which this node does not take");
-        let many = v1::Activations { experts: vec![1, 2], rows: vec![60, 60], ..good };
+        let many = v1::Activations { experts: vec![1, 2], rows: vec![60, 60], ..good.clone() };
         assert_eq!(refused(many), "Activations.rows (their sum) is 120, expected 1 to 100");
+        let placed = PlacedGroup { expert: ExpertId(3), first: 40, rows: 2 };
+        let in_window = v1::Activations::in_window(1, LayerId(0), &[placed]);
+        let both = v1::Activations { payload: good.payload.clone(), ..in_window.clone() };
+        assert_eq!(refused(both), "Activations.payload holds 32 bytes, expected 0");
+        let mut more = v1::Activations { first_places: vec![40, 41], ..in_window };
+        more.checksum = checksum::of_call(&more);
+        assert_eq!(refused(more), "Activations.first_places holds 2 groups, expected 1");
     }
 
     proptest! {
@@ -203,8 +216,8 @@ mod tests {
             };
             let sent = v1::Activations::new(1, LayerId(3), &groups, &values);
             if let Ok(taken) = activations(&flipped(sent.encode_to_vec()), &BOUNDS) {
-                let taken = (taken.call_id, taken.layer, taken.groups, taken.activations);
-                prop_assert_eq!(taken, (1, LayerId(3), groups, values.clone()));
+                let taken = (taken.call_id, taken.layer, taken.groups, taken.rows);
+                prop_assert_eq!(taken, (1, LayerId(3), groups, CallRows::Sent(values.clone())));
             }
             let report = v1::CallReport { hits: 1, demand_loads: 2, load_us: 3, compute_us: 4 };
             let sent = v1::Results::done(1, values.clone(), report);

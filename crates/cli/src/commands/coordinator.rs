@@ -30,6 +30,9 @@ pub(crate) struct CoordinatorArguments {
     model: ModelArguments,
     #[command(flatten)]
     device: DeviceArguments,
+    /// With a GPU: send rows to expert-nodes on this machine, too, although they could read them in its memory
+    #[arg(long)]
+    send_rows: bool,
     #[command(flatten)]
     predictor: PredictorArguments,
     #[command(flatten)]
@@ -64,6 +67,7 @@ pub(crate) fn run(arguments: CoordinatorArguments) -> anyhow::Result<ExitCode> {
         let mut config = CoordinatorConfig::new(member.node, checkpoint, predictor);
         arguments.limits.apply(&mut config);
         (config.device, config.precision) = (arguments.device.device, arguments.device.precision);
+        config.share_rows = !arguments.send_rows;
         config.client = arguments.connection.client();
         config.server = arguments.server.server(&arguments.connection, readiness);
         config.on_load = Some(loading_bar::of_model(&config.checkpoint));

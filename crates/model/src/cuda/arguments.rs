@@ -35,6 +35,31 @@ pub(super) struct Add {
     pub(super) count: i32,
 }
 
+/// `Fetch` of rows.cu.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(super) struct Fetch {
+    pub(super) x: u64,
+    pub(super) order: u64,
+    pub(super) places: u64,
+    pub(super) out: u64,
+    pub(super) results: u64,
+    pub(super) rows: i32,
+    pub(super) d: i32,
+}
+
+/// `Take` of rows.cu.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(super) struct Take {
+    pub(super) results: u64,
+    pub(super) places: u64,
+    pub(super) order: u64,
+    pub(super) alpha: u64,
+    pub(super) out: u64,
+    pub(super) d: i32,
+}
+
 /// `Tile` of product.cu.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
@@ -136,6 +161,8 @@ mod tests {
     fn layouts_are_those_of_the_kernels() {
         assert_eq!((size_of::<Embed>(), size_of::<Norm>(), size_of::<Best>()), (32, 56, 24));
         assert_eq!((size_of::<Add>(), size_of::<Tile>()), (24, 16));
+        assert_eq!((size_of::<Fetch>(), offset_of!(Fetch, rows)), (48, 40));
+        assert_eq!((size_of::<Take>(), offset_of!(Take, d)), (48, 40));
         assert_eq!((size_of::<Product>(), offset_of!(Product, pass), offset_of!(Product, slot_stride)), (88, 40, 80));
         assert_eq!((size_of::<Route>(), offset_of!(Route, rows)), (96, 72));
         assert_eq!((size_of::<Sequence>(), offset_of!(Sequence, capacity)), (48, 24));

@@ -9,7 +9,7 @@ use cudarc::driver::PinnedHostSlice;
 use sida_routing::{Grouping, LayerId};
 
 use super::{
-    arguments::Sequence,
+    arguments::{Sequence, Take},
     device::{DeviceMemory, Gpu},
     error::{CudaError, failed},
     grouped::{Grouped, Tiles},
@@ -18,6 +18,7 @@ use super::{
     scratch::{LOGIT_ROWS_MAX, Packet, Scratch},
     sequence::DeviceSequence,
     weights::{self, Block, DeviceBackbone, FeedForward, StackWeights},
+    window::{Mapped, SharedRows},
 };
 use crate::{Checkpoint, ModelConfig, ModelError, Precision, SlotRun, Spans, Stack, StoredDType};
 
@@ -42,6 +43,8 @@ struct Exchange {
     added: DeviceMemory,
     /// How many tiles of both ways there are, and those, where experts are on this device.
     tiles: DeviceMemory,
+    /// Places of grouped rows whose results are taken over.
+    places: DeviceMemory,
 }
 
 /// A pass that is walked.
@@ -159,7 +162,7 @@ impl DeviceDense {
 
     /// Tells the device which token is at each place of the grouped rows, and the factor of each token's expert. What
     /// experts on the device make of them is summed from 0; then comes [`DeviceDense::add_computed`].
-    pub(super) fn group(&mut self, grouping: &Grouping) -> Result<(), CudaError> {
+    pub(crate) fn group(&mut self, grouping: &Grouping) -> Result<(), CudaError> {
         let rows = self.walk().shape.rows;
         let mut alpha = vec![0.0; rows];
         for (&token, &weight) in grouping.tokens.iter().zip(&grouping.weights) {
@@ -170,6 +173,34 @@ impl DeviceDense {
         self.gpu.write(self.scratch.alpha.address(), weights::plain_bytes(&alpha))?;
         let added = &self.exchange.as_ref().expect("made when the walk began").added;
         self.gpu.clear(added.address(), rows * self.config.d_model * 4)
+    }
+
+    /// Waits until what others on this machine read is there: the rows, and how they are grouped.
+    pub(crate) fn settle(&mut self) -> Result<(), CudaError> {
+        self.gpu.enter()?;
+        self.gpu.finish()
+    }
+
+    /// Starts taking over what experts of another process made of the rows at these places, each times its factor; or
+    /// nothing, as if they had not been computed.
+    pub(crate) fn take(&mut self, from: Option<&Mapped>, places: &[u32]) -> Result<(), CudaError> {
+        self.gpu.enter()?;
+        let exchange = self.exchange.as_ref().expect("made when the walk began");
+        self.gpu.write(exchange.places.address(), weights::plain_bytes(places))?;
+        let take = Take {
+            results: from.map_or(0, Mapped::address),
+            places: exchange.places.address(),
+            order: self.scratch.order.address(),
+            alpha: self.scratch.alpha.address(),
+            out: exchange.added.address(),
+            d: self.config.d_model as i32,
+        };
+        self.gpu.launch(&self.kernels.take_rows, (places.len(), 1, 1), 128, &take)
+    }
+
+    /// What rows and grouping are in, to be shared.
+    pub(crate) fn shared_rows(&self) -> Result<SharedRows, CudaError> {
+        SharedRows::new(&self.scratch.shared, self.scratch.layout, self.config.d_model, self.precision)
     }
 
     /// h += what experts on the device made of the rows.
@@ -340,7 +371,8 @@ impl DeviceDense {
             let host = self.gpu.pinned(rows * (d_model * 4 + 4 + 2))?;
             let added = self.gpu.allocate("activations", rows * d_model * 4)?;
             let tiles = self.gpu.allocate("activations", Tiles::bytes_max(rows))?;
-            self.exchange = Some(Exchange { host, added, tiles });
+            let places = self.gpu.allocate("activations", rows * 4)?;
+            self.exchange = Some(Exchange { host, added, tiles, places });
         }
         Ok(())
     }

@@ -10,7 +10,10 @@ use cudarc::driver::{
     sys::{self, CUdevice_attribute, CUresult},
 };
 
-use super::error::{CudaError, failed};
+use super::{
+    error::{CudaError, failed},
+    window::Shareable,
+};
 
 /// The oldest CUDA that a driver must speak: what the library loads is named after it.
 const DRIVER_MIN: (i32, &str) = (13_000, "13.0");
@@ -50,25 +53,43 @@ pub struct Gpu {
 /// Memory on the device.
 #[derive(Debug)]
 pub(super) struct DeviceMemory {
-    slice: CudaSlice<u8>,
+    owner: Owner,
     address: u64,
+    bytes: usize,
+}
+
+/// Who gives memory back.
+#[derive(Debug)]
+enum Owner {
+    /// This does, to the pool.
+    Pool(CudaSlice<u8>),
+    /// The last of all parts does.
+    Part { _of: Arc<Shareable> },
 }
 
 impl Drop for DeviceMemory {
     fn drop(&mut self) {
         // It is given back below, by a call that takes the calling thread's device. An error comes back with the next call.
-        let _ = self.slice.stream().context().bind_to_thread();
+        if let Owner::Pool(slice) = &self.owner {
+            let _ = slice.stream().context().bind_to_thread();
+        }
     }
 }
 
 impl DeviceMemory {
+    /// A part of memory that may be shared.
+    pub(super) fn part(of: &Arc<Shareable>, at: usize, bytes: usize) -> Self {
+        assert!(at + bytes <= of.bytes(), "a part of {bytes} bytes at {at} of {}", of.bytes());
+        Self { owner: Owner::Part { _of: of.clone() }, address: of.address() + at as u64, bytes }
+    }
+
     /// Where it begins.
     pub(super) fn address(&self) -> u64 {
         self.address
     }
 
     pub(super) fn bytes(&self) -> usize {
-        self.slice.len()
+        self.bytes
     }
 }
 
@@ -128,8 +149,8 @@ impl Gpu {
             CUresult::CUDA_ERROR_OUT_OF_MEMORY => CudaError::OutOfMemory { what, bytes },
             _ => CudaError::Driver { call: "cuMemAllocAsync", source },
         })?;
-        let address = slice.device_ptr(&self.compute).0;
-        Ok(DeviceMemory { slice, address })
+        let (address, bytes) = (slice.device_ptr(&self.compute).0, slice.len());
+        Ok(DeviceMemory { owner: Owner::Pool(slice), address, bytes })
     }
 
     /// Takes memory and fills it. Returns when `bytes` may go.

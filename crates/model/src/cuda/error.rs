@@ -33,6 +33,8 @@ pub enum CudaError {
     BudgetTooSmall { bytes: u64, slots: usize, needed: usize },
     #[error("a batch of {rows} rows is larger than the {limit} that this model was opened for")]
     TooManyRows { rows: usize, limit: usize },
+    #[error("memory cannot be shared: {reason}")]
+    Window { reason: String },
     #[error("a plan is refused: {reason}")]
     Plan { reason: String },
     #[error(transparent)]

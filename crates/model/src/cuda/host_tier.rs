@@ -98,11 +98,8 @@ impl HostTier {
 
     /// Where the expert lies; reads it from disk if it is not in memory.
     pub(super) fn find(&mut self, gpu: &Gpu, key: ExpertKey) -> Result<Found<'_>, CudaError> {
-        let expert_bytes = self.expert_bytes();
-        let index = usize::from(key.layer.0) * self.store.config().num_experts + usize::from(key.expert.0);
-        if self.places[index].is_none() && self.taken < self.places_max {
-            self.keep(gpu, key, index)?;
-        }
+        self.keep_near(gpu, key)?;
+        let (expert_bytes, index) = (self.expert_bytes(), self.index(key));
         if let Some(place) = self.places[index] {
             let chunk = self.chunks[place / CHUNK_EXPERTS].as_slice().map_err(failed("cuEventSynchronize"))?;
             let bytes = &chunk[place % CHUNK_EXPERTS * expert_bytes..][..expert_bytes];
@@ -118,6 +115,15 @@ impl HostTier {
         let stage = &self.stages[self.next_stage];
         let bytes = stage.memory.as_slice().map_err(failed("cuEventSynchronize"))?;
         Ok(Found { bytes, read: Some(&stage.read) })
+    }
+
+    /// Reads an expert into memory, if it is not there and there is room.
+    pub(super) fn keep_near(&mut self, gpu: &Gpu, key: ExpertKey) -> Result<(), CudaError> {
+        let index = self.index(key);
+        match self.places[index].is_none() && self.taken < self.places_max {
+            true => self.keep(gpu, key, index),
+            false => Ok(()),
+        }
     }
 
     /// Reads an expert into the next place.
@@ -165,6 +171,10 @@ impl HostTier {
                 Ok(())
             }
         }
+    }
+
+    fn index(&self, key: ExpertKey) -> usize {
+        usize::from(key.layer.0) * self.store.config().num_experts + usize::from(key.expert.0)
     }
 
     fn key(&self, index: usize) -> ExpertKey {

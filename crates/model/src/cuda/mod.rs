@@ -9,7 +9,8 @@
 //! In reading order: [`error`], [`device`] (context, streams, memory), [`kernels`] (compiled at the start; the sources
 //! under `kernels/`: numbers, rows, product and its ways, routing, attention and its ways) and their `arguments`, `weights`,
 //! `scratch`, `pass` (the forward) and `grouped` (its experts), `host_tier` and `experts` (who is on the device), [`model`],
-//! [`sequence`], [`dense`] (the forward without experts), [`slab`] (experts without the forward), [`timing`].
+//! [`sequence`], [`dense`] (the forward without experts), [`slab`] (experts without the forward), [`window`] (what both share
+//! with other processes), [`timing`].
 
 mod arguments;
 pub mod dense;
@@ -26,6 +27,7 @@ pub mod sequence;
 pub mod slab;
 pub mod timing;
 mod weights;
+pub mod window;
 
 pub use dense::{Choice, DeviceDense};
 pub use device::{Gpu, GpuDescription};
@@ -34,3 +36,4 @@ pub use model::{DeviceModel, DeviceOptions, Passed, distinct};
 pub use sequence::DeviceSequence;
 pub use slab::DeviceSlab;
 pub use timing::{Ceilings, KernelTiming};
+pub use window::{Mapped, SharedRows};

@@ -1,11 +1,14 @@
 //! Memory that a pass works in, taken once for the largest batch: what lies between operations, the packet that tells
 //! the device what to compute, and the report of what came of it.
 
+use std::sync::Arc;
+
 use super::{
     arguments::Sequence,
     device::{DeviceMemory, Gpu},
     error::CudaError,
     weights::plain_bytes,
+    window::{RowsLayout, Shareable},
 };
 use crate::{ModelConfig, Precision};
 
@@ -21,6 +24,9 @@ pub(super) struct Scratch {
     pub(super) rows_max: usize,
     /// (rows, d_model), float32: the residual stream.
     pub(super) h: DeviceMemory,
+    /// Holds `x` and `order`, which nodes of this machine may be let read.
+    pub(super) shared: Arc<Shareable>,
+    pub(super) layout: RowsLayout,
     /// (rows, d_model): what a norm made of it.
     pub(super) x: DeviceMemory,
     /// (rows, 3 * inner)
@@ -55,16 +61,20 @@ impl Scratch {
         let take = |width: usize, size: usize| gpu.allocate("activations", rows_max * width * size);
         let (value, experts) = (precision.size(), config.num_experts);
         let tiles = |count: usize| gpu.allocate("activations", count * 16);
+        let layout = RowsLayout::new(rows_max, config.d_model, precision);
+        let shared = Arc::new(Shareable::take(gpu, "activations", layout.bytes())?);
         Ok(Self {
             rows_max,
             h: take(config.d_model, 4)?,
-            x: take(config.d_model, value)?,
+            x: DeviceMemory::part(&shared, 0, layout.x_bytes()),
+            order: DeviceMemory::part(&shared, layout.order_at(), layout.order_bytes()),
+            shared,
+            layout,
             qkv: take(3 * config.inner_dim(), value)?,
             attended: take(config.inner_dim(), value)?,
             hidden: take(config.d_ff, value)?,
             router_logits: take(experts, 4)?,
             alpha: take(1, 4)?,
-            order: take(1, 4)?,
             few_tiles: tiles(experts + rows_max / 8 + 1)?,
             many_tiles: tiles(experts + rows_max / 64 + 1)?,
             tile_counts: gpu.allocate("activations", 8)?,
@@ -78,13 +88,11 @@ impl Scratch {
     pub(super) fn bytes(&self) -> u64 {
         let all = [
             &self.h,
-            &self.x,
             &self.qkv,
             &self.attended,
             &self.hidden,
             &self.router_logits,
             &self.alpha,
-            &self.order,
             &self.few_tiles,
             &self.many_tiles,
             &self.tile_counts,
@@ -92,7 +100,7 @@ impl Scratch {
             &self.packet,
             &self.report,
         ];
-        all.iter().map(|memory| memory.bytes() as u64).sum()
+        all.iter().map(|memory| memory.bytes() as u64).sum::<u64>() + self.shared.bytes() as u64
     }
 
     /// Where the guard of the pass is (`Pass` of numbers.cu).

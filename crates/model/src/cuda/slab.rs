@@ -5,11 +5,14 @@
 //! Invariant: uploads may come from any thread at any time; a computation has the compute stream and the buffers of
 //! [`Work`] for itself.
 
+use std::sync::Arc;
+
 use cudarc::driver::{CudaEvent, PinnedHostSlice};
 use parking_lot::Mutex;
-use sida_routing::{ExpertKey, Grouping};
+use sida_routing::ExpertKey;
 
 use super::{
+    arguments::Fetch,
     dense::DeviceDense,
     device::{DeviceMemory, Gpu},
     error::{CudaError, failed},
@@ -17,8 +20,12 @@ use super::{
     host_tier::HostTier,
     kernels::Kernels,
     weights::{self, plain_bytes},
+    window::PeerRows,
 };
-use crate::{ExpertDevice, ExpertShape, ExpertStore, ModelError, Precision, RowsOnDevice, SlotRows, SlotRun, Urgency};
+use crate::{
+    ExpertDevice, ExpertShape, ExpertStore, ExpertWindow, ModelError, Precision, RowsOnDevice, SlotRows, SlotRun,
+    Urgency, WindowHandle,
+};
 
 /// Rows computed at once; more take turns.
 const ROWS_MAX: usize = 4096;
@@ -154,27 +161,14 @@ impl DeviceSlab {
         unsafe { self.gpu.upload(&self.gpu.compute, &staging[..at], base) }?;
         let values = rows * d_model;
         self.gpu.clear(work.out.address(), values * 4)?;
-        let (counts, few, many) = tiles.addresses(base);
-        let grouped = Grouped {
-            gpu: &self.gpu,
-            kernels: &self.kernels,
-            rows,
-            d_model,
-            d_ff: self.shape.d_ff,
+        let memory = Memory {
             x: base + packet.len() as u64,
-            hidden: work.hidden.address(),
             out: work.out.address(),
             order: work.order.address(),
             alpha: work.alpha.address(),
-            matrices: self.matrices(),
-            slot_values: self.slot_values(),
-            few,
-            many,
-            counts,
-            layers: 0,
-            guard: 0,
+            hidden: work.hidden.address(),
         };
-        grouped.start(tiles.few.len(), tiles.many.len())?;
+        self.start(&tiles, base, rows, memory)?;
         // SAFETY: the staging memory is read after `finish` only, and the stream has done with what lay there.
         unsafe { self.gpu.start_reading(work.out.address(), &mut staging[..values * 4]) }?;
         self.gpu.finish()?;
@@ -188,6 +182,68 @@ impl DeviceSlab {
         Ok(())
     }
 
+    /// Rows of a coordinator in another process, at most [`ROWS_MAX`]; `first` of a run is its place in the window.
+    fn compute_in(&self, peer: &PeerRows, runs: &[SlotRun]) -> Result<(), CudaError> {
+        let places: Vec<u32> = runs.iter().flat_map(|run| run.first as u32..(run.first + run.rows) as u32).collect();
+        let mut first = 0;
+        let consecutive = |run: &SlotRun| {
+            first += run.rows;
+            SlotRun { first: first - run.rows, ..*run }
+        };
+        let tiles = Tiles::of(&self.kernels, &runs.iter().map(consecutive).collect::<Vec<_>>());
+        let packet = [&tiles.packet()[..], plain_bytes(&places)].concat();
+        let work = &mut *self.work.lock();
+        self.gpu.enter()?;
+        let base = work.packet.address();
+        self.gpu.write(base, &packet)?;
+        let places_at = base + (packet.len() - size_of_val(&places[..])) as u64;
+        let fetch = Fetch {
+            x: peer.rows.address(),
+            order: peer.rows.address() + peer.layout.order_at() as u64,
+            places: places_at,
+            out: peer.x.address(),
+            results: peer.out.address(),
+            rows: peer.layout.rows as i32,
+            d: self.shape.d_model as i32,
+        };
+        self.gpu.launch(&self.kernels.fetch_rows, (places.len(), 1, 1), 128, &fetch)?;
+        let memory = Memory {
+            x: peer.x.address(),
+            out: peer.out.address(),
+            order: places_at,
+            alpha: peer.ones.address(),
+            hidden: work.hidden.address(),
+        };
+        self.start(&tiles, base, places.len(), memory)?;
+        self.gpu.finish()
+    }
+
+    /// Starts the products of rows whose tiles were sent to `packet`.
+    fn start(&self, tiles: &Tiles, packet: u64, rows: usize, memory: Memory) -> Result<(), CudaError> {
+        let (counts, few, many) = tiles.addresses(packet);
+        let Memory { x, out, order, alpha, hidden } = memory;
+        let grouped = Grouped {
+            gpu: &self.gpu,
+            kernels: &self.kernels,
+            rows,
+            d_model: self.shape.d_model,
+            d_ff: self.shape.d_ff,
+            x,
+            hidden,
+            out,
+            order,
+            alpha,
+            matrices: self.matrices(),
+            slot_values: self.slot_values(),
+            few,
+            many,
+            counts,
+            layers: 0,
+            guard: 0,
+        };
+        grouped.start(tiles.few.len(), tiles.many.len())
+    }
+
     /// Where wi and wo of slot 0 are.
     fn matrices(&self) -> [u64; 2] {
         [self.slots.address(), self.slots.address() + self.shape.matrix_bytes() as u64]
@@ -196,6 +252,15 @@ impl DeviceSlab {
     fn slot_values(&self) -> usize {
         self.shape.bytes() / self.precision.size()
     }
+}
+
+/// Where rows, factors and results of a computation are on the device; see [`Grouped`].
+struct Memory {
+    x: u64,
+    out: u64,
+    order: u64,
+    alpha: u64,
+    hidden: u64,
 }
 
 /// Rows of a group that are computed at once.
@@ -216,6 +281,11 @@ impl ExpertDevice for DeviceSlab {
     fn finish_load(&self, slot: usize) -> Result<(), ModelError> {
         self.gpu.enter()?;
         Ok(self.uploads[slot].synchronize().map_err(failed("cuEventSynchronize"))?)
+    }
+
+    fn keep_near(&self, key: ExpertKey) -> Result<(), ModelError> {
+        self.gpu.enter()?;
+        Ok(self.host.lock().keep_near(&self.gpu, key)?)
     }
 
     fn compute(&self, groups: &mut [SlotRows<'_>]) -> Result<(), ModelError> {
@@ -246,10 +316,6 @@ impl ExpertDevice for DeviceSlab {
         gpu.is_same(&self.gpu) && shape == (self.shape.d_model, self.shape.d_ff, self.precision)
     }
 
-    fn group_beside(&self, rows: &mut RowsOnDevice<'_>, grouping: &Grouping) -> Result<(), ModelError> {
-        Ok(rows.dense.group(grouping)?)
-    }
-
     fn start_beside(
         &self,
         rows: &RowsOnDevice<'_>,
@@ -264,6 +330,47 @@ impl ExpertDevice for DeviceSlab {
             return Err(error.into());
         }
         Ok(dense.gpu.call_back(done)?)
+    }
+
+    fn open_window(self: Arc<Self>, rows: &WindowHandle) -> Result<Arc<dyn ExpertWindow>, ModelError> {
+        let peer = PeerRows::open(&self.gpu, rows, self.shape.d_model, self.precision)?;
+        Ok(Arc::new(SlabWindow { peer, slab: self }))
+    }
+}
+
+/// A coordinator's rows, for the experts of a slab.
+struct SlabWindow {
+    peer: PeerRows,
+    slab: Arc<DeviceSlab>,
+}
+
+impl ExpertWindow for SlabWindow {
+    fn rows(&self) -> usize {
+        self.peer.layout.rows
+    }
+
+    fn results(&self) -> &WindowHandle {
+        &self.peer.results
+    }
+
+    fn compute(&self, runs: &[SlotRun]) -> Result<(), ModelError> {
+        let (mut part, mut rows) = (Vec::with_capacity(runs.len()), 0);
+        for run in runs {
+            let mut done = 0;
+            while done < run.rows {
+                let own = (run.rows - done).min(ROWS_MAX - rows);
+                part.push(SlotRun { slot: run.slot, first: run.first + done, rows: own });
+                (done, rows) = (done + own, rows + own);
+                if rows == ROWS_MAX {
+                    self.slab.compute_in(&self.peer, &std::mem::take(&mut part))?;
+                    rows = 0;
+                }
+            }
+        }
+        match part.is_empty() {
+            true => Ok(()),
+            false => Ok(self.slab.compute_in(&self.peer, &part)?),
+        }
     }
 }
 

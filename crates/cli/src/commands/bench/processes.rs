@@ -52,11 +52,13 @@ impl ProcessCluster {
     }
 }
 
-/// Starts one process per expert-node and the coordinator.
+/// Starts one process per expert-node and the coordinator, which lets them read rows on its GPU if it has one and
+/// `share_rows`.
 pub(crate) async fn start(
     model: &ModelArguments,
     predictor: &PredictorArguments,
     shape: &EmbeddedArguments,
+    share_rows: bool,
 ) -> anyhow::Result<ProcessCluster> {
     let checkpoint = Checkpoint::open(&model.dir()?)?;
     let shares = embedded::shares(&checkpoint, shape.nodes())?;
@@ -91,6 +93,7 @@ pub(crate) async fn start(
     let predictor = predictor.source(&checkpoint, &cluster)?;
     let mut config = CoordinatorConfig::new("coordinator-0".into(), checkpoint, predictor);
     (config.device, config.precision) = (shape.device.device, shape.device.precision);
+    config.share_rows = share_rows;
     let coordinator = Coordinator::start(config, cluster).await.map_err(coordinator::refused)?;
     Ok(ProcessCluster { coordinator, nodes, _dir: dir })
 }

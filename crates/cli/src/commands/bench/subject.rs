@@ -39,6 +39,10 @@ pub(crate) struct SubjectArguments {
     /// Measure the cluster in this process, too, in turns with the one of --processes
     #[arg(long)]
     beside: bool,
+    /// With --processes on a GPU: measure them once more with rows that are sent, although nodes on this machine could read
+    /// them in its memory
+    #[arg(long, requires = "processes")]
+    send_rows: bool,
     /// Measure clusters of these budgets in turns, as 100%,25%
     #[arg(long, value_name = "SIZES", value_delimiter = ',', conflicts_with = "processes")]
     budgets: Vec<ExpertMemory>,
@@ -94,7 +98,10 @@ pub(crate) async fn start(arguments: &SubjectArguments) -> anyhow::Result<Vec<Su
         if arguments.beside {
             subjects.push(embedded(arguments, arguments.embedded.expert_memory, "in process".to_owned()).await?);
         }
-        subjects.push(over_processes(arguments).await?);
+        subjects.push(over_processes(arguments, true).await?);
+        if arguments.send_rows {
+            subjects.push(over_processes(arguments, false).await?);
+        }
         return Ok(subjects);
     }
     let mut subjects = Vec::new();
@@ -114,10 +121,10 @@ async fn embedded(arguments: &SubjectArguments, budget: ExpertMemory, label: Str
     Ok(Subject { label, door: cluster.door(), cluster: Running::Embedded(cluster) })
 }
 
-async fn over_processes(arguments: &SubjectArguments) -> anyhow::Result<Subject> {
+async fn over_processes(arguments: &SubjectArguments, share_rows: bool) -> anyhow::Result<Subject> {
     let shape = EmbeddedArguments { expert_nodes: Some(arguments.processes), ..arguments.embedded.clone() };
-    let cluster = processes::start(&arguments.model, &arguments.predictor, &shape).await?;
-    let label = format!("{} processes", arguments.processes);
+    let cluster = processes::start(&arguments.model, &arguments.predictor, &shape, share_rows).await?;
+    let label = format!("{} processes{}", arguments.processes, if share_rows { "" } else { ", rows sent" });
     Ok(Subject { label, door: cluster.door(), cluster: Running::Processes(cluster) })
 }
 

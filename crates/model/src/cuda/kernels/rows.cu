@@ -57,6 +57,55 @@ extern "C" __global__ void add_rows(Add a) {
     *reinterpret_cast<float4 *>(a.h + i) = make_float4(h.x + y.x, h.y + y.y, h.z + y.z, h.w + y.w);
 }
 
+struct Fetch {
+    const T *x;       // (rows, d), perhaps of another device
+    const u32 *order; // the token of each place, there
+    const u32 *places;
+    T *out;         // (rows, d) by place
+    float *results; // (rows, d) by place: what is summed from 0
+    int rows;
+    int d; // a multiple of 8
+};
+
+// out[place] = x[order[place]], a block per place
+extern "C" __global__ void fetch_rows(Fetch a) {
+    u32 place = a.places[blockIdx.x];
+    // Whatever another process wrote there, nothing beyond its rows is read.
+    u32 token = min(a.order[place], u32(a.rows) - 1);
+    const T *from = a.x + u64(token) * a.d;
+    T *to = a.out + u64(place) * a.d;
+    const int step = 16 / sizeof(T);
+    for (int i = threadIdx.x * step; i < a.d; i += blockDim.x * step)
+        *reinterpret_cast<uint4 *>(to + i) = *reinterpret_cast<const uint4 *>(from + i);
+    float *sums = a.results + u64(place) * a.d;
+    for (int i = threadIdx.x * 4; i < a.d; i += blockDim.x * 4)
+        *reinterpret_cast<float4 *>(sums + i) = make_float4(0, 0, 0, 0);
+}
+
+struct Take {
+    const float *results; // (rows, d) by place, perhaps of another device; null: zeros
+    const u32 *places;
+    const u32 *order;
+    const float *alpha; // of each token
+    float *out;         // (rows, d) by token
+    int d;              // a multiple of 4
+};
+
+// out[token] = alpha[token] * results[place], a block per place
+extern "C" __global__ void take_rows(Take a) {
+    u32 place = a.places[blockIdx.x], token = a.order[place];
+    float alpha = a.alpha[token];
+    float *to = a.out + u64(token) * a.d;
+    for (int i = threadIdx.x * 4; i < a.d; i += blockDim.x * 4) {
+        float4 y = make_float4(0, 0, 0, 0);
+        if (a.results) {
+            y = wide4(a.results + u64(place) * a.d + i);
+            y = make_float4(__fmul_rn(alpha, y.x), __fmul_rn(alpha, y.y), __fmul_rn(alpha, y.z), __fmul_rn(alpha, y.w));
+        }
+        *reinterpret_cast<float4 *>(to + i) = y;
+    }
+}
+
 struct Best {
     const float *logits;
     u32 *tokens;
