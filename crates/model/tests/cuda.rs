@@ -257,24 +257,53 @@ fn plans_change_no_output() {
             plan(number as u64, &passed.experts)
         })
         .collect();
-    let (mut misses, mut misses_unplanned) = (0, 0);
-    planned.plan(&plans[0]).unwrap();
-    for (number, (ids, spans)) in batches.iter().enumerate() {
-        if let Some(next) = plans.get(number + 1) {
-            planned.plan(next).unwrap();
+    for lookahead in [1, 8] {
+        let (mut misses, mut misses_unplanned) = (0, 0);
+        plans[..lookahead].iter().for_each(|plan| planned.plan(plan).unwrap());
+        for (number, (ids, spans)) in batches.iter().enumerate() {
+            if let Some(next) = plans.get(number + lookahead) {
+                planned.plan(next).unwrap();
+            }
+            planned.begin_batch(Some(plans[number].id));
+            misses += planned.encode(ids, spans).unwrap().demand_loads;
+            planned.release(plans[number].id);
+            misses_unplanned += demanded.encode(ids, spans).unwrap().demand_loads;
+            all.encode(ids, spans).unwrap();
+            let expected = all.states(ids.len()).unwrap();
+            assert_eq!(planned.states(ids.len()).unwrap(), expected);
+            assert_eq!(demanded.states(ids.len()).unwrap(), expected);
         }
-        planned.begin_batch(Some(plans[number].id));
-        misses += planned.encode(ids, spans).unwrap().demand_loads;
-        planned.release(plans[number].id);
-        misses_unplanned += demanded.encode(ids, spans).unwrap().demand_loads;
-        all.encode(ids, spans).unwrap();
-        let expected = all.states(ids.len()).unwrap();
-        assert_eq!(planned.states(ids.len()).unwrap(), expected);
-        assert_eq!(demanded.states(ids.len()).unwrap(), expected);
+        let counters = planned.counters();
+        println!("{lookahead} ahead: misses with plans {misses}, without {misses_unplanned}; {counters:?}");
+        assert_eq!(misses, 0);
+        assert!(misses_unplanned > 0);
     }
-    println!("misses with plans {misses}, without {misses_unplanned}; {:?}", planned.counters());
-    assert_eq!(misses, 0);
-    assert!(misses_unplanned > 0);
+}
+
+/// Experts that left would be taken for those that came into their slots.
+#[test]
+fn dropping_all_experts_changes_no_output() {
+    let Some(ordinal) = device() else { return println!("SIDA_CUDA_DEVICE is not set: nothing is compared") };
+    let mut random = rand::rngs::StdRng::seed_from_u64(12);
+    let Some(dir) = models().into_iter().next() else { panic!("no models") };
+    for share in [1.0, 0.3] {
+        let mut model = open(&dir, ordinal, Precision::Bf16, share, u64::MAX);
+        let (ids, spans) = random_batch(&mut random, model.config().vocab_size, &[12]);
+        // Often enough for the pass to be recorded.
+        let mut expected = None;
+        for _ in 0..4 {
+            model.encode(&ids, &spans).unwrap();
+            let states = model.states(ids.len()).unwrap();
+            assert_eq!(&states, expected.get_or_insert_with(|| states.clone()));
+        }
+        for _ in 0..4 {
+            model.evict_experts();
+            let passed = model.encode(&ids, &spans).unwrap();
+            let used: usize = passed.experts.iter().map(|chosen| sida_model::cuda::distinct(chosen).len()).sum();
+            assert_eq!(passed.demand_loads, used);
+            assert_eq!(Some(model.states(ids.len()).unwrap()), expected);
+        }
+    }
 }
 
 fn plan(number: u64, experts: &[Vec<u16>]) -> Plan {

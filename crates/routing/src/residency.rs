@@ -5,7 +5,8 @@
 //! evicts, in this order, what is empty, what no plan names (least worth first, see `worth`), and what is planned
 //! (farthest next use first, as in Belady's rule); never what is in use or loading. A prefetch takes the
 //! nearest planned expert that is missing, and only the place of what no plan names: to take it from something planned
-//! would be to load that again, while the layer that is computed is about to leave its slots anyway.
+//! would be to load that again, while the layer that is computed is about to leave its slots anyway. (Passes through
+//! all layers at once may ask for more: see `prefetch`.)
 //!
 //! A layer may need more experts than there are slots, and even when it does not, holding all of them at once
 //! would push out what other layers keep. So a call takes what is resident at once, and loads the rest a
@@ -19,6 +20,7 @@ mod eviction;
 mod grants;
 mod placed;
 mod plan_queue;
+mod prefetch;
 mod worth;
 
 use eviction::{EvictionOrder, Rank};
@@ -27,6 +29,7 @@ pub use grants::{
 };
 pub use placed::Placed;
 use plan_queue::PlanQueue;
+pub use prefetch::Room;
 use worth::Worth;
 
 use crate::{ExpertId, ExpertKey, LayerId, Plan, PlanId};
@@ -245,6 +248,20 @@ impl Residency {
         self.rank(slot);
     }
 
+    /// Everything leaves that is neither in use nor loading. `left` is told who. None of these is an eviction for
+    /// another; what an expert is worth stays known.
+    pub fn evict_all(&mut self, mut left: impl FnMut(ExpertKey)) {
+        for index in 0..self.slots.len() {
+            let Slot { holding: Holding::Resident { key }, pins: 0, .. } = self.slots[index] else { continue };
+            self.slots[index].holding = Holding::Nothing;
+            self.slot_of[key] = None;
+            self.plans.search_again(key);
+            self.resident -= 1;
+            self.rank(SlotId(index as u32));
+            left(self.key_of(key));
+        }
+    }
+
     /// A call is done with a granted expert.
     pub fn unpin(&mut self, slot: SlotId) {
         let pins = &mut self.slots[slot.index()].pins;
@@ -252,19 +269,6 @@ impl Residency {
         if *pins == 0 {
             self.rank(slot);
         }
-    }
-
-    /// Starts the next prefetch: the nearest planned expert that is missing, unless a call waits for a slot,
-    /// or everything in memory is in use or planned.
-    pub fn next_prefetch(&mut self) -> Option<Load> {
-        let (index, slot) = self.choose_prefetch()?;
-        let evicted = self.start_load(index, slot, LoadKind::Prefetch);
-        Some(Load { key: self.key_of(index), slot, evicted })
-    }
-
-    /// Whether [`Residency::next_prefetch`] would start one.
-    pub fn wants_prefetch(&mut self) -> bool {
-        self.choose_prefetch().is_some()
     }
 
     /// Slots whose expert is resident.
@@ -293,16 +297,6 @@ impl Residency {
     /// What it was made for.
     pub fn config(&self) -> ResidencyConfig {
         self.config
-    }
-
-    fn choose_prefetch(&mut self) -> Option<(KeyIndex, SlotId)> {
-        if self.waiting > 0 {
-            return None;
-        }
-        let (slot, _) = self.order.first().filter(|(_, rank)| !rank.is_planned())?;
-        let index =
-            self.plans.first_missing(|key| self.slot_of[key].is_some() || self.failed[key] || self.quick[key])?;
-        Some((index, slot))
     }
 
     /// Pins a slot that holds or loads what a call wants.

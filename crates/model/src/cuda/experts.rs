@@ -4,17 +4,25 @@
 //! The table is what a pass sees of all this, and it does not change while a pass runs. Before one starts, what plans
 //! ask for is begun ([`Experts::begin_pass`]): an expert that leaves is out of the table from then on, so its slot can
 //! be filled while the pass computes. Experts of the pass's own plan enter the table at once, and each MoE layer waits
-//! for the uploads of its own; those of later plans enter it before the next pass.
+//! for the uploads of its own; those of later plans enter it before a later pass, when they are there or its plan names
+//! them: a pass never waits for what another one will use.
+//!
+//! Uploads go one after the other in the order of use. What the next batch lacks is begun while this one is computed; what
+//! comes after it only as far as the link would be idle else, for the later it is chosen, the more is known of what is
+//! used again. Many plans may be queued: they tell who can leave.
 //!
 //! Invariant: no upload is begun into a slot that a running pass could read: passes are started and ended by one
 //! thread, uploads begun between them, and what left for them was out of the table before.
 
-use std::collections::{HashMap, HashSet};
+use std::{
+    collections::{HashMap, HashSet},
+    ops::Range,
+};
 
 use cudarc::driver::{CudaEvent, CudaStream};
 use sida_routing::{
     ExpertId, ExpertKey, LayerId, Plan, PlanId,
-    residency::{Access, Load, Residency, ResidencyConfig, ResidencyCounters, SlotId},
+    residency::{Access, Load, Residency, ResidencyConfig, ResidencyCounters, Room, SlotId},
 };
 
 use super::{
@@ -25,9 +33,16 @@ use super::{
 };
 use crate::{ModelConfig, Precision};
 
-/// Uploads for later plans begun before one pass. What a pass of a millisecond hides is about 6 experts of 9 MiB; more
+/// Uploads for later plans under way. What a pass of a millisecond hides is about 6 experts of 9 MiB; more
 /// would only queue, and be wanted by then or not.
 const AHEAD_MAX: usize = 16;
+/// Plans that get what they lack at the cost of later ones: that of the pass, and the next.
+const NEXT_PLANS: usize = 2;
+/// Fewer uploads than these leave the link idle while a pass is computed, so the plans that follow the next get theirs,
+/// in the place of what no plan names. So a batch that lacks many finds some of them loaded.
+const BUSY_UPLOADS: usize = 4;
+/// Plans that are looked at then.
+const EARLY_PLANS: usize = 4;
 /// Plans queued; beyond it the oldest is dropped.
 const PLANS_MAX: usize = 64;
 
@@ -47,11 +62,21 @@ pub(super) struct Experts {
     residency: Residency,
     /// The last upload into each slot.
     uploads: Vec<CudaEvent>,
-    /// Uploads for later plans, begun and not yet in the table.
-    ahead: Vec<Load>,
-    /// For each MoE layer the last slot that the next pass must wait for.
-    awaited: Vec<Option<SlotId>>,
+    /// Uploads for later plans, begun and not yet in the table, in the order of their stream.
+    ahead: Vec<Ahead>,
+    /// Uploads begun for plans.
+    prefetches: u64,
+    /// For each MoE layer the last upload that the next pass must wait for: its place in the stream, and its slot.
+    awaited: Vec<Option<(u64, SlotId)>>,
     plans: HashMap<PlanId, HashSet<ExpertKey>>,
+}
+
+/// An upload for a later plan.
+#[derive(Clone, Copy, Debug)]
+struct Ahead {
+    load: Load,
+    /// Its place in the stream of prefetches: what is before it is over when it is.
+    number: u64,
 }
 
 impl Experts {
@@ -85,6 +110,7 @@ impl Experts {
             residency: Residency::new(ResidencyConfig { slots, layers, num_experts, plans_max: PLANS_MAX }),
             uploads,
             ahead: Vec::new(),
+            prefetches: 0,
             awaited: vec![None; layers],
             plans: HashMap::new(),
         })
@@ -143,6 +169,17 @@ impl Experts {
         self.plans.remove(&plan);
     }
 
+    /// Every expert leaves. No pass may be running.
+    pub(super) fn evict_all(&mut self) {
+        for ahead in std::mem::take(&mut self.ahead) {
+            self.enter(ahead.load.key, ahead.load.slot);
+        }
+        let mut left = Vec::with_capacity(self.residency.resident_slots());
+        self.residency.evict_all(|key| left.push(key));
+        left.into_iter().for_each(|key| self.leave(key));
+        self.awaited.fill(None);
+    }
+
     /// Loads everything that fits, in order of layer and expert.
     pub(super) fn fill(&mut self, gpu: &Gpu, host: &mut HostTier) -> Result<(), CudaError> {
         for index in 0..self.slots {
@@ -172,39 +209,61 @@ impl Experts {
         host: &mut HostTier,
         current: Option<PlanId>,
     ) -> Result<(), CudaError> {
-        for load in std::mem::take(&mut self.ahead) {
-            self.enter(load.key, load.slot);
-            self.awaited[usize::from(load.key.layer.0)] = Some(load.slot);
+        for ahead in std::mem::take(&mut self.ahead) {
+            if self.is_planned(current, ahead.load.key) {
+                self.enter_awaited(ahead);
+            } else if self.is_uploaded(ahead.load.slot)? {
+                self.enter(ahead.load.key, ahead.load.slot);
+            } else {
+                self.ahead.push(ahead);
+            }
         }
         while self.ahead.len() < AHEAD_MAX
-            && let Some(load) = self.residency.next_prefetch()
+            && let Some(load) = self.next_prefetch()
         {
             if let Some(evicted) = load.evicted {
                 self.leave(evicted);
             }
             self.upload(gpu, host, &gpu.prefetch, load.key, load.slot)?;
-            let is_current = current.and_then(|id| self.plans.get(&id)).is_some_and(|plan| plan.contains(&load.key));
-            if is_current {
-                self.enter(load.key, load.slot);
-                self.awaited[usize::from(load.key.layer.0)] = Some(load.slot);
-            } else {
-                self.ahead.push(load);
+            self.prefetches += 1;
+            let ahead = Ahead { load, number: self.prefetches };
+            match self.is_planned(current, load.key) {
+                true => self.enter_awaited(ahead),
+                false => self.ahead.push(ahead),
             }
         }
         self.send_table(gpu)
     }
 
+    fn next_prefetch(&mut self) -> Option<Load> {
+        let load = self.residency.next_prefetch_within(NEXT_PLANS, Room::UsedLater);
+        match load {
+            None if self.ahead.len() < BUSY_UPLOADS => {
+                self.residency.next_prefetch_within(EARLY_PLANS, Room::Unplanned)
+            }
+            load => load,
+        }
+    }
+
+    fn is_planned(&self, plan: Option<PlanId>, key: ExpertKey) -> bool {
+        plan.and_then(|id| self.plans.get(&id)).is_some_and(|plan| plan.contains(&key))
+    }
+
+    fn is_uploaded(&self, slot: SlotId) -> Result<bool, CudaError> {
+        self.uploads[slot.index()].try_is_complete().map_err(failed("cuEventQuery"))
+    }
+
     /// Has the compute stream wait for a layer's uploads.
     pub(super) fn wait_for_layer(&self, gpu: &Gpu, layer: LayerId) -> Result<(), CudaError> {
         match self.awaited[usize::from(layer.0)] {
-            Some(slot) => gpu.compute.wait(&self.uploads[slot.index()]).map_err(failed("cuStreamWaitEvent")),
+            Some((_, slot)) => gpu.compute.wait(&self.uploads[slot.index()]).map_err(failed("cuStreamWaitEvent")),
             None => Ok(()),
         }
     }
 
-    /// Has the compute stream wait for every layer's uploads.
-    pub(super) fn wait_for_all(&self, gpu: &Gpu) -> Result<(), CudaError> {
-        (0..self.awaited.len() as u16).try_for_each(|layer| self.wait_for_layer(gpu, LayerId(layer)))
+    /// Has the compute stream wait for the uploads of all these layers.
+    pub(super) fn wait_for_layers(&self, gpu: &Gpu, mut layers: Range<u16>) -> Result<(), CudaError> {
+        layers.try_for_each(|layer| self.wait_for_layer(gpu, LayerId(layer)))
     }
 
     /// A pass is over that used these experts of a layer, all distinct. `is_last`: its batch will not use the layer again.
@@ -234,9 +293,9 @@ impl Experts {
         let mut grants = Vec::with_capacity(experts.len());
         self.residency.acquire(&mut pending, usize::MAX, &mut grants);
         if !pending.is_empty() {
-            // What is ahead holds the slots: it may leave again.
-            for load in std::mem::take(&mut self.ahead) {
-                self.enter(load.key, load.slot);
+            // What is ahead holds the slots: it may leave again. What stays may be chosen by a layer of this pass.
+            for ahead in std::mem::take(&mut self.ahead) {
+                self.enter_awaited(ahead);
             }
             self.residency.acquire(&mut pending, usize::MAX, &mut grants);
         }
@@ -253,8 +312,8 @@ impl Experts {
                     loaded.push(grant.slot);
                 }
                 Access::Await(_) => {
-                    if let Some(at) = self.ahead.iter().position(|load| load.key == grant.key) {
-                        let load = self.ahead.swap_remove(at);
+                    if let Some(at) = self.ahead.iter().position(|ahead| ahead.load.key == grant.key) {
+                        let Ahead { load, .. } = self.ahead.remove(at);
                         self.enter(load.key, load.slot);
                     }
                     loaded.push(grant.slot);
@@ -317,6 +376,15 @@ impl Experts {
         let place = self.place(key);
         self.mirror[place] = slot.index() as i32;
         self.is_dirty = true;
+    }
+
+    /// As [`Experts::enter`], for a pass that must wait for it itself.
+    fn enter_awaited(&mut self, Ahead { load, number }: Ahead) {
+        self.enter(load.key, load.slot);
+        let awaited = &mut self.awaited[usize::from(load.key.layer.0)];
+        if awaited.is_none_or(|(last, _)| last < number) {
+            *awaited = Some((number, load.slot));
+        }
     }
 
     fn leave(&mut self, key: ExpertKey) {

@@ -164,6 +164,15 @@ impl DeviceModel {
         self.current = self.current.filter(|&current| current != plan);
     }
 
+    /// Drops all experts from the device; the budget stays.
+    pub fn evict_experts(&mut self) {
+        if self.experts.is_complete() {
+            // Passes that were recorded then do not look for what is missing.
+            self.graphs.clear();
+        }
+        self.experts.evict_all();
+    }
+
     /// Names the plan of the batch whose passes follow.
     pub fn begin_batch(&mut self, plan: Option<PlanId>) {
         self.current = plan;
@@ -307,11 +316,11 @@ impl DeviceModel {
                 self.run(stack, shape, packet, None, true)
             }
             Some(Recorded::Graph(graph)) => {
-                self.experts.wait_for_all(&self.dense.gpu)?;
+                self.experts.wait_for_layers(&self.dense.gpu, self.dense.config.moe_layers(stack))?;
                 graph.launch().map_err(failed("cuGraphLaunch"))
             }
             Some(Recorded::Once) => {
-                self.experts.wait_for_all(&self.dense.gpu)?;
+                self.experts.wait_for_layers(&self.dense.gpu, self.dense.config.moe_layers(stack))?;
                 let graph = self.record(stack, shape, packet)?;
                 graph.launch().map_err(failed("cuGraphLaunch"))?;
                 self.graphs.insert((stack, shape), Recorded::Graph(graph));

@@ -33,6 +33,23 @@ impl QueuedPlan {
     }
 }
 
+/// A planned expert that is not present.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Missing {
+    pub(super) key: KeyIndex,
+    /// The position after the last of the plan that wants it.
+    pub(super) end: u64,
+    /// Experts of that plan that are ahead.
+    ahead: usize,
+}
+
+impl Missing {
+    /// Whether all that is ahead of its plan fits into so many slots.
+    pub(super) fn plan_fits(self, slots: usize) -> bool {
+        self.ahead <= slots
+    }
+}
+
 /// See the file's head.
 #[derive(Debug)]
 pub(super) struct PlanQueue {
@@ -141,21 +158,25 @@ impl PlanQueue {
         }
     }
 
-    /// The nearest planned expert that is not `present`.
+    /// The nearest expert that one of the first `plans` plans names and that is not `present`.
     ///
     /// Continues where the last search ended, so that a search costs what is new: whoever makes an expert
     /// absent again must call [`PlanQueue::search_again`].
-    pub(super) fn first_missing(&mut self, present: impl Fn(KeyIndex) -> bool) -> Option<KeyIndex> {
-        for plan in &self.plans {
+    pub(super) fn first_missing(&mut self, plans: usize, present: impl Fn(KeyIndex) -> bool) -> Option<Missing> {
+        for plan in self.plans.iter().take(plans) {
             let done = self.searched.saturating_sub(plan.first).min(plan.experts.len() as u64) as usize;
             for at in done.max(plan.ahead())..plan.experts.len() {
-                if !present(plan.experts[at]) {
+                let key = plan.experts[at];
+                if !present(key) {
                     self.searched = plan.first + at as u64;
-                    return Some(plan.experts[at]);
+                    let (end, ahead) = (plan.first + plan.experts.len() as u64, plan.experts.len() - plan.ahead());
+                    return Some(Missing { key, end, ahead });
                 }
             }
         }
-        self.searched = self.given.end;
+        // An earlier search may have gone farther.
+        let end = self.plans.get(plans).map_or(self.given.end, |next| next.first);
+        self.searched = self.searched.max(end);
         None
     }
 

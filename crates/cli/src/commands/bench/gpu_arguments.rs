@@ -31,6 +31,13 @@ pub(crate) struct GpuArguments {
     /// With --gpu: tokens generated; 0: only encode
     #[arg(long, value_name = "N", default_value_t = 32)]
     new_tokens: usize,
+    /// With --gpu: how many batches ahead of the one that begins have their plans queued, as a server's queue has
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    lookahead: usize,
+    /// With --gpu: measure --budgets without residency, too: every expert is loaded when it is chosen and leaves with its
+    /// batch
+    #[arg(long)]
+    nothing_kept: bool,
     /// With --gpu: share of right entries in the plans
     #[arg(long, value_name = "SHARE", default_value_t = 1.0)]
     hint_rate: f64,
@@ -45,6 +52,10 @@ pub(crate) struct GpuArguments {
 /// More rows in a batch than this is a mistake.
 #[cfg(feature = "cuda")]
 const ROWS_MAX: usize = 1 << 15;
+
+/// Plans queued ahead at most: more than the batches that are measured in turns.
+#[cfg(feature = "cuda")]
+const LOOKAHEAD_MAX: usize = 32;
 
 /// Measures and prints.
 #[cfg(not(feature = "cuda"))]
@@ -99,6 +110,9 @@ fn settings(device: DeviceName, arguments: &BenchArguments) -> anyhow::Result<su
         let message = format!("--hint-rate is {} and --new-tokens {}", own.hint_rate, own.new_tokens);
         return Err(refused(message + ", expected 0 to 1 and at most 4096").into());
     }
+    if own.lookahead > LOOKAHEAD_MAX {
+        return Err(refused(format!("--lookahead is {}, expected at most {LOOKAHEAD_MAX}", own.lookahead)).into());
+    }
     let share = |memory: &ExpertMemory| match memory {
         ExpertMemory::Share(share) => Ok(*share),
         ExpertMemory::Bytes(_) => {
@@ -123,6 +137,8 @@ fn settings(device: DeviceName, arguments: &BenchArguments) -> anyhow::Result<su
         batches: own.batches.clone(),
         input_tokens: own.input_tokens.clone(),
         new_tokens: own.new_tokens,
+        lookahead: own.lookahead,
+        nothing_kept: own.nothing_kept,
         hint_rate: own.hint_rate,
         rounds: arguments.rounds.unwrap_or(3),
         seconds: arguments.duration.map_or(0.5, |duration| duration.as_secs_f64()),

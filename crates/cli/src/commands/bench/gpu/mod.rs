@@ -2,8 +2,9 @@
 //! and without plans, each held against its floor. Weights may be random ones, made in memory.
 //!
 //! In reading order: [`settings`] (what is measured), [`inputs`] (on what), [`turn`] (one subject, one batch after the
-//! other), [`floor`] (how fast it could be), [`report`](mod@report) (how it is told).
+//! other), [`floor`] (how fast it could be), [`figure`] (what came of a turn), [`report`](mod@report) (how it is told).
 
+mod figure;
 mod floor;
 mod inputs;
 mod report;
@@ -26,8 +27,9 @@ use thiserror::Error;
 
 pub(crate) use self::settings::GpuSettings;
 use self::{
+    figure::Figure,
     inputs::Inputs,
-    report::{Figure, Report},
+    report::Report,
     turn::{Subject, Turn},
 };
 
@@ -62,7 +64,7 @@ pub(crate) fn run(settings: &GpuSettings, note: &mut dyn FnMut(&str)) -> Result<
     let checkpoint = Checkpoint::open(&made.dir)?;
     let model = open(gpu, checkpoint, settings, note)?;
     let mut report = Report::new(settings, &description, ceilings, &model);
-    let subjects = Subject::all(&settings.budgets);
+    let subjects = Subject::all(settings);
     let cases = settings.cases();
     let inputs: Vec<Inputs> = cases.iter().map(|case| Inputs::new(case, model.config().vocab_size)).collect();
     let model = measure(model, settings, &subjects, &inputs, ceilings, &mut report, note)?;
@@ -105,6 +107,9 @@ fn measure(
 ) -> Result<DeviceModel, GpuBenchError> {
     if settings.kernels {
         report.kernels = model.kernel_timings(&KERNEL_ROWS)?;
+    }
+    // Where experts are read from disk, that is another figure than what uploads take.
+    if settings.host_bytes == u64::MAX {
         report.note_uploads(model.upload_rate()?);
     }
     // What each batch uses, for plans and floors: from a first pass with everything resident.
@@ -121,7 +126,7 @@ fn measure(
                 let turn = Turn { subject, input, routed, hint_rate: settings.hint_rate, seconds: settings.seconds };
                 let taken = turn.take(&mut model)?;
                 let floor = floor::of(&model, input, routed, ceilings);
-                let figure = Figure::new(subject, input, &taken, floor);
+                let figure = Figure::new(round, subject, input, &taken, floor);
                 note(&format!("round {} of {}: {}", round + 1, settings.rounds, figure.line()));
                 report.add(figure);
             }

@@ -4,60 +4,10 @@ use serde_json::{Value, json};
 use sida_model::cuda::{Ceilings, CudaError, DeviceModel, GpuDescription, KernelTiming};
 
 use super::{
-    inputs::Inputs,
-    settings::{GpuSettings, Method},
-    turn::{Subject, Taken},
+    figure::{Figure, Spread},
+    settings::GpuSettings,
 };
 use crate::plain_table::PlainTable;
-
-/// One subject's turn at one kind of batch.
-#[derive(Clone, Debug)]
-pub(super) struct Figure {
-    subject: String,
-    case: String,
-    median_ms: f64,
-    floor_ms: f64,
-    batches: usize,
-    demand_loads: f64,
-    prefetch_loads: f64,
-    load_ms: f64,
-}
-
-impl Figure {
-    pub(super) fn new(subject: &Subject, input: &Inputs, taken: &Taken, floor: f64) -> Self {
-        let case = input.case;
-        let method = match case.method {
-            Method::Encode => "encode".to_owned(),
-            Method::Generate(tokens) => format!("generate {tokens}"),
-        };
-        let batches = taken.seconds.len();
-        let each = |sum: f64| sum / batches as f64;
-        Self {
-            subject: subject.label(),
-            case: format!("{method}, {} x {}", case.sequences, case.tokens),
-            median_ms: median(&taken.seconds) * 1e3,
-            floor_ms: floor * 1e3,
-            batches,
-            demand_loads: each(taken.demand_loads as f64),
-            prefetch_loads: each(taken.prefetch_loads as f64),
-            load_ms: each(taken.load.as_secs_f64() * 1e3),
-        }
-    }
-
-    /// Of one turn.
-    pub(super) fn line(&self) -> String {
-        let Self { case, subject, median_ms, floor_ms, demand_loads, prefetch_loads, .. } = self;
-        format!(
-            "{case}, {subject}: {median_ms:.3} ms, floor {floor_ms:.3}, loads {demand_loads:.1} + {prefetch_loads:.1}"
-        )
-    }
-}
-
-fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
-}
 
 /// All of a run.
 pub(crate) struct Report {
@@ -65,6 +15,8 @@ pub(crate) struct Report {
     ceilings: Ceilings,
     pub(super) kernels: Vec<KernelTiming>,
     figures: Vec<Figure>,
+    /// What an upload of one expert takes.
+    load_ms: f64,
     device_bytes: u64,
 }
 
@@ -76,6 +28,7 @@ impl Report {
             "model": settings.model,
             "skew": settings.skew,
             "precision": format!("{:?}", settings.precision),
+            "lookahead": settings.lookahead,
             "hint_rate": settings.hint_rate,
             "rounds": settings.rounds,
             "graphs": settings.graphs,
@@ -86,13 +39,22 @@ impl Report {
             "backbone_bytes": backbone,
             "activation_bytes": scratch,
         });
-        Self { head, ceilings, kernels: Vec::new(), figures: Vec::new(), device_bytes: 0 }
+        let mut report =
+            Self { head, ceilings, kernels: Vec::new(), figures: Vec::new(), load_ms: 0.0, device_bytes: 0 };
+        report.set_load_ms(ceilings.upload_bytes_per_s);
+        report
+    }
+
+    fn set_load_ms(&mut self, rate: f64) {
+        self.load_ms = self.head["expert_bytes"].as_f64().unwrap_or(0.0) / rate * 1e3;
+        self.head["expert_upload_ms"] = json!(self.load_ms);
     }
 
     /// Notes how fast experts are uploaded, in bytes a second.
     pub(super) fn note_uploads(&mut self, rate: f64) {
         self.head["expert_upload_bytes_per_s"] = json!(rate);
         self.head["expert_uploads_of_pinned_rate"] = json!(rate / self.ceilings.upload_bytes_per_s);
+        self.set_load_ms(rate);
     }
 
     pub(super) fn add(&mut self, figure: Figure) {
@@ -113,19 +75,13 @@ impl Report {
     /// Everything, every turn by itself.
     pub(crate) fn as_json(&self) -> Value {
         let kernel = |k: &KernelTiming| json!({"what": k.what, "rows": k.rows, "seconds": k.seconds, "bytes": k.bytes, "operations": k.operations});
-        let figure = |f: &Figure| {
-            json!({
-                "subject": f.subject, "case": f.case, "median_ms": f.median_ms, "floor_ms": f.floor_ms,
-                "batches": f.batches, "demand_loads": f.demand_loads, "prefetch_loads": f.prefetch_loads,
-                "load_ms": f.load_ms,
-            })
-        };
+        let figure = |f: &Figure| f.as_json(self.base_of(f), self.load_ms);
         let kernels: Vec<Value> = self.kernels.iter().map(kernel).collect();
         let figures: Vec<Value> = self.figures.iter().map(figure).collect();
         json!({"run": self.head, "kernels": kernels, "figures": figures})
     }
 
-    /// Medians over the rounds, with their range, each subject against all resident.
+    /// Medians over the rounds, with their range, each round against its own with all resident.
     pub(crate) fn as_table(&self) -> String {
         let mut text = format!("{}\n", self.head);
         if !self.kernels.is_empty() {
@@ -147,37 +103,51 @@ impl Report {
     }
 
     fn figures_table(&self) -> String {
-        let header = ["CASE", "SUBJECT", "ms", "RANGE", "x FLOOR", "OF ALL RESIDENT", "DEMAND", "PREFETCH", "WAIT ms"];
+        let header = ["CASE", "SUBJECT", "ms", "RANGE", "MEAN ms", "x FLOOR", "OF ALL RESIDENT", "RANGE"];
+        let header = header.into_iter().chain(["BY MEAN", "DEMAND", "PREFETCH", "WAIT ms", "UPLOADS HIDDEN"]);
         let mut table = PlainTable::new(header);
         let mut told: Vec<(&str, &str)> = Vec::new();
         for figure in &self.figures {
             let name = (figure.case.as_str(), figure.subject.as_str());
-            if told.contains(&name) {
-                continue;
+            if !told.contains(&name) {
+                told.push(name);
+                table.row(self.row(name));
             }
-            told.push(name);
-            let rounds = self.rounds(name);
-            let ms = median(&rounds);
-            let base = median(&self.rounds((name.0, "all resident")));
-            let least = rounds.iter().copied().fold(f64::INFINITY, f64::min);
-            let most = rounds.iter().copied().fold(0.0, f64::max);
-            table.row([
-                figure.case.clone(),
-                figure.subject.clone(),
-                format!("{ms:.3}"),
-                format!("{least:.3} to {most:.3}"),
-                format!("{:.2}", ms / figure.floor_ms),
-                format!("{:.0}%", 100.0 * base / ms),
-                format!("{:.1}", figure.demand_loads),
-                format!("{:.1}", figure.prefetch_loads),
-                format!("{:.3}", figure.load_ms),
-            ]);
         }
         table.draw()
     }
 
-    fn rounds(&self, (case, subject): (&str, &str)) -> Vec<f64> {
-        let own = self.figures.iter().filter(|f| f.case == case && f.subject == subject);
-        own.map(|f| f.median_ms).collect()
+    /// One subject at one kind of batch.
+    fn row(&self, (case, subject): (&str, &str)) -> Vec<String> {
+        let rounds: Vec<&Figure> = self.figures.iter().filter(|f| f.case == case && f.subject == subject).collect();
+        let spread = |of: &dyn Fn(&Figure) -> Option<f64>| Spread::of(rounds.iter().filter_map(|figure| of(figure)));
+        let median = |of: &dyn Fn(&Figure) -> f64, decimals: usize| {
+            spread(&|figure| Some(of(figure))).map_or("-".to_owned(), |of| format!("{:.decimals$}", of.median))
+        };
+        let share = |of: &dyn Fn(&Figure, &Figure) -> Option<f64>| spread(&|figure| of(figure, self.base_of(figure)?));
+        let percent = |share: f64| format!("{:.0}%", 100.0 * share);
+        let or_none = |share: Option<Spread>| share.map_or("-".to_owned(), |share| percent(share.median));
+        let times = spread(&|figure| Some(figure.median_ms));
+        let ratio = share(&|own, base| Some(base.median_ms / own.median_ms));
+        vec![
+            case.to_owned(),
+            subject.to_owned(),
+            median(&|figure| figure.median_ms, 3),
+            times.map_or("-".to_owned(), |times| format!("{:.3} to {:.3}", times.least, times.most)),
+            median(&|figure| figure.mean_ms, 3),
+            median(&|figure| figure.median_ms / figure.floor_ms, 2),
+            or_none(ratio),
+            ratio.map_or("-".to_owned(), |ratio| format!("{} to {}", percent(ratio.least), percent(ratio.most))),
+            or_none(share(&|own, base| Some(base.mean_ms / own.mean_ms))),
+            median(&|figure| figure.demand_loads, 1),
+            median(&|figure| figure.prefetch_loads, 1),
+            median(&|figure| figure.load_ms, 3),
+            or_none(share(&|own, base| own.hidden(base, self.load_ms))),
+        ]
+    }
+
+    /// Everything resident, in the same round.
+    fn base_of(&self, figure: &Figure) -> Option<&Figure> {
+        self.figures.iter().find(|base| base.is_base && base.case == figure.case && base.round == figure.round)
     }
 }

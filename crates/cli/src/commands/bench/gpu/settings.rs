@@ -23,6 +23,10 @@ pub(crate) struct GpuSettings {
     pub(crate) input_tokens: Vec<usize>,
     /// Tokens generated.
     pub(crate) new_tokens: usize,
+    /// Batches ahead of the one that begins whose plans are queued.
+    pub(crate) lookahead: usize,
+    /// Whether budgets are measured without residency, too.
+    pub(crate) nothing_kept: bool,
     /// Share of right entries in the plans.
     pub(crate) hint_rate: f64,
     /// How often every subject has its turn.

@@ -8,7 +8,10 @@ use sida_model::{
 };
 use sida_routing::{ExpertId, ExpertKey, LayerId, Plan, PlanId};
 
-use super::{inputs::Inputs, settings::Method};
+use super::{
+    inputs::Inputs,
+    settings::{GpuSettings, Method},
+};
 
 /// Batches before the measurement: enough for every graph to be recorded and every cache to fill.
 const WARM_UP_ENCODE: usize = 16;
@@ -16,26 +19,58 @@ const WARM_UP_GENERATE: usize = 4;
 /// Batches of a measurement, however long they take.
 const BATCHES_MIN: usize = 5;
 
-/// What is measured: a budget, with plans or without.
+/// How experts come to the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Loading {
+    /// All are there.
+    AllResident,
+    /// By plans, so many batches ahead of the one that begins.
+    Planned(usize),
+    /// When a router chose them.
+    OnDemand,
+    /// When a router chose them, and they leave with their batch: offloading without residency.
+    NothingKept,
+}
+
+/// What is measured: a budget, and how experts come to be within it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Subject {
     /// Of all experts.
     pub(super) share: f64,
-    pub(super) planned: bool,
+    pub(super) loading: Loading,
 }
 
 impl Subject {
-    /// Everything resident, then each budget with plans and without.
-    pub(super) fn all(budgets: &[f64]) -> Vec<Self> {
-        let of = |&share: &f64| [true, false].map(|planned| Self { share, planned });
-        [Self { share: 1.0, planned: false }].into_iter().chain(budgets.iter().flat_map(of)).collect()
+    /// Everything resident, then each budget in all ways that the settings ask for.
+    pub(super) fn all(settings: &GpuSettings) -> Vec<Self> {
+        let mut ways = vec![Loading::Planned(settings.lookahead), Loading::OnDemand];
+        if settings.nothing_kept {
+            ways.push(Loading::NothingKept);
+        }
+        let of = |&share: &f64| ways.iter().map(move |&loading| Self { share, loading }).collect::<Vec<_>>();
+        let budgets = settings.budgets.iter().flat_map(of);
+        [Self { share: 1.0, loading: Loading::AllResident }].into_iter().chain(budgets).collect()
+    }
+
+    pub(super) fn is_all_resident(&self) -> bool {
+        self.loading == Loading::AllResident
     }
 
     pub(super) fn label(&self) -> String {
-        match (self.share >= 1.0, self.planned) {
-            (true, _) => "all resident".to_owned(),
-            (false, true) => format!("{:.0}%, planned", self.share * 100.0),
-            (false, false) => format!("{:.0}%, on demand", self.share * 100.0),
+        let percent = self.share * 100.0;
+        match self.loading {
+            Loading::AllResident => "all resident".to_owned(),
+            Loading::Planned(lookahead) => format!("{percent:.0}%, planned {lookahead} ahead"),
+            Loading::OnDemand => format!("{percent:.0}%, on demand"),
+            Loading::NothingKept => format!("{percent:.0}%, nothing kept"),
+        }
+    }
+
+    /// Batches ahead whose plans are queued, if there are plans.
+    fn lookahead(&self) -> Option<u64> {
+        match self.loading {
+            Loading::Planned(lookahead) => Some(lookahead as u64),
+            _ => None,
         }
     }
 }
@@ -118,20 +153,22 @@ impl Turn<'_> {
     /// Warms up, then measures.
     pub(super) fn take(&self, model: &mut DeviceModel) -> Result<Taken, CudaError> {
         let (mut number, mut states) = (0, Vec::new());
-        if self.subject.planned {
-            model.plan(&self.plan(model, 0))?;
+        for ahead in 0..self.subject.lookahead().unwrap_or(0) {
+            model.plan(&self.plan(model, ahead))?;
         }
         let warm_up = match self.input.case.method {
             Method::Encode => WARM_UP_ENCODE,
             Method::Generate(_) => WARM_UP_GENERATE,
         };
         for _ in 0..warm_up {
+            self.prepare(model);
             self.batch(model, &mut number, &mut states)?;
         }
         let before = model.counters();
         let mut taken = Taken::default();
         let begun = Instant::now();
         while begun.elapsed().as_secs_f64() < self.seconds || taken.seconds.len() < BATCHES_MIN {
+            self.prepare(model);
             let start = Instant::now();
             taken.load += self.batch(model, &mut number, &mut states)?;
             taken.seconds.push(start.elapsed().as_secs_f64());
@@ -139,21 +176,29 @@ impl Turn<'_> {
         let after = model.counters();
         taken.demand_loads = after.demand_loads - before.demand_loads;
         taken.prefetch_loads = after.prefetch_loads - before.prefetch_loads;
-        if self.subject.planned {
-            model.release(PlanId(number));
+        for ahead in 0..self.subject.lookahead().unwrap_or(0) {
+            model.release(PlanId(number + ahead));
         }
         Ok(taken)
     }
 
-    /// One batch, whose plan is queued already; queues the next one's before it begins.
+    /// What is not measured of a batch.
+    fn prepare(&self, model: &mut DeviceModel) {
+        if self.subject.loading == Loading::NothingKept {
+            model.evict_experts();
+        }
+    }
+
+    /// One batch. Where there are plans, those of the batches up to the lookahead are queued already, and one more is
+    /// before it begins: so much of the future a server with a queue knows.
     fn batch(&self, model: &mut DeviceModel, number: &mut u64, states: &mut Vec<u8>) -> Result<Duration, CudaError> {
         let ids = &self.input.batches[*number as usize % self.input.batches.len()];
-        if self.subject.planned {
-            model.plan(&self.plan(model, *number + 1))?;
+        if let Some(lookahead) = self.subject.lookahead() {
+            model.plan(&self.plan(model, *number + lookahead))?;
             model.begin_batch(Some(PlanId(*number)));
         }
         let batch = answer(model, self.input, ids, std::mem::take(states))?;
-        if self.subject.planned {
+        if self.subject.lookahead().is_some() {
             model.release(PlanId(*number));
         }
         *number += 1;
