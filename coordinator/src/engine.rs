@@ -31,7 +31,7 @@ use crate::{
     queue::{Queue, Wait},
     request::{Request, RequestError, Work},
     routing_mode::Part,
-    sequence::{self, Branch, Decoding, Next, Sequence},
+    sequence::{self, Ahead, Branch, Decoding, Next, Sequence},
     statistics::Statistics,
     trace::{ExpertSets, Trace},
 };
@@ -259,7 +259,8 @@ impl Engine {
         parts
     }
 
-    /// One pass of the decoder over what every branch was fed, and the logits of those that generate.
+    /// One pass of the decoder over what every branch was fed, and for those that generate the next token, where the device
+    /// chooses it, or its logits.
     fn decode(&mut self, parts: &mut [Part], costs: &mut Costs) -> Result<StepOutput, RequestError> {
         let (forward, running, measures) = (&mut self.forward, &mut self.running, &self.measures);
         guarded(|| {
@@ -267,7 +268,8 @@ impl Engine {
             let mut lengths = Vec::new();
             let mut states = Vec::new();
             let mut requests = Vec::new();
-            let mut last_rows = Vec::new();
+            let (mut last_rows, mut greedy_rows, mut banned, mut drawn_rows) =
+                <(Vec<_>, Vec<_>, Vec<_>, Vec<_>)>::default();
             for sequence in running.iter_mut() {
                 for branch in &mut sequence.branches {
                     ids.extend_from_slice(&branch.feed);
@@ -275,25 +277,34 @@ impl Engine {
                     states.push(&mut branch.state);
                     requests.push(&sequence.request);
                 }
-                if let Decoding::Generate(_) = sequence.decoding {
+                if let Decoding::Generate(generation) = &sequence.decoding {
                     last_rows.push(ids.len() - 1);
+                    if generation.is_greedy() {
+                        greedy_rows.push(ids.len() as u32 - 1);
+                        banned.push(generation.banned(forward.config()));
+                    } else {
+                        drawn_rows.push(ids.len() - 1);
+                    }
                 }
             }
             measures.batch_tokens.record(ids.len() as f64);
             let spans = Spans::new(lengths);
             let states = on_pool(|| forward.decode(&ids, &spans, &mut states, parts, &requests, costs))?;
             let start = Instant::now();
-            let logits = forward.dense().logits(&states, &last_rows)?;
+            let dense = forward.dense();
+            let tokens = dense.best_tokens(&greedy_rows, &banned).transpose()?;
+            let logits = dense.logits(&states, if tokens.is_some() { &drawn_rows } else { &last_rows })?;
             costs.backbone += start.elapsed();
             costs.dense_until(Instant::now());
-            Ok(StepOutput { states, spans, logits })
+            Ok(StepOutput { states, spans, tokens, logits })
         })
     }
 
     /// Gives every sequence its share of a step: the next token, its scores, or the reason of its failure.
     fn settle(&mut self, mut parts: Vec<Part>, output: &StepOutput, costs: &Costs) {
         let start = Instant::now();
-        let StepOutput { states, spans, logits } = output;
+        let StepOutput { states, spans, tokens, logits } = output;
+        let mut tokens = tokens.as_ref().map(|tokens| tokens.iter());
         let mut logits = logits.chunks_exact(self.forward.config().vocab_size);
         let mut branches_before = 0;
         let mut going = Vec::with_capacity(self.running.len());
@@ -307,12 +318,18 @@ impl Engine {
                 failure = failure.or(part.failure.take());
             }
             let outcome = match (&sequence.decoding, failure) {
-                (Decoding::Generate(_), failure) => match (logits.next(), failure) {
-                    (Some(logits), None) => {
-                        guarded(|| sequence.advance(logits, self.forward.config(), &self.tokenizer, &self.measures))
+                (Decoding::Generate(generation), failure) => {
+                    let ahead = match &mut tokens {
+                        Some(tokens) if generation.is_greedy() => tokens.next().copied().map(Ahead::Token),
+                        _ => logits.next().map(Ahead::Logits),
+                    };
+                    match (ahead, failure) {
+                        (Some(ahead), None) => {
+                            guarded(|| sequence.advance(ahead, self.forward.config(), &self.tokenizer, &self.measures))
+                        }
+                        (_, failure) => Err(failure.unwrap_or(RequestError::NotANumber)),
                     }
-                    (_, failure) => Err(failure.unwrap_or(RequestError::NotANumber)),
-                },
+                }
                 (Decoding::Score, None) => {
                     let rows = branches.map(|branch| spans.range(branch));
                     guarded(|| sequence.answer_score(self.forward.dense(), states, rows))
@@ -363,7 +380,9 @@ struct StepOutput {
     /// A row for each token, and whose rows they are: one span per branch.
     states: States,
     spans: Spans,
-    /// (sequences that generate, vocab_size)
+    /// Of sequences that take the most likely token, where the device chose it.
+    tokens: Option<Vec<Option<u32>>>,
+    /// (other sequences that generate, vocab_size)
     logits: Vec<f32>,
 }
 

@@ -36,10 +36,15 @@ impl Sampler {
         Self { sampling, draws }
     }
 
+    /// Whether it takes the most likely token, always.
+    pub(crate) fn is_greedy(&self) -> bool {
+        self.sampling.temperature <= 0.0
+    }
+
     /// The next token, never `banned`. `None` when no logit is a number, or all that are belong to `banned`:
     /// the model's output cannot be used.
     pub(crate) fn next(&mut self, logits: &[f32], banned: Option<u32>) -> Option<u32> {
-        if self.sampling.temperature <= 0.0 {
+        if self.is_greedy() {
             return greedy(logits, banned);
         }
         let mut candidates: Vec<(u32, f32)> = logits

@@ -58,6 +58,15 @@ pub(crate) struct Generation {
     first_token_at: Option<Instant>,
 }
 
+/// What a step made of a text.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Ahead<'s> {
+    /// The most likely token that is not [`Generation::banned`]; none if no logit is a number.
+    Token(Option<u32>),
+    /// (vocab_size)
+    Logits(&'s [f32]),
+}
+
 /// Whether a sequence goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Next {
@@ -77,10 +86,10 @@ impl Sequence {
         Self { request, trace, branches, decoding }
     }
 
-    /// Chooses the next token from `logits` (vocab_size), streams it, and feeds it unless the text ends here.
+    /// Takes its next token, or chooses it, streams it, and feeds it unless the text ends here.
     pub(crate) fn advance(
         &mut self,
-        logits: &[f32],
+        ahead: Ahead<'_>,
         config: &ModelConfig,
         tokenizer: &Tokenizer,
         measures: &Measures,
@@ -89,10 +98,12 @@ impl Sequence {
         else {
             return Ok(Next::Ended);
         };
-        let eos = config.eos_token_id;
-        let banned = (generation.generated < generation.options.tokens_min).then_some(eos);
-        let id = generation.sampler.next(logits, banned).ok_or(RequestError::NotANumber)?;
-        let (text, reason) = generation.take(id, eos, tokenizer)?;
+        let chosen = match ahead {
+            Ahead::Token(token) => token,
+            Ahead::Logits(logits) => generation.sampler.next(logits, generation.banned(config)),
+        };
+        let id = chosen.ok_or(RequestError::NotANumber)?;
+        let (text, reason) = generation.take(id, config.eos_token_id, tokenizer)?;
         measures.generated_tokens.increment(1);
         let now = Instant::now();
         if generation.first_token_at.is_none() {
@@ -155,6 +166,16 @@ impl Generation {
             generated: 0,
             first_token_at: None,
         }
+    }
+
+    /// Whether its next token is the most likely one, always.
+    pub(crate) fn is_greedy(&self) -> bool {
+        self.sampler.is_greedy()
+    }
+
+    /// The token that cannot be next: the end, while the text is too short.
+    pub(crate) fn banned(&self, config: &ModelConfig) -> Option<u32> {
+        (self.generated < self.options.tokens_min).then_some(config.eos_token_id)
     }
 
     /// Takes a token into the text; returns what may be streamed and why the text ends here, if it does.

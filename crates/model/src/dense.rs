@@ -353,6 +353,20 @@ impl Dense {
         }
     }
 
+    /// The most likely token after each of these rows of the decoder's last walk, never the one that is banned for it, if a
+    /// device chooses it where the logits are; a row's is none where no logit is a number. `None`: ask for the logits.
+    pub fn best_tokens(
+        &mut self,
+        _wanted: &[u32],
+        _banned: &[Option<u32>],
+    ) -> Option<Result<Vec<Option<u32>>, ModelError>> {
+        match &mut self.place {
+            Place::Cpu(_) => None,
+            #[cfg(feature = "cuda")]
+            Place::Gpu(device) => Some(device.best_tokens(_wanted, _banned).map_err(ModelError::from)),
+        }
+    }
+
     /// Scores of every token of the vocabulary after these rows, ascending, of the decoder's last walk:
     /// (rows, vocab_size), row-major.
     pub fn logits(&mut self, states: &States, wanted: &[usize]) -> Result<Vec<f32>, ModelError> {

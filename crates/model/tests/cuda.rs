@@ -482,6 +482,11 @@ fn experts_elsewhere_give_the_same_bits() {
                 assert_eq!(chosen, passed.experts);
                 let logits = dense.logits(&[0, 1, 2, 3]).unwrap();
                 assert_eq!(bits(logits), bits(whole.logits(4).unwrap()), "{} {precision}", dir.display());
+                // Chosen on the device as on the processor; what is banned gives way to the next best.
+                let any: Vec<Option<u32>> = passed.tokens.iter().copied().map(Some).collect();
+                assert_eq!(dense.best_tokens(&[0, 1, 2, 3], &[None; 4]).unwrap(), any);
+                let others = dense.best_tokens(&[0, 1, 2, 3], &any).unwrap();
+                assert!(others.iter().zip(&any).all(|(other, best)| other.is_some() && other != best));
                 fed = passed.tokens;
             }
         }

@@ -76,6 +76,7 @@ pub(super) struct Tile {
 pub(super) struct Best {
     pub(super) logits: u64,
     pub(super) tokens: u64,
+    pub(super) banned: u64,
     pub(super) vocab: i32,
 }
 
@@ -159,7 +160,7 @@ mod tests {
     /// A kernel would read one field for another: these are the sizes and places that a C++ compiler gives.
     #[test]
     fn layouts_are_those_of_the_kernels() {
-        assert_eq!((size_of::<Embed>(), size_of::<Norm>(), size_of::<Best>()), (32, 56, 24));
+        assert_eq!((size_of::<Embed>(), size_of::<Norm>(), size_of::<Best>()), (32, 56, 32));
         assert_eq!((size_of::<Add>(), size_of::<Tile>()), (24, 16));
         assert_eq!((size_of::<Fetch>(), offset_of!(Fetch, rows)), (48, 40));
         assert_eq!((size_of::<Take>(), offset_of!(Take, d)), (48, 40));

@@ -22,6 +22,9 @@ use super::{
 };
 use crate::{Checkpoint, ModelConfig, ModelError, Precision, SlotRun, Spans, Stack, StoredDType};
 
+/// No token: of a row without a number among its logits, and where none is banned.
+const NO_TOKEN: u32 = u32::MAX;
+
 /// See the file's head.
 #[derive(Debug)]
 pub struct DeviceDense {
@@ -43,7 +46,7 @@ struct Exchange {
     added: DeviceMemory,
     /// How many tiles of both ways there are, and those, where experts are on this device.
     tiles: DeviceMemory,
-    /// Places of grouped rows whose results are taken over.
+    /// A number for each of so many rows: the places of grouped rows whose results are taken over, tokens that are banned.
     places: DeviceMemory,
 }
 
@@ -292,16 +295,40 @@ impl DeviceDense {
         let vocab_size = self.config.vocab_size;
         let mut all = vec![0.0; rows.len() * vocab_size];
         for (rows, values) in rows.chunks(LOGIT_ROWS_MAX).zip(all.chunks_mut(LOGIT_ROWS_MAX * vocab_size)) {
-            self.gpu.enter()?;
-            let mut walk = self.walk();
-            walk.shape.wanted = rows.len();
-            walk.packet = Packet::plan(&self.scratch, 0, 0, rows.len());
-            walk.packet.send(&self.gpu, &[], &[], rows)?;
-            let DeviceBackbone { decoder, head, head_scale, .. } = &self.backbone;
-            self.pass(walk).head(&decoder.final_norm, head, *head_scale)?;
+            self.start_head(rows, None)?;
             self.gpu.read(self.scratch.logits.address(), weights::plain_bytes_mut(values))?;
         }
         Ok(all)
+    }
+
+    /// The most likely token after each of these rows of the decoder's last walk, never the one that is banned for it; none
+    /// where no logit is a number. What would be the first of the largest logits is chosen on the device.
+    pub fn best_tokens(&mut self, rows: &[u32], banned: &[Option<u32>]) -> Result<Vec<Option<u32>>, CudaError> {
+        let mut best = Vec::with_capacity(rows.len());
+        for (rows, banned) in rows.chunks(LOGIT_ROWS_MAX).zip(banned.chunks(LOGIT_ROWS_MAX)) {
+            let banned: Vec<u32> = banned.iter().map(|token| token.unwrap_or(NO_TOKEN)).collect();
+            self.start_head(rows, Some(&banned))?;
+            let mut tokens = vec![0; rows.len() * 4];
+            self.gpu.read(self.scratch.tokens(), &mut tokens)?;
+            let token = |&bytes| Some(u32::from_le_bytes(bytes)).filter(|&token| token != NO_TOKEN);
+            best.extend(tokens.as_chunks().0.iter().map(token));
+        }
+        Ok(best)
+    }
+
+    /// Starts computing logits and best tokens of at most [`LOGIT_ROWS_MAX`] rows.
+    fn start_head(&mut self, rows: &[u32], banned: Option<&[u32]>) -> Result<(), CudaError> {
+        self.gpu.enter()?;
+        let mut walk = self.walk();
+        walk.shape.wanted = rows.len();
+        walk.packet = Packet::plan(&self.scratch, 0, 0, rows.len());
+        walk.packet.send(&self.gpu, &[], &[], rows)?;
+        let places = self.exchange.as_ref().expect("made when the walk began").places.address();
+        if let Some(banned) = banned {
+            self.gpu.write(places, weights::plain_bytes(banned))?;
+        }
+        let DeviceBackbone { decoder, head, head_scale, .. } = &self.backbone;
+        self.pass(walk).head(&decoder.final_norm, head, *head_scale, banned.map(|_| places))
     }
 
     /// The encoder's states (rows, d_model), in the model's precision.

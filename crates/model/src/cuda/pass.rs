@@ -113,7 +113,7 @@ impl<'m> Pass<'m> {
             self.attend_block(block, index, weights)?;
             self.feed_forward(block)?;
         }
-        self.head(&weights.final_norm, head, head_scale)
+        self.head(&weights.final_norm, head, head_scale, None)
     }
 
     /// The attention of a block; one without cross-attention is the encoder's.
@@ -137,8 +137,14 @@ impl<'m> Pass<'m> {
         self.product(self.machine.scratch.x.address(), &cross.kv, to, Become::Store)
     }
 
-    /// Logits of the wanted rows of h, and the best token of each.
-    pub(super) fn head(&self, norm: &NormWeight, head: &Matrix, scale: f32) -> Result<(), CudaError> {
+    /// Logits of the wanted rows of h, and the best token of each, but for one that is banned for it.
+    pub(super) fn head(
+        &self,
+        norm: &NormWeight,
+        head: &Matrix,
+        scale: f32,
+        banned: Option<u64>,
+    ) -> Result<(), CudaError> {
         if self.shape.wanted == 0 {
             return Ok(());
         }
@@ -146,7 +152,7 @@ impl<'m> Pass<'m> {
         let Machine { gpu, kernels, scratch, .. } = self.machine;
         let (x, logits, tokens) = (scratch.x.address(), scratch.logits.address(), scratch.tokens());
         self.product_of(self.shape.wanted, x, head, logits, Become::Logits)?;
-        let arguments = Best { logits, tokens, vocab: head.outputs as i32 };
+        let arguments = Best { logits, tokens, banned: banned.unwrap_or(0), vocab: head.outputs as i32 };
         gpu.launch(&kernels.best, (self.shape.wanted, 1, 1), 1024, &arguments)
     }
 

@@ -109,18 +109,20 @@ extern "C" __global__ void take_rows(Take a) {
 struct Best {
     const float *logits;
     u32 *tokens;
+    const u32 *banned; // for each row a token that it cannot be; null: any may be
     int vocab;
 };
 
-// tokens[row] = the best of logits[row], the lowest where two are equal; a block of 1024 per row
+// tokens[row] = the best of logits[row], the lowest where two are equal, ~0 where none is a number above minus infinity; a
+// block of 1024 per row
 extern "C" __global__ void best_tokens(Best a) {
     __shared__ float values[32];
     __shared__ int places[32];
     const float *logits = a.logits + u64(blockIdx.x) * a.vocab;
     float most = -INFINITY;
-    int place = 0x7fffffff;
+    int place = 0x7fffffff, banned = a.banned ? int(a.banned[blockIdx.x]) : -1;
     for (int i = threadIdx.x; i < a.vocab; i += 1024)
-        if (logits[i] > most) most = logits[i], place = i;
+        if (logits[i] > most && i != banned) most = logits[i], place = i;
     for (int round = 0; round < 2; ++round) {
         for (int offset = 16; offset; offset >>= 1) {
             float other = __shfl_xor_sync(~0u, most, offset);
@@ -132,5 +134,5 @@ extern "C" __global__ void best_tokens(Best a) {
         __syncthreads();
         most = values[threadIdx.x % 32], place = places[threadIdx.x % 32];
     }
-    if (threadIdx.x == 0) a.tokens[blockIdx.x] = place == 0x7fffffff ? 0 : place;
+    if (threadIdx.x == 0) a.tokens[blockIdx.x] = place == 0x7fffffff ? ~0u : place;
 }
