@@ -165,6 +165,7 @@ impl Coordinator {
             statistics: statistics.clone(),
             measures: measures.clone(),
             running: Vec::new(),
+            values: Vec::new(),
         };
         let prepare = Prepare {
             limits: config.limits,

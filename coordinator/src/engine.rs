@@ -12,6 +12,7 @@ use std::{
     time::Instant,
 };
 
+use rayon::prelude::*;
 use sida_model::{SequenceState, Spans, States, Tokenizer};
 use sida_routing::{
     HashTable,
@@ -47,7 +48,13 @@ pub(crate) struct Engine {
     pub(crate) statistics: Arc<Statistics>,
     pub(crate) measures: Arc<Measures>,
     pub(crate) running: Vec<Sequence>,
+    /// Encoder states of a batch: memory that is used again.
+    pub(crate) values: Vec<f32>,
 }
+
+/// Answers of so many values, and texts of so many sequences, are made by several threads.
+const PARALLEL_VALUES_MIN: usize = 1 << 18;
+const PARALLEL_SEQUENCES_MIN: usize = 16;
 
 impl Engine {
     /// Runs until the queue is closed and everything in it was answered.
@@ -146,10 +153,11 @@ impl Engine {
         let wants = |wanted: fn(&Work) -> bool| {
             encoded.iter().any(|(request, _, failure)| failure.is_none() && wanted(&request.work))
         };
+        let mut buffer = std::mem::take(&mut self.values);
         let dense = self.forward.dense();
         let values = match wants(|work| matches!(work, Work::Encode { .. })) {
-            true => guarded(|| Ok(dense.values(states)?)),
-            false => Ok(Vec::new()),
+            true => guarded(|| Ok(dense.values(states, &mut buffer)?)),
+            false => Ok(&[][..]),
         };
         let started = match wants(|work| !matches!(work, Work::Encode { .. })) {
             true => guarded(|| Ok(dense.start(states, spans)?)).map(|all| all.into_iter().map(Some).collect()),
@@ -160,6 +168,7 @@ impl Engine {
             Err(error) => return encoded.into_iter().for_each(|(request, ..)| request.fail(error.clone())),
         };
         let d_model = self.forward.config().d_model;
+        let mut encodings = Vec::new();
         for ((request, trace, failure), rows) in encoded.into_iter().zip(spans.ranges()) {
             let state = started.next().flatten();
             match (failure, &request.work, state) {
@@ -167,7 +176,7 @@ impl Engine {
                 (None, &Work::Encode { pooling, .. }, _) => match &values {
                     Ok(values) => {
                         let own = &values[rows.start * d_model..rows.end * d_model];
-                        encoding::answer(request, trace, pooling, own, d_model);
+                        encodings.push((request, trace, pooling, own));
                     }
                     Err(error) => request.fail(error.clone()),
                 },
@@ -177,6 +186,12 @@ impl Engine {
                 },
             }
         }
+        let answer = |(request, trace, pooling, own)| encoding::answer(request, trace, pooling, own, d_model);
+        match values.map_or(0, <[f32]>::len) < PARALLEL_VALUES_MIN {
+            true => encodings.into_iter().for_each(answer),
+            false => encodings.into_par_iter().for_each(answer),
+        }
+        self.values = buffer;
     }
 
     /// The branches of a sequence: each begins with the decoder's start token and what is fed of a target, and all share
@@ -307,7 +322,7 @@ impl Engine {
         let mut tokens = tokens.as_ref().map(|tokens| tokens.iter());
         let mut logits = logits.chunks_exact(self.forward.config().vocab_size);
         let mut branches_before = 0;
-        let mut going = Vec::with_capacity(self.running.len());
+        let mut texts = Vec::with_capacity(self.running.len());
         for mut sequence in std::mem::take(&mut self.running) {
             let branches = branches_before..branches_before + sequence.branches.len();
             branches_before = branches.end;
@@ -317,32 +332,38 @@ impl Engine {
                 sequence::absorb(&mut sequence.trace, part);
                 failure = failure.or(part.failure.take());
             }
-            let outcome = match (&sequence.decoding, failure) {
-                (Decoding::Generate(generation), failure) => {
+            match &sequence.decoding {
+                Decoding::Generate(generation) => {
                     let ahead = match &mut tokens {
                         Some(tokens) if generation.is_greedy() => tokens.next().copied().map(Ahead::Token),
                         _ => logits.next().map(Ahead::Logits),
                     };
-                    match (ahead, failure) {
-                        (Some(ahead), None) => {
-                            guarded(|| sequence.advance(ahead, self.forward.config(), &self.tokenizer, &self.measures))
-                        }
-                        (_, failure) => Err(failure.unwrap_or(RequestError::NotANumber)),
-                    }
+                    let ahead = ahead.filter(|_| failure.is_none());
+                    texts.push((sequence, ahead.ok_or(failure.unwrap_or(RequestError::NotANumber))));
                 }
-                (Decoding::Score, None) => {
+                Decoding::Score => {
                     let rows = branches.map(|branch| spans.range(branch));
-                    guarded(|| sequence.answer_score(self.forward.dense(), states, rows))
+                    let scored = match failure {
+                        None => guarded(|| sequence.answer_score(self.forward.dense(), states, rows)),
+                        Some(failure) => Err(failure),
+                    };
+                    scored.unwrap_or_else(|error| sequence.request.fail(error));
                 }
-                (Decoding::Score, Some(failure)) => Err(failure),
-            };
-            match outcome {
-                Ok(Next::Goes) => going.push(sequence),
+            }
+        }
+        let (config, tokenizer, measures) = (self.forward.config(), &*self.tokenizer, &*self.measures);
+        let advance = |(mut sequence, ahead): (Sequence, Result<Ahead<'_>, RequestError>)| {
+            match ahead.and_then(|ahead| guarded(|| sequence.advance(ahead, config, tokenizer, measures))) {
+                Ok(Next::Goes) => return Some(sequence),
                 Ok(Next::Ended) => {}
                 Err(error) => sequence.request.fail(error),
             }
-        }
-        self.running = going;
+            None
+        };
+        self.running = match texts.len() < PARALLEL_SEQUENCES_MIN {
+            true => texts.into_iter().filter_map(advance).collect(),
+            false => texts.into_par_iter().with_min_len(PARALLEL_SEQUENCES_MIN / 4).filter_map(advance).collect(),
+        };
         self.measures.phases.output.record(start.elapsed());
     }
 

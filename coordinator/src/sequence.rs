@@ -137,8 +137,8 @@ impl Sequence {
         dense: &mut Dense,
         states: &States,
         rows: impl Iterator<Item = Range<usize>>,
-    ) -> Result<Next, RequestError> {
-        let Work::Score { targets, reply } = &mut self.request.work else { return Ok(Next::Ended) };
+    ) -> Result<(), RequestError> {
+        let Work::Score { targets, reply } = &mut self.request.work else { return Ok(()) };
         let mut scores = Vec::with_capacity(targets.len());
         for (target, rows) in targets.iter().zip(rows) {
             let log_likelihood = score::log_likelihood(dense, states, rows.start, target)?;
@@ -152,7 +152,7 @@ impl Sequence {
             // The caller may have gone, which is no error.
             drop(reply.send(Ok(Scores { targets: scores, trace: self.trace.clone() })));
         }
-        Ok(Next::Ended)
+        Ok(())
     }
 }
 

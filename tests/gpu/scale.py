@@ -5,7 +5,8 @@
 prints, for each method, batch and number of expert-nodes: requests a second and their ratio to the first cluster, what a
 layer's call to a node took and what of that the node computed, and what every node held. The expert-nodes share the model
 evenly, or each has --expert-memory of it. The coordinator is on the first GPU; with --coordinators each there is one on
-every GPU, and each gets its part of the batch. With fewer GPUs than expert-nodes these take turns on the GPUs there are.
+every GPU, each gets its part of the batch, and a second ratio is to the first cluster with the same batch per GPU. With
+fewer GPUs than expert-nodes these take turns on the GPUs there are.
 Needs a build with the cargo feature cuda and no Python package; the model is random weights made by `sida synth` in
 --directory. Ends with --kill by killing an expert-node under load, as serve.py does.
 """
@@ -103,6 +104,7 @@ def main():
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--sida", required=True)
     arguments.add_argument("--like", default="switch-base-256", help="a published shape")
+    arguments.add_argument("--model", help="a model that is there already, instead of one that is made")
     arguments.add_argument("--directory", default="/dev/shm", help="where the model is made")
     arguments.add_argument("--file", default="tests/data/sentences.txt")
     arguments.add_argument("--gpus", type=int, default=1)
@@ -120,8 +122,9 @@ def main():
     sizes = [int(size) for size in args.expert_nodes.split(",")]
     cases = [(method, int(batch)) for method in args.methods.split(",") for batch in args.batches.split(",")]
     with tempfile.TemporaryDirectory(dir=args.directory) as directory, open(f"{directory}/log", "w+") as log:
-        args.model = f"{directory}/model"
-        serve.subprocess.run([args.sida, "synth", "--like", args.like, "--out", args.model], check=True, stdout=serve.subprocess.DEVNULL)
+        if not args.model:
+            args.model = f"{directory}/model"
+            serve.subprocess.run([args.sida, "synth", "--like", args.like, "--out", args.model], check=True, stdout=serve.subprocess.DEVNULL)
         try:
             found = {}
             for _ in range(args.rounds):
@@ -145,14 +148,22 @@ def main():
 def print_table(args, sizes, cases, found):
     print(f"{args.like}, {args.gpus} GPUs, coordinators: {args.coordinators}, expert memory of a node: {args.expert_memory or 'its share'}, "
           f"{args.rounds} rounds; medians")
-    print(f"{'':14} {'nodes':>5} {'requests/s':>10} {'ratio':>6} {'call ms':>8} {'of it computed':>14}  resident GiB")
-    for case in cases:
+    header = f"{'':14} {'nodes':>5} {'requests/s':>10} {'ratio':>6}"
+    each = args.coordinators == "each"
+    print(f"{header} {'same batch per GPU' if each else '':>18} {'call ms':>8} {'of it computed':>14}  resident GiB")
+    for method, batch in cases:
         for size in sizes:
-            rounds = found[(case, size)]
+            rounds = found[((method, batch), size)]
             rate, call, computed = (statistics.median(column) for column in list(zip(*rounds))[:3])
-            ratios = [mine[0] / theirs[0] for mine, theirs in zip(rounds, found[(case, sizes[0])])]
+            ratio = lambda batch: ratio_of(rounds, found.get(((method, batch), sizes[0])))
+            of_its_own = ratio(batch * sizes[0] // size) if each else ""
             resident = " ".join(f"{held / 2**30:.1f}" for held in rounds[-1][3])
-            print(f"{case[0]:9}{case[1]:>5} {size:>5} {rate:>10.1f} {statistics.median(ratios):>6.2f} {call:>8.3f} {computed:>14.3f}  {resident}")
+            print(f"{method:9}{batch:>5} {size:>5} {rate:>10.1f} {ratio(batch):>6} {of_its_own:>18} {call:>8.3f} {computed:>14.3f}  {resident}")
+
+
+def ratio_of(mine, theirs):
+    """The median over the rounds of one's requests a second over another's, if that was measured."""
+    return f"{statistics.median(a[0] / b[0] for a, b in zip(mine, theirs)):.2f}" if theirs else "-"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ import argparse
 import json
 import os
 import pathlib
+import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -86,12 +88,14 @@ def windows(log):
     return pathlib.Path(log.name).read_text().count("rows for an expert-node stay on the device")
 
 
-def free_port():
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+def free_port(given=set()):
+    """Below the range that the system gives to outgoing connections, which would take one of those in between."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as listener:
+            if port not in given and listener.connect_ex(("127.0.0.1", port)) != 0:
+                given.add(port)
+                return port
 
 
 def kill_under_load(args, processes):

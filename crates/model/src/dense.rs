@@ -315,12 +315,25 @@ impl Dense {
         }
     }
 
-    /// The encoder's states (tokens, d_model), row-major.
-    pub fn values(&self, states: &States) -> Result<Vec<f32>, ModelError> {
-        match (&self.place, &states.0) {
-            (Place::Cpu(_), Left::Cpu(states)) => Ok(rows(states, <[f32]>::to_vec)?),
+    /// The encoder's states (tokens, d_model), row-major, in memory that is kept in `buffer` for the next time.
+    pub fn values<'b>(&mut self, states: &States, buffer: &'b mut Vec<f32>) -> Result<&'b [f32], ModelError> {
+        match (&mut self.place, &states.0) {
+            (Place::Cpu(_), Left::Cpu(states)) => {
+                rows(states, |values| {
+                    buffer.clear();
+                    buffer.extend_from_slice(values);
+                })?;
+                Ok(buffer)
+            }
             #[cfg(feature = "cuda")]
-            (Place::Gpu(device), Left::Gpu { rows }) => Ok(device.states(*rows)?),
+            (Place::Gpu(device), Left::Gpu { rows }) => {
+                let values = rows * device.config().d_model;
+                if buffer.len() < values {
+                    buffer.resize(values, 0.0);
+                }
+                device.write_states(&mut buffer[..values])?;
+                Ok(&buffer[..values])
+            }
             #[cfg(feature = "cuda")]
             _ => unreachable!("states are of the model that made them"),
         }

@@ -60,6 +60,24 @@ impl StoredDType {
         }
     }
 
+    /// As many values as `out` has room for, over what it holds. Panics unless `bytes` has exactly as many.
+    pub fn widen_over(self, bytes: &[u8], out: &mut [f32]) {
+        assert_eq!(bytes.len(), out.len() * self.size(), "{self} values of another number");
+        match self {
+            Self::F32 => {
+                out.iter_mut().zip(bytes.as_chunks().0).for_each(|(out, &value)| *out = f32::from_le_bytes(value))
+            }
+            Self::BF16 => {
+                let widen = |value: [u8; 2]| f32::from_bits(u32::from(u16::from_le_bytes(value)) << 16);
+                out.iter_mut().zip(bytes.as_chunks().0).for_each(|(out, &value)| *out = widen(value))
+            }
+            Self::F16 => {
+                let widen = |value| half::f16::from_le_bytes(value).to_f32();
+                out.iter_mut().zip(bytes.as_chunks().0).for_each(|(out, &value)| *out = widen(value))
+            }
+        }
+    }
+
     /// [`StoredDType::widen_into`] a new vector.
     pub fn widen(self, bytes: &[u8]) -> Vec<f32> {
         let mut values = Vec::with_capacity(bytes.len() / self.size());

@@ -6,6 +6,7 @@
 //! block is sparse, then `finish`. The hidden states stay on the device, one walk at a time.
 
 use cudarc::driver::PinnedHostSlice;
+use rayon::prelude::*;
 use sida_routing::{Grouping, LayerId};
 
 use super::{
@@ -21,6 +22,9 @@ use super::{
     window::{Mapped, SharedRows},
 };
 use crate::{Checkpoint, ModelConfig, ModelError, Precision, SlotRun, Spans, Stack, StoredDType};
+
+/// Values that one thread widens at a time: what takes some ten microseconds.
+const PIECE_VALUES: usize = 1 << 16;
 
 /// No token: of a row without a number among its logits, and where none is banned.
 const NO_TOKEN: u32 = u32::MAX;
@@ -337,6 +341,22 @@ impl DeviceDense {
         self.gpu.enter()?;
         into.resize(rows * self.config.d_model * self.precision.size(), 0);
         self.gpu.read(self.scratch.x.address(), into)
+    }
+
+    /// As [`DeviceDense::read_states`], in float32, over what `out` (rows, d_model) holds. What is large is widened by the
+    /// threads of the pool.
+    pub fn write_states(&mut self, out: &mut [f32]) -> Result<(), CudaError> {
+        let rows = out.len() / self.config.d_model;
+        self.check_rows(rows)?;
+        self.gpu.enter()?;
+        let stored = self.precision.stored();
+        let exchange = self.exchange.as_mut().expect("made when the walk began");
+        let host = exchange.host.as_mut_slice().map_err(failed("cuEventSynchronize"))?;
+        let host = &mut host[..out.len() * stored.size()];
+        self.gpu.read(self.scratch.x.address(), host)?;
+        let pieces = host.par_chunks(PIECE_VALUES * stored.size()).zip(out.par_chunks_mut(PIECE_VALUES));
+        pieces.for_each(|(bytes, values)| stored.widen_over(bytes, values));
+        Ok(())
     }
 
     /// As [`DeviceDense::read_states`], in float32.
