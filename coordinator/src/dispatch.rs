@@ -28,9 +28,11 @@ use sida_telemetry::Span;
 use crate::{
     call_failure::CallFailure,
     calls::{self, Call, Piece},
-    lane::{Computed, Lane, Outgoing, Reply, Results, travel},
+    lane::{Lane, travel},
+    lane_call::{Computed, Outgoing, Reply, Results},
     layer_rows::{LayerRows, Place},
     nodes::{Nodes, Reach, Roster},
+    outstanding::{self, LOOK_PERIOD, Outstanding},
     request::RequestError,
     share_out::{self, Shared},
     waiting::Waiting,
@@ -40,8 +42,6 @@ use crate::{
 const RESHARES_MAX: u32 = 3;
 /// A call straggles that is on its way for longer than this and four times those to other nodes.
 const STRAGGLE_MIN: Duration = Duration::from_millis(10);
-/// How soon a call that should be given up is looked at again, while nobody else could answer it.
-const LOOK_PERIOD: Duration = Duration::from_millis(25);
 /// When this thread was woken so late, its machine was busy, and answers may have come without being read yet: nobody
 /// is given up for that, so many times in a row.
 const LATE_WAKE: Duration = Duration::from_millis(20);
@@ -76,19 +76,6 @@ pub(crate) struct Dispatched {
     pub(crate) failovers: u64,
     /// Runs of grouped rows that nobody could compute; their results are 0.
     pub(crate) failed: Vec<(std::ops::Range<usize>, RequestError)>,
-}
-
-/// A call on its way.
-struct Outstanding {
-    call_id: u64,
-    call: Call,
-    /// Ends when the call is over, however it ends.
-    span: Option<Span>,
-    sent: Instant,
-    /// When it is given up, signs of life or not, if somebody else could answer.
-    deadline: Instant,
-    /// When to look whether it should be given up.
-    look: Instant,
 }
 
 impl Dispatch {
@@ -272,7 +259,7 @@ impl Dispatch {
                     continue;
                 }
                 late_wakes = 0;
-                for (call, failure) in self.given_up(roster, rows, &mut outstanding, now) {
+                for (call, failure) in outstanding::given_up(roster, rows, &mut outstanding, self.patience, now) {
                     self.give_back(roster, rows, call, failure, failed);
                 }
                 continue;
@@ -315,52 +302,6 @@ impl Dispatch {
         Ok(())
     }
 
-    /// Takes out of `outstanding` what need not be waited for any longer, and says when to look at the others again.
-    fn given_up(
-        &self,
-        roster: &Roster,
-        rows: &LayerRows<'_>,
-        outstanding: &mut Vec<Outstanding>,
-        now: Instant,
-    ) -> Vec<(Call, CallFailure)> {
-        let mut given_up = Vec::new();
-        let mut at = 0;
-        while at < outstanding.len() {
-            let one = &mut outstanding[at];
-            let Reach::Remote(lane) = &roster.links[one.call.node].reach else {
-                unreachable!("only calls to remote nodes are outstanding");
-            };
-            let (silent, last) = (lane.silent_until(one.sent), one.sent + self.patience);
-            let waited = now - one.sent;
-            let failure = match () {
-                // When to look is the earliest of these, unless a sign of life came meanwhile.
-                () if now < silent.min(one.deadline) => None,
-                () if rows.is_for_nobody(&one.call, now) => Some(CallFailure::Unwanted),
-                // Tight limits are of use only while somebody else could be asked. Who is alive but late is not left
-                // for one who was so before: they would take turns, and none would come to its end.
-                () if now < last
-                    && !calls::anyone_else(roster, &one.call, now)
-                    && !(now >= silent && calls::anyone_back(roster, &one.call, now)) =>
-                {
-                    None
-                }
-                () if now >= silent => Some(CallFailure::Silent { waited }),
-                () => Some(CallFailure::Late { waited }),
-            };
-            match failure {
-                Some(failure) => {
-                    lane.give_up(one.call_id, !matches!(failure, CallFailure::Unwanted), now);
-                    given_up.push((outstanding.swap_remove(at).call, failure));
-                }
-                None => {
-                    one.look = silent.min(one.deadline).max(now + LOOK_PERIOD).min(last.max(now + LOOK_PERIOD));
-                    at += 1;
-                }
-            }
-        }
-        given_up
-    }
-
     /// A call failed: its pieces wait for another node, or for the same under a newer placement.
     fn give_back(
         &self,
@@ -401,13 +342,6 @@ impl Dispatch {
             }
             failed.push(piece);
         }
-    }
-}
-
-impl LayerRows<'_> {
-    /// Whether nobody waits for any row of a call any more.
-    fn is_for_nobody(&self, call: &Call, now: Instant) -> bool {
-        call.pieces.iter().all(|piece| self.callers.gone(&self.grouping.tokens[piece.range()], now).is_some())
     }
 }
 

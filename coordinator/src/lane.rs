@@ -19,18 +19,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bytes::Bytes;
 use crossbeam_channel::Sender;
 use metrics::Gauge;
 use parking_lot::{Condvar, Mutex};
-use sida_cluster::experts::{CallReport, ExpertCall};
 use sida_model::ResultsWindow;
-use sida_proto::{
-    v1::{self, lane_request::Kind},
-    wire,
-};
+use sida_proto::v1::{self, lane_request::Kind};
 use sida_routing::{
-    LayerId, NodeId, PlacedGroup, Plan, PlanId,
+    NodeId, Plan, PlanId,
     failover::{Breaker, BreakerState, Silence},
 };
 use sida_telemetry::{TraceContext, gauge, names};
@@ -40,7 +35,12 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{call_deadline::CallDeadline, call_failure::CallFailure, lane_window::LaneWindow};
+use crate::{
+    call_deadline::CallDeadline,
+    call_failure::CallFailure,
+    lane_call::{Computed, Outgoing, Reply},
+    lane_window::LaneWindow,
+};
 
 /// How fast rows travel at least, in bytes per microsecond: that of a network of 1 Gbit/s. What travels is no sign of
 /// life until it has arrived, so large messages get the time that they need.
@@ -105,40 +105,6 @@ struct Pending {
     sent: Instant,
     /// Where its results will be, unless they travel.
     window: Option<Arc<ResultsWindow>>,
-}
-
-/// What became of a call.
-pub(crate) struct Reply {
-    /// As [`Lane::start`] returned it.
-    pub(crate) call_id: u64,
-    /// The rows, or why there are none.
-    pub(crate) outcome: Result<Computed, CallFailure>,
-}
-
-/// The rows of a call that is to be made.
-pub(crate) enum Outgoing<'a> {
-    /// They travel.
-    Rows(ExpertCall<'a>),
-    /// They are in this coordinator's window.
-    InWindow(LayerId, &'a [PlacedGroup]),
-}
-
-/// What an expert-node made of them.
-pub(crate) enum Results {
-    /// (rows, d_model) as a payload of exactly that length.
-    Payload(Bytes),
-    /// In the node's window, at the places of the call.
-    InWindow(Arc<ResultsWindow>),
-}
-
-/// Rows that an expert-node computed.
-pub(crate) struct Computed {
-    /// Where they are.
-    pub(crate) results: Results,
-    /// What it cost there.
-    pub(crate) report: CallReport,
-    /// How long it took, seen from here.
-    pub(crate) took: Duration,
 }
 
 impl Lane {
@@ -225,15 +191,7 @@ impl Lane {
         give_up: Instant,
     ) -> Result<u64, CallFailure> {
         let call_id = NEXT_CALL.fetch_add(1, Ordering::Relaxed);
-        let (activations, rows) = match outgoing {
-            Outgoing::Rows(ExpertCall { layer, groups, activations }) => {
-                (v1::Activations::new(call_id, layer, groups, activations), activations.len() / self.d_model)
-            }
-            Outgoing::InWindow(layer, groups) => {
-                let rows = groups.iter().map(|group| group.rows as usize).sum();
-                (v1::Activations::in_window(call_id, layer, groups), rows)
-            }
-        };
+        let (activations, rows) = outgoing.message(call_id, self.d_model);
         let bytes = activations.payload.len();
         let is_in_window = matches!(outgoing, Outgoing::InWindow(..));
         let traceparent = trace.map(|trace| trace.to_string()).unwrap_or_default();
@@ -336,7 +294,8 @@ impl Lane {
         let mut state = self.state.lock();
         state.outgoing = None;
         state.lost = reason.to_owned();
-        state.window = LaneWindow::closed();
+        // Closing it waits for the device.
+        let window = std::mem::replace(&mut state.window, LaneWindow::closed());
         state.inflight_bytes = 0;
         let pending = std::mem::take(&mut state.pending);
         state.silence.end();
@@ -348,6 +307,7 @@ impl Lane {
         for (call_id, pending) in pending {
             self.reply(call_id, pending, Err(CallFailure::Disconnected { reason: reason.to_owned() }));
         }
+        drop(window);
     }
 
     /// A sign of life came.
@@ -367,7 +327,7 @@ impl Lane {
             return;
         };
         let took = now - pending.sent;
-        let outcome = computed(results, &pending, self.d_model, took);
+        let outcome = Computed::of(results, pending.window.as_ref(), (pending.rows, self.d_model), took);
         match &outcome {
             Ok(Computed { report, .. }) => {
                 state.deadline.note(pending.rows, took, report.demand_loads, report.load);
@@ -430,33 +390,4 @@ impl State {
 /// How long the rows of a call and those of its answer may travel.
 pub(crate) fn travel(bytes: usize) -> Duration {
     Duration::from_micros((2 * bytes / BYTES_PER_MICROSECOND) as u64)
-}
-
-/// The rows of an answer, checked against the call.
-fn computed(results: v1::Results, call: &Pending, d_model: usize, took: Duration) -> Result<Computed, CallFailure> {
-    let rows_sent = if call.window.is_some() { 0 } else { call.rows };
-    match results.check(rows_sent, d_model) {
-        Ok(wire::Answer::Done { payload, report }) => {
-            let report = CallReport {
-                hits: report.hits,
-                demand_loads: report.demand_loads,
-                load: Duration::from_micros(report.load_us),
-                compute: Duration::from_micros(report.compute_us),
-            };
-            let results = call.window.clone().map_or(Results::Payload(payload), Results::InWindow);
-            Ok(Computed { results, report, took })
-        }
-        Ok(wire::Answer::Failed(error)) => Err(CallFailure::refused(error)),
-        Err(error) => Err(CallFailure::Malformed { reason: error.to_string() }),
-    }
-}
-
-impl Results {
-    /// How many travelled.
-    pub(crate) fn bytes(&self) -> usize {
-        match self {
-            Self::Payload(payload) => payload.len(),
-            Self::InWindow(_) => 0,
-        }
-    }
 }

@@ -1,5 +1,7 @@
 //! One MoE layer's rows on their way through [`crate::dispatch`]: who needs them, where they are, and where the results go.
 
+use std::time::Instant;
+
 use sida_cluster::experts::{CallError, CallReport, LocalExperts};
 use sida_model::{ModelError, ResultsWindow, RowsOnDevice};
 use sida_routing::{Grouping, LayerId};
@@ -34,6 +36,13 @@ pub(crate) struct OnDevice<'a> {
     /// Whether others can read them yet.
     is_settled: bool,
     fetched: Option<Vec<f32>>,
+}
+
+impl LayerRows<'_> {
+    /// Whether nobody waits for any row of a call any more.
+    pub(crate) fn is_for_nobody(&self, call: &Call, now: Instant) -> bool {
+        call.pieces.iter().all(|piece| self.callers.gone(&self.grouping.tokens[piece.range()], now).is_some())
+    }
 }
 
 impl<'a> Place<'a> {

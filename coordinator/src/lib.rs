@@ -6,10 +6,11 @@
 //! It waits in a `queue`; `prepare` takes a batch, has `predict` (here, or by `remote_predictor`) fill its hash
 //! tables and `preload` hint them. The `engine` lets it join: `forward` runs the layers, [`routing_mode`] chooses
 //! experts, `dispatch` takes the rows from where they are (`layer_rows`) in `calls` to the `nodes` over `lane`s
-//! (`lane_connection`, `lane_window`, `call_deadline`, `call_failure`), `share_out` saying whom to ask, `waiting` how long where
-//! nobody is left, and `callers` who still wants an answer. A `sequence` goes on from step to step: `sampler`, `detokenize`, `stop_text`, or `score`, or
-//! `encoding`; the answer leaves as [`output`] with its [`trace`], or as a `fault`. Work for several at once has a
-//! `batch_span`. Beside that: `probe` (health), `cluster_service`, `unheld`, `statistics` and `measures`.
+//! (`lane_connection`, `lane_call`, `lane_window`, `call_deadline`, `call_failure`), `share_out` saying whom to ask,
+//! `outstanding` and `waiting` for how long, and `callers` who still wants an answer. A `sequence` goes on from step to
+//! step: `sampler`, `detokenize`, `stop_text`, or `score`, or `encoding`; the answer leaves as [`output`] with its [`trace`],
+//! or as a `fault`. Work for several at once has a `batch_span`. Beside that: `probe` (health), `cluster_service`, `unheld`,
+//! `statistics` and `measures`.
 //!
 //! Invariant: it does not know expert-nodes but by `sida_cluster::experts` and the wire, and takes no decision
 //! that belongs to `sida_routing`.
@@ -32,6 +33,7 @@ mod fault;
 mod forward;
 mod front_door;
 mod lane;
+mod lane_call;
 mod lane_connection;
 mod lane_window;
 mod layer_rows;
@@ -39,6 +41,7 @@ mod measures;
 mod messages;
 mod nodes;
 pub mod output;
+mod outstanding;
 mod predict;
 mod preload;
 mod prepare;
