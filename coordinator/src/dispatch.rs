@@ -1,5 +1,5 @@
 //! One MoE layer's rows, to the experts and back: grouped rows are shared out among the nodes that hold their
-//! experts, remote nodes are asked first, nodes in this process compute on this thread meanwhile, and the
+//! experts, remote nodes are asked first, nodes in this process compute meanwhile, and the
 //! results are combined in the order of the groups, so that a sum never depends on who answered first.
 //!
 //! A call that fails goes to the next node within the same layer; rows are idempotent. When all have failed, rows wait
@@ -11,17 +11,15 @@
 //! then its rows are shared out again under that. `routing::failover` bounds what is asked again.
 
 use std::{
-    panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use crossbeam_channel::{Receiver, Sender};
-use sida_cluster::experts::{CallError, CallReport, ExpertCall, LocalExperts};
+use sida_cluster::experts::ExpertCall;
 use sida_model::Dense;
 use sida_proto::wire::rows::copy_from_payload;
 use sida_routing::{Grouping, LayerId};
-use sida_rpc::Reason;
 use sida_telemetry::{Span, TraceContext};
 
 use crate::{
@@ -29,6 +27,7 @@ use crate::{
     call_failure::CallFailure,
     callers::Callers,
     calls::{self, Call, Piece},
+    here::{Here, Made},
     lane::{Computed, Lane, Reply, travel},
     nodes::{Nodes, Reach, Roster},
     request::RequestError,
@@ -60,9 +59,10 @@ pub(crate) struct Dispatch {
     replies: (Sender<Reply>, Receiver<Reply>),
     /// (rows of the layer, d_model), in grouped order.
     results: Vec<f32>,
-    /// (rows of a call, d_model): what goes to a node, and what a node in this process makes of it.
+    /// (rows of a call, d_model): what goes to a node in another process.
     gathered: Vec<f32>,
-    computed: Vec<f32>,
+    /// Calls to nodes in this process.
+    here: Here,
 }
 
 /// One layer's rows.
@@ -109,8 +109,8 @@ impl Dispatch {
     /// `rows_max` bounds one message, at least 1; `patience`, the wait for a node when no other can answer, or none.
     pub(crate) fn new(nodes: Arc<Nodes>, d_model: usize, rows_max: usize, patience: Duration) -> Self {
         let replies = crossbeam_channel::unbounded();
-        let (results, gathered, computed) = Default::default();
-        Self { nodes, d_model, rows_max, patience, is_given_up: false, replies, results, gathered, computed }
+        let (results, gathered, here) = Default::default();
+        Self { nodes, d_model, rows_max, patience, is_given_up: false, replies, results, gathered, here }
     }
 
     /// `out[token] += weight * expert(x[token])` for every row of the layer; `out` is (tokens, d_model).
@@ -164,19 +164,20 @@ impl Dispatch {
                 }
             }
         }
-        for (experts, call) in local {
-            let start = Instant::now();
-            let _span = calls::span(roster, rows, &call);
-            match self.compute(&*experts, rows, &call) {
+        let mut load_max = Duration::ZERO;
+        for Made { call, outcome, took, .. } in self.here.make(roster, rows, self.d_model, local, &mut self.results) {
+            match outcome {
                 Ok(report) => {
                     waiting.answered();
-                    roster.links[call.node].durations.record(start.elapsed());
-                    dispatched.load += report.load;
+                    roster.links[call.node].durations.record(took);
+                    load_max = load_max.max(report.load);
                     dispatched.demand_loads += u64::from(report.demand_loads);
                 }
                 Err(failure) => self.give_back(roster, rows, call, failure, &mut failed),
             }
         }
+        // They load at the same time.
+        dispatched.load += load_max;
         self.collect(roster, rows, outstanding, waiting, dispatched, &mut failed);
         failed
     }
@@ -205,32 +206,6 @@ impl Dispatch {
             }
             Err(failure) => Err((call, failure)),
         }
-    }
-
-    /// Computes a call on a node in this process, on this thread.
-    fn compute(
-        &mut self,
-        experts: &dyn LocalExperts,
-        rows: &LayerRows<'_>,
-        call: &Call,
-    ) -> Result<CallReport, CallFailure> {
-        calls::gather(rows.grouping, rows.x, self.d_model, &call.pieces, &mut self.gathered);
-        self.computed.resize(self.gathered.len(), 0.0);
-        let groups = call.groups();
-        let expert_call = ExpertCall { layer: rows.layer, groups: &groups, activations: &self.gathered };
-        let computed = &mut self.computed;
-        // A node's bug must not take the coordinator down with it.
-        let outcome = catch_unwind(AssertUnwindSafe(|| experts.compute(expert_call, computed)));
-        let report = outcome
-            .map_err(|_| CallFailure::Panicked)?
-            .map_err(|error| CallFailure::Refused { reason: reason(&error), message: error.to_string() })?;
-        let mut from = &self.computed[..];
-        for piece in &call.pieces {
-            let (rows, rest) = from.split_at(piece.rows * self.d_model);
-            self.results[piece.first_row * self.d_model..][..rows.len()].copy_from_slice(rows);
-            from = rest;
-        }
-        Ok(report)
     }
 
     /// Waits for the answers to all calls that are under way, each until it is given up.
@@ -399,15 +374,5 @@ fn note_stragglers(roster: &Roster, on_the_way: &[(usize, Duration)]) {
         if let Reach::Remote(lane) = &roster.links[node].reach {
             lane.note_pace(straggled && node == slowest, now);
         }
-    }
-}
-
-/// Why a node in this process refused, in the words that one behind a lane would use.
-fn reason(error: &CallError) -> Reason {
-    match error {
-        CallError::Malformed(_) => Reason::MalformedMessage,
-        CallError::Load { .. } => Reason::ExpertLoadFailed,
-        CallError::Device { .. } => Reason::DeviceFailed,
-        CallError::ShuttingDown => Reason::ShuttingDown,
     }
 }
