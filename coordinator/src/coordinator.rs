@@ -31,7 +31,7 @@ use crate::{
     call_failure::CallFailure,
     config::{CoordinatorConfig, PredictorSource},
     dispatch::Dispatch,
-    engine::Engine,
+    engine::{Engine, guarded},
     forward::Forward,
     lane::LaneConfig,
     lane_connection::Connector,
@@ -189,19 +189,25 @@ impl Coordinator {
     /// The encoder's states of a text.
     pub async fn encode(&self, params: EncodeParams) -> Result<Encoding, RequestError> {
         let asked = self.asked("embeddings", params.trace);
-        let prompt = self.prompt(asked, params.text).await?;
+        let EncodeParams { text, routing, pooling, deadline, .. } = params;
         let (reply, answer) = oneshot::channel();
-        self.submit(prompt, params.routing, params.deadline, Work::Encode { pooling: params.pooling, reply })?;
+        let queue = move |this: &Self, prompt| this.submit(prompt, routing, deadline, Work::Encode { pooling, reply });
+        let bytes = text.len();
+        self.read(asked, text, bytes, queue).await?;
         answer.await.unwrap_or(Err(RequestError::Panicked))
     }
 
     /// The likelihood of each target given a text.
     pub async fn score(&self, params: ScoreParams) -> Result<Scores, RequestError> {
         let asked = self.asked("score", params.trace);
-        let prompt = self.prompt(asked, params.text).await?;
-        let targets = self.acceptance().targets(prompt.tokens.len(), &params.targets)?;
+        let ScoreParams { text, targets, routing, deadline, .. } = params;
+        let bytes = text.len() + targets.iter().map(String::len).sum::<usize>();
         let (reply, answer) = oneshot::channel();
-        self.submit(prompt, params.routing, params.deadline, Work::Score { targets, reply: Some(reply) })?;
+        let queue = move |this: &Self, prompt: Prompt| {
+            let targets = this.acceptance().targets(prompt.tokens.len(), &targets)?;
+            this.submit(prompt, routing, deadline, Work::Score { targets, reply: Some(reply) })
+        };
+        self.read(asked, text, bytes, queue).await?;
         answer.await.unwrap_or(Err(RequestError::Panicked))
     }
 
@@ -209,11 +215,14 @@ impl Coordinator {
     pub async fn generate(&self, mut params: GenerateParams) -> Result<TokenStream, RequestError> {
         let asked = self.asked("text_completion", params.trace);
         let text = std::mem::take(&mut params.text);
-        let mut prompt = self.prompt(asked, text).await?;
-        let options = self.acceptance().options(&mut params)?;
-        prompt.asked.describe(&options);
         let (reply, answer) = mpsc::unbounded_channel();
-        self.submit(prompt, params.routing, params.deadline, Work::Generate { options, reply })?;
+        let queue = move |this: &Self, mut prompt: Prompt| {
+            let options = this.acceptance().options(&mut params)?;
+            prompt.asked.describe(&options);
+            this.submit(prompt, params.routing, params.deadline, Work::Generate { options, reply })
+        };
+        let bytes = text.len();
+        self.read(asked, text, bytes, queue).await?;
         Ok(TokenStream { tokens: Some(answer) })
     }
 
@@ -285,19 +294,35 @@ impl Coordinator {
         Acceptance { limits: &config.request_limits, batch: &config.limits, tokenizer }
     }
 
-    /// The tokens of a prompt. In a task of its own, so that of several requests that one task sends all are announced
-    /// before the first is read, and other threads take part.
-    async fn prompt(&self, asked: Asked, text: String) -> Result<Prompt, RequestError> {
-        let announced = (text.len() <= AWAITED_TEXT_BYTES_MAX).then(|| self.inner.requests.announce());
+    /// Tokenizes a prompt and hands it to `queue`. Not by the task that asks, so that of several requests that one task
+    /// sends all are announced before the first is read; and by the threads that compute, which are awake then when the
+    /// batch comes, unless `bytes` of text to tokenize would hold up others, or the only such thread may wait for a node.
+    async fn read(
+        &self,
+        asked: Asked,
+        text: String,
+        bytes: usize,
+        queue: impl FnOnce(&Self, Prompt) -> Result<(), RequestError> + Send + 'static,
+    ) -> Result<(), RequestError> {
+        let is_short = bytes <= AWAITED_TEXT_BYTES_MAX;
+        let announced = is_short.then(|| self.inner.requests.announce());
+        let (reply, queued) = oneshot::channel();
         let this = self.clone();
-        let read = tokio::spawn(async move {
-            let tokens = {
-                let _span = Span::below(asked.span.context(), "tokenize");
-                this.acceptance().prompt(&text)?
-            };
-            Ok(Prompt { asked, tokens, announced })
-        });
-        read.await.unwrap_or(Err(RequestError::Panicked))
+        let read = move || {
+            let queued = guarded(|| {
+                let span = Span::below(asked.span.context(), "tokenize");
+                let tokens = this.acceptance().prompt(&text)?;
+                drop(span);
+                queue(&this, Prompt { asked, tokens, announced })
+            });
+            // Who asked may have gone, which is no error.
+            drop(reply.send(queued));
+        };
+        match is_short && rayon::current_num_threads() > 1 {
+            true => rayon::spawn(read),
+            false => drop(tokio::task::spawn_blocking(read)),
+        }
+        queued.await.unwrap_or(Err(RequestError::Panicked))
     }
 
     /// A request begins.

@@ -1,5 +1,5 @@
 //! One MoE layer's rows, to the experts and back: grouped rows are shared out among the nodes that hold their
-//! experts, remote nodes are asked first, nodes in this process compute on this thread meanwhile, and the
+//! experts, remote nodes are asked first, nodes in this process compute meanwhile, and the
 //! results are combined in the order of the groups, so that a sum never depends on who answered first. Rows on a device
 //! stay there as far as nodes can compute or read them there (`layer_rows`).
 //!
@@ -12,22 +12,21 @@
 //! then its rows are shared out again under that. `routing::failover` bounds what is asked again.
 
 use std::{
-    panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use crossbeam_channel::{Receiver, Sender};
-use sida_cluster::experts::{CallError, CallReport, ExpertCall, LocalExperts};
+use sida_cluster::experts::ExpertCall;
 use sida_model::ModelError;
 use sida_proto::wire::rows::copy_from_payload;
 use sida_routing::Grouping;
-use sida_rpc::Reason;
 use sida_telemetry::Span;
 
 use crate::{
     call_failure::CallFailure,
     calls::{self, Call, Piece},
+    here::{self, Here, Made},
     lane::{Lane, travel},
     lane_call::{Computed, Outgoing, Reply, Results},
     layer_rows::{LayerRows, Place},
@@ -60,9 +59,10 @@ pub(crate) struct Dispatch {
     replies: (Sender<Reply>, Receiver<Reply>),
     /// (rows of the layer, d_model), in grouped order; empty until the first that come to this machine's memory.
     results: Vec<f32>,
-    /// (rows of a call, d_model): what goes to a node, and what a node in this process makes of it.
+    /// (rows of a call, d_model): what goes to a node in another process.
     gathered: Vec<f32>,
-    computed: Vec<f32>,
+    /// Calls to nodes in this process.
+    here: Here,
 }
 
 /// What a layer's rows cost.
@@ -82,8 +82,8 @@ impl Dispatch {
     /// `rows_max` bounds one message, at least 1; `patience`, the wait for a node when no other can answer, or none.
     pub(crate) fn new(nodes: Arc<Nodes>, d_model: usize, rows_max: usize, patience: Duration) -> Self {
         let replies = crossbeam_channel::unbounded();
-        let (results, gathered, computed) = Default::default();
-        Self { nodes, d_model, rows_max, patience, is_given_up: false, replies, results, gathered, computed }
+        let (results, gathered, here) = Default::default();
+        Self { nodes, d_model, rows_max, patience, is_given_up: false, replies, results, gathered, here }
     }
 
     /// `out[token] += weight * expert(x[token])` for every row of the layer.
@@ -140,19 +140,32 @@ impl Dispatch {
                 }
             }
         }
+        let (mut load_max, mut here) = (Duration::ZERO, Vec::with_capacity(local.len()));
+        let mut made = Vec::with_capacity(local.len());
         for (experts, call) in local {
-            let start = Instant::now();
-            let _span = calls::span(roster, rows, &call);
-            match self.compute(&*experts, rows, place, &call)? {
+            match here::start_on_device(roster, rows, place, &*experts, &call)? {
+                Some((outcome, took)) => made.push((call, outcome, took)),
+                None => here.push((experts, call)),
+            }
+        }
+        if !here.is_empty() {
+            let results = kept(&mut self.results, rows.grouping, self.d_model);
+            let computed = self.here.make(roster, rows, place.x()?, self.d_model, here, results);
+            made.extend(computed.into_iter().map(|Made { call, outcome, took, .. }| (call, outcome, took)));
+        }
+        for (call, outcome, took) in made {
+            match outcome {
                 Ok(report) => {
                     waiting.answered();
-                    roster.links[call.node].durations.record(start.elapsed());
-                    dispatched.load += report.load;
+                    roster.links[call.node].durations.record(took);
+                    load_max = load_max.max(report.load);
                     dispatched.demand_loads += u64::from(report.demand_loads);
                 }
                 Err(failure) => self.give_back(roster, rows, call, failure, &mut failed),
             }
         }
+        // They load at the same time.
+        dispatched.load += load_max;
         self.collect(roster, rows, place, outstanding, waiting, dispatched, &mut failed)?;
         Ok(failed)
     }
@@ -186,54 +199,7 @@ impl Dispatch {
         }
     }
 
-    /// Computes a call on a node in this process, on this thread or on the device that the rows are on.
-    fn compute(
-        &mut self,
-        experts: &dyn LocalExperts,
-        rows: &LayerRows<'_>,
-        place: &mut Place<'_>,
-        call: &Call,
-    ) -> Result<Result<CallReport, CallFailure>, ModelError> {
-        let refused = |error: CallError| CallFailure::Refused { reason: reason(&error), message: error.to_string() };
-        if let Some(device) = place.device() {
-            // A node's bug must not take the coordinator down with it.
-            let started = catch_unwind(AssertUnwindSafe(|| device.compute(experts, rows.layer, call)));
-            match started.map_err(|_| CallFailure::Panicked) {
-                Ok(None) => {}
-                Ok(Some(Ok(report))) => return Ok(Ok(report)),
-                Ok(Some(Err(error))) => {
-                    device.forget(call)?;
-                    return Ok(Err(refused(error)));
-                }
-                Err(panicked) => {
-                    device.forget(call)?;
-                    return Ok(Err(panicked));
-                }
-            }
-        }
-        calls::gather(rows.grouping, place.x()?, self.d_model, &call.pieces, &mut self.gathered);
-        self.computed.resize(self.gathered.len(), 0.0);
-        let groups = call.groups();
-        let expert_call = ExpertCall { layer: rows.layer, groups: &groups, activations: &self.gathered };
-        let computed = &mut self.computed;
-        // As above.
-        let outcome = catch_unwind(AssertUnwindSafe(|| experts.compute(expert_call, computed)));
-        let report = match outcome {
-            Ok(Ok(report)) => report,
-            Ok(Err(error)) => return Ok(Err(refused(error))),
-            Err(_) => return Ok(Err(CallFailure::Panicked)),
-        };
-        let results = kept(&mut self.results, rows.grouping, self.d_model);
-        let mut from = &self.computed[..];
-        for piece in &call.pieces {
-            let (rows, rest) = from.split_at(piece.rows * self.d_model);
-            results[piece.first_row * self.d_model..][..rows.len()].copy_from_slice(rows);
-            from = rest;
-        }
-        Ok(Ok(report))
-    }
-
-    /// Waits for the answers; those of remote nodes that failed go to `failed`.
+    /// Waits for the answers to all calls that are under way, each until it is given up; those that failed go to `failed`.
     #[allow(clippy::too_many_arguments)] // A round, and what is noted of it.
     fn collect(
         &mut self,
@@ -364,15 +330,5 @@ fn note_stragglers(roster: &Roster, on_the_way: &[(usize, Duration)]) {
         if let Reach::Remote(lane) = &roster.links[node].reach {
             lane.note_pace(straggled && node == slowest, now);
         }
-    }
-}
-
-/// Why a node in this process refused, in the words that one behind a lane would use.
-fn reason(error: &CallError) -> Reason {
-    match error {
-        CallError::Malformed(_) => Reason::MalformedMessage,
-        CallError::Load { .. } => Reason::ExpertLoadFailed,
-        CallError::Device { .. } => Reason::DeviceFailed,
-        CallError::ShuttingDown => Reason::ShuttingDown,
     }
 }

@@ -130,11 +130,8 @@ impl Forward {
     ) -> Result<States, ModelError> {
         let start = Instant::now();
         let mut walk = self.dense.begin(stack, ids, spans, caches)?; // h (tokens, d_model)
-        for block in 0..self.dense.blocks(stack) {
-            self.dense.attend(&mut walk, block, spans, caches)?;
-            if let Some(layer) = self.dense.feed_forward(&mut walk, block)? {
-                self.moe(&mut walk, layer, spans, parts, requests, costs)?;
-            }
+        while let Some(layer) = self.dense.advance(&mut walk, spans, caches)? {
+            self.moe(&mut walk, layer, spans, parts, requests, costs)?;
         }
         let states = self.dense.finish(walk, spans, caches)?;
         costs.finish_pass(start);

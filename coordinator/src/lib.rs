@@ -5,7 +5,7 @@
 //! (the wire's side), or this process by [`coordinator`]; `accept` checks and tokenizes what was `asked` into a [`request`].
 //! It waits in a `queue`; `prepare` takes a batch, has `predict` (here, or by `remote_predictor`) fill its hash
 //! tables and `preload` hint them. The `engine` lets it join: `forward` runs the layers, [`routing_mode`] chooses
-//! experts, `dispatch` takes the rows from where they are (`layer_rows`) in `calls` to the `nodes` over `lane`s
+//! experts, `dispatch` takes the rows from where they are (`layer_rows`) in `calls` to the `nodes`, those `here` or over `lane`s
 //! (`lane_connection`, `lane_call`, `lane_window`, `call_deadline`, `call_failure`), `share_out` saying whom to ask,
 //! `outstanding` and `waiting` for how long, and `callers` who still wants an answer. A `sequence` goes on from step to
 //! step: `sampler`, `detokenize`, `stop_text`, or `score`, or `encoding`; the answer leaves as [`output`] with its [`trace`],
@@ -32,6 +32,7 @@ mod engine;
 mod fault;
 mod forward;
 mod front_door;
+mod here;
 mod lane;
 mod lane_call;
 mod lane_connection;

@@ -1,20 +1,23 @@
-//! One call: the rows of one MoE layer through their experts. Workers take groups from a queue; for each they
-//! load the expert if it is missing, compute its rows straight into their place in the result, and give the slot
-//! back. The queue asks for missing experts only a few at a time, so that a call of a whole layer passes through
+//! One call: the rows of one MoE layer through their experts. Workers take groups from a queue, large ones in parts;
+//! for each they load the expert if it is missing, compute its rows straight into their place in the result, and give
+//! the slot back. The queue asks for missing experts only a few at a time, so that a call of a whole layer passes through
 //! few slots and leaves the others what they hold. Called by [`crate::engine`].
 //!
 //! A call waits (for another's load, for a slot) only on the thread that made it, and for a slot only while it
 //! holds none: so calls cannot wait for each other in a circle. If that thread is one of the pool, as a
 //! coordinator's in the same process is, it works for others while it waits (see `cache`).
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use parking_lot::Mutex;
 use sida_cluster::experts::{CallError, CallReport, ExpertCall};
-use sida_model::{ExpertScratch, ExpertShape};
+use sida_model::{ExpertScratch, ExpertShape, side_by_side::side_by_side};
 use sida_routing::residency::ResidencyError;
 
-use crate::cache::{ExpertCache, Granted, Loading, PendingCall, Pinned};
+use crate::cache::{ExpertCache, Granted, Loading, PendingCall, Pinned, Unfilled};
 
 /// Loads that a call begins before it computes and gives slots back: enough to keep the workers of a small
 /// machine busy, few enough to evict little.
@@ -26,6 +29,10 @@ const PARALLEL_MACS_MIN: usize = 2_000_000;
 const SPLIT_MACS_MIN: usize = 4_000_000;
 /// Reading a byte of weights costs about as much as so many multiplications.
 const MACS_PER_WEIGHT_BYTE: usize = 1;
+
+/// A group of more rows than are a worker's share of the call is computed in parts, so that the workers end at about the
+/// same time. Each part reads all weights of its expert, for at least this share of as many rows as those are wide.
+const PART_ROWS_SHARE: usize = 8;
 
 /// How many threads of the process's pool a node uses, and what they keep from call to call.
 pub(crate) struct Workers {
@@ -54,6 +61,11 @@ impl Workers {
         Self { threads: threads.max(1), scratches: Mutex::new(Vec::new()) }
     }
 
+    /// How many there are.
+    fn threads(&self) -> usize {
+        rayon::current_num_threads().min(self.threads).max(1)
+    }
+
     /// Runs `work` on as many threads as the call is worth, all at the same time. Returns how many.
     fn run(&self, effort: &Effort, groups: usize, work: impl Fn(&mut ExpertScratch) + Sync) -> u32 {
         let work = || {
@@ -61,24 +73,18 @@ impl Workers {
             work(&mut scratch);
             self.scratches.lock().push(scratch);
         };
-        let threads = rayon::current_num_threads().min(self.threads).min(groups).max(1);
+        let threads = self.threads().min(groups);
         if effort.largest_group >= SPLIT_MACS_MIN {
             // From a thread of the pool, so that the products of a large group are split over the same pool.
-            rayon::scope(|scope| share(scope, threads, &work));
+            rayon::scope(|_| side_by_side(threads, work));
         } else if threads > 1 && effort.whole >= PARALLEL_MACS_MIN {
-            rayon::in_place_scope(|scope| share(scope, threads, &work));
+            side_by_side(threads, work);
         } else {
             work();
             return 1;
         }
         threads as u32
     }
-}
-
-/// Runs `work` on this thread and on `threads - 1` others.
-fn share<'s>(scope: &rayon::Scope<'s>, threads: usize, work: &'s (dyn Fn() + Sync)) {
-    (1..threads).for_each(|_| scope.spawn(|_| work()));
-    work();
 }
 
 /// Rows of one group, and where their results go.
@@ -89,6 +95,11 @@ pub(crate) struct GroupRows<'x> {
 
 /// What is left of a call.
 struct Queue<'c, 'x> {
+    d_model: usize,
+    /// Floats of a part at most.
+    part_floats: usize,
+    /// What is to be computed of groups whose expert is there.
+    parts: Vec<(GroupRows<'x>, Arc<Pinned<'c>>)>,
     pending: PendingCall<'c>,
     granted: Vec<(usize, Granted<'c>)>,
     /// Granted, but somebody else is loading them.
@@ -102,10 +113,20 @@ struct Queue<'c, 'x> {
     load: Duration,
 }
 
+/// What a worker is to do.
+enum Next<'c, 'x> {
+    Compute(GroupRows<'x>, Arc<Pinned<'c>>),
+    /// And then compute.
+    Load(GroupRows<'x>, Unfilled<'c>),
+}
+
 impl<'c, 'x> Queue<'c, 'x> {
-    /// The next group that can be computed, or loaded and computed, without waiting for anybody.
-    fn next(&mut self) -> Option<(GroupRows<'x>, Granted<'c>)> {
+    /// What can be computed, or loaded and computed, without waiting for anybody.
+    fn next(&mut self) -> Option<Next<'c, 'x>> {
         while self.failure.is_none() {
+            if let Some((rows, expert)) = self.parts.pop() {
+                return Some(Next::Compute(rows, expert));
+            }
             if self.granted.is_empty() && !self.pending.is_empty() {
                 // Nothing is loaded while there is something to compute, since that will leave its slot.
                 self.pending.acquire(0, &mut self.granted);
@@ -118,16 +139,27 @@ impl<'c, 'x> Queue<'c, 'x> {
             }
             let (group, granted) = self.granted.pop()?;
             match granted {
-                Granted::LoadedByOther(loading) => {
-                    self.awaited.push((group, loading));
-                    continue;
+                Granted::LoadedByOther(loading) => self.awaited.push((group, loading)),
+                Granted::Ready(expert) => {
+                    let rows = self.take(group);
+                    self.share(rows, expert);
                 }
-                Granted::Ready(_) => {}
-                Granted::ToLoad(_) => self.demand_loads += 1,
+                Granted::ToLoad(unfilled) => {
+                    self.demand_loads += 1;
+                    return Some(Next::Load(self.take(group), unfilled));
+                }
             }
-            return Some((self.take(group), granted));
         }
         None
+    }
+
+    /// Cuts a group whose expert is there into parts of about one size.
+    fn share(&mut self, rows: GroupRows<'x>, expert: Pinned<'c>) {
+        let expert = Arc::new(expert);
+        let parts = rows.x.len().div_ceil(self.part_floats);
+        let floats = (rows.x.len() / self.d_model).div_ceil(parts) * self.d_model;
+        let parts = rows.x.chunks(floats).zip(rows.out.chunks_mut(floats)).map(|(x, out)| GroupRows { x, out });
+        self.parts.extend(parts.map(|rows| (rows, expert.clone())));
     }
 
     fn take(&mut self, group: usize) -> GroupRows<'x> {
@@ -149,7 +181,11 @@ pub(crate) fn compute(
     let pending = cache.call(call.layer, call.groups.iter().map(|group| group.expert), planned).map_err(refused)?;
     let rows = call.activations.len() / shape.d_model;
     let effort = Effort::of(&call, shape);
+    let part_rows = rows.div_ceil(workers.threads()).max(shape.d_model.div_ceil(PART_ROWS_SHARE));
     let queue = Mutex::new(Queue {
+        d_model: shape.d_model,
+        part_floats: part_rows * shape.d_model,
+        parts: Vec::with_capacity(call.groups.len()),
         pending,
         granted: Vec::with_capacity(call.groups.len()),
         awaited: Vec::new(),
@@ -179,20 +215,21 @@ pub(crate) fn compute(
     }
 }
 
-/// A worker: groups until there is none that can be had without waiting.
+/// A worker: computes until there is nothing that can be had without waiting.
 fn work(queue: &Mutex<Queue<'_, '_>>, shape: &ExpertShape, scratch: &mut ExpertScratch) {
     loop {
         // In a statement of its own: the lock must not be held while computing.
         let next = queue.lock().next();
-        let Some((rows, granted)) = next else { return };
-        match granted {
-            Granted::Ready(expert) => forward(shape, &expert, rows, scratch),
-            Granted::ToLoad(unfilled) => {
+        match next {
+            None => return,
+            Some(Next::Compute(rows, expert)) => forward(shape, &expert, rows, scratch),
+            Some(Next::Load(rows, unfilled)) => {
                 let (key, start) = (unfilled.key(), Instant::now());
                 match unfilled.fill() {
                     Ok(Some(expert)) => {
-                        queue.lock().load += start.elapsed();
-                        forward(shape, &expert, rows, scratch);
+                        let mut queue = queue.lock();
+                        queue.load += start.elapsed();
+                        queue.share(rows, expert);
                     }
                     Ok(None) => unreachable!("a demand load is the call's own"),
                     Err(error) => {
@@ -201,7 +238,6 @@ fn work(queue: &Mutex<Queue<'_, '_>>, shape: &ExpertShape, scratch: &mut ExpertS
                     }
                 }
             }
-            Granted::LoadedByOther(_) => unreachable!("the queue keeps these back"),
         }
     }
 }

@@ -29,6 +29,11 @@ mod watch_screen;
 use std::{env, error::Error, io, process::ExitCode};
 
 use bad_configuration::BadConfiguration;
+use mimalloc::MiMalloc;
+
+/// Tokenizing is little else than small allocations, by several threads at once.
+#[global_allocator]
+static ALLOCATOR: MiMalloc = MiMalloc;
 
 /// `EX_USAGE` of sysexits.h: the command line, the environment or a configuration file is wrong, so that
 /// starting again will not help.

@@ -76,11 +76,12 @@ impl SelfAttention {
     pub(crate) fn encode(&self, h: &Tensor, spans: &Spans) -> Result<Tensor, ModelError> {
         let d_model = h.dim(1)?;
         let mut h = rows(h, <[f32]>::to_vec)?;
-        pieces::by_sequence(&mut h, d_model, spans, |h, spans| self.encode_piece(h, spans));
+        pieces::by_sequence(&mut h, d_model, spans, |h, spans| self.apply(h, spans));
         Ok(from_rows(h, d_model)?)
     }
 
-    fn encode_piece(&self, h: &mut [f32], spans: &Spans) {
+    /// As [`SelfAttention::encode`], in place and by the calling thread as far as products do not split themselves.
+    pub(crate) fn apply(&self, h: &mut [f32], spans: &Spans) {
         let inner = self.heads.inner();
         let qkv = self.qkv.product(&self.norm.apply(h)); // (n, 3 inner)
         let mut attended = vec![0.0; spans.rows() * inner];

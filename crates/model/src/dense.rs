@@ -47,6 +47,8 @@ pub struct DenseOptions {
 #[derive(Debug)]
 pub struct Walk {
     stack: Stack,
+    /// The first block that was not walked.
+    next: usize,
     at: At,
 }
 
@@ -145,11 +147,38 @@ impl Dense {
         };
         #[cfg(not(feature = "cuda"))]
         let _ = (spans, states);
-        Ok(Walk { stack, at })
+        Ok(Walk { stack, next: 0, at })
+    }
+
+    /// Goes on through dense layers to the next MoE layer. There x = norm(h), and the router chooses; then come
+    /// [`Dense::routes`], [`Dense::rows`] and [`Dense::add`]. `None` after the last block. `states` are those that the walk
+    /// began with.
+    pub fn advance(
+        &mut self,
+        walk: &mut Walk,
+        spans: &Spans,
+        states: &mut [&mut SequenceState],
+    ) -> Result<Option<LayerId>, ModelError> {
+        let blocks = self.blocks(walk.stack);
+        if let (Stack::Encoder, Place::Cpu(backbone), At::Cpu { h, .. }) = (walk.stack, &self.place, &mut walk.at) {
+            let (advanced, sparse) = backbone.encoder().advance(h, walk.next, spans)?;
+            *h = advanced;
+            walk.next = sparse.map_or(blocks, |block| block + 1);
+            return sparse.map_or(Ok(None), |block| self.feed_forward(walk, block));
+        }
+        while walk.next < blocks {
+            let block = walk.next;
+            walk.next += 1;
+            self.attend(walk, block, spans, states)?;
+            if let Some(layer) = self.feed_forward(walk, block)? {
+                return Ok(Some(layer));
+            }
+        }
+        Ok(None)
     }
 
     /// The attention of a block: h += attention(norm(h)).
-    pub fn attend(
+    fn attend(
         &self,
         walk: &mut Walk,
         block: usize,
@@ -173,9 +202,8 @@ impl Dense {
         }
     }
 
-    /// What follows in a block that is dense: h += feed_forward(norm(h)). In a sparse one x = norm(h), and the router
-    /// chooses; then come [`Dense::routes`], [`Dense::rows`] and [`Dense::add`].
-    pub fn feed_forward(&mut self, walk: &mut Walk, number: usize) -> Result<Option<LayerId>, ModelError> {
+    /// What follows in a block that is dense: h += feed_forward(norm(h)). In a sparse one x = norm(h).
+    fn feed_forward(&mut self, walk: &mut Walk, number: usize) -> Result<Option<LayerId>, ModelError> {
         match (&mut self.place, &mut walk.at) {
             (Place::Cpu(backbone), At::Cpu { h, x, block, probabilities }) => {
                 match gate(backbone, walk.stack, number) {

@@ -7,6 +7,8 @@
 //! }
 //! encoder.finish(&h)
 //! ```
+//!
+//! or, with the same bits, takes all blocks up to the next gate at once ([`Encoder::advance`]).
 
 use std::sync::Arc;
 
@@ -14,8 +16,15 @@ use candle_core::Tensor;
 use sida_routing::LayerId;
 
 use crate::{
-    ModelConfig, ModelError, Spans, Stack, attention::SelfAttention, feed_forward::FeedForward, loader::Loader, names,
-    norm::Norm, position_bias::PositionBias,
+    ModelConfig, ModelError, Spans, Stack,
+    attention::SelfAttention,
+    feed_forward::FeedForward,
+    loader::Loader,
+    names,
+    norm::Norm,
+    pieces,
+    position_bias::PositionBias,
+    tensor_rows::{from_rows, rows},
 };
 
 /// All blocks of the encoder, and the norm after them.
@@ -54,6 +63,19 @@ impl Encoder {
         &self.layers
     }
 
+    /// From block `first` on through the attention of the next sparse one: h (rows of all sequences, d_model) before
+    /// its gate, and its number; or, without one, h after the last block. The threads meet once.
+    pub fn advance(&self, h: &Tensor, first: usize, spans: &Spans) -> Result<(Tensor, Option<usize>), ModelError> {
+        check_rows(h, spans)?;
+        let d_model = h.dim(1)?;
+        let is_sparse = |&block: &usize| matches!(self.layers[block].feed_forward, FeedForward::Moe(_));
+        let sparse = (first..self.layers.len()).find(is_sparse);
+        let blocks = &self.layers[first..sparse.map_or(self.layers.len(), |block| block + 1)];
+        let mut h = rows(h, <[f32]>::to_vec)?;
+        pieces::by_sequence(&mut h, d_model, spans, |h, spans| blocks.iter().for_each(|block| block.apply(h, spans)));
+        Ok((from_rows(h, d_model)?, sparse))
+    }
+
     /// The norm after the last block: h (n, d_model) -> the encoder's states (n, d_model)
     pub fn finish(&self, h: &Tensor) -> Result<Tensor, ModelError> {
         Ok(self.final_norm.forward(h)?)
@@ -69,6 +91,14 @@ impl EncoderLayer {
     pub fn attend(&self, h: &Tensor, spans: &Spans) -> Result<Tensor, ModelError> {
         check_rows(h, spans)?;
         self.attention.encode(h, spans)
+    }
+
+    /// Attention, and what follows if it is dense.
+    fn apply(&self, h: &mut [f32], spans: &Spans) {
+        self.attention.apply(h, spans);
+        if let FeedForward::Dense(dense) = &self.feed_forward {
+            dense.apply(h);
+        }
     }
 
     /// What follows.

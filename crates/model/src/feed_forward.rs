@@ -69,12 +69,15 @@ impl DenseFeedForward {
     pub fn forward(&self, h: &Tensor) -> Result<Tensor, ModelError> {
         let d_model = h.dim(1)?;
         let mut h = rows(h, <[f32]>::to_vec)?;
-        pieces::by_row(&mut h, d_model, |h| {
-            let mut hidden = self.wi.product(&self.norm.apply(h)); // (n, d_ff)
-            relu(&mut hidden);
-            add_to(h, &self.wo.product(&hidden));
-        });
+        pieces::by_row(&mut h, d_model, |h| self.apply(h));
         Ok(from_rows(h, d_model)?)
+    }
+
+    /// As [`DenseFeedForward::forward`], in place and by the calling thread as far as products do not split themselves.
+    pub(crate) fn apply(&self, h: &mut [f32]) {
+        let mut hidden = self.wi.product(&self.norm.apply(h)); // (n, d_ff)
+        relu(&mut hidden);
+        add_to(h, &self.wo.product(&hidden));
     }
 }
 

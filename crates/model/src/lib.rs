@@ -7,7 +7,7 @@
 //!
 //! In reading order. What a model is: [`error`], [`dtype`], [`config`], [`family`].
 //! Where its bytes are: [`bounded_file`], `weight_files`, [`manifest`], [`checkpoint`], [`names`], [`tokenizer`].
-//! Arithmetic on slices: [`cpu`]; on tensors: [`tensor_rows`], [`linear`], [`norm`], [`elementwise`].
+//! Arithmetic on slices: [`cpu`]; by several threads: [`mod@side_by_side`], `pieces`; on tensors: [`tensor_rows`], [`linear`], [`norm`], [`elementwise`].
 //! The backbone: [`spans`], [`position_bias`], [`kv_cache`], `attention`, [`router`], [`feed_forward`],
 //! [`encoder`], [`decoder`], `loader`, [`backbone`], and [`dense`] (the same wherever it is computed). Experts: [`expert`], [`expert_store`].
 //! All of it at once: [`reference`](mod@reference). What will be routed where: [`predictor`].
@@ -50,6 +50,7 @@ pub mod predictor;
 pub mod reference;
 pub mod router;
 mod shards;
+pub mod side_by_side;
 pub mod spans;
 pub mod synth;
 pub mod tensor_rows;

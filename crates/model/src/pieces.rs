@@ -1,10 +1,7 @@
-//! A batch in one piece per thread: a block's norm, products and attention run from end to end over a piece's
-//! rows, so that threads meet once per block and not after every product. No row's bits depend on its piece
-//! (see `cpu`).
+//! A batch in one piece per thread: blocks run from end to end over a piece's rows, norms, products and attention, so
+//! that threads meet once and not after every product. No row's bits depend on its piece (see `cpu`).
 
-use rayon::prelude::*;
-
-use crate::Spans;
+use crate::{Spans, side_by_side};
 
 /// Calls `work` for pieces of `rows` (n, width) that hold whole sequences, with those sequences' spans.
 pub(crate) fn by_sequence(rows: &mut [f32], width: usize, spans: &Spans, work: impl Fn(&mut [f32], &Spans) + Sync) {
@@ -13,12 +10,21 @@ pub(crate) fn by_sequence(rows: &mut [f32], width: usize, spans: &Spans, work: i
         return work(rows, spans);
     }
     let mut rest = rows;
-    let pieces: Vec<(&mut [f32], Spans)> = spans
-        .runs(count)
-        .into_iter()
-        .map(|run| (rest.split_off_mut(..run.rows() * width).expect("runs add up to all rows"), run))
-        .collect();
-    pieces.into_par_iter().for_each(|(rows, spans)| work(rows, &spans));
+    let own = spans.ranges().map(|range| rest.split_off_mut(..range.len() * width));
+    let mut own: Vec<Option<&mut [f32]>> = own.collect();
+    let mut piece = |share: Vec<usize>| -> Vec<&mut [f32]> {
+        share.into_iter().map(|sequence| own[sequence].take().expect("a sequence is in one share")).collect()
+    };
+    let pieces = spans.shares(count).into_iter().map(&mut piece).collect();
+    // The sequences of a piece lie apart: it computes on a copy.
+    side_by_side::each(pieces, |mut sequences: Vec<&mut [f32]>| {
+        let mut rows = sequences.concat();
+        work(&mut rows, &Spans::new(sequences.iter().map(|rows| rows.len() / width)));
+        let mut from = &rows[..];
+        for to in &mut sequences {
+            to.copy_from_slice(from.split_off(..to.len()).expect("as many rows as there were"));
+        }
+    });
 }
 
 /// Calls `work` for pieces of `rows` (n, width), cut anywhere between rows.
@@ -26,7 +32,7 @@ pub(crate) fn by_row(rows: &mut [f32], width: usize, work: impl Fn(&mut [f32]) +
     let n = rows.len() / width;
     match count(n, width) {
         1 => work(rows),
-        count => rows.par_chunks_mut(n.div_ceil(count) * width).for_each(work),
+        count => side_by_side::each(rows.chunks_mut(n.div_ceil(count) * width).collect(), work),
     }
 }
 

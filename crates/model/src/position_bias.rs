@@ -1,7 +1,7 @@
 //! T5's relative position bias: what a head adds to a score for the distance between key and query. Kept by
 //! the first block of a stack and shared by all of them.
 
-use crate::{Checkpoint, ModelError, Stack, names};
+use crate::{Checkpoint, ModelError, Stack, cpu::lanes::LANES, names};
 
 /// A stack's bias for every distance.
 #[derive(Debug)]
@@ -46,7 +46,12 @@ impl PositionBias {
         let (within, beyond) = rest.split_at_mut(far - near);
         let first = (near + self.reach).saturating_sub(position);
         before.iter_mut().for_each(|score| *score += bias[0]);
-        within.iter_mut().zip(&bias[first..]).for_each(|(score, bias)| *score += bias);
+        let (whole, rest) = within.as_chunks_mut::<LANES>();
+        let (whole_bias, rest_bias) = bias[first..first + far - near].as_chunks::<LANES>();
+        for (scores, bias) in whole.iter_mut().zip(whole_bias) {
+            scores.iter_mut().zip(bias).for_each(|(score, bias)| *score += bias);
+        }
+        rest.iter_mut().zip(rest_bias).for_each(|(score, bias)| *score += bias);
         beyond.iter_mut().for_each(|score| *score += bias[width - 1]);
     }
 }

@@ -1,7 +1,7 @@
 //! A batch is its sequences one after another, row by row, without padding: the lengths say who owns which
 //! rows.
 
-use std::ops::Range;
+use std::{cmp::Reverse, ops::Range};
 
 /// The lengths of the sequences that make up a batch's rows.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,20 +42,18 @@ impl Spans {
         (sequence < self.ends.len()).then_some(sequence)
     }
 
-    /// The sequences in at most `count` runs of about as many rows each.
-    pub fn runs(&self, count: usize) -> Vec<Spans> {
-        let mut runs = Vec::with_capacity(count);
-        let (mut first, mut start) = (0, 0);
-        for run in 1..=count {
-            let cut = self.rows() * run / count;
-            let end = self.ends.partition_point(|&end| end <= cut).max(first);
-            let end = if run == count { self.ends.len() } else { end };
-            if end > first {
-                runs.push(Self { ends: self.ends[first..end].iter().map(|end| end - start).collect() });
-                (first, start) = (end, self.ends[end - 1]);
-            }
+    /// The sequences in at most `count` shares of about as many rows each, the longest first: each goes to the share
+    /// that has least so far. None of them is empty.
+    pub fn shares(&self, count: usize) -> Vec<Vec<usize>> {
+        let mut sequences: Vec<usize> = (0..self.len()).collect();
+        sequences.sort_by_key(|&sequence| Reverse(self.range(sequence).len()));
+        let mut shares = vec![(0, Vec::new()); count.min(self.len())];
+        for sequence in sequences {
+            let least = shares.iter_mut().min_by_key(|(rows, own)| (*rows, own.len())).expect("a share for the first");
+            least.0 += self.range(sequence).len();
+            least.1.push(sequence);
         }
-        runs
+        shares.into_iter().map(|(_, own)| own).collect()
     }
 
     /// How many rows all sequences have.
@@ -84,20 +82,20 @@ mod tests {
 
     /// A sequence would be computed twice or not at all, or one thread would do all the work.
     #[test]
-    fn runs_hold_every_sequence_once() {
+    fn shares_hold_every_sequence_once() {
         for lengths in [vec![], vec![5], vec![3, 3, 3, 3], vec![100, 1, 1, 1], vec![1, 1, 1, 100], vec![0, 2, 0, 2, 0]]
         {
             let spans = Spans::new(lengths.iter().copied());
             for count in 1..6 {
-                let runs = spans.runs(count);
-                assert!(runs.len() <= count);
-                let joined: Vec<usize> = runs.iter().flat_map(|run| run.ranges().map(|range| range.len())).collect();
-                assert_eq!(joined, lengths, "{count}");
+                let shares = spans.shares(count);
+                assert!(shares.len() <= count && shares.iter().all(|share| !share.is_empty()));
+                let mut joined = shares.concat();
+                joined.sort_unstable();
+                assert_eq!(joined, (0..lengths.len()).collect::<Vec<_>>(), "{count}");
             }
         }
         let spans = Spans::new([2, 0, 3]);
         assert_eq!([0, 1, 2, 4, 5].map(|row| spans.holder(row)), [Some(0), Some(0), Some(2), Some(2), None]);
-        let halves: Vec<usize> = Spans::new([4; 10]).runs(2).iter().map(Spans::rows).collect();
-        assert_eq!(halves, [20, 20]);
+        assert_eq!(Spans::new([3, 20, 9, 10, 1]).shares(2), [vec![1, 4], vec![3, 2, 0]]);
     }
 }

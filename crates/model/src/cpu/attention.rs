@@ -179,9 +179,17 @@ impl Queries<'_, '_> {
                     self.tile::<L, R, C>(head, row, turned);
                     row += R;
                 }
-                while row < rows {
-                    self.tile::<L, 1, 6>(head, row, turned);
-                    row += 1;
+                match rows - row {
+                    5 if !causal => self.tile::<L, 5, 3>(head, row, turned),
+                    4 if !causal => self.tile::<L, 4, 3>(head, row, turned),
+                    3 if !causal => self.tile::<L, 3, 3>(head, row, turned),
+                    2 if !causal => self.tile::<L, 2, 3>(head, row, turned),
+                    _ => {
+                        while row < rows {
+                            self.tile::<L, 1, 6>(head, row, turned);
+                            row += 1;
+                        }
+                    }
                 }
             }
         }
@@ -234,10 +242,15 @@ impl Queries<'_, '_> {
             }
             for r in 0..R {
                 let scores = std::slice::from_raw_parts_mut(scores.add(r * stride), stride);
-                // Whole vectors for the softmax: what is beyond the last key counts nothing.
-                scores[keys..].fill(f32::NEG_INFINITY);
+                // Whole vectors for bias and softmax: what is beyond the last key counts nothing.
+                if let Some(last) = scores.last_chunk_mut::<LANES>() {
+                    let own = LANES - (stride - keys);
+                    for l in 0..LANES {
+                        last[l] = if l < own { last[l] } else { f32::NEG_INFINITY };
+                    }
+                }
                 if let Some(bias) = bias {
-                    bias.add_to(head, position + r, &mut scores[..keys]);
+                    bias.add_to(head, position + r, scores);
                 }
                 softmax_row(scores);
             }

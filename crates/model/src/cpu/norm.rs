@@ -59,16 +59,20 @@ impl Kernel for Softmax<'_> {
 }
 
 /// [`softmax`] of one row, to be inlined into a kernel so that it is compiled for the machine's vectors.
-/// Lane l takes every 16th value; the lanes are added in order.
+/// Lane l takes every 16th value; the lanes are folded as those of a dot product.
 #[inline(always)]
 pub(super) fn softmax_row(row: &mut [f32]) {
     let mut maxima = [f32::NEG_INFINITY; LANES];
-    for chunk in row.chunks(LANES) {
+    let (whole, rest) = row.as_chunks::<LANES>();
+    for chunk in whole {
         for (max, &x) in maxima.iter_mut().zip(chunk) {
-            *max = if x > *max { x } else { *max };
+            *max = larger(*max, x);
         }
     }
-    let largest = maxima.into_iter().fold(f32::NEG_INFINITY, f32::max);
+    for (max, &x) in maxima.iter_mut().zip(rest) {
+        *max = larger(*max, x);
+    }
+    let largest = folded(maxima, larger);
     let mut sums = [0.0_f32; LANES];
     let (whole, rest) = row.as_chunks_mut::<LANES>();
     for chunk in whole {
@@ -81,10 +85,32 @@ pub(super) fn softmax_row(row: &mut [f32]) {
         *x = super::exp::exp(*x - largest);
         *sum += *x;
     }
-    let scale = 1.0 / sums.iter().sum::<f32>();
-    for x in row.iter_mut() {
-        *x *= scale;
+    let scale = 1.0 / folded(sums, |a, b| a + b);
+    let (whole, rest) = row.as_chunks_mut::<LANES>();
+    for chunk in whole {
+        chunk.iter_mut().for_each(|x| *x *= scale);
     }
+    rest.iter_mut().for_each(|x| *x *= scale);
+}
+
+/// The larger of two; the first if the second is not a number.
+#[inline(always)]
+fn larger(a: f32, b: f32) -> f32 {
+    if b > a { b } else { a }
+}
+
+/// All lanes in one: lane l with l + 8, then + 4, + 2, + 1.
+#[inline(always)]
+fn folded(lanes: [f32; LANES], fold: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut eight = [0.0; 8];
+    let mut four = [0.0; 4];
+    for l in 0..8 {
+        eight[l] = fold(lanes[l], lanes[l + 8]);
+    }
+    for l in 0..4 {
+        four[l] = fold(eight[l], eight[l + 4]);
+    }
+    fold(fold(four[0], four[2]), fold(four[1], four[3]))
 }
 
 #[cfg(test)]
