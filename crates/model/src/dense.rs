@@ -166,6 +166,15 @@ impl Dense {
             walk.next = sparse.map_or(blocks, |block| block + 1);
             return sparse.map_or(Ok(None), |block| self.feed_forward(walk, block));
         }
+        #[cfg(feature = "cuda")]
+        if let (Place::Gpu(device), At::Gpu { choice, probabilities }) = (&mut self.place, &mut walk.at) {
+            let (next, layer) = device.advance(walk.next)?;
+            walk.next = next;
+            if layer.is_some() {
+                (*choice, *probabilities) = (device.choice()?, Vec::new());
+            }
+            return Ok(layer);
+        }
         while walk.next < blocks {
             let block = walk.next;
             walk.next += 1;
@@ -196,9 +205,7 @@ impl Dense {
                 Ok(())
             }
             #[cfg(feature = "cuda")]
-            (Place::Gpu(device), At::Gpu { .. }) => Ok(device.attend(block)?),
-            #[cfg(feature = "cuda")]
-            _ => unreachable!("a walk is of the model that began it"),
+            _ => unreachable!("a device advances by itself"),
         }
     }
 
@@ -218,15 +225,7 @@ impl Dense {
                 }
             }
             #[cfg(feature = "cuda")]
-            (Place::Gpu(device), At::Gpu { choice, probabilities }) => {
-                let layer = device.feed_forward(number)?;
-                if layer.is_some() {
-                    (*choice, *probabilities) = (device.choice()?, Vec::new());
-                }
-                Ok(layer)
-            }
-            #[cfg(feature = "cuda")]
-            _ => unreachable!("a walk is of the model that began it"),
+            _ => unreachable!("a device advances by itself"),
         }
     }
 

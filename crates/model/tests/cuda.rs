@@ -413,9 +413,9 @@ fn walk(
     let (d_model, experts) = (dense.config().d_model, dense.config().num_experts);
     let mut chosen = Vec::new();
     dense.begin(stack, ids, spans, sequences).unwrap();
-    for block in 0..dense.config().sparse(stack).len() {
-        dense.attend(block).unwrap();
-        let Some(layer) = dense.feed_forward(block).unwrap() else { continue };
+    let mut next = 0;
+    while let (end, Some(layer)) = dense.advance(next).unwrap() {
+        next = end;
         let choice = dense.choice().unwrap();
         let x = dense.rows().unwrap();
         let groups: Vec<(usize, Vec<usize>)> = (0..experts)

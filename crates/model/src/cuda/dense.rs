@@ -2,8 +2,7 @@
 //! host, and what experts elsewhere made of them goes back. The counterpart of [`crate::Backbone`] for a coordinator
 //! whose experts are on other nodes; [`super::DeviceModel`] is the same with experts of its own, in one go.
 //!
-//! A walk is `begin`, then `attend` and `feed_forward` of each block, with `choice`, `rows` and `add` in between where a
-//! block is sparse, then `finish`. The hidden states stay on the device, one walk at a time.
+//! A walk is `begin`, then `advance` from MoE layer to MoE layer with `choice`, `rows` and `add` in between, then `finish`. The hidden states stay on the device, one walk at a time.
 
 use cudarc::driver::PinnedHostSlice;
 use rayon::prelude::*;
@@ -16,6 +15,7 @@ use super::{
     grouped::{Grouped, Tiles},
     kernels::Kernels,
     pass::{BatchShape, Machine, Pass},
+    recorded::Recordings,
     scratch::{LOGIT_ROWS_MAX, Packet, Scratch},
     sequence::DeviceSequence,
     weights::{self, Block, DeviceBackbone, FeedForward, StackWeights},
@@ -40,6 +40,8 @@ pub struct DeviceDense {
     pub(super) scratch: Scratch,
     exchange: Option<Exchange>,
     walk: Option<Walk>,
+    /// Steps of the decoder by the block that they begin at.
+    steps: Recordings<(usize, BatchShape)>,
 }
 
 /// Where rows stop on their way from and to the device.
@@ -80,7 +82,17 @@ impl DeviceDense {
         let kernels = Kernels::compile(&gpu, precision, config.d_kv)?;
         let backbone = DeviceBackbone::load(&gpu, checkpoint, precision)?;
         let scratch = Scratch::new(&gpu, &config, precision, rows_max)?;
-        Ok(Self { gpu, config, precision, kernels, backbone, scratch, exchange: None, walk: None })
+        Ok(Self {
+            gpu,
+            config,
+            precision,
+            kernels,
+            backbone,
+            scratch,
+            exchange: None,
+            walk: None,
+            steps: Recordings::new(),
+        })
     }
 
     /// What the model is.
@@ -118,24 +130,41 @@ impl DeviceDense {
         self.pass(walk).embed(&self.weights(stack).embedding)
     }
 
-    /// The attention of a block: h += attention(norm(h)).
-    pub fn attend(&self, block: usize) -> Result<(), CudaError> {
+    /// Goes on from block `from` to the next MoE layer, whose router chooses; then come [`DeviceDense::choice`], and
+    /// [`DeviceDense::add`] or [`DeviceDense::add_computed`]. Returns it, if there is one, and the block behind it.
+    pub fn advance(&mut self, from: usize) -> Result<(usize, Option<LayerId>), CudaError> {
         self.gpu.enter()?;
         let walk = self.walk();
-        let weights = self.weights(walk.stack);
-        self.pass(walk).attend_block(&weights.blocks[block], block, weights)
+        let blocks = &self.weights(walk.stack).blocks;
+        let sparse = blocks[from..].iter().enumerate().find_map(|(at, block)| match block.feed_forward {
+            FeedForward::Moe { layer, .. } => Some((from + at, layer)),
+            FeedForward::Dense { .. } => None,
+        });
+        let (end, layer) = sparse.map_or((blocks.len(), None), |(at, layer)| (at + 1, Some(layer)));
+        if walk.stack == Stack::Encoder || walk.shape.longest > 1 || from == end {
+            // Prompts are seldom of the same lengths again.
+            self.start_blocks(walk, from..end)?;
+        } else {
+            let mut steps = std::mem::replace(&mut self.steps, Recordings::new());
+            let started = steps.start(&self.gpu, (from, walk.shape), || self.start_blocks(walk, from..end));
+            self.steps = steps;
+            started?;
+        }
+        Ok((end, layer))
     }
 
-    /// What follows in a block that is dense: h += feed_forward(norm(h)). A sparse one's router chooses; then come
-    /// [`DeviceDense::choice`], and [`DeviceDense::add`] or [`DeviceDense::add_computed`].
-    pub fn feed_forward(&self, block: usize) -> Result<Option<LayerId>, CudaError> {
-        self.gpu.enter()?;
-        let walk = self.walk();
-        let block: &Block = &self.weights(walk.stack).blocks[block];
-        match &block.feed_forward {
-            FeedForward::Dense { .. } => self.pass(walk).feed_forward(block).map(|()| None),
-            FeedForward::Moe { layer, norm, router } => self.pass(walk).gate(norm, router).map(|()| Some(*layer)),
+    /// h += attention(norm(h)), then h += feed_forward(norm(h)) in a dense block; in a sparse one the router chooses.
+    fn start_blocks(&self, walk: Walk, blocks: std::ops::Range<usize>) -> Result<(), CudaError> {
+        let weights = self.weights(walk.stack);
+        for index in blocks {
+            let block: &Block = &weights.blocks[index];
+            self.pass(walk).attend_block(block, index, weights)?;
+            match &block.feed_forward {
+                FeedForward::Dense { .. } => self.pass(walk).feed_forward(block)?,
+                FeedForward::Moe { norm, router, .. } => self.pass(walk).gate(norm, router)?,
+            }
         }
+        Ok(())
     }
 
     /// The router's choice at the MoE layer that the walk is at. Waits for the device.

@@ -8,7 +8,7 @@
 //!
 //! In reading order: [`error`], [`device`] (context, streams, memory), [`kernels`] (compiled at the start; the sources
 //! under `kernels/`: numbers, rows, product and its ways, routing, attention and its ways) and their `arguments`, `weights`,
-//! `scratch`, `pass` (the forward) and `grouped` (its experts), `host_tier` and `experts` (who is on the device), [`model`],
+//! `scratch`, `pass` (the forward), `recorded` (as graphs) and `grouped` (its experts), `host_tier` and `experts` (who is on the device), [`model`],
 //! [`sequence`], [`dense`] (the forward without experts), [`slab`] (experts without the forward), [`window`] (what both share
 //! with other processes), [`timing`].
 
@@ -22,6 +22,7 @@ mod host_tier;
 pub mod kernels;
 pub mod model;
 mod pass;
+mod recorded;
 mod scratch;
 pub mod sequence;
 pub mod slab;

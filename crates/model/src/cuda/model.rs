@@ -6,12 +6,11 @@
 //! step is some 170 small kernels, whose launches would take longer than they do.
 
 use std::{
-    collections::HashMap,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use cudarc::driver::{CudaGraph, result, sys};
+use cudarc::driver::result;
 use sida_routing::{ExpertId, LayerId, Plan, PlanId, residency::ResidencyCounters};
 
 use super::{
@@ -22,14 +21,12 @@ use super::{
     experts::Experts,
     host_tier::HostTier,
     pass::{BatchShape, Machine, Pass},
+    recorded::Recordings,
     scratch::{LOGIT_ROWS_MAX, Packet, Report},
     sequence::DeviceSequence,
     weights,
 };
 use crate::{Checkpoint, ExpertStore, ModelConfig, Precision, Spans, Stack, StoredDType};
-
-/// Recorded passes that are kept; beyond it all are dropped.
-const GRAPHS_MAX: usize = 128;
 
 /// How a model is put on a device.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -66,24 +63,9 @@ pub struct DeviceModel {
     options: DeviceOptions,
     pub(super) host: HostTier,
     pub(super) experts: Experts,
-    graphs: HashMap<(Stack, BatchShape), Recorded>,
+    graphs: Recordings<(Stack, BatchShape)>,
     /// The plan of the next pass.
     current: Option<PlanId>,
-}
-
-/// A shape of a pass that was seen.
-enum Recorded {
-    Once,
-    Graph(CudaGraph),
-}
-
-impl std::fmt::Debug for Recorded {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::Once => "Once",
-            Self::Graph(_) => "Graph",
-        })
-    }
 }
 
 impl DeviceModel {
@@ -105,7 +87,7 @@ impl DeviceModel {
     fn with_slab(dense: DeviceDense, host: HostTier, options: DeviceOptions) -> Result<Self, CudaError> {
         let expert = (host.expert_bytes(), options.precision);
         let experts = Experts::new(&dense.gpu, &dense.config, expert, options.expert_bytes, options.rows_max)?;
-        let mut model = Self { dense, options, host, experts, graphs: HashMap::new(), current: None };
+        let mut model = Self { dense, options, host, experts, graphs: Recordings::new(), current: None };
         model.fill_if_all_fit()?;
         Ok(model)
     }
@@ -307,36 +289,15 @@ impl DeviceModel {
         if resume.is_some() || !self.options.graphs {
             return self.run(stack, shape, packet, resume, true);
         }
-        if self.graphs.len() > GRAPHS_MAX {
-            self.graphs.clear();
+        let mut graphs = std::mem::replace(&mut self.graphs, Recordings::new());
+        // What is recorded waits for nothing.
+        let waits = !graphs.knows(&(stack, shape));
+        if !waits {
+            self.experts.wait_for_layers(&self.dense.gpu, self.dense.config.moe_layers(stack))?;
         }
-        match self.graphs.get(&(stack, shape)) {
-            None => {
-                self.graphs.insert((stack, shape), Recorded::Once);
-                self.run(stack, shape, packet, None, true)
-            }
-            Some(Recorded::Graph(graph)) => {
-                self.experts.wait_for_layers(&self.dense.gpu, self.dense.config.moe_layers(stack))?;
-                graph.launch().map_err(failed("cuGraphLaunch"))
-            }
-            Some(Recorded::Once) => {
-                self.experts.wait_for_layers(&self.dense.gpu, self.dense.config.moe_layers(stack))?;
-                let graph = self.record(stack, shape, packet)?;
-                graph.launch().map_err(failed("cuGraphLaunch"))?;
-                self.graphs.insert((stack, shape), Recorded::Graph(graph));
-                Ok(())
-            }
-        }
-    }
-
-    fn record(&self, stack: Stack, shape: BatchShape, packet: Packet) -> Result<CudaGraph, CudaError> {
-        let stream = &self.dense.gpu.compute;
-        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        stream.begin_capture(mode).map_err(failed("cuStreamBeginCapture"))?;
-        let started = self.run(stack, shape, packet, None, false);
-        let graph = stream.end_capture(sys::CUgraphInstantiate_flags(0)).map_err(failed("cuStreamEndCapture"));
-        started?;
-        Ok(graph?.expect("a pass has operations"))
+        let started = graphs.start(&self.dense.gpu, (stack, shape), || self.run(stack, shape, packet, None, waits));
+        self.graphs = graphs;
+        started
     }
 
     fn run(
