@@ -2,11 +2,13 @@
 //! but they load, route and compute as the real ones do. Called by `sida synth` and by tests, which make
 //! small shapes of their own.
 //!
-//! In reading order: `shape` (what tensors there are), `random` (seeded normal values, fast), `vocabulary` (a tokenizer that fits).
+//! In reading order: `shape` (what tensors there are), `random` (seeded normal values, fast), `vocabulary` (a tokenizer that
+//! fits), `zipf` (what makes some experts hot).
 
 mod random;
 mod shape;
 mod vocabulary;
+mod zipf;
 
 use std::{
     io::{self, Write},
@@ -17,7 +19,7 @@ use thiserror::Error;
 
 pub use self::shape::{PUBLISHED, SynthShape};
 use self::{
-    random::{Normal, StreamSeed},
+    random::{Normal, Signs, StreamSeed},
     shape::Fill,
 };
 use crate::{
@@ -46,8 +48,8 @@ const SKEW_MAX: f64 = 4.0;
 
 /// Writes a checkpoint of `shape` into `out`, which must not exist or be empty: config.json, tokenizer.json
 /// and bf16 safetensors (routers in f32) of at most 4 GB each. The same shape, seed and skew give the same
-/// bytes, whatever the number of threads. With `skew` s, a layer's experts get tokens roughly as 1 / rank^s
-/// (Zipf), each layer in an order of its own; without, roughly evenly. Memory stays at a few MB.
+/// bytes, whatever the number of threads. With `skew` s, the experts of every MoE layer get tokens as 1 / rank^s
+/// (Zipf's law), each layer's in an order of their own; without, roughly evenly. Memory stays at a few MB.
 /// Reports (bytes written, bytes total).
 pub fn synth(
     shape: &SynthShape,
@@ -61,7 +63,10 @@ pub fn synth(
         return Err(SynthError::Skew { found: skew, max: SKEW_MAX });
     }
     let tokenizer = vocabulary::tokenizer(shape.vocab_size)?;
-    let weights = shape.weights();
+    let (weights, biases) = match skew {
+        0.0 => (shape.weights(), Vec::new()),
+        skew => (zipf::adapted(shape.weights()), zipf::biases(shape.num_experts, skew)),
+    };
     let specs: Vec<TensorSpec> = weights.iter().map(|weight| weight.spec.clone()).collect();
     let fills: std::collections::HashMap<&str, Fill> =
         weights.iter().map(|weight| (weight.spec.name.as_str(), weight.fill)).collect();
@@ -75,8 +80,11 @@ pub fn synth(
         let stream = StreamSeed::new(seed, &spec.name);
         match fills[spec.name.as_str()] {
             Fill::Ones => file.write_all(&half::bf16::ONE.to_le_bytes().repeat(spec.shape[0]))?,
-            Fill::Normal(deviation) => normal.write_bf16(stream, deviation, spec.bytes(), file)?,
-            Fill::Router => write_router(&normal, stream, &spec.shape, skew, file)?,
+            Fill::Normal(deviation) => normal.write_bf16(stream, deviation, Signs::Free, spec.bytes(), file)?,
+            Fill::Router => write_router(&normal, stream, &spec.shape, file)?,
+            Fill::Embedding => zipf::write_embeddings(&normal, stream, &spec.shape, file)?,
+            Fill::Output { deviation, signs } => zipf::write_output(&normal, stream, spec, (deviation, signs), file)?,
+            Fill::Biased { unit } => zipf::write_router(&normal, stream, &spec.shape, (&biases, unit), file)?,
         }
         done += spec.bytes();
         on_progress(done, total);
@@ -85,35 +93,14 @@ pub fn synth(
     Ok(directory.finish()?)
 }
 
-/// Router weights (experts, d_model). There is no bias to make an expert popular by, but the logits of a
-/// normalised token are normal with its row's length as deviation, so a longer row wins more often.
-fn write_router(
-    normal: &Normal,
-    stream: StreamSeed,
-    shape: &[usize],
-    skew: f64,
-    file: &mut dyn Write,
-) -> io::Result<()> {
-    let lengths = random::shuffled(stream, row_lengths(normal, shape[0], skew));
-    for (expert, length) in lengths.iter().enumerate() {
+/// Router weights (experts, d_model), standard normal as transformers initialises them.
+fn write_router(normal: &Normal, stream: StreamSeed, shape: &[usize], file: &mut dyn Write) -> io::Result<()> {
+    for expert in 0..shape[0] {
         let row = normal.values(stream.child(expert as u64), shape[1]);
-        let bytes: Vec<u8> = row.iter().flat_map(|value| ((value * length) as f32).to_le_bytes()).collect();
+        let bytes: Vec<u8> = row.iter().flat_map(|&value| (value as f32).to_le_bytes()).collect();
         file.write_all(&bytes)?;
     }
     Ok(())
-}
-
-/// The length of each rank's row, mean 1. An expert wins when its logit is above a threshold that about one
-/// logit of a token exceeds: P(length z > t) = share, so length ~ 1 / quantile(1 - share).
-fn row_lengths(normal: &Normal, experts: usize, skew: f64) -> Vec<f64> {
-    /// Above it the quantile nears 0: an expert with the longest row wins half of the time at most.
-    const SHARE_MAX: f64 = 0.4;
-    let weights: Vec<f64> = (1..=experts).map(|rank| (rank as f64).powf(-skew)).collect();
-    let total: f64 = weights.iter().sum();
-    let lengths: Vec<f64> =
-        weights.iter().map(|weight| 1.0 / normal.quantile(1.0 - (weight / total).min(SHARE_MAX))).collect();
-    let mean = lengths.iter().sum::<f64>() / experts as f64;
-    lengths.iter().map(|length| length / mean).collect()
 }
 
 #[cfg(test)]
@@ -121,9 +108,10 @@ mod tests {
     use std::{collections::BTreeMap, fs};
 
     use safetensors::SafeTensors;
+    use sida_routing::{LayerId, Routes};
 
     use super::*;
-    use crate::{ModelConfig, StoredDType};
+    use crate::{ModelConfig, Reference, tensor_rows::rows};
 
     fn small() -> SynthShape {
         SynthShape {
@@ -190,26 +178,79 @@ mod tests {
         assert!(matches!(SynthShape::published("switch-base-9"), Err(SynthError::Shape { .. })));
     }
 
-    /// A skew would not make some experts hot, so that load tests of residency would test an even load.
+    /// Where a model's MoE layers send the tokens of random sentences, such as `sida bench --gpu` draws.
+    fn routed(dir: &Path, sentences: usize) -> BTreeMap<LayerId, Routes> {
+        const TOKENS: usize = 28;
+        let model = Reference::open(dir).unwrap();
+        let (vocab_size, mut state) = (model.config().vocab_size as f64, 1_u64);
+        let mut sentence = || -> Vec<u32> {
+            let id = |_| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                1 + (vocab_size - 2.0).powf((state >> 33) as f64 / (1_u64 << 31) as f64) as u32
+            };
+            (0..TOKENS).map(id).collect()
+        };
+        let mut all: BTreeMap<LayerId, Routes> = BTreeMap::new();
+        for _ in 0..sentences {
+            let (states, encoder) = model.encode(&sentence()).unwrap();
+            let (logits, decoder) = model.decode_forced(&states, &sentence()).unwrap();
+            assert!(rows(&logits, |logits| logits.iter().all(|logit| logit.is_finite())).unwrap());
+            for layer in encoder.into_iter().chain(decoder) {
+                let routes =
+                    all.entry(layer.layer).or_insert(Routes { top_k: 1, experts: Vec::new(), weights: Vec::new() });
+                routes.experts.extend(layer.routes.experts);
+                routes.weights.extend(layer.routes.weights);
+            }
+        }
+        all
+    }
+
+    /// The exponent under which such counts by rank are the most probable.
+    fn exponent(counts: &[u64]) -> f64 {
+        let likelihood = |skew: f64| -> f64 {
+            zipf::shares(counts.len(), skew).iter().zip(counts).map(|(share, &count)| count as f64 * share.ln()).sum()
+        };
+        let tried = (0..400).map(|step| f64::from(step) / 100.0);
+        tried.max_by(|&a, &b| likelihood(a).total_cmp(&likelihood(b))).unwrap()
+    }
+
+    /// Experts would be hot by another law than `--skew` names, so that load tests of residency would test another load.
     #[test]
     fn skew_makes_experts_hot() {
-        let normal = Normal::new();
-        let (experts, d_model, tokens) = (32, 64, 4000);
-        let share = |skew| {
-            let mut bytes = Vec::new();
-            write_router(&normal, StreamSeed::new(3, "router"), &[experts, d_model], skew, &mut bytes).unwrap();
-            let weights = StoredDType::F32.widen(&bytes);
-            let mut counts = vec![0; experts];
-            for token in 0..tokens {
-                let x = normal.values(StreamSeed::new(token, "token"), d_model);
-                let logit = |row: &[f32]| -> f64 { row.iter().zip(&x).map(|(w, x)| f64::from(*w) * x).sum() };
-                let logits: Vec<f64> = weights.chunks(d_model).map(logit).collect();
-                counts[(0..experts).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap()] += 1;
-            }
-            counts.sort_unstable_by(|a, b| b.cmp(a));
-            counts.iter().take(4).sum::<u64>() as f64 / tokens as f64
+        let shape = SynthShape {
+            d_model: 256,
+            d_kv: 32,
+            d_ff: 128,
+            num_heads: 8,
+            encoder_layers: 4,
+            num_experts: 64,
+            vocab_size: 4096,
+            ..small()
         };
-        let (even, skewed) = (share(0.0), share(1.2));
-        assert!(even < 0.3 && skewed > 0.5, "the 4 hottest of 32 experts take {even} and {skewed}");
+        let dir = tempfile::tempdir().unwrap();
+        for skew in [0.5, 1.5, 3.0] {
+            let (out, law) = (dir.path().join(skew.to_string()), zipf::shares(shape.num_experts, skew));
+            synth(&shape, &out, 0, Some(skew), &mut |_, _| ()).unwrap();
+            let routed = routed(&out, 150);
+            assert_eq!(routed.len(), 4);
+            for (layer, Routes { experts, weights, .. }) in routed {
+                let mut counts = vec![0; shape.num_experts];
+                experts.iter().flatten().for_each(|expert| counts[usize::from(expert.0)] += 1);
+                counts.sort_unstable_by(|a, b| b.cmp(a));
+                let of_law = |ranks: usize| {
+                    let share = counts[..ranks].iter().sum::<u64>() as f64 / experts.len() as f64;
+                    share / law[..ranks].iter().sum::<f64>()
+                };
+                let (top, fifth, exponent) = (of_law(1), of_law(shape.num_experts / 5), exponent(&counts));
+                let surety = weights.iter().sum::<f32>() / weights.len() as f32;
+                assert!((top - 1.0).abs() < 0.15, "skew {skew}, {layer:?}: the hottest gets {top} of its share");
+                assert!(
+                    (fifth - 1.0).abs() < 0.15,
+                    "skew {skew}, {layer:?}: the hottest fifth gets {fifth} of its share"
+                );
+                assert!((exponent - skew).abs() < 0.2, "skew {skew}, {layer:?}: the exponent is {exponent}");
+                assert!((0.2..0.9).contains(&surety), "skew {skew}, {layer:?}: routers are {surety} sure");
+            }
+        }
     }
 }

@@ -27,7 +27,7 @@ pub(crate) struct SynthArguments {
     /// The same seed gives the same weights
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// How unevenly tokens choose experts: as 1 / rank^S; 0: evenly
+    /// How unevenly tokens choose the experts of each layer: as 1 / rank^S (Zipf's law), up to 4; 0: evenly
     #[arg(long, value_name = "S", default_value_t = 0.0)]
     skew: f64,
 }

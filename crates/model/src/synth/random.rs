@@ -54,6 +54,15 @@ pub(super) fn shuffled<T>(stream: StreamSeed, mut items: Vec<T>) -> Vec<T> {
     items
 }
 
+/// What a value has to do with the one before it.
+#[derive(Clone, Copy)]
+pub(super) enum Signs {
+    /// Nothing.
+    Free,
+    /// Every other value is the negative of the one before it, so that a row's sum is 0.
+    Paired,
+}
+
 /// The standard normal distribution.
 pub(super) struct Normal {
     /// The middles of `QUANTILES` equally likely intervals, ascending.
@@ -82,11 +91,6 @@ impl Normal {
         Self { quantiles }
     }
 
-    /// The value that a share `p` of all is below, to 1 in 4,096.
-    pub(super) fn quantile(&self, p: f64) -> f64 {
-        self.quantiles[((p * QUANTILES as f64) as usize).min(QUANTILES - 1)]
-    }
-
     /// `len` values of a stream.
     pub(super) fn values(&self, stream: StreamSeed, len: usize) -> Vec<f64> {
         (0..len as u64).map(|n| self.quantiles[stream.at(n) as usize % QUANTILES]).collect()
@@ -97,6 +101,7 @@ impl Normal {
         &self,
         stream: StreamSeed,
         deviation: f64,
+        signs: Signs,
         bytes: u64,
         file: &mut dyn Write,
     ) -> io::Result<()> {
@@ -108,7 +113,7 @@ impl Normal {
             let len = (bytes - done).min(buffer.len() as u64) as usize;
             let first = done / CHUNK_BYTES as u64;
             (buffer[..len].par_chunks_mut(CHUNK_BYTES).enumerate())
-                .for_each(|(chunk, bytes)| fill(stream.child(first + chunk as u64), &table, bytes));
+                .for_each(|(chunk, bytes)| fill(stream.child(first + chunk as u64), &table, signs, bytes));
             file.write_all(&buffer[..len])?;
             done += len as u64;
         }
@@ -116,12 +121,18 @@ impl Normal {
     }
 }
 
-/// Four values from each 64 random bits.
-fn fill(stream: StreamSeed, table: &[u16; QUANTILES], bytes: &mut [u8]) {
+/// Four values from each 64 random bits, or two and their negatives.
+fn fill(stream: StreamSeed, table: &[u16; QUANTILES], signs: Signs, bytes: &mut [u8]) {
+    const SIGN: u64 = 0x8000;
     let four = |n: u64| {
         let bits = stream.at(n);
         let value = |at: u32| u64::from(table[(bits >> at) as usize % QUANTILES]);
-        (value(0) | value(16) << 16 | value(32) << 32 | value(48) << 48).to_le_bytes()
+        let [a, c] = [value(0), value(32)];
+        let [b, d] = match signs {
+            Signs::Free => [value(16), value(48)],
+            Signs::Paired => [a ^ SIGN, c ^ SIGN],
+        };
+        (a | b << 16 | c << 32 | d << 48).to_le_bytes()
     };
     let (whole, rest) = bytes.as_chunks_mut::<8>();
     for (n, chunk) in whole.iter_mut().enumerate() {
@@ -140,13 +151,22 @@ mod tests {
     fn values_are_normal() {
         let normal = Normal::new();
         assert_eq!(normal.quantiles.len(), QUANTILES);
-        assert!((normal.quantile(0.975) - 1.96).abs() < 0.01);
+        assert!((normal.quantiles[QUANTILES * 39 / 40] - 1.96).abs() < 0.01);
         let mut bytes = Vec::new();
-        normal.write_bf16(StreamSeed::new(1, "a"), 0.5, 400_000, &mut bytes).unwrap();
+        normal.write_bf16(StreamSeed::new(1, "a"), 0.5, Signs::Free, 400_000, &mut bytes).unwrap();
         let values: Vec<f64> = bytes.as_chunks().0.iter().map(|&value| bf16::from_le_bytes(value).to_f64()).collect();
         let mean = values.iter().sum::<f64>() / values.len() as f64;
         let deviation = (values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / values.len() as f64).sqrt();
         assert!(mean.abs() < 0.005 && (deviation - 0.5).abs() < 0.005, "mean {mean}, deviation {deviation}");
+    }
+
+    /// What relu lets through would have a mean, which skews every router after it.
+    #[test]
+    fn pairs_cancel() {
+        let mut bytes = Vec::new();
+        Normal::new().write_bf16(StreamSeed::new(1, "a"), 1.0, Signs::Paired, 1002 * 2, &mut bytes).unwrap();
+        let values: Vec<f32> = bytes.as_chunks().0.iter().map(|&value| bf16::from_le_bytes(value).to_f32()).collect();
+        assert!(values.as_chunks::<2>().0.iter().all(|[a, b]| *a == -b && *a != 0.0));
     }
 
     /// The bytes of a seed would depend on how a tensor is cut into pieces, or tensors would be alike.
@@ -155,7 +175,9 @@ mod tests {
         let normal = Normal::new();
         let bytes = |seed, name| {
             let mut bytes = Vec::new();
-            normal.write_bf16(StreamSeed::new(seed, name), 1.0, 3 * CHUNK_BYTES as u64 + 6, &mut bytes).unwrap();
+            normal
+                .write_bf16(StreamSeed::new(seed, name), 1.0, Signs::Free, 3 * CHUNK_BYTES as u64 + 6, &mut bytes)
+                .unwrap();
             bytes
         };
         let a = bytes(1, "a");

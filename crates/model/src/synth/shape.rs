@@ -3,7 +3,7 @@
 
 use serde_json::json;
 
-use super::SynthError;
+use super::{SynthError, random::Signs};
 use crate::{StoredDType, shards::TensorSpec};
 
 /// The shape of a Switch Transformer.
@@ -174,8 +174,19 @@ pub(super) enum Fill {
     Ones,
     /// Mean 0, this standard deviation.
     Normal(f64),
-    /// Standard normal, rows scaled by the skew.
+    /// Standard normal.
     Router,
+    /// As [`super::zipf`] says: (ids, d_model).
+    Embedding,
+    /// As [`super::zipf`] says: what adds to the hidden states, (d_model, columns).
+    Output {
+        deviation: f64,
+        signs: Signs,
+    },
+    /// As [`super::zipf`] says: a router whose biases are in this unit.
+    Biased {
+        unit: f64,
+    },
 }
 
 impl Weight {

@@ -19,7 +19,7 @@ pub(crate) struct GpuArguments {
     /// With --gpu: random weights of this published shape, made in memory, instead of --model
     #[arg(long, value_name = "SHAPE", requires = "gpu", conflicts_with = "model")]
     synth: Option<String>,
-    /// With --synth: how unevenly tokens choose experts, as 1 / rank^S; 0: evenly
+    /// With --synth: how unevenly tokens choose the experts of each layer, as 1 / rank^S (Zipf's law), up to 4; 0: evenly
     #[arg(long, value_name = "S", default_value_t = 0.0)]
     skew: f64,
     /// With --gpu: sequences of a batch
