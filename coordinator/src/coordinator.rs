@@ -295,8 +295,8 @@ impl Coordinator {
     }
 
     /// Tokenizes a prompt and hands it to `queue`. Not by the task that asks, so that of several requests that one task
-    /// sends all are announced before the first is read; and by the threads that compute, which are awake then when the
-    /// batch comes, unless `bytes` of text to tokenize would hold up others, or the only such thread may wait for a node.
+    /// sends all are announced before the first is read. While nothing is computed, by the threads that compute, which are
+    /// awake then when the batch comes; never if `bytes` of text to tokenize would hold up others.
     async fn read(
         &self,
         asked: Asked,
@@ -318,8 +318,11 @@ impl Coordinator {
             // Who asked may have gone, which is no error.
             drop(reply.send(queued));
         };
-        match is_short && rayon::current_num_threads() > 1 {
-            true => rayon::spawn(read),
+        let is_idle = self.inner.statistics.inflight.load(Ordering::Relaxed) == 0;
+        match is_short {
+            // The only thread would be found waiting for a node if a batch began meanwhile.
+            true if is_idle && rayon::current_num_threads() > 1 => rayon::spawn(read),
+            true => drop(tokio::spawn(async { read() })),
             false => drop(tokio::task::spawn_blocking(read)),
         }
         queued.await.unwrap_or(Err(RequestError::Panicked))

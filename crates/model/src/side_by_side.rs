@@ -5,12 +5,13 @@
 //! Called by the blocks of the backbone, by the coordinator for nodes in its process, and by the expert-node's workers.
 
 use std::{
-    hint::spin_loop,
     sync::atomic::{AtomicUsize, Ordering},
+    thread,
     time::{Duration, Instant},
 };
 
 use parking_lot::Mutex;
+use rayon::Yield;
 
 /// How long the calling thread waits awake.
 const AWAKE_MAX: Duration = Duration::from_micros(200);
@@ -31,8 +32,8 @@ pub fn side_by_side(threads: usize, work: impl Fn() + Sync) {
         work();
         let done = Instant::now();
         while others.load(Ordering::Acquire) > 0 && done.elapsed() < AWAKE_MAX {
-            if rayon::yield_now().is_none() {
-                spin_loop();
+            if rayon::yield_now() != Some(Yield::Executed) {
+                thread::yield_now();
             }
         }
     });
