@@ -61,8 +61,9 @@ class Cluster:
 
     def settle(self):
         """Waits until the nodes have loaded what is placed on them."""
-        before = None
-        while before != (before := self.scrape()[1]):
+        seen = []
+        while len(seen) < 4 or len({str(resident) for resident in seen[-4:]}) > 1:
+            seen.append(self.scrape()[1])
             time.sleep(1)
 
     def scrape(self):
