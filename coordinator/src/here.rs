@@ -44,6 +44,9 @@ pub(crate) struct Made {
     room: Room,
 }
 
+/// What a call cost, or why it failed, and how long that took.
+type Outcome = (Result<CallReport, CallFailure>, Duration);
+
 impl Here {
     /// Makes `calls` with rows of `x` (tokens, d_model); what they computed goes to `results` (rows of the layer, d_model), in
     /// grouped order.
@@ -110,7 +113,7 @@ pub(crate) fn start_on_device(
     place: &mut Place<'_>,
     experts: &dyn LocalExperts,
     call: &Call,
-) -> Result<Option<(Result<CallReport, CallFailure>, Duration)>, ModelError> {
+) -> Result<Option<Outcome>, ModelError> {
     let Some(device) = place.device() else { return Ok(None) };
     let start = Instant::now();
     let _span = calls::span(roster, rows, call);

@@ -183,7 +183,7 @@ async fn results_are_left_at_their_places() {
             [placed(0, 30, 4), placed(3, 1, 2), placed(4, 9, 1), placed(7, 20, 5), placed(8, 3, 2), placed(9, 39, 1)];
         lane.call(&groups).await.unwrap();
         let results = lane.memory.results.lock().unwrap().clone();
-        let mut untouched = vec![true; PLACES];
+        let mut untouched = [true; PLACES];
         for &PlacedGroup { expert, first, rows } in &groups {
             let values = first as usize * D_MODEL..(first + rows) as usize * D_MODEL;
             let groups = [Group { expert, rows }];

@@ -180,6 +180,7 @@ fn lane_answers() {
     let kinds = [
         v1::lane_response::Kind::Results(v1::Results::done(7, vec![1.5; 12], report)),
         v1::lane_response::Kind::Alive(v1::Alive {}),
+        v1::lane_response::Kind::Window(v1::Window::refused("another machine".to_owned())),
     ];
     let seeds = kinds.map(|kind| v1::LaneResponse { kind: Some(kind) }.encode_to_vec());
     fuzz!(seeds, |bytes| {
@@ -187,6 +188,7 @@ fn lane_answers() {
         match frame.kind {
             Some(v1::lane_response::Kind::Results(results)) => results.check(3, BOUNDS.d_model).is_ok(),
             Some(v1::lane_response::Kind::Alive(_)) => true,
+            Some(v1::lane_response::Kind::Window(window)) => window.check(100).is_ok(),
             None => false,
         }
     });

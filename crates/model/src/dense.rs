@@ -265,16 +265,14 @@ impl Dense {
         }
     }
 
-    /// Calls `work` with the rows (tokens, d_model) of the MoE layer at hand.
+    /// Calls `work` with the rows (tokens, d_model) of the MoE layer at hand, which are in this machine's memory.
     pub fn rows<T>(&mut self, walk: &Walk, work: impl FnOnce(&[f32]) -> T) -> Result<T, ModelError> {
         match (&mut self.place, &walk.at) {
             (Place::Cpu(_), At::Cpu { x, .. }) => {
                 Ok(rows(x.as_ref().expect("rows are asked for at an MoE layer"), work)?)
             }
             #[cfg(feature = "cuda")]
-            (Place::Gpu(device), At::Gpu { .. }) => Ok(work(&device.rows()?)),
-            #[cfg(feature = "cuda")]
-            _ => unreachable!("a walk is of the model that began it"),
+            _ => unreachable!("rows on a device are asked for by rows_on_device"),
         }
     }
 
@@ -300,7 +298,7 @@ impl Dense {
         }
     }
 
-    /// h += out (rows, d_model).
+    /// h += out (rows, d_model), what became of those.
     pub fn add(&mut self, walk: &mut Walk, out: Vec<f32>) -> Result<(), ModelError> {
         match (&mut self.place, &mut walk.at) {
             (Place::Cpu(_), At::Cpu { h, .. }) => {
@@ -309,9 +307,7 @@ impl Dense {
                 Ok(())
             }
             #[cfg(feature = "cuda")]
-            (Place::Gpu(device), At::Gpu { .. }) => Ok(device.add(&out)?),
-            #[cfg(feature = "cuda")]
-            _ => unreachable!("a walk is of the model that began it"),
+            _ => unreachable!("what becomes of rows on a device is added by RowsOnDevice"),
         }
     }
 
