@@ -2,26 +2,28 @@
 //! host, and what experts elsewhere made of them goes back. The counterpart of [`crate::Backbone`] for a coordinator
 //! whose experts are on other nodes; [`super::DeviceModel`] is the same with experts of its own, in one go.
 //!
-//! A walk is `begin`, then `advance` from MoE layer to MoE layer with `choice`, `rows` and `add` in between, then `finish`. The hidden states stay on the device, one walk at a time.
+//! A walk is `begin`, then `advance` from MoE layer to MoE layer with `choice` and what is in `moe_rows` in between, then
+//! `finish`. The hidden states stay on the device, one walk at a time.
+
+mod moe_rows;
 
 use cudarc::driver::PinnedHostSlice;
 use rayon::prelude::*;
-use sida_routing::{Grouping, LayerId};
+use sida_routing::LayerId;
 
 use super::{
-    arguments::{Sequence, Take},
+    arguments::Sequence,
     device::{DeviceMemory, Gpu},
     error::{CudaError, failed},
-    grouped::{Grouped, Tiles},
+    grouped::Tiles,
     kernels::Kernels,
     pass::{BatchShape, Machine, Pass},
     recorded::Recordings,
     scratch::{LOGIT_ROWS_MAX, Packet, Scratch},
     sequence::DeviceSequence,
     weights::{self, Block, DeviceBackbone, FeedForward, StackWeights},
-    window::{Mapped, SharedRows},
 };
-use crate::{Checkpoint, ModelConfig, ModelError, Precision, SlotRun, Spans, Stack, StoredDType};
+use crate::{Checkpoint, ModelConfig, ModelError, Precision, Spans, Stack, StoredDType};
 
 /// Values that one thread widens at a time: what takes some ten microseconds.
 const PIECE_VALUES: usize = 1 << 16;
@@ -184,128 +186,12 @@ impl DeviceDense {
         Ok(Choice { experts, alpha: StoredDType::F32.widen(&host[..alpha]) })
     }
 
-    /// The rows of that layer, x (rows, d_model): for experts that are elsewhere.
-    pub fn rows(&mut self) -> Result<Vec<f32>, CudaError> {
-        self.gpu.enter()?;
-        let bytes = self.walk().shape.rows * self.config.d_model * self.precision.size();
-        let exchange = self.exchange.as_mut().expect("made when the walk began");
-        let host = exchange.host.as_mut_slice().map_err(failed("cuEventSynchronize"))?;
-        // SAFETY: as in `choice`.
-        unsafe { self.gpu.start_reading(self.scratch.x.address(), &mut host[..bytes]) }?;
-        self.gpu.finish()?;
-        Ok(self.precision.stored().widen(&host[..bytes]))
-    }
-
-    /// Tells the device which token is at each place of the grouped rows, and the factor of each token's expert. What
-    /// experts on the device make of them is summed from 0; then comes [`DeviceDense::add_computed`].
-    pub(crate) fn group(&mut self, grouping: &Grouping) -> Result<(), CudaError> {
-        let rows = self.walk().shape.rows;
-        let mut alpha = vec![0.0; rows];
-        for (&token, &weight) in grouping.tokens.iter().zip(&grouping.weights) {
-            alpha[token as usize] = weight;
-        }
-        self.gpu.enter()?;
-        self.gpu.write(self.scratch.order.address(), weights::plain_bytes(&grouping.tokens))?;
-        self.gpu.write(self.scratch.alpha.address(), weights::plain_bytes(&alpha))?;
-        let added = &self.exchange.as_ref().expect("made when the walk began").added;
-        self.gpu.clear(added.address(), rows * self.config.d_model * 4)
-    }
-
-    /// Waits until what others on this machine read is there: the rows, and how they are grouped.
-    pub(crate) fn settle(&mut self) -> Result<(), CudaError> {
-        self.gpu.enter()?;
-        self.gpu.finish()
-    }
-
-    /// Starts taking over what experts of another process made of the rows at these places, each times its factor; or
-    /// nothing, as if they had not been computed.
-    pub(crate) fn take(&mut self, from: Option<&Mapped>, places: &[u32]) -> Result<(), CudaError> {
-        self.gpu.enter()?;
-        let exchange = self.exchange.as_ref().expect("made when the walk began");
-        self.gpu.write(exchange.places.address(), weights::plain_bytes(places))?;
-        let take = Take {
-            results: from.map_or(0, Mapped::address),
-            places: exchange.places.address(),
-            order: self.scratch.order.address(),
-            alpha: self.scratch.alpha.address(),
-            out: exchange.added.address(),
-            d: self.config.d_model as i32,
-        };
-        self.gpu.launch(&self.kernels.take_rows, (places.len(), 1, 1), 128, &take)
-    }
-
-    /// What rows and grouping are in, to be shared.
-    pub(crate) fn shared_rows(&self) -> Result<SharedRows, CudaError> {
-        SharedRows::new(&self.scratch.shared, self.scratch.layout, self.config.d_model, self.precision)
-    }
-
-    /// h += what experts on the device made of the rows.
-    pub fn add_computed(&mut self) -> Result<(), CudaError> {
-        self.gpu.enter()?;
-        self.pass(self.walk()).add(self.exchange.as_ref().expect("made when the walk began").added.address())
-    }
-
-    /// Starts the experts in slots of `slab` on their rows.
-    pub(super) fn start_experts(
-        &self,
-        kernels: &Kernels,
-        (matrices, slot_values): ([u64; 2], usize),
-        runs: &[SlotRun],
-    ) -> Result<(), CudaError> {
-        self.gpu.enter()?;
-        let walk = self.walk();
-        let exchange = self.exchange.as_ref().expect("made when the walk began");
-        let tiles = Tiles::of(kernels, runs);
-        let packet = tiles.packet();
-        self.gpu.write(exchange.tiles.address(), &packet)?;
-        let (counts, few, many) = tiles.addresses(exchange.tiles.address());
-        let grouped = Grouped {
-            gpu: &self.gpu,
-            kernels,
-            rows: walk.shape.rows,
-            d_model: self.config.d_model,
-            d_ff: self.config.d_ff,
-            x: self.scratch.x.address(),
-            hidden: self.scratch.hidden.address(),
-            out: exchange.added.address(),
-            order: self.scratch.order.address(),
-            alpha: self.scratch.alpha.address(),
-            matrices,
-            slot_values,
-            few,
-            many,
-            counts,
-            layers: 0,
-            guard: 0,
-        };
-        grouped.start(tiles.few.len(), tiles.many.len())
-    }
-
     /// What the router of that layer said before the softmax: (rows, experts).
     pub fn router_logits(&self) -> Result<Vec<f32>, CudaError> {
         self.gpu.enter()?;
         let mut bytes = vec![0; self.walk().shape.rows * self.config.num_experts * 4];
         self.gpu.read(self.scratch.router_logits.address(), &mut bytes)?;
         Ok(StoredDType::F32.widen(&bytes))
-    }
-
-    /// h += out (rows, d_model).
-    pub fn add(&mut self, out: &[f32]) -> Result<(), CudaError> {
-        let walk = self.walk();
-        let expected = walk.shape.rows * self.config.d_model;
-        if out.len() != expected {
-            let (expected, found) = (vec![expected], vec![out.len()]);
-            return Err(ModelError::Shape { what: "results of experts [values]", expected, found }.into());
-        }
-        self.gpu.enter()?;
-        let bytes = weights::plain_bytes(out);
-        let exchange = self.exchange.as_mut().expect("made when the walk began");
-        // Nothing is on its way: the rows were waited for.
-        let host = exchange.host.as_mut_slice().map_err(failed("cuEventSynchronize"))?;
-        host[..bytes.len()].copy_from_slice(bytes);
-        // SAFETY: `host` is written again only after the device was waited for, by `choice`; the stream orders `added`.
-        unsafe { self.gpu.upload(&self.gpu.compute, &host[..bytes.len()], exchange.added.address()) }?;
-        self.pass(walk).add(self.exchange.as_ref().expect("as above").added.address())
     }
 
     /// Ends a walk. Of the encoder the states are left for [`DeviceDense::read_states`] and [`DeviceDense::start`], of
