@@ -85,7 +85,8 @@ impl<'a> Place<'a> {
             (Self::Here { .. }, None) => {}
             (Self::OnDevice(OnDevice { mut rows, fetched, .. }), results) => {
                 rows.add_computed()?;
-                if let (Some(results), Some(x)) = (results, fetched) {
+                if let Some(results) = results {
+                    let x = fetched.expect("results came to this memory, so rows went from it");
                     let mut out = vec![0.0; x.len()];
                     grouping.combine(0, results, d_model, &mut out);
                     rows.add(&out)?;

@@ -75,21 +75,18 @@ pub(crate) fn share_out(
     }
     shared.calls.extend(open.into_iter().flatten());
     let Shared { calls, held } = &mut shared;
-    calls.retain_mut(|call| may_be_made(nodes, rows, call, now, waiting, held, dispatched));
+    calls.retain_mut(|call| {
+        let is_made = may_be_made(nodes, call, now, dispatched);
+        if !is_made {
+            hold(roster, rows, call, now, waiting, held, dispatched);
+        }
+        is_made
+    });
     shared
 }
 
-/// Whether a call is within the budget, which bounds those that are made after others failed. Its pieces wait for the
-/// budget if not, as long as anything may be waited for.
-fn may_be_made(
-    nodes: &Nodes,
-    rows: &LayerRows<'_>,
-    call: &mut Call,
-    now: Instant,
-    waiting: &Waiting,
-    held: &mut Vec<Piece>,
-    dispatched: &mut Dispatched,
-) -> bool {
+/// Whether a call is within the budget, which bounds those that are made after others failed.
+fn may_be_made(nodes: &Nodes, call: &Call, now: Instant, dispatched: &mut Dispatched) -> bool {
     let Some((_, failure)) = call.pieces.iter().find_map(|piece| piece.tried.last()) else {
         nodes.note_call(now);
         return true;
@@ -101,18 +98,36 @@ fn may_be_made(
         dispatched.failovers += 1;
         return true;
     }
+    false
+}
+
+/// The pieces of a call that is not made wait for the budget, as long as anything may be waited for.
+fn hold(
+    roster: &Roster,
+    rows: &LayerRows<'_>,
+    call: &mut Call,
+    now: Instant,
+    waiting: &mut Waiting,
+    held: &mut Vec<Piece>,
+    dispatched: &mut Dispatched,
+) {
     if !call.pieces.iter().any(|piece| piece.is_refused) {
         counter!(names::RETRIES_REFUSED_TOTAL).increment(1);
     }
     for mut piece in call.pieces.drain(..) {
         piece.is_refused = true;
-        if waiting.is_over() {
-            let key = ExpertKey { layer: rows.layer, expert: piece.expert };
-            let tried = calls::reasons(&piece.tried);
-            dispatched.failed.push((piece.range(), RequestError::RetriesExhausted { key, tried }));
-        } else {
+        if !waiting.is_over() {
             held.push(piece);
+            continue;
         }
+        let key = ExpertKey { layer: rows.layer, expert: piece.expert };
+        // Where everybody has failed, the wait was in vain, whatever the budget says of asking once more.
+        let in_vain = match calls::choose(roster, key, &piece, now) {
+            None => waiting.verdict(roster, key, &piece),
+            Some(_) => None,
+        };
+        let tried = || calls::reasons(&piece.tried);
+        let error = in_vain.unwrap_or_else(|| RequestError::RetriesExhausted { key, tried: tried() });
+        dispatched.failed.push((piece.range(), error));
     }
-    false
 }
