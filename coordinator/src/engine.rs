@@ -133,27 +133,31 @@ impl Engine {
         let forward = &mut self.forward;
         let callers: Vec<&Request> = requests.iter().map(|(request, _)| request).collect();
         let outcome = guarded(|| Ok(on_pool(|| forward.encode(&ids, &spans, &mut parts, &callers, &mut costs))?));
-        drop((hint, span));
-        costs.record(&self.measures.phases);
-        let states = match outcome {
-            Ok(states) => states,
-            Err(error) => return requests.into_iter().for_each(|(request, _)| request.fail(error.clone())),
-        };
-        let mut encoded = Vec::with_capacity(requests.len());
-        for ((request, mut trace), part) in requests.into_iter().zip(parts) {
-            sequence::absorb(&mut trace, &part);
-            sequence::absorb_costs(&mut trace, &costs);
-            encoded.push((request, trace, part.failure));
+        drop(hint);
+        match outcome {
+            Ok(states) => self.admit(requests, &parts, &states, &spans, costs, span),
+            Err(error) => {
+                costs.record(&self.measures.phases);
+                requests.into_iter().for_each(|(request, _)| request.fail(error.clone()));
+            }
         }
-        self.admit(encoded, &states, &spans);
     }
 
-    /// Requests whose prompts are encoded, one for each of `spans`.
-    fn admit(&mut self, encoded: Vec<(Request, Trace, Option<RequestError>)>, states: &States, spans: &Spans) {
+    /// Requests whose prompts are encoded, one for each of `parts` and `spans`, by a pass with these costs and this span.
+    fn admit(
+        &mut self,
+        mut requests: Vec<(Request, Trace)>,
+        parts: &[Part],
+        states: &States,
+        spans: &Spans,
+        mut costs: Costs,
+        span: Option<BatchSpan>,
+    ) {
         let wants = |wanted: fn(&Work) -> bool| {
-            encoded.iter().any(|(request, _, failure)| failure.is_none() && wanted(&request.work))
+            requests.iter().zip(parts).any(|((request, _), part)| part.failure.is_none() && wanted(&request.work))
         };
         let mut buffer = std::mem::take(&mut self.values);
+        let start = Instant::now();
         let dense = self.forward.dense();
         let values = match wants(|work| matches!(work, Work::Encode { .. })) {
             true => guarded(|| Ok(dense.values(states, &mut buffer)?)),
@@ -161,18 +165,25 @@ impl Engine {
         };
         let started = match wants(|work| !matches!(work, Work::Encode { .. })) {
             true => guarded(|| Ok(dense.start(states, spans)?)).map(|all| all.into_iter().map(Some).collect()),
-            false => Ok(encoded.iter().map(|_| None).collect::<Vec<_>>()),
+            false => Ok(requests.iter().map(|_| None).collect::<Vec<_>>()),
         };
+        costs.dense_since(start);
+        costs.record(&self.measures.phases);
+        drop(span);
+        for ((_, trace), part) in requests.iter_mut().zip(parts) {
+            sequence::absorb(trace, part);
+            sequence::absorb_costs(trace, &costs);
+        }
         let mut started = match started {
             Ok(started) => started.into_iter(),
-            Err(error) => return encoded.into_iter().for_each(|(request, ..)| request.fail(error.clone())),
+            Err(error) => return requests.into_iter().for_each(|(request, _)| request.fail(error.clone())),
         };
         let d_model = self.forward.config().d_model;
         let mut encodings = Vec::new();
-        for ((request, trace, failure), rows) in encoded.into_iter().zip(spans.ranges()) {
+        for (((request, trace), part), rows) in requests.into_iter().zip(parts).zip(spans.ranges()) {
             let state = started.next().flatten();
-            match (failure, &request.work, state) {
-                (Some(failure), ..) => request.fail(failure),
+            match (&part.failure, &request.work, state) {
+                (Some(failure), ..) => request.fail(failure.clone()),
                 (None, &Work::Encode { pooling, .. }, _) => match &values {
                     Ok(values) => {
                         let own = &values[rows.start * d_model..rows.end * d_model];
@@ -309,8 +320,7 @@ impl Engine {
             let dense = forward.dense();
             let tokens = dense.best_tokens(&greedy_rows, &banned).transpose()?;
             let logits = dense.logits(&states, if tokens.is_some() { &drawn_rows } else { &last_rows })?;
-            costs.backbone += start.elapsed();
-            costs.dense_until(Instant::now());
+            costs.dense_since(start);
             Ok(StepOutput { states, spans, tokens, logits })
         })
     }

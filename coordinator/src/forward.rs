@@ -90,9 +90,7 @@ impl Forward {
         costs: &mut Costs,
     ) -> Result<States, ModelError> {
         let states = self.pass(Stack::Encoder, ids, spans, &mut [], parts, requests, costs);
-        let states = self.noted(states)?;
-        costs.dense_until(Instant::now());
-        Ok(states)
+        self.noted(states)
     }
 
     /// The decoder's states of the new tokens of each sequence, whose caches are `caches`, and whose requests `requests`.
@@ -223,8 +221,15 @@ impl Costs {
         Self { trace: span.map(|span| (span, Instant::now())), ..Self::default() }
     }
 
+    /// Something dense beyond the pass was computed from `start` to now: the head, what the decoder keeps of a prompt.
+    pub(crate) fn dense_since(&mut self, start: Instant) {
+        let now = Instant::now();
+        self.backbone += now - start;
+        self.dense_until(now);
+    }
+
     /// Dense layers were computed until then.
-    pub(crate) fn dense_until(&mut self, end: Instant) {
+    fn dense_until(&mut self, end: Instant) {
         if let Some((pass, since)) = &mut self.trace {
             spans::record(*pass, "backbone", *since, end);
             *since = end;
