@@ -34,6 +34,9 @@ pub struct CoordinatorConfig {
     pub lane_inflight_bytes_max: usize,
     /// Whether expert-nodes on this machine may read rows in the memory of its GPU; elsewhere, and else, rows are sent.
     pub share_rows: bool,
+    /// Whether a batch whose rows leave this process goes in two halves, of which one is computed here while the other is at
+    /// the experts.
+    pub halving: Halving,
     /// How long predictor-nodes may take for a batch.
     pub predict_timeout: Duration,
     /// How connections to other nodes are made.
@@ -42,6 +45,18 @@ pub struct CoordinatorConfig {
     pub server: ServerConfig,
     /// Told while the backbone loads: bytes done, bytes in all.
     pub on_load: Option<OnLoad>,
+}
+
+/// Whether batches are cut into two micro-batches.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Halving {
+    /// Where that was measured to be faster, for batches of that size.
+    #[default]
+    AsMeasured,
+    /// No batch.
+    Never,
+    /// Every batch of several sequences.
+    Always,
 }
 
 /// Told how far a load is: bytes done, bytes in all.
@@ -107,6 +122,7 @@ impl CoordinatorConfig {
             expert_call_timeout: Duration::from_secs(30),
             lane_inflight_bytes_max: 64 << 20,
             share_rows: true,
+            halving: Halving::AsMeasured,
             predict_timeout: Duration::from_millis(200),
             client: ClientConfig::default(),
             server: ServerConfig::default(),

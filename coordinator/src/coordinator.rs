@@ -157,6 +157,7 @@ impl Coordinator {
                 dense,
                 dispatch(config.expert_call_timeout),
                 config.enforce_capacity,
+                config.halving,
                 statistics.clone(),
             ),
             predict: predict.clone(),

@@ -3,6 +3,9 @@
 //! results are combined in the order of the groups, so that a sum never depends on who answered first. Rows on a device
 //! stay there as far as nodes can compute or read them there (`layer_rows`).
 //!
+//! Between [`Dispatch::begin`] and [`Dispatch::finish`] a layer is under way: whoever dispatches may compute something else
+//! meanwhile, and begin another.
+//!
 //! A call that fails goes to the next node within the same layer; rows are idempotent. When all have failed, rows wait
 //! for one to come back (`waiting`). Only when nobody does is a group given up, and with it the requests whose rows are
 //! in it; never a skipped expert.
@@ -56,13 +59,30 @@ pub(crate) struct Dispatch {
     patience: Duration,
     /// The last layer waited for that in vain.
     is_given_up: bool,
-    replies: (Sender<Reply>, Receiver<Reply>),
-    /// (rows of the layer, d_model), in grouped order; empty until the first that come to this machine's memory.
-    results: Vec<f32>,
+    /// Those that no layer under way has.
+    inboxes: Vec<Inbox>,
     /// (rows of a call, d_model): what goes to a node in another process.
     gathered: Vec<f32>,
     /// Calls to nodes in this process.
     here: Here,
+}
+
+/// Where what comes back of a layer is put.
+struct Inbox {
+    replies: (Sender<Reply>, Receiver<Reply>),
+    /// (rows of the layer, d_model), in grouped order; empty until the first that come to this machine's memory.
+    results: Vec<f32>,
+}
+
+/// A layer whose rows are on their way.
+pub(crate) struct UnderWay {
+    roster: Arc<Roster>,
+    outstanding: Vec<Outstanding>,
+    /// What is to be shared out again when no call is outstanding any more.
+    pieces: Vec<Piece>,
+    waiting: Waiting,
+    inbox: Inbox,
+    dispatched: Dispatched,
 }
 
 /// What a layer's rows cost.
@@ -76,52 +96,79 @@ pub(crate) struct Dispatched {
     pub(crate) failovers: u64,
     /// Runs of grouped rows that nobody could compute; their results are 0.
     pub(crate) failed: Vec<(std::ops::Range<usize>, RequestError)>,
+    /// (tokens, d_model): `weight * expert(x)` of every token; `None` where that was added on a device.
+    pub(crate) out: Option<Vec<f32>>,
 }
 
 impl Dispatch {
     /// `rows_max` bounds one message, at least 1; `patience`, the wait for a node when no other can answer, or none.
     pub(crate) fn new(nodes: Arc<Nodes>, d_model: usize, rows_max: usize, patience: Duration) -> Self {
-        let replies = crossbeam_channel::unbounded();
-        let (results, gathered, here) = Default::default();
-        Self { nodes, d_model, rows_max, patience, is_given_up: false, replies, results, gathered, here }
+        let (inboxes, gathered, here) = Default::default();
+        Self { nodes, d_model, rows_max, patience, is_given_up: false, inboxes, gathered, here }
     }
 
-    /// `out[token] += weight * expert(x[token])` for every row of the layer.
+    /// Whether rows leave this process.
+    pub(crate) fn is_remote(&self) -> bool {
+        self.nodes.roster().links.iter().any(|link| matches!(link.reach, Reach::Remote(_)))
+    }
+
+    /// `weight * expert(x)` of every row of the layer.
     pub(crate) fn moe(&mut self, rows: &LayerRows<'_>, mut place: Place<'_>) -> Result<Dispatched, ModelError> {
-        let mut dispatched = Dispatched::default();
+        let under_way = self.begin(rows, &mut place)?;
+        self.finish(under_way, rows, place)
+    }
+
+    /// Sends the rows to their nodes; those in this process compute theirs at once.
+    pub(crate) fn begin(&mut self, rows: &LayerRows<'_>, place: &mut Place<'_>) -> Result<UnderWay, ModelError> {
+        let mut inbox = self.inboxes.pop().unwrap_or_default();
         // Pieces that nobody computed add nothing, so whatever an earlier layer left here must go.
-        self.results.clear();
-        let mut waiting = Waiting::new(self.patience, self.is_given_up);
-        let mut pieces = Piece::of(rows.grouping, self.rows_max);
-        while !pieces.is_empty() {
-            let roster = self.nodes.roster();
-            let (nodes, rows_max) = (&*self.nodes, self.rows_max);
-            let Shared { calls, held } =
-                share_out::share_out(nodes, &roster, rows, rows_max, pieces, &mut waiting, &mut dispatched);
-            if calls.is_empty() && !held.is_empty() {
-                waiting.pause();
+        inbox.results.clear();
+        let mut under_way = UnderWay {
+            roster: self.nodes.roster(),
+            outstanding: Vec::new(),
+            pieces: Piece::of(rows.grouping, self.rows_max),
+            waiting: Waiting::new(self.patience, self.is_given_up),
+            inbox,
+            dispatched: Dispatched::default(),
+        };
+        self.ask(&mut under_way, rows, place)?;
+        Ok(under_way)
+    }
+
+    /// Waits for the answers, and asks others for what failed, until all is there or given up. `rows` and `place` are those
+    /// that it began with.
+    pub(crate) fn finish(
+        &mut self,
+        mut under_way: UnderWay,
+        rows: &LayerRows<'_>,
+        mut place: Place<'_>,
+    ) -> Result<Dispatched, ModelError> {
+        loop {
+            self.collect(&mut under_way, rows, &mut place)?;
+            if under_way.pieces.is_empty() {
+                break;
             }
-            pieces = self.round(&roster, rows, &mut place, calls, &mut waiting, &mut dispatched)?;
-            pieces.extend(held);
+            under_way.roster = self.nodes.roster();
+            self.ask(&mut under_way, rows, &mut place)?;
         }
+        let UnderWay { waiting, inbox, mut dispatched, .. } = under_way;
         self.is_given_up = waiting.is_given_up();
-        let results = Some(&self.results[..]).filter(|results| !results.is_empty());
-        place.combine(rows.grouping, results, self.d_model)?;
+        let results = Some(&inbox.results[..]).filter(|results| !results.is_empty());
+        dispatched.out = place.combine(rows.grouping, results, self.d_model)?;
+        self.inboxes.push(inbox);
         Ok(dispatched)
     }
 
-    /// Makes the calls, remote ones first; returns the pieces of those that failed.
-    fn round(
-        &mut self,
-        roster: &Roster,
-        rows: &LayerRows<'_>,
-        place: &mut Place<'_>,
-        calls: Vec<Call>,
-        waiting: &mut Waiting,
-        dispatched: &mut Dispatched,
-    ) -> Result<Vec<Piece>, ModelError> {
-        let mut failed = Vec::new();
-        let mut outstanding = Vec::new();
+    /// Shares out the pieces and makes the calls, remote ones first; those of calls that failed are left.
+    fn ask(&mut self, under_way: &mut UnderWay, rows: &LayerRows<'_>, place: &mut Place<'_>) -> Result<(), ModelError> {
+        let UnderWay { roster, outstanding, pieces, waiting, inbox, dispatched } = under_way;
+        let (roster, open) = (&**roster, std::mem::take(pieces));
+        let Shared { calls, held } =
+            share_out::share_out(&self.nodes, roster, rows, self.rows_max, open, waiting, dispatched);
+        if calls.is_empty() && !held.is_empty() {
+            waiting.pause();
+        }
+        *pieces = held;
         let mut local = Vec::new();
         for call in calls {
             match &roster.links[call.node].reach {
@@ -134,8 +181,9 @@ impl Dispatch {
                             calls::gather(rows.grouping, place.x()?, self.d_model, &call.pieces, &mut self.gathered)
                         }
                     }
-                    if let Err((call, failure)) = self.send(roster, lane, rows, in_window, call, &mut outstanding) {
-                        self.give_back(roster, rows, call, failure, &mut failed);
+                    match self.send(roster, lane, rows, in_window, call, &inbox.replies.0) {
+                        Ok(sent) => outstanding.push(sent),
+                        Err((call, failure)) => self.give_back(roster, rows, call, failure, pieces),
                     }
                 }
             }
@@ -149,7 +197,7 @@ impl Dispatch {
             }
         }
         if !here.is_empty() {
-            let results = kept(&mut self.results, rows.grouping, self.d_model);
+            let results = kept(&mut inbox.results, rows.grouping, self.d_model);
             let computed = self.here.make(roster, rows, place.x()?, self.d_model, here, results);
             made.extend(computed.into_iter().map(|Made { call, outcome, took, .. }| (call, outcome, took)));
         }
@@ -161,25 +209,24 @@ impl Dispatch {
                     load_max = load_max.max(report.load);
                     dispatched.demand_loads += u64::from(report.demand_loads);
                 }
-                Err(failure) => self.give_back(roster, rows, call, failure, &mut failed),
+                Err(failure) => self.give_back(roster, rows, call, failure, pieces),
             }
         }
         // They load at the same time.
         dispatched.load += load_max;
-        self.collect(roster, rows, place, outstanding, waiting, dispatched, &mut failed)?;
-        Ok(failed)
+        Ok(())
     }
 
     /// Sends a call down a lane, with the rows that were gathered or with where they are; then it is outstanding.
     fn send(
-        &mut self,
+        &self,
         roster: &Roster,
         lane: &Lane,
         rows: &LayerRows<'_>,
         in_window: bool,
         call: Call,
-        outstanding: &mut Vec<Outstanding>,
-    ) -> Result<(), (Call, CallFailure)> {
+        replies: &Sender<Reply>,
+    ) -> Result<Outstanding, (Call, CallFailure)> {
         let sent = Instant::now();
         let deadline = sent + lane.allow(call.rows(), call.pieces.len()).min(self.patience);
         let (groups, placed, epoch) = (call.groups(), call.placed_groups(), roster.placement.epoch());
@@ -189,34 +236,31 @@ impl Dispatch {
         };
         let span = calls::span(roster, rows, &call).map(Span::as_client);
         let trace = span.as_ref().map(Span::context);
-        match lane.start(outgoing, epoch, trace, &self.replies.0, deadline) {
+        match lane.start(outgoing, epoch, trace, replies, deadline) {
             Ok(call_id) => {
                 let look = lane.silent_until(sent).min(deadline);
-                outstanding.push(Outstanding { call_id, call, span, sent, deadline, look });
-                Ok(())
+                Ok(Outstanding { call_id, call, span, sent, deadline, look })
             }
             Err(failure) => Err((call, failure)),
         }
     }
 
-    /// Waits for the answers to all calls that are under way, each until it is given up; those that failed go to `failed`.
-    #[allow(clippy::too_many_arguments)] // A round, and what is noted of it.
+    /// Waits for the answers to all calls that are outstanding, each until it is given up; the pieces of those that failed
+    /// are to be shared out again.
     fn collect(
         &mut self,
-        roster: &Roster,
+        under_way: &mut UnderWay,
         rows: &LayerRows<'_>,
         place: &mut Place<'_>,
-        mut outstanding: Vec<Outstanding>,
-        waiting: &mut Waiting,
-        dispatched: &mut Dispatched,
-        failed: &mut Vec<Piece>,
     ) -> Result<(), ModelError> {
+        let UnderWay { roster, outstanding, pieces: failed, waiting, inbox, dispatched } = under_way;
+        let roster = &**roster;
         let mut load_max = Duration::ZERO;
         let mut late_wakes = 0;
         // By node: how long its call was on its way, without loads, computation and what the size of it explains.
         let mut on_the_way: Vec<(usize, Duration)> = Vec::with_capacity(outstanding.len());
         while let Some(look) = outstanding.iter().map(|call| call.look).min() {
-            let Ok(Reply { call_id, outcome }) = self.replies.1.recv_deadline(look) else {
+            let Ok(Reply { call_id, outcome }) = inbox.replies.1.recv_deadline(look) else {
                 let now = Instant::now();
                 waiting.passed(look, now);
                 if now > look + LATE_WAKE && late_wakes < LATE_WAKES_MAX {
@@ -225,7 +269,7 @@ impl Dispatch {
                     continue;
                 }
                 late_wakes = 0;
-                for (call, failure) in outstanding::given_up(roster, rows, &mut outstanding, self.patience, now) {
+                for (call, failure) in outstanding::given_up(roster, rows, outstanding, self.patience, now) {
                     self.give_back(roster, rows, call, failure, failed);
                 }
                 continue;
@@ -248,7 +292,7 @@ impl Dispatch {
                             device.take(&window, &call)?;
                         }
                         Results::Payload(payload) => {
-                            let results = kept(&mut self.results, rows.grouping, self.d_model);
+                            let results = kept(&mut inbox.results, rows.grouping, self.d_model);
                             let mut from = &payload[..];
                             for piece in &call.pieces {
                                 let (rows, rest) = from.split_at(piece.rows * self.d_model * size_of::<f32>());
@@ -308,6 +352,12 @@ impl Dispatch {
             }
             failed.push(piece);
         }
+    }
+}
+
+impl Default for Inbox {
+    fn default() -> Self {
+        Self { replies: crossbeam_channel::unbounded(), results: Vec::new() }
     }
 }
 

@@ -13,7 +13,7 @@ use std::{
 };
 
 use rayon::prelude::*;
-use sida_model::{SequenceState, Spans, States, Tokenizer};
+use sida_model::{SequenceState, Spans, Stack, States, Tokenizer};
 use sida_routing::{
     HashTable,
     admission::{Cost, Limits},
@@ -22,6 +22,7 @@ use sida_telemetry::{Span, TraceContext, spans};
 
 use crate::{
     asked,
+    batch::Batch,
     batch_span::BatchSpan,
     encoding,
     forward::{Costs, Forward},
@@ -132,7 +133,11 @@ impl Engine {
         let mut costs = Costs::of_pass(within);
         let forward = &mut self.forward;
         let callers: Vec<&Request> = requests.iter().map(|(request, _)| request).collect();
-        let outcome = guarded(|| Ok(on_pool(|| forward.encode(&ids, &spans, &mut parts, &callers, &mut costs))?));
+        let outcome = guarded(|| {
+            let (ids, spans, parts) = (&ids[..], spans.clone(), &mut parts[..]);
+            let batch = Batch { stack: Stack::Encoder, ids, spans, states: &mut [], parts, requests: &callers };
+            Ok(on_pool(|| forward.pass(batch, &mut costs))?)
+        });
         drop(hint);
         match outcome {
             Ok(states) => self.admit(requests, &parts, &states, &spans, costs, span),
@@ -315,7 +320,15 @@ impl Engine {
             }
             measures.batch_tokens.record(ids.len() as f64);
             let spans = Spans::new(lengths);
-            let states = on_pool(|| forward.decode(&ids, &spans, &mut states, parts, &requests, costs))?;
+            let batch = Batch {
+                stack: Stack::Decoder,
+                ids: &ids,
+                spans: spans.clone(),
+                states: &mut states,
+                parts,
+                requests: &requests,
+            };
+            let states = on_pool(|| forward.pass(batch, costs))?;
             let start = Instant::now();
             let dense = forward.dense();
             let tokens = dense.best_tokens(&greedy_rows, &banned).transpose()?;

@@ -1,5 +1,8 @@
 //! The model, layer by layer: everything dense here, every MoE layer through `dispatch`. The encoder runs over
 //! whole prompts, the decoder over the new tokens of each sequence. Called by the engine, on its thread.
+//!
+//! Where rows leave the process, a batch may go as two micro-batches that take turns: one is computed here, up to its next
+//! MoE layer, while the rows of the other are at the experts. `routing::micro_batches` decides whether.
 
 use std::{
     sync::{Arc, atomic::Ordering},
@@ -7,16 +10,19 @@ use std::{
 };
 
 use metrics::Counter;
-use sida_model::{Dense, DeviceError, ModelConfig, ModelError, SequenceState, Spans, Stack, States, Walk, router};
-use sida_routing::{Grouping, LayerId, Routes};
+use sida_model::{Dense, DeviceError, ModelConfig, ModelError, Spans, Stack, States, Walk, router};
+use sida_routing::{
+    Grouping, LayerId, Routes,
+    micro_batches::{MicroBatches, PassSize, Way},
+};
 use sida_telemetry::{Span, TraceContext, counter, names, spans};
 
 use crate::{
-    callers::Callers,
-    dispatch::Dispatch,
-    layer_rows::{LayerRows, Place},
+    batch::Batch,
+    config::Halving,
+    dispatch::{Dispatch, Dispatched, UnderWay},
+    layer_rows::Place,
     measures::Phases,
-    request::Request,
     routing_mode::{self, Part},
     statistics::Statistics,
     trace::HashCounts,
@@ -32,6 +38,33 @@ pub(crate) struct Forward {
     predictions: Vec<[Counter; 3]>,
     /// For each MoE layer and expert: rows. Empty where there are too many to export.
     routed: Vec<Vec<Counter>>,
+    halving: Halving,
+    micro_batches: MicroBatches,
+}
+
+/// A batch, or a half of it, on its way through a stack.
+struct Walking<'b, 's> {
+    batch: Batch<'b, 's>,
+    walk: Walk,
+    /// Where its rows are away.
+    gate: Option<Gate>,
+}
+
+/// An MoE layer whose rows are at the experts.
+struct Gate {
+    layer: LayerId,
+    grouping: Grouping,
+    /// Of the layer.
+    span: Option<Span>,
+    experts: Experts,
+    /// What sending them off took.
+    took: Duration,
+}
+
+enum Experts {
+    UnderWay(Box<UnderWay>),
+    /// On a device, where one batch walks at a time.
+    Done(Dispatched),
 }
 
 /// Series of `sida_routed_rows_total` at most.
@@ -56,7 +89,13 @@ pub(crate) struct Costs {
 
 impl Forward {
     /// `enforce_capacity` drops tokens beyond the model's `expert_capacity`, per sequence.
-    pub(crate) fn new(dense: Dense, dispatch: Dispatch, enforce_capacity: bool, statistics: Arc<Statistics>) -> Self {
+    pub(crate) fn new(
+        dense: Dense,
+        dispatch: Dispatch,
+        enforce_capacity: bool,
+        halving: Halving,
+        statistics: Arc<Statistics>,
+    ) -> Self {
         let outcomes = |layer: usize| {
             ["top1", "hit", "miss"].map(|outcome| {
                 counter!(names::HASH_PREDICTIONS_TOTAL, names::LAYER => layer.to_string(), names::OUTCOME => outcome)
@@ -67,7 +106,8 @@ impl Forward {
         let rows = |layer: usize, expert: usize| counter!(names::ROUTED_ROWS_TOTAL, names::LAYER => layer.to_string(), names::EXPERT => expert.to_string());
         let exported = if layers * experts <= ROUTED_SERIES_MAX { layers } else { 0 };
         let routed = (0..exported).map(|layer| (0..experts).map(|expert| rows(layer, expert)).collect()).collect();
-        Self { dense, dispatch, enforce_capacity, statistics, predictions, routed }
+        let micro_batches = MicroBatches::default();
+        Self { dense, dispatch, enforce_capacity, statistics, predictions, routed, halving, micro_batches }
     }
 
     /// What the model is.
@@ -80,114 +120,112 @@ impl Forward {
         &mut self.dense
     }
 
-    /// The encoder's states of the prompts that `spans` cuts `ids` into, one of each of `requests`.
-    pub(crate) fn encode(
-        &mut self,
-        ids: &[u32],
-        spans: &Spans,
-        parts: &mut [Part],
-        requests: &[&Request],
-        costs: &mut Costs,
-    ) -> Result<States, ModelError> {
-        let states = self.pass(Stack::Encoder, ids, spans, &mut [], parts, requests, costs);
-        self.noted(states)
-    }
-
-    /// The decoder's states of the new tokens of each sequence, whose caches are `caches`, and whose requests `requests`.
-    pub(crate) fn decode(
-        &mut self,
-        ids: &[u32],
-        spans: &Spans,
-        caches: &mut [&mut SequenceState],
-        parts: &mut [Part],
-        requests: &[&Request],
-        costs: &mut Costs,
-    ) -> Result<States, ModelError> {
-        let states = self.pass(Stack::Decoder, ids, spans, caches, parts, requests, costs);
-        self.noted(states)
-    }
-
-    /// Notes whether a pass ended because the device is lost.
-    fn noted<T>(&self, outcome: Result<T, ModelError>) -> Result<T, ModelError> {
-        if let Err(ModelError::Device(DeviceError::Lost(_))) = &outcome {
+    /// What a stack makes of a batch: a row for each token.
+    pub(crate) fn pass(&mut self, batch: Batch<'_, '_>, costs: &mut Costs) -> Result<States, ModelError> {
+        let start = Instant::now();
+        let rows = batch.spans.rows();
+        let size = PassSize::new(batch.stack == Stack::Decoder, rows);
+        let may_be_cut = batch.spans.len() > 1 && self.dense.rows_on_device().is_none() && self.dispatch.is_remote();
+        let way = match self.halving {
+            Halving::AsMeasured if may_be_cut => self.micro_batches.way(size),
+            Halving::Always if may_be_cut => Way::Halves,
+            _ => Way::Whole,
+        };
+        let batches = match way {
+            Way::Whole => vec![batch],
+            Way::Halves => batch.halves(),
+        };
+        let states = self.walk(batches, costs);
+        if let Err(ModelError::Device(DeviceError::Lost(_))) = &states {
             self.statistics.is_device_lost.store(true, Ordering::Relaxed);
         }
-        outcome
-    }
-
-    #[allow(clippy::too_many_arguments)] // A batch: its rows, whose they are, and what is noted of it.
-    fn pass(
-        &mut self,
-        stack: Stack,
-        ids: &[u32],
-        spans: &Spans,
-        caches: &mut [&mut SequenceState],
-        parts: &mut [Part],
-        requests: &[&Request],
-        costs: &mut Costs,
-    ) -> Result<States, ModelError> {
-        let start = Instant::now();
-        let mut walk = self.dense.begin(stack, ids, spans, caches)?; // h (tokens, d_model)
-        while let Some(layer) = self.dense.advance(&mut walk, spans, caches)? {
-            self.moe(&mut walk, layer, spans, parts, requests, costs)?;
-        }
-        let states = self.dense.finish(walk, spans, caches)?;
         costs.finish_pass(start);
-        Ok(states)
+        if may_be_cut {
+            self.micro_batches.note(size, way, rows, start.elapsed());
+        }
+        states
     }
 
-    /// `h += sum over its experts of weight * expert(x)`, row by row.
-    fn moe(
-        &mut self,
-        walk: &mut Walk,
-        layer: LayerId,
-        spans: &Spans,
-        parts: &mut [Part],
-        requests: &[&Request],
-        costs: &mut Costs,
-    ) -> Result<(), ModelError> {
-        let d_model = self.config().d_model;
-        let before: Vec<HashCounts> = parts.iter().map(|part| part.hash).collect();
-        let mut routes = routing_mode::routes(&self.dense, walk, layer, spans, parts)?;
-        if self.enforce_capacity {
-            router::enforce_capacity(&mut routes, spans, self.config().expert_capacity);
+    /// Walks through a stack with the parts of a batch, which take turns at the MoE layers.
+    fn walk(&mut self, batches: Vec<Batch<'_, '_>>, costs: &mut Costs) -> Result<States, ModelError> {
+        let mut walking = Vec::with_capacity(batches.len());
+        for batch in batches {
+            let walk = self.dense.begin(batch.stack, batch.ids, &batch.spans, batch.states)?; // h (tokens, d_model)
+            walking.push(Walking { batch, walk, gate: None });
         }
-        self.note(layer, &routes, spans, parts, &before);
+        let mut is_walking = true;
+        while is_walking {
+            is_walking = false;
+            for one in &mut walking {
+                self.finish_moe(one, costs)?;
+                match self.dense.advance(&mut one.walk, &one.batch.spans, one.batch.states)? {
+                    Some(layer) => {
+                        self.begin_moe(one, layer, costs)?;
+                        is_walking = true;
+                    }
+                    None => costs.dense_until(Instant::now()),
+                }
+            }
+        }
+        let finish = |Walking { batch, walk, .. }| self.dense.finish(walk, &batch.spans, batch.states);
+        States::join(walking.into_iter().map(finish).collect::<Result<_, _>>()?)
+    }
+
+    /// `h += sum over its experts of weight * expert(x)`, row by row: x leaves for the experts.
+    fn begin_moe(&mut self, one: &mut Walking<'_, '_>, layer: LayerId, costs: &mut Costs) -> Result<(), ModelError> {
+        let Walking { batch, walk, gate } = one;
+        let before: Vec<HashCounts> = batch.parts.iter().map(|part| part.hash).collect();
+        let mut routes = routing_mode::routes(&self.dense, walk, layer, &batch.spans, batch.parts)?;
+        if self.enforce_capacity {
+            router::enforce_capacity(&mut routes, &batch.spans, self.config().expert_capacity);
+        }
+        self.note(layer, &routes, &batch.spans, batch.parts, &before);
 
         let start = Instant::now();
         costs.dense_until(start);
         let grouping = Grouping::new(&routes);
-        let span = costs.trace.map(|(pass, _)| Span::below(pass, "dispatch").with("sida.layer", i64::from(layer.0)));
-        let trace = span.as_ref().map(Span::context);
         if let Some(routed) = self.routed.get(usize::from(layer.0)) {
             for group in &grouping.groups {
                 routed[usize::from(group.expert.0)].increment(u64::from(group.rows));
             }
         }
-        let rows = LayerRows { layer, grouping: &grouping, callers: Callers::new(spans, requests), trace };
+        let span = costs.trace.map(|(pass, _)| Span::below(pass, "dispatch").with("sida.layer", i64::from(layer.0)));
+        let rows = batch.layer_rows(layer, &grouping, span.as_ref());
         let Self { dense, dispatch, .. } = self;
-        let dispatched = match dense.rows_on_device() {
-            Some(on_device) => dispatch.moe(&rows, Place::on_device(on_device, &grouping)?)?,
-            None => {
-                let mut out = vec![0.0; spans.rows() * d_model];
-                let dispatched = dense.rows(walk, |x| dispatch.moe(&rows, Place::Here { x, out: &mut out }))??;
-                dense.add(walk, out)?;
-                dispatched
+        let experts = match dense.rows_on_device() {
+            Some(on_device) => Experts::Done(dispatch.moe(&rows, Place::on_device(on_device, &grouping)?)?),
+            None => Experts::UnderWay(Box::new(dense.rows(walk, |x| dispatch.begin(&rows, &mut Place::Here(x)))??)),
+        };
+        *gate = Some(Gate { layer, grouping, span, experts, took: start.elapsed() });
+        costs.dense_from(Instant::now());
+        Ok(())
+    }
+
+    /// Takes what became of x, if it is under way, and adds it to h.
+    fn finish_moe(&mut self, one: &mut Walking<'_, '_>, costs: &mut Costs) -> Result<(), ModelError> {
+        let Walking { batch, walk, gate } = one;
+        let Some(Gate { layer, grouping, span, experts, took }) = gate.take() else { return Ok(()) };
+        let start = Instant::now();
+        let Self { dense, dispatch, .. } = self;
+        let rows = batch.layer_rows(layer, &grouping, span.as_ref());
+        let mut dispatched = match experts {
+            Experts::Done(dispatched) => dispatched,
+            Experts::UnderWay(rows_away) => {
+                dense.rows(walk, |x| dispatch.finish(*rows_away, &rows, Place::Here(x)))??
             }
         };
+        if let Some(out) = dispatched.out.take() {
+            dense.add(walk, out)?;
+        }
         for (rows, error) in &dispatched.failed {
             for &token in &grouping.tokens[rows.clone()] {
-                if let Some(part) = spans.holder(token as usize) {
-                    parts[part].failure.get_or_insert_with(|| error.clone());
+                if let Some(part) = batch.spans.holder(token as usize) {
+                    batch.parts[part].failure.get_or_insert_with(|| error.clone());
                 }
             }
         }
         drop(span);
-        costs.dense_from(Instant::now());
-        costs.experts += start.elapsed().saturating_sub(dispatched.load);
-        costs.load += dispatched.load;
-        costs.demand_loads += dispatched.demand_loads;
-        costs.failovers += dispatched.failovers;
+        costs.add(&dispatched, took + start.elapsed());
         self.statistics.failovers.fetch_add(dispatched.failovers, Ordering::Relaxed);
         Ok(())
     }
@@ -234,6 +272,16 @@ impl Costs {
             spans::record(*pass, "backbone", *since, end);
             *since = end;
         }
+    }
+
+    /// An MoE layer took so long, without what was computed here meanwhile.
+    fn add(&mut self, dispatched: &Dispatched, took: Duration) {
+        let load = dispatched.load.min(took);
+        self.experts += took - load;
+        self.load += load;
+        self.demand_loads += dispatched.demand_loads;
+        self.failovers += dispatched.failovers;
+        self.dense_from(Instant::now());
     }
 
     /// Dense layers are computed from then on.

@@ -23,8 +23,8 @@ pub(crate) struct LayerRows<'a> {
 
 /// Where they are.
 pub(crate) enum Place<'a> {
-    /// In this machine's memory; results are added to `out`. Both are (tokens, d_model).
-    Here { x: &'a [f32], out: &'a mut [f32] },
+    /// In this machine's memory: (tokens, d_model).
+    Here(&'a [f32]),
     /// On a device; results are added to what they are to be added to there.
     OnDevice(OnDevice<'a>),
 }
@@ -55,7 +55,7 @@ impl<'a> Place<'a> {
     /// Where the rows are on a device.
     pub(crate) fn device(&mut self) -> Option<&mut OnDevice<'a>> {
         match self {
-            Self::Here { .. } => None,
+            Self::Here(_) => None,
             Self::OnDevice(device) => Some(device),
         }
     }
@@ -63,7 +63,7 @@ impl<'a> Place<'a> {
     /// The rows, (tokens, d_model), in this machine's memory.
     pub(crate) fn x(&mut self) -> Result<&[f32], ModelError> {
         match self {
-            Self::Here { x, .. } => Ok(x),
+            Self::Here(x) => Ok(x),
             Self::OnDevice(OnDevice { rows, fetched, .. }) => {
                 if fetched.is_none() {
                     *fetched = Some(rows.fetch()?);
@@ -73,27 +73,31 @@ impl<'a> Place<'a> {
         }
     }
 
-    /// Adds up everything. `results`, (places, d_model), are those that came to this machine's memory, if any did.
+    /// Adds up everything: `weight * expert(x)` of every token, (tokens, d_model), or `None` where that was added on the
+    /// device. `results`, (places, d_model), are those that came to this machine's memory, if any did.
     pub(crate) fn combine(
         self,
         grouping: &Grouping,
         results: Option<&[f32]>,
         d_model: usize,
-    ) -> Result<(), ModelError> {
+    ) -> Result<Option<Vec<f32>>, ModelError> {
+        let combined = |x: &[f32], results| {
+            let mut out = vec![0.0; x.len()];
+            grouping.combine(0, results, d_model, &mut out);
+            out
+        };
         match (self, results) {
-            (Self::Here { out, .. }, Some(results)) => grouping.combine(0, results, d_model, out),
-            (Self::Here { .. }, None) => {}
+            (Self::Here(x), Some(results)) => Ok(Some(combined(x, results))),
+            (Self::Here(x), None) => Ok(Some(vec![0.0; x.len()])),
             (Self::OnDevice(OnDevice { mut rows, fetched, .. }), results) => {
                 rows.add_computed()?;
                 if let Some(results) = results {
                     let x = fetched.expect("results came to this memory, so rows went from it");
-                    let mut out = vec![0.0; x.len()];
-                    grouping.combine(0, results, d_model, &mut out);
-                    rows.add(&out)?;
+                    rows.add(&combined(&x, results))?;
                 }
+                Ok(None)
             }
         }
-        Ok(())
     }
 }
 

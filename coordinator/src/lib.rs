@@ -4,7 +4,7 @@
 //! One request in reading order. It comes in through [`config`]ured limits: `front_door` (gRPC) and `messages`
 //! (the wire's side), or this process by [`coordinator`]; `accept` checks and tokenizes what was `asked` into a [`request`].
 //! It waits in a `queue`; `prepare` takes a batch, has `predict` (here, or by `remote_predictor`) fill its hash
-//! tables and `preload` hint them. The `engine` lets it join: `forward` runs the layers, [`routing_mode`] chooses
+//! tables and `preload` hint them. The `engine` lets it join: `forward` runs the layers over a `batch`, [`routing_mode`] chooses
 //! experts, `dispatch` takes the rows from where they are (`layer_rows`) in `calls` to the `nodes`, those `here` or over `lane`s
 //! (`lane_connection`, `lane_call`, `lane_window`, `call_deadline`, `call_failure`), `share_out` saying whom to ask,
 //! `outstanding` and `waiting` for how long, and `callers` who still wants an answer. A `sequence` goes on from step to
@@ -17,6 +17,7 @@
 
 mod accept;
 mod asked;
+mod batch;
 mod batch_span;
 mod call_deadline;
 mod call_failure;
@@ -71,7 +72,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
 pub use accept::{EncodeParams, GenerateParams, ScoreParams};
-pub use config::{CoordinatorConfig, PredictorSource, RequestLimits};
+pub use config::{CoordinatorConfig, Halving, PredictorSource, RequestLimits};
 pub use coordinator::{Coordinator, CoordinatorError, TokenStream};
 pub use output::{Encoding, Finish, FinishReason, Scores, TargetScore, Token};
 pub use request::{Pooling, RequestError};

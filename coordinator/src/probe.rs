@@ -37,11 +37,11 @@ impl Probe {
         };
         let (layer, expert) = (LayerId((next / self.num_experts) as u16), ExpertId((next % self.num_experts) as u16));
         let routes = Routes { top_k: 1, experts: vec![Some(expert)], weights: vec![1.0] };
-        let (x, mut out) = (vec![1.0; self.d_model], vec![0.0; self.d_model]);
+        let x = vec![1.0; self.d_model];
         let (grouping, spans) = (Grouping::new(&routes), Spans::single_tokens(1));
         let rows = LayerRows { layer, grouping: &grouping, callers: Callers::new(&spans, &[]), trace: None };
-        let place = Place::Here { x: &x, out: &mut out };
-        let dispatched = self.dispatch.lock().moe(&rows, place).map_err(|error| error.to_string())?;
+        let dispatched = self.dispatch.lock().moe(&rows, Place::Here(&x)).map_err(|error| error.to_string())?;
+        let out = dispatched.out.unwrap_or_default();
         match dispatched.failed.into_iter().next() {
             Some((_, error)) => Err(error.to_string()),
             None if out.iter().all(|value| value.is_finite()) => Ok(()),

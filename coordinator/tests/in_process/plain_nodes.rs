@@ -36,6 +36,9 @@ pub(crate) const BOUNDS: Bounds = Bounds {
     sequences_max: 64,
 };
 
+/// Calls that a node computes at the same time.
+const CALLS_MAX: usize = 4;
+
 /// A node that is being served.
 pub(crate) struct PlainNode {
     pub(crate) address: SocketAddr,
@@ -107,7 +110,7 @@ impl Experts for PlainService {
     async fn lane(&self, request: Request<Streaming<v1::LaneRequest>>) -> Result<Response<LaneStream>, Status> {
         assert!(request.metadata().get("sida-model-digest").is_some(), "a lane names its model");
         let experts = self.0.clone();
-        let responses = request.into_inner().filter_map(move |request| {
+        let responses = request.into_inner().map(move |request| {
             let experts = experts.clone();
             async move {
                 match request.ok()?.kind? {
@@ -123,6 +126,7 @@ impl Experts for PlainService {
                 None
             }
         });
+        let responses = responses.buffer_unordered(CALLS_MAX).filter_map(std::future::ready);
         Ok(Response::new(Box::pin(responses)))
     }
 

@@ -81,6 +81,21 @@ enum Left {
     Gpu { rows: usize },
 }
 
+impl States {
+    /// What walks with the parts of a batch left, as one. On a device there is one walk at a time.
+    pub fn join(mut parts: Vec<States>) -> Result<States, ModelError> {
+        if parts.len() == 1 {
+            return Ok(parts.remove(0));
+        }
+        let here = parts.iter().map(|States(left)| match left {
+            Left::Cpu(states) => states,
+            #[cfg(feature = "cuda")]
+            Left::Gpu { .. } => unreachable!("a device's walk is a whole batch's"),
+        });
+        Ok(States(Left::Cpu(Tensor::cat(&here.collect::<Vec<_>>(), 0)?)))
+    }
+}
+
 /// A sequence's state in the decoder, wherever its caches are.
 #[derive(Debug)]
 pub struct SequenceState(Caches);

@@ -5,7 +5,7 @@
 //! here; what is done comes from the nodes.
 //!
 //! In reading order: [`ids`], [`hash_table`], [`plan`], [`routes`], [`grouping`], [`placement`],
-//! [`membership`], [`failover`], [`residency`], [`admission`].
+//! [`membership`], [`failover`], [`residency`], [`admission`], [`micro_batches`].
 
 pub mod admission;
 pub mod failover;
@@ -13,6 +13,7 @@ pub mod grouping;
 pub mod hash_table;
 pub mod ids;
 pub mod membership;
+pub mod micro_batches;
 pub mod placement;
 pub mod plan;
 pub mod residency;
