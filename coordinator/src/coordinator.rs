@@ -1,61 +1,38 @@
 //! A coordinator as a handle: takes requests from this process (the command line, tests) and from
-//! `front_door`, and gives back answers. Starting one loads the backbone and starts its two threads; dropping
-//! the last clone answers what was accepted and ends them.
+//! `front_door`, and gives back answers. It comes to be in [`crate::start`]; dropping the last clone answers what was
+//! accepted and ends its threads.
 
 use std::{
-    io,
     pin::Pin,
     sync::{Arc, atomic::Ordering},
     task::{Context, Poll},
-    thread::{self, JoinHandle},
+    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
 use futures::Stream;
 use parking_lot::Mutex;
 use sida_cluster::Cluster;
-use sida_model::{Checkpoint, Dense, DenseOptions, ModelConfig, ModelError, Stack, StackKind, Tokenizer};
-use sida_proto::wire::Bounds;
-use sida_routing::{Digest, NodeId};
-use sida_rpc::ServerError;
-use sida_telemetry::{Span, TraceContext, counter, names};
-use thiserror::Error;
-use tokio::{
-    runtime::Handle,
-    sync::{mpsc, oneshot},
-};
+use sida_model::{Checkpoint, Tokenizer};
+use sida_routing::Digest;
+use sida_telemetry::{Span, TraceContext};
+use tokio::sync::{mpsc, oneshot};
 
 use crate::{
     accept::{Acceptance, EncodeParams, GenerateParams, ScoreParams},
     asked::Asked,
-    call_failure::CallFailure,
-    config::{CoordinatorConfig, PredictorSource},
-    dispatch::Dispatch,
-    engine::{Engine, guarded},
-    forward::Forward,
-    lane::LaneConfig,
-    lane_connection::Connector,
+    config::CoordinatorConfig,
+    engine::guarded,
     measures::Measures,
     nodes::Nodes,
     output::{Encoding, Scores, Token},
-    predict::{Predict, Source},
-    preload::Preload,
-    prepare::Prepare,
+    predict::Predict,
     probe::Probe,
     queue::{Announced, Queue, Refused},
-    remote_predictor::RemotePredictor,
     request::{Request, RequestError, Work},
     statistics::Statistics,
-    unheld,
 };
 
-/// Bytes of rows in one message to an expert-node: well below what a message may have, so that the first
-/// results come back while the last rows still travel.
-const CALL_BYTES_MAX: usize = 16 << 20;
-/// Rows of one call, below what expert-nodes take.
-const CALL_ROWS_MAX: usize = 8192;
-/// How long a start waits for the expert-nodes to be reached.
-const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
 /// No step takes so long: its expert calls end well before.
 const STUCK_LIMIT: Duration = Duration::from_secs(600);
 /// Requests that arrive together run together, unless the text of one takes longer to tokenize than this much does: a
@@ -64,47 +41,24 @@ const AWAITED_TEXT_BYTES_MAX: usize = 2048;
 /// How long a full queue asks callers to stay away.
 const RETRY_AFTER: Duration = Duration::from_millis(100);
 
-/// Why a coordinator does not start, or does not go on.
-#[derive(Debug, Error)]
-#[allow(missing_docs)]
-pub enum CoordinatorError {
-    #[error(transparent)]
-    Model(#[from] ModelError),
-    #[error("{name} has no encoder; this version serves encoder-decoder models")]
-    DecoderOnly { name: String },
-    #[error("the predictor is for model {found}, this is {expected}")]
-    PredictorModel { expected: Digest, found: Digest },
-    #[error(
-        "the cluster is laid out for {found_layers} MoE layers of {found_experts} experts, the model has {expected_layers} of {expected_experts}"
-    )]
-    Extent { expected_layers: usize, expected_experts: usize, found_layers: usize, found_experts: usize },
-    #[error("the cluster has no expert-node")]
-    NoExpertNode,
-    #[error("cannot start a thread: {0}")]
-    Thread(#[from] io::Error),
-    #[error("loading the model panicked: {0}")]
-    LoadPanicked(String),
-    #[error(transparent)]
-    Serve(#[from] ServerError),
-}
-
 /// A running coordinator. Cheap to clone; all clones are the same one.
 #[derive(Clone)]
 pub struct Coordinator {
-    inner: Arc<Inner>,
+    pub(crate) inner: Arc<Inner>,
 }
 
-struct Inner {
-    config: CoordinatorConfig,
-    cluster: Cluster,
-    tokenizer: Arc<Tokenizer>,
-    nodes: Arc<Nodes>,
-    predict: Arc<Predict>,
-    probe: Arc<Probe>,
-    requests: Arc<Queue<Request>>,
-    statistics: Arc<Statistics>,
-    measures: Arc<Measures>,
-    threads: Mutex<Vec<JoinHandle<()>>>,
+/// What its clones share.
+pub(crate) struct Inner {
+    pub(crate) config: CoordinatorConfig,
+    pub(crate) cluster: Cluster,
+    pub(crate) tokenizer: Arc<Tokenizer>,
+    pub(crate) nodes: Arc<Nodes>,
+    pub(crate) predict: Arc<Predict>,
+    pub(crate) probe: Arc<Probe>,
+    pub(crate) requests: Arc<Queue<Request>>,
+    pub(crate) statistics: Arc<Statistics>,
+    pub(crate) measures: Arc<Measures>,
+    pub(crate) threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl Drop for Inner {
@@ -115,78 +69,6 @@ impl Drop for Inner {
 }
 
 impl Coordinator {
-    /// Loads the backbone, links to the expert-nodes of `cluster`, and starts. Must be called in a tokio
-    /// runtime of several threads, which then carries the lanes.
-    pub async fn start(config: CoordinatorConfig, cluster: Cluster) -> Result<Self, CoordinatorError> {
-        check(&config, &cluster)?;
-        let measures = Arc::new(Measures::new());
-        let runtime = Handle::current();
-        let (dense, tokenizer) = load(&config).await?;
-        let model = dense.config().clone();
-        let rows = dense.rows_window().filter(|_| config.share_rows).and_then(|window| {
-            window.inspect_err(|error| tracing::info!(%error, "rows travel to all expert-nodes")).ok()
-        });
-        let lanes = LaneConfig {
-            inflight_bytes_max: config.lane_inflight_bytes_max,
-            d_model: model.d_model,
-            connector: Arc::new(Connector::new(&config.client, config.checkpoint.digest(), rows)),
-        };
-        let nodes = Nodes::follow(&cluster, lanes, &runtime);
-        runtime.spawn(unheld::watch(Arc::downgrade(&nodes)));
-        for reason in CallFailure::LABELS {
-            counter!(names::FAILOVERS_TOTAL, names::REASON => reason).increment(0);
-        }
-        let missing = nodes.connected(CONNECT_PATIENCE).await;
-        if !missing.is_empty() {
-            let missing: Vec<String> = missing.iter().map(NodeId::to_string).collect();
-            tracing::warn!(missing = missing.join(", "), "starting without some expert-nodes");
-        }
-        let predict =
-            Arc::new(Predict::new(source(&config, &cluster, &model, runtime), &model, config.checkpoint.digest()));
-        let preload = Arc::new(Preload::new(nodes.clone(), cluster.clone(), config.preload_depth));
-        let statistics = Arc::new(Statistics::default());
-        let dispatch = |patience| {
-            let rows_max = (CALL_BYTES_MAX / (model.d_model * size_of::<f32>())).clamp(1, CALL_ROWS_MAX);
-            Dispatch::new(nodes.clone(), model.d_model, rows_max, patience)
-        };
-        let (requests, prepared) = (Arc::new(Queue::new()), Arc::new(Queue::new()));
-        let engine = Engine {
-            limits: config.limits,
-            prepared: prepared.clone(),
-            forward: Forward::new(
-                dense,
-                dispatch(config.expert_call_timeout),
-                config.enforce_capacity,
-                config.halving,
-                statistics.clone(),
-            ),
-            predict: predict.clone(),
-            preload: preload.clone(),
-            tokenizer: tokenizer.clone(),
-            statistics: statistics.clone(),
-            measures: measures.clone(),
-            running: Vec::new(),
-            values: Vec::new(),
-        };
-        let prepare = Prepare {
-            limits: config.limits,
-            predict: predict.clone(),
-            preload,
-            requests: requests.clone(),
-            prepared,
-            measures: measures.clone(),
-        };
-        let threads = vec![
-            thread::Builder::new().name("sida-prepare".into()).spawn(move || prepare.run())?,
-            thread::Builder::new().name("sida-forward".into()).spawn(move || engine.run())?,
-        ];
-        let probe = Arc::new(Probe::new(dispatch(config.server.health_period.min(config.expert_call_timeout)), &model));
-        let threads = Mutex::new(threads);
-        let inner =
-            Inner { config, cluster, tokenizer, nodes, predict, probe, requests, statistics, measures, threads };
-        Ok(Self { inner: Arc::new(inner) })
-    }
-
     /// The encoder's states of a text.
     pub async fn encode(&self, params: EncodeParams) -> Result<Encoding, RequestError> {
         let asked = self.asked("embeddings", params.trace);
@@ -387,74 +269,5 @@ impl Stream for TokenStream {
             self.tokens = None;
         }
         Poll::Ready(Some(item))
-    }
-}
-
-/// Refuses what could not work.
-fn check(config: &CoordinatorConfig, cluster: &Cluster) -> Result<(), CoordinatorError> {
-    let model = config.checkpoint.config();
-    if model.stack == StackKind::DecoderOnly {
-        return Err(CoordinatorError::DecoderOnly { name: config.checkpoint.name().to_owned() });
-    }
-    if let PredictorSource::Local(predictor) = &config.predictor
-        && predictor.model_digest() != config.checkpoint.digest()
-    {
-        let (expected, found) = (config.checkpoint.digest(), predictor.model_digest());
-        return Err(CoordinatorError::PredictorModel { expected, found });
-    }
-    let placement = cluster.placement();
-    let extent = placement.extent();
-    let (expected_layers, expected_experts) = (model.moe_layer_count(), model.num_experts);
-    if (extent.moe_layers, extent.num_experts) != (expected_layers, expected_experts) {
-        let (found_layers, found_experts) = (extent.moe_layers, extent.num_experts);
-        return Err(CoordinatorError::Extent { expected_layers, expected_experts, found_layers, found_experts });
-    }
-    // Where nodes can join, the first may come later: until then this coordinator is not ready.
-    if placement.nodes().is_empty() && cluster.is_fixed() { Err(CoordinatorError::NoExpertNode) } else { Ok(()) }
-}
-
-/// Loads what the coordinator computes with, off the runtime's own threads.
-async fn load(config: &CoordinatorConfig) -> Result<(Dense, Arc<Tokenizer>), CoordinatorError> {
-    let (checkpoint, on_load) = (config.checkpoint.clone(), config.on_load.clone());
-    let options =
-        DenseOptions { device: config.device, precision: config.precision, rows_max: config.limits.tokens_max };
-    let loading = tokio::task::spawn_blocking(move || {
-        let mut progress = |done, total| {
-            if let Some(on_load) = &on_load {
-                on_load(done, total);
-            }
-        };
-        let dense = Dense::load(&checkpoint, options, &mut progress)?;
-        let tokenizer = Tokenizer::open(checkpoint.dir(), checkpoint.config())?;
-        Ok::<_, ModelError>((dense, Arc::new(tokenizer)))
-    });
-    Ok(loading.await.map_err(|error| CoordinatorError::LoadPanicked(error.to_string()))??)
-}
-
-/// The configured source of hash tables.
-fn source(config: &CoordinatorConfig, cluster: &Cluster, model: &ModelConfig, runtime: Handle) -> Source {
-    match &config.predictor {
-        PredictorSource::Local(predictor) => Source::Local(predictor.clone()),
-        PredictorSource::Off => Source::Off,
-        PredictorSource::Nodes => {
-            let bounds = Bounds {
-                moe_layers: model.moe_layers(Stack::Decoder).end.into(),
-                num_experts: model.num_experts,
-                d_model: model.d_model,
-                vocab_size: model.vocab_size,
-                rows_max: config.limits.tokens_max,
-                tokens_max: config.limits.tokens_max,
-                sequences_max: config.limits.sequences_max,
-            };
-            let client = config.client.clone();
-            Source::Remote(Box::new(RemotePredictor::new(
-                cluster.clone(),
-                client,
-                runtime,
-                config.checkpoint.digest(),
-                bounds,
-                config.predict_timeout,
-            )))
-        }
     }
 }

@@ -13,27 +13,25 @@ use std::{
 };
 
 use rayon::prelude::*;
-use sida_model::{SequenceState, Spans, Stack, States, Tokenizer};
+use sida_model::{Spans, Stack, States, Tokenizer};
 use sida_routing::{
     HashTable,
     admission::{Cost, Limits},
 };
-use sida_telemetry::{Span, TraceContext, spans};
+use sida_telemetry::{Span, TraceContext};
 
 use crate::{
-    asked,
     batch::Batch,
     batch_span::BatchSpan,
-    encoding,
     forward::{Costs, Forward},
     measures::Measures,
     predict::{Predict, Progress},
     preload::{Hint, Preload},
     prepare::Prepared,
     queue::{Queue, Wait},
-    request::{Request, RequestError, Work},
+    request::{Request, RequestError},
     routing_mode::Part,
-    sequence::{self, Ahead, Branch, Decoding, Next, Sequence},
+    sequence::{self, Ahead, Decoding, Next, Sequence},
     statistics::Statistics,
     trace::{ExpertSets, Trace},
 };
@@ -53,8 +51,7 @@ pub(crate) struct Engine {
     pub(crate) values: Vec<f32>,
 }
 
-/// Answers of so many values, and texts of so many sequences, are made by several threads.
-const PARALLEL_VALUES_MIN: usize = 1 << 18;
+/// Texts of so many sequences are made by several threads.
 const PARALLEL_SEQUENCES_MIN: usize = 16;
 
 impl Engine {
@@ -96,137 +93,6 @@ impl Engine {
     fn note_inflight(&self, requests: usize) {
         self.statistics.inflight.store(requests, Ordering::Relaxed);
         self.measures.requests_inflight.set(requests as f64);
-    }
-
-    /// Encodes the prompts of those who join, answers those who wanted no more, and keeps the others running.
-    fn join(&mut self, joining: Vec<Prepared>) {
-        let now = Instant::now();
-        let mut requests = Vec::with_capacity(joining.len());
-        let mut parts = Vec::with_capacity(joining.len());
-        let mut announced = Vec::with_capacity(joining.len());
-        for Prepared { mut request, table, hint, at, predict } in joining {
-            if let Some(reason) = request.over(now) {
-                request.fail(reason);
-                continue;
-            }
-            let mut trace = self.trace(&request);
-            trace.timings.predict = predict;
-            trace.timings.queue = (now - request.accepted).saturating_sub(predict);
-            self.measures.queue_seconds.record(trace.timings.queue);
-            spans::record(request.span.context(), "join", at, now);
-            asked::describe_prompt(&mut request.span, request.tokens.len());
-            parts.push(self.part(&request, table, 0));
-            requests.push((request, trace));
-            announced.push(hint);
-        }
-        if requests.is_empty() {
-            return;
-        }
-        let mut span = BatchSpan::begin("encode", requests.iter().map(|(request, _)| request.span.context()));
-        let within = span.as_ref().map(BatchSpan::context);
-        let hint = self.preload_within(within, &parts);
-        drop(announced);
-        let spans = Spans::new(requests.iter().map(|(request, _)| request.tokens.len()));
-        let ids: Vec<u32> = requests.iter().flat_map(|(request, _)| request.tokens.iter().copied()).collect();
-        self.measures.batch_tokens.record(ids.len() as f64);
-        describe(&mut span, requests.len(), ids.len());
-        let mut costs = Costs::of_pass(within);
-        let forward = &mut self.forward;
-        let callers: Vec<&Request> = requests.iter().map(|(request, _)| request).collect();
-        let outcome = guarded(|| {
-            let (ids, spans, parts) = (&ids[..], spans.clone(), &mut parts[..]);
-            let batch = Batch { stack: Stack::Encoder, ids, spans, states: &mut [], parts, requests: &callers };
-            Ok(on_pool(|| forward.pass(batch, &mut costs))?)
-        });
-        drop(hint);
-        match outcome {
-            Ok(states) => self.admit(requests, &parts, &states, &spans, costs, span),
-            Err(error) => {
-                costs.record(&self.measures.phases);
-                requests.into_iter().for_each(|(request, _)| request.fail(error.clone()));
-            }
-        }
-    }
-
-    /// Requests whose prompts are encoded, one for each of `parts` and `spans`, by a pass with these costs and this span.
-    fn admit(
-        &mut self,
-        mut requests: Vec<(Request, Trace)>,
-        parts: &[Part],
-        states: &States,
-        spans: &Spans,
-        mut costs: Costs,
-        span: Option<BatchSpan>,
-    ) {
-        let wants = |wanted: fn(&Work) -> bool| {
-            requests.iter().zip(parts).any(|((request, _), part)| part.failure.is_none() && wanted(&request.work))
-        };
-        let mut buffer = std::mem::take(&mut self.values);
-        let start = Instant::now();
-        let dense = self.forward.dense();
-        let values = match wants(|work| matches!(work, Work::Encode { .. })) {
-            true => guarded(|| Ok(dense.values(states, &mut buffer)?)),
-            false => Ok(&[][..]),
-        };
-        let started = match wants(|work| !matches!(work, Work::Encode { .. })) {
-            true => guarded(|| Ok(dense.start(states, spans)?)).map(|all| all.into_iter().map(Some).collect()),
-            false => Ok(requests.iter().map(|_| None).collect::<Vec<_>>()),
-        };
-        costs.dense_since(start);
-        costs.record(&self.measures.phases);
-        drop(span);
-        for ((_, trace), part) in requests.iter_mut().zip(parts) {
-            sequence::absorb(trace, part);
-            sequence::absorb_costs(trace, &costs);
-        }
-        let mut started = match started {
-            Ok(started) => started.into_iter(),
-            Err(error) => return requests.into_iter().for_each(|(request, _)| request.fail(error.clone())),
-        };
-        let d_model = self.forward.config().d_model;
-        let mut encodings = Vec::new();
-        for (((request, trace), part), rows) in requests.into_iter().zip(parts).zip(spans.ranges()) {
-            let state = started.next().flatten();
-            match (&part.failure, &request.work, state) {
-                (Some(failure), ..) => request.fail(failure.clone()),
-                (None, &Work::Encode { pooling, .. }, _) => match &values {
-                    Ok(values) => {
-                        let own = &values[rows.start * d_model..rows.end * d_model];
-                        encodings.push((request, trace, pooling, own));
-                    }
-                    Err(error) => request.fail(error.clone()),
-                },
-                (None, _, state) => match self.branches(&request, state.expect("started for all")) {
-                    Ok(branches) => self.running.push(Sequence::new(request, trace, branches)),
-                    Err(error) => request.fail(error),
-                },
-            }
-        }
-        let answer = |(request, trace, pooling, own)| encoding::answer(request, trace, pooling, own, d_model);
-        match values.map_or(0, <[f32]>::len) < PARALLEL_VALUES_MIN {
-            true => encodings.into_iter().for_each(answer),
-            false => encodings.into_par_iter().for_each(answer),
-        }
-        self.values = buffer;
-    }
-
-    /// The branches of a sequence: each begins with the decoder's start token and what is fed of a target, and all share
-    /// the keys and values of the encoder's output.
-    fn branches(&mut self, request: &Request, state: SequenceState) -> Result<Vec<Branch>, RequestError> {
-        let start = self.forward.config().decoder_start_token_id;
-        let fed: Vec<&[u32]> = match &request.work {
-            Work::Score { targets, .. } => targets.iter().map(|target| &target[..target.len() - 1]).collect(),
-            Work::Generate { .. } | Work::Encode { .. } => vec![&[]],
-        };
-        let dense = self.forward.dense();
-        let mut states = guarded(|| Ok((1..fed.len()).map(|_| dense.fork(&state)).collect::<Result<Vec<_>, _>>()?))?;
-        states.push(state);
-        let branch = |(state, tokens): (SequenceState, &&[u32])| Branch {
-            state,
-            progress: self.predict.start(),
-            feed: [&[start], *tokens].concat(),
-        };
-        Ok(states.into_iter().zip(&fed).map(branch).collect())
     }
 
     /// One step of the decoder over every running sequence.
@@ -391,12 +257,12 @@ impl Engine {
     }
 
     /// The batch begins: expert-nodes are told what it will use.
-    fn preload_within(&self, within: Option<TraceContext>, parts: &[Part]) -> Hint {
+    pub(crate) fn preload_within(&self, within: Option<TraceContext>, parts: &[Part]) -> Hint {
         let _span = within.map(|within| Span::below(within, "preload"));
         self.preload.begin(parts.iter().filter_map(|part| part.table.as_ref()))
     }
 
-    fn part(&self, request: &Request, table: Option<HashTable>, first_token: usize) -> Part {
+    pub(crate) fn part(&self, request: &Request, table: Option<HashTable>, first_token: usize) -> Part {
         if table.is_none() {
             self.measures.predictions_missing.increment(1);
         }
@@ -405,14 +271,14 @@ impl Engine {
         Part::new(request.mode, table, first_token, config.router.top_k(), experts)
     }
 
-    fn trace(&self, request: &Request) -> Trace {
+    pub(crate) fn trace(&self, request: &Request) -> Trace {
         let config = self.forward.config();
         Trace::new(request.mode, config.moe_layer_count(), config.num_experts)
     }
 }
 
 /// Says how much a pass was for.
-fn describe(span: &mut Option<BatchSpan>, sequences: usize, tokens: usize) {
+pub(crate) fn describe(span: &mut Option<BatchSpan>, sequences: usize, tokens: usize) {
     if let Some(span) = span {
         span.lead().set("sida.batch.sequences", sequences as i64);
         span.lead().set("sida.batch.tokens", tokens as i64);
@@ -431,7 +297,7 @@ struct StepOutput {
 }
 
 /// Runs a pass as one of the threads that compute, so that between its products nobody must be woken.
-fn on_pool<T: Send>(pass: impl FnOnce() -> T + Send) -> T {
+pub(crate) fn on_pool<T: Send>(pass: impl FnOnce() -> T + Send) -> T {
     rayon::scope(|_| pass())
 }
 

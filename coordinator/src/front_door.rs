@@ -15,9 +15,10 @@ use sida_telemetry::{counter, gauge, histogram, names};
 use tonic::{Code, Request, Response, Status};
 
 use crate::{
-    coordinator::{Coordinator, CoordinatorError, TokenStream},
+    coordinator::{Coordinator, TokenStream},
     messages::{self, Caller},
     request::RequestError,
+    start::CoordinatorError,
 };
 
 /// The methods that are counted.

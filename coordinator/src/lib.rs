@@ -4,7 +4,7 @@
 //! One request in reading order. It comes in through [`config`]ured limits: `front_door` (gRPC) and `messages`
 //! (the wire's side), or this process by [`coordinator`]; `accept` checks and tokenizes what was `asked` into a [`request`].
 //! It waits in a `queue`; `prepare` takes a batch, has `predict` (here, or by `remote_predictor`) fill its hash
-//! tables and `preload` hint them. The `engine` lets it join: `forward` runs the layers over a `batch`, [`routing_mode`] chooses
+//! tables and `preload` hint them. The `engine` lets it `join`: `forward` runs the layers over a `batch`, [`routing_mode`] chooses
 //! experts, `dispatch` takes the rows from where they are (`layer_rows`) in `calls` to the `nodes`, those `here` or over `lane`s
 //! (`lane_connection`, `lane_call`, `lane_window`, `call_deadline`, `call_failure`), `share_out` saying whom to ask,
 //! `outstanding` and `waiting` for how long, and `callers` who still wants an answer. A `sequence` goes on from step to
@@ -34,6 +34,7 @@ mod fault;
 mod forward;
 mod front_door;
 mod here;
+mod join;
 mod lane;
 mod lane_call;
 mod lane_connection;
@@ -56,6 +57,7 @@ mod sampler;
 mod score;
 mod sequence;
 mod share_out;
+pub mod start;
 mod statistics;
 mod stop_text;
 pub mod trace;
@@ -73,12 +75,13 @@ use tonic::service::Routes;
 
 pub use accept::{EncodeParams, GenerateParams, ScoreParams};
 pub use config::{CoordinatorConfig, Halving, PredictorSource, RequestLimits};
-pub use coordinator::{Coordinator, CoordinatorError, TokenStream};
+pub use coordinator::{Coordinator, TokenStream};
 pub use output::{Encoding, Finish, FinishReason, Scores, TargetScore, Token};
 pub use request::{Pooling, RequestError};
 pub use routing_mode::{Alpha, RoutingMode};
 pub use sampler::Sampling;
 pub use sida_routing::admission::Limits;
+pub use start::CoordinatorError;
 pub use trace::Trace;
 
 /// Starts a coordinator and serves it on `listener` until `shutdown`; then finishes what is in flight.

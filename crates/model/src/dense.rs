@@ -6,17 +6,17 @@
 
 use std::sync::Arc;
 
-use candle_core::Tensor;
 use sida_routing::{LayerId, Routes};
 
 #[cfg(feature = "cuda")]
-use crate::cuda::{Choice, DeviceDense, DeviceSequence, Gpu};
+use crate::cuda::{Choice, DeviceDense, Gpu};
 use crate::{
-    Backbone, Checkpoint, DecoderState, DeviceName, ModelConfig, ModelError, MoeGate, Precision, RouterKind,
-    RowsOnDevice, RowsWindow, Spans, Stack, elementwise,
+    Backbone, Checkpoint, DeviceName, ModelConfig, ModelError, MoeGate, Precision, RouterKind, RowsOnDevice,
+    RowsWindow, Spans, Stack, elementwise,
     feed_forward::FeedForward,
     router,
     tensor_rows::{from_rows, rows},
+    walk::{At, Caches, Left, SequenceState, States, Walk},
 };
 
 /// The dense part of a model.
@@ -41,70 +41,6 @@ pub struct DenseOptions {
     pub precision: Option<Precision>,
     /// Rows of a batch at most.
     pub rows_max: usize,
-}
-
-/// A walk through a stack.
-#[derive(Debug)]
-pub struct Walk {
-    stack: Stack,
-    /// The first block that was not walked.
-    next: usize,
-    at: At,
-}
-
-#[derive(Debug)]
-enum At {
-    Cpu {
-        h: Tensor,
-        /// Of the MoE layer at hand: the rows, and the router's probabilities once somebody asked.
-        x: Option<Tensor>,
-        block: usize,
-        probabilities: Option<Vec<f32>>,
-    },
-    #[cfg(feature = "cuda")]
-    Gpu {
-        /// Of the MoE layer at hand, and all that its router said once somebody asked.
-        choice: Choice,
-        probabilities: Vec<f32>,
-    },
-}
-
-/// What a walk left: a row for each token.
-#[derive(Debug)]
-pub struct States(Left);
-
-#[derive(Debug)]
-enum Left {
-    /// (tokens, d_model), normed.
-    Cpu(Tensor),
-    #[cfg(feature = "cuda")]
-    Gpu { rows: usize },
-}
-
-impl States {
-    /// What walks with the parts of a batch left, as one. On a device there is one walk at a time.
-    pub fn join(mut parts: Vec<States>) -> Result<States, ModelError> {
-        if parts.len() == 1 {
-            return Ok(parts.remove(0));
-        }
-        let here = parts.iter().map(|States(left)| match left {
-            Left::Cpu(states) => states,
-            #[cfg(feature = "cuda")]
-            Left::Gpu { .. } => unreachable!("a device's walk is a whole batch's"),
-        });
-        Ok(States(Left::Cpu(Tensor::cat(&here.collect::<Vec<_>>(), 0)?)))
-    }
-}
-
-/// A sequence's state in the decoder, wherever its caches are.
-#[derive(Debug)]
-pub struct SequenceState(Caches);
-
-#[derive(Debug)]
-enum Caches {
-    Cpu(DecoderState),
-    #[cfg(feature = "cuda")]
-    Gpu(DeviceSequence),
 }
 
 impl Dense {
@@ -439,26 +375,6 @@ impl Dense {
             #[cfg(feature = "cuda")]
             _ => unreachable!("states are of the model that made them"),
         }
-    }
-}
-
-impl SequenceState {
-    fn here<'s>(states: &'s mut [&mut Self]) -> Vec<&'s mut DecoderState> {
-        let here = |state: &'s mut &mut Self| match &mut state.0 {
-            Caches::Cpu(state) => state,
-            #[cfg(feature = "cuda")]
-            Caches::Gpu(_) => unreachable!("a sequence is of the model that started it"),
-        };
-        states.iter_mut().map(here).collect()
-    }
-
-    #[cfg(feature = "cuda")]
-    fn on_device<'s>(states: &'s mut [&mut Self]) -> Vec<&'s mut DeviceSequence> {
-        let there = |state: &'s mut &mut Self| match &mut state.0 {
-            Caches::Gpu(state) => state,
-            Caches::Cpu(_) => unreachable!("a sequence is of the model that started it"),
-        };
-        states.iter_mut().map(there).collect()
     }
 }
 

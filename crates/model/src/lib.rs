@@ -9,7 +9,7 @@
 //! Where its bytes are: [`bounded_file`], `weight_files`, [`manifest`], [`checkpoint`], [`names`], [`tokenizer`].
 //! Arithmetic on slices: [`cpu`]; by several threads: [`mod@side_by_side`], `pieces`; on tensors: [`tensor_rows`], [`linear`], [`norm`], [`elementwise`].
 //! The backbone: [`spans`], [`position_bias`], [`kv_cache`], `attention`, [`router`], [`feed_forward`],
-//! [`encoder`], [`decoder`], `loader`, [`backbone`], and [`dense`] (the same wherever it is computed). Experts: [`expert`], [`expert_store`].
+//! [`encoder`], [`decoder`], `loader`, [`backbone`], and [`dense`] (the same wherever it is computed, by a [`walk`]). Experts: [`expert`], [`expert_store`].
 //! All of it at once: [`reference`](mod@reference). What will be routed where: [`predictor`].
 //! Experts on another device than the processor: [`expert_device`], and in another process: [`window`](mod@window). All of it on a GPU (feature `cuda`): [`cuda`],
 //! [`device_name`] and [`precision`].
@@ -55,6 +55,7 @@ pub mod spans;
 pub mod synth;
 pub mod tensor_rows;
 pub mod tokenizer;
+pub mod walk;
 mod weight_files;
 pub mod window;
 
@@ -64,7 +65,7 @@ pub use backbone::Backbone;
 pub use checkpoint::{Checkpoint, TensorBytes};
 pub use config::{ExpertKind, ModelConfig, RouterKind, Stack, StackKind};
 pub use decoder::{Decoder, DecoderLayer};
-pub use dense::{Dense, DenseOptions, SequenceState, States, Walk};
+pub use dense::{Dense, DenseOptions};
 pub use device_name::{DeviceName, DeviceNameError};
 pub use dtype::StoredDType;
 pub use encoder::{Encoder, EncoderLayer};
@@ -78,4 +79,5 @@ pub use precision::{Precision, PrecisionError};
 pub use reference::{Reference, RoutedLayer};
 pub use spans::Spans;
 pub use tokenizer::Tokenizer;
+pub use walk::{SequenceState, States, Walk};
 pub use window::{ExpertWindow, ResultsWindow, RowsWindow, WindowHandle};
