@@ -36,9 +36,11 @@ pub(crate) fn by_row(rows: &mut [f32], width: usize, work: impl Fn(&mut [f32]) +
     }
 }
 
-/// How many pieces. Each passes over all weights, so a piece of fewer rows than half of what those are wide would
-/// cost more than it saves; then the products are left to split themselves.
+/// How many pieces: each thread gets as many. Each piece passes over all weights, so one of fewer rows than half of what those
+/// are wide would cost more than it saves; then the products are left to split themselves. And each holds what it makes of
+/// its rows, so one of many more would not find that in its caches again.
 fn count(rows: usize, width: usize) -> usize {
     let threads = rayon::current_num_threads();
-    if rows / threads >= width.div_ceil(2) { threads } else { 1 }
+    let own = rows / threads;
+    if own >= width.div_ceil(2) { threads * (own / width.max(1)).max(1) } else { 1 }
 }
