@@ -1,4 +1,4 @@
-//! What goes through the model together: a pass, or a half of it. Made by the engine, cut and walked by `forward`.
+//! What goes through the model together: a batch, or a micro-batch. Made by the engine, cut by `forward`, walked by `walker`.
 
 use sida_model::{SequenceState, Spans, Stack};
 use sida_routing::{Grouping, LayerId, micro_batches};
@@ -34,26 +34,22 @@ impl<'b, 's> Batch<'b, 's> {
         LayerRows { layer, grouping, callers, trace: span.map(Span::context) }
     }
 
-    /// It as two micro-batches of about as many rows, the sequences in order; as one, if there is no second sequence.
-    pub(crate) fn halves(self) -> Vec<Self> {
-        let lengths: Vec<usize> = self.spans.ranges().map(|rows| rows.len()).collect();
-        let Some(middle) = micro_batches::middle(&lengths) else { return vec![self] };
-        let Self { stack, ids, spans, states, parts, requests } = self;
-        let (first_ids, second_ids) = ids.split_at(spans.range(middle).start);
-        let (first_states, second_states) = states.split_at_mut(middle.min(states.len()));
-        let (first_parts, second_parts) = parts.split_at_mut(middle);
-        let (first_requests, second_requests) = requests.split_at(middle);
-        let half = |lengths: &[usize], ids, states, parts, requests| Self {
-            stack,
-            ids,
-            spans: Spans::new(lengths.iter().copied()),
-            states,
-            parts,
-            requests,
+    /// It as at most `count` micro-batches of about as many rows, its sequences in their order.
+    pub(crate) fn cut(self, count: usize) -> Vec<Self> {
+        let Self { stack, mut ids, spans, mut states, mut parts, mut requests } = self;
+        let lengths: Vec<usize> = spans.ranges().map(|rows| rows.len()).collect();
+        let mut first = 0;
+        let micro_batch = |end: usize| {
+            let own = &lengths[std::mem::replace(&mut first, end)..end];
+            Self {
+                stack,
+                ids: ids.split_off(..own.iter().sum()).expect("an id for each row"),
+                spans: Spans::new(own.iter().copied()),
+                states: states.split_off_mut(..own.len().min(states.len())).expect("not more than there are"),
+                parts: parts.split_off_mut(..own.len()).expect("a part for each span"),
+                requests: requests.split_off(..own.len()).expect("a request for each span"),
+            }
         };
-        vec![
-            half(&lengths[..middle], first_ids, first_states, first_parts, first_requests),
-            half(&lengths[middle..], second_ids, second_states, second_parts, second_requests),
-        ]
+        micro_batches::cuts(&lengths, count).into_iter().map(micro_batch).collect()
     }
 }

@@ -34,9 +34,9 @@ pub struct CoordinatorConfig {
     pub lane_inflight_bytes_max: usize,
     /// Whether expert-nodes on this machine may read rows in the memory of its GPU; elsewhere, and else, rows are sent.
     pub share_rows: bool,
-    /// Whether a batch whose rows leave this process goes in two halves, of which one is computed here while the other is at
-    /// the experts.
-    pub halving: Halving,
+    /// Whether batches go through the model as micro-batches: in turns where rows leave this process, so that one is computed
+    /// here while another is at the experts; side by side, one per thread, where they do not.
+    pub micro_batching: MicroBatching,
     /// How long predictor-nodes may take for a batch.
     pub predict_timeout: Duration,
     /// How connections to other nodes are made.
@@ -47,9 +47,9 @@ pub struct CoordinatorConfig {
     pub on_load: Option<OnLoad>,
 }
 
-/// Whether batches are cut into two micro-batches.
+/// Whether batches are cut into micro-batches.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Halving {
+pub enum MicroBatching {
     /// Where that was measured to be faster, for batches of that size.
     #[default]
     AsMeasured,
@@ -122,7 +122,7 @@ impl CoordinatorConfig {
             expert_call_timeout: Duration::from_secs(30),
             lane_inflight_bytes_max: 64 << 20,
             share_rows: true,
-            halving: Halving::AsMeasured,
+            micro_batching: MicroBatching::AsMeasured,
             predict_timeout: Duration::from_millis(200),
             client: ClientConfig::default(),
             server: ServerConfig::default(),

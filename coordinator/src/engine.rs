@@ -23,7 +23,8 @@ use sida_telemetry::{Span, TraceContext};
 use crate::{
     batch::Batch,
     batch_span::BatchSpan,
-    forward::{Costs, Forward},
+    costs::Costs,
+    forward::Forward,
     measures::Measures,
     predict::{Predict, Progress},
     preload::{Hint, Preload},

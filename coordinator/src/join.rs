@@ -11,9 +11,9 @@ use crate::{
     asked,
     batch::Batch,
     batch_span::BatchSpan,
+    costs::Costs,
     encoding,
     engine::{Engine, describe, guarded, on_pool},
-    forward::Costs,
     prepare::Prepared,
     request::{Request, RequestError, Work},
     routing_mode::Part,
@@ -31,7 +31,7 @@ impl Engine {
         let mut requests = Vec::with_capacity(joining.len());
         let mut parts = Vec::with_capacity(joining.len());
         let mut announced = Vec::with_capacity(joining.len());
-        for Prepared { mut request, table, hint, at, predict } in joining {
+        for Prepared { mut request, table, hint, at, predict } in self.in_shares(joining) {
             if let Some(reason) = request.over(now) {
                 request.fail(reason);
                 continue;
@@ -73,6 +73,14 @@ impl Engine {
                 requests.into_iter().for_each(|(request, _)| request.fail(error.clone()));
             }
         }
+    }
+
+    /// Prompts in an order in which micro-batches of about as many rows can be cut.
+    fn in_shares(&mut self, joining: Vec<Prepared>) -> Vec<Prepared> {
+        let spans = Spans::new(joining.iter().map(|prepared| prepared.request.tokens.len()));
+        let mut joining: Vec<_> = joining.into_iter().map(Some).collect();
+        let order = spans.shares(self.forward.parts()).concat();
+        order.into_iter().filter_map(|at| joining[at].take()).collect()
     }
 
     /// Requests whose prompts are encoded, one for each of `parts` and `spans`, by a pass with these costs and this span.

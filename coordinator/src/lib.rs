@@ -4,13 +4,13 @@
 //! One request in reading order. It comes in through [`config`]ured limits: `front_door` (gRPC) and `messages`
 //! (the wire's side), or this process by [`coordinator`]; `accept` checks and tokenizes what was `asked` into a [`request`].
 //! It waits in a `queue`; `prepare` takes a batch, has `predict` (here, or by `remote_predictor`) fill its hash
-//! tables and `preload` hint them. The `engine` lets it `join`: `forward` runs the layers over a `batch`, [`routing_mode`] chooses
+//! tables and `preload` hint them. The `engine` lets it `join`: `forward` runs `walker`s with a `batch` through the layers, [`routing_mode`] chooses
 //! experts, `dispatch` takes the rows from where they are (`layer_rows`) in `calls` to the `nodes`, those `here` or over `lane`s
 //! (`lane_connection`, `lane_call`, `lane_window`, `call_deadline`, `call_failure`), `share_out` saying whom to ask,
 //! `outstanding` and `waiting` for how long, and `callers` who still wants an answer. A `sequence` goes on from step to
 //! step: `sampler`, `detokenize`, `stop_text`, or `score`, or `encoding`; the answer leaves as [`output`] with its [`trace`],
 //! or as a `fault`. Work for several at once has a `batch_span`. Beside that: `probe` (health), `cluster_service`, `unheld`,
-//! `statistics` and `measures`.
+//! `statistics`, `costs`, `route_measures` and `measures`.
 //!
 //! Invariant: it does not know expert-nodes but by `sida_cluster::experts` and the wire, and takes no decision
 //! that belongs to `sida_routing`.
@@ -26,6 +26,7 @@ mod calls;
 mod cluster_service;
 pub mod config;
 pub mod coordinator;
+mod costs;
 mod detokenize;
 mod dispatch;
 mod encoding;
@@ -52,6 +53,7 @@ mod probe;
 mod queue;
 mod remote_predictor;
 pub mod request;
+mod route_measures;
 pub mod routing_mode;
 mod sampler;
 mod score;
@@ -63,6 +65,7 @@ mod stop_text;
 pub mod trace;
 mod unheld;
 mod waiting;
+mod walker;
 
 use std::time::Duration;
 
@@ -74,7 +77,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
 pub use accept::{EncodeParams, GenerateParams, ScoreParams};
-pub use config::{CoordinatorConfig, Halving, PredictorSource, RequestLimits};
+pub use config::{CoordinatorConfig, MicroBatching, PredictorSource, RequestLimits};
 pub use coordinator::{Coordinator, TokenStream};
 pub use output::{Encoding, Finish, FinishReason, Scores, TargetScore, Token};
 pub use request::{Pooling, RequestError};

@@ -9,8 +9,8 @@ use sida_telemetry::spans;
 
 use crate::{
     asked,
+    costs::Costs,
     detokenize::Detokenizer,
-    forward::Costs,
     measures::Measures,
     output::{Finish, FinishReason, Scores, TargetScore, Token},
     predict::Progress,

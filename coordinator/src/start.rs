@@ -106,9 +106,9 @@ impl Coordinator {
             prepared: prepared.clone(),
             forward: Forward::new(
                 dense,
-                dispatch(config.expert_call_timeout),
+                || dispatch(config.expert_call_timeout),
                 config.enforce_capacity,
-                config.halving,
+                config.micro_batching,
                 statistics.clone(),
             ),
             predict: predict.clone(),

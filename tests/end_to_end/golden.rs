@@ -37,10 +37,10 @@ async fn two_nodes() {
     answers_are_the_models_own(&Sandbox::start(SandboxConfig::default()).await).await;
 }
 
-/// Batches that go in halves would mix up their rows, or their sequences' caches.
+/// Batches that go as micro-batches would mix up their rows, or their sequences' caches.
 #[tokio::test(flavor = "multi_thread")]
-async fn in_halves() {
-    let coordinator_flags = ["--halves", "always"].map(str::to_owned).to_vec();
+async fn in_micro_batches() {
+    let coordinator_flags = ["--micro-batches", "always"].map(str::to_owned).to_vec();
     let config = SandboxConfig { expert_memory: "10%".into(), coordinator_flags, ..Default::default() };
     answers_are_the_models_own(&Sandbox::start(config).await).await;
 }

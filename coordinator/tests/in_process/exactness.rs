@@ -4,7 +4,8 @@ use std::sync::{Arc, atomic::Ordering};
 
 use futures::{StreamExt, future::join_all};
 use sida_coordinator::{
-    Alpha, Coordinator, EncodeParams, FinishReason, GenerateParams, Pooling, PredictorSource, RoutingMode, ScoreParams,
+    Alpha, Coordinator, CoordinatorConfig, EncodeParams, FinishReason, GenerateParams, MicroBatching, Pooling,
+    PredictorSource, RoutingMode, ScoreParams,
 };
 use sida_model::{ModelConfig, Reference, Tensor, Tokenizer, predictor};
 
@@ -68,7 +69,8 @@ async fn greedy_tokens_are_the_references() {
     let oracle = Oracle::open();
     for nodes in 1..=4 {
         for predictor in [PredictorSource::Off, local(NoisePredictor::of(&model_dir(), 7))] {
-            let cluster = start(nodes, predictor, |_| ()).await;
+            let micro_batching = if nodes % 2 == 1 { MicroBatching::Always } else { MicroBatching::Never };
+            let cluster = start(nodes, predictor, |config| config.micro_batching = micro_batching).await;
             let answers = TEXTS.map(|text| {
                 let params = GenerateParams { text: text.into(), max_tokens: 24, ..Default::default() };
                 generate(&cluster.coordinator, params)
@@ -88,10 +90,17 @@ async fn greedy_tokens_are_the_references() {
 async fn encoder_states_are_the_references_to_the_bit() {
     // Would break: a row's result depends on its batch, or a pooled state is another sequence's.
     let oracle = Oracle::open();
-    let cluster = start(2, local(NoisePredictor::of(&model_dir(), 3)), |_| ()).await;
+    for micro_batching in [MicroBatching::Never, MicroBatching::Always, MicroBatching::AsMeasured] {
+        let configure = |config: &mut CoordinatorConfig| config.micro_batching = micro_batching;
+        let cluster = start(2, local(NoisePredictor::of(&model_dir(), 3)), configure).await;
+        encodings_are_the_references(&oracle, &cluster.coordinator).await;
+    }
+}
+
+async fn encodings_are_the_references(oracle: &Oracle, coordinator: &Coordinator) {
     let encode = |text: &&str| {
         let params = EncodeParams { text: (*text).into(), pooling: Pooling::None, ..Default::default() };
-        async { cluster.coordinator.encode(params).await.expect("encoded") }
+        async { coordinator.encode(params).await.expect("encoded") }
     };
     for (text, encoding) in TEXTS.iter().zip(join_all(TEXTS.iter().map(encode)).await) {
         let ids = oracle.tokenizer.encode(text).expect("ids");
@@ -108,7 +117,7 @@ async fn encoder_states_are_the_references_to_the_bit() {
         assert_eq!(looked_up, (ids.len() * routing.len()) as u64);
     }
     let mean = EncodeParams { text: TEXTS[0].into(), ..Default::default() };
-    let mean = cluster.coordinator.encode(mean).await.expect("encoded");
+    let mean = coordinator.encode(mean).await.expect("encoded");
     assert_eq!((mean.rows, mean.states.len()), (1, mean.d_model));
 }
 

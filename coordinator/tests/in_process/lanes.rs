@@ -8,8 +8,8 @@ use std::{
 use futures::{StreamExt, future::join_all};
 use sida_cluster::{Address, Member, Role};
 use sida_coordinator::{
-    Coordinator, CoordinatorConfig, EncodeParams, Encoding, GenerateParams, Halving, PredictorSource, RequestError,
-    Token,
+    Coordinator, CoordinatorConfig, EncodeParams, Encoding, GenerateParams, MicroBatching, PredictorSource,
+    RequestError, Token,
 };
 use sida_routing::ExpertKey;
 
@@ -65,8 +65,8 @@ async fn remote_and_local_answer_alike() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn halves_of_a_batch_are_under_way_together() {
-    // Would break: one half waits for the answers to the other; or gets them, or its failures.
+async fn micro_batches_are_under_way_together() {
+    // Would break: one waits for the answers to the other; or gets them, or its failures.
     let texts: Vec<String> = (0..7).map(|i| format!("sst2 sentence: it is {}", "fine ".repeat(i))).collect();
     let encode = async |coordinator: &Coordinator| {
         let params = |text: &String| EncodeParams { text: text.clone(), ..Default::default() };
@@ -75,7 +75,7 @@ async fn halves_of_a_batch_are_under_way_together() {
     let here = start(1, PredictorSource::Off, |_| ()).await;
     let whole: Vec<Encoding> = encode(&here.coordinator).await.into_iter().map(|one| one.expect("encoded")).collect();
     let (experts, nodes) = nodes(1).await;
-    let halved = |config: &mut CoordinatorConfig| config.halving = Halving::Always;
+    let halved = |config: &mut CoordinatorConfig| config.micro_batching = MicroBatching::Always;
     let coordinator = start_over(addresses(&nodes), Vec::new(), PredictorSource::Off, halved).await;
     experts[0].behave(Behaviour::AwaitsAnother);
     for (whole, halved) in whole.iter().zip(encode(&coordinator).await) {

@@ -52,6 +52,7 @@ impl EmbeddedCluster {
         let predictor = predictor.source(&checkpoint, &cluster)?;
         let mut config = CoordinatorConfig::new(COORDINATOR.into(), checkpoint, predictor);
         (config.device, config.precision) = (embedded.device.device, embedded.device.precision);
+        config.micro_batching = embedded.micro_batches.wanted();
         config.on_load = Some(loading_bar::of_model(&config.checkpoint));
         adapt(&mut config);
         let coordinator = Coordinator::start(config, cluster).await.map_err(coordinator::refused)?;

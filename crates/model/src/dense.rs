@@ -65,6 +65,15 @@ impl Dense {
         Ok(Self { place })
     }
 
+    /// Another way to the same weights, for another thread. `None` on a device, where one walk at a time has its memory.
+    pub fn another(&self) -> Option<Self> {
+        match &self.place {
+            Place::Cpu(backbone) => Some(Self { place: Place::Cpu(backbone.clone()) }),
+            #[cfg(feature = "cuda")]
+            Place::Gpu(_) => None,
+        }
+    }
+
     /// What the model is.
     pub fn config(&self) -> &ModelConfig {
         match &self.place {

@@ -4,7 +4,7 @@ use clap::Args;
 use sida_expert_node::ExpertMemory;
 use sida_model::DeviceName;
 
-use super::device::DeviceArguments;
+use super::{device::DeviceArguments, micro_batches::MicroBatchArguments};
 
 /// How many expert-nodes there are, and how much memory they get together.
 #[derive(Args, Clone, Debug)]
@@ -20,6 +20,8 @@ pub(crate) struct EmbeddedArguments {
     pub(crate) host_memory: ExpertMemory,
     #[command(flatten)]
     pub(crate) device: DeviceArguments,
+    #[command(flatten)]
+    pub(crate) micro_batches: MicroBatchArguments,
 }
 
 impl EmbeddedArguments {

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use clap::{Args, ValueEnum};
-use sida_coordinator::{CoordinatorConfig, Halving};
+use clap::Args;
+use sida_coordinator::CoordinatorConfig;
 
 use crate::time_span;
 
@@ -31,23 +31,12 @@ pub(crate) struct LimitArguments {
     /// Drop tokens beyond an expert's capacity, per sequence, as transformers does
     #[arg(long)]
     enforce_capacity: bool,
-    /// Batches whose rows leave the process go in halves, one of which is computed while the other is at the experts
-    #[arg(long, value_name = "WHEN", value_enum, default_value_t = HalvesArgument::Auto)]
-    halves: HalvesArgument,
     /// How long an expert is waited for where no node computes it: the last one, or any to come back
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = time_span::parse)]
     expert_call_timeout: Duration,
     /// How long predictor-nodes may take for a batch
     #[arg(long, value_name = "TIME", default_value = "200ms", value_parser = time_span::parse)]
     predict_timeout: Duration,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum HalvesArgument {
-    /// Where that was measured to be faster, by the size of the batch
-    Auto,
-    Always,
-    Never,
 }
 
 impl LimitArguments {
@@ -61,11 +50,6 @@ impl LimitArguments {
         config.request_limits.tokens_default = config.request_limits.tokens_default.min(self.answer_tokens_max.max(1));
         config.preload_depth = self.preload_depth;
         config.enforce_capacity = self.enforce_capacity;
-        config.halving = match self.halves {
-            HalvesArgument::Auto => Halving::AsMeasured,
-            HalvesArgument::Always => Halving::Always,
-            HalvesArgument::Never => Halving::Never,
-        };
         config.expert_call_timeout = self.expert_call_timeout;
         config.predict_timeout = self.predict_timeout;
     }

@@ -8,6 +8,7 @@ pub(crate) mod etcd;
 pub(crate) mod generation;
 pub(crate) mod limits;
 pub(crate) mod membership;
+pub(crate) mod micro_batches;
 pub(crate) mod model;
 pub(crate) mod predictor;
 pub(crate) mod routing;

@@ -14,6 +14,7 @@ use crate::{
         device::{self, DeviceArguments},
         limits::LimitArguments,
         membership::MembershipArguments,
+        micro_batches::MicroBatchArguments,
         model::ModelArguments,
         predictor::PredictorArguments,
         server::{self, METRICS_OF_NODES, ServerArguments},
@@ -37,6 +38,8 @@ pub(crate) struct CoordinatorArguments {
     predictor: PredictorArguments,
     #[command(flatten)]
     limits: LimitArguments,
+    #[command(flatten)]
+    micro_batches: MicroBatchArguments,
     #[command(flatten)]
     server: ServerArguments,
     #[command(flatten)]
@@ -68,6 +71,7 @@ pub(crate) fn run(arguments: CoordinatorArguments) -> anyhow::Result<ExitCode> {
         arguments.limits.apply(&mut config);
         (config.device, config.precision) = (arguments.device.device, arguments.device.precision);
         config.share_rows = !arguments.send_rows;
+        config.micro_batching = arguments.micro_batches.wanted();
         config.client = arguments.connection.client();
         config.server = arguments.server.server(&arguments.connection, readiness);
         config.on_load = Some(loading_bar::of_model(&config.checkpoint));

@@ -94,6 +94,7 @@ pub(crate) async fn start(
     let mut config = CoordinatorConfig::new("coordinator-0".into(), checkpoint, predictor);
     (config.device, config.precision) = (shape.device.device, shape.device.precision);
     config.share_rows = share_rows;
+    config.micro_batching = shape.micro_batches.wanted();
     let coordinator = Coordinator::start(config, cluster).await.map_err(coordinator::refused)?;
     Ok(ProcessCluster { coordinator, nodes, _dir: dir })
 }

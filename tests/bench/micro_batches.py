@@ -1,11 +1,14 @@
-"""Halves of a batch against whole batches: coordinators of `--halves never`, `always` and `auto` on one core, an expert-node
-on another, asked in turns.
+"""Micro-batches against whole batches: `--micro-batches never`, `always` and `auto` in turns.
+
+By default coordinators on one core and their expert-node on another; with --in-process everything in one process on all
+cores, a batch of so many texts at a time.
 
     sida synth --like switch-base-8 --out base-8
-    python tests/bench/halves.py --sida target/release/sida --model base-8 --duration 5s
+    python tests/bench/micro_batches.py --sida target/release/sida --model base-8 --duration 5s
+    python tests/bench/micro_batches.py --sida target/release/sida --in-process
 
-Prints, for each case, requests per second and their ratios to `never`: median (range of the rounds). Then how busy both cores
-were, clients included.
+Prints, for each case, requests per second and their ratios to `never`: median (range of the rounds). Then how busy the first
+two cores were, clients included.
 """
 
 import argparse
@@ -27,6 +30,7 @@ def arguments():
     parser.add_argument("--sida", default="target/release/sida")
     parser.add_argument("--model", help="a directory; the model that ships if not given")
     parser.add_argument("--cases", default="encode-8,encode-32,generate-8", help="method-clients, ...")
+    parser.add_argument("--in-process", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--duration", default="2s")
     return parser.parse_args()
@@ -57,9 +61,11 @@ class Cluster:
         self.processes.append(subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT))
 
     def __enter__(self):
+        if self.options.in_process:
+            return self
         self.start(1, "expert-node", "experts")
         for mode in MODES:
-            self.start(0, "coordinator", mode, "--halves", mode)
+            self.start(0, "coordinator", mode, "--micro-batches", mode)
         time.sleep(5)
         return self
 
@@ -70,10 +76,14 @@ class Cluster:
             process.wait(timeout=60)
 
     def requests_per_second(self, mode, method, clients):
-        port = FIRST_PORT + MODES.index(mode)
-        command = [self.options.sida, "bench", "--endpoint", f"http://127.0.0.1:{port}", "--method", method, "--json"]
-        command += ["--file", TEXTS, "--concurrency", clients, "--duration", self.options.duration]
-        command += ["--max-tokens", "32", "--ignore-eos"]
+        command = [self.options.sida, "bench", "--method", method, "--json", "--duration", self.options.duration]
+        command += ["--file", TEXTS, "--max-tokens", "32", "--ignore-eos"]
+        if self.options.in_process:
+            command += ["--batch", clients, "--texts", clients, "--concurrency", "1", "--micro-batches", mode]
+            command += ["--model", self.options.model] if self.options.model else []
+        else:
+            port = FIRST_PORT + MODES.index(mode)
+            command += ["--concurrency", clients, "--endpoint", f"http://127.0.0.1:{port}"]
         report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         assert not report["failures"], report["failures"]
         return report["requests_per_s"]
