@@ -29,6 +29,14 @@ pub(crate) struct Forward {
     micro_batches: MicroBatches,
 }
 
+/// How batches may be cut.
+#[derive(Clone, Copy)]
+enum Cut {
+    Not,
+    InTurns,
+    SideBySide,
+}
+
 impl Forward {
     /// `dispatch` makes one for each walker; `enforce_capacity` drops tokens beyond the model's `expert_capacity`, per
     /// sequence.
@@ -58,12 +66,25 @@ impl Forward {
 
     /// As how many micro-batches a batch may go; 1: whole.
     pub(crate) fn parts(&mut self) -> usize {
-        let walkers = self.walkers.len();
+        let cut = self.cut();
+        self.parts_of(cut)
+    }
+
+    fn parts_of(&self, cut: Cut) -> usize {
+        match cut {
+            Cut::Not => 1,
+            Cut::InTurns => TURNS,
+            Cut::SideBySide => self.walkers.len(),
+        }
+    }
+
+    /// Asked once for each pass: nodes come and go meanwhile.
+    fn cut(&mut self) -> Cut {
         let Walker { dense, dispatch, .. } = &mut self.walkers[0];
         match (dense.rows_on_device(), dispatch.is_remote()) {
-            (Some(_), _) => 1,
-            (None, true) => TURNS,
-            (None, false) => walkers,
+            (Some(_), _) => Cut::Not,
+            (None, true) => Cut::InTurns,
+            (None, false) => Cut::SideBySide,
         }
     }
 
@@ -72,29 +93,30 @@ impl Forward {
         let start = Instant::now();
         let rows = batch.spans.rows();
         let size = PassSize::new(batch.stack == Stack::Decoder, rows);
-        let parts = self.parts().min(batch.spans.len());
+        let cut = self.cut();
+        let parts = self.parts_of(cut).min(batch.spans.len());
         let way = match self.micro_batching {
             MicroBatching::AsMeasured if parts > 1 => self.micro_batches.way(size),
             MicroBatching::Always if parts > 1 => Way::Parts,
             _ => Way::Whole,
         };
-        let states = match way {
-            Way::Whole => self.walkers[0].walk(vec![batch], costs),
-            Way::Parts if self.walkers[0].dispatch.is_remote() => self.walkers[0].walk(batch.cut(parts), costs),
-            Way::Parts => self.side_by_side(batch.cut(parts), costs),
+        let states = match (way, cut) {
+            (Way::Parts, Cut::InTurns) => self.walkers[0].walk(batch.cut(parts), costs),
+            (Way::Parts, Cut::SideBySide) => self.side_by_side(batch.cut(parts), costs),
+            (Way::Whole, _) | (_, Cut::Not) => self.walkers[0].walk(vec![batch], costs),
         };
         let states = states.and_then(States::join);
         if let Err(ModelError::Device(DeviceError::Lost(_))) = &states {
             self.statistics.is_device_lost.store(true, Ordering::Relaxed);
         }
         costs.finish_pass(start);
-        if parts > 1 {
+        if parts > 1 && states.is_ok() {
             self.micro_batches.note(size, way, rows, start.elapsed());
         }
         states
     }
 
-    /// Each micro-batch by a walker, at the same time.
+    /// Each micro-batch by a walker, at the same time. There are not more of them than walkers.
     fn side_by_side(&mut self, batches: Vec<Batch<'_, '_>>, costs: &mut Costs) -> Result<Vec<States>, ModelError> {
         let walked = Mutex::new(Vec::with_capacity(batches.len()));
         let walks = self.walkers.iter_mut().zip(batches).enumerate().collect();
@@ -107,12 +129,7 @@ impl Forward {
         let mut walked = walked.into_inner();
         walked.sort_by_key(|(at, ..)| *at);
         costs.add_parts(&walked.iter().map(|(.., costs)| *costs).collect::<Vec<_>>());
-        Ok(walked
-            .into_iter()
-            .map(|(_, states, _)| states)
-            .collect::<Result<Vec<_>, _>>()?
-            .into_iter()
-            .flatten()
-            .collect())
+        let states = walked.into_iter().map(|(_, states, _)| states).collect::<Result<Vec<_>, _>>()?;
+        Ok(states.into_iter().flatten().collect())
     }
 }

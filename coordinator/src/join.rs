@@ -77,9 +77,13 @@ impl Engine {
 
     /// Prompts in an order in which micro-batches of about as many rows can be cut.
     fn in_shares(&mut self, joining: Vec<Prepared>) -> Vec<Prepared> {
+        let parts = self.forward.parts();
+        if parts == 1 {
+            return joining;
+        }
         let spans = Spans::new(joining.iter().map(|prepared| prepared.request.tokens.len()));
         let mut joining: Vec<_> = joining.into_iter().map(Some).collect();
-        let order = spans.shares(self.forward.parts()).concat();
+        let order = spans.shares(parts).concat();
         order.into_iter().filter_map(|at| joining[at].take()).collect()
     }
 

@@ -9,7 +9,7 @@
 //! (`lane_connection`, `lane_call`, `lane_window`, `call_deadline`, `call_failure`), `share_out` saying whom to ask,
 //! `outstanding` and `waiting` for how long, and `callers` who still wants an answer. A `sequence` goes on from step to
 //! step: `sampler`, `detokenize`, `stop_text`, or `score`, or `encoding`; the answer leaves as [`output`] with its [`trace`],
-//! or as a `fault`. Work for several at once has a `batch_span`. Beside that: `probe` (health), `cluster_service`, `unheld`,
+//! or as a `fault`. Work for several at once has a `batch_span`. Beside that: [`start`], `probe` (health), `cluster_service`, `unheld`,
 //! `statistics`, `costs`, `route_measures` and `measures`.
 //!
 //! Invariant: it does not know expert-nodes but by `sida_cluster::experts` and the wire, and takes no decision

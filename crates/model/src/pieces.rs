@@ -42,5 +42,5 @@ pub(crate) fn by_row(rows: &mut [f32], width: usize, work: impl Fn(&mut [f32]) +
 fn count(rows: usize, width: usize) -> usize {
     let threads = rayon::current_num_threads();
     let own = rows / threads;
-    if own >= width.div_ceil(2) { threads * (own / width.max(1)).max(1) } else { 1 }
+    if own >= width.div_ceil(2) { threads * (own / width).max(1) } else { 1 }
 }
