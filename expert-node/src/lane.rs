@@ -70,6 +70,8 @@ pub(crate) struct Lanes {
 
 /// The reading side of a lane.
 struct Lane {
+    /// First, so that it is closed before the lane lets go of the engine (see [`crate::run`]).
+    window: Option<Arc<dyn ExpertWindow>>,
     lanes: Arc<Lanes>,
     answers: UnboundedSender<Answer>,
     /// How many calls were read and not yet answered.
@@ -78,7 +80,6 @@ struct Lane {
     bytes: Arc<Semaphore>,
     /// Plans of this lane: their names on the lane, and within the node. Several coordinators may use the same.
     plans: BTreeMap<u64, PlanId>,
-    window: Option<Arc<dyn ExpertWindow>>,
 }
 
 /// Serves a lane until either side ends it.
@@ -91,7 +92,7 @@ pub(crate) fn open(
     let under_way = Arc::new(under_way);
     let (calls, bytes) = (lanes.limits.lane_calls_max, bytes_permits(lanes.limits.lane_bytes_max));
     let (calls, bytes) = (Arc::new(Semaphore::new(calls)), Arc::new(Semaphore::new(bytes as usize)));
-    let lane = Lane { lanes, answers, under_way, calls, bytes, plans: BTreeMap::new(), window: None };
+    let lane = Lane { window: None, lanes, answers, under_way, calls, bytes, plans: BTreeMap::new() };
     tokio::spawn(lane.read(requests));
     stream::unfold(Responses::new(outgoing, watched), Responses::next)
 }

@@ -44,6 +44,7 @@ use tokio::{
     net::TcpListener,
     sync::{Semaphore, oneshot},
     task::{self, JoinSet},
+    time,
 };
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
@@ -61,6 +62,9 @@ const SERVICE: &str = "sida.v1.Experts";
 /// A node whose threads have answered nobody for so long has to be started again, as one whose device is lost; calls end
 /// well before.
 const STUCK_LIMIT: Duration = Duration::from_secs(300);
+
+/// How long a node that ends waits for those that still use its experts.
+const GIVE_BACK_LIMIT: Duration = Duration::from_secs(5);
 
 /// How long others may take to see that this node goes, before it takes no more calls.
 const LEAVE_PATIENCE: Duration = Duration::from_secs(2);
@@ -88,7 +92,25 @@ pub async fn run(
     if !cluster.is_fixed() || engine.has_device() {
         following.spawn(placed::follow(engine.clone(), cluster.clone(), config.node.clone()));
     }
-    serve(engine, &config, listener, cluster, shutdown).await
+    let served = serve(engine.clone(), &config, listener, cluster, shutdown).await;
+    following.shutdown().await;
+    give_back(engine).await;
+    served
+}
+
+/// Waits until nobody else holds the engine, so that its device is given back before the process ends, and the driver in it:
+/// threads that compute and lanes let go of it when they notice that the node has.
+async fn give_back(engine: Arc<Engine>) {
+    let alone = async {
+        while Arc::strong_count(&engine) > 1 {
+            time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    if time::timeout(GIVE_BACK_LIMIT, alone).await.is_err() {
+        tracing::warn!(node = %engine.node(), "the node ends while its experts are still used");
+    }
+    // An error says that giving back panicked, which is told.
+    let _ = task::spawn_blocking(move || drop(engine)).await;
 }
 
 /// Serves an engine that is open already: one that a coordinator of this process also calls directly. `cluster`

@@ -42,7 +42,8 @@ class Process:
     def end(self):
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-            self.process.wait(timeout=60)
+            if self.process.wait(timeout=60):
+                raise SystemExit(f"{' '.join(self.process.args)} ended with exit code {self.process.returncode}")
 
 
 def ask(sida, endpoint, text, *flags):

@@ -25,6 +25,8 @@ pub enum CudaError {
     Compile { target: String, log: String },
     #[error("the device has no {bytes} bytes left for {what}")]
     OutOfMemory { what: &'static str, bytes: usize },
+    #[error("the host gives no {bytes} bytes: {source}")]
+    Host { bytes: usize, source: std::io::Error },
     #[error("{call} failed: {source}")]
     Driver { call: &'static str, source: DriverError },
     #[error("models with {what} = {found} do not run on a GPU yet, expected {expected}")]

@@ -8,6 +8,7 @@ use sida_routing::{ExpertId, ExpertKey, LayerId};
 use super::{
     device::Gpu,
     error::{CudaError, failed},
+    locked_memory::LockedMemory,
     weights::convert,
 };
 use crate::{ExpertStore, ModelError, Precision, StoredDType};
@@ -22,7 +23,7 @@ const STAGES: usize = 4;
 pub(super) struct HostTier {
     store: ExpertStore,
     precision: Precision,
-    chunks: Vec<PinnedHostSlice<u8>>,
+    chunks: Vec<LockedMemory>,
     /// For each expert, in order of layer and expert, its place in the chunks.
     places: Vec<Option<usize>>,
     /// Places that are taken, and that there may be.
@@ -67,8 +68,7 @@ impl HostTier {
             let first = self.taken;
             let mut chunk = self.new_chunk(gpu)?;
             let count = CHUNK_EXPERTS.min(self.places_max - first);
-            let places = chunk.as_mut_slice().map_err(failed("cuEventSynchronize"))?;
-            places
+            chunk
                 .par_chunks_exact_mut(self.expert_bytes())
                 .take(count)
                 .enumerate()
@@ -81,8 +81,8 @@ impl HostTier {
         Ok(())
     }
 
-    fn new_chunk(&self, gpu: &Gpu) -> Result<PinnedHostSlice<u8>, CudaError> {
-        gpu.pinned(CHUNK_EXPERTS.min(self.places_max - self.taken) * self.expert_bytes())
+    fn new_chunk(&self, gpu: &Gpu) -> Result<LockedMemory, CudaError> {
+        LockedMemory::take(gpu, CHUNK_EXPERTS.min(self.places_max - self.taken) * self.expert_bytes())
     }
 
     /// Bytes of one expert on the device.
@@ -101,9 +101,8 @@ impl HostTier {
         self.keep_near(gpu, key)?;
         let (expert_bytes, index) = (self.expert_bytes(), self.index(key));
         if let Some(place) = self.places[index] {
-            let chunk = self.chunks[place / CHUNK_EXPERTS].as_slice().map_err(failed("cuEventSynchronize"))?;
-            let bytes = &chunk[place % CHUNK_EXPERTS * expert_bytes..][..expert_bytes];
-            return Ok(Found { bytes, read: None });
+            let chunk = &self.chunks[place / CHUNK_EXPERTS];
+            return Ok(Found { bytes: &chunk[place % CHUNK_EXPERTS * expert_bytes..][..expert_bytes], read: None });
         }
         self.next_stage = (self.next_stage + 1) % self.stages.len();
         let mut stage = self.stages.swap_remove(self.next_stage);
@@ -129,27 +128,22 @@ impl HostTier {
     /// Reads an expert into the next place.
     fn keep(&mut self, gpu: &Gpu, key: ExpertKey, index: usize) -> Result<(), CudaError> {
         let at = self.taken % CHUNK_EXPERTS;
-        let chunk = match at {
-            0 => self.new_chunk(gpu),
-            _ => Ok(self.chunks.pop().expect("the last chunk has room")),
-        };
-        let Ok(mut chunk) = chunk else {
-            // The host has no more to lock: what is there stays, the others come from disk.
-            self.places_max = self.taken;
-            return Ok(());
-        };
-        let bytes = chunk.as_mut_slice().map_err(failed("cuEventSynchronize"))?;
-        let expert_bytes = self.expert_bytes();
-        let loaded = self.load(key, &mut bytes[at * expert_bytes..][..expert_bytes]);
-        if loaded.is_ok() {
-            self.places[index] = Some(self.taken);
-            self.taken += 1;
-        }
-        // Kept even if nothing was read: others may be in it.
-        if loaded.is_ok() || at > 0 {
+        if self.taken / CHUNK_EXPERTS == self.chunks.len() {
+            let Ok(chunk) = self.new_chunk(gpu) else {
+                // The host has no more to lock: what is there stays, the others come from disk.
+                self.places_max = self.taken;
+                return Ok(());
+            };
             self.chunks.push(chunk);
         }
-        Ok(loaded?)
+        let mut chunk = self.chunks.pop().expect("one was there or is new");
+        let expert_bytes = self.expert_bytes();
+        let loaded = self.load(key, &mut chunk[at * expert_bytes..][..expert_bytes]);
+        self.chunks.push(chunk);
+        loaded?;
+        self.places[index] = Some(self.taken);
+        self.taken += 1;
+        Ok(())
     }
 
     fn stage(&self, key: ExpertKey, stage: &mut Stage) -> Result<(), CudaError> {
