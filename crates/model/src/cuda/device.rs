@@ -7,7 +7,10 @@ use std::{ffi::c_void, sync::Arc};
 
 use cudarc::driver::{
     CudaContext, CudaEvent, CudaFunction, CudaSlice, CudaStream, DevicePtr, PinnedHostSlice, result,
-    sys::{self, CUdevice_attribute, CUresult},
+    sys::{
+        self, CUdevice_attribute, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig,
+        CUresult,
+    },
 };
 
 use super::{
@@ -19,6 +22,9 @@ use super::{
 const DRIVER_MIN: (i32, &str) = (13_000, "13.0");
 /// bf16 tensor cores and asynchronous copies to shared memory came with Ampere.
 const CAPABILITY_MIN: ((i32, i32), &str) = ((8, 0), "8.0");
+
+/// From Hopper on kernels wait for others by themselves.
+const OVERLAP_CAPABILITY: (i32, i32) = (9, 0);
 
 /// What a GPU is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -211,7 +217,8 @@ impl Gpu {
         unsafe { result::memcpy_htod_async(to, from, stream.cu_stream()) }.map_err(failed("cuMemcpyHtoDAsync"))
     }
 
-    /// Starts a kernel on the compute stream. `arguments` is the one structure it takes.
+    /// Starts a kernel on the compute stream. `arguments` is the one structure it takes. Where the device can, it is brought
+    /// there while a kernel before it still runs, for which it waits itself (`begin` of numbers.cu).
     pub(super) fn launch<A: Copy>(
         &self,
         function: &CudaFunction,
@@ -220,12 +227,29 @@ impl Gpu {
         arguments: &A,
     ) -> Result<(), CudaError> {
         let mut parameters = [std::ptr::from_ref(arguments).cast_mut().cast::<c_void>()];
-        let grid = (grid.0 as u32, grid.1 as u32, grid.2 as u32);
-        let (threads, stream) = ((threads, 1, 1), self.compute.cu_stream());
+        let mut overlap = CUlaunchAttribute {
+            id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = CUlaunchConfig {
+            gridDimX: grid.0 as u32,
+            gridDimY: grid.1 as u32,
+            gridDimZ: grid.2 as u32,
+            blockDimX: threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: 0,
+            hStream: self.compute.cu_stream(),
+            attrs: &raw mut overlap,
+            numAttrs: u32::from(self.description.capability >= OVERLAP_CAPABILITY),
+        };
+        let (function, parameters) = (function.cu_function(), parameters.as_mut_ptr());
         // SAFETY: the structure is laid out as the kernel's (see `arguments`), and is copied by the call; what its
         // addresses name is memory of ours that lives until the stream is done with it.
-        unsafe { result::launch_kernel(function.cu_function(), grid, threads, 0, stream, &mut parameters) }
-            .map_err(failed("cuLaunchKernel"))
+        unsafe { sys::cuLaunchKernelEx(&config, function, parameters, std::ptr::null_mut()) }
+            .result()
+            .map_err(failed("cuLaunchKernelEx"))
     }
 
     /// Has `then` called from a thread of the driver when the compute stream comes to here, or dropped if it never does. It must

@@ -74,6 +74,7 @@ impl Kernels {
             "--std=c++17".to_owned(),
             format!("-DBF16={}", u8::from(precision == Precision::Bf16)),
             format!("-DD_KV={d_kv}"),
+            format!("-DMULTIPROCESSORS={}", gpu.description().multiprocessors),
             "-DINFINITY=__int_as_float(0x7f800000)".to_owned(),
         ];
         let sources: Vec<String> = SOURCES.iter().map(|(name, text)| format!("#line 1 \"{name}\"\n{text}")).collect();

@@ -57,6 +57,7 @@ __device__ __forceinline__ float biased(float score, const float *bias, int reac
 
 // Puts the keys and values of a sequence's new rows into its cache: a block per sequence and row of it.
 extern "C" __global__ void write_cache(Attention a) {
+    begin();
     if (ended(a.pass, a.layers)) return;
     Sequence s = a.sequences[blockIdx.x];
     for (int r = blockIdx.y; r < s.rows; r += gridDim.y) {

@@ -17,6 +17,7 @@ __device__ __forceinline__ void load_rows(const T *from, u64 stride, int row, in
 
 template <int KEYS> __device__ __forceinline__ void attend(const Attention &a) {
     __shared__ float ks[32 * (D_KV + 1)], vs[32 * D_KV], qs[QUERIES * D_KV];
+    begin();
     if (ended(a.pass, a.layers)) return;
     Sequence s = a.sequences[blockIdx.y];
     Seen<KEYS> seen(a, s, QUERIES);

@@ -33,6 +33,7 @@ __device__ __forceinline__ void load_values(const T *from, u32 (&b)[4]) {
 
 template <int KEYS> __device__ __forceinline__ void attend(const Attention &a) {
     __shared__ __align__(16) T ks[32 * WIDTH], vs[32 * WIDTH];
+    begin();
     if (ended(a.pass, a.layers)) return;
     Sequence s = a.sequences[blockIdx.y];
     Seen<KEYS> seen(a, s, QUERIES);

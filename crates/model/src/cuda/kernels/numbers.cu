@@ -1,5 +1,5 @@
-// Number types, the guard of a pass, and reductions. First of the files that `kernels.rs` puts together; BF16 and D_KV
-// are defined by it. No header is included: NVRTC needs no path to any.
+// Number types, the guard of a pass, and reductions. First of the files that `kernels.rs` puts together; BF16, D_KV and
+// MULTIPROCESSORS are defined by it. No header is included: NVRTC needs no path to any.
 //
 // Invariant of every kernel: a row is computed by itself in an order that depends on no other row and on nobody's
 // number of rows, so its bits are the same in any batch.
@@ -37,6 +37,16 @@ __device__ __forceinline__ uint4 load_streaming(const void *from) {
         : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
         : "l"(from));
     return v;
+}
+
+// Comes first in every kernel. Kernels of a stream overlap: one may be brought onto the device while the one before it still
+// runs, and waits here until all of that is written. A kernel that leaves multiprocessors free has the next one brought at once;
+// beside a larger one it would only take room.
+__device__ __forceinline__ void begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    if (gridDim.x * gridDim.y * gridDim.z <= MULTIPROCESSORS) asm volatile("griddepcontrol.launch_dependents;");
+#endif
 }
 
 // Where a pass through the layers stands. `stop` is the first MoE layer of which an expert was missing.

@@ -35,6 +35,7 @@ template <int KIND> struct Rows {
 
     // The rows of this block, `tile` at most. False: none are left.
     template <typename W> __device__ bool find(const Product &a, int tile) {
+        begin();
         if (ended(a.pass, a.layers)) return false;
         if (KIND == GATHER || KIND == SCATTER) {
             if (int(blockIdx.y) >= *a.tile_count) return false;

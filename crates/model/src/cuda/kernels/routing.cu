@@ -45,6 +45,7 @@ __device__ __forceinline__ bool route_ended(const Route &a) { return ended(a.pas
 
 // A warp per token, for more rows than one block chooses quickly.
 extern "C" __global__ void choose_experts(Route a) {
+    begin();
     if (route_ended(a)) return;
     int token = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
     if (token < a.rows) choose(a, token);
@@ -94,11 +95,13 @@ __device__ __forceinline__ void group(const Route &a) {
 
 // What choose_experts chose. One block of 1024.
 extern "C" __global__ void __launch_bounds__(1024) group_rows(Route a) {
+    begin();
     if (!route_ended(a)) group(a);
 }
 
 // Both at once, for few rows. One block of 1024.
 extern "C" __global__ void __launch_bounds__(1024) choose_and_group(Route a) {
+    begin();
     if (route_ended(a)) return;
     for (int token = threadIdx.x / 32; token < a.rows; token += 32) choose(a, token);
     __syncthreads();

@@ -9,6 +9,7 @@ struct Embed {
 
 // h[row] = table[ids[row]], a block per row
 extern "C" __global__ void embed_rows(Embed a) {
+    begin();
     const T *from = a.table + u64(a.ids[blockIdx.x]) * a.d;
     for (int i = threadIdx.x; i < a.d; i += blockDim.x) a.h[u64(blockIdx.x) * a.d + i] = widen(from[i]);
 }
@@ -28,6 +29,7 @@ struct Norm {
 // x = w * h / sqrt(mean(h^2) + epsilon) * scale, a block of 128 per row
 extern "C" __global__ void rms_norm(Norm a) {
     __shared__ float sums[4];
+    begin();
     if (ended(a.pass, a.layers)) return;
     const float *h = a.h + u64(a.rows ? a.rows[blockIdx.x] : blockIdx.x) * a.d;
     float sum = 0;
@@ -51,6 +53,7 @@ struct Add {
 
 // h += y, four values a thread
 extern "C" __global__ void add_rows(Add a) {
+    begin();
     int i = (blockIdx.x * blockDim.x + threadIdx.x) * 4;
     if (i >= a.count) return;
     float4 h = wide4(a.h + i), y = wide4(a.y + i);
@@ -69,6 +72,7 @@ struct Fetch {
 
 // out[place] = x[order[place]], a block per place
 extern "C" __global__ void fetch_rows(Fetch a) {
+    begin();
     u32 place = a.places[blockIdx.x];
     // Whatever another process wrote there, nothing beyond its rows is read.
     u32 token = min(a.order[place], u32(a.rows) - 1);
@@ -93,6 +97,7 @@ struct Take {
 
 // out[token] = alpha[token] * results[place], a block per place
 extern "C" __global__ void take_rows(Take a) {
+    begin();
     u32 place = a.places[blockIdx.x], token = a.order[place];
     float alpha = a.alpha[token];
     float *to = a.out + u64(token) * a.d;
@@ -118,6 +123,7 @@ struct Best {
 extern "C" __global__ void best_tokens(Best a) {
     __shared__ float values[32];
     __shared__ int places[32];
+    begin();
     const float *logits = a.logits + u64(blockIdx.x) * a.vocab;
     float most = -INFINITY;
     int place = 0x7fffffff, banned = a.banned ? int(a.banned[blockIdx.x]) : -1;
