@@ -1,6 +1,6 @@
-//! Page-locked memory of the host, which a device copies from without help, in large pieces. The driver's own allocation
-//! takes its pages one by one (1.4 GB/s on the machine of docs/benchmarks.md, so that a model of 27 GiB took 20 s): these
-//! are huge pages, touched by all threads and locked when they are there (17 GB/s).
+//! Page-locked memory of the host, which a device copies from without help, in large pieces: huge pages, touched by all
+//! threads and locked when they are there. The driver's own allocation takes its pages one by one, ten times as slowly
+//! (docs/decisions/0009-cuda.md).
 
 use std::{
     ops::{Deref, DerefMut},
