@@ -98,19 +98,22 @@ pub async fn run(
     served
 }
 
-/// Waits until nobody else holds the engine, so that its device is given back before the process ends, and the driver in it:
-/// threads that compute and lanes let go of it when they notice that the node has.
+/// Waits until nobody else holds the engine, and drops it, so that its device is given back before the process ends, and the
+/// driver in it: threads that compute and lanes let go of it when they notice that the node has. A device that hangs keeps
+/// nobody for ever.
 async fn give_back(engine: Arc<Engine>) {
-    let alone = async {
+    let node = engine.node().clone();
+    let given_back = async {
         while Arc::strong_count(&engine) > 1 {
             time::sleep(Duration::from_millis(1)).await;
         }
+        task::spawn_blocking(move || drop(engine)).await
     };
-    if time::timeout(GIVE_BACK_LIMIT, alone).await.is_err() {
-        tracing::warn!(node = %engine.node(), "the node ends while its experts are still used");
+    match time::timeout(GIVE_BACK_LIMIT, given_back).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::error!(%node, %error, "giving the experts' memory back panicked"),
+        Err(_) => tracing::warn!(%node, "the node ends while its experts are still used"),
     }
-    // An error says that giving back panicked, which is told.
-    let _ = task::spawn_blocking(move || drop(engine)).await;
 }
 
 /// Serves an engine that is open already: one that a coordinator of this process also calls directly. `cluster`
@@ -169,4 +172,25 @@ async fn probe(jobs: crossbeam_channel::Sender<Job>, answered: Arc<Mutex<Instant
     let found = found.await.map_err(|_| "the call got no answer".to_owned())?;
     *answered.lock() = Instant::now();
     found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The process would end under a thread that still uses the device.
+    #[tokio::test]
+    async fn the_engine_is_gone_before_the_node_ends() {
+        let models = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/switch-tiny-64");
+        let config = ExpertNodeConfig::new("e0".into(), models);
+        let engine = Arc::new(Engine::open(&config).unwrap());
+        let (last, used) = (Arc::downgrade(&engine), engine.clone());
+        let user = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(50));
+            drop(used);
+        });
+        give_back(engine).await;
+        assert!(last.upgrade().is_none());
+        user.join().unwrap();
+    }
 }
