@@ -72,7 +72,7 @@ impl HostTier {
                 .par_chunks_exact_mut(self.expert_bytes())
                 .take(count)
                 .enumerate()
-                .try_for_each(|(at, place)| self.load(self.key(first + at), place))?;
+                .try_for_each(|(at, place)| load(&self.store, self.precision, self.key(first + at), place))?;
             self.chunks.push(chunk);
             (first..first + count).for_each(|index| self.places[index] = Some(index));
             self.taken += count;
@@ -105,15 +105,11 @@ impl HostTier {
             return Ok(Found { bytes: &chunk[place % CHUNK_EXPERTS * expert_bytes..][..expert_bytes], read: None });
         }
         self.next_stage = (self.next_stage + 1) % self.stages.len();
-        let mut stage = self.stages.swap_remove(self.next_stage);
-        let filled = self.stage(key, &mut stage);
-        self.stages.push(stage);
-        let last = self.stages.len() - 1;
-        self.stages.swap(self.next_stage, last);
-        filled?;
-        let stage = &self.stages[self.next_stage];
-        let bytes = stage.memory.as_slice().map_err(failed("cuEventSynchronize"))?;
-        Ok(Found { bytes, read: Some(&stage.read) })
+        let Stage { memory, read } = &mut self.stages[self.next_stage];
+        read.synchronize().map_err(failed("cuEventSynchronize"))?;
+        let bytes = memory.as_mut_slice().map_err(failed("cuEventSynchronize"))?;
+        load(&self.store, self.precision, key, bytes)?;
+        Ok(Found { bytes, read: Some(read) })
     }
 
     /// Reads an expert into memory, if it is not there and there is room.
@@ -136,35 +132,12 @@ impl HostTier {
             };
             self.chunks.push(chunk);
         }
-        let mut chunk = self.chunks.pop().expect("one was there or is new");
         let expert_bytes = self.expert_bytes();
-        let loaded = self.load(key, &mut chunk[at * expert_bytes..][..expert_bytes]);
-        self.chunks.push(chunk);
-        loaded?;
+        let place = &mut self.chunks[self.taken / CHUNK_EXPERTS][at * expert_bytes..][..expert_bytes];
+        load(&self.store, self.precision, key, place)?;
         self.places[index] = Some(self.taken);
         self.taken += 1;
         Ok(())
-    }
-
-    fn stage(&self, key: ExpertKey, stage: &mut Stage) -> Result<(), CudaError> {
-        stage.read.synchronize().map_err(failed("cuEventSynchronize"))?;
-        let slot = stage.memory.as_mut_slice().map_err(failed("cuEventSynchronize"))?;
-        Ok(self.load(key, slot)?)
-    }
-
-    fn load(&self, key: ExpertKey, slot: &mut [u8]) -> Result<(), ModelError> {
-        let shape = self.store.shape();
-        match (shape.dtype, self.precision) {
-            (StoredDType::BF16, Precision::Bf16) | (StoredDType::F32, Precision::F32) => self.store.load(key, slot),
-            _ => {
-                let mut stored = vec![0; shape.bytes()];
-                self.store.load(key, &mut stored)?;
-                let mut converted = Vec::with_capacity(slot.len());
-                convert(shape.dtype, &stored, self.precision, &mut converted);
-                slot.copy_from_slice(&converted);
-                Ok(())
-            }
-        }
     }
 
     fn index(&self, key: ExpertKey) -> usize {
@@ -174,5 +147,21 @@ impl HostTier {
     fn key(&self, index: usize) -> ExpertKey {
         let num_experts = self.store.config().num_experts;
         ExpertKey { layer: LayerId((index / num_experts) as u16), expert: ExpertId((index % num_experts) as u16) }
+    }
+}
+
+/// Reads an expert as the device takes it.
+fn load(store: &ExpertStore, precision: Precision, key: ExpertKey, slot: &mut [u8]) -> Result<(), ModelError> {
+    let shape = store.shape();
+    match (shape.dtype, precision) {
+        (StoredDType::BF16, Precision::Bf16) | (StoredDType::F32, Precision::F32) => store.load(key, slot),
+        _ => {
+            let mut stored = vec![0; shape.bytes()];
+            store.load(key, &mut stored)?;
+            let mut converted = Vec::with_capacity(slot.len());
+            convert(shape.dtype, &stored, precision, &mut converted);
+            slot.copy_from_slice(&converted);
+            Ok(())
+        }
     }
 }
