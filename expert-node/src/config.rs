@@ -23,6 +23,8 @@ pub struct ExpertNodeConfig {
     pub precision: Option<Precision>,
     /// Page-locked memory in which experts that were read from disk wait for a GPU.
     pub host_memory: ExpertMemory,
+    /// Whether experts in bf16 lie packed on a GPU that does not hold all of them, if they can be.
+    pub packs: bool,
     /// How many threads of the process's pool a call may compute on. At least 1.
     pub threads: usize,
     /// Bounds on what others can ask of it.
@@ -64,6 +66,7 @@ impl ExpertNodeConfig {
             device: DeviceName::Cpu,
             precision: None,
             host_memory: ExpertMemory::Share(1.0),
+            packs: true,
             threads: std::thread::available_parallelism().map_or(1, usize::from),
             limits: ExpertNodeLimits::default(),
             server: ServerConfig::default(),

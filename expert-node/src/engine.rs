@@ -12,8 +12,8 @@ use std::{
 use parking_lot::Mutex;
 use sida_cluster::experts::{CallError, CallReport, ExpertCall, LocalExperts, ResidencyReport};
 use sida_model::{
-    Checkpoint, DeviceError, DeviceName, ExpertDevice, ExpertDeviceOptions, ExpertShape, ExpertStore, ExpertWindow,
-    ModelError, Precision, RowsOnDevice, WindowHandle, expert_device,
+    Checkpoint, DeviceError, DeviceName, ExpertDevice, ExpertDeviceOptions, ExpertShape, ExpertSlot, ExpertStore,
+    ExpertWindow, ModelError, Precision, RowsOnDevice, WindowHandle, expert_device,
 };
 use sida_proto::wire::Bounds;
 use sida_routing::{Digest, ExpertId, ExpertKey, Group, LayerId, NodeId, PlacedGroup, Plan, PlanId};
@@ -39,6 +39,7 @@ pub struct Engine {
     cache: Arc<ExpertCache>,
     workers: Workers,
     budget_bytes: u64,
+    expert_bytes: u64,
     rows: AtomicU64,
     /// `None` once it was stopped.
     loader: Mutex<Option<JoinHandle<()>>>,
@@ -59,9 +60,14 @@ impl Engine {
         let precision = config.precision.unwrap_or(Precision::of_weights(store.shape().dtype));
         let shape = ExpertShape { dtype: precision.stored(), ..*store.shape() };
         let experts = store.config().moe_layer_count() * store.config().num_experts;
-        let host_bytes = config.host_memory.bytes((experts * shape.bytes()) as u64);
-        let options = ExpertDeviceOptions { device: config.device, precision, host_bytes };
-        Self::on_device(config, Arc::new(store.clone()), &shape, |slots| expert_device::open(options, store, slots))
+        let experts_bytes = (experts * shape.bytes()) as u64;
+        let host_bytes = config.host_memory.bytes(experts_bytes);
+        // Where everything fits, unpacking gains nothing.
+        let packs = config.packs && config.expert_memory.bytes(experts_bytes) < experts_bytes;
+        let slot = ExpertSlot::choose(&store, precision, packs)?;
+        let options = ExpertDeviceOptions { device: config.device, slot, host_bytes };
+        let source = Arc::new(store.clone());
+        Self::on_device(config, source, &shape, slot.bytes(), |slots| expert_device::open(options, store, slots))
     }
 
     /// Takes the memory and starts the threads. Experts come from `source` as they are needed.
@@ -72,14 +78,15 @@ impl Engine {
         Self::with(config, source, Memory::Host(slab), budget)
     }
 
-    /// As [`Engine::new`], with slots of `shape` on the device that `open` makes for their number.
+    /// As [`Engine::new`], with slots of `slot_bytes` for experts of `shape` on the device that `open` makes for their number.
     pub fn on_device(
         config: &ExpertNodeConfig,
         source: Arc<dyn ExpertSource>,
         shape: &ExpertShape,
+        slot_bytes: usize,
         open: impl FnOnce(usize) -> Result<Arc<dyn ExpertDevice>, ModelError>,
     ) -> Result<Self, ExpertNodeError> {
-        let budget = Budget::of(config, &*source, shape.bytes(), shape.bytes())?;
+        let budget = Budget::of(config, &*source, shape.bytes(), slot_bytes)?;
         Self::with(config, source, Memory::Device(open(budget.slots)?), budget)
     }
 
@@ -94,7 +101,15 @@ impl Engine {
         let cache = Arc::new(ExpertCache::new(source, memory, slots, config.limits.plans_max, measures));
         let workers = Workers::new(config.threads);
         let loader = Mutex::new(Some(loader::start(cache.clone())?));
-        Ok(Self { node: config.node.clone(), cache, workers, budget_bytes, rows: AtomicU64::new(0), loader })
+        Ok(Self {
+            node: config.node.clone(),
+            cache,
+            workers,
+            budget_bytes,
+            expert_bytes,
+            rows: AtomicU64::new(0),
+            loader,
+        })
     }
 
     /// The node's name.
@@ -229,6 +244,7 @@ impl Engine {
 struct Budget {
     bytes: u64,
     slots: usize,
+    /// What an expert takes of it, without what a slot is rounded up by.
     expert_bytes: u64,
 }
 
@@ -250,7 +266,7 @@ impl Budget {
             let smallest_percent = 100.0 * smallest_bytes as f64 / (experts * expert_bytes) as f64;
             return Err(ExpertNodeError::BudgetTooSmall { budget_bytes, smallest_bytes, smallest_percent });
         }
-        Ok(Self { bytes: budget_bytes, slots: slots as usize, expert_bytes })
+        Ok(Self { bytes: budget_bytes, slots: slots as usize, expert_bytes: expert_bytes.min(slot_bytes) })
     }
 }
 
@@ -292,12 +308,11 @@ impl LocalExperts for Engine {
     }
 
     fn residency(&self) -> ResidencyReport {
-        let expert_bytes = self.shape().bytes() as u64;
         self.cache.residency(|residency| {
             let resident: Vec<_> = residency.resident().map(|(key, _)| key).collect();
             let counters = residency.counters();
             ResidencyReport {
-                resident_bytes: resident.len() as u64 * expert_bytes,
+                resident_bytes: resident.len() as u64 * self.expert_bytes,
                 budget_bytes: self.budget_bytes,
                 slots: residency.config().slots as u64,
                 demand_loads: counters.demand_loads,

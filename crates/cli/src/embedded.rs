@@ -102,6 +102,7 @@ fn engines(
             device: embedded.device.device,
             precision: embedded.device.precision,
             host_memory: part_of(embedded.host_memory, share),
+            packs: !embedded.no_packing,
             threads,
             ..ExpertNodeConfig::new(node, dir.to_owned())
         };

@@ -3,7 +3,7 @@
 
 use std::{io, path::PathBuf};
 
-use sida_routing::{Digest, LayerId};
+use sida_routing::{Digest, ExpertKey, LayerId};
 use thiserror::Error;
 
 use crate::DeviceError;
@@ -63,6 +63,10 @@ pub enum ModelError {
     Shape { what: &'static str, expected: Vec<usize>, found: Vec<usize> },
     #[error("layer {layer} expert {expert} does not exist: the model has {layers} MoE layers of {num_experts} experts")]
     Expert { layer: LayerId, expert: u16, layers: usize, num_experts: usize },
+    #[error(
+        "{key} cannot be packed: too many of its weights are far below the others of their row; start without packing (--no-packing)"
+    )]
+    NotPacked { key: ExpertKey },
     #[error("tensor operation failed: {0}")]
     Tensor(#[from] candle_core::Error),
     #[error(transparent)]

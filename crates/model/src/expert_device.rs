@@ -6,7 +6,7 @@ use std::sync::Arc;
 use sida_routing::{ExpertKey, Grouping};
 use thiserror::Error;
 
-use crate::{DeviceName, ExpertShape, ExpertStore, ExpertWindow, ModelError, Precision, ResultsWindow, WindowHandle};
+use crate::{DeviceName, ExpertShape, ExpertSlot, ExpertStore, ExpertWindow, ModelError, ResultsWindow, WindowHandle};
 
 /// Rows for the expert in a slot.
 #[derive(Debug)]
@@ -176,8 +176,8 @@ pub enum DeviceError {
 pub struct ExpertDeviceOptions {
     /// Which device.
     pub device: DeviceName,
-    /// What it computes in.
-    pub precision: Precision,
+    /// How they lie there.
+    pub slot: ExpertSlot,
     /// Page-locked memory of the host that experts are kept in once they were read from disk.
     pub host_bytes: u64,
 }
@@ -205,7 +205,7 @@ pub fn open(
         return Err(DeviceError::Refused(format!("{} is not a GPU", options.device)).into());
     };
     let gpu = Gpu::open(ordinal)?;
-    Ok(Arc::new(DeviceSlab::open(gpu, store, options.precision, slots, options.host_bytes)?))
+    Ok(Arc::new(DeviceSlab::open(gpu, store, options.slot, slots, options.host_bytes)?))
 }
 
 impl DeviceError {

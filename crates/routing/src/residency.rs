@@ -3,10 +3,10 @@
 //!
 //! SiDA knows the future: the hash tables of the queued batches say which experts come next. So the machine
 //! evicts, in this order, what is empty, what no plan names (least worth first, see `worth`), and what is planned
-//! (farthest next use first, as in Belady's rule); never what is in use or loading. A prefetch takes the
+//! (farthest next use first, as in Belady's rule); never what is in use, held or loading. A prefetch takes the
 //! nearest planned expert that is missing, and only the place of what no plan names: to take it from something planned
-//! would be to load that again, while the layer that is computed is about to leave its slots anyway. (Passes through
-//! all layers at once may ask for more: see `prefetch`.)
+//! would be to load that again, while the layer that is computed is about to leave its slots anyway. (Passes of a GPU
+//! may ask for more: see `prefetch`.)
 //!
 //! A layer may need more experts than there are slots, and even when it does not, holding all of them at once
 //! would push out what other layers keep. So a call takes what is resident at once, and loads the rest a
@@ -22,6 +22,8 @@ mod placed;
 mod plan_queue;
 mod prefetch;
 mod worth;
+
+use std::ops::Range;
 
 use eviction::{EvictionOrder, Rank};
 pub use grants::{
@@ -93,6 +95,8 @@ pub struct Residency {
     loads: u64,
     /// Calls that wait for a slot. No prefetch starts while there are any.
     waiting: usize,
+    /// Layers whose experts stay: see [`Residency::hold`].
+    held: Range<u16>,
     resident: usize,
     counters: ResidencyCounters,
 }
@@ -115,6 +119,7 @@ impl Residency {
             worth: Worth::new(keys, config.slots),
             loads: 0,
             waiting: 0,
+            held: 0..0,
             resident: 0,
             counters: ResidencyCounters::default(),
         }
@@ -153,6 +158,19 @@ impl Residency {
         let mut moved = Vec::new();
         self.plans.advance(layer, |key| collect_movable(slots, slot_of, key, &mut moved));
         self.reconsider(&moved);
+    }
+
+    /// Experts of these layers are not evicted until it is called again: a pass goes through them that was told where they
+    /// are, and cannot be told that one left.
+    pub fn hold(&mut self, layers: Range<u16>) {
+        let before = std::mem::replace(&mut self.held, layers);
+        for layer in before.start.min(self.held.start)..before.end.max(self.held.end) {
+            if before.contains(&layer) != self.held.contains(&layer) {
+                let first = usize::from(layer) * self.config.num_experts;
+                let slots = self.slot_of[first..first + self.config.num_experts].iter().flatten().copied();
+                self.reconsider(&slots.collect::<Vec<_>>());
+            }
+        }
     }
 
     /// Opens a call of distinct experts of one layer. Nothing is granted yet, and no plan advances.
@@ -248,11 +266,14 @@ impl Residency {
         self.rank(slot);
     }
 
-    /// Everything leaves that is neither in use nor loading. `left` is told who. None of these is an eviction for
+    /// Everything leaves that is neither in use, held nor loading. `left` is told who. None of these is an eviction for
     /// another; what an expert is worth stays known.
     pub fn evict_all(&mut self, mut left: impl FnMut(ExpertKey)) {
         for index in 0..self.slots.len() {
             let Slot { holding: Holding::Resident { key }, pins: 0, .. } = self.slots[index] else { continue };
+            if self.is_held(key) {
+                continue;
+            }
             self.slots[index].holding = Holding::Nothing;
             self.slot_of[key] = None;
             self.plans.search_again(key);
@@ -339,13 +360,17 @@ impl Residency {
         let state = &self.slots[slot.index()];
         let rank = match state.holding {
             Holding::Nothing => Rank::EMPTY,
-            Holding::Resident { key } if state.pins == 0 => match self.plans.next_use(key) {
+            Holding::Resident { key } if state.pins == 0 && !self.is_held(key) => match self.plans.next_use(key) {
                 Some(at) => Rank::planned(at),
                 None => Rank::unplanned(self.worth.of(key)),
             },
             _ => Rank::HELD,
         };
         self.order.set(slot, rank);
+    }
+
+    fn is_held(&self, key: KeyIndex) -> bool {
+        self.held.contains(&((key / self.config.num_experts) as u16))
     }
 
     /// The next use of what these slots hold is another than it was.

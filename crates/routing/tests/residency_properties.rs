@@ -21,7 +21,8 @@ enum Step {
     FinishLoad(usize, Outcome),
     UseOne(usize),
     Prefetch,
-    PrefetchWithin(usize, bool),
+    PrefetchWithin(usize, Room),
+    Hold(u16, u16),
     EvictAll,
 }
 
@@ -35,9 +36,14 @@ fn step() -> impl Strategy<Value = Step> {
         8 => (0usize..8, outcome()).prop_map(|(load, outcome)| Step::FinishLoad(load, outcome)),
         8 => (0usize..4).prop_map(Step::UseOne),
         6 => Just(Step::Prefetch),
-        4 => (0usize..4, any::<bool>()).prop_map(|(plans, later)| Step::PrefetchWithin(plans, later)),
+        4 => (0usize..4, room()).prop_map(|(plans, room)| Step::PrefetchWithin(plans, room)),
+        2 => (0..LAYERS, 0..=LAYERS).prop_map(|(first, end)| Step::Hold(first, end)),
         1 => Just(Step::EvictAll),
     ]
+}
+
+fn room() -> impl Strategy<Value = Room> {
+    prop_oneof![Just(Room::Unplanned), Just(Room::UsedAfterPlan), Just(Room::UsedAfterLayer)]
 }
 
 fn outcome() -> impl Strategy<Value = Outcome> {
@@ -84,6 +90,8 @@ struct World {
     /// How often each expert was granted, a grant counting half after `8 * slots` further ones.
     used: BTreeMap<ExpertKey, f64>,
     calls: Vec<Call>,
+    /// Layers whose experts stay.
+    held: std::ops::Range<u16>,
 }
 
 impl World {
@@ -100,6 +108,7 @@ impl World {
             quick: BTreeSet::new(),
             used: BTreeMap::new(),
             calls: Vec::new(),
+            held: 0..0,
         }
     }
 
@@ -126,7 +135,9 @@ impl World {
             .memory
             .iter()
             .map(|(&slot, &key)| (slot, key))
-            .filter(|&(slot, _)| !self.loading.contains(&slot) && !self.pinned(slot))
+            .filter(|&(slot, key)| {
+                !self.loading.contains(&slot) && !self.pinned(slot) && !self.held.contains(&key.layer.0)
+            })
             .collect();
         free.sort_by_key(|&(_, key)| self.rank(key));
         free
@@ -269,10 +280,18 @@ impl World {
         };
         let mut near = self.plans.iter().take(plans).enumerate();
         let (at, key) = near.find_map(|(at, plan)| Some((at, *plan.keys.iter().find(|&key| is_missing(key))?)))?;
-        let over: usize = self.plans[..=at].iter().map(|plan| plan.keys.len()).sum();
+        let before: usize = self.plans[..at].iter().map(|plan| plan.keys.len()).sum();
+        let keys = &self.plans[at].keys;
+        let plan_over = before + keys.len();
+        let first = keys.iter().position(|&k| k == key).unwrap();
+        let layer_over = before + first + keys[first..].iter().take_while(|k| k.layer == key.layer).count();
         let may_leave = |&(_, leaves): &(SlotId, ExpertKey)| match self.next_use(leaves) {
             None => true,
-            Some(next) => room == Room::UsedLater && self.plans[at].keys.len() <= self.slots && next >= over,
+            Some(next) => match room {
+                Room::Unplanned => false,
+                Room::UsedAfterPlan => keys.len() <= self.slots && next >= plan_over,
+                Room::UsedAfterLayer => next >= layer_over,
+            },
         };
         let makes_room = self.memory.len() < self.slots || self.leaving().last().is_some_and(may_leave);
         makes_room.then_some(key)
@@ -297,6 +316,11 @@ impl World {
             self.start(load.key, load.slot, load.evicted);
         }
         load.is_some()
+    }
+
+    fn hold(&mut self, layers: std::ops::Range<u16>) {
+        self.machine.hold(layers.clone());
+        self.held = layers;
     }
 
     fn evict_all(&mut self) {
@@ -332,9 +356,8 @@ impl World {
             Step::FinishLoad(load, outcome) if load < self.loading.len() => self.finish_load(load, outcome),
             Step::UseOne(call) if call < self.calls.len() => self.use_one(call),
             Step::Prefetch => self.prefetch(),
-            Step::PrefetchWithin(plans, later) => {
-                self.prefetch_within(plans, if later { Room::UsedLater } else { Room::Unplanned });
-            }
+            Step::PrefetchWithin(plans, room) => _ = self.prefetch_within(plans, room),
+            Step::Hold(first, end) => self.hold(first..end),
             Step::EvictAll => self.evict_all(),
             _ => {}
         }
@@ -349,6 +372,7 @@ impl World {
     /// Lets every call come to its end, giving slots back as it goes.
     fn drain(&mut self) {
         let mut rounds = 0;
+        self.hold(0..0);
         while !self.calls.is_empty() {
             rounds += 1;
             assert!(rounds < 1000, "calls do not come to an end: {:?}", self.calls);
@@ -419,9 +443,9 @@ proptest! {
         for (id, keys) in plans.iter().enumerate() {
             world.plan(id as u64, keys, false);
         }
-        for plans in [usize::MAX, near] {
+        for (plans, room) in [(usize::MAX, Room::UsedAfterPlan), (near, Room::UsedAfterPlan), (near, Room::UsedAfterLayer)] {
             let mut started = 0;
-            while world.prefetch_within(plans, Room::UsedLater) {
+            while world.prefetch_within(plans, room) {
                 world.finish_load(0, Outcome::Slow);
                 started += 1;
                 prop_assert!(started <= slots * 5, "prefetching does not end");

@@ -18,6 +18,10 @@ pub(crate) struct EmbeddedArguments {
     /// With a GPU: page-locked memory of the host for experts; the others come from disk when they are wanted
     #[arg(long, value_name = "SIZE", default_value = "100%")]
     pub(crate) host_memory: ExpertMemory,
+    /// With a GPU whose memory for experts does not hold all: keep those in bf16 as they are instead of packed into three
+    /// quarters of their bytes
+    #[arg(long)]
+    pub(crate) no_packing: bool,
     #[command(flatten)]
     pub(crate) device: DeviceArguments,
     #[command(flatten)]

@@ -33,6 +33,10 @@ pub(crate) struct ExpertNodeArguments {
     /// With a GPU: page-locked memory of the host for experts; the others come from disk when they are wanted
     #[arg(long, value_name = "SIZE", default_value = "100%")]
     host_memory: ExpertMemory,
+    /// With a GPU whose memory for experts does not hold all: keep those in bf16 as they are instead of packed into three
+    /// quarters of their bytes
+    #[arg(long)]
+    no_packing: bool,
     #[command(flatten)]
     device: DeviceArguments,
     /// Share of the experts that this node takes, relative to the others [default: its memory for experts in MiB]
@@ -69,6 +73,7 @@ pub(crate) fn run(arguments: ExpertNodeArguments) -> anyhow::Result<ExitCode> {
         let config = ExpertNodeConfig {
             expert_memory: arguments.expert_memory,
             host_memory: arguments.host_memory,
+            packs: !arguments.no_packing,
             device: arguments.device.device,
             precision: arguments.device.precision,
             threads: arguments.model.threads(),

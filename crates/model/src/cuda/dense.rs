@@ -351,6 +351,6 @@ impl DeviceDense {
     }
 
     fn pass(&self, walk: Walk) -> Pass<'_> {
-        Pass::new(self.machine(), walk.shape, walk.packet, None, false)
+        Pass::new(self.machine(), walk.shape, walk.packet, None)
     }
 }

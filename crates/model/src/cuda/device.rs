@@ -49,10 +49,6 @@ pub struct Gpu {
     context: Arc<CudaContext>,
     /// Kernels, and what they read and write.
     pub(super) compute: Arc<CudaStream>,
-    /// Experts ahead of their use.
-    pub(super) prefetch: Arc<CudaStream>,
-    /// Experts that a pass waits for.
-    pub(super) demand: Arc<CudaStream>,
     description: GpuDescription,
 }
 
@@ -128,8 +124,8 @@ impl Gpu {
             let (device, (major, minor)) = (description.name, capability);
             return Err(CudaError::OldDevice { device, major, minor, expected: CAPABILITY_MIN.1 });
         }
-        let stream = || context.new_stream().map_err(failed("cuStreamCreate"));
-        Ok(Self { compute: stream()?, prefetch: stream()?, demand: stream()?, description, context })
+        let compute = context.new_stream().map_err(failed("cuStreamCreate"))?;
+        Ok(Self { compute, description, context })
     }
 
     /// What it is; free memory as it was when it was opened.
@@ -270,6 +266,11 @@ impl Gpu {
             drop(unsafe { Box::from_raw(then) });
             failed("cuLaunchHostFunc")(source)
         })
+    }
+
+    /// Another stream, whose copies run beside what the compute stream does.
+    pub(super) fn stream(&self) -> Result<Arc<CudaStream>, CudaError> {
+        self.context.new_stream().map_err(failed("cuStreamCreate"))
     }
 
     /// An event that marks no work yet.

@@ -3,23 +3,27 @@
 //!
 //! The table is what a pass sees of all this, and it does not change while a pass runs. Before one starts, what plans
 //! ask for is begun ([`Experts::begin_pass`]): an expert that leaves is out of the table from then on, so its slot can
-//! be filled while the pass computes. Experts of the pass's own plan enter the table at once, and each MoE layer waits
-//! for the uploads of its own; those of later plans enter it before a later pass, when they are there or its plan names
-//! them: a pass never waits for what another one will use.
+//! be filled while the pass computes. Experts of the pass's own plan enter the table at once, and the pass waits for their
+//! uploads; those of later plans enter it before a later pass, when they are there or its plan names them: a pass never
+//! waits for what another one will use.
 //!
 //! Uploads go one after the other in the order of use. What the next batch lacks is begun while this one is computed; what
 //! comes after it only as far as the link would be idle else, for the later it is chosen, the more is known of what is
 //! used again. Many plans may be queued: they tell who can leave.
 //!
-//! Invariant: no upload is begun into a slot that a running pass could read: passes are started and ended by one
-//! thread, uploads begun between them, and what left for them was out of the table before.
+//! Where the next batches lack experts, the pass of an encoding, which goes through each layer once, is followed layer by layer
+//! ([`Experts::come_to`]): each is started when the one before it runs, with its own part of the table. So experts come just
+//! before they are used, in the place of those that the pass is done with, and few are loaded that left too early.
+//!
+//! Invariant: no upload is begun into a slot that a running pass could still read. Passes are started and ended by one thread.
+//! What leaves is out of the table before a pass, or a layer of one that is followed, is started; experts of a layer that runs
+//! are held.
 
 use std::{
     collections::{HashMap, HashSet},
     ops::Range,
 };
 
-use cudarc::driver::{CudaEvent, CudaStream};
 use sida_routing::{
     ExpertId, ExpertKey, LayerId, Plan, PlanId,
     residency::{Access, Load, Residency, ResidencyConfig, ResidencyCounters, Room, SlotId},
@@ -27,15 +31,20 @@ use sida_routing::{
 
 use super::{
     device::{DeviceMemory, Gpu},
-    error::{CudaError, failed},
+    error::CudaError,
+    grouped::Slots,
     host_tier::HostTier,
+    uploads::Uploads,
     weights::plain_bytes,
 };
-use crate::{ModelConfig, Precision};
+use crate::{ExpertSlot, ModelConfig, Urgency};
 
-/// Uploads for later plans under way. What a pass of a millisecond hides is about 6 experts of 9 MiB; more
-/// would only queue, and be wanted by then or not.
+/// Uploads for later plans on their way. What a pass of a millisecond hides is about 6 experts of 9 MiB; more would only queue,
+/// and be wanted by then or not.
 const AHEAD_MAX: usize = 16;
+/// The same beside a pass that is followed: enough for the time of a layer, for the later one is begun, the better is known who
+/// can leave for it.
+const BESIDE_MAX: usize = 4;
 /// Plans that get what they lack at the cost of later ones: that of the pass, and the next.
 const NEXT_PLANS: usize = 2;
 /// Fewer uploads than these leave the link idle while a pass is computed, so the plans that follow the next get theirs,
@@ -50,33 +59,22 @@ const PLANS_MAX: usize = 64;
 #[derive(Debug)]
 pub(super) struct Experts {
     num_experts: usize,
-    expert_bytes: usize,
-    slot_values: usize,
+    slot: ExpertSlot,
     slots: usize,
+    /// Before the slab, so that they end before it goes.
+    uploads: Uploads,
     slab: DeviceMemory,
     /// (MoE layers, experts) of i32: the slot of each, -1: nowhere.
     table: DeviceMemory,
     mirror: Vec<i32>,
-    /// Whether the mirror changed since it was sent.
-    is_dirty: bool,
+    /// Of each layer, whether its part changed since it was sent.
+    is_dirty: Vec<bool>,
     residency: Residency,
-    /// The last upload into each slot.
-    uploads: Vec<CudaEvent>,
     /// Uploads for later plans, begun and not yet in the table, in the order of their stream.
-    ahead: Vec<Ahead>,
-    /// Uploads begun for plans.
-    prefetches: u64,
-    /// For each MoE layer the last upload that the next pass must wait for: its place in the stream, and its slot.
-    awaited: Vec<Option<(u64, SlotId)>>,
-    plans: HashMap<PlanId, HashSet<ExpertKey>>,
-}
-
-/// An upload for a later plan.
-#[derive(Clone, Copy, Debug)]
-struct Ahead {
-    load: Load,
-    /// Its place in the stream of prefetches: what is before it is over when it is.
-    number: u64,
+    ahead: Vec<Load>,
+    /// Layers and slots that were entered into the table while their uploads run: to be settled before a pass of theirs.
+    awaited: Vec<(LayerId, SlotId)>,
+    plans: Plans,
 }
 
 impl Experts {
@@ -84,34 +82,31 @@ impl Experts {
     pub(super) fn new(
         gpu: &Gpu,
         config: &ModelConfig,
-        (expert_bytes, precision): (usize, Precision),
+        slot: ExpertSlot,
         budget: u64,
         rows_max: usize,
     ) -> Result<Self, CudaError> {
         let (layers, num_experts) = (config.moe_layer_count(), config.num_experts);
-        let slots = (budget / expert_bytes as u64).min((layers * num_experts) as u64) as usize;
+        let slots = (budget / slot.bytes() as u64).min((layers * num_experts) as u64) as usize;
         let needed = num_experts.min(rows_max);
         if slots < needed {
             return Err(CudaError::BudgetTooSmall { bytes: budget, slots, needed });
         }
-        let slab = gpu.allocate("experts", slots * expert_bytes)?;
+        let slab = gpu.allocate("experts", slots * slot.bytes())?;
         let table = gpu.allocate("experts", layers * num_experts * 4)?;
-        gpu.finish()?;
-        let uploads = (0..slots).map(|_| gpu.event()).collect::<Result<_, _>>()?;
+        let uploads = Uploads::new(gpu, (slab.address(), slots), slot.bytes())?;
         Ok(Self {
             num_experts,
-            expert_bytes,
-            slot_values: expert_bytes / precision.size(),
+            slot,
             slots,
+            uploads,
             slab,
             table,
             mirror: vec![-1; layers * num_experts],
-            is_dirty: true,
+            is_dirty: vec![true; layers],
             residency: Residency::new(ResidencyConfig { slots, layers, num_experts, plans_max: PLANS_MAX }),
-            uploads,
             ahead: Vec::new(),
-            prefetches: 0,
-            awaited: vec![None; layers],
+            awaited: Vec::new(),
             plans: HashMap::new(),
         })
     }
@@ -136,19 +131,14 @@ impl Experts {
         self.residency.counters()
     }
 
-    /// Where the slots of a layer's experts are listed, on the device.
-    pub(super) fn table_of(&self, layer: LayerId) -> u64 {
-        self.table.address() + (usize::from(layer.0) * self.num_experts * 4) as u64
-    }
-
-    /// Where matrix 0 (wi) or 1 (wo) of slot 0 is.
-    pub(super) fn matrix(&self, index: usize) -> u64 {
-        self.slab.address() + (index * self.expert_bytes / 2) as u64
-    }
-
-    /// From one slot to the next, in values.
-    pub(super) fn slot_values(&self) -> usize {
-        self.slot_values
+    /// What a pass is told of all this.
+    pub(super) fn places(&self) -> ExpertPlaces {
+        ExpertPlaces {
+            table: self.table.address(),
+            layer_bytes: self.num_experts * 4,
+            slots: Slots::new(self.slab.address(), &self.slot),
+            may_miss: !self.is_complete(),
+        }
     }
 
     /// Queues what a batch will probably use.
@@ -171,13 +161,13 @@ impl Experts {
 
     /// Every expert leaves. No pass may be running.
     pub(super) fn evict_all(&mut self) {
-        for ahead in std::mem::take(&mut self.ahead) {
-            self.enter(ahead.load.key, ahead.load.slot);
+        for load in std::mem::take(&mut self.ahead) {
+            self.enter(load.key, load.slot);
         }
         let mut left = Vec::with_capacity(self.residency.resident_slots());
         self.residency.evict_all(|key| left.push(key));
         left.into_iter().for_each(|key| self.leave(key));
-        self.awaited.fill(None);
+        self.awaited.clear();
     }
 
     /// Loads everything that fits, in order of layer and expert.
@@ -186,20 +176,30 @@ impl Experts {
             let layer = LayerId((index / self.num_experts) as u16);
             self.demand(gpu, host, layer, &[ExpertId((index % self.num_experts) as u16)])?;
         }
-        gpu.demand.synchronize().map_err(failed("cuStreamSynchronize"))
+        gpu.finish()
     }
 
-    /// Uploads what is resident once more, as demands are, and waits. Returns the bytes.
-    pub(super) fn upload_again(&self, gpu: &Gpu, host: &mut HostTier) -> Result<u64, CudaError> {
-        let mut bytes = 0;
-        for (place, &slot) in self.mirror.iter().enumerate().filter(|(_, slot)| **slot >= 0) {
+    /// Uploads what is resident once more, as demands are, and waits at the end or for each. Returns how many.
+    pub(super) fn upload_again(
+        &mut self,
+        gpu: &Gpu,
+        host: &mut HostTier,
+        one_by_one: bool,
+    ) -> Result<usize, CudaError> {
+        let mut uploads = 0;
+        for (place, &slot) in self.mirror.iter().enumerate() {
             let (layer, expert) = (place / self.num_experts, place % self.num_experts);
             let key = ExpertKey { layer: LayerId(layer as u16), expert: ExpertId(expert as u16) };
-            self.begin_upload(gpu, host, &gpu.demand, key, SlotId(slot as u32))?;
-            bytes += self.expert_bytes as u64;
+            let Ok(slot) = u32::try_from(slot) else { continue };
+            self.begin_upload(gpu, host, Urgency::Demand, key, SlotId(slot))?;
+            self.uploads.await_on(&gpu.compute, slot as usize)?;
+            uploads += 1;
+            if one_by_one {
+                gpu.finish()?;
+            }
         }
-        gpu.demand.synchronize().map_err(failed("cuStreamSynchronize"))?;
-        Ok(bytes)
+        gpu.finish()?;
+        Ok(uploads)
     }
 
     /// Brings the table up to date and begins what is planned: first of `current`, the plan of the pass that follows.
@@ -209,34 +209,117 @@ impl Experts {
         host: &mut HostTier,
         current: Option<PlanId>,
     ) -> Result<(), CudaError> {
-        for ahead in std::mem::take(&mut self.ahead) {
-            if self.is_planned(current, ahead.load.key) {
-                self.enter_awaited(ahead);
-            } else if self.is_uploaded(ahead.load.slot)? {
-                self.enter(ahead.load.key, ahead.load.slot);
+        self.residency.hold(0..0);
+        for load in std::mem::take(&mut self.ahead) {
+            if is_planned(&self.plans, current, load.key) {
+                self.enter_awaited(load);
+            } else if self.uploads.is_done(load.slot.index())? {
+                self.enter(load.key, load.slot);
             } else {
-                self.ahead.push(ahead);
+                self.ahead.push(load);
             }
         }
         while self.ahead.len() < AHEAD_MAX
             && let Some(load) = self.next_prefetch()
         {
-            if let Some(evicted) = load.evicted {
-                self.leave(evicted);
-            }
-            self.upload(gpu, host, &gpu.prefetch, load.key, load.slot)?;
-            self.prefetches += 1;
-            let ahead = Ahead { load, number: self.prefetches };
-            match self.is_planned(current, load.key) {
-                true => self.enter_awaited(ahead),
-                false => self.ahead.push(ahead),
+            self.begin_ahead(gpu, host, &load)?;
+            match is_planned(&self.plans, current, load.key) {
+                true => self.enter_awaited(load),
+                false => self.ahead.push(load),
             }
         }
-        self.send_table(gpu)
+        self.send_all(gpu)
+    }
+
+    /// Whether the pass that follows, through these layers, would wait for experts that `current` plans longer than it is worth to
+    /// start it at once.
+    pub(super) fn is_behind(&mut self, current: Option<PlanId>, layers: &Range<u16>) -> Result<bool, CudaError> {
+        if self.residency.next_missing_within(1).is_some_and(|key| layers.contains(&key.layer.0)) {
+            return Ok(true);
+        }
+        let mut waits = 0;
+        for load in self.ahead.iter().filter(|load| is_planned(&self.plans, current, load.key)) {
+            waits += usize::from(!self.uploads.is_done(load.slot.index())?);
+        }
+        Ok(waits >= BUSY_UPLOADS)
+    }
+
+    /// Before `layer` of a pass that is followed is started: has the compute stream wait for what `current` plans of it, begins
+    /// what is to come, and brings its part of the table up to date. The layers `running` were started. Returns how many uploads
+    /// were begun.
+    pub(super) fn come_to(
+        &mut self,
+        gpu: &Gpu,
+        host: &mut HostTier,
+        current: Option<PlanId>,
+        layer: LayerId,
+        running: Range<u16>,
+    ) -> Result<usize, CudaError> {
+        self.residency.hold(running);
+        let begun =
+            self.prefetch_beside(gpu, host, |plans, key| key.layer == layer && is_planned(plans, current, key))?;
+        for load in std::mem::take(&mut self.ahead) {
+            let is_wanted = is_planned(&self.plans, current, load.key);
+            if load.key.layer == layer && (is_wanted || self.uploads.is_done(load.slot.index())?) {
+                self.enter_awaited(load);
+            } else {
+                self.ahead.push(load);
+            }
+        }
+        let only = layer.0..layer.0 + 1;
+        self.settle(gpu, only.clone())?;
+        self.send_table(gpu, only)?;
+        Ok(begun)
+    }
+
+    /// No layer of a pass that was followed runs any more. Returns how many uploads were begun.
+    pub(super) fn go_on(&mut self, gpu: &Gpu, host: &mut HostTier) -> Result<usize, CudaError> {
+        self.residency.hold(0..0);
+        self.prefetch_beside(gpu, host, |_, _| false)
+    }
+
+    /// Begins what is planned, in the order of use: a few, and all that `is_now` says is used now.
+    fn prefetch_beside(
+        &mut self,
+        gpu: &Gpu,
+        host: &mut HostTier,
+        is_now: impl Fn(&Plans, ExpertKey) -> bool,
+    ) -> Result<usize, CudaError> {
+        let before = self.on_the_way()?;
+        let mut begun = 0;
+        while let Some(key) = self.residency.next_missing_within(NEXT_PLANS)
+            && (before + begun < BESIDE_MAX || is_now(&self.plans, key))
+            && let Some(load) = self.residency.next_prefetch_within(NEXT_PLANS, Room::UsedAfterLayer)
+        {
+            self.begin_ahead(gpu, host, &load)?;
+            self.ahead.push(load);
+            begun += 1;
+        }
+        Ok(begun)
+    }
+
+    /// Uploads for later that are not yet there.
+    fn on_the_way(&self) -> Result<usize, CudaError> {
+        let mut count = 0;
+        // They end in the order in which they were begun.
+        for load in self.ahead.iter().rev() {
+            if self.uploads.is_done(load.slot.index())? {
+                break;
+            }
+            count += 1;
+        }
+        Ok(count)
+    }
+
+    fn begin_ahead(&mut self, gpu: &Gpu, host: &mut HostTier, load: &Load) -> Result<(), CudaError> {
+        if let Some(evicted) = load.evicted {
+            self.leave(evicted);
+        }
+        self.upload(gpu, host, Urgency::Ahead, load.key, load.slot)
     }
 
     fn next_prefetch(&mut self) -> Option<Load> {
-        let load = self.residency.next_prefetch_within(NEXT_PLANS, Room::UsedLater);
+        let load = self.residency.next_prefetch_within(NEXT_PLANS, Room::UsedAfterPlan);
         match load {
             None if self.ahead.len() < BUSY_UPLOADS => {
                 self.residency.next_prefetch_within(EARLY_PLANS, Room::Unplanned)
@@ -245,25 +328,15 @@ impl Experts {
         }
     }
 
-    fn is_planned(&self, plan: Option<PlanId>, key: ExpertKey) -> bool {
-        plan.and_then(|id| self.plans.get(&id)).is_some_and(|plan| plan.contains(&key))
-    }
-
-    fn is_uploaded(&self, slot: SlotId) -> Result<bool, CudaError> {
-        self.uploads[slot.index()].try_is_complete().map_err(failed("cuEventQuery"))
-    }
-
-    /// Has the compute stream wait for a layer's uploads.
-    pub(super) fn wait_for_layer(&self, gpu: &Gpu, layer: LayerId) -> Result<(), CudaError> {
-        match self.awaited[usize::from(layer.0)] {
-            Some((_, slot)) => gpu.compute.wait(&self.uploads[slot.index()]).map_err(failed("cuStreamWaitEvent")),
-            None => Ok(()),
+    /// Has the compute stream wait for the uploads of these layers' experts that are in the table.
+    pub(super) fn settle(&mut self, gpu: &Gpu, layers: Range<u16>) -> Result<(), CudaError> {
+        for (layer, slot) in std::mem::take(&mut self.awaited) {
+            match layers.contains(&layer.0) {
+                true => self.uploads.await_on(&gpu.compute, slot.index())?,
+                false => self.awaited.push((layer, slot)),
+            }
         }
-    }
-
-    /// Has the compute stream wait for the uploads of all these layers.
-    pub(super) fn wait_for_layers(&self, gpu: &Gpu, mut layers: Range<u16>) -> Result<(), CudaError> {
-        layers.try_for_each(|layer| self.wait_for_layer(gpu, LayerId(layer)))
+        Ok(())
     }
 
     /// A pass is over that used these experts of a layer, all distinct. `is_last`: its batch will not use the layer again.
@@ -276,12 +349,11 @@ impl Experts {
         if is_last {
             self.residency.advance(layer);
         }
-        self.awaited[usize::from(layer.0)] = None;
         Ok(())
     }
 
     /// Loads what is missing of the experts of a layer, all distinct, and has the compute stream wait for it. No pass
-    /// may be running. Returns how many were loaded.
+    /// may be running, but for one that stopped and reads nothing any more. Returns how many were loaded.
     pub(super) fn demand(
         &mut self,
         gpu: &Gpu,
@@ -289,13 +361,14 @@ impl Experts {
         layer: LayerId,
         experts: &[ExpertId],
     ) -> Result<usize, CudaError> {
+        self.residency.hold(0..0);
         let mut pending = self.residency.call(layer, experts.iter().copied()).map_err(refused)?;
         let mut grants = Vec::with_capacity(experts.len());
         self.residency.acquire(&mut pending, usize::MAX, &mut grants);
         if !pending.is_empty() {
             // What is ahead holds the slots: it may leave again. What stays may be chosen by a layer of this pass.
-            for ahead in std::mem::take(&mut self.ahead) {
-                self.enter_awaited(ahead);
+            for load in std::mem::take(&mut self.ahead) {
+                self.enter_awaited(load);
             }
             self.residency.acquire(&mut pending, usize::MAX, &mut grants);
         }
@@ -307,13 +380,13 @@ impl Experts {
                     if let Some(evicted) = evicted {
                         self.leave(evicted);
                     }
-                    self.upload(gpu, host, &gpu.demand, grant.key, grant.slot)?;
+                    self.upload(gpu, host, Urgency::Demand, grant.key, grant.slot)?;
                     self.enter(grant.key, grant.slot);
                     loaded.push(grant.slot);
                 }
                 Access::Await(_) => {
-                    if let Some(at) = self.ahead.iter().position(|ahead| ahead.load.key == grant.key) {
-                        let Ahead { load, .. } = self.ahead.remove(at);
+                    if let Some(at) = self.ahead.iter().position(|load| load.key == grant.key) {
+                        let load = self.ahead.remove(at);
                         self.enter(load.key, load.slot);
                     }
                     loaded.push(grant.slot);
@@ -325,9 +398,9 @@ impl Experts {
         }
         self.residency.abandon(pending);
         for slot in &loaded {
-            gpu.compute.wait(&self.uploads[slot.index()]).map_err(failed("cuStreamWaitEvent"))?;
+            self.uploads.await_on(&gpu.compute, slot.index())?;
         }
-        self.send_table(gpu)?;
+        self.send_all(gpu)?;
         Ok(loaded.len())
     }
 
@@ -336,11 +409,11 @@ impl Experts {
         &mut self,
         gpu: &Gpu,
         host: &mut HostTier,
-        stream: &CudaStream,
+        urgency: Urgency,
         key: ExpertKey,
         slot: SlotId,
     ) -> Result<(), CudaError> {
-        let begun = self.begin_upload(gpu, host, stream, key, slot);
+        let begun = self.begin_upload(gpu, host, urgency, key, slot);
         if begun.is_err() {
             self.residency.load_failed(slot);
         }
@@ -351,23 +424,13 @@ impl Experts {
         &self,
         gpu: &Gpu,
         host: &mut HostTier,
-        stream: &CudaStream,
+        urgency: Urgency,
         key: ExpertKey,
         slot: SlotId,
     ) -> Result<(), CudaError> {
-        let done = &self.uploads[slot.index()];
-        // The upload before it may have been begun on the other stream and not be over.
-        stream.wait(done).map_err(failed("cuStreamWaitEvent"))?;
-        let found = host.find(gpu, key)?;
-        let to = self.slab.address() + (slot.index() * self.expert_bytes) as u64;
-        // SAFETY: no pass that could read the slot runs (see the file's head), the upload before it is waited for,
-        // and a place of the host is filled again only after `read`.
-        unsafe { gpu.upload(stream, found.bytes, to) }?;
-        done.record(stream).map_err(failed("cuEventRecord"))?;
-        match found.read {
-            Some(read) => read.record(stream).map_err(failed("cuEventRecord")),
-            None => Ok(()),
-        }
+        // SAFETY: no pass that could read the slot runs (see the file's head), and the host tier outlives the uploads and fills
+        // a place again only after its mark.
+        unsafe { self.uploads.begin(gpu, &host.find(gpu, key)?, slot.index(), urgency, false) }
     }
 
     /// The next table has the expert. Its upload is begun, and will be waited for.
@@ -375,34 +438,63 @@ impl Experts {
         self.residency.loaded(slot);
         let place = self.place(key);
         self.mirror[place] = slot.index() as i32;
-        self.is_dirty = true;
+        self.is_dirty[usize::from(key.layer.0)] = true;
     }
 
     /// As [`Experts::enter`], for a pass that must wait for it itself.
-    fn enter_awaited(&mut self, Ahead { load, number }: Ahead) {
+    fn enter_awaited(&mut self, load: Load) {
         self.enter(load.key, load.slot);
-        let awaited = &mut self.awaited[usize::from(load.key.layer.0)];
-        if awaited.is_none_or(|(last, _)| last < number) {
-            *awaited = Some((number, load.slot));
-        }
+        self.awaited.push((load.key.layer, load.slot));
     }
 
     fn leave(&mut self, key: ExpertKey) {
         let place = self.place(key);
         self.mirror[place] = -1;
-        self.is_dirty = true;
+        self.is_dirty[usize::from(key.layer.0)] = true;
     }
 
     fn place(&self, key: ExpertKey) -> usize {
         usize::from(key.layer.0) * self.num_experts + usize::from(key.expert.0)
     }
 
-    fn send_table(&mut self, gpu: &Gpu) -> Result<(), CudaError> {
-        if std::mem::take(&mut self.is_dirty) {
-            gpu.write(self.table.address(), plain_bytes(&self.mirror))?;
+    fn send_all(&mut self, gpu: &Gpu) -> Result<(), CudaError> {
+        self.send_table(gpu, 0..self.is_dirty.len() as u16)
+    }
+
+    /// Sends these layers' parts of the table, if they changed.
+    fn send_table(&mut self, gpu: &Gpu, layers: Range<u16>) -> Result<(), CudaError> {
+        let layers = usize::from(layers.start)..usize::from(layers.end);
+        let is_dirty = &mut self.is_dirty[layers.clone()];
+        if is_dirty.contains(&true) {
+            let (first, end) = (layers.start * self.num_experts, layers.end * self.num_experts);
+            gpu.write(self.table.address() + first as u64 * 4, plain_bytes(&self.mirror[first..end]))?;
+            is_dirty.fill(false);
         }
         Ok(())
     }
+}
+
+/// What a pass is told of the experts on the device.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ExpertPlaces {
+    table: u64,
+    layer_bytes: usize,
+    pub(super) slots: Slots,
+    /// Whether an expert may be nowhere.
+    pub(super) may_miss: bool,
+}
+
+impl ExpertPlaces {
+    /// Where the slots of a layer's experts are listed, on the device.
+    pub(super) fn table_of(&self, layer: LayerId) -> u64 {
+        self.table + (usize::from(layer.0) * self.layer_bytes) as u64
+    }
+}
+
+type Plans = HashMap<PlanId, HashSet<ExpertKey>>;
+
+fn is_planned(plans: &Plans, plan: Option<PlanId>, key: ExpertKey) -> bool {
+    plan.and_then(|id| plans.get(&id)).is_some_and(|plan| plan.contains(&key))
 }
 
 /// A plan or a call that names experts the model does not have.

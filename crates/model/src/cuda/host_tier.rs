@@ -9,9 +9,8 @@ use super::{
     device::Gpu,
     error::{CudaError, failed},
     locked_memory::LockedMemory,
-    weights::convert,
 };
-use crate::{ExpertStore, ModelError, Precision, StoredDType};
+use crate::{ExpertSlot, ExpertStore};
 
 /// Experts of one allocation, so that filling begins before all is taken.
 const CHUNK_EXPERTS: usize = 16;
@@ -22,7 +21,7 @@ const STAGES: usize = 4;
 #[derive(Debug)]
 pub(super) struct HostTier {
     store: ExpertStore,
-    precision: Precision,
+    slot: ExpertSlot,
     chunks: Vec<LockedMemory>,
     /// For each expert, in order of layer and expert, its place in the chunks.
     places: Vec<Option<usize>>,
@@ -49,10 +48,10 @@ pub(super) struct Found<'t> {
 
 impl HostTier {
     /// Takes at most `bytes` of page-locked memory, as experts are found for the first time.
-    pub(super) fn open(gpu: &Gpu, store: ExpertStore, precision: Precision, bytes: u64) -> Result<Self, CudaError> {
+    pub(super) fn open(gpu: &Gpu, store: ExpertStore, slot: ExpertSlot, bytes: u64) -> Result<Self, CudaError> {
         let (chunks, stages) = (Vec::new(), Vec::new());
         let (places, taken, places_max, next_stage) = (Vec::new(), 0, 0, 0);
-        let mut tier = Self { store, precision, chunks, places, taken, places_max, stages, next_stage };
+        let mut tier = Self { store, slot, chunks, places, taken, places_max, stages, next_stage };
         let (expert_bytes, experts) = (tier.expert_bytes(), tier.experts());
         tier.places = vec![None; experts];
         tier.places_max = experts.min((bytes / expert_bytes as u64) as usize);
@@ -72,7 +71,7 @@ impl HostTier {
                 .par_chunks_exact_mut(self.expert_bytes())
                 .take(count)
                 .enumerate()
-                .try_for_each(|(at, place)| load(&self.store, self.precision, self.key(first + at), place))?;
+                .try_for_each(|(at, place)| self.slot.read(&self.store, self.key(first + at), place))?;
             self.chunks.push(chunk);
             (first..first + count).for_each(|index| self.places[index] = Some(index));
             self.taken += count;
@@ -85,10 +84,14 @@ impl HostTier {
         LockedMemory::take(gpu, CHUNK_EXPERTS.min(self.places_max - self.taken) * self.expert_bytes())
     }
 
-    /// Bytes of one expert on the device.
+    /// How experts lie there and on the device.
+    pub(super) fn slot(&self) -> &ExpertSlot {
+        &self.slot
+    }
+
+    /// Bytes of one expert.
     pub(super) fn expert_bytes(&self) -> usize {
-        let shape = self.store.shape();
-        shape.matrices() * shape.d_model * shape.d_ff * self.precision.size()
+        self.slot.bytes()
     }
 
     /// Experts of the whole model.
@@ -108,7 +111,7 @@ impl HostTier {
         let Stage { memory, read } = &mut self.stages[self.next_stage];
         read.synchronize().map_err(failed("cuEventSynchronize"))?;
         let bytes = memory.as_mut_slice().map_err(failed("cuEventSynchronize"))?;
-        load(&self.store, self.precision, key, bytes)?;
+        self.slot.read(&self.store, key, bytes)?;
         Ok(Found { bytes, read: Some(read) })
     }
 
@@ -134,7 +137,7 @@ impl HostTier {
         }
         let expert_bytes = self.expert_bytes();
         let place = &mut self.chunks[self.taken / CHUNK_EXPERTS][at * expert_bytes..][..expert_bytes];
-        load(&self.store, self.precision, key, place)?;
+        self.slot.read(&self.store, key, place)?;
         self.places[index] = Some(self.taken);
         self.taken += 1;
         Ok(())
@@ -147,21 +150,5 @@ impl HostTier {
     fn key(&self, index: usize) -> ExpertKey {
         let num_experts = self.store.config().num_experts;
         ExpertKey { layer: LayerId((index / num_experts) as u16), expert: ExpertId((index % num_experts) as u16) }
-    }
-}
-
-/// Reads an expert as the device takes it.
-fn load(store: &ExpertStore, precision: Precision, key: ExpertKey, slot: &mut [u8]) -> Result<(), ModelError> {
-    let shape = store.shape();
-    match (shape.dtype, precision) {
-        (StoredDType::BF16, Precision::Bf16) | (StoredDType::F32, Precision::F32) => store.load(key, slot),
-        _ => {
-            let mut stored = vec![0; shape.bytes()];
-            store.load(key, &mut stored)?;
-            let mut converted = Vec::with_capacity(slot.len());
-            convert(shape.dtype, &stored, precision, &mut converted);
-            slot.copy_from_slice(&converted);
-            Ok(())
-        }
     }
 }

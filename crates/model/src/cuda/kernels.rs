@@ -15,12 +15,13 @@ use super::{
 use crate::Precision;
 
 /// In the order in which they build on each other.
-const SOURCES: [(&str, &str); 9] = [
+const SOURCES: [(&str, &str); 10] = [
     ("numbers.cu", include_str!("kernels/numbers.cu")),
     ("rows.cu", include_str!("kernels/rows.cu")),
     ("product.cu", include_str!("kernels/product.cu")),
     ("product_scalar.cu", include_str!("kernels/product_scalar.cu")),
     ("product_tensor.cu", include_str!("kernels/product_tensor.cu")),
+    ("product_packed.cu", include_str!("kernels/product_packed.cu")),
     ("routing.cu", include_str!("kernels/routing.cu")),
     ("attention.cu", include_str!("kernels/attention.cu")),
     ("attention_scalar.cu", include_str!("kernels/attention_scalar.cu")),
@@ -34,11 +35,19 @@ pub(super) struct ProductKernels {
     pub(super) relu: CudaFunction,
     pub(super) add: CudaFunction,
     pub(super) logits: CudaFunction,
-    pub(super) gather: CudaFunction,
-    pub(super) scatter: CudaFunction,
+    pub(super) experts: ExpertKernels,
+    /// For bf16 only.
+    pub(super) packed_experts: Option<ExpertKernels>,
     pub(super) threads: u32,
     /// Outputs and rows of a block.
     pub(super) tile: (usize, usize),
+}
+
+/// Both products of experts.
+#[derive(Debug)]
+pub(super) struct ExpertKernels {
+    pub(super) gather: CudaFunction,
+    pub(super) scatter: CudaFunction,
 }
 
 /// Everything that runs on the device.
@@ -98,22 +107,32 @@ impl Kernels {
             attend_input: function("attend_input")?,
             queries: if is_bf16 { 64 } else { 8 },
             write_cache: function("write_cache")?,
-            few: ProductKernels::load(&module, "few", 128, (16, if is_bf16 { 32 } else { 8 }))?,
-            many: is_bf16.then(|| ProductKernels::load(&module, "many", 256, (128, 64))).transpose()?,
+            few: ProductKernels::load(&module, "few", is_bf16, 128, (16, if is_bf16 { 32 } else { 8 }))?,
+            many: is_bf16.then(|| ProductKernels::load(&module, "many", true, 256, (128, 64))).transpose()?,
         })
     }
 }
 
 impl ProductKernels {
-    fn load(module: &Arc<CudaModule>, name: &str, threads: u32, tile: (usize, usize)) -> Result<Self, CudaError> {
+    fn load(
+        module: &Arc<CudaModule>,
+        name: &str,
+        is_bf16: bool,
+        threads: u32,
+        tile: (usize, usize),
+    ) -> Result<Self, CudaError> {
         let kind = |kind: &str| load(module, &format!("{name}_{kind}"));
+        let experts = |name: &str| {
+            let (gather, scatter) = (format!("{name}_gather"), format!("{name}_scatter"));
+            Ok::<_, CudaError>(ExpertKernels { gather: load(module, &gather)?, scatter: load(module, &scatter)? })
+        };
         Ok(Self {
             store: kind("store")?,
             relu: kind("relu")?,
             add: kind("add")?,
             logits: kind("logits")?,
-            gather: kind("gather")?,
-            scatter: kind("scatter")?,
+            experts: experts(name)?,
+            packed_experts: is_bf16.then(|| experts(&format!("{name}_packed"))).transpose()?,
             threads,
             tile,
         })

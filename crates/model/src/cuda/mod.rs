@@ -8,7 +8,7 @@
 //!
 //! In reading order: [`error`], [`device`] (context, streams, memory), [`kernels`] (compiled at the start; the sources
 //! under `kernels/`: numbers, rows, product and its ways, routing, attention and its ways) and their `arguments`, `weights`,
-//! `scratch`, `pass` (the forward), `recorded` (as graphs) and `grouped` (its experts), `host_tier` (in `locked_memory`)
+//! `scratch`, `pass` (the forward), `recorded` (as graphs) and `grouped` (its experts), `host_tier` (in `locked_memory`), `uploads`
 //! and `experts` (who is on the device), [`model`],
 //! [`sequence`], [`dense`] (the forward without experts), [`slab`] (experts without the forward), [`window`] (what both share
 //! with other processes), [`timing`].
@@ -24,11 +24,13 @@ pub mod kernels;
 mod locked_memory;
 pub mod model;
 mod pass;
+mod progress;
 mod recorded;
 mod scratch;
 pub mod sequence;
 pub mod slab;
 pub mod timing;
+mod uploads;
 mod weights;
 pub mod window;
 

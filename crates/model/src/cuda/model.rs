@@ -6,6 +6,7 @@
 //! step is some 170 small kernels, whose launches would take longer than they do.
 
 use std::{
+    ops::Range,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -21,12 +22,13 @@ use super::{
     experts::Experts,
     host_tier::HostTier,
     pass::{BatchShape, Machine, Pass},
+    progress::Progress,
     recorded::Recordings,
     scratch::{LOGIT_ROWS_MAX, Packet, Report},
     sequence::DeviceSequence,
     weights,
 };
-use crate::{Checkpoint, ExpertStore, ModelConfig, Precision, Spans, Stack, StoredDType};
+use crate::{Checkpoint, ExpertSlot, ExpertStore, ModelConfig, Precision, Spans, Stack, StoredDType};
 
 /// How a model is put on a device.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -37,6 +39,8 @@ pub struct DeviceOptions {
     pub expert_bytes: u64,
     /// Bytes of experts in page-locked memory of the host; the others are read from disk when they are wanted.
     pub host_bytes: u64,
+    /// Whether experts in bf16 are packed, if they can be.
+    pub packs: bool,
     /// Rows of a batch at most.
     pub rows_max: usize,
     /// Whether steps of a known shape are replayed as graphs.
@@ -54,6 +58,8 @@ pub struct Passed {
     pub demand_loads: usize,
     /// How long that took.
     pub load: Duration,
+    /// Experts whose uploads were begun while the pass ran, in the place of those that it and others are done with.
+    pub loads_beside: usize,
 }
 
 /// See the file's head.
@@ -61,8 +67,10 @@ pub struct Passed {
 pub struct DeviceModel {
     pub(super) dense: DeviceDense,
     options: DeviceOptions,
-    pub(super) host: HostTier,
+    /// Before the host's, which they come from.
     pub(super) experts: Experts,
+    pub(super) host: HostTier,
+    progress: Progress,
     graphs: Recordings<(Stack, BatchShape)>,
     /// The plan of the next pass.
     current: Option<PlanId>,
@@ -79,15 +87,16 @@ impl DeviceModel {
     ) -> Result<Self, CudaError> {
         let dense = DeviceDense::open(gpu, &checkpoint, options.precision, options.rows_max)?;
         let store = ExpertStore::open(checkpoint)?;
-        let mut host = HostTier::open(&dense.gpu, store, options.precision, options.host_bytes)?;
+        let slot = ExpertSlot::choose(&store, options.precision, options.packs)?;
+        let mut host = HostTier::open(&dense.gpu, store, slot, options.host_bytes)?;
         host.fill(&dense.gpu, on_progress)?;
         Self::with_slab(dense, host, options)
     }
 
     fn with_slab(dense: DeviceDense, host: HostTier, options: DeviceOptions) -> Result<Self, CudaError> {
-        let expert = (host.expert_bytes(), options.precision);
-        let experts = Experts::new(&dense.gpu, &dense.config, expert, options.expert_bytes, options.rows_max)?;
-        let mut model = Self { dense, options, host, experts, graphs: Recordings::new(), current: None };
+        let experts = Experts::new(&dense.gpu, &dense.config, *host.slot(), options.expert_bytes, options.rows_max)?;
+        let progress = Progress::new(&dense.gpu, &dense.scratch, dense.config.moe_layers(Stack::Encoder).len())?;
+        let mut model = Self { dense, options, experts, host, progress, graphs: Recordings::new(), current: None };
         model.fill_if_all_fit()?;
         Ok(model)
     }
@@ -119,10 +128,15 @@ impl DeviceModel {
         &self.dense.gpu
     }
 
-    /// Bytes of one expert on the device, and of all.
+    /// Bytes of one expert that is not packed, and of all.
     pub fn expert_bytes(&self) -> (u64, u64) {
-        let one = self.host.expert_bytes() as u64;
+        let one = self.host.slot().plain_bytes() as u64;
         (one, one * self.host.experts() as u64)
+    }
+
+    /// Bytes of one expert on the device.
+    pub fn slot_bytes(&self) -> u64 {
+        self.host.slot().bytes() as u64
     }
 
     /// Bytes on the device: backbone, experts, and what passes work in; caches of sequences come on top.
@@ -231,24 +245,33 @@ impl DeviceModel {
         self.dense.gpu.enter()?;
         let shape = BatchShape::of(spans, wanted.len());
         let packet = Packet::plan(&self.dense.scratch, shape.rows, shape.sequences, shape.wanted);
-        self.experts.begin_pass(&self.dense.gpu, &mut self.host, self.current)?;
         packet.send(&self.dense.gpu, ids, sequences, wanted)?;
         let layers = self.dense.config.moe_layers(stack);
         let mut passed = Passed::default();
-        let (mut resume, mut settled) = (None, 0);
+        // What is decoded comes through the decoder's layers again with every token: no pass is done with them.
+        let follows = stack == Stack::Encoder && !layers.is_empty() && self.experts.is_behind(self.current, &layers)?;
+        if !follows {
+            self.experts.begin_pass(&self.dense.gpu, &mut self.host, self.current)?;
+        }
+        let (mut resume, mut done) = (None, 0);
         loop {
-            self.start_pass(stack, shape, packet, resume)?;
-            let report = Report::read(&self.dense.gpu, &self.dense.scratch, layers.len(), shape.rows)?;
+            let report = match follows {
+                true => self.follow_pass(shape, packet, resume, &mut done, &mut passed.loads_beside)?,
+                false => {
+                    self.start_pass(stack, shape, packet, resume)?;
+                    Report::read(&self.dense.gpu, &self.dense.scratch, layers.len(), shape.rows)?
+                }
+            };
             let Some(stopped) = report.stopped_at() else {
                 passed.experts = (0..layers.len()).map(|layer| report.chosen(layer, shape.rows)).collect();
                 passed.tokens = report.tokens(shape.wanted);
-                self.settle(stack, settled..layers.len(), &report, shape.rows)?;
+                self.used(stack, done..layers.len(), &report, shape.rows)?;
                 return Ok(passed);
             };
             let begun = Instant::now();
             // What is behind the pass may leave for what it waits for.
-            self.settle(stack, settled..stopped, &report, shape.rows)?;
-            settled = stopped;
+            self.used(stack, done..stopped, &report, shape.rows)?;
+            done = stopped;
             let experts = distinct(&report.chosen(stopped, shape.rows));
             let layer = LayerId(layers.start + stopped as u16);
             passed.demand_loads += self.experts.demand(&self.dense.gpu, &mut self.host, layer, &experts)?;
@@ -257,14 +280,55 @@ impl DeviceModel {
         }
     }
 
-    /// Tells the experts that a pass is done with MoE layers of its stack.
-    fn settle(
+    /// Starts an encoding's pass layer by layer, one ahead of what is computed, so that experts come just before each layer and
+    /// leave right after it. `done` MoE layers are behind it. Returns when it stopped or is through the last of them.
+    fn follow_pass(
         &mut self,
-        stack: Stack,
-        layers: std::ops::Range<usize>,
-        report: &Report,
-        rows: usize,
-    ) -> Result<(), CudaError> {
+        shape: BatchShape,
+        packet: Packet,
+        resume: Option<usize>,
+        done: &mut usize,
+        loads_beside: &mut usize,
+    ) -> Result<Report, CudaError> {
+        self.clear_guard()?;
+        let current = self.current;
+        let Self { dense, experts, host, progress, .. } = self;
+        let DeviceDense { gpu, scratch, backbone, .. } = &*dense;
+        let layers = dense.config.moe_layers(Stack::Encoder);
+        let layer = |index: usize| LayerId(layers.start + index as u16);
+        let machine = Machine { experts: Some(experts.places()), ..dense.machine() };
+        let mut pass = Pass::new(machine, shape, packet, resume);
+        if resume.is_none() {
+            experts.come_to(gpu, host, current, layer(0), 0..0)?;
+        }
+        for index in *done..layers.len() {
+            pass.encode_through(index + 1, &backbone.encoder)?;
+            progress.tell(gpu, scratch, index, shape.rows)?;
+            if index > *done {
+                let report = progress.wait(*done, shape.rows)?;
+                if report.stopped_at().is_some() {
+                    return Ok(report);
+                }
+                experts.used(layer(*done), &distinct(&report.chosen(*done, shape.rows)), true)?;
+                *done += 1;
+            }
+            if index + 1 < layers.len() {
+                let running = layer(*done).0..layer(index).0 + 1;
+                *loads_beside += experts.come_to(gpu, host, current, layer(index + 1), running)?;
+            }
+        }
+        pass.encode(&backbone.encoder)?;
+        let report = progress.wait(*done, shape.rows)?;
+        if report.stopped_at().is_none() {
+            experts.used(layer(*done), &distinct(&report.chosen(*done, shape.rows)), true)?;
+            *done += 1;
+            *loads_beside += experts.go_on(gpu, host)?;
+        }
+        Ok(report)
+    }
+
+    /// Tells the experts that a pass is done with MoE layers of its stack.
+    fn used(&mut self, stack: Stack, layers: Range<usize>, report: &Report, rows: usize) -> Result<(), CudaError> {
         let first = self.dense.config.moe_layers(stack).start;
         for index in layers {
             let layer = LayerId(first + index as u16);
@@ -282,33 +346,26 @@ impl DeviceModel {
         packet: Packet,
         resume: Option<usize>,
     ) -> Result<(), CudaError> {
-        let stream = self.dense.gpu.compute.cu_stream();
-        // SAFETY: the report begins with the guard.
-        unsafe { result::memset_d8_async(self.dense.scratch.guard(), 0x7f, 4, stream) }
-            .map_err(failed("cuMemsetD8Async"))?;
+        self.experts.settle(&self.dense.gpu, self.dense.config.moe_layers(stack))?;
+        self.clear_guard()?;
         if resume.is_some() || !self.options.graphs {
-            return self.run(stack, shape, packet, resume, true);
+            return self.run(stack, shape, packet, resume);
         }
         let mut graphs = std::mem::replace(&mut self.graphs, Recordings::new());
-        // What is recorded waits for nothing.
-        let waits = !graphs.knows(&(stack, shape));
-        if !waits {
-            self.experts.wait_for_layers(&self.dense.gpu, self.dense.config.moe_layers(stack))?;
-        }
-        let started = graphs.start(&self.dense.gpu, (stack, shape), || self.run(stack, shape, packet, None, waits));
+        let started = graphs.start(&self.dense.gpu, (stack, shape), || self.run(stack, shape, packet, None));
         self.graphs = graphs;
         started
     }
 
-    fn run(
-        &self,
-        stack: Stack,
-        shape: BatchShape,
-        packet: Packet,
-        resume: Option<usize>,
-        waits: bool,
-    ) -> Result<(), CudaError> {
-        let mut pass = Pass::new(self.machine(), shape, packet, resume, waits);
+    fn clear_guard(&self) -> Result<(), CudaError> {
+        let stream = self.dense.gpu.compute.cu_stream();
+        // SAFETY: the report begins with the guard.
+        unsafe { result::memset_d8_async(self.dense.scratch.guard(), 0x7f, 4, stream) }
+            .map_err(failed("cuMemsetD8Async"))
+    }
+
+    fn run(&self, stack: Stack, shape: BatchShape, packet: Packet, resume: Option<usize>) -> Result<(), CudaError> {
+        let mut pass = Pass::new(self.machine(), shape, packet, resume);
         let backbone = &self.dense.backbone;
         match stack {
             Stack::Encoder => pass.encode(&backbone.encoder),
@@ -317,7 +374,7 @@ impl DeviceModel {
     }
 
     pub(super) fn machine(&self) -> Machine<'_> {
-        Machine { experts: Some(&self.experts), ..self.dense.machine() }
+        Machine { experts: Some(self.experts.places()), ..self.dense.machine() }
     }
 }
 

@@ -11,8 +11,8 @@ use super::{
     arguments::{Add, Attention, Best, Embed, Norm, Product, Route},
     device::Gpu,
     error::CudaError,
-    experts::Experts,
-    grouped::{FEW_GROUP_ROWS_MAX, Grouped},
+    experts::ExpertPlaces,
+    grouped::{Grouped, few_group_rows_max},
     kernels::Kernels,
     scratch::{Packet, Scratch},
     weights::{Block, CrossAttention, FeedForward, Matrix, NormWeight, SelfAttention, StackWeights},
@@ -33,7 +33,7 @@ pub(super) struct Machine<'m> {
     pub(super) scratch: &'m Scratch,
     pub(super) config: &'m ModelConfig,
     /// `None`: they are elsewhere, and no pass goes through an MoE layer.
-    pub(super) experts: Option<&'m Experts>,
+    pub(super) experts: Option<ExpertPlaces>,
 }
 
 /// What a batch looks like: all that the shape of a pass depends on.
@@ -60,12 +60,11 @@ pub(super) struct Pass<'m> {
     machine: Machine<'m>,
     shape: BatchShape,
     packet: Packet,
-    /// MoE layers of the stack that were passed.
+    /// Blocks and MoE layers of the stack that were passed.
+    blocks: usize,
     layers: usize,
     /// The MoE layer to begin at: what is before it was done.
     resume: Option<usize>,
-    /// Whether compute must wait for uploads layer by layer; a recorded pass waits before it starts.
-    waits: bool,
     /// The guard, or 0 where every expert is resident.
     guard: u64,
 }
@@ -83,26 +82,31 @@ enum Become {
 }
 
 impl<'m> Pass<'m> {
-    pub(super) fn new(
-        machine: Machine<'m>,
-        shape: BatchShape,
-        packet: Packet,
-        resume: Option<usize>,
-        waits: bool,
-    ) -> Self {
-        let may_miss = machine.experts.is_some_and(|experts| !experts.is_complete());
+    pub(super) fn new(machine: Machine<'m>, shape: BatchShape, packet: Packet, resume: Option<usize>) -> Self {
+        let may_miss = machine.experts.is_some_and(|experts| experts.may_miss);
         let guard = if may_miss { machine.scratch.guard() } else { 0 };
-        Self { machine, shape, packet, layers: 0, resume, waits, guard }
+        Self { machine, shape, packet, blocks: 0, layers: 0, resume, guard }
     }
 
     /// ids (rows) -> the encoder's states (rows, d_model), in `scratch.x`.
     pub(super) fn encode(&mut self, weights: &StackWeights) -> Result<(), CudaError> {
-        self.embed(&weights.embedding)?;
-        for (index, block) in weights.blocks.iter().enumerate() {
-            self.attend_block(block, index, weights)?;
-            self.feed_forward(block)?;
-        }
+        self.encode_through(usize::MAX, weights)?;
         self.finish(weights)
+    }
+
+    /// The beginning of [`Pass::encode`], until `layers` MoE layers are behind it.
+    pub(super) fn encode_through(&mut self, layers: usize, weights: &StackWeights) -> Result<(), CudaError> {
+        if self.blocks == 0 {
+            self.embed(&weights.embedding)?;
+        }
+        while self.layers < layers
+            && let Some(block) = weights.blocks.get(self.blocks)
+        {
+            self.attend_block(block, self.blocks, weights)?;
+            self.feed_forward(block)?;
+            self.blocks += 1;
+        }
+        Ok(())
     }
 
     /// ids (rows), and caches, which get the rows' keys and values -> the best token of each wanted row, whose logits
@@ -264,13 +268,10 @@ impl<'m> Pass<'m> {
                     return Ok(());
                 }
                 let experts = self.machine.experts.expect("a pass through an MoE layer has experts");
-                if self.waits {
-                    experts.wait_for_layer(self.machine.gpu, *layer)?;
-                }
                 self.norm(norm, None, 1.0)?;
                 let route = self.route(router, experts.table_of(*layer))?;
                 self.layers += 1;
-                self.experts(experts, &route)
+                self.experts(&experts, &route)
             }
         }
     }
@@ -342,22 +343,24 @@ impl<'m> Pass<'m> {
             rows: rows as i32,
             experts: config.num_experts as i32,
             layer: self.layers as i32,
-            few_rows: if has_many { FEW_GROUP_ROWS_MAX as i32 } else { i32::MAX },
+            few_rows: if has_many { few_group_rows_max(rows) as i32 } else { i32::MAX },
             few_tile: kernels.few.tile.1 as i32,
             many_tile: kernels.many.as_ref().map_or(1, |many| many.tile.1 as i32),
         }
     }
 
     /// h += alpha * relu(x Wi^T) Wo^T by each row's expert.
-    pub(super) fn experts(&self, experts: &Experts, route: &Route) -> Result<(), CudaError> {
+    pub(super) fn experts(&self, experts: &ExpertPlaces, route: &Route) -> Result<(), CudaError> {
         let Machine { gpu, kernels, scratch, config, .. } = self.machine;
         let rows = self.shape.rows;
         let groups = rows.min(config.num_experts);
         // How many tiles there are only the device knows; so many at most.
-        let (few, many) = match &kernels.many {
-            None => (groups + rows / kernels.few.tile.1, 0),
-            Some(_) if rows <= FEW_GROUP_ROWS_MAX => (groups, 0),
-            Some(many) => (groups, rows / many.tile.1 + config.num_experts.min(rows / (FEW_GROUP_ROWS_MAX + 1))),
+        let few = groups + rows / kernels.few.tile.1;
+        let many = match (&kernels.many, few_group_rows_max(rows)) {
+            (Some(many), few_rows) if rows > few_rows => {
+                rows / many.tile.1 + config.num_experts.min(rows / (few_rows + 1))
+            }
+            _ => 0,
         };
         let grouped = Grouped {
             gpu,
@@ -370,8 +373,7 @@ impl<'m> Pass<'m> {
             out: scratch.h.address(),
             order: route.order,
             alpha: route.alpha,
-            matrices: [experts.matrix(0), experts.matrix(1)],
-            slot_values: experts.slot_values(),
+            slots: experts.slots,
             few: route.few,
             many: route.many,
             counts: route.counts,

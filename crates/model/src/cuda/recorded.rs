@@ -34,11 +34,6 @@ impl<K: Eq + Hash> Recordings<K> {
         Self { seen: HashMap::new() }
     }
 
-    /// Whether operations of this shape come as a graph.
-    pub(super) fn knows(&self, shape: &K) -> bool {
-        self.seen.contains_key(shape)
-    }
-
     /// Forgets everything: what was recorded names memory that is no more.
     pub(super) fn clear(&mut self) {
         self.seen.clear();

@@ -179,9 +179,19 @@ pub(super) struct Report {
 impl Report {
     /// Reads it, after all that was started: `layers` MoE layers of `rows` rows.
     pub(super) fn read(gpu: &Gpu, scratch: &Scratch, layers: usize, rows: usize) -> Result<Self, CudaError> {
-        let mut bytes = vec![0; CHOSEN_AT + layers * rows * 2];
+        let mut bytes = vec![0; Self::bytes(layers, rows)];
         gpu.read(scratch.report.address(), &mut bytes)?;
         Ok(Self { bytes })
+    }
+
+    /// Of bytes that were read.
+    pub(super) fn of(bytes: Vec<u8>) -> Self {
+        Self { bytes }
+    }
+
+    /// How many there are, up to what `layers` MoE layers of `rows` rows chose.
+    pub(super) fn bytes(layers: usize, rows: usize) -> usize {
+        CHOSEN_AT + layers * rows * 2
     }
 
     /// The first MoE layer of which an expert was missing, if any was: what follows was not computed.

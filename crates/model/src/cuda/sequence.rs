@@ -53,7 +53,7 @@ impl DeviceDense {
         let blocks = &self.backbone.decoder.blocks;
         let input = Arc::new(self.gpu.allocate("caches", blocks.len() * stride * value)?);
         let shape = BatchShape { rows, sequences: spans.len(), longest: 0, wanted: 0 };
-        let pass = Pass::new(self.machine(), shape, Packet::plan(&self.scratch, 0, 0, 0), None, false);
+        let pass = Pass::new(self.machine(), shape, Packet::plan(&self.scratch, 0, 0, 0), None);
         for (block, cross) in blocks.iter().enumerate().filter_map(|(at, block)| Some((at, block.cross.as_ref()?))) {
             pass.cross_keys(cross, input.address() + (block * stride * value) as u64)?;
         }

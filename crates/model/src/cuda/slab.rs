@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::{CudaEvent, PinnedHostSlice};
+use cudarc::driver::PinnedHostSlice;
 use parking_lot::Mutex;
 use sida_routing::ExpertKey;
 
@@ -16,23 +16,22 @@ use super::{
     dense::DeviceDense,
     device::{DeviceMemory, Gpu},
     error::{CudaError, failed},
-    grouped::{Grouped, Tiles},
-    host_tier::HostTier,
+    grouped::{Grouped, Slots, Tiles},
+    host_tier::{Found, HostTier},
     kernels::Kernels,
+    uploads::Uploads,
     weights::{self, plain_bytes},
     window::PeerRows,
 };
 use crate::{
-    ExpertDevice, ExpertShape, ExpertStore, ExpertWindow, ModelError, Precision, RowsOnDevice, SlotRows, SlotRun,
-    Urgency, WindowHandle,
+    ExpertDevice, ExpertShape, ExpertSlot, ExpertStore, ExpertWindow, ModelError, Precision, RowsOnDevice, SlotRows,
+    SlotRun, Urgency, WindowHandle,
 };
 
 /// Rows computed at once; more take turns.
 const ROWS_MAX: usize = 4096;
 /// Nobody reads heads here, and the kernels that do must be compiled for some width.
 const D_KV: usize = 64;
-/// A prefetch is uploaded in pieces of so many bytes, two at a time on their way, so that a demand never waits for more.
-const SLICE_BYTES: usize = 2 << 20;
 
 /// See the file's head.
 #[derive(Debug)]
@@ -41,12 +40,11 @@ pub struct DeviceSlab {
     kernels: Kernels,
     shape: ExpertShape,
     precision: Precision,
-    slots: DeviceMemory,
-    /// For each slot, the last upload into it.
-    uploads: Vec<CudaEvent>,
+    /// First of what they use, so that they end before it goes.
+    loads: Uploads,
+    slots: Slots,
+    _memory: DeviceMemory,
     host: Mutex<HostTier>,
-    /// The two slices of a prefetch that are on their way.
-    slices: Mutex<[CudaEvent; 2]>,
     work: Mutex<Work>,
 }
 
@@ -71,67 +69,50 @@ impl DeviceSlab {
     pub fn open(
         gpu: Gpu,
         store: ExpertStore,
-        precision: Precision,
+        slot: ExpertSlot,
         slots: usize,
         host_bytes: u64,
     ) -> Result<Self, CudaError> {
+        let precision = slot.precision();
         weights::check(store.config())?;
         gpu.enter()?;
         let kernels = Kernels::compile(&gpu, precision, D_KV)?;
         let shape = ExpertShape { dtype: precision.stored(), ..*store.shape() };
-        let memory = gpu.allocate("experts", slots * shape.bytes())?;
-        let uploads = (0..slots).map(|_| gpu.event()).collect::<Result<_, _>>()?;
+        let memory = gpu.allocate("experts", slots * slot.bytes())?;
+        let loads = Uploads::new(&gpu, (memory.address(), slots), slot.bytes())?;
         let work = Work::new(&gpu, &shape)?;
-        let host = HostTier::open(&gpu, store, precision, host_bytes)?;
+        let host = HostTier::open(&gpu, store, slot, host_bytes)?;
         gpu.finish()?;
-        let slices = Mutex::new([gpu.event()?, gpu.event()?]);
         let (host, work) = (Mutex::new(host), Mutex::new(work));
-        Ok(Self { gpu, kernels, shape, precision, slots: memory, uploads, host, slices, work })
+        Ok(Self {
+            gpu,
+            kernels,
+            shape,
+            precision,
+            loads,
+            slots: Slots::new(memory.address(), &slot),
+            _memory: memory,
+            host,
+            work,
+        })
     }
 
     fn begin(&self, key: ExpertKey, slot: usize, urgency: Urgency) -> Result<(), CudaError> {
         self.gpu.enter()?;
-        let done = &self.uploads[slot];
-        let stream = match urgency {
-            Urgency::Demand => &self.gpu.demand,
-            Urgency::Ahead => &self.gpu.prefetch,
-        };
-        // One that failed was perhaps not waited for.
-        stream.wait(done).map_err(failed("cuStreamWaitEvent"))?;
-        let to = self.slots.address() + (slot * self.shape.bytes()) as u64;
         let mut host = self.host.lock();
         let found = host.find(&self.gpu, key)?;
-        match (urgency, found.read) {
-            (Urgency::Ahead, None) => {
-                // SAFETY: an expert that stays in memory is written once and freed with the tier, after the slab's streams.
-                let bytes = unsafe { std::slice::from_raw_parts(found.bytes.as_ptr(), found.bytes.len()) };
-                // A demand must find its expert meanwhile.
-                drop(host);
-                self.upload_in_slices(bytes, to)?;
-            }
-            (_, read) => {
-                // SAFETY: nobody computes with the slot (see the trait), and a place that is used again is written only
-                // after `read`.
-                unsafe { self.gpu.upload(stream, found.bytes, to) }?;
-                if let Some(read) = read {
-                    read.record(stream).map_err(failed("cuEventRecord"))?;
-                }
-            }
+        let in_slices = urgency == Urgency::Ahead && found.read.is_none();
+        if !in_slices {
+            // SAFETY: nobody computes with the slot (see the trait), and a place that is used again is written only after its
+            // mark.
+            return unsafe { self.loads.begin(&self.gpu, &found, slot, urgency, false) };
         }
-        done.record(stream).map_err(failed("cuEventRecord"))
-    }
-
-    fn upload_in_slices(&self, bytes: &[u8], to: u64) -> Result<(), CudaError> {
-        let stream = &self.gpu.prefetch;
-        let on_the_way = self.slices.lock();
-        for (at, slice) in bytes.chunks(SLICE_BYTES).enumerate() {
-            let before = &on_the_way[at % 2];
-            before.synchronize().map_err(failed("cuEventSynchronize"))?;
-            // SAFETY: nobody computes with the slot (see the trait), and the bytes stay as they are.
-            unsafe { self.gpu.upload(stream, slice, to + (at * SLICE_BYTES) as u64) }?;
-            before.record(stream).map_err(failed("cuEventRecord"))?;
-        }
-        Ok(())
+        // SAFETY: an expert that stays in memory is written once, and freed after the uploads.
+        let bytes = unsafe { std::slice::from_raw_parts(found.bytes.as_ptr(), found.bytes.len()) };
+        // A demand must find its expert meanwhile.
+        drop(host);
+        // SAFETY: nobody computes with the slot, and the bytes stay as they are.
+        unsafe { self.loads.begin(&self.gpu, &Found { bytes, read: None }, slot, urgency, true) }
     }
 
     /// As many groups as fit, from `groups` on; what is left of a group that is cut is computed next.
@@ -233,8 +214,7 @@ impl DeviceSlab {
             out,
             order,
             alpha,
-            matrices: self.matrices(),
-            slot_values: self.slot_values(),
+            slots: self.slots,
             few,
             many,
             counts,
@@ -242,15 +222,6 @@ impl DeviceSlab {
             guard: 0,
         };
         grouped.start(tiles.few.len(), tiles.many.len())
-    }
-
-    /// Where wi and wo of slot 0 are.
-    fn matrices(&self) -> [u64; 2] {
-        [self.slots.address(), self.slots.address() + self.shape.matrix_bytes() as u64]
-    }
-
-    fn slot_values(&self) -> usize {
-        self.shape.bytes() / self.precision.size()
     }
 }
 
@@ -280,7 +251,7 @@ impl ExpertDevice for DeviceSlab {
 
     fn finish_load(&self, slot: usize) -> Result<(), ModelError> {
         self.gpu.enter()?;
-        Ok(self.uploads[slot].synchronize().map_err(failed("cuEventSynchronize"))?)
+        Ok(self.loads.wait_done(slot)?)
     }
 
     fn keep_near(&self, key: ExpertKey) -> Result<(), ModelError> {
@@ -323,7 +294,7 @@ impl ExpertDevice for DeviceSlab {
         done: Box<dyn FnOnce() + Send>,
     ) -> Result<(), ModelError> {
         let dense = &*rows.dense;
-        if let Err(error) = dense.start_experts(&self.kernels, (self.matrices(), self.slot_values()), groups) {
+        if let Err(error) = dense.start_experts(&self.kernels, self.slots, groups) {
             // What was started may still read the slots, which `done` gives up.
             dense.gpu.finish()?;
             drop(done);
@@ -370,15 +341,6 @@ impl ExpertWindow for SlabWindow {
         match part.is_empty() {
             true => Ok(()),
             false => Ok(self.slab.compute_in(&self.peer, &part)?),
-        }
-    }
-}
-
-impl Drop for DeviceSlab {
-    fn drop(&mut self) {
-        for stream in [&self.gpu.prefetch, &self.gpu.demand] {
-            // What is on its way must not outlive what it is read from. An error says that nothing is: the device is lost.
-            let _ = stream.synchronize();
         }
     }
 }

@@ -80,17 +80,21 @@ fn median(gpu: &Gpu, mut work: impl FnMut() -> Result<(), CudaError>) -> Result<
 }
 
 impl DeviceModel {
-    /// How fast experts are uploaded, in bytes a second: the median over [`UPLOAD_ROUNDS`] of all that are resident.
-    pub fn upload_rate(&mut self) -> Result<f64, CudaError> {
+    /// Seconds that an expert's upload takes among many, and by itself until the host knows of its end: medians over
+    /// [`UPLOAD_ROUNDS`] of all that are resident.
+    pub fn upload_seconds(&mut self) -> Result<(f64, f64), CudaError> {
         self.dense.gpu.enter()?;
-        let mut rates = Vec::with_capacity(UPLOAD_ROUNDS);
-        for _ in 0..UPLOAD_ROUNDS {
-            let begun = Instant::now();
-            let bytes = self.experts.upload_again(&self.dense.gpu, &mut self.host)?;
-            rates.push(bytes as f64 / begun.elapsed().as_secs_f64());
-        }
-        rates.sort_by(f64::total_cmp);
-        Ok(rates[rates.len() / 2])
+        let mut median = |one_by_one| -> Result<f64, CudaError> {
+            let mut rounds = [0.0; UPLOAD_ROUNDS];
+            for round in &mut rounds {
+                let begun = Instant::now();
+                let uploads = self.experts.upload_again(&self.dense.gpu, &mut self.host, one_by_one)?;
+                *round = begun.elapsed().as_secs_f64() / uploads as f64;
+            }
+            rounds.sort_by(f64::total_cmp);
+            Ok(rounds[rounds.len() / 2])
+        };
+        Ok((median(false)?, median(true)?))
     }
 
     /// Times the experts of an MoE layer and the largest dense products, at each of these numbers of rows. Rows go to
@@ -128,15 +132,16 @@ impl DeviceModel {
         self.dense.gpu.write(self.dense.scratch.alpha.address(), plain_bytes(&vec![1e-3_f32; rows]))?;
         let layers = self.dense.config.moe_layer_count() as u16;
         let shape = BatchShape { rows, sequences: 1, longest: rows, wanted: 0 };
-        let pass = Pass::new(self.machine(), shape, Packet::plan(&self.dense.scratch, 0, 0, 0), None, false);
+        let pass = Pass::new(self.machine(), shape, Packet::plan(&self.dense.scratch, 0, 0, 0), None);
+        let experts = self.experts.places();
         let mut layer = 0;
-        let mut route = pass.route_of(self.experts.table_of(LayerId(0)));
+        let mut route = pass.route_of(experts.table_of(LayerId(0)));
         // Another layer each time, so that the cache does not hold the weights.
         let seconds = median(&self.dense.gpu, || {
             layer = (layer + 1) % layers;
-            route.slots = self.experts.table_of(LayerId(layer));
+            route.slots = experts.table_of(LayerId(layer));
             self.dense.gpu.launch(&self.dense.kernels.group_rows, (1, 1, 1), 1024, &route)?;
-            pass.experts(&self.experts, &route)
+            pass.experts(&experts, &route)
         })?;
         let grouping =
             median(&self.dense.gpu, || self.dense.gpu.launch(&self.dense.kernels.group_rows, (1, 1, 1), 1024, &route))?;

@@ -37,7 +37,8 @@ impl QueuedPlan {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Missing {
     pub(super) key: KeyIndex,
-    /// The position after the last of the plan that wants it.
+    /// The positions after the last of the step that wants it, and of the plan.
+    pub(super) step_end: u64,
     pub(super) end: u64,
     /// Experts of that plan that are ahead.
     ahead: usize,
@@ -169,8 +170,9 @@ impl PlanQueue {
                 let key = plan.experts[at];
                 if !present(key) {
                     self.searched = plan.first + at as u64;
-                    let (end, ahead) = (plan.first + plan.experts.len() as u64, plan.experts.len() - plan.ahead());
-                    return Some(Missing { key, end, ahead });
+                    let step = plan.steps.iter().find(|step| step.1 > at).expect("every expert is of a step");
+                    let (step_end, end) = (plan.first + step.1 as u64, plan.first + plan.experts.len() as u64);
+                    return Some(Missing { key, step_end, end, ahead: plan.experts.len() - plan.ahead() });
                 }
             }
         }

@@ -1,12 +1,13 @@
 //! Loads ahead of their use, by the queued plans: the nearest planned expert that is missing is next.
 //!
 //! How far ahead to load, and at whose cost, depends on who uses the slots. Calls that go layer by layer give slots
-//! back as they go, so a prefetch takes only what no plan names ([`Residency::next_prefetch`]). A pass that goes through
-//! all layers at once, with many plans queued, finds nearly everything in memory planned by somebody: it displaces what
-//! is used later for the batches that are next, and looks no farther, for what is loaded early is chosen with less
-//! knowledge of what comes after it ([`Residency::next_prefetch_within`]).
+//! back as they go, so a prefetch takes only what no plan names ([`Residency::next_prefetch`]). With many plans queued nearly
+//! everything in memory is planned by somebody: then what is used later leaves for the batches that are next, and nothing is
+//! loaded for those behind them, for what is loaded early is chosen with less knowledge of what comes after it
+//! ([`Residency::next_prefetch_within`]).
 
-use super::{KeyIndex, Load, LoadKind, Rank, Residency, SlotId};
+use super::{KeyIndex, Load, LoadKind, Rank, Residency, SlotId, plan_queue::Missing};
+use crate::ExpertKey;
 
 /// What a prefetch may take the place of, when no slot is empty.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,8 +15,11 @@ pub enum Room {
     /// What no plan names.
     Unplanned,
     /// Else what is used farthest ahead, if that is after the whole plan for which it leaves, and that plan fits into
-    /// the slots: one that does not is loaded layer by layer anyway, in the place of layers that it is done with.
-    UsedLater,
+    /// the slots: for passes that go through all layers at once.
+    UsedAfterPlan,
+    /// Else what is used farthest ahead, if that is after the layer for which it leaves (Belady's rule): for passes that are
+    /// loaded for layer by layer, just before each is used.
+    UsedAfterLayer,
 }
 
 impl Residency {
@@ -37,14 +41,28 @@ impl Residency {
         self.choose_prefetch(usize::MAX, Room::Unplanned).is_some()
     }
 
+    /// The nearest expert of the first `plans` plans that is neither there nor loading.
+    pub fn next_missing_within(&mut self, plans: usize) -> Option<ExpertKey> {
+        self.first_missing(plans).map(|missing| self.key_of(missing.key))
+    }
+
     fn choose_prefetch(&mut self, plans: usize, room: Room) -> Option<(KeyIndex, SlotId)> {
         if self.waiting > 0 {
             return None;
         }
-        let (slot, rank) = self.order.first().filter(|(_, rank)| room == Room::UsedLater || !rank.is_planned())?;
-        let (slot_of, failed, quick) = (&self.slot_of, &self.failed, &self.quick);
-        let missing = self.plans.first_missing(plans, |key| slot_of[key].is_some() || failed[key] || quick[key])?;
-        let has_room = !rank.is_planned() || missing.plan_fits(self.config.slots) && rank >= Rank::planned(missing.end);
+        let (slot, rank) = self.order.first().filter(|(_, rank)| room != Room::Unplanned || !rank.is_planned())?;
+        let missing = self.first_missing(plans)?;
+        let has_room = match room {
+            _ if !rank.is_planned() => true,
+            Room::Unplanned => false,
+            Room::UsedAfterPlan => missing.plan_fits(self.config.slots) && rank >= Rank::planned(missing.end),
+            Room::UsedAfterLayer => rank >= Rank::planned(missing.step_end),
+        };
         has_room.then_some((missing.key, slot))
+    }
+
+    fn first_missing(&mut self, plans: usize) -> Option<Missing> {
+        let (slot_of, failed, quick) = (&self.slot_of, &self.failed, &self.quick);
+        self.plans.first_missing(plans, |key| slot_of[key].is_some() || failed[key] || quick[key])
     }
 }

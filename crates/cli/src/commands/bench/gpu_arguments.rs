@@ -143,6 +143,7 @@ fn settings(device: DeviceName, arguments: &BenchArguments) -> anyhow::Result<su
         rounds: arguments.rounds.unwrap_or(3),
         seconds: arguments.duration.map_or(0.5, |duration| duration.as_secs_f64()),
         graphs: !own.no_graphs,
+        packs: !embedded.no_packing,
         kernels: own.kernels,
     };
     if settings.rows_max() > ROWS_MAX {

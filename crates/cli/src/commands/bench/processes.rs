@@ -77,6 +77,7 @@ pub(crate) async fn start(
             .args(["--expert-memory", &embedded::part_of(shape.expert_memory, share).to_string()])
             .args(["--host-memory", &embedded::part_of(shape.host_memory, share).to_string()])
             .args(["--device", &shape.device.device.to_string()])
+            .args(shape.no_packing.then_some("--no-packing"))
             .args(shape.device.precision.map(|precision| format!("--precision={precision}")))
             .args(["--threads", &model.threads().to_string()])
             .arg("--static")

@@ -7,7 +7,7 @@ use super::{
     super::{
         arguments::Take,
         error::{CudaError, failed},
-        grouped::{Grouped, Tiles},
+        grouped::{Grouped, Slots, Tiles},
         kernels::Kernels,
         weights,
         window::{Mapped, SharedRows},
@@ -82,7 +82,7 @@ impl DeviceDense {
     pub(in crate::cuda) fn start_experts(
         &self,
         kernels: &Kernels,
-        (matrices, slot_values): ([u64; 2], usize),
+        slots: Slots,
         runs: &[SlotRun],
     ) -> Result<(), CudaError> {
         self.gpu.enter()?;
@@ -103,8 +103,7 @@ impl DeviceDense {
             out: exchange.added.address(),
             order: self.scratch.order.address(),
             alpha: self.scratch.alpha.address(),
-            matrices,
-            slot_values,
+            slots,
             few,
             many,
             counts,

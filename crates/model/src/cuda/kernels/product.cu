@@ -23,7 +23,7 @@ struct Product {
     const int *tile_count;
     const u32 *order;   // the token of each place
     const float *alpha; // of each token
-    u64 slot_stride;    // in elements
+    u64 slot_stride;    // in elements, of packed ones in bytes
 };
 
 // What becomes of a result. Of experts are GATHER (x by token, result by place) and SCATTER (the way back).
@@ -74,10 +74,12 @@ template <int KIND> struct Rows {
 // One way to multiply, for every kind: threads of a block, and blocks a multiprocessor must hold.
 #define KIND_OF(NAME, BODY, KIND, THREADS, BLOCKS)                                                                     \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(Product a) { BODY<KIND>(a); }
+#define EXPERT_KINDS(NAME, BODY, THREADS, BLOCKS)                                                                      \
+    KIND_OF(NAME##_gather, BODY, GATHER, THREADS, BLOCKS)                                                              \
+    KIND_OF(NAME##_scatter, BODY, SCATTER, THREADS, BLOCKS)
 #define KINDS(NAME, BODY, THREADS, BLOCKS)                                                                             \
     KIND_OF(NAME##_store, BODY, STORE, THREADS, BLOCKS)                                                                \
     KIND_OF(NAME##_relu, BODY, RELU, THREADS, BLOCKS)                                                                  \
     KIND_OF(NAME##_add, BODY, ADD, THREADS, BLOCKS)                                                                    \
     KIND_OF(NAME##_logits, BODY, LOGITS, THREADS, BLOCKS)                                                              \
-    KIND_OF(NAME##_gather, BODY, GATHER, THREADS, BLOCKS)                                                              \
-    KIND_OF(NAME##_scatter, BODY, SCATTER, THREADS, BLOCKS)
+    EXPERT_KINDS(NAME, BODY, THREADS, BLOCKS)

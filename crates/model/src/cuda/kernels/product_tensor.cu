@@ -24,33 +24,49 @@ __device__ __forceinline__ void multiply32(float (&sum)[4], uint4 upper, uint4 l
     multiply(sum, upper.z, lower.z, upper.w, lower.w, x.z, x.w);
 }
 
+// A thread's part of a row of W: of every 32 of k the 8 from 8t on, as they are loaded and as they are multiplied.
+struct PlainRow {
+    typedef T Element;
+    typedef PlainRow OfFew;
+    typedef uint4 Loaded;
+    static const int AHEAD_OF_16 = 3, AHEAD_OF_32 = 2;
+    const T *at;
+
+    __device__ PlainRow(const Product &a, const void *w, int row, int t)
+        : at(static_cast<const T *>(w) + u64(row) * a.k + t * 8) {}
+    __device__ Loaded load(int k) const { return load_streaming(at + k); }
+    __device__ uint4 weights(Loaded loaded) const { return loaded; }
+};
+
 // 16 outputs of 8 * TILES rows. AHEAD: how many times 32 of k are loaded before they are used.
-template <int KIND, int TILES, int AHEAD>
+template <int KIND, typename Row, int TILES, int AHEAD>
 __device__ __forceinline__ void few_rows(const Product &a, const Rows<KIND> &rows, float *partial) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     int run = a.k / 4, o = blockIdx.x * 16;
-    const T *upper = static_cast<const T *>(rows.w) + u64(o + g) * a.k + warp * run + t * 8;
-    const T *lower = upper + 8 * u64(a.k);
+    Row upper(a, rows.w, o + g, t), lower(a, rows.w, o + g + 8, t);
     const T *x[TILES];
     for (int j = 0; j < TILES; ++j)
-        x[j] = static_cast<const T *>(a.x) + u64(rows.input(a, j * 8 + g)) * a.k + warp * run + t * 8;
+        x[j] = static_cast<const T *>(a.x) + u64(rows.input(a, j * 8 + g)) * a.k + t * 8;
     float sums[TILES][4] = {};
-    int k = 0;
-    for (; k + 32 * AHEAD <= run; k += 32 * AHEAD) {
-        uint4 us[AHEAD], ls[AHEAD], xs[AHEAD][TILES];
+    int k = warp * run, end = k + run;
+    for (; k + 32 * AHEAD <= end; k += 32 * AHEAD) {
+        typename Row::Loaded us[AHEAD], ls[AHEAD];
+        uint4 xs[AHEAD][TILES];
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {
-            us[i] = load_streaming(upper + k + 32 * i), ls[i] = load_streaming(lower + k + 32 * i);
+            us[i] = upper.load(k + 32 * i), ls[i] = lower.load(k + 32 * i);
 #pragma unroll
             for (int j = 0; j < TILES; ++j) xs[i][j] = *reinterpret_cast<const uint4 *>(x[j] + k + 32 * i);
         }
 #pragma unroll
-        for (int i = 0; i < AHEAD; ++i)
+        for (int i = 0; i < AHEAD; ++i) {
+            uint4 u = upper.weights(us[i]), l = lower.weights(ls[i]);
 #pragma unroll
-            for (int j = 0; j < TILES; ++j) multiply32(sums[j], us[i], ls[i], xs[i][j]);
+            for (int j = 0; j < TILES; ++j) multiply32(sums[j], u, l, xs[i][j]);
+        }
     }
-    for (; k < run; k += 32) {
-        uint4 u = load_streaming(upper + k), l = load_streaming(lower + k);
+    for (; k < end; k += 32) {
+        uint4 u = upper.weights(upper.load(k)), l = lower.weights(lower.load(k));
 #pragma unroll
         for (int j = 0; j < TILES; ++j) multiply32(sums[j], u, l, *reinterpret_cast<const uint4 *>(x[j] + k));
     }
@@ -66,14 +82,16 @@ __device__ __forceinline__ void few_rows(const Product &a, const Rows<KIND> &row
     }
 }
 
-template <int KIND> __device__ __forceinline__ void few(const Product &a) {
+template <int KIND, typename Row> __device__ __forceinline__ void few_of(const Product &a) {
     __shared__ float partial[4 * 32 * 20];
     Rows<KIND> rows;
-    if (!rows.template find<T>(a, 32)) return;
-    if (rows.count <= 8) few_rows<KIND, 1, 6>(a, rows, partial);
-    else if (rows.count <= 16) few_rows<KIND, 2, 3>(a, rows, partial);
-    else few_rows<KIND, 4, 2>(a, rows, partial);
+    if (!rows.template find<typename Row::Element>(a, 32)) return;
+    if (rows.count <= 8) few_rows<KIND, typename Row::OfFew, 1, 6>(a, rows, partial);
+    else if (rows.count <= 16) few_rows<KIND, Row, 2, Row::AHEAD_OF_16>(a, rows, partial);
+    else few_rows<KIND, Row, 4, Row::AHEAD_OF_32>(a, rows, partial);
 }
+
+template <int KIND> __device__ __forceinline__ void few(const Product &a) { few_of<KIND, PlainRow>(a); }
 
 KINDS(few, few, 128, 1)
 
@@ -81,62 +99,85 @@ __device__ __forceinline__ void copy_ahead(void *to, const void *from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(u32(__cvta_generic_to_shared(to))), "l"(from));
 }
 
-// 128 outputs x 64 rows; each of 8 warps makes 32 x 32. Stages of 32 of k, STAGES of them under way. (Tiles of 128 rows
+// 128 rows of W, 32 of k at a time, by way of shared memory. A thread takes from there what PlainRow takes.
+struct PlainTile {
+    typedef T Element;
+    static const int BYTES = 128 * 64;
+    static const int HEADS = 1; // none are needed
+    static const int OUTPUTS = 32;
+    const T *from;
+    u64 half;
+
+    __device__ PlainTile(const Product &a, const void *w, int row, uint4 *)
+        : from(static_cast<const T *>(w) + u64(row + threadIdx.x / 4) * a.k + threadIdx.x % 4 * 8), half(64 * u64(a.k)) {}
+    __device__ void copy(unsigned char *to, int step) const {
+        copy_ahead(to + threadIdx.x * 16, from + step * 32);
+        copy_ahead(to + 4096 + threadIdx.x * 16, from + half + step * 32);
+    }
+    __device__ uint4 weights(const unsigned char *tile, int at, int t) const {
+        return *reinterpret_cast<const uint4 *>(tile + at * 64 + t * 16);
+    }
+};
+
+// 128 outputs x 64 rows; each of 8 warps makes 32 x 32, or 16 x 64 where W is dear. Stages of 32 of k, STAGES of them under way. (Tiles of 128 rows
 // were slower: they leave room for one block a multiprocessor only.)
 const int STAGES = 4;
-const int STAGE_BYTES = (128 + 64) * 64;
 
-template <int KIND> __device__ __forceinline__ void many(const Product &a) {
+template <int KIND, typename W> __device__ __forceinline__ void many_of(const Product &a) {
+    const int STAGE_BYTES = W::BYTES + 64 * 64;
     __shared__ __align__(128) unsigned char stages[STAGES * STAGE_BYTES];
     Rows<KIND> rows;
-    if (!rows.template find<T>(a, 64)) return;
+    if (!rows.template find<typename W::Element>(a, 64)) return;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    int o = blockIdx.x * 128, outputs_at = warp / 2 * 32, rows_at = warp % 2 * 32;
-    const T *w = static_cast<const T *>(rows.w) + u64(o + threadIdx.x / 4) * a.k + threadIdx.x % 4 * 8;
+    const int M = W::OUTPUTS / 16, N = 8 / M;
+    int o = blockIdx.x * 128, outputs_at = warp / M * W::OUTPUTS, rows_at = warp % M * 8 * N;
+    __shared__ uint4 heads[W::HEADS];
+    W w(a, rows.w, o, heads);
     const T *x = static_cast<const T *>(a.x) + u64(rows.input(a, threadIdx.x / 4)) * a.k + threadIdx.x % 4 * 8;
     auto fetch = [&](int step) {
         if (step * 32 < a.k) {
-            unsigned char *to = stages + step % STAGES * STAGE_BYTES + threadIdx.x * 16;
-            copy_ahead(to, w + step * 32);
-            copy_ahead(to + 4096, w + 64 * u64(a.k) + step * 32);
-            copy_ahead(to + 8192, x + step * 32);
+            unsigned char *to = stages + step % STAGES * STAGE_BYTES;
+            w.copy(to, step);
+            copy_ahead(to + W::BYTES + threadIdx.x * 16, x + step * 32);
         }
         asm volatile("cp.async.commit_group;");
     };
     for (int step = 0; step < STAGES - 1; ++step) fetch(step);
-    float sums[2][4][4] = {};
+    float sums[M][N][4] = {};
     int steps = a.k / 128, step = 0;
     for (int run = 0; run < 4; ++run) {
-        float parts[2][4][4] = {};
+        float parts[M][N][4] = {};
         for (int end = step + steps; step < end; ++step) {
             asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2));
             __syncthreads();
             fetch(step + STAGES - 1);
-            const unsigned char *stage = stages + step % STAGES * STAGE_BYTES + g * 64 + t * 16;
-            uint4 xs[4];
+            const unsigned char *stage = stages + step % STAGES * STAGE_BYTES;
+            uint4 xs[N];
 #pragma unroll
-            for (int n = 0; n < 4; ++n)
-                xs[n] = *reinterpret_cast<const uint4 *>(stage + 8192 + (rows_at + n * 8) * 64);
+            for (int n = 0; n < N; ++n)
+                xs[n] = *reinterpret_cast<const uint4 *>(stage + W::BYTES + (rows_at + n * 8 + g) * 64 + t * 16);
 #pragma unroll
-            for (int m = 0; m < 2; ++m) {
-                uint4 upper = *reinterpret_cast<const uint4 *>(stage + (outputs_at + m * 16) * 64);
-                uint4 lower = *reinterpret_cast<const uint4 *>(stage + (outputs_at + m * 16 + 8) * 64);
+            for (int m = 0; m < M; ++m) {
+                uint4 upper = w.weights(stage, outputs_at + m * 16 + g, t);
+                uint4 lower = w.weights(stage, outputs_at + m * 16 + 8 + g, t);
 #pragma unroll
-                for (int n = 0; n < 4; ++n) multiply32(parts[m][n], upper, lower, xs[n]);
+                for (int n = 0; n < N; ++n) multiply32(parts[m][n], upper, lower, xs[n]);
             }
         }
 #pragma unroll
         for (int i = 0; i < 32; ++i) {
-            float &sum = sums[i / 16][i / 4 % 4][i % 4], part = parts[i / 16][i / 4 % 4][i % 4];
+            float &sum = sums[i / 4 / N][i / 4 % N][i % 4], part = parts[i / 4 / N][i / 4 % N][i % 4];
             sum = run ? sum + part : part;
         }
     }
 #pragma unroll
     for (int i = 0; i < 32; ++i) {
-        int r = rows_at + i / 4 % 4 * 8 + t * 2 + i % 2, at = o + outputs_at + i / 16 * 16 + g + i % 4 / 2 * 8;
-        if (r < rows.count) rows.put(a, r, at, sums[i / 16][i / 4 % 4][i % 4]);
+        int r = rows_at + i / 4 % N * 8 + t * 2 + i % 2, at = o + outputs_at + i / 4 / N * 16 + g + i % 4 / 2 * 8;
+        if (r < rows.count) rows.put(a, r, at, sums[i / 4 / N][i / 4 % N][i % 4]);
     }
 }
+
+template <int KIND> __device__ __forceinline__ void many(const Product &a) { many_of<KIND, PlainTile>(a); }
 
 KINDS(many, many, 256, 2)
 

@@ -84,6 +84,7 @@ fn open(
         host_bytes: settings.host_bytes,
         rows_max: settings.rows_max(),
         graphs: settings.graphs,
+        packs: settings.packs,
     };
     let mut last = 0;
     let model = DeviceModel::open(gpu, checkpoint, options, &mut |done, total| {
@@ -110,7 +111,7 @@ fn measure(
     }
     // Where experts are read from disk, that is another figure than what uploads take.
     if settings.host_bytes == u64::MAX {
-        report.note_uploads(model.upload_rate()?);
+        report.note_uploads(model.upload_seconds()?);
     }
     // What each batch uses, for plans and floors: from a first pass with everything resident.
     let mut routed = Vec::with_capacity(inputs.len());

@@ -32,6 +32,7 @@ impl Report {
             "hint_rate": settings.hint_rate,
             "rounds": settings.rounds,
             "graphs": settings.graphs,
+            "slot_bytes": model.slot_bytes(),
             "copy_bytes_per_s": ceilings.copy_bytes_per_s,
             "upload_bytes_per_s": ceilings.upload_bytes_per_s,
             "expert_bytes": model.expert_bytes().0,
@@ -41,20 +42,21 @@ impl Report {
         });
         let mut report =
             Self { head, ceilings, kernels: Vec::new(), figures: Vec::new(), load_ms: 0.0, device_bytes: 0 };
-        report.set_load_ms(ceilings.upload_bytes_per_s);
+        report.set_load_ms(model.slot_bytes() as f64 / ceilings.upload_bytes_per_s);
         report
     }
 
-    fn set_load_ms(&mut self, rate: f64) {
-        self.load_ms = self.head["expert_bytes"].as_f64().unwrap_or(0.0) / rate * 1e3;
+    fn set_load_ms(&mut self, seconds: f64) {
+        self.load_ms = seconds * 1e3;
         self.head["expert_upload_ms"] = json!(self.load_ms);
     }
 
-    /// Notes how fast experts are uploaded, in bytes a second.
-    pub(super) fn note_uploads(&mut self, rate: f64) {
-        self.head["expert_upload_bytes_per_s"] = json!(rate);
+    /// Notes what an upload takes among others, and by itself, in seconds.
+    pub(super) fn note_uploads(&mut self, (seconds, alone): (f64, f64)) {
+        let rate = self.head["slot_bytes"].as_f64().unwrap_or(0.0) / seconds;
         self.head["expert_uploads_of_pinned_rate"] = json!(rate / self.ceilings.upload_bytes_per_s);
-        self.set_load_ms(rate);
+        self.head["expert_upload_alone_ms"] = json!(alone * 1e3);
+        self.set_load_ms(seconds);
     }
 
     pub(super) fn add(&mut self, figure: Figure) {

@@ -35,6 +35,8 @@ pub(crate) struct GpuSettings {
     pub(crate) seconds: f64,
     /// Whether passes of known shapes are replayed.
     pub(crate) graphs: bool,
+    /// Whether experts travel packed.
+    pub(crate) packs: bool,
     /// Whether kernels are timed by themselves, too.
     pub(crate) kernels: bool,
 }

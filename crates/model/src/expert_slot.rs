@@ -1,0 +1,130 @@
+//! How an expert lies in a slot of a GPU, and on its way there: its matrices one after the other in the precision that is
+//! computed in, packed where that can be (see [`crate::packed`]).
+
+use sida_routing::{ExpertId, ExpertKey, LayerId};
+
+use crate::{ExpertShape, ExpertStore, ModelError, Precision, packed};
+
+/// See the file's head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExpertSlot {
+    shape: ExpertShape,
+    precision: Precision,
+    is_packed: bool,
+}
+
+impl ExpertSlot {
+    /// For the experts of a store. Packed if that is wanted, they are computed in bf16, and the first expert of every layer can
+    /// be: those of a layer are much alike.
+    pub fn choose(store: &ExpertStore, precision: Precision, packs: bool) -> Result<Self, ModelError> {
+        let shape = ExpertShape { dtype: precision.stored(), ..*store.shape() };
+        let plain = Self { shape, precision, is_packed: false };
+        if !packs || precision != Precision::Bf16 || plain.shape.matrices() != 2 {
+            return Ok(plain);
+        }
+        let packed = Self { is_packed: true, ..plain };
+        let mut slot = vec![0; packed.bytes()];
+        for layer in 0..store.config().moe_layer_count() as u16 {
+            match packed.read(store, ExpertKey { layer: LayerId(layer), expert: ExpertId(0) }, &mut slot) {
+                Ok(()) => {}
+                Err(ModelError::NotPacked { .. }) => return Ok(plain),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(packed)
+    }
+
+    /// What is computed in.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// Whether it is packed.
+    pub fn is_packed(&self) -> bool {
+        self.is_packed
+    }
+
+    /// Bytes it takes.
+    pub fn bytes(&self) -> usize {
+        match self.is_packed {
+            true => self.packed_bytes().iter().sum(),
+            false => self.shape.bytes(),
+        }
+    }
+
+    /// What it takes that is not packed.
+    pub fn plain_bytes(&self) -> usize {
+        self.shape.bytes()
+    }
+
+    /// Where its second matrix begins.
+    pub fn second_at(&self) -> usize {
+        if self.is_packed { self.packed_bytes()[0] } else { self.shape.matrix_bytes() }
+    }
+
+    /// From one slot to the next, as kernels count: bytes of packed ones, else values.
+    pub fn stride(&self) -> u64 {
+        (if self.is_packed { self.bytes() } else { self.bytes() / self.shape.dtype.size() }) as u64
+    }
+
+    /// Reads an expert as it lies in a slot.
+    pub fn read(&self, store: &ExpertStore, key: ExpertKey, slot: &mut [u8]) -> Result<(), ModelError> {
+        let stored = store.shape();
+        if !self.is_packed && stored.dtype == self.shape.dtype {
+            return store.load(key, slot);
+        }
+        let mut read = vec![0; stored.bytes()];
+        store.load(key, &mut read)?;
+        if !self.is_packed {
+            self.precision.narrow(&stored.dtype.widen(&read), slot);
+            return Ok(());
+        }
+        if stored.dtype != self.shape.dtype {
+            let wide = stored.dtype.widen(&read);
+            read.resize(self.shape.bytes(), 0);
+            self.precision.narrow(&wide, &mut read);
+        }
+        let ExpertShape { d_model, d_ff, .. } = self.shape;
+        let (wi, wo) = read.split_at(self.shape.matrix_bytes());
+        let (wi_packed, wo_packed) = slot.split_at_mut(self.second_at());
+        match packed::pack(wi, d_model, wi_packed) && packed::pack(wo, d_ff, wo_packed) {
+            true => Ok(()),
+            false => Err(ModelError::NotPacked { key }),
+        }
+    }
+
+    fn packed_bytes(&self) -> [usize; 2] {
+        let ExpertShape { d_model, d_ff, .. } = self.shape;
+        [packed::matrix_bytes(d_ff, d_model), packed::matrix_bytes(d_model, d_ff)]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::Checkpoint;
+
+    /// Experts as they are trained would be refused, or lie over each other.
+    #[test]
+    fn trained_experts_are_packed() {
+        for model in ["switch-tiny-64", "switch-mini-8"] {
+            let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models").join(model);
+            let store = ExpertStore::open(Checkpoint::open(&dir).unwrap()).unwrap();
+            let slot = ExpertSlot::choose(&store, Precision::Bf16, true).unwrap();
+            assert!(slot.is_packed() && slot.bytes() * 10 < slot.plain_bytes() * 9, "{model}: {slot:?}");
+            let mut bytes = vec![0; slot.bytes()];
+            for layer in (0..store.config().moe_layer_count() as u16).map(LayerId) {
+                for expert in (0..store.config().num_experts as u16).map(ExpertId) {
+                    slot.read(&store, ExpertKey { layer, expert }, &mut bytes).unwrap();
+                }
+            }
+            for (precision, packs) in [(Precision::Bf16, false), (Precision::F32, true)] {
+                let plain = ExpertSlot::choose(&store, precision, packs).unwrap();
+                assert!(!plain.is_packed() && plain.bytes() == plain.plain_bytes());
+                assert_eq!(plain.second_at() * 2, plain.bytes());
+            }
+        }
+    }
+}
