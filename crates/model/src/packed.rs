@@ -17,6 +17,8 @@
 //! Where the three other bits are 0, the byte is the number of the row's exception, from 1, or 0 for a zero. Bits of the words
 //! lie so that the weights of a pair come to their places by one rotation (see [`SIGN_AND_EXPONENT`]).
 
+use rayon::prelude::*;
+
 /// Of each row.
 const HEAD_BYTES: usize = 16;
 /// Exceptions that are in the head.
@@ -38,6 +40,9 @@ const SIGN_AND_EXPONENT: u32 = 0x8700_8700;
 const ZERO_CODE: u16 = 0x0100;
 const ZERO_BASE: u32 = 0_u32.wrapping_sub(0x0100_0100);
 
+/// Rows that a thread packs before another may take over.
+const ROWS_AT_ONCE: usize = 64;
+
 /// Bytes of a packed matrix.
 pub(crate) fn matrix_bytes(outputs: usize, k: usize) -> usize {
     (beyond_at(outputs, k) + outputs * k / WEIGHTS_PER_BYTE_BEYOND).next_multiple_of(LINE_BYTES)
@@ -55,11 +60,12 @@ pub(crate) fn pack(plain: &[u8], k: usize, packed: &mut [u8]) -> bool {
     let (head_bytes, row_bytes) = (outputs * HEAD_BYTES, k / GROUP * GROUP_BYTES);
     let (rows, beyond) = packed.split_at_mut(beyond_at(outputs, k));
     let (heads, rows) = rows.split_at_mut(head_bytes);
+    let rows = weights.par_chunks_exact(k).zip(rows.par_chunks_exact_mut(row_bytes)).with_min_len(ROWS_AT_ONCE);
+    let packed =
+        rows.zip(heads.par_chunks_exact_mut(HEAD_BYTES)).map(|((row, packed), head)| pack_row(row, head, packed));
+    let exceptions: Vec<Vec<u16>> = packed.collect();
     let (mut taken, places) = (0, beyond.len() / 2);
-    for (row, (head, packed)) in
-        weights.chunks_exact(k).zip(heads.chunks_exact_mut(HEAD_BYTES).zip(rows.chunks_exact_mut(row_bytes)))
-    {
-        let exceptions = pack_row(row, head, packed);
+    for (exceptions, head) in exceptions.into_iter().zip(heads.chunks_exact_mut(HEAD_BYTES)) {
         let far = exceptions.len().saturating_sub(NEAR);
         if exceptions.len() > EXCEPTIONS_MAX || taken + far > places {
             return false;

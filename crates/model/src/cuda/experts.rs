@@ -72,7 +72,7 @@ pub(super) struct Experts {
     residency: Residency,
     /// Uploads for later plans, begun and not yet in the table, in the order of their stream.
     ahead: Vec<Load>,
-    /// Layers and slots that were entered into the table while their uploads run: to be settled before a pass of theirs.
+    /// Layers and slots that were entered into the table while their uploads run: to be waited for by a pass through them.
     awaited: Vec<(LayerId, SlotId)>,
     plans: Plans,
 }

@@ -8,8 +8,8 @@
 //!
 //! In reading order: [`error`], [`device`] (context, streams, memory), [`kernels`] (compiled at the start; the sources
 //! under `kernels/`: numbers, rows, product and its ways, routing, attention and its ways) and their `arguments`, `weights`,
-//! `scratch`, `pass` (the forward), `recorded` (as graphs) and `grouped` (its experts), `host_tier` (in `locked_memory`), `uploads`
-//! and `experts` (who is on the device), [`model`],
+//! `scratch`, `pass` (the forward), `recorded` (as graphs), `progress` (layer by layer) and `grouped` (its experts), `host_tier` (in
+//! `locked_memory`), `uploads` and `experts` (who is on the device), [`model`],
 //! [`sequence`], [`dense`] (the forward without experts), [`slab`] (experts without the forward), [`window`] (what both share
 //! with other processes), [`timing`].
 
