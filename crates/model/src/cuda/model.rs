@@ -1,8 +1,8 @@
 //! A whole model on a GPU: loading it, encoding prompts, and the pass that decoding (`sequence`) shares. The
 //! counterpart of [`crate::Reference`], against which it is tested, for batches, with experts within a budget.
 //!
-//! A call starts one pass and waits for it once. If an expert was missing, it loads what the layer needs and resumes
-//! there. Passes over decoding steps of a shape that was seen before are replayed as a recorded graph: at batch 1 a
+//! A call starts one pass and waits for it once; an encoding that would wait for experts is followed layer by layer instead. If an
+//! expert was missing, it loads what the layer needs and resumes there. Passes over decoding steps of a shape that was seen before are replayed as a recorded graph: at batch 1 a
 //! step is some 170 small kernels, whose launches would take longer than they do.
 
 use std::{
