@@ -9,7 +9,6 @@ use crate::{ExpertShape, ExpertStore, ModelError, Precision, packed};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExpertSlot {
     shape: ExpertShape,
-    precision: Precision,
     is_packed: bool,
 }
 
@@ -18,7 +17,7 @@ impl ExpertSlot {
     /// be: those of a layer are much alike.
     pub fn choose(store: &ExpertStore, precision: Precision, packs: bool) -> Result<Self, ModelError> {
         let shape = ExpertShape { dtype: precision.stored(), ..*store.shape() };
-        let plain = Self { shape, precision, is_packed: false };
+        let plain = Self { shape, is_packed: false };
         if !packs || precision != Precision::Bf16 || plain.shape.matrices() != 2 {
             return Ok(plain);
         }
@@ -34,9 +33,14 @@ impl ExpertSlot {
         Ok(packed)
     }
 
+    /// The shape of its expert, in the dtype that is computed in.
+    pub fn shape(&self) -> &ExpertShape {
+        &self.shape
+    }
+
     /// What is computed in.
     pub fn precision(&self) -> Precision {
-        self.precision
+        Precision::of_weights(self.shape.dtype)
     }
 
     /// Whether it is packed.
@@ -50,11 +54,6 @@ impl ExpertSlot {
             true => self.packed_bytes().iter().sum(),
             false => self.shape.bytes(),
         }
-    }
-
-    /// What it takes that is not packed.
-    pub fn plain_bytes(&self) -> usize {
-        self.shape.bytes()
     }
 
     /// Where its second matrix begins.
@@ -76,13 +75,13 @@ impl ExpertSlot {
         let mut read = vec![0; stored.bytes()];
         store.load(key, &mut read)?;
         if !self.is_packed {
-            self.precision.narrow(&stored.dtype.widen(&read), slot);
+            self.precision().narrow(&stored.dtype.widen(&read), slot);
             return Ok(());
         }
         if stored.dtype != self.shape.dtype {
             let wide = stored.dtype.widen(&read);
             read.resize(self.shape.bytes(), 0);
-            self.precision.narrow(&wide, &mut read);
+            self.precision().narrow(&wide, &mut read);
         }
         let ExpertShape { d_model, d_ff, .. } = self.shape;
         let (wi, wo) = read.split_at(self.shape.matrix_bytes());
@@ -113,7 +112,7 @@ mod tests {
             let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models").join(model);
             let store = ExpertStore::open(Checkpoint::open(&dir).unwrap()).unwrap();
             let slot = ExpertSlot::choose(&store, Precision::Bf16, true).unwrap();
-            assert!(slot.is_packed() && slot.bytes() * 10 < slot.plain_bytes() * 9, "{model}: {slot:?}");
+            assert!(slot.is_packed() && slot.bytes() * 10 < slot.shape().bytes() * 9, "{model}: {slot:?}");
             let mut bytes = vec![0; slot.bytes()];
             for layer in (0..store.config().moe_layer_count() as u16).map(LayerId) {
                 for expert in (0..store.config().num_experts as u16).map(ExpertId) {
@@ -122,7 +121,7 @@ mod tests {
             }
             for (precision, packs) in [(Precision::Bf16, false), (Precision::F32, true)] {
                 let plain = ExpertSlot::choose(&store, precision, packs).unwrap();
-                assert!(!plain.is_packed() && plain.bytes() == plain.plain_bytes());
+                assert!(!plain.is_packed() && plain.bytes() == plain.shape().bytes());
                 assert_eq!(plain.second_at() * 2, plain.bytes());
             }
         }

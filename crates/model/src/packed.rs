@@ -26,7 +26,7 @@ const NEAR: usize = 4;
 /// Weights that lie together, and their bytes.
 const GROUP: usize = 32;
 const GROUP_BYTES: usize = GROUP / 2 * 3;
-/// Weights for each of whose number there is half a place for an exception beyond the heads.
+/// An exception beyond the heads takes two bytes: there is room for one in 512 weights.
 const WEIGHTS_PER_BYTE_BEYOND: usize = 256;
 /// Parts begin at whole cache lines.
 const LINE_BYTES: usize = 128;

@@ -6,6 +6,8 @@
 #[allow(dead_code)] // parity.rs reads the rest.
 mod golden;
 
+mod exceptions;
+
 use std::path::{Path, PathBuf};
 
 use golden::Golden;
@@ -362,7 +364,7 @@ fn exceptions_change_no_bit() {
     let mut random = rand::rngs::StdRng::seed_from_u64(19);
     for dir in models() {
         let odd = tempfile::tempdir().unwrap();
-        with_exceptions(&dir, odd.path());
+        exceptions::copy_with(&dir, odd.path());
         let store = ExpertStore::open(Checkpoint::open(odd.path()).unwrap()).unwrap();
         assert!(ExpertSlot::choose(&store, Precision::Bf16, true).unwrap().is_packed());
         let Some(ordinal) = device() else { return println!("SIDA_CUDA_DEVICE is not set: nothing is compared") };
@@ -375,43 +377,6 @@ fn exceptions_change_no_bit() {
             packed.encode(&ids, &spans).unwrap();
             let (states, expected) = (packed.states(ids.len()).unwrap(), plain.states(ids.len()).unwrap());
             assert!(states == expected, "{} with rows {lengths:?}", dir.display());
-        }
-    }
-}
-
-/// Copies a model; of three rows of each expert's matrices ten weights become a 2^20th, and two become zero.
-fn with_exceptions(from: &Path, to: &Path) {
-    for file in std::fs::read_dir(from).unwrap().map(|file| file.unwrap().path()) {
-        let name = file.file_name().unwrap().to_str().unwrap();
-        let is_weights = name.starts_with("model") && name.ends_with(".safetensors");
-        if is_weights || ["config.json", "model.safetensors.index.json"].contains(&name) {
-            let mut bytes = std::fs::read(&file).unwrap();
-            if is_weights {
-                put_exceptions(&mut bytes);
-            }
-            std::fs::write(to.join(name), bytes).unwrap();
-        }
-    }
-}
-
-fn put_exceptions(file: &mut [u8]) {
-    let head = usize::try_from(u64::from_le_bytes(file[..8].try_into().unwrap())).unwrap();
-    let tensors: serde_json::Value = serde_json::from_slice(&file[8..8 + head]).unwrap();
-    let experts = tensors.as_object().unwrap().iter().filter(|(name, _)| name.contains("expert_"));
-    for (_, tensor) in experts {
-        let size = match tensor["dtype"].as_str().unwrap() {
-            "F32" => 4,
-            "BF16" => 2,
-            dtype => panic!("{dtype} is not expected"),
-        };
-        let first = 8 + head + tensor["data_offsets"][0].as_u64().unwrap() as usize;
-        let width = tensor["shape"][1].as_u64().unwrap() as usize;
-        for (row, number) in (0..3).flat_map(|row| (0..12).map(move |number| (row, number))) {
-            // Sign and exponent are the uppermost bits of both.
-            let end = first + (row * 7 * width + number * 9 + row + 1) * size;
-            let upper = u16::from_le_bytes([file[end - 2], file[end - 1]]);
-            let smaller = if number % 6 == 5 { 0 } else { upper - (20 << 7).min(upper & 0x7f80) };
-            file[end - 2..end].copy_from_slice(&smaller.to_le_bytes());
         }
     }
 }

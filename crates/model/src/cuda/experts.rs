@@ -12,12 +12,14 @@
 //! used again. Many plans may be queued: they tell who can leave.
 //!
 //! Where the next batches lack experts, the pass of an encoding, which goes through each layer once, is followed layer by layer
-//! ([`Experts::come_to`]): each is started when the one before it runs, with its own part of the table. So experts come just
+//! (see `followed`): each is started when the one before it runs, with its own part of the table. So experts come just
 //! before they are used, in the place of those that the pass is done with, and few are loaded that left too early.
 //!
 //! Invariant: no upload is begun into a slot that a running pass could still read. Passes are started and ended by one thread.
 //! What leaves is out of the table before a pass, or a layer of one that is followed, is started; experts of a layer that runs
 //! are held.
+
+mod followed;
 
 use std::{
     collections::{HashMap, HashSet},
@@ -42,9 +44,6 @@ use crate::{ExpertSlot, ModelConfig, Urgency};
 /// Uploads for later plans on their way. What a pass of a millisecond hides is about 6 experts of 9 MiB; more would only queue,
 /// and be wanted by then or not.
 const AHEAD_MAX: usize = 16;
-/// The same beside a pass that is followed: enough for the time of a layer, for the later one is begun, the better is known who
-/// can leave for it.
-const BESIDE_MAX: usize = 4;
 /// Plans that get what they lack at the cost of later ones: that of the pass, and the next.
 const NEXT_PLANS: usize = 2;
 /// Fewer uploads than these leave the link idle while a pass is computed, so the plans that follow the next get theirs,
@@ -179,13 +178,8 @@ impl Experts {
         gpu.finish()
     }
 
-    /// Uploads what is resident once more, as demands are, and waits at the end or for each. Returns how many.
-    pub(super) fn upload_again(
-        &mut self,
-        gpu: &Gpu,
-        host: &mut HostTier,
-        one_by_one: bool,
-    ) -> Result<usize, CudaError> {
+    /// Uploads what is resident once more, as demands are, and waits. Returns how many.
+    pub(super) fn upload_again(&self, gpu: &Gpu, host: &mut HostTier) -> Result<usize, CudaError> {
         let mut uploads = 0;
         for (place, &slot) in self.mirror.iter().enumerate() {
             let (layer, expert) = (place / self.num_experts, place % self.num_experts);
@@ -194,9 +188,6 @@ impl Experts {
             self.begin_upload(gpu, host, Urgency::Demand, key, SlotId(slot))?;
             self.uploads.await_on(&gpu.compute, slot as usize)?;
             uploads += 1;
-            if one_by_one {
-                gpu.finish()?;
-            }
         }
         gpu.finish()?;
         Ok(uploads)
@@ -229,86 +220,6 @@ impl Experts {
             }
         }
         self.send_all(gpu)
-    }
-
-    /// Whether the pass that follows, through these layers, would wait for experts that `current` plans longer than it is worth to
-    /// start it at once.
-    pub(super) fn is_behind(&mut self, current: Option<PlanId>, layers: &Range<u16>) -> Result<bool, CudaError> {
-        if self.residency.next_missing_within(1).is_some_and(|key| layers.contains(&key.layer.0)) {
-            return Ok(true);
-        }
-        let mut waits = 0;
-        for load in self.ahead.iter().filter(|load| is_planned(&self.plans, current, load.key)) {
-            waits += usize::from(!self.uploads.is_done(load.slot.index())?);
-        }
-        Ok(waits >= BUSY_UPLOADS)
-    }
-
-    /// Before `layer` of a pass that is followed is started: has the compute stream wait for what `current` plans of it, begins
-    /// what is to come, and brings its part of the table up to date. The layers `running` were started. Returns how many uploads
-    /// were begun.
-    pub(super) fn come_to(
-        &mut self,
-        gpu: &Gpu,
-        host: &mut HostTier,
-        current: Option<PlanId>,
-        layer: LayerId,
-        running: Range<u16>,
-    ) -> Result<usize, CudaError> {
-        self.residency.hold(running);
-        let begun =
-            self.prefetch_beside(gpu, host, |plans, key| key.layer == layer && is_planned(plans, current, key))?;
-        for load in std::mem::take(&mut self.ahead) {
-            let is_wanted = is_planned(&self.plans, current, load.key);
-            if load.key.layer == layer && (is_wanted || self.uploads.is_done(load.slot.index())?) {
-                self.enter_awaited(load);
-            } else {
-                self.ahead.push(load);
-            }
-        }
-        let only = layer.0..layer.0 + 1;
-        self.settle(gpu, only.clone())?;
-        self.send_table(gpu, only)?;
-        Ok(begun)
-    }
-
-    /// No layer of a pass that was followed runs any more. Returns how many uploads were begun.
-    pub(super) fn go_on(&mut self, gpu: &Gpu, host: &mut HostTier) -> Result<usize, CudaError> {
-        self.residency.hold(0..0);
-        self.prefetch_beside(gpu, host, |_, _| false)
-    }
-
-    /// Begins what is planned, in the order of use: a few, and all that `is_now` says is used now.
-    fn prefetch_beside(
-        &mut self,
-        gpu: &Gpu,
-        host: &mut HostTier,
-        is_now: impl Fn(&Plans, ExpertKey) -> bool,
-    ) -> Result<usize, CudaError> {
-        let before = self.on_the_way()?;
-        let mut begun = 0;
-        while let Some(key) = self.residency.next_missing_within(NEXT_PLANS)
-            && (before + begun < BESIDE_MAX || is_now(&self.plans, key))
-            && let Some(load) = self.residency.next_prefetch_within(NEXT_PLANS, Room::UsedAfterLayer)
-        {
-            self.begin_ahead(gpu, host, &load)?;
-            self.ahead.push(load);
-            begun += 1;
-        }
-        Ok(begun)
-    }
-
-    /// Uploads for later that are not yet there.
-    fn on_the_way(&self) -> Result<usize, CudaError> {
-        let mut count = 0;
-        // They end in the order in which they were begun.
-        for load in self.ahead.iter().rev() {
-            if self.uploads.is_done(load.slot.index())? {
-                break;
-            }
-            count += 1;
-        }
-        Ok(count)
     }
 
     fn begin_ahead(&mut self, gpu: &Gpu, host: &mut HostTier, load: &Load) -> Result<(), CudaError> {

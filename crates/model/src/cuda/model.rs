@@ -130,7 +130,7 @@ impl DeviceModel {
 
     /// Bytes of one expert that is not packed, and of all.
     pub fn expert_bytes(&self) -> (u64, u64) {
-        let one = self.host.slot().plain_bytes() as u64;
+        let one = self.host.slot().shape().bytes() as u64;
         (one, one * self.host.experts() as u64)
     }
 

@@ -77,7 +77,7 @@ impl DeviceSlab {
         weights::check(store.config())?;
         gpu.enter()?;
         let kernels = Kernels::compile(&gpu, precision, D_KV)?;
-        let shape = ExpertShape { dtype: precision.stored(), ..*store.shape() };
+        let shape = *slot.shape();
         let memory = gpu.allocate("experts", slots * slot.bytes())?;
         let loads = Uploads::new(&gpu, (memory.address(), slots), slot.bytes())?;
         let work = Work::new(&gpu, &shape)?;

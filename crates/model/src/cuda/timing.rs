@@ -80,21 +80,17 @@ fn median(gpu: &Gpu, mut work: impl FnMut() -> Result<(), CudaError>) -> Result<
 }
 
 impl DeviceModel {
-    /// Seconds that an expert's upload takes among many, and by itself until the host knows of its end: medians over
-    /// [`UPLOAD_ROUNDS`] of all that are resident.
-    pub fn upload_seconds(&mut self) -> Result<(f64, f64), CudaError> {
+    /// Seconds that an expert's upload takes among many: the median over [`UPLOAD_ROUNDS`] of all that are resident.
+    pub fn upload_seconds(&mut self) -> Result<f64, CudaError> {
         self.dense.gpu.enter()?;
-        let mut median = |one_by_one| -> Result<f64, CudaError> {
-            let mut rounds = [0.0; UPLOAD_ROUNDS];
-            for round in &mut rounds {
-                let begun = Instant::now();
-                let uploads = self.experts.upload_again(&self.dense.gpu, &mut self.host, one_by_one)?;
-                *round = begun.elapsed().as_secs_f64() / uploads as f64;
-            }
-            rounds.sort_by(f64::total_cmp);
-            Ok(rounds[rounds.len() / 2])
-        };
-        Ok((median(false)?, median(true)?))
+        let mut rounds = [0.0; UPLOAD_ROUNDS];
+        for round in &mut rounds {
+            let begun = Instant::now();
+            let uploads = self.experts.upload_again(&self.dense.gpu, &mut self.host)?;
+            *round = begun.elapsed().as_secs_f64() / uploads as f64;
+        }
+        rounds.sort_by(f64::total_cmp);
+        Ok(rounds[UPLOAD_ROUNDS / 2])
     }
 
     /// Times the experts of an MoE layer and the largest dense products, at each of these numbers of rows. Rows go to

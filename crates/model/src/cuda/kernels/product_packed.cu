@@ -66,7 +66,6 @@ template <bool ONCE> struct PackedRow {
         uint2 bytes;
         u32 word;
     };
-    static const int AHEAD_OF_16 = 3, AHEAD_OF_32 = 2;
     Packed w;
     uint4 head;
     const unsigned char *bytes, *words;
@@ -94,6 +93,7 @@ template <int KIND> __device__ __forceinline__ void few_packed(const Product &a)
 
 EXPERT_KINDS(few_packed, few_packed, 128, 1)
 
+// As PlainTile; the heads of its rows are in shared memory, too.
 struct PackedTile {
     typedef unsigned char Element;
     static const int BYTES = 128 * 48;

@@ -29,7 +29,6 @@ struct PlainRow {
     typedef T Element;
     typedef PlainRow OfFew;
     typedef uint4 Loaded;
-    static const int AHEAD_OF_16 = 3, AHEAD_OF_32 = 2;
     const T *at;
 
     __device__ PlainRow(const Product &a, const void *w, int row, int t)
@@ -87,8 +86,8 @@ template <int KIND, typename Row> __device__ __forceinline__ void few_of(const P
     Rows<KIND> rows;
     if (!rows.template find<typename Row::Element>(a, 32)) return;
     if (rows.count <= 8) few_rows<KIND, typename Row::OfFew, 1, 6>(a, rows, partial);
-    else if (rows.count <= 16) few_rows<KIND, Row, 2, Row::AHEAD_OF_16>(a, rows, partial);
-    else few_rows<KIND, Row, 4, Row::AHEAD_OF_32>(a, rows, partial);
+    else if (rows.count <= 16) few_rows<KIND, Row, 2, 3>(a, rows, partial);
+    else few_rows<KIND, Row, 4, 2>(a, rows, partial);
 }
 
 template <int KIND> __device__ __forceinline__ void few(const Product &a) { few_of<KIND, PlainRow>(a); }
@@ -119,7 +118,8 @@ struct PlainTile {
     }
 };
 
-// 128 outputs x 64 rows; each of 8 warps makes 32 x 32, or 16 x 64 where W is dear. Stages of 32 of k, STAGES of them under way. (Tiles of 128 rows
+// 128 outputs x 64 rows; each of 8 warps makes 32 x 32, or 16 x 64 where W must be unpacked, which then is done once. Stages
+// of 32 of k, STAGES of them under way. (Tiles of 128 rows
 // were slower: they leave room for one block a multiprocessor only.)
 const int STAGES = 4;
 

@@ -51,11 +51,10 @@ impl Report {
         self.head["expert_upload_ms"] = json!(self.load_ms);
     }
 
-    /// Notes what an upload takes among others, and by itself, in seconds.
-    pub(super) fn note_uploads(&mut self, (seconds, alone): (f64, f64)) {
+    /// Notes what an upload takes among others, in seconds.
+    pub(super) fn note_uploads(&mut self, seconds: f64) {
         let rate = self.head["slot_bytes"].as_f64().unwrap_or(0.0) / seconds;
         self.head["expert_uploads_of_pinned_rate"] = json!(rate / self.ceilings.upload_bytes_per_s);
-        self.head["expert_upload_alone_ms"] = json!(alone * 1e3);
         self.set_load_ms(seconds);
     }
 

@@ -35,7 +35,7 @@ pub(crate) struct GpuSettings {
     pub(crate) seconds: f64,
     /// Whether passes of known shapes are replayed.
     pub(crate) graphs: bool,
-    /// Whether experts travel packed.
+    /// Whether experts in bf16 lie packed.
     pub(crate) packs: bool,
     /// Whether kernels are timed by themselves, too.
     pub(crate) kernels: bool,
