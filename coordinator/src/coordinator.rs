@@ -19,18 +19,22 @@ use sida_telemetry::{Span, TraceContext};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::{
-    accept::{Acceptance, EncodeParams, GenerateParams, ScoreParams},
-    asked::Asked,
+    answer::{
+        guarded::guarded,
+        output::{Encoding, Scores, Token},
+        request_error::RequestError,
+        routing_mode::RoutingMode,
+    },
     config::CoordinatorConfig,
-    engine::guarded,
-    measures::Measures,
-    nodes::Nodes,
-    output::{Encoding, Scores, Token},
-    predict::Predict,
-    probe::Probe,
-    queue::{Announced, Queue, Refused},
-    request::{Request, RequestError, Work},
-    statistics::Statistics,
+    dispatch::{nodes::Nodes, probe::Probe},
+    intake::{
+        accept::{Acceptance, EncodeParams, GenerateParams, ScoreParams},
+        asked::Asked,
+        queue::{Announced, Queue, Refused},
+        request::{Request, Work},
+    },
+    measures::{metrics::Measures, statistics::Statistics},
+    predict::predict::Predict,
 };
 
 /// No step takes so long: its expert calls end well before.
@@ -219,7 +223,7 @@ impl Coordinator {
     fn submit(
         &self,
         prompt: Prompt,
-        mode: crate::routing_mode::RoutingMode,
+        mode: RoutingMode,
         deadline: Option<Instant>,
         work: Work,
     ) -> Result<(), RequestError> {

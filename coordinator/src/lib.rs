@@ -1,71 +1,31 @@
 //! The coordinator: takes requests, batches them, predicts and preloads their experts, runs the backbone and
 //! sends the rows of every MoE layer to the expert-nodes.
 //!
-//! One request in reading order. It comes in through [`config`]ured limits: `front_door` (gRPC) and `messages`
-//! (the wire's side), or this process by [`coordinator`]; `accept` checks and tokenizes what was `asked` into a [`request`].
-//! It waits in a `queue`; `prepare` takes a batch, has `predict` (here, or by `remote_predictor`) fill its hash
-//! tables and `preload` hint them. The `engine` lets it `join`: `forward` runs `walker`s with a `batch` through the layers, [`routing_mode`] chooses
-//! experts, `dispatch` takes the rows from where they are (`layer_rows`) in `calls` to the `nodes`, those `here` or over `lane`s
-//! (`lane_connection`, `lane_call`, `lane_window`, `call_deadline`, `call_failure`), `share_out` saying whom to ask,
-//! `outstanding` and `waiting` for how long, and `callers` who still wants an answer. A `sequence` goes on from step to
-//! step: `sampler`, `detokenize`, `stop_text`, or `score`, or `encoding`; the answer leaves as [`output`] with its [`trace`],
-//! or as a `fault`. Work for several at once has a `batch_span`. Beside that: [`start`], `probe` (health), `cluster_service`, `unheld`,
-//! `statistics`, `costs`, `route_measures` and `measures`.
+//! Its folders are the way of a request, and each names only what is below it (`tests/import_direction.rs`):
+//!
+//! 1. `doors`: requests come in over gRPC, or from this process by [`coordinator`]; `start` builds all that stands below.
+//! 2. `schedule`: who runs when.
+//! 3. `forward`: a pass through the model.
+//! 4. `predict`: hash tables, and the hints to expert-nodes.
+//! 5. `dispatch`: the rows of an MoE layer, to the experts and back; `remote` in it, to other processes.
+//! 6. `intake`: what is asked for becomes a checked request, and waits.
+//! 7. `answer`: what an answer is made of.
+//! 8. `measures` counts, and [`config`] is what a coordinator is told at its start.
 //!
 //! Invariant: it does not know expert-nodes but by `sida_cluster::experts` and the wire, and takes no decision
 //! that belongs to `sida_routing`.
 
-mod accept;
-mod asked;
-mod batch;
-mod batch_span;
-mod call_deadline;
-mod call_failure;
-mod callers;
-mod calls;
-mod cluster_service;
+mod answer;
 pub mod config;
 pub mod coordinator;
-mod costs;
-mod detokenize;
 mod dispatch;
-mod encoding;
-mod engine;
-mod fault;
+mod doors;
 mod forward;
-mod front_door;
-mod here;
-mod join;
-mod lane;
-mod lane_call;
-mod lane_connection;
-mod lane_window;
-mod layer_rows;
+mod intake;
 mod measures;
-mod messages;
-mod nodes;
-pub mod output;
-mod outstanding;
 mod predict;
-mod preload;
-mod prepare;
-mod probe;
-mod queue;
-mod remote_predictor;
-pub mod request;
-mod route_measures;
-pub mod routing_mode;
-mod sampler;
-mod score;
-mod sequence;
-mod share_out;
+mod schedule;
 pub mod start;
-mod statistics;
-mod stop_text;
-pub mod trace;
-mod unheld;
-mod waiting;
-mod walker;
 
 use std::time::Duration;
 
@@ -76,16 +36,18 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
-pub use accept::{EncodeParams, GenerateParams, ScoreParams};
+pub use answer::{
+    output::{Encoding, Finish, FinishReason, Pooling, Scores, TargetScore, Token},
+    request_error::RequestError,
+    routing_mode::{Alpha, RoutingMode},
+    sampler::Sampling,
+    trace::{ExpertSets, HashCounts, Timings, Trace},
+};
 pub use config::{CoordinatorConfig, MicroBatching, PredictorSource, RequestLimits};
 pub use coordinator::{Coordinator, TokenStream};
-pub use output::{Encoding, Finish, FinishReason, Scores, TargetScore, Token};
-pub use request::{Pooling, RequestError};
-pub use routing_mode::{Alpha, RoutingMode};
-pub use sampler::Sampling;
+pub use intake::accept::{EncodeParams, GenerateParams, ScoreParams};
 pub use sida_routing::admission::Limits;
 pub use start::CoordinatorError;
-pub use trace::Trace;
 
 /// Starts a coordinator and serves it on `listener` until `shutdown`; then finishes what is in flight.
 pub async fn run(
@@ -108,10 +70,10 @@ pub async fn serve(
     listener: TcpListener,
     shutdown: CancellationToken,
 ) -> Result<(), CoordinatorError> {
-    let inference = InferenceServer::new(front_door::FrontDoor::new(coordinator.clone())?)
+    let inference = InferenceServer::new(doors::front_door::FrontDoor::new(coordinator.clone())?)
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
-    let status = ClusterServer::new(cluster_service::ClusterService { coordinator: coordinator.clone() });
+    let status = ClusterServer::new(doors::cluster_service::ClusterService { coordinator: coordinator.clone() });
     let probe = |coordinator: &Coordinator| {
         let coordinator = coordinator.clone();
         move || {

@@ -14,24 +14,24 @@ use thiserror::Error;
 use tokio::runtime::Handle;
 
 use crate::{
-    call_failure::CallFailure,
     config::{CoordinatorConfig, PredictorSource},
     coordinator::{Coordinator, Inner},
-    dispatch::Dispatch,
-    engine::Engine,
-    forward::Forward,
-    lane::LaneConfig,
-    lane_connection::Connector,
-    measures::Measures,
-    nodes::Nodes,
-    predict::{Predict, Source},
-    preload::Preload,
-    prepare::Prepare,
-    probe::Probe,
-    queue::Queue,
-    remote_predictor::RemotePredictor,
-    statistics::Statistics,
-    unheld,
+    dispatch::{
+        dispatch::Dispatch,
+        nodes::Nodes,
+        probe::Probe,
+        remote::{call_failure::CallFailure, lane::LaneConfig, lane_connection::Connector},
+        unheld,
+    },
+    forward::forward::Forward,
+    intake::queue::Queue,
+    measures::{metrics::Measures, statistics::Statistics},
+    predict::{
+        predict::{Predict, Source},
+        preload::Preload,
+        remote_predictor::RemotePredictor,
+    },
+    schedule::{engine::Engine, prepare::Prepare},
 };
 
 /// Bytes of rows in one message to an expert-node: well below what a message may have, so that the first

@@ -1,0 +1,82 @@
+//! Answers, as they leave the engine. `front_door` puts them on the wire.
+
+use crate::answer::trace::Trace;
+
+/// One generated token.
+#[derive(Clone, Debug)]
+pub struct Token {
+    /// The text it adds to the answer; may be empty within a character, or while it could be the beginning
+    /// of a stop text.
+    pub text: String,
+    /// Its id.
+    pub id: u32,
+    /// Set on the last token only.
+    pub finish: Option<Finish>,
+}
+
+/// How a generation ended.
+#[derive(Clone, Debug)]
+pub struct Finish {
+    /// Why.
+    pub reason: FinishReason,
+    /// Tokens of the prompt, its end of sequence included.
+    pub prompt_tokens: usize,
+    /// Tokens of the answer, its end of sequence included.
+    pub generated_tokens: usize,
+    /// What happened on the way.
+    pub trace: Trace,
+}
+
+/// Why a generation ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FinishReason {
+    /// The model ended the sequence.
+    End,
+    /// It reached `tokens_max`.
+    Length,
+    /// It reached a stop text.
+    Stop,
+}
+
+/// Encoder states of a text.
+#[derive(Clone, Debug)]
+pub struct Encoding {
+    /// (rows, d_model), row-major.
+    pub states: Vec<f32>,
+    /// One, or one per token.
+    pub rows: usize,
+    /// Width of a row.
+    pub d_model: usize,
+    /// Tokens of the prompt, its end of sequence included.
+    pub prompt_tokens: usize,
+    /// What happened on the way.
+    pub trace: Trace,
+}
+
+/// Rows of encoder states.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Pooling {
+    /// One: the mean over tokens.
+    #[default]
+    Mean,
+    /// One per token.
+    None,
+}
+
+/// The likelihood of each target.
+#[derive(Clone, Debug)]
+pub struct Scores {
+    /// In the order of the targets.
+    pub targets: Vec<TargetScore>,
+    /// What happened on the way.
+    pub trace: Trace,
+}
+
+/// The likelihood of one target.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TargetScore {
+    /// Sum over its tokens of ln p(token).
+    pub log_likelihood: f32,
+    /// How many, its end of sequence included.
+    pub tokens: usize,
+}

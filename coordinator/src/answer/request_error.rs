@@ -1,0 +1,64 @@
+//! Why a request was not answered: every reason, with the names and numbers that a caller needs.
+
+use std::{sync::Arc, time::Duration};
+
+use sida_model::ModelError;
+use sida_routing::{ExpertKey, NodeId};
+use thiserror::Error;
+
+/// Why a request was not answered. [`crate::answer::fault`] gives each its gRPC status.
+#[derive(Clone, Debug, Error)]
+#[allow(missing_docs)]
+pub enum RequestError {
+    #[error("the text is empty")]
+    EmptyText,
+    #[error("the text has {bytes} bytes, more than the {limit} allowed")]
+    TextTooLong { bytes: usize, limit: usize },
+    #[error("the prompt has {tokens} tokens, more than the {limit} allowed")]
+    PromptTooLong { tokens: usize, limit: usize },
+    #[error("{field} is {found}, expected {expected}")]
+    Argument { field: &'static str, found: String, expected: String },
+    #[error("routing mode GUIDED is not served by this version; EXACT and HASH are")]
+    GuidedMode,
+    #[error("{limit} requests are waiting already")]
+    QueueFull { limit: usize, retry_after: Duration },
+    #[error("the deadline passed before the answer was complete")]
+    DeadlineExceeded,
+    #[error("the caller went away")]
+    Cancelled,
+    #[error("the coordinator is shutting down")]
+    ShuttingDown,
+    #[error("the cluster has no expert-node yet")]
+    NoExpertNode,
+    #[error("no expert-node could compute {key}: {}", reasons(.tried))]
+    ExpertUnavailable {
+        key: ExpertKey,
+        /// Each node that was asked, and why it did not answer.
+        tried: Vec<(NodeId, String)>,
+    },
+    #[error("too many expert calls failed lately to ask another node for {key}: {}", reasons(.tried))]
+    RetriesExhausted {
+        key: ExpertKey,
+        /// As above.
+        tried: Vec<(NodeId, String)>,
+    },
+    #[error("the model failed: {0}")]
+    Model(#[from] Arc<ModelError>),
+    #[error("the model's output is not a number")]
+    NotANumber,
+    #[error("the step that worked on this request panicked; it was logged")]
+    Panicked,
+}
+
+impl From<ModelError> for RequestError {
+    fn from(error: ModelError) -> Self {
+        Self::Model(Arc::new(error))
+    }
+}
+
+fn reasons(tried: &[(NodeId, String)]) -> String {
+    if tried.is_empty() {
+        return "the cluster has no expert-node".to_owned();
+    }
+    tried.iter().map(|(node, reason)| format!("{node}: {reason}")).collect::<Vec<_>>().join("; ")
+}

@@ -1,0 +1,35 @@
+//! Who waits for which rows of a batch, so that work which nobody waits for any more can end in the middle of a layer.
+//! Made by the engine for each pass, asked by [`crate::dispatch`].
+
+use std::time::Instant;
+
+use sida_model::Spans;
+
+use crate::{answer::request_error::RequestError, intake::request::Request};
+
+/// The requests of a batch.
+#[derive(Clone, Copy)]
+pub(crate) struct Callers<'a> {
+    /// Whose rows are which.
+    spans: &'a Spans,
+    /// One per span; none for a health check, which does not leave.
+    requests: &'a [&'a Request],
+}
+
+impl<'a> Callers<'a> {
+    /// `requests` has one for each of `spans`, or is empty.
+    pub(crate) fn new(spans: &'a Spans, requests: &'a [&'a Request]) -> Self {
+        debug_assert!(requests.is_empty() || requests.len() == spans.len(), "rows of nobody");
+        Self { spans, requests }
+    }
+
+    /// Why nobody waits for any of the rows `tokens` any more, if that is so.
+    pub(crate) fn gone(&self, tokens: &[u32], now: Instant) -> Option<RequestError> {
+        let mut reason = None;
+        for &token in tokens {
+            let request = self.spans.holder(token as usize).and_then(|span| self.requests.get(span))?;
+            reason = Some(request.over(now)?);
+        }
+        reason
+    }
+}

@@ -1,0 +1,76 @@
+//! Calls on their way to nodes of other processes, and which of them need not be waited for any longer: their node gives
+//! no sign of life or is far too late while somebody else could answer, or nobody wants the answer. Called by
+//! [`crate::dispatch`].
+
+use std::time::{Duration, Instant};
+
+use sida_telemetry::Span;
+
+use crate::dispatch::{
+    calls::{self, Call},
+    layer_rows::LayerRows,
+    nodes::{Reach, Roster},
+    remote::call_failure::CallFailure,
+};
+
+/// How soon a call that should be given up is looked at again, while nobody else could answer it.
+pub(crate) const LOOK_PERIOD: Duration = Duration::from_millis(25);
+
+/// A call on its way.
+pub(crate) struct Outstanding {
+    pub(crate) call_id: u64,
+    pub(crate) call: Call,
+    /// Ends when the call is over, however it ends.
+    pub(crate) span: Option<Span>,
+    pub(crate) sent: Instant,
+    /// When it is given up, signs of life or not, if somebody else could answer.
+    pub(crate) deadline: Instant,
+    /// When to look whether it should be given up.
+    pub(crate) look: Instant,
+}
+
+/// Takes out of `outstanding` what need not be waited for any longer, and says when to look at the others again.
+pub(crate) fn given_up(
+    roster: &Roster,
+    rows: &LayerRows<'_>,
+    outstanding: &mut Vec<Outstanding>,
+    patience: Duration,
+    now: Instant,
+) -> Vec<(Call, CallFailure)> {
+    let mut given_up = Vec::new();
+    let mut at = 0;
+    while at < outstanding.len() {
+        let one = &mut outstanding[at];
+        let Reach::Remote(lane) = &roster.links[one.call.node].reach else {
+            unreachable!("only calls to remote nodes are outstanding");
+        };
+        let (silent, last) = (lane.silent_until(one.sent), one.sent + patience);
+        let waited = now - one.sent;
+        let failure = match () {
+            // When to look is the earliest of these, unless a sign of life came meanwhile.
+            () if now < silent.min(one.deadline) => None,
+            () if rows.is_for_nobody(&one.call, now) => Some(CallFailure::Unwanted),
+            // Tight limits are of use only while somebody else could be asked. Who is alive but late is not left
+            // for one who was so before: they would take turns, and none would come to its end.
+            () if now < last
+                && !calls::anyone_else(roster, &one.call, now)
+                && !(now >= silent && calls::anyone_back(roster, &one.call, now)) =>
+            {
+                None
+            }
+            () if now >= silent => Some(CallFailure::Silent { waited }),
+            () => Some(CallFailure::Late { waited }),
+        };
+        match failure {
+            Some(failure) => {
+                lane.give_up(one.call_id, !matches!(failure, CallFailure::Unwanted), now);
+                given_up.push((outstanding.swap_remove(at).call, failure));
+            }
+            None => {
+                one.look = silent.min(one.deadline).max(now + LOOK_PERIOD).min(last.max(now + LOOK_PERIOD));
+                at += 1;
+            }
+        }
+    }
+    given_up
+}

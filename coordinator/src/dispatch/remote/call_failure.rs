@@ -1,0 +1,84 @@
+//! Why an expert-node did not answer a call with rows, and what follows from it: whether the node, the call or one
+//! expert of it is to blame. Made by [`crate::dispatch::remote`] and [`crate::dispatch`].
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use sida_proto::v1;
+use sida_rpc::Reason;
+use thiserror::Error;
+
+/// See the file's head.
+#[derive(Clone, Debug, Error)]
+#[allow(missing_docs)]
+pub(crate) enum CallFailure {
+    #[error("not connected: {reason}")]
+    Disconnected { reason: String },
+    #[error("no sign of life, {waited:?} after the call")]
+    Silent { waited: Duration },
+    #[error("no answer within {waited:?}, although it is alive")]
+    Late { waited: Duration },
+    #[error("more than {limit} bytes under way")]
+    Congested { limit: usize },
+    #[error("{message}")]
+    Refused { reason: Reason, message: String },
+    /// It knows a newer placement: an encoded `sida.v1.PlacementRecord`.
+    #[error("it knows a newer placement")]
+    Stale { newer: Bytes },
+    #[error("malformed answer: {reason}")]
+    Malformed { reason: String },
+    #[error("it panicked")]
+    Panicked,
+    #[error("nobody waits for the answer any more")]
+    Unwanted,
+}
+
+impl CallFailure {
+    /// Every [`Self::label`].
+    pub(crate) const LABELS: [&str; 8] =
+        ["disconnected", "silent", "late", "congested", "refused", "stale_epoch", "malformed", "panicked"];
+
+    /// What a node's refusal means.
+    pub(crate) fn refused(error: v1::CallError) -> Self {
+        match Reason::from_name(&error.reason) {
+            Some(Reason::StaleEpoch) => Self::Stale { newer: error.newer_placement },
+            reason => Self::Refused { reason: reason.unwrap_or(Reason::Internal), message: error.message },
+        }
+    }
+
+    /// Whether it may have been one expert of the call that failed rather than the node.
+    pub(crate) fn is_of_one_expert(&self) -> bool {
+        matches!(self, Self::Refused { reason: Reason::ExpertLoadFailed | Reason::Internal, .. } | Self::Panicked)
+    }
+
+    /// Whether the node is to be left alone for a while. A node that refuses answers, and may answer the next call, unless
+    /// it ends or its device fails.
+    pub(crate) fn is_of_the_node(&self) -> bool {
+        match self {
+            Self::Disconnected { .. } | Self::Silent { .. } | Self::Late { .. } | Self::Malformed { .. } => true,
+            Self::Refused { reason, .. } => matches!(reason, Reason::ShuttingDown | Reason::DeviceFailed),
+            Self::Congested { .. } | Self::Stale { .. } | Self::Panicked | Self::Unwanted => false,
+        }
+    }
+
+    /// Whether the same call could succeed on the same node once that is back: it failed for what the node or the
+    /// network went through, not for what was asked.
+    pub(crate) fn may_pass(&self) -> bool {
+        self.is_of_the_node() || matches!(self, Self::Congested { .. })
+    }
+
+    /// The `reason` label of `sida_failovers_total`.
+    pub(crate) fn label(&self) -> &'static str {
+        match self {
+            Self::Disconnected { .. } => "disconnected",
+            Self::Silent { .. } => "silent",
+            Self::Late { .. } => "late",
+            Self::Congested { .. } => "congested",
+            Self::Refused { .. } => "refused",
+            Self::Stale { .. } => "stale_epoch",
+            Self::Malformed { .. } => "malformed",
+            Self::Panicked => "panicked",
+            Self::Unwanted => "unwanted",
+        }
+    }
+}

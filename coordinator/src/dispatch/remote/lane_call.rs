@@ -1,0 +1,96 @@
+//! What goes down a lane for a call, and what comes back of it. Made by [`crate::dispatch`] and [`crate::dispatch::remote`].
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use sida_cluster::experts::{CallReport, ExpertCall};
+use sida_model::ResultsWindow;
+use sida_proto::{v1, wire};
+use sida_routing::{LayerId, PlacedGroup};
+
+use crate::dispatch::remote::call_failure::CallFailure;
+
+/// The rows of a call that is to be made.
+pub(crate) enum Outgoing<'a> {
+    /// They travel.
+    Rows(ExpertCall<'a>),
+    /// They are in this coordinator's window.
+    InWindow(LayerId, &'a [PlacedGroup]),
+}
+
+/// What an expert-node made of them.
+pub(crate) enum Results {
+    /// (rows, d_model) as a payload of exactly that length.
+    Payload(Bytes),
+    /// In the node's window, at the places of the call.
+    InWindow(Arc<ResultsWindow>),
+}
+
+/// Rows that an expert-node computed.
+pub(crate) struct Computed {
+    /// Where they are.
+    pub(crate) results: Results,
+    /// What it cost there.
+    pub(crate) report: CallReport,
+    /// How long it took, seen from here.
+    pub(crate) took: Duration,
+}
+
+/// What became of a call.
+pub(crate) struct Reply {
+    /// As [`crate::dispatch::remote::lane::Lane::start`] returned it.
+    pub(crate) call_id: u64,
+    /// The rows, or why there are none.
+    pub(crate) outcome: Result<Computed, CallFailure>,
+}
+
+impl Outgoing<'_> {
+    /// As it is sent, and its rows, which are `d_model` wide if they travel.
+    pub(crate) fn message(&self, call_id: u64, d_model: usize) -> (v1::Activations, usize) {
+        match *self {
+            Self::Rows(ExpertCall { layer, groups, activations }) => {
+                (v1::Activations::new(call_id, layer, groups, activations), activations.len() / d_model)
+            }
+            Self::InWindow(layer, groups) => {
+                let rows = groups.iter().map(|group| group.rows as usize).sum();
+                (v1::Activations::in_window(call_id, layer, groups), rows)
+            }
+        }
+    }
+}
+
+impl Results {
+    /// How many travelled.
+    pub(crate) fn bytes(&self) -> usize {
+        match self {
+            Self::Payload(payload) => payload.len(),
+            Self::InWindow(_) => 0,
+        }
+    }
+}
+
+impl Computed {
+    /// The answer to a call of so many rows, checked against it. With a window they must not have travelled.
+    pub(crate) fn of(
+        results: v1::Results,
+        window: Option<&Arc<ResultsWindow>>,
+        (rows, d_model): (usize, usize),
+        took: Duration,
+    ) -> Result<Self, CallFailure> {
+        let rows_sent = if window.is_some() { 0 } else { rows };
+        match results.check(rows_sent, d_model) {
+            Ok(wire::Answer::Done { payload, report }) => {
+                let report = CallReport {
+                    hits: report.hits,
+                    demand_loads: report.demand_loads,
+                    load: Duration::from_micros(report.load_us),
+                    compute: Duration::from_micros(report.compute_us),
+                };
+                let results = window.cloned().map_or(Results::Payload(payload), Results::InWindow);
+                Ok(Self { results, report, took })
+            }
+            Ok(wire::Answer::Failed(error)) => Err(CallFailure::refused(error)),
+            Err(error) => Err(CallFailure::Malformed { reason: error.to_string() }),
+        }
+    }
+}

@@ -1,0 +1,36 @@
+//! Watches for experts that nobody can be asked for where they belong: every node that holds them is away. Requests go
+//! on, since any other node loads such an expert from its store, but an operator should know. Started by
+//! [`crate::coordinator`].
+
+use std::{
+    sync::{Arc, Weak},
+    time::{Duration, Instant},
+};
+
+use sida_routing::{ExpertId, ExpertKey, LayerId};
+use sida_telemetry::{gauge, names};
+
+use crate::dispatch::nodes::{Nodes, Roster};
+
+/// How often it is looked.
+const PERIOD: Duration = Duration::from_secs(2);
+
+/// Looks until the nodes are dropped.
+pub(crate) async fn watch(nodes: Weak<Nodes>) {
+    while let Some(roster) = nodes.upgrade().map(|nodes: Arc<Nodes>| nodes.roster()) {
+        gauge!(names::EXPERTS_UNHELD).set(count(&roster, Instant::now()) as f64);
+        drop(roster);
+        tokio::time::sleep(PERIOD).await;
+    }
+}
+
+/// How many experts have no holder that is up.
+fn count(roster: &Roster, now: Instant) -> usize {
+    let is_up: Vec<bool> = roster.links.iter().map(|link| link.is_up(now)).collect();
+    let extent = roster.placement.extent();
+    let layers = 0..extent.moe_layers as u16;
+    let keys = layers.flat_map(|layer| {
+        (0..extent.num_experts as u16).map(move |expert| ExpertKey { layer: LayerId(layer), expert: ExpertId(expert) })
+    });
+    keys.filter(|key| !roster.placement.holder_indices(*key).iter().any(|&holder| is_up[usize::from(holder)])).count()
+}

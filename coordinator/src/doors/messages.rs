@@ -1,0 +1,160 @@
+//! Requests from messages, and answers as messages: the wire's side of `front_door`.
+
+use std::time::{Duration, Instant};
+
+use sida_proto::{v1, wire::rows};
+use sida_telemetry::TraceContext;
+
+use crate::{
+    answer::{
+        output::{Encoding, Finish, FinishReason, Pooling, Scores, Token},
+        request_error::RequestError,
+        routing_mode::{Alpha, RoutingMode},
+        sampler::Sampling,
+        trace::Trace,
+    },
+    intake::accept::{EncodeParams, GenerateParams, ScoreParams},
+};
+
+/// What a call carries beside its message.
+#[derive(Clone, Copy)]
+pub(crate) struct Caller {
+    /// Until when it waits.
+    pub(crate) deadline: Option<Instant>,
+    /// Which trace it is part of.
+    pub(crate) trace: Option<TraceContext>,
+}
+
+/// The request behind a message. Limits are checked where it is accepted.
+pub(crate) fn encode_params(message: v1::EncodeRequest, caller: Caller) -> Result<EncodeParams, RequestError> {
+    let pooling = match v1::Pooling::try_from(message.pooling) {
+        Ok(v1::Pooling::Unspecified | v1::Pooling::Mean) => Pooling::Mean,
+        Ok(v1::Pooling::None) => Pooling::None,
+        Err(_) => return Err(unknown("pooling", message.pooling)),
+    };
+    let Caller { deadline, trace } = caller;
+    Ok(EncodeParams { text: message.text, routing: routing(message.routing)?, pooling, deadline, trace })
+}
+
+/// The request behind a message.
+pub(crate) fn score_params(message: v1::ScoreRequest, caller: Caller) -> Result<ScoreParams, RequestError> {
+    let Caller { deadline, trace } = caller;
+    let routing = routing(message.routing)?;
+    Ok(ScoreParams { text: message.text, targets: message.targets, routing, deadline, trace })
+}
+
+/// The request behind a message.
+pub(crate) fn generate_params(message: v1::GenerateRequest, caller: Caller) -> Result<GenerateParams, RequestError> {
+    Ok(GenerateParams {
+        routing: routing(message.routing)?,
+        text: message.text,
+        max_tokens: message.max_tokens as usize,
+        min_tokens: message.min_tokens as usize,
+        ignore_eos: message.ignore_eos,
+        sampling: Sampling {
+            temperature: message.temperature,
+            top_k: message.top_k as usize,
+            top_p: message.top_p,
+            seed: message.seed,
+        },
+        stop: message.stop,
+        deadline: caller.deadline,
+        trace: caller.trace,
+    })
+}
+
+fn routing(options: Option<v1::RoutingOptions>) -> Result<RoutingMode, RequestError> {
+    let v1::RoutingOptions { mode, alpha } = options.unwrap_or_default();
+    let alpha = match v1::AlphaSource::try_from(alpha) {
+        Ok(v1::AlphaSource::Unspecified | v1::AlphaSource::Router) => Alpha::Router,
+        Ok(v1::AlphaSource::Predicted) => Alpha::Predicted,
+        Err(_) => return Err(unknown("routing.alpha", alpha)),
+    };
+    match v1::RoutingMode::try_from(mode) {
+        Ok(v1::RoutingMode::Unspecified | v1::RoutingMode::Exact) => Ok(RoutingMode::Exact),
+        Ok(v1::RoutingMode::Hash) => Ok(RoutingMode::Hash { alpha }),
+        Ok(v1::RoutingMode::Guided) => Err(RequestError::GuidedMode),
+        Err(_) => Err(unknown("routing.mode", mode)),
+    }
+}
+
+fn unknown(field: &'static str, found: i32) -> RequestError {
+    RequestError::Argument { field, found: found.to_string(), expected: "a value that this version knows".to_owned() }
+}
+
+impl From<Token> for v1::GenerateResponse {
+    fn from(token: Token) -> Self {
+        Self { text: token.text, token_id: token.id, finish: token.finish.map(v1::Finish::from) }
+    }
+}
+
+impl From<Finish> for v1::Finish {
+    fn from(finish: Finish) -> Self {
+        let reason = match finish.reason {
+            FinishReason::End => v1::FinishReason::End,
+            FinishReason::Length => v1::FinishReason::Length,
+            FinishReason::Stop => v1::FinishReason::Stop,
+        };
+        Self {
+            reason: reason.into(),
+            prompt_tokens: finish.prompt_tokens as u32,
+            generated_tokens: finish.generated_tokens as u32,
+            trace: Some((&finish.trace).into()),
+        }
+    }
+}
+
+impl From<Scores> for v1::ScoreResponse {
+    fn from(scores: Scores) -> Self {
+        let target = |score: &crate::answer::output::TargetScore| v1::TargetScore {
+            log_likelihood: score.log_likelihood,
+            tokens: score.tokens as u32,
+        };
+        Self { scores: scores.targets.iter().map(target).collect(), trace: Some((&scores.trace).into()) }
+    }
+}
+
+impl From<Encoding> for v1::EncodeResponse {
+    fn from(encoding: Encoding) -> Self {
+        Self {
+            rows: encoding.rows as u32,
+            d_model: encoding.d_model as u32,
+            trace: Some((&encoding.trace).into()),
+            prompt_tokens: encoding.prompt_tokens as u32,
+            states: rows::into_payload(encoding.states),
+        }
+    }
+}
+
+impl From<&Trace> for v1::Trace {
+    fn from(trace: &Trace) -> Self {
+        let mode = match trace.mode {
+            RoutingMode::Exact => v1::RoutingMode::Exact,
+            RoutingMode::Hash { .. } => v1::RoutingMode::Hash,
+        };
+        let microseconds = |duration: Duration| u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
+        let timings = v1::Timings {
+            queue_us: microseconds(trace.timings.queue),
+            predict_us: microseconds(trace.timings.predict),
+            load_us: microseconds(trace.timings.load),
+            backbone_us: microseconds(trace.timings.backbone),
+            experts_us: microseconds(trace.timings.experts),
+            total_us: microseconds(trace.timings.total),
+        };
+        let layers = trace.experts.layers().map(|(layer, experts)| v1::LayerUse {
+            layer: layer.0.into(),
+            experts: experts.iter().map(|expert| expert.0.into()).collect(),
+        });
+        Self {
+            mode: mode.into(),
+            unpredicted: trace.unpredicted,
+            timings: Some(timings),
+            hash_hits: trace.hash.hits,
+            hash_misses: trace.hash.misses,
+            hash_top1_hits: trace.hash.top1_hits,
+            demand_loads: trace.demand_loads,
+            layers: layers.collect(),
+            failovers: trace.failovers,
+        }
+    }
+}

@@ -1,0 +1,182 @@
+//! Who chooses the expert of a row. A batch mixes requests of different modes, so the choice is made row by
+//! row: first the router for everyone who wants it, then the rows of `hash` requests are overwritten from
+//! their hash tables. Called by the forward pass at each MoE layer.
+
+use sida_model::{Dense, ModelError, RouterKind, Spans, Walk};
+use sida_routing::{ExpertId, HashTable, LayerId, Routes};
+
+use crate::answer::{
+    request_error::RequestError,
+    routing_mode::{Alpha, RoutingMode},
+    trace::{ExpertSets, HashCounts},
+};
+
+/// A run of rows of one batch that belong to one sequence, or to one candidate of a scored request.
+pub(crate) struct Part {
+    /// Its request's mode.
+    pub(crate) mode: RoutingMode,
+    /// What was predicted; `None` runs `exact`, without hints.
+    pub(crate) table: Option<HashTable>,
+    /// The table's token that is the first row.
+    pub(crate) first_token: usize,
+    /// The experts its rows went to.
+    pub(crate) experts: ExpertSets,
+    /// How the table fared.
+    pub(crate) hash: HashCounts,
+    /// Why its result cannot be used. The rest of the batch is sound.
+    pub(crate) failure: Option<RequestError>,
+}
+
+impl Part {
+    /// Rows of a request in `mode`, the first of which is token `first_token` of `table`. A table that names
+    /// fewer experts per token than the model uses cannot choose them.
+    pub(crate) fn new(
+        mode: RoutingMode,
+        table: Option<HashTable>,
+        first_token: usize,
+        top_k: usize,
+        experts: ExpertSets,
+    ) -> Self {
+        let chooses = mode != RoutingMode::Exact;
+        let table = table.filter(|table| !chooses || table.shape().top_k >= top_k);
+        Self { mode, table, first_token, experts, hash: HashCounts::default(), failure: None }
+    }
+
+    /// Whether the router decides over its rows, or gives their factors.
+    fn wants_router(&self) -> bool {
+        self.hash_alpha() != Some(Alpha::Predicted)
+    }
+
+    /// The source of its factors, if the hash table chooses its experts.
+    fn hash_alpha(&self) -> Option<Alpha> {
+        match (self.mode, &self.table) {
+            (RoutingMode::Hash { alpha }, Some(_)) => Some(alpha),
+            _ => None,
+        }
+    }
+}
+
+/// The routes of the MoE layer that a walk is at, whose rows belong to `parts` as `spans` says. Notes in each part how its
+/// table fared against the router.
+pub(crate) fn routes(
+    dense: &Dense,
+    walk: &mut Walk,
+    layer: LayerId,
+    spans: &Spans,
+    parts: &mut [Part],
+) -> Result<Routes, ModelError> {
+    let (kind, num_experts) = (dense.config().router, dense.config().num_experts);
+    let top_k = kind.top_k();
+    let mut routes = match parts.iter().any(Part::wants_router) {
+        true => dense.routes(walk)?,
+        false => Routes { top_k, experts: vec![None; spans.rows() * top_k], weights: vec![0.0; spans.rows() * top_k] },
+    };
+    for (part, rows) in parts.iter_mut().zip(spans.ranges()) {
+        let chosen = rows.start * top_k..rows.end * top_k;
+        if let Some(table) = part.table.as_ref().filter(|_| part.wants_router()) {
+            part.hash.add(count(table, layer, part.first_token, top_k, &routes.experts[chosen.clone()]));
+        }
+        let (Some(alpha), Some(table)) = (part.hash_alpha(), &part.table) else { continue };
+        let probabilities = match alpha {
+            Alpha::Router => Some(dense.probabilities(walk)?),
+            Alpha::Predicted => None,
+        };
+        for (token, row) in rows.enumerate() {
+            let row_probabilities = probabilities.map(|all| &all[row * num_experts..][..num_experts]);
+            let at = row * top_k..(row + 1) * top_k;
+            let (experts, weights) = (&mut routes.experts[at.clone()], &mut routes.weights[at]);
+            predicted(&kind, table, layer, part.first_token + token, row_probabilities, experts, weights);
+        }
+    }
+    Ok(routes)
+}
+
+/// One row by the hash table: its first choices, scaled by the router's probabilities of them if given, by
+/// the predicted ones otherwise.
+fn predicted(
+    kind: &RouterKind,
+    table: &HashTable,
+    layer: LayerId,
+    token: usize,
+    probabilities: Option<&[f32]>,
+    experts: &mut [Option<ExpertId>],
+    weights: &mut [f32],
+) {
+    let (chosen, alphas) = (table.experts(layer, token), table.alphas(layer, token));
+    for (k, (expert, weight)) in experts.iter_mut().zip(weights.iter_mut()).enumerate() {
+        *expert = Some(chosen[k]);
+        *weight = probabilities.map_or(alphas[k], |p| p[usize::from(chosen[k].0)]);
+    }
+    if let RouterKind::TopK { renormalize: true, .. } = kind {
+        let total: f32 = weights.iter().sum();
+        if total > 0.0 {
+            weights.iter_mut().for_each(|weight| *weight /= total);
+        }
+    }
+}
+
+/// How a table's rows from `first_token` fared against the experts that the router chose, (rows, top_k).
+fn count(
+    table: &HashTable,
+    layer: LayerId,
+    first_token: usize,
+    top_k: usize,
+    routed: &[Option<ExpertId>],
+) -> HashCounts {
+    let mut counts = HashCounts::default();
+    for (at, expert) in routed.iter().enumerate() {
+        let Some(expert) = expert else { continue };
+        match table.experts(layer, first_token + at / top_k).iter().position(|e| e == expert) {
+            Some(rank) => {
+                counts.hits += 1;
+                counts.top1_hits += u64::from(rank == 0);
+            }
+            None => counts.misses += 1,
+        }
+    }
+    counts
+}
+
+#[cfg(test)]
+mod tests {
+    use sida_routing::{Digest, hash_table::Shape};
+
+    use super::*;
+
+    fn table() -> HashTable {
+        let shape = Shape { first_layer: LayerId(2), layers: 1, tokens: 2, top_k: 2 };
+        let experts = [3, 1, 0, 2].map(ExpertId).to_vec();
+        HashTable::new(Digest([0; 32]), Digest([1; 32]), shape, 4, experts, vec![0.5, 0.25, 0.5, 0.5]).expect("valid")
+    }
+
+    #[test]
+    fn table_against_router() {
+        // Would break: the reported hit rate is not that of the routed experts.
+        let routed = [Some(ExpertId(1)), Some(ExpertId(0))];
+        let counts = count(&table(), LayerId(2), 0, 1, &routed);
+        assert_eq!(counts, HashCounts { hits: 2, top1_hits: 1, misses: 0 });
+        assert_eq!(count(&table(), LayerId(2), 1, 1, &[Some(ExpertId(3))]).misses, 1);
+    }
+
+    #[test]
+    fn factor_of_the_predicted_expert() {
+        // Would break: `hash` scales an expert by another expert's probability, or by the predictor's when the
+        // router's was asked for.
+        let (mut experts, mut weights) = ([None], [0.0]);
+        let probabilities = [0.1, 0.2, 0.3, 0.4];
+        predicted(&RouterKind::Top1, &table(), LayerId(2), 0, Some(&probabilities), &mut experts, &mut weights);
+        assert_eq!((experts[0], weights[0]), (Some(ExpertId(3)), 0.4));
+        predicted(&RouterKind::Top1, &table(), LayerId(2), 1, None, &mut experts, &mut weights);
+        assert_eq!((experts[0], weights[0]), (Some(ExpertId(0)), 0.5));
+    }
+
+    #[test]
+    fn top_k_factors_sum_to_one() {
+        // Would break: a model that renormalizes gets scaled-down outputs in `hash` mode.
+        let (mut experts, mut weights) = ([None; 2], [0.0; 2]);
+        let kind = RouterKind::TopK { k: 2, renormalize: true };
+        predicted(&kind, &table(), LayerId(2), 0, None, &mut experts, &mut weights);
+        assert_eq!(experts, [Some(ExpertId(3)), Some(ExpertId(1))]);
+        assert!((weights[0] - 2.0 / 3.0).abs() < 1e-6 && (weights[0] + weights[1] - 1.0).abs() < 1e-6);
+    }
+}

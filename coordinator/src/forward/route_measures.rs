@@ -1,0 +1,81 @@
+//! What is told of a pass's routes: which experts its rows went to, and how the hash tables fared. Used by `walker`.
+
+use std::sync::{Arc, atomic::Ordering};
+
+use metrics::Counter;
+use sida_model::{ModelConfig, Spans};
+use sida_routing::{Grouping, LayerId, Routes};
+use sida_telemetry::{counter, names};
+
+use crate::{answer::trace::HashCounts, forward::expert_choice::Part, measures::statistics::Statistics};
+
+/// Series of `sida_routed_rows_total` at most.
+const ROUTED_SERIES_MAX: usize = 4096;
+
+/// Handles on the metrics.
+pub(crate) struct RouteMeasures {
+    statistics: Arc<Statistics>,
+    /// For each MoE layer: predictions that were the first choice, another one, a miss.
+    predictions: Vec<[Counter; 3]>,
+    /// For each MoE layer and expert: rows. Empty where there are too many to export.
+    routed: Vec<Vec<Counter>>,
+}
+
+impl RouteMeasures {
+    pub(crate) fn new(config: &ModelConfig, statistics: Arc<Statistics>) -> Self {
+        let outcomes = |layer: usize| {
+            ["top1", "hit", "miss"].map(|outcome| {
+                counter!(names::HASH_PREDICTIONS_TOTAL, names::LAYER => layer.to_string(), names::OUTCOME => outcome)
+            })
+        };
+        let (layers, experts) = (config.moe_layer_count(), config.num_experts);
+        let predictions = (0..layers).map(outcomes).collect();
+        let rows = |layer: usize, expert: usize| counter!(names::ROUTED_ROWS_TOTAL, names::LAYER => layer.to_string(), names::EXPERT => expert.to_string());
+        let exported = if layers * experts <= ROUTED_SERIES_MAX { layers } else { 0 };
+        let routed = (0..exported).map(|layer| (0..experts).map(|expert| rows(layer, expert)).collect()).collect();
+        Self { statistics, predictions, routed }
+    }
+
+    /// Notes which experts each part uses, and how its table fared since `before`.
+    pub(crate) fn note(
+        &self,
+        layer: LayerId,
+        routes: &Routes,
+        spans: &Spans,
+        parts: &mut [Part],
+        before: &[HashCounts],
+    ) {
+        let mut sum = HashCounts::default();
+        for ((part, range), before) in parts.iter_mut().zip(spans.ranges()).zip(before) {
+            let rows = range.start * routes.top_k..range.end * routes.top_k;
+            for &expert in routes.experts[rows].iter().flatten() {
+                part.experts.insert(layer, expert);
+            }
+            sum.hits += part.hash.hits - before.hits;
+            sum.top1_hits += part.hash.top1_hits - before.top1_hits;
+            sum.misses += part.hash.misses - before.misses;
+        }
+        let counters = &self.predictions[usize::from(layer.0)];
+        let counts = [sum.top1_hits, sum.hits - sum.top1_hits, sum.misses];
+        // A single token's layer has one of them, and to add nothing to the others would cost as much.
+        for (counter, count) in counters.iter().zip(counts).filter(|&(_, count)| count > 0) {
+            counter.increment(count);
+        }
+        self.statistics.hash_hits.fetch_add(sum.hits, Ordering::Relaxed);
+        self.statistics.hash_misses.fetch_add(sum.misses, Ordering::Relaxed);
+    }
+
+    /// Notes how many rows each expert gets.
+    pub(crate) fn note_rows(&self, layer: LayerId, grouping: &Grouping) {
+        if let Some(routed) = self.routed.get(usize::from(layer.0)) {
+            for group in &grouping.groups {
+                routed[usize::from(group.expert.0)].increment(u64::from(group.rows));
+            }
+        }
+    }
+
+    /// Notes calls that went to another node.
+    pub(crate) fn note_failovers(&self, failovers: u64) {
+        self.statistics.failovers.fetch_add(failovers, Ordering::Relaxed);
+    }
+}

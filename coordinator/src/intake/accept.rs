@@ -1,0 +1,142 @@
+//! From what a caller asks to a checked [`Request`]: the one place where limits on requests are enforced,
+//! whether they came by gRPC or from this process.
+
+use std::time::Instant;
+
+use sida_model::Tokenizer;
+use sida_routing::admission::Limits;
+use sida_telemetry::TraceContext;
+
+use crate::{
+    answer::{output::Pooling, request_error::RequestError, routing_mode::RoutingMode, sampler::Sampling},
+    config::RequestLimits,
+    intake::request::GenerateOptions,
+};
+
+/// A request for encoder states.
+#[derive(Clone, Debug, Default)]
+pub struct EncodeParams {
+    /// The text.
+    pub text: String,
+    /// Who routes it.
+    pub routing: RoutingMode,
+    /// Which rows come back.
+    pub pooling: Pooling,
+    /// Until when the answer is of use.
+    pub deadline: Option<Instant>,
+    /// Which trace it is part of; `None` begins one.
+    pub trace: Option<TraceContext>,
+}
+
+/// A request for the likelihood of targets.
+#[derive(Clone, Debug, Default)]
+pub struct ScoreParams {
+    /// The text.
+    pub text: String,
+    /// The candidates; at least one, none empty.
+    pub targets: Vec<String>,
+    /// Who routes it.
+    pub routing: RoutingMode,
+    /// Until when the answer is of use.
+    pub deadline: Option<Instant>,
+    /// Which trace it is part of; `None` begins one.
+    pub trace: Option<TraceContext>,
+}
+
+/// A request to generate text.
+#[derive(Clone, Debug, Default)]
+pub struct GenerateParams {
+    /// The text.
+    pub text: String,
+    /// Who routes it.
+    pub routing: RoutingMode,
+    /// Tokens at most; 0 for the server's default.
+    pub max_tokens: usize,
+    /// No end of sequence before so many tokens.
+    pub min_tokens: usize,
+    /// Goes on after an end of sequence, to measure generation.
+    pub ignore_eos: bool,
+    /// How tokens are chosen; the default is greedy.
+    pub sampling: Sampling,
+    /// The answer ends before one of these.
+    pub stop: Vec<String>,
+    /// Until when the answer is of use.
+    pub deadline: Option<Instant>,
+    /// Which trace it is part of; `None` begins one.
+    pub trace: Option<TraceContext>,
+}
+
+/// What requests are held to.
+pub(crate) struct Acceptance<'a> {
+    pub(crate) limits: &'a RequestLimits,
+    pub(crate) batch: &'a Limits,
+    pub(crate) tokenizer: &'a Tokenizer,
+}
+
+impl Acceptance<'_> {
+    /// The tokens of a prompt, its end of sequence included.
+    pub(crate) fn prompt(&self, text: &str) -> Result<Vec<u32>, RequestError> {
+        if text.trim().is_empty() {
+            return Err(RequestError::EmptyText);
+        }
+        self.tokens(text)
+    }
+
+    /// The tokens of every target. All of them and the prompt must fit one batch.
+    pub(crate) fn targets(&self, prompt_tokens: usize, targets: &[String]) -> Result<Vec<Vec<u32>>, RequestError> {
+        within("targets (their number)", targets.len(), 1, self.limits.targets_max)?;
+        if targets.iter().any(|target| target.trim().is_empty()) {
+            return Err(refused("targets", "an empty text", "texts with tokens"));
+        }
+        let targets = targets.iter().map(|target| self.tokens(target)).collect::<Result<Vec<_>, _>>()?;
+        let tokens = targets.iter().map(Vec::len).sum::<usize>() + prompt_tokens;
+        within("tokens of text and targets", tokens, 1, self.batch.tokens_max)?;
+        Ok(targets)
+    }
+
+    /// The checked options of a generation.
+    pub(crate) fn options(&self, params: &mut GenerateParams) -> Result<GenerateOptions, RequestError> {
+        let limits = self.limits;
+        let tokens_max = match params.max_tokens {
+            0 => limits.tokens_default,
+            tokens => within("max_tokens", tokens, 1, limits.tokens_max)?,
+        };
+        let tokens_min = within("min_tokens", params.min_tokens, 0, tokens_max)?;
+        let Sampling { temperature, top_p, .. } = params.sampling;
+        if !(0.0..=100.0).contains(&temperature) {
+            return Err(refused("temperature", temperature, "0 to 100"));
+        }
+        if !(0.0..=1.0).contains(&top_p) {
+            return Err(refused("top_p", top_p, "0 to 1"));
+        }
+        within("stop (their number)", params.stop.len(), 0, limits.stops_max)?;
+        for stop in &params.stop {
+            within("stop (bytes)", stop.len(), 1, limits.stop_bytes_max)?;
+        }
+        Ok(GenerateOptions {
+            tokens_max,
+            tokens_min,
+            ignore_eos: params.ignore_eos,
+            sampling: params.sampling.clone(),
+            stop: std::mem::take(&mut params.stop),
+        })
+    }
+
+    fn tokens(&self, text: &str) -> Result<Vec<u32>, RequestError> {
+        let (bytes, limit) = (text.len(), self.limits.text_bytes_max);
+        if bytes > limit {
+            return Err(RequestError::TextTooLong { bytes, limit });
+        }
+        let ids = self.tokenizer.encode(text)?;
+        let (tokens, limit) = (ids.len(), self.limits.prompt_tokens_max);
+        if tokens > limit { Err(RequestError::PromptTooLong { tokens, limit }) } else { Ok(ids) }
+    }
+}
+
+fn within(field: &'static str, found: usize, min: usize, max: usize) -> Result<usize, RequestError> {
+    if (min..=max).contains(&found) { Ok(found) } else { Err(refused(field, found, format!("{min} to {max}"))) }
+}
+
+fn refused(field: &'static str, found: impl ToString, expected: impl Into<String>) -> RequestError {
+    RequestError::Argument { field, found: found.to_string(), expected: expected.into() }
+}

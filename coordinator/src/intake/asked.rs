@@ -1,0 +1,57 @@
+//! A request from the moment it comes in until it is accepted: when that was, and its span, described by
+//! OpenTelemetry's `gen_ai` attributes. Made by [`crate::coordinator`]; the span goes on with the request.
+
+use std::{borrow::Cow, time::Instant};
+
+use sida_telemetry::{
+    Span, TraceContext,
+    spans::{Array, Value},
+};
+
+use crate::{answer::output::FinishReason, intake::request::GenerateOptions};
+
+/// See the file's head.
+pub(crate) struct Asked {
+    pub(crate) at: Instant,
+    pub(crate) span: Span,
+}
+
+impl Asked {
+    /// A request for an `operation` of a `model`.
+    pub(crate) fn begin(operation: &'static str, model: &str, caller: Option<TraceContext>) -> Self {
+        let span = Span::of_caller(caller, || Cow::Owned(format!("{operation} {model}")));
+        let span = span.with("gen_ai.operation.name", operation).with("gen_ai.provider.name", "sida");
+        let mut asked = Self { at: Instant::now(), span };
+        if asked.span.is_recorded() {
+            asked.span.set("gen_ai.request.model", model.to_owned());
+        }
+        asked
+    }
+
+    /// What a generation is to be like.
+    pub(crate) fn describe(&mut self, options: &GenerateOptions) {
+        let span = &mut self.span;
+        span.set("gen_ai.request.max_tokens", options.tokens_max as i64);
+        span.set("gen_ai.request.temperature", f64::from(options.sampling.temperature));
+        span.set("gen_ai.request.top_p", f64::from(options.sampling.top_p));
+        span.set("gen_ai.request.top_k", options.sampling.top_k as f64);
+        if let Some(seed) = options.sampling.seed {
+            span.set("gen_ai.request.seed", seed.cast_signed());
+        }
+    }
+}
+
+/// What a request took in.
+pub(crate) fn describe_prompt(span: &mut Span, tokens: usize) {
+    span.set("gen_ai.usage.input_tokens", tokens as i64);
+}
+
+/// What it gave out, and why it ended.
+pub(crate) fn describe_answer(span: &mut Span, tokens: usize, reason: FinishReason) {
+    span.set("gen_ai.usage.output_tokens", tokens as i64);
+    let reason = match reason {
+        FinishReason::End | FinishReason::Stop => "stop",
+        FinishReason::Length => "length",
+    };
+    span.set("gen_ai.response.finish_reasons", Value::Array(Array::String(vec![reason.into()])));
+}

@@ -1,0 +1,99 @@
+//! A request on its way through the coordinator: what is asked, until when, and where the answer goes.
+
+use std::time::Instant;
+
+use sida_routing::admission::Cost;
+use sida_telemetry::Span;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::answer::{
+    output::{Encoding, Pooling, Scores, Token},
+    request_error::RequestError,
+    routing_mode::RoutingMode,
+    sampler::Sampling,
+};
+
+/// An accepted request: checked, tokenized, on its way.
+pub(crate) struct Request {
+    /// The prompt. Invariant: not empty, every id within the vocabulary.
+    pub(crate) tokens: Vec<u32>,
+    /// Who routes it.
+    pub(crate) mode: RoutingMode,
+    /// What is asked, and where the answer goes.
+    pub(crate) work: Work,
+    /// When it was accepted.
+    pub(crate) accepted: Instant,
+    /// When its answer is of no more use.
+    pub(crate) deadline: Option<Instant>,
+    /// From acceptance to the answer; ends with the request.
+    pub(crate) span: Span,
+}
+
+/// What is asked, with the way back. A receiver that is gone means that the client is.
+pub(crate) enum Work {
+    /// Encoder states.
+    Encode { pooling: Pooling, reply: oneshot::Sender<Result<Encoding, RequestError>> },
+    /// The likelihood of each target (token ids, end of sequence included, never empty).
+    /// The sender is taken when it is used.
+    Score { targets: Vec<Vec<u32>>, reply: Option<oneshot::Sender<Result<Scores, RequestError>>> },
+    /// Tokens, one message each. Unbounded, so that a slow client never holds up the engine; `tokens_max`
+    /// bounds it.
+    Generate { options: GenerateOptions, reply: mpsc::UnboundedSender<Result<Token, RequestError>> },
+}
+
+/// How a text is generated. Checked.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct GenerateOptions {
+    /// Tokens at most, at least 1.
+    pub(crate) tokens_max: usize,
+    /// No end of sequence before so many tokens.
+    pub(crate) tokens_min: usize,
+    /// Goes on after an end of sequence.
+    pub(crate) ignore_eos: bool,
+    pub(crate) sampling: Sampling,
+    pub(crate) stop: Vec<String>,
+}
+
+impl Request {
+    /// What it adds to a batch.
+    pub(crate) fn cost(&self) -> Cost {
+        let prompt = self.tokens.len();
+        match &self.work {
+            Work::Encode { .. } => Cost { tokens: prompt, sequences: 0 },
+            Work::Score { targets, .. } => {
+                Cost { tokens: prompt + targets.iter().map(Vec::len).sum::<usize>(), sequences: targets.len() }
+            }
+            Work::Generate { .. } => Cost { tokens: prompt + 1, sequences: 1 },
+        }
+    }
+
+    /// Why it need not be worked on any more, if so.
+    pub(crate) fn over(&self, now: Instant) -> Option<RequestError> {
+        let gone = match &self.work {
+            Work::Encode { reply, .. } => reply.is_closed(),
+            Work::Score { reply, .. } => reply.as_ref().is_none_or(oneshot::Sender::is_closed),
+            Work::Generate { reply, .. } => reply.is_closed(),
+        };
+        if gone {
+            Some(RequestError::Cancelled)
+        } else if self.deadline.is_some_and(|deadline| now >= deadline) {
+            Some(RequestError::DeadlineExceeded)
+        } else {
+            None
+        }
+    }
+
+    /// Answers with an error. Nobody may be there to hear it any more, which is no error.
+    pub(crate) fn fail(mut self, error: RequestError) {
+        self.span.fail(&error);
+        match self.work {
+            Work::Encode { reply, .. } => drop(reply.send(Err(error))),
+            Work::Score { reply, .. } => {
+                if let Some(reply) = reply {
+                    drop(reply.send(Err(error)));
+                }
+            }
+            Work::Generate { reply, .. } => drop(reply.send(Err(error))),
+        }
+    }
+}

@@ -1,0 +1,8 @@
+//! What will be needed next: hash tables, and the hints to expert-nodes that are made of them.
+//!
+//! In reading order: `predict` fills the hash tables, by a predictor in this process or by `remote_predictor`, which asks
+//! predictor-nodes; `preload` tells expert-nodes which experts the tables name.
+
+pub(crate) mod predict;
+pub(crate) mod preload;
+pub(crate) mod remote_predictor;

@@ -1,0 +1,84 @@
+//! Hints ahead of the tokens: the experts that hash tables name, split by the nodes that hold them. A hint is
+//! taken back when its batch is done. Losing one costs time, never correctness, so nothing here waits and
+//! nothing here fails.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Instant,
+};
+
+use sida_cluster::Cluster;
+use sida_routing::{ExpertKey, HashTable, Plan, PlanId};
+
+use crate::dispatch::nodes::{Link, Nodes};
+
+/// Gives hints.
+pub(crate) struct Preload {
+    nodes: Arc<Nodes>,
+    /// Told what is wanted: who writes the placement gives more holders to what is wanted most.
+    cluster: Cluster,
+    /// How many experts per token and layer are hinted.
+    depth: usize,
+    next_id: AtomicU64,
+}
+
+/// A hint that was given. Dropping it takes the hint back.
+pub(crate) struct Hint {
+    id: PlanId,
+    links: Vec<Arc<Link>>,
+}
+
+impl Drop for Hint {
+    fn drop(&mut self) {
+        self.links.iter().for_each(|link| link.release(self.id));
+    }
+}
+
+impl Preload {
+    pub(crate) fn new(nodes: Arc<Nodes>, cluster: Cluster, depth: usize) -> Self {
+        Self { nodes, cluster, depth, next_id: AtomicU64::new(1) }
+    }
+
+    /// Tells every node which of its experts the tokens of `tables` will use when their batch begins.
+    pub(crate) fn announce<'a>(&self, tables: impl IntoIterator<Item = &'a HashTable>) -> Hint {
+        let tables: Vec<&HashTable> = tables.into_iter().collect();
+        self.cluster.note_demand(tables.iter().copied());
+        self.hint(&tables, false)
+    }
+
+    /// Tells every node which of its experts the batch of `tables` uses, which begins now. It takes the place of what
+    /// was announced of its parts: only together do they say in which order the experts are used.
+    pub(crate) fn begin<'a>(&self, tables: impl IntoIterator<Item = &'a HashTable>) -> Hint {
+        self.hint(&tables.into_iter().collect::<Vec<_>>(), true)
+    }
+
+    /// Counts towards the demand for experts what was never announced.
+    pub(crate) fn note_demand<'a>(&self, tables: impl IntoIterator<Item = &'a HashTable>) {
+        self.cluster.note_demand(tables);
+    }
+
+    fn hint(&self, tables: &[&HashTable], begins: bool) -> Hint {
+        let id = PlanId(self.next_id.fetch_add(1, Ordering::Relaxed));
+        if tables.is_empty() || self.depth == 0 {
+            return Hint { id, links: Vec::new() };
+        }
+        let plan = Plan::from_tables(id, tables, self.depth);
+        let roster = self.nodes.roster();
+        let now = Instant::now();
+        let mut shares: Vec<Vec<ExpertKey>> = vec![Vec::new(); roster.links.len()];
+        for key in plan.experts {
+            if let Some(node) = roster.choose(key, &[], now) {
+                shares[node].push(key);
+            }
+        }
+        let mut links = Vec::new();
+        for (link, experts) in roster.links.iter().zip(shares).filter(|(_, experts)| !experts.is_empty()) {
+            link.plan(Plan { id, experts, begins }, roster.placement.epoch());
+            links.push(link.clone());
+        }
+        Hint { id, links }
+    }
+}

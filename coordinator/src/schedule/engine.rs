@@ -1,0 +1,308 @@
+//! The forward thread: lets prepared requests join, runs one step over all sequences, lets the finished ones
+//! go, again and again. Who joins is decided by `routing::admission`; what a step computes is in `forward`;
+//! what becomes of its output, in `sequence`.
+//!
+//! A step that fails answers the requests that were in it and nobody else. A panic is caught and logged; it
+//! costs its own step's requests.
+
+use std::{
+    collections::VecDeque,
+    sync::{Arc, atomic::Ordering},
+    time::Instant,
+};
+
+use rayon::prelude::*;
+use sida_model::{Spans, Stack, States, Tokenizer};
+use sida_routing::{
+    HashTable,
+    admission::{Cost, Limits},
+};
+use sida_telemetry::{Span, TraceContext};
+
+use crate::{
+    answer::{
+        guarded::guarded,
+        request_error::RequestError,
+        trace::{ExpertSets, Trace},
+    },
+    forward::{batch::Batch, costs::Costs, expert_choice::Part, forward::Forward},
+    intake::{
+        queue::{Queue, Wait},
+        request::Request,
+    },
+    measures::{metrics::Measures, statistics::Statistics},
+    predict::{
+        predict::{Predict, Progress},
+        preload::{Hint, Preload},
+    },
+    schedule::{
+        batch_span::BatchSpan,
+        prepare::Prepared,
+        sequence::{self, Ahead, Decoding, Next, Sequence},
+    },
+};
+
+/// The state of the forward thread.
+pub(crate) struct Engine {
+    pub(crate) limits: Limits,
+    pub(crate) prepared: Arc<Queue<Prepared>>,
+    pub(crate) forward: Forward,
+    pub(crate) predict: Arc<Predict>,
+    pub(crate) preload: Arc<Preload>,
+    pub(crate) tokenizer: Arc<Tokenizer>,
+    pub(crate) statistics: Arc<Statistics>,
+    pub(crate) measures: Arc<Measures>,
+    pub(crate) running: Vec<Sequence>,
+    /// Encoder states of a batch: memory that is used again.
+    pub(crate) values: Vec<f32>,
+}
+
+/// Texts of so many sequences are made by several threads.
+const PARALLEL_SEQUENCES_MIN: usize = 16;
+
+impl Engine {
+    /// Runs until the queue is closed and everything in it was answered.
+    pub(crate) fn run(mut self) {
+        while let Some(joining) = self.next() {
+            self.note_inflight(self.running.len() + joining.len());
+            self.statistics.step_begins();
+            let outcome = guarded(|| {
+                self.join(joining);
+                self.step();
+                Ok(())
+            });
+            self.statistics.step_ended();
+            // What joined is told by the end of its channels.
+            if let Err(error) = outcome {
+                self.fail_running(&error);
+            }
+            self.note_inflight(self.running.len());
+        }
+    }
+
+    /// Who joins now. Waits while there is nothing to do; `None` ends the thread.
+    fn next(&self) -> Option<Vec<Prepared>> {
+        let running = Cost {
+            tokens: self.running.iter().flat_map(|s| &s.branches).map(|branch| branch.feed.len()).sum(),
+            sequences: self.running.iter().map(|s| s.branches.len()).sum(),
+        };
+        let limits = self.limits;
+        let choose = |waiting: &VecDeque<Prepared>| limits.joining(running, waiting.iter().map(|p| p.request.cost()));
+        let wait = if self.running.is_empty() { Wait::Block } else { Wait::Poll };
+        match self.prepared.take(wait, choose) {
+            Some(joining) => Some(joining),
+            None if self.running.is_empty() => None,
+            None => Some(Vec::new()),
+        }
+    }
+
+    fn note_inflight(&self, requests: usize) {
+        self.statistics.inflight.store(requests, Ordering::Relaxed);
+        self.measures.requests_inflight.set(requests as f64);
+    }
+
+    /// One step of the decoder over every running sequence.
+    fn step(&mut self) {
+        let now = Instant::now();
+        for sequence in self.running.extract_if(.., |sequence| sequence.request.over(now).is_some()) {
+            let reason = sequence.request.over(now).unwrap_or(RequestError::Cancelled);
+            sequence.request.fail(reason);
+        }
+        if self.running.is_empty() {
+            return;
+        }
+        let mut span = BatchSpan::begin("decode", self.running.iter().map(|sequence| sequence.request.span.context()));
+        describe(
+            &mut span,
+            self.running.len(),
+            self.running.iter().flat_map(|s| &s.branches).map(|b| b.feed.len()).sum(),
+        );
+        let within = span.as_ref().map(BatchSpan::context);
+        let mut parts = self.predict_step(within);
+        self.preload.note_demand(parts.iter().filter_map(|part| part.table.as_ref()));
+        let _hint = self.preload_within(within, &parts);
+        let mut costs = Costs::of_pass(within);
+        let outcome = self.decode(&mut parts, &mut costs);
+        costs.record(&self.measures.phases);
+        let _settling = within.map(|within| Span::below(within, "output"));
+        match outcome {
+            Ok(output) => self.settle(parts, &output, &costs),
+            Err(error) => self.fail_running(&error),
+        }
+    }
+
+    fn fail_running(&mut self, error: &RequestError) {
+        self.running.drain(..).for_each(|sequence| sequence.request.fail(error.clone()));
+    }
+
+    /// A hash table for the new tokens of every branch, as parts of the step's batch.
+    fn predict_step(&mut self, within: Option<TraceContext>) -> Vec<Part> {
+        let start = Instant::now();
+        let span = within.map(|within| Span::below(within, "predict"));
+        let mut progress: Vec<&mut Progress> = Vec::new();
+        let mut tokens: Vec<&[u32]> = Vec::new();
+        for branch in self.running.iter_mut().flat_map(|sequence| &mut sequence.branches) {
+            progress.push(&mut branch.progress);
+            tokens.push(&branch.feed);
+        }
+        let mut tables = self.predict.decode(&mut progress, &tokens, span.as_ref().map(Span::context)).into_iter();
+        drop(span);
+        let took = start.elapsed();
+        self.measures.phases.predict.record(took);
+        self.running.iter_mut().for_each(|sequence| sequence.trace.timings.predict += took);
+        let mut parts = Vec::with_capacity(tables.len());
+        for sequence in &self.running {
+            for branch in &sequence.branches {
+                let table = tables.next().flatten();
+                // A table may begin with earlier tokens, whose prediction had failed.
+                let first = table.as_ref().map_or(0, |table| table.shape().tokens - branch.feed.len());
+                parts.push(self.part(&sequence.request, table, first));
+            }
+        }
+        parts
+    }
+
+    /// One pass of the decoder over what every branch was fed, and for those that generate the next token, where the device
+    /// chooses it, or its logits.
+    fn decode(&mut self, parts: &mut [Part], costs: &mut Costs) -> Result<StepOutput, RequestError> {
+        let (forward, running, measures) = (&mut self.forward, &mut self.running, &self.measures);
+        guarded(|| {
+            let mut ids = Vec::new();
+            let mut lengths = Vec::new();
+            let mut states = Vec::new();
+            let mut requests = Vec::new();
+            let (mut last_rows, mut greedy_rows, mut banned, mut drawn_rows) =
+                <(Vec<_>, Vec<_>, Vec<_>, Vec<_>)>::default();
+            for sequence in running.iter_mut() {
+                for branch in &mut sequence.branches {
+                    ids.extend_from_slice(&branch.feed);
+                    lengths.push(branch.feed.len());
+                    states.push(&mut branch.state);
+                    requests.push(&sequence.request);
+                }
+                if let Decoding::Generate(generation) = &sequence.decoding {
+                    last_rows.push(ids.len() - 1);
+                    if generation.is_greedy() {
+                        greedy_rows.push(ids.len() as u32 - 1);
+                        banned.push(generation.banned(forward.config()));
+                    } else {
+                        drawn_rows.push(ids.len() - 1);
+                    }
+                }
+            }
+            measures.batch_tokens.record(ids.len() as f64);
+            let spans = Spans::new(lengths);
+            let batch = Batch {
+                stack: Stack::Decoder,
+                ids: &ids,
+                spans: spans.clone(),
+                states: &mut states,
+                parts,
+                requests: &requests,
+            };
+            let states = on_pool(|| forward.pass(batch, costs))?;
+            let start = Instant::now();
+            let dense = forward.dense();
+            let tokens = dense.best_tokens(&greedy_rows, &banned).transpose()?;
+            let logits = dense.logits(&states, if tokens.is_some() { &drawn_rows } else { &last_rows })?;
+            costs.dense_since(start);
+            Ok(StepOutput { states, spans, tokens, logits })
+        })
+    }
+
+    /// Gives every sequence its share of a step: the next token, its scores, or the reason of its failure.
+    fn settle(&mut self, mut parts: Vec<Part>, output: &StepOutput, costs: &Costs) {
+        let start = Instant::now();
+        let StepOutput { states, spans, tokens, logits } = output;
+        let mut tokens = tokens.as_ref().map(|tokens| tokens.iter());
+        let mut logits = logits.chunks_exact(self.forward.config().vocab_size);
+        let mut branches_before = 0;
+        let mut texts = Vec::with_capacity(self.running.len());
+        for mut sequence in std::mem::take(&mut self.running) {
+            let branches = branches_before..branches_before + sequence.branches.len();
+            branches_before = branches.end;
+            sequence::absorb_costs(&mut sequence.trace, costs);
+            let mut failure = None;
+            for part in &mut parts[branches.clone()] {
+                sequence::absorb(&mut sequence.trace, part);
+                failure = failure.or(part.failure.take());
+            }
+            match &sequence.decoding {
+                Decoding::Generate(generation) => {
+                    let ahead = match &mut tokens {
+                        Some(tokens) if generation.is_greedy() => tokens.next().copied().map(Ahead::Token),
+                        _ => logits.next().map(Ahead::Logits),
+                    };
+                    let ahead = ahead.filter(|_| failure.is_none());
+                    texts.push((sequence, ahead.ok_or(failure.unwrap_or(RequestError::NotANumber))));
+                }
+                Decoding::Score => {
+                    let rows = branches.map(|branch| spans.range(branch));
+                    let scored = match failure {
+                        None => guarded(|| sequence.answer_score(self.forward.dense(), states, rows)),
+                        Some(failure) => Err(failure),
+                    };
+                    scored.unwrap_or_else(|error| sequence.request.fail(error));
+                }
+            }
+        }
+        let (config, tokenizer, measures) = (self.forward.config(), &*self.tokenizer, &*self.measures);
+        let advance = |(mut sequence, ahead): (Sequence, Result<Ahead<'_>, RequestError>)| {
+            match ahead.and_then(|ahead| guarded(|| sequence.advance(ahead, config, tokenizer, measures))) {
+                Ok(Next::Goes) => return Some(sequence),
+                Ok(Next::Ended) => {}
+                Err(error) => sequence.request.fail(error),
+            }
+            None
+        };
+        self.running = match texts.len() < PARALLEL_SEQUENCES_MIN {
+            true => texts.into_iter().filter_map(advance).collect(),
+            false => texts.into_par_iter().with_min_len(PARALLEL_SEQUENCES_MIN / 4).filter_map(advance).collect(),
+        };
+        self.measures.phases.output.record(start.elapsed());
+    }
+
+    /// The batch begins: expert-nodes are told what it will use.
+    pub(crate) fn preload_within(&self, within: Option<TraceContext>, parts: &[Part]) -> Hint {
+        let _span = within.map(|within| Span::below(within, "preload"));
+        self.preload.begin(parts.iter().filter_map(|part| part.table.as_ref()))
+    }
+
+    pub(crate) fn part(&self, request: &Request, table: Option<HashTable>, first_token: usize) -> Part {
+        if table.is_none() {
+            self.measures.predictions_missing.increment(1);
+        }
+        let config = self.forward.config();
+        let experts = ExpertSets::new(config.moe_layer_count(), config.num_experts);
+        Part::new(request.mode, table, first_token, config.router.top_k(), experts)
+    }
+
+    pub(crate) fn trace(&self, request: &Request) -> Trace {
+        let config = self.forward.config();
+        Trace::new(request.mode, config.moe_layer_count(), config.num_experts)
+    }
+}
+
+/// Says how much a pass was for.
+pub(crate) fn describe(span: &mut Option<BatchSpan>, sequences: usize, tokens: usize) {
+    if let Some(span) = span {
+        span.lead().set("sida.batch.sequences", sequences as i64);
+        span.lead().set("sida.batch.tokens", tokens as i64);
+    }
+}
+
+/// What a step made.
+struct StepOutput {
+    /// A row for each token, and whose rows they are: one span per branch.
+    states: States,
+    spans: Spans,
+    /// Of sequences that take the most likely token, where the device chose it.
+    tokens: Option<Vec<Option<u32>>>,
+    /// (other sequences that generate, vocab_size)
+    logits: Vec<f32>,
+}
+
+/// Runs a pass as one of the threads that compute, so that between its products nobody must be woken.
+pub(crate) fn on_pool<T: Send>(pass: impl FnOnce() -> T + Send) -> T {
+    rayon::scope(|_| pass())
+}

@@ -1,0 +1,182 @@
+//! How requests get into the running batch: their prompts are encoded together, those who wanted no more are answered,
+//! and the others become sequences. Called by the engine between two steps.
+
+use std::time::Instant;
+
+use rayon::prelude::*;
+use sida_model::{SequenceState, Spans, Stack, States};
+use sida_telemetry::spans;
+
+use crate::{
+    answer::{encoding, guarded::guarded, output::Pooling, request_error::RequestError, trace::Trace},
+    forward::{batch::Batch, costs::Costs, expert_choice::Part},
+    intake::{
+        asked,
+        request::{Request, Work},
+    },
+    schedule::{
+        batch_span::BatchSpan,
+        engine::{Engine, describe, on_pool},
+        prepare::Prepared,
+        sequence::{self, Branch, Sequence},
+    },
+};
+
+/// Answers of so many values are made by several threads.
+const PARALLEL_VALUES_MIN: usize = 1 << 18;
+
+impl Engine {
+    /// Encodes the prompts of those who join, answers those who wanted no more, and keeps the others running.
+    pub(crate) fn join(&mut self, joining: Vec<Prepared>) {
+        let now = Instant::now();
+        let mut requests = Vec::with_capacity(joining.len());
+        let mut parts = Vec::with_capacity(joining.len());
+        let mut announced = Vec::with_capacity(joining.len());
+        for Prepared { mut request, table, hint, at, predict } in self.in_shares(joining) {
+            if let Some(reason) = request.over(now) {
+                request.fail(reason);
+                continue;
+            }
+            let mut trace = self.trace(&request);
+            trace.timings.predict = predict;
+            trace.timings.queue = (now - request.accepted).saturating_sub(predict);
+            self.measures.queue_seconds.record(trace.timings.queue);
+            spans::record(request.span.context(), "join", at, now);
+            asked::describe_prompt(&mut request.span, request.tokens.len());
+            parts.push(self.part(&request, table, 0));
+            requests.push((request, trace));
+            announced.push(hint);
+        }
+        if requests.is_empty() {
+            return;
+        }
+        let mut span = BatchSpan::begin("encode", requests.iter().map(|(request, _)| request.span.context()));
+        let within = span.as_ref().map(BatchSpan::context);
+        let hint = self.preload_within(within, &parts);
+        drop(announced);
+        let spans = Spans::new(requests.iter().map(|(request, _)| request.tokens.len()));
+        let ids: Vec<u32> = requests.iter().flat_map(|(request, _)| request.tokens.iter().copied()).collect();
+        self.measures.batch_tokens.record(ids.len() as f64);
+        describe(&mut span, requests.len(), ids.len());
+        let mut costs = Costs::of_pass(within);
+        let forward = &mut self.forward;
+        let callers: Vec<&Request> = requests.iter().map(|(request, _)| request).collect();
+        let outcome = guarded(|| {
+            let (ids, spans, parts) = (&ids[..], spans.clone(), &mut parts[..]);
+            let batch = Batch { stack: Stack::Encoder, ids, spans, states: &mut [], parts, requests: &callers };
+            Ok(on_pool(|| forward.pass(batch, &mut costs))?)
+        });
+        drop(hint);
+        match outcome {
+            Ok(states) => self.admit(requests, &parts, &states, &spans, costs, span),
+            Err(error) => {
+                costs.record(&self.measures.phases);
+                requests.into_iter().for_each(|(request, _)| request.fail(error.clone()));
+            }
+        }
+    }
+
+    /// Prompts in an order in which micro-batches of about as many rows can be cut.
+    fn in_shares(&mut self, joining: Vec<Prepared>) -> Vec<Prepared> {
+        let parts = self.forward.parts();
+        if parts == 1 {
+            return joining;
+        }
+        let spans = Spans::new(joining.iter().map(|prepared| prepared.request.tokens.len()));
+        let mut joining: Vec<_> = joining.into_iter().map(Some).collect();
+        let order = spans.shares(parts).concat();
+        order.into_iter().filter_map(|at| joining[at].take()).collect()
+    }
+
+    /// Requests whose prompts are encoded, one for each of `parts` and `spans`, by a pass with these costs and this span.
+    fn admit(
+        &mut self,
+        mut requests: Vec<(Request, Trace)>,
+        parts: &[Part],
+        states: &States,
+        spans: &Spans,
+        mut costs: Costs,
+        span: Option<BatchSpan>,
+    ) {
+        let wants = |wanted: fn(&Work) -> bool| {
+            requests.iter().zip(parts).any(|((request, _), part)| part.failure.is_none() && wanted(&request.work))
+        };
+        let mut buffer = std::mem::take(&mut self.values);
+        let start = Instant::now();
+        let dense = self.forward.dense();
+        let values = match wants(|work| matches!(work, Work::Encode { .. })) {
+            true => guarded(|| Ok(dense.values(states, &mut buffer)?)),
+            false => Ok(&[][..]),
+        };
+        let started = match wants(|work| !matches!(work, Work::Encode { .. })) {
+            true => guarded(|| Ok(dense.start(states, spans)?)).map(|all| all.into_iter().map(Some).collect()),
+            false => Ok(requests.iter().map(|_| None).collect::<Vec<_>>()),
+        };
+        costs.dense_since(start);
+        costs.record(&self.measures.phases);
+        drop(span);
+        for ((_, trace), part) in requests.iter_mut().zip(parts) {
+            sequence::absorb(trace, part);
+            sequence::absorb_costs(trace, &costs);
+        }
+        let mut started = match started {
+            Ok(started) => started.into_iter(),
+            Err(error) => return requests.into_iter().for_each(|(request, _)| request.fail(error.clone())),
+        };
+        let d_model = self.forward.config().d_model;
+        let mut encodings = Vec::new();
+        for (((request, trace), part), rows) in requests.into_iter().zip(parts).zip(spans.ranges()) {
+            let state = started.next().flatten();
+            match (&part.failure, &request.work, state) {
+                (Some(failure), ..) => request.fail(failure.clone()),
+                (None, &Work::Encode { pooling, .. }, _) => match &values {
+                    Ok(values) => {
+                        let own = &values[rows.start * d_model..rows.end * d_model];
+                        encodings.push((request, trace, pooling, own));
+                    }
+                    Err(error) => request.fail(error.clone()),
+                },
+                (None, _, state) => match self.branches(&request, state.expect("started for all")) {
+                    Ok(branches) => self.running.push(Sequence::new(request, trace, branches)),
+                    Err(error) => request.fail(error),
+                },
+            }
+        }
+        let answer = |(request, trace, pooling, own)| answer_encoding(request, trace, pooling, own, d_model);
+        match values.map_or(0, <[f32]>::len) < PARALLEL_VALUES_MIN {
+            true => encodings.into_iter().for_each(answer),
+            false => encodings.into_par_iter().for_each(answer),
+        }
+        self.values = buffer;
+    }
+
+    /// The branches of a sequence: each begins with the decoder's start token and what is fed of a target, and all share
+    /// the keys and values of the encoder's output.
+    fn branches(&mut self, request: &Request, state: SequenceState) -> Result<Vec<Branch>, RequestError> {
+        let start = self.forward.config().decoder_start_token_id;
+        let fed: Vec<&[u32]> = match &request.work {
+            Work::Score { targets, .. } => targets.iter().map(|target| &target[..target.len() - 1]).collect(),
+            Work::Generate { .. } | Work::Encode { .. } => vec![&[]],
+        };
+        let dense = self.forward.dense();
+        let mut states = guarded(|| Ok((1..fed.len()).map(|_| dense.fork(&state)).collect::<Result<Vec<_>, _>>()?))?;
+        states.push(state);
+        let branch = |(state, tokens): (SequenceState, &&[u32])| Branch {
+            state,
+            progress: self.predict.start(),
+            feed: [&[start], *tokens].concat(),
+        };
+        Ok(states.into_iter().zip(&fed).map(branch).collect())
+    }
+}
+
+/// Answers a request for encoder states with its rows (tokens, d_model) of `states`.
+fn answer_encoding(request: Request, mut trace: Trace, pooling: Pooling, states: &[f32], d_model: usize) {
+    trace.timings.total = request.accepted.elapsed();
+    let prompt_tokens = request.tokens.len();
+    let answer = guarded(|| encoding::encoding(states, d_model, pooling, prompt_tokens, trace));
+    if let Work::Encode { reply, .. } = request.work {
+        // The caller may have gone, which is no error.
+        drop(reply.send(answer));
+    }
+}

@@ -1,0 +1,107 @@
+//! From queued requests to prepared ones: takes what fits a batch, fills the hash tables, gives the hints.
+//! Runs on its own thread, so that the next batch is predicted while the engine computes this one; how far it
+//! goes ahead is bounded by one batch.
+
+use std::{
+    collections::VecDeque,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use sida_routing::{
+    HashTable,
+    admission::{Cost, Limits},
+};
+use sida_telemetry::spans;
+
+use crate::{
+    answer::request_error::RequestError,
+    intake::{
+        queue::{Queue, Wait},
+        request::Request,
+    },
+    measures::metrics::Measures,
+    predict::{
+        predict::Predict,
+        preload::{Hint, Preload},
+    },
+    schedule::batch_span::BatchSpan,
+};
+
+/// A request that can join the running batch at any step.
+pub(crate) struct Prepared {
+    pub(crate) request: Request,
+    /// The encoder's; `None` runs unpredicted.
+    pub(crate) table: Option<HashTable>,
+    /// Taken back when the last request that it was announced with joins a batch.
+    pub(crate) hint: Arc<Hint>,
+    /// When it was ready to join.
+    pub(crate) at: Instant,
+    /// What the prediction took, for its whole batch.
+    pub(crate) predict: Duration,
+}
+
+/// What the thread works with.
+pub(crate) struct Prepare {
+    pub(crate) limits: Limits,
+    pub(crate) predict: Arc<Predict>,
+    pub(crate) preload: Arc<Preload>,
+    pub(crate) requests: Arc<Queue<Request>>,
+    pub(crate) prepared: Arc<Queue<Prepared>>,
+    pub(crate) measures: Arc<Measures>,
+}
+
+impl Prepare {
+    /// Runs until the queue of requests is closed and empty; then closes that of prepared ones.
+    pub(crate) fn run(self) {
+        let limits = self.limits;
+        let choose = |waiting: &VecDeque<Request>| limits.joining(Cost::default(), waiting.iter().map(Request::cost));
+        while let Some(batch) = self.requests.take(Wait::Block, choose) {
+            self.measures.requests_queued.set(self.requests.len() as f64);
+            // Requests that are lost in a panic are told so by the end of their channels.
+            match catch_unwind(AssertUnwindSafe(|| self.prepare(batch))) {
+                Ok(batch) => self.hand_over(batch),
+                Err(_) => tracing::error!("preparing a batch panicked; its requests are answered with an error"),
+            }
+        }
+        self.prepared.close();
+    }
+
+    fn prepare(&self, batch: Vec<Request>) -> Vec<Prepared> {
+        let start = Instant::now();
+        let (over, batch): (Vec<_>, Vec<_>) = batch.into_iter().partition(|request| request.over(start).is_some());
+        for request in over {
+            let reason = request.over(start).unwrap_or(RequestError::Cancelled);
+            request.fail(reason);
+        }
+        for request in &batch {
+            spans::record(request.span.context(), "queue", request.accepted, start);
+        }
+        let contexts = || batch.iter().map(|request| request.span.context());
+        let sequences: Vec<&[u32]> = batch.iter().map(|request| request.tokens.as_slice()).collect();
+        let predicting = BatchSpan::begin("predict", contexts());
+        let tables = self.predict.encode(&sequences, predicting.as_ref().map(BatchSpan::context));
+        drop(predicting);
+        let predict = start.elapsed();
+        self.measures.phases.predict.record(predict);
+        let preloading = BatchSpan::begin("preload", contexts());
+        let hint = Arc::new(self.preload.announce(tables.iter().flatten()));
+        drop(preloading);
+        let at = Instant::now();
+        let together = |(request, table)| Prepared { request, table, hint: hint.clone(), at, predict };
+        batch.into_iter().zip(tables).map(together).collect()
+    }
+
+    /// Waits while a whole batch is ready already.
+    fn hand_over(&self, batch: Vec<Prepared>) {
+        let limits = self.limits;
+        let fits = |waiting: &VecDeque<Prepared>, next: &Prepared| {
+            let costs = waiting.iter().chain([next]).map(|prepared| prepared.request.cost());
+            limits.joining(Cost::default(), costs) == waiting.len() + 1
+        };
+        for refused in self.prepared.push_all(batch, fits) {
+            refused.request.fail(RequestError::ShuttingDown);
+        }
+    }
+}

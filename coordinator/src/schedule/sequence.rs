@@ -1,0 +1,233 @@
+//! One request between its encoding and its answer: the decoder's caches, what was generated, and how it ends.
+//! A generated text has one branch; a scored request one per target, all with the same cross-attention keys
+//! and values. Kept and stepped by the engine.
+
+use std::{ops::Range, time::Instant};
+
+use sida_model::{Dense, ModelConfig, ModelError, SequenceState, States, Tokenizer};
+use sida_telemetry::spans;
+
+use crate::{
+    answer::{
+        detokenize::Detokenizer,
+        output::{Finish, FinishReason, Scores, TargetScore, Token},
+        request_error::RequestError,
+        sampler::Sampler,
+        score,
+        stop_text::StopTexts,
+        trace::Trace,
+    },
+    forward::{costs::Costs, expert_choice::Part},
+    intake::{
+        asked,
+        request::{GenerateOptions, Request, Work},
+    },
+    measures::metrics::Measures,
+    predict::predict::Progress,
+};
+
+/// A request that is being decoded.
+pub(crate) struct Sequence {
+    pub(crate) request: Request,
+    pub(crate) trace: Trace,
+    pub(crate) branches: Vec<Branch>,
+    pub(crate) decoding: Decoding,
+}
+
+/// One run of tokens after the prompt.
+pub(crate) struct Branch {
+    /// The decoder's caches.
+    pub(crate) state: SequenceState,
+    /// What the predictor knows of it.
+    pub(crate) progress: Progress,
+    /// Tokens for the next step.
+    pub(crate) feed: Vec<u32>,
+}
+
+/// What is done with the decoder's output.
+pub(crate) enum Decoding {
+    /// The next token of its one branch is chosen, again and again.
+    Generate(Box<Generation>),
+    /// The likelihood of the targets, one per branch, is read off one step.
+    Score,
+}
+
+/// A text as it is generated.
+pub(crate) struct Generation {
+    options: GenerateOptions,
+    sampler: Sampler,
+    detokenizer: Detokenizer,
+    stops: StopTexts,
+    generated: usize,
+    first_token_at: Option<Instant>,
+}
+
+/// What a step made of a text.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Ahead<'s> {
+    /// The most likely token that is not [`Generation::banned`]; none if no logit is a number.
+    Token(Option<u32>),
+    /// (vocab_size)
+    Logits(&'s [f32]),
+}
+
+/// Whether a sequence goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Next {
+    /// With the token that was fed.
+    Goes,
+    /// It was answered.
+    Ended,
+}
+
+impl Sequence {
+    /// A request whose prompt is encoded, with its branches.
+    pub(crate) fn new(request: Request, trace: Trace, branches: Vec<Branch>) -> Self {
+        let decoding = match &request.work {
+            Work::Generate { options, .. } => Decoding::Generate(Box::new(Generation::new(options))),
+            Work::Score { .. } | Work::Encode { .. } => Decoding::Score,
+        };
+        Self { request, trace, branches, decoding }
+    }
+
+    /// Takes its next token, or chooses it, streams it, and feeds it unless the text ends here.
+    pub(crate) fn advance(
+        &mut self,
+        ahead: Ahead<'_>,
+        config: &ModelConfig,
+        tokenizer: &Tokenizer,
+        measures: &Measures,
+    ) -> Result<Next, RequestError> {
+        let (Decoding::Generate(generation), Work::Generate { reply, .. }) = (&mut self.decoding, &self.request.work)
+        else {
+            return Ok(Next::Ended);
+        };
+        let chosen = match ahead {
+            Ahead::Token(token) => token,
+            Ahead::Logits(logits) => generation.sampler.next(logits, generation.banned(config)),
+        };
+        let id = chosen.ok_or(RequestError::NotANumber)?;
+        let (text, reason) = generation.take(id, config.eos_token_id, tokenizer)?;
+        measures.generated_tokens.increment(1);
+        let now = Instant::now();
+        if generation.first_token_at.is_none() {
+            generation.first_token_at = Some(now);
+            let waited = now - self.request.accepted;
+            measures.time_to_first_token_seconds.record(waited);
+            self.request.span.set("sida.time_to_first_token_us", spans::microseconds(waited));
+        }
+        let finish = reason.map(|reason| {
+            generation.record_pace(now, measures);
+            self.trace.timings.total = now - self.request.accepted;
+            asked::describe_answer(&mut self.request.span, generation.generated, reason);
+            Finish {
+                reason,
+                prompt_tokens: self.request.tokens.len(),
+                generated_tokens: generation.generated,
+                trace: self.trace.clone(),
+            }
+        });
+        let ended = finish.is_some();
+        if reply.send(Ok(Token { text, id, finish })).is_err() || ended {
+            return Ok(Next::Ended);
+        }
+        self.branches[0].feed = vec![id];
+        Ok(Next::Goes)
+    }
+
+    /// Answers a scored request: `rows` are the rows of each branch in `states`.
+    pub(crate) fn answer_score(
+        &mut self,
+        dense: &mut Dense,
+        states: &States,
+        rows: impl Iterator<Item = Range<usize>>,
+    ) -> Result<(), RequestError> {
+        let Work::Score { targets, reply } = &mut self.request.work else { return Ok(()) };
+        let mut scores = Vec::with_capacity(targets.len());
+        for (target, rows) in targets.iter().zip(rows) {
+            let log_likelihood = score::log_likelihood(dense, states, rows.start, target)?;
+            if log_likelihood.is_nan() {
+                return Err(RequestError::NotANumber);
+            }
+            scores.push(TargetScore { log_likelihood: log_likelihood as f32, tokens: target.len() });
+        }
+        self.trace.timings.total = self.request.accepted.elapsed();
+        if let Some(reply) = reply.take() {
+            // The caller may have gone, which is no error.
+            drop(reply.send(Ok(Scores { targets: scores, trace: self.trace.clone() })));
+        }
+        Ok(())
+    }
+}
+
+impl Generation {
+    fn new(options: &GenerateOptions) -> Self {
+        Self {
+            sampler: Sampler::new(options.sampling.clone()),
+            detokenizer: Detokenizer::default(),
+            stops: StopTexts::new(options.stop.clone()),
+            options: options.clone(),
+            generated: 0,
+            first_token_at: None,
+        }
+    }
+
+    /// Whether its next token is the most likely one, always.
+    pub(crate) fn is_greedy(&self) -> bool {
+        self.sampler.is_greedy()
+    }
+
+    /// The token that cannot be next: the end, while the text is too short.
+    pub(crate) fn banned(&self, config: &ModelConfig) -> Option<u32> {
+        (self.generated < self.options.tokens_min).then_some(config.eos_token_id)
+    }
+
+    /// Takes a token into the text; returns what may be streamed and why the text ends here, if it does.
+    fn take(&mut self, id: u32, eos: u32, tokenizer: &Tokenizer) -> Result<(String, Option<FinishReason>), ModelError> {
+        self.generated += 1;
+        let decode = |ids: &[u32]| tokenizer.decode(ids);
+        let added = self.detokenizer.push(id, decode)?;
+        let released = self.stops.push(added);
+        let reason = if released.stopped {
+            Some(FinishReason::Stop)
+        } else if id == eos && !self.options.ignore_eos {
+            Some(FinishReason::End)
+        } else if self.generated >= self.options.tokens_max {
+            Some(FinishReason::Length)
+        } else {
+            None
+        };
+        let mut text = released.text;
+        if matches!(reason, Some(FinishReason::End | FinishReason::Length)) {
+            let last = self.stops.push(self.detokenizer.finish(decode)?);
+            text += &last.text;
+            if last.stopped {
+                return Ok((text, Some(FinishReason::Stop)));
+            }
+            text += &self.stops.finish();
+        }
+        Ok((text, reason))
+    }
+
+    fn record_pace(&self, now: Instant, measures: &Measures) {
+        if let (Some(first), Some(others)) = (self.first_token_at, self.generated.checked_sub(1).filter(|&n| n > 0)) {
+            measures.time_per_output_token_seconds.record((now - first) / others as u32);
+        }
+    }
+}
+
+/// Takes one part's share of a pass into its request's trace.
+pub(crate) fn absorb(trace: &mut Trace, part: &Part) {
+    trace.unpredicted |= part.table.is_none();
+    trace.hash.add(part.hash);
+    trace.experts.union(&part.experts);
+}
+
+/// Takes a pass's costs into the trace of a request that was in it.
+pub(crate) fn absorb_costs(trace: &mut Trace, costs: &Costs) {
+    trace.timings.backbone += costs.backbone;
+    trace.timings.experts += costs.experts;
+    trace.timings.load += costs.load;
+    trace.demand_loads += costs.demand_loads;
+    trace.failovers += costs.failovers;
+}
