@@ -20,7 +20,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::{
     answer::{
-        guarded::guarded,
+        catch_panic::catch_panic,
         output::{Encoding, Scores, Token},
         request_error::RequestError,
         routing_mode::RoutingMode,
@@ -29,11 +29,11 @@ use crate::{
     dispatch::{nodes::Nodes, probe::Probe},
     intake::{
         accept::{Acceptance, EncodeParams, GenerateParams, ScoreParams},
-        asked::Asked,
-        queue::{Announced, Queue, Refused},
+        queue::{Announcement, Queue, Refused},
         request::{Request, Work},
+        request_span::RequestSpan,
     },
-    measures::{metrics::Measures, statistics::Statistics},
+    measures::{metrics::Metrics, statistics::Statistics},
     predict::predict::Predict,
 };
 
@@ -61,7 +61,7 @@ pub(crate) struct Inner {
     pub(crate) probe: Arc<Probe>,
     pub(crate) requests: Arc<Queue<Request>>,
     pub(crate) statistics: Arc<Statistics>,
-    pub(crate) measures: Arc<Measures>,
+    pub(crate) metrics: Arc<Metrics>,
     pub(crate) threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -75,41 +75,41 @@ impl Drop for Inner {
 impl Coordinator {
     /// The encoder's states of a text.
     pub async fn encode(&self, params: EncodeParams) -> Result<Encoding, RequestError> {
-        let asked = self.asked("embeddings", params.trace);
+        let request_span = self.begin_span("embeddings", params.trace);
         let EncodeParams { text, routing, pooling, deadline, .. } = params;
         let (reply, answer) = oneshot::channel();
         let queue = move |this: &Self, prompt| this.submit(prompt, routing, deadline, Work::Encode { pooling, reply });
         let bytes = text.len();
-        self.read(asked, text, bytes, queue).await?;
+        self.tokenize_then(request_span, text, bytes, queue).await?;
         answer.await.unwrap_or(Err(RequestError::Panicked))
     }
 
     /// The likelihood of each target given a text.
     pub async fn score(&self, params: ScoreParams) -> Result<Scores, RequestError> {
-        let asked = self.asked("score", params.trace);
+        let request_span = self.begin_span("score", params.trace);
         let ScoreParams { text, targets, routing, deadline, .. } = params;
         let bytes = text.len() + targets.iter().map(String::len).sum::<usize>();
         let (reply, answer) = oneshot::channel();
-        let queue = move |this: &Self, prompt: Prompt| {
+        let queue = move |this: &Self, prompt: TokenizedPrompt| {
             let targets = this.acceptance().targets(prompt.tokens.len(), &targets)?;
             this.submit(prompt, routing, deadline, Work::Score { targets, reply: Some(reply) })
         };
-        self.read(asked, text, bytes, queue).await?;
+        self.tokenize_then(request_span, text, bytes, queue).await?;
         answer.await.unwrap_or(Err(RequestError::Panicked))
     }
 
     /// Generates text.
     pub async fn generate(&self, mut params: GenerateParams) -> Result<TokenStream, RequestError> {
-        let asked = self.asked("text_completion", params.trace);
+        let request_span = self.begin_span("text_completion", params.trace);
         let text = std::mem::take(&mut params.text);
         let (reply, answer) = mpsc::unbounded_channel();
-        let queue = move |this: &Self, mut prompt: Prompt| {
+        let queue = move |this: &Self, mut prompt: TokenizedPrompt| {
             let options = this.acceptance().options(&mut params)?;
-            prompt.asked.describe(&options);
+            prompt.request_span.describe(&options);
             this.submit(prompt, params.routing, params.deadline, Work::Generate { options, reply })
         };
         let bytes = text.len();
-        self.read(asked, text, bytes, queue).await?;
+        self.tokenize_then(request_span, text, bytes, queue).await?;
         Ok(TokenStream { tokens: Some(answer) })
     }
 
@@ -184,23 +184,23 @@ impl Coordinator {
     /// Tokenizes a prompt and hands it to `queue`. Not by the task that asks, so that of several requests that one task
     /// sends all are announced before the first is read. While nothing is computed, by the threads that compute, which are
     /// awake then when the batch comes; never if `bytes` of text to tokenize would hold up others.
-    async fn read(
+    async fn tokenize_then(
         &self,
-        asked: Asked,
+        request_span: RequestSpan,
         text: String,
         bytes: usize,
-        queue: impl FnOnce(&Self, Prompt) -> Result<(), RequestError> + Send + 'static,
+        queue: impl FnOnce(&Self, TokenizedPrompt) -> Result<(), RequestError> + Send + 'static,
     ) -> Result<(), RequestError> {
         let is_short = bytes <= AWAITED_TEXT_BYTES_MAX;
         let announced = is_short.then(|| self.inner.requests.announce());
         let (reply, queued) = oneshot::channel();
         let this = self.clone();
         let read = move || {
-            let queued = guarded(|| {
-                let span = Span::below(asked.span.context(), "tokenize");
+            let queued = catch_panic(|| {
+                let span = Span::below(request_span.span.context(), "tokenize");
                 let tokens = this.acceptance().prompt(&text)?;
                 drop(span);
-                queue(&this, Prompt { asked, tokens, announced })
+                queue(&this, TokenizedPrompt { request_span, tokens, announced })
             });
             // Who asked may have gone, which is no error.
             drop(reply.send(queued));
@@ -216,13 +216,13 @@ impl Coordinator {
     }
 
     /// A request begins.
-    fn asked(&self, operation: &'static str, caller: Option<TraceContext>) -> Asked {
-        Asked::begin(operation, self.checkpoint().name(), caller)
+    fn begin_span(&self, operation: &'static str, caller: Option<TraceContext>) -> RequestSpan {
+        RequestSpan::begin(operation, self.checkpoint().name(), caller)
     }
 
     fn submit(
         &self,
-        prompt: Prompt,
+        prompt: TokenizedPrompt,
         mode: RoutingMode,
         deadline: Option<Instant>,
         work: Work,
@@ -232,27 +232,27 @@ impl Coordinator {
             return Err(RequestError::NoExpertNode);
         }
         // Until the request is queued, or refused.
-        let Prompt { asked, tokens, announced: _announced } = prompt;
+        let TokenizedPrompt { request_span, tokens, announced: _announced } = prompt;
         let prompt_tokens = tokens.len() as u64;
-        let request = Request { tokens, mode, work, accepted: asked.at, deadline, span: asked.span };
+        let request = Request { tokens, mode, work, accepted: request_span.begun, deadline, span: request_span.span };
         let limits = inner.config.limits;
         inner.requests.try_push(request, |queued| limits.may_wait(queued)).map_err(|refused| match refused {
             Refused::Full(_) => RequestError::QueueFull { limit: limits.queue_max, retry_after: RETRY_AFTER },
             Refused::Closed(_) => RequestError::ShuttingDown,
         })?;
         inner.statistics.requests.fetch_add(1, Ordering::Relaxed);
-        inner.measures.prompt_tokens.increment(prompt_tokens);
-        inner.measures.requests_queued.set(inner.requests.len() as f64);
+        inner.metrics.prompt_tokens.increment(prompt_tokens);
+        inner.metrics.requests_queued.set(inner.requests.len() as f64);
         Ok(())
     }
 }
 
 /// A prompt that was read.
-struct Prompt {
-    asked: Asked,
+struct TokenizedPrompt {
+    request_span: RequestSpan,
     tokens: Vec<u32>,
     /// That its request is about to be queued, unless its text was too long for others to wait for.
-    announced: Option<Announced<Request>>,
+    announced: Option<Announcement<Request>>,
 }
 
 /// The tokens of a generation. The last item carries `finish` or is an error. Dropping it cancels the request.

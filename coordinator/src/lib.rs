@@ -70,7 +70,7 @@ pub async fn serve(
     listener: TcpListener,
     shutdown: CancellationToken,
 ) -> Result<(), CoordinatorError> {
-    let inference = InferenceServer::new(doors::front_door::FrontDoor::new(coordinator.clone())?)
+    let inference = InferenceServer::new(doors::inference_service::InferenceService::new(coordinator.clone())?)
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
     let status = ClusterServer::new(doors::cluster_service::ClusterService { coordinator: coordinator.clone() });

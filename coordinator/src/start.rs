@@ -18,20 +18,20 @@ use crate::{
     coordinator::{Coordinator, Inner},
     dispatch::{
         dispatch::Dispatch,
+        experts_without_holder,
         nodes::Nodes,
         probe::Probe,
         remote::{call_failure::CallFailure, lane::LaneConfig, lane_connection::Connector},
-        unheld,
     },
     forward::forward::Forward,
     intake::queue::Queue,
-    measures::{metrics::Measures, statistics::Statistics},
+    measures::{metrics::Metrics, statistics::Statistics},
     predict::{
         predict::{Predict, Source},
         preload::Preload,
         remote_predictor::RemotePredictor,
     },
-    schedule::{engine::Engine, prepare::Prepare},
+    schedule::{prepare::Prepare, scheduler::Scheduler},
 };
 
 /// Bytes of rows in one message to an expert-node: well below what a message may have, so that the first
@@ -70,7 +70,7 @@ impl Coordinator {
     /// runtime of several threads, which then carries the lanes.
     pub async fn start(config: CoordinatorConfig, cluster: Cluster) -> Result<Self, CoordinatorError> {
         check(&config, &cluster)?;
-        let measures = Arc::new(Measures::new());
+        let metrics = Arc::new(Metrics::new());
         let runtime = Handle::current();
         let (dense, tokenizer) = load(&config).await?;
         let model = dense.config().clone();
@@ -83,7 +83,7 @@ impl Coordinator {
             connector: Arc::new(Connector::new(&config.client, config.checkpoint.digest(), rows)),
         };
         let nodes = Nodes::follow(&cluster, lanes, &runtime);
-        runtime.spawn(unheld::watch(Arc::downgrade(&nodes)));
+        runtime.spawn(experts_without_holder::watch(Arc::downgrade(&nodes)));
         for reason in CallFailure::LABELS {
             counter!(names::FAILOVERS_TOTAL, names::REASON => reason).increment(0);
         }
@@ -101,7 +101,7 @@ impl Coordinator {
             Dispatch::new(nodes.clone(), model.d_model, rows_max, patience)
         };
         let (requests, prepared) = (Arc::new(Queue::new()), Arc::new(Queue::new()));
-        let engine = Engine {
+        let scheduler = Scheduler {
             limits: config.limits,
             prepared: prepared.clone(),
             forward: Forward::new(
@@ -115,7 +115,7 @@ impl Coordinator {
             preload: preload.clone(),
             tokenizer: tokenizer.clone(),
             statistics: statistics.clone(),
-            measures: measures.clone(),
+            metrics: metrics.clone(),
             running: Vec::new(),
             values: Vec::new(),
         };
@@ -125,16 +125,15 @@ impl Coordinator {
             preload,
             requests: requests.clone(),
             prepared,
-            measures: measures.clone(),
+            metrics: metrics.clone(),
         };
         let threads = vec![
             thread::Builder::new().name("sida-prepare".into()).spawn(move || prepare.run())?,
-            thread::Builder::new().name("sida-forward".into()).spawn(move || engine.run())?,
+            thread::Builder::new().name("sida-forward".into()).spawn(move || scheduler.run())?,
         ];
         let probe = Arc::new(Probe::new(dispatch(config.server.health_period.min(config.expert_call_timeout)), &model));
         let threads = Mutex::new(threads);
-        let inner =
-            Inner { config, cluster, tokenizer, nodes, predict, probe, requests, statistics, measures, threads };
+        let inner = Inner { config, cluster, tokenizer, nodes, predict, probe, requests, statistics, metrics, threads };
         Ok(Self { inner: Arc::new(inner) })
     }
 }

@@ -1,14 +1,14 @@
 //! What an answer is made of. Everything above names these types; they name nothing above them.
 //!
 //! In reading order: `output` lists the answers, `trace` what happened on the way to one, `routing_mode` who chose its
-//! experts; `request_error` says why there is none, `fault` how that looks on the wire, and `guarded` makes a panic one of
+//! experts; `request_error` says why there is none, `fault` how that looks on the wire, and `catch_panic` makes a panic one of
 //! these reasons. `sampler` picks the next token, `detokenize` makes text of it, `stop_text` ends the text; `score`
 //! and `encoding` answer requests that generate nothing.
 
+pub(crate) mod catch_panic;
 pub(crate) mod detokenize;
 pub(crate) mod encoding;
 pub(crate) mod fault;
-pub(crate) mod guarded;
 pub(crate) mod output;
 pub(crate) mod request_error;
 pub(crate) mod routing_mode;

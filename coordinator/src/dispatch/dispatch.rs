@@ -29,9 +29,11 @@ use sida_telemetry::Span;
 use crate::{
     answer::request_error::RequestError,
     dispatch::{
+        assignment::{self, Assignment},
         calls::{self, Call, Piece},
         here::{self, Here, Made},
         layer_rows::{LayerRows, Place},
+        node_wait::NodeWait,
         nodes::{Nodes, Reach, Roster},
         outstanding::{self, LOOK_PERIOD, Outstanding},
         remote::{
@@ -39,8 +41,6 @@ use crate::{
             lane::{Lane, travel},
             lane_call::{Computed, Outgoing, Reply, Results},
         },
-        share_out::{self, Shared},
-        waiting::Waiting,
     },
 };
 
@@ -84,7 +84,7 @@ pub(crate) struct UnderWay {
     outstanding: Vec<Outstanding>,
     /// What is to be shared out again when no call is outstanding any more.
     pieces: Vec<Piece>,
-    waiting: Waiting,
+    waiting: NodeWait,
     inbox: Inbox,
     dispatched: Dispatched,
 }
@@ -131,7 +131,7 @@ impl Dispatch {
             roster: self.nodes.roster(),
             outstanding: Vec::new(),
             pieces: Piece::of(rows.grouping, self.rows_max),
-            waiting: Waiting::new(self.patience, self.is_given_up),
+            waiting: NodeWait::new(self.patience, self.is_given_up),
             inbox,
             dispatched: Dispatched::default(),
         };
@@ -167,8 +167,8 @@ impl Dispatch {
     fn ask(&mut self, under_way: &mut UnderWay, rows: &LayerRows<'_>, place: &mut Place<'_>) -> Result<(), ModelError> {
         let UnderWay { roster, outstanding, pieces, waiting, inbox, dispatched } = under_way;
         let (roster, open) = (&**roster, std::mem::take(pieces));
-        let Shared { calls, held } =
-            share_out::share_out(&self.nodes, roster, rows, self.rows_max, open, waiting, dispatched);
+        let Assignment { calls, held } =
+            assignment::assign(&self.nodes, roster, rows, self.rows_max, open, waiting, dispatched);
         if calls.is_empty() && !held.is_empty() {
             waiting.pause();
         }

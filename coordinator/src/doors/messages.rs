@@ -18,7 +18,7 @@ use crate::{
 
 /// What a call carries beside its message.
 #[derive(Clone, Copy)]
-pub(crate) struct Caller {
+pub(crate) struct CallMetadata {
     /// Until when it waits.
     pub(crate) deadline: Option<Instant>,
     /// Which trace it is part of.
@@ -26,25 +26,28 @@ pub(crate) struct Caller {
 }
 
 /// The request behind a message. Limits are checked where it is accepted.
-pub(crate) fn encode_params(message: v1::EncodeRequest, caller: Caller) -> Result<EncodeParams, RequestError> {
+pub(crate) fn encode_params(message: v1::EncodeRequest, caller: CallMetadata) -> Result<EncodeParams, RequestError> {
     let pooling = match v1::Pooling::try_from(message.pooling) {
         Ok(v1::Pooling::Unspecified | v1::Pooling::Mean) => Pooling::Mean,
         Ok(v1::Pooling::None) => Pooling::None,
         Err(_) => return Err(unknown("pooling", message.pooling)),
     };
-    let Caller { deadline, trace } = caller;
+    let CallMetadata { deadline, trace } = caller;
     Ok(EncodeParams { text: message.text, routing: routing(message.routing)?, pooling, deadline, trace })
 }
 
 /// The request behind a message.
-pub(crate) fn score_params(message: v1::ScoreRequest, caller: Caller) -> Result<ScoreParams, RequestError> {
-    let Caller { deadline, trace } = caller;
+pub(crate) fn score_params(message: v1::ScoreRequest, caller: CallMetadata) -> Result<ScoreParams, RequestError> {
+    let CallMetadata { deadline, trace } = caller;
     let routing = routing(message.routing)?;
     Ok(ScoreParams { text: message.text, targets: message.targets, routing, deadline, trace })
 }
 
 /// The request behind a message.
-pub(crate) fn generate_params(message: v1::GenerateRequest, caller: Caller) -> Result<GenerateParams, RequestError> {
+pub(crate) fn generate_params(
+    message: v1::GenerateRequest,
+    caller: CallMetadata,
+) -> Result<GenerateParams, RequestError> {
     Ok(GenerateParams {
         routing: routing(message.routing)?,
         text: message.text,

@@ -6,7 +6,7 @@ use sida_telemetry::Span;
 
 use crate::{
     dispatch::{callers::Callers, layer_rows::LayerRows},
-    forward::expert_choice::Part,
+    forward::expert_choice::SequenceRouting,
     intake::request::Request,
 };
 
@@ -21,7 +21,7 @@ pub(crate) struct Batch<'b, 's> {
     /// The decoder's, one for each span; none of prompts.
     pub(crate) states: &'b mut [&'s mut SequenceState],
     /// One for each span.
-    pub(crate) parts: &'b mut [Part],
+    pub(crate) routings: &'b mut [SequenceRouting],
     /// One for each span.
     pub(crate) requests: &'b [&'b Request],
 }
@@ -40,7 +40,7 @@ impl<'b, 's> Batch<'b, 's> {
 
     /// It as at most `count` micro-batches of about as many rows, its sequences in their order.
     pub(crate) fn cut(self, count: usize) -> Vec<Self> {
-        let Self { stack, mut ids, spans, mut states, mut parts, mut requests } = self;
+        let Self { stack, mut ids, spans, mut states, mut routings, mut requests } = self;
         let lengths: Vec<usize> = spans.ranges().map(|rows| rows.len()).collect();
         let mut first = 0;
         let micro_batch = |end: usize| {
@@ -50,7 +50,7 @@ impl<'b, 's> Batch<'b, 's> {
                 ids: ids.split_off(..own.iter().sum()).expect("an id for each row"),
                 spans: Spans::new(own.iter().copied()),
                 states: states.split_off_mut(..own.len().min(states.len())).expect("not more than there are"),
-                parts: parts.split_off_mut(..own.len()).expect("a part for each span"),
+                routings: routings.split_off_mut(..own.len()).expect("a routing for each span"),
                 requests: requests.split_off(..own.len()).expect("a request for each span"),
             }
         };

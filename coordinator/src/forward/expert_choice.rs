@@ -12,7 +12,7 @@ use crate::answer::{
 };
 
 /// A run of rows of one batch that belong to one sequence, or to one candidate of a scored request.
-pub(crate) struct Part {
+pub(crate) struct SequenceRouting {
     /// Its request's mode.
     pub(crate) mode: RoutingMode,
     /// What was predicted; `None` runs `exact`, without hints.
@@ -27,7 +27,7 @@ pub(crate) struct Part {
     pub(crate) failure: Option<RequestError>,
 }
 
-impl Part {
+impl SequenceRouting {
     /// Rows of a request in `mode`, the first of which is token `first_token` of `table`. A table that names
     /// fewer experts per token than the model uses cannot choose them.
     pub(crate) fn new(
@@ -56,27 +56,27 @@ impl Part {
     }
 }
 
-/// The routes of the MoE layer that a walk is at, whose rows belong to `parts` as `spans` says. Notes in each part how its
+/// The routes of the MoE layer that a walk is at, whose rows belong to `routings` as `spans` says. Notes in each routing how its
 /// table fared against the router.
 pub(crate) fn routes(
     dense: &Dense,
     walk: &mut Walk,
     layer: LayerId,
     spans: &Spans,
-    parts: &mut [Part],
+    routings: &mut [SequenceRouting],
 ) -> Result<Routes, ModelError> {
     let (kind, num_experts) = (dense.config().router, dense.config().num_experts);
     let top_k = kind.top_k();
-    let mut routes = match parts.iter().any(Part::wants_router) {
+    let mut routes = match routings.iter().any(SequenceRouting::wants_router) {
         true => dense.routes(walk)?,
         false => Routes { top_k, experts: vec![None; spans.rows() * top_k], weights: vec![0.0; spans.rows() * top_k] },
     };
-    for (part, rows) in parts.iter_mut().zip(spans.ranges()) {
+    for (routing, rows) in routings.iter_mut().zip(spans.ranges()) {
         let chosen = rows.start * top_k..rows.end * top_k;
-        if let Some(table) = part.table.as_ref().filter(|_| part.wants_router()) {
-            part.hash.add(count(table, layer, part.first_token, top_k, &routes.experts[chosen.clone()]));
+        if let Some(table) = routing.table.as_ref().filter(|_| routing.wants_router()) {
+            routing.hash.add(count(table, layer, routing.first_token, top_k, &routes.experts[chosen.clone()]));
         }
-        let (Some(alpha), Some(table)) = (part.hash_alpha(), &part.table) else { continue };
+        let (Some(alpha), Some(table)) = (routing.hash_alpha(), &routing.table) else { continue };
         let probabilities = match alpha {
             Alpha::Router => Some(dense.probabilities(walk)?),
             Alpha::Predicted => None,
@@ -85,7 +85,7 @@ pub(crate) fn routes(
             let row_probabilities = probabilities.map(|all| &all[row * num_experts..][..num_experts]);
             let at = row * top_k..(row + 1) * top_k;
             let (experts, weights) = (&mut routes.experts[at.clone()], &mut routes.weights[at]);
-            predicted(&kind, table, layer, part.first_token + token, row_probabilities, experts, weights);
+            predicted(&kind, table, layer, routing.first_token + token, row_probabilities, experts, weights);
         }
     }
     Ok(routes)

@@ -7,7 +7,7 @@ use sida_model::{ModelConfig, Spans};
 use sida_routing::{Grouping, LayerId, Routes};
 use sida_telemetry::{counter, names};
 
-use crate::{answer::trace::HashCounts, forward::expert_choice::Part, measures::statistics::Statistics};
+use crate::{answer::trace::HashCounts, forward::expert_choice::SequenceRouting, measures::statistics::Statistics};
 
 /// Series of `sida_routed_rows_total` at most.
 const ROUTED_SERIES_MAX: usize = 4096;
@@ -42,7 +42,7 @@ impl RouteMeasures {
         layer: LayerId,
         routes: &Routes,
         spans: &Spans,
-        parts: &mut [Part],
+        parts: &mut [SequenceRouting],
         before: &[HashCounts],
     ) {
         let mut sum = HashCounts::default();

@@ -85,12 +85,12 @@ impl Walker {
     /// `h += sum over its experts of weight * expert(x)`, row by row: x leaves for the experts.
     fn begin_moe(&mut self, one: &mut Walking<'_, '_>, layer: LayerId, costs: &mut Costs) -> Result<(), ModelError> {
         let Walking { batch, walk, gate } = one;
-        let before: Vec<HashCounts> = batch.parts.iter().map(|part| part.hash).collect();
-        let mut routes = expert_choice::routes(&self.dense, walk, layer, &batch.spans, batch.parts)?;
+        let before: Vec<HashCounts> = batch.routings.iter().map(|part| part.hash).collect();
+        let mut routes = expert_choice::routes(&self.dense, walk, layer, &batch.spans, batch.routings)?;
         if self.enforce_capacity {
             router::enforce_capacity(&mut routes, &batch.spans, self.dense.config().expert_capacity);
         }
-        self.measures.note(layer, &routes, &batch.spans, batch.parts, &before);
+        self.measures.note(layer, &routes, &batch.spans, batch.routings, &before);
 
         let start = Instant::now();
         costs.dense_until(start);
@@ -127,7 +127,7 @@ impl Walker {
         for (rows, error) in &dispatched.failed {
             for &token in &grouping.tokens[rows.clone()] {
                 if let Some(part) = batch.spans.holder(token as usize) {
-                    batch.parts[part].failure.get_or_insert_with(|| error.clone());
+                    batch.routings[part].failure.get_or_insert_with(|| error.clone());
                 }
             }
         }

@@ -1,9 +1,9 @@
 //! From what a caller asks for to a checked request that waits for its turn.
 //!
-//! In reading order: `accept` checks and tokenizes; `request` is what comes of it; `asked` describes it in its trace's
+//! In reading order: `accept` checks and tokenizes; `request` is what comes of it; `request_span` describes it in its trace's
 //! span; `queue` is where it waits.
 
 pub(crate) mod accept;
-pub(crate) mod asked;
 pub(crate) mod queue;
 pub(crate) mod request;
+pub(crate) mod request_span;

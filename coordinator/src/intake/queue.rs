@@ -11,14 +11,14 @@ use parking_lot::{Condvar, Mutex};
 
 /// The queue. Shared by reference; every method may be called from any thread.
 pub(crate) struct Queue<T> {
-    state: Mutex<State<T>>,
+    state: Mutex<QueueState<T>>,
     /// Something arrived, or the queue was closed.
     arrived: Condvar,
     /// Something was taken, or the queue was closed.
     taken: Condvar,
 }
 
-struct State<T> {
+struct QueueState<T> {
     waiting: VecDeque<T>,
     closed: bool,
     /// Announcements that were made, and those that are over.
@@ -28,7 +28,7 @@ struct State<T> {
     gathering: u64,
 }
 
-impl<T> State<T> {
+impl<T> QueueState<T> {
     /// Whether those that wait can be taken.
     fn is_gathered(&self) -> bool {
         !self.waiting.is_empty() && self.settled >= self.gathering
@@ -36,11 +36,11 @@ impl<T> State<T> {
 }
 
 /// An item that is being made. Over when it is dropped, whether the item came or not.
-pub(crate) struct Announced<T> {
+pub(crate) struct Announcement<T> {
     queue: Arc<Queue<T>>,
 }
 
-impl<T> Drop for Announced<T> {
+impl<T> Drop for Announcement<T> {
     fn drop(&mut self) {
         let mut state = self.queue.state.lock();
         state.settled += 1;
@@ -73,14 +73,14 @@ impl<T> Queue<T> {
     /// An empty queue.
     pub(crate) fn new() -> Self {
         let state =
-            Mutex::new(State { waiting: VecDeque::new(), closed: false, announced: 0, settled: 0, gathering: 0 });
+            Mutex::new(QueueState { waiting: VecDeque::new(), closed: false, announced: 0, settled: 0, gathering: 0 });
         Self { state, arrived: Condvar::new(), taken: Condvar::new() }
     }
 
     /// An item is going to be pushed soon: what arrives meanwhile waits for it.
-    pub(crate) fn announce(self: &Arc<Self>) -> Announced<T> {
+    pub(crate) fn announce(self: &Arc<Self>) -> Announcement<T> {
         self.state.lock().announced += 1;
-        Announced { queue: self.clone() }
+        Announcement { queue: self.clone() }
     }
 
     /// Appends an item at once if `may_wait` allows one more behind those that wait.

@@ -9,7 +9,7 @@ use sida_telemetry::{
 };
 
 /// Handles. Made once, after the recorder is installed.
-pub(crate) struct Measures {
+pub(crate) struct Metrics {
     pub(crate) requests_queued: Gauge,
     pub(crate) requests_inflight: Gauge,
     pub(crate) queue_seconds: Histogram,
@@ -31,7 +31,7 @@ pub(crate) struct Phases {
     pub(crate) output: Histogram,
 }
 
-impl Measures {
+impl Metrics {
     /// Every series of them exists from then on.
     pub(crate) fn new() -> Self {
         names::declare(On::Coordinator);

@@ -39,13 +39,13 @@ pub(crate) enum Source {
 
 /// What a predictor knows of one decoding sequence.
 pub(crate) struct Progress {
-    state: State,
+    state: ProgressState,
     /// Tokens the state has not seen, because the prediction for them failed.
     unseen: Vec<u32>,
 }
 
 /// A sequence's state: as the predictor in this process keeps it, or as predictor-nodes write it.
-enum State {
+enum ProgressState {
     Local(PredictorState),
     Remote(Bytes),
 }
@@ -79,8 +79,8 @@ impl Predict {
     /// What is known of a sequence before its first token.
     pub(crate) fn start(&self) -> Progress {
         let state = match &self.source {
-            Source::Remote(_) => State::Remote(Bytes::new()),
-            Source::Local(_) | Source::Off => State::Local(PredictorState::default()),
+            Source::Remote(_) => ProgressState::Remote(Bytes::new()),
+            Source::Local(_) | Source::Off => ProgressState::Local(PredictorState::default()),
         };
         Progress { state, unseen: Vec::new() }
     }
@@ -123,21 +123,21 @@ impl Predict {
                 let mut states: Vec<&mut PredictorState> = Vec::with_capacity(progress.len());
                 for progress in progress.iter_mut() {
                     match &mut progress.state {
-                        State::Local(state) => states.push(state),
-                        State::Remote(_) => return None,
+                        ProgressState::Local(state) => states.push(state),
+                        ProgressState::Remote(_) => return None,
                     }
                 }
                 guarded(|| predictor.decode(&mut states, sequences).map_err(|e| e.to_string()))
             }
             Source::Remote(nodes) => {
                 let states = progress.iter().map(|progress| match &progress.state {
-                    State::Remote(state) => state.clone(),
-                    State::Local(_) => Bytes::new(),
+                    ProgressState::Remote(state) => state.clone(),
+                    ProgressState::Local(_) => Bytes::new(),
                 });
                 let states: Vec<Bytes> = states.collect();
                 let (tables, states) = nodes.decode(sequences, &states, self.decoder_layers.clone(), trace)?;
                 for (progress, state) in progress.iter_mut().zip(states) {
-                    progress.state = State::Remote(state);
+                    progress.state = ProgressState::Remote(state);
                 }
                 Some(tables)
             }

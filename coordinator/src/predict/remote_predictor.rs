@@ -57,12 +57,12 @@ struct Link {
     node: NodeId,
     address: String,
     channel: Channel,
-    state: Mutex<State>,
+    state: Mutex<LinkState>,
 }
 
 /// How it has done.
 #[derive(Default)]
-struct State {
+struct LinkState {
     breaker: Breaker,
     /// It failed, and has not said a word since.
     is_away: bool,

@@ -21,7 +21,7 @@ use crate::{
         queue::{Queue, Wait},
         request::Request,
     },
-    measures::metrics::Measures,
+    measures::metrics::Metrics,
     predict::{
         predict::Predict,
         preload::{Hint, Preload},
@@ -49,7 +49,7 @@ pub(crate) struct Prepare {
     pub(crate) preload: Arc<Preload>,
     pub(crate) requests: Arc<Queue<Request>>,
     pub(crate) prepared: Arc<Queue<Prepared>>,
-    pub(crate) measures: Arc<Measures>,
+    pub(crate) metrics: Arc<Metrics>,
 }
 
 impl Prepare {
@@ -58,7 +58,7 @@ impl Prepare {
         let limits = self.limits;
         let choose = |waiting: &VecDeque<Request>| limits.joining(Cost::default(), waiting.iter().map(Request::cost));
         while let Some(batch) = self.requests.take(Wait::Block, choose) {
-            self.measures.requests_queued.set(self.requests.len() as f64);
+            self.metrics.requests_queued.set(self.requests.len() as f64);
             // Requests that are lost in a panic are told so by the end of their channels.
             match catch_unwind(AssertUnwindSafe(|| self.prepare(batch))) {
                 Ok(batch) => self.hand_over(batch),
@@ -84,7 +84,7 @@ impl Prepare {
         let tables = self.predict.encode(&sequences, predicting.as_ref().map(BatchSpan::context));
         drop(predicting);
         let predict = start.elapsed();
-        self.measures.phases.predict.record(predict);
+        self.metrics.phases.predict.record(predict);
         let preloading = BatchSpan::begin("preload", contexts());
         let hint = Arc::new(self.preload.announce(tables.iter().flatten()));
         drop(preloading);

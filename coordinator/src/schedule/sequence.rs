@@ -17,12 +17,12 @@ use crate::{
         stop_text::StopTexts,
         trace::Trace,
     },
-    forward::{costs::Costs, expert_choice::Part},
+    forward::{costs::Costs, expert_choice::SequenceRouting},
     intake::{
-        asked,
         request::{GenerateOptions, Request, Work},
+        request_span,
     },
-    measures::metrics::Measures,
+    measures::metrics::Metrics,
     predict::predict::Progress,
 };
 
@@ -64,20 +64,20 @@ pub(crate) struct Generation {
 
 /// What a step made of a text.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Ahead<'s> {
+pub(crate) enum NextToken<'s> {
     /// The most likely token that is not [`Generation::banned`]; none if no logit is a number.
-    Token(Option<u32>),
+    Chosen(Option<u32>),
     /// (vocab_size)
     Logits(&'s [f32]),
 }
 
 /// Whether a sequence goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Next {
+pub(crate) enum SequenceStatus {
     /// With the token that was fed.
-    Goes,
+    Running,
     /// It was answered.
-    Ended,
+    Finished,
 }
 
 impl Sequence {
@@ -93,33 +93,33 @@ impl Sequence {
     /// Takes its next token, or chooses it, streams it, and feeds it unless the text ends here.
     pub(crate) fn advance(
         &mut self,
-        ahead: Ahead<'_>,
+        next_token: NextToken<'_>,
         config: &ModelConfig,
         tokenizer: &Tokenizer,
-        measures: &Measures,
-    ) -> Result<Next, RequestError> {
+        metrics: &Metrics,
+    ) -> Result<SequenceStatus, RequestError> {
         let (Decoding::Generate(generation), Work::Generate { reply, .. }) = (&mut self.decoding, &self.request.work)
         else {
-            return Ok(Next::Ended);
+            return Ok(SequenceStatus::Finished);
         };
-        let chosen = match ahead {
-            Ahead::Token(token) => token,
-            Ahead::Logits(logits) => generation.sampler.next(logits, generation.banned(config)),
+        let chosen = match next_token {
+            NextToken::Chosen(token) => token,
+            NextToken::Logits(logits) => generation.sampler.next(logits, generation.banned(config)),
         };
         let id = chosen.ok_or(RequestError::NotANumber)?;
         let (text, reason) = generation.take(id, config.eos_token_id, tokenizer)?;
-        measures.generated_tokens.increment(1);
+        metrics.generated_tokens.increment(1);
         let now = Instant::now();
         if generation.first_token_at.is_none() {
             generation.first_token_at = Some(now);
             let waited = now - self.request.accepted;
-            measures.time_to_first_token_seconds.record(waited);
+            metrics.time_to_first_token_seconds.record(waited);
             self.request.span.set("sida.time_to_first_token_us", spans::microseconds(waited));
         }
         let finish = reason.map(|reason| {
-            generation.record_pace(now, measures);
+            generation.record_pace(now, metrics);
             self.trace.timings.total = now - self.request.accepted;
-            asked::describe_answer(&mut self.request.span, generation.generated, reason);
+            request_span::describe_answer(&mut self.request.span, generation.generated, reason);
             Finish {
                 reason,
                 prompt_tokens: self.request.tokens.len(),
@@ -129,10 +129,10 @@ impl Sequence {
         });
         let ended = finish.is_some();
         if reply.send(Ok(Token { text, id, finish })).is_err() || ended {
-            return Ok(Next::Ended);
+            return Ok(SequenceStatus::Finished);
         }
         self.branches[0].feed = vec![id];
-        Ok(Next::Goes)
+        Ok(SequenceStatus::Running)
     }
 
     /// Answers a scored request: `rows` are the rows of each branch in `states`.
@@ -209,18 +209,18 @@ impl Generation {
         Ok((text, reason))
     }
 
-    fn record_pace(&self, now: Instant, measures: &Measures) {
+    fn record_pace(&self, now: Instant, metrics: &Metrics) {
         if let (Some(first), Some(others)) = (self.first_token_at, self.generated.checked_sub(1).filter(|&n| n > 0)) {
-            measures.time_per_output_token_seconds.record((now - first) / others as u32);
+            metrics.time_per_output_token_seconds.record((now - first) / others as u32);
         }
     }
 }
 
-/// Takes one part's share of a pass into its request's trace.
-pub(crate) fn absorb(trace: &mut Trace, part: &Part) {
-    trace.unpredicted |= part.table.is_none();
-    trace.hash.add(part.hash);
-    trace.experts.union(&part.experts);
+/// Takes one routing's share of a pass into its request's trace.
+pub(crate) fn absorb(trace: &mut Trace, routing: &SequenceRouting) {
+    trace.unpredicted |= routing.table.is_none();
+    trace.hash.add(routing.hash);
+    trace.experts.union(&routing.experts);
 }
 
 /// Takes a pass's costs into the trace of a request that was in it.

@@ -69,7 +69,7 @@ pub(crate) struct Lane {
     address: String,
     inflight_bytes_max: usize,
     d_model: usize,
-    state: Mutex<State>,
+    state: Mutex<LaneState>,
     /// Bytes came free, or the connection was lost.
     room: Condvar,
     /// The node may be back: connect at once.
@@ -79,12 +79,12 @@ pub(crate) struct Lane {
     breaker_state: Gauge,
 }
 
-struct State {
+struct LaneState {
     /// The way out; `None` while not connected.
     outgoing: Option<mpsc::UnboundedSender<v1::LaneRequest>>,
     /// Why it is not connected.
     lost: String,
-    pending: HashMap<u64, Pending>,
+    pending: HashMap<u64, PendingCall>,
     /// Invariant: the sum of `bytes` over `pending`.
     inflight_bytes: usize,
     deadline: CallDeadline,
@@ -98,7 +98,7 @@ struct State {
 }
 
 /// A call that waits for its answer.
-struct Pending {
+struct PendingCall {
     replies: Sender<Reply>,
     rows: usize,
     bytes: usize,
@@ -117,7 +117,7 @@ impl Lane {
         shutdown: CancellationToken,
     ) -> Arc<Self> {
         let origin = Instant::now();
-        let state = State {
+        let state = LaneState {
             outgoing: None,
             lost: "not yet tried".to_owned(),
             pending: HashMap::new(),
@@ -216,7 +216,7 @@ impl Lane {
         let sent = Instant::now();
         state.silence.begin(self.since(sent));
         state.inflight_bytes += bytes;
-        state.pending.insert(call_id, Pending { replies: replies.clone(), rows, bytes, sent, window });
+        state.pending.insert(call_id, PendingCall { replies: replies.clone(), rows, bytes, sent, window });
         self.on_breaker(&mut state, sent, Breaker::begin);
         Ok(call_id)
     }
@@ -346,13 +346,13 @@ impl Lane {
         self.reply(call_id, pending, outcome);
     }
 
-    fn reply(&self, call_id: u64, pending: Pending, outcome: Result<Computed, CallFailure>) {
+    fn reply(&self, call_id: u64, pending: PendingCall, outcome: Result<Computed, CallFailure>) {
         // Whoever waited may have ended with the engine.
         let _ = pending.replies.send(Reply { call_id, outcome });
     }
 
     /// Tells the breaker what happened, and the metric how it stands.
-    fn on_breaker(&self, state: &mut State, now: Instant, happened: impl FnOnce(&mut Breaker, Duration)) {
+    fn on_breaker(&self, state: &mut LaneState, now: Instant, happened: impl FnOnce(&mut Breaker, Duration)) {
         let since = self.since(now);
         happened(&mut state.breaker, since);
         self.breaker_state.set(match state.breaker.state(since) {
@@ -367,7 +367,7 @@ impl Lane {
     }
 }
 
-impl State {
+impl LaneState {
     fn send(&self, kind: Kind) -> Result<(), CallFailure> {
         let request = v1::LaneRequest { kind: Some(kind) };
         match &self.outgoing {
@@ -381,7 +381,7 @@ impl State {
         self.suspect = None;
     }
 
-    fn take(&mut self, call_id: u64) -> Option<Pending> {
+    fn take(&mut self, call_id: u64) -> Option<PendingCall> {
         let pending = self.pending.remove(&call_id)?;
         self.inflight_bytes -= pending.bytes;
         if self.pending.is_empty() {

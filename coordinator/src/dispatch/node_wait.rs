@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// See the file's head.
-pub(crate) struct Waiting {
+pub(crate) struct NodeWait {
     patience: Patience,
     /// The patience counts time from here.
     origin: Instant,
@@ -31,7 +31,7 @@ pub(crate) struct Waiting {
     is_told: bool,
 }
 
-impl Waiting {
+impl NodeWait {
     /// A layer begins, which may wait for `limit`; or not at all if the one before has done so in vain (`is_given_up`),
     /// lest those who are queued wait as long, one batch after the other.
     pub(crate) fn new(limit: Duration, is_given_up: bool) -> Self {

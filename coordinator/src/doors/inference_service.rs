@@ -17,7 +17,7 @@ use tonic::{Code, Request, Response, Status};
 use crate::{
     answer::request_error::RequestError,
     coordinator::{Coordinator, TokenStream},
-    doors::messages::{self, Caller},
+    doors::messages::{self, CallMetadata},
     start::CoordinatorError,
 };
 
@@ -35,12 +35,12 @@ const COUNTED_CODES: [Code; 7] = [
 ];
 
 /// The service.
-pub(crate) struct FrontDoor {
+pub(crate) struct InferenceService {
     coordinator: Coordinator,
     model: v1::ModelResponse,
 }
 
-impl FrontDoor {
+impl InferenceService {
     pub(crate) fn new(coordinator: Coordinator) -> Result<Self, CoordinatorError> {
         let model = describe(&coordinator)?;
         gauge!(names::MODEL_EXPERT_BYTES).set(model.experts_bytes as f64);
@@ -55,7 +55,7 @@ impl FrontDoor {
 }
 
 #[tonic::async_trait]
-impl Inference for FrontDoor {
+impl Inference for InferenceService {
     type GenerateStream = Pin<Box<dyn Stream<Item = Result<v1::GenerateResponse, Status>> + Send>>;
 
     async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
@@ -123,8 +123,11 @@ fn describe(coordinator: &Coordinator) -> Result<v1::ModelResponse, CoordinatorE
     })
 }
 
-fn caller<T>(request: &Request<T>) -> Caller {
-    Caller { deadline: Deadline::of(request).map(|deadline| deadline.0.into_std()), trace: trace::context_of(request) }
+fn caller<T>(request: &Request<T>) -> CallMetadata {
+    CallMetadata {
+        deadline: Deadline::of(request).map(|deadline| deadline.0.into_std()),
+        trace: trace::context_of(request),
+    }
 }
 
 /// A request that is being answered; counted when it is dropped, however it ended.

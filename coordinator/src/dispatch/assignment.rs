@@ -13,13 +13,13 @@ use crate::{
         calls::{self, Call, Piece},
         dispatch::Dispatched,
         layer_rows::LayerRows,
+        node_wait::NodeWait,
         nodes::{Nodes, Roster},
-        waiting::Waiting,
     },
 };
 
 /// Pieces, shared out.
-pub(crate) struct Shared {
+pub(crate) struct Assignment {
     /// What is to be sent now.
     pub(crate) calls: Vec<Call>,
     /// What waits: for a node to come back, or for the budget.
@@ -28,19 +28,19 @@ pub(crate) struct Shared {
 
 /// Shares `pieces` out; a call has at most `rows_max` rows. Those that nobody can be asked for, and that need not wait,
 /// are noted in `dispatched` as failed.
-pub(crate) fn share_out(
+pub(crate) fn assign(
     nodes: &Nodes,
     roster: &Roster,
     rows: &LayerRows<'_>,
     rows_max: usize,
     pieces: Vec<Piece>,
-    waiting: &mut Waiting,
+    waiting: &mut NodeWait,
     dispatched: &mut Dispatched,
-) -> Shared {
+) -> Assignment {
     let now = Instant::now();
     let (may_ask_again, mut asked_again) = (waiting.may_ask_again(now), false);
     let mut open: Vec<Option<Call>> = roster.links.iter().map(|_| None).collect();
-    let mut shared = Shared { calls: Vec::with_capacity(open.len()), held: Vec::new() };
+    let mut assignment = Assignment { calls: Vec::with_capacity(open.len()), held: Vec::new() };
     for piece in pieces {
         let key = ExpertKey { layer: rows.layer, expert: piece.expert };
         // Somebody may have left while others were asked.
@@ -58,25 +58,25 @@ pub(crate) fn share_out(
         let Some(node) = chosen else {
             match waiting.verdict(roster, key, &piece) {
                 Some(error) => dispatched.failed.push((piece.range(), error)),
-                None => shared.held.push(piece),
+                None => assignment.held.push(piece),
             }
             continue;
         };
         if piece.alone {
-            shared.calls.push(Call { node, pieces: vec![piece] });
+            assignment.calls.push(Call { node, pieces: vec![piece] });
             continue;
         }
         let slot = &mut open[node];
         if slot.as_ref().is_some_and(|call| call.rows() + piece.rows > rows_max) {
-            shared.calls.extend(slot.take());
+            assignment.calls.extend(slot.take());
         }
         slot.get_or_insert_with(|| Call { node, pieces: Vec::new() }).pieces.push(piece);
     }
     if asked_again {
         waiting.asked_again(now);
     }
-    shared.calls.extend(open.into_iter().flatten());
-    let Shared { calls, held } = &mut shared;
+    assignment.calls.extend(open.into_iter().flatten());
+    let Assignment { calls, held } = &mut assignment;
     calls.retain_mut(|call| {
         let is_made = may_be_made(nodes, call, now, dispatched);
         if !is_made {
@@ -84,7 +84,7 @@ pub(crate) fn share_out(
         }
         is_made
     });
-    shared
+    assignment
 }
 
 /// Whether a call is within the budget, which bounds those that are made after others failed.
@@ -109,7 +109,7 @@ fn hold(
     rows: &LayerRows<'_>,
     call: &mut Call,
     now: Instant,
-    waiting: &mut Waiting,
+    waiting: &mut NodeWait,
     held: &mut Vec<Piece>,
     dispatched: &mut Dispatched,
 ) {

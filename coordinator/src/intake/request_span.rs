@@ -11,21 +11,21 @@ use sida_telemetry::{
 use crate::{answer::output::FinishReason, intake::request::GenerateOptions};
 
 /// See the file's head.
-pub(crate) struct Asked {
-    pub(crate) at: Instant,
+pub(crate) struct RequestSpan {
+    pub(crate) begun: Instant,
     pub(crate) span: Span,
 }
 
-impl Asked {
+impl RequestSpan {
     /// A request for an `operation` of a `model`.
     pub(crate) fn begin(operation: &'static str, model: &str, caller: Option<TraceContext>) -> Self {
         let span = Span::of_caller(caller, || Cow::Owned(format!("{operation} {model}")));
         let span = span.with("gen_ai.operation.name", operation).with("gen_ai.provider.name", "sida");
-        let mut asked = Self { at: Instant::now(), span };
-        if asked.span.is_recorded() {
-            asked.span.set("gen_ai.request.model", model.to_owned());
+        let mut request_span = Self { begun: Instant::now(), span };
+        if request_span.span.is_recorded() {
+            request_span.span.set("gen_ai.request.model", model.to_owned());
         }
-        asked
+        request_span
     }
 
     /// What a generation is to be like.

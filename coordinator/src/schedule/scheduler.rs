@@ -21,16 +21,16 @@ use sida_telemetry::{Span, TraceContext};
 
 use crate::{
     answer::{
-        guarded::guarded,
+        catch_panic::catch_panic,
         request_error::RequestError,
         trace::{ExpertSets, Trace},
     },
-    forward::{batch::Batch, costs::Costs, expert_choice::Part, forward::Forward},
+    forward::{batch::Batch, costs::Costs, expert_choice::SequenceRouting, forward::Forward},
     intake::{
         queue::{Queue, Wait},
         request::Request,
     },
-    measures::{metrics::Measures, statistics::Statistics},
+    measures::{metrics::Metrics, statistics::Statistics},
     predict::{
         predict::{Predict, Progress},
         preload::{Hint, Preload},
@@ -38,12 +38,12 @@ use crate::{
     schedule::{
         batch_span::BatchSpan,
         prepare::Prepared,
-        sequence::{self, Ahead, Decoding, Next, Sequence},
+        sequence::{self, Decoding, NextToken, Sequence, SequenceStatus},
     },
 };
 
 /// The state of the forward thread.
-pub(crate) struct Engine {
+pub(crate) struct Scheduler {
     pub(crate) limits: Limits,
     pub(crate) prepared: Arc<Queue<Prepared>>,
     pub(crate) forward: Forward,
@@ -51,7 +51,7 @@ pub(crate) struct Engine {
     pub(crate) preload: Arc<Preload>,
     pub(crate) tokenizer: Arc<Tokenizer>,
     pub(crate) statistics: Arc<Statistics>,
-    pub(crate) measures: Arc<Measures>,
+    pub(crate) metrics: Arc<Metrics>,
     pub(crate) running: Vec<Sequence>,
     /// Encoder states of a batch: memory that is used again.
     pub(crate) values: Vec<f32>,
@@ -60,14 +60,14 @@ pub(crate) struct Engine {
 /// Texts of so many sequences are made by several threads.
 const PARALLEL_SEQUENCES_MIN: usize = 16;
 
-impl Engine {
+impl Scheduler {
     /// Runs until the queue is closed and everything in it was answered.
     pub(crate) fn run(mut self) {
-        while let Some(joining) = self.next() {
+        while let Some(joining) = self.schedule() {
             self.note_inflight(self.running.len() + joining.len());
             self.statistics.step_begins();
-            let outcome = guarded(|| {
-                self.join(joining);
+            let outcome = catch_panic(|| {
+                self.prefill(joining);
                 self.step();
                 Ok(())
             });
@@ -81,7 +81,7 @@ impl Engine {
     }
 
     /// Who joins now. Waits while there is nothing to do; `None` ends the thread.
-    fn next(&self) -> Option<Vec<Prepared>> {
+    fn schedule(&self) -> Option<Vec<Prepared>> {
         let running = Cost {
             tokens: self.running.iter().flat_map(|s| &s.branches).map(|branch| branch.feed.len()).sum(),
             sequences: self.running.iter().map(|s| s.branches.len()).sum(),
@@ -98,7 +98,7 @@ impl Engine {
 
     fn note_inflight(&self, requests: usize) {
         self.statistics.inflight.store(requests, Ordering::Relaxed);
-        self.measures.requests_inflight.set(requests as f64);
+        self.metrics.requests_inflight.set(requests as f64);
     }
 
     /// One step of the decoder over every running sequence.
@@ -118,15 +118,15 @@ impl Engine {
             self.running.iter().flat_map(|s| &s.branches).map(|b| b.feed.len()).sum(),
         );
         let within = span.as_ref().map(BatchSpan::context);
-        let mut parts = self.predict_step(within);
-        self.preload.note_demand(parts.iter().filter_map(|part| part.table.as_ref()));
-        let _hint = self.preload_within(within, &parts);
+        let mut routings = self.predict_step(within);
+        self.preload.note_demand(routings.iter().filter_map(|routing| routing.table.as_ref()));
+        let _hint = self.preload_within(within, &routings);
         let mut costs = Costs::of_pass(within);
-        let outcome = self.decode(&mut parts, &mut costs);
-        costs.record(&self.measures.phases);
+        let outcome = self.decode(&mut routings, &mut costs);
+        costs.record(&self.metrics.phases);
         let _settling = within.map(|within| Span::below(within, "output"));
         match outcome {
-            Ok(output) => self.settle(parts, &output, &costs),
+            Ok(output) => self.postprocess(routings, &output, &costs),
             Err(error) => self.fail_running(&error),
         }
     }
@@ -135,8 +135,8 @@ impl Engine {
         self.running.drain(..).for_each(|sequence| sequence.request.fail(error.clone()));
     }
 
-    /// A hash table for the new tokens of every branch, as parts of the step's batch.
-    fn predict_step(&mut self, within: Option<TraceContext>) -> Vec<Part> {
+    /// A hash table for the new tokens of every branch, as routings of the step's batch.
+    fn predict_step(&mut self, within: Option<TraceContext>) -> Vec<SequenceRouting> {
         let start = Instant::now();
         let span = within.map(|within| Span::below(within, "predict"));
         let mut progress: Vec<&mut Progress> = Vec::new();
@@ -148,25 +148,25 @@ impl Engine {
         let mut tables = self.predict.decode(&mut progress, &tokens, span.as_ref().map(Span::context)).into_iter();
         drop(span);
         let took = start.elapsed();
-        self.measures.phases.predict.record(took);
+        self.metrics.phases.predict.record(took);
         self.running.iter_mut().for_each(|sequence| sequence.trace.timings.predict += took);
-        let mut parts = Vec::with_capacity(tables.len());
+        let mut routings = Vec::with_capacity(tables.len());
         for sequence in &self.running {
             for branch in &sequence.branches {
                 let table = tables.next().flatten();
                 // A table may begin with earlier tokens, whose prediction had failed.
                 let first = table.as_ref().map_or(0, |table| table.shape().tokens - branch.feed.len());
-                parts.push(self.part(&sequence.request, table, first));
+                routings.push(self.routing(&sequence.request, table, first));
             }
         }
-        parts
+        routings
     }
 
     /// One pass of the decoder over what every branch was fed, and for those that generate the next token, where the device
     /// chooses it, or its logits.
-    fn decode(&mut self, parts: &mut [Part], costs: &mut Costs) -> Result<StepOutput, RequestError> {
-        let (forward, running, measures) = (&mut self.forward, &mut self.running, &self.measures);
-        guarded(|| {
+    fn decode(&mut self, routings: &mut [SequenceRouting], costs: &mut Costs) -> Result<StepOutput, RequestError> {
+        let (forward, running, metrics) = (&mut self.forward, &mut self.running, &self.metrics);
+        catch_panic(|| {
             let mut ids = Vec::new();
             let mut lengths = Vec::new();
             let mut states = Vec::new();
@@ -190,14 +190,14 @@ impl Engine {
                     }
                 }
             }
-            measures.batch_tokens.record(ids.len() as f64);
+            metrics.batch_tokens.record(ids.len() as f64);
             let spans = Spans::new(lengths);
             let batch = Batch {
                 stack: Stack::Decoder,
                 ids: &ids,
                 spans: spans.clone(),
                 states: &mut states,
-                parts,
+                routings,
                 requests: &requests,
             };
             let states = on_pool(|| forward.pass(batch, costs))?;
@@ -211,7 +211,7 @@ impl Engine {
     }
 
     /// Gives every sequence its share of a step: the next token, its scores, or the reason of its failure.
-    fn settle(&mut self, mut parts: Vec<Part>, output: &StepOutput, costs: &Costs) {
+    fn postprocess(&mut self, mut routings: Vec<SequenceRouting>, output: &StepOutput, costs: &Costs) {
         let start = Instant::now();
         let StepOutput { states, spans, tokens, logits } = output;
         let mut tokens = tokens.as_ref().map(|tokens| tokens.iter());
@@ -223,34 +223,36 @@ impl Engine {
             branches_before = branches.end;
             sequence::absorb_costs(&mut sequence.trace, costs);
             let mut failure = None;
-            for part in &mut parts[branches.clone()] {
-                sequence::absorb(&mut sequence.trace, part);
-                failure = failure.or(part.failure.take());
+            for routing in &mut routings[branches.clone()] {
+                sequence::absorb(&mut sequence.trace, routing);
+                failure = failure.or(routing.failure.take());
             }
             match &sequence.decoding {
                 Decoding::Generate(generation) => {
-                    let ahead = match &mut tokens {
-                        Some(tokens) if generation.is_greedy() => tokens.next().copied().map(Ahead::Token),
-                        _ => logits.next().map(Ahead::Logits),
+                    let next_token = match &mut tokens {
+                        Some(tokens) if generation.is_greedy() => tokens.next().copied().map(NextToken::Chosen),
+                        _ => logits.next().map(NextToken::Logits),
                     };
-                    let ahead = ahead.filter(|_| failure.is_none());
-                    texts.push((sequence, ahead.ok_or(failure.unwrap_or(RequestError::NotANumber))));
+                    let next_token = next_token.filter(|_| failure.is_none());
+                    texts.push((sequence, next_token.ok_or(failure.unwrap_or(RequestError::NotANumber))));
                 }
                 Decoding::Score => {
                     let rows = branches.map(|branch| spans.range(branch));
                     let scored = match failure {
-                        None => guarded(|| sequence.answer_score(self.forward.dense(), states, rows)),
+                        None => catch_panic(|| sequence.answer_score(self.forward.dense(), states, rows)),
                         Some(failure) => Err(failure),
                     };
                     scored.unwrap_or_else(|error| sequence.request.fail(error));
                 }
             }
         }
-        let (config, tokenizer, measures) = (self.forward.config(), &*self.tokenizer, &*self.measures);
-        let advance = |(mut sequence, ahead): (Sequence, Result<Ahead<'_>, RequestError>)| {
-            match ahead.and_then(|ahead| guarded(|| sequence.advance(ahead, config, tokenizer, measures))) {
-                Ok(Next::Goes) => return Some(sequence),
-                Ok(Next::Ended) => {}
+        let (config, tokenizer, metrics) = (self.forward.config(), &*self.tokenizer, &*self.metrics);
+        let advance = |(mut sequence, next_token): (Sequence, Result<NextToken<'_>, RequestError>)| {
+            match next_token
+                .and_then(|next_token| catch_panic(|| sequence.advance(next_token, config, tokenizer, metrics)))
+            {
+                Ok(SequenceStatus::Running) => return Some(sequence),
+                Ok(SequenceStatus::Finished) => {}
                 Err(error) => sequence.request.fail(error),
             }
             None
@@ -259,22 +261,22 @@ impl Engine {
             true => texts.into_iter().filter_map(advance).collect(),
             false => texts.into_par_iter().with_min_len(PARALLEL_SEQUENCES_MIN / 4).filter_map(advance).collect(),
         };
-        self.measures.phases.output.record(start.elapsed());
+        self.metrics.phases.output.record(start.elapsed());
     }
 
     /// The batch begins: expert-nodes are told what it will use.
-    pub(crate) fn preload_within(&self, within: Option<TraceContext>, parts: &[Part]) -> Hint {
+    pub(crate) fn preload_within(&self, within: Option<TraceContext>, routings: &[SequenceRouting]) -> Hint {
         let _span = within.map(|within| Span::below(within, "preload"));
-        self.preload.begin(parts.iter().filter_map(|part| part.table.as_ref()))
+        self.preload.begin(routings.iter().filter_map(|routing| routing.table.as_ref()))
     }
 
-    pub(crate) fn part(&self, request: &Request, table: Option<HashTable>, first_token: usize) -> Part {
+    pub(crate) fn routing(&self, request: &Request, table: Option<HashTable>, first_token: usize) -> SequenceRouting {
         if table.is_none() {
-            self.measures.predictions_missing.increment(1);
+            self.metrics.predictions_missing.increment(1);
         }
         let config = self.forward.config();
         let experts = ExpertSets::new(config.moe_layer_count(), config.num_experts);
-        Part::new(request.mode, table, first_token, config.router.top_k(), experts)
+        SequenceRouting::new(request.mode, table, first_token, config.router.top_k(), experts)
     }
 
     pub(crate) fn trace(&self, request: &Request) -> Trace {

@@ -8,16 +8,16 @@ use sida_model::{SequenceState, Spans, Stack, States};
 use sida_telemetry::spans;
 
 use crate::{
-    answer::{encoding, guarded::guarded, output::Pooling, request_error::RequestError, trace::Trace},
-    forward::{batch::Batch, costs::Costs, expert_choice::Part},
+    answer::{catch_panic::catch_panic, encoding, output::Pooling, request_error::RequestError, trace::Trace},
+    forward::{batch::Batch, costs::Costs, expert_choice::SequenceRouting},
     intake::{
-        asked,
         request::{Request, Work},
+        request_span,
     },
     schedule::{
         batch_span::BatchSpan,
-        engine::{Engine, describe, on_pool},
         prepare::Prepared,
+        scheduler::{Scheduler, describe, on_pool},
         sequence::{self, Branch, Sequence},
     },
 };
@@ -25,12 +25,12 @@ use crate::{
 /// Answers of so many values are made by several threads.
 const PARALLEL_VALUES_MIN: usize = 1 << 18;
 
-impl Engine {
+impl Scheduler {
     /// Encodes the prompts of those who join, answers those who wanted no more, and keeps the others running.
-    pub(crate) fn join(&mut self, joining: Vec<Prepared>) {
+    pub(crate) fn prefill(&mut self, joining: Vec<Prepared>) {
         let now = Instant::now();
         let mut requests = Vec::with_capacity(joining.len());
-        let mut parts = Vec::with_capacity(joining.len());
+        let mut routings = Vec::with_capacity(joining.len());
         let mut announced = Vec::with_capacity(joining.len());
         for Prepared { mut request, table, hint, at, predict } in self.in_shares(joining) {
             if let Some(reason) = request.over(now) {
@@ -40,10 +40,10 @@ impl Engine {
             let mut trace = self.trace(&request);
             trace.timings.predict = predict;
             trace.timings.queue = (now - request.accepted).saturating_sub(predict);
-            self.measures.queue_seconds.record(trace.timings.queue);
+            self.metrics.queue_seconds.record(trace.timings.queue);
             spans::record(request.span.context(), "join", at, now);
-            asked::describe_prompt(&mut request.span, request.tokens.len());
-            parts.push(self.part(&request, table, 0));
+            request_span::describe_prompt(&mut request.span, request.tokens.len());
+            routings.push(self.routing(&request, table, 0));
             requests.push((request, trace));
             announced.push(hint);
         }
@@ -52,25 +52,25 @@ impl Engine {
         }
         let mut span = BatchSpan::begin("encode", requests.iter().map(|(request, _)| request.span.context()));
         let within = span.as_ref().map(BatchSpan::context);
-        let hint = self.preload_within(within, &parts);
+        let hint = self.preload_within(within, &routings);
         drop(announced);
         let spans = Spans::new(requests.iter().map(|(request, _)| request.tokens.len()));
         let ids: Vec<u32> = requests.iter().flat_map(|(request, _)| request.tokens.iter().copied()).collect();
-        self.measures.batch_tokens.record(ids.len() as f64);
+        self.metrics.batch_tokens.record(ids.len() as f64);
         describe(&mut span, requests.len(), ids.len());
         let mut costs = Costs::of_pass(within);
         let forward = &mut self.forward;
         let callers: Vec<&Request> = requests.iter().map(|(request, _)| request).collect();
-        let outcome = guarded(|| {
-            let (ids, spans, parts) = (&ids[..], spans.clone(), &mut parts[..]);
-            let batch = Batch { stack: Stack::Encoder, ids, spans, states: &mut [], parts, requests: &callers };
+        let outcome = catch_panic(|| {
+            let (ids, spans, routings) = (&ids[..], spans.clone(), &mut routings[..]);
+            let batch = Batch { stack: Stack::Encoder, ids, spans, states: &mut [], routings, requests: &callers };
             Ok(on_pool(|| forward.pass(batch, &mut costs))?)
         });
         drop(hint);
         match outcome {
-            Ok(states) => self.admit(requests, &parts, &states, &spans, costs, span),
+            Ok(states) => self.start_sequences(requests, &routings, &states, &spans, costs, span),
             Err(error) => {
-                costs.record(&self.measures.phases);
+                costs.record(&self.metrics.phases);
                 requests.into_iter().for_each(|(request, _)| request.fail(error.clone()));
             }
         }
@@ -78,45 +78,48 @@ impl Engine {
 
     /// Prompts in an order in which micro-batches of about as many rows can be cut.
     fn in_shares(&mut self, joining: Vec<Prepared>) -> Vec<Prepared> {
-        let parts = self.forward.parts();
-        if parts == 1 {
+        let micro_batches = self.forward.parts();
+        if micro_batches == 1 {
             return joining;
         }
         let spans = Spans::new(joining.iter().map(|prepared| prepared.request.tokens.len()));
         let mut joining: Vec<_> = joining.into_iter().map(Some).collect();
-        let order = spans.shares(parts).concat();
+        let order = spans.shares(micro_batches).concat();
         order.into_iter().filter_map(|at| joining[at].take()).collect()
     }
 
-    /// Requests whose prompts are encoded, one for each of `parts` and `spans`, by a pass with these costs and this span.
-    fn admit(
+    /// Requests whose prompts are encoded, one for each of `routings` and `spans`, by a pass with these costs and this span.
+    fn start_sequences(
         &mut self,
         mut requests: Vec<(Request, Trace)>,
-        parts: &[Part],
+        routings: &[SequenceRouting],
         states: &States,
         spans: &Spans,
         mut costs: Costs,
         span: Option<BatchSpan>,
     ) {
         let wants = |wanted: fn(&Work) -> bool| {
-            requests.iter().zip(parts).any(|((request, _), part)| part.failure.is_none() && wanted(&request.work))
+            requests
+                .iter()
+                .zip(routings)
+                .any(|((request, _), routing)| routing.failure.is_none() && wanted(&request.work))
         };
         let mut buffer = std::mem::take(&mut self.values);
         let start = Instant::now();
         let dense = self.forward.dense();
         let values = match wants(|work| matches!(work, Work::Encode { .. })) {
-            true => guarded(|| Ok(dense.values(states, &mut buffer)?)),
+            true => catch_panic(|| Ok(dense.values(states, &mut buffer)?)),
             false => Ok(&[][..]),
         };
         let started = match wants(|work| !matches!(work, Work::Encode { .. })) {
-            true => guarded(|| Ok(dense.start(states, spans)?)).map(|all| all.into_iter().map(Some).collect()),
+            true => catch_panic(|| Ok(dense.start(states, spans)?)).map(|all| all.into_iter().map(Some).collect()),
             false => Ok(requests.iter().map(|_| None).collect::<Vec<_>>()),
         };
         costs.dense_since(start);
-        costs.record(&self.measures.phases);
+        costs.record(&self.metrics.phases);
         drop(span);
-        for ((_, trace), part) in requests.iter_mut().zip(parts) {
-            sequence::absorb(trace, part);
+        for ((_, trace), routing) in requests.iter_mut().zip(routings) {
+            sequence::absorb(trace, routing);
             sequence::absorb_costs(trace, &costs);
         }
         let mut started = match started {
@@ -125,9 +128,9 @@ impl Engine {
         };
         let d_model = self.forward.config().d_model;
         let mut encodings = Vec::new();
-        for (((request, trace), part), rows) in requests.into_iter().zip(parts).zip(spans.ranges()) {
+        for (((request, trace), routing), rows) in requests.into_iter().zip(routings).zip(spans.ranges()) {
             let state = started.next().flatten();
-            match (&part.failure, &request.work, state) {
+            match (&routing.failure, &request.work, state) {
                 (Some(failure), ..) => request.fail(failure.clone()),
                 (None, &Work::Encode { pooling, .. }, _) => match &values {
                     Ok(values) => {
@@ -159,7 +162,8 @@ impl Engine {
             Work::Generate { .. } | Work::Encode { .. } => vec![&[]],
         };
         let dense = self.forward.dense();
-        let mut states = guarded(|| Ok((1..fed.len()).map(|_| dense.fork(&state)).collect::<Result<Vec<_>, _>>()?))?;
+        let mut states =
+            catch_panic(|| Ok((1..fed.len()).map(|_| dense.fork(&state)).collect::<Result<Vec<_>, _>>()?))?;
         states.push(state);
         let branch = |(state, tokens): (SequenceState, &&[u32])| Branch {
             state,
@@ -174,7 +178,7 @@ impl Engine {
 fn answer_encoding(request: Request, mut trace: Trace, pooling: Pooling, states: &[f32], d_model: usize) {
     trace.timings.total = request.accepted.elapsed();
     let prompt_tokens = request.tokens.len();
-    let answer = guarded(|| encoding::encoding(states, d_model, pooling, prompt_tokens, trace));
+    let answer = catch_panic(|| encoding::encoding(states, d_model, pooling, prompt_tokens, trace));
     if let Work::Encode { reply, .. } = request.work {
         // The caller may have gone, which is no error.
         drop(reply.send(answer));
