@@ -1,4 +1,4 @@
-//! What a coordinator is told when it starts: by the command line, by the embedded cluster and by tests.
+//! The configuration of a coordinator: set by the command line, by the embedded cluster and by tests.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -6,10 +6,10 @@ use sida_model::{Checkpoint, DeviceName, Precision, predictor::HashPredictor};
 use sida_routing::{NodeId, admission::Limits};
 use sida_rpc::{ClientConfig, ServerConfig};
 
-/// Everything a coordinator needs to know.
+/// Everything a coordinator needs to know at its start.
 #[derive(Clone)]
 pub struct CoordinatorConfig {
-    /// Its name in the cluster.
+    /// The coordinator's name in the cluster.
     pub node: NodeId,
     /// The model, opened.
     pub checkpoint: Arc<Checkpoint>,
@@ -32,10 +32,11 @@ pub struct CoordinatorConfig {
     pub expert_call_timeout: Duration,
     /// Bytes of rows that may be under way to one expert-node.
     pub lane_inflight_bytes_max: usize,
-    /// Whether expert-nodes on this machine may read rows in the memory of its GPU; elsewhere, and else, rows are sent.
+    /// Whether expert-nodes on this machine may read rows in the memory of the coordinator's GPU. To all others, and if
+    /// this is off, rows are sent.
     pub share_rows: bool,
-    /// Whether batches go through the model as micro-batches: in turns where rows leave this process, so that one is computed
-    /// here while another is at the experts; side by side, one per thread, where they do not.
+    /// Whether batches go through the model as micro-batches: in turns where rows leave this process, so that one is
+    /// computed here while another is at the experts; side by side, one per thread, where they do not.
     pub micro_batching: MicroBatching,
     /// How long predictor-nodes may take for a batch.
     pub predict_timeout: Duration,
@@ -107,7 +108,7 @@ impl Default for RequestLimits {
 }
 
 impl CoordinatorConfig {
-    /// The defaults of section 12 of the design for a node of this name that serves this model.
+    /// A coordinator of this name that serves this model, with the default limits.
     pub fn new(node: NodeId, checkpoint: Arc<Checkpoint>, predictor: PredictorSource) -> Self {
         Self {
             node,

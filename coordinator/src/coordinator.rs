@@ -1,6 +1,6 @@
-//! A coordinator as a handle: takes requests from this process (the command line, tests) and from
-//! `front_door`, and gives back answers. It comes to be in [`crate::start`]; dropping the last clone answers what was
-//! accepted and ends its threads.
+//! A running coordinator, as a handle: it takes requests from this process (the command line, tests) and from the
+//! doors, and gives back answers. [`crate::start`] makes one; dropping the last clone answers what was accepted and
+//! ends the threads.
 
 use std::{
     pin::Pin,
@@ -37,7 +37,7 @@ use crate::{
     predict::predict::Predict,
 };
 
-/// No step takes so long: its expert calls end well before.
+/// A step that takes longer hangs: the expert calls in it end well before.
 const STUCK_LIMIT: Duration = Duration::from_secs(600);
 /// Requests that arrive together run together, unless the text of one takes longer to tokenize than this much does: a
 /// fraction of a millisecond.
@@ -51,7 +51,7 @@ pub struct Coordinator {
     pub(crate) inner: Arc<Inner>,
 }
 
-/// What its clones share.
+/// What the clones of a coordinator share.
 pub(crate) struct Inner {
     pub(crate) config: CoordinatorConfig,
     pub(crate) cluster: Cluster,
@@ -113,8 +113,7 @@ impl Coordinator {
         Ok(TokenStream { tokens: Some(answer) })
     }
 
-    /// Whether its threads run, its device is not lost, and the thread that computes has not been in one step for longer than
-    /// any takes.
+    /// Whether all threads run, the device is not lost, and no step has taken longer than any step does.
     pub fn is_alive(&self) -> bool {
         let run = self.inner.threads.lock().iter().all(|thread| !thread.is_finished());
         run && !self.is_device_lost() && self.inner.statistics.stuck_for() < STUCK_LIMIT
@@ -124,7 +123,7 @@ impl Coordinator {
         self.inner.statistics.is_device_lost.load(Ordering::Relaxed)
     }
 
-    /// Whether an expert call succeeds: what health stands on.
+    /// Whether an expert call succeeds. The health check asks this.
     pub async fn probe(&self) -> Result<(), String> {
         if self.is_device_lost() {
             return Err("the device is lost".to_owned());
@@ -148,22 +147,22 @@ impl Coordinator {
         self.inner.nodes.close();
     }
 
-    /// What it was started with.
+    /// The configuration that this coordinator was started with.
     pub fn config(&self) -> &CoordinatorConfig {
         &self.inner.config
     }
 
-    /// The model it serves.
+    /// The model that this coordinator serves.
     pub fn checkpoint(&self) -> &Arc<Checkpoint> {
         &self.inner.config.checkpoint
     }
 
-    /// The cluster it is part of.
+    /// The cluster that this coordinator is part of.
     pub fn cluster(&self) -> &Cluster {
         &self.inner.cluster
     }
 
-    /// The digest of its predictor, where that is in this process.
+    /// The digest of the predictor, where that is in this process.
     pub fn predictor_digest(&self) -> Option<Digest> {
         self.inner.predict.digest()
     }
@@ -181,9 +180,10 @@ impl Coordinator {
         Acceptance { limits: &config.request_limits, batch: &config.limits, tokenizer }
     }
 
-    /// Tokenizes a prompt and hands it to `queue`. Not by the task that asks, so that of several requests that one task
-    /// sends all are announced before the first is read. While nothing is computed, by the threads that compute, which are
-    /// awake then when the batch comes; never if `bytes` of text to tokenize would hold up others.
+    /// Tokenizes a prompt on another thread and hands it to `queue`. The task that asks does not tokenize, so that of
+    /// several requests that one task sends all are announced before the first is tokenized. While nothing is computed
+    /// the computing threads do it, so that they are awake when the batch comes; a text of so many `bytes` that it
+    /// would hold up others goes to a thread for blocking work.
     async fn tokenize_then(
         &self,
         request_span: RequestSpan,
@@ -202,12 +202,12 @@ impl Coordinator {
                 drop(span);
                 queue(&this, TokenizedPrompt { request_span, tokens, announced })
             });
-            // Who asked may have gone, which is no error.
+            // The caller may have gone, which is no error.
             drop(reply.send(queued));
         };
         let is_idle = self.inner.statistics.inflight.load(Ordering::Relaxed) == 0;
         match is_short {
-            // The only thread would be found waiting for a node if a batch began meanwhile.
+            // A single computing thread may be waiting for an expert-node by the time the text could be tokenized.
             true if is_idle && rayon::current_num_threads() > 1 => rayon::spawn(read),
             true => drop(tokio::spawn(async { read() })),
             false => drop(tokio::task::spawn_blocking(read)),
@@ -215,7 +215,7 @@ impl Coordinator {
         queued.await.unwrap_or(Err(RequestError::Panicked))
     }
 
-    /// A request begins.
+    /// Begins the span of a request for an `operation`.
     fn begin_span(&self, operation: &'static str, caller: Option<TraceContext>) -> RequestSpan {
         RequestSpan::begin(operation, self.checkpoint().name(), caller)
     }
@@ -231,7 +231,7 @@ impl Coordinator {
         if inner.nodes.roster().links.is_empty() {
             return Err(RequestError::NoExpertNode);
         }
-        // Until the request is queued, or refused.
+        // The announcement stands until this function ends: then the request is queued, or refused.
         let TokenizedPrompt { request_span, tokens, announced: _announced } = prompt;
         let prompt_tokens = tokens.len() as u64;
         let request = Request { tokens, mode, work, accepted: request_span.begun, deadline, span: request_span.span };
@@ -247,11 +247,11 @@ impl Coordinator {
     }
 }
 
-/// A prompt that was read.
+/// A tokenized prompt whose request is not queued yet.
 struct TokenizedPrompt {
     request_span: RequestSpan,
     tokens: Vec<u32>,
-    /// That its request is about to be queued, unless its text was too long for others to wait for.
+    /// Tells the queue that the request is about to come; `None` where the text was too long for others to wait for.
     announced: Option<Announcement<Request>>,
 }
 
@@ -267,7 +267,7 @@ impl Stream for TokenStream {
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let Some(tokens) = &mut self.tokens else { return Poll::Ready(None) };
         let Poll::Ready(item) = tokens.poll_recv(cx) else { return Poll::Pending };
-        // The engine ends every answer with `finish` or an error, unless a panic took it.
+        // The scheduler ends every answer with `finish` or an error, unless a panic took it.
         let item = item.unwrap_or(Err(RequestError::Panicked));
         if item.as_ref().map_or(true, |token| token.finish.is_some()) {
             self.tokens = None;

@@ -1,5 +1,5 @@
-//! How a coordinator comes to be: what it is told is checked, its weights are loaded, its nodes reached and its two threads
-//! started.
+//! How a coordinator starts: its configuration is checked, its weights are loaded, its expert-nodes are reached, and
+//! its two threads (`sida-prepare` and `sida-forward`) begin.
 
 use std::{io, sync::Arc, thread, time::Duration};
 
@@ -34,13 +34,14 @@ use crate::{
     schedule::{prepare::Prepare, scheduler::Scheduler},
 };
 
-/// Bytes of rows in one message to an expert-node: well below what a message may have, so that the first
-/// results come back while the last rows still travel.
+/// Bytes of rows in one message to an expert-node: well below the limit of a message, so that the first results come
+/// back while the last rows still travel.
 const CALL_BYTES_MAX: usize = 16 << 20;
 /// Rows of one call, below what expert-nodes take.
 const CALL_ROWS_MAX: usize = 8192;
 /// How long a start waits for the expert-nodes to be reached.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
+
 /// Why a coordinator does not start, or does not go on.
 #[derive(Debug, Error)]
 #[allow(missing_docs)]
@@ -138,7 +139,7 @@ impl Coordinator {
     }
 }
 
-/// Refuses what could not work.
+/// Refuses a predictor of another model, a cluster laid out for another model, and a model that is not served yet.
 fn check(config: &CoordinatorConfig, cluster: &Cluster) -> Result<(), CoordinatorError> {
     let model = config.checkpoint.config();
     if model.stack == StackKind::DecoderOnly {
@@ -161,7 +162,7 @@ fn check(config: &CoordinatorConfig, cluster: &Cluster) -> Result<(), Coordinato
     if placement.nodes().is_empty() && cluster.is_fixed() { Err(CoordinatorError::NoExpertNode) } else { Ok(()) }
 }
 
-/// Loads what the coordinator computes with, off the runtime's own threads.
+/// Loads the dense part of the model and its tokenizer, off the runtime's own threads.
 async fn load(config: &CoordinatorConfig) -> Result<(Dense, Arc<Tokenizer>), CoordinatorError> {
     let (checkpoint, on_load) = (config.checkpoint.clone(), config.on_load.clone());
     let options =

@@ -1,5 +1,5 @@
-//! Text as it grows: what each new token adds to the answer. The pieces of a sequence, one after another, are
-//! exactly the text of all its tokens decoded at once.
+//! The text that each new token adds to an answer. All of these texts, one after another, are exactly the text of all
+//! tokens decoded at once.
 //!
 //! Decoding a token by itself is wrong (its leading space is lost, a character may be spread over tokens), and
 //! decoding everything again for each token costs the square of the length. So a short window is decoded: from

@@ -1,4 +1,4 @@
-//! Answers, as they leave the engine. `front_door` puts them on the wire.
+//! The output of a request, as it leaves the scheduler.
 
 use crate::answer::trace::Trace;
 
@@ -8,7 +8,7 @@ pub struct Token {
     /// The text it adds to the answer; may be empty within a character, or while it could be the beginning
     /// of a stop text.
     pub text: String,
-    /// Its id.
+    /// The token's id.
     pub id: u32,
     /// Set on the last token only.
     pub finish: Option<Finish>,
@@ -17,7 +17,7 @@ pub struct Token {
 /// How a generation ended.
 #[derive(Clone, Debug)]
 pub struct Finish {
-    /// Why.
+    /// Why the generation ended.
     pub reason: FinishReason,
     /// Tokens of the prompt, its end of sequence included.
     pub prompt_tokens: usize,
@@ -32,9 +32,9 @@ pub struct Finish {
 pub enum FinishReason {
     /// The model ended the sequence.
     End,
-    /// It reached `tokens_max`.
+    /// The answer reached `tokens_max`.
     Length,
-    /// It reached a stop text.
+    /// The answer reached a stop text.
     Stop,
 }
 
@@ -53,13 +53,13 @@ pub struct Encoding {
     pub trace: Trace,
 }
 
-/// Rows of encoder states.
+/// Which rows of encoder states are the answer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Pooling {
-    /// One: the mean over tokens.
+    /// One row: the mean over tokens.
     #[default]
     Mean,
-    /// One per token.
+    /// One row per token.
     None,
 }
 
@@ -77,6 +77,6 @@ pub struct Scores {
 pub struct TargetScore {
     /// Sum over its tokens of ln p(token).
     pub log_likelihood: f32,
-    /// How many, its end of sequence included.
+    /// Tokens of the target, its end of sequence included.
     pub tokens: usize,
 }

@@ -39,7 +39,7 @@ pub enum RequestError {
     #[error("too many expert calls failed lately to ask another node for {key}: {}", reasons(.tried))]
     RetriesExhausted {
         key: ExpertKey,
-        /// As above.
+        /// Each node that was asked, and why it did not answer.
         tried: Vec<(NodeId, String)>,
     },
     #[error("the model failed: {0}")]

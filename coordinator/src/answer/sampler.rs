@@ -1,9 +1,8 @@
-//! From the logits of the last position to the next token: greedy, or drawn after temperature, top-k and
-//! top-p. Called by the engine once per running sequence and step.
+//! Chooses the next token from logits: greedily, or drawn after temperature, top-k and top-p.
 
 use rand::Rng as _;
 
-/// How the next token is chosen. Checked at the front door.
+/// How the next token is chosen. Checked when the request is accepted.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sampling {
     /// 0: the most likely token, always. Otherwise divides the logits; finite and positive.
@@ -36,7 +35,7 @@ impl Sampler {
         Self { sampling, draws }
     }
 
-    /// Whether it takes the most likely token, always.
+    /// Whether the sampler always takes the most likely token.
     pub(crate) fn is_greedy(&self) -> bool {
         self.sampling.temperature <= 0.0
     }

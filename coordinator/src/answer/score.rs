@@ -1,8 +1,8 @@
-//! Likelihoods from the decoder's output: ln p of the tokens of a target. Used for `Score`, by the engine.
+//! Scores: ln p of the tokens of a target, from the decoder's output.
 
 use sida_model::{Dense, ModelError, States};
 
-/// Rows whose logits are held at a time: 32 MiB of them for a vocabulary of 32,000.
+/// Rows whose logits are held at a time; for a vocabulary of 32,000 they take 32 MiB.
 const ROWS_MAX: usize = 256;
 
 /// The sum of ln p over `target`, whose tokens follow the rows of `states` from `first_row` on.

@@ -1,5 +1,5 @@
-//! Stop texts: an answer ends where it contains one of them, and what was streamed before must not have
-//! given a part of it away. Fed by the engine with the text each token adds.
+//! Stop texts: an answer ends where it contains one of them, and what was streamed before must not have given a part of
+//! it away.
 
 /// Watches the text of one sequence for its stop texts.
 pub(crate) struct StopTexts {
@@ -18,7 +18,7 @@ pub(crate) struct Released {
 }
 
 impl StopTexts {
-    /// `stops` are not empty; the front door checked.
+    /// `stops` are not empty texts, which was checked when the request was accepted.
     pub(crate) fn new(stops: Vec<String>) -> Self {
         Self { stops, held: String::new() }
     }

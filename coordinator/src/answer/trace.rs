@@ -1,5 +1,5 @@
-//! What happened to a request on its way: where its time went, what the hash table knew, which experts it
-//! touched. Filled by the engine, given back with every answer.
+//! The trace of a request: where its time went, what the hash table knew, which experts its rows went to. The scheduler
+//! fills it, and every answer carries it.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use crate::answer::routing_mode::RoutingMode;
 pub struct Trace {
     /// The routing mode it ran in.
     pub mode: RoutingMode,
-    /// Some of its steps had no hash table: they ran `exact`, without hints.
+    /// Whether some steps had no hash table, and so ran `exact`, without hints.
     pub unpredicted: bool,
     /// Where its time went.
     pub timings: Timings,
@@ -59,14 +59,14 @@ pub struct Timings {
     pub total: Duration,
 }
 
-/// How the hash table fared.
+/// How often the hash table named the experts that rows were routed to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct HashCounts {
     /// The routed expert was among the table's k.
     pub hits: u64,
-    /// Of these, it was the table's first choice.
+    /// Hits whose routed expert was the table's first choice.
     pub top1_hits: u64,
-    /// It was not among them.
+    /// The routed expert was not among the table's k.
     pub misses: u64,
 }
 

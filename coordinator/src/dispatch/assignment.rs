@@ -1,6 +1,6 @@
-//! Who is asked for which of a layer's rows: a node for every piece, as few messages as their sizes allow, retries
-//! within their budget, and what becomes of pieces that nobody can be asked for. Called by [`crate::dispatch`], again
-//! and again until no piece is left.
+//! Assigns a layer's rows to expert-nodes: a node for every piece, as few calls as their sizes allow, retries within
+//! their budget, and a verdict over pieces that no node can be asked for. `dispatch` assigns again and again until no
+//! piece is left.
 
 use std::time::Instant;
 
@@ -18,16 +18,16 @@ use crate::{
     },
 };
 
-/// Pieces, shared out.
+/// Pieces that were assigned to nodes, and those that wait.
 pub(crate) struct Assignment {
-    /// What is to be sent now.
+    /// The calls that are to be made now.
     pub(crate) calls: Vec<Call>,
-    /// What waits: for a node to come back, or for the budget.
+    /// The pieces that wait for a node to come back, or for the retry budget.
     pub(crate) held: Vec<Piece>,
 }
 
-/// Shares `pieces` out; a call has at most `rows_max` rows. Those that nobody can be asked for, and that need not wait,
-/// are noted in `dispatched` as failed.
+/// Assigns `pieces` to nodes; a call has at most `rows_max` rows. Pieces that no node can be asked for, and that need
+/// not wait, are noted in `dispatched` as failed.
 pub(crate) fn assign(
     nodes: &Nodes,
     roster: &Roster,
@@ -43,7 +43,7 @@ pub(crate) fn assign(
     let mut assignment = Assignment { calls: Vec::with_capacity(open.len()), held: Vec::new() };
     for piece in pieces {
         let key = ExpertKey { layer: rows.layer, expert: piece.expert };
-        // Somebody may have left while others were asked.
+        // The callers may have left while the nodes before were asked.
         if !piece.tried.is_empty()
             && let Some(reason) = rows.callers.gone(&rows.grouping.tokens[piece.range()], now)
         {
@@ -87,14 +87,14 @@ pub(crate) fn assign(
     assignment
 }
 
-/// Whether a call is within the budget, which bounds those that are made after others failed.
+/// Whether a call is within the retry budget, which bounds the calls that are made after others failed.
 fn may_be_made(nodes: &Nodes, call: &Call, now: Instant, dispatched: &mut Dispatched) -> bool {
     let Some((_, failure)) = call.pieces.iter().find_map(|piece| piece.tried.last()) else {
         nodes.note_call(now);
         return true;
     };
-    // The budget is against storms, in which nodes fail for having too much to do. A node that cannot load an expert
-    // answers at once, and each piece asks it once.
+    // The budget prevents storms, in which nodes fail because they have too much to do. A node that cannot load an
+    // expert answers at once and is asked once for each piece, so that needs no budget.
     if !failure.may_pass() || nodes.take_retry(now) {
         counter!(names::FAILOVERS_TOTAL, names::REASON => failure.label()).increment(1);
         dispatched.failovers += 1;
@@ -123,7 +123,7 @@ fn hold(
             continue;
         }
         let key = ExpertKey { layer: rows.layer, expert: piece.expert };
-        // Where everybody has failed, the wait was in vain, whatever the budget says of asking once more.
+        // Where every node has failed, that is the reason, whatever the budget says of asking once more.
         let in_vain = match calls::choose(roster, key, &piece, now) {
             None => waiting.verdict(roster, key, &piece),
             Some(_) => None,

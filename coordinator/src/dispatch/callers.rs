@@ -1,5 +1,5 @@
-//! Who waits for which rows of a batch, so that work which nobody waits for any more can end in the middle of a layer.
-//! Made by the engine for each pass, asked by [`crate::dispatch`].
+//! The requests that wait for the rows of a batch, so that work which no caller waits for any more can end in the
+//! middle of a layer.
 
 use std::time::Instant;
 
@@ -10,9 +10,9 @@ use crate::{answer::request_error::RequestError, intake::request::Request};
 /// The requests of a batch.
 #[derive(Clone, Copy)]
 pub(crate) struct Callers<'a> {
-    /// Whose rows are which.
+    /// The rows of each sequence.
     spans: &'a Spans,
-    /// One per span; none for a health check, which does not leave.
+    /// The request of each sequence; none for a health check, which never goes away.
     requests: &'a [&'a Request],
 }
 
@@ -23,7 +23,7 @@ impl<'a> Callers<'a> {
         Self { spans, requests }
     }
 
-    /// Why nobody waits for any of the rows `tokens` any more, if that is so.
+    /// Why no caller waits for any of the rows `tokens` any more, if that is so.
     pub(crate) fn gone(&self, tokens: &[u32], now: Instant) -> Option<RequestError> {
         let mut reason = None;
         for &token in tokens {

@@ -1,5 +1,5 @@
-//! The rows of a layer cut into what is sent: pieces of one expert each, calls of one node each, and whom to ask
-//! for a piece. Used by [`crate::dispatch`].
+//! Expert calls: the rows of a layer are cut into pieces of one expert each, the pieces for one node make a call, and a
+//! node is chosen for each piece.
 
 use std::time::Instant;
 
@@ -8,31 +8,32 @@ use sida_telemetry::Span;
 
 use crate::dispatch::{layer_rows::LayerRows, nodes::Roster, remote::call_failure::CallFailure};
 
-/// A run of grouped rows for one expert: what is sent, and sent again, as a whole.
+/// A run of grouped rows for one expert. A piece is sent, and sent again, as a whole.
 pub(crate) struct Piece {
     pub(crate) expert: ExpertId,
     pub(crate) first_row: usize,
     pub(crate) rows: usize,
-    /// Nodes that failed it, and why they did so last. By name: the roster may change meanwhile.
-    /// Invariant: each node once, who failed last comes last.
+    /// The nodes that failed the piece, each with its last reason. They are kept by name, since the roster may change
+    /// meanwhile.
+    /// Invariant: each node is in it once, and the node that failed last comes last.
     pub(crate) tried: Vec<(NodeId, CallFailure)>,
-    /// The budget had no retry for it, and it is told already.
+    /// The budget had no retry for the piece, and the metric has counted that.
     pub(crate) is_refused: bool,
-    /// Times that a node refused it for a newer placement.
+    /// How often a node refused the piece because it knew a newer placement.
     pub(crate) reshares: u32,
-    /// A message with it and others was refused: it goes by itself from now on, so that an expert that cannot
-    /// be loaded does not take the others with it.
+    /// A call with this piece and others was refused. The piece goes by itself from now on, so that an expert that
+    /// cannot be loaded does not take the others with it.
     pub(crate) alone: bool,
 }
 
-/// Pieces for one node, in one message.
+/// An expert call: pieces for one node, in one message.
 pub(crate) struct Call {
     pub(crate) node: usize,
     pub(crate) pieces: Vec<Piece>,
 }
 
 impl Piece {
-    /// The groups, those of more than `rows_max` rows cut up.
+    /// The groups of a layer as pieces of at most `rows_max` rows.
     pub(crate) fn of(grouping: &Grouping, rows_max: usize) -> Vec<Piece> {
         let mut pieces = Vec::with_capacity(grouping.groups.len());
         let mut first_row = 0;
@@ -49,30 +50,30 @@ impl Piece {
         pieces
     }
 
-    /// A node failed it.
+    /// Notes that a node failed the piece.
     pub(crate) fn failed(&mut self, node: &NodeId, failure: CallFailure) {
         self.tried.retain(|(tried, _)| tried != node);
         self.tried.push((node.clone(), failure));
     }
 
-    /// Where its rows are among the layer's.
+    /// Where the piece's rows are among the grouped rows of the layer.
     pub(crate) fn range(&self) -> std::ops::Range<usize> {
         self.first_row..self.first_row + self.rows
     }
 }
 
 impl Call {
-    /// How many in all.
+    /// The rows of all pieces.
     pub(crate) fn rows(&self) -> usize {
         self.pieces.iter().map(|piece| piece.rows).sum()
     }
 
-    /// Where its rows are among the layer's, one after another.
+    /// Where each row is among the grouped rows of the layer.
     pub(crate) fn places(&self) -> Vec<u32> {
         self.pieces.iter().flat_map(Piece::range).map(|place| place as u32).collect()
     }
 
-    /// As a window's are named.
+    /// The groups as a call through a window names them.
     pub(crate) fn placed_groups(&self) -> Vec<PlacedGroup> {
         let placed = |piece: &Piece| PlacedGroup {
             expert: piece.expert,
@@ -82,18 +83,18 @@ impl Call {
         self.pieces.iter().map(placed).collect()
     }
 
-    /// As they go into a message.
+    /// The groups as a message with rows names them.
     pub(crate) fn groups(&self) -> Vec<Group> {
         self.pieces.iter().map(|piece| Group { expert: piece.expert, rows: piece.rows as u32 }).collect()
     }
 }
 
-/// Whom to ask for a piece that not everybody has failed.
+/// The node to ask for a piece, of those that have not failed it.
 pub(crate) fn choose(roster: &Roster, key: ExpertKey, piece: &Piece, now: Instant) -> Option<usize> {
     roster.choose(key, &tried(roster, &piece.tried), now)
 }
 
-/// Whom to ask for a piece that everybody has failed: somebody who has come back since.
+/// The node to ask for a piece that every node has failed: one that has come back since.
 pub(crate) fn choose_again(roster: &Roster, key: ExpertKey, piece: &Piece, now: Instant) -> Option<usize> {
     let is_back = |(node, failure): &(NodeId, CallFailure)| {
         let link = roster.position(node).map(|at| &roster.links[at]);
@@ -103,19 +104,19 @@ pub(crate) fn choose_again(roster: &Roster, key: ExpertKey, piece: &Piece, now: 
     roster.choose(key, &tried(roster, &away), now)
 }
 
-/// The links that were tried.
+/// The indices of the nodes that were tried.
 fn tried(roster: &Roster, tried: &[(NodeId, CallFailure)]) -> Vec<usize> {
     tried.iter().filter_map(|(node, _)| roster.position(node)).collect()
 }
 
-/// Whether somebody who is up was not asked yet.
+/// Whether a node that is up was not asked yet.
 pub(crate) fn anyone_else(roster: &Roster, call: &Call, now: Instant) -> bool {
     let mut asked: Vec<usize> = call.pieces.iter().flat_map(|piece| tried(roster, &piece.tried)).collect();
     asked.push(call.node);
     roster.anyone_else(&asked, now)
 }
 
-/// Whether somebody who is up was not asked yet, or failed for a reason that has passed.
+/// Whether a node that is up was not asked yet, or failed for a reason that may have passed.
 pub(crate) fn anyone_back(roster: &Roster, call: &Call, now: Instant) -> bool {
     let for_good = |(_, failure): &&(NodeId, CallFailure)| !failure.may_pass();
     let for_good = call.pieces.iter().flat_map(|piece| piece.tried.iter().filter(for_good));
@@ -124,7 +125,7 @@ pub(crate) fn anyone_back(roster: &Roster, call: &Call, now: Instant) -> bool {
     roster.anyone_else(&asked, now)
 }
 
-/// The rows of `pieces`, one after another.
+/// Copies the rows of `pieces`, one after another, from `x` (tokens, d_model) into `rows`.
 pub(crate) fn gather(grouping: &Grouping, x: &[f32], d_model: usize, pieces: &[Piece], rows: &mut Vec<f32>) {
     rows.clear();
     for piece in pieces {
@@ -134,7 +135,7 @@ pub(crate) fn gather(grouping: &Grouping, x: &[f32], d_model: usize, pieces: &[P
     }
 }
 
-/// The span of a call that is made, below the layer's.
+/// The span of a call that begins now, within the layer's.
 pub(crate) fn span(roster: &Roster, rows: &LayerRows<'_>, call: &Call) -> Option<Span> {
     let mut span = Span::below(rows.trace?, "expert call");
     if span.is_recorded() {
@@ -146,7 +147,7 @@ pub(crate) fn span(roster: &Roster, rows: &LayerRows<'_>, call: &Call) -> Option
     Some(span)
 }
 
-/// What is told of those who were asked.
+/// The nodes that were asked, each with its reason in words.
 pub(crate) fn reasons(tried: &[(NodeId, CallFailure)]) -> Vec<(NodeId, String)> {
     tried.iter().map(|(node, failure)| (node.clone(), failure.to_string())).collect()
 }

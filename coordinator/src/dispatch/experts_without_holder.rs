@@ -1,6 +1,5 @@
-//! Watches for experts that nobody can be asked for where they belong: every node that holds them is away. Requests go
-//! on, since any other node loads such an expert from its store, but an operator should know. Started by
-//! [`crate::coordinator`].
+//! Counts the experts whose holders are all away, for a gauge. Requests go on, since any other node loads such an
+//! expert from its store, but an operator should know.
 
 use std::{
     sync::{Arc, Weak},
@@ -12,10 +11,10 @@ use sida_telemetry::{gauge, names};
 
 use crate::dispatch::nodes::{Nodes, Roster};
 
-/// How often it is looked.
+/// How often the experts are counted.
 const PERIOD: Duration = Duration::from_secs(2);
 
-/// Looks until the nodes are dropped.
+/// Sets the gauge time and again until the nodes are dropped.
 pub(crate) async fn watch(nodes: Weak<Nodes>) {
     while let Some(roster) = nodes.upgrade().map(|nodes: Arc<Nodes>| nodes.roster()) {
         gauge!(names::EXPERTS_UNHELD).set(count(&roster, Instant::now()) as f64);

@@ -1,5 +1,5 @@
-//! What a layer does when nobody is left to ask for some of its rows: it waits until somebody is back, for as long as
-//! those who wait for the rows do, and at most for a limit. Kept by [`crate::dispatch`] for each layer.
+//! The wait for a node when none is left to ask for some of a layer's rows: until one comes back, at most for a limit,
+//! and no longer than the callers wait.
 
 use std::{
     thread,
@@ -20,63 +20,63 @@ use crate::{
     },
 };
 
-/// See the file's head.
+/// How long one layer has waited, and whether it may wait on.
 pub(crate) struct NodeWait {
     patience: Patience,
-    /// The patience counts time from here.
+    /// The moment from which `patience` counts time.
     origin: Instant,
-    /// The layer before waited in vain for any node to come back, and none has answered since.
+    /// An earlier layer waited in vain for any node to come back, and none has answered since.
     is_given_up: bool,
-    /// Whether the log knows of it.
+    /// Whether this wait was logged.
     is_told: bool,
 }
 
 impl NodeWait {
-    /// A layer begins, which may wait for `limit`; or not at all if the one before has done so in vain (`is_given_up`),
-    /// lest those who are queued wait as long, one batch after the other.
+    /// For a layer that begins. It may wait for `limit`, or not at all if the layer before has waited in vain
+    /// (`is_given_up`): else every queued batch would wait as long, one after the other.
     pub(crate) fn new(limit: Duration, is_given_up: bool) -> Self {
         let patience = Patience::new(limit, Duration::ZERO);
         Self { patience, origin: Instant::now(), is_given_up, is_told: false }
     }
 
-    /// A node has answered: it is worth waiting again.
+    /// Notes that a node has answered, so that waiting is worth while again.
     pub(crate) fn answered(&mut self) {
         self.is_given_up = false;
     }
 
-    /// What the next layer has to know.
+    /// Whether the next layer need not wait, because this one has waited in vain.
     pub(crate) fn is_given_up(&self) -> bool {
         self.is_given_up
     }
 
-    /// A wait that was to end at `until` ended at `now`.
+    /// Notes that a wait that was to end at `until` ended at `now`.
     pub(crate) fn passed(&mut self, until: Instant, now: Instant) {
         self.patience.passed(self.since(until), self.since(now));
     }
 
-    /// Whether it has lasted for as long as it may.
+    /// Whether the wait has lasted for as long as it may.
     pub(crate) fn is_over(&self) -> bool {
         self.patience.is_over()
     }
 
-    /// Whether those who failed and are back may be asked again.
+    /// Whether nodes that failed and are back may be asked again.
     pub(crate) fn may_ask_again(&self, now: Instant) -> bool {
         self.patience.may_ask_again(self.since(now))
     }
 
-    /// They are.
+    /// Notes that nodes which failed and are back were asked again.
     pub(crate) fn asked_again(&mut self, now: Instant) {
         self.patience.asked_again(self.since(now));
     }
 
-    /// Until it is worth looking again who is back.
+    /// Sleeps until it is worth looking again which nodes are back.
     pub(crate) fn pause(&mut self) {
         let until = Instant::now() + LOOK;
         thread::sleep(LOOK);
         self.passed(until, Instant::now());
     }
 
-    /// What becomes of a piece that nobody can be asked for now: the error that it ends with, or `None`: it waits.
+    /// The error that ends a piece for which no node can be asked now; `None` if the piece waits.
     pub(crate) fn verdict(&mut self, roster: &Roster, key: ExpertKey, piece: &Piece) -> Option<RequestError> {
         let may_be_back =
             |(node, failure): &(NodeId, CallFailure)| failure.may_pass() && roster.position(node).is_some();

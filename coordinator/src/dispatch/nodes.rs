@@ -1,5 +1,5 @@
-//! The expert-nodes as this coordinator reaches them: one link per node, and who is asked for an expert.
-//! Follows the cluster's membership; read by `dispatch`, `preload`, `health` and the status service.
+//! The expert-nodes as this coordinator reaches them: one link per node, and the choice of a node for an expert.
+//! Follows the membership of the cluster.
 //!
 //! An expert-node may know a newer placement than this coordinator, which then takes it over in the middle of a
 //! request ([`Nodes::adopt`]).
@@ -28,17 +28,17 @@ use tokio_util::sync::CancellationToken;
 
 use crate::dispatch::remote::lane::{Lane, LaneConfig};
 
-/// Calls made again may be so many of all calls, and so many a second whatever their share.
+/// The retry budget: this share of all calls, and so many a second whatever their share.
 const RETRY_SHARE: f64 = 0.2;
 const RETRIES_PER_SECOND_MIN: f64 = 10.0;
 
 /// One expert-node.
 pub(crate) struct Link {
-    /// Its name.
+    /// The node's name.
     pub(crate) node: NodeId,
     /// The way to it.
     pub(crate) reach: Reach,
-    /// How long its calls take.
+    /// How long calls to the node take.
     pub(crate) durations: Histogram,
 }
 
@@ -51,7 +51,8 @@ pub(crate) enum Reach {
 }
 
 impl Link {
-    /// Whether a call would reach it as far as is known: in this process, or connected and not lately silent.
+    /// Whether a call would reach the node, as far as is known: it is in this process, or connected and not lately
+    /// silent.
     pub(crate) fn is_up(&self, now: Instant) -> bool {
         match &self.reach {
             Reach::Local(_) => true,
@@ -59,7 +60,7 @@ impl Link {
         }
     }
 
-    /// Gives it a hint made from a placement of this epoch. A lost hint costs time only.
+    /// Gives the node a hint made from a placement of this epoch. A lost hint costs time only.
     pub(crate) fn plan(&self, plan: Plan, placement_epoch: u64) {
         match &self.reach {
             Reach::Local(experts) => experts.plan(plan),
@@ -85,8 +86,8 @@ pub(crate) struct Roster {
 }
 
 impl Roster {
-    /// Whom to ask for `key`, as an index into `links`: the first of its holders that is up, else any other
-    /// node that is up (it loads the expert from its own store), else whoever is left. Never one of `tried`.
+    /// The node to ask for `key`, as an index into `links`: the first of its holders that is up, else any other node
+    /// that is up (that node loads the expert from its own store), else any that is left. Never one of `tried`.
     pub(crate) fn choose(&self, key: ExpertKey, tried: &[usize], now: Instant) -> Option<usize> {
         let up = |node: usize| self.links[node].is_up(now);
         failover::choose(self.placement.holder_indices(key), self.links.len(), key.expert, &up, tried)
@@ -97,7 +98,7 @@ impl Roster {
         self.links.iter().position(|link| link.node == *node)
     }
 
-    /// Whether somebody who is up was not `asked` yet.
+    /// Whether a node that is up was not `asked` yet.
     pub(crate) fn anyone_else(&self, asked: &[usize], now: Instant) -> bool {
         self.links.iter().enumerate().any(|(node, link)| !asked.contains(&node) && link.is_up(now))
     }
@@ -109,9 +110,9 @@ pub(crate) struct Nodes {
     config: LaneConfig,
     runtime: Handle,
     roster: RwLock<Arc<Roster>>,
-    /// For all calls of this coordinator.
+    /// The retry budget of all calls of this coordinator.
     retries: Mutex<RetryBudget>,
-    /// The budget counts time from here.
+    /// The moment from which the budget counts time.
     origin: Instant,
     /// Ends the tasks that follow the membership and keep the lanes.
     end: CancellationToken,
@@ -140,7 +141,7 @@ impl Nodes {
         });
         let following = Arc::downgrade(&nodes);
         runtime.spawn(async move {
-            // The publisher outlives us or is gone; then the last view stays.
+            // When the publisher of views is gone, the last view stays.
             while let Some(Ok(())) = end.run_until_cancelled(changes.changed()).await {
                 let Some(nodes) = following.upgrade() else { return };
                 nodes.refresh();
@@ -158,7 +159,7 @@ impl Nodes {
             tracing::info!(epoch = view.placement.epoch(), nodes = new.links.len(), "placement changed");
         }
         for link in &new.links {
-            // Who is in a new view may have come back.
+            // A node that a new view names may have come back.
             if let Reach::Remote(lane) = &link.reach {
                 lane.retry_now();
             }
@@ -166,8 +167,8 @@ impl Nodes {
         *current = Arc::new(new);
     }
 
-    /// Takes over the placement that an expert-node refused a call with, an encoded `sida.v1.PlacementRecord`. Whether
-    /// it is newer than `known`, so that the call can be made again under it.
+    /// Takes over the placement that an expert-node refused a call with, an encoded `sida.v1.PlacementRecord`. Returns
+    /// whether a newer one than `known` is there now, so that the call can be made again under it.
     pub(crate) fn adopt(&self, record: &Bytes, known: u64) -> bool {
         match decode::placement(record) {
             Ok(record) => {
@@ -192,12 +193,12 @@ impl Nodes {
         self.retries.lock().take_retry(now.saturating_duration_since(self.origin))
     }
 
-    /// Everyone now. Consistent for as long as the caller holds it.
+    /// All expert-nodes as they are now. The caller's copy does not change.
     pub(crate) fn roster(&self) -> Arc<Roster> {
         self.roster.read().clone()
     }
 
-    /// Ends the lanes: nobody will call any more.
+    /// Ends the lanes. No call can be made after that.
     pub(crate) fn close(&self) {
         self.end.cancel();
     }

@@ -1,6 +1,5 @@
-//! Calls on their way to nodes of other processes, and which of them need not be waited for any longer: their node gives
-//! no sign of life or is far too late while somebody else could answer, or nobody wants the answer. Called by
-//! [`crate::dispatch`].
+//! Outstanding calls to nodes of other processes, and which of them are given up: their node gives no sign of life or
+//! is far too late while another node could answer, or no caller wants the answer any more.
 
 use std::time::{Duration, Instant};
 
@@ -13,23 +12,23 @@ use crate::dispatch::{
     remote::call_failure::CallFailure,
 };
 
-/// How soon a call that should be given up is looked at again, while nobody else could answer it.
+/// How soon a call that is overdue is looked at again, while no other node could answer it.
 pub(crate) const LOOK_PERIOD: Duration = Duration::from_millis(25);
 
-/// A call on its way.
+/// A call that was sent and is not answered yet.
 pub(crate) struct Outstanding {
     pub(crate) call_id: u64,
     pub(crate) call: Call,
-    /// Ends when the call is over, however it ends.
+    /// The call's span; ends with the call.
     pub(crate) span: Option<Span>,
     pub(crate) sent: Instant,
-    /// When it is given up, signs of life or not, if somebody else could answer.
+    /// When the call is given up, signs of life or not, if another node could answer.
     pub(crate) deadline: Instant,
-    /// When to look whether it should be given up.
+    /// When to look whether the call should be given up.
     pub(crate) look: Instant,
 }
 
-/// Takes out of `outstanding` what need not be waited for any longer, and says when to look at the others again.
+/// Takes the calls that are given up out of `outstanding`, and sets when to look at the others again.
 pub(crate) fn given_up(
     roster: &Roster,
     rows: &LayerRows<'_>,
@@ -47,11 +46,11 @@ pub(crate) fn given_up(
         let (silent, last) = (lane.silent_until(one.sent), one.sent + patience);
         let waited = now - one.sent;
         let failure = match () {
-            // When to look is the earliest of these, unless a sign of life came meanwhile.
+            // A call is looked at when the earlier of these has passed; a sign of life may have moved it meanwhile.
             () if now < silent.min(one.deadline) => None,
             () if rows.is_for_nobody(&one.call, now) => Some(CallFailure::Unwanted),
-            // Tight limits are of use only while somebody else could be asked. Who is alive but late is not left
-            // for one who was so before: they would take turns, and none would come to its end.
+            // Tight limits are of use only while another node could be asked. A node that is alive but late is not left
+            // for one that was late before: the two would take turns, and neither would come to its end.
             () if now < last
                 && !calls::anyone_else(roster, &one.call, now)
                 && !(now >= silent && calls::anyone_back(roster, &one.call, now)) =>

@@ -1,5 +1,5 @@
-//! The expert call that health stands on: one row through `dispatch`, as any request's, to another expert each
-//! time. On its own dispatch, so that it neither waits for the engine nor holds it up.
+//! The expert call of the health check: one row goes through `dispatch` as any request's rows do, to another expert
+//! each time. The probe has a `Dispatch` of its own, so that it neither waits for the scheduler nor holds it up.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -13,7 +13,7 @@ use crate::dispatch::{
     layer_rows::{LayerRows, Place},
 };
 
-/// Calls one expert after another.
+/// Probes one expert after another.
 pub(crate) struct Probe {
     dispatch: Mutex<Dispatch>,
     moe_layers: usize,
@@ -29,7 +29,7 @@ impl Probe {
         Self { dispatch, moe_layers: config.moe_layer_count(), num_experts, d_model, next: AtomicUsize::new(0) }
     }
 
-    /// Sends a row to the next expert; says why if no node computes it. A model without experts passes.
+    /// Sends a row to the next expert. The error says why no node computed it. A model without experts passes.
     pub(crate) fn run(&self) -> Result<(), String> {
         let Some(next) = self.next.fetch_add(1, Ordering::Relaxed).checked_rem(self.moe_layers * self.num_experts)
         else {

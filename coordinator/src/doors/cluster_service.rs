@@ -1,4 +1,4 @@
-//! `sida.v1.Cluster`: the cluster as this coordinator sees it. Asked by `sida status`.
+//! Serves `sida.v1.Cluster`: the cluster as this coordinator sees it, for `sida status`.
 
 use std::{sync::atomic::Ordering, time::Duration};
 

@@ -1,5 +1,5 @@
-//! `sida.v1.Inference`: takes requests off the wire, hands them to the [`Coordinator`], and puts answers back.
-//! What is allowed is decided in `accept`; what a failure looks like, in `fault`.
+//! Serves `sida.v1.Inference`: takes requests off the wire, hands them to the [`Coordinator`], and puts answers back.
+//! `intake::accept` decides what is allowed, and `answer::fault` what a failure looks like.
 
 use std::{
     pin::Pin,
@@ -21,7 +21,7 @@ use crate::{
     start::CoordinatorError,
 };
 
-/// The methods that are counted.
+/// The methods whose requests are counted.
 const METHODS: [&str; 3] = ["Generate", "Score", "Encode"];
 /// Codes whose counts are exported from the start, since alerts ask for their rates.
 const COUNTED_CODES: [Code; 7] = [
@@ -98,7 +98,7 @@ impl Inference for InferenceService {
     }
 }
 
-/// What this service serves.
+/// The model that this service serves.
 fn describe(coordinator: &Coordinator) -> Result<v1::ModelResponse, CoordinatorError> {
     let checkpoint = coordinator.checkpoint();
     let config = checkpoint.config();
@@ -134,7 +134,7 @@ fn caller<T>(request: &Request<T>) -> CallMetadata {
 struct Answering {
     method: &'static str,
     since: Instant,
-    /// CANCELLED until something better is known: then the caller went away.
+    /// CANCELLED until the request is answered: if it is dropped before, the caller went away.
     code: Code,
 }
 
@@ -174,7 +174,7 @@ fn code_name(code: Code) -> &'static str {
     }
 }
 
-/// A generation on its way out.
+/// The stream of a generation's tokens.
 struct Answer {
     tokens: TokenStream,
     answering: Answering,

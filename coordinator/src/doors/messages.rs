@@ -1,4 +1,4 @@
-//! Requests from messages, and answers as messages: the wire's side of `front_door`.
+//! Requests made of wire messages, and wire messages made of answers.
 
 use std::time::{Duration, Instant};
 
@@ -16,12 +16,12 @@ use crate::{
     intake::accept::{EncodeParams, GenerateParams, ScoreParams},
 };
 
-/// What a call carries beside its message.
+/// What a gRPC call carries beside its message.
 #[derive(Clone, Copy)]
 pub(crate) struct CallMetadata {
-    /// Until when it waits.
+    /// Until when the caller waits.
     pub(crate) deadline: Option<Instant>,
-    /// Which trace it is part of.
+    /// Which trace the call is part of.
     pub(crate) trace: Option<TraceContext>,
 }
 

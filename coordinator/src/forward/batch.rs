@@ -1,4 +1,5 @@
-//! What goes through the model together: a batch, or a micro-batch. Made by the engine, cut by `forward`, walked by `walker`.
+//! A batch, or a micro-batch of one: the rows that go through the model together. The scheduler makes batches, and
+//! `forward` may cut them.
 
 use sida_model::{SequenceState, Spans, Stack};
 use sida_routing::{Grouping, LayerId, micro_batches};
@@ -10,24 +11,24 @@ use crate::{
     intake::request::Request,
 };
 
-/// Rows of some sequences, all new tokens of each.
+/// The new tokens of some sequences, a row each.
 pub(crate) struct Batch<'b, 's> {
-    /// What they go through.
+    /// The encoder or the decoder.
     pub(crate) stack: Stack,
-    /// A token for each row.
+    /// The token of each row.
     pub(crate) ids: &'b [u32],
-    /// Whose rows are which.
+    /// The rows of each sequence.
     pub(crate) spans: Spans,
-    /// The decoder's, one for each span; none of prompts.
+    /// The decoder's cache of each sequence; none where prompts are encoded.
     pub(crate) states: &'b mut [&'s mut SequenceState],
-    /// One for each span.
+    /// How the rows of each sequence are routed.
     pub(crate) routings: &'b mut [SequenceRouting],
-    /// One for each span.
+    /// The request of each sequence.
     pub(crate) requests: &'b [&'b Request],
 }
 
 impl<'b, 's> Batch<'b, 's> {
-    /// Its rows at an MoE layer, grouped so, whose span is `span`.
+    /// The batch's rows at an MoE layer, with their grouping by expert and the layer's trace span.
     pub(crate) fn layer_rows<'r>(
         &'r self,
         layer: LayerId,
@@ -38,7 +39,7 @@ impl<'b, 's> Batch<'b, 's> {
         LayerRows { layer, grouping, callers, trace: span.map(Span::context) }
     }
 
-    /// It as at most `count` micro-batches of about as many rows, its sequences in their order.
+    /// Cuts the batch into at most `count` micro-batches of about equally many rows. The sequences keep their order.
     pub(crate) fn cut(self, count: usize) -> Vec<Self> {
         let Self { stack, mut ids, spans, mut states, mut routings, mut requests } = self;
         let lengths: Vec<usize> = spans.ranges().map(|rows| rows.len()).collect();

@@ -1,6 +1,6 @@
-//! Who chooses the expert of a row. A batch mixes requests of different modes, so the choice is made row by
-//! row: first the router for everyone who wants it, then the rows of `hash` requests are overwritten from
-//! their hash tables. Called by the forward pass at each MoE layer.
+//! Which experts the rows of a batch go to at an MoE layer. A batch mixes requests of different routing modes, so the
+//! choice is made row by row: first the router chooses for all rows that want it, then the rows of `hash` requests are
+//! overwritten from their hash tables.
 
 use sida_model::{Dense, ModelError, RouterKind, Spans, Walk};
 use sida_routing::{ExpertId, HashTable, LayerId, Routes};
@@ -11,19 +11,19 @@ use crate::answer::{
     trace::{ExpertSets, HashCounts},
 };
 
-/// A run of rows of one batch that belong to one sequence, or to one candidate of a scored request.
+/// How the rows that one sequence (or one target of a scored request) has in a batch are routed, and what came of it.
 pub(crate) struct SequenceRouting {
-    /// Its request's mode.
+    /// The routing mode of the request.
     pub(crate) mode: RoutingMode,
-    /// What was predicted; `None` runs `exact`, without hints.
+    /// The hash table; `None` runs `exact`, without hints.
     pub(crate) table: Option<HashTable>,
-    /// The table's token that is the first row.
+    /// Which token of the table the first row is.
     pub(crate) first_token: usize,
-    /// The experts its rows went to.
+    /// The experts that the rows went to.
     pub(crate) experts: ExpertSets,
-    /// How the table fared.
+    /// How often the table named the experts that the router chose.
     pub(crate) hash: HashCounts,
-    /// Why its result cannot be used. The rest of the batch is sound.
+    /// Why the result of these rows cannot be used. The rest of the batch is sound.
     pub(crate) failure: Option<RequestError>,
 }
 
@@ -42,12 +42,12 @@ impl SequenceRouting {
         Self { mode, table, first_token, experts, hash: HashCounts::default(), failure: None }
     }
 
-    /// Whether the router decides over its rows, or gives their factors.
+    /// Whether the router chooses the experts of these rows, or gives their factors.
     fn wants_router(&self) -> bool {
         self.hash_alpha() != Some(Alpha::Predicted)
     }
 
-    /// The source of its factors, if the hash table chooses its experts.
+    /// Where the factors come from, if the hash table chooses the experts.
     fn hash_alpha(&self) -> Option<Alpha> {
         match (self.mode, &self.table) {
             (RoutingMode::Hash { alpha }, Some(_)) => Some(alpha),
@@ -56,8 +56,8 @@ impl SequenceRouting {
     }
 }
 
-/// The routes of the MoE layer that a walk is at, whose rows belong to `routings` as `spans` says. Notes in each routing how its
-/// table fared against the router.
+/// The routes of all rows at the MoE layer that a walk has come to; `spans` has the rows of each of `routings`. Notes
+/// in each routing how its table fared against the router.
 pub(crate) fn routes(
     dense: &Dense,
     walk: &mut Walk,
@@ -91,7 +91,7 @@ pub(crate) fn routes(
     Ok(routes)
 }
 
-/// One row by the hash table: its first choices, scaled by the router's probabilities of them if given, by
+/// Routes one row by the hash table: to its first choices, scaled by the router's probabilities of them if given, by
 /// the predicted ones otherwise.
 fn predicted(
     kind: &RouterKind,

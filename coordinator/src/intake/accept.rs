@@ -1,4 +1,4 @@
-//! From what a caller asks to a checked [`Request`]: the one place where limits on requests are enforced,
+//! What callers ask for, and the checks that make a request of it: the one place where limits on requests are enforced,
 //! whether they came by gRPC or from this process.
 
 use std::time::Instant;
@@ -66,7 +66,7 @@ pub struct GenerateParams {
     pub trace: Option<TraceContext>,
 }
 
-/// What requests are held to.
+/// The limits that requests are held to, and the tokenizer that measures them.
 pub(crate) struct Acceptance<'a> {
     pub(crate) limits: &'a RequestLimits,
     pub(crate) batch: &'a Limits,

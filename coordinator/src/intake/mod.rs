@@ -1,7 +1,7 @@
 //! From what a caller asks for to a checked request that waits for its turn.
 //!
-//! In reading order: `accept` checks and tokenizes; `request` is what comes of it; `request_span` describes it in its trace's
-//! span; `queue` is where it waits.
+//! In reading order: `accept` checks and tokenizes; `request` is what comes of it; `request_span` describes it in a
+//! trace; `queue` is where it waits.
 
 pub(crate) mod accept;
 pub(crate) mod queue;

@@ -1,9 +1,9 @@
-//! A first-in first-out queue between threads that both sides bound: the requests that wait to be prepared,
-//! and the prepared ones that wait for the engine. How many leave at once is the taker's decision
-//! (`routing::admission`), so the queue only keeps order, wakes, and closes.
+//! A first-in first-out queue between threads: for the requests that wait to be prepared, and for the prepared ones
+//! that wait for the scheduler. Callers decide how many may wait and how many leave at once (`routing::admission`), so
+//! the queue only keeps order, wakes threads, and closes.
 //!
-//! Items can be announced while they are made. The first to arrive in an empty queue is taken only together with
-//! those that were announced by then: requests that come together run in one pass, and nobody waits by a clock.
+//! Items can be announced while they are made. The first to arrive in an empty queue is taken only together with those
+//! that were announced by then, so that requests which come together run in one pass and no clock has to be waited for.
 
 use std::{collections::VecDeque, sync::Arc};
 
@@ -29,13 +29,13 @@ struct QueueState<T> {
 }
 
 impl<T> QueueState<T> {
-    /// Whether those that wait can be taken.
+    /// Whether the waiting items can be taken: none is awaited that was announced before the first of them came.
     fn is_gathered(&self) -> bool {
         !self.waiting.is_empty() && self.settled >= self.gathering
     }
 }
 
-/// An item that is being made. Over when it is dropped, whether the item came or not.
+/// Says that an item is being made. The announcement is over when this is dropped, whether the item came or not.
 pub(crate) struct Announcement<T> {
     queue: Arc<Queue<T>>,
 }
@@ -54,7 +54,7 @@ impl<T> Drop for Announcement<T> {
 
 /// An item that did not get in, given back.
 pub(crate) enum Refused<T> {
-    /// The queue holds as many as it may.
+    /// The queue holds as many items as it may.
     Full(T),
     /// The queue was closed.
     Closed(T),
@@ -124,7 +124,8 @@ impl<T> Queue<T> {
         Vec::new()
     }
 
-    /// Takes the first `choose(waiting)` items; one that waits also waits for those announced. `None`: the queue is closed and empty.
+    /// Takes the first `choose(waiting)` items. With [`Wait::Block`] it waits for an item, and for those announced
+    /// before the first one came. `None`: the queue is closed and empty.
     pub(crate) fn take(&self, wait: Wait, choose: impl FnOnce(&VecDeque<T>) -> usize) -> Option<Vec<T>> {
         let mut state = self.state.lock();
         while wait == Wait::Block && !state.is_gathered() && !state.closed {
@@ -145,7 +146,7 @@ impl<T> Queue<T> {
         self.state.lock().waiting.len()
     }
 
-    /// Lets nobody in any more; what waits can still be taken.
+    /// Refuses all further items; those that wait can still be taken.
     pub(crate) fn close(&self) {
         self.state.lock().closed = true;
         self.arrived.notify_all();
@@ -169,7 +170,7 @@ mod tests {
 
     #[test]
     fn push_waits_for_room_and_keeps_order() {
-        // Would break: prepared requests overtake each other, or pile up without bound ahead of the engine.
+        // Would break: prepared requests overtake each other, or pile up without bound ahead of the scheduler.
         let queue = Arc::new(Queue::new());
         let pusher = thread::spawn({
             let queue = queue.clone();

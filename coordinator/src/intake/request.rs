@@ -1,4 +1,4 @@
-//! A request on its way through the coordinator: what is asked, until when, and where the answer goes.
+//! An accepted request: what is asked for, until when, and where the answer goes.
 
 use std::time::Instant;
 
@@ -13,30 +13,30 @@ use crate::answer::{
     sampler::Sampling,
 };
 
-/// An accepted request: checked, tokenized, on its way.
+/// A request that was checked and tokenized.
 pub(crate) struct Request {
     /// The prompt. Invariant: not empty, every id within the vocabulary.
     pub(crate) tokens: Vec<u32>,
-    /// Who routes it.
+    /// Who chooses the experts of its tokens.
     pub(crate) mode: RoutingMode,
-    /// What is asked, and where the answer goes.
+    /// What is asked for, and where the answer goes.
     pub(crate) work: Work,
-    /// When it was accepted.
+    /// When the request came in.
     pub(crate) accepted: Instant,
-    /// When its answer is of no more use.
+    /// When the answer is of no more use.
     pub(crate) deadline: Option<Instant>,
-    /// From acceptance to the answer; ends with the request.
+    /// The span from the request's coming in to its answer; ends with the request.
     pub(crate) span: Span,
 }
 
-/// What is asked, with the way back. A receiver that is gone means that the client is.
+/// What is asked for, and the channel for the answer. A receiver that is gone means that the client is.
 pub(crate) enum Work {
     /// Encoder states.
     Encode { pooling: Pooling, reply: oneshot::Sender<Result<Encoding, RequestError>> },
     /// The likelihood of each target (token ids, end of sequence included, never empty).
     /// The sender is taken when it is used.
     Score { targets: Vec<Vec<u32>>, reply: Option<oneshot::Sender<Result<Scores, RequestError>>> },
-    /// Tokens, one message each. Unbounded, so that a slow client never holds up the engine; `tokens_max`
+    /// Tokens, one message each. Unbounded, so that a slow client never holds up the scheduler; `tokens_max`
     /// bounds it.
     Generate { options: GenerateOptions, reply: mpsc::UnboundedSender<Result<Token, RequestError>> },
 }
@@ -55,7 +55,7 @@ pub(crate) struct GenerateOptions {
 }
 
 impl Request {
-    /// What it adds to a batch.
+    /// How much of a batch's limits the request takes.
     pub(crate) fn cost(&self) -> Cost {
         let prompt = self.tokens.len();
         match &self.work {
@@ -67,7 +67,7 @@ impl Request {
         }
     }
 
-    /// Why it need not be worked on any more, if so.
+    /// Why the request need not be worked on any more, if that is so.
     pub(crate) fn over(&self, now: Instant) -> Option<RequestError> {
         let gone = match &self.work {
             Work::Encode { reply, .. } => reply.is_closed(),
@@ -83,7 +83,7 @@ impl Request {
         }
     }
 
-    /// Answers with an error. Nobody may be there to hear it any more, which is no error.
+    /// Answers with an error. The caller may have gone, which is no error.
     pub(crate) fn fail(mut self, error: RequestError) {
         self.span.fail(&error);
         match self.work {

@@ -1,5 +1,5 @@
-//! A request from the moment it comes in until it is accepted: when that was, and its span, described by
-//! OpenTelemetry's `gen_ai` attributes. Made by [`crate::coordinator`]; the span goes on with the request.
+//! The trace span of a request, with OpenTelemetry's `gen_ai` attributes: what was asked for when it begins, what was
+//! answered when it ends.
 
 use std::{borrow::Cow, time::Instant};
 
@@ -10,14 +10,15 @@ use sida_telemetry::{
 
 use crate::{answer::output::FinishReason, intake::request::GenerateOptions};
 
-/// See the file's head.
+/// The span of a request that is not accepted yet. [`crate::coordinator`] begins it; then it belongs to the request.
 pub(crate) struct RequestSpan {
+    /// When the request came in.
     pub(crate) begun: Instant,
     pub(crate) span: Span,
 }
 
 impl RequestSpan {
-    /// A request for an `operation` of a `model`.
+    /// Begins the span of a request for an `operation` of a `model`, within the caller's trace if there is one.
     pub(crate) fn begin(operation: &'static str, model: &str, caller: Option<TraceContext>) -> Self {
         let span = Span::of_caller(caller, || Cow::Owned(format!("{operation} {model}")));
         let span = span.with("gen_ai.operation.name", operation).with("gen_ai.provider.name", "sida");
@@ -28,7 +29,7 @@ impl RequestSpan {
         request_span
     }
 
-    /// What a generation is to be like.
+    /// Notes how a text is to be generated.
     pub(crate) fn describe(&mut self, options: &GenerateOptions) {
         let span = &mut self.span;
         span.set("gen_ai.request.max_tokens", options.tokens_max as i64);
@@ -41,12 +42,12 @@ impl RequestSpan {
     }
 }
 
-/// What a request took in.
+/// Notes the length of the prompt.
 pub(crate) fn describe_prompt(span: &mut Span, tokens: usize) {
     span.set("gen_ai.usage.input_tokens", tokens as i64);
 }
 
-/// What it gave out, and why it ended.
+/// Notes the length of the answer, and why it ended.
 pub(crate) fn describe_answer(span: &mut Span, tokens: usize, reason: FinishReason) {
     span.set("gen_ai.usage.output_tokens", tokens as i64);
     let reason = match reason {

@@ -1,6 +1,6 @@
-//! What a coordinator tells Prometheus on a request's way: its handles on the metrics of [`sida_telemetry::names`], so that
-//! recording costs no look-up. What happens once in a while is recorded where it happens, by its name; what has more labels
-//! than a few (layers, experts, nodes) is with whoever knows these.
+//! Handles on the metrics of [`sida_telemetry::names`] that are recorded on a request's way, so that recording costs no
+//! look-up. What happens once in a while is recorded where it happens, by its name; metrics with a label for each
+//! layer, expert or node lie with the code that knows these.
 
 use metrics::{Counter, Gauge, Histogram};
 use sida_telemetry::{
@@ -8,7 +8,7 @@ use sida_telemetry::{
     names::{self, On},
 };
 
-/// Handles. Made once, after the recorder is installed.
+/// The handles. Made once, after the recorder is installed.
 pub(crate) struct Metrics {
     pub(crate) requests_queued: Gauge,
     pub(crate) requests_inflight: Gauge,
@@ -32,7 +32,7 @@ pub(crate) struct Phases {
 }
 
 impl Metrics {
-    /// Every series of them exists from then on.
+    /// Makes every handle, so that every series exists from then on.
     pub(crate) fn new() -> Self {
         names::declare(On::Coordinator);
         names::declare(On::Placed);

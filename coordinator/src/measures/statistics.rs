@@ -1,4 +1,4 @@
-//! What a coordinator has done since it started, for its status. Counted by the front door, the engine and the forward pass.
+//! What a coordinator has done since it started, for its status.
 
 use std::{
     sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
@@ -10,18 +10,18 @@ use std::{
 pub(crate) struct Statistics {
     /// Requests accepted.
     pub(crate) requests: AtomicU64,
-    /// Requests in the engine now.
+    /// Requests that are being computed now.
     pub(crate) inflight: AtomicUsize,
     /// Routed experts that the hash table named.
     pub(crate) hash_hits: AtomicU64,
-    /// And those that it did not.
+    /// Routed experts that the hash table did not name.
     pub(crate) hash_misses: AtomicU64,
     /// Expert calls that went to another node.
     pub(crate) failovers: AtomicU64,
-    /// The device of the dense layers is lost: nothing can be computed any more.
+    /// Whether the device of the dense layers is lost, so that nothing can be computed any more.
     pub(crate) is_device_lost: AtomicBool,
     origin: Instant,
-    /// Milliseconds from `origin` to the beginning of the engine's step; 0: it is in none.
+    /// Milliseconds from `origin` to the beginning of the scheduler's step; 0 between steps.
     step_began: AtomicU64,
 }
 
@@ -34,17 +34,17 @@ impl Default for Statistics {
 }
 
 impl Statistics {
-    /// The engine begins a step.
+    /// The scheduler begins a step.
     pub(crate) fn step_begins(&self) {
         self.step_began.store((self.origin.elapsed().as_millis() as u64).max(1), Ordering::Relaxed);
     }
 
-    /// The engine's step is over.
+    /// The scheduler's step is over.
     pub(crate) fn step_ended(&self) {
         self.step_began.store(0, Ordering::Relaxed);
     }
 
-    /// For how long the engine has been in one step.
+    /// For how long the scheduler has been in one step.
     pub(crate) fn stuck_for(&self) -> Duration {
         match self.step_began.load(Ordering::Relaxed) {
             0 => Duration::ZERO,
@@ -64,7 +64,7 @@ mod tests {
         assert_eq!(statistics.stuck_for(), Duration::ZERO);
         statistics.step_begins();
         let hour = Duration::from_secs(3600);
-        // As if it had begun an hour ago.
+        // Moves the origin back, as if the step had begun an hour ago.
         let Some(origin) = statistics.origin.checked_sub(hour) else { return };
         statistics.origin = origin;
         assert!(statistics.stuck_for() > hour - Duration::from_secs(60));

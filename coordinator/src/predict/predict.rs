@@ -1,5 +1,5 @@
-//! Where hash tables come from: a predictor in this process, predictor-nodes, or nowhere. Called by `prepare`
-//! for the encoder and by the engine for each decode step.
+//! Fills hash tables: by a predictor in this process, by predictor-nodes, or not at all. Called by `prepare` for the
+//! encoder and by the scheduler for each decode step.
 //!
 //! A prediction that cannot be had is never an error: the request runs `exact` without hints and says so in
 //! its trace.
@@ -44,7 +44,7 @@ pub(crate) struct Progress {
     unseen: Vec<u32>,
 }
 
-/// A sequence's state: as the predictor in this process keeps it, or as predictor-nodes write it.
+/// The predictor's state of a sequence: as the predictor in this process keeps it, or as predictor-nodes encode it.
 enum ProgressState {
     Local(PredictorState),
     Remote(Bytes),
@@ -56,7 +56,7 @@ impl Predict {
         Self { source, model, encoder_layers, decoder_layers }
     }
 
-    /// The predictor's digest, where it is in this process.
+    /// The digest of the predictor, where that is in this process.
     pub(crate) fn digest(&self) -> Option<Digest> {
         match &self.source {
             Source::Local(predictor) => Some(predictor.digest()),
@@ -145,7 +145,7 @@ impl Predict {
         }
     }
 
-    /// The tables, as far as they speak of these layers of this model and of as many tokens.
+    /// The tables, without those of another model, of other layers or of another number of tokens.
     fn usable(
         &self,
         tables: Option<Vec<HashTable>>,

@@ -1,6 +1,6 @@
-//! Hints ahead of the tokens: the experts that hash tables name, split by the nodes that hold them. A hint is
-//! taken back when its batch is done. Losing one costs time, never correctness, so nothing here waits and
-//! nothing here fails.
+//! Preload: hints to expert-nodes, ahead of the rows, which of their experts the hash tables of a batch name. A hint is
+//! taken back when its batch is done. Losing a hint costs time, never correctness, so nothing here waits and nothing
+//! here fails.
 
 use std::{
     sync::{
@@ -18,7 +18,7 @@ use crate::dispatch::nodes::{Link, Nodes};
 /// Gives hints.
 pub(crate) struct Preload {
     nodes: Arc<Nodes>,
-    /// Told what is wanted: who writes the placement gives more holders to what is wanted most.
+    /// Keeps count of which experts are wanted: the writer of the placement gives more holders to those wanted most.
     cluster: Cluster,
     /// How many experts per token and layer are hinted.
     depth: usize,
@@ -49,8 +49,8 @@ impl Preload {
         self.hint(&tables, false)
     }
 
-    /// Tells every node which of its experts the batch of `tables` uses, which begins now. It takes the place of what
-    /// was announced of its parts: only together do they say in which order the experts are used.
+    /// Tells every node which of its experts the batch of `tables` uses, which begins now. This hint replaces those
+    /// that were announced for its requests: only all tables together say in which order the experts are used.
     pub(crate) fn begin<'a>(&self, tables: impl IntoIterator<Item = &'a HashTable>) -> Hint {
         self.hint(&tables.into_iter().collect::<Vec<_>>(), true)
     }

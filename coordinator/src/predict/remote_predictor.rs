@@ -1,9 +1,9 @@
 //! Hash tables from predictor-nodes. A call that takes too long or fails costs the tables only: another node is asked
 //! if there is time left, and if none answers, requests run without hints.
 //!
-//! A predictor-node that hangs must not cost every request its timeout. So one that failed is left alone by its
-//! breaker (`sida_routing::failover`), and nobody's request is what finds out whether it is back: it is asked to
-//! describe itself, beside all requests, and gets their calls again once it answers.
+//! A predictor-node that hangs must not cost every request its timeout. So a node that failed gets no calls while its
+//! breaker is open (`sida_routing::failover`), and no request is spent on finding out whether it is back: a task of its
+//! own asks the node to describe itself, and calls go to the node again once it answers.
 
 use std::{
     ops::Range,
@@ -45,7 +45,7 @@ pub(crate) struct RemotePredictor {
     model: Digest,
     bounds: Bounds,
     timeout: Duration,
-    /// Of the nodes that were asked.
+    /// Links to the nodes that were asked.
     links: Mutex<Vec<Arc<Link>>>,
     next: AtomicUsize,
     /// Breakers count time from here.
@@ -60,20 +60,20 @@ struct Link {
     state: Mutex<LinkState>,
 }
 
-/// How it has done.
+/// What is known of a node's health.
 #[derive(Default)]
 struct LinkState {
     breaker: Breaker,
-    /// It failed, and has not said a word since.
+    /// The node failed and has not answered since.
     is_away: bool,
 }
 
-/// What is predicted.
+/// What is asked for: tables of `layers` for `sequences`.
 #[derive(Clone)]
 struct Ask<'a> {
     stack: Stack,
     sequences: &'a [&'a [u32]],
-    /// Decoder: one per sequence.
+    /// The predictor's state of each sequence; none for the encoder.
     states: &'a [Bytes],
     layers: Range<u16>,
     trace: Option<TraceContext>,
@@ -146,12 +146,12 @@ impl RemotePredictor {
             let first = (chunk * SEQUENCES_MAX).min(states.len());
             let states = &states[first..(first + sequences.len()).min(states.len())];
             let call = self.call(link, Ask { sequences, states, ..ask.clone() });
-            // Within the future: a timer can only be made on the runtime.
+            // The timer is made within the future, because it can only be made on the runtime.
             async move { tokio::time::timeout_at(deadline.into(), call).await }
         });
         let all = futures::future::join_all(calls);
         let mut prediction = Prediction { tables: Vec::new(), states: Vec::new() };
-        // Called from the threads of `prepare` and the engine, never from the runtime's own.
+        // Called from the threads of `prepare` and the scheduler, never from the runtime's own.
         for part in self.runtime.block_on(all) {
             let part = part.unwrap_or_else(|_| Err(format!("no answer within {:?}", self.timeout)))?;
             prediction.tables.extend(part.tables);

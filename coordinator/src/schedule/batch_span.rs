@@ -1,16 +1,15 @@
-//! Spans of work that is done for several requests at once: a prediction, a pass through the model. Made by `prepare`
-//! and the engine.
+//! Trace spans of work that is done for several requests at once: a prediction, a pass through the model.
 //!
-//! The work is below one of the requests, the first whose trace is recorded: what happens within it is told there, and
-//! it is linked to the other requests. Each of those gets a span of the same name and time, linked to the first, so
-//! that every trace explains all of its time.
+//! Such a span is a child of one of the requests, the first whose trace is recorded, and all spans within the work are
+//! its children. Each other request gets a span of the same name and time, linked to that one, so that every trace
+//! explains all of its time.
 
 use sida_telemetry::{Span, TraceContext};
 
-/// A piece of work of a batch. Ends when it is dropped.
+/// The span of some work for a batch. The span ends when this is dropped.
 pub(crate) struct BatchSpan {
     lead: Span,
-    /// Of the other requests that are recorded.
+    /// The spans of the other requests whose traces are recorded.
     _others: Vec<Span>,
 }
 
@@ -38,12 +37,12 @@ impl BatchSpan {
         Some(Self { lead, _others: others })
     }
 
-    /// What is done within it goes below this.
+    /// The parent of spans of what is done within this work.
     pub(crate) fn context(&self) -> TraceContext {
         self.lead.context()
     }
 
-    /// The span in which it is told what was done.
+    /// The span whose attributes describe the work.
     pub(crate) fn lead(&mut self) -> &mut Span {
         &mut self.lead
     }

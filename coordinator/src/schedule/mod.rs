@@ -1,9 +1,9 @@
-//! Which requests run when. A batch is prepared on one thread while the batch before it is computed on another; a request
-//! joins or leaves the running batch between any two steps.
+//! Which requests run when (continuous batching). A batch is prepared on one thread while the batch before it is
+//! computed on another; a request joins or leaves the running batch between any two steps.
 //!
-//! In reading order: `prepare` predicts and preloads for the next batch; `scheduler` is the thread that runs steps; `prefill`
-//! brings prepared requests into the running batch; `sequence` is one request while it is decoded; `batch_span` describes
-//! in traces what is done for several requests at once.
+//! In reading order: `prepare` predicts and preloads for the next batch; `scheduler` chooses who joins and runs step
+//! after step; `prefill` computes the prompts of those who join; `sequence` is one request while it is decoded;
+//! `batch_span` describes in traces what is done for several requests at once.
 
 pub(crate) mod batch_span;
 pub(crate) mod prefill;

@@ -1,5 +1,5 @@
-//! How requests get into the running batch: their prompts are encoded together, those who wanted no more are answered,
-//! and the others become sequences. Called by the engine between two steps.
+//! Prefill: the prompts of requests that join the running batch are computed in one pass of the encoder. Requests for
+//! encoder states are answered then; all others become sequences. Called by the scheduler between two steps.
 
 use std::time::Instant;
 
@@ -22,11 +22,12 @@ use crate::{
     },
 };
 
-/// Answers of so many values are made by several threads.
+/// From so many values on, answers with encoder states are made by several threads.
 const PARALLEL_VALUES_MIN: usize = 1 << 18;
 
 impl Scheduler {
-    /// Encodes the prompts of those who join, answers those who wanted no more, and keeps the others running.
+    /// Computes the prompts of requests that join, answers those that asked for encoder states, and starts the
+    /// sequences of the others.
     pub(crate) fn prefill(&mut self, joining: Vec<Prepared>) {
         let now = Instant::now();
         let mut requests = Vec::with_capacity(joining.len());
@@ -76,7 +77,7 @@ impl Scheduler {
         }
     }
 
-    /// Prompts in an order in which micro-batches of about as many rows can be cut.
+    /// The requests in an order in which their prompts can be cut into micro-batches of about equally many rows.
     fn in_shares(&mut self, joining: Vec<Prepared>) -> Vec<Prepared> {
         let micro_batches = self.forward.parts();
         if micro_batches == 1 {
@@ -88,7 +89,8 @@ impl Scheduler {
         order.into_iter().filter_map(|at| joining[at].take()).collect()
     }
 
-    /// Requests whose prompts are encoded, one for each of `routings` and `spans`, by a pass with these costs and this span.
+    /// Takes requests whose prompts are computed, one for each of `routings` and `spans`, by a pass with these costs
+    /// and this span: answers those that asked for encoder states, and starts the sequences of the others.
     fn start_sequences(
         &mut self,
         mut requests: Vec<(Request, Trace)>,
@@ -153,8 +155,8 @@ impl Scheduler {
         self.values = buffer;
     }
 
-    /// The branches of a sequence: each begins with the decoder's start token and what is fed of a target, and all share
-    /// the keys and values of the encoder's output.
+    /// The branches of a sequence. Each begins with the decoder's start token, and with all of its target but the last
+    /// token where one is scored; all share the keys and values of the encoder's output.
     fn branches(&mut self, request: &Request, state: SequenceState) -> Result<Vec<Branch>, RequestError> {
         let start = self.forward.config().decoder_start_token_id;
         let fed: Vec<&[u32]> = match &request.work {

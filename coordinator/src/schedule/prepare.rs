@@ -1,6 +1,6 @@
-//! From queued requests to prepared ones: takes what fits a batch, fills the hash tables, gives the hints.
-//! Runs on its own thread, so that the next batch is predicted while the engine computes this one; how far it
-//! goes ahead is bounded by one batch.
+//! Prepares the next batch: takes the queued requests that fit one, fills their hash tables, and hints them to
+//! expert-nodes. Runs on its own thread, one batch ahead at most, so that the next batch is predicted and its experts
+//! are loaded while the scheduler computes this one.
 
 use std::{
     collections::VecDeque,
@@ -32,17 +32,18 @@ use crate::{
 /// A request that can join the running batch at any step.
 pub(crate) struct Prepared {
     pub(crate) request: Request,
-    /// The encoder's; `None` runs unpredicted.
+    /// The hash table of the encoder's layers; `None` runs unpredicted.
     pub(crate) table: Option<HashTable>,
-    /// Taken back when the last request that it was announced with joins a batch.
+    /// The hint that was given for this request and those prepared with it; taken back when the last of them joins a
+    /// batch.
     pub(crate) hint: Arc<Hint>,
-    /// When it was ready to join.
+    /// When the request was ready to join.
     pub(crate) at: Instant,
-    /// What the prediction took, for its whole batch.
+    /// How long the prediction took, for all requests that were prepared together.
     pub(crate) predict: Duration,
 }
 
-/// What the thread works with.
+/// What the preparing thread works with.
 pub(crate) struct Prepare {
     pub(crate) limits: Limits,
     pub(crate) predict: Arc<Predict>,
@@ -59,7 +60,7 @@ impl Prepare {
         let choose = |waiting: &VecDeque<Request>| limits.joining(Cost::default(), waiting.iter().map(Request::cost));
         while let Some(batch) = self.requests.take(Wait::Block, choose) {
             self.metrics.requests_queued.set(self.requests.len() as f64);
-            // Requests that are lost in a panic are told so by the end of their channels.
+            // The callers of requests that are lost in a panic see their channels end.
             match catch_unwind(AssertUnwindSafe(|| self.prepare(batch))) {
                 Ok(batch) => self.hand_over(batch),
                 Err(_) => tracing::error!("preparing a batch panicked; its requests are answered with an error"),
@@ -93,7 +94,7 @@ impl Prepare {
         batch.into_iter().zip(tables).map(together).collect()
     }
 
-    /// Waits while a whole batch is ready already.
+    /// Hands prepared requests to the scheduler; waits while a whole batch is ready already.
     fn hand_over(&self, batch: Vec<Prepared>) {
         let limits = self.limits;
         let fits = |waiting: &VecDeque<Prepared>, next: &Prepared| {

@@ -1,9 +1,8 @@
-//! The forward thread: lets prepared requests join, runs one step over all sequences, lets the finished ones
-//! go, again and again. Who joins is decided by `routing::admission`; what a step computes is in `forward`;
-//! what becomes of its output, in `sequence`.
+//! The scheduler, on the forward thread: again and again it lets prepared requests join the running batch, prefills
+//! them, decodes one step of all sequences, and lets finished ones go. `routing::admission` decides who joins,
+//! `forward` computes, and `sequence` makes text of the output.
 //!
-//! A step that fails answers the requests that were in it and nobody else. A panic is caught and logged; it
-//! costs its own step's requests.
+//! A step that fails, or panics, costs the requests that were in it and no others.
 
 use std::{
     collections::VecDeque,
@@ -42,7 +41,7 @@ use crate::{
     },
 };
 
-/// The state of the forward thread.
+/// Everything that the forward thread works with.
 pub(crate) struct Scheduler {
     pub(crate) limits: Limits,
     pub(crate) prepared: Arc<Queue<Prepared>>,
@@ -52,12 +51,13 @@ pub(crate) struct Scheduler {
     pub(crate) tokenizer: Arc<Tokenizer>,
     pub(crate) statistics: Arc<Statistics>,
     pub(crate) metrics: Arc<Metrics>,
+    /// The running batch.
     pub(crate) running: Vec<Sequence>,
-    /// Encoder states of a batch: memory that is used again.
+    /// Memory for the encoder states of a batch, kept from batch to batch.
     pub(crate) values: Vec<f32>,
 }
 
-/// Texts of so many sequences are made by several threads.
+/// From so many sequences on, their next tokens are chosen and decoded by several threads.
 const PARALLEL_SEQUENCES_MIN: usize = 16;
 
 impl Scheduler {
@@ -72,7 +72,7 @@ impl Scheduler {
                 Ok(())
             });
             self.statistics.step_ended();
-            // What joined is told by the end of its channels.
+            // The callers of requests that were joining see their channels end.
             if let Err(error) = outcome {
                 self.fail_running(&error);
             }
@@ -80,7 +80,7 @@ impl Scheduler {
         }
     }
 
-    /// Who joins now. Waits while there is nothing to do; `None` ends the thread.
+    /// The requests that join now. Waits while there is nothing to do; `None` ends the thread.
     fn schedule(&self) -> Option<Vec<Prepared>> {
         let running = Cost {
             tokens: self.running.iter().flat_map(|s| &s.branches).map(|branch| branch.feed.len()).sum(),
@@ -135,7 +135,7 @@ impl Scheduler {
         self.running.drain(..).for_each(|sequence| sequence.request.fail(error.clone()));
     }
 
-    /// A hash table for the new tokens of every branch, as routings of the step's batch.
+    /// A hash table for the new tokens of every branch, as the routing of its rows in this step's batch.
     fn predict_step(&mut self, within: Option<TraceContext>) -> Vec<SequenceRouting> {
         let start = Instant::now();
         let span = within.map(|within| Span::below(within, "predict"));
@@ -162,8 +162,8 @@ impl Scheduler {
         routings
     }
 
-    /// One pass of the decoder over what every branch was fed, and for those that generate the next token, where the device
-    /// chooses it, or its logits.
+    /// One pass of the decoder over the new tokens of every branch. For sequences that generate, the next token where
+    /// the device chooses it, or else its logits.
     fn decode(&mut self, routings: &mut [SequenceRouting], costs: &mut Costs) -> Result<StepOutput, RequestError> {
         let (forward, running, metrics) = (&mut self.forward, &mut self.running, &self.metrics);
         catch_panic(|| {
@@ -264,7 +264,7 @@ impl Scheduler {
         self.metrics.phases.output.record(start.elapsed());
     }
 
-    /// The batch begins: expert-nodes are told what it will use.
+    /// Hints to expert-nodes which experts a batch uses that begins now.
     pub(crate) fn preload_within(&self, within: Option<TraceContext>, routings: &[SequenceRouting]) -> Hint {
         let _span = within.map(|within| Span::below(within, "preload"));
         self.preload.begin(routings.iter().filter_map(|routing| routing.table.as_ref()))
@@ -285,7 +285,7 @@ impl Scheduler {
     }
 }
 
-/// Says how much a pass was for.
+/// Notes in a pass's span how many sequences and tokens it computes.
 pub(crate) fn describe(span: &mut Option<BatchSpan>, sequences: usize, tokens: usize) {
     if let Some(span) = span {
         span.lead().set("sida.batch.sequences", sequences as i64);
@@ -293,18 +293,18 @@ pub(crate) fn describe(span: &mut Option<BatchSpan>, sequences: usize, tokens: u
     }
 }
 
-/// What a step made.
+/// The output of a decode step.
 struct StepOutput {
-    /// A row for each token, and whose rows they are: one span per branch.
+    /// A row for each token; `spans` has the rows of each branch.
     states: States,
     spans: Spans,
-    /// Of sequences that take the most likely token, where the device chose it.
+    /// The next tokens of sequences that take the most likely one, where the device chose it.
     tokens: Option<Vec<Option<u32>>>,
-    /// (other sequences that generate, vocab_size)
+    /// Logits of all other sequences that generate: (sequences, vocab_size).
     logits: Vec<f32>,
 }
 
-/// Runs a pass as one of the threads that compute, so that between its products nobody must be woken.
+/// Runs a pass on one of the computing threads, so that none has to be woken between two products.
 pub(crate) fn on_pool<T: Send>(pass: impl FnOnce() -> T + Send) -> T {
     rayon::scope(|_| pass())
 }

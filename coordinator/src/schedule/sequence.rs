@@ -1,6 +1,6 @@
-//! One request between its encoding and its answer: the decoder's caches, what was generated, and how it ends.
-//! A generated text has one branch; a scored request one per target, all with the same cross-attention keys
-//! and values. Kept and stepped by the engine.
+//! A sequence: one request between its prefill and its answer, with the decoder's caches, what was generated, and how
+//! it ends. A generated text has one branch; a scored request has one per target, and all of them share the
+//! cross-attention keys and values of the prompt. Kept and stepped by the scheduler.
 
 use std::{ops::Range, time::Instant};
 
@@ -38,17 +38,17 @@ pub(crate) struct Sequence {
 pub(crate) struct Branch {
     /// The decoder's caches.
     pub(crate) state: SequenceState,
-    /// What the predictor knows of it.
+    /// What the predictor knows of the branch.
     pub(crate) progress: Progress,
-    /// Tokens for the next step.
+    /// The tokens that the next step computes.
     pub(crate) feed: Vec<u32>,
 }
 
 /// What is done with the decoder's output.
 pub(crate) enum Decoding {
-    /// The next token of its one branch is chosen, again and again.
+    /// The next token of the one branch is chosen, step after step.
     Generate(Box<Generation>),
-    /// The likelihood of the targets, one per branch, is read off one step.
+    /// The likelihood of the targets, one per branch, is read off a single step.
     Score,
 }
 
@@ -62,21 +62,22 @@ pub(crate) struct Generation {
     first_token_at: Option<Instant>,
 }
 
-/// What a step made of a text.
+/// What a decode step says of the next token.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum NextToken<'s> {
-    /// The most likely token that is not [`Generation::banned`]; none if no logit is a number.
+    /// The token that the device chose: the most likely one that is not [`Generation::banned`]; none if no logit is a
+    /// number.
     Chosen(Option<u32>),
-    /// (vocab_size)
+    /// The logits to choose from: (vocab_size).
     Logits(&'s [f32]),
 }
 
-/// Whether a sequence goes on.
+/// Whether a sequence takes part in the next step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum SequenceStatus {
-    /// With the token that was fed.
+    /// The next step computes the token that was chosen.
     Running,
-    /// It was answered.
+    /// The request was answered.
     Finished,
 }
 
@@ -90,7 +91,8 @@ impl Sequence {
         Self { request, trace, branches, decoding }
     }
 
-    /// Takes its next token, or chooses it, streams it, and feeds it unless the text ends here.
+    /// Takes the next token, or chooses it from the logits, streams its text, and feeds it to the next step unless the
+    /// text ends here.
     pub(crate) fn advance(
         &mut self,
         next_token: NextToken<'_>,
@@ -177,7 +179,7 @@ impl Generation {
         self.sampler.is_greedy()
     }
 
-    /// The token that cannot be next: the end, while the text is too short.
+    /// The token that must not be next: the end of sequence, while the text is too short.
     pub(crate) fn banned(&self, config: &ModelConfig) -> Option<u32> {
         (self.generated < self.options.tokens_min).then_some(config.eos_token_id)
     }
@@ -216,14 +218,14 @@ impl Generation {
     }
 }
 
-/// Takes one routing's share of a pass into its request's trace.
+/// Notes in a request's trace how a pass routed its rows.
 pub(crate) fn absorb(trace: &mut Trace, routing: &SequenceRouting) {
     trace.unpredicted |= routing.table.is_none();
     trace.hash.add(routing.hash);
     trace.experts.union(&routing.experts);
 }
 
-/// Takes a pass's costs into the trace of a request that was in it.
+/// Adds a pass's costs to the trace of a request that was in it.
 pub(crate) fn absorb_costs(trace: &mut Trace, costs: &Costs) {
     trace.timings.backbone += costs.backbone;
     trace.timings.experts += costs.experts;

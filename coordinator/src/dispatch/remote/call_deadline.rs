@@ -1,9 +1,9 @@
-//! How long a call to an expert-node may take before the next holder is asked: from what that node's calls
-//! took, so that a slow node is not given up. A node that hangs is found sooner, by its silence; this is for
-//! one that is alive and does not answer.
+//! How long a call to an expert-node may take before the next holder is asked. The limit follows how long the node's
+//! calls took, so that a slow node is not given up. A node that hangs is found sooner, by its silence; this limit is
+//! for a node that is alive and does not answer.
 //!
-//! Four times the slowest of the last calls of the same size (a stand-in for the 99th percentile that needs no
-//! sorting), at least 50 ms, plus what the call's experts could need to load.
+//! The limit is four times the slowest of the last calls of the same size (a stand-in for the 99th percentile that
+//! needs no sorting), at least 50 ms, plus the time that loading the call's experts could take.
 
 use std::time::Duration;
 
@@ -18,14 +18,14 @@ const SIZES: usize = 16;
 
 /// What the calls of one node took.
 pub(crate) struct CallDeadline {
-    /// By size: microseconds without loads.
+    /// For each size, what calls took without loads.
     calls: [Recent; SIZES],
-    /// Microseconds per expert loaded.
+    /// What loads took, per expert.
     loads: Recent,
 }
 
 impl CallDeadline {
-    /// Nothing seen yet.
+    /// For a node that was not called yet.
     pub(crate) fn new() -> Self {
         Self { calls: [const { Recent::new() }; SIZES], loads: Recent::new() }
     }

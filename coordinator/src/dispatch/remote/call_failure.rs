@@ -1,5 +1,4 @@
-//! Why an expert-node did not answer a call with rows, and what follows from it: whether the node, the call or one
-//! expert of it is to blame. Made by [`crate::dispatch::remote`] and [`crate::dispatch`].
+//! Why an expert call failed, and what follows from that: whether the node, the call or one expert of it is to blame.
 
 use std::time::Duration;
 
@@ -8,7 +7,7 @@ use sida_proto::v1;
 use sida_rpc::Reason;
 use thiserror::Error;
 
-/// See the file's head.
+/// Why an expert-node did not answer a call with rows.
 #[derive(Clone, Debug, Error)]
 #[allow(missing_docs)]
 pub(crate) enum CallFailure {
@@ -22,7 +21,7 @@ pub(crate) enum CallFailure {
     Congested { limit: usize },
     #[error("{message}")]
     Refused { reason: Reason, message: String },
-    /// It knows a newer placement: an encoded `sida.v1.PlacementRecord`.
+    /// The node knows a newer placement, here as an encoded `sida.v1.PlacementRecord`.
     #[error("it knows a newer placement")]
     Stale { newer: Bytes },
     #[error("malformed answer: {reason}")]
@@ -34,11 +33,11 @@ pub(crate) enum CallFailure {
 }
 
 impl CallFailure {
-    /// Every [`Self::label`].
+    /// Every [`Self::label`] of a failover.
     pub(crate) const LABELS: [&str; 8] =
         ["disconnected", "silent", "late", "congested", "refused", "stale_epoch", "malformed", "panicked"];
 
-    /// What a node's refusal means.
+    /// The failure that a node's refusal stands for.
     pub(crate) fn refused(error: v1::CallError) -> Self {
         match Reason::from_name(&error.reason) {
             Some(Reason::StaleEpoch) => Self::Stale { newer: error.newer_placement },
@@ -46,13 +45,13 @@ impl CallFailure {
         }
     }
 
-    /// Whether it may have been one expert of the call that failed rather than the node.
+    /// Whether one expert of the call may have failed rather than the node.
     pub(crate) fn is_of_one_expert(&self) -> bool {
         matches!(self, Self::Refused { reason: Reason::ExpertLoadFailed | Reason::Internal, .. } | Self::Panicked)
     }
 
-    /// Whether the node is to be left alone for a while. A node that refuses answers, and may answer the next call, unless
-    /// it ends or its device fails.
+    /// Whether the node is to be left alone for a while. A node that refuses answers, and may answer the next call,
+    /// unless it ends or its device fails.
     pub(crate) fn is_of_the_node(&self) -> bool {
         match self {
             Self::Disconnected { .. } | Self::Silent { .. } | Self::Late { .. } | Self::Malformed { .. } => true,

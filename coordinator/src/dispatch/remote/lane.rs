@@ -6,9 +6,9 @@
 //! (waking the connection), and the lane's task hands the answer straight to the channel the forward thread
 //! waits on.
 //!
-//! Whether a node is asked at all stands on three things: the lane is connected, it is not silent
-//! for too long, and its breaker lets a call through (both decided by `sida_routing::failover`). A lane that was
-//! silent is not tried with somebody's rows: its next message, or a new connection, shows that the node lives.
+//! A node is called only if its lane is connected, has not been silent for too long, and its breaker lets a call
+//! through (`sida_routing::failover` decides the last two). A lane that was silent is not tried with a request's rows:
+//! the next message, or a new connection, shows that the node lives.
 
 use std::{
     collections::HashMap,
@@ -49,7 +49,7 @@ const BYTES_PER_MICROSECOND: usize = 100;
 /// After so many answers in a row that were far later than others' a node is passed over.
 const STRAGGLES_MAX: u32 = 3;
 
-/// Names calls. One sequence for all lanes, so that answers from several of them can share a channel.
+/// The id of the next call. All lanes count together, so that answers from several of them can share a channel.
 static NEXT_CALL: AtomicU64 = AtomicU64::new(1);
 
 /// Bounds of a lane.
@@ -70,26 +70,26 @@ pub(crate) struct Lane {
     inflight_bytes_max: usize,
     d_model: usize,
     state: Mutex<LaneState>,
-    /// Bytes came free, or the connection was lost.
+    /// Notified when bytes came free, or the connection was lost.
     room: Condvar,
-    /// The node may be back: connect at once.
+    /// Notified when the node may be back, so that the lane connects at once.
     retry: Notify,
-    /// Breaker and silence count time from here.
+    /// The moment from which `breaker` and `silence` count time.
     origin: Instant,
     breaker_state: Gauge,
 }
 
 struct LaneState {
-    /// The way out; `None` while not connected.
+    /// The channel into the stream; `None` while not connected.
     outgoing: Option<mpsc::UnboundedSender<v1::LaneRequest>>,
-    /// Why it is not connected.
+    /// Why the lane is not connected.
     lost: String,
     pending: HashMap<u64, PendingCall>,
     /// Invariant: the sum of `bytes` over `pending`.
     inflight_bytes: usize,
     deadline: CallDeadline,
     silence: Silence,
-    /// Since when it is silent for too long; until the next message, or a new connection.
+    /// Since when the node is silent for too long. Reset by the next message, and by a new connection.
     suspect: Option<Instant>,
     breaker: Breaker,
     /// Answers in a row that were far later than those of other nodes.
@@ -103,7 +103,7 @@ struct PendingCall {
     rows: usize,
     bytes: usize,
     sent: Instant,
-    /// Where its results will be, unless they travel.
+    /// Where the results will be, unless they travel.
     window: Option<Arc<ResultsWindow>>,
 }
 
@@ -150,12 +150,12 @@ impl Lane {
         lane
     }
 
-    /// Where it leads.
+    /// The address of the node.
     pub(crate) fn address(&self) -> &str {
         &self.address
     }
 
-    /// The node it leads to.
+    /// The name of the node.
     pub(crate) fn node(&self) -> &NodeId {
         &self.node
     }
@@ -209,7 +209,7 @@ impl Lane {
         }
         let window = state.window.free().filter(|_| is_in_window).cloned();
         if is_in_window && window.is_none() {
-            // It went with the connection.
+            // The window went with the connection.
             return Err(CallFailure::Disconnected { reason: state.lost.clone() });
         }
         state.send(Kind::Activations(activations))?;
@@ -338,7 +338,7 @@ impl Lane {
                 self.on_breaker(&mut state, now, Breaker::succeeded);
             }
             Err(failure) if failure.is_of_the_node() => self.on_breaker(&mut state, now, Breaker::failed),
-            // It refuses, so it lives.
+            // A node that refuses lives.
             Err(_) => self.on_breaker(&mut state, now, Breaker::succeeded),
         }
         drop(state);
@@ -347,7 +347,7 @@ impl Lane {
     }
 
     fn reply(&self, call_id: u64, pending: PendingCall, outcome: Result<Computed, CallFailure>) {
-        // Whoever waited may have ended with the engine.
+        // Whoever waited may have ended with the scheduler.
         let _ = pending.replies.send(Reply { call_id, outcome });
     }
 

@@ -1,4 +1,4 @@
-//! What goes down a lane for a call, and what comes back of it. Made by [`crate::dispatch`] and [`crate::dispatch::remote`].
+//! An expert call as it goes down a lane, and its answer as it comes back.
 
 use std::{sync::Arc, time::Duration};
 
@@ -12,13 +12,13 @@ use crate::dispatch::remote::call_failure::CallFailure;
 
 /// The rows of a call that is to be made.
 pub(crate) enum Outgoing<'a> {
-    /// They travel.
+    /// The rows travel in the message.
     Rows(ExpertCall<'a>),
-    /// They are in this coordinator's window.
+    /// The rows lie in this coordinator's window, and the message says where.
     InWindow(LayerId, &'a [PlacedGroup]),
 }
 
-/// What an expert-node made of them.
+/// The results of a call.
 pub(crate) enum Results {
     /// (rows, d_model) as a payload of exactly that length.
     Payload(Bytes),

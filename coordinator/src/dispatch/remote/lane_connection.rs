@@ -1,5 +1,5 @@
-//! What keeps a lane connected: a task that connects, opens the stream, hands every answer to the lane, and
-//! begins again after a pause when the connection is lost. Started by [`crate::dispatch::remote`].
+//! Keeps a lane connected: a task connects, opens the stream, hands every answer to the lane, and begins again after a
+//! pause when the connection is lost.
 //!
 //! A node that is hung or cut off may keep a connection open for ever, or let one be opened and say nothing on it:
 //! so connecting and opening have limits, idle connections are pinged, and one that stays silent is given up.
@@ -32,7 +32,7 @@ const OPEN_LIMIT: Duration = Duration::from_secs(1);
 const PING_PERIOD: Duration = Duration::from_secs(1);
 /// How long a node may stay silent for too long before its connection is given up, too.
 const SUSPECT_LIMIT: Duration = Duration::from_secs(3);
-/// How often that is looked at.
+/// How often a connection is checked for silence.
 const LOOK_PERIOD: Duration = Duration::from_millis(500);
 /// The metadata that names the model a lane is for.
 const MODEL_DIGEST: &str = "sida-model-digest";
@@ -74,7 +74,7 @@ pub(crate) async fn keep(lane: Weak<Lane>, connector: Arc<Connector>, shutdown: 
         } else {
             tracing::debug!(node = %lane.node(), reason, "cannot open a lane to an expert-node");
         }
-        // The lane lives no longer than whoever calls on it.
+        // `lane` must be dropped here: the task must not keep alive what its callers have dropped.
         let paused = async {
             let back = lane.may_be_back();
             tokio::time::timeout(pause, back).await.is_err()
@@ -86,7 +86,7 @@ pub(crate) async fn keep(lane: Weak<Lane>, connector: Arc<Connector>, shutdown: 
 
 /// How a connection ended.
 struct Connected {
-    /// Whether it ever stood.
+    /// Whether the connection ever stood.
     lasted: bool,
     reason: String,
 }
@@ -128,7 +128,7 @@ async fn serve(lane: &Weak<Lane>, connector: &Connector, lasted: &mut bool) -> R
         match response {
             Ok(response) => match response.map_err(refused)? {
                 Some(v1::LaneResponse { kind: Some(Kind::Results(results)) }) => lane.answered(results),
-                // Of a kind of a later version: a sign of life, too.
+                // A message of a kind that a later version brings is a sign of life, too.
                 Some(v1::LaneResponse { kind: Some(Kind::Alive(_)) | None }) => lane.alive(),
                 Some(v1::LaneResponse { kind: Some(Kind::Window(window)) }) => {
                     lane.alive();
@@ -137,7 +137,7 @@ async fn serve(lane: &Weak<Lane>, connector: &Connector, lasted: &mut bool) -> R
                             tracing::info!(node = %lane.node(), "rows for an expert-node stay on the device");
                             lane.window_opened(results);
                         }
-                        // Rows travel, as they do between machines.
+                        // Without a window rows travel, as they do between machines.
                         Err(reason) => tracing::debug!(node = %lane.node(), reason, "no window to an expert-node"),
                     }
                 }

@@ -1,18 +1,18 @@
-//! Whether a lane's rows may stay on devices. Results of a call lie in the node's memory, each at its place in the layer;
-//! so a call that was given up may still write where the results of a later one are expected. Until its answer has come,
-//! or the connection has ended, rows travel. Held by [`crate::dispatch::remote`].
+//! Whether a lane's rows may stay on devices. The results of a call lie in the node's memory, each at its place in the
+//! layer, so a call that was given up may still write where the results of a later call are expected. Until the answer
+//! of such a call has come, or the connection has ended, rows travel.
 
 use std::{collections::HashSet, sync::Arc};
 
 /// A lane's window, as this coordinator sees it.
 pub(crate) struct LaneWindow<W> {
     opened: Option<Arc<W>>,
-    /// Calls through it that were given up and not answered yet.
+    /// Calls through the window that were given up and not answered yet.
     astray: HashSet<u64>,
 }
 
 impl<W> LaneWindow<W> {
-    /// There is none yet.
+    /// A lane that has no window yet.
     pub(crate) fn closed() -> Self {
         Self { opened: None, astray: HashSet::new() }
     }
@@ -22,17 +22,17 @@ impl<W> LaneWindow<W> {
         self.opened = Some(Arc::new(window));
     }
 
-    /// Where results would be, if nobody else may write there.
+    /// The window, if no call that was given up may still write there.
     pub(crate) fn free(&self) -> Option<&Arc<W>> {
         self.opened.as_ref().filter(|_| self.astray.is_empty())
     }
 
-    /// A call through it is given up.
+    /// Notes that a call through the window is given up.
     pub(crate) fn gave_up(&mut self, call_id: u64) {
         self.astray.insert(call_id);
     }
 
-    /// An answer came that nobody waits for.
+    /// Notes the answer to a call that was given up.
     pub(crate) fn answered(&mut self, call_id: u64) {
         self.astray.remove(&call_id);
     }
