@@ -1,6 +1,6 @@
 //! Expert memory in use: the residency machine under one lock, the slab it decides about, and the source that
 //! fills it. Nobody copies or computes under the lock. Called by [`crate::compute`] (calls) and
-//! [`crate::loader`] (prefetch).
+//! [`crate::prefetch`] (prefetch).
 //!
 //! What the machine grants is handed out as values that give themselves back: a [`Pinned`] slot is unpinned,
 //! an [`Unfilled`] one reported as failed, a [`PendingCall`] abandoned when dropped. So an error or a panic in

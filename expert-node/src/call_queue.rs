@@ -1,6 +1,6 @@
-//! Calls from the network on their way to a thread that computes: tokio's threads carry bytes and must not
-//! compute, so each call crosses once to a thread of its own and its answer goes straight back to its lane.
-//! Filled by [`crate::lane`] and the health check, emptied by threads that [`start`] makes.
+//! The queue between the network and the threads that compute expert calls. tokio's threads carry bytes and must not
+//! compute, so each call crosses to a thread once, and its answer goes straight back to its lane. Lanes and the health
+//! check fill the queue; threads that [`start`] makes empty it.
 //!
 //! The queue itself has no bound: every call in it holds permits of its lane and of the node (see
 //! [`crate::lane`]), and those are bounded.
@@ -30,16 +30,16 @@ use crate::engine::Engine;
 pub(crate) enum Job {
     /// A call of a lane, as it came.
     Call {
-        /// Not checked yet: that copies the payload, which is work for a thread that may work.
+        /// The message, not checked yet: checking copies the payload, which is work for a computing thread.
         activations: v1::Activations,
-        /// Of its lane, if that has one.
+        /// The window of the lane, if that has one.
         window: Option<Arc<dyn ExpertWindow>>,
-        /// When it was read.
+        /// When the call was read from its lane.
         received: Instant,
         /// Takes the answer. Called once.
         answer: Box<dyn FnOnce(v1::Results) + Send>,
     },
-    /// Prove that the node works.
+    /// A health check: prove that the node works.
     Probe {
         /// Takes what was found.
         answer: Box<dyn FnOnce(Result<(), String>) + Send>,
@@ -70,7 +70,7 @@ fn take_jobs(engine: &Engine, bounds: &Bounds, jobs: &Receiver<Job>) {
     }
 }
 
-/// The answer to one call, whatever becomes of it.
+/// The answer to one call: its results, or why there are none.
 fn results(
     engine: &Engine,
     bounds: &Bounds,
@@ -113,7 +113,7 @@ fn results(
     }
 }
 
-/// The results, none where they are in the window, and what they cost.
+/// The results and what they cost. The results are empty where they are written to the window.
 fn computed(
     engine: &Engine,
     bounds: &Bounds,

@@ -1,4 +1,4 @@
-//! What an expert-node is told when it starts: by the command line, by the embedded cluster and by tests.
+//! The configuration of an expert-node: set by the command line, by the embedded cluster and by tests.
 
 use std::{fmt, path::PathBuf, str::FromStr};
 
@@ -8,10 +8,10 @@ use sida_routing::NodeId;
 use sida_rpc::ServerConfig;
 use thiserror::Error;
 
-/// Everything an expert-node needs to know.
+/// Everything an expert-node needs to know at its start.
 #[derive(Clone, Debug)]
 pub struct ExpertNodeConfig {
-    /// Its name in the cluster.
+    /// The node's name in the cluster.
     pub node: NodeId,
     /// The model's directory.
     pub model_dir: PathBuf,
@@ -43,9 +43,9 @@ pub struct ExpertNodeLimits {
     /// Bytes of activations that one lane may have in flight. A lane that sends more is not read until some
     /// are answered, so its sender is slowed and nobody else.
     pub lane_bytes_max: usize,
-    /// Calls that one lane may have in flight; as above.
+    /// Calls that one lane may have in flight. A lane that sends more is not read until some are answered.
     pub lane_calls_max: usize,
-    /// Calls that all lanes together may have in flight; as above.
+    /// Calls that all lanes together may have in flight. While there are so many, no lane's next call is taken.
     pub calls_max: usize,
 }
 
@@ -56,8 +56,7 @@ impl Default for ExpertNodeLimits {
 }
 
 impl ExpertNodeConfig {
-    /// The defaults of section 12 of the design for a node of this name: all experts in memory, as many threads as
-    /// the machine has.
+    /// A node of this name with the default limits: all experts in memory, as many threads as the machine has.
     pub fn new(node: NodeId, model_dir: PathBuf) -> Self {
         Self {
             node,

@@ -24,8 +24,8 @@ use crate::{
     config::{ExpertNodeConfig, ExpertNodeLimits},
     device_compute,
     error::ExpertNodeError,
-    loader,
     measures::Measures,
+    prefetch,
     slots::{Slab, slot_bytes},
     source::ExpertSource,
 };
@@ -78,7 +78,8 @@ impl Engine {
         Self::with(config, source, Memory::Host(slab), budget)
     }
 
-    /// As [`Engine::new`], with slots of `slot_bytes` for experts of `shape` on the device that `open` makes for their number.
+    /// As [`Engine::new`], with slots of `slot_bytes` for experts of `shape` on the device that `open` makes for their
+    /// number.
     pub fn on_device(
         config: &ExpertNodeConfig,
         source: Arc<dyn ExpertSource>,
@@ -100,7 +101,7 @@ impl Engine {
         let measures = Measures::new(&config.node, source.layers(), expert_bytes, budget_bytes);
         let cache = Arc::new(ExpertCache::new(source, memory, slots, config.limits.plans_max, measures));
         let workers = Workers::new(config.threads);
-        let loader = Mutex::new(Some(loader::start(cache.clone())?));
+        let loader = Mutex::new(Some(prefetch::start(cache.clone())?));
         Ok(Self {
             node: config.node.clone(),
             cache,

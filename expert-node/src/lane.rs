@@ -1,12 +1,12 @@
-//! One lane: hints and calls of one coordinator in, results out, in any order. Opened by [`crate::service`].
+//! The node's side of a lane: hints and calls of one coordinator come in, results go out, in any order.
 //!
 //! A lane that sends more than it may have in flight is not read until some of it is answered, so HTTP/2 flow
 //! control slows its sender and nobody else. A call's permits go with its answer and are given back when the
 //! answer leaves for the network: what a slow reader does not take counts as in flight.
 //!
-//! While calls are in flight a lane is never silent: `responses` puts a sign of life where there is no answer for
-//! a while. They come from tokio's threads, which no computation holds, so that a coordinator can tell a node that
-//! hangs from one that has much to do. A call of an older placement than the node's is refused (`stale`).
+//! While calls are in flight a lane is never silent: `responses` puts a sign of life where there is no answer for a
+//! while. Signs of life come from tokio's threads, which no computation holds, so that a coordinator can tell a node
+//! that hangs from one that has much to do. A call of an older placement than the node's is refused (`epochs`).
 //!
 //! A coordinator of this machine may offer a window, in which rows and results stay on GPUs; calls then only name them.
 
@@ -41,8 +41,8 @@ use crate::{
     call_queue::Job,
     config::ExpertNodeLimits,
     engine::Engine,
-    responses::{Answer, Permits, Responses, UnderWay},
-    stale::Epochs,
+    epochs::Epochs,
+    responses::{Answer, CallInFlight, Permits, Responses},
 };
 
 /// Payloads are counted in units of this, since a semaphore counts to 2^29 at least and a lane may have more
@@ -52,8 +52,8 @@ const BYTES_PER_PERMIT: usize = 1024;
 /// Rows of a window at most: what its memory is taken for.
 const WINDOW_ROWS_MAX: usize = 1 << 16;
 
-/// The first name of a lane's plan within the node: out of the way of those that a coordinator of this process
-/// gives by itself.
+/// The id of the next plan of a lane within the node. It starts high, out of the way of the ids that a coordinator in
+/// this process gives by itself.
 static NEXT_PLAN: AtomicU64 = AtomicU64::new(1 << 63);
 
 /// What the lanes of a node share.
@@ -70,12 +70,13 @@ pub(crate) struct Lanes {
 
 /// The reading side of a lane.
 struct Lane {
-    /// First, so that it is closed before the lane lets go of the engine (see [`crate::run`]).
+    /// The window, if there is one. The first field, so that it is closed before the lane lets go of the engine (see
+    /// [`crate::run`]).
     window: Option<Arc<dyn ExpertWindow>>,
     lanes: Arc<Lanes>,
     answers: UnboundedSender<Answer>,
     /// How many calls were read and not yet answered.
-    under_way: Arc<watch::Sender<usize>>,
+    in_flight: Arc<watch::Sender<usize>>,
     calls: Arc<Semaphore>,
     bytes: Arc<Semaphore>,
     /// Plans of this lane: their names on the lane, and within the node. Several coordinators may use the same.
@@ -88,11 +89,11 @@ pub(crate) fn open(
     requests: Streaming<LaneRequest>,
 ) -> impl Stream<Item = Result<LaneResponse, Status>> + Send + 'static {
     let (answers, outgoing) = unbounded_channel();
-    let (under_way, watched) = watch::channel(0);
-    let under_way = Arc::new(under_way);
+    let (in_flight, watched) = watch::channel(0);
+    let in_flight = Arc::new(in_flight);
     let (calls, bytes) = (lanes.limits.lane_calls_max, bytes_permits(lanes.limits.lane_bytes_max));
     let (calls, bytes) = (Arc::new(Semaphore::new(calls)), Arc::new(Semaphore::new(bytes as usize)));
-    let lane = Lane { window: None, lanes, answers, under_way, calls, bytes, plans: BTreeMap::new() };
+    let lane = Lane { window: None, lanes, answers, in_flight, calls, bytes, plans: BTreeMap::new() };
     tokio::spawn(lane.read(requests));
     stream::unfold(Responses::new(outgoing, watched), Responses::next)
 }
@@ -136,12 +137,12 @@ impl Lane {
         // A call larger than the limit by itself goes when nothing else is in flight.
         let received = Instant::now();
         let bytes = bytes_permits(activations.payload.len().min(self.lanes.limits.lane_bytes_max));
-        let under_way = UnderWay::begin(&self.under_way);
+        let in_flight = CallInFlight::begin(&self.in_flight);
         let permits = async {
             let call = self.calls.clone().acquire_owned().await.ok()?;
             let bytes = self.bytes.clone().acquire_many_owned(bytes).await.ok()?;
             let node = self.lanes.calls.clone().acquire_owned().await.ok()?;
-            Some(Permits::new([call, bytes, node], under_way))
+            Some(Permits::new([call, bytes, node], in_flight))
         };
         let Some(permits) = permits.await else { return }; // Nobody closes these semaphores.
         let answers = self.answers.clone();
@@ -224,7 +225,7 @@ impl Lane {
     }
 }
 
-/// What was offered, as devices know it.
+/// The handle of an offered window, as devices know it.
 fn handle(offered: wire::Window) -> WindowHandle {
     let wire::Window { machine, handle, rows, dtype } = offered;
     let dtype = match dtype {

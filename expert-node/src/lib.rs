@@ -5,10 +5,11 @@
 //! Invariant: knows no other kind of node; what it decides about memory comes from
 //! [`sida_routing::residency`], what it computes from [`sida_model::expert`].
 //!
-//! In reading order: [`config`], [`source`] (where experts come from), `slots` (where they go), `cache` (who may
-//! touch which slot), `loader` (ahead of use), `placed` (for the placement), `compute` and `device_compute` (one call),
-//! [`engine`] (all of that), `call_queue`, `lane` with its `responses` and `stale` epochs, and `service` (the network), `measures`,
-//! [`error`].
+//! In reading order: [`config`]; [`source`] says where experts come from, `slots` is the memory they are loaded into,
+//! and `cache` says who may touch which slot; `prefetch` loads experts ahead of use, and `follow_placement` those that
+//! are placed here; `compute` and `device_compute` answer a call, and [`engine`] holds all of that. From the network,
+//! `service` opens a `lane`, whose calls wait in the `call_queue`; `epochs` refuses those of an old placement, and
+//! `responses` go back. `measures` are the metrics, [`error`] says why a node does not start.
 
 mod cache;
 mod call_queue;
@@ -16,16 +17,16 @@ mod compute;
 pub mod config;
 mod device_compute;
 pub mod engine;
+mod epochs;
 pub mod error;
+mod follow_placement;
 mod lane;
-mod loader;
 mod measures;
-mod placed;
+mod prefetch;
 mod responses;
 mod service;
 mod slots;
 pub mod source;
-mod stale;
 
 use std::{
     sync::Arc,
@@ -54,13 +55,13 @@ pub use engine::Engine;
 pub use error::ExpertNodeError;
 pub use service::MODEL_DIGEST_METADATA;
 
-use crate::{call_queue::Job, lane::Lanes, service::ExpertsService, stale::Epochs};
+use crate::{call_queue::Job, epochs::Epochs, lane::Lanes, service::ExpertsService};
 
-/// The service that health speaks of.
+/// The service whose health is checked.
 const SERVICE: &str = "sida.v1.Experts";
 
-/// A node whose threads have answered nobody for so long has to be started again, as one whose device is lost; calls end
-/// well before.
+/// A node whose threads have answered nobody for so long has to be started again, as one whose device is lost; calls
+/// end well before.
 const STUCK_LIMIT: Duration = Duration::from_secs(300);
 
 /// How long a node that ends waits for those that still use its experts.
@@ -90,7 +91,7 @@ pub async fn run(
     // Ends with the node: what is dropped is aborted.
     let mut following = JoinSet::new();
     if !cluster.is_fixed() || engine.has_device() {
-        following.spawn(placed::follow(engine.clone(), cluster.clone(), config.node.clone()));
+        following.spawn(follow_placement::follow(engine.clone(), cluster.clone(), config.node.clone()));
     }
     let served = serve(engine.clone(), &config, listener, cluster, shutdown).await;
     following.shutdown().await;
@@ -98,9 +99,9 @@ pub async fn run(
     served
 }
 
-/// Waits until nobody else holds the engine, and drops it, so that its device is given back before the process ends, and the
-/// driver in it: threads that compute and lanes let go of it when they notice that the node has. A device that hangs keeps
-/// nobody for ever.
+/// Waits until nobody else holds the engine, and drops it, so that its device is given back before the process ends,
+/// and the driver in it: threads that compute and lanes let go of it when they notice that the node has. A device that
+/// hangs keeps nobody for ever.
 async fn give_back(engine: Arc<Engine>) {
     let node = engine.node().clone();
     let given_back = async {

@@ -1,6 +1,6 @@
-//! What an expert-node tells Prometheus: its handles on the metrics of [`sida_telemetry::names`], labelled with
+//! The metrics of an expert-node: handles on those of [`sida_telemetry::names`], labelled with
 //! the node's name since one process may hold several. Counters move as things happen; gauges that need a look
-//! at every expert are set once a second by [`crate::loader`].
+//! at every expert are set once a second by [`crate::prefetch`].
 
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ pub(crate) struct Measures {
     expert_bytes: u64,
     resident_bytes: Gauge,
     idle_bytes: Gauge,
-    /// By layer.
+    /// One for each layer.
     resident: Vec<Gauge>,
     demand: LoadMeasures,
     prefetch: LoadMeasures,

@@ -1,5 +1,4 @@
 //! What leaves on a lane: answers in the order in which they are found, and signs of life while there are none.
-//! Polled by the connection of [`crate::lane`].
 //!
 //! A sign of life is made when the connection asks for the next message, never queued: a reader that takes
 //! nothing makes nothing grow.
@@ -14,26 +13,26 @@ use tonic::Status;
 /// times as long.
 const HEARTBEAT: Duration = Duration::from_millis(25);
 
-/// An answer, and what it holds of its lane's and its node's limits.
+/// An answer, with the permits that its call takes of the limits of its lane and its node.
 pub(crate) struct Answer {
     response: Result<LaneResponse, Status>,
     _permits: Option<Permits>,
 }
 
-/// A call in flight.
+/// The permits of a call in flight.
 pub(crate) struct Permits {
     /// One of the lane's calls, its bytes, one of the node's calls.
     _held: [OwnedSemaphorePermit; 3],
-    _under_way: UnderWay,
+    _in_flight: CallInFlight,
 }
 
-/// A call that was read and is not answered. Counts itself.
-pub(crate) struct UnderWay(Arc<watch::Sender<usize>>);
+/// Counts a call from when it is read until it is answered.
+pub(crate) struct CallInFlight(Arc<watch::Sender<usize>>);
 
 /// The sending side of a lane.
 pub(crate) struct Responses {
     answers: UnboundedReceiver<Answer>,
-    under_way: watch::Receiver<usize>,
+    in_flight: watch::Receiver<usize>,
 }
 
 impl Answer {
@@ -42,7 +41,7 @@ impl Answer {
         Self { response: Ok(LaneResponse { kind: Some(Kind::Results(results)) }), _permits: Some(permits) }
     }
 
-    /// What becomes of an offer.
+    /// The answer to the offer of a window.
     pub(crate) fn window(window: v1::Window) -> Self {
         Self { response: Ok(LaneResponse { kind: Some(Kind::Window(window)) }), _permits: None }
     }
@@ -54,51 +53,51 @@ impl Answer {
 }
 
 impl Permits {
-    pub(crate) fn new(held: [OwnedSemaphorePermit; 3], under_way: UnderWay) -> Self {
-        Self { _held: held, _under_way: under_way }
+    pub(crate) fn new(held: [OwnedSemaphorePermit; 3], in_flight: CallInFlight) -> Self {
+        Self { _held: held, _in_flight: in_flight }
     }
 }
 
-impl UnderWay {
-    /// One more call.
+impl CallInFlight {
+    /// Counts one more call.
     pub(crate) fn begin(count: &Arc<watch::Sender<usize>>) -> Self {
         count.send_modify(|count| *count += 1);
         Self(count.clone())
     }
 }
 
-impl Drop for UnderWay {
+impl Drop for CallInFlight {
     fn drop(&mut self) {
         self.0.send_modify(|count| *count -= 1);
     }
 }
 
 impl Responses {
-    pub(crate) fn new(answers: UnboundedReceiver<Answer>, under_way: watch::Receiver<usize>) -> Self {
-        Self { answers, under_way }
+    pub(crate) fn new(answers: UnboundedReceiver<Answer>, in_flight: watch::Receiver<usize>) -> Self {
+        Self { answers, in_flight }
     }
 
     /// The next message. `None` once nobody can send one.
     pub(crate) async fn next(mut self) -> Option<(Result<LaneResponse, Status>, Self)> {
-        let Self { answers, under_way } = &mut self;
+        let Self { answers, in_flight } = &mut self;
         let response = tokio::select! {
             biased;
             answer = answers.recv() => answer?.response,
-            () = quiet(under_way) => Ok(LaneResponse { kind: Some(Kind::Alive(v1::Alive {})) }),
+            () = quiet(in_flight) => Ok(LaneResponse { kind: Some(Kind::Alive(v1::Alive {})) }),
         };
         Some((response, self))
     }
 }
 
 /// Ends when nothing was sent for a while although calls are under way.
-async fn quiet(under_way: &mut watch::Receiver<usize>) {
+async fn quiet(in_flight: &mut watch::Receiver<usize>) {
     loop {
-        if under_way.wait_for(|count| *count > 0).await.is_err() {
+        if in_flight.wait_for(|count| *count > 0).await.is_err() {
             // The lane has ended; the channel of answers says so.
             return std::future::pending().await;
         }
         tokio::time::sleep(HEARTBEAT).await;
-        if *under_way.borrow() > 0 {
+        if *in_flight.borrow() > 0 {
             return;
         }
     }
@@ -125,7 +124,7 @@ mod tests {
 
         let (answers_again, outgoing) = unbounded_channel::<Answer>();
         let mut responses = Responses::new(outgoing, count.subscribe());
-        let call = UnderWay::begin(&count);
+        let call = CallInFlight::begin(&count);
         let start = Instant::now();
         for _ in 0..3 {
             let (response, rest) = timeout(Duration::from_secs(5), responses.next()).await.unwrap().unwrap();

@@ -1,5 +1,4 @@
-//! `sida.v1.Experts`: opens lanes for coordinators of the same model, and tells what the node holds. Put on the
-//! network by [`crate::run`].
+//! Serves `sida.v1.Experts`: opens lanes for coordinators of the same model, and tells what the node holds.
 
 use std::{pin::Pin, sync::Arc};
 

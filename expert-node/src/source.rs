@@ -1,5 +1,5 @@
-//! Where experts come from. The node's is the model's [`ExpertStore`]; tests bring their own, to make loads
-//! slow or fail. Read by [`crate::cache`].
+//! Where experts are loaded from. A node loads from its model's [`ExpertStore`]; tests bring sources of their own, to
+//! make loads slow or fail.
 
 use sida_model::{ExpertShape, ExpertStore, ModelError};
 use sida_routing::{Digest, ExpertKey};

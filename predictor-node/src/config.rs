@@ -1,4 +1,4 @@
-//! What a predictor-node is told when it starts: by the command line and by tests.
+//! The configuration of a predictor-node: set by the command line and by tests.
 
 use std::{fmt, sync::Arc};
 
@@ -9,14 +9,14 @@ use sida_model::{
 use sida_routing::NodeId;
 use sida_rpc::ServerConfig;
 
-/// Everything a predictor-node needs to know.
+/// Everything a predictor-node needs to know at its start.
 #[derive(Clone)]
 pub struct PredictorNodeConfig {
-    /// Its name in the cluster.
+    /// The node's name in the cluster.
     pub node: NodeId,
     /// What the predictor knows of the model: bounds what may be asked.
     pub shape: PredictorShape,
-    /// What it serves.
+    /// The predictor that the node serves.
     pub predictor: Arc<dyn HashPredictor>,
     /// Bounds on what others can ask of it.
     pub limits: PredictorLimits,

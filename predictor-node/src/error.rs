@@ -4,7 +4,7 @@ use sida_routing::NodeId;
 use sida_rpc::ServerError;
 use thiserror::Error;
 
-/// Ends the node.
+/// Why a predictor-node ends.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 #[allow(missing_docs)]

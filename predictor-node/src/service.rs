@@ -1,5 +1,5 @@
-//! `sida.v1.Predictor`: a call is checked, waits for one of the computing threads, is predicted there, and
-//! answered. Prediction is arithmetic of milliseconds, so it never runs on a thread of the runtime.
+//! Serves `sida.v1.Predictor`: a call is checked, waits for one of the computing threads, is predicted there, and
+//! answered. A prediction computes for milliseconds, so it never runs on a thread of the runtime.
 
 use std::{sync::Arc, time::Instant};
 
@@ -22,10 +22,10 @@ use crate::config::PredictorLimits;
 /// Serves one predictor. Clones share it.
 #[derive(Clone)]
 pub(crate) struct PredictorService {
-    shared: Arc<Shared>,
+    inner: Arc<Inner>,
 }
 
-struct Shared {
+struct Inner {
     predictor: Arc<dyn HashPredictor>,
     shape: PredictorShape,
     limits: PredictorLimits,
@@ -51,22 +51,22 @@ impl PredictorService {
         };
         let calls = Arc::new(Semaphore::new(limits.calls_max));
         let threads = Arc::new(Semaphore::new(limits.threads.max(1)));
-        Self { shared: Arc::new(Shared { predictor, shape, limits, bounds, calls, threads }) }
+        Self { inner: Arc::new(Inner { predictor, shape, limits, bounds, calls, threads }) }
     }
 
     /// Predicts one token: passes only if a caller's prediction would.
     pub(crate) async fn check(self) -> Result<(), String> {
-        let shape = &self.shared.shape;
+        let shape = &self.inner.shape;
         let stack = if shape.encoder_layers.is_empty() { Stack::Decoder } else { Stack::Encoder };
         let states = if stack == Stack::Decoder { vec![Bytes::new()] } else { Vec::new() };
-        let model = self.shared.predictor.model_digest();
+        let model = self.inner.predictor.model_digest();
         let request = PredictionRequest { model, stack, sequences: vec![vec![0]], states };
         self.compute(request, None).await.map(|_| ()).map_err(|fault| fault.to_string())
     }
 
     /// Refuses what this predictor cannot answer, and more work than a call may ask for.
     fn admit(&self, request: &PredictionRequest) -> Result<(), Fault> {
-        let Shared { predictor, shape, limits, .. } = &*self.shared;
+        let Inner { predictor, shape, limits, .. } = &*self.inner;
         let (expected, found) = (predictor.model_digest(), request.model);
         if found != expected {
             let message = format!("this node predicts for model {expected}, the call is for {found}");
@@ -87,15 +87,15 @@ impl PredictorService {
     /// Predicts on a thread of its own, when one is free.
     async fn compute(&self, request: PredictionRequest, trace: Option<TraceContext>) -> Result<Prediction, Fault> {
         let shutting_down = |_| Fault::new(Reason::ShuttingDown, "this node is shutting down");
-        let thread = self.shared.threads.clone().acquire_owned().await.map_err(shutting_down)?;
-        let shared = self.shared.clone();
+        let thread = self.inner.threads.clone().acquire_owned().await.map_err(shutting_down)?;
+        let inner = self.inner.clone();
         let computed = task::spawn_blocking(move || {
             // Held to the end of the work even when the caller has gone: the thread is busy that long.
             let _thread = thread;
             let tokens: usize = request.sequences.iter().map(Vec::len).sum();
             let start = Instant::now();
             let _span = trace.map(|trace| Span::below(trace, "compute").with("sida.tokens", tokens as i64));
-            let prediction = predict(&*shared.predictor, &request);
+            let prediction = predict(&*inner.predictor, &request);
             histogram!(names::PREDICT_DURATION_SECONDS).record(start.elapsed());
             counter!(names::PREDICT_TOKENS_TOTAL).increment(tokens as u64);
             prediction
@@ -114,13 +114,13 @@ impl PredictorService {
 impl Predictor for PredictorService {
     async fn predict(&self, request: Request<v1::PredictRequest>) -> Result<Response<v1::PredictResponse>, Status> {
         let full = |_| {
-            let calls_max = self.shared.limits.calls_max;
+            let calls_max = self.inner.limits.calls_max;
             Fault::new(Reason::QueueFull, format!("{calls_max} calls are waiting")).with("calls_max", calls_max)
         };
-        let _call = self.shared.calls.try_acquire().map_err(full)?;
+        let _call = self.inner.calls.try_acquire().map_err(full)?;
         let trace = trace::context_of(&request);
         let malformed = |error| Fault::from_error(Reason::MalformedMessage, &error);
-        let request = request.into_inner().check(&self.shared.bounds).map_err(malformed)?;
+        let request = request.into_inner().check(&self.inner.bounds).map_err(malformed)?;
         self.admit(&request)?;
         let prediction = self.compute(request, trace).await?;
         Ok(Response::new(v1::PredictResponse::new(&prediction.tables, prediction.states)))
@@ -130,7 +130,7 @@ impl Predictor for PredictorService {
         &self,
         _: Request<v1::DescribePredictorRequest>,
     ) -> Result<Response<v1::DescribePredictorResponse>, Status> {
-        let predictor = &self.shared.predictor;
+        let predictor = &self.inner.predictor;
         Ok(Response::new(v1::DescribePredictorResponse {
             model_digest: predictor.model_digest().0.to_vec().into(),
             predictor_digest: predictor.digest().0.to_vec().into(),

@@ -12,8 +12,8 @@ use sida_proto::v1::{Finish, NodeStatus, Trace};
 
 use crate::{
     byte_size,
+    coordinator_client::ModelFacts,
     expert_picture::{self, LayerView, Style},
-    front_door::ModelFacts,
 };
 
 /// Everything the block tells about.

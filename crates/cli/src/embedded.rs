@@ -13,7 +13,7 @@ use crate::{
     arguments::{embedded::EmbeddedArguments, model::ModelArguments, predictor::PredictorArguments},
     bad_configuration::BadConfiguration,
     commands::{coordinator, expert_node},
-    front_door::FrontDoor,
+    coordinator_client::CoordinatorClient,
     loading_bar,
 };
 
@@ -65,8 +65,8 @@ impl EmbeddedCluster {
     }
 
     /// The way in.
-    pub(crate) fn door(&self) -> FrontDoor {
-        FrontDoor::Here(self.coordinator.clone())
+    pub(crate) fn client(&self) -> CoordinatorClient {
+        CoordinatorClient::InProcess(self.coordinator.clone())
     }
 
     /// Answers what was accepted, then ends every thread.

@@ -24,9 +24,9 @@ pub(crate) enum Style {
 /// One MoE layer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct LayerView {
-    /// Whether it is one of the encoder's.
+    /// Whether the layer is one of the encoder's.
     pub(crate) encoder: bool,
-    /// Its number within its stack, from 1.
+    /// The layer's number within its stack, from 1.
     pub(crate) number: usize,
     /// The experts that rows went to.
     pub(crate) woken: Vec<u32>,

@@ -2,7 +2,7 @@
 //!
 //! In reading order. What can be said on the command line: [`command_line`], [`settings_file`],
 //! [`arguments`], [`time_span`], [`bad_configuration`]. What it does: [`commands`]. What the commands share:
-//! [`model_dir`], [`text_file`], [`embedded`], [`front_door`], [`runtime`], [`shutdown`]. What a person sees:
+//! [`model_dir`], [`text_file`], [`embedded`], [`coordinator_client`], [`runtime`], [`shutdown`]. What a person sees:
 //! [`loading_bar`], [`byte_size`], [`plain_table`], [`expert_picture`], [`answer_report`],
 //! [`status_table`], [`watch_screen`].
 
@@ -12,9 +12,9 @@ mod bad_configuration;
 mod byte_size;
 mod command_line;
 mod commands;
+mod coordinator_client;
 mod embedded;
 mod expert_picture;
-mod front_door;
 mod loading_bar;
 mod model_dir;
 mod plain_table;

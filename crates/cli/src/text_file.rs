@@ -20,7 +20,7 @@ pub(crate) fn read(file: &Path) -> Result<String, BadConfiguration> {
     Ok(content)
 }
 
-/// Its lines that are not blank, of which there must be one.
+/// The lines of a file that are not blank. There must be at least one.
 pub(crate) fn lines(file: &Path) -> Result<Vec<String>, BadConfiguration> {
     let content = read(file)?;
     let lines = content.lines().map(str::trim_end).filter(|line| !line.is_empty());

@@ -7,14 +7,14 @@ use sida_model::RowsOnDevice;
 use sida_routing::{ExpertKey, Group, LayerId, PlacedGroup, Plan, PlanId};
 use thiserror::Error;
 
-/// Rows for experts of one layer.
+/// An expert call: rows for experts of one layer.
 #[derive(Clone, Copy, Debug)]
 pub struct ExpertCall<'a> {
     /// Which MoE layer.
     pub layer: LayerId,
     /// Consecutive rows by expert.
     pub groups: &'a [Group],
-    /// (sum of rows, d_model).
+    /// The rows, (sum of rows, d_model).
     pub activations: &'a [f32],
 }
 
@@ -50,7 +50,7 @@ pub enum CallError {
 pub struct ResidencyReport {
     /// Bytes of resident experts. Never above `budget_bytes`.
     pub resident_bytes: u64,
-    /// Bytes it may hold.
+    /// Bytes that the node may hold.
     pub budget_bytes: u64,
     /// Slots of one expert each.
     pub slots: u64,
@@ -74,8 +74,8 @@ pub trait LocalExperts: Send + Sync {
     fn release(&self, plan: PlanId);
     /// Computes the rows of one layer into `out`, (sum of rows, d_model), in the order of the call.
     fn compute(&self, call: ExpertCall<'_>, out: &mut [f32]) -> Result<CallReport, CallError>;
-    /// Starts computing these of the rows of a layer, which are grouped on a device, if its experts are there, too. `None`:
-    /// they are not. Waits for loads and not for the results.
+    /// Starts computing these of the rows of a layer, which are grouped on a device, if its experts are there, too.
+    /// `None`: they are not. Waits for loads and not for the results.
     fn compute_beside(
         &self,
         _layer: LayerId,
@@ -84,6 +84,6 @@ pub trait LocalExperts: Send + Sync {
     ) -> Option<Result<CallReport, CallError>> {
         None
     }
-    /// What it holds now.
+    /// What the node holds now.
     fn residency(&self) -> ResidencyReport;
 }

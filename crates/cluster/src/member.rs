@@ -32,13 +32,13 @@ pub enum Address {
 /// One member.
 #[derive(Clone, Debug)]
 pub struct Member {
-    /// Its name.
+    /// The member's name.
     pub node: NodeId,
-    /// What it does.
+    /// What the member does.
     pub role: Role,
-    /// How to reach it.
+    /// How to reach the member.
     pub address: Address,
-    /// Share of the experts it takes, relative to the other expert-nodes. Positive and finite.
+    /// Share of the experts that the member takes, relative to the other expert-nodes. Positive and finite.
     pub weight: f64,
 }
 

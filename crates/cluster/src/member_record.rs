@@ -14,9 +14,9 @@ pub const RECORD_BYTES_MAX: usize = 8 << 10;
 /// A member, and how far it is.
 #[derive(Clone, Debug)]
 pub struct MemberRecord {
-    /// Who it is and how it is reached.
+    /// The member's name, role and address.
     pub member: Member,
-    /// The model it serves.
+    /// The model that the member serves.
     pub model: Digest,
     /// What the newest placement places on it is loaded up to this epoch, as far as there is room.
     pub ready_epoch: u64,

@@ -19,9 +19,9 @@ pub enum Source {
 /// The membership as one node knows it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Membership {
-    /// Where it comes from.
+    /// Where the members come from.
     pub source: Source,
-    /// Who writes the placement. Nobody where it is fixed.
+    /// The coordinator that writes the placement; none where the membership is fixed.
     pub leader: Option<NodeId>,
     /// Up to which epoch each expert-node has loaded what is placed on it.
     pub ready: BTreeMap<NodeId, u64>,

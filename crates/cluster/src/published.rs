@@ -1,5 +1,5 @@
-//! What is published of a cluster and what its node says, between the handles ([`crate::Cluster`]) and whoever keeps
-//! the membership (nobody in a fixed cluster, the task of `etcd` else).
+//! The state that is published of a cluster, and what this node reports, between the handles ([`crate::Cluster`]) and
+//! the keeper of the membership (the task of `etcd`; in a fixed cluster there is none).
 //!
 //! The placement as it was written is kept beside the view that is cut to the members: a node that comes back finds
 //! what it held without anybody writing anything.
@@ -21,22 +21,23 @@ use crate::{
 };
 
 pub(crate) struct Published {
-    known: Mutex<Known>,
+    known: Mutex<KnownCluster>,
     views: watch::Sender<View>,
     /// The epoch up to which this node is ready.
     ready: watch::Sender<u64>,
     demand: Mutex<Demand>,
     /// Cancelled when this node wants to leave.
     leaving: CancellationToken,
-    /// Cancelled when it has.
+    /// Cancelled when this node has left.
     left: CancellationToken,
 }
 
-struct Known {
-    /// Whose experts are placed; `None`: nobody said.
+/// What is known of the cluster now.
+struct KnownCluster {
+    /// The model whose experts are placed; `None` where that is not known.
     model: Option<Digest>,
     members: Arc<[Member]>,
-    /// As it was written.
+    /// The placement as it was written.
     placement: Arc<Placement>,
     membership: Membership,
 }
@@ -52,7 +53,7 @@ impl Published {
         let (views, _) = watch::channel(View::of(members.clone(), &placement)?);
         let demand = Demand::new(placement.extent().moe_layers, placement.extent().num_experts);
         Ok(Self {
-            known: Mutex::new(Known { model: None, members, placement, membership }),
+            known: Mutex::new(KnownCluster { model: None, members, placement, membership }),
             views,
             ready: watch::channel(0).0,
             demand: Mutex::new(demand),
@@ -80,7 +81,7 @@ impl Published {
         self.known.lock().placement.clone()
     }
 
-    /// From another node: newer than what is known, of the same model.
+    /// Takes over a placement that another node knows, if it is newer than the known one and of the same model.
     pub(crate) fn adopt(&self, model: Digest, placement: Placement) -> bool {
         let mut known = self.known.lock();
         let own = known.model.unwrap_or(model);
@@ -93,8 +94,9 @@ impl Published {
         taken
     }
 
-    /// From the source of the membership: members, and the placement where there is one. An older placement than
-    /// what is known stays out: another node has told of a newer one, which will come here, too.
+    /// Takes over what the source of the membership has: members, and the placement where there is one. A placement
+    /// that is older than the known one is left out: another node has told of the newer one, which will come from the
+    /// source, too.
     pub(crate) fn take(&self, members: Vec<Member>, model: Digest, placement: Option<&Arc<Placement>>) {
         let mut known = self.known.lock();
         known.members = or_last_expert_nodes(members, &known.members).into();
@@ -109,7 +111,7 @@ impl Published {
         self.publish(&known);
     }
 
-    fn publish(&self, known: &Known) {
+    fn publish(&self, known: &KnownCluster) {
         match View::of(known.members.clone(), &known.placement) {
             Ok(view) => {
                 self.views.send_if_modified(|published| {
@@ -125,7 +127,7 @@ impl Published {
         }
     }
 
-    /// How the source stands.
+    /// Notes whether the source of the membership is connected.
     pub(crate) fn set_connected(&self, connected: bool) {
         self.known.lock().membership.source = Source::Etcd { connected };
     }

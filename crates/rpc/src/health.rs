@@ -1,9 +1,9 @@
 //! `grpc.health.v1`, backed by checks that do what the service does: a service is SERVING only while its check
 //! passes, and the whole node (service name "") only while all of them do. Put in place by [`crate::server`].
 //!
-//! Beside that stands [`LIVENESS`], for whoever decides whether to start a process again: it says SERVING from the first
-//! moment to the last, and NOT_SERVING only once the node's own work has stopped for good. What the node waits for (its
-//! model, etcd, other nodes) never makes it so: starting again would not help.
+//! Beside that stands [`LIVENESS`], for whoever decides whether to start a process again: it says SERVING from the
+//! first moment to the last, and NOT_SERVING only once the node's own work has stopped for good. What the node waits
+//! for (its model, etcd, other nodes) never makes it so: starting again would not help.
 
 use std::{
     future::Future,
@@ -44,10 +44,10 @@ pub(crate) type Alive = Box<dyn Fn() -> bool + Send + Sync>;
 
 /// Whether the node is SERVING, and alive, for those outside gRPC (`/readyz`, `/healthz`). Clones tell the same.
 #[derive(Clone, Debug, Default)]
-pub struct Readiness(Arc<State>);
+pub struct Readiness(Arc<ReadinessState>);
 
 #[derive(Debug, Default)]
-struct State {
+struct ReadinessState {
     is_ready: AtomicBool,
     is_dead: AtomicBool,
 }
@@ -79,7 +79,7 @@ pub(crate) struct Health {
     pub(crate) reporter: HealthReporter,
     pub(crate) readiness: Readiness,
     pub(crate) checks: Vec<Check>,
-    /// `None`: always.
+    /// Whether the node's own work still goes on; `None` where that is not checked.
     pub(crate) is_alive: Option<Alive>,
     /// Time between two rounds of checks, and the longest that one check may take.
     pub(crate) period: Duration,

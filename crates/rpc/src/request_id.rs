@@ -1,4 +1,4 @@
-//! The name of a request: `x-request-id` as the caller gave it, or a new one. It is echoed in the response, put
+//! The id of a request: `x-request-id` as the caller gave it, or a new one. It is echoed in the response, put
 //! on every log line of the call, and passed on by handlers. Put in place by [`crate::server`].
 
 use std::{

@@ -98,7 +98,7 @@ impl Reason {
         self.row().1
     }
 
-    /// Its name on the wire.
+    /// The reason's name on the wire.
     pub fn name(self) -> &'static str {
         self.row().2
     }

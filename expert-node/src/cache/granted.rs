@@ -1,5 +1,4 @@
-//! What the residency machine grants to calls and to the prefetch thread, as values that give themselves back. Made by
-//! [`crate::cache`].
+//! What the residency machine grants to calls and to the prefetch thread, as values that give themselves back.
 
 use std::{sync::Arc, time::Instant};
 
@@ -17,7 +16,7 @@ pub(crate) enum Granted<'c> {
     Ready(Pinned<'c>),
     /// To be loaded by this call.
     ToLoad(Unfilled<'c>),
-    /// Being loaded by somebody else.
+    /// Being loaded by another call or by the prefetch thread.
     LoadedByOther(Loading<'c>),
 }
 
@@ -28,12 +27,12 @@ pub(crate) struct Pinned<'c> {
 }
 
 impl Pinned<'_> {
-    /// Where it is.
+    /// The slot of the expert.
     pub(crate) fn slot(&self) -> usize {
         self.slot.index()
     }
 
-    /// Its weights. Panics if they are on a device.
+    /// The weights of the expert. Panics if they are on a device.
     pub(crate) fn weights(&self) -> &[u8] {
         let Memory::Host(slab) = &self.cache.memory else { panic!("weights on a device are the device's to read") };
         // SAFETY: a `Pinned` is made when the machine grants a resident slot with a pin, or when its load is
@@ -42,7 +41,7 @@ impl Pinned<'_> {
     }
 }
 
-/// As [`Pinned`], for whoever outlives the call: a device that is not through with it.
+/// A [`Pinned`] expert for an owner that outlives the call, such as a device that still computes with it.
 pub(crate) struct Kept {
     cache: Arc<ExpertCache>,
     slot: SlotId,
@@ -55,10 +54,10 @@ impl Drop for Kept {
 }
 
 impl Pinned<'_> {
-    /// The same pin, of the cache that it is of.
+    /// The same pin as a value that borrows nothing; `cache` is the cache that the pin is of.
     pub(crate) fn keep(self, cache: &Arc<ExpertCache>) -> Kept {
         let slot = self.slot;
-        std::mem::forget(self); // Its pin goes on.
+        std::mem::forget(self); // The pin goes on in the value that is returned.
         Kept { cache: cache.clone(), slot }
     }
 }
@@ -88,7 +87,7 @@ impl<'c> Unfilled<'c> {
         self.key
     }
 
-    /// Starts the load where that is another's work, a device's.
+    /// Starts the load where a device does it.
     pub(crate) fn begin(&mut self) -> Result<(), ModelError> {
         self.begun = Instant::now();
         let urgency = match self.kind {
@@ -107,19 +106,20 @@ impl<'c> Unfilled<'c> {
         let quick = match &self.cache.memory {
             Memory::Host(slab) => {
                 let start = Instant::now();
-                // SAFETY: the machine gave this slot to this load alone, and reports of it come from here and drop only.
+                // SAFETY: the machine gave this slot to this load alone, and reports of it come from here and drop
+                // only.
                 let bytes = unsafe { slab.bytes_mut(self.slot) };
                 self.cache.source.load(self.key, bytes)?;
                 start.elapsed() < QUICK_LOAD
             }
             Memory::Device(device) => {
                 device.finish_load(self.slot.index())?;
-                false // Copied while processors compute: always worth beginning early.
+                false // A copy to a device runs while processors compute, so it is always worth beginning early.
             }
         };
         self.cache.measures.loaded(self.kind, self.begun.elapsed());
         let (cache, key, slot, kind) = (self.cache, self.key, self.slot, self.kind);
-        std::mem::forget(self); // It did not fail.
+        std::mem::forget(self); // Dropping it would report a failed load.
         cache.change(|residency| {
             residency.note_pace(key, quick);
             residency.loaded(slot);
@@ -128,7 +128,7 @@ impl<'c> Unfilled<'c> {
         Ok((kind == LoadKind::Demand).then(|| Pinned { cache, slot }))
     }
 
-    /// Both.
+    /// Loads the expert: [`Self::begin`], then [`Self::finish`].
     pub(crate) fn fill(mut self) -> Result<Option<Pinned<'c>>, ModelError> {
         self.begin()?;
         self.finish()
@@ -158,7 +158,7 @@ impl<'c> Loading<'c> {
                 Awaited::Loaded => {
                     let (cache, slot) = (self.cache, self.grant.slot);
                     drop(state);
-                    std::mem::forget(self); // Its pin goes on.
+                    std::mem::forget(self); // The pin goes on in the value that is returned.
                     return Some(Pinned { cache, slot });
                 }
                 Awaited::Failed => {

@@ -30,8 +30,8 @@ pub(crate) struct MembershipArguments {
     etcd: EtcdArguments,
 }
 
-/// This node.
-pub(crate) struct Own {
+/// The member of the cluster that this process is.
+pub(crate) struct OwnMember {
     pub(crate) node: NodeId,
     /// Where to listen.
     pub(crate) address: String,
@@ -45,10 +45,10 @@ impl MembershipArguments {
     }
 
     /// This node, which must have this role where a file says who has which.
-    pub(crate) fn member(&self, role: Role) -> Result<Own, BadConfiguration> {
+    pub(crate) fn member(&self, role: Role) -> Result<OwnMember, BadConfiguration> {
         let Some(static_file) = self.source()? else {
             let address = self.listen.clone().unwrap_or_else(|| LISTEN_DEFAULT.to_owned());
-            return Ok(Own { node: self.name.as_str().into(), address, role });
+            return Ok(OwnMember { node: self.name.as_str().into(), address, role });
         };
         let (file, shown) = (StaticFile::open(static_file).map_err(refused)?, static_file.display());
         let member = file.member(&shown.to_string(), &self.name).map_err(refused)?;
@@ -57,14 +57,14 @@ impl MembershipArguments {
             return Err(BadConfiguration::new(format!("{shown}: {name} has role {found}, expected {role}")));
         }
         let address = self.listen.clone().unwrap_or_else(|| member.address.to_string());
-        Ok(Own { node: member.node.clone(), address, role })
+        Ok(OwnMember { node: member.node.clone(), address, role })
     }
 
     /// The cluster: that of the file, its experts placed; or that in etcd, with `own` as a member that is reached at
     /// `bound` unless --advertise says otherwise. Must be called in the runtime.
     pub(crate) fn cluster(
         &self,
-        own: &Own,
+        own: &OwnMember,
         bound: SocketAddr,
         model: (&ModelConfig, Digest),
         weight: f64,

@@ -45,7 +45,7 @@ impl PredictorArguments {
             return local(&file, checkpoint);
         }
         if may_have_nodes {
-            return Ok(PredictorSource::Nodes); // They may come later.
+            return Ok(PredictorSource::Nodes); // Predictor-nodes may join later.
         }
         tracing::info!("{} does not exist: nothing is preloaded; `sida train-predictor` makes one", file.display());
         Ok(PredictorSource::Off)

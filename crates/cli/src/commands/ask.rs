@@ -18,9 +18,9 @@ use crate::{
         connection::ConnectionArguments, embedded::EmbeddedArguments, generation::GenerationArguments,
         model::ModelArguments, predictor::PredictorArguments, routing::RoutingArguments,
     },
+    coordinator_client::{CoordinatorClient, ModelFacts},
     embedded::EmbeddedCluster,
     expert_picture::Style,
-    front_door::{FrontDoor, ModelFacts},
     runtime,
 };
 
@@ -52,7 +52,7 @@ pub(crate) struct AskArguments {
 
 /// Who answers, and how long it took to be ready.
 struct Answerer {
-    door: FrontDoor,
+    client: CoordinatorClient,
     /// Kept until the answer is there. None when somebody else's cluster answers.
     cluster: Option<EmbeddedCluster>,
     ready_after: Duration,
@@ -63,9 +63,9 @@ pub(crate) fn run(arguments: AskArguments) -> anyhow::Result<ExitCode> {
     arguments.model.start_threads()?;
     runtime::run(async {
         let answerer = answerer(&arguments).await?;
-        let model = answerer.door.model().await?;
-        let (text, finish) = answer(&answerer.door, &arguments).await?;
-        let nodes = answerer.door.status().await?.nodes;
+        let model = answerer.client.model().await?;
+        let (text, finish) = answer(&answerer.client, &arguments).await?;
+        let nodes = answerer.client.status().await?.nodes;
         let report = AnswerReport { model: &model, finish: &finish, nodes: &nodes };
         if arguments.json {
             writeln!(io::stdout(), "{}", as_json(&text, &model, &finish, &report, answerer.ready_after))?;
@@ -82,17 +82,17 @@ pub(crate) fn run(arguments: AskArguments) -> anyhow::Result<ExitCode> {
 async fn answerer(arguments: &AskArguments) -> anyhow::Result<Answerer> {
     let start = Instant::now();
     if let Some(endpoint) = &arguments.endpoint {
-        let door = FrontDoor::connect(endpoint, &arguments.connection).await?;
-        return Ok(Answerer { door, cluster: None, ready_after: start.elapsed() });
+        let client = CoordinatorClient::connect(endpoint, &arguments.connection).await?;
+        return Ok(Answerer { client, cluster: None, ready_after: start.elapsed() });
     }
     let cluster =
         EmbeddedCluster::start(&arguments.model, &arguments.predictor, &arguments.embedded, None, |_| {}).await?;
-    Ok(Answerer { door: cluster.door(), cluster: Some(cluster), ready_after: start.elapsed() })
+    Ok(Answerer { client: cluster.client(), cluster: Some(cluster), ready_after: start.elapsed() })
 }
 
 /// The whole answer; printed token by token unless JSON is wanted.
-async fn answer(door: &FrontDoor, arguments: &AskArguments) -> anyhow::Result<(String, Finish)> {
-    let mut tokens = door.generate(arguments.generation.params(arguments.text.clone(), arguments.routing)).await?;
+async fn answer(client: &CoordinatorClient, arguments: &AskArguments) -> anyhow::Result<(String, Finish)> {
+    let mut tokens = client.generate(arguments.generation.params(arguments.text.clone(), arguments.routing)).await?;
     let mut text = String::new();
     let mut finish = None;
     while let Some(token) = tokens.try_next().await? {

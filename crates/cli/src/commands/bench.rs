@@ -173,10 +173,10 @@ type Answering = BoxFuture<'static, Result<Sample, String>>;
 
 /// What [`load::run`] calls: the request of a number.
 fn request_of(subject: &Subject, workload: &Arc<Workload>) -> Arc<impl Fn(u64) -> Answering + use<>> {
-    let (door, workload) = (subject.door.clone(), workload.clone());
+    let (client, workload) = (subject.client.clone(), workload.clone());
     Arc::new(move |number| {
-        let (door, workload) = (door.clone(), workload.clone());
-        let answer = async move { workload.ask(&door, number).await };
+        let (client, workload) = (client.clone(), workload.clone());
+        let answer = async move { workload.ask(&client, number).await };
         Box::pin(async { answer.await.map_err(|status| format!("{:?}: {}", status.code(), status.message())) }) as _
     })
 }

@@ -31,7 +31,7 @@ pub(crate) struct InspectArguments {
 
 /// Bytes and tensors of one part of a model.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-struct Part {
+struct PartSize {
     tensors: u64,
     bytes: u64,
 }
@@ -39,7 +39,7 @@ struct Part {
 /// What a checkpoint's headers say.
 #[derive(Debug, Default)]
 struct Contents {
-    parts: BTreeMap<&'static str, Part>,
+    parts: BTreeMap<&'static str, PartSize>,
     /// How many tensors are stored in which dtype.
     dtypes: BTreeMap<String, u64>,
 }

@@ -11,8 +11,8 @@ use serde_json::json;
 use sida_proto::v1::StatusResponse;
 
 use crate::{
-    arguments::connection::ConnectionArguments, expert_picture::Style, front_door::FrontDoor, runtime, status_table,
-    time_span, watch_screen::WatchScreen,
+    arguments::connection::ConnectionArguments, coordinator_client::CoordinatorClient, expert_picture::Style, runtime,
+    status_table, time_span, watch_screen::WatchScreen,
 };
 
 /// Show a cluster's nodes, placement, residency and hit rate
@@ -37,31 +37,31 @@ pub(crate) struct StatusArguments {
 /// Asks once, or again and again.
 pub(crate) fn run(arguments: StatusArguments) -> anyhow::Result<ExitCode> {
     runtime::run(async {
-        let door = FrontDoor::connect(&arguments.endpoint, &arguments.connection).await?;
+        let client = CoordinatorClient::connect(&arguments.endpoint, &arguments.connection).await?;
         if !arguments.watch {
-            print(&door.status().await?, &arguments)?;
+            print(&client.status().await?, &arguments)?;
             return Ok(ExitCode::SUCCESS);
         }
         let interval = arguments.interval.max(Duration::from_millis(50));
         if arguments.json || !io::stdout().is_terminal() {
             loop {
-                print(&door.status().await?, &arguments)?;
+                print(&client.status().await?, &arguments)?;
                 tokio::time::sleep(interval).await;
             }
         }
-        watch(&door, &arguments.endpoint, interval).await?;
+        watch(&client, &arguments.endpoint, interval).await?;
         Ok(ExitCode::SUCCESS)
     })
 }
 
 /// Shows the state on a screen of its own until somebody types q or Ctrl-C. A coordinator that does not answer is
 /// asked again: it may be restarting.
-async fn watch(door: &FrontDoor, endpoint: &str, interval: Duration) -> anyhow::Result<()> {
+async fn watch(client: &CoordinatorClient, endpoint: &str, interval: Duration) -> anyhow::Result<()> {
     let style = Style::of_stdout();
     let mut screen = WatchScreen::open()?;
     let mut state = String::new();
     loop {
-        let head = match door.status().await {
+        let head = match client.status().await {
             Ok(status) => {
                 state = status_table::draw_within(screen.columns(), &status, style);
                 format!("{endpoint} every {interval:?} · q ends")

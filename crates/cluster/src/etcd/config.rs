@@ -33,7 +33,7 @@ pub struct EtcdConfig {
     pub moves_per_minute: u32,
     /// TLS towards etcd. An endpoint without a scheme is reached by TLS where this is set.
     pub tls: Option<EtcdTls>,
-    /// Who asks.
+    /// The user that this node is to etcd, if etcd has users.
     pub user: Option<EtcdUser>,
 }
 
@@ -49,9 +49,9 @@ pub struct EtcdTls {
 /// A user of etcd.
 #[derive(Clone, Debug)]
 pub struct EtcdUser {
-    /// Its name.
+    /// The user's name.
     pub name: String,
-    /// The file with its password; the end of the line is none of it. Read at every connection.
+    /// The file with the password; the end of the line is none of it. Read at every connection.
     pub password_file: PathBuf,
 }
 

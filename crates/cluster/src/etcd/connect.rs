@@ -1,4 +1,4 @@
-//! A connection to one member of etcd. Called by `session` at its start; certificates and passwords are read anew
+//! Connects to one member of etcd. Certificates and passwords are read anew
 //! each time, so that they can be renewed on disk.
 
 use etcd_client::{Certificate, Client, ConnectOptions, Identity, TlsOptions};

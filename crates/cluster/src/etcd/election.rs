@@ -1,9 +1,8 @@
-//! Who writes the placement: the coordinator that put the leader key, for as long as its lease holds. Called by
-//! `session`.
+//! Elects the writer of the placement: the coordinator that put the leader key, for as long as its lease holds.
 
 use etcd_client::{Client, Compare, CompareOp, PutOptions, Txn, TxnOp};
 
-use super::{keys::Keys, lease::Lease, listing::Leader, session::Away};
+use super::{keys::Keys, lease::Lease, listing::Leader, session::ConnectionLost};
 use sida_routing::NodeId;
 
 /// Stands for leader. `None`: somebody else was first, which the watch will tell.
@@ -12,7 +11,7 @@ pub(super) async fn stand(
     keys: &Keys,
     node: &NodeId,
     lease: &Lease,
-) -> Result<Option<Leader>, Away> {
+) -> Result<Option<Leader>, ConnectionLost> {
     let put = TxnOp::put(keys.leader(), node.as_str(), Some(PutOptions::new().with_lease(lease.id)));
     let vacant = Compare::create_revision(keys.leader(), CompareOp::Equal, 0);
     let answer = client.txn(Txn::new().when([vacant]).and_then([put])).await?;
@@ -21,7 +20,7 @@ pub(super) async fn stand(
 }
 
 /// Gives the leadership back, if it is still this one.
-pub(super) async fn resign(client: &mut Client, keys: &Keys, leader: &Leader) -> Result<(), Away> {
+pub(super) async fn resign(client: &mut Client, keys: &Keys, leader: &Leader) -> Result<(), ConnectionLost> {
     let ours = Compare::create_revision(keys.leader(), CompareOp::Equal, leader.create_revision);
     client.txn(Txn::new().when([ours]).and_then([TxnOp::delete(keys.leader(), None)])).await?;
     Ok(())

@@ -19,7 +19,7 @@ use super::{
     EtcdConfig, EtcdError, Joining,
     lease::Lease,
     listing::Listing,
-    session::{self, Away},
+    session::{self, ConnectionLost},
 };
 use crate::{
     Cluster,
@@ -51,7 +51,7 @@ pub(super) struct Follower {
     writer: Option<Writer>,
     /// When the writer wants to decide again.
     decides_at: Option<Duration>,
-    /// Time is counted from here.
+    /// The moment from which time is counted.
     origin: Instant,
     /// Whether etcd was last told to be there; `None`: nothing was told yet.
     told: Option<bool>,
@@ -116,8 +116,8 @@ async fn follow(mut follower: Follower) {
         let was_leaving = leaving.is_cancelled();
         match session::run(&mut follower, endpoint).await {
             Ok(()) => break,
-            Err(away) => {
-                if follower.disconnected(endpoint, &away) {
+            Err(lost) => {
+                if follower.disconnected(endpoint, &lost) {
                     backoff = BACKOFF.0;
                 }
             }
@@ -134,8 +134,8 @@ async fn follow(mut follower: Follower) {
 }
 
 impl Follower {
-    pub(super) fn lease(&self) -> Result<Lease, Away> {
-        self.lease.clone().ok_or_else(|| Away::new("there is no lease"))
+    pub(super) fn lease(&self) -> Result<Lease, ConnectionLost> {
+        self.lease.clone().ok_or_else(|| ConnectionLost::new("there is no lease"))
     }
 
     /// A connection stands, and this was listed first.
@@ -149,7 +149,7 @@ impl Follower {
     }
 
     /// A connection ended, or did not come about; tells whether there was one.
-    fn disconnected(&mut self, endpoint: &str, away: &Away) -> bool {
+    fn disconnected(&mut self, endpoint: &str, lost: &ConnectionLost) -> bool {
         self.writer = None;
         gauge!(names::PLACEMENT_LEADER).set(0.0);
         gauge!(names::ETCD_CONNECTED).set(0.0);
@@ -157,9 +157,9 @@ impl Follower {
         let was_there = self.told == Some(true);
         if self.told.replace(false) != Some(false) {
             counter!(names::ETCD_DISCONNECTS_TOTAL).increment(1);
-            tracing::warn!(endpoint, reason = %away, "etcd is away; this node goes on with what it knows");
+            tracing::warn!(endpoint, reason = %lost, "etcd is away; this node goes on with what it knows");
         } else {
-            tracing::debug!(endpoint, reason = %away, "etcd is still away");
+            tracing::debug!(endpoint, reason = %lost, "etcd is still away");
         }
         was_there
     }
@@ -189,7 +189,7 @@ impl Follower {
         let ready = ours().map(|record| (record.member.node.clone(), record.ready_epoch)).collect();
         let mut members: Vec<Member> = ours().map(|record| record.member.clone()).collect();
         if !members.iter().any(|member| member.node == self.joining.member.node) {
-            members.push(self.joining.member.clone()); // It knows itself, whatever etcd knows of it.
+            members.push(self.joining.member.clone()); // This node is a member to itself, whatever etcd lists.
         }
         if std::mem::replace(&mut self.strangers, strangers) != strangers {
             let told = "members serve another model than this node and are not seen by it";

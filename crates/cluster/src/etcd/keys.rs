@@ -1,4 +1,4 @@
-//! What stands where in etcd: everything of one cluster under one prefix, so that several share an etcd and a role
+//! The keys of a cluster in etcd: everything of one cluster under one prefix, so that several share an etcd and a role
 //! can be given to exactly one.
 //!
 //! ```text
@@ -27,7 +27,7 @@ impl Keys {
         Self { prefix: format!("/sida/{cluster}/") }
     }
 
-    /// What all of them begin with.
+    /// The prefix of all keys.
     pub(super) fn prefix(&self) -> &str {
         &self.prefix
     }

@@ -10,14 +10,15 @@ use etcd_client::{Client, Error, LeaseKeepAliveStream, LeaseKeeper};
 use parking_lot::Mutex;
 use tokio::time;
 
-use super::session::Away;
+use super::session::ConnectionLost;
 
 /// A lease, and until when it holds for certain. Clones are the same one.
 #[derive(Clone, Debug)]
 pub(super) struct Lease {
     pub(super) id: i64,
     ttl: Duration,
-    /// By this node's clock, counted from before the last renewal was asked for.
+    /// Until when the lease holds for certain, by this node's clock: counted from before the last renewal was asked
+    /// for.
     valid_until: Arc<Mutex<Instant>>,
 }
 
@@ -50,7 +51,11 @@ fn certain(ttl: Duration) -> Duration {
 }
 
 /// Goes on with the lease there was if etcd still knows it, else gets a new one.
-pub(super) async fn hold(client: &mut Client, ttl: Duration, held: &mut Option<Lease>) -> Result<Renewal, Away> {
+pub(super) async fn hold(
+    client: &mut Client,
+    ttl: Duration,
+    held: &mut Option<Lease>,
+) -> Result<Renewal, ConnectionLost> {
     if let Some(lease) = held {
         let asked = Instant::now();
         match client.lease_keep_alive(lease.id).await {
@@ -73,7 +78,7 @@ pub(super) async fn hold(client: &mut Client, ttl: Duration, held: &mut Option<L
 }
 
 /// Renews a lease until that fails; says how. `patience` is for one answer.
-pub(super) async fn keep(mut renewal: Renewal, lease: Lease, patience: Duration) -> Away {
+pub(super) async fn keep(mut renewal: Renewal, lease: Lease, patience: Duration) -> ConnectionLost {
     let mut ticks = time::interval(lease.ttl / 4);
     ticks.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
     loop {
@@ -85,10 +90,10 @@ pub(super) async fn keep(mut renewal: Renewal, lease: Lease, patience: Duration)
         };
         match time::timeout(patience, renewed).await {
             Ok(Ok(Some(answer))) if answer.ttl() > 0 => lease.renewed(asked),
-            Ok(Ok(Some(_))) => return Away::new("the lease has run out"),
-            Ok(Ok(None)) => return Away::new("etcd ended the renewal of the lease"),
+            Ok(Ok(Some(_))) => return ConnectionLost::new("the lease has run out"),
+            Ok(Ok(None)) => return ConnectionLost::new("etcd ended the renewal of the lease"),
             Ok(Err(error)) => return error.into(),
-            Err(_) => return Away::new(format!("etcd did not renew the lease within {patience:?}")),
+            Err(_) => return ConnectionLost::new(format!("etcd did not renew the lease within {patience:?}")),
         }
     }
 }

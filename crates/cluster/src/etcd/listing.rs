@@ -30,7 +30,7 @@ pub(super) enum Change<'a> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Leader {
     pub(super) node: NodeId,
-    /// Names this leadership: another one of the same node has another.
+    /// The revision that made the key. It names this leadership: a later one of the same node has another.
     pub(super) create_revision: i64,
     pub(super) lease: i64,
 }
@@ -38,17 +38,17 @@ pub(super) struct Leader {
 /// The placement as it stands in etcd.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Stored {
-    /// `None`: there is none, or nobody can read it.
+    /// `None` where there is no placement, or none that can be read.
     pub(super) record: Option<Arc<PlacementRecord>>,
-    /// 0: there is none.
+    /// The revision of the last change; 0 where there is no placement.
     pub(super) mod_revision: i64,
 }
 
-/// See the file's head.
+/// What this node has read of the cluster's keys.
 #[derive(Clone, Debug)]
 pub(super) struct Listing {
     keys: Keys,
-    /// Everything up to this revision is known.
+    /// The revision up to which every change is known.
     pub(super) revision: i64,
     pub(super) members: BTreeMap<NodeId, MemberRecord>,
     pub(super) leader: Option<Leader>,

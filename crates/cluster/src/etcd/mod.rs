@@ -8,8 +8,8 @@
 //! needed for answering: while etcd is away the last view stays.
 //!
 //! In reading order: [`config`], [`error`], `keys` (what stands where), `listing` (what was read), `session` (one
-//! connection: `connect`, `lease`, `register`, `election`, `writer`), `follow` (the task that goes from one connection to
-//! the next). Who counts as a member, and what the writer writes, is decided by `sida_routing::membership`.
+//! connection: `connect`, `lease`, `register`, `election`, `writer`), `follow` (the task that goes from one connection
+//! to the next). Who counts as a member, and what the writer writes, is decided by `sida_routing::membership`.
 
 pub mod config;
 #[cfg(feature = "etcd")]
@@ -39,14 +39,14 @@ pub use error::EtcdError;
 
 use crate::{Cluster, Member};
 
-/// Who joins.
+/// A node that joins a cluster.
 #[derive(Clone, Debug)]
 pub struct Joining {
-    /// This node, as the others shall see it.
+    /// The node, as the others shall see it.
     pub member: Member,
-    /// The model it serves. Members of other models are not seen.
+    /// The model that the node serves. Members of other models are not seen.
     pub model: Digest,
-    /// The model's, and how many holders an expert shall have.
+    /// The extent of the model, and how many holders an expert shall have.
     pub extent: Extent,
 }
 

@@ -32,24 +32,25 @@ const FRESH: Duration = Duration::from_secs(1);
 
 /// Why a connection ended.
 #[derive(Debug)]
-pub(super) struct Away(String);
+pub(super) struct ConnectionLost(String);
 
-impl Away {
+impl ConnectionLost {
     pub(super) fn new(reason: impl Into<String>) -> Self {
         Self(reason.into())
     }
 }
 
-impl fmt::Display for Away {
+impl fmt::Display for ConnectionLost {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
 }
 
-impl From<etcd_client::Error> for Away {
+impl From<etcd_client::Error> for ConnectionLost {
     fn from(error: etcd_client::Error) -> Self {
         use std::error::Error as _;
-        // These say only what they are; what happened is their cause, which etcd-client does not pass on.
+        // The text of such an error names only its kind. What happened is in its causes, which etcd-client does not
+        // print.
         let (mut reason, mut cause) = match &error {
             etcd_client::Error::TransportError(error) => (error.to_string(), error.source()),
             etcd_client::Error::GRpcStatus(status) => (status.message().to_owned(), status.source()),
@@ -66,7 +67,7 @@ impl From<etcd_client::Error> for Away {
     }
 }
 
-impl From<ConnectError> for Away {
+impl From<ConnectError> for ConnectionLost {
     fn from(error: ConnectError) -> Self {
         match error {
             ConnectError::Config(error) => Self(error.to_string()),
@@ -75,7 +76,7 @@ impl From<ConnectError> for Away {
     }
 }
 
-/// What a connection is made of.
+/// A connection to etcd, and what was read by it.
 struct Session<'a> {
     follower: &'a mut Follower,
     client: Client,
@@ -85,7 +86,7 @@ struct Session<'a> {
     listed: Instant,
     /// The revision by which this node is listed.
     registered: i64,
-    /// The epoch that it said to be ready for.
+    /// The epoch that this node last reported ready for.
     said_ready: u64,
     patience: Duration,
     /// Whether this node is leaving and has taken itself off the list.
@@ -93,11 +94,11 @@ struct Session<'a> {
 }
 
 /// Follows etcd at `endpoint` until it is away, or this node has left.
-pub(super) async fn run(follower: &mut Follower, endpoint: &str) -> Result<(), Away> {
+pub(super) async fn run(follower: &mut Follower, endpoint: &str) -> Result<(), ConnectionLost> {
     let patience = follower.config.call_timeout();
     let mut client = within(patience, connect(&follower.config, endpoint)).await?;
     let renewal = within(patience, lease::hold(&mut client, follower.config.lease_ttl, &mut follower.lease)).await?;
-    // Ends with the session: what is dropped is aborted.
+    // Dropping the set aborts its tasks, so the renewal ends with the session.
     let mut renewing = JoinSet::new();
     renewing.spawn(lease::keep(renewal, follower.lease()?, patience));
 
@@ -142,11 +143,11 @@ pub(super) async fn run(follower: &mut Follower, endpoint: &str) -> Result<(), A
         }
         tokio::select! {
             ended = renewing.join_next() => {
-                return Err(ended.and_then(Result::ok).unwrap_or_else(|| Away::new("the lease is not renewed")));
+                return Err(ended.and_then(Result::ok).unwrap_or_else(|| ConnectionLost::new("the lease is not renewed")));
             }
             told = watch.message() => match session.take(told?)? {
-                Told::Changes => {}
-                Told::Compacted => {
+                WatchMessage::Changes => {}
+                WatchMessage::Compacted => {
                     tracing::info!("the watch is behind what etcd has compacted; listing anew");
                     session.relist().await?;
                     let from = session.listing.revision + 1;
@@ -166,8 +167,8 @@ pub(super) async fn run(follower: &mut Follower, endpoint: &str) -> Result<(), A
     }
 }
 
-/// What a message of the watch came to.
-enum Told {
+/// What a message of the watch brought.
+enum WatchMessage {
     Changes,
     Compacted,
 }
@@ -175,7 +176,7 @@ enum Told {
 impl Session<'_> {
     /// Brings what is known into force: publishes it, stands for leader, writes the placement. Tells when it has to
     /// be done again although nothing changes.
-    async fn settle(&mut self) -> Result<Option<Instant>, Away> {
+    async fn settle(&mut self) -> Result<Option<Instant>, ConnectionLost> {
         self.check_registration().await?;
         self.follower.publish(&self.listing);
         if self.follower.joining.member.role == Role::Coordinator && !self.off_the_list {
@@ -185,13 +186,13 @@ impl Session<'_> {
     }
 
     /// Whether this node is still listed as itself, with what it said last.
-    async fn check_registration(&mut self) -> Result<(), Away> {
+    async fn check_registration(&mut self) -> Result<(), ConnectionLost> {
         let own = &self.follower.joining.member;
         if self.off_the_list || self.listing.revision < self.registered {
             return Ok(());
         }
         match self.listing.members.get(&own.node) {
-            None => Err(Away::new("this node is no longer listed")),
+            None => Err(ConnectionLost::new("this node is no longer listed")),
             Some(record) if !record.member.address.is_same(&own.address) => {
                 let other = record.member.address.to_string();
                 self.follower.warn_of_twin(&other);
@@ -203,7 +204,7 @@ impl Session<'_> {
         }
     }
 
-    async fn register(&mut self, ready_epoch: u64) -> Result<(), Away> {
+    async fn register(&mut self, ready_epoch: u64) -> Result<(), ConnectionLost> {
         if self.off_the_list {
             return Ok(());
         }
@@ -215,7 +216,7 @@ impl Session<'_> {
     }
 
     /// Stands for leader where there is none; as the leader, writes the next placement if there is one to write.
-    async fn lead(&mut self) -> Result<(), Away> {
+    async fn lead(&mut self) -> Result<(), ConnectionLost> {
         let lease = self.follower.lease()?;
         if lease.may_have_run_out() {
             return Ok(()); // The renewal will tell whether it has.
@@ -263,13 +264,13 @@ impl Session<'_> {
         Ok(())
     }
 
-    fn take(&mut self, told: Option<WatchResponse>) -> Result<Told, Away> {
-        let Some(response) = told else { return Err(Away::new("etcd ended the watch")) };
+    fn take(&mut self, told: Option<WatchResponse>) -> Result<WatchMessage, ConnectionLost> {
+        let Some(response) = told else { return Err(ConnectionLost::new("etcd ended the watch")) };
         if response.compact_revision() > 0 {
-            return Ok(Told::Compacted);
+            return Ok(WatchMessage::Compacted);
         }
         if response.canceled() {
-            return Err(Away::new(format!("etcd ended the watch: {}", response.cancel_reason())));
+            return Err(ConnectionLost::new(format!("etcd ended the watch: {}", response.cancel_reason())));
         }
         // Not the revision of the answer's head: that is the store's, and a watch that catches up is behind it.
         let revisions = response.events().iter().filter_map(|event| event.kv().map(KeyValue::mod_revision));
@@ -282,10 +283,10 @@ impl Session<'_> {
             })
         });
         self.listing.apply(revision, changes);
-        Ok(Told::Changes)
+        Ok(WatchMessage::Changes)
     }
 
-    async fn relist(&mut self) -> Result<(), Away> {
+    async fn relist(&mut self) -> Result<(), ConnectionLost> {
         self.listed = Instant::now();
         self.listing = within(self.patience, list(&mut self.client, &self.keys)).await?;
         self.follower.relisted(&self.listing);
@@ -293,7 +294,7 @@ impl Session<'_> {
     }
 
     /// Gives back what this node holds in etcd, so that the others need not wait for the lease.
-    async fn get_off_the_list(&mut self) -> Result<(), Away> {
+    async fn get_off_the_list(&mut self) -> Result<(), ConnectionLost> {
         self.off_the_list = true;
         let lease = self.follower.lease()?;
         if let Some(leader) = self.listing.leader.clone().filter(|leader| leader.lease == lease.id) {
@@ -305,12 +306,12 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// Nothing hangs on it any more; should this fail, it runs out by itself.
+    /// Revokes the lease, on which nothing depends any more. If that fails, the lease runs out by itself.
     async fn give_back_lease(&mut self) {
         if let Some(lease) = self.follower.lease.take()
-            && let Err(away) = within(self.patience, self.client.lease_revoke(lease.id)).await
+            && let Err(lost) = within(self.patience, self.client.lease_revoke(lease.id)).await
         {
-            tracing::debug!(reason = %away, "the lease is left to run out");
+            tracing::debug!(reason = %lost, "the lease is left to run out");
         }
     }
 
@@ -323,14 +324,14 @@ impl Session<'_> {
 }
 
 /// Everything under the cluster's prefix.
-async fn list(client: &mut Client, keys: &Keys) -> Result<Listing, Away> {
+async fn list(client: &mut Client, keys: &Keys) -> Result<Listing, ConnectionLost> {
     let answer = client.get(keys.prefix(), Some(GetOptions::new().with_prefix())).await?;
     let revision = answer.header().map_or(0, |header| header.revision());
     Ok(Listing::new(keys, revision, answer.kvs().iter().map(entry)))
 }
 
 /// What changes under the cluster's prefix, from this revision on.
-async fn watch(client: &mut Client, keys: &Keys, from: i64) -> Result<WatchStream, Away> {
+async fn watch(client: &mut Client, keys: &Keys, from: i64) -> Result<WatchStream, ConnectionLost> {
     let options = WatchOptions::new().with_prefix().with_start_revision(from);
     Ok(client.watch(keys.prefix(), Some(options)).await?)
 }
@@ -346,13 +347,13 @@ fn entry(kv: &KeyValue) -> Entry<'_> {
 }
 
 /// An answer that has to come soon.
-async fn within<T, E>(patience: Duration, answer: impl Future<Output = Result<T, E>>) -> Result<T, Away>
+async fn within<T, E>(patience: Duration, answer: impl Future<Output = Result<T, E>>) -> Result<T, ConnectionLost>
 where
-    Away: From<E>,
+    ConnectionLost: From<E>,
 {
     match time::timeout(patience, answer).await {
         Ok(answer) => Ok(answer?),
-        Err(_) => Err(Away::new(format!("no answer within {patience:?}"))),
+        Err(_) => Err(ConnectionLost::new(format!("no answer within {patience:?}"))),
     }
 }
 

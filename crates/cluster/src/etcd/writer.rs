@@ -1,6 +1,6 @@
 //! Writes the placement, one step at a time. What to write is decided by `sida_routing`; that nobody else writes is
 //! decided by etcd: the transaction compares the leadership by which this node writes and the placement that it
-//! started from. Called by `session`.
+//! started from.
 
 use std::sync::Arc;
 
@@ -11,16 +11,16 @@ use sida_telemetry::{counter, names};
 use super::{
     keys::Keys,
     listing::{Leader, Stored},
-    session::Away,
+    session::ConnectionLost,
 };
 
-/// What became of a placement.
+/// What became of a placement that was to be written.
 pub(super) enum Written {
-    /// It is in force.
+    /// The placement is in force.
     As(Stored),
-    /// Somebody else leads, or has written since.
+    /// Another coordinator leads, or has written since.
     Refused,
-    /// It is more than anybody would read. Told to the log.
+    /// The placement is larger than any reader would take. The log says so.
     TooLarge,
 }
 
@@ -31,7 +31,7 @@ pub(super) async fn write(
     leader: &Leader,
     before: i64,
     record: PlacementRecord,
-) -> Result<Written, Away> {
+) -> Result<Written, ConnectionLost> {
     let bytes = match record.encode() {
         Ok(bytes) => bytes,
         Err(error) => {

@@ -18,8 +18,8 @@ use tokio::{
 use crate::{
     arguments::{embedded::EmbeddedArguments, model::ModelArguments, predictor::PredictorArguments},
     commands::coordinator,
+    coordinator_client::CoordinatorClient,
     embedded,
-    front_door::FrontDoor,
 };
 
 /// How long a node may take to say where it listens.
@@ -35,8 +35,8 @@ pub(crate) struct ProcessCluster {
 
 impl ProcessCluster {
     /// The way in.
-    pub(crate) fn door(&self) -> FrontDoor {
-        FrontDoor::Here(self.coordinator.clone())
+    pub(crate) fn client(&self) -> CoordinatorClient {
+        CoordinatorClient::InProcess(self.coordinator.clone())
     }
 
     /// Ends the coordinator, then the processes.

@@ -14,8 +14,8 @@ use crate::{
         predictor::PredictorArguments,
     },
     bad_configuration::BadConfiguration,
+    coordinator_client::CoordinatorClient,
     embedded::EmbeddedCluster,
-    front_door::FrontDoor,
 };
 
 /// What is measured.
@@ -39,8 +39,8 @@ pub(crate) struct SubjectArguments {
     /// Measure the cluster in this process, too, in turns with the one of --processes
     #[arg(long)]
     beside: bool,
-    /// With --processes on a GPU: measure them once more with rows that are sent, although nodes on this machine could read
-    /// them in its memory
+    /// With --processes on a GPU: measure them once more with rows that are sent, although nodes on this machine could
+    /// read them in its memory
     #[arg(long, requires = "processes")]
     send_rows: bool,
     /// Measure clusters of these budgets in turns, as 100%,25%
@@ -59,7 +59,7 @@ impl SubjectArguments {
 /// A cluster under measurement.
 pub(crate) struct Subject {
     pub(crate) label: String,
-    pub(crate) door: FrontDoor,
+    pub(crate) client: CoordinatorClient,
     cluster: Running,
 }
 
@@ -86,8 +86,8 @@ const BUDGETS_MAX: usize = 16;
 /// Starts what the flags describe.
 pub(crate) async fn start(arguments: &SubjectArguments) -> anyhow::Result<Vec<Subject>> {
     if let Some(endpoint) = &arguments.endpoint {
-        let door = FrontDoor::connect(endpoint, &arguments.connection).await?;
-        return Ok(vec![Subject { label: endpoint.clone(), door, cluster: Running::Elsewhere }]);
+        let client = CoordinatorClient::connect(endpoint, &arguments.connection).await?;
+        return Ok(vec![Subject { label: endpoint.clone(), client, cluster: Running::Elsewhere }]);
     }
     if arguments.budgets.len() > BUDGETS_MAX {
         let found = arguments.budgets.len();
@@ -118,21 +118,21 @@ pub(crate) async fn start(arguments: &SubjectArguments) -> anyhow::Result<Vec<Su
 async fn embedded(arguments: &SubjectArguments, budget: ExpertMemory, label: String) -> anyhow::Result<Subject> {
     let shape = EmbeddedArguments { expert_memory: budget, ..arguments.embedded.clone() };
     let cluster = EmbeddedCluster::start(&arguments.model, &arguments.predictor, &shape, None, |_| {}).await?;
-    Ok(Subject { label, door: cluster.door(), cluster: Running::Embedded(cluster) })
+    Ok(Subject { label, client: cluster.client(), cluster: Running::Embedded(cluster) })
 }
 
 async fn over_processes(arguments: &SubjectArguments, share_rows: bool) -> anyhow::Result<Subject> {
     let shape = EmbeddedArguments { expert_nodes: Some(arguments.processes), ..arguments.embedded.clone() };
     let cluster = processes::start(&arguments.model, &arguments.predictor, &shape, share_rows).await?;
     let label = format!("{} processes{}", arguments.processes, if share_rows { "" } else { ", rows sent" });
-    Ok(Subject { label, door: cluster.door(), cluster: Running::Processes(cluster) })
+    Ok(Subject { label, client: cluster.client(), cluster: Running::Processes(cluster) })
 }
 
 impl Subject {
     /// What its nodes hold and have loaded so far.
     pub(crate) async fn node_state(&self) -> anyhow::Result<NodeState> {
         let mut state = NodeState::default();
-        for node in self.door.status().await?.nodes.into_iter().filter_map(|node| node.residency) {
+        for node in self.client.status().await?.nodes.into_iter().filter_map(|node| node.residency) {
             state.resident_bytes += node.resident_bytes;
             state.budget_bytes += node.budget_bytes;
             state.loads.prefetched += node.prefetch_loads;
@@ -145,7 +145,7 @@ impl Subject {
     /// Ends what was started for it.
     pub(crate) async fn stop(self) {
         // The last way in, so that the coordinator leaves its expert-nodes before they end.
-        drop(self.door);
+        drop(self.client);
         match self.cluster {
             Running::Embedded(cluster) => cluster.stop().await,
             Running::Processes(cluster) => cluster.stop().await,

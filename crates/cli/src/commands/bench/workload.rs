@@ -13,7 +13,7 @@ use super::figures::Sample;
 use crate::{
     arguments::{generation::GenerationArguments, routing::RoutingArguments},
     bad_configuration::BadConfiguration,
-    front_door::FrontDoor,
+    coordinator_client::CoordinatorClient,
     text_file,
 };
 
@@ -84,24 +84,24 @@ impl Workload {
     }
 
     /// Asks the request of a number: texts are taken in turn.
-    pub(crate) async fn ask(&self, door: &FrontDoor, number: u64) -> Result<Sample, Status> {
+    pub(crate) async fn ask(&self, client: &CoordinatorClient, number: u64) -> Result<Sample, Status> {
         let text = self.texts[(number % self.texts.len() as u64) as usize].clone();
         let routing = self.arguments.routing.into();
         match self.arguments.method {
             Method::Encode => {
                 let params = EncodeParams { text, routing, pooling: Pooling::Mean, ..EncodeParams::default() };
-                let answer = door.encode(params).await?;
+                let answer = client.encode(params).await?;
                 Ok(sample(answer.prompt_tokens.into(), answer.trace))
             }
             Method::Score => {
                 let targets = self.arguments.targets.clone();
-                let answer = door.score(ScoreParams { text, targets, routing, ..ScoreParams::default() }).await?;
+                let answer = client.score(ScoreParams { text, targets, routing, ..ScoreParams::default() }).await?;
                 let tokens = answer.scores.iter().map(|score| u64::from(score.tokens)).sum();
                 Ok(sample(tokens, answer.trace))
             }
             Method::Generate => {
                 let request = self.arguments.generation.params(text, self.arguments.routing);
-                let mut tokens = door.generate(request).await?;
+                let mut tokens = client.generate(request).await?;
                 let mut finish = None;
                 while let Some(token) = tokens.try_next().await? {
                     finish = token.finish;

@@ -1,5 +1,5 @@
-//! Calls of an older placement than this node has seen: refused, with the newer placement in the refusal, so that
-//! a coordinator that was cut off from the membership learns from whom it calls. Asked by [`crate::lane`].
+//! Refuses calls of an older placement than this node knows. The refusal carries the newer placement, so that a
+//! coordinator that was cut off from the membership learns it from the nodes that it calls.
 
 use std::sync::Arc;
 

@@ -1,5 +1,5 @@
-//! The prefetch thread: loads what the residency machine names next, as long as it names something. Started and
-//! stopped by [`crate::engine`]. Demand loads do not come here: the call that needs them does them itself.
+//! The prefetch thread: loads the experts that the residency machine names next, ahead of their use. Demand loads do
+//! not come here: the call that needs an expert loads it itself.
 
 use std::{
     io,

@@ -1,5 +1,5 @@
-//! The way into a cluster, whether its coordinator runs in this process or behind an address. Used by the
-//! commands that ask: `ask`, `bench` and `status`.
+//! A client of a coordinator, whether that runs in this process or behind an address. Used by the commands that ask:
+//! `ask`, `bench` and `status`.
 
 use futures::{StreamExt, stream::BoxStream};
 use sida_coordinator::{
@@ -15,11 +15,11 @@ use crate::arguments::connection::ConnectionArguments;
 
 /// A coordinator that can be asked. Cheap to clone.
 #[derive(Clone)]
-pub(crate) enum FrontDoor {
+pub(crate) enum CoordinatorClient {
     /// In this process: called directly.
-    Here(Coordinator),
+    InProcess(Coordinator),
     /// By gRPC.
-    There(Box<Clients>),
+    Remote(Box<Clients>),
 }
 
 /// The services of a coordinator behind an address.
@@ -44,24 +44,24 @@ pub(crate) struct ModelFacts {
 /// An answer as it comes. The last message carries `finish`.
 pub(crate) type Tokens = BoxStream<'static, Result<v1::GenerateResponse, Status>>;
 
-impl FrontDoor {
+impl CoordinatorClient {
     /// The coordinator at `endpoint`: `host:port`, or with `http://` or `https://` before it.
     pub(crate) async fn connect(endpoint: &str, connection: &ConnectionArguments) -> anyhow::Result<Self> {
         let channel = sida_rpc::connect(endpoint, &connection.client()).await?;
         let inference = InferenceClient::new(channel.clone())
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX);
-        Ok(Self::There(Box::new(Clients { inference, cluster: ClusterClient::new(channel) })))
+        Ok(Self::Remote(Box::new(Clients { inference, cluster: ClusterClient::new(channel) })))
     }
 
     /// Generates text.
     pub(crate) async fn generate(&self, params: GenerateParams) -> Result<Tokens, Status> {
         match self {
-            Self::Here(coordinator) => {
+            Self::InProcess(coordinator) => {
                 let tokens = coordinator.generate(params).await.map_err(status)?;
                 Ok(tokens.map(|token| token.map(v1::GenerateResponse::from).map_err(status)).boxed())
             }
-            Self::There(clients) => {
+            Self::Remote(clients) => {
                 let (span, request) = traced("sida.v1.Inference/Generate", generate_request(params));
                 let tokens = clients.inference.clone().generate(request).await?.into_inner();
                 // The call ends with its last token.
@@ -73,8 +73,8 @@ impl FrontDoor {
     /// Encoder states.
     pub(crate) async fn encode(&self, params: EncodeParams) -> Result<v1::EncodeResponse, Status> {
         match self {
-            Self::Here(coordinator) => Ok(coordinator.encode(params).await.map_err(status)?.into()),
-            Self::There(clients) => {
+            Self::InProcess(coordinator) => Ok(coordinator.encode(params).await.map_err(status)?.into()),
+            Self::Remote(clients) => {
                 let pooling = match params.pooling {
                     Pooling::Mean => v1::Pooling::Mean,
                     Pooling::None => v1::Pooling::None,
@@ -90,8 +90,8 @@ impl FrontDoor {
     /// The likelihood of each target.
     pub(crate) async fn score(&self, params: ScoreParams) -> Result<v1::ScoreResponse, Status> {
         match self {
-            Self::Here(coordinator) => Ok(coordinator.score(params).await.map_err(status)?.into()),
-            Self::There(clients) => {
+            Self::InProcess(coordinator) => Ok(coordinator.score(params).await.map_err(status)?.into()),
+            Self::Remote(clients) => {
                 let routing = Some(routing_options(params.routing));
                 let request = v1::ScoreRequest { text: params.text, targets: params.targets, routing };
                 let (_span, request) = traced("sida.v1.Inference/Score", request);
@@ -103,7 +103,7 @@ impl FrontDoor {
     /// What is served.
     pub(crate) async fn model(&self) -> anyhow::Result<ModelFacts> {
         match self {
-            Self::Here(coordinator) => {
+            Self::InProcess(coordinator) => {
                 let checkpoint = coordinator.checkpoint();
                 let config = checkpoint.config();
                 let expert_bytes = ExpertStore::open(checkpoint.clone())?.shape().bytes() as u64;
@@ -116,7 +116,7 @@ impl FrontDoor {
                     experts_bytes: expert_bytes * (moe_layers * config.num_experts) as u64,
                 })
             }
-            Self::There(clients) => {
+            Self::Remote(clients) => {
                 let model = clients.inference.clone().model(v1::ModelRequest {}).await?.into_inner();
                 Ok(ModelFacts::from(model))
             }
@@ -126,8 +126,8 @@ impl FrontDoor {
     /// The cluster as its coordinator sees it.
     pub(crate) async fn status(&self) -> Result<v1::StatusResponse, Status> {
         match self {
-            Self::Here(coordinator) => Ok(coordinator.status().await),
-            Self::There(clients) => Ok(clients.cluster.clone().status(v1::StatusRequest {}).await?.into_inner()),
+            Self::InProcess(coordinator) => Ok(coordinator.status().await),
+            Self::Remote(clients) => Ok(clients.cluster.clone().status(v1::StatusRequest {}).await?.into_inner()),
         }
     }
 }

@@ -1,7 +1,6 @@
-//! Follows the placement: loads what is newly placed on this node into room that nobody misses, and then says so, so
-//! that the writer of the placement lets this node take the place of another. A node with a device then reads what is placed
-//! on it and has no slot into the host's memory, too. Started by [`crate::run`] where the membership is alive, or loads are
-//! slow.
+//! Follows the placement: loads experts that are newly placed on this node into slots that no call and no plan needs,
+//! and then reports this node ready, so that the writer of the placement lets it take the place of another. A node with
+//! a device also reads those placed experts that have no slot into the host's memory.
 
 use std::{sync::Arc, thread, time::Duration};
 
@@ -15,7 +14,7 @@ use crate::{
     engine::Engine,
 };
 
-/// How long calls that wait for a slot go first before it is looked again.
+/// How long this waits while calls wait for a slot, since those go first.
 const YIELD: Duration = Duration::from_millis(2);
 
 /// Loads and reports, placement by placement, for as long as the cluster is followed.
