@@ -44,7 +44,7 @@ pub struct CoordinatorConfig {
     pub client: ClientConfig,
     /// How this node serves.
     pub server: ServerConfig,
-    /// Told while the backbone loads: bytes done, bytes in all.
+    /// Called while the backbone loads, with the bytes done and the bytes in all.
     pub on_load: Option<OnLoad>,
 }
 
@@ -60,7 +60,7 @@ pub enum MicroBatching {
     Always,
 }
 
-/// Told how far a load is: bytes done, bytes in all.
+/// Called with how far a load is: bytes done, bytes in all.
 pub type OnLoad = Arc<dyn Fn(u64, u64) + Send + Sync>;
 
 /// Where hash tables come from.

@@ -87,7 +87,7 @@ pub enum ExpertMemory {
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[error("{found:?} is not an amount of expert memory, expected such as 2GiB, 300MB, 65536 or 25%")]
 pub struct ExpertMemoryError {
-    /// What it was.
+    /// The text that was given.
     pub found: String,
 }
 

@@ -88,7 +88,7 @@ pub async fn run(
     let engine = Arc::new(engine);
     names::declare(On::Placed);
     gauge!(names::PLACEMENT_EPOCH).set(cluster.placement().epoch() as f64);
-    // Ends with the node: what is dropped is aborted.
+    // Dropping the set aborts its tasks, so they end with the node.
     let mut following = JoinSet::new();
     if !cluster.is_fixed() || engine.has_device() {
         following.spawn(follow_placement::follow(engine.clone(), cluster.clone(), config.node.clone()));

@@ -42,7 +42,7 @@ impl LoadMeasures {
 }
 
 impl Measures {
-    /// For a node of `layers` MoE layers that may hold `budget_bytes` of experts of `expert_bytes` each.
+    /// The metrics of a node of `layers` MoE layers that may hold `budget_bytes` of experts of `expert_bytes` each.
     pub(crate) fn new(node: &NodeId, layers: usize, expert_bytes: u64, budget_bytes: u64) -> Self {
         let node = node.as_str();
         gauge!(names::EXPERT_BUDGET_BYTES, names::NODE => node.to_owned()).set(budget_bytes as f64);

@@ -90,7 +90,8 @@ impl PredictorService {
         let thread = self.inner.threads.clone().acquire_owned().await.map_err(shutting_down)?;
         let inner = self.inner.clone();
         let computed = task::spawn_blocking(move || {
-            // Held to the end of the work even when the caller has gone: the thread is busy that long.
+            // The permit is held to the end of the work even when the caller has gone, since the thread is busy that
+            // long.
             let _thread = thread;
             let tokens: usize = request.sequences.iter().map(Vec::len).sum();
             let start = Instant::now();

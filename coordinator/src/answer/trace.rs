@@ -14,7 +14,7 @@ pub struct Trace {
     pub mode: RoutingMode,
     /// Whether some steps had no hash table, and so ran `exact`, without hints.
     pub unpredicted: bool,
-    /// Where its time went.
+    /// Where the request's time went.
     pub timings: Timings,
     /// (token, layer) pairs whose routed expert was in the hash table's top k, and those that were not. The
     /// routed expert is the router's; where no router runs (`hash` with predicted alphas) nothing is counted.
@@ -23,7 +23,7 @@ pub struct Trace {
     pub demand_loads: u64,
     /// Calls that went to another holder after a failure.
     pub failovers: u64,
-    /// Which experts its rows went to.
+    /// Which experts the request's rows went to.
     pub experts: ExpertSets,
 }
 

@@ -79,7 +79,7 @@ impl Link {
 
 /// All expert-nodes and the placement on them at one moment.
 pub(crate) struct Roster {
-    /// Who should hold what.
+    /// The placement of experts on the nodes.
     pub(crate) placement: Arc<Placement>,
     /// Invariant: in the order of `placement.nodes()`, so that a holder's index is its link's.
     pub(crate) links: Vec<Arc<Link>>,

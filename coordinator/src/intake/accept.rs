@@ -18,13 +18,13 @@ use crate::{
 pub struct EncodeParams {
     /// The text.
     pub text: String,
-    /// Who routes it.
+    /// Who chooses the experts of its tokens.
     pub routing: RoutingMode,
-    /// Which rows come back.
+    /// Which rows of encoder states come back.
     pub pooling: Pooling,
     /// Until when the answer is of use.
     pub deadline: Option<Instant>,
-    /// Which trace it is part of; `None` begins one.
+    /// The trace that the request is part of; `None` begins one.
     pub trace: Option<TraceContext>,
 }
 
@@ -35,11 +35,11 @@ pub struct ScoreParams {
     pub text: String,
     /// The candidates; at least one, none empty.
     pub targets: Vec<String>,
-    /// Who routes it.
+    /// Who chooses the experts of its tokens.
     pub routing: RoutingMode,
     /// Until when the answer is of use.
     pub deadline: Option<Instant>,
-    /// Which trace it is part of; `None` begins one.
+    /// The trace that the request is part of; `None` begins one.
     pub trace: Option<TraceContext>,
 }
 
@@ -48,7 +48,7 @@ pub struct ScoreParams {
 pub struct GenerateParams {
     /// The text.
     pub text: String,
-    /// Who routes it.
+    /// Who chooses the experts of its tokens.
     pub routing: RoutingMode,
     /// Tokens at most; 0 for the server's default.
     pub max_tokens: usize,
@@ -62,7 +62,7 @@ pub struct GenerateParams {
     pub stop: Vec<String>,
     /// Until when the answer is of use.
     pub deadline: Option<Instant>,
-    /// Which trace it is part of; `None` begins one.
+    /// The trace that the request is part of; `None` begins one.
     pub trace: Option<TraceContext>,
 }
 

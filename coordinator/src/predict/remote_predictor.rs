@@ -151,7 +151,7 @@ impl RemotePredictor {
         });
         let all = futures::future::join_all(calls);
         let mut prediction = Prediction { tables: Vec::new(), states: Vec::new() };
-        // Called from the threads of `prepare` and the scheduler, never from the runtime's own.
+        // Blocking is allowed: this runs on the threads of `prepare` and the scheduler, never on the runtime's own.
         for part in self.runtime.block_on(all) {
             let part = part.unwrap_or_else(|_| Err(format!("no answer within {:?}", self.timeout)))?;
             prediction.tables.extend(part.tables);

@@ -174,7 +174,7 @@ impl Generation {
         }
     }
 
-    /// Whether its next token is the most likely one, always.
+    /// Whether the next token is always the most likely one.
     pub(crate) fn is_greedy(&self) -> bool {
         self.sampler.is_greedy()
     }

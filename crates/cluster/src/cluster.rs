@@ -89,7 +89,7 @@ impl Cluster {
         self.views.borrow().members.clone()
     }
 
-    /// Who holds what now; [`Placement::epoch`] tells versions apart.
+    /// The placement now; [`Placement::epoch`] tells versions apart.
     pub fn placement(&self) -> Arc<Placement> {
         self.views.borrow().placement.clone()
     }

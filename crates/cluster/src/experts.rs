@@ -74,7 +74,7 @@ pub trait LocalExperts: Send + Sync {
     fn release(&self, plan: PlanId);
     /// Computes the rows of one layer into `out`, (sum of rows, d_model), in the order of the call.
     fn compute(&self, call: ExpertCall<'_>, out: &mut [f32]) -> Result<CallReport, CallError>;
-    /// Starts computing these of the rows of a layer, which are grouped on a device, if its experts are there, too.
+    /// Starts computing these of the rows of a layer, which are grouped on a device, if the experts are on it, too.
     /// `None`: they are not. Waits for loads and not for the results.
     fn compute_beside(
         &self,

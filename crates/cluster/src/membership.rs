@@ -11,7 +11,7 @@ pub enum Source {
     Fixed,
     /// etcd.
     Etcd {
-        /// Whether it answers. While it does not, the last view stays.
+        /// Whether etcd answers. While it does not, the last view stays.
         connected: bool,
     },
 }

@@ -100,7 +100,7 @@ impl Health {
             loop {
                 self.look_whether_alive().await;
                 self.round(&mut serving).await;
-                // Who is not ready is waited for.
+                // A node that is not ready is checked often, since others wait for it.
                 let pause = if self.readiness.is_ready() { self.period } else { self.period.min(UNREADY_PERIOD) };
                 time::sleep(pause).await;
             }

@@ -59,7 +59,7 @@ pub struct ServerConfig {
     pub drain_limit: Duration,
     /// Time between two health checks, and the longest that one may take.
     pub health_period: Duration,
-    /// Told whether the node is SERVING.
+    /// Set to whether the node is SERVING.
     pub readiness: Readiness,
     /// TLS; `None`: plain text.
     pub tls: Option<ServerTls>,

@@ -82,7 +82,7 @@ impl<'c> Unfilled<'c> {
         Self { cache, key, slot, kind, begun: Instant::now() }
     }
 
-    /// Which expert.
+    /// The expert that is to be loaded.
     pub(crate) fn key(&self) -> ExpertKey {
         self.key
     }

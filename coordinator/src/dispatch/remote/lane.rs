@@ -179,7 +179,7 @@ impl Lane {
         self.origin + deadline + travel(state.inflight_bytes)
     }
 
-    /// For how long the node has been silent for too long; `None` if it is not.
+    /// For how long the node has been silent beyond what is allowed; `None` if it is not.
     pub(crate) fn suspect_for(&self, now: Instant) -> Option<Duration> {
         self.state.lock().suspect.map(|since| now.saturating_duration_since(since))
     }
@@ -347,7 +347,7 @@ impl Lane {
     }
 
     fn reply(&self, call_id: u64, pending: PendingCall, outcome: Result<Computed, CallFailure>) {
-        // Whoever waited may have ended with the scheduler.
+        // The thread that waited may have ended with the scheduler.
         let _ = pending.replies.send(Reply { call_id, outcome });
     }
 

@@ -28,24 +28,24 @@ pub(crate) enum Results {
 
 /// Rows that an expert-node computed.
 pub(crate) struct Computed {
-    /// Where they are.
+    /// The rows, or where they are.
     pub(crate) results: Results,
-    /// What it cost there.
+    /// What the call cost on the node.
     pub(crate) report: CallReport,
-    /// How long it took, seen from here.
+    /// How long the call took, seen from the coordinator.
     pub(crate) took: Duration,
 }
 
-/// What became of a call.
+/// The answer to a call.
 pub(crate) struct Reply {
-    /// As [`crate::dispatch::remote::lane::Lane::start`] returned it.
+    /// The id that [`crate::dispatch::remote::lane::Lane::start`] returned.
     pub(crate) call_id: u64,
     /// The rows, or why there are none.
     pub(crate) outcome: Result<Computed, CallFailure>,
 }
 
 impl Outgoing<'_> {
-    /// As it is sent, and its rows, which are `d_model` wide if they travel.
+    /// The message that is sent, and how many rows the call has. Rows that travel are `d_model` wide.
     pub(crate) fn message(&self, call_id: u64, d_model: usize) -> (v1::Activations, usize) {
         match *self {
             Self::Rows(ExpertCall { layer, groups, activations }) => {
@@ -60,7 +60,7 @@ impl Outgoing<'_> {
 }
 
 impl Results {
-    /// How many travelled.
+    /// How many bytes of results travelled.
     pub(crate) fn bytes(&self) -> usize {
         match self {
             Self::Payload(payload) => payload.len(),

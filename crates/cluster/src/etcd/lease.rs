@@ -33,7 +33,7 @@ impl Lease {
         Self { id, ttl, valid_until: Arc::new(Mutex::new(asked + certain(ttl))) }
     }
 
-    /// Whether it may have run out: this node was paused, or etcd did not answer. What follows from the lease is
+    /// Whether the lease may have run out: this node was paused, or etcd did not answer. What follows from the lease is
     /// then no longer certain, whatever was read before.
     pub(super) fn may_have_run_out(&self) -> bool {
         Instant::now() >= *self.valid_until.lock()

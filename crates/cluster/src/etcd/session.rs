@@ -240,7 +240,7 @@ impl Session<'_> {
                 _ => return Ok(()),
             }
         }
-        // Asked again at the last moment: this process may have been stopped since.
+        // The lease is checked again at the last moment, since this process may have been stopped meanwhile.
         if lease.may_have_run_out() {
             return Ok(());
         }

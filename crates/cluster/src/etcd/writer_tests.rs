@@ -113,7 +113,7 @@ async fn an_old_leadership_or_an_old_placement_is_refused() {
         let written = write(&mut client, &keys, &first, before, record(3)).await.expect("an answer");
         assert!(matches!(written, Written::Refused), "an old leadership wrote over revision {before}");
     }
-    // Who leads, but has not read what is stored.
+    // A writer that leads, but has not read what is stored.
     for before in [one.mod_revision, 0] {
         let written = write(&mut client, &keys, &second, before, record(2)).await.expect("an answer");
         assert!(matches!(written, Written::Refused), "a leader that is behind wrote over revision {before}");

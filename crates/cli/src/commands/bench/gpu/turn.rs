@@ -89,7 +89,7 @@ pub(super) struct Taken {
     pub(super) load: Duration,
 }
 
-/// See the file's head.
+/// One turn: a subject, and what it computes for how long.
 pub(super) struct Turn<'t> {
     pub(super) subject: &'t Subject,
     pub(super) input: &'t Inputs,
