@@ -5,7 +5,7 @@ use std::{io, sync::Arc, thread, time::Duration};
 
 use parking_lot::Mutex;
 use sida_cluster::Cluster;
-use sida_model::{Dense, DenseOptions, ModelConfig, ModelError, Stack, StackKind, Tokenizer};
+use sida_model::{Backend, Checkpoint, CpuBackend, DeviceName, ModelConfig, ModelError, Stack, Tokenizer};
 use sida_proto::wire::Bounds;
 use sida_routing::{Digest, NodeId};
 use sida_rpc::ServerError;
@@ -48,8 +48,6 @@ const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
 pub enum CoordinatorError {
     #[error(transparent)]
     Model(#[from] ModelError),
-    #[error("{name} has no encoder; this version serves encoder-decoder models")]
-    DecoderOnly { name: String },
     #[error("the predictor is for model {found}, this is {expected}")]
     PredictorModel { expected: Digest, found: Digest },
     #[error(
@@ -71,11 +69,35 @@ impl Coordinator {
     /// runtime of several threads, which then carries the lanes.
     pub async fn start(config: CoordinatorConfig, cluster: Cluster) -> Result<Self, CoordinatorError> {
         check(&config, &cluster)?;
+        match config.device {
+            DeviceName::Cpu => {
+                let loaded = load(&config, CpuBackend::load).await?;
+                Self::start_on(loaded, config, cluster).await
+            }
+            #[cfg(feature = "cuda")]
+            DeviceName::Cuda(ordinal) => {
+                let (precision, rows_max) = (config.precision, config.limits.tokens_max);
+                let open = move |checkpoint: &Checkpoint, _: &mut dyn FnMut(u64, u64)| {
+                    sida_model::cuda::DeviceDense::load(ordinal, checkpoint, precision, rows_max)
+                };
+                let loaded = load(&config, open).await?;
+                Self::start_on(loaded, config, cluster).await
+            }
+            #[cfg(not(feature = "cuda"))]
+            device @ DeviceName::Cuda(_) => Err(ModelError::from(sida_model::DeviceError::not_built(device)).into()),
+        }
+    }
+
+    /// Starts with what computes the dense part of the model.
+    async fn start_on<B: Backend>(
+        (backend, tokenizer): (B, Arc<Tokenizer>),
+        config: CoordinatorConfig,
+        cluster: Cluster,
+    ) -> Result<Self, CoordinatorError> {
         let metrics = Arc::new(Metrics::new());
         let runtime = Handle::current();
-        let (dense, tokenizer) = load(&config).await?;
-        let model = dense.config().clone();
-        let rows = dense.rows_window().filter(|_| config.share_rows).and_then(|window| {
+        let model = backend.config().clone();
+        let rows = backend.rows_window().filter(|_| config.share_rows).and_then(|window| {
             window.inspect_err(|error| tracing::info!(%error, "rows travel to all expert-nodes")).ok()
         });
         let lanes = LaneConfig {
@@ -106,7 +128,7 @@ impl Coordinator {
             limits: config.limits,
             prepared: prepared.clone(),
             forward: Forward::new(
-                dense,
+                backend,
                 || dispatch(config.expert_call_timeout),
                 config.enforce_capacity,
                 config.micro_batching,
@@ -142,9 +164,6 @@ impl Coordinator {
 /// Refuses a predictor of another model, a cluster laid out for another model, and a model that is not served yet.
 fn check(config: &CoordinatorConfig, cluster: &Cluster) -> Result<(), CoordinatorError> {
     let model = config.checkpoint.config();
-    if model.stack == StackKind::DecoderOnly {
-        return Err(CoordinatorError::DecoderOnly { name: config.checkpoint.name().to_owned() });
-    }
     if let PredictorSource::Local(predictor) = &config.predictor
         && predictor.model_digest() != config.checkpoint.digest()
     {
@@ -162,20 +181,22 @@ fn check(config: &CoordinatorConfig, cluster: &Cluster) -> Result<(), Coordinato
     if placement.nodes().is_empty() && cluster.is_fixed() { Err(CoordinatorError::NoExpertNode) } else { Ok(()) }
 }
 
-/// Loads the dense part of the model and its tokenizer, off the runtime's own threads.
-async fn load(config: &CoordinatorConfig) -> Result<(Dense, Arc<Tokenizer>), CoordinatorError> {
+/// Loads the dense part of the model and its tokenizer, off the runtime's own threads. `open` gets a function that is
+/// called with bytes done and bytes in all, as far as they are known.
+async fn load<B: Backend>(
+    config: &CoordinatorConfig,
+    open: impl FnOnce(&Checkpoint, &mut dyn FnMut(u64, u64)) -> Result<B, ModelError> + Send + 'static,
+) -> Result<(B, Arc<Tokenizer>), CoordinatorError> {
     let (checkpoint, on_load) = (config.checkpoint.clone(), config.on_load.clone());
-    let options =
-        DenseOptions { device: config.device, precision: config.precision, rows_max: config.limits.tokens_max };
     let loading = tokio::task::spawn_blocking(move || {
         let mut progress = |done, total| {
             if let Some(on_load) = &on_load {
                 on_load(done, total);
             }
         };
-        let dense = Dense::load(&checkpoint, options, &mut progress)?;
+        let backend = open(&checkpoint, &mut progress)?;
         let tokenizer = Tokenizer::open(checkpoint.dir(), checkpoint.config())?;
-        Ok::<_, ModelError>((dense, Arc::new(tokenizer)))
+        Ok::<_, ModelError>((backend, Arc::new(tokenizer)))
     });
     Ok(loading.await.map_err(|error| CoordinatorError::LoadPanicked(error.to_string()))??)
 }

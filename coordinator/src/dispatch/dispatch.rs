@@ -32,7 +32,7 @@ use crate::{
         assignment::{self, Assignment},
         calls::{self, Call, Piece},
         here::{self, Here, Made},
-        layer_rows::{LayerRows, Place},
+        layer_rows::{Activations, LayerRows},
         node_wait::NodeWait,
         nodes::{Nodes, Reach, Roster},
         outstanding::{self, LOOK_PERIOD, Outstanding},
@@ -117,13 +117,21 @@ impl Dispatch {
     }
 
     /// `weight * expert(x)` of every row of the layer.
-    pub(crate) fn moe(&mut self, rows: &LayerRows<'_>, mut place: Place<'_>) -> Result<Dispatched, ModelError> {
-        let under_way = self.begin(rows, &mut place)?;
-        self.finish(under_way, rows, place)
+    pub(crate) fn moe(
+        &mut self,
+        rows: &LayerRows<'_>,
+        mut activations: Activations<'_>,
+    ) -> Result<Dispatched, ModelError> {
+        let under_way = self.begin(rows, &mut activations)?;
+        self.finish(under_way, rows, activations)
     }
 
     /// Sends the rows to their nodes; those in this process compute theirs at once.
-    pub(crate) fn begin(&mut self, rows: &LayerRows<'_>, place: &mut Place<'_>) -> Result<UnderWay, ModelError> {
+    pub(crate) fn begin(
+        &mut self,
+        rows: &LayerRows<'_>,
+        activations: &mut Activations<'_>,
+    ) -> Result<UnderWay, ModelError> {
         let mut inbox = self.inboxes.pop().unwrap_or_default();
         // Pieces that nobody computed add nothing, so whatever an earlier layer left here must go.
         inbox.results.clear();
@@ -135,36 +143,41 @@ impl Dispatch {
             inbox,
             dispatched: Dispatched::default(),
         };
-        self.ask(&mut under_way, rows, place)?;
+        self.ask(&mut under_way, rows, activations)?;
         Ok(under_way)
     }
 
-    /// Waits for the answers, and asks others for what failed, until all is there or given up. `rows` and `place` are those
+    /// Waits for the answers, and asks others for what failed, until all is there or given up. `rows` and `activations` are those
     /// that it began with.
     pub(crate) fn finish(
         &mut self,
         mut under_way: UnderWay,
         rows: &LayerRows<'_>,
-        mut place: Place<'_>,
+        mut activations: Activations<'_>,
     ) -> Result<Dispatched, ModelError> {
         loop {
-            self.collect(&mut under_way, rows, &mut place)?;
+            self.collect(&mut under_way, rows, &mut activations)?;
             if under_way.pieces.is_empty() {
                 break;
             }
             under_way.roster = self.nodes.roster();
-            self.ask(&mut under_way, rows, &mut place)?;
+            self.ask(&mut under_way, rows, &mut activations)?;
         }
         let UnderWay { waiting, inbox, mut dispatched, .. } = under_way;
         self.is_given_up = waiting.is_given_up();
         let results = Some(&inbox.results[..]).filter(|results| !results.is_empty());
-        dispatched.out = place.combine(rows.grouping, results, self.d_model)?;
+        dispatched.out = activations.combine(rows.grouping, results, self.d_model)?;
         self.inboxes.push(inbox);
         Ok(dispatched)
     }
 
     /// Shares out the pieces and makes the calls, remote ones first; those of calls that failed are left.
-    fn ask(&mut self, under_way: &mut UnderWay, rows: &LayerRows<'_>, place: &mut Place<'_>) -> Result<(), ModelError> {
+    fn ask(
+        &mut self,
+        under_way: &mut UnderWay,
+        rows: &LayerRows<'_>,
+        activations: &mut Activations<'_>,
+    ) -> Result<(), ModelError> {
         let UnderWay { roster, outstanding, pieces, waiting, inbox, dispatched } = under_way;
         let (roster, open) = (&**roster, std::mem::take(pieces));
         let Assignment { calls, held } =
@@ -178,12 +191,16 @@ impl Dispatch {
             match &roster.links[call.node].reach {
                 Reach::Local(experts) => local.push((experts.clone(), call)),
                 Reach::Remote(lane) => {
-                    let in_window = lane.has_window() && place.device().is_some();
-                    match place.device().filter(|_| in_window) {
+                    let in_window = lane.has_window() && activations.device().is_some();
+                    match activations.device().filter(|_| in_window) {
                         Some(device) => device.settle()?,
-                        None => {
-                            calls::gather(rows.grouping, place.x()?, self.d_model, &call.pieces, &mut self.gathered)
-                        }
+                        None => calls::gather(
+                            rows.grouping,
+                            activations.x()?,
+                            self.d_model,
+                            &call.pieces,
+                            &mut self.gathered,
+                        ),
                     }
                     match self.send(roster, lane, rows, in_window, call, &inbox.replies.0) {
                         Ok(sent) => outstanding.push(sent),
@@ -195,14 +212,14 @@ impl Dispatch {
         let (mut load_max, mut here) = (Duration::ZERO, Vec::with_capacity(local.len()));
         let mut made = Vec::with_capacity(local.len());
         for (experts, call) in local {
-            match here::start_on_device(roster, rows, place, &*experts, &call)? {
+            match here::start_on_device(roster, rows, activations, &*experts, &call)? {
                 Some((outcome, took)) => made.push((call, outcome, took)),
                 None => here.push((experts, call)),
             }
         }
         if !here.is_empty() {
             let results = kept(&mut inbox.results, rows.grouping, self.d_model);
-            let computed = self.here.make(roster, rows, place.x()?, self.d_model, here, results);
+            let computed = self.here.make(roster, rows, activations.x()?, self.d_model, here, results);
             made.extend(computed.into_iter().map(|Made { call, outcome, took, .. }| (call, outcome, took)));
         }
         for (call, outcome, took) in made {
@@ -255,7 +272,7 @@ impl Dispatch {
         &mut self,
         under_way: &mut UnderWay,
         rows: &LayerRows<'_>,
-        place: &mut Place<'_>,
+        activations: &mut Activations<'_>,
     ) -> Result<(), ModelError> {
         let UnderWay { roster, outstanding, pieces: failed, waiting, inbox, dispatched } = under_way;
         let roster = &**roster;
@@ -292,7 +309,7 @@ impl Dispatch {
                     dispatched.demand_loads += u64::from(report.demand_loads);
                     match results {
                         Results::InWindow(window) => {
-                            let device = place.device().expect("a call through a window is of rows on a device");
+                            let device = activations.device().expect("a call through a window is of rows on a device");
                             device.take(&window, &call)?;
                         }
                         Results::Payload(payload) => {

@@ -14,7 +14,7 @@ use sida_rpc::Reason;
 
 use crate::dispatch::{
     calls::{self, Call},
-    layer_rows::{LayerRows, Place},
+    layer_rows::{Activations, LayerRows},
     nodes::Roster,
     remote::call_failure::CallFailure,
 };
@@ -110,11 +110,11 @@ impl Room {
 pub(crate) fn start_on_device(
     roster: &Roster,
     rows: &LayerRows<'_>,
-    place: &mut Place<'_>,
+    activations: &mut Activations<'_>,
     experts: &dyn LocalExperts,
     call: &Call,
 ) -> Result<Option<Outcome>, ModelError> {
-    let Some(device) = place.device() else { return Ok(None) };
+    let Some(device) = activations.device() else { return Ok(None) };
     let start = Instant::now();
     let _span = calls::span(roster, rows, call);
     // As above.

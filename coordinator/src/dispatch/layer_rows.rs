@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use sida_cluster::experts::{CallError, CallReport, LocalExperts};
-use sida_model::{ModelError, ResultsWindow, RowsOnDevice};
+use sida_model::{ModelError, MoeRows, ResultsWindow, RowsOnDevice};
 use sida_routing::{Grouping, LayerId};
 use sida_telemetry::TraceContext;
 
@@ -21,17 +21,17 @@ pub(crate) struct LayerRows<'a> {
     pub(crate) trace: Option<TraceContext>,
 }
 
-/// Where they are.
-pub(crate) enum Place<'a> {
-    /// In this machine's memory: (tokens, d_model).
-    Here(&'a [f32]),
+/// The rows themselves, where they are.
+pub(crate) enum Activations<'a> {
+    /// In the host's memory: (tokens, d_model).
+    Host(&'a [f32]),
     /// On a device; results are added to what they are to be added to there.
-    OnDevice(OnDevice<'a>),
+    Device(DeviceRows<'a>),
 }
 
 /// Rows on the coordinator's device. Experts on the same device compute them there, nodes of this machine read them there;
 /// for all others they are fetched.
-pub(crate) struct OnDevice<'a> {
+pub(crate) struct DeviceRows<'a> {
     rows: RowsOnDevice<'a>,
     /// Whether others can read them yet.
     is_settled: bool,
@@ -45,26 +45,31 @@ impl LayerRows<'_> {
     }
 }
 
-impl<'a> Place<'a> {
-    /// Rows on a device that are to be grouped so.
-    pub(crate) fn on_device(mut rows: RowsOnDevice<'a>, grouping: &Grouping) -> Result<Self, ModelError> {
-        rows.group(grouping)?;
-        Ok(Self::OnDevice(OnDevice { rows, is_settled: false, fetched: None }))
+impl<'a> Activations<'a> {
+    /// Of a pass, to be grouped so.
+    pub(crate) fn new(rows: MoeRows<'a>, grouping: &Grouping) -> Result<Self, ModelError> {
+        Ok(match rows {
+            MoeRows::Host(x) => Self::Host(x),
+            MoeRows::Device(mut rows) => {
+                rows.group(grouping)?;
+                Self::Device(DeviceRows { rows, is_settled: false, fetched: None })
+            }
+        })
     }
 
-    /// Where the rows are on a device.
-    pub(crate) fn device(&mut self) -> Option<&mut OnDevice<'a>> {
+    /// Those on a device.
+    pub(crate) fn device(&mut self) -> Option<&mut DeviceRows<'a>> {
         match self {
-            Self::Here(_) => None,
-            Self::OnDevice(device) => Some(device),
+            Self::Host(_) => None,
+            Self::Device(device) => Some(device),
         }
     }
 
-    /// The rows, (tokens, d_model), in this machine's memory.
+    /// The rows, (tokens, d_model), in the host's memory.
     pub(crate) fn x(&mut self) -> Result<&[f32], ModelError> {
         match self {
-            Self::Here(x) => Ok(x),
-            Self::OnDevice(OnDevice { rows, fetched, .. }) => {
+            Self::Host(x) => Ok(x),
+            Self::Device(DeviceRows { rows, fetched, .. }) => {
                 if fetched.is_none() {
                     *fetched = Some(rows.fetch()?);
                 }
@@ -87,9 +92,9 @@ impl<'a> Place<'a> {
             out
         };
         match (self, results) {
-            (Self::Here(x), Some(results)) => Ok(Some(combined(x, results))),
-            (Self::Here(x), None) => Ok(Some(vec![0.0; x.len()])),
-            (Self::OnDevice(OnDevice { mut rows, fetched, .. }), results) => {
+            (Self::Host(x), Some(results)) => Ok(Some(combined(x, results))),
+            (Self::Host(x), None) => Ok(Some(vec![0.0; x.len()])),
+            (Self::Device(DeviceRows { mut rows, fetched, .. }), results) => {
                 rows.add_computed()?;
                 if let Some(results) = results {
                     let x = fetched.expect("results came to this memory, so rows went from it");
@@ -101,7 +106,7 @@ impl<'a> Place<'a> {
     }
 }
 
-impl OnDevice<'_> {
+impl DeviceRows<'_> {
     /// Has a node of this process start a call, if its experts are on the same device. `None`: they are not.
     pub(crate) fn compute(
         &mut self,

@@ -10,7 +10,7 @@ use sida_routing::{ExpertId, Grouping, LayerId, Routes};
 use crate::dispatch::{
     callers::Callers,
     dispatch::Dispatch,
-    layer_rows::{LayerRows, Place},
+    layer_rows::{Activations, LayerRows},
 };
 
 /// Probes one expert after another.
@@ -40,7 +40,7 @@ impl Probe {
         let x = vec![1.0; self.d_model];
         let (grouping, spans) = (Grouping::new(&routes), Spans::single_tokens(1));
         let rows = LayerRows { layer, grouping: &grouping, callers: Callers::new(&spans, &[]), trace: None };
-        let dispatched = self.dispatch.lock().moe(&rows, Place::Here(&x)).map_err(|error| error.to_string())?;
+        let dispatched = self.dispatch.lock().moe(&rows, Activations::Host(&x)).map_err(|error| error.to_string())?;
         let out = dispatched.out.unwrap_or_default();
         match dispatched.failed.into_iter().next() {
             Some((_, error)) => Err(error.to_string()),

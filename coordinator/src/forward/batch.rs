@@ -1,7 +1,7 @@
 //! A batch, or a micro-batch of one: the rows that go through the model together. The scheduler makes batches, and
 //! `forward` may cut them.
 
-use sida_model::{SequenceState, Spans, Stack};
+use sida_model::{Backend, Spans, Stack};
 use sida_routing::{Grouping, LayerId, micro_batches};
 use sida_telemetry::Span;
 
@@ -12,22 +12,22 @@ use crate::{
 };
 
 /// The new tokens of some sequences, a row each.
-pub(crate) struct Batch<'b, 's> {
+pub(crate) struct Batch<'b, B: Backend> {
     /// The encoder or the decoder.
     pub(crate) stack: Stack,
     /// The token of each row.
     pub(crate) ids: &'b [u32],
     /// The rows of each sequence.
     pub(crate) spans: Spans,
-    /// The decoder's cache of each sequence; none where prompts are encoded.
-    pub(crate) states: &'b mut [&'s mut SequenceState],
+    /// The decoder's caches of each sequence; none where prompts are encoded.
+    pub(crate) sequences: Vec<&'b mut B::Sequence>,
     /// How the rows of each sequence are routed.
     pub(crate) routings: &'b mut [SequenceRouting],
     /// The request of each sequence.
     pub(crate) requests: &'b [&'b Request],
 }
 
-impl<'b, 's> Batch<'b, 's> {
+impl<'b, B: Backend> Batch<'b, B> {
     /// The batch's rows at an MoE layer, with their grouping by expert and the layer's trace span.
     pub(crate) fn layer_rows<'r>(
         &'r self,
@@ -41,7 +41,7 @@ impl<'b, 's> Batch<'b, 's> {
 
     /// Cuts the batch into at most `count` micro-batches of about equally many rows. The sequences keep their order.
     pub(crate) fn cut(self, count: usize) -> Vec<Self> {
-        let Self { stack, mut ids, spans, mut states, mut routings, mut requests } = self;
+        let Self { stack, mut ids, spans, mut sequences, mut routings, mut requests } = self;
         let lengths: Vec<usize> = spans.ranges().map(|rows| rows.len()).collect();
         let mut first = 0;
         let micro_batch = |end: usize| {
@@ -50,7 +50,7 @@ impl<'b, 's> Batch<'b, 's> {
                 stack,
                 ids: ids.split_off(..own.iter().sum()).expect("an id for each row"),
                 spans: Spans::new(own.iter().copied()),
-                states: states.split_off_mut(..own.len().min(states.len())).expect("not more than there are"),
+                sequences: sequences.drain(..own.len().min(sequences.len())).collect(),
                 routings: routings.split_off_mut(..own.len()).expect("a routing for each span"),
                 requests: requests.split_off(..own.len()).expect("a request for each span"),
             }

@@ -2,7 +2,7 @@
 //! choice is made row by row: first the router chooses for all rows that want it, then the rows of `hash` requests are
 //! overwritten from their hash tables.
 
-use sida_model::{Dense, ModelError, RouterKind, Spans, Walk};
+use sida_model::{Backend, ModelError, Spans};
 use sida_routing::{ExpertId, HashTable, LayerId, Routes};
 
 use crate::answer::{
@@ -56,45 +56,50 @@ impl SequenceRouting {
     }
 }
 
-/// The routes of all rows at the MoE layer that a walk has come to; `spans` has the rows of each of `routings`. Notes
+/// The routes of all rows at the MoE layer that a pass has come to; `spans` has the rows of each of `routings`. Notes
 /// in each routing how its table fared against the router.
-pub(crate) fn routes(
-    dense: &Dense,
-    walk: &mut Walk,
+pub(crate) fn routes<B: Backend>(
+    backend: &mut B,
+    pass: &mut B::Pass<'_>,
     layer: LayerId,
     spans: &Spans,
     routings: &mut [SequenceRouting],
 ) -> Result<Routes, ModelError> {
-    let (kind, num_experts) = (dense.config().router, dense.config().num_experts);
-    let top_k = kind.top_k();
+    let (top_k, num_experts) = (backend.config().top_k, backend.config().num_experts);
     let mut routes = match routings.iter().any(SequenceRouting::wants_router) {
-        true => dense.routes(walk)?,
+        true => backend.routes(pass)?,
         false => Routes { top_k, experts: vec![None; spans.rows() * top_k], weights: vec![0.0; spans.rows() * top_k] },
     };
+    compare(layer, &routes, spans, routings);
     for (routing, rows) in routings.iter_mut().zip(spans.ranges()) {
-        let chosen = rows.start * top_k..rows.end * top_k;
-        if let Some(table) = routing.table.as_ref().filter(|_| routing.wants_router()) {
-            routing.hash.add(count(table, layer, routing.first_token, top_k, &routes.experts[chosen.clone()]));
-        }
         let (Some(alpha), Some(table)) = (routing.hash_alpha(), &routing.table) else { continue };
         let probabilities = match alpha {
-            Alpha::Router => Some(dense.probabilities(walk)?),
+            Alpha::Router => Some(backend.probabilities(pass)?),
             Alpha::Predicted => None,
         };
         for (token, row) in rows.enumerate() {
             let row_probabilities = probabilities.map(|all| &all[row * num_experts..][..num_experts]);
             let at = row * top_k..(row + 1) * top_k;
             let (experts, weights) = (&mut routes.experts[at.clone()], &mut routes.weights[at]);
-            predicted(&kind, table, layer, routing.first_token + token, row_probabilities, experts, weights);
+            predicted(table, layer, routing.first_token + token, row_probabilities, experts, weights);
         }
     }
     Ok(routes)
 }
 
+/// Notes in each routing how its table fared against the router's choice at an MoE layer, where the router was asked.
+pub(crate) fn compare(layer: LayerId, routes: &Routes, spans: &Spans, routings: &mut [SequenceRouting]) {
+    for (routing, rows) in routings.iter_mut().zip(spans.ranges()) {
+        if let Some(table) = routing.table.as_ref().filter(|_| routing.wants_router()) {
+            let chosen = &routes.experts[rows.start * routes.top_k..rows.end * routes.top_k];
+            routing.hash.add(count(table, layer, routing.first_token, routes.top_k, chosen));
+        }
+    }
+}
+
 /// Routes one row by the hash table: to its first choices, scaled by the router's probabilities of them if given, by
 /// the predicted ones otherwise.
 fn predicted(
-    kind: &RouterKind,
     table: &HashTable,
     layer: LayerId,
     token: usize,
@@ -106,12 +111,6 @@ fn predicted(
     for (k, (expert, weight)) in experts.iter_mut().zip(weights.iter_mut()).enumerate() {
         *expert = Some(chosen[k]);
         *weight = probabilities.map_or(alphas[k], |p| p[usize::from(chosen[k].0)]);
-    }
-    if let RouterKind::TopK { renormalize: true, .. } = kind {
-        let total: f32 = weights.iter().sum();
-        if total > 0.0 {
-            weights.iter_mut().for_each(|weight| *weight /= total);
-        }
     }
 }
 
@@ -164,19 +163,9 @@ mod tests {
         // router's was asked for.
         let (mut experts, mut weights) = ([None], [0.0]);
         let probabilities = [0.1, 0.2, 0.3, 0.4];
-        predicted(&RouterKind::Top1, &table(), LayerId(2), 0, Some(&probabilities), &mut experts, &mut weights);
+        predicted(&table(), LayerId(2), 0, Some(&probabilities), &mut experts, &mut weights);
         assert_eq!((experts[0], weights[0]), (Some(ExpertId(3)), 0.4));
-        predicted(&RouterKind::Top1, &table(), LayerId(2), 1, None, &mut experts, &mut weights);
+        predicted(&table(), LayerId(2), 1, None, &mut experts, &mut weights);
         assert_eq!((experts[0], weights[0]), (Some(ExpertId(0)), 0.5));
-    }
-
-    #[test]
-    fn top_k_factors_sum_to_one() {
-        // Would break: a model that renormalizes gets scaled-down outputs in `hash` mode.
-        let (mut experts, mut weights) = ([None; 2], [0.0; 2]);
-        let kind = RouterKind::TopK { k: 2, renormalize: true };
-        predicted(&kind, &table(), LayerId(2), 0, None, &mut experts, &mut weights);
-        assert_eq!(experts, [Some(ExpertId(3)), Some(ExpertId(1))]);
-        assert!((weights[0] - 2.0 / 3.0).abs() < 1e-6 && (weights[0] + weights[1] - 1.0).abs() < 1e-6);
     }
 }

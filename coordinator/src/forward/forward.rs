@@ -1,5 +1,5 @@
 //! A pass through the model: whole, or as micro-batches that take turns or go side by side. Which is decided by
-//! `routing::micro_batches`; how one goes through the layers is in `walker`. Called by the engine, on its thread.
+//! `routing::micro_batches`; how one goes through the layers is in `pass_runner`. Called by the engine, on its thread.
 
 use std::{
     sync::{Arc, atomic::Ordering},
@@ -7,13 +7,13 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use sida_model::{Dense, DeviceError, ModelConfig, ModelError, Stack, States, side_by_side};
+use sida_model::{Backend, DeviceError, ModelConfig, ModelError, Stack, side_by_side};
 use sida_routing::micro_batches::{MicroBatches, PassSize, Way};
 
 use crate::{
     config::MicroBatching,
     dispatch::dispatch::Dispatch,
-    forward::{batch::Batch, costs::Costs, route_measures::RouteMeasures, walker::Walker},
+    forward::{batch::Batch, costs::Costs, pass_runner::PassRunner, route_measures::RouteMeasures},
     measures::statistics::Statistics,
 };
 
@@ -21,11 +21,13 @@ use crate::{
 const TURNS: usize = 2;
 
 /// One pass through the model after another.
-pub(crate) struct Forward {
-    /// One for each thread that computes, as far as each has a way to the weights of its own. The first walks with whole
-    /// batches.
-    /// Invariant: not empty.
-    walkers: Vec<Walker>,
+pub(crate) struct Forward<B> {
+    /// Runs whole batches.
+    first: PassRunner<B>,
+    /// For the other threads that compute; none where one pass at a time has the backend's memory.
+    others: Vec<PassRunner<B>>,
+    /// Whether several passes can be under way.
+    can_cut: bool,
     statistics: Arc<Statistics>,
     micro_batching: MicroBatching,
     micro_batches: MicroBatches,
@@ -39,35 +41,37 @@ enum Cut {
     SideBySide,
 }
 
-impl Forward {
-    /// `dispatch` makes one for each walker; `enforce_capacity` drops tokens beyond the model's `expert_capacity`, per
+impl<B: Backend> Forward<B> {
+    /// `dispatch` makes one for each thread; `enforce_capacity` drops tokens beyond the model's `expert_capacity`, per
     /// sequence.
     pub(crate) fn new(
-        dense: Dense,
+        backend: B,
         dispatch: impl Fn() -> Dispatch,
         enforce_capacity: bool,
         micro_batching: MicroBatching,
         statistics: Arc<Statistics>,
     ) -> Self {
-        let measures = Arc::new(RouteMeasures::new(dense.config(), statistics.clone()));
-        let others: Vec<Dense> = (1..rayon::current_num_threads()).filter_map(|_| dense.another()).collect();
-        let walker = |dense| Walker { dense, dispatch: dispatch(), enforce_capacity, measures: measures.clone() };
-        let walkers = std::iter::once(dense).chain(others).map(walker).collect();
-        Self { walkers, statistics, micro_batching, micro_batches: MicroBatches::default() }
+        let measures = Arc::new(RouteMeasures::new(backend.config(), statistics.clone()));
+        let can_cut = backend.another().is_some();
+        let others: Vec<B> = (1..rayon::current_num_threads()).filter_map(|_| backend.another()).collect();
+        let runner =
+            |backend| PassRunner { backend, dispatch: dispatch(), enforce_capacity, measures: measures.clone() };
+        let (first, others) = (runner(backend), others.into_iter().map(runner).collect());
+        Self { first, others, can_cut, statistics, micro_batching, micro_batches: MicroBatches::default() }
     }
 
     /// What the model is.
     pub(crate) fn config(&self) -> &ModelConfig {
-        self.walkers[0].dense.config()
+        self.first.backend.config()
     }
 
-    /// The dense part of the model.
-    pub(crate) fn dense(&mut self) -> &mut Dense {
-        &mut self.walkers[0].dense
+    /// What computes the dense part of the model.
+    pub(crate) fn backend(&mut self) -> &mut B {
+        &mut self.first.backend
     }
 
     /// As how many micro-batches a batch may go; 1: whole.
-    pub(crate) fn parts(&mut self) -> usize {
+    pub(crate) fn parts(&self) -> usize {
         let cut = self.cut();
         self.parts_of(cut)
     }
@@ -76,22 +80,21 @@ impl Forward {
         match cut {
             Cut::Not => 1,
             Cut::InTurns => TURNS,
-            Cut::SideBySide => self.walkers.len(),
+            Cut::SideBySide => 1 + self.others.len(),
         }
     }
 
     /// Asked once for each pass: nodes come and go meanwhile.
-    fn cut(&mut self) -> Cut {
-        let Walker { dense, dispatch, .. } = &mut self.walkers[0];
-        match (dense.rows_on_device(), dispatch.is_remote()) {
-            (Some(_), _) => Cut::Not,
-            (None, true) => Cut::InTurns,
-            (None, false) => Cut::SideBySide,
+    fn cut(&self) -> Cut {
+        match (self.can_cut, self.first.dispatch.is_remote()) {
+            (false, _) => Cut::Not,
+            (true, true) => Cut::InTurns,
+            (true, false) => Cut::SideBySide,
         }
     }
 
     /// What a stack makes of a batch: a row for each token.
-    pub(crate) fn pass(&mut self, batch: Batch<'_, '_>, costs: &mut Costs) -> Result<States, ModelError> {
+    pub(crate) fn pass(&mut self, batch: Batch<'_, B>, costs: &mut Costs) -> Result<B::States, ModelError> {
         let start = Instant::now();
         let rows = batch.spans.rows();
         let size = PassSize::new(batch.stack == Stack::Decoder, rows);
@@ -103,11 +106,11 @@ impl Forward {
             _ => Way::Whole,
         };
         let states = match (way, cut) {
-            (Way::Parts, Cut::InTurns) => self.walkers[0].walk(batch.cut(parts), costs),
+            (Way::Parts, Cut::InTurns) => self.first.run(batch.cut(parts), costs),
             (Way::Parts, Cut::SideBySide) => self.side_by_side(batch.cut(parts), costs),
-            (Way::Whole, _) | (_, Cut::Not) => self.walkers[0].walk(vec![batch], costs),
+            (Way::Whole, _) | (_, Cut::Not) => self.first.run(vec![batch], costs),
         };
-        let states = states.and_then(States::join);
+        let states = states.and_then(|parts| self.first.backend.join(parts));
         if let Err(ModelError::Device(DeviceError::Lost(_))) = &states {
             self.statistics.is_device_lost.store(true, Ordering::Relaxed);
         }
@@ -118,20 +121,21 @@ impl Forward {
         states
     }
 
-    /// Each micro-batch by a walker, at the same time. There are not more of them than walkers.
-    fn side_by_side(&mut self, batches: Vec<Batch<'_, '_>>, costs: &mut Costs) -> Result<Vec<States>, ModelError> {
-        let walked = Mutex::new(Vec::with_capacity(batches.len()));
-        let walks = self.walkers.iter_mut().zip(batches).enumerate().collect();
+    /// Each micro-batch by a thread, at the same time. There are not more of them than threads.
+    fn side_by_side(&mut self, batches: Vec<Batch<'_, B>>, costs: &mut Costs) -> Result<Vec<B::States>, ModelError> {
+        let passed = Mutex::new(Vec::with_capacity(batches.len()));
+        let runners = std::iter::once(&mut self.first).chain(&mut self.others);
         let part = costs.of_part();
-        side_by_side::each(walks, |(at, (walker, batch)): (usize, (&mut Walker, Batch<'_, '_>))| {
+        let passes = runners.zip(batches).enumerate().collect();
+        side_by_side::each(passes, |(at, (runner, batch)): (usize, (&mut PassRunner<B>, Batch<'_, B>))| {
             let mut costs = part;
-            let states = walker.walk(vec![batch], &mut costs);
-            walked.lock().push((at, states, costs));
+            let states = runner.run(vec![batch], &mut costs);
+            passed.lock().push((at, states, costs));
         });
-        let mut walked = walked.into_inner();
-        walked.sort_by_key(|(at, ..)| *at);
-        costs.add_parts(&walked.iter().map(|(.., costs)| *costs).collect::<Vec<_>>());
-        let states = walked.into_iter().map(|(_, states, _)| states).collect::<Result<Vec<_>, _>>()?;
+        let mut passed = passed.into_inner();
+        passed.sort_by_key(|(at, ..)| *at);
+        costs.add_parts(&passed.iter().map(|(.., costs)| *costs).collect::<Vec<_>>());
+        let states = passed.into_iter().map(|(_, states, _)| states).collect::<Result<Vec<_>, _>>()?;
         Ok(states.into_iter().flatten().collect())
     }
 }

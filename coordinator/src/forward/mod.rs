@@ -1,12 +1,12 @@
 //! One pass of a batch through the model.
 //!
 //! In reading order: `batch` is what goes through together; `forward` decides whether it goes whole or as micro-batches;
-//! `walker` takes it from layer to layer; `expert_choice` says which experts each row goes to at an MoE layer; `costs`
+//! `pass_runner` takes it from layer to layer; `expert_choice` says which experts each row goes to at an MoE layer; `costs`
 //! and `route_measures` note what that took and where rows went.
 
 pub(crate) mod batch;
 pub(crate) mod costs;
 pub(crate) mod expert_choice;
 pub(crate) mod forward;
+pub(crate) mod pass_runner;
 pub(crate) mod route_measures;
-pub(crate) mod walker;

@@ -1,4 +1,4 @@
-//! What is told of a pass's routes: which experts its rows went to, and how the hash tables fared. Used by `walker`.
+//! What is told of a pass's routes: which experts its rows went to, and how the hash tables fared. Used by `pass_runner`.
 
 use std::sync::{Arc, atomic::Ordering};
 

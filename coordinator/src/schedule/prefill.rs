@@ -4,7 +4,7 @@
 use std::time::Instant;
 
 use rayon::prelude::*;
-use sida_model::{SequenceState, Spans, Stack, States};
+use sida_model::{Backend, Spans, Stack};
 use sida_telemetry::spans;
 
 use crate::{
@@ -25,7 +25,7 @@ use crate::{
 /// From so many values on, answers with encoder states are made by several threads.
 const PARALLEL_VALUES_MIN: usize = 1 << 18;
 
-impl Scheduler {
+impl<B: Backend> Scheduler<B> {
     /// Computes the prompts of requests that join, answers those that asked for encoder states, and starts the
     /// sequences of the others.
     pub(crate) fn prefill(&mut self, joining: Vec<Prepared>) {
@@ -64,7 +64,8 @@ impl Scheduler {
         let callers: Vec<&Request> = requests.iter().map(|(request, _)| request).collect();
         let outcome = catch_panic(|| {
             let (ids, spans, routings) = (&ids[..], spans.clone(), &mut routings[..]);
-            let batch = Batch { stack: Stack::Encoder, ids, spans, states: &mut [], routings, requests: &callers };
+            let batch =
+                Batch { stack: Stack::Encoder, ids, spans, sequences: Vec::new(), routings, requests: &callers };
             Ok(on_pool(|| forward.pass(batch, &mut costs))?)
         });
         drop(hint);
@@ -95,7 +96,7 @@ impl Scheduler {
         &mut self,
         mut requests: Vec<(Request, Trace)>,
         routings: &[SequenceRouting],
-        states: &States,
+        states: &B::States,
         spans: &Spans,
         mut costs: Costs,
         span: Option<BatchSpan>,
@@ -108,13 +109,13 @@ impl Scheduler {
         };
         let mut buffer = std::mem::take(&mut self.values);
         let start = Instant::now();
-        let dense = self.forward.dense();
+        let backend = self.forward.backend();
         let values = match wants(|work| matches!(work, Work::Encode { .. })) {
-            true => catch_panic(|| Ok(dense.values(states, &mut buffer)?)),
+            true => catch_panic(|| Ok(backend.values(states, &mut buffer)?)),
             false => Ok(&[][..]),
         };
         let started = match wants(|work| !matches!(work, Work::Encode { .. })) {
-            true => catch_panic(|| Ok(dense.start(states, spans)?)).map(|all| all.into_iter().map(Some).collect()),
+            true => catch_panic(|| Ok(backend.start(states, spans)?)).map(|all| all.into_iter().map(Some).collect()),
             false => Ok(requests.iter().map(|_| None).collect::<Vec<_>>()),
         };
         costs.dense_since(start);
@@ -157,17 +158,17 @@ impl Scheduler {
 
     /// The branches of a sequence. Each begins with the decoder's start token, and with all of its target but the last
     /// token where one is scored; all share the keys and values of the encoder's output.
-    fn branches(&mut self, request: &Request, state: SequenceState) -> Result<Vec<Branch>, RequestError> {
+    fn branches(&mut self, request: &Request, state: B::Sequence) -> Result<Vec<Branch<B>>, RequestError> {
         let start = self.forward.config().decoder_start_token_id;
         let fed: Vec<&[u32]> = match &request.work {
             Work::Score { targets, .. } => targets.iter().map(|target| &target[..target.len() - 1]).collect(),
             Work::Generate { .. } | Work::Encode { .. } => vec![&[]],
         };
-        let dense = self.forward.dense();
+        let backend = self.forward.backend();
         let mut states =
-            catch_panic(|| Ok((1..fed.len()).map(|_| dense.fork(&state)).collect::<Result<Vec<_>, _>>()?))?;
+            catch_panic(|| Ok((1..fed.len()).map(|_| backend.fork(&state)).collect::<Result<Vec<_>, _>>()?))?;
         states.push(state);
-        let branch = |(state, tokens): (SequenceState, &&[u32])| Branch {
+        let branch = |(state, tokens): (B::Sequence, &&[u32])| Branch {
             state,
             progress: self.predict.start(),
             feed: [&[start], *tokens].concat(),

@@ -11,7 +11,7 @@ use std::{
 };
 
 use rayon::prelude::*;
-use sida_model::{Spans, Stack, States, Tokenizer};
+use sida_model::{Backend, Spans, Stack, Tokenizer};
 use sida_routing::{
     HashTable,
     admission::{Cost, Limits},
@@ -42,17 +42,17 @@ use crate::{
 };
 
 /// Everything that the forward thread works with.
-pub(crate) struct Scheduler {
+pub(crate) struct Scheduler<B: Backend> {
     pub(crate) limits: Limits,
     pub(crate) prepared: Arc<Queue<Prepared>>,
-    pub(crate) forward: Forward,
+    pub(crate) forward: Forward<B>,
     pub(crate) predict: Arc<Predict>,
     pub(crate) preload: Arc<Preload>,
     pub(crate) tokenizer: Arc<Tokenizer>,
     pub(crate) statistics: Arc<Statistics>,
     pub(crate) metrics: Arc<Metrics>,
     /// The running batch.
-    pub(crate) running: Vec<Sequence>,
+    pub(crate) running: Vec<Sequence<B>>,
     /// Memory for the encoder states of a batch, kept from batch to batch.
     pub(crate) values: Vec<f32>,
 }
@@ -60,7 +60,7 @@ pub(crate) struct Scheduler {
 /// From so many sequences on, their next tokens are chosen and decoded by several threads.
 const PARALLEL_SEQUENCES_MIN: usize = 16;
 
-impl Scheduler {
+impl<B: Backend> Scheduler<B> {
     /// Runs until the queue is closed and everything in it was answered.
     pub(crate) fn run(mut self) {
         while let Some(joining) = self.schedule() {
@@ -164,12 +164,12 @@ impl Scheduler {
 
     /// One pass of the decoder over the new tokens of every branch. For sequences that generate, the next token where
     /// the device chooses it, or else its logits.
-    fn decode(&mut self, routings: &mut [SequenceRouting], costs: &mut Costs) -> Result<StepOutput, RequestError> {
+    fn decode(&mut self, routings: &mut [SequenceRouting], costs: &mut Costs) -> Result<StepOutput<B>, RequestError> {
         let (forward, running, metrics) = (&mut self.forward, &mut self.running, &self.metrics);
         catch_panic(|| {
             let mut ids = Vec::new();
             let mut lengths = Vec::new();
-            let mut states = Vec::new();
+            let mut sequences = Vec::new();
             let mut requests = Vec::new();
             let (mut last_rows, mut greedy_rows, mut banned, mut drawn_rows) =
                 <(Vec<_>, Vec<_>, Vec<_>, Vec<_>)>::default();
@@ -177,7 +177,7 @@ impl Scheduler {
                 for branch in &mut sequence.branches {
                     ids.extend_from_slice(&branch.feed);
                     lengths.push(branch.feed.len());
-                    states.push(&mut branch.state);
+                    sequences.push(&mut branch.state);
                     requests.push(&sequence.request);
                 }
                 if let Decoding::Generate(generation) = &sequence.decoding {
@@ -196,22 +196,22 @@ impl Scheduler {
                 stack: Stack::Decoder,
                 ids: &ids,
                 spans: spans.clone(),
-                states: &mut states,
+                sequences,
                 routings,
                 requests: &requests,
             };
             let states = on_pool(|| forward.pass(batch, costs))?;
             let start = Instant::now();
-            let dense = forward.dense();
-            let tokens = dense.best_tokens(&greedy_rows, &banned).transpose()?;
-            let logits = dense.logits(&states, if tokens.is_some() { &drawn_rows } else { &last_rows })?;
+            let backend = forward.backend();
+            let tokens = backend.best_tokens(&states, &greedy_rows, &banned).transpose()?;
+            let logits = backend.logits(&states, if tokens.is_some() { &drawn_rows } else { &last_rows })?;
             costs.dense_since(start);
             Ok(StepOutput { states, spans, tokens, logits })
         })
     }
 
     /// Gives every sequence its share of a step: the next token, its scores, or the reason of its failure.
-    fn postprocess(&mut self, mut routings: Vec<SequenceRouting>, output: &StepOutput, costs: &Costs) {
+    fn postprocess(&mut self, mut routings: Vec<SequenceRouting>, output: &StepOutput<B>, costs: &Costs) {
         let start = Instant::now();
         let StepOutput { states, spans, tokens, logits } = output;
         let mut tokens = tokens.as_ref().map(|tokens| tokens.iter());
@@ -239,7 +239,7 @@ impl Scheduler {
                 Decoding::Score => {
                     let rows = branches.map(|branch| spans.range(branch));
                     let scored = match failure {
-                        None => catch_panic(|| sequence.answer_score(self.forward.dense(), states, rows)),
+                        None => catch_panic(|| sequence.answer_score(self.forward.backend(), states, rows)),
                         Some(failure) => Err(failure),
                     };
                     scored.unwrap_or_else(|error| sequence.request.fail(error));
@@ -247,7 +247,7 @@ impl Scheduler {
             }
         }
         let (config, tokenizer, metrics) = (self.forward.config(), &*self.tokenizer, &*self.metrics);
-        let advance = |(mut sequence, next_token): (Sequence, Result<NextToken<'_>, RequestError>)| {
+        let advance = |(mut sequence, next_token): (Sequence<B>, Result<NextToken<'_>, RequestError>)| {
             match next_token
                 .and_then(|next_token| catch_panic(|| sequence.advance(next_token, config, tokenizer, metrics)))
             {
@@ -276,7 +276,7 @@ impl Scheduler {
         }
         let config = self.forward.config();
         let experts = ExpertSets::new(config.moe_layer_count(), config.num_experts);
-        SequenceRouting::new(request.mode, table, first_token, config.router.top_k(), experts)
+        SequenceRouting::new(request.mode, table, first_token, config.top_k, experts)
     }
 
     pub(crate) fn trace(&self, request: &Request) -> Trace {
@@ -294,9 +294,9 @@ pub(crate) fn describe(span: &mut Option<BatchSpan>, sequences: usize, tokens: u
 }
 
 /// The output of a decode step.
-struct StepOutput {
+struct StepOutput<B: Backend> {
     /// A row for each token; `spans` has the rows of each branch.
-    states: States,
+    states: B::States,
     spans: Spans,
     /// The next tokens of sequences that take the most likely one, where the device chose it.
     tokens: Option<Vec<Option<u32>>>,

@@ -4,7 +4,7 @@
 
 use std::{ops::Range, time::Instant};
 
-use sida_model::{Dense, ModelConfig, ModelError, SequenceState, States, Tokenizer};
+use sida_model::{Backend, ModelConfig, ModelError, Tokenizer};
 use sida_telemetry::spans;
 
 use crate::{
@@ -27,17 +27,17 @@ use crate::{
 };
 
 /// A request that is being decoded.
-pub(crate) struct Sequence {
+pub(crate) struct Sequence<B: Backend> {
     pub(crate) request: Request,
     pub(crate) trace: Trace,
-    pub(crate) branches: Vec<Branch>,
+    pub(crate) branches: Vec<Branch<B>>,
     pub(crate) decoding: Decoding,
 }
 
 /// One run of tokens after the prompt.
-pub(crate) struct Branch {
+pub(crate) struct Branch<B: Backend> {
     /// The decoder's caches.
-    pub(crate) state: SequenceState,
+    pub(crate) state: B::Sequence,
     /// What the predictor knows of the branch.
     pub(crate) progress: Progress,
     /// The tokens that the next step computes.
@@ -81,9 +81,9 @@ pub(crate) enum SequenceStatus {
     Finished,
 }
 
-impl Sequence {
+impl<B: Backend> Sequence<B> {
     /// A request whose prompt is encoded, with its branches.
-    pub(crate) fn new(request: Request, trace: Trace, branches: Vec<Branch>) -> Self {
+    pub(crate) fn new(request: Request, trace: Trace, branches: Vec<Branch<B>>) -> Self {
         let decoding = match &request.work {
             Work::Generate { options, .. } => Decoding::Generate(Box::new(Generation::new(options))),
             Work::Score { .. } | Work::Encode { .. } => Decoding::Score,
@@ -140,14 +140,14 @@ impl Sequence {
     /// Answers a scored request: `rows` are the rows of each branch in `states`.
     pub(crate) fn answer_score(
         &mut self,
-        dense: &mut Dense,
-        states: &States,
+        backend: &mut B,
+        states: &B::States,
         rows: impl Iterator<Item = Range<usize>>,
     ) -> Result<(), RequestError> {
         let Work::Score { targets, reply } = &mut self.request.work else { return Ok(()) };
         let mut scores = Vec::with_capacity(targets.len());
         for (target, rows) in targets.iter().zip(rows) {
-            let log_likelihood = score::log_likelihood(dense, states, rows.start, target)?;
+            let log_likelihood = score::log_likelihood(backend, states, rows.start, target)?;
             if log_likelihood.is_nan() {
                 return Err(RequestError::NotANumber);
             }

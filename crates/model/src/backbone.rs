@@ -1,116 +1,265 @@
-//! Everything of a model but its experts: embedding, both stacks cut at their MoE layers, and the head.
-//! Loaded once per process and shared; computing takes `&self`.
+//! The weights of everything of a model but its experts, block by block as its [`ModelSpec`] lists them, in whatever
+//! memory a backend keeps them. Loaded once per process; [`crate::forward`] computes with them.
 
-use std::sync::Arc;
+use std::{fmt::Debug, sync::Arc};
 
-use candle_core::Tensor;
+use sida_routing::LayerId;
 
 use crate::{
-    Checkpoint, ModelConfig, ModelError, Stack,
-    decoder::Decoder,
-    encoder::Encoder,
-    linear::Linear,
-    loader::Loader,
-    names,
-    tensor_rows::{from_rows, rows},
+    Checkpoint, ModelError, Stack, names,
+    position_bias::PositionBias,
+    spec::{AttentionSpec, BlockSpec, FeedForwardSpec, ModelSpec},
 };
+
+/// A kind of memory, by what weights are in it.
+pub trait Memory: Debug {
+    /// W, row-major (outputs, inputs).
+    type Matrix: Debug;
+    /// A weight or a bias per column.
+    type Vector: Debug;
+    /// A stack's [`PositionBias`].
+    type Bias: Debug;
+}
+
+/// Brings tensors of a checkpoint into memory.
+pub trait Load {
+    /// Which.
+    type Memory: Memory;
+    /// Why that fails.
+    type Error: From<ModelError>;
+
+    /// Where they come from.
+    fn checkpoint(&self) -> &Checkpoint;
+    /// Matrices \[outputs, inputs\] of one input, one below the other: their products are one product.
+    fn matrix(
+        &mut self,
+        names: &[String],
+        outputs: usize,
+        inputs: usize,
+    ) -> Result<<Self::Memory as Memory>::Matrix, Self::Error>;
+    /// The matrix of a router \[experts, d_model\], whose products are summed in float32.
+    fn router(
+        &mut self,
+        name: String,
+        experts: usize,
+        d_model: usize,
+    ) -> Result<<Self::Memory as Memory>::Matrix, Self::Error>;
+    /// A vector, widened to float32.
+    fn vector(&mut self, name: &str, width: usize) -> Result<<Self::Memory as Memory>::Vector, Self::Error>;
+    /// A position bias.
+    fn bias(&mut self, bias: PositionBias) -> Result<<Self::Memory as Memory>::Bias, Self::Error>;
+}
 
 /// The dense part of a model.
 #[derive(Debug)]
-pub struct Backbone {
-    config: ModelConfig,
-    /// (vocab_size, d_model); the decoder's is the encoder's in most models.
-    encoder_embedding: Arc<Linear>,
-    decoder_embedding: Arc<Linear>,
-    encoder: Encoder,
-    decoder: Decoder,
-    head: Head,
+pub struct Backbone<M: Memory> {
+    /// What it computes.
+    pub spec: ModelSpec,
+    /// The encoder.
+    pub encoder: StackWeights<M>,
+    /// The decoder.
+    pub decoder: StackWeights<M>,
+    /// What makes scores of the decoder's output.
+    pub head: Head<M>,
+}
+
+/// All blocks of a stack, and what is around them.
+#[derive(Debug)]
+pub struct StackWeights<M: Memory> {
+    /// (vocab_size, d_model); both stacks' and the head are one matrix in most models.
+    pub embedding: Arc<M::Matrix>,
+    /// Of the attention of each block to its own stack.
+    pub bias: M::Bias,
+    /// In order.
+    pub blocks: Vec<Block<M>>,
+    /// (d_model)
+    pub final_norm: M::Vector,
+}
+
+/// One block.
+#[derive(Debug)]
+pub struct Block<M: Memory> {
+    /// To its own stack.
+    pub attention: Attention<M>,
+    /// Of a decoder, to the encoder's output.
+    pub cross: Option<CrossAttention<M>>,
+    /// What follows.
+    pub feed_forward: FeedForward<M>,
+}
+
+/// Attention, its norm and its projections.
+#[derive(Debug)]
+pub struct Attention<M: Memory> {
+    /// What it computes.
+    pub spec: AttentionSpec,
+    /// (d_model)
+    pub norm: M::Vector,
+    /// (3 * inner, d_model): q, k and v as one product; of an attention to the input q alone, (inner, d_model).
+    pub projection: M::Matrix,
+    /// (d_model, inner)
+    pub output: M::Matrix,
+}
+
+/// Attention of a decoder to the encoder's output.
+#[derive(Debug)]
+pub struct CrossAttention<M: Memory> {
+    /// The decoder's side of it.
+    pub attention: Attention<M>,
+    /// (2 * inner, d_model): k and v of the encoder's output, made once per sequence.
+    pub keys_values: M::Matrix,
+}
+
+/// What a block does after attention.
+#[derive(Debug)]
+pub enum FeedForward<M: Memory> {
+    /// The same matrices for every row: (d_ff, d_model) and (d_model, d_ff).
+    Dense {
+        /// (d_model)
+        norm: M::Vector,
+        /// (d_ff, d_model)
+        wi: M::Matrix,
+        /// (d_model, d_ff)
+        wo: M::Matrix,
+    },
+    /// Experts, which are elsewhere.
+    Moe {
+        /// Which MoE layer.
+        layer: LayerId,
+        /// (d_model)
+        norm: M::Vector,
+        /// Chooses them.
+        router: Router<M>,
+    },
+}
+
+/// What chooses the expert of a row.
+#[derive(Debug)]
+pub struct Router<M: Memory> {
+    /// (experts, d_model)
+    pub classifier: M::Matrix,
+    /// (experts)
+    pub bias: Option<M::Vector>,
 }
 
 /// Hidden states to logits.
 #[derive(Debug)]
-struct Head {
+pub struct Head<M: Memory> {
     /// (vocab_size, d_model)
-    weight: Arc<Linear>,
-    /// What h is multiplied by: `d_model^-0.5` where the head is the embedding, which was not made for this.
-    scale: f32,
+    pub weight: Arc<M::Matrix>,
+    /// What the last norm's output is multiplied by: `d_model^-0.5` where the head is the embedding, which was not made
+    /// for this.
+    pub scale: f32,
 }
 
-impl Backbone {
-    /// Copies the backbone's weights into memory, in the dtype they are stored in. `on_progress` gets bytes done
-    /// and bytes in all.
-    pub fn load(checkpoint: &Checkpoint, on_progress: &mut dyn FnMut(u64, u64)) -> Result<Self, ModelError> {
-        let config = checkpoint.config().clone();
-        let (vocab_size, d_model) = (config.vocab_size, config.d_model);
-        let mut loader = Loader::new(checkpoint, on_progress)?;
-        let [encoder_name, decoder_name] =
-            [Stack::Encoder, Stack::Decoder].map(|stack| names::embedding(checkpoint, stack));
-        let encoder_embedding = Arc::new(loader.linear(&encoder_name, vocab_size, d_model)?);
-        let decoder_embedding = match decoder_name == encoder_name {
-            true => encoder_embedding.clone(),
-            false => Arc::new(loader.linear(&decoder_name, vocab_size, d_model)?),
-        };
-        let head = match config.tie_word_embeddings {
-            true => Head { weight: decoder_embedding.clone(), scale: (d_model as f64).powf(-0.5) as f32 },
-            false => Head { weight: Arc::new(loader.linear(names::LM_HEAD, vocab_size, d_model)?), scale: 1.0 },
-        };
-        let encoder = Encoder::load(&mut loader)?;
-        let decoder = Decoder::load(&mut loader)?;
-        loader.finish();
-        Ok(Self { config, encoder_embedding, decoder_embedding, encoder, decoder, head })
+impl<M: Memory> Backbone<M> {
+    /// Loads the weights of a model.
+    pub fn load_with<L: Load<Memory = M>>(loader: &mut L) -> Result<Self, L::Error> {
+        let config = loader.checkpoint().config();
+        let (spec, is_tied) = (config.spec(), config.tie_word_embeddings);
+        let names = [Stack::Encoder, Stack::Decoder].map(|stack| names::embedding(loader.checkpoint(), stack));
+        let mut embedding = |name: &str| loader.matrix(&[name.to_owned()], spec.vocab_size, spec.d_model).map(Arc::new);
+        let encoder_embedding = embedding(&names[0])?;
+        let decoder_embedding = if names[0] == names[1] { encoder_embedding.clone() } else { embedding(&names[1])? };
+        let weight = if is_tied { decoder_embedding.clone() } else { embedding(names::LM_HEAD)? };
+        Ok(Self {
+            encoder: StackWeights::load(loader, &spec, Stack::Encoder, encoder_embedding)?,
+            decoder: StackWeights::load(loader, &spec, Stack::Decoder, decoder_embedding)?,
+            head: Head { weight, scale: spec.head_scale },
+            spec,
+        })
     }
 
-    /// What the model is.
-    pub fn config(&self) -> &ModelConfig {
-        &self.config
-    }
-
-    /// The embeddings of tokens: (ids.len(), d_model). Refuses ids outside the vocabulary.
-    pub fn embed(&self, stack: Stack, ids: &[u32]) -> Result<Tensor, ModelError> {
-        let embedding = match stack {
-            Stack::Encoder => &self.encoder_embedding,
-            Stack::Decoder => &self.decoder_embedding,
-        };
-        let matrix = embedding.matrix();
-        let row_bytes = matrix.cols * matrix.dtype.size();
-        let mut h = Vec::with_capacity(ids.len() * matrix.cols);
-        for &id in ids {
-            let row = (id as usize).checked_mul(row_bytes).and_then(|start| matrix.bytes.get(start..start + row_bytes));
-            let row = row.ok_or(ModelError::TokenId { id, vocab_size: matrix.rows })?;
-            matrix.dtype.widen_into(row, &mut h);
+    /// Refuses ids outside the vocabulary.
+    pub(crate) fn check_ids(&self, ids: &[u32]) -> Result<(), ModelError> {
+        let vocab_size = self.spec.vocab_size;
+        match ids.iter().find(|&&id| id as usize >= vocab_size) {
+            Some(&id) => Err(ModelError::TokenId { id, vocab_size }),
+            None => Ok(()),
         }
-        Ok(from_rows(h, matrix.cols)?)
     }
 
-    /// The encoder.
-    pub fn encoder(&self) -> &Encoder {
-        &self.encoder
-    }
-
-    /// The decoder.
-    pub fn decoder(&self) -> &Decoder {
-        &self.decoder
-    }
-
-    /// Scores of every token of the vocabulary: what [`Decoder::finish`] gave (n, d_model) -> (n, vocab_size).
-    pub fn logits(&self, h: &Tensor) -> Result<Tensor, ModelError> {
-        Ok(from_rows(rows(h, |h| self.logits_of(h))?, self.config.vocab_size)?)
-    }
-
-    /// As [`Backbone::logits`], of plain rows.
-    pub fn logits_of(&self, h: &[f32]) -> Vec<f32> {
-        let Head { weight, scale } = &self.head;
-        if *scale == 1.0 {
-            return weight.product(h);
+    /// One of its stacks.
+    pub fn stack(&self, stack: Stack) -> &StackWeights<M> {
+        match stack {
+            Stack::Encoder => &self.encoder,
+            Stack::Decoder => &self.decoder,
         }
-        weight.product(&h.iter().map(|h| h * scale).collect::<Vec<f32>>())
     }
+}
 
-    /// Bytes of weights it holds.
-    pub fn bytes(&self) -> u64 {
-        let mut linears = vec![&self.encoder_embedding, &self.decoder_embedding, &self.head.weight];
-        linears.dedup_by(|a, b| Arc::ptr_eq(a, b));
-        let dense: usize = linears.iter().map(|linear| linear.bytes()).sum();
-        (dense + self.encoder.bytes() + self.decoder.bytes()) as u64
+impl<M: Memory> StackWeights<M> {
+    fn load<L: Load<Memory = M>>(
+        loader: &mut L,
+        spec: &ModelSpec,
+        stack: Stack,
+        embedding: Arc<M::Matrix>,
+    ) -> Result<Self, L::Error> {
+        let own = spec.stack(stack);
+        let bias = PositionBias::load(loader.checkpoint(), stack, own.positions)?;
+        let bias = loader.bias(bias)?;
+        let blocks = own.blocks.iter().enumerate();
+        let blocks = blocks.map(|(index, block)| Block::load(loader, spec.d_model, block, stack, index));
+        let blocks = blocks.collect::<Result<_, _>>()?;
+        Ok(Self { embedding, bias, blocks, final_norm: loader.vector(&names::final_norm(stack), spec.d_model)? })
+    }
+}
+
+impl<M: Memory> Block<M> {
+    fn load<L: Load<Memory = M>>(
+        loader: &mut L,
+        d_model: usize,
+        spec: &BlockSpec,
+        stack: Stack,
+        index: usize,
+    ) -> Result<Self, L::Error> {
+        use names::Attention::{CrossAttention as Cross, SelfAttention};
+        let name = |attention, projection| names::projection(stack, index, attention, projection);
+        let mut attention = |spec: AttentionSpec, which, projections: &[char]| {
+            let names: Vec<String> = projections.iter().map(|&projection| name(which, projection)).collect();
+            Ok::<_, L::Error>(Attention {
+                spec,
+                norm: loader.vector(&names::attention_norm(stack, index, which), d_model)?,
+                projection: loader.matrix(&names, spec.inner(), d_model)?,
+                output: loader.matrix(&[name(which, 'o')], d_model, spec.inner())?,
+            })
+        };
+        let own = attention(spec.attention, SelfAttention, &['q', 'k', 'v'])?;
+        let cross = match spec.cross {
+            None => None,
+            Some(spec) => Some(CrossAttention {
+                attention: attention(spec, Cross, &['q'])?,
+                keys_values: loader.matrix(&['k', 'v'].map(|of| name(Cross, of)), spec.inner(), d_model)?,
+            }),
+        };
+        let feed_forward = FeedForward::load(loader, d_model, spec.feed_forward, stack, index)?;
+        Ok(Self { attention: own, cross, feed_forward })
+    }
+}
+
+impl<M: Memory> FeedForward<M> {
+    fn load<L: Load<Memory = M>>(
+        loader: &mut L,
+        d_model: usize,
+        spec: FeedForwardSpec,
+        stack: Stack,
+        index: usize,
+    ) -> Result<Self, L::Error> {
+        let norm = loader.vector(&names::feed_forward_norm(stack, index), d_model)?;
+        let matrix = |of| [names::dense(stack, index, of)];
+        Ok(match spec {
+            FeedForwardSpec::Dense { d_ff } => Self::Dense {
+                norm,
+                wi: loader.matrix(&matrix("wi"), d_ff, d_model)?,
+                wo: loader.matrix(&matrix("wo"), d_model, d_ff)?,
+            },
+            FeedForwardSpec::Moe { layer, experts, router_bias } => {
+                let classifier = loader.router(names::router(stack, index), experts, d_model)?;
+                let bias = match router_bias {
+                    true => Some(loader.vector(&names::router_bias(stack, index), experts)?),
+                    false => None,
+                };
+                Self::Moe { layer, norm, router: Router { classifier, bias } }
+            }
+        })
     }
 }

@@ -1,58 +1,16 @@
-//! What a model is, as data: the config of every family in one type, so that expert kind, router kind and
-//! stack are values and not assumptions spread through the code. Read once by [`crate::Checkpoint`].
+//! The config of a model, checked: the sizes that everything around it asks for. What the model computes is made of it:
+//! [`ModelConfig::spec`]. Read once by [`crate::Checkpoint`].
 
 use std::{ops::Range, path::Path};
 
 use sida_routing::LayerId;
 
-use crate::{ModelError, bounded_file, family};
+use crate::{ModelError, ModelSpec, bounded_file, family};
 
 /// The config's name in a model directory.
 pub(crate) const CONFIG: &str = "config.json";
 /// The longest config.json that is read.
 pub(crate) const CONFIG_BYTES_MAX: u64 = 1 << 20;
-
-/// What an expert computes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ExpertKind {
-    /// `relu(x wi^T) wo^T`: Switch Transformers.
-    Relu2,
-    /// `(silu(x gate^T) * (x up^T)) down^T`: Mixtral, Qwen3-MoE, OLMoE.
-    GatedSilu3,
-}
-
-/// How a router turns probabilities into experts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RouterKind {
-    /// The most probable expert, scaled by its probability.
-    Top1,
-    /// The k most probable experts.
-    TopK {
-        /// How many.
-        k: usize,
-        /// Whether the k probabilities are scaled to sum to 1.
-        renormalize: bool,
-    },
-}
-
-impl RouterKind {
-    /// Experts per token.
-    pub fn top_k(&self) -> usize {
-        match *self {
-            Self::Top1 => 1,
-            Self::TopK { k, .. } => k,
-        }
-    }
-}
-
-/// Which stacks a model has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum StackKind {
-    /// An encoder, and a decoder that attends to it.
-    EncoderDecoder,
-    /// A decoder alone.
-    DecoderOnly,
-}
 
 /// One of a model's stacks of blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -66,12 +24,8 @@ pub enum Stack {
 /// A model's config, checked: every number is within the limits of `family`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelConfig {
-    /// Which stacks there are.
-    pub stack: StackKind,
-    /// What every expert computes.
-    pub expert_kind: ExpertKind,
-    /// How every router chooses.
-    pub router: RouterKind,
+    /// Experts that each router chooses per token.
+    pub top_k: usize,
     /// Whether routers add a bias to their logits.
     pub router_bias: bool,
     /// Tokens the model knows; ids are below it.
@@ -125,6 +79,11 @@ impl ModelConfig {
     pub fn parse(json: &[u8], path: &Path) -> Result<Self, ModelError> {
         let invalid = |source| ModelError::Json { path: path.to_owned(), source };
         family::config(serde_json::from_slice(json).map_err(invalid)?, path)
+    }
+
+    /// The model as data: what each of its blocks computes.
+    pub fn spec(&self) -> ModelSpec {
+        family::spec(self)
     }
 
     /// Width of all heads side by side.

@@ -67,8 +67,6 @@ pub enum ModelError {
         "{key} cannot be packed: too many of its weights are far below the others of their row; start without packing (--no-packing)"
     )]
     NotPacked { key: ExpertKey },
-    #[error("tensor operation failed: {0}")]
-    Tensor(#[from] candle_core::Error),
     #[error(transparent)]
     Device(#[from] DeviceError),
 }

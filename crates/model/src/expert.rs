@@ -2,20 +2,17 @@
 //! the slots of its slab, the reference on the checkpoint's own bytes.
 
 use crate::{
-    config::ExpertKind,
-    cpu::{
-        exp::exp,
-        matmul::{MatrixRef, matmul},
-    },
+    cpu::matmul::{MatrixRef, matmul},
+    cpu_operations::relu,
     dtype::StoredDType,
-    elementwise::relu,
 };
+
+/// How many matrices an expert has.
+const MATRICES: usize = 2;
 
 /// The shape all experts of a model share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExpertShape {
-    /// Which matrices it has.
-    pub kind: ExpertKind,
     /// Width of its input and output.
     pub d_model: usize,
     /// Width between its matrices.
@@ -28,31 +25,22 @@ pub struct ExpertShape {
 #[derive(Debug, Default)]
 pub struct ExpertScratch {
     hidden: Vec<f32>,
-    up: Vec<f32>,
 }
 
 impl ExpertShape {
-    /// How many matrices an expert has. All of them hold `d_model * d_ff` values.
-    pub fn matrices(&self) -> usize {
-        match self.kind {
-            ExpertKind::Relu2 => 2,
-            ExpertKind::GatedSilu3 => 3,
-        }
-    }
-
-    /// Bytes of one matrix as stored.
+    /// Bytes of one matrix as stored. All of them hold `d_model * d_ff` values.
     pub fn matrix_bytes(&self) -> usize {
         self.d_model * self.d_ff * self.dtype.size()
     }
 
     /// Bytes of one expert as stored: its matrices one after another, input side first.
     pub fn bytes(&self) -> usize {
-        self.matrices() * self.matrix_bytes()
+        MATRICES * self.matrix_bytes()
     }
 
     /// Multiplications for one row.
     pub fn macs_per_row(&self) -> usize {
-        self.matrices() * self.d_model * self.d_ff
+        MATRICES * self.d_model * self.d_ff
     }
 
     /// The expert's output for x (n, d_model), into `out` (n, d_model), before the router's factor.
@@ -67,26 +55,10 @@ impl ExpertShape {
             MatrixRef { bytes, dtype: self.dtype, rows, cols }
         };
         let hidden = room(&mut scratch.hidden, rows * self.d_ff);
-        match self.kind {
-            ExpertKind::Relu2 => {
-                matmul(x, matrix(self.d_ff, self.d_model), hidden); // h = relu(x Wi^T)
-                relu(hidden);
-            }
-            ExpertKind::GatedSilu3 => {
-                let up = room(&mut scratch.up, rows * self.d_ff);
-                matmul(x, matrix(self.d_ff, self.d_model), hidden); // h = silu(x Wgate^T) * (x Wup^T)
-                matmul(x, matrix(self.d_ff, self.d_model), up);
-                hidden.iter_mut().zip(up).for_each(|(h, up)| *h = silu(*h) * *up);
-            }
-        }
+        matmul(x, matrix(self.d_ff, self.d_model), hidden); // h = relu(x Wi^T)
+        relu(hidden);
         matmul(hidden, matrix(self.d_model, self.d_ff), out); // out = h Wo^T
     }
-}
-
-/// h / (1 + e^-h), through e^-|h| so that nothing overflows.
-fn silu(h: f32) -> f32 {
-    let e = exp(-h.abs());
-    if h < 0.0 { h * e / (1.0 + e) } else { h / (1.0 + e) }
 }
 
 fn room(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
@@ -109,38 +81,21 @@ mod tests {
 
     /// An expert would compute another function than its family's feed-forward.
     #[test]
-    fn both_kinds_follow_their_equations() {
+    fn follows_its_equation() {
         let (d, ff) = (6, 10);
         let x = values(2 * d, 1);
-        let [a, b, c] = [values(ff * d, 2), values(ff * d, 3), values(d * ff, 4)];
+        let [a, b] = [values(ff * d, 2), values(d * ff, 3)];
         let product = |w: &[f32], x: &[f32]| -> Vec<f32> { w.chunks(x.len()).map(|row| dot(x, row)).collect() };
-        for kind in [ExpertKind::Relu2, ExpertKind::GatedSilu3] {
-            let shape = ExpertShape { kind, d_model: d, d_ff: ff, dtype: StoredDType::F32 };
-            let weights = match kind {
-                ExpertKind::Relu2 => bytes(&[&a[..], &c[..]].concat()),
-                ExpertKind::GatedSilu3 => bytes(&[&a[..], &b[..], &c[..]].concat()),
-            };
-            assert_eq!(weights.len(), shape.bytes());
-            let mut out = vec![0.0; 2 * d];
-            shape.forward(&weights, &x, &mut out, &mut ExpertScratch::default());
-            for (x, out) in x.chunks(d).zip(out.chunks(d)) {
-                let hidden: Vec<f32> = match kind {
-                    ExpertKind::Relu2 => product(&a, x).into_iter().map(|h| h.max(0.0)).collect(),
-                    ExpertKind::GatedSilu3 => {
-                        product(&a, x).iter().zip(product(&b, x)).map(|(g, up)| g / (1.0 + (-g).exp()) * up).collect()
-                    }
-                };
-                for (found, expected) in out.iter().zip(product(&c, &hidden)) {
-                    assert!((found - expected).abs() <= 1e-6 * expected.abs().max(1.0), "{found} for {expected}");
-                }
+        let shape = ExpertShape { d_model: d, d_ff: ff, dtype: StoredDType::F32 };
+        let weights = bytes(&[&a[..], &b[..]].concat());
+        assert_eq!(weights.len(), shape.bytes());
+        let mut out = vec![0.0; 2 * d];
+        shape.forward(&weights, &x, &mut out, &mut ExpertScratch::default());
+        for (x, out) in x.chunks(d).zip(out.chunks(d)) {
+            let hidden: Vec<f32> = product(&a, x).into_iter().map(|h| h.max(0.0)).collect();
+            for (found, expected) in out.iter().zip(product(&b, &hidden)) {
+                assert!((found - expected).abs() <= 1e-6 * expected.abs().max(1.0), "{found} for {expected}");
             }
         }
-    }
-
-    /// A NaN would vanish, or a large activation overflow.
-    #[test]
-    fn activations_hold_at_the_edges() {
-        assert!(silu(f32::NAN).is_nan());
-        assert_eq!((silu(0.0), silu(1e4), silu(-1e4)), (0.0, 1e4, 0.0));
     }
 }

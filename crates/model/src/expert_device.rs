@@ -74,7 +74,7 @@ pub struct SlotRun {
     pub rows: usize,
 }
 
-/// The rows of an MoE layer where a walk left them on a device: see [`crate::Dense::rows_on_device`].
+/// The rows of an MoE layer where a pass left them on a device: see [`crate::Backend::rows`].
 pub struct RowsOnDevice<'w> {
     #[cfg(feature = "cuda")]
     pub(crate) dense: &'w mut crate::cuda::DeviceDense,
@@ -108,7 +108,7 @@ impl RowsOnDevice<'_> {
 
     /// The rows, (tokens, d_model), for experts that cannot read them where they are.
     pub fn fetch(&mut self) -> Result<Vec<f32>, ModelError> {
-        Ok(self.dense.rows()?)
+        Ok(self.dense.fetch()?)
     }
 
     /// h += what experts on devices made of the rows.
@@ -118,7 +118,7 @@ impl RowsOnDevice<'_> {
 
     /// h += out (tokens, d_model).
     pub fn add(&mut self, out: &[f32]) -> Result<(), ModelError> {
-        Ok(self.dense.add(out)?)
+        Ok(self.dense.add_rows(out)?)
     }
 }
 
@@ -210,8 +210,7 @@ pub fn open(
 
 impl DeviceError {
     /// Of a build that cannot use it.
-    #[cfg(not(feature = "cuda"))]
-    pub(crate) fn not_built(device: DeviceName) -> Self {
+    pub fn not_built(device: DeviceName) -> Self {
         Self::Missing(format!("{device} needs a build with the cargo feature cuda"))
     }
 }

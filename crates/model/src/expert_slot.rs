@@ -18,7 +18,7 @@ impl ExpertSlot {
     pub fn choose(store: &ExpertStore, precision: Precision, packs: bool) -> Result<Self, ModelError> {
         let shape = ExpertShape { dtype: precision.stored(), ..*store.shape() };
         let plain = Self { shape, is_packed: false };
-        if !packs || precision != Precision::Bf16 || plain.shape.matrices() != 2 {
+        if !packs || precision != Precision::Bf16 {
             return Ok(plain);
         }
         let packed = Self { is_packed: true, ..plain };

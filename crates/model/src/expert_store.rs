@@ -3,9 +3,13 @@
 
 use std::sync::Arc;
 
-use sida_routing::{Digest, ExpertKey, LayerId};
+use sida_routing::{Digest, ExpertKey, Grouping, LayerId};
 
-use crate::{Checkpoint, ModelConfig, ModelError, StoredDType, expert::ExpertShape, names};
+use crate::{
+    Checkpoint, ModelConfig, ModelError, StoredDType,
+    expert::{ExpertScratch, ExpertShape},
+    names,
+};
 
 /// All experts of a model.
 #[derive(Clone, Debug)]
@@ -31,7 +35,7 @@ impl ExpertStore {
         dtypes.dedup();
         // Slots hold one dtype: where a file mixes them, experts are widened on their way in.
         let dtype = if let [one] = dtypes[..] { one } else { StoredDType::F32 };
-        let shape = ExpertShape { kind: config.expert_kind, d_model: config.d_model, d_ff: config.d_ff, dtype };
+        let shape = ExpertShape { d_model: config.d_model, d_ff: config.d_ff, dtype };
         Ok(Self { checkpoint, shape })
     }
 
@@ -77,6 +81,24 @@ impl ExpertStore {
             }
         }
         Ok(())
+    }
+
+    /// The weighted sum of each token's experts, loaded one by one: x (n, d_model) -> (n, d_model)
+    pub fn combined(&self, layer: LayerId, x: &[f32], grouping: &Grouping) -> Result<Vec<f32>, ModelError> {
+        let d_model = self.shape.d_model;
+        let (mut slot, mut scratch) = (vec![0; self.shape.bytes()], ExpertScratch::default());
+        let mut output = vec![0.0; x.len()];
+        let mut first = 0;
+        for group in &grouping.groups {
+            let tokens = &grouping.tokens[first..][..group.rows as usize];
+            let own: Vec<f32> = tokens.iter().flat_map(|&t| &x[t as usize * d_model..][..d_model]).copied().collect();
+            let mut results = vec![0.0; own.len()];
+            self.load(ExpertKey { layer, expert: group.expert }, &mut slot)?;
+            self.shape.forward(&slot, &own, &mut results, &mut scratch);
+            grouping.combine(first, &results, d_model, &mut output);
+            first += tokens.len();
+        }
+        Ok(output)
     }
 
     fn check(&self, key: ExpertKey) -> Result<(), ModelError> {

@@ -33,16 +33,11 @@ impl KvCache {
     pub(crate) fn rows(&self) -> &[f32] {
         &self.rows
     }
-
-    /// How many tokens it holds.
-    pub(crate) fn tokens(&self) -> usize {
-        self.rows.len() / self.width
-    }
 }
 
-/// A sequence's state in the decoder. Made by [`crate::Decoder::start`].
+/// A sequence in the decoder of a model on the processor. Made by [`crate::Backend::start`].
 #[derive(Clone, Debug)]
-pub struct DecoderState {
+pub struct CpuSequence {
     position: usize,
     /// One per block.
     /// Invariant: each holds the tokens before `position`, and those of a step that has not been advanced.
@@ -51,7 +46,7 @@ pub struct DecoderState {
     pub(crate) cross: Arc<[Vec<f32>]>,
 }
 
-impl DecoderState {
+impl CpuSequence {
     pub(crate) fn new(cross: Vec<Vec<f32>>, inner: usize) -> Self {
         let caches = cross.iter().map(|_| KvCache::new(inner)).collect();
         Self { position: 0, caches, cross: cross.into() }

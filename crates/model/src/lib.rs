@@ -5,45 +5,42 @@
 //! Invariant: synchronous, no tokio and no network. Every numeric kernel computes each row by itself in a
 //! fixed order, so a row's bits do not depend on its batch, on the number of threads or on the node.
 //!
-//! In reading order. What a model is: [`error`], [`dtype`], [`config`], [`family`].
+//! In reading order. What a model is: [`error`], [`dtype`], [`config`], [`family`], and [`spec`], the model as data.
 //! Where its bytes are: [`bounded_file`], `weight_files`, [`manifest`], [`checkpoint`], [`names`], [`tokenizer`].
-//! Arithmetic on slices: [`cpu`]; by several threads: [`mod@side_by_side`], `pieces`; on tensors: [`tensor_rows`], [`linear`], [`norm`], [`elementwise`].
-//! The backbone: [`spans`], [`position_bias`], [`kv_cache`], `attention`, [`router`], [`feed_forward`],
-//! [`encoder`], [`decoder`], `loader`, [`backbone`], and [`dense`] (the same wherever it is computed, by a [`walk`]). Experts: [`expert`], [`expert_store`].
-//! All of it at once: [`reference`](mod@reference). What will be routed where: [`predictor`].
-//! Experts on another device than the processor: [`expert_device`], and in another process: [`window`](mod@window). All of it on a GPU (feature `cuda`): [`cuda`],
-//! [`device_name`] and [`precision`].
+//! Its weights by block: [`position_bias`], [`backbone`]. What it computes, an equation a line: [`forward`].
+//! Who computes it: [`backend`]. On the processor: arithmetic on slices in [`cpu`], by several threads in
+//! [`mod@side_by_side`] and `pieces`; [`spans`], [`kv_cache`], [`linear`], `loader`, `cpu_operations`, [`router`],
+//! [`cpu_backend`]. On a GPU (feature `cuda`): [`cuda`], [`device_name`] and [`precision`].
+//! Experts: [`expert`], [`expert_store`]; on another device than the processor, [`expert_device`], and in another process,
+//! [`window`](mod@window). All of it at once: [`reference`](mod@reference). What will be routed where: [`predictor`].
 //! Making checkpoints: [`convert`], [`synth`], `fresh_directory`, `shards`.
 
-mod attention;
 pub mod backbone;
+pub mod backend;
 pub mod bounded_file;
 pub mod checkpoint;
 pub mod config;
 pub mod convert;
 pub mod cpu;
+pub mod cpu_backend;
+mod cpu_operations;
 #[cfg(feature = "cuda")]
 pub mod cuda;
-pub mod decoder;
-pub mod dense;
 pub mod device_name;
 pub mod dtype;
-pub mod elementwise;
-pub mod encoder;
 pub mod error;
 pub mod expert;
 pub mod expert_device;
 pub mod expert_slot;
 pub mod expert_store;
 pub mod family;
-pub mod feed_forward;
+pub mod forward;
 mod fresh_directory;
 pub mod kv_cache;
 pub mod linear;
-mod loader;
+pub mod loader;
 pub mod manifest;
 pub mod names;
-pub mod norm;
 mod packed;
 mod pieces;
 pub mod position_bias;
@@ -54,33 +51,28 @@ pub mod router;
 mod shards;
 pub mod side_by_side;
 pub mod spans;
+pub mod spec;
 pub mod synth;
-pub mod tensor_rows;
 pub mod tokenizer;
-pub mod walk;
 mod weight_files;
 pub mod window;
 
-pub use candle_core::{Device, Tensor};
-
 pub use backbone::Backbone;
+pub use backend::{Backend, MoeRows, Passed, PassedLayer};
 pub use checkpoint::{Checkpoint, TensorBytes};
-pub use config::{ExpertKind, ModelConfig, RouterKind, Stack, StackKind};
-pub use decoder::{Decoder, DecoderLayer};
-pub use dense::{Dense, DenseOptions};
+pub use config::{ModelConfig, Stack};
+pub use cpu_backend::CpuBackend;
 pub use device_name::{DeviceName, DeviceNameError};
 pub use dtype::StoredDType;
-pub use encoder::{Encoder, EncoderLayer};
 pub use error::ModelError;
 pub use expert::{ExpertScratch, ExpertShape};
 pub use expert_device::{DeviceError, ExpertDevice, ExpertDeviceOptions, RowsOnDevice, SlotRows, SlotRun, Urgency};
 pub use expert_slot::ExpertSlot;
 pub use expert_store::ExpertStore;
-pub use feed_forward::{DenseFeedForward, FeedForward, MoeGate};
-pub use kv_cache::DecoderState;
+pub use kv_cache::CpuSequence;
 pub use precision::{Precision, PrecisionError};
 pub use reference::{Reference, RoutedLayer};
 pub use spans::Spans;
+pub use spec::ModelSpec;
 pub use tokenizer::Tokenizer;
-pub use walk::{SequenceState, States, Walk};
 pub use window::{ExpertWindow, ResultsWindow, RowsWindow, WindowHandle};

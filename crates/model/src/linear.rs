@@ -1,11 +1,8 @@
-//! A linear layer of the backbone, without bias: `y = x W^T`. Weights keep the checkpoint's dtype.
-
-use candle_core::{Result, Tensor};
+//! A weight matrix of the backbone in the host's memory: `y = x W^T`, without bias. Keeps the checkpoint's dtype.
 
 use crate::{
-    cpu::matmul::{MatrixRef, product},
+    cpu::matmul::{MatrixRef, product_into},
     dtype::StoredDType,
-    tensor_rows::{from_rows, rows},
 };
 
 /// W, row-major (outputs, inputs).
@@ -24,28 +21,21 @@ impl Linear {
         Self { bytes, dtype, outputs, inputs }
     }
 
-    /// Width of y.
-    pub fn outputs(&self) -> usize {
-        self.outputs
-    }
-
-    /// Bytes it holds.
-    pub fn bytes(&self) -> usize {
-        self.bytes.len()
-    }
-
     /// W as it lies.
     pub fn matrix(&self) -> MatrixRef<'_> {
         MatrixRef { bytes: &self.bytes, dtype: self.dtype, rows: self.outputs, cols: self.inputs }
     }
 
-    /// x (n, inputs) -> y (n, outputs), float32.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        from_rows(rows(x, |x| self.product(x))?, self.outputs)
+    /// x (n, inputs) -> y (n, outputs), over whatever `y` held.
+    pub fn product(&self, x: &[f32], y: &mut Vec<f32>) {
+        product_into(x, self.matrix(), y);
     }
 
-    /// As [`Linear::forward`], of plain rows.
-    pub fn product(&self, x: &[f32]) -> Vec<f32> {
-        product(x, self.matrix())
+    /// Some of W's rows, widened, into `out` (rows.len(), inputs). Panics where there is no such row.
+    pub fn gather(&self, rows: &[u32], out: &mut [f32]) {
+        let row_bytes = self.inputs * self.dtype.size();
+        for (&row, out) in rows.iter().zip(out.chunks_exact_mut(self.inputs)) {
+            self.dtype.widen_over(&self.bytes[row as usize * row_bytes..][..row_bytes], out);
+        }
     }
 }

@@ -9,7 +9,7 @@
 
 use sida_routing::{ExpertId, ExpertKey};
 
-use crate::{Checkpoint, ExpertKind, ModelConfig, Stack};
+use crate::{Checkpoint, ModelConfig, Stack};
 
 /// Which attention of a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,13 +83,9 @@ pub fn router_bias(stack: Stack, block: usize) -> String {
 pub fn expert(config: &ModelConfig, key: ExpertKey) -> Vec<(String, [usize; 2])> {
     let (stack, block) = config.moe_block(key.layer);
     let ExpertId(expert) = key.expert;
-    let (wide, narrow) = ([config.d_ff, config.d_model], [config.d_model, config.d_ff]);
-    let matrices: &[(&str, [usize; 2])] = match config.expert_kind {
-        ExpertKind::Relu2 => &[("wi", wide), ("wo", narrow)],
-        ExpertKind::GatedSilu3 => &[("wi_0", wide), ("wi_1", wide), ("wo", narrow)],
-    };
+    let matrices = [("wi", [config.d_ff, config.d_model]), ("wo", [config.d_model, config.d_ff])];
     let experts = format!("{}.mlp.experts.expert_{expert}", feed_forward(stack, block));
-    matrices.iter().map(|&(matrix, shape)| (format!("{experts}.{matrix}.weight"), shape)).collect()
+    matrices.into_iter().map(|(matrix, shape)| (format!("{experts}.{matrix}.weight"), shape)).collect()
 }
 
 /// Whether a tensor belongs to an expert and not to the backbone.

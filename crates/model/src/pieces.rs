@@ -1,38 +1,64 @@
 //! A batch in one piece per thread: blocks run from end to end over a piece's rows, norms, products and attention, so
 //! that threads meet once and not after every product. No row's bits depend on its piece (see `cpu`).
 
-use crate::{Spans, side_by_side};
+use crate::{Spans, cpu_operations::Scratch, side_by_side};
 
-/// Calls `work` for pieces of `rows` (n, width) that hold whole sequences, with those sequences' spans.
-pub(crate) fn by_sequence(rows: &mut [f32], width: usize, spans: &Spans, work: impl Fn(&mut [f32], &Spans) + Sync) {
+/// Calls `work` for pieces of h and x, both (n, width), that hold whole sequences, with those sequences' spans. `work` makes
+/// x of h; the last argument says whether there are other pieces.
+pub(crate) fn by_sequence(
+    h: &mut [f32],
+    x: &mut [f32],
+    width: usize,
+    spans: &Spans,
+    scratch: &mut Scratch,
+    work: impl Fn(&mut [f32], &mut [f32], &Spans, &mut Scratch) + Sync,
+) {
     let count = count(spans.rows(), width);
     if count == 1 {
-        return work(rows, spans);
+        return work(h, x, spans, scratch);
     }
-    let mut rest = rows;
-    let own = spans.ranges().map(|range| rest.split_off_mut(..range.len() * width));
-    let mut own: Vec<Option<&mut [f32]>> = own.collect();
-    let mut piece = |share: Vec<usize>| -> Vec<&mut [f32]> {
-        share.into_iter().map(|sequence| own[sequence].take().expect("a sequence is in one share")).collect()
+    let mut own_h: Vec<Option<&mut [f32]>> = by_span(h, width, spans);
+    let mut own_x: Vec<Option<&mut [f32]>> = by_span(x, width, spans);
+    let mut piece = |share: Vec<usize>| -> Vec<(&mut [f32], &mut [f32])> {
+        let own = |sequence: usize| Some((own_h[sequence].take()?, own_x[sequence].take()?));
+        share.into_iter().map(own).map(|rows| rows.expect("a sequence is in one share")).collect()
     };
     let pieces = spans.shares(count).into_iter().map(&mut piece).collect();
     // The sequences of a piece lie apart: it computes on a copy.
-    side_by_side::each(pieces, |mut sequences: Vec<&mut [f32]>| {
-        let mut rows = sequences.concat();
-        work(&mut rows, &Spans::new(sequences.iter().map(|rows| rows.len() / width)));
-        let mut from = &rows[..];
-        for to in &mut sequences {
-            to.copy_from_slice(from.split_off(..to.len()).expect("as many rows as there were"));
+    side_by_side::each(pieces, |mut sequences: Vec<(&mut [f32], &mut [f32])>| {
+        let spans = Spans::new(sequences.iter().map(|(h, _)| h.len() / width));
+        let mut h = Vec::with_capacity(spans.rows() * width);
+        sequences.iter().for_each(|(own, _)| h.extend_from_slice(own));
+        let mut x = vec![0.0; h.len()];
+        work(&mut h, &mut x, &spans, &mut Scratch::default());
+        for ((own_h, own_x), rows) in sequences.iter_mut().zip(spans.ranges()) {
+            let values = rows.start * width..rows.end * width;
+            own_h.copy_from_slice(&h[values.clone()]);
+            own_x.copy_from_slice(&x[values]);
         }
     });
 }
 
-/// Calls `work` for pieces of `rows` (n, width), cut anywhere between rows.
-pub(crate) fn by_row(rows: &mut [f32], width: usize, work: impl Fn(&mut [f32]) + Send + Sync) {
-    let n = rows.len() / width;
+fn by_span<'r>(mut rows: &'r mut [f32], width: usize, spans: &Spans) -> Vec<Option<&'r mut [f32]>> {
+    spans.ranges().map(|range| rows.split_off_mut(..range.len() * width)).collect()
+}
+
+/// Calls `work` for pieces of h and x, both (n, width), cut anywhere between rows.
+pub(crate) fn by_row(
+    h: &mut [f32],
+    x: &[f32],
+    width: usize,
+    scratch: &mut Scratch,
+    work: impl Fn(&mut [f32], &[f32], &mut Scratch) + Sync,
+) {
+    let n = h.len() / width;
     match count(n, width) {
-        1 => work(rows),
-        count => side_by_side::each(rows.chunks_mut(n.div_ceil(count) * width).collect(), work),
+        1 => work(h, x, scratch),
+        count => {
+            let values = n.div_ceil(count) * width;
+            let pieces = h.chunks_mut(values).zip(x.chunks(values)).collect();
+            side_by_side::each(pieces, |(h, x)| work(h, x, &mut Scratch::default()));
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! T5's relative position bias: what a head adds to a score for the distance between key and query. Kept by
 //! the first block of a stack and shared by all of them.
 
-use crate::{Checkpoint, ModelError, Stack, cpu::lanes::LANES, names};
+use crate::{Checkpoint, ModelError, Stack, cpu::lanes::LANES, names, spec::RelativeBias};
 
 /// A stack's bias for every distance.
 #[derive(Debug)]
@@ -14,15 +14,14 @@ pub struct PositionBias {
 
 impl PositionBias {
     /// Reads a stack's bias.
-    pub fn load(checkpoint: &Checkpoint, stack: Stack) -> Result<Self, ModelError> {
-        let config = checkpoint.config();
-        let (buckets, heads) = (config.relative_attention_num_buckets, config.num_heads);
+    pub fn load(checkpoint: &Checkpoint, stack: Stack, spec: RelativeBias) -> Result<Self, ModelError> {
+        let RelativeBias { buckets, max_distance: reach, is_bidirectional } = spec;
+        let heads = checkpoint.config().num_heads;
         let table = checkpoint.tensor_of_shape(&names::position_bias(stack), &[buckets, heads])?;
         let table = table.dtype.widen(table.bytes); // (buckets, heads)
-        let reach = config.relative_attention_max_distance;
-        let bidirectional = stack == Stack::Encoder;
-        let bucket_of: Vec<usize> =
-            (-(reach as i64)..=reach as i64).map(|distance| bucket(distance, bidirectional, buckets, reach)).collect();
+        let bucket_of: Vec<usize> = (-(reach as i64)..=reach as i64)
+            .map(|distance| bucket(distance, is_bidirectional, buckets, reach))
+            .collect();
         let by_distance = (0..heads)
             .flat_map(|head| bucket_of.iter().map(move |bucket| (bucket, head)))
             .map(|(b, h)| table[b * heads + h]);

@@ -4,22 +4,17 @@
 
 use std::path::Path;
 
-use candle_core::Tensor;
-use sida_routing::{Digest, ExpertKey, Grouping, LayerId, Routes};
+use sida_routing::{Digest, Grouping, LayerId, Routes};
 
 use crate::{
-    Backbone, Checkpoint, DecoderState, ExpertStore, FeedForward, ModelConfig, ModelError, MoeGate, Spans, Stack,
-    cpu::lanes::LANES,
-    elementwise::add,
-    expert::ExpertScratch,
-    router,
-    tensor_rows::{from_rows, rows},
+    Backend, Checkpoint, CpuBackend, CpuSequence, ExpertStore, ModelConfig, ModelError, MoeRows, Spans, Stack,
+    cpu::lanes::LANES, router,
 };
 
 /// A model that answers by itself.
 #[derive(Debug)]
 pub struct Reference {
-    backbone: Backbone,
+    backend: CpuBackend,
     experts: ExpertStore,
     enforce_capacity: bool,
 }
@@ -39,8 +34,8 @@ impl Reference {
     /// Loads a model's backbone; experts are read as they are needed.
     pub fn open(dir: &Path) -> Result<Self, ModelError> {
         let checkpoint = Checkpoint::open(dir)?;
-        let backbone = Backbone::load(&checkpoint, &mut |_, _| ())?;
-        Ok(Self { backbone, experts: ExpertStore::open(checkpoint)?, enforce_capacity: false })
+        let backend = CpuBackend::load(&checkpoint, &mut |_, _| ())?;
+        Ok(Self { backend, experts: ExpertStore::open(checkpoint)?, enforce_capacity: false })
     }
 
     /// Whether tokens beyond `expert_capacity` are dropped, as transformers 4.x and 5.23 do. Off at first.
@@ -51,7 +46,7 @@ impl Reference {
 
     /// What the model is.
     pub fn config(&self) -> &ModelConfig {
-        self.backbone.config()
+        self.backend.config()
     }
 
     /// Which model it is.
@@ -60,42 +55,34 @@ impl Reference {
     }
 
     /// The encoder's states of one sequence (tokens, d_model), and its routing, one entry per MoE layer.
-    pub fn encode(&self, ids: &[u32]) -> Result<(Tensor, Vec<RoutedLayer>), ModelError> {
-        let spans = Spans::new([ids.len()]);
-        let mut routing = Vec::new();
-        let mut h = self.backbone.embed(Stack::Encoder, ids)?;
-        for layer in self.backbone.encoder().layers() {
-            h = layer.attend(&h, &spans)?;
-            h = self.feed_forward(layer.feed_forward(), &h, &spans, &mut routing)?;
-        }
-        Ok((self.backbone.encoder().finish(&h)?, routing))
+    pub fn encode(&self, ids: &[u32]) -> Result<(Vec<f32>, Vec<RoutedLayer>), ModelError> {
+        let (mut backend, mut values) = (self.backend.clone(), Vec::new());
+        let (states, routing) = self.pass(&mut backend, Stack::Encoder, ids, Vec::new())?;
+        backend.values(&states, &mut values)?;
+        Ok((values, routing))
     }
 
-    /// A sequence's decoder state before its first token.
-    pub fn start(&self, encoder_states: &Tensor) -> Result<DecoderState, ModelError> {
-        self.backbone.decoder().start(encoder_states)
+    /// A sequence's caches before its first token.
+    pub fn start(&self, encoder_states: &[f32]) -> Result<CpuSequence, ModelError> {
+        let spans = Spans::new([encoder_states.len() / self.config().d_model]);
+        Ok(self.backend.start_of(encoder_states, &spans)?.remove(0))
     }
 
     /// Decodes further tokens of a sequence at once: their logits (tokens, vocab_size) and routing.
-    pub fn decode(&self, state: &mut DecoderState, ids: &[u32]) -> Result<(Tensor, Vec<RoutedLayer>), ModelError> {
-        let spans = Spans::new([ids.len()]);
-        let mut routing = Vec::new();
-        let mut h = self.backbone.embed(Stack::Decoder, ids)?;
-        for layer in self.backbone.decoder().layers() {
-            h = layer.attend(&h, &mut [&mut *state], &spans)?;
-            h = self.feed_forward(layer.feed_forward(), &h, &spans, &mut routing)?;
-        }
-        state.advance(ids.len());
-        Ok((self.backbone.logits(&self.backbone.decoder().finish(&h)?)?, routing))
+    pub fn decode(&self, sequence: &mut CpuSequence, ids: &[u32]) -> Result<(Vec<f32>, Vec<RoutedLayer>), ModelError> {
+        let mut backend = self.backend.clone();
+        let (states, routing) = self.pass(&mut backend, Stack::Decoder, ids, vec![sequence])?;
+        let rows: Vec<usize> = (0..ids.len()).collect();
+        Ok((backend.logits(&states, &rows)?, routing))
     }
 
     /// The logits of a whole target at once: `ids` begin with the start token; row i scores what follows
     /// `ids[i]`.
     pub fn decode_forced(
         &self,
-        encoder_states: &Tensor,
+        encoder_states: &[f32],
         ids: &[u32],
-    ) -> Result<(Tensor, Vec<RoutedLayer>), ModelError> {
+    ) -> Result<(Vec<f32>, Vec<RoutedLayer>), ModelError> {
         self.decode(&mut self.start(encoder_states)?, ids)
     }
 
@@ -103,67 +90,40 @@ impl Reference {
     /// last if it was reached.
     pub fn generate_greedy(&self, ids: &[u32], new_tokens_max: usize) -> Result<Vec<u32>, ModelError> {
         let (encoder_states, _) = self.encode(ids)?;
-        let mut state = self.start(&encoder_states)?;
+        let mut sequence = self.start(&encoder_states)?;
         let mut answer = Vec::new();
         let mut token = self.config().decoder_start_token_id;
         while answer.len() < new_tokens_max && answer.last() != Some(&self.config().eos_token_id) {
-            let (logits, _) = self.decode(&mut state, &[token])?;
-            token = rows(&logits, greedy)?;
+            token = greedy(&self.decode(&mut sequence, &[token])?.0);
             answer.push(token);
         }
         Ok(answer)
     }
 
-    fn feed_forward(
+    /// One pass of one sequence, every expert computed here.
+    fn pass(
         &self,
-        feed_forward: &FeedForward,
-        h: &Tensor,
-        spans: &Spans,
-        routing: &mut Vec<RoutedLayer>,
-    ) -> Result<Tensor, ModelError> {
-        match feed_forward {
-            FeedForward::Dense(dense) => dense.forward(h),
-            FeedForward::Moe(gate) => {
-                let x = gate.normed(h)?;
-                let routed = self.route(gate, &x, spans)?;
-                let output = self.experts(gate.id(), &x, &routed.routes)?;
-                routing.push(routed);
-                Ok(add(h, &output)?)
+        backend: &mut CpuBackend,
+        stack: Stack,
+        ids: &[u32],
+        sequences: Vec<&mut CpuSequence>,
+    ) -> Result<(<CpuBackend as Backend>::States, Vec<RoutedLayer>), ModelError> {
+        let spans = Spans::new([ids.len()]);
+        let mut routing = Vec::new();
+        let mut pass = backend.begin(stack, ids, &spans, sequences)?;
+        while let Some(layer) = backend.advance(&mut pass)? {
+            let probabilities = backend.probabilities(&mut pass)?.to_vec();
+            let mut routes = backend.routes(&mut pass)?;
+            if self.enforce_capacity {
+                router::enforce_capacity(&mut routes, &spans, self.config().expert_capacity);
             }
-        }
-    }
-
-    fn route(&self, gate: &MoeGate, x: &Tensor, spans: &Spans) -> Result<RoutedLayer, ModelError> {
-        let probabilities = gate.probabilities(x)?;
-        let mut routes = router::routes(&self.config().router, &probabilities, self.config().num_experts);
-        if self.enforce_capacity {
-            router::enforce_capacity(&mut routes, spans, self.config().expert_capacity);
-        }
-        Ok(RoutedLayer { layer: gate.id(), probabilities, routes })
-    }
-
-    /// The weighted sum of each token's experts: x (n, d_model) -> (n, d_model)
-    fn experts(&self, layer: LayerId, x: &Tensor, routes: &Routes) -> Result<Tensor, ModelError> {
-        let d_model = self.config().d_model;
-        let shape = self.experts.shape();
-        let grouping = Grouping::new(routes);
-        let (mut slot, mut scratch) = (vec![0; shape.bytes()], ExpertScratch::default());
-        let mut output = vec![0.0; x.elem_count()];
-        rows(x, |x| -> Result<(), ModelError> {
-            let mut first_row = 0;
-            for group in &grouping.groups {
-                let tokens = &grouping.tokens[first_row..first_row + group.rows as usize];
-                let own: Vec<f32> =
-                    tokens.iter().flat_map(|&token| &x[token as usize * d_model..][..d_model]).copied().collect();
-                let mut results = vec![0.0; own.len()];
-                self.experts.load(ExpertKey { layer, expert: group.expert }, &mut slot)?;
-                shape.forward(&slot, &own, &mut results, &mut scratch);
-                grouping.combine(first_row, &results, d_model, &mut output);
-                first_row += tokens.len();
+            if let MoeRows::Host(x) = backend.rows(&mut pass) {
+                let output = self.experts.combined(layer, x, &Grouping::new(&routes))?;
+                backend.add(&mut pass, &output)?;
             }
-            Ok(())
-        })??;
-        Ok(from_rows(output, d_model)?)
+            routing.push(RoutedLayer { layer, probabilities, routes });
+        }
+        Ok((backend.finish(pass)?.states, routing))
     }
 }
 

@@ -1,57 +1,28 @@
 //! Which experts a token goes to: the trained router of a block, its choice, and the capacity that some
 //! versions of transformers enforce.
 
-use candle_core::Tensor;
 use sida_routing::{ExpertId, Routes};
 
-use crate::{
-    ModelError, RouterKind, Spans, Stack, cpu::norm::softmax, linear::Linear, loader::Loader, names, tensor_rows::rows,
-};
+use crate::{Spans, backbone::Router, cpu::norm::softmax, cpu_operations::add_to, loader::Host};
 
-/// The router of one sparse block, in float32.
-#[derive(Debug)]
-pub(crate) struct Router {
-    /// (experts, d_model)
-    classifier: Linear,
-    /// (experts)
-    bias: Option<Vec<f32>>,
-}
-
-impl Router {
-    pub(crate) fn load(loader: &mut Loader<'_>, stack: Stack, block: usize) -> Result<Self, ModelError> {
-        let config = loader.checkpoint.config();
-        let (experts, has_bias) = (config.num_experts, config.router_bias);
-        Ok(Self {
-            classifier: loader.linear(&names::router(stack, block), experts, config.d_model)?,
-            bias: match has_bias {
-                true => Some(loader.vector(&names::router_bias(stack, block), experts)?),
-                false => None,
-            },
-        })
-    }
-
-    /// `softmax(x W^T + b)`: normed x (n, d_model) -> (n, experts), row-major.
+impl Router<Host> {
+    /// `softmax(x W^T + b)`: x (n, d_model) -> (n, experts), row-major, in float32, over whatever `probabilities` held.
     /// Source: transformers, SwitchTransformersTop1Router.
-    pub(crate) fn probabilities(&self, x: &Tensor) -> Result<Vec<f32>, ModelError> {
-        let experts = self.classifier.outputs();
-        let mut logits = rows(x, |x| self.classifier.product(x))?;
+    pub(crate) fn probabilities(&self, x: &[f32], probabilities: &mut Vec<f32>) {
+        self.classifier.product(x, probabilities);
+        let experts = self.classifier.matrix().rows;
         if let Some(bias) = &self.bias {
-            logits.chunks_exact_mut(experts).for_each(|row| row.iter_mut().zip(bias).for_each(|(l, b)| *l += b));
+            probabilities.chunks_exact_mut(experts).for_each(|row| add_to(row, bias));
         }
-        softmax(&mut logits, experts);
-        Ok(logits)
-    }
-
-    pub(crate) fn bytes(&self) -> usize {
-        self.classifier.bytes()
+        softmax(probabilities, experts);
     }
 }
 
 /// The experts of each token by its probabilities (n, num_experts): the most probable, most probable first,
 /// the lower id where two are equal. A row of NaN goes to the first experts.
-pub fn routes(kind: &RouterKind, probabilities: &[f32], num_experts: usize) -> Routes {
+pub fn routes(top_k: usize, probabilities: &[f32], num_experts: usize) -> Routes {
     let tokens = probabilities.len() / num_experts.max(1);
-    let top_k = kind.top_k().min(num_experts);
+    let top_k = top_k.min(num_experts);
     let mut routes =
         Routes { top_k, experts: Vec::with_capacity(tokens * top_k), weights: Vec::with_capacity(tokens * top_k) };
     for row in probabilities.chunks_exact(num_experts.max(1)) {
@@ -61,11 +32,6 @@ pub fn routes(kind: &RouterKind, probabilities: &[f32], num_experts: usize) -> R
             let best = most_probable(row, |expert| taken.contains(&Some(expert)));
             routes.experts.push(Some(best));
             routes.weights.push(row[usize::from(best.0)]);
-        }
-        if let RouterKind::TopK { renormalize: true, .. } = kind {
-            let weights = &mut routes.weights[first..];
-            let sum: f32 = weights.iter().sum();
-            weights.iter_mut().for_each(|weight| *weight /= sum);
         }
     }
     routes
@@ -113,14 +79,12 @@ mod tests {
     #[test]
     fn takes_the_most_probable() {
         let probabilities = [0.1, 0.6, 0.3, 0.4, 0.2, 0.4];
-        let top1 = routes(&RouterKind::Top1, &probabilities, 3);
+        let top1 = routes(1, &probabilities, 3);
         assert_eq!((ids(&top1), top1.weights), (vec![Some(1), Some(0)], vec![0.6, 0.4]));
-        let top2 = routes(&RouterKind::TopK { k: 2, renormalize: false }, &probabilities, 3);
+        let top2 = routes(2, &probabilities, 3);
         assert_eq!(ids(&top2), [Some(1), Some(2), Some(0), Some(2)]);
         assert_eq!(top2.weights, [0.6, 0.3, 0.4, 0.4]);
-        let renormalized = routes(&RouterKind::TopK { k: 2, renormalize: true }, &probabilities, 3);
-        assert_eq!(renormalized.weights, [0.6 / 0.90000004, 0.3 / 0.90000004, 0.5, 0.5]);
-        let nan = routes(&RouterKind::TopK { k: 2, renormalize: true }, &[f32::NAN; 3], 3);
+        let nan = routes(2, &[f32::NAN; 3], 3);
         assert_eq!(ids(&nan), [Some(0), Some(1)]);
     }
 

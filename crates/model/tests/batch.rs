@@ -4,10 +4,11 @@
 use std::path::{Path, PathBuf};
 
 use sida_model::{
-    Backbone, Checkpoint, DecoderState, ExpertScratch, ExpertStore, FeedForward, MoeGate, Reference, Spans, Stack,
-    Tensor, reference::greedy, tensor_rows,
+    Backend, Checkpoint, CpuBackend, CpuSequence, ExpertStore, MoeRows, Reference, Spans, Stack, reference::greedy,
 };
-use sida_routing::{ExpertKey, Grouping};
+use sida_routing::Grouping;
+
+type States = <CpuBackend as Backend>::States;
 
 fn model() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/switch-tiny-64")
@@ -15,65 +16,41 @@ fn model() -> PathBuf {
 
 /// A model that runs batches, as a coordinator with every expert at hand would.
 struct Batches {
-    backbone: Backbone,
+    backend: CpuBackend,
     experts: ExpertStore,
 }
 
 impl Batches {
     fn open() -> Self {
         let checkpoint = Checkpoint::open(&model()).unwrap();
-        let backbone = Backbone::load(&checkpoint, &mut |_, _| ()).unwrap();
-        Self { backbone, experts: ExpertStore::open(checkpoint).unwrap() }
+        let backend = CpuBackend::load(&checkpoint, &mut |_, _| ()).unwrap();
+        Self { backend, experts: ExpertStore::open(checkpoint).unwrap() }
     }
 
-    fn encode(&self, sequences: &[&[u32]]) -> (Tensor, Spans) {
+    fn encode(&mut self, sequences: &[&[u32]]) -> (Vec<f32>, Spans) {
         let spans = Spans::new(sequences.iter().map(|ids| ids.len()));
-        let mut h = self.backbone.embed(Stack::Encoder, &sequences.concat()).unwrap();
-        for layer in self.backbone.encoder().layers() {
-            h = layer.attend(&h, &spans).unwrap();
-            h = self.feed_forward(layer.feed_forward(), &h);
-        }
-        (self.backbone.encoder().finish(&h).unwrap(), spans)
+        let states = self.pass(Stack::Encoder, &sequences.concat(), &spans, Vec::new());
+        let mut values = Vec::new();
+        self.backend.values(&states, &mut values).unwrap();
+        (values, spans)
     }
 
-    fn step(&self, states: &mut [&mut DecoderState], tokens: &[u32]) -> Vec<Vec<f32>> {
-        let spans = Spans::single_tokens(tokens.len());
-        let mut h = self.backbone.embed(Stack::Decoder, tokens).unwrap();
-        for layer in self.backbone.decoder().layers() {
-            h = layer.attend(&h, states, &spans).unwrap();
-            h = self.feed_forward(layer.feed_forward(), &h);
-        }
-        states.iter_mut().for_each(|state| state.advance(1));
-        self.backbone.logits(&self.backbone.decoder().finish(&h).unwrap()).unwrap().to_vec2().unwrap()
+    fn step(&mut self, sequences: Vec<&mut CpuSequence>, tokens: &[u32]) -> Vec<Vec<f32>> {
+        let states = self.pass(Stack::Decoder, tokens, &Spans::single_tokens(tokens.len()), sequences);
+        let logits = self.backend.logits(&states, &(0..tokens.len()).collect::<Vec<_>>()).unwrap();
+        logits.chunks(self.backend.config().vocab_size).map(<[f32]>::to_vec).collect()
     }
 
-    fn feed_forward(&self, feed_forward: &FeedForward, h: &Tensor) -> Tensor {
-        match feed_forward {
-            FeedForward::Dense(dense) => dense.forward(h).unwrap(),
-            FeedForward::Moe(gate) => (h + self.moe(gate, &gate.normed(h).unwrap())).unwrap(),
+    fn pass(&mut self, stack: Stack, ids: &[u32], spans: &Spans, sequences: Vec<&mut CpuSequence>) -> States {
+        let Self { backend, experts } = self;
+        let mut pass = backend.begin(stack, ids, spans, sequences).unwrap();
+        while let Some(layer) = backend.advance(&mut pass).unwrap() {
+            let grouping = Grouping::new(&backend.routes(&mut pass).unwrap());
+            let MoeRows::Host(x) = backend.rows(&mut pass) else { panic!("rows of the processor") };
+            let output = experts.combined(layer, x, &grouping).unwrap();
+            backend.add(&mut pass, &output).unwrap();
         }
-    }
-
-    fn moe(&self, gate: &MoeGate, x: &Tensor) -> Tensor {
-        let grouping = Grouping::new(&gate.route(x).unwrap());
-        let shape = self.experts.shape();
-        let mut slot = vec![0; shape.bytes()];
-        let mut output = vec![0.0; x.elem_count()];
-        tensor_rows::rows(x, |x| {
-            let row = |token: u32| &x[token as usize * shape.d_model..][..shape.d_model];
-            let mut first = 0;
-            for group in &grouping.groups {
-                let tokens = &grouping.tokens[first..][..group.rows as usize];
-                let rows: Vec<f32> = tokens.iter().flat_map(|&token| row(token)).copied().collect();
-                let mut results = vec![0.0; rows.len()];
-                self.experts.load(ExpertKey { layer: gate.id(), expert: group.expert }, &mut slot).unwrap();
-                shape.forward(&slot, &rows, &mut results, &mut ExpertScratch::default());
-                grouping.combine(first, &results, shape.d_model, &mut output);
-                first += tokens.len();
-            }
-        })
-        .unwrap();
-        tensor_rows::from_rows(output, shape.d_model).unwrap()
+        backend.finish(pass).unwrap().states
     }
 }
 
@@ -84,17 +61,17 @@ fn bits(values: &[f32]) -> Vec<u32> {
 /// Answers would depend on who else asks at the same time.
 #[test]
 fn a_sequence_in_a_batch_is_the_sequence_alone() {
-    let batches = Batches::open();
+    let mut batches = Batches::open();
     let reference = Reference::open(&model()).unwrap();
+    let d_model = reference.config().d_model;
     let long: Vec<u32> = (0..300).map(|i| 3 + i * 37 % 8000).chain([1]).collect();
     let sequences: [&[u32]; 4] = [&[5, 99, 1207, 44, 8191, 17, 1], &[1], &long, &[700, 3, 700, 3, 1]];
     let (encoded, spans) = batches.encode(&sequences);
-    let encoded: Vec<Vec<f32>> = encoded.to_vec2().unwrap();
     let mut states = Vec::new();
     let mut alone_states = Vec::new();
     for (ids, span) in sequences.iter().zip(spans.ranges()) {
         let (alone, _) = reference.encode(ids).unwrap();
-        assert_eq!(bits(&encoded[span].concat()), bits(&alone.flatten_all().unwrap().to_vec1().unwrap()));
+        assert_eq!(bits(&encoded[span.start * d_model..span.end * d_model]), bits(&alone));
         states.push(reference.start(&alone).unwrap());
         alone_states.push(reference.start(&alone).unwrap());
     }
@@ -102,14 +79,26 @@ fn a_sequence_in_a_batch_is_the_sequence_alone() {
     let mut tokens = vec![0; sequences.len()];
     for step in 0..80 {
         let batch = sequences.len().min(step + 1);
-        let mut joined: Vec<&mut DecoderState> = states.iter_mut().take(batch).collect();
-        let logits = batches.step(&mut joined, &tokens[..batch]);
+        let logits = batches.step(states.iter_mut().take(batch).collect(), &tokens[..batch]);
         for (s, logits) in logits.iter().enumerate() {
             let (alone, _) = reference.decode(&mut alone_states[s], &[tokens[s]]).unwrap();
-            assert_eq!(bits(logits), bits(&alone.flatten_all().unwrap().to_vec1().unwrap()), "step {step} of {s}");
+            assert_eq!(bits(logits), bits(&alone), "step {step} of {s}");
             tokens[s] = greedy(logits);
         }
     }
+}
+
+/// A row would be computed twice or not at all where threads share a batch, or differently by the piece that it is in.
+#[test]
+fn pieces_of_a_batch_are_the_batch() {
+    let sequences: Vec<Vec<u32>> =
+        (0..9).map(|s| (0..20 + s * 30).map(|i| 3 + (i * 37 + s * 11) % 8000).collect()).collect();
+    let sequences: Vec<&[u32]> = sequences.iter().map(|ids| &ids[..]).collect();
+    let by_threads = [1, 2, 4].map(|threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| bits(&Batches::open().encode(&sequences).0))
+    });
+    assert!(by_threads[0] == by_threads[1] && by_threads[0] == by_threads[2]);
 }
 
 /// Scoring one target would change what the next one sees.
@@ -119,9 +108,7 @@ fn forks_go_their_own_ways() {
     let (encoded, _) = reference.encode(&[5, 99, 1207, 1]).unwrap();
     let mut trunk = reference.start(&encoded).unwrap();
     reference.decode(&mut trunk, &[0, 23]).unwrap();
-    let logits = |state: &mut DecoderState, token| -> Vec<f32> {
-        reference.decode(state, &[token]).unwrap().0.flatten_all().unwrap().to_vec1().unwrap()
-    };
+    let logits = |state: &mut CpuSequence, token| reference.decode(state, &[token]).unwrap().0;
     let (mut left, mut right) = (trunk.fork(), trunk.fork());
     logits(&mut left, 30);
     assert_eq!(logits(&mut right, 44), logits(&mut trunk, 44));

@@ -13,9 +13,9 @@ use std::path::{Path, PathBuf};
 use golden::Golden;
 use rand::{Rng, SeedableRng};
 use sida_model::{
-    Checkpoint, ExpertDevice, ExpertScratch, ExpertSlot, ExpertStore, Precision, Reference, SlotRows, Spans, Stack,
-    Urgency,
-    cuda::{CudaError, DeviceDense, DeviceModel, DeviceOptions, DeviceSequence, DeviceSlab, Gpu},
+    Backend, Checkpoint, ExpertDevice, ExpertScratch, ExpertSlot, ExpertStore, MoeRows, Precision, Reference, SlotRows,
+    Spans, Stack, Urgency,
+    cuda::{CudaError, DeviceDense, DeviceModel, DeviceOptions, DeviceSequence, DeviceSlab, DeviceStates, Gpu},
     reference::greedy,
 };
 use sida_routing::{ExpertId, ExpertKey, LayerId, Plan, PlanId};
@@ -71,10 +71,6 @@ fn relative(found: &[f32], expected: &[f32]) -> f64 {
     relative
 }
 
-fn values(tensor: &sida_model::Tensor) -> Vec<f32> {
-    tensor.flatten_all().unwrap().to_vec1().unwrap()
-}
-
 fn generate(model: &mut DeviceModel, ids: &[u32], tokens_max: usize) -> Vec<u32> {
     let (start, eos) = (model.config().decoder_start_token_id, model.config().eos_token_id);
     let spans = Spans::new([ids.len()]);
@@ -107,7 +103,7 @@ fn float32_agrees_with_transformers() {
                 let passed = model.encode(ids, &Spans::new([ids.len()])).unwrap();
                 let states = model.states(ids.len()).unwrap();
                 let (expected, routing) = reference.encode(ids).unwrap();
-                let off = relative(&states, &values(&expected));
+                let off = relative(&states, &expected);
                 assert!(off < TOLERANCE_F32, "{}: encoder states are off by {off:e}", dir.display());
                 for (layer, found) in routing.iter().zip(&passed.experts) {
                     let experts = reference.config().num_experts;
@@ -505,24 +501,24 @@ fn a_slab_computes_what_the_processor_does() {
     }
 }
 
-/// One walk of a stack whose experts are in a slab: slot = layer * experts + expert.
-fn walk(
+/// One pass through a stack whose experts are in a slab: slot = layer * experts + expert.
+fn pass(
     dense: &mut DeviceDense,
     slab: &DeviceSlab,
     stack: Stack,
     (ids, spans): (&[u32], &Spans),
-    sequences: &mut [&mut DeviceSequence],
-) -> Vec<Vec<u16>> {
+    sequences: Vec<&mut DeviceSequence>,
+) -> (Vec<Vec<u16>>, DeviceStates) {
     let (d_model, experts) = (dense.config().d_model, dense.config().num_experts);
     let mut chosen = Vec::new();
-    dense.begin(stack, ids, spans, sequences).unwrap();
-    let mut next = 0;
-    while let (end, Some(layer)) = dense.advance(next).unwrap() {
-        next = end;
-        let choice = dense.choice().unwrap();
-        let x = dense.rows().unwrap();
+    let mut pass = dense.begin(stack, ids, spans, sequences).unwrap();
+    while let Some(layer) = dense.advance(&mut pass).unwrap() {
+        let routes = dense.routes(&mut pass).unwrap();
+        let choice: Vec<u16> = routes.experts.iter().map(|expert| expert.unwrap().0).collect();
+        let MoeRows::Device(mut rows) = dense.rows(&mut pass) else { panic!("rows of a device") };
+        let x = rows.fetch().unwrap();
         let groups: Vec<(usize, Vec<usize>)> = (0..experts)
-            .map(|expert| (expert, (0..ids.len()).filter(|&r| usize::from(choice.experts[r]) == expert).collect()))
+            .map(|expert| (expert, (0..ids.len()).filter(|&r| usize::from(choice[r]) == expert).collect()))
             .filter(|(_, of): &(usize, Vec<usize>)| !of.is_empty())
             .collect();
         let gathered: Vec<(usize, Vec<f32>)> = groups
@@ -536,14 +532,13 @@ fn walk(
         for ((_, of), results) in groups.iter().zip(on_slab(slab, &gathered)) {
             for (&row, y) in of.iter().zip(results.chunks(d_model)) {
                 let to = &mut out[row * d_model..][..d_model];
-                to.iter_mut().zip(y).for_each(|(to, y)| *to += choice.alpha[row] * y);
+                to.iter_mut().zip(y).for_each(|(to, y)| *to += routes.weights[row] * y);
             }
         }
-        dense.add(&out).unwrap();
-        chosen.push(choice.experts);
+        dense.add(&mut pass, &out).unwrap();
+        chosen.push(choice);
     }
-    dense.finish(spans, sequences).unwrap();
-    chosen
+    (chosen, dense.finish(pass).unwrap().states)
 }
 
 /// A coordinator whose experts are on other nodes would answer otherwise than a model that has its own.
@@ -570,26 +565,27 @@ fn experts_elsewhere_give_the_same_bits() {
             let vocab = whole.config().vocab_size;
             let (ids, spans) = random_batch(&mut random, vocab, &[7, 60, 12, 300]);
             let passed = whole.encode(&ids, &spans).unwrap();
-            let chosen = walk(&mut dense, &slab, Stack::Encoder, (&ids, &spans), &mut []);
+            let (chosen, states) = pass(&mut dense, &slab, Stack::Encoder, (&ids, &spans), Vec::new());
             assert_eq!(chosen, passed.experts);
             let bits = |values: Vec<f32>| -> Vec<u32> { values.into_iter().map(f32::to_bits).collect() };
-            assert_eq!(bits(dense.states(ids.len()).unwrap()), bits(whole.states(ids.len()).unwrap()));
-            let (mut theirs, mut ours) = (whole.start(&spans).unwrap(), dense.start(&spans).unwrap());
+            let values = dense.values(&states, &mut Vec::new()).unwrap().to_vec();
+            assert_eq!(bits(values), bits(whole.states(ids.len()).unwrap()));
+            let (mut theirs, mut ours) = (whole.start(&spans).unwrap(), dense.start(&states, &spans).unwrap());
             ours[0] = dense.fork(&ours[0]).unwrap();
             let mut fed: Vec<u32> = vec![whole.config().decoder_start_token_id; 4];
             for _ in 0..6 {
                 let spans = Spans::single_tokens(4);
                 let mut all: Vec<&mut DeviceSequence> = theirs.iter_mut().collect();
                 let passed = whole.decode(&fed, &spans, &mut all, &[0, 1, 2, 3]).unwrap();
-                let mut all: Vec<&mut DeviceSequence> = ours.iter_mut().collect();
-                let chosen = walk(&mut dense, &slab, Stack::Decoder, (&fed, &spans), &mut all);
+                let all: Vec<&mut DeviceSequence> = ours.iter_mut().collect();
+                let (chosen, states) = pass(&mut dense, &slab, Stack::Decoder, (&fed, &spans), all);
                 assert_eq!(chosen, passed.experts);
-                let logits = dense.logits(&[0, 1, 2, 3]).unwrap();
+                let logits = dense.logits(&states, &[0, 1, 2, 3]).unwrap();
                 assert_eq!(bits(logits), bits(whole.logits(4).unwrap()), "{} {precision}", dir.display());
                 // Chosen on the device as on the processor; what is banned gives way to the next best.
                 let any: Vec<Option<u32>> = passed.tokens.iter().copied().map(Some).collect();
-                assert_eq!(dense.best_tokens(&[0, 1, 2, 3], &[None; 4]).unwrap(), any);
-                let others = dense.best_tokens(&[0, 1, 2, 3], &any).unwrap();
+                assert_eq!(dense.best_tokens(&states, &[0, 1, 2, 3], &[None; 4]).unwrap().unwrap(), any);
+                let others = dense.best_tokens(&states, &[0, 1, 2, 3], &any).unwrap().unwrap();
                 assert!(others.iter().zip(&any).all(|(other, best)| other.is_some() && other != best));
                 fed = passed.tokens;
             }

@@ -10,7 +10,7 @@ mod golden;
 use std::path::{Path, PathBuf};
 
 use golden::{Case, Golden, Logits, Stacked};
-use sida_model::{ModelConfig, ModelError, Reference, RoutedLayer, Stack, Tensor, Tokenizer};
+use sida_model::{ModelConfig, ModelError, Reference, RoutedLayer, Stack, Tokenizer};
 
 /// Numbers may differ by this, relative to the largest of their kind.
 const TOLERANCE: f64 = 1e-4;
@@ -115,9 +115,9 @@ impl Comparison<'_> {
         }
     }
 
-    fn encoder(&mut self) -> Tensor {
+    fn encoder(&mut self) -> Vec<f32> {
         let (states, routing) = self.reference.encode(&self.case.input_ids).unwrap();
-        let values = values(&states);
+        let values = &states;
         let count = values.len() as f64;
         let mean = values.iter().map(|&v| f64::from(v)).sum::<f64>() / count;
         let variance = values.iter().map(|&v| (f64::from(v) - mean).powi(2)).sum::<f64>() / (count - 1.0);
@@ -135,13 +135,12 @@ impl Comparison<'_> {
     }
 
     /// Token by token, as a server decodes.
-    fn greedy(&mut self, states: &Tensor) {
+    fn greedy(&mut self, states: &[f32]) {
         let inputs = &self.case.greedy_ids[..self.case.greedy_ids.len() - 1];
         let mut state = self.reference.start(states).unwrap();
         let mut steps: Vec<RoutedLayer> = Vec::new();
         for (step, &input) in inputs.iter().enumerate() {
             let (logits, routing) = self.reference.decode(&mut state, &[input]).unwrap();
-            let logits = values(&logits);
             if step == 0 {
                 self.first_step(&logits);
             }
@@ -168,10 +167,9 @@ impl Comparison<'_> {
     }
 
     /// A whole target in one call.
-    fn forced(&mut self, states: &Tensor) {
+    fn forced(&mut self, states: &[f32]) {
         let Some(forced) = &self.case.forced else { return };
         let (logits, routing) = self.reference.decode_forced(states, &forced.decoder_input_ids).unwrap();
-        let logits = values(&logits);
         let vocab_size = self.reference.config().vocab_size;
         self.logits(&logits[logits.len() - vocab_size..], &forced.last_logits);
         self.routing(&routing, &forced.experts, None);
@@ -182,10 +180,10 @@ impl Comparison<'_> {
     }
 
     /// Scoring a target at once and writing it token by token must not differ in a single bit.
-    fn stepwise_is_the_same(&self, states: &Tensor, ids: &[u32], together: &[f32]) {
+    fn stepwise_is_the_same(&self, states: &[f32], ids: &[u32], together: &[f32]) {
         let mut state = self.reference.start(states).unwrap();
         let stepwise: Vec<f32> =
-            ids.iter().flat_map(|&id| values(&self.reference.decode(&mut state, &[id]).unwrap().0)).collect();
+            ids.iter().flat_map(|&id| self.reference.decode(&mut state, &[id]).unwrap().0).collect();
         assert!(stepwise.iter().zip(together).all(|(a, b)| a.to_bits() == b.to_bits()));
     }
 
@@ -242,10 +240,6 @@ impl Comparison<'_> {
             (Stack::Decoder, block) => format!("decoder.block.{block}.layer.2.mlp.router"),
         }
     }
-}
-
-fn values(tensor: &Tensor) -> Vec<f32> {
-    tensor.flatten_all().unwrap().to_vec1().unwrap()
 }
 
 fn best(row: &[f32]) -> (u16, f32) {

@@ -14,7 +14,7 @@ use std::{
 
 use sida_cluster::experts::ExpertCall;
 use sida_expert_node::{Engine, ExpertMemory, ExpertNodeConfig, ExpertNodeError, source::ExpertSource};
-use sida_model::{ExpertKind, ExpertScratch, ExpertShape, ModelError, StoredDType};
+use sida_model::{ExpertScratch, ExpertShape, ModelError, StoredDType};
 use sida_routing::{Digest, ExpertId, ExpertKey, Group, LayerId};
 
 pub(crate) const LAYERS: usize = 3;
@@ -35,7 +35,7 @@ impl MadeUp {
     }
 
     pub(crate) fn wide(d_ff: usize) -> Arc<Self> {
-        let shape = ExpertShape { kind: ExpertKind::Relu2, d_model: D_MODEL, d_ff, dtype: StoredDType::F32 };
+        let shape = ExpertShape { d_model: D_MODEL, d_ff, dtype: StoredDType::F32 };
         let (failing, slow, loads) = Default::default();
         Arc::new(Self { shape, failing, slow, loads })
     }

@@ -11,7 +11,7 @@ use anyhow::Context;
 use clap::Args;
 use serde_json::json;
 use sida_model::{
-    Checkpoint, ExpertKind, ModelConfig, RouterKind, Stack, StackKind,
+    Checkpoint, ModelConfig, Stack,
     manifest::{self, Manifest},
     names, predictor,
 };
@@ -103,18 +103,13 @@ fn part_of(name: &str) -> &'static str {
 /// Lines of name and value, in reading order.
 fn facts(checkpoint: &Checkpoint, dtypes: &BTreeMap<String, u64>) -> anyhow::Result<Vec<(&'static str, String)>> {
     let config = checkpoint.config();
-    let stacks = match config.stack {
-        StackKind::EncoderDecoder => format!(
-            "encoder of {} blocks ({} MoE), decoder of {} ({} MoE)",
-            config.encoder_layers,
-            config.moe_layers(Stack::Encoder).len(),
-            config.decoder_layers,
-            config.moe_layers(Stack::Decoder).len(),
-        ),
-        StackKind::DecoderOnly => {
-            format!("decoder of {} blocks ({} MoE)", config.decoder_layers, config.moe_layer_count())
-        }
-    };
+    let stacks = format!(
+        "encoder of {} blocks ({} MoE), decoder of {} ({} MoE)",
+        config.encoder_layers,
+        config.moe_layers(Stack::Encoder).len(),
+        config.decoder_layers,
+        config.moe_layers(Stack::Decoder).len(),
+    );
     let widths = format!(
         "d_model {}, d_ff {}, {} heads of {}, vocabulary {}",
         config.d_model, config.d_ff, config.num_heads, config.d_kv, config.vocab_size
@@ -135,19 +130,11 @@ fn facts(checkpoint: &Checkpoint, dtypes: &BTreeMap<String, u64>) -> anyhow::Res
 }
 
 fn experts_fact(config: &ModelConfig) -> String {
-    let kind = match config.expert_kind {
-        ExpertKind::Relu2 => "two matrices, ReLU",
-        ExpertKind::GatedSilu3 => "three matrices, gated SiLU",
-    };
-    format!("{} per MoE layer ({kind})", config.num_experts)
+    format!("{} per MoE layer (two matrices, ReLU)", config.num_experts)
 }
 
 fn router_fact(config: &ModelConfig) -> String {
-    match config.router {
-        RouterKind::Top1 => format!("top 1, expert capacity {} where it is enforced", config.expert_capacity),
-        RouterKind::TopK { k, renormalize: true } => format!("top {k}, renormalized"),
-        RouterKind::TopK { k, renormalize: false } => format!("top {k}"),
-    }
+    format!("top {}, expert capacity {} where it is enforced", config.top_k, config.expert_capacity)
 }
 
 fn manifest_fact(checkpoint: &Checkpoint) -> anyhow::Result<String> {

@@ -42,14 +42,14 @@ pub struct MatrixRef<'a> {
     pub cols: usize,
 }
 
-/// `x W^T`: x (n, cols) -> (n, rows). See [`matmul`].
-pub fn product(x: &[f32], w: MatrixRef<'_>) -> Vec<f32> {
+/// `out = x W^T`: x (n, cols) -> (n, rows), in memory that is kept from call to call. See [`matmul`].
+pub fn product_into(x: &[f32], w: MatrixRef<'_>, out: &mut Vec<f32>) {
     let len = x.len().checked_div(w.cols).unwrap_or(0) * w.rows;
-    let mut out = Vec::with_capacity(len);
+    out.clear();
+    out.reserve(len);
     write_product(x, w, &mut out.spare_capacity_mut()[..len]);
     // SAFETY: `write_product` filled them.
     unsafe { out.set_len(len) };
-    out
 }
 
 /// `out = x W^T`: x (n, cols), out (n, rows). Splits over the threads of the current rayon pool when there

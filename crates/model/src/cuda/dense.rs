@@ -1,15 +1,13 @@
-//! The dense part of a model on a GPU, walked block by block: at an MoE layer the rows and the router's choice come to the
-//! host, and what experts elsewhere made of them goes back. The counterpart of [`crate::Backbone`] for a coordinator
-//! whose experts are on other nodes; [`super::DeviceModel`] is the same with experts of its own, in one go.
+//! The dense part of a model on a GPU: passes that stop at MoE layers, where the rows and the router's choice come to the
+//! host, and what experts elsewhere made of them goes back. The hidden states stay on the device, one pass at a time.
 //!
-//! A walk is `begin`, then `advance` from MoE layer to MoE layer with `choice` and what is in `moe_rows` in between, then
-//! `finish`. The hidden states stay on the device, one walk at a time.
+//! How rows travel is in `moe_rows`; [`super::DeviceModel`] is the same with experts of its own, in one go.
 
 mod moe_rows;
 
 use cudarc::driver::PinnedHostSlice;
 use rayon::prelude::*;
-use sida_routing::LayerId;
+use sida_routing::{ExpertId, LayerId, Routes};
 
 use super::{
     arguments::Sequence,
@@ -21,9 +19,14 @@ use super::{
     recorded::Recordings,
     scratch::{LOGIT_ROWS_MAX, Packet, Scratch},
     sequence::DeviceSequence,
-    weights::{self, Block, DeviceBackbone, FeedForward, StackWeights},
+    weights::{self, Device},
 };
-use crate::{Checkpoint, ModelConfig, ModelError, Precision, Spans, Stack, StoredDType};
+use crate::{
+    Backbone, Checkpoint, ModelConfig, ModelError, Precision, RowsOnDevice, RowsWindow, Spans, Stack, StoredDType,
+    backend::{Backend, MoeRows, Passed},
+    forward::{self, Position},
+    names,
+};
 
 /// Values that one thread widens at a time: what takes some ten microseconds.
 const PIECE_VALUES: usize = 1 << 16;
@@ -31,17 +34,19 @@ const PIECE_VALUES: usize = 1 << 16;
 /// No token: of a row without a number among its logits, and where none is banned.
 const NO_TOKEN: u32 = u32::MAX;
 
-/// See the file's head.
+/// Weights on a device, and the memory that passes through them work in.
 #[derive(Debug)]
 pub struct DeviceDense {
     pub(super) gpu: Gpu,
     pub(super) config: ModelConfig,
     pub(super) precision: Precision,
     pub(super) kernels: Kernels,
-    pub(super) backbone: DeviceBackbone,
+    pub(super) backbone: Backbone<Device>,
+    backbone_bytes: u64,
     pub(super) scratch: Scratch,
-    exchange: Option<Exchange>,
-    walk: Option<Walk>,
+    exchange: Exchange,
+    /// The pass that has the device's memory, or had it last.
+    current: Current,
     /// Steps of the decoder by the block that they begin at.
     steps: Recordings<(usize, BatchShape)>,
 }
@@ -58,21 +63,47 @@ struct Exchange {
     places: DeviceMemory,
 }
 
-/// A pass that is walked.
+/// What the device is told of a pass.
 #[derive(Clone, Copy, Debug)]
-struct Walk {
-    stack: Stack,
+struct Current {
     shape: BatchShape,
     packet: Packet,
 }
 
-/// What the router chose for the rows of an MoE layer.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Choice {
-    /// The expert of each row.
-    pub experts: Vec<u16>,
-    /// Its probability.
-    pub alpha: Vec<f32>,
+/// A pass on a GPU.
+#[derive(Debug)]
+pub struct DevicePass<'s> {
+    stack: Stack,
+    /// The block that it goes on before.
+    next: usize,
+    spans: Spans,
+    sequences: Vec<&'s mut DeviceSequence>,
+    /// At an MoE layer, what its router chose, and all that it said, (rows, experts), once somebody asked.
+    choice: Routes,
+    probabilities: Vec<f32>,
+}
+
+/// What a pass on a GPU left, until the next one begins: so many rows, of the encoder its states, of the decoder h after
+/// the last block.
+#[derive(Debug)]
+pub struct DeviceStates {
+    rows: usize,
+}
+
+impl Exchange {
+    fn new(gpu: &Gpu, config: &ModelConfig, rows: usize) -> Result<Self, CudaError> {
+        Ok(Self {
+            host: gpu.pinned(rows * (config.d_model * 4 + 4 + 2))?,
+            added: gpu.allocate("activations", rows * config.d_model * 4)?,
+            tiles: gpu.allocate("activations", Tiles::bytes_max(rows))?,
+            places: gpu.allocate("activations", rows * 4)?,
+        })
+    }
+
+    /// The host's side. Waits for what is on its way from there.
+    fn host(&mut self) -> Result<&mut [u8], CudaError> {
+        self.host.as_mut_slice().map_err(failed("cuEventSynchronize"))
+    }
 }
 
 impl DeviceDense {
@@ -82,172 +113,61 @@ impl DeviceDense {
         weights::check(&config)?;
         gpu.enter()?;
         let kernels = Kernels::compile(&gpu, precision, config.d_kv)?;
-        let backbone = DeviceBackbone::load(&gpu, checkpoint, precision)?;
+        let (backbone, backbone_bytes) = weights::load(&gpu, checkpoint, precision)?;
         let scratch = Scratch::new(&gpu, &config, precision, rows_max)?;
-        Ok(Self {
-            gpu,
-            config,
-            precision,
-            kernels,
-            backbone,
-            scratch,
-            exchange: None,
-            walk: None,
-            steps: Recordings::new(),
-        })
+        let exchange = Exchange::new(&gpu, &config, rows_max)?;
+        let current = Current { shape: BatchShape::default(), packet: Packet::plan(&scratch, 0, 0, 0) };
+        let steps = Recordings::new();
+        Ok(Self { gpu, config, precision, kernels, backbone, backbone_bytes, scratch, exchange, current, steps })
     }
 
-    /// What the model is.
-    pub fn config(&self) -> &ModelConfig {
-        &self.config
+    /// Opens a device by its number, and there the model: in a precision, or as its embeddings are stored.
+    pub fn load(
+        ordinal: usize,
+        checkpoint: &Checkpoint,
+        precision: Option<Precision>,
+        rows_max: usize,
+    ) -> Result<Self, ModelError> {
+        let stored = checkpoint.dtype(&names::embedding(checkpoint, Stack::Encoder))?;
+        let precision = precision.unwrap_or(Precision::of_weights(stored));
+        Ok(Self::open(Gpu::open(ordinal)?, checkpoint, precision, rows_max)?)
     }
 
     /// Bytes of weights on the device, and of what passes work in; caches of sequences come on top.
     pub fn bytes(&self) -> (u64, u64) {
-        let added = self.exchange.as_ref().map_or(0, |exchange| exchange.added.bytes() as u64);
-        (self.backbone.bytes, self.scratch.bytes() + added)
+        (self.backbone_bytes, self.scratch.bytes() + self.exchange.added.bytes() as u64)
     }
 
-    /// Begins a walk through a stack: h = the embeddings of `ids`, which `spans` cuts into sequences. `sequences` are
-    /// the decoder's, in the same order, and none for the encoder.
-    pub fn begin(
-        &mut self,
-        stack: Stack,
-        ids: &[u32],
-        spans: &Spans,
-        sequences: &mut [&mut DeviceSequence],
-    ) -> Result<(), CudaError> {
-        self.check_batch(ids, spans)?;
+    /// The router's choice at the MoE layer that was started: the expert of each row, and its probability. Waits for the
+    /// device.
+    fn choice(&mut self) -> Result<Routes, CudaError> {
         self.gpu.enter()?;
-        self.make_exchange()?;
-        let described = match stack {
-            Stack::Encoder => Self::prompts(spans),
-            Stack::Decoder => self.describe(spans, sequences)?,
-        };
-        let shape = BatchShape::of(spans, 0);
-        let packet = Packet::plan(&self.scratch, shape.rows, shape.sequences, 0);
-        packet.send(&self.gpu, ids, &described, &[])?;
-        let walk = Walk { stack, shape, packet };
-        self.walk = Some(walk);
-        self.pass(walk).embed(&self.weights(stack).embedding)
-    }
-
-    /// Goes on from block `from` to the next MoE layer, whose router chooses; then come [`DeviceDense::choice`], and
-    /// [`DeviceDense::add`] or [`DeviceDense::add_computed`]. Returns it, if there is one, and the block behind it.
-    pub fn advance(&mut self, from: usize) -> Result<(usize, Option<LayerId>), CudaError> {
-        self.gpu.enter()?;
-        let walk = self.walk();
-        let blocks = &self.weights(walk.stack).blocks;
-        let sparse = blocks[from..].iter().enumerate().find_map(|(at, block)| match block.feed_forward {
-            FeedForward::Moe { layer, .. } => Some((from + at, layer)),
-            FeedForward::Dense { .. } => None,
-        });
-        let (end, layer) = sparse.map_or((blocks.len(), None), |(at, layer)| (at + 1, Some(layer)));
-        if walk.stack == Stack::Encoder || walk.shape.longest > 1 || from == end {
-            // Prompts are seldom of the same lengths again.
-            self.start_blocks(walk, from..end)?;
-        } else {
-            let mut steps = std::mem::replace(&mut self.steps, Recordings::new());
-            let started = steps.start(&self.gpu, (from, walk.shape), || self.start_blocks(walk, from..end));
-            self.steps = steps;
-            started?;
-        }
-        Ok((end, layer))
-    }
-
-    /// h += attention(norm(h)), then h += feed_forward(norm(h)) in a dense block; in a sparse one the router chooses.
-    fn start_blocks(&self, walk: Walk, blocks: std::ops::Range<usize>) -> Result<(), CudaError> {
-        let weights = self.weights(walk.stack);
-        for index in blocks {
-            let block: &Block = &weights.blocks[index];
-            self.pass(walk).attend_block(block, index, weights)?;
-            match &block.feed_forward {
-                FeedForward::Dense { .. } => self.pass(walk).feed_forward(block)?,
-                FeedForward::Moe { norm, router, .. } => self.pass(walk).gate(norm, router)?,
-            }
-        }
-        Ok(())
-    }
-
-    /// The router's choice at the MoE layer that the walk is at. Waits for the device.
-    pub fn choice(&mut self) -> Result<Choice, CudaError> {
-        self.gpu.enter()?;
-        let rows = self.walk().shape.rows;
+        let rows = self.current.shape.rows;
         let (alpha, chosen) = (rows * 4, rows * 2);
         let places = [(self.scratch.alpha.address(), 0..alpha), (self.scratch.chosen(0, rows), alpha..alpha + chosen)];
-        let exchange = self.exchange.as_mut().expect("made when the walk began");
-        let host = exchange.host.as_mut_slice().map_err(failed("cuEventSynchronize"))?;
+        let host = self.exchange.host()?;
         for (from, place) in places {
             // SAFETY: the buffer is this object's, and is touched again after `finish` below only.
             unsafe { self.gpu.start_reading(from, &mut host[place]) }?;
         }
         self.gpu.finish()?;
-        let experts = host[alpha..alpha + chosen].as_chunks().0.iter().map(|&e| u16::from_le_bytes(e)).collect();
-        Ok(Choice { experts, alpha: StoredDType::F32.widen(&host[..alpha]) })
+        let experts = host[alpha..alpha + chosen].as_chunks().0.iter();
+        let experts = experts.map(|&expert| Some(ExpertId(u16::from_le_bytes(expert)))).collect();
+        Ok(Routes { top_k: 1, experts, weights: StoredDType::F32.widen(&host[..alpha]) })
     }
 
-    /// What the router of that layer said before the softmax: (rows, experts).
-    pub fn router_logits(&self) -> Result<Vec<f32>, CudaError> {
-        self.gpu.enter()?;
-        let mut bytes = vec![0; self.walk().shape.rows * self.config.num_experts * 4];
-        self.gpu.read(self.scratch.router_logits.address(), &mut bytes)?;
-        Ok(StoredDType::F32.widen(&bytes))
-    }
-
-    /// Ends a walk. Of the encoder the states are left for [`DeviceDense::read_states`] and [`DeviceDense::start`], of
-    /// the decoder for [`DeviceDense::logits`], each until the next walk; the decoder's `sequences` advance.
-    pub fn finish(&mut self, spans: &Spans, sequences: &mut [&mut DeviceSequence]) -> Result<(), CudaError> {
-        self.gpu.enter()?;
-        let walk = self.walk();
-        if walk.stack == Stack::Encoder {
-            self.pass(walk).finish(self.weights(walk.stack))?;
-        }
-        for (sequence, range) in sequences.iter_mut().zip(spans.ranges()) {
-            sequence.advance(range.len());
-        }
-        // What the host takes back next is ordered after this; what it was given is not written before.
-        self.gpu.finish()
-    }
-
-    /// Logits of rows of the decoder's last walk: (rows, vocab_size).
-    pub fn logits(&mut self, rows: &[u32]) -> Result<Vec<f32>, CudaError> {
-        let vocab_size = self.config.vocab_size;
-        let mut all = vec![0.0; rows.len() * vocab_size];
-        for (rows, values) in rows.chunks(LOGIT_ROWS_MAX).zip(all.chunks_mut(LOGIT_ROWS_MAX * vocab_size)) {
-            self.start_head(rows, None)?;
-            self.gpu.read(self.scratch.logits.address(), weights::plain_bytes_mut(values))?;
-        }
-        Ok(all)
-    }
-
-    /// The most likely token after each of these rows of the decoder's last walk, never the one that is banned for it; none
-    /// where no logit is a number. What would be the first of the largest logits is chosen on the device.
-    pub fn best_tokens(&mut self, rows: &[u32], banned: &[Option<u32>]) -> Result<Vec<Option<u32>>, CudaError> {
-        let mut best = Vec::with_capacity(rows.len());
-        for (rows, banned) in rows.chunks(LOGIT_ROWS_MAX).zip(banned.chunks(LOGIT_ROWS_MAX)) {
-            let banned: Vec<u32> = banned.iter().map(|token| token.unwrap_or(NO_TOKEN)).collect();
-            self.start_head(rows, Some(&banned))?;
-            let mut tokens = vec![0; rows.len() * 4];
-            self.gpu.read(self.scratch.tokens(), &mut tokens)?;
-            let token = |&bytes| Some(u32::from_le_bytes(bytes)).filter(|&token| token != NO_TOKEN);
-            best.extend(tokens.as_chunks().0.iter().map(token));
-        }
-        Ok(best)
-    }
-
-    /// Starts computing logits and best tokens of at most [`LOGIT_ROWS_MAX`] rows.
+    /// Starts computing logits and best tokens of at most [`LOGIT_ROWS_MAX`] rows, and no fewer than one.
     fn start_head(&mut self, rows: &[u32], banned: Option<&[u32]>) -> Result<(), CudaError> {
         self.gpu.enter()?;
-        let mut walk = self.walk();
-        walk.shape.wanted = rows.len();
-        walk.packet = Packet::plan(&self.scratch, 0, 0, rows.len());
-        walk.packet.send(&self.gpu, &[], &[], rows)?;
-        let places = self.exchange.as_ref().expect("made when the walk began").places.address();
+        let shape = BatchShape { wanted: rows.len(), ..self.current.shape };
+        let packet = Packet::plan(&self.scratch, 0, 0, rows.len());
+        packet.send(&self.gpu, &[], &[], rows)?;
+        let places = self.exchange.places.address();
         if let Some(banned) = banned {
             self.gpu.write(places, weights::plain_bytes(banned))?;
         }
-        let DeviceBackbone { decoder, head, head_scale, .. } = &self.backbone;
-        self.pass(walk).head(&decoder.final_norm, head, *head_scale, banned.map(|_| places))
+        let mut pass = Pass::new(self.machine(), shape, packet, 0).with_banned(banned.map_or(0, |_| places));
+        forward::head(&mut pass, &self.backbone.decoder, &self.backbone.head)
     }
 
     /// The encoder's states (rows, d_model), in the model's precision.
@@ -260,25 +180,15 @@ impl DeviceDense {
 
     /// As [`DeviceDense::read_states`], in float32, over what `out` (rows, d_model) holds. What is large is widened by the
     /// threads of the pool.
-    pub fn write_states(&mut self, out: &mut [f32]) -> Result<(), CudaError> {
-        let rows = out.len() / self.config.d_model;
-        self.check_rows(rows)?;
+    fn write_states(&mut self, out: &mut [f32]) -> Result<(), CudaError> {
+        self.check_rows(out.len() / self.config.d_model)?;
         self.gpu.enter()?;
         let stored = self.precision.stored();
-        let exchange = self.exchange.as_mut().expect("made when the walk began");
-        let host = exchange.host.as_mut_slice().map_err(failed("cuEventSynchronize"))?;
-        let host = &mut host[..out.len() * stored.size()];
+        let host = &mut self.exchange.host()?[..out.len() * stored.size()];
         self.gpu.read(self.scratch.x.address(), host)?;
         let pieces = host.par_chunks(PIECE_VALUES * stored.size()).zip(out.par_chunks_mut(PIECE_VALUES));
         pieces.for_each(|(bytes, values)| stored.widen_over(bytes, values));
         Ok(())
-    }
-
-    /// As [`DeviceDense::read_states`], in float32.
-    pub fn states(&self, rows: usize) -> Result<Vec<f32>, CudaError> {
-        let mut bytes = Vec::new();
-        self.read_states(rows, &mut bytes)?;
-        Ok(self.precision.stored().widen(&bytes))
     }
 
     pub(super) fn read_logits(&self, rows: usize) -> Result<Vec<f32>, CudaError> {
@@ -307,17 +217,18 @@ impl DeviceDense {
         Machine { gpu, kernels, scratch, config, experts: None }
     }
 
+    /// The current pass, from where its rows leave for their experts.
+    fn pass(&self) -> Pass<'_> {
+        Pass::new(self.machine(), self.current.shape, self.current.packet, 0)
+    }
+
     pub(super) fn check_batch(&self, ids: &[u32], spans: &Spans) -> Result<(), CudaError> {
         self.check_rows(ids.len())?;
         if spans.rows() != ids.len() || spans.is_empty() || spans.ranges().any(|range| range.is_empty()) {
             let (expected, found) = (vec![ids.len()], vec![spans.rows()]);
             return Err(ModelError::Shape { what: "sequences, none empty [rows]", expected, found }.into());
         }
-        let vocab_size = self.config.vocab_size;
-        match ids.iter().find(|&&id| id as usize >= vocab_size) {
-            Some(&id) => Err(ModelError::TokenId { id, vocab_size }.into()),
-            None => Ok(()),
-        }
+        Ok(self.backbone.check_ids(ids)?)
     }
 
     pub(super) fn check_rows(&self, rows: usize) -> Result<(), CudaError> {
@@ -326,31 +237,166 @@ impl DeviceDense {
             false => Err(CudaError::TooManyRows { rows, limit: self.scratch.rows_max }),
         }
     }
+}
 
-    fn make_exchange(&mut self) -> Result<(), CudaError> {
-        if self.exchange.is_none() {
-            let (rows, d_model) = (self.scratch.rows_max, self.config.d_model);
-            let host = self.gpu.pinned(rows * (d_model * 4 + 4 + 2))?;
-            let added = self.gpu.allocate("activations", rows * d_model * 4)?;
-            let tiles = self.gpu.allocate("activations", Tiles::bytes_max(rows))?;
-            let places = self.gpu.allocate("activations", rows * 4)?;
-            self.exchange = Some(Exchange { host, added, tiles, places });
+impl Backend for DeviceDense {
+    type Pass<'s> = DevicePass<'s>;
+    type States = DeviceStates;
+    type Sequence = DeviceSequence;
+
+    fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    fn another(&self) -> Option<Self> {
+        None
+    }
+
+    fn begin<'s>(
+        &mut self,
+        stack: Stack,
+        ids: &[u32],
+        spans: &Spans,
+        mut sequences: Vec<&'s mut DeviceSequence>,
+    ) -> Result<DevicePass<'s>, ModelError> {
+        self.check_batch(ids, spans)?;
+        self.gpu.enter()?;
+        let described = match stack {
+            Stack::Encoder => Self::prompts(spans),
+            Stack::Decoder => self.describe(spans, &mut sequences)?,
+        };
+        let shape = BatchShape::of(spans, 0);
+        let packet = Packet::plan(&self.scratch, shape.rows, shape.sequences, 0);
+        packet.send(&self.gpu, ids, &described, &[])?;
+        self.current = Current { shape, packet };
+        forward::embed(&mut self.pass(), self.backbone.stack(stack))?;
+        let choice = Routes { top_k: 1, experts: Vec::new(), weights: Vec::new() };
+        Ok(DevicePass { stack, next: 0, spans: spans.clone(), sequences, choice, probabilities: Vec::new() })
+    }
+
+    fn advance(&mut self, pass: &mut DevicePass<'_>) -> Result<Option<LayerId>, ModelError> {
+        self.gpu.enter()?;
+        let (spec, from) = (self.backbone.spec.stack(pass.stack), pass.next);
+        let moe = spec.next_moe(from);
+        let end = moe.map_or(spec.blocks.len(), |(block, _)| block + 1);
+        let shape = self.current.shape;
+        let mut steps = std::mem::replace(&mut self.steps, Recordings::new());
+        let start = || {
+            let weights = self.backbone.stack(pass.stack);
+            forward::advance(&mut self.pass(), weights, Position::Block(from)).map(drop)
+        };
+        let started = match pass.stack == Stack::Encoder || shape.longest > 1 || from == end {
+            // Prompts are seldom of the same lengths again.
+            true => start(),
+            false => steps.start(&self.gpu, (from, shape), start),
+        };
+        self.steps = steps;
+        started?;
+        pass.next = end;
+        pass.probabilities.clear();
+        if moe.is_some() {
+            pass.choice = self.choice()?;
         }
-        Ok(())
+        Ok(moe.map(|(_, layer)| layer))
     }
 
-    fn weights(&self, stack: Stack) -> &StackWeights {
-        match stack {
-            Stack::Encoder => &self.backbone.encoder,
-            Stack::Decoder => &self.backbone.decoder,
+    fn routes(&mut self, pass: &mut DevicePass<'_>) -> Result<Routes, ModelError> {
+        Ok(pass.choice.clone())
+    }
+
+    /// The softmax is taken here: the device takes it of the largest only.
+    fn probabilities<'p>(&mut self, pass: &'p mut DevicePass<'_>) -> Result<&'p [f32], ModelError> {
+        if pass.probabilities.is_empty() {
+            self.gpu.enter()?;
+            pass.probabilities = vec![0.0; self.current.shape.rows * self.config.num_experts];
+            let logits = weights::plain_bytes_mut(&mut pass.probabilities);
+            self.gpu.read(self.scratch.router_logits.address(), logits)?;
+            crate::cpu::norm::softmax(&mut pass.probabilities, self.config.num_experts);
         }
+        Ok(&pass.probabilities)
     }
 
-    fn walk(&self) -> Walk {
-        self.walk.expect("a walk was begun")
+    fn rows<'p>(&'p mut self, _: &'p mut DevicePass<'_>) -> MoeRows<'p> {
+        MoeRows::Device(RowsOnDevice { dense: self })
     }
 
-    fn pass(&self, walk: Walk) -> Pass<'_> {
-        Pass::new(self.machine(), walk.shape, walk.packet, None)
+    fn add(&mut self, _: &mut DevicePass<'_>, out: &[f32]) -> Result<(), ModelError> {
+        Ok(self.add_rows(out)?)
+    }
+
+    fn finish(&mut self, mut pass: DevicePass<'_>) -> Result<Passed<DeviceStates>, ModelError> {
+        self.gpu.enter()?;
+        if pass.stack == Stack::Encoder {
+            forward::finish(&mut self.pass(), &self.backbone.encoder)?;
+        }
+        for (sequence, range) in pass.sequences.iter_mut().zip(pass.spans.ranges()) {
+            sequence.advance(range.len());
+        }
+        // What the host takes back next is ordered after this; what it was given is not written before.
+        self.gpu.finish()?;
+        Ok(Passed { states: DeviceStates { rows: pass.spans.rows() }, layers: Vec::new() })
+    }
+
+    fn join(&mut self, mut parts: Vec<DeviceStates>) -> Result<DeviceStates, ModelError> {
+        let (expected, found) = (vec![1], vec![parts.len()]);
+        parts.pop().filter(|_| found == expected).ok_or(ModelError::Shape {
+            what: "passes of a batch on a device",
+            expected,
+            found,
+        })
+    }
+
+    fn values<'b>(&mut self, states: &DeviceStates, buffer: &'b mut Vec<f32>) -> Result<&'b [f32], ModelError> {
+        let values = states.rows * self.config.d_model;
+        if buffer.len() < values {
+            buffer.resize(values, 0.0);
+        }
+        self.write_states(&mut buffer[..values])?;
+        Ok(&buffer[..values])
+    }
+
+    fn start(&mut self, _: &DeviceStates, spans: &Spans) -> Result<Vec<DeviceSequence>, ModelError> {
+        Ok(self.start_sequences(spans)?)
+    }
+
+    fn fork(&self, sequence: &DeviceSequence) -> Result<DeviceSequence, ModelError> {
+        Ok(self.fork_sequence(sequence)?)
+    }
+
+    fn logits(&mut self, _: &DeviceStates, rows: &[usize]) -> Result<Vec<f32>, ModelError> {
+        let (rows, vocab_size) = (rows.iter().map(|&row| row as u32).collect::<Vec<_>>(), self.config.vocab_size);
+        let mut all = vec![0.0; rows.len() * vocab_size];
+        for (rows, values) in rows.chunks(LOGIT_ROWS_MAX).zip(all.chunks_mut(LOGIT_ROWS_MAX * vocab_size)) {
+            self.start_head(rows, None)?;
+            self.gpu.read(self.scratch.logits.address(), weights::plain_bytes_mut(values))?;
+        }
+        Ok(all)
+    }
+
+    /// What would be the first of the largest logits is chosen on the device.
+    fn best_tokens(
+        &mut self,
+        _: &DeviceStates,
+        rows: &[u32],
+        banned: &[Option<u32>],
+    ) -> Option<Result<Vec<Option<u32>>, ModelError>> {
+        let mut best = Vec::with_capacity(rows.len());
+        let mut choose = |rows: &[u32], banned: &[Option<u32>]| -> Result<(), CudaError> {
+            let banned: Vec<u32> = banned.iter().map(|token| token.unwrap_or(NO_TOKEN)).collect();
+            self.start_head(rows, Some(&banned))?;
+            let mut tokens = vec![0; rows.len() * 4];
+            self.gpu.read(self.scratch.tokens(), &mut tokens)?;
+            let token = |&bytes| Some(u32::from_le_bytes(bytes)).filter(|&token| token != NO_TOKEN);
+            best.extend(tokens.as_chunks().0.iter().map(token));
+            Ok(())
+        };
+        let mut parts = rows.chunks(LOGIT_ROWS_MAX).zip(banned.chunks(LOGIT_ROWS_MAX));
+        let chosen = parts.try_for_each(|(rows, banned)| choose(rows, banned));
+        Some(chosen.map(|()| best).map_err(ModelError::from))
+    }
+
+    fn rows_window(&self) -> Option<Result<RowsWindow, ModelError>> {
+        let shared = self.shared_rows().map_err(ModelError::from);
+        Some(shared.map(|shared| RowsWindow { shared: std::sync::Arc::new(shared) }))
     }
 }

@@ -8,7 +8,7 @@
 //!
 //! In reading order: [`error`], [`device`] (context, streams, memory), [`kernels`] (compiled at the start; the sources
 //! under `kernels/`: numbers, rows, product and its ways, routing, attention and its ways) and their `arguments`, `weights`,
-//! `scratch`, `pass` (the forward), `recorded` (as graphs), `progress` (layer by layer) and `grouped` (its experts), `host_tier` (in
+//! `scratch`, `pass` (the operations of the forward), `recorded` (as graphs), `progress` (layer by layer) and `grouped` (its experts), `host_tier` (in
 //! `locked_memory`), `uploads` and `experts` (who is on the device), [`model`],
 //! [`sequence`], [`dense`] (the forward without experts), [`slab`] (experts without the forward), [`window`] (what both share
 //! with other processes), [`timing`].
@@ -34,7 +34,7 @@ mod uploads;
 mod weights;
 pub mod window;
 
-pub use dense::{Choice, DeviceDense};
+pub use dense::{DeviceDense, DevicePass, DeviceStates};
 pub use device::{Gpu, GpuDescription};
 pub use error::CudaError;
 pub use model::{DeviceModel, DeviceOptions, Passed, distinct};

@@ -28,7 +28,10 @@ use super::{
     sequence::DeviceSequence,
     weights,
 };
-use crate::{Checkpoint, ExpertSlot, ExpertStore, ModelConfig, Precision, Spans, Stack, StoredDType};
+use crate::{
+    Checkpoint, ExpertSlot, ExpertStore, ModelConfig, Precision, Spans, Stack, StoredDType,
+    forward::{self, Position},
+};
 
 /// How a model is put on a device.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -141,7 +144,7 @@ impl DeviceModel {
 
     /// Bytes on the device: backbone, experts, and what passes work in; caches of sequences come on top.
     pub fn bytes(&self) -> (u64, u64, u64) {
-        (self.dense.backbone.bytes, self.experts.bytes(), self.dense.scratch.bytes())
+        (self.dense.bytes().0, self.experts.bytes(), self.dense.scratch.bytes())
     }
 
     /// What was loaded and dropped since the budget was set.
@@ -180,9 +183,9 @@ impl DeviceModel {
         self.pass(Stack::Encoder, ids, spans, &DeviceDense::prompts(spans), &[])
     }
 
-    /// Sequences before their first token: see [`DeviceDense::start`].
+    /// Sequences before their first token: see [`crate::Backend::start`].
     pub fn start(&mut self, spans: &Spans) -> Result<Vec<DeviceSequence>, CudaError> {
-        self.dense.start(spans)
+        self.dense.start_sequences(spans)
     }
 
     /// Decodes the new tokens of each sequence, and computes logits and best token of the rows `wanted`, at most
@@ -292,17 +295,27 @@ impl DeviceModel {
     ) -> Result<Report, CudaError> {
         self.clear_guard()?;
         let current = self.current;
+        let (Position::Block(mut block) | Position::FeedForward(mut block)) = self.position(Stack::Encoder, resume);
         let Self { dense, experts, host, progress, .. } = self;
         let DeviceDense { gpu, scratch, backbone, .. } = &*dense;
+        let weights = &backbone.encoder;
         let layers = dense.config.moe_layers(Stack::Encoder);
         let layer = |index: usize| LayerId(layers.start + index as u16);
         let machine = Machine { experts: Some(experts.places()), ..dense.machine() };
-        let mut pass = Pass::new(machine, shape, packet, resume);
+        let mut pass = Pass::new(machine, shape, packet, resume.unwrap_or(0));
         if resume.is_none() {
             experts.come_to(gpu, host, current, layer(0), 0..0)?;
+            forward::embed(&mut pass, weights)?;
         }
         for index in *done..layers.len() {
-            pass.encode_through(index + 1, &backbone.encoder)?;
+            let moe = dense.config.moe_block(layer(index)).1;
+            while block <= moe {
+                if resume.is_none_or(|resumed| resumed != index || block != moe) {
+                    forward::attend(&mut pass, weights, &weights.blocks[block], block)?;
+                }
+                forward::feed_forward(&mut pass, &weights.blocks[block])?;
+                block += 1;
+            }
             progress.tell(gpu, scratch, index, shape.rows)?;
             if index > *done {
                 let report = progress.wait(*done, shape.rows)?;
@@ -317,7 +330,8 @@ impl DeviceModel {
                 *loads_beside += experts.come_to(gpu, host, current, layer(index + 1), running)?;
             }
         }
-        pass.encode(&backbone.encoder)?;
+        forward::advance(&mut pass, weights, Position::Block(block))?;
+        forward::finish(&mut pass, weights)?;
         let report = progress.wait(*done, shape.rows)?;
         if report.stopped_at().is_none() {
             experts.used(layer(*done), &distinct(&report.chosen(*done, shape.rows)), true)?;
@@ -365,12 +379,25 @@ impl DeviceModel {
     }
 
     fn run(&self, stack: Stack, shape: BatchShape, packet: Packet, resume: Option<usize>) -> Result<(), CudaError> {
-        let mut pass = Pass::new(self.machine(), shape, packet, resume);
+        let mut pass = Pass::new(self.machine(), shape, packet, resume.unwrap_or(0));
         let backbone = &self.dense.backbone;
-        match stack {
-            Stack::Encoder => pass.encode(&backbone.encoder),
-            Stack::Decoder => pass.decode(&backbone.decoder, &backbone.head, backbone.head_scale),
+        let weights = backbone.stack(stack);
+        if resume.is_none() {
+            forward::embed(&mut pass, weights)?;
         }
+        forward::advance(&mut pass, weights, self.position(stack, resume))?;
+        match stack {
+            Stack::Encoder => forward::finish(&mut pass, weights),
+            Stack::Decoder if shape.wanted == 0 => Ok(()),
+            Stack::Decoder => forward::head(&mut pass, weights, &backbone.head),
+        }
+    }
+
+    /// Where a pass begins that resumes at an MoE layer of its stack.
+    fn position(&self, stack: Stack, resume: Option<usize>) -> Position {
+        let first = self.dense.config.moe_layers(stack).start;
+        let block = |layer: usize| self.dense.config.moe_block(LayerId(first + layer as u16)).1;
+        resume.map_or(Position::Block(0), |layer| Position::FeedForward(block(layer)))
     }
 
     pub(super) fn machine(&self) -> Machine<'_> {

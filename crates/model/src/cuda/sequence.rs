@@ -43,8 +43,8 @@ impl DeviceSequence {
 }
 
 impl DeviceDense {
-    /// Sequences before their first token: keys and values of the states that the last encoding left, for every block.
-    pub fn start(&mut self, spans: &Spans) -> Result<Vec<DeviceSequence>, CudaError> {
+    /// As [`crate::Backend::start`]: keys and values of the states that the last encoding left, for every block.
+    pub(super) fn start_sequences(&self, spans: &Spans) -> Result<Vec<DeviceSequence>, CudaError> {
         let rows = spans.rows();
         self.check_rows(rows)?;
         self.gpu.enter()?;
@@ -53,9 +53,9 @@ impl DeviceDense {
         let blocks = &self.backbone.decoder.blocks;
         let input = Arc::new(self.gpu.allocate("caches", blocks.len() * stride * value)?);
         let shape = BatchShape { rows, sequences: spans.len(), longest: 0, wanted: 0 };
-        let pass = Pass::new(self.machine(), shape, Packet::plan(&self.scratch, 0, 0, 0), None);
+        let pass = Pass::new(self.machine(), shape, Packet::plan(&self.scratch, 0, 0, 0), 0);
         for (block, cross) in blocks.iter().enumerate().filter_map(|(at, block)| Some((at, block.cross.as_ref()?))) {
-            pass.cross_keys(cross, input.address() + (block * stride * value) as u64)?;
+            pass.cross_keys(&cross.keys_values, input.address() + (block * stride * value) as u64)?;
         }
         let sequence = |range: std::ops::Range<usize>| {
             Ok(DeviceSequence {
@@ -73,7 +73,7 @@ impl DeviceDense {
 
     /// Another sequence that goes on from the beginning: what scoring several targets of one input needs. Shares what
     /// came from the encoder.
-    pub fn fork(&self, sequence: &DeviceSequence) -> Result<DeviceSequence, CudaError> {
+    pub(super) fn fork_sequence(&self, sequence: &DeviceSequence) -> Result<DeviceSequence, CudaError> {
         self.gpu.enter()?;
         let cache = self.gpu.allocate("caches", self.cache_bytes(sequence.capacity))?;
         self.gpu.copy(sequence.cache.address(), cache.address(), self.cache_bytes(sequence.capacity))?;

@@ -14,8 +14,9 @@ use super::{
     model::DeviceModel,
     pass::{BatchShape, Pass},
     scratch::{NOT_STOPPED, Packet},
-    weights::{FeedForward, plain_bytes},
+    weights::plain_bytes,
 };
+use crate::backbone::FeedForward;
 
 /// What a copy within the device, and one to it, is timed with: several times its cache.
 const COPY_BYTES: usize = 1 << 30;
@@ -128,7 +129,7 @@ impl DeviceModel {
         self.dense.gpu.write(self.dense.scratch.alpha.address(), plain_bytes(&vec![1e-3_f32; rows]))?;
         let layers = self.dense.config.moe_layer_count() as u16;
         let shape = BatchShape { rows, sequences: 1, longest: rows, wanted: 0 };
-        let pass = Pass::new(self.machine(), shape, Packet::plan(&self.dense.scratch, 0, 0, 0), None);
+        let pass = Pass::new(self.machine(), shape, Packet::plan(&self.dense.scratch, 0, 0, 0), 0);
         let experts = self.experts.places();
         let mut layer = 0;
         let mut route = pass.route_of(experts.table_of(LayerId(0)));
@@ -137,7 +138,7 @@ impl DeviceModel {
             layer = (layer + 1) % layers;
             route.slots = experts.table_of(LayerId(layer));
             self.dense.gpu.launch(&self.dense.kernels.group_rows, (1, 1, 1), 1024, &route)?;
-            pass.experts(&experts, &route)
+            pass.start_experts(&experts)
         })?;
         let grouping =
             median(&self.dense.gpu, || self.dense.gpu.launch(&self.dense.kernels.group_rows, (1, 1, 1), 1024, &route))?;

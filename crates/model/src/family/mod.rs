@@ -1,12 +1,12 @@
-//! The families of models: `architectures` of config.json picks one. A family knows how its config reads,
-//! and nothing else; what it means is in [`ModelConfig`]. Called by [`ModelConfig::open`].
+//! The families of models: `architectures` of config.json picks one. A family knows how its config reads, and what
+//! blocks that means; it computes nothing. Called by [`ModelConfig`].
 
 use std::path::Path;
 
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::{ModelConfig, ModelError};
+use crate::{ModelConfig, ModelError, ModelSpec};
 
 mod switch;
 
@@ -27,4 +27,9 @@ pub(crate) fn config(json: Value, path: &Path) -> Result<ModelConfig, ModelError
             expected: switch::ARCHITECTURE,
         }),
     }
+}
+
+/// What a model of a family computes. There is one family.
+pub(crate) fn spec(config: &ModelConfig) -> ModelSpec {
+    switch::spec(config)
 }

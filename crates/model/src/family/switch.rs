@@ -4,8 +4,12 @@
 use std::path::Path;
 
 use serde::Deserialize;
+use sida_routing::LayerId;
 
-use crate::{ExpertKind, ModelConfig, ModelError, RouterKind, StackKind};
+use crate::{
+    ModelConfig, ModelError, ModelSpec, Stack,
+    spec::{AttentionSpec, BlockSpec, FeedForwardSpec, Keys, RelativeBias, StackSpec},
+};
 
 pub(super) const ARCHITECTURE: &str = "SwitchTransformersForConditionalGeneration";
 
@@ -92,9 +96,7 @@ pub(super) fn config(json: SwitchJson, path: &Path) -> Result<ModelConfig, Model
     let buckets = check.within("relative_attention_num_buckets", json.relative_attention_num_buckets, 4, 4096)?;
     let pad_token_id = token("pad_token_id", json.pad_token_id.unwrap_or(0))?;
     Ok(ModelConfig {
-        stack: StackKind::EncoderDecoder,
-        expert_kind: ExpertKind::Relu2,
-        router: RouterKind::Top1,
+        top_k: 1,
         router_bias: json.router_bias,
         vocab_size,
         d_model: check.within("d_model", json.d_model, 1, 65_536)?,
@@ -128,6 +130,41 @@ pub(super) fn config(json: SwitchJson, path: &Path) -> Result<ModelConfig, Model
         encoder_sparse: sparse(encoder_layers, json.encoder_sparse_step, json.num_sparse_encoder_layers),
         decoder_sparse: sparse(decoder_layers, json.decoder_sparse_step, json.num_sparse_decoder_layers),
     })
+}
+
+/// An encoder, and a decoder that attends to it.
+pub(super) fn spec(config: &ModelConfig) -> ModelSpec {
+    let attention = |keys| AttentionSpec { heads: config.num_heads, head_dim: config.d_kv, keys };
+    let stack = |stack: Stack| {
+        let (keys, cross) = match stack {
+            Stack::Encoder => (Keys::Rows, None),
+            Stack::Decoder => (Keys::Cache, Some(attention(Keys::Input))),
+        };
+        let mut layers = config.moe_layers(stack).map(LayerId);
+        let blocks = config.sparse(stack).iter().map(|is_sparse| {
+            let layer = if *is_sparse { layers.next() } else { None };
+            let feed_forward = layer.map_or(FeedForwardSpec::Dense { d_ff: config.d_ff }, |layer| {
+                FeedForwardSpec::Moe { layer, experts: config.num_experts, router_bias: config.router_bias }
+            });
+            BlockSpec { attention: attention(keys), cross, feed_forward }
+        });
+        let positions = RelativeBias {
+            buckets: config.relative_attention_num_buckets,
+            max_distance: config.relative_attention_max_distance,
+            is_bidirectional: stack == Stack::Encoder,
+        };
+        StackSpec { positions, blocks: blocks.collect() }
+    };
+    // A head that is the embedding was not made for this: its input is scaled down.
+    let head_scale = if config.tie_word_embeddings { (config.d_model as f64).powf(-0.5) as f32 } else { 1.0 };
+    ModelSpec {
+        vocab_size: config.vocab_size,
+        d_model: config.d_model,
+        norm_epsilon: config.layer_norm_epsilon as f32,
+        head_scale,
+        encoder: stack(Stack::Encoder),
+        decoder: stack(Stack::Decoder),
+    }
 }
 
 /// Which of `layers` blocks are sparse, as transformers' SwitchTransformersStack decides it: a stored step

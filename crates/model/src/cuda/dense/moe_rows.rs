@@ -6,7 +6,7 @@ use sida_routing::Grouping;
 use super::{
     super::{
         arguments::Take,
-        error::{CudaError, failed},
+        error::CudaError,
         grouped::{Grouped, Slots, Tiles},
         kernels::Kernels,
         weights,
@@ -18,11 +18,10 @@ use crate::{ModelError, SlotRun};
 
 impl DeviceDense {
     /// The rows of that layer, x (rows, d_model): for experts that are elsewhere.
-    pub fn rows(&mut self) -> Result<Vec<f32>, CudaError> {
+    pub(crate) fn fetch(&mut self) -> Result<Vec<f32>, CudaError> {
         self.gpu.enter()?;
-        let bytes = self.walk().shape.rows * self.config.d_model * self.precision.size();
-        let exchange = self.exchange.as_mut().expect("made when the walk began");
-        let host = exchange.host.as_mut_slice().map_err(failed("cuEventSynchronize"))?;
+        let bytes = self.current.shape.rows * self.config.d_model * self.precision.size();
+        let host = self.exchange.host()?;
         // SAFETY: as in `choice`.
         unsafe { self.gpu.start_reading(self.scratch.x.address(), &mut host[..bytes]) }?;
         self.gpu.finish()?;
@@ -32,7 +31,7 @@ impl DeviceDense {
     /// Tells the device which token is at each place of the grouped rows, and the factor of each token's expert. What
     /// experts on the device make of them is summed from 0; then comes [`DeviceDense::add_computed`].
     pub(crate) fn group(&mut self, grouping: &Grouping) -> Result<(), CudaError> {
-        let rows = self.walk().shape.rows;
+        let rows = self.current.shape.rows;
         let mut alpha = vec![0.0; rows];
         for (&token, &weight) in grouping.tokens.iter().zip(&grouping.weights) {
             alpha[token as usize] = weight;
@@ -40,8 +39,7 @@ impl DeviceDense {
         self.gpu.enter()?;
         self.gpu.write(self.scratch.order.address(), weights::plain_bytes(&grouping.tokens))?;
         self.gpu.write(self.scratch.alpha.address(), weights::plain_bytes(&alpha))?;
-        let added = &self.exchange.as_ref().expect("made when the walk began").added;
-        self.gpu.clear(added.address(), rows * self.config.d_model * 4)
+        self.gpu.clear(self.exchange.added.address(), rows * self.config.d_model * 4)
     }
 
     /// Waits until what others on this machine read is there: the rows, and how they are grouped.
@@ -54,7 +52,7 @@ impl DeviceDense {
     /// nothing, as if they had not been computed.
     pub(crate) fn take(&mut self, from: Option<&Mapped>, places: &[u32]) -> Result<(), CudaError> {
         self.gpu.enter()?;
-        let exchange = self.exchange.as_ref().expect("made when the walk began");
+        let exchange = &self.exchange;
         self.gpu.write(exchange.places.address(), weights::plain_bytes(places))?;
         let take = Take {
             results: from.map_or(0, Mapped::address),
@@ -73,9 +71,9 @@ impl DeviceDense {
     }
 
     /// h += what experts on the device made of the rows.
-    pub fn add_computed(&mut self) -> Result<(), CudaError> {
+    pub(crate) fn add_computed(&mut self) -> Result<(), CudaError> {
         self.gpu.enter()?;
-        self.pass(self.walk()).add(self.exchange.as_ref().expect("made when the walk began").added.address())
+        self.pass().add(self.exchange.added.address())
     }
 
     /// Starts the experts in slots of `slab` on their rows.
@@ -86,8 +84,7 @@ impl DeviceDense {
         runs: &[SlotRun],
     ) -> Result<(), CudaError> {
         self.gpu.enter()?;
-        let walk = self.walk();
-        let exchange = self.exchange.as_ref().expect("made when the walk began");
+        let exchange = &self.exchange;
         let tiles = Tiles::of(kernels, runs);
         let packet = tiles.packet();
         self.gpu.write(exchange.tiles.address(), &packet)?;
@@ -95,7 +92,7 @@ impl DeviceDense {
         let grouped = Grouped {
             gpu: &self.gpu,
             kernels,
-            rows: walk.shape.rows,
+            rows: self.current.shape.rows,
             d_model: self.config.d_model,
             d_ff: self.config.d_ff,
             x: self.scratch.x.address(),
@@ -114,21 +111,21 @@ impl DeviceDense {
     }
 
     /// h += out (rows, d_model).
-    pub fn add(&mut self, out: &[f32]) -> Result<(), CudaError> {
-        let walk = self.walk();
-        let expected = walk.shape.rows * self.config.d_model;
+    pub(crate) fn add_rows(&mut self, out: &[f32]) -> Result<(), CudaError> {
+        let expected = self.current.shape.rows * self.config.d_model;
         if out.len() != expected {
             let (expected, found) = (vec![expected], vec![out.len()]);
             return Err(ModelError::Shape { what: "results of experts [values]", expected, found }.into());
         }
         self.gpu.enter()?;
         let bytes = weights::plain_bytes(out);
-        let exchange = self.exchange.as_mut().expect("made when the walk began");
-        // Nothing is on its way: the rows were waited for.
-        let host = exchange.host.as_mut_slice().map_err(failed("cuEventSynchronize"))?;
+        // Nothing is on its way: the router's choice was waited for.
+        let added = self.exchange.added.address();
+        let host = self.exchange.host()?;
         host[..bytes.len()].copy_from_slice(bytes);
+        let host = &host[..bytes.len()];
         // SAFETY: `host` is written again only after the device was waited for, by `choice`; the stream orders `added`.
-        unsafe { self.gpu.upload(&self.gpu.compute, &host[..bytes.len()], exchange.added.address()) }?;
-        self.pass(walk).add(self.exchange.as_ref().expect("as above").added.address())
+        unsafe { self.gpu.upload(&self.gpu.compute, host, added) }?;
+        self.pass().add(added)
     }
 }

@@ -4,16 +4,14 @@
 
 use std::path::Path;
 
-use candle_core::Tensor;
 use rayon::prelude::*;
 use sida_routing::{Digest, ExpertId};
 
 use super::Text;
 use crate::{
-    Backbone, Checkpoint, ModelError, Reference, RoutedLayer, Stack, Tokenizer,
+    Backbone, Checkpoint, Reference, RoutedLayer, Stack, Tokenizer,
     predictor::{PredictorError, PredictorShape, entries::top_k},
     reference::greedy,
-    tensor_rows::rows,
 };
 
 /// How much is recorded of each text.
@@ -131,9 +129,7 @@ impl Recording {
 fn embeddings(checkpoint: &Checkpoint, shape: &PredictorShape) -> Result<[Vec<f32>; 2], PredictorError> {
     let backbone = Backbone::load(checkpoint, &mut |_, _| ())?;
     let ids: Vec<u32> = (0..shape.vocab_size as u32).collect();
-    let embedding =
-        |stack| -> Result<Vec<f32>, ModelError> { Ok(rows(&backbone.embed(stack, &ids)?, <[f32]>::to_vec)?) };
-    Ok([embedding(Stack::Encoder)?, embedding(Stack::Decoder)?])
+    Ok([backbone.embed(Stack::Encoder, &ids)?, backbone.embed(Stack::Decoder, &ids)?])
 }
 
 struct Recorder<'a> {
@@ -160,7 +156,7 @@ impl Recorder<'_> {
     }
 
     /// The decoder reads the start token and the target but its last token, which it only has to write.
-    fn force(&self, encoder_states: &Tensor, target: &str) -> Result<Routed, PredictorError> {
+    fn force(&self, encoder_states: &[f32], target: &str) -> Result<Routed, PredictorError> {
         let mut tokens = vec![self.model.config().decoder_start_token_id];
         tokens.extend(self.tokenizer.encode(target)?);
         tokens.pop();
@@ -170,7 +166,7 @@ impl Recorder<'_> {
     }
 
     /// The decoder reads what it wrote.
-    fn answer(&self, encoder_states: &Tensor) -> Result<Routed, PredictorError> {
+    fn answer(&self, encoder_states: &[f32]) -> Result<Routed, PredictorError> {
         let mut state = self.model.start(encoder_states)?;
         let mut next = self.model.config().decoder_start_token_id;
         let (mut tokens, mut routing) = (Vec::new(), Vec::new());
@@ -178,7 +174,7 @@ impl Recorder<'_> {
             tokens.push(next);
             let (logits, routed) = self.model.decode(&mut state, &[next])?;
             routing.push(routed);
-            next = rows(&logits, greedy).map_err(ModelError::from)?;
+            next = greedy(&logits);
         }
         Ok(self.keep(tokens, &routing))
     }

@@ -1,0 +1,234 @@
+//! The dense part of a model on the processor: passes over plain rows, by the thread that owns them. A batch of prompts is
+//! cut into a piece per thread, and the threads meet once per MoE layer.
+
+use std::sync::Arc;
+
+use sida_routing::{LayerId, Routes};
+
+use crate::{
+    Backbone, Checkpoint, ModelConfig, ModelError, Spans, Stack,
+    backbone::FeedForward,
+    backend::{Backend, MoeRows, Passed},
+    cpu_operations::{CpuOperations, Scratch, add_to},
+    forward::{self, Position},
+    kv_cache::CpuSequence,
+    loader::Host,
+    pieces, router,
+};
+
+/// Weights in the host's memory, and a thread's way to them.
+#[derive(Clone, Debug)]
+pub struct CpuBackend {
+    config: ModelConfig,
+    backbone: Arc<Backbone<Host>>,
+}
+
+/// A pass on the processor.
+#[derive(Debug)]
+pub struct CpuPass<'s> {
+    stack: Stack,
+    /// The block that it goes on before. At an MoE layer, that of the layer is behind it.
+    next: usize,
+    spans: Spans,
+    sequences: Vec<&'s mut CpuSequence>,
+    /// (rows, d_model): the hidden states.
+    h: Vec<f32>,
+    /// (rows, d_model): at an MoE layer, what goes to the experts.
+    x: Vec<f32>,
+    /// (rows, experts): at an MoE layer, what its router makes of x, once somebody asked.
+    probabilities: Vec<f32>,
+    scratch: Scratch,
+}
+
+/// What a pass on the processor left: of the encoder its states, of the decoder h after the last block, both
+/// (tokens, d_model).
+#[derive(Debug)]
+pub struct CpuStates(Vec<f32>);
+
+impl CpuBackend {
+    /// Copies the weights into memory, in the dtype they are stored in. `on_progress` gets bytes done and bytes in all.
+    pub fn load(checkpoint: &Checkpoint, on_progress: &mut dyn FnMut(u64, u64)) -> Result<Self, ModelError> {
+        let backbone = Arc::new(Backbone::load(checkpoint, on_progress)?);
+        Ok(Self { config: checkpoint.config().clone(), backbone })
+    }
+
+    /// As [`Backend::start`], of plain rows.
+    pub fn start_of(&self, states: &[f32], spans: &Spans) -> Result<Vec<CpuSequence>, ModelError> {
+        check("encoder states [values]", spans.rows() * self.config.d_model, states.len())?;
+        let mut cross = vec![Vec::new(); spans.len()];
+        let mut rows = Vec::new();
+        for block in &self.backbone.decoder.blocks {
+            let Some(input) = &block.cross else { continue };
+            input.keys_values.product(states, &mut rows); // (rows, 2 inner)
+            let width = rows.len() / spans.rows().max(1);
+            for (cross, span) in cross.iter_mut().zip(spans.ranges()) {
+                cross.push(rows[span.start * width..span.end * width].to_vec());
+            }
+        }
+        let inner = self.config.inner_dim();
+        Ok(cross.into_iter().map(|cross| CpuSequence::new(cross, inner)).collect())
+    }
+}
+
+impl Backend for CpuBackend {
+    type Pass<'s> = CpuPass<'s>;
+    type States = CpuStates;
+    type Sequence = CpuSequence;
+
+    fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    fn another(&self) -> Option<Self> {
+        Some(self.clone())
+    }
+
+    fn begin<'s>(
+        &mut self,
+        stack: Stack,
+        ids: &[u32],
+        spans: &Spans,
+        sequences: Vec<&'s mut CpuSequence>,
+    ) -> Result<CpuPass<'s>, ModelError> {
+        self.backbone.check_ids(ids)?;
+        check("tokens of all sequences [rows]", spans.rows(), ids.len())?;
+        let expected = if stack == Stack::Decoder { spans.len() } else { 0 };
+        check("decoder states [sequences]", expected, sequences.len())?;
+        let values = spans.rows() * self.config.d_model;
+        let mut pass = CpuPass {
+            stack,
+            next: 0,
+            spans: spans.clone(),
+            sequences,
+            h: vec![0.0; values],
+            x: vec![0.0; values],
+            probabilities: Vec::new(),
+            scratch: Scratch::default(),
+        };
+        let Ok(()) = forward::embed(&mut pass.operations(&self.backbone, ids), self.backbone.stack(stack));
+        Ok(pass)
+    }
+
+    fn advance(&mut self, pass: &mut CpuPass<'_>) -> Result<Option<LayerId>, ModelError> {
+        let (backbone, weights) = (&*self.backbone, self.backbone.stack(pass.stack));
+        let blocks = backbone.spec.stack(pass.stack);
+        let moe = blocks.next_moe(pass.next);
+        let from =
+            Position::Block(std::mem::replace(&mut pass.next, moe.map_or(blocks.blocks.len(), |(block, _)| block + 1)));
+        pass.probabilities.clear();
+        if pass.sequences.is_empty() {
+            let CpuPass { spans, h, x, scratch, .. } = pass;
+            pieces::by_sequence(h, x, self.config.d_model, spans, scratch, |h, x, spans, scratch| {
+                let (spec, sequences) = (&backbone.spec, &mut [][..]);
+                let mut ops = CpuOperations { spec, ids: &[], spans, sequences, h, x, scratch, is_piece: true };
+                let Ok(_) = forward::advance(&mut ops, weights, from);
+            });
+        } else {
+            let Ok(_) = forward::advance(&mut pass.operations(backbone, &[]), weights, from);
+        }
+        Ok(moe.map(|(_, layer)| layer))
+    }
+
+    fn routes(&mut self, pass: &mut CpuPass<'_>) -> Result<Routes, ModelError> {
+        let (top_k, num_experts) = (self.config.top_k, self.config.num_experts);
+        Ok(router::routes(top_k, self.probabilities(pass)?, num_experts))
+    }
+
+    fn probabilities<'p>(&mut self, pass: &'p mut CpuPass<'_>) -> Result<&'p [f32], ModelError> {
+        let block = pass.next.checked_sub(1).map(|block| &self.backbone.stack(pass.stack).blocks[block].feed_forward);
+        if pass.probabilities.is_empty()
+            && let Some(FeedForward::Moe { router, .. }) = block
+        {
+            router.probabilities(&pass.x, &mut pass.probabilities);
+        }
+        Ok(&pass.probabilities)
+    }
+
+    fn rows<'p>(&'p mut self, pass: &'p mut CpuPass<'_>) -> MoeRows<'p> {
+        MoeRows::Host(&pass.x)
+    }
+
+    fn add(&mut self, pass: &mut CpuPass<'_>, out: &[f32]) -> Result<(), ModelError> {
+        check("results of experts [values]", pass.h.len(), out.len())?;
+        add_to(&mut pass.h, out);
+        Ok(())
+    }
+
+    fn finish(&mut self, mut pass: CpuPass<'_>) -> Result<Passed<CpuStates>, ModelError> {
+        for (sequence, range) in pass.sequences.iter_mut().zip(pass.spans.ranges()) {
+            sequence.advance(range.len());
+        }
+        let states = match pass.stack {
+            Stack::Encoder => {
+                let Ok(()) = forward::finish(&mut pass.operations(&self.backbone, &[]), &self.backbone.encoder);
+                pass.x
+            }
+            Stack::Decoder => pass.h,
+        };
+        Ok(Passed { states: CpuStates(states), layers: Vec::new() })
+    }
+
+    fn join(&mut self, parts: Vec<CpuStates>) -> Result<CpuStates, ModelError> {
+        let mut parts = parts.into_iter();
+        let mut all = parts.next().map_or_else(Vec::new, |CpuStates(first)| first);
+        parts.for_each(|CpuStates(part)| all.extend_from_slice(&part));
+        Ok(CpuStates(all))
+    }
+
+    fn values<'b>(&mut self, states: &CpuStates, buffer: &'b mut Vec<f32>) -> Result<&'b [f32], ModelError> {
+        buffer.clear();
+        buffer.extend_from_slice(&states.0);
+        Ok(buffer)
+    }
+
+    fn start(&mut self, states: &CpuStates, spans: &Spans) -> Result<Vec<CpuSequence>, ModelError> {
+        self.start_of(&states.0, spans)
+    }
+
+    fn fork(&self, sequence: &CpuSequence) -> Result<CpuSequence, ModelError> {
+        Ok(sequence.fork())
+    }
+
+    fn logits(&mut self, states: &CpuStates, rows: &[usize]) -> Result<Vec<f32>, ModelError> {
+        let d_model = self.config.d_model;
+        let h = gather(&states.0, d_model, rows);
+        let spans = Spans::single_tokens(rows.len());
+        let (x, scratch) = (vec![0.0; h.len()], Scratch::default());
+        let (sequences, probabilities) = (Vec::new(), Vec::new());
+        let mut pass = CpuPass { stack: Stack::Decoder, next: 0, spans, sequences, h, x, probabilities, scratch };
+        let Backbone { decoder, head, .. } = &*self.backbone;
+        let Ok(()) = forward::head(&mut pass.operations(&self.backbone, &[]), decoder, head);
+        Ok(pass.scratch.logits)
+    }
+}
+
+impl<'s> CpuPass<'s> {
+    fn operations<'p>(&'p mut self, backbone: &'p Backbone<Host>, ids: &'p [u32]) -> CpuOperations<'p, 's> {
+        let Self { spans, sequences, h, x, scratch, .. } = self;
+        CpuOperations { spec: &backbone.spec, ids, spans, sequences, h, x, scratch, is_piece: false }
+    }
+}
+
+/// The rows of `h` (tokens, d_model) at `wanted`.
+fn gather(h: &[f32], d_model: usize, wanted: &[usize]) -> Vec<f32> {
+    wanted.iter().flat_map(|row| &h[row * d_model..][..d_model]).copied().collect()
+}
+
+fn check(what: &'static str, expected: usize, found: usize) -> Result<(), ModelError> {
+    match expected == found {
+        true => Ok(()),
+        false => Err(ModelError::Shape { what, expected: vec![expected], found: vec![found] }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A sequence would be continued from another one's logits.
+    #[test]
+    fn rows_are_the_wanted_ones() {
+        let h: Vec<f32> = (0..8).map(|v| v as f32).collect();
+        assert_eq!(gather(&h, 2, &[1, 3]), [2.0, 3.0, 6.0, 7.0]);
+    }
+}
