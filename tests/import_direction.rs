@@ -12,7 +12,7 @@ use cargo_metadata::MetadataCommand;
 
 /// From top to bottom. A crate uses only crates of lines below its own; those of one line never use each other.
 const LAYERS: [&[&str]; 6] = [
-    &["sida-cli"],
+    &["sida-cli", "sida-examples"],
     &["sida-tests"],
     &["sida-coordinator", "sida-predictor-node", "sida-expert-node"],
     &["sida-cluster"],
@@ -34,7 +34,7 @@ const ONLY_IN: [(&str, &[&str]); 10] = [
     ("etcd", &["sida-cluster"]),
     ("clap", &["sida-cli"]),
     ("indicatif", &["sida-cli"]),
-    ("anyhow", &["sida-cli", "sida-tests"]),
+    ("anyhow", &["sida-cli", "sida-examples", "sida-tests"]),
     ("metrics-exporter", &["sida-telemetry"]),
     // `sida-cli` reads what it sent, in its tests.
     ("opentelemetry", &["sida-telemetry", "sida-cli"]),
