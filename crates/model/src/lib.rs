@@ -1,6 +1,6 @@
 //! Maths and weights of a Mixture-of-Experts model, cut at the MoE seam: everything dense is here as a
 //! [`Backbone`], a single expert as an [`ExpertShape`] over bytes that somebody else keeps. Used by the
-//! coordinator (backbone), the expert-nodes (experts) and the predictor-nodes (hash predictors).
+//! coordinator (backbone), the expert-nodes (experts) and the hash predictors (kernels, and the model to learn from).
 //!
 //! Invariant: synchronous, no tokio and no network. Every numeric kernel computes each row by itself in a
 //! fixed order, so a row's bits do not depend on its batch, on the number of threads or on the node.
@@ -10,7 +10,7 @@
 //! Arithmetic on slices: [`cpu`]; by several threads: [`mod@side_by_side`], `pieces`; on tensors: [`tensor_rows`], [`linear`], [`norm`], [`elementwise`].
 //! The backbone: [`spans`], [`position_bias`], [`kv_cache`], `attention`, [`router`], [`feed_forward`],
 //! [`encoder`], [`decoder`], `loader`, [`backbone`], and [`dense`] (the same wherever it is computed, by a [`walk`]). Experts: [`expert`], [`expert_store`].
-//! All of it at once: [`reference`](mod@reference). What will be routed where: [`predictor`].
+//! All of it at once: [`reference`](mod@reference).
 //! Experts on another device than the processor: [`expert_device`], and in another process: [`window`](mod@window). All of it on a GPU (feature `cuda`): [`cuda`],
 //! [`device_name`] and [`precision`].
 //! Making checkpoints: [`convert`], [`synth`], `fresh_directory`, `shards`.
@@ -48,7 +48,6 @@ mod packed;
 mod pieces;
 pub mod position_bias;
 pub mod precision;
-pub mod predictor;
 pub mod reference;
 pub mod router;
 mod shards;

@@ -6,15 +6,13 @@ use std::path::Path;
 
 use candle_core::Tensor;
 use rayon::prelude::*;
+use sida_model::{
+    Backbone, Checkpoint, ModelError, Reference, RoutedLayer, Stack, Tokenizer, reference::greedy, tensor_rows::rows,
+};
 use sida_routing::{Digest, ExpertId};
 
 use super::Text;
-use crate::{
-    Backbone, Checkpoint, ModelError, Reference, RoutedLayer, Stack, Tokenizer,
-    predictor::{PredictorError, PredictorShape, entries::top_k},
-    reference::greedy,
-    tensor_rows::rows,
-};
+use crate::{PredictorError, PredictorShape, entries::top_k};
 
 /// How much is recorded of each text.
 #[derive(Clone, Debug, PartialEq, Eq)]
