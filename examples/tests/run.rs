@@ -5,7 +5,8 @@ use std::{path::PathBuf, process::Command, sync::Arc};
 use sida_cluster::{Address, Cluster, Member, Role};
 use sida_coordinator::{Coordinator, CoordinatorConfig, PredictorSource};
 use sida_expert_node::{Engine, ExpertNodeConfig};
-use sida_model::{Checkpoint, predictor};
+use sida_model::Checkpoint;
+use sida_predictor as predictor;
 use tokio::{net::TcpListener, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 
