@@ -20,10 +20,8 @@ use futures::StreamExt;
 use sida_cluster::{Address, Cluster, Member, Role};
 use sida_coordinator::{Coordinator, CoordinatorConfig, GenerateParams, PredictorSource};
 use sida_expert_node::{Engine, ExpertMemory, ExpertNodeConfig};
-use sida_model::{
-    Checkpoint, Reference, RoutedLayer, Tokenizer,
-    predictor::{HashPredictor, HitRate, PredictorError, PredictorShape, PredictorState},
-};
+use sida_model::{Checkpoint, Reference, RoutedLayer, Tokenizer};
+use sida_predictor::{HashPredictor, HitRate, PredictorError, PredictorShape, PredictorState};
 use sida_routing::{Digest, ExpertId, HashTable, LayerId, hash_table::Shape};
 
 const SEEN: [&str; 3] = [
