@@ -12,10 +12,10 @@ use cargo_metadata::MetadataCommand;
 
 /// From top to bottom. A crate uses only crates of lines below its own; those of one line never use each other.
 const LAYERS: [&[&str]; 6] = [
-    &["sida-cli"],
+    &["sida-cli", "sida-examples"],
     &["sida-tests"],
     &["sida-coordinator", "sida-predictor-node", "sida-expert-node"],
-    &["sida-cluster"],
+    &["sida-cluster", "sida-predictor"],
     &["sida-proto", "sida-model", "sida-rpc"],
     &["sida-routing"],
 ];
@@ -27,14 +27,14 @@ const NOTHING_ELSE: [(&str, &[&str]); 1] = [("sida-routing", &["serde", "thiserr
 
 /// Outside crates that only these of ours use. A name also covers what begins with it and a `-`.
 const ONLY_IN: [(&str, &[&str]); 10] = [
-    ("candle", &["sida-model"]),
+    ("candle", &["sida-model", "sida-predictor"]),
     ("cudarc", &["sida-model"]),
-    ("safetensors", &["sida-model"]),
+    ("safetensors", &["sida-model", "sida-predictor"]),
     ("tokenizers", &["sida-model"]),
     ("etcd", &["sida-cluster"]),
     ("clap", &["sida-cli"]),
     ("indicatif", &["sida-cli"]),
-    ("anyhow", &["sida-cli", "sida-tests"]),
+    ("anyhow", &["sida-cli", "sida-examples", "sida-tests"]),
     ("metrics-exporter", &["sida-telemetry"]),
     // `sida-cli` reads what it sent, in its tests.
     ("opentelemetry", &["sida-telemetry", "sida-cli"]),
@@ -42,8 +42,8 @@ const ONLY_IN: [(&str, &[&str]); 10] = [
 
 /// Outside crates that these of ours never use.
 const NEVER_IN: [(&str, &[&str]); 3] = [
-    ("tokio", &["sida-routing", "sida-model"]),
-    ("tonic", &["sida-routing", "sida-model", "sida-cluster", "sida-telemetry"]),
+    ("tokio", &["sida-routing", "sida-model", "sida-predictor"]),
+    ("tonic", &["sida-routing", "sida-model", "sida-predictor", "sida-cluster", "sida-telemetry"]),
     ("serde_json", &["sida-routing"]),
 ];
 

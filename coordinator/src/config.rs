@@ -2,7 +2,8 @@
 
 use std::{fmt, sync::Arc, time::Duration};
 
-use sida_model::{Checkpoint, DeviceName, Precision, predictor::HashPredictor};
+use sida_model::{Checkpoint, DeviceName, Precision};
+use sida_predictor::HashPredictor;
 use sida_routing::{NodeId, admission::Limits};
 use sida_rpc::{ClientConfig, ServerConfig};
 

@@ -2,10 +2,8 @@
 
 use std::{fmt, sync::Arc};
 
-use sida_model::{
-    ModelConfig,
-    predictor::{HashPredictor, PredictorShape},
-};
+use sida_model::ModelConfig;
+use sida_predictor::{HashPredictor, PredictorShape};
 use sida_routing::NodeId;
 use sida_rpc::ServerConfig;
 

@@ -1,7 +1,7 @@
 //! A node that serves the hash predictor, so that prediction scales out apart from the coordinators. It keeps
 //! nothing between calls: the state of a decoding sequence travels with it, so that any predictor-node can
 //! answer any call. Started by the command line and the tests through [`run`]; training a predictor is
-//! `sida_model::predictor`'s, called by the command line.
+//! `sida_predictor`'s, called by the command line.
 //!
 //! In reading order: [`config`], [`error`], `service` (one call).
 

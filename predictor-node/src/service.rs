@@ -4,7 +4,7 @@
 use std::{sync::Arc, time::Instant};
 
 use bytes::Bytes;
-use sida_model::predictor::{HashPredictor, PredictorError, PredictorShape, PredictorState};
+use sida_predictor::{HashPredictor, PredictorError, PredictorShape, PredictorState};
 use sida_proto::{
     v1::{self, predictor_server::Predictor},
     wire::{Bounds, Prediction, PredictionRequest, Stack},

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use sida_cluster::{Address, Cluster, Member, Role};
-use sida_model::predictor::{HashPredictor, HitRate, PredictorError, PredictorShape, PredictorState};
+use sida_predictor::{HashPredictor, HitRate, PredictorError, PredictorShape, PredictorState};
 use sida_predictor_node::{PredictorLimits, PredictorNodeConfig, PredictorNodeError, run};
 use sida_proto::{
     v1::{self, predictor_client::PredictorClient},

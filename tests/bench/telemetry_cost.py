@@ -2,7 +2,7 @@
 order. Prints, of each kind, the median ratio of turns of one round, of throughput and of the CPU time of all nodes per
 request, with the interval that holds the median at 95%. CPU time is disturbed less by what else the machine does.
 
-    target/chart-tools/bin/python tests/bench/telemetry_cost.py --sida target/release/sida --keep target/telemetry.jsonl
+    target/test-tools/bin/python tests/bench/telemetry_cost.py --sida target/release/sida --keep target/telemetry.jsonl
 
 "On" is what the chart sets: metrics served and scraped, JSON logs, OTLP to a collector at the default
 sampling. "All" records every request. "Off" has none, nor has "same": what they differ by is the measurement's own error, and

@@ -2,12 +2,10 @@
 
 use std::{fs, panic::AssertUnwindSafe, path::PathBuf};
 
-use sida_model::{
-    Checkpoint,
-    predictor::{
-        self, Net, PredictorState,
-        train::{RecordOptions, Recording, Text, TrainOptions, train},
-    },
+use sida_model::Checkpoint;
+use sida_predictor::{
+    Net, PredictorState,
+    train::{RecordOptions, Recording, Text, TrainOptions, train},
 };
 
 use crate::{fuzz, model_files::ModelDirectory};
@@ -25,7 +23,7 @@ fn trained(model: &ModelDirectory, net: Net) -> Vec<u8> {
     let recording = Recording::of(model.path(), &[text], &RecordOptions::default(), &mut |_, _| {});
     let recording = recording.expect("a recording");
     let options = TrainOptions { net, width: 4, epochs: 1, top_k: 2, ..TrainOptions::default() };
-    let path: PathBuf = model.path().join(predictor::FILE_NAME);
+    let path: PathBuf = model.path().join(sida_predictor::FILE_NAME);
     train(&recording, &recording, &options, &path, &mut |_| {}).expect("a predictor");
     fs::read(path).expect("the predictor's file")
 }
@@ -37,9 +35,9 @@ fn file() {
     let checkpoint = Checkpoint::open(model.path()).expect("a checkpoint");
     let seeds = [Net::Table, Net::Lstm].map(|net| trained(&model, net));
     fuzz!(seeds, |bytes| {
-        model.write(predictor::FILE_NAME, bytes);
-        let path = model.path().join(predictor::FILE_NAME);
-        let Ok(opened) = predictor::open(&path, checkpoint.config(), checkpoint.digest()) else { return false };
+        model.write(sida_predictor::FILE_NAME, bytes);
+        let path = model.path().join(sida_predictor::FILE_NAME);
+        let Ok(opened) = sida_predictor::open(&path, checkpoint.config(), checkpoint.digest()) else { return false };
         let Ok(tables) = opened.encode(&[&[3, 4, 5], &[6]]) else { return false };
         let Ok(decoded) = opened.decode(&mut [&mut PredictorState::default()], &[&[5, 7]]) else { return false };
         let exists = |expert: &sida_routing::ExpertId| usize::from(expert.0) < checkpoint.config().num_experts;
@@ -54,8 +52,8 @@ fn state() {
     let model = model();
     let checkpoint = Checkpoint::open(model.path()).expect("a checkpoint");
     trained(&model, Net::Lstm);
-    let path = model.path().join(predictor::FILE_NAME);
-    let opened = predictor::open(&path, checkpoint.config(), checkpoint.digest()).expect("a predictor");
+    let path = model.path().join(sida_predictor::FILE_NAME);
+    let opened = sida_predictor::open(&path, checkpoint.config(), checkpoint.digest()).expect("a predictor");
     // It has no state of its own that a panic could leave behind.
     let opened = AssertUnwindSafe(opened);
     let mut state = PredictorState::default();

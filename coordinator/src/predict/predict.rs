@@ -10,10 +10,8 @@ use std::{
 };
 
 use bytes::Bytes;
-use sida_model::{
-    ModelConfig, Stack,
-    predictor::{HashPredictor, PredictorState},
-};
+use sida_model::{ModelConfig, Stack};
+use sida_predictor::{HashPredictor, PredictorState};
 use sida_routing::{Digest, HashTable, LayerId};
 use sida_telemetry::TraceContext;
 

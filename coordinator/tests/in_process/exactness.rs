@@ -7,7 +7,7 @@ use sida_coordinator::{
     Alpha, Coordinator, CoordinatorConfig, EncodeParams, FinishReason, GenerateParams, MicroBatching, Pooling,
     PredictorSource, RoutingMode, ScoreParams,
 };
-use sida_model::{ModelConfig, Reference, Tokenizer, predictor};
+use sida_model::{ModelConfig, Reference, Tokenizer};
 
 use crate::{
     noise_predictor::NoisePredictor,
@@ -55,7 +55,7 @@ async fn generate(coordinator: &Coordinator, params: GenerateParams) -> (Vec<u32
     panic!("the stream ended without saying how");
 }
 
-fn local(net: impl predictor::HashPredictor + 'static) -> PredictorSource {
+fn local(net: impl sida_predictor::HashPredictor + 'static) -> PredictorSource {
     PredictorSource::Local(Arc::new(net))
 }
 

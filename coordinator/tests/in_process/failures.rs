@@ -10,7 +10,7 @@ use futures::{StreamExt, future::join_all};
 use sida_coordinator::{
     EncodeParams, Encoding, GenerateParams, PredictorSource, RequestError, RoutingMode, ScoreParams,
 };
-use sida_model::predictor::{HashPredictor, HitRate, PredictorError, PredictorState};
+use sida_predictor::{HashPredictor, HitRate, PredictorError, PredictorState};
 use sida_routing::{Digest, ExpertKey, HashTable};
 
 use crate::{

@@ -2,10 +2,8 @@
 
 use std::path::Path;
 
-use sida_model::{
-    Checkpoint,
-    predictor::{HashPredictor, HitRate, PredictorError, PredictorShape, PredictorState},
-};
+use sida_model::Checkpoint;
+use sida_predictor::{HashPredictor, HitRate, PredictorError, PredictorShape, PredictorState};
 use sida_routing::{Digest, ExpertId, HashTable, LayerId, hash_table::Shape};
 
 const TOP_K: usize = 3;

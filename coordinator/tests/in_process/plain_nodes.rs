@@ -5,7 +5,7 @@ use std::{net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
 
 use futures::{Stream, StreamExt};
 use sida_cluster::experts::{ExpertCall, LocalExperts};
-use sida_model::predictor::{HashPredictor, PredictorState};
+use sida_predictor::{HashPredictor, PredictorState};
 use sida_proto::{
     v1::{
         self,

@@ -1,6 +1,6 @@
 //! Maths and weights of a Mixture-of-Experts model, cut at the MoE seam: everything dense is here as a
 //! [`Backbone`], a single expert as an [`ExpertShape`] over bytes that somebody else keeps. Used by the
-//! coordinator (backbone), the expert-nodes (experts) and the predictor-nodes (hash predictors).
+//! coordinator (backbone), the expert-nodes (experts) and the hash predictors (kernels, and the model to learn from).
 //!
 //! Invariant: synchronous, no tokio and no network. Every numeric kernel computes each row by itself in a
 //! fixed order, so a row's bits do not depend on its batch, on the number of threads or on the node.
@@ -12,7 +12,7 @@
 //! [`mod@side_by_side`] and `pieces`; [`spans`], [`kv_cache`], [`linear`], `loader`, `cpu_operations`, [`router`],
 //! [`cpu_backend`]. On a GPU (feature `cuda`): [`cuda`], [`device_name`] and [`precision`].
 //! Experts: [`expert`], [`expert_store`]; on another device than the processor, [`expert_device`], and in another process,
-//! [`window`](mod@window). All of it at once: [`reference`](mod@reference). What will be routed where: [`predictor`].
+//! [`window`](mod@window). All of it at once: [`reference`](mod@reference).
 //! Making checkpoints: [`convert`], [`synth`], `fresh_directory`, `shards`.
 
 pub mod backbone;
@@ -45,7 +45,6 @@ mod packed;
 mod pieces;
 pub mod position_bias;
 pub mod precision;
-pub mod predictor;
 pub mod reference;
 pub mod router;
 mod shards;

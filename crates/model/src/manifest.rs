@@ -259,12 +259,12 @@ pub(crate) fn is_plain_file_name(name: &str) -> bool {
 }
 
 /// SHA-256 of bytes in memory.
-pub(crate) fn sha256(bytes: &[u8]) -> Digest {
+pub fn sha256(bytes: &[u8]) -> Digest {
     Digest(Sha256::digest(bytes).into())
 }
 
 /// 32 bytes from 64 hex digits.
-pub(crate) fn parse_hex(hex: &str) -> Option<Digest> {
+pub fn parse_hex(hex: &str) -> Option<Digest> {
     if hex.len() != 64 || !hex.bytes().all(|digit| digit.is_ascii_hexdigit()) {
         return None;
     }

@@ -1,13 +1,24 @@
 //! The server of every node: its own services, health and reflection behind the same layers and limits. Nodes
 //! build one in `run` and serve it on the listener they were given.
 //!
-//! ```ignore
-//! Server::new(config.server)
-//!     .routes(Routes::new(ExpertsServer::new(node).max_decoding_message_size(MESSAGE_BYTES_MAX)))
-//!     .descriptors(sida_proto::DESCRIPTORS)
-//!     .check("sida.v1.Experts", move || node.check())
+//! ```
+//! use sida_rpc::{Server, ServerConfig, ServerError};
+//! use tokio::net::TcpListener;
+//! use tokio_util::sync::CancellationToken;
+//! use tonic::service::Routes;
+//!
+//! # #[tokio::main]
+//! # async fn main() -> Result<(), ServerError> {
+//! # let node = Routes::default();
+//! # let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+//! let shutdown = CancellationToken::new();
+//! # shutdown.cancel();
+//! Server::new(ServerConfig::default())
+//!     .routes(node)
+//!     .check("sida.v1.Experts", || async { Ok(()) })
 //!     .serve(listener, shutdown)
 //!     .await
+//! # }
 //! ```
 
 use std::{future::Future, time::Duration};

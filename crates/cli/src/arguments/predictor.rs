@@ -6,7 +6,7 @@ use anyhow::Context;
 use clap::Args;
 use sida_cluster::{Cluster, Role};
 use sida_coordinator::PredictorSource;
-use sida_model::{Checkpoint, predictor};
+use sida_model::Checkpoint;
 
 use crate::bad_configuration::BadConfiguration;
 
@@ -54,11 +54,11 @@ impl PredictorArguments {
 
 /// The file of a model's own predictor.
 pub(crate) fn default_file(checkpoint: &Checkpoint) -> PathBuf {
-    checkpoint.dir().join(predictor::FILE_NAME)
+    checkpoint.dir().join(sida_predictor::FILE_NAME)
 }
 
 fn local(file: &Path, checkpoint: &Checkpoint) -> anyhow::Result<PredictorSource> {
-    let opened = predictor::open(file, checkpoint.config(), checkpoint.digest());
+    let opened = sida_predictor::open(file, checkpoint.config(), checkpoint.digest());
     let refused = |error| BadConfiguration::because(format!("predictor {}", file.display()), error);
     Ok(PredictorSource::Local(opened.map_err(refused)?))
 }

@@ -13,7 +13,7 @@ use serde_json::json;
 use sida_model::{
     Checkpoint, ModelConfig, Stack,
     manifest::{self, Manifest},
-    names, predictor,
+    names,
 };
 
 use crate::{byte_size, model_dir, plain_table::PlainTable};
@@ -145,11 +145,11 @@ fn manifest_fact(checkpoint: &Checkpoint) -> anyhow::Result<String> {
 }
 
 fn predictor_fact(checkpoint: &Checkpoint) -> anyhow::Result<String> {
-    let file = checkpoint.dir().join(predictor::FILE_NAME);
+    let file = checkpoint.dir().join(sida_predictor::FILE_NAME);
     if !file.try_exists().with_context(|| format!("cannot look for {}", file.display()))? {
         return Ok("none; `sida train-predictor` makes one".to_owned());
     }
-    Ok(match predictor::open(&file, checkpoint.config(), checkpoint.digest()) {
+    Ok(match sida_predictor::open(&file, checkpoint.config(), checkpoint.digest()) {
         Ok(predictor) => format!("{}, top {}", predictor.net(), predictor.top_k()),
         Err(error) => format!("unusable: {error}"),
     })

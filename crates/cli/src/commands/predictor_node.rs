@@ -4,7 +4,7 @@ use std::{path::PathBuf, process::ExitCode};
 
 use clap::Args;
 use sida_cluster::Role;
-use sida_model::{Checkpoint, predictor};
+use sida_model::Checkpoint;
 use sida_predictor_node::{PredictorLimits, PredictorNodeConfig};
 use sida_rpc::Readiness;
 
@@ -58,7 +58,7 @@ pub(crate) fn run(arguments: PredictorNodeArguments) -> anyhow::Result<ExitCode>
         let facts = (model, checkpoint.digest());
         let cluster = arguments.membership.cluster(&member, listener.local_addr()?, facts, 1.0)?;
         let file = arguments.predictor.clone().unwrap_or_else(|| default_file(&checkpoint));
-        let predictor = predictor::open(&file, model, checkpoint.digest())
+        let predictor = sida_predictor::open(&file, model, checkpoint.digest())
             .map_err(|error| BadConfiguration::because(format!("predictor {}", file.display()), error))?;
         let threads = arguments.model.threads();
         let config = PredictorNodeConfig {

@@ -10,12 +10,10 @@ use std::{
 
 use clap::{Args, ValueEnum};
 use serde_json::json;
-use sida_model::{
-    Checkpoint, ModelConfig, Stack,
-    predictor::{
-        HitRate, Net,
-        train::{self, RecordOptions, Recording, Text, Texts, TrainOptions},
-    },
+use sida_model::{Checkpoint, ModelConfig, Stack};
+use sida_predictor::{
+    HitRate, Net,
+    train::{self, RecordOptions, Recording, Text, Texts, TrainOptions},
 };
 
 use crate::{

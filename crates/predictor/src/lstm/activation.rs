@@ -1,6 +1,6 @@
-//! Sigmoid, tanh and an LSTM cell on [`exp`](crate::cpu::exp), which is the same on every machine.
+//! Sigmoid, tanh and an LSTM cell on [`exp`](sida_model::cpu::exp), which is the same on every machine.
 
-use crate::cpu::{
+use sida_model::cpu::{
     exp::exp,
     lanes::{Kernel, Lanes, run},
 };

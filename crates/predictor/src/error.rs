@@ -2,10 +2,9 @@
 
 use std::{io, path::PathBuf};
 
+use sida_model::ModelError;
 use sida_routing::{Digest, HashTableError};
 use thiserror::Error;
-
-use crate::ModelError;
 
 /// Why a predictor cannot be opened, used or trained.
 #[derive(Debug, Error)]

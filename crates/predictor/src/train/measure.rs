@@ -2,13 +2,11 @@
 
 use std::ops::Range;
 
+use sida_model::Stack;
 use sida_routing::{HashTable, LayerId};
 
 use super::Recording;
-use crate::{
-    Stack,
-    predictor::{HashPredictor, HitRate, PredictorError, PredictorState},
-};
+use crate::{HashPredictor, HitRate, PredictorError, PredictorState};
 
 /// Sequences per call.
 const BATCH: usize = 64;

@@ -2,25 +2,25 @@
 
 use std::ops::Range;
 
+use sida_model::cpu::norm::softmax;
 use sida_routing::{Digest, ExpertId, HashTable, LayerId, hash_table::Shape};
 
-use super::PredictorError;
-use crate::cpu::norm::softmax;
+use crate::PredictorError;
 
 /// What tables are made for: one stack of one model by one predictor.
 #[derive(Clone, Debug)]
-pub(super) struct Entries {
-    pub(super) model: Digest,
-    pub(super) predictor: Digest,
-    pub(super) layers: Range<u16>,
-    pub(super) num_experts: usize,
-    pub(super) top_k: usize,
+pub(crate) struct Entries {
+    pub(crate) model: Digest,
+    pub(crate) predictor: Digest,
+    pub(crate) layers: Range<u16>,
+    pub(crate) num_experts: usize,
+    pub(crate) top_k: usize,
 }
 
 impl Entries {
     /// One table per sequence. `entry(row, layer)` gives the experts and alphas of one token in the n-th MoE
     /// layer of the stack; rows are the sequences' tokens one after another.
-    pub(super) fn tables<'a>(
+    pub(crate) fn tables<'a>(
         &self,
         lengths: impl Iterator<Item = usize>,
         entry: impl Fn(usize, usize) -> (&'a [ExpertId], &'a [f32]),
@@ -46,7 +46,7 @@ impl Entries {
     }
 
     /// One table per sequence from logits (rows, layers, experts), which become probabilities in place.
-    pub(super) fn tables_from_logits(
+    pub(crate) fn tables_from_logits(
         &self,
         lengths: impl Iterator<Item = usize>,
         mut logits: Vec<f32>,
@@ -68,7 +68,7 @@ impl Entries {
 }
 
 /// The largest of `probabilities`, descending; of equal ones the lower id first.
-pub(super) fn top_k(probabilities: &[f32], experts: &mut [ExpertId], alphas: &mut [f32]) {
+pub(crate) fn top_k(probabilities: &[f32], experts: &mut [ExpertId], alphas: &mut [f32]) {
     let k = experts.len();
     let mut filled = 0;
     for (expert, &probability) in probabilities.iter().enumerate() {

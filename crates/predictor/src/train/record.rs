@@ -5,14 +5,11 @@
 use std::path::Path;
 
 use rayon::prelude::*;
+use sida_model::{Backbone, Checkpoint, Reference, RoutedLayer, Stack, Tokenizer, reference::greedy};
 use sida_routing::{Digest, ExpertId};
 
 use super::Text;
-use crate::{
-    Backbone, Checkpoint, Reference, RoutedLayer, Stack, Tokenizer,
-    predictor::{PredictorError, PredictorShape, entries::top_k},
-    reference::greedy,
-};
+use crate::{PredictorError, PredictorShape, entries::top_k};
 
 /// How much is recorded of each text.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -9,7 +9,7 @@ use std::{
 use sida_routing::{Digest, ExpertId, LayerId};
 
 use super::{record::StackRecording, *};
-use crate::predictor::{self, HashPredictor, PredictorShape, PredictorState};
+use crate::{FILE_NAME, HashPredictor, PredictorShape, PredictorState, open_shape};
 
 const VOCAB: usize = 24;
 const EXPERTS: usize = 4;
@@ -60,7 +60,7 @@ fn recording(sequences: usize, seed: u64) -> Recording {
 fn trained(net: Net) -> (tempfile::TempDir, PathBuf, Vec<HitRate>) {
     static TRAINED: [OnceLock<(Vec<u8>, Vec<HitRate>)>; 2] = [const { OnceLock::new() }; 2];
     let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join(predictor::FILE_NAME);
+    let path = dir.path().join(FILE_NAME);
     let (file, rates) = TRAINED[usize::from(net == Net::Lstm)].get_or_init(|| {
         let options =
             TrainOptions { net, top_k: 3, width: 32, epochs: 12, batch_tokens: 256, learning_rate: 0.01, seed: 1 };
@@ -72,7 +72,7 @@ fn trained(net: Net) -> (tempfile::TempDir, PathBuf, Vec<HitRate>) {
 }
 
 fn open(path: &std::path::Path) -> Arc<dyn HashPredictor> {
-    predictor::open_shape(path, shape(), MODEL).unwrap()
+    open_shape(path, shape(), MODEL).unwrap()
 }
 
 /// A predictor would not learn, or not what its net can express: the table knows the token, the LSTM also its
@@ -127,14 +127,14 @@ fn refuses_what_does_not_fit() {
     assert!(matches!(predictor.decode(&mut [&mut foreign], &[&[1]]), Err(PredictorError::State { .. })));
     assert!(matches!(predictor.decode(&mut [], &[&[1]]), Err(PredictorError::States { .. })));
     let other = Digest([8; 32]);
-    assert!(matches!(predictor::open_shape(&path, shape(), other), Err(PredictorError::Model { .. })));
+    assert!(matches!(open_shape(&path, shape(), other), Err(PredictorError::Model { .. })));
     let wider = PredictorShape { num_experts: 5, ..shape() };
-    assert!(matches!(predictor::open_shape(&path, wider, MODEL), Err(PredictorError::Tensor { .. })));
+    assert!(matches!(open_shape(&path, wider, MODEL), Err(PredictorError::Tensor { .. })));
     let whole = fs::read(&path).unwrap();
     let broken = dir.path().join("broken.safetensors");
     let refused = |bytes: &[u8]| {
         fs::write(&broken, bytes).unwrap();
-        predictor::open_shape(&broken, shape(), MODEL).err().map(|error| error.to_string())
+        open_shape(&broken, shape(), MODEL).err().map(|error| error.to_string())
     };
     for len in [0, 7, 8, 100, whole.len() / 2, whole.len() - 1] {
         assert!(refused(&whole[..len]).is_some_and(|error| error.contains("broken.safetensors")));

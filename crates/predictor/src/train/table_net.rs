@@ -1,12 +1,10 @@
 //! Learns the table: counts which experts each token id activated.
 
+use sida_model::Stack;
 use sida_routing::ExpertId;
 
 use super::Recording;
-use crate::{
-    Stack,
-    predictor::{entries::top_k, table::StackTable},
-};
+use crate::{entries::top_k, table::StackTable};
 
 /// How much the layer-wide frequencies count against those of the token, in tokens seen: they order the
 /// experts of rare tokens and break ties.

@@ -14,15 +14,17 @@ mod texts;
 
 use std::path::Path;
 
+use sida_model::Stack;
+
+use crate::{
+    HitRate, Net, PredictorError,
+    file::{Metadata, TOP_K_MAX, Tensors},
+};
+
 pub use self::{
     record::{RecordOptions, Recording},
     texts::{Text, Texts},
 };
-use super::{
-    HitRate, Net, PredictorError,
-    file::{Metadata, TOP_K_MAX, Tensors},
-};
-use crate::Stack;
 
 /// How a predictor is trained. The defaults suit a model of a few million parameters.
 #[derive(Clone, Debug, PartialEq)]
@@ -89,7 +91,7 @@ pub fn train(
         Metadata { net: options.net, model: train.model, top_k: options.top_k, hit_rates: measure::unmeasured(layers) };
     // What is measured is what will be served: the file, opened as any other.
     tensors.write(&metadata, path)?;
-    let predictor = super::open_shape(path, train.shape.clone(), train.model)?;
+    let predictor = crate::open_shape(path, train.shape.clone(), train.model)?;
     metadata.hit_rates = measure::hit_rates(&*predictor, held_out)?;
     tensors.write(&metadata, path)?;
     Ok(metadata.hit_rates)
@@ -103,8 +105,8 @@ fn check(recording: &Recording, options: &TrainOptions) -> Result<(), PredictorE
     if !(1..=top_k_max).contains(&options.top_k) {
         return refuse("top_k", options.top_k, format!("1 to {top_k_max}"));
     }
-    if !(2..=super::lstm::stack_net::WIDTH_MAX).contains(&options.width) || !options.width.is_multiple_of(2) {
-        return refuse("width", options.width, format!("an even number up to {}", super::lstm::stack_net::WIDTH_MAX));
+    if !(2..=crate::lstm::stack_net::WIDTH_MAX).contains(&options.width) || !options.width.is_multiple_of(2) {
+        return refuse("width", options.width, format!("an even number up to {}", crate::lstm::stack_net::WIDTH_MAX));
     }
     if options.epochs == 0 || options.batch_tokens == 0 {
         return refuse("epochs and batch_tokens", options.epochs.min(options.batch_tokens), "at least 1".to_owned());

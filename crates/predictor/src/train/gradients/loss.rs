@@ -1,8 +1,7 @@
 //! What is learnt: the router's choice and its probabilities.
 
+use sida_model::cpu::norm::softmax;
 use sida_routing::ExpertId;
-
-use crate::cpu::norm::softmax;
 
 /// Truncated distillation plus cross-entropy (SiDA, section 3.3), summed over entries (a token in a layer):
 /// `- log q(first) - sum of p(e) log q(e)` over the experts kept, where q is the softmax of the logits. Turns

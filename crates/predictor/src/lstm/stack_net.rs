@@ -3,26 +3,26 @@
 use std::ops::Range;
 
 use half::f16;
+use sida_model::{Stack, cpu::matmul::matmul};
 
 use super::{
-    super::{
-        PredictorError, PredictorState,
-        file::{Matrix, PredictorFile, matrix},
-        stack_name,
-    },
     ATTENTION_WINDOW,
     recurrence::{Columns, Direction, Memory, Sequences},
     sparsemax::sparsemax,
 };
-use crate::{Stack, cpu::matmul::matmul};
+use crate::{
+    PredictorError, PredictorState,
+    file::{Matrix, PredictorFile, matrix},
+    stack_name,
+};
 
 /// Layers of LSTM.
-pub(in crate::predictor) const LSTM_LAYERS: usize = 2;
+pub(crate) const LSTM_LAYERS: usize = 2;
 /// The widest net that is opened.
-pub(in crate::predictor) const WIDTH_MAX: usize = 2048;
+pub(crate) const WIDTH_MAX: usize = 2048;
 
 /// Weights of one stack's net.
-pub(in crate::predictor) struct StackNet {
+pub(crate) struct StackNet {
     /// Width of everything between embedding and head.
     width: usize,
     /// (vocabulary, width): ReLU(linear(embedding)) of each token.
@@ -37,7 +37,7 @@ pub(in crate::predictor) struct StackNet {
 }
 
 /// The directions of a stack's LSTM.
-pub(in crate::predictor) fn directions(stack: Stack) -> &'static [&'static str] {
+pub(crate) fn directions(stack: Stack) -> &'static [&'static str] {
     match stack {
         Stack::Encoder => &["forward", "backward"],
         Stack::Decoder => &["forward"],
@@ -46,10 +46,7 @@ pub(in crate::predictor) fn directions(stack: Stack) -> &'static [&'static str] 
 
 impl StackNet {
     /// Takes a stack's net out of a file; `None` where the stack has no MoE layers.
-    pub(in crate::predictor) fn from_file(
-        file: &mut PredictorFile,
-        stack: Stack,
-    ) -> Result<Option<Self>, PredictorError> {
+    pub(crate) fn from_file(file: &mut PredictorFile, stack: Stack) -> Result<Option<Self>, PredictorError> {
         let outputs = file.shape.layers(stack).len() * file.shape.num_experts;
         if outputs == 0 {
             return Ok(None);
@@ -82,7 +79,7 @@ impl StackNet {
     }
 
     /// Logits (rows, MoE layers, experts) of whole sequences. Ids must be within the vocabulary.
-    pub(in crate::predictor) fn encode(&self, sequences: &[&[u32]]) -> Vec<f32> {
+    pub(crate) fn encode(&self, sequences: &[&[u32]]) -> Vec<f32> {
         let spans = Sequences::new(sequences.iter().map(|tokens| tokens.len()));
         let x = self.embed(sequences);
         let mut memories: Vec<Vec<Memory>> = self.fresh_memories(spans.rows.len());
@@ -97,7 +94,7 @@ impl StackNet {
 
     /// Logits (rows, MoE layers, experts) of the next tokens of sequences; advances their states.
     /// Ids must be within the vocabulary. On an error no state is changed.
-    pub(in crate::predictor) fn decode(
+    pub(crate) fn decode(
         &self,
         states: &mut [&mut PredictorState],
         sequences: &[&[u32]],

@@ -4,7 +4,7 @@
 //! A predictor is a file beside its model, and works for that model only. Prediction never decides what is
 //! computed in `exact` mode, only what is in memory by then, so a poor one costs time and nothing else. But
 //! its own output must not depend on the batch it was computed in, as `hash` mode routes by it: the nets are
-//! made of the row-wise kernels of [`crate::cpu`] and know no padding.
+//! made of the row-wise kernels of [`sida_model::cpu`] and know no padding.
 //!
 //! In reading order: [`file`](mod@file) (what is stored, checked), [`state`] (a decoder's memory of its sequence),
 //! [`entries`] (from logits to hash tables), [`table`] (a predefined hash), [`lstm`] (the paper's net),
@@ -20,6 +20,7 @@ pub mod train;
 
 use std::{ops::Range, path::Path, sync::Arc};
 
+use sida_model::{ModelConfig, Stack};
 use sida_routing::{Digest, HashTable};
 
 pub use self::{
@@ -28,7 +29,6 @@ pub use self::{
     state::PredictorState,
 };
 use self::{file::PredictorFile, lstm::LstmPredictor, table::TablePredictor};
-use crate::{ModelConfig, Stack};
 
 /// The name of a model's predictor within the model's directory.
 pub const FILE_NAME: &str = "predictor.safetensors";
@@ -123,7 +123,7 @@ fn stack_name(stack: Stack) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Checkpoint;
+    use sida_model::Checkpoint;
 
     /// The first command of the README would run without its predictor, because model or code changed since it
     /// was trained.

@@ -2,11 +2,10 @@
 
 use std::ops::Range;
 
+use sida_model::cpu::matmul::matmul;
+
 use super::transpose;
-use crate::{
-    cpu::matmul::matmul,
-    predictor::{file::matrix, lstm::sparsemax::sparsemax},
-};
+use crate::{file::matrix, lstm::sparsemax::sparsemax};
 
 /// Over outputs (sequences x steps, width), sequence by sequence: the mean of those that each one sees,
 /// weighted by the sparsemax of their scaled products.

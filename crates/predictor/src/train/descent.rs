@@ -4,12 +4,10 @@ use std::{collections::BTreeMap, panic::resume_unwind};
 
 use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
 use rayon::{ThreadPool, ThreadPoolBuilder};
+use sida_model::Stack;
 
 use super::{Recording, TrainOptions, TrainProgress, lstm_net::LstmNet, record::StackRecording};
-use crate::{
-    Stack,
-    predictor::{PredictorError, file::Tensors},
-};
+use crate::{PredictorError, file::Tensors};
 
 /// Share of all steps over which the learning rate rises.
 const WARM_UP: f64 = 0.05;

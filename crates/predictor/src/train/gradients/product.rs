@@ -1,7 +1,9 @@
 //! Linear layers.
 
+use sida_model::cpu::matmul::matmul;
+
 use super::transpose;
-use crate::{cpu::matmul::matmul, predictor::file::matrix};
+use crate::file::matrix;
 
 /// `x W^T + b`: x (n, inputs), W (b.len(), inputs) -> (n, b.len()). An empty b stands for none; then
 /// `outputs` says how many.

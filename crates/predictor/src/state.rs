@@ -1,7 +1,7 @@
 //! What a predictor remembers of one sequence between two decoding steps. It travels to a remote
 //! predictor-node and back, so it can be bytes.
 
-use super::PredictorError;
+use crate::PredictorError;
 
 /// A state of more values is refused: four vectors and a window of outputs at the largest width allowed.
 const VALUES_MAX: usize = 1 << 20;
@@ -11,7 +11,7 @@ const VALUES_MAX: usize = 1 << 20;
 pub struct PredictorState {
     /// What they mean is the net's; it checks how many there are.
     /// Invariant: finite, at most `VALUES_MAX`.
-    pub(super) values: Vec<f32>,
+    pub(crate) values: Vec<f32>,
 }
 
 impl PredictorState {

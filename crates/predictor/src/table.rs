@@ -2,15 +2,15 @@
 //! while routing was recorded. It knows no context, costs one look-up per token, and needs no state.
 
 use half::f16;
+use sida_model::Stack;
 use sida_routing::{Digest, ExpertId, HashTable};
 
-use super::{
+use crate::{
     HashPredictor, PredictorError, PredictorShape, PredictorState,
     entries::Entries,
     file::{HitRate, Metadata, Net, PredictorFile, Tensors},
     stack_name,
 };
-use crate::Stack;
 
 /// Looks up every token.
 pub struct TablePredictor {
@@ -22,11 +22,11 @@ pub struct TablePredictor {
 }
 
 /// The table of one stack.
-pub(super) struct StackTable {
+pub(crate) struct StackTable {
     /// (vocabulary, layers, k). Tokens that were never seen have the layer's most frequent experts.
-    pub(super) experts: Vec<ExpertId>,
+    pub(crate) experts: Vec<ExpertId>,
     /// (vocabulary, layers, k): the mean router probability of the expert when it was chosen.
-    pub(super) alphas: Vec<f32>,
+    pub(crate) alphas: Vec<f32>,
 }
 
 impl StackTable {
@@ -50,7 +50,7 @@ impl StackTable {
     }
 
     /// Adds it to a file that is about to be written.
-    pub(super) fn store(&self, stack: Stack, shape: &PredictorShape, top_k: usize, tensors: &mut Tensors) {
+    pub(crate) fn store(&self, stack: Stack, shape: &PredictorShape, top_k: usize, tensors: &mut Tensors) {
         let layers = shape.layers(stack).len();
         if layers > 0 {
             let extent = [shape.vocab_size, layers, top_k];

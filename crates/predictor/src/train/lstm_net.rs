@@ -5,22 +5,20 @@
 use std::ops::Range;
 
 use rand::{Rng, rngs::StdRng};
+use sida_model::Stack;
 
 use super::{
     gradients::{Attention, LstmScan, Scanned, distillation, linear, linear_backward, relu_backward},
     record::StackRecording,
 };
 use crate::{
-    Stack,
-    predictor::{
-        file::Tensors,
-        lstm::{
-            ATTENTION_WINDOW,
-            recurrence::Direction,
-            stack_net::{LSTM_LAYERS, directions},
-        },
-        stack_name,
+    file::Tensors,
+    lstm::{
+        ATTENTION_WINDOW,
+        recurrence::Direction,
+        stack_net::{LSTM_LAYERS, directions},
     },
+    stack_name,
 };
 
 /// A net's form. Its weights are a vector of [`LstmNet::weights`] values, its gradient another one.

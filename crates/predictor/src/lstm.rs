@@ -11,20 +11,21 @@
 //! lengths without padding), `stack_net` (the whole net of one stack).
 
 pub(crate) mod activation;
-pub(super) mod recurrence;
+pub(crate) mod recurrence;
 pub(crate) mod sparsemax;
-pub(super) mod stack_net;
+pub(crate) mod stack_net;
 
 use rayon::prelude::*;
+use sida_model::Stack;
 use sida_routing::{Digest, HashTable};
 
-use self::stack_net::StackNet;
-use super::{
+use crate::{
     HashPredictor, PredictorError, PredictorShape, PredictorState,
     entries::Entries,
     file::{HitRate, Metadata, Net, PredictorFile},
 };
-use crate::Stack;
+
+use self::stack_net::StackNet;
 
 /// How many outputs the decoder's attention sees, the newest among them.
 pub const ATTENTION_WINDOW: usize = 32;

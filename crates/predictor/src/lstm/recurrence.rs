@@ -4,28 +4,27 @@
 
 use std::ops::Range;
 
-use super::{
-    super::{
-        PredictorError,
-        file::{Matrix, PredictorFile, Tensors},
-    },
-    activation,
+use sida_model::cpu::matmul::matmul;
+
+use super::activation;
+use crate::{
+    PredictorError,
+    file::{Matrix, PredictorFile, Tensors},
 };
-use crate::cpu::matmul::matmul;
 
 /// Where each sequence's rows are, the longest first.
-pub(in crate::predictor) struct Sequences {
+pub(crate) struct Sequences {
     /// Invariant: lengths descend.
-    pub(in crate::predictor) rows: Vec<Range<usize>>,
+    pub(crate) rows: Vec<Range<usize>>,
     /// For each of `rows`, which sequence of the caller it is.
-    pub(in crate::predictor) order: Vec<usize>,
+    pub(crate) order: Vec<usize>,
     /// Rows of all.
-    pub(in crate::predictor) total: usize,
+    pub(crate) total: usize,
 }
 
 impl Sequences {
     /// Of sequences of these lengths, one after another.
-    pub(in crate::predictor) fn new(lengths: impl Iterator<Item = usize>) -> Self {
+    pub(crate) fn new(lengths: impl Iterator<Item = usize>) -> Self {
         let mut total = 0;
         let mut rows: Vec<(usize, Range<usize>)> = lengths
             .map(|len| {
@@ -41,7 +40,7 @@ impl Sequences {
 }
 
 /// Weights of one direction of one layer. Gates are in the order i, f, g, o, as PyTorch has them.
-pub(in crate::predictor) struct Direction {
+pub(crate) struct Direction {
     /// (4 width, inputs)
     input: Matrix,
     /// (4 width, width)
@@ -51,29 +50,29 @@ pub(in crate::predictor) struct Direction {
 }
 
 /// What a layer remembers of each sequence: (sequences, width), in the order of [`Sequences::rows`].
-pub(in crate::predictor) struct Memory {
-    pub(in crate::predictor) hidden: Vec<f32>,
-    pub(in crate::predictor) cell: Vec<f32>,
+pub(crate) struct Memory {
+    pub(crate) hidden: Vec<f32>,
+    pub(crate) cell: Vec<f32>,
 }
 
 impl Memory {
     /// Before the first token.
-    pub(in crate::predictor) fn new(sequences: usize, width: usize) -> Self {
+    pub(crate) fn new(sequences: usize, width: usize) -> Self {
         Self { hidden: vec![0.0; sequences * width], cell: vec![0.0; sequences * width] }
     }
 }
 
 /// Columns of an output matrix that a direction writes.
-pub(in crate::predictor) struct Columns<'a> {
+pub(crate) struct Columns<'a> {
     /// (rows, width)
-    pub(in crate::predictor) values: &'a mut [f32],
-    pub(in crate::predictor) width: usize,
-    pub(in crate::predictor) first: usize,
+    pub(crate) values: &'a mut [f32],
+    pub(crate) width: usize,
+    pub(crate) first: usize,
 }
 
 impl Direction {
     /// Takes `{prefix}.input`, `.hidden` and `.bias` out of a file.
-    pub(in crate::predictor) fn from_file(
+    pub(crate) fn from_file(
         file: &mut PredictorFile,
         prefix: &str,
         inputs: usize,
@@ -87,11 +86,7 @@ impl Direction {
     }
 
     /// Adds one to a file that is about to be written: what [`Direction::from_file`] takes.
-    pub(in crate::predictor) fn store(
-        tensors: &mut Tensors,
-        prefix: &str,
-        (input, hidden, bias): (&[f32], &[f32], &[f32]),
-    ) {
+    pub(crate) fn store(tensors: &mut Tensors, prefix: &str, (input, hidden, bias): (&[f32], &[f32], &[f32])) {
         let gates = bias.len();
         tensors.floats(&format!("{prefix}.input"), &[gates, input.len() / gates], input);
         tensors.floats(&format!("{prefix}.hidden"), &[gates, gates / 4], hidden);
@@ -99,20 +94,13 @@ impl Direction {
     }
 
     /// Width of its hidden state.
-    pub(in crate::predictor) fn width(&self) -> usize {
+    pub(crate) fn width(&self) -> usize {
         self.hidden.cols
     }
 
     /// Runs over all sequences, forward or from their ends; x (rows, inputs). Leaves each sequence's last
     /// state in `memory`.
-    pub(in crate::predictor) fn scan(
-        &self,
-        x: &[f32],
-        sequences: &Sequences,
-        reverse: bool,
-        memory: &mut Memory,
-        out: Columns<'_>,
-    ) {
+    pub(crate) fn scan(&self, x: &[f32], sequences: &Sequences, reverse: bool, memory: &mut Memory, out: Columns<'_>) {
         let width = self.width();
         let mut from_input = vec![0.0; sequences.total * 4 * width];
         matmul(x, self.input.by_ref(), &mut from_input); // (rows, inputs) @ W^T -> (rows, 4 width)

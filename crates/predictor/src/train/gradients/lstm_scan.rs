@@ -1,13 +1,12 @@
 //! One direction of an LSTM layer over all steps.
 
-use super::transpose;
-use crate::{
-    cpu::{
-        lanes::{Kernel, Lanes, run},
-        matmul::matmul,
-    },
-    predictor::{file::matrix, lstm::activation},
+use sida_model::cpu::{
+    lanes::{Kernel, Lanes, run},
+    matmul::matmul,
 };
+
+use super::transpose;
+use crate::{file::matrix, lstm::activation};
 
 /// Over sequences of equal length, all starting from zeros; rows are step by step, then by sequence.
 #[derive(Clone, Copy)]

@@ -10,14 +10,14 @@ use std::{
 use half::f16;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde::{Deserialize, Serialize};
-use sida_routing::{Digest, LayerId};
-
-use super::{PredictorError, PredictorShape};
-use crate::{
+use sida_model::{
     StoredDType, bounded_file,
     cpu::matmul::MatrixRef,
     manifest::{parse_hex, sha256},
 };
+use sida_routing::{Digest, LayerId};
+
+use crate::{PredictorError, PredictorShape};
 
 /// A larger file is refused. A net for 32,128 tokens and 256 experts in 12 layers has 50 MB.
 const FILE_BYTES_MAX: u64 = 1 << 30;
@@ -96,20 +96,20 @@ struct Stored {
 }
 
 /// A weight matrix of a net, widened to float32.
-pub(super) struct Matrix {
+pub(crate) struct Matrix {
     values: Vec<f32>,
-    pub(super) rows: usize,
-    pub(super) cols: usize,
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
 }
 
 impl Matrix {
-    pub(super) fn by_ref(&self) -> MatrixRef<'_> {
+    pub(crate) fn by_ref(&self) -> MatrixRef<'_> {
         matrix(&self.values, self.rows, self.cols)
     }
 }
 
-/// Values in memory as a matrix for [`matmul`](crate::cpu::matmul::matmul).
-pub(super) fn matrix(values: &[f32], rows: usize, cols: usize) -> MatrixRef<'_> {
+/// Values in memory as a matrix for [`matmul`](sida_model::cpu::matmul::matmul).
+pub(crate) fn matrix(values: &[f32], rows: usize, cols: usize) -> MatrixRef<'_> {
     assert_eq!(values.len(), rows * cols);
     // SAFETY: any float is four valid bytes, and they live as long as `values`. `matmul` reads a float32 matrix
     // as floats of this machine.
@@ -135,22 +135,22 @@ impl PredictorFile {
     }
 
     /// The dimensions of a tensor; an error if it is missing.
-    pub(super) fn dimensions(&self, tensor: &str) -> Result<&[usize], PredictorError> {
+    pub(crate) fn dimensions(&self, tensor: &str) -> Result<&[usize], PredictorError> {
         Ok(&self.stored(tensor)?.shape)
     }
 
     /// Takes a matrix of float16, every value finite.
-    pub(super) fn take_matrix(&mut self, tensor: &str, rows: usize, cols: usize) -> Result<Matrix, PredictorError> {
+    pub(crate) fn take_matrix(&mut self, tensor: &str, rows: usize, cols: usize) -> Result<Matrix, PredictorError> {
         Ok(Matrix { values: self.floats(tensor, &[rows, cols])?, rows, cols })
     }
 
     /// Takes float16 values of a shape, every one finite, widened.
-    pub(super) fn floats(&mut self, tensor: &str, shape: &[usize]) -> Result<Vec<f32>, PredictorError> {
+    pub(crate) fn floats(&mut self, tensor: &str, shape: &[usize]) -> Result<Vec<f32>, PredictorError> {
         Ok(self.halves(tensor, shape)?.into_iter().map(f16::to_f32).collect())
     }
 
     /// Takes float16 values of a shape, every one finite.
-    pub(super) fn halves(&mut self, tensor: &str, shape: &[usize]) -> Result<Vec<f16>, PredictorError> {
+    pub(crate) fn halves(&mut self, tensor: &str, shape: &[usize]) -> Result<Vec<f16>, PredictorError> {
         let bytes = self.take(tensor, Dtype::F16, shape)?;
         let values: Vec<f16> = bytes.as_chunks().0.iter().map(|&value| f16::from_le_bytes(value)).collect();
         match values.iter().all(|value| value.is_finite()) {
@@ -160,13 +160,13 @@ impl PredictorFile {
     }
 
     /// Takes unsigned 16-bit values of a shape.
-    pub(super) fn integers(&mut self, tensor: &str, shape: &[usize]) -> Result<Vec<u16>, PredictorError> {
+    pub(crate) fn integers(&mut self, tensor: &str, shape: &[usize]) -> Result<Vec<u16>, PredictorError> {
         let bytes = self.take(tensor, Dtype::U16, shape)?;
         Ok(bytes.as_chunks().0.iter().map(|&value| u16::from_le_bytes(value)).collect())
     }
 
     /// Refuses tensors that nobody took: they belong to another net.
-    pub(super) fn finish(&self) -> Result<(), PredictorError> {
+    pub(crate) fn finish(&self) -> Result<(), PredictorError> {
         match self.tensors.keys().min() {
             Some(tensor) => Err(self.refuse(tensor, "is not part of this net".to_owned())),
             None => Ok(()),
@@ -174,7 +174,7 @@ impl PredictorFile {
     }
 
     /// An error about one tensor.
-    pub(super) fn refuse(&self, tensor: &str, reason: String) -> PredictorError {
+    pub(crate) fn refuse(&self, tensor: &str, reason: String) -> PredictorError {
         PredictorError::Tensor { path: self.path.clone(), tensor: tensor.to_owned(), reason }
     }
 
@@ -236,13 +236,13 @@ pub struct Tensors(BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>);
 
 impl Tensors {
     /// Adds values as float16, the nearest.
-    pub(super) fn floats(&mut self, name: &str, shape: &[usize], values: &[f32]) {
+    pub(crate) fn floats(&mut self, name: &str, shape: &[usize], values: &[f32]) {
         let bytes = values.iter().flat_map(|&value| f16::from_f32(value).to_le_bytes()).collect();
         self.0.insert(name.to_owned(), (Dtype::F16, shape.to_vec(), bytes));
     }
 
     /// Adds integers.
-    pub(super) fn integers(&mut self, name: &str, shape: &[usize], values: &[u16]) {
+    pub(crate) fn integers(&mut self, name: &str, shape: &[usize], values: &[u16]) {
         let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
         self.0.insert(name.to_owned(), (Dtype::U16, shape.to_vec(), bytes));
     }
