@@ -89,7 +89,7 @@ impl Coordinator {
     }
 
     /// Starts with what computes the dense part of the model.
-    async fn start_on<B: Backend>(
+    async fn start_on<B: Backend + 'static>(
         (backend, tokenizer): (B, Arc<Tokenizer>),
         config: CoordinatorConfig,
         cluster: Cluster,
@@ -183,7 +183,7 @@ fn check(config: &CoordinatorConfig, cluster: &Cluster) -> Result<(), Coordinato
 
 /// Loads the dense part of the model and its tokenizer, off the runtime's own threads. `open` gets a function that is
 /// called with bytes done and bytes in all, as far as they are known.
-async fn load<B: Backend>(
+async fn load<B: Backend + 'static>(
     config: &CoordinatorConfig,
     open: impl FnOnce(&Checkpoint, &mut dyn FnMut(u64, u64)) -> Result<B, ModelError> + Send + 'static,
 ) -> Result<(B, Arc<Tokenizer>), CoordinatorError> {

@@ -10,6 +10,7 @@
 mod granted;
 
 use std::{
+    ops::Range,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -18,10 +19,10 @@ use std::{
 };
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
-use sida_model::{DeviceError, ExpertDevice, ExpertShape, ModelError};
+use sida_model::{DeviceError, ExpertDevice, ExpertShape, ModelError, Residents};
 use sida_routing::{
     ExpertId, ExpertKey, LayerId,
-    residency::{Access, Grant, LoadKind, Pending, Placed, Residency, ResidencyConfig, ResidencyError},
+    residency::{Access, Grant, Load, LoadKind, Pending, Placed, Residency, ResidencyConfig, ResidencyError, Room},
 };
 
 pub(crate) use self::granted::{Granted, Kept, Loading, Pinned, Unfilled};
@@ -33,6 +34,9 @@ const NAP: Duration = Duration::from_millis(1);
 /// A load that takes less is left to the call that needs it: to have the prefetch thread do it would cost a wake-up and
 /// bring the expert into another core's cache, and what a plan named in vain would be loaded for nothing.
 const QUICK_LOAD: Duration = Duration::from_micros(100);
+
+/// Plans that get what they lack at the cost of later ones: that of the pass, and the next.
+const PASS_PLANS: usize = 2;
 
 /// Where the slots are.
 pub(crate) enum Memory {
@@ -106,6 +110,53 @@ impl ExpertCache {
         seen
     }
 
+    /// Holds the experts of `layers`, and no others any more, for a pass that goes through them. Returns where every expert
+    /// is, unless nothing changed since `seen`.
+    pub(crate) fn hold(&self, layers: Range<u16>, seen: Option<u64>) -> Option<Residents> {
+        let mut state = self.state.lock();
+        if !state.residency.is_complete() {
+            state.residency.hold(layers);
+            self.wake(&mut state);
+        }
+        let residency = &state.residency;
+        let version = residency.version();
+        (seen != Some(version)).then(|| Residents {
+            version,
+            slots: residency
+                .resident_slots_by_expert()
+                .map(|slot| slot.map_or(-1, |slot| slot.index() as i32))
+                .collect(),
+            is_complete: residency.is_complete(),
+        })
+    }
+
+    /// Holds nothing any more.
+    pub(crate) fn release_held(&self) {
+        let mut state = self.state.lock();
+        if !state.residency.is_complete() {
+            state.residency.hold(0..0);
+            self.wake(&mut state);
+        }
+    }
+
+    /// A batch went through a layer whose rows used these resident experts: the plans advance by it.
+    pub(crate) fn used(
+        &self,
+        layer: LayerId,
+        experts: impl IntoIterator<Item = ExpertId>,
+    ) -> Result<(), ResidencyError> {
+        let mut state = self.state.lock();
+        let residency = &mut state.residency;
+        let mut pending = residency.call(layer, experts)?;
+        let mut grants = Vec::new();
+        residency.acquire(&mut pending, 0, &mut grants);
+        grants.iter().for_each(|grant| residency.unpin(grant.slot));
+        residency.abandon(pending);
+        residency.advance(layer);
+        self.wake(&mut state);
+        Ok(())
+    }
+
     /// Opens a call of one layer. With `planned` it is a batch's, and the plans advance by it.
     pub(crate) fn call(
         &self,
@@ -125,7 +176,7 @@ impl ExpertCache {
     pub(crate) fn next_prefetch(&self, patience: Duration) -> Option<Unfilled<'_>> {
         let mut state = self.state.lock();
         if !state.closed
-            && let Some(load) = state.residency.next_prefetch()
+            && let Some(load) = self.ahead().next(&mut state.residency)
         {
             self.measures.evicted(load.evicted);
             return Some(Unfilled::new(self, load.key, load.slot, LoadKind::Prefetch));
@@ -181,16 +232,27 @@ impl ExpertCache {
     fn change(&self, apply: impl FnOnce(&mut Residency)) {
         let mut state = self.state.lock();
         apply(&mut state.residency);
+        self.wake(&mut state);
+    }
+
+    fn wake(&self, state: &mut MutexGuard<'_, State>) {
         if state.sleepers > 0 {
             self.changed.notify_all();
         }
-        self.wake_loader(&mut state);
+        self.wake_loader(state);
     }
 
     fn wake_loader(&self, state: &mut MutexGuard<'_, State>) {
-        if state.loader_sleeps && state.residency.wants_prefetch() {
+        if state.loader_sleeps && self.ahead().wants(&mut state.residency) {
             state.loader_sleeps = false;
             self.prefetch.notify_one();
+        }
+    }
+
+    fn ahead(&self) -> Ahead {
+        match self.memory {
+            Memory::Host(_) => Ahead::OfCalls,
+            Memory::Device(_) => Ahead::OfPasses,
         }
     }
 
@@ -217,6 +279,32 @@ impl ExpertCache {
             Access::Await(ticket) => Granted::LoadedByOther(Loading { cache: self, grant, ticket }),
         };
         (group, granted)
+    }
+}
+
+/// What is loaded ahead of its use, and at whose cost.
+#[derive(Clone, Copy)]
+enum Ahead {
+    /// Calls go layer by layer and give slots back as they go, so only what no plan names leaves for a prefetch.
+    OfCalls,
+    /// A pass on the node's device goes through its layers as fast as their experts are there, so what is used later leaves
+    /// for what the next plans use sooner.
+    OfPasses,
+}
+
+impl Ahead {
+    fn next(self, residency: &mut Residency) -> Option<Load> {
+        match self {
+            Self::OfCalls => residency.next_prefetch(),
+            Self::OfPasses => residency.next_prefetch_within(PASS_PLANS, Room::UsedAfterLayer),
+        }
+    }
+
+    fn wants(self, residency: &mut Residency) -> bool {
+        match self {
+            Self::OfCalls => residency.wants_prefetch(),
+            Self::OfPasses => residency.wants_prefetch_within(PASS_PLANS, Room::UsedAfterLayer),
+        }
     }
 }
 

@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 use sida_cluster::experts::{CallError, CallReport, ExpertCall, LocalExperts, ResidencyReport};
 use sida_model::{
     Checkpoint, DeviceError, DeviceName, ExpertDevice, ExpertDeviceOptions, ExpertShape, ExpertSlot, ExpertStore,
-    ExpertWindow, ModelError, Precision, RowsOnDevice, WindowHandle, expert_device,
+    ExpertWindow, ModelError, Precision, ResidentExperts, RowsOnDevice, WindowHandle, expert_device,
 };
 use sida_proto::wire::Bounds;
 use sida_routing::{Digest, ExpertId, ExpertKey, Group, LayerId, NodeId, PlacedGroup, Plan, PlanId};
@@ -24,8 +24,10 @@ use crate::{
     config::{ExpertNodeConfig, ExpertNodeLimits},
     device_compute,
     error::ExpertNodeError,
+    follow_placement,
     measures::Measures,
     prefetch,
+    resident::NodeResidents,
     slots::{Slab, slot_bytes},
     source::ExpertSource,
 };
@@ -40,7 +42,7 @@ pub struct Engine {
     workers: Workers,
     budget_bytes: u64,
     expert_bytes: u64,
-    rows: AtomicU64,
+    rows: Arc<AtomicU64>,
     /// `None` once it was stopped.
     loader: Mutex<Option<JoinHandle<()>>>,
 }
@@ -108,7 +110,7 @@ impl Engine {
             workers,
             budget_bytes,
             expert_bytes,
-            rows: AtomicU64::new(0),
+            rows: Arc::new(AtomicU64::new(0)),
             loader,
         })
     }
@@ -193,6 +195,12 @@ impl Engine {
 
     fn note_rows(&self, groups: &[PlacedGroup]) {
         self.rows.fetch_add(groups.iter().map(|group| u64::from(group.rows)).sum(), Ordering::Relaxed);
+    }
+
+    /// Loads these experts (ascending), as far as there is room that nobody misses; how many. For a start: what is loaded is
+    /// there when the first request comes.
+    pub fn load_ahead(&self, experts: &[ExpertKey]) -> usize {
+        follow_placement::load(&self.cache, experts, || true).unwrap_or_default()
     }
 
     /// Whether its experts are on a device.
@@ -306,6 +314,12 @@ impl LocalExperts for Engine {
         let started = device_compute::compute_beside(&self.cache, &**device, layer, groups, rows);
         self.note_rows(groups);
         Some(started)
+    }
+
+    fn resident_beside(&self, rows: &RowsOnDevice<'_>) -> Option<Arc<dyn ResidentExperts>> {
+        let Memory::Device(device) = self.cache.memory() else { return None };
+        let slots = device.clone().slots_beside(rows).filter(|_| !self.cache.is_closed())?;
+        Some(Arc::new(NodeResidents { cache: self.cache.clone(), slots, rows: self.rows.clone() }))
     }
 
     fn residency(&self) -> ResidencyReport {

@@ -66,7 +66,7 @@ fn keep_near(cache: &ExpertCache, placed: &[ExpertKey], is_newest: impl Fn() -> 
 }
 
 /// Loads what is missing, as far as there is room; how many. `None`: the placement is not the newest any more.
-fn load(cache: &ExpertCache, placed: &[ExpertKey], is_newest: impl Fn() -> bool) -> Option<usize> {
+pub(crate) fn load(cache: &ExpertCache, placed: &[ExpertKey], is_newest: impl Fn() -> bool) -> Option<usize> {
     let mut loaded = 0;
     while is_newest() {
         match cache.next_placed(placed) {

@@ -7,7 +7,8 @@
 //!
 //! In reading order: [`config`]; [`source`] says where experts come from, `slots` is the memory they are loaded into,
 //! and `cache` says who may touch which slot; `prefetch` loads experts ahead of use, and `follow_placement` those that
-//! are placed here; `compute` and `device_compute` answer a call, and [`engine`] holds all of that. From the network,
+//! are placed here; `compute` and `device_compute` answer a call, `resident` lets
+//! a pass on the same device use what is there, and [`engine`] holds all of that. From the network,
 //! `service` opens a `lane`, whose calls wait in the `call_queue`; `epochs` refuses those of an old placement, and
 //! `responses` go back. `measures` are the metrics, [`error`] says why a node does not start.
 
@@ -23,6 +24,7 @@ mod follow_placement;
 mod lane;
 mod measures;
 mod prefetch;
+mod resident;
 mod responses;
 mod service;
 mod slots;

@@ -84,6 +84,11 @@ impl Measures {
         self.compute_seconds.record(took);
     }
 
+    /// A pass on the node's device went through a layer.
+    pub(crate) fn passed(&self, rows: u64) {
+        self.rows.increment(rows);
+    }
+
     /// Sets what only a look at every expert can tell.
     pub(crate) fn look(&self, residency: &Residency) {
         let mut by_layer = vec![0u64; self.resident.len()];

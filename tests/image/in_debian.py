@@ -249,7 +249,7 @@ def check_gpu(variant, image, root, cache):
     code, text = told(image, root, "doctor")
     assert code == 0 and "no NVIDIA driver: computing on the CPU" in text, code
     missing = {"cpu": "needs a build with the cargo feature cuda", "cuda": "no NVIDIA driver"}[variant]
-    for asking in (["up", "--device=cuda:0", "--listen=127.0.0.1:0", "--metrics-listen=off"], ["bench", "--gpu=cuda:0"]):
+    for asking in (["up", "--device=cuda:0", "--listen=127.0.0.1:0", "--metrics-listen=off"], ["bench", "--device=cuda:0"]):
         code, text = told(image, root, *asking)
         assert code == 64 and missing in text, code
     if variant == "cuda":

@@ -21,7 +21,7 @@ use std::{
 
 use crossbeam_channel::{Receiver, Sender};
 use sida_cluster::experts::ExpertCall;
-use sida_model::ModelError;
+use sida_model::{ModelError, ResidentExperts, RowsOnDevice};
 use sida_proto::wire::rows::copy_from_payload;
 use sida_routing::Grouping;
 use sida_telemetry::Span;
@@ -114,6 +114,14 @@ impl Dispatch {
     /// Whether rows leave this process.
     pub(crate) fn is_remote(&self) -> bool {
         self.nodes.roster().links.iter().any(|link| matches!(link.reach, Reach::Remote(_)))
+    }
+
+    /// The experts of a node of this process that lie where `rows` do.
+    pub(crate) fn resident_beside(&self, rows: &RowsOnDevice<'_>) -> Option<Arc<dyn ResidentExperts>> {
+        self.nodes.roster().links.iter().find_map(|link| match &link.reach {
+            Reach::Local(experts) => experts.resident_beside(rows),
+            Reach::Remote(_) => None,
+        })
     }
 
     /// `weight * expert(x)` of every row of the layer.

@@ -1,7 +1,7 @@
 //! A batch, or a micro-batch of one: the rows that go through the model together. The scheduler makes batches, and
 //! `forward` may cut them.
 
-use sida_model::{Backend, Spans, Stack};
+use sida_model::{Backend, Spans, Stack, Wanted};
 use sida_routing::{Grouping, LayerId, micro_batches};
 use sida_telemetry::Span;
 
@@ -21,6 +21,8 @@ pub(crate) struct Batch<'b, B: Backend> {
     pub(crate) spans: Spans,
     /// The decoder's caches of each sequence; none where prompts are encoded.
     pub(crate) sequences: Vec<&'b mut B::Sequence>,
+    /// The rows whose best next token will be asked for.
+    pub(crate) wanted: &'b [Wanted],
     /// How the rows of each sequence are routed.
     pub(crate) routings: &'b mut [SequenceRouting],
     /// The request of each sequence.
@@ -41,7 +43,7 @@ impl<'b, B: Backend> Batch<'b, B> {
 
     /// Cuts the batch into at most `count` micro-batches of about equally many rows. The sequences keep their order.
     pub(crate) fn cut(self, count: usize) -> Vec<Self> {
-        let Self { stack, mut ids, spans, mut sequences, mut routings, mut requests } = self;
+        let Self { stack, mut ids, spans, mut sequences, mut routings, mut requests, .. } = self;
         let lengths: Vec<usize> = spans.ranges().map(|rows| rows.len()).collect();
         let mut first = 0;
         let micro_batch = |end: usize| {
@@ -50,6 +52,8 @@ impl<'b, B: Backend> Batch<'b, B> {
                 stack,
                 ids: ids.split_off(..own.iter().sum()).expect("an id for each row"),
                 spans: Spans::new(own.iter().copied()),
+                // Only a device computes them with the pass, and there a batch goes whole.
+                wanted: &[],
                 sequences: sequences.drain(..own.len().min(sequences.len())).collect(),
                 routings: routings.split_off_mut(..own.len()).expect("a routing for each span"),
                 requests: requests.split_off(..own.len()).expect("a request for each span"),

@@ -42,6 +42,11 @@ impl SequenceRouting {
         Self { mode, table, first_token, experts, hash: HashCounts::default(), failure: None }
     }
 
+    /// Whether the router chooses the experts of these rows.
+    pub(crate) fn is_routed(&self) -> bool {
+        self.hash_alpha().is_none()
+    }
+
     /// Whether the router chooses the experts of these rows, or gives their factors.
     fn wants_router(&self) -> bool {
         self.hash_alpha() != Some(Alpha::Predicted)

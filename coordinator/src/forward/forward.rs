@@ -105,10 +105,15 @@ impl<B: Backend> Forward<B> {
             MicroBatching::Always if parts > 1 => Way::Parts,
             _ => Way::Whole,
         };
-        let states = match (way, cut) {
-            (Way::Parts, Cut::InTurns) => self.first.run(batch.cut(parts), costs),
-            (Way::Parts, Cut::SideBySide) => self.side_by_side(batch.cut(parts), costs),
-            (Way::Whole, _) | (_, Cut::Not) => self.first.run(vec![batch], costs),
+        let states = match cut {
+            // A device computes: no other thread takes part.
+            Cut::Not => self.first.run(vec![batch], costs),
+            // As one of the threads that compute, so that between its products nobody must be woken.
+            Cut::InTurns | Cut::SideBySide => rayon::scope(|_| match (way, cut) {
+                (Way::Parts, Cut::SideBySide) => self.side_by_side(batch.cut(parts), costs),
+                (Way::Parts, _) => self.first.run(batch.cut(parts), costs),
+                (Way::Whole, _) => self.first.run(vec![batch], costs),
+            }),
         };
         let states = states.and_then(|parts| self.first.backend.join(parts));
         if let Err(ModelError::Device(DeviceError::Lost(_))) = &states {

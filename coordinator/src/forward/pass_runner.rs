@@ -9,8 +9,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use sida_model::{Backend, ModelError, Passed, PassedLayer, router};
-use sida_routing::{ExpertId, Grouping, LayerId, Routes};
+use sida_model::{Backend, Beside, ModelError, Passed, ResidentExperts, router};
+use sida_routing::{Grouping, LayerId, Routes};
 use sida_telemetry::Span;
 
 use crate::{
@@ -19,7 +19,12 @@ use crate::{
         dispatch::{Dispatch, Dispatched, UnderWay},
         layer_rows::Activations,
     },
-    forward::{batch::Batch, costs::Costs, expert_choice, route_measures::RouteMeasures},
+    forward::{
+        batch::Batch,
+        costs::Costs,
+        expert_choice::{self, SequenceRouting},
+        route_measures::RouteMeasures,
+    },
 };
 
 /// What one thread runs passes with.
@@ -62,7 +67,8 @@ impl<B: Backend> PassRunner<B> {
         let mut running = Vec::with_capacity(batches.len());
         for mut batch in batches {
             let sequences = std::mem::take(&mut batch.sequences);
-            let pass = self.backend.begin(batch.stack, batch.ids, &batch.spans, sequences)?;
+            let beside = Beside { wanted: batch.wanted, experts: self.experts_beside(&batch) };
+            let pass = self.backend.begin(batch.stack, batch.ids, &batch.spans, sequences, beside)?;
             running.push(Running { batch, pass, moe: None });
         }
         let mut is_running = true;
@@ -82,6 +88,13 @@ impl<B: Backend> PassRunner<B> {
         running.into_iter().map(|one| self.finish(one)).collect()
     }
 
+    /// Experts on the device of the pass: with them it goes through MoE layers by itself, if the router decides over all rows
+    /// and no token is dropped.
+    fn experts_beside(&mut self, batch: &Batch<'_, B>) -> Option<Arc<dyn ResidentExperts>> {
+        let is_routed = !self.enforce_capacity && batch.routings.iter().all(SequenceRouting::is_routed);
+        self.backend.device().filter(|_| is_routed).and_then(|device| self.dispatch.resident_beside(&device))
+    }
+
     /// `h += sum over its experts of weight * expert(x)`, row by row: x leaves for the experts.
     fn begin_moe(&mut self, one: &mut Running<'_, B>, layer: LayerId, costs: &mut Costs) -> Result<(), ModelError> {
         let Running { batch, pass, moe } = one;
@@ -95,7 +108,7 @@ impl<B: Backend> PassRunner<B> {
         let start = Instant::now();
         costs.dense_until(start);
         let grouping = Grouping::new(&routes);
-        self.measures.note_rows(layer, &grouping);
+        self.measures.note_rows(layer, &grouping.groups);
         let span = costs.trace.map(|(pass, _)| Span::below(pass, "dispatch").with("sida.layer", i64::from(layer.0)));
         let rows = batch.layer_rows(layer, &grouping, span.as_ref());
         let experts = match Activations::new(self.backend.rows(pass), &grouping)? {
@@ -139,14 +152,15 @@ impl<B: Backend> PassRunner<B> {
     /// Ends a pass, and notes what its routers chose where rows did not leave.
     fn finish(&mut self, Running { batch, pass, .. }: Running<'_, B>) -> Result<B::States, ModelError> {
         let Passed { states, layers } = self.backend.finish(pass)?;
-        for PassedLayer { layer, experts } in layers {
-            let weights = vec![1.0; experts.len()];
-            let experts = experts.into_iter().map(|expert| Some(ExpertId(expert))).collect();
+        for passed in layers {
+            let (layer, groups) = (passed.layer, passed.groups());
+            let weights = vec![1.0; passed.experts.len()]; // Nobody asks for them any more.
+            let experts = passed.experts.into_iter().map(Some).collect();
             let routes = Routes { top_k: self.backend.config().top_k, experts, weights };
             let before: Vec<HashCounts> = batch.routings.iter().map(|routing| routing.hash).collect();
             expert_choice::compare(layer, &routes, &batch.spans, batch.routings);
             self.measures.note(layer, &routes, &batch.spans, batch.routings, &before);
-            self.measures.note_rows(layer, &Grouping::new(&routes));
+            self.measures.note_rows(layer, &groups);
         }
         Ok(states)
     }

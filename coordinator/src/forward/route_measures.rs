@@ -4,7 +4,7 @@ use std::sync::{Arc, atomic::Ordering};
 
 use metrics::Counter;
 use sida_model::{ModelConfig, Spans};
-use sida_routing::{Grouping, LayerId, Routes};
+use sida_routing::{Group, LayerId, Routes};
 use sida_telemetry::{counter, names};
 
 use crate::{answer::trace::HashCounts, forward::expert_choice::SequenceRouting, measures::statistics::Statistics};
@@ -66,9 +66,9 @@ impl RouteMeasures {
     }
 
     /// Notes how many rows each expert gets.
-    pub(crate) fn note_rows(&self, layer: LayerId, grouping: &Grouping) {
+    pub(crate) fn note_rows(&self, layer: LayerId, groups: &[Group]) {
         if let Some(routed) = self.routed.get(usize::from(layer.0)) {
-            for group in &grouping.groups {
+            for group in groups {
                 routed[usize::from(group.expert.0)].increment(u64::from(group.rows));
             }
         }

@@ -17,7 +17,7 @@ use crate::{
     schedule::{
         batch_span::BatchSpan,
         prepare::Prepared,
-        scheduler::{Scheduler, describe, on_pool},
+        scheduler::{Scheduler, describe},
         sequence::{self, Branch, Sequence},
     },
 };
@@ -64,9 +64,9 @@ impl<B: Backend> Scheduler<B> {
         let callers: Vec<&Request> = requests.iter().map(|(request, _)| request).collect();
         let outcome = catch_panic(|| {
             let (ids, spans, routings) = (&ids[..], spans.clone(), &mut routings[..]);
-            let batch =
-                Batch { stack: Stack::Encoder, ids, spans, sequences: Vec::new(), routings, requests: &callers };
-            Ok(on_pool(|| forward.pass(batch, &mut costs))?)
+            let (stack, sequences, wanted) = (Stack::Encoder, Vec::new(), &[][..]);
+            let batch = Batch { stack, ids, spans, sequences, wanted, routings, requests: &callers };
+            Ok(forward.pass(batch, &mut costs)?)
         });
         drop(hint);
         match outcome {

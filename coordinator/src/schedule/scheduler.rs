@@ -11,7 +11,7 @@ use std::{
 };
 
 use rayon::prelude::*;
-use sida_model::{Backend, Spans, Stack, Tokenizer};
+use sida_model::{Backend, Spans, Stack, Tokenizer, Wanted};
 use sida_routing::{
     HashTable,
     admission::{Cost, Limits},
@@ -171,8 +171,7 @@ impl<B: Backend> Scheduler<B> {
             let mut lengths = Vec::new();
             let mut sequences = Vec::new();
             let mut requests = Vec::new();
-            let (mut last_rows, mut greedy_rows, mut banned, mut drawn_rows) =
-                <(Vec<_>, Vec<_>, Vec<_>, Vec<_>)>::default();
+            let (mut last_rows, mut greedy, mut drawn_rows) = <(Vec<_>, Vec<_>, Vec<_>)>::default();
             for sequence in running.iter_mut() {
                 for branch in &mut sequence.branches {
                     ids.extend_from_slice(&branch.feed);
@@ -183,8 +182,8 @@ impl<B: Backend> Scheduler<B> {
                 if let Decoding::Generate(generation) = &sequence.decoding {
                     last_rows.push(ids.len() - 1);
                     if generation.is_greedy() {
-                        greedy_rows.push(ids.len() as u32 - 1);
-                        banned.push(generation.banned(forward.config()));
+                        let row = ids.len() as u32 - 1;
+                        greedy.push(Wanted { row, banned: generation.banned(forward.config()) });
                     } else {
                         drawn_rows.push(ids.len() - 1);
                     }
@@ -197,13 +196,14 @@ impl<B: Backend> Scheduler<B> {
                 ids: &ids,
                 spans: spans.clone(),
                 sequences,
+                wanted: &greedy,
                 routings,
                 requests: &requests,
             };
-            let states = on_pool(|| forward.pass(batch, costs))?;
+            let states = forward.pass(batch, costs)?;
             let start = Instant::now();
             let backend = forward.backend();
-            let tokens = backend.best_tokens(&states, &greedy_rows, &banned).transpose()?;
+            let tokens = backend.best_tokens(&states, &greedy).transpose()?;
             let logits = backend.logits(&states, if tokens.is_some() { &drawn_rows } else { &last_rows })?;
             costs.dense_since(start);
             Ok(StepOutput { states, spans, tokens, logits })
@@ -302,9 +302,4 @@ struct StepOutput<B: Backend> {
     tokens: Option<Vec<Option<u32>>>,
     /// Logits of all other sequences that generate: (sequences, vocab_size).
     logits: Vec<f32>,
-}
-
-/// Runs a pass on one of the computing threads, so that none has to be woken between two products.
-pub(crate) fn on_pool<T: Send>(pass: impl FnOnce() -> T + Send) -> T {
-    rayon::scope(|_| pass())
 }

@@ -309,7 +309,7 @@ mod tests {
             "sida status --endpoint http://127.0.0.1:50051 --watch",
             "sida train-predictor --file corpus.txt --net table --out p.safetensors",
             "sida bench --method encode --file t.txt --batch 8 --budgets 100%,25%",
-            "sida bench --gpu cuda:0 --synth switch-base-128 --skew 1.5 --budgets 20% --lookahead 16 --nothing-kept",
+            "sida bench --device cuda:0 --model synth --budgets 100%,20% --batch 8",
             "sida inspect models/switch-tiny-64",
             "sida convert in --out out",
             "sida synth --like switch-base-8 --out dir",

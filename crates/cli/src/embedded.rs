@@ -6,7 +6,7 @@ use std::{net::SocketAddr, path::Path, sync::Arc};
 use sida_cluster::{Address, Cluster, Member, Role, experts::LocalExperts};
 use sida_coordinator::{Coordinator, CoordinatorConfig};
 use sida_expert_node::{Engine, ExpertMemory, ExpertNodeConfig};
-use sida_model::Checkpoint;
+use sida_model::{Checkpoint, DeviceName};
 use sida_routing::{Candidate, Extent, NodeId, Placement};
 
 use crate::{
@@ -50,6 +50,9 @@ impl EmbeddedCluster {
         let config = checkpoint.config();
         let cluster = Cluster::fixed(members, config.moe_layer_count(), config.num_experts, 1)?;
         let predictor = predictor.source(&checkpoint, &cluster)?;
+        if embedded.device.device != DeviceName::Cpu {
+            load_placed(&engines, &cluster).await?;
+        }
         let mut config = CoordinatorConfig::new(COORDINATOR.into(), checkpoint, predictor);
         (config.device, config.precision) = (embedded.device.device, embedded.device.precision);
         config.micro_batching = embedded.micro_batches.wanted();
@@ -76,6 +79,17 @@ impl EmbeddedCluster {
             engine.close();
         }
     }
+}
+
+/// Has every expert-node load what is placed on it: on a GPU a load takes longer than a pass goes through a layer, so the
+/// first requests would wait for nearly every expert.
+async fn load_placed(engines: &[Arc<Engine>], cluster: &Cluster) -> anyhow::Result<()> {
+    let placement = cluster.placement();
+    for engine in engines {
+        let (engine, placed) = (engine.clone(), placement.held_by(engine.node()).collect::<Vec<_>>());
+        tokio::task::spawn_blocking(move || engine.load_ahead(&placed)).await?;
+    }
+    Ok(())
 }
 
 fn local_member(engine: &Arc<Engine>) -> Member {

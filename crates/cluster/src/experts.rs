@@ -1,9 +1,9 @@
 //! What an expert-node does for a coordinator, as plain calls: the same seam whether the node lives in this
 //! process ([`LocalExperts`], called directly) or behind a lane.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
-use sida_model::RowsOnDevice;
+use sida_model::{ResidentExperts, RowsOnDevice};
 use sida_routing::{ExpertKey, Group, LayerId, PlacedGroup, Plan, PlanId};
 use thiserror::Error;
 
@@ -82,6 +82,10 @@ pub trait LocalExperts: Send + Sync {
         _groups: &[PlacedGroup],
         _rows: &RowsOnDevice<'_>,
     ) -> Option<Result<CallReport, CallError>> {
+        None
+    }
+    /// The node's experts, for passes on the device where `rows` are, if they are there, too.
+    fn resident_beside(&self, _rows: &RowsOnDevice<'_>) -> Option<Arc<dyn ResidentExperts>> {
         None
     }
     /// What the node holds now.

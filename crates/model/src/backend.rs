@@ -3,7 +3,7 @@
 //! generic over it.
 //!
 //! ```text
-//! let mut pass = backend.begin(stack, ids, &spans, sequences)?;
+//! let mut pass = backend.begin(stack, ids, &spans, sequences, beside)?;
 //! while let Some(layer) = backend.advance(&mut pass)? {
 //!     let routes = backend.routes(&mut pass)?;
 //!     /* rows(&mut pass) go to their experts */ backend.add(&mut pass, &results)?;
@@ -11,9 +11,11 @@
 //! let passed = backend.finish(pass)?;
 //! ```
 
-use sida_routing::{LayerId, Routes};
+use std::sync::Arc;
 
-use crate::{ModelConfig, ModelError, RowsOnDevice, RowsWindow, Spans, Stack};
+use sida_routing::{ExpertId, Group, LayerId, Routes};
+
+use crate::{ModelConfig, ModelError, ResidentExperts, RowsOnDevice, RowsWindow, Spans, Stack};
 
 /// The dense part of a model, loaded.
 ///
@@ -42,6 +44,7 @@ pub trait Backend: Sized + Send + 'static {
         ids: &[u32],
         spans: &Spans,
         sequences: Vec<&'s mut Self::Sequence>,
+        beside: Beside<'_>,
     ) -> Result<Self::Pass<'s>, ModelError>;
 
     /// Goes on to the next MoE layer whose rows must leave. There x = norm(h); then come [`Backend::routes`],
@@ -85,9 +88,13 @@ pub trait Backend: Sized + Send + 'static {
     fn best_tokens(
         &mut self,
         _states: &Self::States,
-        _rows: &[u32],
-        _banned: &[Option<u32>],
+        _wanted: &[Wanted],
     ) -> Option<Result<Vec<Option<u32>>, ModelError>> {
+        None
+    }
+
+    /// The device that passes run on, for whoever may have experts there. `None`: the processor.
+    fn device(&mut self) -> Option<RowsOnDevice<'_>> {
         None
     }
 
@@ -95,6 +102,24 @@ pub trait Backend: Sized + Send + 'static {
     fn rows_window(&self) -> Option<Result<RowsWindow, ModelError>> {
         None
     }
+}
+
+/// What a backend may compute with a pass, if it can.
+#[derive(Clone, Default)]
+pub struct Beside<'a> {
+    /// What [`Backend::best_tokens`] will be asked for.
+    pub wanted: &'a [Wanted],
+    /// Experts on the device of the pass: it goes through MoE layers all of whose chosen experts are resident there.
+    pub experts: Option<Arc<dyn ResidentExperts>>,
+}
+
+/// A row whose next token is wanted: the most likely one that is not banned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    /// Which row of the pass.
+    pub row: u32,
+    /// The token that cannot be next.
+    pub banned: Option<u32>,
 }
 
 /// Where the rows of an MoE layer are.
@@ -120,5 +145,32 @@ pub struct PassedLayer {
     /// Which.
     pub layer: LayerId,
     /// The expert that its router chose for each row.
-    pub experts: Vec<u16>,
+    pub experts: Vec<ExpertId>,
+}
+
+impl PassedLayer {
+    /// How many rows went to each expert, ascending by expert.
+    pub fn groups(&self) -> Vec<Group> {
+        let mut rows = vec![0; self.experts.iter().max().map_or(0, |most| usize::from(most.0) + 1)];
+        self.experts.iter().for_each(|expert| rows[usize::from(expert.0)] += 1);
+        let used = rows.into_iter().enumerate().filter(|&(_, rows)| rows > 0);
+        used.map(|(expert, rows)| Group { expert: ExpertId(expert as u16), rows }).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An expert would be named twice, which residency refuses, or its rows would be counted for another.
+    #[test]
+    fn experts_are_named_once() {
+        let groups = |experts: &[u16]| {
+            let experts = experts.iter().copied().map(ExpertId).collect();
+            PassedLayer { layer: LayerId(0), experts }.groups()
+        };
+        let expected = [(0, 2), (3, 3), (7, 1)].map(|(expert, rows)| Group { expert: ExpertId(expert), rows });
+        assert_eq!(groups(&[3, 0, 3, 7, 0, 3]), expected);
+        assert!(groups(&[]).is_empty());
+    }
 }

@@ -8,7 +8,7 @@ use sida_routing::{LayerId, Routes};
 use crate::{
     Backbone, Checkpoint, ModelConfig, ModelError, Spans, Stack,
     backbone::FeedForward,
-    backend::{Backend, MoeRows, Passed},
+    backend::{Backend, Beside, MoeRows, Passed},
     cpu_operations::{CpuOperations, Scratch, add_to},
     forward::{self, Position},
     kv_cache::CpuSequence,
@@ -89,6 +89,7 @@ impl Backend for CpuBackend {
         ids: &[u32],
         spans: &Spans,
         sequences: Vec<&'s mut CpuSequence>,
+        _: Beside<'_>,
     ) -> Result<CpuPass<'s>, ModelError> {
         self.backbone.check_ids(ids)?;
         check("tokens of all sequences [rows]", spans.rows(), ids.len())?;

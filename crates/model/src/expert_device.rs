@@ -6,7 +6,10 @@ use std::sync::Arc;
 use sida_routing::{ExpertKey, Grouping};
 use thiserror::Error;
 
-use crate::{DeviceName, ExpertShape, ExpertSlot, ExpertStore, ExpertWindow, ModelError, ResultsWindow, WindowHandle};
+use crate::{
+    DeviceName, DeviceSlots, ExpertShape, ExpertSlot, ExpertStore, ExpertWindow, ModelError, ResultsWindow,
+    WindowHandle,
+};
 
 /// Rows for the expert in a slot.
 #[derive(Debug)]
@@ -56,6 +59,10 @@ pub trait ExpertDevice: Send + Sync {
         _done: Box<dyn FnOnce() + Send>,
     ) -> Result<(), ModelError> {
         Err(DeviceError::Refused("these rows are on another device".to_owned()).into())
+    }
+    /// Its slots, for passes on the device where `rows` are. `None`: that is another device.
+    fn slots_beside(self: Arc<Self>, _rows: &RowsOnDevice<'_>) -> Option<DeviceSlots> {
+        None
     }
     /// Maps the rows of a coordinator in another process, and takes memory for their results.
     fn open_window(self: Arc<Self>, _rows: &WindowHandle) -> Result<Arc<dyn ExpertWindow>, ModelError> {

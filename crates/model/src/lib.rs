@@ -12,7 +12,8 @@
 //! [`mod@side_by_side`] and `pieces`; [`spans`], [`kv_cache`], [`linear`], `loader`, `cpu_operations`, [`router`],
 //! [`cpu_backend`]. On a GPU (feature `cuda`): [`cuda`], [`device_name`] and [`precision`].
 //! Experts: [`expert`], [`expert_store`]; on another device than the processor, [`expert_device`], and in another process,
-//! [`window`](mod@window). All of it at once: [`reference`](mod@reference).
+//! [`window`](mod@window). Experts beside a pass on its
+//! device: [`resident`]. All of it at once: [`reference`](mod@reference).
 //! Making checkpoints: [`convert`], [`synth`], `fresh_directory`, `shards`.
 
 pub mod backbone;
@@ -46,6 +47,7 @@ mod pieces;
 pub mod position_bias;
 pub mod precision;
 pub mod reference;
+pub mod resident;
 pub mod router;
 mod shards;
 pub mod side_by_side;
@@ -57,7 +59,7 @@ mod weight_files;
 pub mod window;
 
 pub use backbone::Backbone;
-pub use backend::{Backend, MoeRows, Passed, PassedLayer};
+pub use backend::{Backend, Beside, MoeRows, Passed, PassedLayer, Wanted};
 pub use checkpoint::{Checkpoint, TensorBytes};
 pub use config::{ModelConfig, Stack};
 pub use cpu_backend::CpuBackend;
@@ -71,6 +73,7 @@ pub use expert_store::ExpertStore;
 pub use kv_cache::CpuSequence;
 pub use precision::{Precision, PrecisionError};
 pub use reference::{Reference, RoutedLayer};
+pub use resident::{DeviceSlots, ResidentExperts, Residents};
 pub use spans::Spans;
 pub use spec::ModelSpec;
 pub use tokenizer::Tokenizer;

@@ -7,7 +7,7 @@ use std::path::Path;
 use sida_routing::{Digest, Grouping, LayerId, Routes};
 
 use crate::{
-    Backend, Checkpoint, CpuBackend, CpuSequence, ExpertStore, ModelConfig, ModelError, MoeRows, Spans, Stack,
+    Backend, Beside, Checkpoint, CpuBackend, CpuSequence, ExpertStore, ModelConfig, ModelError, MoeRows, Spans, Stack,
     cpu::lanes::LANES, router,
 };
 
@@ -110,7 +110,7 @@ impl Reference {
     ) -> Result<(<CpuBackend as Backend>::States, Vec<RoutedLayer>), ModelError> {
         let spans = Spans::new([ids.len()]);
         let mut routing = Vec::new();
-        let mut pass = backend.begin(stack, ids, &spans, sequences)?;
+        let mut pass = backend.begin(stack, ids, &spans, sequences, Beside::default())?;
         while let Some(layer) = backend.advance(&mut pass)? {
             let probabilities = backend.probabilities(&mut pass)?.to_vec();
             let mut routes = backend.routes(&mut pass)?;

@@ -315,6 +315,23 @@ impl Residency {
         self.counters
     }
 
+    /// Names the set of resident experts: another number whenever one came or left.
+    pub fn version(&self) -> u64 {
+        let ResidencyCounters { demand_loads, prefetch_loads, evictions, .. } = self.counters;
+        demand_loads + prefetch_loads + evictions
+    }
+
+    /// Where every expert is, in order of layer and expert; `None` where it is not resident.
+    pub fn resident_slots_by_expert(&self) -> impl Iterator<Item = Option<SlotId>> + '_ {
+        let resident = |slot: SlotId| matches!(self.slots[slot.index()].holding, Holding::Resident { .. });
+        self.slot_of.iter().map(move |slot| slot.filter(|&slot| resident(slot)))
+    }
+
+    /// Whether every expert is resident. Then none ever leaves, for there is nothing left to load.
+    pub fn is_complete(&self) -> bool {
+        self.resident == self.slot_of.len()
+    }
+
     /// What it was made for.
     pub fn config(&self) -> ResidencyConfig {
         self.config

@@ -2,13 +2,9 @@
 //! running coordinator.
 //!
 //! In reading order: [`workload`] (what a request is), [`load`] (how they are sent), [`figures`] (what is
-//! measured), [`subject`] (what it is measured on), [`processes`] (one kind of that), [`report`] (how it is told). By
-//! themselves: [`gpu_arguments`] and `gpu`, a model on a GPU without a cluster.
+//! measured), [`subject`] (what it is measured on), [`processes`] (one kind of that), [`report`] (how it is told).
 
 mod figures;
-#[cfg(feature = "cuda")]
-mod gpu;
-mod gpu_arguments;
 mod load;
 mod processes;
 mod report;
@@ -28,7 +24,6 @@ use serde_json::json;
 
 use self::{
     figures::{Sample, Samples},
-    gpu_arguments::GpuArguments,
     load::{Load, Until},
     report::Measured,
     subject::{Subject, SubjectArguments},
@@ -68,8 +63,6 @@ pub(crate) struct BenchArguments {
     /// Print JSON with every sample
     #[arg(long)]
     json: bool,
-    #[command(flatten)]
-    gpu: GpuArguments,
 }
 
 /// The longest run: what its samples take stays well below what a model takes.
@@ -78,9 +71,6 @@ const ROUNDS_MAX: usize = 10_000;
 
 /// Starts the subjects, measures them in turn and prints.
 pub(crate) fn run(arguments: BenchArguments) -> anyhow::Result<ExitCode> {
-    if let Some(device) = arguments.gpu.gpu {
-        return gpu_arguments::run(device, &arguments);
-    }
     let load = load_of(&arguments)?;
     let workload = Arc::new(Workload::open(arguments.workload.clone())?);
     arguments.subject.model.start_threads()?;

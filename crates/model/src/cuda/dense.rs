@@ -1,14 +1,18 @@
 //! The dense part of a model on a GPU: passes that stop at MoE layers, where the rows and the router's choice come to the
 //! host, and what experts elsewhere made of them goes back. The hidden states stay on the device, one pass at a time.
 //!
-//! How rows travel is in `moe_rows`; [`super::DeviceModel`] is the same with experts of its own, in one go.
+//! How rows travel is in `moe_rows`. With experts beside it on the device a pass goes `through` MoE layers without a stop.
 
 mod moe_rows;
+mod through;
+
+use std::sync::Arc;
 
 use cudarc::driver::PinnedHostSlice;
 use rayon::prelude::*;
 use sida_routing::{ExpertId, LayerId, Routes};
 
+use self::through::Through;
 use super::{
     arguments::Sequence,
     device::{DeviceMemory, Gpu},
@@ -17,22 +21,20 @@ use super::{
     kernels::Kernels,
     pass::{BatchShape, Machine, Pass},
     recorded::Recordings,
-    scratch::{LOGIT_ROWS_MAX, Packet, Scratch},
+    scratch::{LOGIT_ROWS_MAX, NO_TOKEN, Packet, Scratch},
     sequence::DeviceSequence,
     weights::{self, Device},
 };
 use crate::{
-    Backbone, Checkpoint, ModelConfig, ModelError, Precision, RowsOnDevice, RowsWindow, Spans, Stack, StoredDType,
-    backend::{Backend, MoeRows, Passed},
+    Backbone, Checkpoint, ModelConfig, ModelError, PassedLayer, Precision, ResidentExperts, RowsOnDevice, RowsWindow,
+    Spans, Stack, StoredDType,
+    backend::{Backend, Beside, MoeRows, Passed, Wanted},
     forward::{self, Position},
     names,
 };
 
 /// Values that one thread widens at a time: what takes some ten microseconds.
 const PIECE_VALUES: usize = 1 << 16;
-
-/// No token: of a row without a number among its logits, and where none is banned.
-const NO_TOKEN: u32 = u32::MAX;
 
 /// Weights on a device, and the memory that passes through them work in.
 #[derive(Debug)]
@@ -45,6 +47,7 @@ pub struct DeviceDense {
     backbone_bytes: u64,
     pub(super) scratch: Scratch,
     exchange: Exchange,
+    through: Through,
     /// The pass that has the device's memory, or had it last.
     current: Current,
     /// Steps of the decoder by the block that they begin at.
@@ -59,7 +62,7 @@ struct Exchange {
     added: DeviceMemory,
     /// How many tiles of both ways there are, and those, where experts are on this device.
     tiles: DeviceMemory,
-    /// A number for each of so many rows: the places of grouped rows whose results are taken over, tokens that are banned.
+    /// A number for each of so many rows: the places of grouped rows whose results are taken over.
     places: DeviceMemory,
 }
 
@@ -71,13 +74,18 @@ struct Current {
 }
 
 /// A pass on a GPU.
-#[derive(Debug)]
 pub struct DevicePass<'s> {
     stack: Stack,
     /// The block that it goes on before.
     next: usize,
     spans: Spans,
     sequences: Vec<&'s mut DeviceSequence>,
+    /// Experts on the device, if it goes through MoE layers by itself; the layers that it went through so.
+    experts: Option<Arc<dyn ResidentExperts>>,
+    layers: Vec<PassedLayer>,
+    /// Whether what follows the last block is done, too, and what came of it: the best tokens of the wanted rows.
+    is_finished: bool,
+    tokens: Option<Vec<u32>>,
     /// At an MoE layer, what its router chose, and all that it said, (rows, experts), once somebody asked.
     choice: Routes,
     probabilities: Vec<f32>,
@@ -88,6 +96,8 @@ pub struct DevicePass<'s> {
 #[derive(Debug)]
 pub struct DeviceStates {
     rows: usize,
+    /// The best tokens of the rows that were wanted with the pass, where it chose them.
+    tokens: Option<Vec<u32>>,
 }
 
 impl Exchange {
@@ -117,8 +127,20 @@ impl DeviceDense {
         let scratch = Scratch::new(&gpu, &config, precision, rows_max)?;
         let exchange = Exchange::new(&gpu, &config, rows_max)?;
         let current = Current { shape: BatchShape::default(), packet: Packet::plan(&scratch, 0, 0, 0) };
-        let steps = Recordings::new();
-        Ok(Self { gpu, config, precision, kernels, backbone, backbone_bytes, scratch, exchange, current, steps })
+        let (through, steps) = (Through::new(&gpu, &config, &scratch)?, Recordings::new());
+        Ok(Self {
+            gpu,
+            config,
+            precision,
+            kernels,
+            backbone,
+            backbone_bytes,
+            scratch,
+            exchange,
+            through,
+            current,
+            steps,
+        })
     }
 
     /// Opens a device by its number, and there the model: in a precision, or as its embeddings are stored.
@@ -138,13 +160,14 @@ impl DeviceDense {
         (self.backbone_bytes, self.scratch.bytes() + self.exchange.added.bytes() as u64)
     }
 
-    /// The router's choice at the MoE layer that was started: the expert of each row, and its probability. Waits for the
-    /// device.
-    fn choice(&mut self) -> Result<Routes, CudaError> {
+    /// The router's choice at MoE layer number `layer` of the report: the expert of each row, and its
+    /// probability. Waits for the device.
+    fn choice(&mut self, layer: usize) -> Result<Routes, CudaError> {
         self.gpu.enter()?;
         let rows = self.current.shape.rows;
         let (alpha, chosen) = (rows * 4, rows * 2);
-        let places = [(self.scratch.alpha.address(), 0..alpha), (self.scratch.chosen(0, rows), alpha..alpha + chosen)];
+        let places =
+            [(self.scratch.alpha.address(), 0..alpha), (self.scratch.chosen(layer, rows), alpha..alpha + chosen)];
         let host = self.exchange.host()?;
         for (from, place) in places {
             // SAFETY: the buffer is this object's, and is touched again after `finish` below only.
@@ -157,17 +180,24 @@ impl DeviceDense {
     }
 
     /// Starts computing logits and best tokens of at most [`LOGIT_ROWS_MAX`] rows, and no fewer than one.
-    fn start_head(&mut self, rows: &[u32], banned: Option<&[u32]>) -> Result<(), CudaError> {
+    fn start_head(&mut self, wanted: &[Wanted]) -> Result<(), CudaError> {
         self.gpu.enter()?;
-        let shape = BatchShape { wanted: rows.len(), ..self.current.shape };
-        let packet = Packet::plan(&self.scratch, 0, 0, rows.len());
-        packet.send(&self.gpu, &[], &[], rows)?;
-        let places = self.exchange.places.address();
-        if let Some(banned) = banned {
-            self.gpu.write(places, weights::plain_bytes(banned))?;
-        }
-        let mut pass = Pass::new(self.machine(), shape, packet, 0).with_banned(banned.map_or(0, |_| places));
+        let shape = BatchShape { wanted: wanted.len(), ..self.current.shape };
+        let packet = Packet::plan(&self.scratch, 0, 0, wanted.len());
+        packet.send(&self.gpu, &[], &[], wanted)?;
+        let mut pass = Pass::new(self.machine(), shape, packet, 0);
         forward::head(&mut pass, &self.backbone.decoder, &self.backbone.head)
+    }
+
+    fn compute_best_tokens(&mut self, wanted: &[Wanted]) -> Result<Vec<u32>, CudaError> {
+        let mut best = Vec::with_capacity(wanted.len());
+        for wanted in wanted.chunks(LOGIT_ROWS_MAX) {
+            self.start_head(wanted)?;
+            let mut tokens = vec![0; wanted.len() * 4];
+            self.gpu.read(self.scratch.tokens(), &mut tokens)?;
+            best.extend(tokens.as_chunks().0.iter().map(|&bytes| u32::from_le_bytes(bytes)));
+        }
+        Ok(best)
     }
 
     /// The encoder's states (rows, d_model), in the model's precision.
@@ -189,16 +219,6 @@ impl DeviceDense {
         let pieces = host.par_chunks(PIECE_VALUES * stored.size()).zip(out.par_chunks_mut(PIECE_VALUES));
         pieces.for_each(|(bytes, values)| stored.widen_over(bytes, values));
         Ok(())
-    }
-
-    pub(super) fn read_logits(&self, rows: usize) -> Result<Vec<f32>, CudaError> {
-        if rows > LOGIT_ROWS_MAX {
-            return Err(CudaError::TooManyRows { rows, limit: LOGIT_ROWS_MAX });
-        }
-        self.gpu.enter()?;
-        let mut values = vec![0.0; rows * self.config.vocab_size];
-        self.gpu.read(self.scratch.logits.address(), weights::plain_bytes_mut(&mut values))?;
-        Ok(values)
     }
 
     /// Sequences of prompts: nothing but their rows.
@@ -258,6 +278,7 @@ impl Backend for DeviceDense {
         ids: &[u32],
         spans: &Spans,
         mut sequences: Vec<&'s mut DeviceSequence>,
+        Beside { wanted, experts }: Beside<'_>,
     ) -> Result<DevicePass<'s>, ModelError> {
         self.check_batch(ids, spans)?;
         self.gpu.enter()?;
@@ -265,16 +286,29 @@ impl Backend for DeviceDense {
             Stack::Encoder => Self::prompts(spans),
             Stack::Decoder => self.describe(spans, &mut sequences)?,
         };
-        let shape = BatchShape::of(spans, 0);
-        let packet = Packet::plan(&self.scratch, shape.rows, shape.sequences, 0);
-        packet.send(&self.gpu, ids, &described, &[])?;
+        let wanted = if wanted.len() <= LOGIT_ROWS_MAX { wanted } else { &[] };
+        let shape = BatchShape::of(spans, wanted.len());
+        let packet = Packet::plan(&self.scratch, shape.rows, shape.sequences, shape.wanted);
+        packet.send(&self.gpu, ids, &described, wanted)?;
         self.current = Current { shape, packet };
-        forward::embed(&mut self.pass(), self.backbone.stack(stack))?;
-        let choice = Routes { top_k: 1, experts: Vec::new(), weights: Vec::new() };
-        Ok(DevicePass { stack, next: 0, spans: spans.clone(), sequences, choice, probabilities: Vec::new() })
+        Ok(DevicePass {
+            stack,
+            next: 0,
+            spans: spans.clone(),
+            sequences,
+            experts,
+            layers: Vec::new(),
+            choice: Routes { top_k: 1, experts: Vec::new(), weights: Vec::new() },
+            is_finished: false,
+            tokens: None,
+            probabilities: Vec::new(),
+        })
     }
 
     fn advance(&mut self, pass: &mut DevicePass<'_>) -> Result<Option<LayerId>, ModelError> {
+        if let Some(experts) = pass.experts.clone() {
+            return Ok(self.advance_through(pass, &*experts)?);
+        }
         self.gpu.enter()?;
         let (spec, from) = (self.backbone.spec.stack(pass.stack), pass.next);
         let moe = spec.next_moe(from);
@@ -283,6 +317,9 @@ impl Backend for DeviceDense {
         let mut steps = std::mem::replace(&mut self.steps, Recordings::new());
         let start = || {
             let weights = self.backbone.stack(pass.stack);
+            if from == 0 {
+                forward::embed(&mut self.pass(), weights)?;
+            }
             forward::advance(&mut self.pass(), weights, Position::Block(from)).map(drop)
         };
         let started = match pass.stack == Stack::Encoder || shape.longest > 1 || from == end {
@@ -295,7 +332,7 @@ impl Backend for DeviceDense {
         pass.next = end;
         pass.probabilities.clear();
         if moe.is_some() {
-            pass.choice = self.choice()?;
+            pass.choice = self.choice(0)?;
         }
         Ok(moe.map(|(_, layer)| layer))
     }
@@ -326,15 +363,17 @@ impl Backend for DeviceDense {
 
     fn finish(&mut self, mut pass: DevicePass<'_>) -> Result<Passed<DeviceStates>, ModelError> {
         self.gpu.enter()?;
-        if pass.stack == Stack::Encoder {
+        if pass.stack == Stack::Encoder && !pass.is_finished {
             forward::finish(&mut self.pass(), &self.backbone.encoder)?;
         }
         for (sequence, range) in pass.sequences.iter_mut().zip(pass.spans.ranges()) {
             sequence.advance(range.len());
         }
-        // What the host takes back next is ordered after this; what it was given is not written before.
-        self.gpu.finish()?;
-        Ok(Passed { states: DeviceStates { rows: pass.spans.rows() }, layers: Vec::new() })
+        if !pass.is_finished {
+            // What the host takes back next is ordered after this; what it was given is not written before.
+            self.gpu.finish()?;
+        }
+        Ok(Passed { states: DeviceStates { rows: pass.spans.rows(), tokens: pass.tokens }, layers: pass.layers })
     }
 
     fn join(&mut self, mut parts: Vec<DeviceStates>) -> Result<DeviceStates, ModelError> {
@@ -367,36 +406,34 @@ impl Backend for DeviceDense {
         let (rows, vocab_size) = (rows.iter().map(|&row| row as u32).collect::<Vec<_>>(), self.config.vocab_size);
         let mut all = vec![0.0; rows.len() * vocab_size];
         for (rows, values) in rows.chunks(LOGIT_ROWS_MAX).zip(all.chunks_mut(LOGIT_ROWS_MAX * vocab_size)) {
-            self.start_head(rows, None)?;
+            self.start_head(&rows.iter().map(|&row| Wanted { row, banned: None }).collect::<Vec<_>>())?;
             self.gpu.read(self.scratch.logits.address(), weights::plain_bytes_mut(values))?;
         }
         Ok(all)
     }
 
-    /// What would be the first of the largest logits is chosen on the device.
+    /// What would be the first of the largest logits is chosen on the device, by the pass itself if these rows were wanted with
+    /// it and it went through to its end.
     fn best_tokens(
         &mut self,
-        _: &DeviceStates,
-        rows: &[u32],
-        banned: &[Option<u32>],
+        states: &DeviceStates,
+        wanted: &[Wanted],
     ) -> Option<Result<Vec<Option<u32>>, ModelError>> {
-        let mut best = Vec::with_capacity(rows.len());
-        let mut choose = |rows: &[u32], banned: &[Option<u32>]| -> Result<(), CudaError> {
-            let banned: Vec<u32> = banned.iter().map(|token| token.unwrap_or(NO_TOKEN)).collect();
-            self.start_head(rows, Some(&banned))?;
-            let mut tokens = vec![0; rows.len() * 4];
-            self.gpu.read(self.scratch.tokens(), &mut tokens)?;
-            let token = |&bytes| Some(u32::from_le_bytes(bytes)).filter(|&token| token != NO_TOKEN);
-            best.extend(tokens.as_chunks().0.iter().map(token));
-            Ok(())
+        let tokens = match &states.tokens {
+            Some(tokens) if tokens.len() == wanted.len() => Ok(tokens.clone()),
+            _ => self.compute_best_tokens(wanted),
         };
-        let mut parts = rows.chunks(LOGIT_ROWS_MAX).zip(banned.chunks(LOGIT_ROWS_MAX));
-        let chosen = parts.try_for_each(|(rows, banned)| choose(rows, banned));
-        Some(chosen.map(|()| best).map_err(ModelError::from))
+        let is_one = |&token: &u32| token != NO_TOKEN;
+        let best = |tokens: Vec<u32>| tokens.into_iter().map(|token| Some(token).filter(is_one)).collect();
+        Some(tokens.map(best).map_err(ModelError::from))
+    }
+
+    fn device(&mut self) -> Option<RowsOnDevice<'_>> {
+        Some(RowsOnDevice { dense: self })
     }
 
     fn rows_window(&self) -> Option<Result<RowsWindow, ModelError>> {
         let shared = self.shared_rows().map_err(ModelError::from);
-        Some(shared.map(|shared| RowsWindow { shared: std::sync::Arc::new(shared) }))
+        Some(shared.map(|shared| RowsWindow { shared: Arc::new(shared) }))
     }
 }

@@ -278,12 +278,6 @@ impl Gpu {
         self.context.new_event(None).map_err(failed("cuEventCreate"))
     }
 
-    /// An event that knows the time.
-    pub(super) fn timer(&self) -> Result<CudaEvent, CudaError> {
-        let flags = sys::CUevent_flags::CU_EVENT_DEFAULT;
-        self.context.new_event(Some(flags)).map_err(failed("cuEventCreate"))
-    }
-
     /// Waits until the compute stream is done, and learns whether its work failed.
     pub(super) fn finish(&self) -> Result<(), CudaError> {
         self.compute.synchronize().map_err(failed("cuStreamSynchronize"))

@@ -51,8 +51,8 @@ pub(super) struct Grouped<'m> {
 }
 
 /// Where experts lie, as kernels are told.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Slots {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Slots {
     /// wi and wo of slot 0.
     matrices: [u64; 2],
     /// From one slot to the next, in values, of packed ones in bytes.

@@ -2,8 +2,7 @@
 //! through a few places that are filled from disk when they are wanted.
 
 use cudarc::driver::{CudaEvent, PinnedHostSlice};
-use rayon::prelude::*;
-use sida_routing::{ExpertId, ExpertKey, LayerId};
+use sida_routing::ExpertKey;
 
 use super::{
     device::Gpu,
@@ -61,32 +60,8 @@ impl HostTier {
         Ok(tier)
     }
 
-    /// Reads as many experts as there are places for. `on_progress` gets experts done and experts in all.
-    pub(super) fn fill(&mut self, gpu: &Gpu, on_progress: &mut dyn FnMut(u64, u64)) -> Result<(), CudaError> {
-        while self.taken < self.places_max {
-            let first = self.taken;
-            let mut chunk = self.new_chunk(gpu)?;
-            let count = CHUNK_EXPERTS.min(self.places_max - first);
-            chunk
-                .par_chunks_exact_mut(self.expert_bytes())
-                .take(count)
-                .enumerate()
-                .try_for_each(|(at, place)| self.slot.read(&self.store, self.key(first + at), place))?;
-            self.chunks.push(chunk);
-            (first..first + count).for_each(|index| self.places[index] = Some(index));
-            self.taken += count;
-            on_progress(self.taken as u64, self.places_max as u64);
-        }
-        Ok(())
-    }
-
     fn new_chunk(&self, gpu: &Gpu) -> Result<LockedMemory, CudaError> {
         LockedMemory::take(gpu, CHUNK_EXPERTS.min(self.places_max - self.taken) * self.expert_bytes())
-    }
-
-    /// How experts lie there and on the device.
-    pub(super) fn slot(&self) -> &ExpertSlot {
-        &self.slot
     }
 
     /// Bytes of one expert.
@@ -145,10 +120,5 @@ impl HostTier {
 
     fn index(&self, key: ExpertKey) -> usize {
         usize::from(key.layer.0) * self.store.config().num_experts + usize::from(key.expert.0)
-    }
-
-    fn key(&self, index: usize) -> ExpertKey {
-        let num_experts = self.store.config().num_experts;
-        ExpertKey { layer: LayerId((index / num_experts) as u16), expert: ExpertId((index % num_experts) as u16) }
     }
 }

@@ -2,9 +2,8 @@
 //! [`super::kernels`], where things lie in [`super::scratch`].
 //!
 //! A pass with experts may end early: where an expert is missing that a router chose, the device notes the MoE layer in the
-//! pass's guard, and everything that was started after it does nothing. The caller loads the expert and starts a pass that
-//! begins at that layer's feed-forward. So the host never waits inside a pass, and a pass that has all it needs never
-//! notices.
+//! pass's guard, and everything that was started after it does nothing (see `dense::through`). So the host never waits inside
+//! a pass, and a pass that has all it needs never notices.
 
 use sida_routing::LayerId;
 
@@ -12,8 +11,7 @@ use super::{
     arguments::{Add, Attention, Best, Embed, Norm, Product, Route},
     device::Gpu,
     error::CudaError,
-    experts::ExpertPlaces,
-    grouped::{Grouped, few_group_rows_max},
+    grouped::{Grouped, Slots, few_group_rows_max},
     kernels::Kernels,
     scratch::{Packet, Scratch},
     weights::{Device, Matrix, Vector},
@@ -40,6 +38,24 @@ pub(super) struct Machine<'m> {
     pub(super) config: &'m ModelConfig,
     /// `None`: they are elsewhere, and rows leave for them at every MoE layer.
     pub(super) experts: Option<ExpertPlaces>,
+}
+
+/// Experts on the device, as a pass is told of them.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ExpertPlaces {
+    /// (MoE layers, experts) of i32: the slot of each expert, -1 where it is not on the device.
+    pub(super) table: u64,
+    pub(super) layer_bytes: usize,
+    pub(super) slots: Slots,
+    /// Whether an expert may be missing.
+    pub(super) may_miss: bool,
+}
+
+impl ExpertPlaces {
+    /// Where the slots of a layer's experts are listed, on the device.
+    fn table_of(&self, layer: LayerId) -> u64 {
+        self.table + (usize::from(layer.0) * self.layer_bytes) as u64
+    }
 }
 
 /// What a batch looks like: all that the shape of a pass depends on.
@@ -70,8 +86,8 @@ pub(super) struct Pass<'m> {
     layers: usize,
     /// The guard, or 0 where every expert is resident.
     guard: u64,
-    /// Tokens that are no answer, one for each wanted row; 0: none are banned.
-    banned: u64,
+    /// MoE layers behind which it pauses.
+    pause: Option<usize>,
 }
 
 /// What becomes of a product's results.
@@ -91,12 +107,12 @@ impl<'m> Pass<'m> {
     pub(super) fn new(machine: Machine<'m>, shape: BatchShape, packet: Packet, layers: usize) -> Self {
         let may_miss = machine.experts.is_some_and(|experts| experts.may_miss);
         let guard = if may_miss { machine.scratch.guard() } else { 0 };
-        Self { machine, shape, packet, layers, guard, banned: 0 }
+        Self { machine, shape, packet, layers, guard, pause: None }
     }
 
-    /// As it is, with the banned tokens of wanted rows at `banned`.
-    pub(super) fn with_banned(self, banned: u64) -> Self {
-        Self { banned, ..self }
+    /// As it is, up to where `layers` MoE layers are behind it.
+    pub(super) fn pausing_after(self, layers: Option<usize>) -> Self {
+        Self { pause: layers, ..self }
     }
 
     /// Keys and values of the encoder's states, which are in `scratch.x`, for one block: (rows, 2 * inner) at `to`.
@@ -318,7 +334,8 @@ impl Operations for Pass<'_> {
         let Some(experts) = self.machine.experts else { return Ok(Rows::Leave) };
         self.layers += 1;
         self.start_experts(&experts)?;
-        Ok(Rows::Stay)
+        // The host looks at the layer before it goes on, as if rows had left.
+        Ok(if self.pause == Some(self.layers) { Rows::Leave } else { Rows::Stay })
     }
 
     fn norm_wanted(&mut self, weight: &Vector, scale: f32) -> Result<(), CudaError> {
@@ -330,7 +347,7 @@ impl Operations for Pass<'_> {
         let Machine { gpu, kernels, scratch, .. } = self.machine;
         let (x, logits, tokens) = (scratch.x.address(), scratch.logits.address(), scratch.tokens());
         self.product_of(self.shape.wanted, x, weight, logits, Become::Logits)?;
-        let arguments = Best { logits, tokens, banned: self.banned, vocab: weight.outputs as i32 };
+        let arguments = Best { logits, tokens, banned: self.packet.banned(), vocab: weight.outputs as i32 };
         gpu.launch(&kernels.best, (self.shape.wanted, 1, 1), 1024, &arguments)
     }
 }

@@ -10,8 +10,10 @@ use super::{
     weights::plain_bytes,
     window::{RowsLayout, Shareable},
 };
-use crate::{ModelConfig, Precision};
+use crate::{ModelConfig, Precision, Wanted};
 
+/// No token: of a row without a number among its logits, and where none is banned.
+pub(super) const NO_TOKEN: u32 = u32::MAX;
 /// Rows whose logits are computed at once: 33 MB of them for a vocabulary of 32,128.
 pub(super) const LOGIT_ROWS_MAX: usize = 256;
 /// Where the report's parts begin: the guard of the pass, the tokens of rows with logits, and the experts chosen.
@@ -126,28 +128,39 @@ pub(super) struct Packet {
     base: u64,
     sequences_at: usize,
     wanted_at: usize,
+    banned_at: usize,
     bytes: usize,
 }
 
 impl Packet {
     fn bytes_max(rows_max: usize) -> usize {
-        // A row has an id, is perhaps a sequence of its own, and perhaps wanted.
-        rows_max * (4 + size_of::<Sequence>() + 4) + 32
+        // A row has an id, is perhaps a sequence of its own, and perhaps wanted, with a token that is banned.
+        rows_max * (4 + size_of::<Sequence>() + 8) + 32
     }
 
     /// The places of `rows` ids, so many sequences, and so many rows whose logits are wanted.
     pub(super) fn plan(scratch: &Scratch, rows: usize, sequences: usize, wanted: usize) -> Self {
         let sequences_at = (rows * 4).next_multiple_of(16);
         let wanted_at = sequences_at + sequences * size_of::<Sequence>();
-        Self { base: scratch.packet.address(), sequences_at, wanted_at, bytes: wanted_at + wanted * 4 }
+        let banned_at = wanted_at + wanted * 4;
+        Self { base: scratch.packet.address(), sequences_at, wanted_at, banned_at, bytes: banned_at + wanted * 4 }
     }
 
     /// Writes it to the device, in the order of the compute stream.
-    pub(super) fn send(&self, gpu: &Gpu, ids: &[u32], sequences: &[Sequence], wanted: &[u32]) -> Result<(), CudaError> {
+    pub(super) fn send(
+        &self,
+        gpu: &Gpu,
+        ids: &[u32],
+        sequences: &[Sequence],
+        wanted: &[Wanted],
+    ) -> Result<(), CudaError> {
         let mut bytes = vec![0; self.bytes];
         put(&mut bytes, ids);
         put(&mut bytes[self.sequences_at..], sequences);
-        put(&mut bytes[self.wanted_at..], wanted);
+        let rows: Vec<u32> = wanted.iter().map(|wanted| wanted.row).collect();
+        let banned: Vec<u32> = wanted.iter().map(|wanted| wanted.banned.unwrap_or(NO_TOKEN)).collect();
+        put(&mut bytes[self.wanted_at..], &rows);
+        put(&mut bytes[self.banned_at..], &banned);
         gpu.write(self.base, &bytes)
     }
 
@@ -161,6 +174,11 @@ impl Packet {
 
     pub(super) fn wanted(&self) -> u64 {
         self.base + self.wanted_at as u64
+    }
+
+    /// For each wanted row, the token that cannot be next, or [`NO_TOKEN`].
+    pub(super) fn banned(&self) -> u64 {
+        self.base + self.banned_at as u64
     }
 }
 
@@ -177,13 +195,6 @@ pub(super) struct Report {
 }
 
 impl Report {
-    /// Reads it, after all that was started: `layers` MoE layers of `rows` rows.
-    pub(super) fn read(gpu: &Gpu, scratch: &Scratch, layers: usize, rows: usize) -> Result<Self, CudaError> {
-        let mut bytes = vec![0; Self::bytes(layers, rows)];
-        gpu.read(scratch.report.address(), &mut bytes)?;
-        Ok(Self { bytes })
-    }
-
     /// Of bytes that were read.
     pub(super) fn of(bytes: Vec<u8>) -> Self {
         Self { bytes }

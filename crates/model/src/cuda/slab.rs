@@ -24,8 +24,8 @@ use super::{
     window::PeerRows,
 };
 use crate::{
-    ExpertDevice, ExpertShape, ExpertSlot, ExpertStore, ExpertWindow, ModelError, Precision, RowsOnDevice, SlotRows,
-    SlotRun, Urgency, WindowHandle,
+    DeviceSlots, ExpertDevice, ExpertShape, ExpertSlot, ExpertStore, ExpertWindow, ModelError, Precision, RowsOnDevice,
+    SlotRows, SlotRun, Urgency, WindowHandle,
 };
 
 /// Rows computed at once; more take turns.
@@ -285,6 +285,10 @@ impl ExpertDevice for DeviceSlab {
         let DeviceDense { gpu, precision, config, .. } = &*rows.dense;
         let shape = (config.d_model, config.d_ff, *precision);
         gpu.is_same(&self.gpu) && shape == (self.shape.d_model, self.shape.d_ff, self.precision)
+    }
+
+    fn slots_beside(self: Arc<Self>, rows: &RowsOnDevice<'_>) -> Option<DeviceSlots> {
+        self.is_beside(rows).then(|| DeviceSlots::new(self.slots, self.clone()))
     }
 
     fn start_beside(

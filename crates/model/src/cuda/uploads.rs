@@ -85,17 +85,7 @@ impl Uploads {
         record(done, copies)
     }
 
-    /// Has the compute stream wait for the upload into a slot.
-    pub(super) fn await_on(&self, compute: &CudaStream, slot: usize) -> Result<(), CudaError> {
-        compute.wait(&self.done[slot]).map_err(failed("cuStreamWaitEvent"))
-    }
-
-    /// Whether the upload into a slot is done.
-    pub(super) fn is_done(&self, slot: usize) -> Result<bool, CudaError> {
-        self.done[slot].try_is_complete().map_err(failed("cuEventQuery"))
-    }
-
-    /// Waits until it is.
+    /// Waits until the upload into a slot is done.
     pub(super) fn wait_done(&self, slot: usize) -> Result<(), CudaError> {
         self.done[slot].synchronize().map_err(failed("cuEventSynchronize"))
     }

@@ -7,7 +7,6 @@
 //! ([`Residency::next_prefetch_within`]).
 
 use super::{KeyIndex, Load, LoadKind, Rank, Residency, SlotId, plan_queue::Missing};
-use crate::ExpertKey;
 
 /// What a prefetch may take the place of, when no slot is empty.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,12 +37,12 @@ impl Residency {
 
     /// Whether [`Residency::next_prefetch`] would start one.
     pub fn wants_prefetch(&mut self) -> bool {
-        self.choose_prefetch(usize::MAX, Room::Unplanned).is_some()
+        self.wants_prefetch_within(usize::MAX, Room::Unplanned)
     }
 
-    /// The nearest expert of the first `plans` plans that is neither there nor loading.
-    pub fn next_missing_within(&mut self, plans: usize) -> Option<ExpertKey> {
-        self.first_missing(plans).map(|missing| self.key_of(missing.key))
+    /// Whether [`Residency::next_prefetch_within`] would start one.
+    pub fn wants_prefetch_within(&mut self, plans: usize, room: Room) -> bool {
+        self.choose_prefetch(plans, room).is_some()
     }
 
     fn choose_prefetch(&mut self, plans: usize, room: Room) -> Option<(KeyIndex, SlotId)> {

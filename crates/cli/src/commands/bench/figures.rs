@@ -14,6 +14,8 @@ const LATENCY_US_MAX: u64 = 3_600_000_000;
 pub(crate) struct Sample {
     /// Tokens it generated, or tokens of its text where nothing is generated.
     pub(crate) tokens: u64,
+    /// What its passes through the model took, all sequences of their batches together.
+    pub(crate) forward: Duration,
     pub(crate) hash_hits: u64,
     pub(crate) hash_misses: u64,
 }
@@ -23,6 +25,8 @@ pub(crate) struct Sample {
 pub(crate) struct Samples {
     /// One per request, or one per batch where requests are sent together. Milliseconds.
     pub(crate) latencies_ms: Vec<f64>,
+    /// The forward of each request that was answered. Milliseconds.
+    pub(crate) forwards_ms: Vec<f64>,
     pub(crate) requests: u64,
     pub(crate) total: Sample,
     /// By gRPC status code.
@@ -40,6 +44,8 @@ pub(crate) struct Figures {
     pub(crate) requests_per_s: f64,
     pub(crate) tokens_per_s: f64,
     pub(crate) latency_ms: Latency,
+    /// The forward alone, within the same runs: what the passes through the model took that a request was in.
+    pub(crate) forward_ms: Latency,
     /// Of the (token, layer) pairs, the share whose expert was in the hash table; none without a predictor.
     pub(crate) hash_hit_rate: Option<f64>,
     pub(crate) latencies_ms: Vec<f64>,
@@ -63,6 +69,7 @@ impl Samples {
         self.latencies_ms.push(latency.as_secs_f64() * 1e3);
         self.requests += samples.len() as u64;
         for sample in samples {
+            self.forwards_ms.push(sample.forward.as_secs_f64() * 1e3);
             self.total.tokens += sample.tokens;
             self.total.hash_hits += sample.hash_hits;
             self.total.hash_misses += sample.hash_misses;
@@ -77,6 +84,7 @@ impl Samples {
     /// Adds what another client or an earlier round saw. Walls add up: rounds follow each other.
     pub(crate) fn merge(&mut self, other: Self) {
         self.latencies_ms.extend(other.latencies_ms);
+        self.forwards_ms.extend(other.forwards_ms);
         self.requests += other.requests;
         self.total.tokens += other.total.tokens;
         self.total.hash_hits += other.total.hash_hits;
@@ -99,6 +107,7 @@ impl Samples {
             requests_per_s: per_second(self.requests),
             tokens_per_s: per_second(self.total.tokens),
             latency_ms: Latency::of(&self.latencies_ms),
+            forward_ms: Latency::of(&self.forwards_ms),
             hash_hit_rate: (predicted > 0).then(|| self.total.hash_hits as f64 / predicted as f64),
             latencies_ms: self.latencies_ms.clone(),
         }
@@ -151,7 +160,8 @@ mod tests {
         // Broken: the benchmark would report other numbers than it measured.
         let mut samples = Samples { wall: Duration::from_secs(2), ..Default::default() };
         for ms in 1..=100 {
-            let sample = Sample { tokens: 3, hash_hits: 9, hash_misses: 1 };
+            let forward = Duration::from_micros(500 * ms);
+            let sample = Sample { tokens: 3, forward, hash_hits: 9, hash_misses: 1 };
             samples.answered(Duration::from_millis(ms), &[sample, sample]);
         }
         let figures = samples.figures();
@@ -164,6 +174,7 @@ mod tests {
             assert!((found - expected).abs() <= expected * 1e-3, "{found} {expected}");
         }
         assert_eq!(latency.mean, 50.5);
+        assert!((figures.forward_ms.p50 - 25.0).abs() < 0.1 && figures.forward_ms.max == 50.0);
     }
 
     #[test]

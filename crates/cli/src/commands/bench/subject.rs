@@ -48,14 +48,6 @@ pub(crate) struct SubjectArguments {
     budgets: Vec<ExpertMemory>,
 }
 
-#[cfg(feature = "cuda")]
-impl SubjectArguments {
-    /// The budgets that take turns.
-    pub(super) fn budgets(&self) -> &[ExpertMemory] {
-        &self.budgets
-    }
-}
-
 /// A cluster under measurement.
 pub(crate) struct Subject {
     pub(crate) label: String,

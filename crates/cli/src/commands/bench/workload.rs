@@ -1,6 +1,6 @@
 //! One request of the benchmark: which text, asked how. Called by [`super::load`] for every request.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, ValueEnum};
 use futures::TryStreamExt;
@@ -115,5 +115,7 @@ impl Workload {
 
 fn sample(tokens: u64, trace: Option<Trace>) -> Sample {
     let trace = trace.unwrap_or_default();
-    Sample { tokens, hash_hits: trace.hash_hits, hash_misses: trace.hash_misses }
+    let timings = trace.timings.unwrap_or_default();
+    let forward = Duration::from_micros(timings.backbone_us + timings.experts_us + timings.load_us);
+    Sample { tokens, forward, hash_hits: trace.hash_hits, hash_misses: trace.hash_misses }
 }

@@ -1,0 +1,285 @@
+//! A pass that goes through MoE layers by itself, as far as the experts that its routers choose are resident on its device.
+//!
+//! The host sends the table of who is where, starts everything up to the end, and waits once. Where an expert is missing,
+//! the device notes the layer in the pass's guard, and everything that was started after it does nothing: the pass stands at
+//! that layer with its rows as they are before their experts, and the caller has them computed wherever that is possible.
+//!
+//! An encoding goes through each layer once. So where not all experts fit, it is started layer by layer, one ahead of the one
+//! that is computed: what a layer is done with may leave for what is used next, and what came meanwhile is found.
+
+use std::ops::Range;
+
+use cudarc::driver::result;
+use sida_routing::{ExpertId, LayerId};
+
+use super::{
+    super::{
+        device::{DeviceMemory, Gpu},
+        error::{CudaError, failed},
+        grouped::Slots,
+        pass::{BatchShape, ExpertPlaces, Machine, Pass},
+        progress::Progress,
+        recorded::Recordings,
+        scratch::{Report, Scratch},
+        weights,
+    },
+    DeviceDense, DevicePass,
+};
+use crate::{
+    ModelConfig, PassedLayer, ResidentExperts, Stack,
+    forward::{self, Position},
+    spec::FeedForwardSpec,
+};
+
+/// What passes that go through MoE layers need beside what others do.
+#[derive(Debug)]
+pub(super) struct Through {
+    /// (MoE layers, experts) of i32: what the device knows of who is where.
+    table: DeviceMemory,
+    known: Option<Known>,
+    progress: Progress,
+    /// Whole passes by stack and shape, through experts that are all resident or not.
+    graphs: Recordings<(Stack, BatchShape, bool)>,
+}
+
+/// What the table says.
+#[derive(Clone, Copy, Debug)]
+struct Known {
+    slots: Slots,
+    version: u64,
+    is_complete: bool,
+}
+
+/// Layers that are held until this is dropped.
+struct Held<'r>(&'r dyn ResidentExperts);
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.0.release();
+    }
+}
+
+impl Through {
+    pub(super) fn new(gpu: &Gpu, config: &ModelConfig, scratch: &Scratch) -> Result<Self, CudaError> {
+        Ok(Self {
+            table: gpu.allocate("experts", config.moe_layer_count() * config.num_experts * 4)?,
+            known: None,
+            progress: Progress::new(gpu, scratch, config.moe_layers(Stack::Encoder).len())?,
+            graphs: Recordings::new(),
+        })
+    }
+
+    /// Brings the table up to date with `layers` held. Returns whether every expert of the model is resident.
+    fn hold(&mut self, gpu: &Gpu, experts: &dyn ResidentExperts, layers: Range<u16>) -> Result<bool, CudaError> {
+        let slots = experts.slots().slots;
+        if self.known.is_some_and(|known| known.slots != slots) {
+            // Recorded passes name the slots of another node.
+            self.known = None;
+            self.graphs.clear();
+        }
+        if let Some(residents) = experts.hold(layers, self.known.map(|known| known.version)) {
+            gpu.write(self.table.address(), weights::plain_bytes(&residents.slots))?;
+            let (version, is_complete) = (residents.version, residents.is_complete);
+            self.known = Some(Known { slots, version, is_complete });
+        }
+        Ok(self.known().is_complete)
+    }
+
+    fn known(&self) -> Known {
+        self.known.expect("known once layers are held")
+    }
+}
+
+impl DeviceDense {
+    /// As [`crate::Backend::advance`], through MoE layers all of whose chosen experts are resident. Behind the last block what
+    /// follows it is computed, too. Waits for the device.
+    pub(super) fn advance_through(
+        &mut self,
+        pass: &mut DevicePass<'_>,
+        experts: &dyn ResidentExperts,
+    ) -> Result<Option<LayerId>, CudaError> {
+        self.gpu.enter()?;
+        let sparse = self.sparse_blocks(pass.stack);
+        let first = sparse.iter().filter(|&&block| block < pass.next).count();
+        let held = Held(experts);
+        let ended = match pass.stack {
+            Stack::Encoder => self.encode_through(pass, first, &sparse, experts),
+            Stack::Decoder => {
+                self.hold(pass.stack, experts, 0..sparse.len())?;
+                self.go_through(pass, first, &sparse, experts)
+            }
+        };
+        if ended.is_err() {
+            // What was started may still read the slots, which are given up now. An error says that nothing does.
+            let _ = self.gpu.finish();
+        }
+        drop(held);
+        let stopped = ended?;
+        pass.next = stopped.map_or(self.backbone.spec.stack(pass.stack).blocks.len(), |at| sparse[at] + 1);
+        pass.probabilities.clear();
+        pass.is_finished = stopped.is_none();
+        match stopped {
+            None => Ok(None),
+            Some(at) => {
+                pass.choice = self.choice(at)?;
+                Ok(Some(self.layer_of(pass.stack, at)))
+            }
+        }
+    }
+
+    /// All at once where every expert is resident, else layer by layer. Returns the MoE layer of the stack that it stopped at.
+    fn encode_through(
+        &mut self,
+        pass: &mut DevicePass<'_>,
+        first: usize,
+        sparse: &[usize],
+        experts: &dyn ResidentExperts,
+    ) -> Result<Option<usize>, CudaError> {
+        match self.hold(pass.stack, experts, first..first + 1)? {
+            true => self.go_through(pass, first, sparse, experts),
+            false => self.follow(pass, first, sparse, experts),
+        }
+    }
+
+    /// Starts everything that is left, before which `first` MoE layers are, and waits.
+    fn go_through(
+        &mut self,
+        pass: &mut DevicePass<'_>,
+        first: usize,
+        sparse: &[usize],
+        experts: &dyn ResidentExperts,
+    ) -> Result<Option<usize>, CudaError> {
+        let is_complete = self.through.known().is_complete;
+        if !is_complete {
+            self.clear_guard()?;
+        }
+        let (stack, from) = (pass.stack, pass.next);
+        if from == 0 {
+            let mut graphs = std::mem::replace(&mut self.through.graphs, Recordings::new());
+            let key = (stack, self.current.shape, is_complete);
+            let started = graphs.start(&self.gpu, key, || self.start_rest(stack, 0, 0));
+            self.through.graphs = graphs;
+            started?;
+        } else {
+            self.start_rest(stack, from, first)?;
+        }
+        let report = self.read_report(sparse.len())?;
+        // Where nothing can be missing, nobody writes the guard.
+        let stopped = report.stopped_at().filter(|_| !is_complete);
+        for layer in first..stopped.unwrap_or(sparse.len()) {
+            self.note_passed(pass, layer, &report, experts);
+        }
+        pass.tokens = stopped.is_none().then(|| report.tokens(self.current.shape.wanted));
+        Ok(stopped)
+    }
+
+    /// As [`DeviceDense::go_through`], each layer started when the one before it runs.
+    fn follow(
+        &mut self,
+        pass: &mut DevicePass<'_>,
+        first: usize,
+        sparse: &[usize],
+        experts: &dyn ResidentExperts,
+    ) -> Result<Option<usize>, CudaError> {
+        self.clear_guard()?;
+        let (stack, rows) = (pass.stack, self.current.shape.rows);
+        let (mut from, mut done) = (pass.next, first);
+        for layer in first..sparse.len() {
+            if layer > first {
+                self.hold(stack, experts, done..layer + 1)?;
+            }
+            self.start_blocks(stack, from, layer, Some(layer + 1))?;
+            from = sparse[layer] + 1;
+            self.through.progress.tell(&self.gpu, &self.scratch, layer, rows)?;
+            if layer > first {
+                let report = self.through.progress.wait(done, rows)?;
+                if report.stopped_at().is_some() {
+                    // What was started meanwhile must not run on while experts move.
+                    self.gpu.finish()?;
+                    return Ok(report.stopped_at());
+                }
+                self.note_passed(pass, done, &report, experts);
+                done += 1;
+            }
+        }
+        self.start_rest(stack, from, sparse.len())?;
+        let report = self.read_report(sparse.len())?;
+        let stopped = report.stopped_at();
+        for layer in done..stopped.unwrap_or(sparse.len()) {
+            self.note_passed(pass, layer, &report, experts);
+        }
+        Ok(stopped)
+    }
+
+    /// Starts the blocks from `from` on, before which `layers` MoE layers are, and what follows the last.
+    fn start_rest(&self, stack: Stack, from: usize, layers: usize) -> Result<(), CudaError> {
+        let mut pass = self.start_blocks(stack, from, layers, None)?;
+        match stack {
+            Stack::Encoder => forward::finish(&mut pass, &self.backbone.encoder),
+            Stack::Decoder if self.current.shape.wanted == 0 => Ok(()),
+            Stack::Decoder => forward::head(&mut pass, &self.backbone.decoder, &self.backbone.head),
+        }
+    }
+
+    /// Starts the blocks from `from` on, up to where `pause` MoE layers are behind the pass.
+    fn start_blocks(
+        &self,
+        stack: Stack,
+        from: usize,
+        layers: usize,
+        pause: Option<usize>,
+    ) -> Result<Pass<'_>, CudaError> {
+        let Known { slots, is_complete, .. } = self.through.known();
+        let table = self.through.table.address();
+        let places = ExpertPlaces { table, layer_bytes: self.config.num_experts * 4, slots, may_miss: !is_complete };
+        let machine = Machine { experts: Some(places), ..self.machine() };
+        let mut pass = Pass::new(machine, self.current.shape, self.current.packet, layers).pausing_after(pause);
+        let weights = self.backbone.stack(stack);
+        if from == 0 {
+            forward::embed(&mut pass, weights)?;
+        }
+        forward::advance(&mut pass, weights, Position::Block(from))?;
+        Ok(pass)
+    }
+
+    /// Holds these MoE layers of a stack, and no others any more. Returns whether every expert of the model is resident.
+    fn hold(&mut self, stack: Stack, experts: &dyn ResidentExperts, layers: Range<usize>) -> Result<bool, CudaError> {
+        let layers = self.layer_of(stack, layers.start).0..self.layer_of(stack, layers.end).0;
+        self.through.hold(&self.gpu, experts, layers)
+    }
+
+    fn note_passed(&self, pass: &mut DevicePass<'_>, layer: usize, report: &Report, experts: &dyn ResidentExperts) {
+        let chosen = report.chosen(layer, self.current.shape.rows).into_iter().map(ExpertId).collect();
+        let passed = PassedLayer { layer: self.layer_of(pass.stack, layer), experts: chosen };
+        experts.used(passed.layer, &passed.groups());
+        pass.layers.push(passed);
+    }
+
+    /// Reads the report after all that was started, through page-locked memory.
+    fn read_report(&mut self, layers: usize) -> Result<Report, CudaError> {
+        let bytes = Report::bytes(layers, self.current.shape.rows);
+        let host = &mut self.exchange.host()?[..bytes];
+        // SAFETY: the buffer is this object's, and is touched again after `finish` below only.
+        unsafe { self.gpu.start_reading(self.scratch.report.address(), host) }?;
+        self.gpu.finish()?;
+        Ok(Report::of(host.to_vec()))
+    }
+
+    fn clear_guard(&self) -> Result<(), CudaError> {
+        let stream = self.gpu.compute.cu_stream();
+        // SAFETY: the report begins with the guard.
+        unsafe { result::memset_d8_async(self.scratch.guard(), 0x7f, 4, stream) }.map_err(failed("cuMemsetD8Async"))
+    }
+
+    /// The blocks of a stack that have experts, ascending.
+    fn sparse_blocks(&self, stack: Stack) -> Vec<usize> {
+        let blocks = self.backbone.spec.stack(stack).blocks.iter().enumerate();
+        let sparse = blocks.filter(|(_, block)| matches!(block.feed_forward, FeedForwardSpec::Moe { .. }));
+        sparse.map(|(number, _)| number).collect()
+    }
+
+    /// The MoE layer of the model that is layer `at` of a stack.
+    fn layer_of(&self, stack: Stack, at: usize) -> LayerId {
+        LayerId(self.config.moe_layers(stack).start + at as u16)
+    }
+}
