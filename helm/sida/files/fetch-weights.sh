@@ -12,7 +12,7 @@ set -eu
 model="$BASE-$PIN"
 target="$model${CONVERT:+.fetched}"
 lock="$BASE.lock"
-me="$(hostname)"
+me="$POD_NAME"
 lease="${LEASE:-60}"
 # A pod that converts gives no signs of life, since its image has no shell to give them by.
 convert_lease=3600
@@ -37,7 +37,7 @@ beat() { # every few seconds, as long as the process that fetches lives
 hold() {
     echo "$me" >"$lock/owner"
     rm -f "$lock/converts"
-    beat &
+    beat >/dev/null 2>&1 &
     beating=$!
     trap release EXIT
     trap 'exit 143' TERM INT
@@ -53,7 +53,6 @@ state() {
 }
 
 acquire() { # 0: the lock is ours; 1: somebody else has fetched the model meanwhile
-    mkdir -p "$(dirname "$BASE")"
     waited=0
     seen=""
     while ! mkdir "$lock" 2>/dev/null; do
@@ -83,6 +82,7 @@ acquire() { # 0: the lock is ours; 1: somebody else has fetched the model meanwh
         fi
     done
     hold
+    [ ! -d "$model" ]
 }
 
 # Fetching.
@@ -108,7 +108,7 @@ s3_credentials() { # from the environment, or by the pod's identity
         AWS_SECRET_ACCESS_KEY="$(field SecretAccessKey)"
         AWS_SESSION_TOKEN="$(field Token)"
     else
-        return
+        return 0
     fi
     [ -n "$AWS_ACCESS_KEY_ID" ] || { say "no credentials in the answer" >&2; exit 1; }
 }
@@ -149,7 +149,8 @@ fetch() {
             --output "$partial/$name" "$(url_of "$name")"
         [ "$sha256" = - ] || echo "$sha256  $partial/$name" | sha256sum -c -
     done
-    mv -T "$partial" "$target"
+    # Of two that are done at once the second finds the name taken.
+    mv -T "$partial" "$target" 2>/dev/null || { rm -rf "$partial" && [ -d "$target" ]; }
 }
 
 # What is left of those that died while they fetched or converted, and copies beyond those that stay, the oldest first.
@@ -164,10 +165,12 @@ tidy() {
     done
 }
 
+mkdir -p "$(dirname "$BASE")"
 if [ -d "$model" ] || ! acquire; then
     say "$model is there already"
-    # What the model was made of is of no more use.
+    # What the model was made of is of no more use, nor is the lock of who made it.
     [ -z "${CONVERT:-}" ] || rm -rf "$target"
+    [ "$(cat "$lock/converts" 2>/dev/null)" != "$model" ] || rm -rf "$lock"
     [ -z "${VERIFY:-}" ] || check "$model"
     exit 0
 fi

@@ -86,6 +86,11 @@ affinity:
 {{- end }}
 {{- end }}
 
+{{- define "sida.podName" -}}
+- name: POD_NAME
+  valueFrom: {fieldRef: {fieldPath: metadata.name}}
+{{- end }}
+
 {{/* Environment variables, whose values Kubernetes wants to be text. */}}
 {{- define "sida.env" -}}
 {{- range . }}

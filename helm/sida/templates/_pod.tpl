@@ -43,8 +43,7 @@ spec:
         - {{ .role }}
         {{- include "sida.args" $call | nindent 8 }}
       env:
-        - name: POD_NAME
-          valueFrom: {fieldRef: {fieldPath: metadata.name}}
+        {{- include "sida.podName" . | nindent 8 }}
         - name: POD_IP
           valueFrom: {fieldRef: {fieldPath: status.podIP}}
         {{- include "sida.env" $role.extraEnv | nindent 8 }}

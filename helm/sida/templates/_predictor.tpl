@@ -55,6 +55,7 @@ model
 - name: fetch-predictor
   {{- include "sida.fetcher" . | nindent 2 }}
   env:
+    {{- include "sida.podName" . | nindent 4 }}
     - {name: FROM, value: url}
     - {name: ENDPOINT, value: {{ dir .Values.predictor.fetch.url | replace ":/" "://" | quote }}}
     - {name: BASE, value: /predictor/fetched}

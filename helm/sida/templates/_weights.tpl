@@ -102,6 +102,7 @@ fetched before. */}}
 - name: fetch-weights
   {{- include "sida.fetcher" $root | nindent 2 }}
   env:
+    {{- include "sida.podName" . | nindent 4 }}
     - {name: FROM, value: {{ $fetch.from }}}
     - {name: ENDPOINT, value: {{ $fetch.endpoint | quote }}}
     - {name: REPOSITORY, value: {{ $fetch.repository | quote }}}
