@@ -251,33 +251,6 @@ class Chart(unittest.TestCase):
         rule = [d for d in objects("operators") if d["kind"] == "PrometheusRule"][0]
         self.assertEqual(rule["spec"]["groups"][0]["rules"][0]["annotations"]["runbook_url"], "https://example.org/sida/blob/main/docs/operations.md#sidanodedown")
 
-    def test_dashboards_are_whole(self):
-        """Broken: a panel would show raw numbers without saying what they are, or work with one data source only."""
-        for file in (CHART / "dashboards").glob("*.json"):
-            dashboard = json.loads(file.read_text())
-            variables = {v["name"]: v for v in dashboard["templating"]["list"]}
-            self.assertEqual(variables["datasource"]["type"], "datasource")
-            ids = [panel["id"] for panel in dashboard["panels"]]
-            self.assertEqual(len(ids), len(set(ids)))
-            for panel in dashboard["panels"]:
-                if panel["type"] == "row":
-                    continue
-                with self.subTest(dashboard["title"], panel=panel["title"]):
-                    self.assertGreater(len(panel["description"]), 10)
-                    self.assertTrue(panel["title"] and panel["fieldConfig"]["defaults"]["unit"])
-                    for target in panel["targets"]:
-                        self.assertEqual(target["datasource"]["uid"], "${datasource}")
-                        # A lifetime average hides what happens now.
-                        self.assertNotRegex(target["expr"], r"_sum\{[^}]*\}\s*/")
-                        for metric in re.findall(r"\bsida_\w+_total\b|\bsida_\w+_(?:sum|count|bucket)\b", target["expr"]):
-                            self.assertRegex(target["expr"], rf"rate\({metric}")
-        maps = [d for d in objects("cpu") if "-dashboard-" in d["metadata"]["name"]]
-        self.assertEqual(len(maps), len(list((CHART / "dashboards").glob("*.json"))))
-        for found in maps:
-            self.assertEqual(found["metadata"]["labels"]["grafana_dashboard"], "1")
-            for text in found["data"].values():
-                json.loads(text)
-
     def test_flags_exist(self):
         """Broken: a pod or a compose service would end at once with exit code 64."""
         flags, command = {}, None

@@ -32,6 +32,8 @@ LOAD_SECONDS = 30
 EMPTY = {
     "sida_tls_certificate_not_after_seconds": "TLS is off in this cluster; test_tls asks for it",
     "DCGM_FI_": "no GPU, and so no dcgm-exporter, on this machine",
+    "kube_pod_": "no Kubernetes, and so no kube-state-metrics",
+    "container_memory_": "no kubelet, and so no cAdvisor",
 }
 
 
@@ -95,9 +97,7 @@ def panels():
 
 
 def filled(expression):
-    for name, value in (("$__rate_interval", "15s"), ("$namespace", ".*"), ("$job", ".*")):
-        expression = expression.replace(name, value)
-    return expression
+    return re.sub(r"\$\w+", ".*", expression.replace("$__rate_interval", "15s"))
 
 
 def observed(expression):
