@@ -44,6 +44,7 @@ cargo test --release --workspace --features sida-cli/etcd --lib --bins --tests -
 for test in chart values fetch dashboards; do
     "$tools/bin/python" "tests/chart/test_$test.py"
 done
+[[ -z ${SIDA_CUSTOM_RESOURCES:-} ]] || "$tools/bin/python" tests/chart/custom_resources.py
 if [[ $EUID -eq 0 ]]; then
     "$tools/bin/python" tests/chart/test_cluster.py
 else
