@@ -50,14 +50,14 @@ class Network:
 
 
 class Cluster:
-    """The pods of one release."""
+    """The pods of one release: processes of this machine, or whatever `kind_of_pod` makes on its network."""
 
-    def __init__(self, objects, binary, namespace="moe", secrets=None, volumes=None):
+    def __init__(self, objects, binary, namespace="moe", secrets=None, volumes=None, kind_of_pod=None, network=None):
         self.objects, self.binary, self.namespace = objects, binary, namespace
         self.secrets, self.volumes = secrets or {}, volumes or {}
         self.directory = pathlib.Path(tempfile.mkdtemp(prefix="sida-pods-"))
         os.chmod(self.directory, 0o755)
-        self.network = Network()
+        self.network, self.kind_of_pod = network or Network(), kind_of_pod or Pod
         self.pods = {}
         self.hosts = self.directory / "hosts"
         self.write_hosts()
@@ -75,7 +75,7 @@ class Cluster:
 
     def start(self, owner, name):
         """Makes a pod of a Deployment or StatefulSet."""
-        pod = Pod(self, name, owner["metadata"]["labels"]["app.kubernetes.io/component"], owner["spec"]["template"]["spec"], owner)
+        pod = self.kind_of_pod(self, name, owner["metadata"]["labels"]["app.kubernetes.io/component"], owner["spec"]["template"]["spec"], owner)
         self.pods[name] = pod
         self.write_hosts()
         pod.start()
@@ -93,19 +93,29 @@ class Cluster:
         """What the cluster's DNS would say: pods of StatefulSets have names."""
         lines = ["127.0.0.1 localhost"]
         for pod in self.pods.values():
-            if pod.owner["kind"] == "StatefulSet":
-                lines.append(f"{pod.address} {pod.name}.{pod.owner['spec']['serviceName']}.{self.namespace}.svc {pod.name}")
+            lines += [f"{pod.address} {' '.join(self.names_of(pod))}"] if self.names_of(pod) else []
         self.hosts.write_text("\n".join(lines) + "\n")
+
+    def names_of(self, pod):
+        """What it is called by the cluster's DNS."""
+        if pod.owner["kind"] != "StatefulSet":
+            return []
+        return [f"{pod.name}.{pod.owner['spec']['serviceName']}.{self.namespace}.svc", pod.name]
 
     def run_to_end(self, name, spec):
         """A pod that ends by itself, as a test hook; returns its exit code and output."""
-        pod = Pod(self, name, "job", spec, {"kind": "Pod"})
+        pod = self.kind_of_pod(self, name, "job", spec, {"kind": "Pod"})
         self.pods[name] = pod
         try:
             pod.start()
             return pod.process.wait(START_LIMIT), pod.log()
         finally:
             pod.remove()
+
+
+def filled_in(text, environment):
+    """An argument with its `$(NAME)`."""
+    return re.sub(r"\$\((\w+)\)", lambda match: environment[match[1]], text)
 
 
 class Pod:
@@ -123,13 +133,7 @@ class Pod:
         self.ending = threading.Event()
 
     def start(self):
-        ip("netns", "add", self.netns)
-        ip("link", "add", self.outside, "type", "veth", "peer", "name", self.inside)
-        ip("link", "set", self.inside, "netns", self.netns)
-        ip("link", "set", self.outside, "master", self.cluster.network.bridge, "up")
-        ip("-n", self.netns, "addr", "add", f"{self.address}/24", "dev", self.inside)
-        ip("-n", self.netns, "link", "set", self.inside, "up")
-        ip("-n", self.netns, "link", "set", "lo", "up")
+        self.plug()
         self.place.mkdir()
         for container in self.spec.get("initContainers", []):
             code = self.spawn(container).wait(START_LIMIT)
@@ -138,6 +142,24 @@ class Pod:
         # Whoever waits for it asks whether it is ready; a kubelet of its own keeps asking.
         if "startupProbe" in self.container or "readinessProbe" in self.container:
             threading.Thread(target=self.probe_always, daemon=True).start()
+
+    def plug(self):
+        """Gives it a network of its own."""
+        ip("netns", "add", self.netns)
+        ip("link", "add", self.outside, "type", "veth", "peer", "name", self.inside)
+        ip("link", "set", self.inside, "netns", self.netns)
+        ip("link", "set", self.outside, "master", self.cluster.network.bridge, "up")
+        ip("-n", self.netns, "addr", "add", f"{self.address}/24", "dev", self.inside)
+        ip("-n", self.netns, "link", "set", self.inside, "up")
+        ip("-n", self.netns, "link", "set", "lo", "up")
+
+    def unplug(self):
+        subprocess.run(["ip", "netns", "del", self.netns], capture_output=True)
+        subprocess.run(["ip", "link", "del", self.outside], capture_output=True)
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
 
     def environment(self, container):
         known = {"metadata.name": self.name, "status.podIP": self.address}
@@ -166,7 +188,6 @@ class Pod:
     def spawn(self, container):
         """The container's process: in the pod's network, on a root that it cannot write to, as the pod's user."""
         environment = self.environment(container)
-        fill = lambda text: re.sub(r"\$\((\w+)\)", lambda match: environment[match[1]], text)
         is_ours = container["image"].startswith("sida:")
         command = container.get("command") or (["/usr/bin/sida"] if is_ours else [])
         root = self.place / f"root-{container['name']}"
@@ -193,7 +214,7 @@ class Pod:
         security = self.spec["securityContext"]
         user = f"--reuid={security['runAsUser']} --regid={security['runAsGroup']} --clear-groups --no-new-privs --bounding-set=-all"
         script += [f'exec chroot . setpriv {user} -- "$@"']
-        arguments = [fill(argument) for argument in command + container.get("args", [])]
+        arguments = [filled_in(argument, environment) for argument in command + container.get("args", [])]
         with open(self.place / "log", "ab") as log:
             return subprocess.Popen(
                 ["ip", "netns", "exec", self.netns, "unshare", "--mount", "sh", "-c", "\n".join(script), "sh", *arguments],
@@ -254,8 +275,8 @@ class Pod:
         try:
             code = self.process.wait(self.spec.get("terminationGracePeriodSeconds", 30))
         except subprocess.TimeoutExpired:
-            self.process.kill()
-            code = self.process.wait()
+            self.kill()
+            code = self.process.returncode
         took = time.monotonic() - started
         self.remove()
         return code, took
@@ -263,11 +284,9 @@ class Pod:
     def remove(self):
         self.ending.set()
         if self.process and self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
+            self.kill()
         self.cluster.pods.pop(self.name, None)
-        subprocess.run(["ip", "netns", "del", self.netns], capture_output=True)
-        subprocess.run(["ip", "link", "del", self.outside], capture_output=True)
+        self.unplug()
         self.cluster.write_hosts()
 
 

@@ -1,5 +1,5 @@
-"""fetch-weights.sh, run as the chart's init containers run it: several at once on one volume, against a web server on
-loopback that also stands in for S3 and its token service."""
+"""fetch-weights.sh, run as the chart's init containers run it: by BusyBox, as their image has it, several at once on one
+volume, against a web server on loopback that also stands in for S3 and its token service."""
 
 import contextlib
 import hashlib
@@ -7,6 +7,7 @@ import http.server
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -71,6 +72,16 @@ class Server:
 
 
 class Fetch(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        """A PATH with BusyBox's programs, and curl."""
+        directory = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(directory.cleanup)
+        cls.programs = pathlib.Path(directory.name)
+        for name in subprocess.run(["busybox", "--list"], check=True, capture_output=True, text=True).stdout.split():
+            (cls.programs / name).symlink_to(shutil.which("busybox"))
+        (cls.programs / "curl").symlink_to(shutil.which("curl"))
+
     def setUp(self):
         directory = tempfile.TemporaryDirectory()
         self.addCleanup(directory.cleanup)
@@ -92,10 +103,10 @@ class Fetch(unittest.TestCase):
         listed = self.server.files if files is None else files
         lines = "".join(f"{name} {digest}\n" for name, digest in ((n, c if isinstance(c, str) else sha256(c)) for n, c in listed.items()))
         environment = {
-            "PATH": os.environ["PATH"], "POD_NAME": pod, "FROM": "url", "ENDPOINT": self.server.url, "REPOSITORY": "", "REVISION": "",
+            "PATH": str(self.programs), "POD_NAME": pod, "FROM": "url", "ENDPOINT": self.server.url, "REPOSITORY": "", "REVISION": "",
             "REGION": "us-east-1", "BASE": str(self.volume / "model"), "PIN": pin, "FILES": lines, "LEASE": "3", **more,
         }
-        process = subprocess.Popen(["sh", SCRIPT], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        process = subprocess.Popen([self.programs / "sh", SCRIPT], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
         self.processes.append(process)
         return process
 
@@ -134,6 +145,8 @@ class Fetch(unittest.TestCase):
             self.server.files["config.json"] = b"version %d" % number
             self.fetch(pin=pin)
             self.assertEqual((self.volume / f"model-{pin}/config.json").read_bytes(), b"version %d" % number)
+            # Versions are not of the same second.
+            os.utime(self.volume / f"model-{pin}", (number, number))
         self.assertEqual(self.found(), ["model-bbbbbbbbbbbb", "model-cccccccccccc"])
 
     def test_what_is_there_is_checked(self):
