@@ -27,6 +27,8 @@ NUMBERS = itertools.count(2)
 # Coordinators have addresses of their own, so that a client can be told all that there will be, as a Service would.
 COORDINATORS = range(200, 250)
 COORDINATOR_NUMBERS = iter(COORDINATORS)
+# What the pods of a Deployment's rollouts are called by.
+GENERATIONS = itertools.count(0x8a1d)
 # A laptop with other things to do is slower than any cluster.
 START_LIMIT = 120
 
@@ -36,14 +38,22 @@ def ip(*arguments):
 
 
 class Network:
-    """A switch that pods are plugged into; this machine has the first address."""
+    """A switch that pods are plugged into, of IPv4 or of IPv6 and nothing else; this machine has the first address."""
 
-    def __init__(self):
+    def __init__(self, is_ipv6=False):
         self.tag = f"{os.getpid() % 10000}"
-        self.bridge, self.subnet = f"sidab{self.tag}", f"10.{192 + os.getpid() % 60}.7"
+        self.bridge, self.is_ipv6 = f"sidab{self.tag}", is_ipv6
+        self.subnet = f"fd07:{os.getpid() % 10000}::" if is_ipv6 else f"10.{192 + os.getpid() % 60}.7."
+        self.bits = 64 if is_ipv6 else 24
         ip("link", "add", self.bridge, "type", "bridge")
-        ip("addr", "add", f"{self.subnet}.1/24", "dev", self.bridge)
+        self.give(1, "dev", self.bridge)
         ip("link", "set", self.bridge, "up")
+
+    def give(self, number, *device, within=()):
+        """Gives an address to a device."""
+        # Nobody else has it: IPv6 need not ask first.
+        at_once = ["nodad"] if self.is_ipv6 else []
+        ip(*within, "addr", "add", f"{self.subnet}{number}/{self.bits}", *device, *at_once)
 
     def close(self):
         ip("link", "del", self.bridge)
@@ -87,12 +97,12 @@ class Cluster:
         return [f"{owner['metadata']['name']}-{suffix}{number}" for number in range(owner["spec"]["replicas"])]
 
     def of(self, component):
-        return [pod for pod in self.pods.values() if pod.component == component]
+        return [pod for pod in list(self.pods.values()) if pod.component == component]
 
     def write_hosts(self):
         """What the cluster's DNS would say: pods of StatefulSets have names."""
         lines = ["127.0.0.1 localhost"]
-        for pod in self.pods.values():
+        for pod in list(self.pods.values()):
             lines += [f"{pod.address} {' '.join(self.names_of(pod))}"] if self.names_of(pod) else []
         self.hosts.write_text("\n".join(lines) + "\n")
 
@@ -125,7 +135,9 @@ class Pod:
         self.cluster, self.name, self.component, self.spec, self.owner = cluster, name, component, spec, owner
         self.container = spec["containers"][0]
         number = next(COORDINATOR_NUMBERS if component == "coordinator" else NUMBERS)
-        self.address = f"{cluster.network.subnet}.{number}"
+        self.number, self.address = number, f"{cluster.network.subnet}{number}"
+        # As it stands before a port.
+        self.host = f"[{self.address}]" if ":" in self.address else self.address
         self.netns = f"sidap{cluster.network.tag}x{number}"
         self.outside, self.inside = f"so{cluster.network.tag}x{number}", f"si{cluster.network.tag}x{number}"
         self.place = cluster.directory / f"{name}-{number}"
@@ -149,7 +161,7 @@ class Pod:
         ip("link", "add", self.outside, "type", "veth", "peer", "name", self.inside)
         ip("link", "set", self.inside, "netns", self.netns)
         ip("link", "set", self.outside, "master", self.cluster.network.bridge, "up")
-        ip("-n", self.netns, "addr", "add", f"{self.address}/24", "dev", self.inside)
+        self.cluster.network.give(self.number, "dev", self.inside, within=["-n", self.netns])
         ip("-n", self.netns, "link", "set", self.inside, "up")
         ip("-n", self.netns, "link", "set", "lo", "up")
 
@@ -228,14 +240,14 @@ class Pod:
         limit = probe.get("timeoutSeconds", 1)
         try:
             if "grpc" in probe:
-                with grpc.insecure_channel(f"{self.address}:{probe['grpc']['port']}") as channel:
+                with grpc.insecure_channel(f"{self.host}:{probe['grpc']['port']}") as channel:
                     request = health_pb2.HealthCheckRequest(service=probe["grpc"].get("service", ""))
                     answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=limit)
                     return answer.status == health_pb2.HealthCheckResponse.SERVING
             port = (probe.get("httpGet") or probe["tcpSocket"])["port"]
             number = next((p["containerPort"] for p in self.container["ports"] if p["name"] == port), port)
             if "httpGet" in probe:
-                with urllib.request.urlopen(f"http://{self.address}:{number}{probe['httpGet']['path']}", timeout=limit) as answer:
+                with urllib.request.urlopen(f"http://{self.host}:{number}{probe['httpGet']['path']}", timeout=limit) as answer:
                     return answer.status == 200
             raise ValueError(f"a probe of an unknown kind: {probe}")
         except (grpc.RpcError, urllib.error.URLError, OSError):
@@ -304,8 +316,9 @@ def roll(cluster, owner):
         return ended
     surge = owner["spec"]["strategy"]["rollingUpdate"]["maxSurge"]
     component = owner["metadata"]["labels"]["app.kubernetes.io/component"]
-    for old in cluster.of(component):
-        new = old.name.replace("7f9c-", "8a1d-")
+    generation = f"{next(GENERATIONS):04x}"
+    for number, old in enumerate(cluster.of(component)):
+        new = f"{owner['metadata']['name']}-{generation}-{number}"
         if surge:
             cluster.start(owner, new).wait_until_ready()
             ended.append(old.terminate())

@@ -20,8 +20,8 @@ class Network:
 
     def __init__(self):
         self.tag = f"c{os.getpid() % 10000}"
-        self.subnet, self.name = f"10.{192 + os.getpid() % 60}.9", f"sida-{self.tag}"
-        podman("network", "create", "--subnet", f"{self.subnet}.0/24", "--interface-name", f"si{self.tag}", self.name)
+        self.subnet, self.name = f"10.{192 + os.getpid() % 60}.9.", f"sida-{self.tag}"
+        podman("network", "create", "--subnet", f"{self.subnet}0/24", "--interface-name", f"si{self.tag}", self.name)
 
     def close(self):
         told("network", "rm", "--force", self.name)

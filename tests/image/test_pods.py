@@ -11,6 +11,7 @@ from engine import REPOSITORY, image_exists
 
 sys.path.insert(0, str(REPOSITORY / "tests/chart"))
 import local_pods
+import test_cluster
 from test_values import template
 
 VALUES = {
@@ -29,10 +30,7 @@ class Pods(unittest.TestCase):
         cls.cluster = local_pods.Cluster(cls.objects, None, kind_of_pod=ContainerPod, network=Network())
         cls.addClassCleanup(cls.cluster.close)
         cls.addClassCleanup(lift)
-        cls.owners = {component: cls.cluster.owner(kind, component) for kind, component in [("StatefulSet", "etcd"), ("Deployment", "coordinator"), ("Deployment", "predictor-node"), ("StatefulSet", "expert-node")]}
-        for owner in cls.owners.values():
-            for name in cls.cluster.names(owner):
-                cls.cluster.start(owner, name)
+        cls.owners = test_cluster.start_all(cls.cluster)
         for component in ("coordinator", "predictor-node", "expert-node"):
             for pod in cls.cluster.of(component):
                 pod.wait_until_ready()
@@ -41,7 +39,7 @@ class Pods(unittest.TestCase):
         """What `helm test` says."""
         spec = next(o for o in self.objects if o["kind"] == "Pod")["spec"]
         [coordinator] = self.cluster.of("coordinator")
-        spec["containers"][0]["args"] = [f"--endpoint=http://{coordinator.address}:50051" if argument.startswith("--endpoint=") else argument for argument in spec["containers"][0]["args"]]
+        spec["containers"][0]["args"] = [f"--endpoint=http://{coordinator.host}:50051" if argument.startswith("--endpoint=") else argument for argument in spec["containers"][0]["args"]]
         code, log = self.cluster.run_to_end("test", spec)
         self.assertEqual(code, 0, log)
         self.assertIn("positive", log)
