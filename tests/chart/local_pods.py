@@ -27,6 +27,8 @@ NUMBERS = itertools.count(2)
 # Coordinators have addresses of their own, so that a client can be told all that there will be, as a Service would.
 COORDINATORS = range(200, 250)
 COORDINATOR_NUMBERS = iter(COORDINATORS)
+# What the pods of a Deployment's rollouts are called by.
+GENERATIONS = itertools.count(0x8a1d)
 # A laptop with other things to do is slower than any cluster.
 START_LIMIT = 120
 
@@ -36,28 +38,36 @@ def ip(*arguments):
 
 
 class Network:
-    """A switch that pods are plugged into; this machine has the first address."""
+    """A switch that pods are plugged into, of IPv4 or of IPv6 and nothing else; this machine has the first address."""
 
-    def __init__(self):
+    def __init__(self, is_ipv6=False):
         self.tag = f"{os.getpid() % 10000}"
-        self.bridge, self.subnet = f"sidab{self.tag}", f"10.{192 + os.getpid() % 60}.7"
+        self.bridge, self.is_ipv6 = f"sidab{self.tag}", is_ipv6
+        self.subnet = f"fd07:{os.getpid() % 10000}::" if is_ipv6 else f"10.{192 + os.getpid() % 60}.7."
+        self.bits = 64 if is_ipv6 else 24
         ip("link", "add", self.bridge, "type", "bridge")
-        ip("addr", "add", f"{self.subnet}.1/24", "dev", self.bridge)
+        self.give(1, "dev", self.bridge)
         ip("link", "set", self.bridge, "up")
+
+    def give(self, number, *device, within=()):
+        """Gives an address to a device."""
+        # Nobody else has it: IPv6 need not ask first.
+        at_once = ["nodad"] if self.is_ipv6 else []
+        ip(*within, "addr", "add", f"{self.subnet}{number}/{self.bits}", *device, *at_once)
 
     def close(self):
         ip("link", "del", self.bridge)
 
 
 class Cluster:
-    """The pods of one release."""
+    """The pods of one release: processes of this machine, or whatever `kind_of_pod` makes on its network."""
 
-    def __init__(self, objects, binary, namespace="moe", secrets=None, volumes=None):
+    def __init__(self, objects, binary, namespace="moe", secrets=None, volumes=None, kind_of_pod=None, network=None):
         self.objects, self.binary, self.namespace = objects, binary, namespace
         self.secrets, self.volumes = secrets or {}, volumes or {}
         self.directory = pathlib.Path(tempfile.mkdtemp(prefix="sida-pods-"))
         os.chmod(self.directory, 0o755)
-        self.network = Network()
+        self.network, self.kind_of_pod = network or Network(), kind_of_pod or Pod
         self.pods = {}
         self.hosts = self.directory / "hosts"
         self.write_hosts()
@@ -75,7 +85,7 @@ class Cluster:
 
     def start(self, owner, name):
         """Makes a pod of a Deployment or StatefulSet."""
-        pod = Pod(self, name, owner["metadata"]["labels"]["app.kubernetes.io/component"], owner["spec"]["template"]["spec"], owner)
+        pod = self.kind_of_pod(self, name, owner["metadata"]["labels"]["app.kubernetes.io/component"], owner["spec"]["template"]["spec"], owner)
         self.pods[name] = pod
         self.write_hosts()
         pod.start()
@@ -87,25 +97,35 @@ class Cluster:
         return [f"{owner['metadata']['name']}-{suffix}{number}" for number in range(owner["spec"]["replicas"])]
 
     def of(self, component):
-        return [pod for pod in self.pods.values() if pod.component == component]
+        return [pod for pod in list(self.pods.values()) if pod.component == component]
 
     def write_hosts(self):
         """What the cluster's DNS would say: pods of StatefulSets have names."""
         lines = ["127.0.0.1 localhost"]
-        for pod in self.pods.values():
-            if pod.owner["kind"] == "StatefulSet":
-                lines.append(f"{pod.address} {pod.name}.{pod.owner['spec']['serviceName']}.{self.namespace}.svc {pod.name}")
+        for pod in list(self.pods.values()):
+            lines += [f"{pod.address} {' '.join(self.names_of(pod))}"] if self.names_of(pod) else []
         self.hosts.write_text("\n".join(lines) + "\n")
+
+    def names_of(self, pod):
+        """What it is called by the cluster's DNS."""
+        if pod.owner["kind"] != "StatefulSet":
+            return []
+        return [f"{pod.name}.{pod.owner['spec']['serviceName']}.{self.namespace}.svc", pod.name]
 
     def run_to_end(self, name, spec):
         """A pod that ends by itself, as a test hook; returns its exit code and output."""
-        pod = Pod(self, name, "job", spec, {"kind": "Pod"})
+        pod = self.kind_of_pod(self, name, "job", spec, {"kind": "Pod"})
         self.pods[name] = pod
         try:
             pod.start()
             return pod.process.wait(START_LIMIT), pod.log()
         finally:
             pod.remove()
+
+
+def filled_in(text, environment):
+    """An argument with its `$(NAME)`."""
+    return re.sub(r"\$\((\w+)\)", lambda match: environment[match[1]], text)
 
 
 class Pod:
@@ -115,7 +135,9 @@ class Pod:
         self.cluster, self.name, self.component, self.spec, self.owner = cluster, name, component, spec, owner
         self.container = spec["containers"][0]
         number = next(COORDINATOR_NUMBERS if component == "coordinator" else NUMBERS)
-        self.address = f"{cluster.network.subnet}.{number}"
+        self.number, self.address = number, f"{cluster.network.subnet}{number}"
+        # As it stands before a port.
+        self.host = f"[{self.address}]" if ":" in self.address else self.address
         self.netns = f"sidap{cluster.network.tag}x{number}"
         self.outside, self.inside = f"so{cluster.network.tag}x{number}", f"si{cluster.network.tag}x{number}"
         self.place = cluster.directory / f"{name}-{number}"
@@ -123,13 +145,7 @@ class Pod:
         self.ending = threading.Event()
 
     def start(self):
-        ip("netns", "add", self.netns)
-        ip("link", "add", self.outside, "type", "veth", "peer", "name", self.inside)
-        ip("link", "set", self.inside, "netns", self.netns)
-        ip("link", "set", self.outside, "master", self.cluster.network.bridge, "up")
-        ip("-n", self.netns, "addr", "add", f"{self.address}/24", "dev", self.inside)
-        ip("-n", self.netns, "link", "set", self.inside, "up")
-        ip("-n", self.netns, "link", "set", "lo", "up")
+        self.plug()
         self.place.mkdir()
         for container in self.spec.get("initContainers", []):
             code = self.spawn(container).wait(START_LIMIT)
@@ -138,6 +154,24 @@ class Pod:
         # Whoever waits for it asks whether it is ready; a kubelet of its own keeps asking.
         if "startupProbe" in self.container or "readinessProbe" in self.container:
             threading.Thread(target=self.probe_always, daemon=True).start()
+
+    def plug(self):
+        """Gives it a network of its own."""
+        ip("netns", "add", self.netns)
+        ip("link", "add", self.outside, "type", "veth", "peer", "name", self.inside)
+        ip("link", "set", self.inside, "netns", self.netns)
+        ip("link", "set", self.outside, "master", self.cluster.network.bridge, "up")
+        self.cluster.network.give(self.number, "dev", self.inside, within=["-n", self.netns])
+        ip("-n", self.netns, "link", "set", self.inside, "up")
+        ip("-n", self.netns, "link", "set", "lo", "up")
+
+    def unplug(self):
+        subprocess.run(["ip", "netns", "del", self.netns], capture_output=True)
+        subprocess.run(["ip", "link", "del", self.outside], capture_output=True)
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
 
     def environment(self, container):
         known = {"metadata.name": self.name, "status.podIP": self.address}
@@ -166,7 +200,6 @@ class Pod:
     def spawn(self, container):
         """The container's process: in the pod's network, on a root that it cannot write to, as the pod's user."""
         environment = self.environment(container)
-        fill = lambda text: re.sub(r"\$\((\w+)\)", lambda match: environment[match[1]], text)
         is_ours = container["image"].startswith("sida:")
         command = container.get("command") or (["/usr/bin/sida"] if is_ours else [])
         root = self.place / f"root-{container['name']}"
@@ -193,7 +226,7 @@ class Pod:
         security = self.spec["securityContext"]
         user = f"--reuid={security['runAsUser']} --regid={security['runAsGroup']} --clear-groups --no-new-privs --bounding-set=-all"
         script += [f'exec chroot . setpriv {user} -- "$@"']
-        arguments = [fill(argument) for argument in command + container.get("args", [])]
+        arguments = [filled_in(argument, environment) for argument in command + container.get("args", [])]
         with open(self.place / "log", "ab") as log:
             return subprocess.Popen(
                 ["ip", "netns", "exec", self.netns, "unshare", "--mount", "sh", "-c", "\n".join(script), "sh", *arguments],
@@ -207,14 +240,14 @@ class Pod:
         limit = probe.get("timeoutSeconds", 1)
         try:
             if "grpc" in probe:
-                with grpc.insecure_channel(f"{self.address}:{probe['grpc']['port']}") as channel:
+                with grpc.insecure_channel(f"{self.host}:{probe['grpc']['port']}") as channel:
                     request = health_pb2.HealthCheckRequest(service=probe["grpc"].get("service", ""))
                     answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=limit)
                     return answer.status == health_pb2.HealthCheckResponse.SERVING
             port = (probe.get("httpGet") or probe["tcpSocket"])["port"]
             number = next((p["containerPort"] for p in self.container["ports"] if p["name"] == port), port)
             if "httpGet" in probe:
-                with urllib.request.urlopen(f"http://{self.address}:{number}{probe['httpGet']['path']}", timeout=limit) as answer:
+                with urllib.request.urlopen(f"http://{self.host}:{number}{probe['httpGet']['path']}", timeout=limit) as answer:
                     return answer.status == 200
             raise ValueError(f"a probe of an unknown kind: {probe}")
         except (grpc.RpcError, urllib.error.URLError, OSError):
@@ -254,8 +287,8 @@ class Pod:
         try:
             code = self.process.wait(self.spec.get("terminationGracePeriodSeconds", 30))
         except subprocess.TimeoutExpired:
-            self.process.kill()
-            code = self.process.wait()
+            self.kill()
+            code = self.process.returncode
         took = time.monotonic() - started
         self.remove()
         return code, took
@@ -263,11 +296,9 @@ class Pod:
     def remove(self):
         self.ending.set()
         if self.process and self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
+            self.kill()
         self.cluster.pods.pop(self.name, None)
-        subprocess.run(["ip", "netns", "del", self.netns], capture_output=True)
-        subprocess.run(["ip", "link", "del", self.outside], capture_output=True)
+        self.unplug()
         self.cluster.write_hosts()
 
 
@@ -285,8 +316,9 @@ def roll(cluster, owner):
         return ended
     surge = owner["spec"]["strategy"]["rollingUpdate"]["maxSurge"]
     component = owner["metadata"]["labels"]["app.kubernetes.io/component"]
-    for old in cluster.of(component):
-        new = old.name.replace("7f9c-", "8a1d-")
+    generation = f"{next(GENERATIONS):04x}"
+    for number, old in enumerate(cluster.of(component)):
+        new = f"{owner['metadata']['name']}-{generation}-{number}"
         if surge:
             cluster.start(owner, new).wait_until_ready()
             ended.append(old.terminate())

@@ -73,34 +73,40 @@ def plot(series, unit, width, height, stacked):
     return f"<svg width={width} height={height}>{''.join(parts)}</svg>"
 
 
-def heat(result, width, height):
-    """Layers by experts."""
-    cells = {(int(s["metric"]["layer"]), int(s["metric"]["expert"])): float(s["value"][1]) for s in result}
-    layers, experts = 1 + max(l for l, _ in cells), 1 + max(e for _, e in cells)
-    most = max(cells.values()) or 1
-    w, h = (width - 60) / experts, (height - 10) / layers
-    parts = [f'<text x=0 y={layer * h + h / 2 + 4:.1f}>layer {layer}</text>' for layer in range(layers)]
-    for (layer, expert), value in cells.items():
-        share = value / most
-        colour = f"hsl({220 - 220 * share:.0f},80%,{92 - 42 * share:.0f}%)"
-        parts.append(f'<rect x={60 + expert * w:.1f} y={layer * h:.1f} width={w - 1:.1f} height={h - 1:.1f} fill="{colour}" />')
+def heat(series, width, height):
+    """Experts over time."""
+    series = sorted(series, key=lambda s: int(s["metric"]["expert"]))
+    times = sorted({t for s in series for t, _ in s["values"]})
+    most = max(float(v) for s in series for _, v in s["values"]) or 1
+    w, h = (width - 60) / len(times), (height - 10) / len(series)
+    parts = []
+    for line, s in enumerate(series):
+        if line % 8 == 0:
+            parts.append(f'<text x=0 y={line * h + 9:.1f}>expert {s["metric"]["expert"]}</text>')
+        for t, value in s["values"]:
+            share = (float(value) / most) ** 0.5
+            colour = f"hsl(30,{90 * share:.0f}%,{95 - 50 * share:.0f}%)"
+            parts.append(f'<rect x={60 + times.index(t) * w:.1f} y={line * h:.1f} width={w:.1f} height={h:.1f} fill="{colour}" />')
     return f"<svg width={width} height={height}>{''.join(parts)}</svg>"
 
 
 def inside(panel, prometheus, filled, start, end, width, height):
+    if panel["type"] == "alertlist":
+        alerts = [alert["labels"]["alertname"] for alert in prometheus.ask("alerts")["alerts"]]
+        return f"<p class=none>{html.escape(', '.join(alerts) or 'none')}</p>"
     unit = panel["fieldConfig"]["defaults"]["unit"]
-    if panel["type"] == "timeseries":
+    if panel["type"] == "heatmap":
+        return heat(prometheus.ask("query_range", query=filled(panel["targets"][0]["expr"]), start=start, end=end, step=1)["result"], width, height)
+    if panel["type"] in ("timeseries", "state-timeline"):
         series = []
         for target in panel["targets"]:
             found = prometheus.ask("query_range", query=filled(target["expr"]), start=start, end=end, step=1)["result"]
             series += [(named(target["legendFormat"], s["metric"]), [(t, float(v)) for t, v in s["values"]]) for s in found]
-        stacked = panel["fieldConfig"]["defaults"]["custom"]["stacking"]["mode"] == "normal"
+        stacked = panel["fieldConfig"]["defaults"]["custom"].get("stacking", {}).get("mode") == "normal"
         return plot(series, unit, width, height, stacked)
     result = prometheus.query(filled(panel["targets"][0]["expr"]), time=end)
     if panel["type"] == "stat":
         return f"<p class=stat>{shown(float(result[0]['value'][1]) if result else None, unit)}</p>"
-    if result and "expert" in result[0]["metric"]:
-        return heat(result, width, height)
     keys = [key for key in result[0]["metric"] if key != "__name__"]
     rows = "".join("<tr>" + "".join(f"<td>{html.escape(s['metric'].get(key, ''))}</td>" for key in keys) + "</tr>" for s in result)
     return f"<table><tr>{''.join(f'<th>{key}</th>' for key in keys)}</tr>{rows}</table>"

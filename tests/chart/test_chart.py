@@ -103,7 +103,7 @@ class Chart(unittest.TestCase):
             files = []
             for name in CASES:
                 # Other projects' kinds have schemas of their own.
-                known = [d for d in objects(name) if not re.search(r"coreos|cert-manager|keda", d["apiVersion"])]
+                known = [d for d in objects(name) if not re.search(r"coreos|cert-manager|keda|gateway", d["apiVersion"])]
                 files.append(pathlib.Path(directory) / f"{name}.yaml")
                 files[-1].write_text(dump_all(known))
             output = subprocess.run([VALIDATE, "--strict", "--quiet", *files], capture_output=True, text=True)
@@ -251,33 +251,6 @@ class Chart(unittest.TestCase):
         rule = [d for d in objects("operators") if d["kind"] == "PrometheusRule"][0]
         self.assertEqual(rule["spec"]["groups"][0]["rules"][0]["annotations"]["runbook_url"], "https://example.org/sida/blob/main/docs/operations.md#sidanodedown")
 
-    def test_dashboards_are_whole(self):
-        """Broken: a panel would show raw numbers without saying what they are, or work with one data source only."""
-        for file in (CHART / "dashboards").glob("*.json"):
-            dashboard = json.loads(file.read_text())
-            variables = {v["name"]: v for v in dashboard["templating"]["list"]}
-            self.assertEqual(variables["datasource"]["type"], "datasource")
-            ids = [panel["id"] for panel in dashboard["panels"]]
-            self.assertEqual(len(ids), len(set(ids)))
-            for panel in dashboard["panels"]:
-                if panel["type"] == "row":
-                    continue
-                with self.subTest(dashboard["title"], panel=panel["title"]):
-                    self.assertGreater(len(panel["description"]), 10)
-                    self.assertTrue(panel["title"] and panel["fieldConfig"]["defaults"]["unit"])
-                    for target in panel["targets"]:
-                        self.assertEqual(target["datasource"]["uid"], "${datasource}")
-                        # A lifetime average hides what happens now.
-                        self.assertNotRegex(target["expr"], r"_sum\{[^}]*\}\s*/")
-                        for metric in re.findall(r"\bsida_\w+_total\b|\bsida_\w+_(?:sum|count|bucket)\b", target["expr"]):
-                            self.assertRegex(target["expr"], rf"rate\({metric}")
-        maps = [d for d in objects("cpu") if "-dashboard-" in d["metadata"]["name"]]
-        self.assertEqual(len(maps), len(list((CHART / "dashboards").glob("*.json"))))
-        for found in maps:
-            self.assertEqual(found["metadata"]["labels"]["grafana_dashboard"], "1")
-            for text in found["data"].values():
-                json.loads(text)
-
     def test_flags_exist(self):
         """Broken: a pod or a compose service would end at once with exit code 64."""
         flags, command = {}, None
@@ -312,30 +285,6 @@ class Chart(unittest.TestCase):
                 self.assertTrue((REPOSITORY / volume.split(":")[0]).exists(), volume)
         config = subprocess.run(["promtool", "check", "config", "--syntax-only", REPOSITORY / "deploy/prometheus/prometheus.yaml"], capture_output=True, text=True)
         self.assertEqual(config.returncode, 0, config.stdout + config.stderr)
-
-    def test_weights_are_fetched_once_and_checked(self):
-        """Broken: a pod would serve a file that is not the pinned one, fetch it anew at every start, or leave half a
-        model for the next."""
-        script = CHART / "files/fetch-weights.sh"
-        with tempfile.TemporaryDirectory() as directory:
-            place = pathlib.Path(directory)
-            (place / "served").mkdir()
-            (place / "served/config.json").write_text("{}")
-            digest = "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
-
-            def fetch(sha256):
-                (place / "files").write_text(f"config.json {sha256}\n")
-                environment = os.environ | {"FROM": "url", "ENDPOINT": f"file://{place}/served", "FILES": str(place / "files"), "TARGET": str(place / "model"), "REPOSITORY": "", "REVISION": "", "REGION": ""}
-                return subprocess.run(["sh", script], env=environment, capture_output=True, text=True)
-
-            self.assertNotEqual(fetch("0" * 64).returncode, 0)
-            self.assertFalse((place / "model").exists())
-            output = fetch(digest)
-            self.assertEqual(output.returncode, 0, output.stderr)
-            self.assertEqual((place / "model/config.json").read_text(), "{}")
-            (place / "served/config.json").unlink()
-            self.assertIn("there already", fetch(digest).stdout)
-            self.assertEqual(sorted(path.name for path in place.iterdir()), ["files", "model", "served"])
 
 
 if __name__ == "__main__":

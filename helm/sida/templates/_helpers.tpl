@@ -9,18 +9,38 @@
 {{- end -}}
 {{- end }}
 
-{{- define "sida.selector" -}}
-app.kubernetes.io/name: {{ default .Chart.Name .Values.nameOverride }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+{{/* A map whose values Kubernetes wants to be text: labels, annotations, node selectors. */}}
+{{- define "sida.texts" -}}
+{{- $texts := dict -}}
+{{- range $key, $value := . -}}
+{{- if not (kindIs "invalid" $value) }}{{ $_ := set $texts $key (toString $value) }}{{ end -}}
+{{- end -}}
+{{- if $texts }}{{ toYaml $texts }}{{ end -}}
 {{- end }}
 
+{{- define "sida.selector" -}}
+app.kubernetes.io/name: {{ default .Chart.Name .Values.nameOverride | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
+{{- end }}
+
+{{/* Labels of an object. Called with a list: the root, the component or "", and more labels; the latter two may be missing. */}}
 {{- define "sida.labels" -}}
-{{ include "sida.selector" . }}
-app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
-app.kubernetes.io/managed-by: {{ .Release.Service }}
-helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
-{{- with .Values.commonLabels }}
-{{ toYaml . }}
+{{- $root := index . 0 -}}
+{{- $labels := dict "helm.sh/chart" (printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace "+" "_") -}}
+{{- $_ := set $labels "app.kubernetes.io/version" $root.Chart.AppVersion -}}
+{{- $_ := set $labels "app.kubernetes.io/managed-by" $root.Release.Service -}}
+{{- $more := ternary (last .) dict (eq (len .) 3) -}}
+{{- range list $root.Values.global.commonLabels $root.Values.commonLabels $more (include "sida.selector" $root | fromYaml) -}}
+{{- range $key, $value := . }}{{ $_ := set $labels $key $value }}{{ end -}}
+{{- end -}}
+{{- if and (gt (len .) 1) (index . 1) }}{{ $_ := set $labels "app.kubernetes.io/component" (index . 1) }}{{ end -}}
+{{ include "sida.texts" $labels }}
+{{- end }}
+
+{{- define "sida.annotations" -}}
+{{- with include "sida.texts" . }}
+annotations:
+  {{- . | nindent 2 }}
 {{- end }}
 {{- end }}
 
@@ -37,52 +57,82 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 {{- end }}
 
-{{- define "sida.etcdEndpoints" -}}
-{{- if .Values.etcd.endpoints -}}
-{{ join "," .Values.etcd.endpoints }}
-{{- else -}}
-{{- $name := include "sida.fullname" . -}}
-{{- range $i := until (int .Values.etcd.bundled.replicas) -}}
-{{- if $i }},{{ end -}}
-{{ $name }}-etcd-{{ $i }}.{{ $name }}-etcd.{{ $.Release.Namespace }}.svc:2379
-{{- end -}}
-{{- end -}}
+{{- define "sida.pullSecrets" -}}
+{{- with concat .Values.global.imagePullSecrets .Values.imagePullSecrets | uniq }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/* Where a pod may run, of whatever has these values. */}}
+{{- define "sida.scheduling" -}}
+{{- with .priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with .schedulerName }}
+schedulerName: {{ . }}
+{{- end }}
+{{- with include "sida.texts" .nodeSelector }}
+nodeSelector:
+  {{- . | nindent 2 }}
+{{- end }}
+{{- with .tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{- define "sida.podName" -}}
+- name: POD_NAME
+  valueFrom: {fieldRef: {fieldPath: metadata.name}}
+{{- end }}
+
+{{/* Environment variables, whose values Kubernetes wants to be text. */}}
+{{- define "sida.env" -}}
+{{- range . }}
+{{- if hasKey . "value" }}
+- {{ toYaml (set (deepCopy .) "value" (toString .value)) | nindent 2 | trim }}
+{{- else }}
+- {{ toYaml . | nindent 2 | trim }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* The families of a Service's addresses. */}}
+{{- define "sida.ipFamilies" -}}
+{{- with .Values.network.ipFamilyPolicy }}
+ipFamilyPolicy: {{ . }}
+{{- end }}
+{{- with .Values.network.ipFamilies }}
+ipFamilies:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/* Every address of the pod. */}}
+{{- define "sida.anyAddress" -}}
+{{ ternary "[::]" "0.0.0.0" (eq .Values.network.podIpFamily "IPv6") }}
+{{- end }}
+
+{{/* The cluster's name in etcd, and what its series carry as `job`: several releases may share etcd and Prometheus. */}}
+{{- define "sida.cluster" -}}
+{{ default (printf "%s.%s" .Release.Namespace (include "sida.fullname" .)) .Values.clusterName }}
+{{- end }}
+
+{{/* What chooses this release's series in a query. */}}
+{{- define "sida.series" -}}
+namespace="{{ .Release.Namespace }}",job="{{ include "sida.fullname" . }}"
 {{- end }}
 
 {{- define "sida.tlsSecret" -}}
 {{ default (printf "%s-tls" (include "sida.fullname" .)) .Values.tls.existingSecret }}
 {{- end }}
 
-{{/* The directory of the model, as nodes see it. */}}
-{{- define "sida.modelDir" -}}
-{{- if eq .Values.weights.source "bundled" -}}
-/usr/share/sida/models/switch-tiny-64
-{{- else -}}
-/models/{{ .Values.weights.path }}
-{{- end -}}
-{{- end }}
-
-{{/* What no schema can say. */}}
-{{- define "sida.check" -}}
-{{- $v := .Values -}}
-{{- $needsClaim := has $v.weights.source (list "pvc" "fetch") -}}
-{{- if and $needsClaim (not $v.weights.claimName) }}{{ fail "weights.claimName: name the claim of the volume with the model" }}{{ end -}}
-{{- if and (eq $v.weights.source "image") (not $v.weights.image.reference) }}{{ fail "weights.image.reference: name the image with the model" }}{{ end -}}
-{{- if eq $v.weights.source "fetch" -}}
-{{- $fetch := $v.weights.fetch -}}
-{{- if not $fetch.files }}{{ fail "weights.fetch.files: list the model's files" }}{{ end -}}
-{{- if and (eq $fetch.from "hub") (not $fetch.revision) }}{{ fail "weights.fetch.revision: pin the hub's commit" }}{{ end -}}
-{{- if and (ne $fetch.from "url") (not $fetch.repository) }}{{ fail "weights.fetch.repository: say which" }}{{ end -}}
-{{- $names := list -}}
-{{- range $fetch.files }}{{ $names = append $names .name }}{{ end -}}
-{{- $byManifest := and $v.weights.verify (has "sida.manifest.json" $names) -}}
-{{- range $fetch.files -}}
-{{- if and (not .sha256) (not $byManifest) }}{{ fail (printf "weights.fetch.files: %s has no sha256, and no sida.manifest.json that is verified covers it" .name) }}{{ end -}}
-{{- end -}}
-{{- if and $v.weights.verify (not $byManifest) (not $fetch.convert) }}{{ fail "weights.verify: without sida.manifest.json among the files, or weights.fetch.convert, there is nothing to check against; the files' sha256 are checked anyway" }}{{ end -}}
-{{- end -}}
-{{- if and (gt (int $v.etcd.bundled.replicas) 1) (not $v.etcd.endpoints) (not $v.etcd.bundled.persistence.enabled) }}{{ fail "etcd.bundled.persistence: a member that comes back without its data cannot join again" }}{{ end -}}
-{{- if and $v.tls.enabled (not $v.tls.existingSecret) (not $v.tls.certManager.issuerRef.name) }}{{ fail "tls: name existingSecret or certManager.issuerRef.name" }}{{ end -}}
-{{- if and (eq (int $v.predictorNode.replicas) 0) (eq $v.coordinator.predictor "nodes") }}{{ fail "coordinator.predictor: there are no predictor-nodes; file or off" }}{{ end -}}
-{{- if and $v.coordinator.autoscaling.enabled $v.coordinator.keda.enabled }}{{ fail "coordinator: autoscaling or keda, not both" }}{{ end -}}
+{{/* Whether the Prometheus operator's kinds are made. */}}
+{{- define "sida.hasOperator" -}}
+{{ or .Values.metrics.assumeOperator (.Capabilities.APIVersions.Has "monitoring.coreos.com/v1") | ternary "yes" "" }}
 {{- end }}
