@@ -4,7 +4,8 @@
 use std::path::{Path, PathBuf};
 
 use sida_model::{
-    Backend, Checkpoint, CpuBackend, CpuSequence, ExpertStore, MoeRows, Reference, Spans, Stack, reference::greedy,
+    Backend, Beside, Checkpoint, CpuBackend, CpuSequence, ExpertStore, MoeRows, Reference, Spans, Stack,
+    reference::greedy,
 };
 use sida_routing::Grouping;
 
@@ -43,7 +44,7 @@ impl Batches {
 
     fn pass(&mut self, stack: Stack, ids: &[u32], spans: &Spans, sequences: Vec<&mut CpuSequence>) -> States {
         let Self { backend, experts } = self;
-        let mut pass = backend.begin(stack, ids, spans, sequences).unwrap();
+        let mut pass = backend.begin(stack, ids, spans, sequences, Beside::default()).unwrap();
         while let Some(layer) = backend.advance(&mut pass).unwrap() {
             let grouping = Grouping::new(&backend.routes(&mut pass).unwrap());
             let MoeRows::Host(x) = backend.rows(&mut pass) else { panic!("rows of the processor") };

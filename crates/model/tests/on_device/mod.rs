@@ -19,47 +19,47 @@ use sida_routing::{
 };
 
 /// Rows of a batch at most.
-pub const ROWS_MAX: usize = 2048;
+pub(crate) const ROWS_MAX: usize = 2048;
 
 /// How a model is put on a device.
 #[derive(Clone, Copy)]
-pub struct Options {
-    pub precision: Precision,
+pub(crate) struct Options {
+    pub(crate) precision: Precision,
     /// Share of all experts that there are slots for, and no fewer than a layer's.
-    pub share: f64,
+    pub(crate) share: f64,
     /// Page-locked memory for experts.
-    pub host_bytes: u64,
-    pub packs: bool,
+    pub(crate) host_bytes: u64,
+    pub(crate) packs: bool,
 }
 
 /// See the head of this file.
-pub struct OnDevice {
-    pub dense: DeviceDense,
+pub(crate) struct OnDevice {
+    pub(crate) dense: DeviceDense,
     experts: Arc<SlabExperts>,
     config: ModelConfig,
-    pub is_packed: bool,
+    pub(crate) is_packed: bool,
     states: Option<DeviceStates>,
 }
 
 /// The experts of a slab, by the decisions that an expert-node takes.
-pub struct SlabExperts {
+pub(crate) struct SlabExperts {
     slab: Arc<DeviceSlab>,
     slots: DeviceSlots,
     residency: Mutex<Residency>,
 }
 
 /// What a pass saw.
-pub struct Seen {
+pub(crate) struct Seen {
     /// For each MoE layer of the stack, the expert of every row.
-    pub experts: Vec<Vec<u16>>,
+    pub(crate) experts: Vec<Vec<u16>>,
     /// Experts that had to be loaded because the pass stopped for them.
-    pub demand_loads: usize,
+    pub(crate) demand_loads: usize,
     /// The best token of each row that was wanted.
-    pub tokens: Vec<u32>,
+    pub(crate) tokens: Vec<u32>,
 }
 
 impl OnDevice {
-    pub fn open(dir: &Path, ordinal: usize, options: Options) -> Self {
+    pub(crate) fn open(dir: &Path, ordinal: usize, options: Options) -> Self {
         let Options { precision, share, host_bytes, packs } = options;
         let checkpoint = Checkpoint::open(dir).unwrap();
         let store = ExpertStore::open(checkpoint.clone()).unwrap();
@@ -83,52 +83,58 @@ impl OnDevice {
         model
     }
 
-    pub fn config(&self) -> &ModelConfig {
+    pub(crate) fn config(&self) -> &ModelConfig {
         &self.config
     }
 
-    pub fn counters(&self) -> ResidencyCounters {
+    pub(crate) fn counters(&self) -> ResidencyCounters {
         self.experts.residency.lock().unwrap().counters()
     }
 
-    pub fn plan(&self, plan: &Plan) {
+    pub(crate) fn plan(&self, plan: &Plan) {
         self.experts.residency.lock().unwrap().plan(plan).unwrap();
     }
 
-    pub fn release(&self, plan: PlanId) {
+    pub(crate) fn release(&self, plan: PlanId) {
         self.experts.residency.lock().unwrap().release(plan);
     }
 
     /// For a thread that loads ahead while passes run.
-    pub fn experts(&self) -> Arc<SlabExperts> {
+    pub(crate) fn experts(&self) -> Arc<SlabExperts> {
         self.experts.clone()
     }
 
     /// Encodes prompts; the states are there until the next pass.
-    pub fn encode(&mut self, ids: &[u32], spans: &Spans) -> Seen {
+    pub(crate) fn encode(&mut self, ids: &[u32], spans: &Spans) -> Seen {
         self.pass(Stack::Encoder, ids, spans, Vec::new(), &[])
     }
 
     /// Decodes the new tokens of sequences, and chooses the best token after each wanted row.
-    pub fn decode(&mut self, ids: &[u32], spans: &Spans, sequences: &mut [DeviceSequence], wanted: &[u32]) -> Seen {
+    pub(crate) fn decode(
+        &mut self,
+        ids: &[u32],
+        spans: &Spans,
+        sequences: &mut [DeviceSequence],
+        wanted: &[u32],
+    ) -> Seen {
         let wanted: Vec<Wanted> = wanted.iter().map(|&row| Wanted { row, banned: None }).collect();
         self.pass(Stack::Decoder, ids, spans, sequences.iter_mut().collect(), &wanted)
     }
 
     /// The states of the last encoding, (rows, d_model).
-    pub fn states(&mut self) -> Vec<f32> {
+    pub(crate) fn states(&mut self) -> Vec<f32> {
         let mut buffer = Vec::new();
         self.dense.values(self.states.as_ref().unwrap(), &mut buffer).unwrap().to_vec()
     }
 
     /// The logits after rows of the last decoding, (rows, vocab_size).
-    pub fn logits(&mut self, rows: usize) -> Vec<f32> {
+    pub(crate) fn logits(&mut self, rows: usize) -> Vec<f32> {
         let rows: Vec<usize> = (0..rows).collect();
         self.dense.logits(self.states.as_ref().unwrap(), &rows).unwrap()
     }
 
     /// Sequences before their first token, of the last encoding.
-    pub fn start(&mut self, spans: &Spans) -> Vec<DeviceSequence> {
+    pub(crate) fn start(&mut self, spans: &Spans) -> Vec<DeviceSequence> {
         self.dense.start(self.states.as_ref().unwrap(), spans).unwrap()
     }
 
@@ -211,7 +217,7 @@ impl SlabExperts {
     }
 
     /// Loads the next expert that the first two plans name, in the place of what is used later; whether there was one.
-    pub fn load_ahead(&self) -> bool {
+    pub(crate) fn load_ahead(&self) -> bool {
         let load = self.residency.lock().unwrap().next_prefetch_within(2, Room::UsedAfterLayer);
         let Some(load) = load else { return false };
         self.slab.begin_load(load.key, load.slot.index(), Urgency::Ahead).unwrap();
@@ -249,7 +255,7 @@ impl ResidentExperts for SlabExperts {
 }
 
 /// A plan of what passes of a batch through layers from the first on used.
-pub fn plan(number: u64, experts: &[Vec<u16>]) -> Plan {
+pub(crate) fn plan(number: u64, experts: &[Vec<u16>]) -> Plan {
     let mut keys = Vec::new();
     for (layer, chosen) in experts.iter().enumerate() {
         let mut chosen = chosen.clone();
