@@ -1,17 +1,18 @@
 //! The dense part of a model on a GPU: passes that stop at MoE layers, where the rows and the router's choice come to the
 //! host, and what experts elsewhere made of them goes back. The hidden states stay on the device, one pass at a time.
 //!
-//! How rows travel is in `moe_rows`. With experts beside it on the device a pass goes `through` MoE layers without a stop.
+//! How a pass goes is in `backend`, how rows travel in `moe_rows`. With experts beside it on the device a pass goes `through`
+//! MoE layers without a stop.
 
+mod backend;
 mod moe_rows;
 mod through;
 
-use std::sync::Arc;
-
 use cudarc::driver::PinnedHostSlice;
 use rayon::prelude::*;
-use sida_routing::{ExpertId, LayerId, Routes};
+use sida_routing::{ExpertId, Routes};
 
+pub use self::backend::{DevicePass, DeviceStates};
 use self::through::Through;
 use super::{
     arguments::Sequence,
@@ -21,16 +22,11 @@ use super::{
     kernels::Kernels,
     pass::{BatchShape, Machine, Pass},
     recorded::Recordings,
-    scratch::{LOGIT_ROWS_MAX, NO_TOKEN, Packet, Scratch},
-    sequence::DeviceSequence,
+    scratch::{LOGIT_ROWS_MAX, Packet, Scratch},
     weights::{self, Device},
 };
 use crate::{
-    Backbone, Checkpoint, ModelConfig, ModelError, PassedLayer, Precision, ResidentExperts, RowsOnDevice, RowsWindow,
-    Spans, Stack, StoredDType,
-    backend::{Backend, Beside, MoeRows, Passed, Wanted},
-    forward::{self, Position},
-    names,
+    Backbone, Checkpoint, ModelConfig, ModelError, Precision, Spans, Stack, StoredDType, Wanted, forward, names,
 };
 
 /// Values that one thread widens at a time: what takes some ten microseconds.
@@ -71,33 +67,6 @@ struct Exchange {
 struct Current {
     shape: BatchShape,
     packet: Packet,
-}
-
-/// A pass on a GPU.
-pub struct DevicePass<'s> {
-    stack: Stack,
-    /// The block that it goes on before.
-    next: usize,
-    spans: Spans,
-    sequences: Vec<&'s mut DeviceSequence>,
-    /// Experts on the device, if it goes through MoE layers by itself; the layers that it went through so.
-    experts: Option<Arc<dyn ResidentExperts>>,
-    layers: Vec<PassedLayer>,
-    /// Whether what follows the last block is done, too, and what came of it: the best tokens of the wanted rows.
-    is_finished: bool,
-    tokens: Option<Vec<u32>>,
-    /// At an MoE layer, what its router chose, and all that it said, (rows, experts), once somebody asked.
-    choice: Routes,
-    probabilities: Vec<f32>,
-}
-
-/// What a pass on a GPU left, until the next one begins: so many rows, of the encoder its states, of the decoder h after
-/// the last block.
-#[derive(Debug)]
-pub struct DeviceStates {
-    rows: usize,
-    /// The best tokens of the rows that were wanted with the pass, where it chose them.
-    tokens: Option<Vec<u32>>,
 }
 
 impl Exchange {
@@ -256,184 +225,5 @@ impl DeviceDense {
             true => Ok(()),
             false => Err(CudaError::TooManyRows { rows, limit: self.scratch.rows_max }),
         }
-    }
-}
-
-impl Backend for DeviceDense {
-    type Pass<'s> = DevicePass<'s>;
-    type States = DeviceStates;
-    type Sequence = DeviceSequence;
-
-    fn config(&self) -> &ModelConfig {
-        &self.config
-    }
-
-    fn another(&self) -> Option<Self> {
-        None
-    }
-
-    fn begin<'s>(
-        &mut self,
-        stack: Stack,
-        ids: &[u32],
-        spans: &Spans,
-        mut sequences: Vec<&'s mut DeviceSequence>,
-        Beside { wanted, experts }: Beside<'_>,
-    ) -> Result<DevicePass<'s>, ModelError> {
-        self.check_batch(ids, spans)?;
-        self.gpu.enter()?;
-        let described = match stack {
-            Stack::Encoder => Self::prompts(spans),
-            Stack::Decoder => self.describe(spans, &mut sequences)?,
-        };
-        let wanted = if wanted.len() <= LOGIT_ROWS_MAX { wanted } else { &[] };
-        let shape = BatchShape::of(spans, wanted.len());
-        let packet = Packet::plan(&self.scratch, shape.rows, shape.sequences, shape.wanted);
-        packet.send(&self.gpu, ids, &described, wanted)?;
-        self.current = Current { shape, packet };
-        Ok(DevicePass {
-            stack,
-            next: 0,
-            spans: spans.clone(),
-            sequences,
-            experts,
-            layers: Vec::new(),
-            choice: Routes { top_k: 1, experts: Vec::new(), weights: Vec::new() },
-            is_finished: false,
-            tokens: None,
-            probabilities: Vec::new(),
-        })
-    }
-
-    fn advance(&mut self, pass: &mut DevicePass<'_>) -> Result<Option<LayerId>, ModelError> {
-        if let Some(experts) = pass.experts.clone() {
-            return Ok(self.advance_through(pass, &*experts)?);
-        }
-        self.gpu.enter()?;
-        let (spec, from) = (self.backbone.spec.stack(pass.stack), pass.next);
-        let moe = spec.next_moe(from);
-        let end = moe.map_or(spec.blocks.len(), |(block, _)| block + 1);
-        let shape = self.current.shape;
-        let mut steps = std::mem::replace(&mut self.steps, Recordings::new());
-        let start = || {
-            let weights = self.backbone.stack(pass.stack);
-            if from == 0 {
-                forward::embed(&mut self.pass(), weights)?;
-            }
-            forward::advance(&mut self.pass(), weights, Position::Block(from)).map(drop)
-        };
-        let started = match pass.stack == Stack::Encoder || shape.longest > 1 || from == end {
-            // Prompts are seldom of the same lengths again.
-            true => start(),
-            false => steps.start(&self.gpu, (from, shape), start),
-        };
-        self.steps = steps;
-        started?;
-        pass.next = end;
-        pass.probabilities.clear();
-        if moe.is_some() {
-            pass.choice = self.choice(0)?;
-        }
-        Ok(moe.map(|(_, layer)| layer))
-    }
-
-    fn routes(&mut self, pass: &mut DevicePass<'_>) -> Result<Routes, ModelError> {
-        Ok(pass.choice.clone())
-    }
-
-    /// The softmax is taken here: the device takes it of the largest only.
-    fn probabilities<'p>(&mut self, pass: &'p mut DevicePass<'_>) -> Result<&'p [f32], ModelError> {
-        if pass.probabilities.is_empty() {
-            self.gpu.enter()?;
-            pass.probabilities = vec![0.0; self.current.shape.rows * self.config.num_experts];
-            let logits = weights::plain_bytes_mut(&mut pass.probabilities);
-            self.gpu.read(self.scratch.router_logits.address(), logits)?;
-            crate::cpu::norm::softmax(&mut pass.probabilities, self.config.num_experts);
-        }
-        Ok(&pass.probabilities)
-    }
-
-    fn rows<'p>(&'p mut self, _: &'p mut DevicePass<'_>) -> MoeRows<'p> {
-        MoeRows::Device(RowsOnDevice { dense: self })
-    }
-
-    fn add(&mut self, _: &mut DevicePass<'_>, out: &[f32]) -> Result<(), ModelError> {
-        Ok(self.add_rows(out)?)
-    }
-
-    fn finish(&mut self, mut pass: DevicePass<'_>) -> Result<Passed<DeviceStates>, ModelError> {
-        self.gpu.enter()?;
-        if pass.stack == Stack::Encoder && !pass.is_finished {
-            forward::finish(&mut self.pass(), &self.backbone.encoder)?;
-        }
-        for (sequence, range) in pass.sequences.iter_mut().zip(pass.spans.ranges()) {
-            sequence.advance(range.len());
-        }
-        if !pass.is_finished {
-            // What the host takes back next is ordered after this; what it was given is not written before.
-            self.gpu.finish()?;
-        }
-        Ok(Passed { states: DeviceStates { rows: pass.spans.rows(), tokens: pass.tokens }, layers: pass.layers })
-    }
-
-    fn join(&mut self, mut parts: Vec<DeviceStates>) -> Result<DeviceStates, ModelError> {
-        let (expected, found) = (vec![1], vec![parts.len()]);
-        parts.pop().filter(|_| found == expected).ok_or(ModelError::Shape {
-            what: "passes of a batch on a device",
-            expected,
-            found,
-        })
-    }
-
-    fn values<'b>(&mut self, states: &DeviceStates, buffer: &'b mut Vec<f32>) -> Result<&'b [f32], ModelError> {
-        let values = states.rows * self.config.d_model;
-        if buffer.len() < values {
-            buffer.resize(values, 0.0);
-        }
-        self.write_states(&mut buffer[..values])?;
-        Ok(&buffer[..values])
-    }
-
-    fn start(&mut self, _: &DeviceStates, spans: &Spans) -> Result<Vec<DeviceSequence>, ModelError> {
-        Ok(self.start_sequences(spans)?)
-    }
-
-    fn fork(&self, sequence: &DeviceSequence) -> Result<DeviceSequence, ModelError> {
-        Ok(self.fork_sequence(sequence)?)
-    }
-
-    fn logits(&mut self, _: &DeviceStates, rows: &[usize]) -> Result<Vec<f32>, ModelError> {
-        let (rows, vocab_size) = (rows.iter().map(|&row| row as u32).collect::<Vec<_>>(), self.config.vocab_size);
-        let mut all = vec![0.0; rows.len() * vocab_size];
-        for (rows, values) in rows.chunks(LOGIT_ROWS_MAX).zip(all.chunks_mut(LOGIT_ROWS_MAX * vocab_size)) {
-            self.start_head(&rows.iter().map(|&row| Wanted { row, banned: None }).collect::<Vec<_>>())?;
-            self.gpu.read(self.scratch.logits.address(), weights::plain_bytes_mut(values))?;
-        }
-        Ok(all)
-    }
-
-    /// What would be the first of the largest logits is chosen on the device, by the pass itself if these rows were wanted with
-    /// it and it went through to its end.
-    fn best_tokens(
-        &mut self,
-        states: &DeviceStates,
-        wanted: &[Wanted],
-    ) -> Option<Result<Vec<Option<u32>>, ModelError>> {
-        let tokens = match &states.tokens {
-            Some(tokens) if tokens.len() == wanted.len() => Ok(tokens.clone()),
-            _ => self.compute_best_tokens(wanted),
-        };
-        let is_one = |&token: &u32| token != NO_TOKEN;
-        let best = |tokens: Vec<u32>| tokens.into_iter().map(|token| Some(token).filter(is_one)).collect();
-        Some(tokens.map(best).map_err(ModelError::from))
-    }
-
-    fn device(&mut self) -> Option<RowsOnDevice<'_>> {
-        Some(RowsOnDevice { dense: self })
-    }
-
-    fn rows_window(&self) -> Option<Result<RowsWindow, ModelError>> {
-        let shared = self.shared_rows().map_err(ModelError::from);
-        Some(shared.map(|shared| RowsWindow { shared: Arc::new(shared) }))
     }
 }

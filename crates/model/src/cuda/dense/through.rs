@@ -23,7 +23,8 @@ use super::{
         scratch::{Report, Scratch},
         weights,
     },
-    DeviceDense, DevicePass,
+    DeviceDense,
+    backend::DevicePass,
 };
 use crate::{
     ModelConfig, PassedLayer, ResidentExperts, Stack,
