@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use proptest::prelude::*;
 use sida_routing::{
     ExpertId, ExpertKey, LayerId, Plan, PlanId,
-    residency::{Access, Awaited, Grant, Pending, Residency, ResidencyConfig, Room, SlotId, Ticket},
+    residency::{Access, Awaited, Grant, Pending, Residency, ResidencyConfig, ResidencyCounters, Room, SlotId, Ticket},
 };
 
 const LAYERS: u16 = 3;
@@ -455,6 +455,30 @@ proptest! {
             first.keys.iter().for_each(|key| assert!(world.memory.values().any(|k| k == key)));
         }
     }
+}
+
+#[test]
+fn what_happened_is_counted() {
+    // Broken: the metrics of an expert-node, and every benchmark of its memory, would say what never was.
+    let mut world = World::new(2, 2);
+    world.plan(1, &[(0, 0), (0, 1)], false);
+    for outcome in [Outcome::Failed, Outcome::Failed] {
+        world.prefetch();
+        world.finish_load(0, outcome);
+    }
+    world.plan(2, &[(0, 0), (0, 1)], false);
+    (0..2).for_each(|_| world.prefetch());
+    (0..2).for_each(|_| world.finish_load(0, Outcome::Slow));
+    world.call(1, &BTreeSet::from([0, 1]));
+    world.acquire(0, 2);
+    (0..2).for_each(|_| world.finish_load(0, Outcome::Slow));
+    world.call(2, &BTreeSet::from([0]));
+    (0..2).for_each(|_| world.use_one(0));
+    world.acquire(1, 1);
+    world.finish_load(0, Outcome::Slow);
+    let expected = ResidencyCounters { demand_loads: 3, prefetch_loads: 2, failed_loads: 2, evictions: 3 };
+    assert_eq!(world.machine.counters(), expected);
+    assert_eq!((world.machine.resident_slots(), world.machine.config().slots), (2, 2));
 }
 
 #[test]

@@ -59,7 +59,7 @@ pub fn step_within(
     }
     let plan = Plan::new(current, target, ready);
     let adds = plan.adds(allowance);
-    let mut builder = Builder::new(extent, extent.replicas + 1);
+    let mut builder = Builder::new(extent);
     let mut kept = Vec::new();
     for (expert, &count) in adds.iter().enumerate() {
         plan.kept(expert, &mut kept);
