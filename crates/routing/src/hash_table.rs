@@ -153,6 +153,19 @@ mod tests {
         assert_eq!(table.experts(LayerId(3), 1), [ExpertId(2), ExpertId(3)]);
         assert_eq!(table.experts(LayerId(4), 0), [ExpertId(4), ExpertId(5)]);
         assert_eq!(table.alphas(LayerId(4), 1), [0.6, 0.7]);
+        assert_eq!(table.all_experts(), [0, 1, 2, 3, 4, 5, 6, 7].map(ExpertId));
+        assert_eq!(table.all_alphas(), [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]);
+        assert_eq!(table.shape(), SHAPE);
+    }
+
+    /// A batch that was put together wrongly would be sent where another layer's or token's prediction says.
+    #[test]
+    fn there_is_no_entry_outside() {
+        let table = table(&[0; 8], &[0.5; 8]).unwrap();
+        for (layer, token) in [(2, 0), (5, 0), (3, 2), (4, 2)] {
+            let entry = std::panic::catch_unwind(|| table.experts(LayerId(layer), token).len());
+            assert!(entry.is_err(), "layer {layer} token {token}");
+        }
     }
 
     /// A malformed table from outside would be used, or bring a node down.

@@ -98,3 +98,24 @@ impl fmt::Display for NodeId {
         self.0.fmt(f)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_digests_are_written_as_people_and_files_need_them() {
+        // Broken: logs and errors would not say which expert, node or model they mean, or a record would be read as another.
+        let key = ExpertKey { layer: LayerId(3), expert: ExpertId(7) };
+        assert_eq!(format!("{key}: {} {}", key.layer, key.expert), "layer 3 expert 7: 3 7");
+        let node = NodeId::from("expert-node-0");
+        assert_eq!((node.as_str(), node.to_string().as_str()), ("expert-node-0", "expert-node-0"));
+        assert_eq!(NodeId::from(String::from(node.clone())), node);
+        let bytes: Vec<u8> = (0..32).collect();
+        let digest = Digest::from_slice(&bytes).unwrap();
+        assert_eq!(digest.0[..], bytes);
+        assert_eq!(digest.to_string(), "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f");
+        assert_eq!(format!("{digest:?}"), format!("Digest({digest})"));
+        assert_eq!((Digest::from_slice(&bytes[1..]), Digest::from_slice(&[0; 33])), (None, None));
+    }
+}

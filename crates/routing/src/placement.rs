@@ -67,12 +67,9 @@ impl Extent {
         if replicas == 0 {
             return Err(PlacementError::Replicas);
         }
-        let ids = usize::from(u16::MAX) + 1;
-        let fits = moe_layers <= ids && num_experts <= ids;
-        if !fits || moe_layers * num_experts > EXPERTS_MAX {
-            return Err(PlacementError::Experts { moe_layers, num_experts, expected: EXPERTS_MAX });
-        }
-        Ok(())
+        let ids = 0..=1 << 16;
+        let fits = ids.contains(&moe_layers) && ids.contains(&num_experts) && self.experts() <= EXPERTS_MAX;
+        if fits { Ok(()) } else { Err(PlacementError::Experts { moe_layers, num_experts, expected: EXPERTS_MAX }) }
     }
 }
 
@@ -102,4 +99,36 @@ pub enum PlacementError {
     Holder { expert: usize, experts: usize, holder: u32, nodes: usize },
     #[error("node {node} holds expert {expert} twice")]
     Twice { expert: usize, node: NodeId },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn extents_are_taken_up_to_their_bounds() {
+        // Broken: a large model could not be served, or an absurd config would fill the memory or wrap ids around.
+        let extent = |moe_layers, num_experts| Extent { moe_layers, num_experts, replicas: 1 };
+        for (moe_layers, num_experts) in
+            [(0, 0), (1, 1 << 16), (1 << 16, 1), (1 << 16, 16), (16, 1 << 16), (1024, 1024)]
+        {
+            assert_eq!(extent(moe_layers, num_experts).check(), Ok(()));
+        }
+        let absurd =
+            [(1, 65_537), (65_537, 1), (65_537, 0), (1025, 1024), (1024, 1025), (17, 1 << 16), (usize::MAX, 2)];
+        for (moe_layers, num_experts) in absurd {
+            let refused = PlacementError::Experts { moe_layers, num_experts, expected: EXPERTS_MAX };
+            assert_eq!(extent(moe_layers, num_experts).check(), Err(refused));
+        }
+        assert_eq!(Extent { replicas: 0, ..extent(1, 1) }.check(), Err(PlacementError::Replicas));
+    }
+
+    #[test]
+    fn the_same_number_of_experts_is_not_the_same_experts() {
+        // Broken: the placement of another model would be taken for this one's.
+        let extent = |moe_layers, num_experts| Extent { moe_layers, num_experts, replicas: 1 };
+        assert!(extent(2, 3).same_experts(&Extent { replicas: 2, ..extent(2, 3) }));
+        assert!(!extent(2, 3).same_experts(&extent(3, 2)) && !extent(2, 3).same_experts(&extent(2, 4)));
+        assert_eq!(extent(2, 3).experts(), 6);
+    }
 }

@@ -78,4 +78,16 @@ mod tests {
         let both = Plan::from_tables(PlanId(1), &[&a, &b], 2);
         assert_eq!(keys(&both), [(0, 5), (0, 1), (0, 2), (1, 3), (1, 7), (1, 5), (1, 9)]);
     }
+
+    /// Sequences that are encoded would be hinted as if they were decoded too, or a batch of both would end a node.
+    #[test]
+    fn a_table_speaks_of_its_own_layers_only() {
+        let (encoder, decoder) = (table(0, 1, &[5, 1]), table(1, 1, &[4, 2]));
+        let keys = |tables: &[&HashTable]| -> Vec<_> {
+            Plan::from_tables(PlanId(1), tables, 2).experts.iter().map(|k| (k.layer.0, k.expert.0)).collect()
+        };
+        assert_eq!(keys(&[&encoder, &decoder]), [(0, 5), (0, 1), (1, 4), (1, 2)]);
+        assert_eq!(keys(&[&decoder]), [(1, 4), (1, 2)]);
+        assert_eq!(keys(&[]), []);
+    }
 }

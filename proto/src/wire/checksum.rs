@@ -97,3 +97,147 @@ pub(super) fn of_predict_response(response: &v1::PredictResponse) -> u32 {
 pub(super) fn undamaged(message: &'static str, found: u32, expected: u32) -> Result<(), WireError> {
     if found == expected { Ok(()) } else { Err(WireError::Damaged { message, found, expected }) }
 }
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+
+    fn call() -> v1::Activations {
+        v1::Activations {
+            call_id: 1,
+            layer: 2,
+            experts: vec![3, 4],
+            rows: vec![5, 6],
+            dtype: 1,
+            payload: Bytes::from_static(b"rows"),
+            ..Default::default()
+        }
+    }
+
+    fn answer() -> v1::Results {
+        let report = v1::CallReport { hits: 1, demand_loads: 2, load_us: 3, compute_us: 4 };
+        v1::Results { call_id: 1, payload: Bytes::from_static(b"rows"), report: Some(report), ..Default::default() }
+    }
+
+    fn refusal() -> v1::Results {
+        let newer_placement = Bytes::from_static(b"record");
+        let error = v1::CallError { code: 9, reason: "STALE_EPOCH".into(), message: "old".into(), newer_placement };
+        v1::Results { call_id: 1, error: Some(error), ..Default::default() }
+    }
+
+    fn request() -> v1::PredictRequest {
+        let sequence = v1::PredictSequence { token_ids: vec![7, 8], state: Bytes::from_static(b"state") };
+        v1::PredictRequest {
+            model_digest: Bytes::from_static(&[9; 32]),
+            stack: 1,
+            sequences: vec![sequence],
+            ..Default::default()
+        }
+    }
+
+    fn response() -> v1::PredictResponse {
+        let table = v1::HashTable {
+            model_digest: Bytes::from_static(&[9; 32]),
+            predictor_digest: Bytes::from_static(&[8; 32]),
+            first_layer: 1,
+            layers: 2,
+            tokens: 3,
+            top_k: 4,
+            experts: Bytes::from_static(b"experts"),
+            alphas: Bytes::from_static(b"alphas"),
+        };
+        v1::PredictResponse { tables: vec![table], states: vec![Bytes::from_static(b"state")], checksum: 0 }
+    }
+
+    #[test]
+    fn sums_never_change_between_versions() {
+        // Broken: during an upgrade nodes of the two versions would take each other's messages for damaged.
+        let in_window = v1::Activations { first_places: vec![0, 5], ..call() };
+        let sums = [
+            of_call(&call()),
+            of_call(&in_window),
+            of_results(&answer()),
+            of_results(&refusal()),
+            of_predict_request(&request()),
+            of_predict_response(&response()),
+        ];
+        assert_eq!(sums, PINNED, "rewrite PINNED only with a decision about upgrades");
+    }
+    const PINNED: [u32; 6] = [0; 6];
+
+    /// Whether every one of these changes makes another sum.
+    fn all_noticed<M: Clone>(message: &M, sum: fn(&M) -> u32, changes: &[fn(&mut M)]) {
+        for (at, change) in changes.iter().enumerate() {
+            let mut changed = message.clone();
+            change(&mut changed);
+            assert_ne!(sum(&changed), sum(message), "change {at}");
+        }
+    }
+
+    #[test]
+    fn every_value_is_summed() {
+        // Broken: a bit that flips on its way would be a wrong row, a wrong token or a wrong refusal.
+        all_noticed(
+            &call(),
+            of_call,
+            &[
+                |m| m.call_id += 1,
+                |m| m.layer += 1,
+                |m| m.experts[1] += 1,
+                |m| m.rows.swap(0, 1),
+                |m| m.dtype += 1,
+                |m| m.payload = Bytes::from_static(b"row"),
+                |m| m.first_places.push(0),
+            ],
+        );
+        all_noticed(
+            &answer(),
+            of_results,
+            &[
+                |m| m.call_id += 1,
+                |m| m.payload = Bytes::from_static(b"rowt"),
+                |m| m.report.as_mut().unwrap().hits += 1,
+                |m| m.report.as_mut().unwrap().demand_loads += 1,
+                |m| m.report.as_mut().unwrap().load_us += 1,
+                |m| m.report.as_mut().unwrap().compute_us += 1,
+            ],
+        );
+        all_noticed(
+            &refusal(),
+            of_results,
+            &[
+                |m| m.error.as_mut().unwrap().code += 1,
+                |m| m.error.as_mut().unwrap().reason.push('x'),
+                |m| m.error.as_mut().unwrap().message.clear(),
+                |m| m.error.as_mut().unwrap().newer_placement.clear(),
+            ],
+        );
+        all_noticed(
+            &request(),
+            of_predict_request,
+            &[
+                |m| m.model_digest.clear(),
+                |m| m.stack += 1,
+                |m| m.sequences[0].token_ids[1] += 1,
+                |m| m.sequences[0].state.clear(),
+            ],
+        );
+        all_noticed(
+            &response(),
+            of_predict_response,
+            &[
+                |m| m.tables[0].model_digest.clear(),
+                |m| m.tables[0].predictor_digest.clear(),
+                |m| m.tables[0].first_layer += 1,
+                |m| m.tables[0].layers += 1,
+                |m| m.tables[0].tokens += 1,
+                |m| m.tables[0].top_k += 1,
+                |m| m.tables[0].experts.clear(),
+                |m| m.tables[0].alphas.clear(),
+                |m| m.states[0].clear(),
+            ],
+        );
+    }
+}

@@ -228,6 +228,21 @@ mod tests {
     }
 
     #[test]
+    fn a_table_speaks_of_layers_of_the_model_only() {
+        // Broken: a table from outside would name layers that the model does not have, and a coordinator end by it.
+        let table = |first: u16, layers: usize| {
+            let shape = Shape { first_layer: LayerId(first), layers, tokens: 1, top_k: 1 };
+            let entries = (vec![ExpertId(1); layers], vec![0.5; layers]);
+            let table = HashTable::new(Digest([1; 32]), Digest([2; 32]), shape, 64, entries.0, entries.1).unwrap();
+            hash_table(&v1::HashTable::from(&table).encode_to_vec(), &BOUNDS)
+        };
+        assert!([(0, 6), (2, 4), (5, 1)].into_iter().all(|(first, layers)| table(first, layers).is_ok()));
+        for (first, layers) in [(0, 7), (2, 5), (5, 2), (6, 1)] {
+            assert!(table(first, layers).is_err(), "{layers} layers from {first} on");
+        }
+    }
+
+    #[test]
     fn a_refusal_carries_a_placement_within_bounds() {
         // Broken: a node that refuses an old epoch could make a coordinator keep any number of bytes.
         let refusal = |bytes: usize| {

@@ -48,3 +48,44 @@ impl From<v1::Release> for PlanId {
         Self(release.plan_id)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use sida_routing::{ExpertId, ExpertKey, LayerId};
+
+    use super::*;
+
+    const BOUNDS: Bounds = Bounds {
+        moe_layers: 3,
+        num_experts: 4,
+        d_model: 4,
+        vocab_size: 1000,
+        rows_max: 100,
+        tokens_max: 50,
+        sequences_max: 8,
+    };
+
+    #[test]
+    fn an_expert_named_again_stays_in_its_first_place() {
+        // Broken: experts of a plan would be taken for each other, or be loaded in another order than they are used.
+        let (layers, experts) = ((0..3).flat_map(|layer| [layer; 4]), (0..3).flat_map(|_| [3, 0, 2, 1]));
+        let mut plan = v1::Plan { plan_id: 4, ..Default::default() };
+        (plan.layers, plan.experts) = (layers.collect(), experts.collect());
+        let all: Vec<ExpertKey> = (plan.layers.iter().zip(&plan.experts))
+            .map(|(&layer, &expert)| ExpertKey { layer: LayerId(layer as u16), expert: ExpertId(expert as u16) })
+            .collect();
+        let expected = Plan { id: PlanId(4), experts: all, begins: false };
+        assert_eq!(plan.clone().check(&BOUNDS), Ok(expected));
+        (plan.layers, plan.experts) = (vec![2, 2, 2], vec![1, 3, 1]);
+        let experts: Vec<u16> = plan.clone().check(&BOUNDS).unwrap().experts.iter().map(|key| key.expert.0).collect();
+        assert_eq!(experts, [1, 3]);
+        plan.layers.push(0);
+        assert!(plan.check(&BOUNDS).is_err(), "layers and experts that are not as many");
+    }
+
+    #[test]
+    fn a_release_names_its_plan() {
+        // Broken: a batch that is over would stay planned, and keep experts that nobody will use.
+        assert_eq!(PlanId::from(v1::Release::from(PlanId(77))), PlanId(77));
+    }
+}

@@ -50,8 +50,9 @@ impl RetryBudget {
     /// How long until a retry can be had without any further call; `None` if never. What cannot be retried now
     /// is better retried then than given up.
     pub fn retry_after(&self, now: Duration) -> Option<Duration> {
-        let filled = now.saturating_sub(self.filled).as_secs_f64() * self.per_second_min;
-        let missing = 1.0 - (self.retries + filled);
+        let mut then = self.clone();
+        then.fill(now);
+        let missing = 1.0 - then.retries;
         if missing <= 0.0 {
             return Some(Duration::ZERO);
         }
@@ -105,6 +106,29 @@ mod tests {
         assert!(!budget.take_retry(Duration::from_millis(10)));
         assert!(!budget.take_retry(Duration::from_millis(90)));
         assert!(budget.take_retry(Duration::from_millis(110)));
+    }
+
+    #[test]
+    fn how_long_to_wait_is_known_beforehand() {
+        // Broken: a call would be given up although a retry is there, or asked again before it can be paid.
+        let mut budget = RetryBudget::new(0.25, 10.0);
+        assert_eq!(budget.retry_after(Duration::ZERO), Some(Duration::ZERO), "a full bucket");
+        while budget.take_retry(Duration::ZERO) {}
+        let after = |ms| Some(Duration::from_millis(ms) + Duration::from_micros(1));
+        assert_eq!(budget.retry_after(Duration::ZERO), after(100));
+        assert_eq!(budget.retry_after(Duration::from_millis(75)), after(25));
+        (0..4).for_each(|_| budget.call(Duration::ZERO));
+        assert_eq!(budget.retry_after(Duration::ZERO), Some(Duration::ZERO), "four calls bring one retry");
+    }
+
+    #[test]
+    fn a_budget_without_time_is_filled_by_calls_only() {
+        // Broken: a coordinator whose retries are paid by calls alone would panic, or wait for what never comes.
+        let mut budget = RetryBudget::new(0.5, 0.0);
+        assert_eq!((0..100).filter(|_| budget.take_retry(Duration::ZERO)).count(), BURST_MIN as usize);
+        assert_eq!(budget.retry_after(Duration::from_secs(3600)), None);
+        (0..100).for_each(|_| budget.call(Duration::ZERO));
+        assert_eq!((0..100).filter(|_| budget.take_retry(Duration::ZERO)).count(), BURST_MIN as usize);
     }
 
     proptest! {

@@ -220,6 +220,39 @@ mod tests {
         assert!(!members.listed(s(60), 11, list(&["a", "b"])), "an answer that was overtaken");
         assert_eq!(names(&members, s(60)), ["b1"]);
         assert!(!members.put(13, "b".into(), 1), "a change that changes nothing");
+        assert_eq!(members.revision(), 13, "a watch goes on from here");
+        assert!(members.listed(s(60), 13, list(&["c"])), "a list that has all of it");
+        assert_eq!(names(&members, s(60)), ["c0"]);
+    }
+
+    #[test]
+    fn a_list_tells_what_is_news() {
+        // Broken: a coordinator would go on with an old address, or look at everything again with every list.
+        let mut members = members();
+        assert!(!members.listed(s(60), 11, list(&["a", "b"])));
+        assert!(members.listed(s(60), 12, [("a".into(), 1), ("b".into(), 0)]), "another member under the same name");
+        members.reconnected(s(100));
+        assert!(!members.listed(s(101), 1, list(&["b"])));
+        assert!(members.listed(s(102), 2, [("a".into(), 1), ("b".into(), 0)]), "one that was absent is back");
+        assert_eq!(members.changes_at(), None);
+    }
+
+    #[test]
+    fn the_absent_are_borne_to_the_moment() {
+        // Broken: at the moment at which a node is to be dropped nobody would drop it, nor wake up again to do so.
+        let absent = || {
+            let mut members = members();
+            members.reconnected(s(100));
+            assert!(!members.deleted(s(104), 11, &"a".into()));
+            members
+        };
+        assert_eq!(
+            (names(&absent(), s(104)), names(&absent(), s(105))),
+            (vec!["a0".into(), "b0".into()], vec!["b0".into()])
+        );
+        assert!(absent().expire(s(105)));
+        assert!(absent().listed(s(105), 12, list(&["b"])));
+        assert!(absent().deleted(s(105), 12, &"b".into()));
     }
 
     proptest! {

@@ -30,6 +30,14 @@ fn placed(names: &[&str], epoch: u64) -> Placement {
     Placement::compute(epoch, EXTENT, &candidates).unwrap()
 }
 
+/// A fourth node, `d`, is there and holds nothing yet.
+fn placed_beside_d(names: &[&str], epoch: u64) -> Placement {
+    let placement = placed(names, epoch);
+    let nodes = names.iter().chain(&["d"]).map(|&name| name.into()).collect();
+    let holders: Vec<u32> = placement.all_holders().iter().map(|&holder| holder.into()).collect();
+    Placement::from_parts(epoch, EXTENT, nodes, &placement.counts().collect::<Vec<_>>(), &holders).unwrap()
+}
+
 /// Follows the writer's decisions from `now` until it has nothing more to do: (time, placement) of each.
 fn follow(writer: &mut Writer, mut now: Duration, from: Placement, members: &[Standing]) -> Vec<(Duration, Placement)> {
     let mut written: Vec<(Duration, Placement)> = Vec::new();
@@ -134,6 +142,108 @@ fn a_joining_node_is_filled_at_the_pace() {
     assert_eq!(made, missing, "nothing moves twice");
     assert!(*end <= Duration::from_secs(missing as u64 + 10), "{end:?} for {missing} moves");
     assert!(steps.len() <= missing / 5 * 2 + 4, "{} steps for {missing} moves", steps.len());
+}
+
+#[test]
+fn held_back_moves_are_waited_for_no_longer_than_they_must() {
+    // Broken: the writer would look again too early, too late or never, or move fewer copies at once than it may.
+    let (before, goal) = (placed_beside_d(&["a", "b", "c"], 4), members(&["a", "b", "c", "d"]));
+    let missing = moves(&before, &placed(&["a", "b", "c", "d"], 0));
+    let waits_for = |moves_per_minute, seconds: f64| {
+        let mut writer = Writer::new(POLICY, Pace { moves_per_minute, ..PACE }, ms(1000));
+        let at = ms(1000) + Duration::from_secs_f64(seconds);
+        for now in [ms(1000), ms(1300)] {
+            let Decision::Wait(Some(until)) = decide(&mut writer, now, Some(&before), &goal) else { panic!() };
+            assert!(until.abs_diff(at + ms(1)) <= Duration::from_micros(1), "{until:?}, expected {at:?}");
+        }
+        let Decision::Write(next) = decide(&mut writer, at + ms(1), Some(&before), &goal) else { panic!() };
+        moves(&before, &next)
+    };
+    assert_eq!(waits_for(60, 5.0), 5, "a twelfth of a minute's");
+    assert_eq!(waits_for(7, 60.0 / 7.0), 1, "at least one");
+    assert_eq!(waits_for(3000, missing as f64 / 50.0), missing.min(POLICY.moves_max), "no more than there are");
+}
+
+#[test]
+fn who_has_nothing_to_wait_for_does_not_look_again() {
+    // Broken: every coordinator that leads would compute the placement again and again for nothing.
+    let nodes = ["a", "b", "c", "d"];
+    let rest = decide(&mut Writer::new(POLICY, PACE, ms(0)), ms(0), Some(&placed(&nodes, 4)), &members(&nodes));
+    assert_eq!(rest, Decision::Wait(None), "an empty bucket, and nothing to move");
+    let mut never = Writer::new(POLICY, Pace { moves_per_minute: 0, ..PACE }, ms(0));
+    let joined = decide(&mut never, ms(60_000), Some(&placed_beside_d(&["a", "b", "c"], 4)), &members(&nodes));
+    assert_eq!(joined, Decision::Wait(None), "moves that are never paid for");
+    // Both holders of every expert leave. The second exchange begins when somebody has loaded for the first.
+    let pace = Pace { moves_per_minute: 6000, ..PACE };
+    let mut writer = Writer::new(Policy { moves_max: usize::MAX, ..POLICY }, pace, ms(0));
+    let before = placed(&["a", "b"], 4);
+    let mut all = members(&nodes);
+    (all[0].is_leaving, all[1].is_leaving) = (true, true);
+    all.iter_mut().for_each(|member| member.ready_epoch = 4);
+    let Decision::Write(next) = decide(&mut writer, ms(60_000), Some(&before), &all) else { panic!() };
+    assert_eq!(moves(&before, &next), EXTENT.experts());
+    writer.written(ms(60_000), Some(&before), &next);
+    assert_eq!(decide(&mut writer, ms(70_000), Some(&next), &all), Decision::Wait(None));
+}
+
+#[test]
+fn each_node_speaks_for_itself() {
+    // Broken: rows would be sent to a node that has not loaded, because another one has.
+    let mut all = members(&["a", "b", "d"]);
+    (all[0].is_leaving, all[2].ready_epoch) = (true, 0);
+    let mut writer = Writer::new(Policy { moves_max: usize::MAX, ..POLICY }, PACE, ms(0));
+    writer.pace.moves_per_minute = 6000;
+    let before = placed(&["a", "b"], 4);
+    let Decision::Write(next) = decide(&mut writer, ms(60_000), Some(&before), &all) else { panic!() };
+    writer.written(ms(60_000), Some(&before), &next);
+    assert_eq!(decide(&mut writer, ms(70_000), Some(&next), &all), Decision::Wait(None), "d has not loaded");
+    all[2].ready_epoch = next.epoch();
+    let Decision::Write(last) = decide(&mut writer, ms(70_000), Some(&next), &all) else { panic!() };
+    assert_eq!(last.held_by(&"a".into()).count(), 0);
+}
+
+#[test]
+fn absurd_epochs_are_not_believed() {
+    // Broken: one damaged record of a member would use up all epochs, or one that tells the truth be taken for damaged.
+    let known = placed(&["a", "b"], 7);
+    let written = |ready_epoch| {
+        let mut nodes = members(&["a", "b"]);
+        nodes[0].ready_epoch = ready_epoch;
+        let decision = Writer::new(POLICY, PACE, ms(0)).decide(
+            ms(0),
+            Some(&known),
+            3,
+            EXTENT,
+            &nodes,
+            &Demand::new(EXTENT.moe_layers, EXTENT.num_experts),
+        );
+        let Ok(Decision::Write(placement)) = decision else { panic!("{decision:?}") };
+        placement.epoch()
+    };
+    assert_eq!(written(0), 8);
+    assert_eq!(written(7 + EPOCHS_LOST_MAX - 1), 7 + EPOCHS_LOST_MAX);
+    assert_eq!(written(7 + EPOCHS_LOST_MAX), 8);
+}
+
+#[test]
+fn only_what_restores_nothing_is_paid_for() {
+    // Broken: after a failure nothing could be moved for a minute, or moves would be had for nothing.
+    let mut writer = Writer::new(POLICY, PACE, ms(0));
+    let minute = ms(60_000);
+    let before = placed(&["a", "b", "c"], 4);
+    let lost = before.held_by(&"c".into()).count();
+    assert!(lost < PACE.moves_per_minute as usize * 2);
+    writer.written(minute, Some(&before), &placed(&["a", "b"], 5));
+    assert_eq!(writer.moves, 60.0, "{lost} copies were restored");
+    let joined = placed(&["a", "b", "c", "d"], 5);
+    let made = moves(&before, &joined);
+    writer.written(minute, None, &joined);
+    assert_eq!(writer.moves, 60.0, "a first placement moves nothing");
+    writer.written(minute, Some(&before), &joined);
+    assert_eq!(writer.moves, (60.0 - made as f64).max(0.0));
+    writer.fill(minute + ms(1500));
+    writer.fill(minute);
+    assert_eq!(writer.moves, (60.0 - made as f64).max(0.0) + 1.5, "time that goes back gives nothing");
 }
 
 #[test]

@@ -40,7 +40,7 @@ impl Draws {
 
     /// The `count` nodes with the least draws for an expert, least first. Equal draws go to the lesser name.
     pub(super) fn least(&mut self, layer: usize, expert: usize, count: usize) -> impl Iterator<Item = u16> {
-        let expert = mix((layer as u64) << 32 | expert as u64);
+        let expert = mix(((layer as u64) << 32) + expert as u64);
         let best = &mut self.best;
         best.clear();
         // The greatest draw that still wins; anything while there are fewer than `count`.
@@ -49,7 +49,7 @@ impl Draws {
             let hash = mix(seed ^ expert);
             // Short of the bound of 1 - u by far more than the rounding of both sides, so that no pair is
             // lost that the logarithm would have let win.
-            if one_minus_u(hash) * inverse_weight * (1.0 - 1e-9) > bound {
+            if one_minus_u(hash) * inverse_weight * 0.999_999_999 > bound {
                 continue;
             }
             let draw = negative_ln(hash) * inverse_weight;
@@ -95,7 +95,7 @@ fn negative_ln(hash: u64) -> f64 {
     let above_sqrt2 = (bits & 0x000f_ffff_ffff_ffff) >= 0x0006_a09e_667f_3bcd;
     let exponent = (bits >> 52) as i64 - 1023 + i64::from(above_sqrt2) - 53;
     let mantissa_exponent = 1023 - u64::from(above_sqrt2);
-    let m = f64::from_bits((bits & 0x000f_ffff_ffff_ffff) | (mantissa_exponent << 52));
+    let m = f64::from_bits((bits & 0x000f_ffff_ffff_ffff) + (mantissa_exponent << 52));
     let s = (m - 1.0) / (m + 1.0);
     let s2 = s * s;
     let mut series = 1.0 / 15.0;
@@ -122,6 +122,23 @@ mod tests {
         }
         assert_eq!(negative_ln(u64::MAX), 0.0);
         assert!((negative_ln(0) - 53.0 * std::f64::consts::LN_2).abs() < 1e-9);
+    }
+
+    #[test]
+    fn equal_draws_go_to_the_lesser_name() {
+        // Broken: coordinators that list the nodes in another order would disagree on who holds an expert.
+        let mut draws = Draws { nodes: (0..4).map(|node| (7, 1.0, node)).collect(), best: Vec::new() };
+        for count in 0..6 {
+            assert_eq!(draws.least(1, 2, count).collect::<Vec<_>>(), (0..count.min(4) as u16).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn the_least_weight_is_a_share_too() {
+        // Broken: a node whose weight has no finite inverse would leave experts without a holder.
+        let candidate = Candidate { node: "tiny".into(), weight: f64::MIN_POSITIVE / 1e10 };
+        let mut draws = Draws::new(&[&candidate]);
+        assert!((0..100).all(|expert| draws.least(0, expert, 1).eq([0])));
     }
 
     /// The same answer the long way: every pair's logarithm, then a sort.

@@ -59,7 +59,7 @@ pub fn step_within(
     }
     let plan = Plan::new(current, target, ready);
     let adds = plan.adds(allowance);
-    let mut builder = Builder::new(extent, extent.replicas + 1);
+    let mut builder = Builder::new(extent);
     let mut kept = Vec::new();
     for (expert, &count) in adds.iter().enumerate() {
         plan.kept(expert, &mut kept);
@@ -148,42 +148,50 @@ impl<'a> Plan<'a> {
     /// How many of its missing holders each expert gets now.
     fn adds(&self, allowance: Allowance) -> Vec<u16> {
         let &Extent { replicas, .. } = &self.target.extent();
-        let experts = self.target.extent().experts();
         let mut kept = Vec::new();
-        // (experts,): holders that stay, those of them still to come, and how many now.
-        let mut lengths = Vec::with_capacity(experts);
-        let mut missing = Vec::with_capacity(experts);
-        let mut adds = vec![0u16; experts];
-        for expert in 0..experts {
+        let next = |expert| {
             self.kept(expert, &mut kept);
-            lengths.push(kept.len());
-            missing.push(self.missing(expert).count());
-            if kept.is_empty() && missing[expert] > 0 {
-                adds[expert] = 1;
-            }
-        }
+            Next { has: kept.len(), missing: self.missing(expert).count(), adds: 0 }
+        };
+        let mut nexts: Vec<Next> = (0..self.target.extent().experts()).map(next).collect();
+        nexts.iter_mut().filter(|next| next.has == 0 && next.missing > 0).for_each(|next| next.add(1));
         let mut copies = allowance.copies;
         for copies_left in 1..replicas {
-            for expert in 0..experts {
-                let has = lengths[expert] + usize::from(adds[expert]);
-                if copies > 0 && has == copies_left && missing[expert] > usize::from(adds[expert]) {
-                    adds[expert] += 1;
+            for next in nexts.iter_mut().filter(|next| next.has == copies_left && next.missing > 0) {
+                if copies > 0 {
+                    next.add(1);
                     copies -= 1;
                 }
             }
         }
         let mut moves = copies.min(allowance.moves);
-        for expert in 0..experts {
-            let has = lengths[expert] + usize::from(adds[expert]);
-            let room = (self.target.holders_at(expert).len() + 1).saturating_sub(has);
-            let more = room.min(missing[expert] - usize::from(adds[expert])).min(moves);
+        for (expert, next) in nexts.iter_mut().enumerate() {
+            let wanted = self.target.holders_at(expert).len();
             // A restored copy has its turn first, and at the pace of restored copies.
-            if has >= replicas.min(self.target.holders_at(expert).len()) {
-                adds[expert] += more as u16;
+            if next.has >= replicas.min(wanted) {
+                let more = (wanted + 1).saturating_sub(next.has).min(next.missing).min(moves);
+                next.add(more);
                 moves -= more;
             }
         }
-        adds
+        nexts.into_iter().map(|next| next.adds).collect()
+    }
+}
+
+/// The holders of one expert in the next placement.
+struct Next {
+    has: usize,
+    /// Of its target's, those that it will not have.
+    missing: usize,
+    /// Of those that it has, the new ones.
+    adds: u16,
+}
+
+impl Next {
+    fn add(&mut self, copies: usize) {
+        self.has += copies;
+        self.missing -= copies;
+        self.adds += copies as u16;
     }
 }
 

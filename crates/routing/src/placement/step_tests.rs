@@ -188,6 +188,23 @@ fn lost_copies_come_first_and_the_scarcest_of_them_before_all() {
     assert_eq!(lengths(&step(&now, &goal, &ready, &policy(3, 9)).unwrap()), [4, 3, 3]);
 }
 
+/// Moves that are paid for would not be made, because others were counted twice.
+#[test]
+fn what_one_expert_does_not_need_is_left_to_the_next() {
+    let extent = Extent { moe_layers: 1, num_experts: 2, replicas: 1 };
+    let nodes = |names: &[&str]| names.iter().map(|&name| NodeId::from(name)).collect::<Vec<_>>();
+    // Nobody is left of the first expert's holders, and it should have three; the second has one of two.
+    let goal = Placement::from_parts(0, extent, nodes(&["a", "b", "c"]), &[3, 2], &[0, 1, 2, 0, 1]).unwrap();
+    let now = Placement::from_parts(4, extent, nodes(&["a", "dead"]), &[1, 1], &[1, 0]).unwrap();
+    let within = |copies, moves| -> Vec<u32> {
+        step_within(&now, &goal, &|_| 0, Allowance { copies, moves }).unwrap().counts().collect()
+    };
+    let by_moves = [[1, 1], [2, 1], [3, 1], [3, 2], [3, 2]];
+    for (moves, expected) in by_moves.into_iter().enumerate() {
+        assert_eq!((within(9, moves), within(moves, 9)), (expected.into(), expected.into()), "{moves} moves");
+    }
+}
+
 /// A new holder would be asked before it has loaded, or an old one would leave before.
 #[test]
 fn a_copy_moves_in_three_placements() {

@@ -43,7 +43,7 @@ impl Placement {
         check_candidates(&candidates)?;
         let mut draws = Draws::new(&candidates);
         let nodes = candidates.iter().map(|c| c.node.clone()).collect();
-        let mut builder = Builder::new(extent, extent.replicas.min(draws.nodes()));
+        let mut builder = Builder::new(extent);
         for layer in 0..extent.moe_layers {
             for expert in 0..extent.num_experts {
                 let count = copies(layer * extent.num_experts + expert).min(draws.nodes());
@@ -78,7 +78,7 @@ impl Placement {
         if sum != holders.len() as u64 {
             return Err(PlacementError::Holders { found: holders.len(), expected: sum });
         }
-        let mut builder = Builder::new(extent, 0);
+        let mut builder = Builder::new(extent);
         // The last expert that each node was seen to hold, + 1.
         let mut last = vec![0; nodes.len()];
         let mut rest = holders;
@@ -147,7 +147,7 @@ impl Placement {
     /// The experts whose primary is `node`, ascending.
     pub fn experts_of<'a>(&'a self, node: &'a NodeId) -> impl Iterator<Item = ExpertKey> + 'a {
         let node = self.node_index(node);
-        self.keys().filter(move |&key| node.is_some() && self.holder_indices(key).first().copied() == node)
+        self.keys().filter(move |&key| node.is_some_and(|node| self.holder_indices(key).first() == Some(&node)))
     }
 
     /// The experts that `node` holds, as primary or as replica, ascending.
@@ -205,12 +205,8 @@ pub(super) struct Builder {
 }
 
 impl Builder {
-    /// `per_expert` is how many holders to make room for.
-    pub(super) fn new(extent: Extent, per_expert: usize) -> Self {
-        let mut starts = Vec::with_capacity(extent.experts() + 1);
-        starts.push(0);
-        let holders = Vec::with_capacity((extent.experts() * per_expert).min(HOLDERS_MAX));
-        Self { extent, starts, holders }
+    pub(super) fn new(extent: Extent) -> Self {
+        Self { extent, starts: vec![0], holders: Vec::new() }
     }
 
     /// The next expert's holders: distinct indices of nodes.
@@ -265,11 +261,65 @@ mod tests {
     #[test]
     fn placement_never_changes_between_versions() {
         // Broken: an upgrade would move the experts of every running cluster.
-        let placement = compute(&candidates(&[1.0, 1.0, 2.0]), (1, 12, 2));
+        let placement = compute(&candidates(&[1.0, 1.0, 2.0]), (2, 12, 2));
         let primaries: Vec<u16> = placement.keys().map(|key| placement.holder_indices(key)[0]).collect();
         assert_eq!(primaries, PINNED, "rewrite PINNED only with a decision about migration");
     }
-    const PINNED: [u16; 12] = [0, 1, 2, 1, 2, 1, 2, 2, 1, 2, 1, 0];
+    const PINNED: [u16; 24] = [0, 1, 2, 1, 2, 1, 2, 2, 1, 2, 1, 0, 2, 2, 2, 1, 2, 1, 0, 1, 2, 1, 2, 1];
+
+    #[test]
+    fn what_is_not_there_has_no_holders_and_holds_nothing() {
+        // Broken: a hint for another model would be sent to nodes that never hold such an expert, or end a coordinator.
+        let key = |layer, expert| ExpertKey { layer: LayerId(layer), expert: ExpertId(expert) };
+        let placement = compute(&candidates(&[1.0, 1.0]), (2, 3, 1));
+        assert_eq!(placement.holder_indices(key(1, 2)).len(), 1);
+        for outside in [key(0, 3), key(1, 3), key(2, 0), key(9, 9)] {
+            assert_eq!((placement.holder_indices(outside), placement.primary(outside)), (&[][..], None));
+        }
+        let stranger = NodeId::from("stranger");
+        let extent = Extent { moe_layers: 1, num_experts: 2, replicas: 1 };
+        let empty = Placement::from_parts(1, extent, vec!["a".into()], &[0, 1], &[0]).unwrap();
+        assert_eq!((empty.experts_of(&stranger).count(), empty.held_by(&stranger).count()), (0, 0));
+        assert_eq!(empty.experts_of(&"a".into()).collect::<Vec<_>>(), [key(0, 1)]);
+    }
+
+    #[test]
+    fn the_same_holders_are_those_of_every_expert() {
+        // Broken: a step that moves experts would not be published, or one that moves none would be, for ever.
+        let extent = |moe_layers, num_experts| Extent { moe_layers, num_experts, replicas: 1 };
+        let parts = |extent, names: &[&str], counts: &[u32], holders: &[u32]| {
+            let names = names.iter().map(|&name| name.into()).collect();
+            Placement::from_parts(1, extent, names, counts, holders).unwrap()
+        };
+        let placement = parts(extent(1, 2), &["a", "b"], &[1, 1], &[0, 1]);
+        let idle = parts(extent(1, 2), &["a", "aa", "b"], &[1, 1], &[0, 2]);
+        assert!(placement.same_holders(&idle.with_epoch(9)), "idle nodes and epochs may differ");
+        for other in [
+            parts(extent(2, 1), &["a", "b"], &[1, 1], &[0, 1]),
+            parts(extent(1, 2), &["a", "b"], &[1, 1], &[1, 0]),
+            parts(extent(1, 2), &["a", "b"], &[0, 2], &[0, 1]),
+            parts(extent(1, 2), &["a", "aa", "b"], &[1, 1], &[0, 1]),
+        ] {
+            assert!(!placement.same_holders(&other) && !other.same_holders(&placement), "{other:?}");
+        }
+    }
+
+    #[test]
+    fn tables_are_taken_up_to_their_bounds() {
+        // Broken: a large cluster could not be placed on, or a record from outside would fill the memory.
+        let extent = Extent { moe_layers: 1, num_experts: 1, replicas: 1 };
+        let weights = vec![1.0; NODES_MAX + 1];
+        let many = Placement::compute(1, extent, &candidates(&weights[1..])).unwrap();
+        assert_eq!(many.nodes().len(), NODES_MAX);
+        let refused = Err(PlacementError::Nodes { found: NODES_MAX + 1, expected: NODES_MAX });
+        assert_eq!(Placement::compute(1, extent, &candidates(&weights)), refused);
+        let named = |count| (0..count).map(|i| format!("n{i:05}").into()).collect();
+        assert!(Placement::from_parts(1, extent, named(NODES_MAX), &[0], &[]).is_ok());
+        assert_eq!(Placement::from_parts(1, extent, named(NODES_MAX + 1), &[0], &[]), refused);
+        let mut builder = Builder::new(extent);
+        assert_eq!(builder.push(std::iter::repeat_n(0, HOLDERS_MAX)), Ok(()));
+        assert_eq!(builder.push(std::iter::once(0)), Err(PlacementError::Copies { expected: HOLDERS_MAX }));
+    }
 
     #[test]
     fn bad_input_is_named() {
@@ -277,6 +327,10 @@ mod tests {
         let extent = Extent { moe_layers: 1, num_experts: 2, replicas: 1 };
         let weight = Placement::compute(1, extent, &candidates(&[0.0]));
         assert!(matches!(weight, Err(PlacementError::Weight { .. })));
+        for weight in [f64::NAN, f64::INFINITY, -1.0] {
+            let leaving = Placement::draw(1, extent, &candidates(&[0.0, weight]), |_| 1);
+            assert!(matches!(leaving, Err(PlacementError::Weight { .. })), "{weight}: {leaving:?}");
+        }
         let twice = [candidates(&[1.0]), candidates(&[1.0])].concat();
         assert!(matches!(Placement::compute(1, extent, &twice), Err(PlacementError::Duplicate { .. })));
         let none = Extent { replicas: 0, ..extent };

@@ -27,7 +27,12 @@ impl Rank {
 
     /// Whether it is one of [`Rank::planned`].
     pub(super) fn is_planned(self) -> bool {
-        self != Self::HELD && self < Self::unplanned(TIME_MAX - 1)
+        self != Self::HELD && !self.is_free()
+    }
+
+    /// Whether nobody will miss what is there, if anything is: neither a call nor a plan.
+    pub(super) fn is_free(self) -> bool {
+        self >= Self::unplanned(TIME_MAX - 1)
     }
 
     /// In no plan, and worth so much.
@@ -102,7 +107,9 @@ mod tests {
         assert!(Rank::unplanned(5) < Rank::unplanned(4));
         assert!(Rank::unplanned(0) < Rank::EMPTY);
         assert!(Rank::planned(0).is_planned() && Rank::planned(TIME_MAX - 1).is_planned());
-        assert!([Rank::HELD, Rank::unplanned(7), Rank::EMPTY].iter().all(|rank| !rank.is_planned()));
+        assert!([Rank::HELD, Rank::unplanned(TIME_MAX - 1), Rank::EMPTY].iter().all(|rank| !rank.is_planned()));
+        assert!(Rank::unplanned(TIME_MAX - 1).is_free() && Rank::unplanned(0).is_free() && Rank::EMPTY.is_free());
+        assert!(!Rank::HELD.is_free() && !Rank::planned(TIME_MAX - 1).is_free());
     }
 
     proptest! {
@@ -119,6 +126,7 @@ mod tests {
                 let expected = (best != Rank::HELD)
                     .then(|| (SlotId(ranks.iter().position(|&r| r == best).unwrap() as u32), best));
                 prop_assert_eq!(order.first(), expected);
+                prop_assert!((0..slots).all(|slot| order.rank(SlotId(slot as u32)) == ranks[slot]));
             }
         }
     }
