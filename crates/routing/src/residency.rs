@@ -266,23 +266,6 @@ impl Residency {
         self.rank(slot);
     }
 
-    /// Everything leaves that is neither in use, held nor loading. `left` is told who. None of these is an eviction for
-    /// another; what an expert is worth stays known.
-    pub fn evict_all(&mut self, mut left: impl FnMut(ExpertKey)) {
-        for index in 0..self.slots.len() {
-            let Slot { holding: Holding::Resident { key }, pins: 0, .. } = self.slots[index] else { continue };
-            if self.is_held(key) {
-                continue;
-            }
-            self.slots[index].holding = Holding::Nothing;
-            self.slot_of[key] = None;
-            self.plans.search_again(key);
-            self.resident -= 1;
-            self.rank(SlotId(index as u32));
-            left(self.key_of(key));
-        }
-    }
-
     /// A call is done with a granted expert.
     pub fn unpin(&mut self, slot: SlotId) {
         let pins = &mut self.slots[slot.index()].pins;

@@ -37,18 +37,8 @@ impl QueuedPlan {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Missing {
     pub(super) key: KeyIndex,
-    /// The positions after the last of the step that wants it, and of the plan.
+    /// The position after the last of the step that wants it.
     pub(super) step_end: u64,
-    pub(super) end: u64,
-    /// Experts of that plan that are ahead.
-    ahead: usize,
-}
-
-impl Missing {
-    /// Whether all that is ahead of its plan fits into so many slots.
-    pub(super) fn plan_fits(self, slots: usize) -> bool {
-        self.ahead <= slots
-    }
 }
 
 /// See the file's head.
@@ -171,8 +161,7 @@ impl PlanQueue {
                 if !present(key) {
                     self.searched = plan.first + at as u64;
                     let step = plan.steps.iter().find(|step| step.1 > at).expect("every expert is of a step");
-                    let (step_end, end) = (plan.first + step.1 as u64, plan.first + plan.experts.len() as u64);
-                    return Some(Missing { key, step_end, end, ahead: plan.experts.len() - plan.ahead() });
+                    return Some(Missing { key, step_end: plan.first + step.1 as u64 });
                 }
             }
         }

@@ -13,9 +13,6 @@ use super::{KeyIndex, Load, LoadKind, Rank, Residency, SlotId, plan_queue::Missi
 pub enum Room {
     /// What no plan names.
     Unplanned,
-    /// Else what is used farthest ahead, if that is after the whole plan for which it leaves, and that plan fits into
-    /// the slots: for passes that go through all layers at once.
-    UsedAfterPlan,
     /// Else what is used farthest ahead, if that is after the layer for which it leaves (Belady's rule): for passes that are
     /// loaded for layer by layer, just before each is used.
     UsedAfterLayer,
@@ -54,7 +51,6 @@ impl Residency {
         let has_room = match room {
             _ if !rank.is_planned() => true,
             Room::Unplanned => false,
-            Room::UsedAfterPlan => missing.plan_fits(self.config.slots) && rank >= Rank::planned(missing.end),
             Room::UsedAfterLayer => rank >= Rank::planned(missing.step_end),
         };
         has_room.then_some((missing.key, slot))
