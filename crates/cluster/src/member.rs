@@ -101,3 +101,62 @@ pub fn is_host_and_port(address: &str) -> bool {
     };
     host_is_good && address.len() <= TEXT_BYTES_MAX && port.parse::<u16>().is_ok_and(|port| port > 0)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_plain_text_of_bounded_length() {
+        // Broken: a name could leave its place in etcd, break a log line or a certificate, or fill the memory.
+        for name in ["a", "Expert-Node_0.prod", &"n".repeat(TEXT_BYTES_MAX)] {
+            assert!(is_name(name), "{name}");
+        }
+        for name in ["", "a/b", "a b", "a\n", "caf\u{e9}", "a:1", &"n".repeat(TEXT_BYTES_MAX + 1)] {
+            assert!(!is_name(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn addresses_are_a_host_and_a_port() {
+        // Broken: a node would be announced at an address that nobody can reach, or a good one be refused.
+        let long = |host: usize| format!("{}:65535", "h".repeat(host));
+        let good = ["10.0.0.7:1", "expert_node-1.sida.svc:50051", "[::1]:65535", &long(TEXT_BYTES_MAX - 6)];
+        for address in good {
+            assert!(is_host_and_port(address), "{address}");
+        }
+        let bad = [
+            "",
+            ":1",
+            "host",
+            "host:",
+            "host:0",
+            "host:65536",
+            "host:x",
+            "ho st:1",
+            "ho/st:1",
+            "::1:50051",
+            "[::1:5",
+            "[host]:5",
+        ];
+        for address in bad.iter().copied().chain([&*long(TEXT_BYTES_MAX - 5)]) {
+            assert!(!is_host_and_port(address), "{address}");
+        }
+    }
+
+    #[test]
+    fn roles_and_addresses_are_known_by_their_names() {
+        // Broken: a node would be taken for another kind, or one that moved for one that is still where it was.
+        for (role, name) in [
+            (Role::Coordinator, "coordinator"),
+            (Role::ExpertNode, "expert-node"),
+            (Role::PredictorNode, "predictor-node"),
+        ] {
+            assert_eq!((role.to_string().as_str(), Role::from_name(name)), (name, Some(role)));
+        }
+        assert_eq!(Role::from_name("expert"), None);
+        let at = |address: &str| Address::Grpc(address.into());
+        assert!(at("a:1").is_same(&at("a:1")) && !at("a:1").is_same(&at("a:2")));
+        assert_eq!(format!("{} {:?}", at("a:1"), at("a:1")), "a:1 a:1");
+    }
+}

@@ -119,6 +119,23 @@ mod tests {
         let read = MemberRecord::decode("e0", &record().encode()).unwrap();
         assert_eq!((read.model, read.ready_epoch), (record().model, 7));
         assert_eq!(format!("{:?}", read.member), format!("{:?}", record().member));
+        let bytes: Vec<u8> = (0..32).collect();
+        let uneven = MemberRecord { model: Digest::from_slice(&bytes).unwrap(), ..record() };
+        assert_eq!(MemberRecord::decode("e0", &uneven.encode()).unwrap().model, uneven.model);
+    }
+
+    #[test]
+    fn a_record_that_says_another_thing_is_another() {
+        // Broken: a member would not write that it has loaded, or has moved, or would write the same for ever.
+        assert_eq!(record(), record());
+        let changed = |change: &dyn Fn(&mut MemberRecord)| {
+            let mut other = record();
+            change(&mut other);
+            other != record()
+        };
+        assert!(changed(&|r| r.member.node = "e1".into()) && changed(&|r| r.ready_epoch += 1));
+        assert!(changed(&|r| r.member.address = Address::Grpc("10.0.0.8:50051".into())));
+        assert!(changed(&|r| r.member.role = Role::Coordinator) && changed(&|r| r.model = Digest([0; 32])));
     }
 
     #[test]
@@ -129,7 +146,10 @@ mod tests {
             ("expert-node", "expert", "role is \"expert\""),
             ("10.0.0.7:50051", "10.0.0.7", "address is \"10.0.0.7\""),
             ("2.5", "-2.5", "weight is \"-2.5\""),
+            ("2.5", "0.0", "weight is \"0\""),
             ("abab", "xyab", "model is "),
+            ("abab", "ab", "model is "),
+            ("abab", "ababab", "model is "),
             ("weight", "wieght", "missing field `weight`"),
         ];
         for (good, bad, expected) in cases {
@@ -137,7 +157,9 @@ mod tests {
             assert!(error.starts_with(expected), "{error}");
         }
         assert!(MemberRecord::decode("e/0", text.as_bytes()).is_err());
-        assert!(MemberRecord::decode("e0", &[b' '; RECORD_BYTES_MAX + 1]).is_err());
+        let padded = |bytes: usize| MemberRecord::decode("e0", format!("{text:bytes$}").as_bytes());
+        assert!(padded(RECORD_BYTES_MAX).is_ok());
+        assert!(matches!(padded(RECORD_BYTES_MAX + 1), Err(MemberRecordError::Length { .. })));
         let later = text.replace("\"weight\"", "\"zone\":\"a\",\"weight\"");
         assert!(MemberRecord::decode("e0", later.as_bytes()).is_ok());
     }

@@ -228,6 +228,8 @@ address = "expert-node-1.sida.svc:50053"
             ("[::1]:50052", "[::1]:0", "line 8: key address"),
             ("weight = 2.5", "weight = -1.0", "line 9: key weight"),
             ("weight = 2.5", "weight = nan", "line 9: key weight"),
+            ("weight = 2.5", "weight = inf", "line 9: key weight"),
+            ("weight = 2.5", "weight = 0.0", "line 9: key weight"),
             ("weight = 2.5", "wieght = 2.5", "line 9: unknown field `wieght`"),
             ("replicas = 2", "replicas = 0", "line 2: key replicas"),
             ("[[coordinator]]", "[[coordinators]]", "line 3: unknown field `coordinators`"),
@@ -239,6 +241,21 @@ address = "expert-node-1.sida.svc:50053"
         }
         let missing = StaticFile::open(Path::new("no-such-file.toml")).unwrap_err();
         assert!(matches!(missing, StaticFileError::Read { file, .. } if file == "no-such-file.toml"));
+    }
+
+    #[test]
+    fn files_are_read_up_to_their_bound() {
+        // Broken: a good file would be refused, or a wrong path (a model, a disk) read into memory to its end.
+        let path = std::env::temp_dir().join(format!("sida-static-{}.toml", std::process::id()));
+        let opened = |bytes: &[u8]| {
+            std::fs::write(&path, bytes).unwrap();
+            StaticFile::open(&path)
+        };
+        let padded = |bytes: u64| format!("{GOOD:width$}", width = bytes as usize);
+        assert_eq!(opened(padded(FILE_BYTES_MAX).as_bytes()).unwrap().members.len(), 3);
+        assert!(matches!(opened(padded(FILE_BYTES_MAX + 1).as_bytes()), Err(StaticFileError::Length { .. })));
+        assert!(matches!(opened(b"\xff"), Err(StaticFileError::Text { .. })));
+        std::fs::remove_file(path).unwrap();
     }
 
     proptest! {

@@ -99,6 +99,31 @@ mod tests {
     }
 
     #[test]
+    fn a_reader_sees_every_difference() {
+        // Broken: a coordinator would go on with an old address, role or weight of a node.
+        let extent = Extent { moe_layers: 1, num_experts: 4, replicas: 1 };
+        let placement = Arc::new(nowhere(extent).unwrap());
+        let view = |members: Arc<[Member]>| View::of(members, &placement).unwrap();
+        let both = view(members(&["a", "b"]));
+        assert!(both.is_same(&view(members(&["a", "b"]))));
+        let changed = |change: &dyn Fn(&mut Member)| {
+            let mut members = members(&["a", "b"]);
+            change(&mut Arc::get_mut(&mut members).unwrap()[1]);
+            View { members, ..both.clone() }
+        };
+        for other in [
+            changed(&|member| member.node = "c".into()),
+            changed(&|member| member.role = Role::Coordinator),
+            changed(&|member| member.weight = 2.0),
+            changed(&|member| member.address = Address::Grpc("127.0.0.1:2".into())),
+            View { members: members(&["a"]), ..both.clone() },
+            View { placement: Arc::new(nowhere(extent).unwrap().with_epoch(1)), ..both.clone() },
+        ] {
+            assert!(!both.is_same(&other) && !other.is_same(&both), "{other:?}");
+        }
+    }
+
+    #[test]
     fn before_the_first_placement_everybody_can_be_asked() {
         // Broken: a cluster would answer nothing until a coordinator was elected.
         let extent = Extent { moe_layers: 1, num_experts: 4, replicas: 2 };

@@ -270,16 +270,21 @@ impl World {
         }
     }
 
+    /// The nearest expert of the first `plans` plans that is missing, and the place of its plan.
+    fn nearest_missing(&self, plans: usize) -> Option<(usize, ExpertKey)> {
+        let is_missing = |key: &ExpertKey| {
+            !self.memory.values().any(|k| k == key) && !self.failed.contains(key) && !self.quick.contains(key)
+        };
+        let mut near = self.plans.iter().take(plans).enumerate();
+        near.find_map(|(at, plan)| Some((at, *plan.keys.iter().find(|&key| is_missing(key))?)))
+    }
+
     /// What the rules say is prefetched now for the first `plans` plans.
     fn expected_prefetch(&self, plans: usize, room: Room) -> Option<ExpertKey> {
         if self.calls.iter().any(|call| call.waits) {
             return None;
         }
-        let is_missing = |key: &ExpertKey| {
-            !self.memory.values().any(|k| k == key) && !self.failed.contains(key) && !self.quick.contains(key)
-        };
-        let mut near = self.plans.iter().take(plans).enumerate();
-        let (at, key) = near.find_map(|(at, plan)| Some((at, *plan.keys.iter().find(|&key| is_missing(key))?)))?;
+        let (at, key) = self.nearest_missing(plans)?;
         let before: usize = self.plans[..at].iter().map(|plan| plan.keys.len()).sum();
         let keys = &self.plans[at].keys;
         let plan_over = before + keys.len();
@@ -309,6 +314,8 @@ impl World {
 
     /// Whether one was started.
     fn prefetch_within(&mut self, plans: usize, room: Room) -> bool {
+        let missing = self.nearest_missing(plans).map(|(_, key)| key);
+        assert_eq!(self.machine.next_missing_within(plans), missing, "another expert is missing than the plans say");
         let expected = self.expected_prefetch(plans, room);
         let load = self.machine.next_prefetch_within(plans, room);
         assert_eq!(load.map(|load| load.key), expected, "another prefetch than the rules say");

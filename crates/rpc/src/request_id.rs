@@ -114,7 +114,8 @@ mod tests {
         // Broken: a caller could write line breaks or megabytes into our logs, or go without a name.
         let taken = |bytes: &[u8]| RequestId::taken_or_made(Some(&HeaderValue::from_bytes(bytes).unwrap()));
         let (id, echo) = taken(b"req-42/a");
-        assert_eq!((id.as_str(), echo.as_bytes()), ("req-42/a", &b"req-42/a"[..]));
+        assert_eq!((id.as_str(), id.to_string().as_str(), echo.as_bytes()), ("req-42/a", "req-42/a", &b"req-42/a"[..]));
+        assert_eq!(taken(&[b'x'; BYTES_MAX]).0.as_str(), "x".repeat(BYTES_MAX));
         for unfit in [&b""[..], b"a b", "caf\u{e9}".as_bytes(), &[b'x'; 129]] {
             let (id, echo) = taken(unfit);
             assert_eq!(Uuid::parse_str(id.as_str()).unwrap().to_string().as_bytes(), echo.as_bytes());

@@ -198,9 +198,15 @@ mod tests {
         assert_eq!((status.code(), Reason::of(&status)), (Code::ResourceExhausted, Some(Reason::QueueFull)));
         assert_eq!(status.get_details_error_info().unwrap().metadata["queued"], "1024");
         assert_eq!(status.get_details_retry_info().unwrap().retry_delay, Some(Duration::from_millis(250)));
-        let internal = Status::from(Fault::new(Reason::Internal, "x"));
+        let internal = Fault::from_error(Reason::Internal, &std::fmt::Error);
+        assert_eq!((internal.reason(), internal.message()), (Reason::Internal, std::fmt::Error.to_string().as_str()));
+        assert_eq!(internal.to_string(), format!("INTERNAL: {}", std::fmt::Error), "as it stands in the log");
+        let internal = Status::from(internal);
         assert!(internal.get_details_retry_info().is_none());
         assert_eq!(Reason::of(&Status::unavailable("another's")), None);
+        let other = ErrorDetails::with_error_info("QUEUE_FULL", "another.domain", HashMap::new());
+        let other = Status::with_error_details(Code::ResourceExhausted, "x", other);
+        assert_eq!(Reason::of(&other), None, "a reason of some other software");
     }
 
     #[test]
@@ -208,5 +214,7 @@ mod tests {
         // Broken: an error that echoes a long text would be dropped by the peer's header limit, or panic here.
         let status = Status::from(Fault::new(Reason::TextTooLong, "é".repeat(5000) + "x"));
         assert!(status.message().len() <= MESSAGE_BYTES_MAX && status.message().ends_with('é'));
+        let whole = "x".repeat(MESSAGE_BYTES_MAX);
+        assert_eq!(Status::from(Fault::new(Reason::TextTooLong, &whole)).message(), whole);
     }
 }

@@ -169,6 +169,15 @@ mod tests {
         assert!(refused(&|c| c.endpoints[0] = "10.0.0.1".into()).starts_with("etcd endpoint \"10.0.0.1\", expected"));
         assert!(refused(&|c| c.cluster = "a/b".into()).starts_with("cluster \"a/b\", expected"));
         assert!(refused(&|c| c.lease_ttl = Duration::from_millis(10)).starts_with("lease of 10ms, expected 1s"));
+        assert!(refused(&|c| c.lease_ttl = LEASE_TTL_MAX + Duration::from_secs(1)).starts_with("lease of 601s"));
+        assert!(refused(&|c| c.cluster.clear()).starts_with("cluster \"\", expected"));
+        assert!(refused(&|c| c.cluster = "c".repeat(CLUSTER_BYTES_MAX + 1)).starts_with("cluster \"ccc"));
+        let longest = EtcdConfig { cluster: "c".repeat(CLUSTER_BYTES_MAX), lease_ttl: LEASE_TTL_MAX, ..good.clone() };
+        assert!(longest.check().is_ok() && EtcdConfig { lease_ttl: LEASE_TTL_MIN, ..good.clone() }.check().is_ok());
+        let no_password = |c: &mut EtcdConfig| {
+            c.user = Some(EtcdUser { name: "sida".into(), password_file: "no-such-password".into() });
+        };
+        assert!(refused(&no_password).starts_with("cannot read no-such-password"));
         let no_file = |c: &mut EtcdConfig| {
             c.tls = Some(EtcdTls { authorities: Some("no-such.pem".into()), identity: None });
         };
@@ -178,6 +187,17 @@ mod tests {
             c.tls = Some(EtcdTls::default());
         };
         assert!(refused(&plain).contains("is plain text"));
+    }
+
+    #[test]
+    fn a_question_takes_less_than_a_lease() {
+        // Broken: one member of etcd that hangs would cost every node its lease, or a long lease half a minute.
+        let timeout = |lease: u64| {
+            let mut config = EtcdConfig::new(vec![], "c".into());
+            config.lease_ttl = Duration::from_secs(lease);
+            config.call_timeout()
+        };
+        assert_eq!((timeout(3), timeout(600)), (Duration::from_secs(1), Duration::from_secs(5)));
     }
 
     #[test]
@@ -192,6 +212,12 @@ mod tests {
         assert!(!format!("{:?} {user:?}", user.password().unwrap()).contains("s3cret"));
         fs::write(&password_file, "\n").unwrap();
         assert!(matches!(user.password(), Err(EtcdError::NoPassword { .. })));
+        let longest = |bytes: u64| {
+            fs::write(&password_file, "x".repeat(bytes as usize)).unwrap();
+            user.password().map(|password| password.0.len() as u64)
+        };
+        assert!(matches!(longest(FILE_BYTES_MAX), Ok(FILE_BYTES_MAX)));
+        assert!(matches!(longest(FILE_BYTES_MAX + 1), Err(EtcdError::Read { .. })), "another file than was meant");
         fs::remove_dir_all(dir).unwrap();
     }
 }

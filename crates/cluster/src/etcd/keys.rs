@@ -69,5 +69,8 @@ mod tests {
             assert_eq!(keys.kind(other.as_bytes()), None, "{other}");
         }
         assert_eq!(keys.kind(&[0xff]), None);
+        assert_eq!(keys.prefix(), "/sida/prod/", "other versions and people look here");
+        assert_eq!((keys.member("e0"), keys.leader()), ("/sida/prod/members/e0".into(), "/sida/prod/leader".into()));
+        assert_eq!(keys.placement(), "/sida/prod/placement");
     }
 }

@@ -182,6 +182,31 @@ mod tests {
     }
 
     #[test]
+    fn what_is_gone_is_gone_and_what_is_later_stands() {
+        // Broken: a placement or a leader that was replaced, or removed, would be believed for ever.
+        let keys = Keys::new("c");
+        let (leader, placement) = (keys.leader(), keys.placement());
+        let mut listing = Listing::new(&keys, 10, [entry(&leader, b"c0", 4), entry(&placement, b"", 5)]);
+        assert_eq!((listing.placement.mod_revision, listing.placement.record.is_some()), (5, false));
+        let next = Entry { create_revision: 11, lease: 8, ..entry(&leader, b"c1", 11) };
+        listing.apply(12, [Change::Put(next), Change::Put(entry(&placement, b"", 12))]);
+        assert_eq!(listing.leader, Some(Leader { node: "c1".into(), create_revision: 11, lease: 8 }));
+        assert_eq!(listing.placement.mod_revision, 12);
+        // What the watch tells of before a list's revision, or again, is passed over.
+        listing.leader.as_mut().unwrap().create_revision = 14;
+        listing.placement.mod_revision = 14;
+        let told = [Change::Put(entry(&leader, b"c0", 14)), Change::Put(entry(&placement, b"", 14))];
+        listing.apply(14, told);
+        assert_eq!(listing.leader.as_ref().map(|leader| leader.node.as_str()), Some("c1"));
+        assert_eq!(listing.placement.mod_revision, 14);
+        listing.revision = 13;
+        listing.apply(14, [Change::Delete { key: placement.as_bytes(), mod_revision: 14 }]);
+        assert_eq!(listing.placement.mod_revision, 14, "a removal of before this node's own write");
+        listing.apply(15, [Change::Delete { key: placement.as_bytes(), mod_revision: 15 }]);
+        assert_eq!(listing.placement.mod_revision, 0);
+    }
+
+    #[test]
     fn what_cannot_be_read_is_not_there() {
         // Broken: one damaged key would end every node, or a damaged placement would never be written anew.
         let keys = Keys::new("c");
