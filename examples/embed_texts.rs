@@ -38,7 +38,9 @@ async fn main() -> anyhow::Result<()> {
 async fn embed(mut cluster: InferenceClient<Channel>, text: &str) -> anyhow::Result<Vec<f32>> {
     let request = EncodeRequest { text: text.to_owned(), pooling: Pooling::Mean.into(), ..Default::default() };
     let encoding = cluster.encode(request).await?.into_inner();
-    let (values, []) = encoding.states.as_chunks::<4>() else { bail!("{} bytes are no float32s", encoding.states.len()) };
+    let (values, []) = encoding.states.as_chunks::<4>() else {
+        bail!("{} bytes are no float32s", encoding.states.len())
+    };
     Ok(values.iter().map(|&value| f32::from_le_bytes(value)).collect())
 }
 
