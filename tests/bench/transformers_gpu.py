@@ -1,5 +1,5 @@
-"""Times transformers' Switch Transformers on a GPU as `sida bench --gpu` times ours: the same shapes with random weights in
-bf16, the same token ids, a batch at a time from ids on the host to states or tokens on the host, medians.
+"""Times transformers' Switch Transformers on a GPU, a peer of what tests/gpu/served.py measures: the same shapes with random
+weights in bf16, a batch at a time from ids on the host to states or tokens on the host, medians.
 
     python tests/bench/transformers_gpu.py --like switch-base-128 --batches 1,8,32 --input-tokens 28,256
 
@@ -15,7 +15,7 @@ import time
 import torch
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
-BATCHES = 24  # as crates/cli/src/commands/bench/gpu/inputs.rs
+BATCHES = 24
 
 
 def config_of(name):

@@ -178,7 +178,7 @@ mod tests {
         assert!(matches!(SynthShape::published("switch-base-9"), Err(SynthError::Shape { .. })));
     }
 
-    /// Where a model's MoE layers send the tokens of random sentences, such as `sida bench --gpu` draws.
+    /// Where a model's MoE layers send the tokens of random sentences, whose tokens are drawn log-uniformly.
     fn routed(dir: &Path, sentences: usize) -> BTreeMap<LayerId, Routes> {
         const TOKENS: usize = 28;
         let model = Reference::open(dir).unwrap();

@@ -15,7 +15,7 @@ use sida_model::{
 };
 use sida_routing::{
     ExpertId, ExpertKey, Group, Grouping, LayerId, Plan, PlanId,
-    residency::{Access, Residency, ResidencyConfig, ResidencyCounters, Room},
+    residency::{Access, Residency, ResidencyConfig, ResidencyCounters, Room, SlotId},
 };
 
 /// Rows of a batch at most.
@@ -77,7 +77,8 @@ impl OnDevice {
         if slots == layers * num_experts {
             for layer in 0..layers as u16 {
                 let all: Vec<ExpertId> = (0..num_experts as u16).map(ExpertId).collect();
-                model.experts.load(LayerId(layer), &all);
+                let (slots, _) = model.experts.load(LayerId(layer), &all);
+                model.experts.unpin(&slots);
             }
         }
         model
@@ -161,12 +162,13 @@ impl OnDevice {
                 first += rows;
                 SlotRun { slot, first: first - rows, rows }
             };
-            let runs: Vec<SlotRun> = grouping.groups.iter().zip(slots).map(run).collect();
+            let runs: Vec<SlotRun> = grouping.groups.iter().zip(slots.iter().copied()).map(run).collect();
             let MoeRows::Device(mut rows) = self.dense.rows(&mut pass) else { panic!("the rows are on the device") };
             rows.group(&grouping).unwrap();
             self.experts.slab.start_beside(&rows, &runs, Box::new(|| ())).unwrap();
             rows.add_computed().unwrap();
             rows.settle().unwrap();
+            self.experts.unpin(&slots);
             by_layer.push((layer, routes.experts.into_iter().flatten().collect::<Vec<_>>()));
         }
         let Passed { states, layers } = self.dense.finish(pass).unwrap();
@@ -184,7 +186,7 @@ impl OnDevice {
 }
 
 impl SlabExperts {
-    /// Loads what is missing of a layer's experts: the slot of each, and how many were loaded.
+    /// Loads what is missing of a layer's experts: the slot of each, pinned, and how many were loaded.
     fn load(&self, layer: LayerId, experts: &[ExpertId]) -> (Vec<usize>, usize) {
         let (mut slots, mut loads) = (vec![usize::MAX; experts.len()], 0);
         let mut pending = self.residency.lock().unwrap().call(layer, experts.iter().copied()).unwrap();
@@ -209,11 +211,16 @@ impl SlabExperts {
                     }
                 }
                 slots[grant.group] = grant.slot.index();
-                self.residency.lock().unwrap().unpin(grant.slot);
             }
         }
         self.residency.lock().unwrap().abandon(pending);
         (slots, loads)
+    }
+
+    /// The device is done with slots that were pinned.
+    fn unpin(&self, slots: &[usize]) {
+        let mut residency = self.residency.lock().unwrap();
+        slots.iter().for_each(|&slot| residency.unpin(SlotId(slot as u32)));
     }
 
     /// Loads the next expert that the first two plans name, in the place of what is used later; whether there was one.
