@@ -235,6 +235,8 @@ fn only_what_restores_nothing_is_paid_for() {
     assert!(lost < PACE.moves_per_minute as usize * 2);
     writer.written(minute, Some(&before), &placed(&["a", "b"], 5));
     assert_eq!(writer.moves, 60.0, "{lost} copies were restored");
+    writer.written(minute, Some(&before), &placed(&["a", "d"], 5));
+    assert_eq!(writer.moves, 60.0, "so they are where all holders of an expert were lost");
     let joined = placed(&["a", "b", "c", "d"], 5);
     let made = moves(&before, &joined);
     writer.written(minute, None, &joined);
