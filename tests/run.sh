@@ -47,7 +47,7 @@ cargo clippy --release --workspace --features sida-cli/etcd --all-targets --lock
 cargo test --release --workspace --features sida-cli/etcd --lib --bins --tests --locked
 
 # The chart: rendered, validated, and its pods executed as processes of the binary that the tests above have built.
-for test in chart values fetch dashboards; do
+for test in chart values weights releases fetch dashboards; do
     "$tools/bin/python" "tests/chart/test_$test.py"
 done
 [[ -z ${SIDA_CUSTOM_RESOURCES:-} ]] || "$tools/bin/python" tests/chart/custom_resources.py

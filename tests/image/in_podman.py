@@ -18,7 +18,7 @@ import tempfile
 import time
 
 import base_images
-from engine import REPOSITORY, podman, told
+from engine import REPOSITORY, image_exists, podman, told
 
 BASES = {
     "cpu": ["docker.io/library/rust:1.95-bookworm", "gcr.io/distroless/cc-debian12:nonroot"],
@@ -41,10 +41,12 @@ def build(variant, name, binary=None):
     """Builds the image."""
     base_images.make(*(base for base in BASES[variant] if not binary or "rust" not in base))
     arguments = ["--pull=never", "--file", REPOSITORY / "deploy/Dockerfile", "--build-arg", f"VARIANT={variant}", "--build-arg", "REVISION=test", "--tag", name]
-    if not binary:
-        return podman("build", *arguments, REPOSITORY)
+    # An image of before must not stand in for one that was not built: podman ends well when it is told to stop.
+    told("untag", name)
     with tempfile.TemporaryDirectory() as directory:
-        return podman("build", *arguments, "--build-context", f"build={stage_of(binary, directory)}", REPOSITORY)
+        given = ["--build-context", f"build={stage_of(binary, directory)}"] if binary else []
+        podman("build", *arguments, *given, REPOSITORY)
+    assert image_exists(name), f"{name} was not built"
 
 
 def sida(image, *arguments, options=()):

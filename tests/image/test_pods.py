@@ -13,7 +13,7 @@ from engine import REPOSITORY, image_exists
 sys.path.insert(0, str(REPOSITORY / "tests/chart"))
 import local_pods
 import test_cluster
-from test_values import template
+from releases import template
 
 VALUES = {
     "gpu": {"enabled": False}, "replicasPerExpert": 1,
