@@ -72,13 +72,15 @@ def check_nvrtc(image):
         place = pathlib.Path(directory)
         place.chmod(0o755)
         kernels = REPOSITORY / "crates/model/src/cuda"
-        names = re.findall(r'include_str!\("(kernels/\w+\.cu)"\)', (kernels / "kernels.rs").read_text())
-        assert names
+        source = (kernels / "kernels.rs").read_text()
+        names, defined = re.findall(r'include_str!\("(kernels/\w+\.cu)"\)', source), re.findall(r'"-D(\w+)=', source)
+        assert names and defined
         (place / "sida.cu").write_text("".join((kernels / name).read_text() for name in names))
         shutil.copy(REPOSITORY / "tests/image/nvrtc.c", place)
         podman("run", "--rm", "--volume", f"{place}:/kernels", BASES["cuda"][0], "gcc", "-o", "/kernels/nvrtc", "/kernels/nvrtc.c")
         for device, bf16 in itertools.product(("sm_80", "sm_90"), (0, 1)):
-            options = [f"--gpu-architecture={device}", "--std=c++17", f"-DBF16={bf16}", "-DD_KV=64", "-DINFINITY=__int_as_float(0x7f800000)"]
+            value = {"BF16": bf16, "D_KV": 64, "MULTIPROCESSORS": 132, "INFINITY": "__int_as_float(0x7f800000)"}
+            options = [f"--gpu-architecture={device}", "--std=c++17", *(f"-D{name}={value[name]}" for name in defined)]
             code, _ = sida(image, "/kernels/sida.cu", *options, options=["--volume", f"{place}:/kernels:ro", "--entrypoint=/kernels/nvrtc"])
             assert code == 0, code
 
