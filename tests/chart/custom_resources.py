@@ -3,7 +3,6 @@ that are made of their definitions. They come from npm, so this is run by hand o
 tests/run.sh`, and needs node. They find wrong types and missing fields, not unknown keys."""
 
 import json
-import pathlib
 import subprocess
 import sys
 

@@ -16,6 +16,7 @@ import unittest
 import urllib.parse
 import urllib.request
 
+import grpc
 import yaml
 
 import local_pods
@@ -116,8 +117,8 @@ def filled(expression):
 def observed(expression):
     """What an alert compares: its expression without the comparison that decides, and without what only says which
     targets are meant."""
-    expression = expression.split(" and on ")[0]
-    return re.match(r"(.*) (?:>|<|==) \S+$", expression, re.S)[1]
+    expression = expression.split(" and ")[0]
+    return re.match(r"(.*) (?:>=|>|<|==) \S+$", expression, re.S)[1]
 
 
 class Running(unittest.TestCase):
@@ -257,8 +258,9 @@ class Running(unittest.TestCase):
             time.sleep(0.5)
 
     def test_7_another_etcd(self):
-        """Broken: an upgrade to another shape of the bundled etcd would cost requests. All rollouts go at once, as those of
-        an upgrade do."""
+        """Broken: an upgrade to another shape of the bundled etcd would leave two halves of a cluster, or fail more than the
+        few requests that come to a coordinator which ends and whose expert-nodes have all moved. All rollouts go at once,
+        as those of an upgrade do."""
         with self.load(workers=1) as load:
             right = {text: load.ask(text) for text in TEXTS}
         found = objects(self.values | {"etcd": {"bundled": {"persistence": {"enabled": True}}}})
@@ -274,10 +276,16 @@ class Running(unittest.TestCase):
             ended = [end for rollout in ends for end in rollout.result()]
             old.terminate()
             time.sleep(2)
-        self.assertEqual(load.failures(), [])
+        print(f"{len(load.answers)} requests while nodes moved to another etcd, {len(load.errors)} errors, longest {max(latency for _, _, latency in load.answers):.2f} s")
+        self.assertLessEqual({code for _, code, _ in load.errors}, {grpc.StatusCode.UNAVAILABLE})
+        self.assertLessEqual(len(load.errors), max(3, len(load.answers) // 50), load.failures())
         self.assertEqual([text for text, tokens, _ in load.answers if tokens != right[text]], [])
         self.assertEqual({code for code, _ in ended}, {0})
-        print(f"{len(load.answers)} requests while nodes moved to another etcd, 0 errors, longest {max(latency for _, _, latency in load.answers):.2f} s")
+        with self.load(workers=1) as load:
+            self.assertEqual({text: load.ask(text) for text in TEXTS}, right)
+        for pod in self.cluster.of("coordinator"):
+            with urllib.request.urlopen(f"http://{pod.address}:9090/metrics", timeout=10) as answer:
+                self.assertRegex(answer.read().decode(), r'(?m)^sida_members\{role="expert-node"\} 2$')
 
 
 class OverIpv6(unittest.TestCase):

@@ -10,7 +10,7 @@ import unittest
 import yaml
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import dashboard as grafana
-from grafana_foundation_sdk.models import alertgroups, heatmap, stat, statetimeline, table, timeseries
+from grafana_foundation_sdk.models import heatmap, stat, statetimeline, table, timeseries
 
 from test_chart import CHART, objects
 

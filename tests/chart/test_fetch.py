@@ -149,6 +149,16 @@ class Fetch(unittest.TestCase):
             os.utime(self.volume / f"model-{pin}", (number, number))
         self.assertEqual(self.found(), ["model-bbbbbbbbbbbb", "model-cccccccccccc"])
 
+    def test_what_others_left_goes(self):
+        """Broken: what pods left that died while they fetched or converted would fill the volume, or what belongs to
+        another model, whose name begins alike, would go with it."""
+        left = ["model-dddddddddddd.partial.abc123", ".model-dddddddddddd.0123456789abcdef.partial", "model-dddddddddddd.fetched"]
+        others = ["model-b-aaaaaaaaaaaa", "model-b-aaaaaaaaaaaa.partial.abc123", "model-b-aaaaaaaaaaaa.fetched", "model-b.lock", "model-notes"]
+        for name in left + others:
+            (self.volume / name).mkdir()
+        self.fetch(KEEP="1")
+        self.assertEqual(self.found(), sorted([*others, "model-aaaaaaaaaaaa"]))
+
     def test_what_is_there_is_checked(self):
         """Broken: a copy that the disk has damaged would be served, where no manifest tells."""
         self.fetch(VERIFY="yes")

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 
-from engine import ENVIRONMENT, image_exists, podman
+from engine import image_exists, podman
 
 CACHE = pathlib.Path(os.environ.get("SIDA_IMAGE_CACHE", "/var/tmp/sida-image"))
 # Of gcr.io/distroless/cc-debian12, as far as a program can see them.
@@ -99,10 +99,11 @@ def etcd():
 def prometheus():
     root = fresh("prometheus")
     unpacked(root, ["libc6", "ca-certificates", "prometheus"])
-    (root / "prometheus").mkdir(mode=0o777)
-    (root / "prometheus").chmod(0o777)
-    # As in its image; Debian's keeps consoles elsewhere, which nobody asks for.
-    return root, ["USER 65534", "WORKDIR /prometheus", 'ENTRYPOINT ["/usr/bin/prometheus"]']
+    # Where Debian's program keeps its data, which in its own image is below the working directory.
+    data = root / "var/lib/prometheus/metrics2"
+    data.mkdir(parents=True, exist_ok=True)
+    data.chmod(0o777)
+    return root, ["USER 65534", 'ENTRYPOINT ["/usr/bin/prometheus"]']
 
 
 IMAGES = {
@@ -123,6 +124,3 @@ def make(*names):
             podman("import", *(word for change in changes for word in ("--change", change)), "-", name, stdin=packed.stdout)
             assert packed.wait() == 0
 
-
-def forget(*names):
-    subprocess.run(["podman", "image", "rm", "--force", *names], env=ENVIRONMENT, capture_output=True)

@@ -21,7 +21,7 @@ class Network:
     def __init__(self):
         self.tag = f"c{os.getpid() % 10000}"
         self.subnet, self.name = f"10.{192 + os.getpid() % 60}.9.", f"sida-{self.tag}"
-        podman("network", "create", "--subnet", f"{self.subnet}0/24", "--interface-name", f"si{self.tag}", self.name)
+        podman("network", "create", "--subnet", f"{self.subnet}0/24", self.name)
 
     def close(self):
         told("network", "rm", "--force", self.name)
@@ -83,7 +83,8 @@ def enforced(policies, pods):
     """Rules of nftables for the network policies of the chart, for connections between containers. What comes from this
     machine, as a kubelet's probes, is not forwarded and stays free."""
     new = "tcp flags & (syn | ack) == syn"
-    lines = ["table bridge sida {", " chain forward {", "  type filter hook forward priority 0; policy accept;"]
+    # Those before it go in the same step.
+    lines = ["table bridge sida", "delete table bridge sida", "table bridge sida {", " chain forward {", "  type filter hook forward priority 0; policy accept;"]
     for pod in pods:
         chosen = [policy for policy in policies if chooses(policy["spec"]["podSelector"], pod)]
         numbers = {port["name"]: port["containerPort"] for port in pod.container["ports"]}

@@ -18,7 +18,7 @@ import tempfile
 import time
 
 import base_images
-from engine import REPOSITORY, podman, told
+from engine import REPOSITORY, image_exists, podman, told
 
 BASES = {
     "cpu": ["docker.io/library/rust:1.95-bookworm", "gcr.io/distroless/cc-debian12:nonroot"],
@@ -41,10 +41,12 @@ def build(variant, name, binary=None):
     """Builds the image."""
     base_images.make(*(base for base in BASES[variant] if not binary or "rust" not in base))
     arguments = ["--pull=never", "--file", REPOSITORY / "deploy/Dockerfile", "--build-arg", f"VARIANT={variant}", "--build-arg", "REVISION=test", "--tag", name]
-    if not binary:
-        return podman("build", *arguments, REPOSITORY)
+    # An image of before must not stand in for one that was not built: podman ends well when it is told to stop.
+    told("untag", name)
     with tempfile.TemporaryDirectory() as directory:
-        return podman("build", *arguments, "--build-context", f"build={stage_of(binary, directory)}", REPOSITORY)
+        given = ["--build-context", f"build={stage_of(binary, directory)}"] if binary else []
+        podman("build", *arguments, *given, REPOSITORY)
+    assert image_exists(name), f"{name} was not built"
 
 
 def sida(image, *arguments, options=()):
@@ -59,7 +61,7 @@ def check_gpu(variant, image):
     code, text = sida(image, "doctor")
     assert code == 0 and "no NVIDIA driver: computing on the CPU" in text, code
     missing = {"cpu": "needs a build with the cargo feature cuda", "cuda": "no NVIDIA driver"}[variant]
-    for asking in (["up", "--device=cuda:0", "--listen=127.0.0.1:0", "--metrics-listen=off"], ["bench", "--gpu=cuda:0"]):
+    for asking in (["up", "--device=cuda:0", "--listen=127.0.0.1:0", "--metrics-listen=off"], ["bench", "--device=cuda:0"]):
         code, text = sida(image, *asking)
         assert code == 64 and missing in text, code
 
@@ -70,13 +72,15 @@ def check_nvrtc(image):
         place = pathlib.Path(directory)
         place.chmod(0o755)
         kernels = REPOSITORY / "crates/model/src/cuda"
-        names = re.findall(r'include_str!\("(kernels/\w+\.cu)"\)', (kernels / "kernels.rs").read_text())
-        assert names
+        source = (kernels / "kernels.rs").read_text()
+        names, defined = re.findall(r'include_str!\("(kernels/\w+\.cu)"\)', source), re.findall(r'"-D(\w+)=', source)
+        assert names and defined
         (place / "sida.cu").write_text("".join((kernels / name).read_text() for name in names))
         shutil.copy(REPOSITORY / "tests/image/nvrtc.c", place)
         podman("run", "--rm", "--volume", f"{place}:/kernels", BASES["cuda"][0], "gcc", "-o", "/kernels/nvrtc", "/kernels/nvrtc.c")
         for device, bf16 in itertools.product(("sm_80", "sm_90"), (0, 1)):
-            options = [f"--gpu-architecture={device}", "--std=c++17", f"-DBF16={bf16}", "-DD_KV=64", "-DINFINITY=__int_as_float(0x7f800000)"]
+            value = {"BF16": bf16, "D_KV": 64, "MULTIPROCESSORS": 132, "INFINITY": "__int_as_float(0x7f800000)"}
+            options = [f"--gpu-architecture={device}", "--std=c++17", *(f"-D{name}={value[name]}" for name in defined)]
             code, _ = sida(image, "/kernels/sida.cu", *options, options=["--volume", f"{place}:/kernels:ro", "--entrypoint=/kernels/nvrtc"])
             assert code == 0, code
 

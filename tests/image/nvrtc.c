@@ -1,5 +1,5 @@
 // Compiles a kernel's source by the NVRTC of the image that this runs in, as sida does when it opens a GPU: by the name that
-// cudarc loads, to machine code, for a device that need not be there. Compiled and run by in_debian.py.
+// cudarc loads, to machine code, for a device that need not be there. Compiled and run by in_podman.py.
 //
 //     nvrtc SOURCE OPTION...
 

@@ -2,6 +2,7 @@
 user, its read-only root, the mounts and the network fit together, and what the network policies let through. Needs root, and
 the image that in_podman.py has built."""
 
+import pathlib
 import sys
 import unittest
 
@@ -12,7 +13,7 @@ from engine import REPOSITORY, image_exists
 sys.path.insert(0, str(REPOSITORY / "tests/chart"))
 import local_pods
 import test_cluster
-from test_values import template
+from releases import template
 
 VALUES = {
     "gpu": {"enabled": False}, "replicasPerExpert": 1,
@@ -51,7 +52,8 @@ class Pods(unittest.TestCase):
     def test_2_confined(self):
         """Broken: a node that is broken into could do more to its machine than compute."""
         for pod in self.cluster.pods.values():
-            status = dict(line.split(":\t", 1) for line in open(f"/proc/{pod.process_number()}/status").read().splitlines() if ":\t" in line)
+            process = pathlib.Path(f"/proc/{pod.process_number()}")
+            status = dict(line.split(":\t", 1) for line in (process / "status").read_text().splitlines() if ":\t" in line)
             with self.subTest(pod.name):
                 self.assertEqual(status["Uid"].split(), ["65532"] * 4)
                 self.assertEqual(int(status["CapEff"], 16), 0)
@@ -59,7 +61,7 @@ class Pods(unittest.TestCase):
                 self.assertEqual(status["NoNewPrivs"], "1")
                 # The default profile of seccomp.
                 self.assertEqual(status["Seccomp"], "2")
-                root = [line.split() for line in open(f"/proc/{pod.process_number()}/mounts") if line.split()[1] == "/"]
+                root = [line.split() for line in (process / "mounts").read_text().splitlines() if line.split()[1] == "/"]
                 self.assertIn("ro", root[-1][3].split(","))
 
     def test_3_network_policies(self):

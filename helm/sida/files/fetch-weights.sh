@@ -153,15 +153,21 @@ fetch() {
     mv -T "$partial" "$target" 2>/dev/null || { rm -rf "$partial" && [ -d "$target" ]; }
 }
 
+# What lies on the volume under our name with a pin and an ending, the newest first. Others may have names that begin alike.
+ours() { # REGULAR-EXPRESSION
+    name="$(basename "$BASE")"
+    ls -1dt "$BASE"-* "$(dirname "$BASE")/.$name"-* 2>/dev/null | grep -E "/\.?$name-[0-9a-f]{12}$1\$" || true
+}
+
 # What is left of those that died while they fetched or converted, and copies beyond those that stay, the oldest first.
 tidy() {
-    name="$(basename "$BASE")"
-    rm -rf "$BASE"-*.partial.* "$(dirname "$BASE")/.$name"-*.partial "$BASE".lock.stale.*
-    kept=0
-    for copy in $(ls -1dt "$BASE"-* 2>/dev/null | grep -E "/$name-[0-9a-f]{12}$"); do
-        [ "$copy" != "$model" ] || continue
+    for left in $(ours '\.partial\..*') $(ours '\.[0-9a-f]{16}\.partial') $(ours '\.fetched'); do
+        [ "$left" = "$target" ] || rm -rf "$left"
+    done
+    kept=1
+    for copy in $(ours ''); do
         kept=$((kept + 1))
-        [ "$kept" -lt "${KEEP:-2}" ] || rm -rf "$copy"
+        [ "$kept" -le "${KEEP:-2}" ] || rm -rf "$copy"
     done
 }
 
