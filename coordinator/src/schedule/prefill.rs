@@ -4,7 +4,7 @@
 use std::time::Instant;
 
 use rayon::prelude::*;
-use sida_model::{Backend, Spans, Stack};
+use sida_model::{Backend, NewSequence, Spans, Stack};
 use sida_telemetry::spans;
 
 use crate::{
@@ -101,23 +101,21 @@ impl<B: Backend> Scheduler<B> {
         mut costs: Costs,
         span: Option<BatchSpan>,
     ) {
-        let wants = |wanted: fn(&Work) -> bool| {
-            requests
-                .iter()
-                .zip(routings)
-                .any(|((request, _), routing)| routing.failure.is_none() && wanted(&request.work))
-        };
+        let computed = requests.iter().zip(routings).zip(spans.ranges());
+        let computed = computed.filter(|((_, routing), _)| routing.failure.is_none());
+        let (encodings, new): (Vec<_>, Vec<_>) = computed
+            .map(|(((request, _), _), rows)| (&request.work, rows))
+            .partition(|(work, _)| matches!(work, Work::Encode { .. }));
+        let new = new.into_iter().map(|(work, rows)| NewSequence { rows, tokens_max: work.decoded_tokens_max() });
+        let new: Vec<NewSequence> = new.collect();
         let mut buffer = std::mem::take(&mut self.values);
         let start = Instant::now();
         let backend = self.forward.backend();
-        let values = match wants(|work| matches!(work, Work::Encode { .. })) {
-            true => catch_panic(|| Ok(backend.values(states, &mut buffer)?)),
-            false => Ok(&[][..]),
+        let values = match encodings.is_empty() {
+            true => Ok(&[][..]),
+            false => catch_panic(|| Ok(backend.values(states, &mut buffer)?)),
         };
-        let started = match wants(|work| !matches!(work, Work::Encode { .. })) {
-            true => catch_panic(|| Ok(backend.start(states, spans)?)).map(|all| all.into_iter().map(Some).collect()),
-            false => Ok(requests.iter().map(|_| None).collect::<Vec<_>>()),
-        };
+        let mut started = start_all(backend, states, &new).into_iter();
         costs.dense_since(start);
         costs.record(&self.metrics.phases);
         drop(span);
@@ -125,24 +123,19 @@ impl<B: Backend> Scheduler<B> {
             sequence::absorb(trace, routing);
             sequence::absorb_costs(trace, &costs);
         }
-        let mut started = match started {
-            Ok(started) => started.into_iter(),
-            Err(error) => return requests.into_iter().for_each(|(request, _)| request.fail(error.clone())),
-        };
         let d_model = self.forward.config().d_model;
         let mut encodings = Vec::new();
         for (((request, trace), routing), rows) in requests.into_iter().zip(routings).zip(spans.ranges()) {
-            let state = started.next().flatten();
-            match (&routing.failure, &request.work, state) {
-                (Some(failure), ..) => request.fail(failure.clone()),
-                (None, &Work::Encode { pooling, .. }, _) => match &values {
+            match (&routing.failure, &request.work) {
+                (Some(failure), _) => request.fail(failure.clone()),
+                (None, &Work::Encode { pooling, .. }) => match &values {
                     Ok(values) => {
                         let own = &values[rows.start * d_model..rows.end * d_model];
                         encodings.push((request, trace, pooling, own));
                     }
                     Err(error) => request.fail(error.clone()),
                 },
-                (None, _, state) => match self.branches(&request, state.expect("started for all")) {
+                (None, _) => match started.next().expect("one for each").and_then(|it| self.branches(&request, it)) {
                     Ok(branches) => self.running.push(Sequence::new(request, trace, branches)),
                     Err(error) => request.fail(error),
                 },
@@ -174,6 +167,21 @@ impl<B: Backend> Scheduler<B> {
             feed: [&[start], *tokens].concat(),
         };
         Ok(states.into_iter().zip(&fed).map(branch).collect())
+    }
+}
+
+/// Starts sequences, or says for each why it has not started.
+fn start_all<B: Backend>(
+    backend: &mut B,
+    states: &B::States,
+    new: &[NewSequence],
+) -> Vec<Result<B::Sequence, RequestError>> {
+    if new.is_empty() {
+        return Vec::new();
+    }
+    match catch_panic(|| Ok(backend.start(states, new)?)) {
+        Ok(started) => started.into_iter().map(|sequence| sequence.map_err(RequestError::from)).collect(),
+        Err(error) => new.iter().map(|_| Err(error.clone())).collect(),
     }
 }
 
