@@ -101,21 +101,24 @@ impl<B: Backend> Scheduler<B> {
         mut costs: Costs,
         span: Option<BatchSpan>,
     ) {
-        let computed = requests.iter().zip(routings).zip(spans.ranges());
-        let computed = computed.filter(|((_, routing), _)| routing.failure.is_none());
-        let (encodings, new): (Vec<_>, Vec<_>) = computed
-            .map(|(((request, _), _), rows)| (&request.work, rows))
-            .partition(|(work, _)| matches!(work, Work::Encode { .. }));
-        let new = new.into_iter().map(|(work, rows)| NewSequence { rows, tokens_max: work.decoded_tokens_max() });
-        let new: Vec<NewSequence> = new.collect();
+        let computed = || {
+            let all = requests.iter().zip(routings).zip(spans.ranges());
+            let computed = all.filter(|((_, routing), _)| routing.failure.is_none());
+            computed.map(|(((request, _), _), rows)| (&request.work, rows))
+        };
+        let is_encoding = |work: &Work| matches!(work, Work::Encode { .. });
+        let wants_values = computed().any(|(work, _)| is_encoding(work));
+        let sequences = computed().filter(|(work, _)| !is_encoding(work));
+        let sequences = sequences.map(|(work, rows)| NewSequence { rows, tokens_max: work.decoded_tokens_max() });
+        let sequences: Vec<NewSequence> = sequences.collect();
         let mut buffer = std::mem::take(&mut self.values);
         let start = Instant::now();
         let backend = self.forward.backend();
-        let values = match encodings.is_empty() {
-            true => Ok(&[][..]),
-            false => catch_panic(|| Ok(backend.values(states, &mut buffer)?)),
+        let values = match wants_values {
+            true => catch_panic(|| Ok(backend.values(states, &mut buffer)?)),
+            false => Ok(&[][..]),
         };
-        let mut started = start_all(backend, states, &new).into_iter();
+        let mut started = start_all(backend, states, &sequences).into_iter();
         costs.dense_since(start);
         costs.record(&self.metrics.phases);
         drop(span);
@@ -135,7 +138,7 @@ impl<B: Backend> Scheduler<B> {
                     }
                     Err(error) => request.fail(error.clone()),
                 },
-                (None, _) => match started.next().expect("one for each").and_then(|it| self.branches(&request, it)) {
+                (None, _) => match started.next().expect("one for each").and_then(|one| self.branches(&request, one)) {
                     Ok(branches) => self.running.push(Sequence::new(request, trace, branches)),
                     Err(error) => request.fail(error),
                 },
@@ -174,14 +177,14 @@ impl<B: Backend> Scheduler<B> {
 fn start_all<B: Backend>(
     backend: &mut B,
     states: &B::States,
-    new: &[NewSequence],
+    sequences: &[NewSequence],
 ) -> Vec<Result<B::Sequence, RequestError>> {
-    if new.is_empty() {
+    if sequences.is_empty() {
         return Vec::new();
     }
-    match catch_panic(|| Ok(backend.start(states, new)?)) {
+    match catch_panic(|| Ok(backend.start(states, sequences)?)) {
         Ok(started) => started.into_iter().map(|sequence| sequence.map_err(RequestError::from)).collect(),
-        Err(error) => new.iter().map(|_| Err(error.clone())).collect(),
+        Err(error) => sequences.iter().map(|_| Err(error.clone())).collect(),
     }
 }
 
