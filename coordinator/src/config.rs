@@ -117,7 +117,7 @@ impl CoordinatorConfig {
             device: DeviceName::Cpu,
             precision: None,
             predictor,
-            limits: Limits { tokens_max: 8192, sequences_max: 256, queue_max: 1024 },
+            limits: Limits { tokens_max: 8192, sequences_max: 256, cache_bytes_max: 2 << 30, queue_max: 1024 },
             request_limits: RequestLimits::default(),
             preload_depth: 1,
             enforce_capacity: false,

@@ -13,7 +13,7 @@ use std::{
 use futures::Stream;
 use parking_lot::Mutex;
 use sida_cluster::Cluster;
-use sida_model::{Checkpoint, Tokenizer};
+use sida_model::{CacheSize, Checkpoint, Tokenizer};
 use sida_routing::Digest;
 use sida_telemetry::{Span, TraceContext};
 use tokio::sync::{mpsc, oneshot};
@@ -56,6 +56,8 @@ pub(crate) struct Inner {
     pub(crate) config: CoordinatorConfig,
     pub(crate) cluster: Cluster,
     pub(crate) tokenizer: Arc<Tokenizer>,
+    /// What sequences take of the memory of what computes.
+    pub(crate) cache_size: CacheSize,
     pub(crate) nodes: Arc<Nodes>,
     pub(crate) predict: Arc<Predict>,
     pub(crate) probe: Arc<Probe>,
@@ -176,8 +178,8 @@ impl Coordinator {
     }
 
     fn acceptance(&self) -> Acceptance<'_> {
-        let Inner { config, tokenizer, .. } = &*self.inner;
-        Acceptance { limits: &config.request_limits, batch: &config.limits, tokenizer }
+        let Inner { config, cache_size, tokenizer, .. } = &*self.inner;
+        Acceptance { limits: &config.request_limits, batch: &config.limits, cache_size: *cache_size, tokenizer }
     }
 
     /// Tokenizes a prompt on another thread and hands it to `queue`. The task that asks does not tokenize, so that of
@@ -234,7 +236,9 @@ impl Coordinator {
         // The announcement stands until this function ends: then the request is queued, or refused.
         let TokenizedPrompt { request_span, tokens, announced: _announced } = prompt;
         let prompt_tokens = tokens.len() as u64;
-        let request = Request { tokens, mode, work, accepted: request_span.begun, deadline, span: request_span.span };
+        let cache_bytes = self.acceptance().cache_bytes(tokens.len(), &work)?;
+        let (accepted, span) = (request_span.begun, request_span.span);
+        let request = Request { tokens, mode, work, cache_bytes, accepted, deadline, span };
         let limits = inner.config.limits;
         inner.requests.try_push(request, |queued| limits.may_wait(queued)).map_err(|refused| match refused {
             Refused::Full(_) => RequestError::QueueFull { limit: limits.queue_max, retry_after: RETRY_AFTER },

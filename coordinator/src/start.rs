@@ -124,6 +124,8 @@ impl Coordinator {
             Dispatch::new(nodes.clone(), model.d_model, rows_max, patience)
         };
         let (requests, prepared) = (Arc::new(Queue::new()), Arc::new(Queue::new()));
+        let cache_size = backend.cache_size();
+        metrics.cache_budget_bytes.set(config.limits.cache_bytes_max as f64);
         let scheduler = Scheduler {
             limits: config.limits,
             prepared: prepared.clone(),
@@ -156,7 +158,19 @@ impl Coordinator {
         ];
         let probe = Arc::new(Probe::new(dispatch(config.server.health_period.min(config.expert_call_timeout)), &model));
         let threads = Mutex::new(threads);
-        let inner = Inner { config, cluster, tokenizer, nodes, predict, probe, requests, statistics, metrics, threads };
+        let inner = Inner {
+            config,
+            cluster,
+            tokenizer,
+            cache_size,
+            nodes,
+            predict,
+            probe,
+            requests,
+            statistics,
+            metrics,
+            threads,
+        };
         Ok(Self { inner: Arc::new(inner) })
     }
 }

@@ -16,6 +16,9 @@ impl From<RequestError> for Fault {
             E::PromptTooLong { tokens, limit } => {
                 fault(Reason::TextTooLong).with("tokens", tokens).with("limit", limit)
             }
+            E::CacheTooSmall { needed, limit } => {
+                fault(Reason::InvalidRequest).with("needed_bytes", needed).with("limit", limit)
+            }
             E::Argument { field, .. } => fault(Reason::InvalidRequest).with("field", field),
             E::GuidedMode => fault(Reason::Unsupported).with("mode", "GUIDED"),
             E::QueueFull { limit, retry_after } => {
@@ -35,7 +38,7 @@ impl From<RequestError> for Fault {
                 // What the tokenizer refuses is the caller's text.
                 ModelError::Tokenize { .. } => fault(Reason::InvalidRequest).with("field", "text"),
                 ModelError::TextTooLong { .. } => fault(Reason::TextTooLong),
-                ModelError::Device(_) => fault(Reason::DeviceFailed),
+                ModelError::Device(_) | ModelError::OutOfMemory { .. } => fault(Reason::DeviceFailed),
                 _ => fault(Reason::Internal),
             },
             E::NotANumber | E::Panicked => fault(Reason::Internal),

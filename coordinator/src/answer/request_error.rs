@@ -16,6 +16,10 @@ pub enum RequestError {
     TextTooLong { bytes: usize, limit: usize },
     #[error("the prompt has {tokens} tokens, more than the {limit} allowed")]
     PromptTooLong { tokens: usize, limit: usize },
+    #[error(
+        "the request needs {needed} bytes for keys and values, more than the {limit} allowed (--cache-memory); shorten its text, its answer or its targets"
+    )]
+    CacheTooSmall { needed: u64, limit: u64 },
     #[error("{field} is {found}, expected {expected}")]
     Argument { field: &'static str, found: String, expected: String },
     #[error("routing mode GUIDED is not served by this version; EXACT and HASH are")]

@@ -3,14 +3,14 @@
 
 use std::time::Instant;
 
-use sida_model::Tokenizer;
+use sida_model::{CacheSize, Tokenizer};
 use sida_routing::admission::Limits;
 use sida_telemetry::TraceContext;
 
 use crate::{
     answer::{output::Pooling, request_error::RequestError, routing_mode::RoutingMode, sampler::Sampling},
     config::RequestLimits,
-    intake::request::GenerateOptions,
+    intake::request::{GenerateOptions, Work},
 };
 
 /// A request for encoder states.
@@ -70,6 +70,7 @@ pub struct GenerateParams {
 pub(crate) struct Acceptance<'a> {
     pub(crate) limits: &'a RequestLimits,
     pub(crate) batch: &'a Limits,
+    pub(crate) cache_size: CacheSize,
     pub(crate) tokenizer: &'a Tokenizer,
 }
 
@@ -120,6 +121,20 @@ impl Acceptance<'_> {
             sampling: params.sampling.clone(),
             stop: std::mem::take(&mut params.stop),
         })
+    }
+
+    /// What is reserved for the keys and values of a request with so many tokens of prompt: it must fit the budget by
+    /// itself.
+    pub(crate) fn cache_bytes(&self, prompt_tokens: usize, work: &Work) -> Result<u64, RequestError> {
+        let (needed, limit) = (self.needed_cache_bytes(prompt_tokens, work), self.batch.cache_bytes_max);
+        if needed > limit { Err(RequestError::CacheTooSmall { needed, limit }) } else { Ok(needed) }
+    }
+
+    fn needed_cache_bytes(&self, prompt_tokens: usize, work: &Work) -> u64 {
+        match work.sequences() {
+            0 => 0,
+            sequences => self.cache_size.of_request(prompt_tokens, sequences, work.decoded_tokens_max()),
+        }
     }
 
     fn tokens(&self, text: &str) -> Result<Vec<u32>, RequestError> {

@@ -21,6 +21,8 @@ pub(crate) struct Request {
     pub(crate) mode: RoutingMode,
     /// What is asked for, and where the answer goes.
     pub(crate) work: Work,
+    /// Memory that is reserved for its keys and values while it runs.
+    pub(crate) cache_bytes: u64,
     /// When the request came in.
     pub(crate) accepted: Instant,
     /// When the answer is of no more use.
@@ -54,17 +56,37 @@ pub(crate) struct GenerateOptions {
     pub(crate) stop: Vec<String>,
 }
 
+impl Work {
+    /// How many sequences are decoded for it.
+    pub(crate) fn sequences(&self) -> usize {
+        match self {
+            Work::Encode { .. } => 0,
+            Work::Score { targets, .. } => targets.len(),
+            Work::Generate { .. } => 1,
+        }
+    }
+
+    /// The most tokens that each of these sequences has in the decoder: the start token stands in the place of the last
+    /// one, which is not fed.
+    pub(crate) fn decoded_tokens_max(&self) -> usize {
+        match self {
+            Work::Encode { .. } => 0,
+            Work::Score { targets, .. } => targets.iter().map(Vec::len).max().unwrap_or(0),
+            Work::Generate { options, .. } => options.tokens_max,
+        }
+    }
+}
+
 impl Request {
     /// How much of a batch's limits the request takes.
     pub(crate) fn cost(&self) -> Cost {
-        let prompt = self.tokens.len();
-        match &self.work {
-            Work::Encode { .. } => Cost { tokens: prompt, sequences: 0 },
-            Work::Score { targets, .. } => {
-                Cost { tokens: prompt + targets.iter().map(Vec::len).sum::<usize>(), sequences: targets.len() }
-            }
-            Work::Generate { .. } => Cost { tokens: prompt + 1, sequences: 1 },
-        }
+        let decoded = match &self.work {
+            Work::Encode { .. } => 0,
+            Work::Score { targets, .. } => targets.iter().map(Vec::len).sum(),
+            Work::Generate { .. } => 1,
+        };
+        let (tokens, sequences) = (self.tokens.len() + decoded, self.work.sequences());
+        Cost { tokens, sequences, cache_bytes: self.cache_bytes }
     }
 
     /// Why the request need not be worked on any more, if that is so.

@@ -12,6 +12,8 @@ use sida_telemetry::{
 pub(crate) struct Metrics {
     pub(crate) requests_queued: Gauge,
     pub(crate) requests_inflight: Gauge,
+    pub(crate) cache_reserved_bytes: Gauge,
+    pub(crate) cache_budget_bytes: Gauge,
     pub(crate) queue_seconds: Histogram,
     pub(crate) time_to_first_token_seconds: Histogram,
     pub(crate) time_per_output_token_seconds: Histogram,
@@ -41,6 +43,8 @@ impl Metrics {
         Self {
             requests_queued: gauge!(names::REQUESTS_QUEUED),
             requests_inflight: gauge!(names::REQUESTS_INFLIGHT),
+            cache_reserved_bytes: gauge!(names::CACHE_RESERVED_BYTES),
+            cache_budget_bytes: gauge!(names::CACHE_BUDGET_BYTES),
             queue_seconds: histogram!(names::QUEUE_DURATION_SECONDS),
             time_to_first_token_seconds: histogram!(names::TIME_TO_FIRST_TOKEN_SECONDS),
             time_per_output_token_seconds: histogram!(names::TIME_PER_OUTPUT_TOKEN_SECONDS),

@@ -4,7 +4,7 @@
 use std::time::Instant;
 
 use rayon::prelude::*;
-use sida_model::{Backend, Spans, Stack};
+use sida_model::{Backend, NewSequence, Spans, Stack};
 use sida_telemetry::spans;
 
 use crate::{
@@ -101,23 +101,24 @@ impl<B: Backend> Scheduler<B> {
         mut costs: Costs,
         span: Option<BatchSpan>,
     ) {
-        let wants = |wanted: fn(&Work) -> bool| {
-            requests
-                .iter()
-                .zip(routings)
-                .any(|((request, _), routing)| routing.failure.is_none() && wanted(&request.work))
+        let computed = || {
+            let all = requests.iter().zip(routings).zip(spans.ranges());
+            let computed = all.filter(|((_, routing), _)| routing.failure.is_none());
+            computed.map(|(((request, _), _), rows)| (&request.work, rows))
         };
+        let is_encoding = |work: &Work| matches!(work, Work::Encode { .. });
+        let wants_values = computed().any(|(work, _)| is_encoding(work));
+        let sequences = computed().filter(|(work, _)| !is_encoding(work));
+        let sequences = sequences.map(|(work, rows)| NewSequence { rows, tokens_max: work.decoded_tokens_max() });
+        let sequences: Vec<NewSequence> = sequences.collect();
         let mut buffer = std::mem::take(&mut self.values);
         let start = Instant::now();
         let backend = self.forward.backend();
-        let values = match wants(|work| matches!(work, Work::Encode { .. })) {
+        let values = match wants_values {
             true => catch_panic(|| Ok(backend.values(states, &mut buffer)?)),
             false => Ok(&[][..]),
         };
-        let started = match wants(|work| !matches!(work, Work::Encode { .. })) {
-            true => catch_panic(|| Ok(backend.start(states, spans)?)).map(|all| all.into_iter().map(Some).collect()),
-            false => Ok(requests.iter().map(|_| None).collect::<Vec<_>>()),
-        };
+        let mut started = start_all(backend, states, &sequences).into_iter();
         costs.dense_since(start);
         costs.record(&self.metrics.phases);
         drop(span);
@@ -125,24 +126,19 @@ impl<B: Backend> Scheduler<B> {
             sequence::absorb(trace, routing);
             sequence::absorb_costs(trace, &costs);
         }
-        let mut started = match started {
-            Ok(started) => started.into_iter(),
-            Err(error) => return requests.into_iter().for_each(|(request, _)| request.fail(error.clone())),
-        };
         let d_model = self.forward.config().d_model;
         let mut encodings = Vec::new();
         for (((request, trace), routing), rows) in requests.into_iter().zip(routings).zip(spans.ranges()) {
-            let state = started.next().flatten();
-            match (&routing.failure, &request.work, state) {
-                (Some(failure), ..) => request.fail(failure.clone()),
-                (None, &Work::Encode { pooling, .. }, _) => match &values {
+            match (&routing.failure, &request.work) {
+                (Some(failure), _) => request.fail(failure.clone()),
+                (None, &Work::Encode { pooling, .. }) => match &values {
                     Ok(values) => {
                         let own = &values[rows.start * d_model..rows.end * d_model];
                         encodings.push((request, trace, pooling, own));
                     }
                     Err(error) => request.fail(error.clone()),
                 },
-                (None, _, state) => match self.branches(&request, state.expect("started for all")) {
+                (None, _) => match started.next().expect("one for each").and_then(|one| self.branches(&request, one)) {
                     Ok(branches) => self.running.push(Sequence::new(request, trace, branches)),
                     Err(error) => request.fail(error),
                 },
@@ -174,6 +170,21 @@ impl<B: Backend> Scheduler<B> {
             feed: [&[start], *tokens].concat(),
         };
         Ok(states.into_iter().zip(&fed).map(branch).collect())
+    }
+}
+
+/// Starts sequences, or says for each why it has not started.
+fn start_all<B: Backend>(
+    backend: &mut B,
+    states: &B::States,
+    sequences: &[NewSequence],
+) -> Vec<Result<B::Sequence, RequestError>> {
+    if sequences.is_empty() {
+        return Vec::new();
+    }
+    match catch_panic(|| Ok(backend.start(states, sequences)?)) {
+        Ok(started) => started.into_iter().map(|sequence| sequence.map_err(RequestError::from)).collect(),
+        Err(error) => sequences.iter().map(|_| Err(error.clone())).collect(),
     }
 }
 

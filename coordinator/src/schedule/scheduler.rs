@@ -64,7 +64,7 @@ impl<B: Backend> Scheduler<B> {
     /// Runs until the queue is closed and everything in it was answered.
     pub(crate) fn run(mut self) {
         while let Some(joining) = self.schedule() {
-            self.note_inflight(self.running.len() + joining.len());
+            self.note_inflight(&joining);
             self.statistics.step_begins();
             let outcome = catch_panic(|| {
                 self.prefill(joining);
@@ -76,7 +76,7 @@ impl<B: Backend> Scheduler<B> {
             if let Err(error) = outcome {
                 self.fail_running(&error);
             }
-            self.note_inflight(self.running.len());
+            self.note_inflight(&[]);
         }
     }
 
@@ -85,6 +85,7 @@ impl<B: Backend> Scheduler<B> {
         let running = Cost {
             tokens: self.running.iter().flat_map(|s| &s.branches).map(|branch| branch.feed.len()).sum(),
             sequences: self.running.iter().map(|s| s.branches.len()).sum(),
+            cache_bytes: self.running.iter().map(|s| s.request.cache_bytes).sum(),
         };
         let limits = self.limits;
         let choose = |waiting: &VecDeque<Prepared>| limits.joining(running, waiting.iter().map(|p| p.request.cost()));
@@ -96,7 +97,10 @@ impl<B: Backend> Scheduler<B> {
         }
     }
 
-    fn note_inflight(&self, requests: usize) {
+    fn note_inflight(&self, joining: &[Prepared]) {
+        let requests = self.running.len() + joining.len();
+        let all = self.running.iter().map(|s| &s.request).chain(joining.iter().map(|prepared| &prepared.request));
+        self.metrics.cache_reserved_bytes.set(all.map(|request| request.cache_bytes).sum::<u64>() as f64);
         self.statistics.inflight.store(requests, Ordering::Relaxed);
         self.metrics.requests_inflight.set(requests as f64);
     }

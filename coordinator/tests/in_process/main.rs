@@ -1,7 +1,9 @@
 //! A coordinator with expert-nodes in this process: what it answers ([`exactness`]), what it survives
-//! ([`failures`]), how it reaches nodes behind sockets ([`lanes`], [`epochs`]), what it refuses ([`limits`]), and how that looks by gRPC ([`front_door`]). Whole clusters of
+//! ([`failures`]), how it reaches nodes behind sockets ([`lanes`], [`epochs`]), what it refuses ([`limits`]), how
+//! sequences share their memory ([`cache_memory`]), and how that looks by gRPC ([`front_door`]). Whole clusters of
 //! real nodes are tested in the `tests` crate.
 
+mod cache_memory;
 mod epochs;
 mod exactness;
 mod failures;

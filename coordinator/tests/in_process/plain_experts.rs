@@ -49,6 +49,8 @@ pub(crate) struct PlainExperts {
     calls: Mutex<BTreeMap<LayerId, usize>>,
     another: Condvar,
     pub(crate) rows: AtomicU64,
+    /// The most rows of one call to each layer.
+    pub(crate) rows_most: Mutex<BTreeMap<LayerId, u64>>,
     /// Plans given and not yet released.
     pub(crate) plans: Mutex<Vec<Plan>>,
     pub(crate) plans_total: AtomicU64,
@@ -111,7 +113,11 @@ impl LocalExperts for PlainExperts {
         if behaviour == Behaviour::Nan {
             out.fill(f32::NAN);
         }
-        self.rows.fetch_add(call.groups.iter().map(|group| u64::from(group.rows)).sum(), Ordering::Relaxed);
+        let rows = call.groups.iter().map(|group| u64::from(group.rows)).sum();
+        self.rows.fetch_add(rows, Ordering::Relaxed);
+        let mut most = self.rows_most.lock();
+        let most = most.entry(call.layer).or_default();
+        *most = rows.max(*most);
         Ok(CallReport { hits: call.groups.len() as u32, ..CallReport::default() })
     }
 
@@ -140,6 +146,7 @@ pub(crate) fn experts() -> Arc<PlainExperts> {
         calls: Mutex::default(),
         another: Condvar::new(),
         rows: AtomicU64::new(0),
+        rows_most: Mutex::default(),
         plans: Mutex::new(Vec::new()),
         plans_total: AtomicU64::new(0),
         newer: Mutex::default(),

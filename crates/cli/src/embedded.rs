@@ -55,6 +55,7 @@ impl EmbeddedCluster {
         }
         let mut config = CoordinatorConfig::new(COORDINATOR.into(), checkpoint, predictor);
         (config.device, config.precision) = (embedded.device.device, embedded.device.precision);
+        embedded.cache.apply(&mut config)?;
         config.micro_batching = embedded.micro_batches.wanted();
         config.on_load = Some(loading_bar::of_model(&config.checkpoint));
         adapt(&mut config);

@@ -16,6 +16,7 @@ mod coordinator_client;
 mod embedded;
 mod expert_picture;
 mod loading_bar;
+mod machine_memory;
 mod model_dir;
 mod plain_table;
 mod runtime;

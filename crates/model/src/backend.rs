@@ -11,11 +11,11 @@
 //! let passed = backend.finish(pass)?;
 //! ```
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use sida_routing::{ExpertId, Group, LayerId, Routes};
 
-use crate::{ModelConfig, ModelError, ResidentExperts, RowsOnDevice, RowsWindow, Spans, Stack};
+use crate::{CacheSize, ModelConfig, ModelError, ResidentExperts, RowsOnDevice, RowsWindow, Spans, Stack};
 
 /// The dense part of a model, loaded.
 ///
@@ -32,6 +32,9 @@ pub trait Backend: Sized + Send + 'static {
 
     /// What the model is.
     fn config(&self) -> &ModelConfig;
+
+    /// What sequences take of its memory.
+    fn cache_size(&self) -> CacheSize;
 
     /// Another way to the same weights, for another thread. `None` where one pass at a time has the backend's memory.
     fn another(&self) -> Option<Self>;
@@ -72,8 +75,13 @@ pub trait Backend: Sized + Send + 'static {
     /// The encoder's states (tokens, d_model), row-major, in memory that is kept in `buffer` for the next time.
     fn values<'b>(&mut self, states: &Self::States, buffer: &'b mut Vec<f32>) -> Result<&'b [f32], ModelError>;
 
-    /// Sequences before their first token, of the encoder's states, which `spans` cuts.
-    fn start(&mut self, states: &Self::States, spans: &Spans) -> Result<Vec<Self::Sequence>, ModelError>;
+    /// Sequences before their first token. Each takes all of its memory now; one that finds none is an error by itself,
+    /// and the others start.
+    fn start(
+        &mut self,
+        states: &Self::States,
+        sequences: &[NewSequence],
+    ) -> Result<Vec<Result<Self::Sequence, ModelError>>, ModelError>;
 
     /// Another sequence that goes on from here: what scoring several targets of one input needs. Shares what came from the
     /// encoder.
@@ -102,6 +110,15 @@ pub trait Backend: Sized + Send + 'static {
     fn rows_window(&self) -> Option<Result<RowsWindow, ModelError>> {
         None
     }
+}
+
+/// A sequence that is to start.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewSequence {
+    /// The rows of its input in the encoder's states.
+    pub rows: Range<usize>,
+    /// The most tokens that will be decoded.
+    pub tokens_max: usize,
 }
 
 /// What a backend may compute with a pass, if it can.

@@ -6,12 +6,12 @@ use std::sync::Arc;
 use sida_routing::{LayerId, Routes};
 
 use crate::{
-    Backbone, Checkpoint, ModelConfig, ModelError, Spans, Stack,
+    Backbone, CacheSize, Checkpoint, ModelConfig, ModelError, Spans, Stack,
     backbone::FeedForward,
-    backend::{Backend, Beside, MoeRows, Passed},
+    backend::{Backend, Beside, MoeRows, NewSequence, Passed},
     cpu_operations::{CpuOperations, Scratch, add_to},
     forward::{self, Position},
-    kv_cache::CpuSequence,
+    kv_cache::{self, CpuSequence},
     loader::Host,
     pieces, router,
 };
@@ -53,20 +53,33 @@ impl CpuBackend {
     }
 
     /// As [`Backend::start`], of plain rows.
-    pub fn start_of(&self, states: &[f32], spans: &Spans) -> Result<Vec<CpuSequence>, ModelError> {
-        check("encoder states [values]", spans.rows() * self.config.d_model, states.len())?;
-        let mut cross = vec![Vec::new(); spans.len()];
-        let mut rows = Vec::new();
+    pub fn start_of(
+        &self,
+        states: &[f32],
+        sequences: &[NewSequence],
+    ) -> Result<Vec<Result<CpuSequence, ModelError>>, ModelError> {
+        let all = states.len() / self.config.d_model;
+        check("encoder states [values]", all * self.config.d_model, states.len())?;
+        for NewSequence { rows, .. } in sequences {
+            check("rows of an input, their last", rows.end.min(all), rows.end)?;
+        }
+        let mut cross: Vec<_> = sequences.iter().map(|_| Ok(Vec::new())).collect();
+        let (mut values, width) = (Vec::new(), 2 * self.config.inner_dim());
         for block in &self.backbone.decoder.blocks {
             let Some(input) = &block.cross else { continue };
-            input.keys_values.product(states, &mut rows); // (rows, 2 inner)
-            let width = rows.len() / spans.rows().max(1);
-            for (cross, span) in cross.iter_mut().zip(spans.ranges()) {
-                cross.push(rows[span.start * width..span.end * width].to_vec());
+            input.keys_values.product(states, &mut values); // (rows, 2 inner)
+            for (cross, NewSequence { rows, .. }) in cross.iter_mut().zip(sequences) {
+                let Ok(blocks) = cross else { continue };
+                match copied(&values[rows.start * width..rows.end * width]) {
+                    Ok(own) => blocks.push(own),
+                    Err(error) => *cross = Err(error),
+                }
             }
         }
-        let inner = self.config.inner_dim();
-        Ok(cross.into_iter().map(|cross| CpuSequence::new(cross, inner)).collect())
+        let start = |(cross, new): (Result<_, ModelError>, &NewSequence)| {
+            CpuSequence::new(cross?, self.config.inner_dim(), new.tokens_max)
+        };
+        Ok(cross.into_iter().zip(sequences).map(start).collect())
     }
 }
 
@@ -77,6 +90,10 @@ impl Backend for CpuBackend {
 
     fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    fn cache_size(&self) -> CacheSize {
+        CacheSize::new(&self.backbone.spec, size_of::<f32>())
     }
 
     fn another(&self) -> Option<Self> {
@@ -182,12 +199,16 @@ impl Backend for CpuBackend {
         Ok(buffer)
     }
 
-    fn start(&mut self, states: &CpuStates, spans: &Spans) -> Result<Vec<CpuSequence>, ModelError> {
-        self.start_of(&states.0, spans)
+    fn start(
+        &mut self,
+        states: &CpuStates,
+        sequences: &[NewSequence],
+    ) -> Result<Vec<Result<CpuSequence, ModelError>>, ModelError> {
+        self.start_of(&states.0, sequences)
     }
 
     fn fork(&self, sequence: &CpuSequence) -> Result<CpuSequence, ModelError> {
-        Ok(sequence.fork())
+        sequence.fork()
     }
 
     fn logits(&mut self, states: &CpuStates, rows: &[usize]) -> Result<Vec<f32>, ModelError> {
@@ -213,6 +234,13 @@ impl<'s> CpuPass<'s> {
 /// The rows of `h` (tokens, d_model) at `wanted`.
 fn gather(h: &[f32], d_model: usize, wanted: &[usize]) -> Vec<f32> {
     wanted.iter().flat_map(|row| &h[row * d_model..][..d_model]).copied().collect()
+}
+
+/// A copy of `values` in memory of its own, or an error where there is none.
+fn copied(values: &[f32]) -> Result<Vec<f32>, ModelError> {
+    let mut memory = kv_cache::reserved(values.len())?;
+    memory.extend_from_slice(values);
+    Ok(memory)
 }
 
 fn check(what: &'static str, expected: usize, found: usize) -> Result<(), ModelError> {

@@ -61,6 +61,8 @@ pub enum ModelError {
     TokenId { id: u32, vocab_size: usize },
     #[error("{what} is {found:?}, expected {expected:?}")]
     Shape { what: &'static str, expected: Vec<usize>, found: Vec<usize> },
+    #[error("there are no {bytes} bytes left for {what}")]
+    OutOfMemory { what: &'static str, bytes: usize },
     #[error("layer {layer} expert {expert} does not exist: the model has {layers} MoE layers of {num_experts} experts")]
     Expert { layer: LayerId, expert: u16, layers: usize, num_experts: usize },
     #[error(

@@ -3,11 +3,10 @@
 
 use std::sync::Arc;
 
-/// Room for this many tokens is taken at first; it doubles when it is full.
-const TOKENS_FIRST: usize = 64;
+use crate::{ModelError, cache_size::room};
 
 /// Keys and values of one sequence in one block's self-attention.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) struct KvCache {
     /// (tokens, 2 * inner): a token's keys, then its values.
     rows: Vec<f32>,
@@ -15,8 +14,9 @@ pub(crate) struct KvCache {
 }
 
 impl KvCache {
-    fn new(inner: usize) -> Self {
-        Self { rows: Vec::with_capacity(TOKENS_FIRST * 2 * inner), width: 2 * inner }
+    fn new(inner: usize, tokens: usize) -> Result<Self, ModelError> {
+        let width = 2 * inner;
+        Ok(Self { rows: reserved(tokens.saturating_mul(width))?, width })
     }
 
     /// Sets the rows from `position` on to the keys and values at the end of each row of `qkv`
@@ -33,10 +33,17 @@ impl KvCache {
     pub(crate) fn rows(&self) -> &[f32] {
         &self.rows
     }
+
+    /// The same rows, with the same room.
+    fn fork(&self) -> Result<Self, ModelError> {
+        let mut rows = reserved(self.rows.capacity())?;
+        rows.extend_from_slice(&self.rows);
+        Ok(Self { rows, width: self.width })
+    }
 }
 
 /// A sequence in the decoder of a model on the processor. Made by [`crate::Backend::start`].
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct CpuSequence {
     position: usize,
     /// One per block.
@@ -47,14 +54,22 @@ pub struct CpuSequence {
 }
 
 impl CpuSequence {
-    pub(crate) fn new(cross: Vec<Vec<f32>>, inner: usize) -> Self {
-        let caches = cross.iter().map(|_| KvCache::new(inner)).collect();
-        Self { position: 0, caches, cross: cross.into() }
+    /// Takes room for `tokens_max` tokens.
+    pub(crate) fn new(cross: Vec<Vec<f32>>, inner: usize, tokens_max: usize) -> Result<Self, ModelError> {
+        let caches = cross.iter().map(|_| KvCache::new(inner, room(tokens_max))).collect::<Result<_, _>>()?;
+        Ok(Self { position: 0, caches, cross: cross.into() })
     }
 
     /// How many tokens were decoded.
     pub fn position(&self) -> usize {
         self.position
+    }
+
+    /// Bytes that it takes: for its own tokens, and for its input, which those that were forked from it share.
+    pub fn bytes(&self) -> (u64, u64) {
+        let bytes = |values: usize| (values * size_of::<f32>()) as u64;
+        let own = self.caches.iter().map(|cache| bytes(cache.rows.capacity())).sum();
+        (own, self.cross.iter().map(|rows| bytes(rows.capacity())).sum())
     }
 
     /// Counts `tokens` new tokens as decoded. To be called once all blocks have attended.
@@ -64,7 +79,16 @@ impl CpuSequence {
 
     /// Another sequence that goes on from here: what scoring several targets of one input needs. Shares what
     /// came from the encoder.
-    pub fn fork(&self) -> Self {
-        self.clone()
+    pub fn fork(&self) -> Result<Self, ModelError> {
+        let caches = self.caches.iter().map(KvCache::fork).collect::<Result<_, _>>()?;
+        Ok(Self { position: self.position, caches, cross: self.cross.clone() })
     }
+}
+
+/// Memory for so many values and no more, or an error where there is none.
+pub(crate) fn reserved(values: usize) -> Result<Vec<f32>, ModelError> {
+    let mut memory = Vec::new();
+    let bytes = values.saturating_mul(size_of::<f32>());
+    memory.try_reserve_exact(values).map_err(|_| ModelError::OutOfMemory { what: "keys and values", bytes })?;
+    Ok(memory)
 }

@@ -19,6 +19,7 @@
 pub mod backbone;
 pub mod backend;
 pub mod bounded_file;
+pub mod cache_size;
 pub mod checkpoint;
 pub mod config;
 pub mod convert;
@@ -59,7 +60,8 @@ mod weight_files;
 pub mod window;
 
 pub use backbone::Backbone;
-pub use backend::{Backend, Beside, MoeRows, Passed, PassedLayer, Wanted};
+pub use backend::{Backend, Beside, MoeRows, NewSequence, Passed, PassedLayer, Wanted};
+pub use cache_size::CacheSize;
 pub use checkpoint::{Checkpoint, TensorBytes};
 pub use config::{ModelConfig, Stack};
 pub use cpu_backend::CpuBackend;

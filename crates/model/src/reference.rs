@@ -7,8 +7,8 @@ use std::path::Path;
 use sida_routing::{Digest, Grouping, LayerId, Routes};
 
 use crate::{
-    Backend, Beside, Checkpoint, CpuBackend, CpuSequence, ExpertStore, ModelConfig, ModelError, MoeRows, Spans, Stack,
-    cpu::lanes::LANES, router,
+    Backend, Beside, Checkpoint, CpuBackend, CpuSequence, ExpertStore, ModelConfig, ModelError, MoeRows, NewSequence,
+    Spans, Stack, cpu::lanes::LANES, router,
 };
 
 /// A model that answers by itself.
@@ -62,10 +62,10 @@ impl Reference {
         Ok((values, routing))
     }
 
-    /// A sequence's caches before its first token.
+    /// A sequence's caches before its first token. They grow with it.
     pub fn start(&self, encoder_states: &[f32]) -> Result<CpuSequence, ModelError> {
-        let spans = Spans::new([encoder_states.len() / self.config().d_model]);
-        Ok(self.backend.start_of(encoder_states, &spans)?.remove(0))
+        let new = NewSequence { rows: 0..encoder_states.len() / self.config().d_model, tokens_max: 0 };
+        self.backend.start_of(encoder_states, &[new])?.remove(0)
     }
 
     /// Decodes further tokens of a sequence at once: their logits (tokens, vocab_size) and routing.

@@ -4,8 +4,8 @@
 use std::path::{Path, PathBuf};
 
 use sida_model::{
-    Backend, Beside, Checkpoint, CpuBackend, CpuSequence, ExpertStore, MoeRows, Reference, Spans, Stack,
-    reference::greedy,
+    Backend, Beside, Checkpoint, CpuBackend, CpuSequence, ExpertStore, ModelError, MoeRows, NewSequence, Reference,
+    Spans, Stack, reference::greedy,
 };
 use sida_routing::Grouping;
 
@@ -102,6 +102,45 @@ fn pieces_of_a_batch_are_the_batch() {
     assert!(by_threads[0] == by_threads[1] && by_threads[0] == by_threads[2]);
 }
 
+/// A coordinator would reserve other bytes than sequences take, and run out of memory, or a running step would take more.
+#[test]
+fn sequences_take_what_is_reserved() {
+    let mut batches = Batches::open();
+    let prompts: [&[u32]; 3] = [&[5, 99, 1207, 44, 1], &[1], &[700, 3, 1]];
+    let spans = Spans::new(prompts.map(<[u32]>::len));
+    let states = batches.pass(Stack::Encoder, &prompts.concat(), &spans, Vec::new());
+    let tokens = [1, 64, 65];
+    let new = |(rows, tokens_max)| NewSequence { rows, tokens_max };
+    let new: Vec<NewSequence> = spans.ranges().zip(tokens).map(new).collect();
+    let size = batches.backend.cache_size();
+    for (started, new) in batches.backend.start(&states, &new).unwrap().into_iter().zip(new) {
+        let mut sequence = started.unwrap();
+        let reserved = (size.of_tokens(new.tokens_max), size.of_input(new.rows.len()));
+        assert_eq!(sequence.bytes(), reserved);
+        assert_eq!(sequence.fork().unwrap().bytes(), reserved);
+        assert_eq!(size.of_request(new.rows.len(), 3, new.tokens_max), 3 * reserved.0 + reserved.1);
+        for token in 0..new.tokens_max as u32 {
+            batches.step(vec![&mut sequence], &[token]);
+        }
+        assert_eq!(sequence.bytes(), reserved, "after {} tokens", new.tokens_max);
+    }
+}
+
+/// A sequence that no memory is left for would take those down that start with it.
+#[test]
+fn no_memory_for_one_is_its_own_error() {
+    let mut batches = Batches::open();
+    let spans = Spans::new([2, 3, 1]);
+    let states = batches.pass(Stack::Encoder, &[5, 1, 700, 3, 1, 1], &spans, Vec::new());
+    let new = |(rows, tokens_max)| NewSequence { rows, tokens_max };
+    let new: Vec<NewSequence> = spans.ranges().zip([1, 1 << 44, 1]).map(new).collect();
+    let mut started = batches.backend.start(&states, &new).unwrap().into_iter();
+    let mut next = || started.next().unwrap();
+    let (mut first, refused, mut last) = (next().unwrap(), next(), next().unwrap());
+    assert!(matches!(refused, Err(ModelError::OutOfMemory { bytes, .. }) if bytes > 1 << 44), "{refused:?}");
+    assert_eq!(batches.step(vec![&mut first, &mut last], &[0, 0]).len(), 2);
+}
+
 /// Scoring one target would change what the next one sees.
 #[test]
 fn forks_go_their_own_ways() {
@@ -110,7 +149,7 @@ fn forks_go_their_own_ways() {
     let mut trunk = reference.start(&encoded).unwrap();
     reference.decode(&mut trunk, &[0, 23]).unwrap();
     let logits = |state: &mut CpuSequence, token| reference.decode(state, &[token]).unwrap().0;
-    let (mut left, mut right) = (trunk.fork(), trunk.fork());
+    let (mut left, mut right) = (trunk.fork().unwrap(), trunk.fork().unwrap());
     logits(&mut left, 30);
     assert_eq!(logits(&mut right, 44), logits(&mut trunk, 44));
     assert_eq!((left.position(), right.position()), (3, 3));

@@ -19,8 +19,8 @@ use golden::Golden;
 use on_device::{OnDevice, Options, ROWS_MAX, plan};
 use rand::{Rng, SeedableRng};
 use sida_model::{
-    Backend, Beside, Checkpoint, ExpertDevice, ExpertScratch, ExpertSlot, ExpertStore, MoeRows, Precision, Reference,
-    SlotRows, Spans, Stack, Urgency, Wanted,
+    Backend, Beside, Checkpoint, DeviceError, ExpertDevice, ExpertScratch, ExpertSlot, ExpertStore, ModelError,
+    MoeRows, NewSequence, Precision, Reference, SlotRows, Spans, Stack, Urgency, Wanted,
     cuda::{CudaError, DeviceDense, DeviceSequence, DeviceSlab, DeviceStates, Gpu},
     reference::greedy,
 };
@@ -163,6 +163,32 @@ fn rows_do_not_depend_on_their_batch() {
             }
             assert!(part.counters().demand_loads > 0 && part.counters().evictions > 0);
         }
+    }
+}
+
+/// A sequence that the device has no memory for would take those down that start with it, or that run.
+#[test]
+fn no_memory_for_one_is_its_own_error() {
+    let Some(ordinal) = device() else { return println!("SIDA_CUDA_DEVICE is not set: nothing is compared") };
+    let checkpoint = Checkpoint::open(&models()[0]).unwrap();
+    let gpu = Gpu::open(ordinal).unwrap();
+    let mut dense = DeviceDense::open(gpu, &checkpoint, Precision::Bf16, ROWS_MAX).unwrap();
+    let spans = Spans::new([2, 3, 1]);
+    let pass = dense.begin(Stack::Encoder, &[5, 1, 700, 3, 1, 1], &spans, Vec::new(), Beside::default()).unwrap();
+    let states = dense.finish(pass).unwrap().states;
+    let new = |(rows, tokens_max)| NewSequence { rows, tokens_max };
+    let new: Vec<NewSequence> = spans.ranges().zip([1, 1 << 40, 65]).map(new).collect();
+    let mut started = dense.start(&states, &new).unwrap();
+    assert!(matches!(&started[1], Err(ModelError::Device(DeviceError::Failed(_)))), "{:?}", started[1]);
+    let mut begin = |sequence: &mut DeviceSequence, tokens: usize| {
+        let (ids, spans) = (vec![0; tokens], Spans::new([tokens]));
+        dense.begin(Stack::Decoder, &ids, &spans, vec![sequence], Beside::default()).map(drop)
+    };
+    // Whole blocks of tokens have room, and no token more.
+    for (at, room) in [(0, 64), (2, 128)] {
+        let sequence = started[at].as_mut().unwrap();
+        begin(sequence, room).unwrap();
+        assert!(matches!(begin(sequence, room + 1), Err(ModelError::Shape { .. })));
     }
 }
 
@@ -537,7 +563,7 @@ fn experts_elsewhere_give_the_same_bits() {
             let bits = |values: Vec<f32>| -> Vec<u32> { values.into_iter().map(f32::to_bits).collect() };
             let values = dense.values(&states, &mut Vec::new()).unwrap().to_vec();
             assert_eq!(bits(values), bits(whole.states()));
-            let (mut theirs, mut ours) = (whole.start(&spans), dense.start(&states, &spans).unwrap());
+            let (mut theirs, mut ours) = (whole.start(&spans), on_device::start(&mut dense, &states, &spans));
             ours[0] = dense.fork(&ours[0]).unwrap();
             let mut fed: Vec<u32> = vec![whole.config().decoder_start_token_id; 4];
             for _ in 0..6 {

@@ -2,6 +2,8 @@
 //! before it predicts (what to take from the queue) and before each decode step (what joins the sequences
 //! that are running).
 
+use std::iter::Sum;
+
 /// What a request adds to the batch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cost {
@@ -9,6 +11,9 @@ pub struct Cost {
     pub tokens: usize,
     /// Places it keeps among the running sequences afterwards. 0 for a request that is encoded and gone.
     pub sequences: usize,
+    /// Memory that is reserved for its keys and values until it ends: of its input, and of the most tokens that it
+    /// may decode. 0 for a request that is encoded and gone.
+    pub cache_bytes: u64,
 }
 
 /// Bounds of one batch and of the queue before it.
@@ -18,8 +23,27 @@ pub struct Limits {
     pub tokens_max: usize,
     /// Sequences that run at the same time.
     pub sequences_max: usize,
+    /// Memory for keys and values of all sequences that run at the same time.
+    pub cache_bytes_max: u64,
     /// Requests that wait.
     pub queue_max: usize,
+}
+
+impl Cost {
+    /// What both take together.
+    fn and(self, other: Self) -> Self {
+        Self {
+            tokens: self.tokens.saturating_add(other.tokens),
+            sequences: self.sequences.saturating_add(other.sequences),
+            cache_bytes: self.cache_bytes.saturating_add(other.cache_bytes),
+        }
+    }
+}
+
+impl Sum for Cost {
+    fn sum<I: Iterator<Item = Self>>(costs: I) -> Self {
+        costs.fold(Self::default(), Self::and)
+    }
 }
 
 impl Limits {
@@ -30,17 +54,23 @@ impl Limits {
         let mut held = running;
         let mut joined = 0;
         for cost in waiting {
-            let tokens = held.tokens.saturating_add(cost.tokens);
-            let sequences = held.sequences.saturating_add(cost.sequences);
-            let fits = tokens <= self.tokens_max && (cost.sequences == 0 || sequences <= self.sequences_max);
+            let together = held.and(cost);
             let alone = held == Cost::default();
-            if !fits && !alone {
+            if !self.allow(together, cost) && !alone {
                 break;
             }
-            held = Cost { tokens, sequences };
+            held = together;
             joined += 1;
         }
         joined
+    }
+
+    /// Whether a batch of all `together` is within the limits; those of what the last of them does not take do not
+    /// count.
+    fn allow(&self, together: Cost, last: Cost) -> bool {
+        together.tokens <= self.tokens_max
+            && (last.sequences == 0 || together.sequences <= self.sequences_max)
+            && (last.cache_bytes == 0 || together.cache_bytes <= self.cache_bytes_max)
     }
 
     /// Whether one more request may wait behind `queued` others.
@@ -55,16 +85,21 @@ mod tests {
 
     use super::*;
 
-    const LIMITS: Limits = Limits { tokens_max: 100, sequences_max: 4, queue_max: 2 };
+    const LIMITS: Limits = Limits { tokens_max: 100, sequences_max: 4, cache_bytes_max: 1000, queue_max: 2 };
 
     fn cost(tokens: usize, sequences: usize) -> Cost {
-        Cost { tokens, sequences }
+        Cost { tokens, sequences, cache_bytes: 0 }
+    }
+
+    fn caching(cache_bytes: u64) -> Cost {
+        Cost { tokens: 1, sequences: 1, cache_bytes }
     }
 
     #[test]
     fn order_of_arrival() {
         // Would break: a stream of short requests starves a long one.
         assert_eq!(LIMITS.joining(cost(0, 0), [cost(90, 1), cost(20, 1), cost(1, 1)]), 1);
+        assert_eq!(LIMITS.joining(caching(500), [caching(600), caching(1)]), 0);
     }
 
     #[test]
@@ -76,8 +111,17 @@ mod tests {
 
     #[test]
     fn encoding_needs_no_place() {
-        // Would break: long generations at the sequence limit block requests that only encode.
-        assert_eq!(LIMITS.joining(cost(4, 4), [cost(10, 0), cost(10, 1)]), 1);
+        // Would break: long generations at the limits of sequences and memory block requests that only encode.
+        let full = Cost { cache_bytes: 1000, ..cost(4, 4) };
+        assert_eq!(LIMITS.joining(full, [cost(10, 0), cost(10, 1)]), 1);
+    }
+
+    #[test]
+    fn memory_is_used_to_its_last_byte() {
+        // Would break: a sequence that fits waits, or one that does not fit joins and takes memory from the others.
+        assert_eq!(LIMITS.joining(caching(400), [caching(300), caching(300), caching(1)]), 2);
+        assert_eq!(LIMITS.joining(caching(400), [caching(601)]), 0);
+        assert_eq!(LIMITS.joining(caching(400), [caching(u64::MAX)]), 0);
     }
 
     #[test]
@@ -87,20 +131,51 @@ mod tests {
         assert!(!LIMITS.may_wait(2));
     }
 
+    fn costs(most: usize) -> impl Strategy<Value = Vec<Cost>> {
+        let cost = (0usize..60, 0usize..3, 0u64..700).prop_map(|(tokens, sequences, cache_bytes)| Cost {
+            tokens,
+            sequences,
+            // What is encoded and gone keeps nothing.
+            cache_bytes: if sequences == 0 { 0 } else { cache_bytes },
+        });
+        prop::collection::vec(cost, 0..most)
+    }
+
     proptest! {
         #[test]
-        fn limits_hold(running in (0usize..150, 0usize..6), waiting in prop::collection::vec((0usize..60, 0usize..3), 0..20)) {
+        fn limits_hold(running in costs(3), waiting in costs(20)) {
             // Would break: a batch of several requests exceeds the limits, or a free place is left empty.
-            let running = cost(running.0, running.1);
-            let waiting: Vec<Cost> = waiting.into_iter().map(|(t, s)| cost(t, s)).collect();
+            let running: Cost = running.into_iter().sum();
             let joined = LIMITS.joining(running, waiting.iter().copied());
-            let held = |n: usize| waiting[..n].iter().fold(running, |h, c| cost(h.tokens + c.tokens, h.sequences + c.sequences));
-            let fits = |h: Cost| h.tokens <= LIMITS.tokens_max && h.sequences <= LIMITS.sequences_max;
+            let held = |n: usize| [running].into_iter().chain(waiting[..n].iter().copied()).sum::<Cost>();
+            let fits = |held: Cost| {
+                held.tokens <= LIMITS.tokens_max
+                    && held.sequences <= LIMITS.sequences_max
+                    && held.cache_bytes <= LIMITS.cache_bytes_max
+            };
             if joined > 0 && fits(running) && fits(held(1)) {
                 prop_assert!(fits(held(joined)));
             }
             if joined < waiting.len() {
                 prop_assert!(!fits(held(joined + 1)));
+            }
+        }
+
+        #[test]
+        fn nobody_starves(waiting in costs(40), ends in prop::collection::vec(any::<prop::sample::Index>(), 200)) {
+            // Would break: a request that fits into the whole memory waits for ever behind or beside smaller ones.
+            let (mut running, mut next, mut ends) = (Vec::<Cost>::new(), 0, ends.into_iter());
+            while next < waiting.len() {
+                let sequences = running.iter().copied().sum();
+                let joined = LIMITS.joining(sequences, waiting[next..].iter().copied());
+                running.extend(&waiting[next..next + joined]);
+                next += joined;
+                prop_assert!(running.iter().map(|cost| cost.cache_bytes).sum::<u64>() <= LIMITS.cache_bytes_max);
+                // Somebody finishes, in any order.
+                if let Some(end) = ends.next().filter(|_| !running.is_empty()) {
+                    running.swap_remove(end.index(running.len()));
+                }
+                prop_assert!(joined > 0 || ends.len() > 0, "{} of {} wait", waiting.len() - next, waiting.len());
             }
         }
     }

@@ -135,6 +135,8 @@ catalogue! {
     REQUESTS_TOTAL = "sida_requests_total", counter, [METHOD, CODE], Count, Coordinator, "Requests answered, by gRPC method and status code.";
     REQUESTS_INFLIGHT = "sida_requests_inflight", gauge, [], Count, Coordinator, "Requests being worked on.";
     REQUESTS_QUEUED = "sida_requests_queued", gauge, [], Count, Coordinator, "Requests waiting for a place in a batch.";
+    CACHE_RESERVED_BYTES = "sida_cache_reserved_bytes", gauge, [], Bytes, Coordinator, "Memory reserved for keys and values of the sequences that run.";
+    CACHE_BUDGET_BYTES = "sida_cache_budget_bytes", gauge, [], Bytes, Coordinator, "Memory that keys and values of all running sequences may take (--cache-memory).";
     REQUEST_DURATION_SECONDS = "sida_request_duration_seconds", histogram(WAITS), [METHOD], Seconds, Coordinator, "A request, from acceptance to its last byte.";
     TIME_TO_FIRST_TOKEN_SECONDS = "sida_time_to_first_token_seconds", histogram(WAITS), [], Seconds, Coordinator, "From acceptance to the first token.";
     TIME_PER_OUTPUT_TOKEN_SECONDS = "sida_time_per_output_token_seconds", histogram(WORK), [], Seconds, Coordinator, "Mean time between the tokens of a request after its first.";

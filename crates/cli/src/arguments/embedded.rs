@@ -4,7 +4,7 @@ use clap::Args;
 use sida_expert_node::ExpertMemory;
 use sida_model::DeviceName;
 
-use super::{device::DeviceArguments, micro_batches::MicroBatchArguments};
+use super::{cache::CacheArguments, device::DeviceArguments, micro_batches::MicroBatchArguments};
 
 /// How many expert-nodes there are, and how much memory they get together.
 #[derive(Args, Clone, Debug)]
@@ -24,6 +24,8 @@ pub(crate) struct EmbeddedArguments {
     pub(crate) no_packing: bool,
     #[command(flatten)]
     pub(crate) device: DeviceArguments,
+    #[command(flatten)]
+    pub(crate) cache: CacheArguments,
     #[command(flatten)]
     pub(crate) micro_batches: MicroBatchArguments,
 }

@@ -1,6 +1,7 @@
 //! Flags that several commands share, one file per group: what the model is, how a request is routed and
 //! answered, how much memory the experts get, where a cluster listens and how one is reached.
 
+pub(crate) mod cache;
 pub(crate) mod connection;
 pub(crate) mod device;
 pub(crate) mod embedded;

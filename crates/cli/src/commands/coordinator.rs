@@ -10,6 +10,7 @@ use sida_rpc::Readiness;
 
 use crate::{
     arguments::{
+        cache::CacheArguments,
         connection::ConnectionArguments,
         device::{self, DeviceArguments},
         limits::LimitArguments,
@@ -31,6 +32,8 @@ pub(crate) struct CoordinatorArguments {
     model: ModelArguments,
     #[command(flatten)]
     device: DeviceArguments,
+    #[command(flatten)]
+    cache: CacheArguments,
     /// With a GPU: send rows to expert-nodes on this machine, too, although they could read them in its memory
     #[arg(long)]
     send_rows: bool,
@@ -70,6 +73,7 @@ pub(crate) fn run(arguments: CoordinatorArguments) -> anyhow::Result<ExitCode> {
         let mut config = CoordinatorConfig::new(member.node, checkpoint, predictor);
         arguments.limits.apply(&mut config);
         (config.device, config.precision) = (arguments.device.device, arguments.device.precision);
+        arguments.cache.apply(&mut config)?;
         config.share_rows = !arguments.send_rows;
         config.micro_batching = arguments.micro_batches.wanted();
         config.client = arguments.connection.client();

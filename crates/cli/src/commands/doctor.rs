@@ -12,7 +12,7 @@ use std::{
 use clap::Args;
 use sida_model::{ModelConfig, manifest};
 
-use crate::{byte_size, expert_picture::Style, model_dir};
+use crate::{byte_size, expert_picture::Style, machine_memory, model_dir};
 
 /// The ports that `sida up` listens on unless told otherwise.
 const DEFAULT_PORTS: [(u16, &str); 2] = [(50051, "gRPC"), (9090, "metrics")];
@@ -96,22 +96,13 @@ fn vector_instructions() -> &'static str {
 }
 
 fn memory() -> Finding {
-    let Ok(text) = fs::read_to_string("/proc/meminfo") else {
-        return finding(Verdict::Note, "memory", "unknown: there is no /proc/meminfo");
-    };
-    match (meminfo_bytes(&text, "MemTotal"), meminfo_bytes(&text, "MemAvailable")) {
-        (Some(total), Some(available)) => {
+    match machine_memory::total_and_available() {
+        Some((total, available)) => {
             let text = format!("{}, {} of it available", byte_size::shown(total), byte_size::shown(available));
             finding(Verdict::Good, "memory", text)
         }
-        _ => finding(Verdict::Note, "memory", "unknown: /proc/meminfo does not say"),
+        None => finding(Verdict::Note, "memory", "unknown: /proc/meminfo does not say"),
     }
-}
-
-/// The bytes of one line of /proc/meminfo, as `MemTotal:  24689764 kB`.
-fn meminfo_bytes(text: &str, name: &str) -> Option<u64> {
-    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
-    line.trim().strip_suffix(" kB")?.parse::<u64>().ok()?.checked_mul(1024)
 }
 
 /// What of GPUs this build and this machine can use.
@@ -194,16 +185,6 @@ fn port_finding(port: u16, use_: &'static str) -> Finding {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn meminfo() {
-        // Broken: memory would be shown a thousand times off, or a kernel's new line would end the command.
-        let text = "MemTotal:       24689764 kB\nMemAvailable:   x kB\nHugePages_Total:       0\n";
-        assert_eq!(meminfo_bytes(text, "MemTotal"), Some(24689764 * 1024));
-        assert_eq!(meminfo_bytes(text, "MemAvailable"), None);
-        assert_eq!(meminfo_bytes(text, "HugePages_Total"), None);
-        assert_eq!(meminfo_bytes("", "MemTotal"), None);
-    }
 
     #[test]
     fn what_is_missing_is_said() {

@@ -1,7 +1,7 @@
 //! Sequences in the decoder of a model on a GPU: their caches on the device, which a sequence takes along when it joins or
 //! leaves a batch, and the passes that fill them.
 
-use std::sync::Arc;
+use std::{iter::zip, sync::Arc};
 
 use super::{
     arguments::Sequence,
@@ -11,22 +11,18 @@ use super::{
     pass::{BatchShape, Pass},
     scratch::Packet,
 };
-use crate::{ModelError, Spans};
+use crate::{Backend, ModelError, NewSequence, Spans, cache_size::room};
 
-/// A cache begins with room for so many tokens, and doubles when it is full.
-const CACHE_TOKENS_FIRST: usize = 64;
-
-/// A sequence in the decoder: its caches, and its share of the keys and values of its input.
+/// A sequence in the decoder: its caches, and the keys and values of its input. All of its memory was taken when it
+/// started.
 #[derive(Debug)]
 pub struct DeviceSequence {
     /// (blocks, capacity, 2 * inner)
     cache: DeviceMemory,
     capacity: usize,
     position: usize,
+    /// (blocks, input_rows, 2 * inner)
     input: Arc<DeviceMemory>,
-    /// Where its rows begin in block 0 of `input`, and from one block to the next, in values.
-    input_first: u64,
-    input_stride: u64,
     input_rows: usize,
 }
 
@@ -43,62 +39,83 @@ impl DeviceSequence {
 }
 
 impl DeviceDense {
-    /// As [`crate::Backend::start`]: keys and values of the states that the last encoding left, for every block.
-    pub(super) fn start_sequences(&self, spans: &Spans) -> Result<Vec<DeviceSequence>, CudaError> {
-        let rows = spans.rows();
+    /// As [`Backend::start`], of the `rows` that the last encoding left.
+    pub(super) fn start_sequences(
+        &self,
+        rows: usize,
+        new: &[NewSequence],
+    ) -> Result<Vec<Result<DeviceSequence, CudaError>>, CudaError> {
         self.check_rows(rows)?;
-        self.gpu.enter()?;
-        let (width, value) = (2 * self.config.inner_dim(), self.precision.size());
-        let stride = rows * width;
-        let blocks = &self.backbone.decoder.blocks;
-        let input = Arc::new(self.gpu.allocate("caches", blocks.len() * stride * value)?);
-        let shape = BatchShape { rows, sequences: spans.len(), longest: 0, wanted: 0 };
-        let pass = Pass::new(self.machine(), shape, Packet::plan(&self.scratch, 0, 0, 0), 0);
-        for (block, cross) in blocks.iter().enumerate().filter_map(|(at, block)| Some((at, block.cross.as_ref()?))) {
-            pass.cross_keys(&cross.keys_values, input.address() + (block * stride * value) as u64)?;
+        if let Some(new) = new.iter().find(|new| new.rows.end > rows) {
+            let (expected, found) = (vec![rows], vec![new.rows.end]);
+            return Err(ModelError::Shape { what: "rows of an input, their last", expected, found }.into());
         }
-        let sequence = |range: std::ops::Range<usize>| {
-            Ok(DeviceSequence {
-                cache: self.gpu.allocate("caches", self.cache_bytes(CACHE_TOKENS_FIRST))?,
-                capacity: CACHE_TOKENS_FIRST,
-                position: 0,
-                input: input.clone(),
-                input_first: (range.start * width) as u64,
-                input_stride: stride as u64,
-                input_rows: range.len(),
-            })
-        };
-        spans.ranges().map(sequence).collect()
+        self.gpu.enter()?;
+        let started: Vec<_> = new.iter().map(|new| self.take_memory(new)).collect();
+        let shape = BatchShape { rows, sequences: new.len(), longest: 0, wanted: 0 };
+        let pass = Pass::new(self.machine(), shape, Packet::plan(&self.scratch, 0, 0, 0), 0);
+        let row_bytes = 2 * self.config.inner_dim() * self.precision.size();
+        // No pass is under way, so its memory is free for the keys and values of all rows.
+        let all = self.scratch.qkv.address();
+        let blocks = self.backbone.decoder.blocks.iter().enumerate();
+        for (block, cross) in blocks.filter_map(|(block, weights)| Some((block, weights.cross.as_ref()?))) {
+            pass.cross_keys(&cross.keys_values, all)?;
+            for (new, sequence) in zip(new, &started) {
+                let Ok(sequence) = sequence else { continue };
+                let from = all + (new.rows.start * row_bytes) as u64;
+                let bytes = new.rows.len() * row_bytes;
+                self.gpu.copy(from, sequence.input.address() + (block * bytes) as u64, bytes)?;
+            }
+        }
+        Ok(started)
+    }
+
+    /// All memory of a sequence that is to start.
+    fn take_memory(&self, new: &NewSequence) -> Result<DeviceSequence, CudaError> {
+        let size = self.cache_size();
+        let take = |bytes: u64| self.gpu.allocate("caches", usize::try_from(bytes).unwrap_or(usize::MAX));
+        Ok(DeviceSequence {
+            cache: take(size.of_tokens(new.tokens_max))?,
+            capacity: room(new.tokens_max),
+            position: 0,
+            input: Arc::new(take(size.of_input(new.rows.len()))?),
+            input_rows: new.rows.len(),
+        })
     }
 
     /// Another sequence that goes on from the beginning: what scoring several targets of one input needs. Shares what
     /// came from the encoder.
     pub(super) fn fork_sequence(&self, sequence: &DeviceSequence) -> Result<DeviceSequence, CudaError> {
         self.gpu.enter()?;
-        let cache = self.gpu.allocate("caches", self.cache_bytes(sequence.capacity))?;
-        self.gpu.copy(sequence.cache.address(), cache.address(), self.cache_bytes(sequence.capacity))?;
+        let bytes = sequence.cache.bytes();
+        let cache = self.gpu.allocate("caches", bytes)?;
+        self.gpu.copy(sequence.cache.address(), cache.address(), bytes)?;
         Ok(DeviceSequence { cache, input: sequence.input.clone(), ..*sequence })
     }
 
-    /// What the device is told of sequences that get new tokens as `spans` says. Makes room for them.
+    /// What the device is told of sequences that get new tokens as `spans` says. Refuses those that would need
+    /// more room than was taken.
     pub(super) fn describe(
         &self,
         spans: &Spans,
-        sequences: &mut [&mut DeviceSequence],
+        sequences: &[&mut DeviceSequence],
     ) -> Result<Vec<Sequence>, CudaError> {
         if sequences.len() != spans.len() {
             let (expected, found) = (vec![spans.len()], vec![sequences.len()]);
             return Err(ModelError::Shape { what: "decoder states [sequences]", expected, found }.into());
         }
-        self.gpu.enter()?;
-        let value = self.precision.size() as u64;
+        let row_values = 2 * self.config.inner_dim();
         let mut described = Vec::with_capacity(spans.len());
-        for (sequence, range) in sequences.iter_mut().zip(spans.ranges()) {
-            self.make_room(sequence, range.len())?;
+        for (sequence, range) in sequences.iter().zip(spans.ranges()) {
+            let tokens = sequence.position + range.len();
+            if tokens > sequence.capacity {
+                let (expected, found) = (vec![sequence.capacity], vec![tokens]);
+                return Err(ModelError::Shape { what: "tokens of a sequence, at most", expected, found }.into());
+            }
             described.push(Sequence {
                 cache: sequence.cache.address(),
-                cross: sequence.input.address() + sequence.input_first * value,
-                cross_stride: sequence.input_stride,
+                cross: sequence.input.address(),
+                cross_stride: (sequence.input_rows * row_values) as u64,
                 capacity: sequence.capacity as i32,
                 input_rows: sequence.input_rows as i32,
                 first_row: range.start as i32,
@@ -108,29 +125,5 @@ impl DeviceDense {
             });
         }
         Ok(described)
-    }
-
-    fn cache_bytes(&self, tokens: usize) -> usize {
-        self.config.decoder_layers * tokens * 2 * self.config.inner_dim() * self.precision.size()
-    }
-
-    /// Doubles a cache until it has room for `tokens` more.
-    fn make_room(&self, sequence: &mut DeviceSequence, tokens: usize) -> Result<(), CudaError> {
-        let mut capacity = sequence.capacity;
-        while capacity < sequence.position + tokens {
-            capacity *= 2;
-        }
-        if capacity == sequence.capacity {
-            return Ok(());
-        }
-        let cache = self.gpu.allocate("caches", self.cache_bytes(capacity))?;
-        let block = |capacity| self.cache_bytes(capacity) / self.config.decoder_layers;
-        for index in 0..self.config.decoder_layers {
-            let (old, new) = (index * block(sequence.capacity), index * block(capacity));
-            let (from, to) = (sequence.cache.address() + old as u64, cache.address() + new as u64);
-            self.gpu.copy(from, to, block(sequence.position))?;
-        }
-        (sequence.cache, sequence.capacity) = (cache, capacity);
-        Ok(())
     }
 }

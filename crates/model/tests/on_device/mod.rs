@@ -9,8 +9,8 @@ use std::{
 };
 
 use sida_model::{
-    Backend, Beside, Checkpoint, DeviceSlots, ExpertDevice, ExpertSlot, ExpertStore, ModelConfig, MoeRows, Passed,
-    Precision, ResidentExperts, Residents, SlotRun, Spans, Stack, Urgency, Wanted,
+    Backend, Beside, Checkpoint, DeviceSlots, ExpertDevice, ExpertSlot, ExpertStore, ModelConfig, MoeRows, NewSequence,
+    Passed, Precision, ResidentExperts, Residents, SlotRun, Spans, Stack, Urgency, Wanted,
     cuda::{DeviceDense, DeviceSequence, DeviceSlab, DeviceStates, Gpu},
 };
 use sida_routing::{
@@ -20,6 +20,8 @@ use sida_routing::{
 
 /// Rows of a batch at most.
 pub(crate) const ROWS_MAX: usize = 2048;
+/// Tokens of a sequence at most.
+const TOKENS_MAX: usize = 300;
 
 /// How a model is put on a device.
 #[derive(Clone, Copy)]
@@ -136,7 +138,7 @@ impl OnDevice {
 
     /// Sequences before their first token, of the last encoding.
     pub(crate) fn start(&mut self, spans: &Spans) -> Vec<DeviceSequence> {
-        self.dense.start(self.states.as_ref().unwrap(), spans).unwrap()
+        start(&mut self.dense, self.states.as_ref().unwrap(), spans)
     }
 
     fn pass(
@@ -183,6 +185,12 @@ impl OnDevice {
         let ids = |(_, experts): (LayerId, Vec<ExpertId>)| experts.into_iter().map(|expert| expert.0).collect();
         Seen { experts: by_layer.into_iter().map(ids).collect(), demand_loads, tokens }
     }
+}
+
+/// Sequences of all prompts of an encoding, with room for the longest answer of these tests.
+pub(crate) fn start(dense: &mut DeviceDense, states: &DeviceStates, spans: &Spans) -> Vec<DeviceSequence> {
+    let new: Vec<NewSequence> = spans.ranges().map(|rows| NewSequence { rows, tokens_max: TOKENS_MAX }).collect();
+    dense.start(states, &new).unwrap().into_iter().map(Result::unwrap).collect()
 }
 
 impl SlabExperts {

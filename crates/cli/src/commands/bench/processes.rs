@@ -94,6 +94,7 @@ pub(crate) async fn start(
     let predictor = predictor.source(&checkpoint, &cluster)?;
     let mut config = CoordinatorConfig::new("coordinator-0".into(), checkpoint, predictor);
     (config.device, config.precision) = (shape.device.device, shape.device.precision);
+    shape.cache.apply(&mut config)?;
     config.share_rows = share_rows;
     config.micro_batching = shape.micro_batches.wanted();
     let coordinator = Coordinator::start(config, cluster).await.map_err(coordinator::refused)?;

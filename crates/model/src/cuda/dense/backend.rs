@@ -6,8 +6,8 @@ use sida_routing::{LayerId, Routes};
 
 use super::{Current, DeviceDense};
 use crate::{
-    ModelConfig, ModelError, PassedLayer, ResidentExperts, RowsOnDevice, RowsWindow, Spans, Stack,
-    backend::{Backend, Beside, MoeRows, Passed, Wanted},
+    CacheSize, ModelConfig, ModelError, PassedLayer, ResidentExperts, RowsOnDevice, RowsWindow, Spans, Stack,
+    backend::{Backend, Beside, MoeRows, NewSequence, Passed, Wanted},
     cpu::norm::softmax,
     cuda::{
         pass::BatchShape,
@@ -55,6 +55,10 @@ impl Backend for DeviceDense {
         &self.config
     }
 
+    fn cache_size(&self) -> CacheSize {
+        CacheSize::new(&self.backbone.spec, self.precision.size())
+    }
+
     fn another(&self) -> Option<Self> {
         None
     }
@@ -64,14 +68,14 @@ impl Backend for DeviceDense {
         stack: Stack,
         ids: &[u32],
         spans: &Spans,
-        mut sequences: Vec<&'s mut DeviceSequence>,
+        sequences: Vec<&'s mut DeviceSequence>,
         Beside { wanted, experts }: Beside<'_>,
     ) -> Result<DevicePass<'s>, ModelError> {
         self.check_batch(ids, spans)?;
         self.gpu.enter()?;
         let described = match stack {
             Stack::Encoder => Self::prompts(spans),
-            Stack::Decoder => self.describe(spans, &mut sequences)?,
+            Stack::Decoder => self.describe(spans, &sequences)?,
         };
         let wanted = if wanted.len() <= LOGIT_ROWS_MAX { wanted } else { &[] };
         let shape = BatchShape::of(spans, wanted.len());
@@ -181,8 +185,13 @@ impl Backend for DeviceDense {
         Ok(&buffer[..values])
     }
 
-    fn start(&mut self, _: &DeviceStates, spans: &Spans) -> Result<Vec<DeviceSequence>, ModelError> {
-        Ok(self.start_sequences(spans)?)
+    fn start(
+        &mut self,
+        states: &DeviceStates,
+        sequences: &[NewSequence],
+    ) -> Result<Vec<Result<DeviceSequence, ModelError>>, ModelError> {
+        let started = self.start_sequences(states.rows, sequences)?;
+        Ok(started.into_iter().map(|sequence| sequence.map_err(ModelError::from)).collect())
     }
 
     fn fork(&self, sequence: &DeviceSequence) -> Result<DeviceSequence, ModelError> {
