@@ -31,6 +31,8 @@ pub enum PredictorError {
     Option { field: &'static str, found: String, expected: String },
     #[error("cannot start a thread: {reason}")]
     Threads { reason: String },
+    #[error("cannot train: {0}")]
+    Training(#[from] candle_core::Error),
     #[error(transparent)]
     Table(#[from] HashTableError),
     #[error(transparent)]

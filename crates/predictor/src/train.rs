@@ -2,10 +2,16 @@
 //! that was held out. Called by `sida train-predictor`; CPU only, a few minutes for a small model.
 //!
 //! In reading order: `texts` (what to learn from), `record` (what the routers do with it), `table_net`
-//! (counting), `gradients`, `lstm_net` and `descent` (learning), `measure`.
+//! (counting); `linear`, `lstm_layer`, `attention`, `distillation` and `lstm_net` (what is learnt, on tensors whose
+//! gradients candle finds), `descent` (learning it); `measure`.
 
+mod attention;
 mod descent;
-mod gradients;
+mod distillation;
+#[cfg(test)]
+mod finite_differences;
+mod linear;
+mod lstm_layer;
 mod lstm_net;
 mod measure;
 mod record;

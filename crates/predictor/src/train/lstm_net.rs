@@ -1,14 +1,16 @@
-//! The LSTM net of one stack in training: its weights in one vector, the loss of a batch and its gradient.
-//! A batch holds sequences of one length, so there is no padding to mask, and what is learnt is what
-//! `StackNet` computes.
+//! The LSTM net of one stack in training: its weights, the loss of a batch, and the file's tensors. A batch
+//! holds sequences of one length, so there is no padding to mask, and what is learnt is what `StackNet`
+//! computes.
 
-use std::ops::Range;
-
+use candle_core::{Device, Result, Tensor, Var};
 use rand::{Rng, rngs::StdRng};
 use sida_model::Stack;
 
 use super::{
-    gradients::{Attention, LstmScan, Scanned, distillation, linear, linear_backward, relu_backward},
+    attention::attend,
+    distillation::{distillation, targets},
+    linear::Linear,
+    lstm_layer::LstmLayer,
     record::StackRecording,
 };
 use crate::{
@@ -21,260 +23,129 @@ use crate::{
     stack_name,
 };
 
-/// A net's form. Its weights are a vector of [`LstmNet::weights`] values, its gradient another one.
+/// A net whose weights are variables.
 pub(super) struct LstmNet {
     stack: Stack,
     num_experts: usize,
-    width: usize,
-    /// MoE layers x experts.
-    outputs: usize,
     /// (vocabulary, d_model), of root mean square 1; not trained.
-    embedding: Vec<f32>,
-    d_model: usize,
-    parts: Parts,
-}
-
-/// Where each matrix (outputs, inputs) and bias is in the vector.
-struct Parts {
-    token: Range<usize>,
-    token_bias: Range<usize>,
-    /// For each layer and direction.
-    lstm: Vec<Vec<LstmParts>>,
-    residual: Range<usize>,
-    head: Range<usize>,
-    head_bias: Range<usize>,
-    len: usize,
-}
-
-struct LstmParts {
-    input: Range<usize>,
-    hidden: Range<usize>,
-    bias: Range<usize>,
-}
-
-impl Parts {
-    fn new(d_model: usize, width: usize, directions: usize, outputs: usize) -> Self {
-        let mut len = 0;
-        let mut part = |values: usize| {
-            len += values;
-            len - values..len
-        };
-        let side = width / directions;
-        let (token, token_bias) = (part(width * d_model), part(width));
-        let lstm = (0..LSTM_LAYERS)
-            .map(|_| {
-                let mut direction = |_| LstmParts {
-                    input: part(4 * side * width),
-                    hidden: part(4 * side * side),
-                    bias: part(4 * side),
-                };
-                (0..directions).map(&mut direction).collect()
-            })
-            .collect();
-        let (residual, head, head_bias) = (part(width * width), part(outputs * width), part(outputs));
-        Self { token, token_bias, lstm, residual, head, head_bias, len }
-    }
-}
-
-/// What a pass forward leaves for the pass backward. Rows are step by step up to the attention, then sequence
-/// by sequence.
-struct Passed {
-    /// (rows, d_model)
-    embedded: Vec<f32>,
-    /// (rows, width)
-    x: Vec<f32>,
-    /// For each LSTM layer, its input (rows, width) and its directions.
-    lstm: Vec<(Vec<f32>, Vec<Scanned>)>,
-    /// (rows, width)
-    outputs: Vec<f32>,
-    x_by_sequence: Vec<f32>,
-    /// (rows, width): what the head sees.
-    summary: Vec<f32>,
+    embedding: Tensor,
+    token: Linear,
+    layers: Vec<LstmLayer>,
+    /// (width, width)
+    residual: Var,
+    /// Its outputs are MoE layers x experts.
+    head: Linear,
 }
 
 impl LstmNet {
+    /// First weights are uniform within the inverse root of the number of inputs, PyTorch's default; forget gates
+    /// start open, so that gradients reach far back.
     pub(super) fn new(
         recorded: &StackRecording,
         stack: Stack,
         layers: usize,
         num_experts: usize,
         width: usize,
-    ) -> Self {
-        let mean_square =
-            recorded.embedding.iter().map(|value| value * value).sum::<f32>() / recorded.embedding.len() as f32;
-        let scale = 1.0 / mean_square.sqrt().max(1e-9);
-        let outputs = layers * num_experts;
-        Self {
+        random: &mut StdRng,
+    ) -> Result<Self> {
+        let d_model = recorded.d_model;
+        let embedding = Tensor::from_slice(&recorded.embedding, ((), d_model), &Device::Cpu)?;
+        let size = embedding.sqr()?.mean_all()?.to_scalar::<f32>()?.sqrt().max(1e-9);
+        let (directions, outputs) = (directions(stack).len(), layers * num_experts);
+        let side = width / directions;
+        let mut layer = || {
+            let input = Linear {
+                weights: uniform(&[directions, width, 4 * side], random)?,
+                bias: Var::from_tensor(&open_forget_gates(directions, side)?)?,
+            };
+            Ok(LstmLayer { input, hidden: uniform(&[directions, side, 4 * side], random)? })
+        };
+        Ok(Self {
             stack,
             num_experts,
-            width,
-            outputs,
-            embedding: recorded.embedding.iter().map(|value| value * scale).collect(),
-            d_model: recorded.d_model,
-            parts: Parts::new(recorded.d_model, width, directions(stack).len(), outputs),
+            embedding: (embedding / f64::from(size))?,
+            layers: (0..LSTM_LAYERS).map(|_| layer()).collect::<Result<_>>()?,
+            token: Linear { weights: uniform(&[d_model, width], random)?, bias: zeros(width)? },
+            residual: uniform(&[width, width], random)?,
+            head: Linear { weights: uniform(&[width, outputs], random)?, bias: zeros(outputs)? },
+        })
+    }
+
+    /// All that is trained.
+    pub(super) fn weights(&self) -> Vec<Var> {
+        let layers = self.layers.iter().flat_map(|layer| [&layer.input.weights, &layer.input.bias, &layer.hidden]);
+        let others = [&self.token.weights, &self.token.bias, &self.residual, &self.head.weights, &self.head.bias];
+        layers.chain(others).cloned().collect()
+    }
+
+    /// The summed loss of sequences of one length, in nats.
+    pub(super) fn loss(&self, recorded: &StackRecording, batch: &[usize]) -> Result<Tensor> {
+        let sequences: Vec<&[u32]> = batch.iter().map(|&index| &recorded.sequences[index][..]).collect();
+        let logits = self.logits(&sequences)?.reshape(((), self.num_experts))?;
+        distillation(&logits, &targets(recorded, batch, self.num_experts)?)
+    }
+
+    /// Logits (tokens, MoE layers x experts) of sequences of one length.
+    fn logits(&self, sequences: &[&[u32]]) -> Result<Tensor> {
+        let (count, steps) = (sequences.len(), sequences[0].len());
+        let ids: Vec<u32> = (0..steps).flat_map(|step| sequences.iter().map(move |tokens| tokens[step])).collect();
+        let embedded = self.embedding.index_select(&Tensor::from_vec(ids, steps * count, &Device::Cpu)?, 0)?;
+        let x = self.token.forward(&embedded)?.relu()?; // (steps x sequences, width)
+        let residual = x.matmul(&self.residual)?;
+        let mut outputs = x.reshape((steps, count, ()))?;
+        for layer in &self.layers {
+            outputs = layer.forward(&outputs)?;
         }
-    }
-
-    /// First weights: uniform within the inverse root of the number of inputs, PyTorch's default; forget gates
-    /// start open, so that gradients reach far back.
-    pub(super) fn weights(&self, random: &mut StdRng) -> Vec<f32> {
-        let mut weights = vec![0.0; self.parts.len];
-        let mut fill = |part: &Range<usize>, inputs: usize| {
-            let bound = (inputs as f32).powf(-0.5);
-            weights[part.clone()].iter_mut().for_each(|weight| *weight = random.random_range(-bound..bound));
-        };
-        fill(&self.parts.token, self.d_model);
-        fill(&self.parts.residual, self.width);
-        fill(&self.parts.head, self.width);
-        for parts in self.parts.lstm.iter().flatten() {
-            fill(&parts.input, self.width);
-            fill(&parts.hidden, self.side());
-        }
-        for parts in self.parts.lstm.iter().flatten() {
-            weights[parts.bias.start + self.side()..][..self.side()].fill(1.0);
-        }
-        weights
-    }
-
-    /// The summed loss of a batch, in nats, and its gradient.
-    pub(super) fn gradient(&self, weights: &[f32], recorded: &StackRecording, batch: &[usize]) -> (f32, Vec<f32>) {
-        let (sequences, steps) = (batch.len(), recorded.sequences[batch[0]].len());
-        let (passed, mut logits) = self.forward(weights, recorded, batch);
-        let experts = batch.iter().flat_map(|&index| recorded.experts[index].chunks_exact(recorded.kept));
-        let probabilities = batch.iter().flat_map(|&index| recorded.probabilities[index].chunks_exact(recorded.kept));
-        let loss = distillation(&mut logits, self.num_experts, experts.zip(probabilities));
-        (loss, self.backward(weights, &passed, &logits, sequences, steps))
-    }
-
-    /// Logits (sequences x steps, outputs), sequence by sequence.
-    fn forward(&self, weights: &[f32], recorded: &StackRecording, batch: &[usize]) -> (Passed, Vec<f32>) {
-        let (sequences, steps) = (batch.len(), recorded.sequences[batch[0]].len());
-        let part = |part: &Range<usize>| &weights[part.clone()];
-        let ids = (0..steps).flat_map(|step| batch.iter().map(move |&index| recorded.sequences[index][step] as usize));
-        let embedded: Vec<f32> =
-            ids.flat_map(|id| &self.embedding[id * self.d_model..][..self.d_model]).copied().collect();
-        let mut x = linear(&embedded, part(&self.parts.token), part(&self.parts.token_bias), self.width);
-        x.iter_mut().for_each(|value| *value = value.max(0.0));
-        let mut outputs = x.clone();
-        let mut lstm = Vec::new();
-        for layer in &self.parts.lstm {
-            let scan = |(n, parts): (usize, &LstmParts)| {
-                let gates = linear(&outputs, part(&parts.input), part(&parts.bias), 4 * self.side());
-                self.scan(sequences, n).forward(gates, part(&parts.hidden))
-            };
-            let sides: Vec<Scanned> = layer.iter().enumerate().map(scan).collect();
-            let joined = join(&sides.iter().map(|side| &side.hidden[..]).collect::<Vec<_>>(), self.side());
-            lstm.push((std::mem::replace(&mut outputs, joined), sides));
-        }
-        let outputs = swap(&outputs, steps, self.width);
-        let x_by_sequence = swap(&x, steps, self.width);
-        let mut summary = self.attention(steps).forward(&outputs);
-        let residual = linear(&x_by_sequence, part(&self.parts.residual), &[], self.width);
-        summary.iter_mut().zip(&residual).for_each(|(sum, residual)| *sum += residual);
-        let logits = linear(&summary, part(&self.parts.head), part(&self.parts.head_bias), self.outputs);
-        (Passed { embedded, x, lstm, outputs, x_by_sequence, summary }, logits)
-    }
-
-    fn backward(&self, weights: &[f32], passed: &Passed, grad: &[f32], sequences: usize, steps: usize) -> Vec<f32> {
-        let parts = &self.parts;
-        let mut gradient = Gradient { weights, sums: vec![0.0; weights.len()] };
-        let none = 0..0;
-        let summary = gradient.linear(&passed.summary, &parts.head, &parts.head_bias, grad, self.outputs);
-        let residual = gradient.linear(&passed.x_by_sequence, &parts.residual, &none, &summary, self.width);
-        let outputs = self.attention(steps).backward(&passed.outputs, &summary);
-        let mut grad = swap(&outputs, sequences, self.width);
-        for (layer, (input, sides)) in parts.lstm.iter().zip(&passed.lstm).rev() {
-            let mut grad_input = vec![0.0; input.len()];
-            for (n, (parts, scanned)) in layer.iter().zip(sides).enumerate() {
-                let own: Vec<f32> = grad
-                    .chunks_exact(self.width)
-                    .flat_map(|row| &row[n * self.side()..][..self.side()])
-                    .copied()
-                    .collect();
-                let sums = &mut gradient.sums[parts.hidden.clone()];
-                let gates = self.scan(sequences, n).backward(scanned, &weights[parts.hidden.clone()], &own, sums);
-                let part = gradient.linear(input, &parts.input, &parts.bias, &gates, 4 * self.side());
-                grad_input.iter_mut().zip(&part).for_each(|(sum, part)| *sum += part);
-            }
-            grad = grad_input;
-        }
-        let residual = swap(&residual, sequences, self.width);
-        grad.iter_mut().zip(&residual).for_each(|(sum, residual)| *sum += residual);
-        relu_backward(&passed.x, &mut grad);
-        gradient.linear(&passed.embedded, &parts.token, &parts.token_bias, &grad, self.width);
-        gradient.sums
-    }
-
-    /// Adds what `StackNet` reads.
-    pub(super) fn store(&self, weights: &[f32], tensors: &mut Tensors) {
-        let (name, width, side) = (stack_name(self.stack), self.width, self.side());
-        let part = |part: &Range<usize>| &weights[part.clone()];
-        let mut tokens = linear(&self.embedding, part(&self.parts.token), part(&self.parts.token_bias), width);
-        tokens.iter_mut().for_each(|value| *value = value.max(0.0));
-        tensors.floats(&format!("{name}.tokens"), &[tokens.len() / width, width], &tokens);
-        for (layer, sides) in self.parts.lstm.iter().enumerate() {
-            for (direction, parts) in directions(self.stack).iter().zip(sides) {
-                let weights = (part(&parts.input), part(&parts.hidden), part(&parts.bias));
-                debug_assert_eq!(weights.2.len(), 4 * side);
-                Direction::store(tensors, &format!("{name}.lstm.{layer}.{direction}"), weights);
-            }
-        }
-        tensors.floats(&format!("{name}.residual"), &[width, width], part(&self.parts.residual));
-        tensors.floats(&format!("{name}.head"), &[self.outputs, width], part(&self.parts.head));
-        tensors.floats(&format!("{name}.head_bias"), &[self.outputs], part(&self.parts.head_bias));
-    }
-
-    /// Width of one direction.
-    fn side(&self) -> usize {
-        self.width / directions(self.stack).len()
-    }
-
-    fn scan(&self, sequences: usize, direction: usize) -> LstmScan {
-        LstmScan { sequences, width: self.side(), reverse: direction == 1 }
-    }
-
-    fn attention(&self, steps: usize) -> Attention {
         let window = match self.stack {
             Stack::Encoder => None,
             Stack::Decoder => Some(ATTENTION_WINDOW),
         };
-        Attention { steps, width: self.width, window }
+        let attended = attend(&outputs.transpose(0, 1)?.contiguous()?, window)?; // (sequences, steps, width)
+        let residual = residual.reshape((steps, count, ()))?.transpose(0, 1)?.contiguous()?;
+        self.head.forward(&(attended + residual)?.flatten_to(1)?)
+    }
+
+    /// Adds what `StackNet` reads.
+    pub(super) fn store(&self, tensors: &mut Tensors) -> Result<()> {
+        let name = stack_name(self.stack);
+        let mut floats = |part: &str, tensor: &Tensor| -> Result<()> {
+            tensors.floats(&format!("{name}.{part}"), tensor.dims(), &values(tensor)?);
+            Ok(())
+        };
+        floats("tokens", &self.token.forward(&self.embedding)?.relu()?)?;
+        floats("residual", &self.residual.t()?)?;
+        floats("head", &self.head.weights.t()?)?;
+        floats("head_bias", &self.head.bias.flatten_all()?)?;
+        for (n, layer) in self.layers.iter().enumerate() {
+            for (d, direction) in directions(self.stack).iter().enumerate() {
+                let [input, hidden] = [&layer.input.weights, &layer.hidden].map(|part| values(&part.get(d)?.t()?));
+                let bias = values(&layer.input.bias.get(d)?)?;
+                Direction::store(tensors, &format!("{name}.lstm.{n}.{direction}"), (&input?, &hidden?, &bias));
+            }
+        }
+        Ok(())
     }
 }
 
-/// The gradient of all weights, being summed up.
-struct Gradient<'a> {
-    weights: &'a [f32],
-    sums: Vec<f32>,
+/// (.., inputs, outputs)
+fn uniform(shape: &[usize], random: &mut StdRng) -> Result<Var> {
+    let bound = (shape[shape.len() - 2] as f32).powf(-0.5);
+    let values = (0..shape.iter().product()).map(|_| random.random_range(-bound..bound)).collect::<Vec<f32>>();
+    Var::from_vec(values, shape, &Device::Cpu)
 }
 
-impl Gradient<'_> {
-    /// [`linear_backward`] of one part; an empty `bias` stands for none.
-    fn linear(
-        &mut self,
-        x: &[f32],
-        part: &Range<usize>,
-        bias: &Range<usize>,
-        grad: &[f32],
-        outputs: usize,
-    ) -> Vec<f32> {
-        let mut of_bias = vec![0.0; bias.len()];
-        let of_part = &mut self.sums[part.clone()];
-        let grad_x = linear_backward(x, &self.weights[part.clone()], grad, outputs, of_part, &mut of_bias);
-        self.sums[bias.clone()].iter_mut().zip(&of_bias).for_each(|(sum, part)| *sum += part);
-        grad_x
-    }
+/// A bias (1, outputs).
+fn zeros(outputs: usize) -> Result<Var> {
+    Var::zeros((1, outputs), candle_core::DType::F32, &Device::Cpu)
 }
 
-/// Rows (outer, inner, width) -> (inner, outer, width): from step by step to sequence by sequence, or back.
-fn swap(values: &[f32], outer: usize, width: usize) -> Vec<f32> {
-    let inner = values.len() / width / outer;
-    let rows = (0..inner).flat_map(|i| (0..outer).map(move |o| o * inner + i));
-    rows.flat_map(|row| &values[row * width..][..width]).copied().collect()
+/// Biases (directions, 1, 4 side): 1 for the forget gates, the second of four, 0 for the others.
+fn open_forget_gates(directions: usize, side: usize) -> Result<Tensor> {
+    let bias: Vec<f32> = (0..4 * side).map(|at| f32::from(at / side == 1)).collect();
+    Tensor::from_vec(bias, (1, 1, 4 * side), &Device::Cpu)?.repeat((directions, 1, 1))
 }
 
-/// Matrices (rows, width) side by side.
-fn join(sides: &[&[f32]], width: usize) -> Vec<f32> {
-    let rows = sides[0].len() / width;
-    (0..rows).flat_map(|row| sides.iter().flat_map(move |side| &side[row * width..][..width])).copied().collect()
+/// Row by row.
+fn values(tensor: &Tensor) -> Result<Vec<f32>> {
+    tensor.flatten_all()?.to_vec1()
 }
