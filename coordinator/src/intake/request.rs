@@ -89,6 +89,15 @@ impl Request {
         Cost { tokens, sequences, cache_bytes: self.cache_bytes }
     }
 
+    /// The same, and nothing once nobody waits for the request any more: it is let through to be answered, and never keeps
+    /// those behind it waiting for memory.
+    pub(crate) fn cost_at(&self, now: Instant) -> Cost {
+        match self.over(now) {
+            Some(_) => Cost::default(),
+            None => self.cost(),
+        }
+    }
+
     /// Why the request need not be worked on any more, if that is so.
     pub(crate) fn over(&self, now: Instant) -> Option<RequestError> {
         let gone = match &self.work {

@@ -57,7 +57,10 @@ impl Prepare {
     /// Runs until the queue of requests is closed and empty; then closes that of prepared ones.
     pub(crate) fn run(self) {
         let limits = self.limits;
-        let choose = |waiting: &VecDeque<Request>| limits.joining(Cost::default(), waiting.iter().map(Request::cost));
+        let choose = |waiting: &VecDeque<Request>| {
+            let now = Instant::now();
+            limits.joining(Cost::default(), waiting.iter().map(|request| request.cost_at(now)))
+        };
         while let Some(batch) = self.requests.take(Wait::Block, choose) {
             self.metrics.requests_queued.set(self.requests.len() as f64);
             // The callers of requests that are lost in a panic see their channels end.

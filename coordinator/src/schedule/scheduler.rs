@@ -88,7 +88,10 @@ impl<B: Backend> Scheduler<B> {
             cache_bytes: self.running.iter().map(|s| s.request.cache_bytes).sum(),
         };
         let limits = self.limits;
-        let choose = |waiting: &VecDeque<Prepared>| limits.joining(running, waiting.iter().map(|p| p.request.cost()));
+        let choose = |waiting: &VecDeque<Prepared>| {
+            let now = Instant::now();
+            limits.joining(running, waiting.iter().map(|prepared| prepared.request.cost_at(now)))
+        };
         let wait = if self.running.is_empty() { Wait::Block } else { Wait::Poll };
         match self.prepared.take(wait, choose) {
             Some(joining) => Some(joining),

@@ -10,7 +10,7 @@ use crate::{
     backbone::FeedForward,
     backend::{Backend, Beside, MoeRows, NewSequence, Passed},
     cpu_operations::{CpuOperations, Scratch, add_to},
-    forward::{self, Position},
+    forward,
     kv_cache::{self, CpuSequence},
     loader::Host,
     pieces, router,
@@ -131,8 +131,7 @@ impl Backend for CpuBackend {
         let (backbone, weights) = (&*self.backbone, self.backbone.stack(pass.stack));
         let blocks = backbone.spec.stack(pass.stack);
         let moe = blocks.next_moe(pass.next);
-        let from =
-            Position::Block(std::mem::replace(&mut pass.next, moe.map_or(blocks.blocks.len(), |(block, _)| block + 1)));
+        let from = std::mem::replace(&mut pass.next, moe.map_or(blocks.blocks.len(), |(block, _)| block + 1));
         pass.probabilities.clear();
         if pass.sequences.is_empty() {
             let CpuPass { spans, h, x, scratch, .. } = pass;

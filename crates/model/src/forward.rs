@@ -2,8 +2,8 @@
 //! sequences. Who computes it is behind [`Operations`]: threads of the processor ([`crate::cpu_backend`]), the stream of a
 //! GPU (`cuda::pass`), or an oracle that the others are tested against (`tests/candle_oracle.rs`).
 //!
-//! A pass runs from a [`Position`] as far as it can by itself: to the next MoE layer whose rows must leave for their
-//! experts, or to the end.
+//! A pass runs from a block as far as it can by itself: to the next MoE layer whose rows must leave for their experts, or to
+//! the end.
 
 use sida_routing::LayerId;
 
@@ -59,15 +59,6 @@ pub enum Rows {
     Leave,
 }
 
-/// Where a pass goes on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Position {
-    /// Before this block. If the rows of the one before left for its experts, they are back.
-    Block(usize),
-    /// Within this block, after its attention.
-    FeedForward(usize),
-}
-
 /// From tokens to the first hidden states.
 pub fn embed<O: Operations>(ops: &mut O, stack: &Stack<O>) -> Result<(), O::Error> {
     ops.embed(&stack.embedding) // h = E[ids]                            (n, d_model)
@@ -75,12 +66,9 @@ pub fn embed<O: Operations>(ops: &mut O, stack: &Stack<O>) -> Result<(), O::Erro
 
 /// Through the blocks from `from` on; the block whose rows must leave, with h as it is before its experts and x what they
 /// take, or `None` after the last block.
-pub fn advance<O: Operations>(ops: &mut O, stack: &Stack<O>, from: Position) -> Result<Option<usize>, O::Error> {
-    let (Position::Block(first) | Position::FeedForward(first)) = from;
-    for (index, block) in stack.blocks.iter().enumerate().skip(first) {
-        if from != Position::FeedForward(index) {
-            attend(ops, stack, block, index)?;
-        }
+pub fn advance<O: Operations>(ops: &mut O, stack: &Stack<O>, from: usize) -> Result<Option<usize>, O::Error> {
+    for (index, block) in stack.blocks.iter().enumerate().skip(from) {
+        attend(ops, stack, block, index)?;
         if feed_forward(ops, block)? == Rows::Leave {
             return Ok(Some(index));
         }

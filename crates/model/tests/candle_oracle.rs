@@ -7,7 +7,7 @@ use candle_core::{D, Device, Error, IndexOp, Tensor};
 use sida_model::{
     Backbone, Checkpoint, ExpertStore, Reference, Stack,
     backbone::Router,
-    forward::{self, Operations, Position, Rows},
+    forward::{self, Operations, Rows},
     linear::Linear,
     loader::Host,
     names,
@@ -66,7 +66,7 @@ impl<'m> Candle<'m> {
         self.ids = ids.to_vec();
         let weights = self.backbone.stack(stack);
         forward::embed(self, weights)?;
-        assert_eq!(forward::advance(self, weights, Position::Block(0))?, None, "every expert is here");
+        assert_eq!(forward::advance(self, weights, 0)?, None, "every expert is here");
         match stack {
             Stack::Encoder => forward::finish(self, weights),
             Stack::Decoder => forward::head(self, weights, &self.backbone.head),

@@ -45,12 +45,16 @@ fn models() -> Vec<PathBuf> {
 }
 
 fn open(dir: &Path, ordinal: usize, precision: Precision, share: f64, host_bytes: u64) -> OnDevice {
-    OnDevice::open(dir, ordinal, Options { precision, share, host_bytes, packs: true })
+    OnDevice::open(dir, ordinal, Options { precision, share, host_bytes, packs: true, comes_late: false })
 }
 
 /// Everything resident, in bf16, and not packed.
 fn open_plain(dir: &Path, ordinal: usize) -> OnDevice {
-    OnDevice::open(dir, ordinal, Options { precision: Precision::Bf16, share: 1.0, host_bytes: u64::MAX, packs: false })
+    OnDevice::open(
+        dir,
+        ordinal,
+        Options { precision: Precision::Bf16, share: 1.0, host_bytes: u64::MAX, packs: false, comes_late: false },
+    )
 }
 
 fn relative(found: &[f32], expected: &[f32]) -> f64 {
@@ -284,8 +288,7 @@ fn plans_change_no_output() {
         misses_unplanned += demanded.encode(ids, spans).demand_loads;
         all.encode(ids, spans);
         let expected = all.states();
-        assert_eq!(planned.states(), expected);
-        assert_eq!(demanded.states(), expected);
+        assert!(planned.states() == expected && demanded.states() == expected);
     }
     println!("misses with plans {misses}, without {misses_unplanned}; {:?}", planned.counters());
     assert_eq!(misses, 0);
@@ -330,7 +333,7 @@ fn what_moves_beside_a_pass_changes_no_output() {
                     }
                     let (plan, expected) = &hinted[number];
                     misses += planned.encode(ids, spans).demand_loads;
-                    assert_eq!(planned.states(), *expected, "{} at {share}", dir.display());
+                    assert!(planned.states() == *expected, "{} at {share}", dir.display());
                     planned.release(plan.id);
                 }
                 is_over.store(true, Ordering::Relaxed);
@@ -340,6 +343,23 @@ fn what_moves_beside_a_pass_changes_no_output() {
             println!("{} at {share}, {wrong} wrong: {misses} misses, {counters:?}", dir.display());
             assert!(counters.prefetch_loads > 0);
         }
+    }
+}
+
+/// A layer would run on rows whose experts were missing, since meanwhile the last of them came.
+#[test]
+fn what_comes_while_a_pass_stops_changes_no_output() {
+    let Some(ordinal) = device() else { return println!("SIDA_CUDA_DEVICE is not set: nothing is compared") };
+    let mut random = rand::rngs::StdRng::seed_from_u64(23);
+    for dir in models() {
+        let mut all = open(&dir, ordinal, Precision::Bf16, 1.0, u64::MAX);
+        let (ids, spans) = random_batch(&mut random, all.config().vocab_size, &[30, 60, 14]);
+        all.encode(&ids, &spans);
+        let options =
+            Options { precision: Precision::Bf16, share: 1.0, host_bytes: u64::MAX, packs: true, comes_late: true };
+        let mut late = OnDevice::open(&dir, ordinal, options);
+        late.encode(&ids, &spans);
+        assert!(late.states() == all.states(), "{}", dir.display());
     }
 }
 
@@ -360,7 +380,7 @@ fn packing_changes_no_bit() {
                 plain.encode(ids, spans);
                 packed.encode(ids, spans);
                 let (states, expected) = (packed.states(), plain.states());
-                assert_eq!(states, expected, "{} at {share}", dir.display());
+                assert!(states == expected, "{} at {share}", dir.display());
             }
         }
     }
@@ -411,7 +431,7 @@ fn experts_that_take_turns_change_no_output() {
                 let fed = [*tokens.last().unwrap()];
                 tokens.extend(model.decode(&fed, &Spans::single_tokens(1), &mut sequences, &[0]).tokens);
             }
-            assert_eq!(&(encoded.clone(), tokens.clone()), expected.get_or_insert((encoded, tokens)));
+            assert!(&(encoded.clone(), tokens.clone()) == expected.get_or_insert((encoded, tokens)), "round {round}");
         }
         assert!(model.counters().evictions > evictions);
         evictions = model.counters().evictions;

@@ -163,6 +163,8 @@ impl Residency {
     /// Experts of these layers are not evicted until it is called again: a pass goes through them that was told where they
     /// are, and cannot be told that one left.
     pub fn hold(&mut self, layers: Range<u16>) {
+        // Layers that the model does not have hold nothing.
+        let layers = layers.start.min(self.config.layers as u16)..layers.end.min(self.config.layers as u16);
         let before = std::mem::replace(&mut self.held, layers);
         for layer in before.start.min(self.held.start)..before.end.max(self.held.end) {
             if before.contains(&layer) != self.held.contains(&layer) {

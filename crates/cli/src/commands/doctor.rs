@@ -1,7 +1,6 @@
 //! `sida doctor`: what this machine can run, and what is missing. Fails if `sida ask` could not work here.
 
 use std::{
-    fs,
     io::{self, Write},
     net::TcpListener,
     path::{Path, PathBuf},
@@ -137,7 +136,7 @@ fn gpus() -> Vec<Finding> {
 /// Whether there is a GPU with a driver. This build computes on the CPU whatever is found.
 #[cfg(not(feature = "cuda"))]
 fn gpus() -> Vec<Finding> {
-    let driver = fs::read_to_string("/proc/driver/nvidia/version").ok();
+    let driver = std::fs::read_to_string("/proc/driver/nvidia/version").ok();
     let version = driver.as_deref().and_then(|text| text.lines().next());
     let text = match version {
         Some(version) => format!("{}; this build has no GPU support (cargo feature cuda)", version.trim()),

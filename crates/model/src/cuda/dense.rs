@@ -22,7 +22,7 @@ use super::{
     kernels::Kernels,
     pass::{BatchShape, Machine, Pass},
     recorded::Recordings,
-    scratch::{LOGIT_ROWS_MAX, Packet, Scratch},
+    scratch::{LOGIT_ROWS_MAX, Packet, Report, Scratch},
     weights::{self, Device},
 };
 use crate::{
@@ -72,7 +72,7 @@ struct Current {
 impl Exchange {
     fn new(gpu: &Gpu, config: &ModelConfig, rows: usize) -> Result<Self, CudaError> {
         Ok(Self {
-            host: gpu.pinned(rows * (config.d_model * 4 + 4 + 2))?,
+            host: gpu.pinned(Report::bytes(config.moe_layer_count(), rows).max(rows * (config.d_model * 4 + 4 + 2)))?,
             added: gpu.allocate("activations", rows * config.d_model * 4)?,
             tiles: gpu.allocate("activations", Tiles::bytes_max(rows))?,
             places: gpu.allocate("activations", rows * 4)?,

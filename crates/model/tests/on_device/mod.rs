@@ -5,7 +5,10 @@
 use std::{
     ops::Range,
     path::Path,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 use sida_model::{
@@ -32,12 +35,15 @@ pub(crate) struct Options {
     /// Page-locked memory for experts.
     pub(crate) host_bytes: u64,
     pub(crate) packs: bool,
+    /// Where all fit: they are there before the first pass, or they all come while the first layers run.
+    pub(crate) comes_late: bool,
 }
 
 /// See the head of this file.
 pub(crate) struct OnDevice {
     pub(crate) dense: DeviceDense,
     experts: Arc<SlabExperts>,
+    beside: Arc<dyn ResidentExperts>,
     config: ModelConfig,
     pub(crate) is_packed: bool,
     states: Option<DeviceStates>,
@@ -48,6 +54,12 @@ pub(crate) struct SlabExperts {
     slab: Arc<DeviceSlab>,
     slots: DeviceSlots,
     residency: Mutex<Residency>,
+}
+
+/// Experts that all come between the first hold of a pass and the second.
+struct LateExperts {
+    experts: Arc<SlabExperts>,
+    holds: AtomicUsize,
 }
 
 /// What a pass saw.
@@ -62,7 +74,7 @@ pub(crate) struct Seen {
 
 impl OnDevice {
     pub(crate) fn open(dir: &Path, ordinal: usize, options: Options) -> Self {
-        let Options { precision, share, host_bytes, packs } = options;
+        let Options { precision, share, host_bytes, packs, comes_late } = options;
         let checkpoint = Checkpoint::open(dir).unwrap();
         let store = ExpertStore::open(checkpoint.clone()).unwrap();
         let config = checkpoint.config().clone();
@@ -75,15 +87,14 @@ impl OnDevice {
         let beside = slab.clone().slots_beside(&dense.device().unwrap()).expect("both are on one device");
         let residency = Residency::new(ResidencyConfig { slots, layers, num_experts, plans_max: 64 });
         let experts = Arc::new(SlabExperts { slab, slots: beside, residency: Mutex::new(residency) });
-        let model = Self { dense, experts, config, is_packed: slot.is_packed(), states: None };
-        if slots == layers * num_experts {
-            for layer in 0..layers as u16 {
-                let all: Vec<ExpertId> = (0..num_experts as u16).map(ExpertId).collect();
-                let (slots, _) = model.experts.load(LayerId(layer), &all);
-                model.experts.unpin(&slots);
-            }
+        let beside: Arc<dyn ResidentExperts> = match comes_late {
+            true => Arc::new(LateExperts { experts: experts.clone(), holds: AtomicUsize::new(0) }),
+            false => experts.clone(),
+        };
+        if slots == layers * num_experts && !comes_late {
+            experts.load_all();
         }
-        model
+        Self { dense, experts, beside, config, is_packed: slot.is_packed(), states: None }
     }
 
     pub(crate) fn config(&self) -> &ModelConfig {
@@ -150,7 +161,7 @@ impl OnDevice {
         wanted: &[Wanted],
     ) -> Seen {
         let (mut by_layer, mut demand_loads) = (Vec::new(), 0);
-        let beside = Beside { wanted, experts: Some(self.experts.clone()) };
+        let beside = Beside { wanted, experts: Some(self.beside.clone()) };
         let mut pass = self.dense.begin(stack, ids, spans, sequences, beside).unwrap();
         while let Some(layer) = self.dense.advance(&mut pass).unwrap() {
             let routes = self.dense.routes(&mut pass).unwrap();
@@ -194,6 +205,15 @@ pub(crate) fn start(dense: &mut DeviceDense, states: &DeviceStates, spans: &Span
 }
 
 impl SlabExperts {
+    fn load_all(&self) {
+        let ResidencyConfig { layers, num_experts, .. } = self.residency.lock().unwrap().config();
+        for layer in 0..layers as u16 {
+            let all: Vec<ExpertId> = (0..num_experts as u16).map(ExpertId).collect();
+            let (slots, _) = self.load(LayerId(layer), &all);
+            self.unpin(&slots);
+        }
+    }
+
     /// Loads what is missing of a layer's experts: the slot of each, pinned, and how many were loaded.
     fn load(&self, layer: LayerId, experts: &[ExpertId]) -> (Vec<usize>, usize) {
         let (mut slots, mut loads) = (vec![usize::MAX; experts.len()], 0);
@@ -266,6 +286,27 @@ impl ResidentExperts for SlabExperts {
 
     fn slots(&self) -> &DeviceSlots {
         &self.slots
+    }
+}
+
+impl ResidentExperts for LateExperts {
+    fn hold(&self, layers: Range<u16>, seen: Option<u64>) -> Option<Residents> {
+        if self.holds.fetch_add(1, Ordering::Relaxed) == 1 {
+            self.experts.load_all();
+        }
+        self.experts.hold(layers, seen)
+    }
+
+    fn release(&self) {
+        self.experts.release();
+    }
+
+    fn used(&self, layer: LayerId, groups: &[Group]) {
+        self.experts.used(layer, groups);
+    }
+
+    fn slots(&self) -> &DeviceSlots {
+        self.experts.slots()
     }
 }
 

@@ -16,7 +16,7 @@ use crate::{
         sequence::DeviceSequence,
         weights,
     },
-    forward::{self, Position},
+    forward,
 };
 
 /// A pass on a GPU.
@@ -111,7 +111,7 @@ impl Backend for DeviceDense {
             if from == 0 {
                 forward::embed(&mut self.pass(), weights)?;
             }
-            forward::advance(&mut self.pass(), weights, Position::Block(from)).map(drop)
+            forward::advance(&mut self.pass(), weights, from).map(drop)
         };
         let started = match pass.stack == Stack::Encoder || shape.longest > 1 || from == end {
             // Prompts are seldom of the same lengths again.

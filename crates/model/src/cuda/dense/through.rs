@@ -4,12 +4,13 @@
 //! the device notes the layer in the pass's guard, and everything that was started after it does nothing: the pass stands at
 //! that layer with its rows as they are before their experts, and the caller has them computed wherever that is possible.
 //!
-//! An encoding goes through each layer once. So where not all experts fit, it is started layer by layer, one ahead of the one
-//! that is computed: what a layer is done with may leave for what is used next, and what came meanwhile is found.
+//! An encoding goes through each layer once. So where not all experts fit, its layers are started one by one, each when the one
+//! before it runs. Experts of layers that are done are not held any more, so they may leave for experts of later layers; and
+//! each layer is told of the experts that came while the ones before it ran.
 
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
-use cudarc::driver::result;
+use cudarc::driver::{CudaStream, result};
 use sida_routing::{ExpertId, LayerId};
 
 use super::{
@@ -26,11 +27,7 @@ use super::{
     DeviceDense,
     backend::DevicePass,
 };
-use crate::{
-    ModelConfig, PassedLayer, ResidentExperts, Stack,
-    forward::{self, Position},
-    spec::FeedForwardSpec,
-};
+use crate::{ModelConfig, PassedLayer, ResidentExperts, Stack, forward, spec::FeedForwardSpec};
 
 /// What passes that go through MoE layers need beside what others do.
 #[derive(Debug)]
@@ -39,8 +36,9 @@ pub(super) struct Through {
     table: DeviceMemory,
     known: Option<Known>,
     progress: Progress,
-    /// Whole passes by stack and shape, through experts that are all resident or not.
-    graphs: Recordings<(Stack, BatchShape, bool)>,
+    /// Whole passes by shape, and whether they are guarded. Prompts have many shapes, which must not push out those of steps.
+    prompts: Recordings<(BatchShape, bool)>,
+    steps: Recordings<(BatchShape, bool)>,
 }
 
 /// What the table says.
@@ -52,11 +50,16 @@ struct Known {
 }
 
 /// Layers that are held until this is dropped.
-struct Held<'r>(&'r dyn ResidentExperts);
+struct Held<'r> {
+    experts: &'r dyn ResidentExperts,
+    compute: Arc<CudaStream>,
+}
 
 impl Drop for Held<'_> {
     fn drop(&mut self) {
-        self.0.release();
+        // However the pass ended, what was started of it may still read the slots. An error says that nothing does.
+        let _ = self.compute.synchronize();
+        self.experts.release();
     }
 }
 
@@ -66,7 +69,8 @@ impl Through {
             table: gpu.allocate("experts", config.moe_layer_count() * config.num_experts * 4)?,
             known: None,
             progress: Progress::new(gpu, scratch, config.moe_layers(Stack::Encoder).len())?,
-            graphs: Recordings::new(),
+            prompts: Recordings::new(),
+            steps: Recordings::new(),
         })
     }
 
@@ -76,7 +80,8 @@ impl Through {
         if self.known.is_some_and(|known| known.slots != slots) {
             // Recorded passes name the slots of another node.
             self.known = None;
-            self.graphs.clear();
+            self.prompts.clear();
+            self.steps.clear();
         }
         if let Some(residents) = experts.hold(layers, self.known.map(|known| known.version)) {
             gpu.write(self.table.address(), weights::plain_bytes(&residents.slots))?;
@@ -88,6 +93,13 @@ impl Through {
 
     fn known(&self) -> Known {
         self.known.expect("known once layers are held")
+    }
+
+    fn graphs(&mut self, stack: Stack) -> &mut Recordings<(BatchShape, bool)> {
+        match stack {
+            Stack::Encoder => &mut self.prompts,
+            Stack::Decoder => &mut self.steps,
+        }
     }
 }
 
@@ -102,18 +114,14 @@ impl DeviceDense {
         self.gpu.enter()?;
         let sparse = self.sparse_blocks(pass.stack);
         let first = sparse.iter().filter(|&&block| block < pass.next).count();
-        let held = Held(experts);
+        let held = Held { experts, compute: self.gpu.compute.clone() };
         let ended = match pass.stack {
             Stack::Encoder => self.encode_through(pass, first, &sparse, experts),
             Stack::Decoder => {
-                self.hold(pass.stack, experts, 0..sparse.len())?;
-                self.go_through(pass, first, &sparse, experts)
+                let is_complete = self.hold(pass.stack, experts, 0..sparse.len())?;
+                self.start_at_once(pass, first, &sparse, experts, !is_complete)
             }
         };
-        if ended.is_err() {
-            // What was started may still read the slots, which are given up now. An error says that nothing does.
-            let _ = self.gpu.finish();
-        }
         drop(held);
         let stopped = ended?;
         pass.next = stopped.map_or(self.backbone.spec.stack(pass.stack).blocks.len(), |at| sparse[at] + 1);
@@ -136,37 +144,37 @@ impl DeviceDense {
         sparse: &[usize],
         experts: &dyn ResidentExperts,
     ) -> Result<Option<usize>, CudaError> {
-        match self.hold(pass.stack, experts, first..first + 1)? {
-            true => self.go_through(pass, first, sparse, experts),
-            false => self.follow(pass, first, sparse, experts),
+        match self.hold(pass.stack, experts, first..sparse.len().min(first + 1))? {
+            true => self.start_at_once(pass, first, sparse, experts, false),
+            false => self.start_layer_by_layer(pass, first, sparse, experts),
         }
     }
 
-    /// Starts everything that is left, before which `first` MoE layers are, and waits.
-    fn go_through(
+    /// Starts everything that is left, before which `first` MoE layers are, and waits. `is_guarded`: an expert may be missing.
+    fn start_at_once(
         &mut self,
         pass: &mut DevicePass<'_>,
         first: usize,
         sparse: &[usize],
         experts: &dyn ResidentExperts,
+        is_guarded: bool,
     ) -> Result<Option<usize>, CudaError> {
-        let is_complete = self.through.known().is_complete;
-        if !is_complete {
+        if is_guarded {
             self.clear_guard()?;
         }
         let (stack, from) = (pass.stack, pass.next);
         if from == 0 {
-            let mut graphs = std::mem::replace(&mut self.through.graphs, Recordings::new());
-            let key = (stack, self.current.shape, is_complete);
-            let started = graphs.start(&self.gpu, key, || self.start_rest(stack, 0, 0));
-            self.through.graphs = graphs;
+            let mut graphs = std::mem::replace(self.through.graphs(stack), Recordings::new());
+            let key = (self.current.shape, is_guarded);
+            let started = graphs.start(&self.gpu, key, || self.start_rest(stack, 0, 0, is_guarded));
+            *self.through.graphs(stack) = graphs;
             started?;
         } else {
-            self.start_rest(stack, from, first)?;
+            self.start_rest(stack, from, first, is_guarded)?;
         }
         let report = self.read_report(sparse.len())?;
-        // Where nothing can be missing, nobody writes the guard.
-        let stopped = report.stopped_at().filter(|_| !is_complete);
+        // Nobody writes the guard of a pass that has none.
+        let stopped = report.stopped_at().filter(|_| is_guarded);
         for layer in first..stopped.unwrap_or(sparse.len()) {
             self.note_passed(pass, layer, &report, experts);
         }
@@ -174,8 +182,9 @@ impl DeviceDense {
         Ok(stopped)
     }
 
-    /// As [`DeviceDense::go_through`], each layer started when the one before it runs.
-    fn follow(
+    /// As [`DeviceDense::start_at_once`], each layer started when the one before it runs. The pass stays guarded to its end, also
+    /// where the last missing expert comes meanwhile: the layer that runs may have stopped for it.
+    fn start_layer_by_layer(
         &mut self,
         pass: &mut DevicePass<'_>,
         first: usize,
@@ -189,7 +198,7 @@ impl DeviceDense {
             if layer > first {
                 self.hold(stack, experts, done..layer + 1)?;
             }
-            self.start_blocks(stack, from, layer, Some(layer + 1))?;
+            self.start_blocks(stack, from, layer, Some(layer + 1), true)?;
             from = sparse[layer] + 1;
             self.through.progress.tell(&self.gpu, &self.scratch, layer, rows)?;
             if layer > first {
@@ -203,7 +212,7 @@ impl DeviceDense {
                 done += 1;
             }
         }
-        self.start_rest(stack, from, sparse.len())?;
+        self.start_rest(stack, from, sparse.len(), true)?;
         let report = self.read_report(sparse.len())?;
         let stopped = report.stopped_at();
         for layer in done..stopped.unwrap_or(sparse.len()) {
@@ -213,8 +222,8 @@ impl DeviceDense {
     }
 
     /// Starts the blocks from `from` on, before which `layers` MoE layers are, and what follows the last.
-    fn start_rest(&self, stack: Stack, from: usize, layers: usize) -> Result<(), CudaError> {
-        let mut pass = self.start_blocks(stack, from, layers, None)?;
+    fn start_rest(&self, stack: Stack, from: usize, layers: usize, is_guarded: bool) -> Result<(), CudaError> {
+        let mut pass = self.start_blocks(stack, from, layers, None, is_guarded)?;
         match stack {
             Stack::Encoder => forward::finish(&mut pass, &self.backbone.encoder),
             Stack::Decoder if self.current.shape.wanted == 0 => Ok(()),
@@ -229,17 +238,17 @@ impl DeviceDense {
         from: usize,
         layers: usize,
         pause: Option<usize>,
+        is_guarded: bool,
     ) -> Result<Pass<'_>, CudaError> {
-        let Known { slots, is_complete, .. } = self.through.known();
-        let table = self.through.table.address();
-        let places = ExpertPlaces { table, layer_bytes: self.config.num_experts * 4, slots, may_miss: !is_complete };
+        let (slots, table) = (self.through.known().slots, self.through.table.address());
+        let places = ExpertPlaces { table, layer_bytes: self.config.num_experts * 4, slots, may_miss: is_guarded };
         let machine = Machine { experts: Some(places), ..self.machine() };
         let mut pass = Pass::new(machine, self.current.shape, self.current.packet, layers).pausing_after(pause);
         let weights = self.backbone.stack(stack);
         if from == 0 {
             forward::embed(&mut pass, weights)?;
         }
-        forward::advance(&mut pass, weights, Position::Block(from))?;
+        forward::advance(&mut pass, weights, from)?;
         Ok(pass)
     }
 
