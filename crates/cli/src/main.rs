@@ -41,6 +41,10 @@ static ALLOCATOR: MiMalloc = MiMalloc;
 const EXIT_BAD_CONFIGURATION: u8 = 64;
 
 fn main() -> ExitCode {
+    // To candle, which trains predictors, this machine has one processor: training shares the work out to its own
+    // threads, and candle's would spin beside them (docs/decisions/0014).
+    // SAFETY: no other thread has been started.
+    unsafe { env::set_var("CANDLE_CPU_MASK", "0") };
     let command_line = match command_line::parse(env::args_os().collect()) {
         Ok(command_line) => command_line,
         Err(command_line::ParseError::Clap(error)) => {

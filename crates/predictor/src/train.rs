@@ -2,7 +2,7 @@
 //! that was held out. Called by `sida train-predictor`; CPU only, a few minutes for a small model.
 //!
 //! In reading order: `texts` (what to learn from), `record` (what the routers do with it), `table_net`
-//! (counting); `linear`, `lstm_layer`, `attention`, `distillation` and `lstm_net` (what is learnt, on tensors whose
+//! (counting); `linear`, `recurrence`, `lstm_layer`, `attention`, `distillation` and `lstm_net` (what is learnt, on tensors whose
 //! gradients candle finds), `descent` (learning it); `measure`.
 
 mod attention;
@@ -15,6 +15,7 @@ mod lstm_layer;
 mod lstm_net;
 mod measure;
 mod record;
+mod recurrence;
 mod table_net;
 mod texts;
 

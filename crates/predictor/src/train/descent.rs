@@ -19,9 +19,6 @@ const GRADIENT_NORM_MAX: f64 = 1.0;
 const STEPS_PER_EPOCH_MIN: usize = 300;
 /// Threads that train, at most: each adds a batch to every step, and larger steps learn less per token.
 const WORKERS_MAX: usize = 8;
-/// Stack that finding a gradient takes, per token of a sequence: candle walks the operations that led to the loss by
-/// calling itself, and drops them so.
-const STACK_BYTES_PER_TOKEN: usize = 64 << 10;
 
 /// Trains a stack's LSTM net and adds it to a file that is about to be written.
 pub(super) fn learn(
@@ -38,7 +35,7 @@ pub(super) fn learn(
     let weights = net.weights();
     let settings = ParamsAdamW { beta2: 0.98, weight_decay: 0.01, ..ParamsAdamW::default() };
     let mut optimizer = AdamW::new(weights.clone(), settings)?;
-    let workers = workers(recorded)?;
+    let workers = workers()?;
     let batch_tokens = options.batch_tokens.min(recorded.tokens() / (STEPS_PER_EPOCH_MIN * workers.len())).max(1);
     let tokens_total = (recorded.tokens() * options.epochs) as u64;
     let mut tokens_done = 0;
@@ -60,11 +57,9 @@ pub(super) fn learn(
 
 /// One pool of one thread for each thread there is. The products of such a net are too small to be cut up:
 /// waking a thread takes longer. So each worker does a batch of its own.
-fn workers(recorded: &StackRecording) -> std::result::Result<Vec<ThreadPool>, PredictorError> {
-    let longest = recorded.sequences.iter().map(Vec::len).max().unwrap_or(0);
+fn workers() -> std::result::Result<Vec<ThreadPool>, PredictorError> {
     let pool = |_| {
-        let stack_size = (longest * STACK_BYTES_PER_TOKEN).max(8 << 20);
-        let pool = ThreadPoolBuilder::new().num_threads(1).stack_size(stack_size).build();
+        let pool = ThreadPoolBuilder::new().num_threads(1).build();
         pool.map_err(|error| PredictorError::Threads { reason: error.to_string() })
     };
     (0..rayon::current_num_threads().min(WORKERS_MAX)).map(pool).collect()

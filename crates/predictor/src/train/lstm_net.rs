@@ -55,19 +55,19 @@ impl LstmNet {
         let side = width / directions;
         let mut layer = || {
             let input = Linear {
-                weights: uniform(&[directions, width, 4 * side], random)?,
+                weights: uniform(&[directions, width, 4 * side], width, random)?,
                 bias: Var::from_tensor(&open_forget_gates(directions, side)?)?,
             };
-            Ok(LstmLayer { input, hidden: uniform(&[directions, side, 4 * side], random)? })
+            Ok(LstmLayer { input, hidden: uniform(&[directions, 4 * side, side], side, random)? })
         };
         Ok(Self {
             stack,
             num_experts,
             embedding: (embedding / f64::from(size))?,
             layers: (0..LSTM_LAYERS).map(|_| layer()).collect::<Result<_>>()?,
-            token: Linear { weights: uniform(&[d_model, width], random)?, bias: zeros(width)? },
-            residual: uniform(&[width, width], random)?,
-            head: Linear { weights: uniform(&[width, outputs], random)?, bias: zeros(outputs)? },
+            token: Linear { weights: uniform(&[d_model, width], d_model, random)?, bias: zeros(width)? },
+            residual: uniform(&[width, width], width, random)?,
+            head: Linear { weights: uniform(&[width, outputs], width, random)?, bias: zeros(outputs)? },
         })
     }
 
@@ -86,7 +86,7 @@ impl LstmNet {
     }
 
     /// Logits (tokens, MoE layers x experts) of sequences of one length.
-    fn logits(&self, sequences: &[&[u32]]) -> Result<Tensor> {
+    pub(super) fn logits(&self, sequences: &[&[u32]]) -> Result<Tensor> {
         let (count, steps) = (sequences.len(), sequences[0].len());
         let ids: Vec<u32> = (0..steps).flat_map(|step| sequences.iter().map(move |tokens| tokens[step])).collect();
         let embedded = self.embedding.index_select(&Tensor::from_vec(ids, steps * count, &Device::Cpu)?, 0)?;
@@ -118,18 +118,18 @@ impl LstmNet {
         floats("head_bias", &self.head.bias.flatten_all()?)?;
         for (n, layer) in self.layers.iter().enumerate() {
             for (d, direction) in directions(self.stack).iter().enumerate() {
-                let [input, hidden] = [&layer.input.weights, &layer.hidden].map(|part| values(&part.get(d)?.t()?));
-                let bias = values(&layer.input.bias.get(d)?)?;
-                Direction::store(tensors, &format!("{name}.lstm.{n}.{direction}"), (&input?, &hidden?, &bias));
+                let input = values(&layer.input.weights.get(d)?.t()?)?;
+                let [hidden, bias] = [&layer.hidden, &layer.input.bias].map(|part| values(&part.get(d)?));
+                Direction::store(tensors, &format!("{name}.lstm.{n}.{direction}"), (&input, &hidden?, &bias?));
             }
         }
         Ok(())
     }
 }
 
-/// (.., inputs, outputs)
-fn uniform(shape: &[usize], random: &mut StdRng) -> Result<Var> {
-    let bound = (shape[shape.len() - 2] as f32).powf(-0.5);
+/// Weights of so many inputs.
+fn uniform(shape: &[usize], inputs: usize, random: &mut StdRng) -> Result<Var> {
+    let bound = (inputs as f32).powf(-0.5);
     let values = (0..shape.iter().product()).map(|_| random.random_range(-bound..bound)).collect::<Vec<f32>>();
     Var::from_vec(values, shape, &Device::Cpu)
 }

@@ -6,10 +6,14 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
+use rand::{SeedableRng, rngs::StdRng};
 use sida_routing::{Digest, ExpertId, LayerId};
 
-use super::{record::StackRecording, *};
-use crate::{FILE_NAME, HashPredictor, PredictorShape, PredictorState, open_shape};
+use super::{lstm_net::LstmNet, record::StackRecording, *};
+use crate::{
+    FILE_NAME, HashPredictor, PredictorShape, PredictorState, file::PredictorFile, lstm::stack_net::StackNet,
+    open_shape,
+};
 
 const VOCAB: usize = 24;
 const EXPERTS: usize = 4;
@@ -89,6 +93,52 @@ fn nets_learn_what_they_can_see() {
     assert_eq!(tables[0].experts(LayerId(0), 0)[0], ExpertId(0));
     let alpha = tables[0].alphas(LayerId(0), 0)[0];
     assert!((0.5..1.0).contains(&alpha), "distillation teaches the probability, too: {alpha}");
+}
+
+/// The same texts and seed would give another predictor each time.
+#[test]
+fn a_seed_gives_the_same_net() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join(FILE_NAME);
+    let options = TrainOptions { width: 8, epochs: 1, ..TrainOptions::default() };
+    let trained = |seed| {
+        let options = TrainOptions { seed, ..options.clone() };
+        train(&recording(30, 1), &recording(3, 2), &options, &path, &mut |_| ()).unwrap();
+        fs::read(&path).unwrap()
+    };
+    assert!(trained(1) == trained(1) && trained(1) != trained(2));
+}
+
+/// What serves would be another net than what was trained.
+#[test]
+fn what_is_stored_computes_what_was_trained() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join(FILE_NAME);
+    let recording = recording(1, 1);
+    let sequences: Vec<Vec<u32>> = (1..4).map(|n| (0..40).map(|i| i * n % VOCAB as u32).collect()).collect();
+    let tokens: Vec<&[u32]> = sequences.iter().map(Vec::as_slice).collect();
+    for stack in [Stack::Encoder, Stack::Decoder] {
+        let (recorded, layers) = (recording.of_stack(stack), shape().layers(stack).len());
+        let net = LstmNet::new(recorded, stack, layers, EXPERTS, 32, &mut StdRng::seed_from_u64(1)).unwrap();
+        let mut tensors = Tensors::default();
+        net.store(&mut tensors).unwrap();
+        let hit_rates = measure::unmeasured(0..3);
+        tensors.write(&Metadata { net: Net::Lstm, model: MODEL, top_k: 3, hit_rates }, &path).unwrap();
+        let served = StackNet::from_file(&mut PredictorFile::read(&path, shape()).unwrap(), stack).unwrap().unwrap();
+        let found = match stack {
+            Stack::Encoder => served.encode(&tokens),
+            Stack::Decoder => {
+                let mut states = vec![PredictorState::default(); tokens.len()];
+                served.decode(&mut states.iter_mut().collect::<Vec<_>>(), &tokens).unwrap()
+            }
+        };
+        let expected: Vec<f32> = net.logits(&tokens).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+        assert_eq!(found.len(), expected.len());
+        for (found, expected) in found.iter().zip(expected) {
+            // The file holds float16.
+            assert!((found - expected).abs() < 5e-3, "{stack:?}: {found}, not {expected}");
+        }
+    }
 }
 
 /// A prediction would depend on what else is in the batch, or on how a sequence is cut into steps.
