@@ -7,7 +7,7 @@
 //! meanwhile, and begin another.
 //!
 //! A call that fails goes to the next node within the same layer; rows are idempotent. When all have failed, rows wait
-//! for one to come back (`waiting`). Only when nobody does is a group given up, and with it the requests whose rows are
+//! for one to come back (`node_wait`). Only when nobody does is a group given up, and with it the requests whose rows are
 //! in it; never a skipped expert.
 //!
 //! While another node could answer, a call is given up when its node gives no sign of life, or

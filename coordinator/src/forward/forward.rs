@@ -1,5 +1,5 @@
 //! A pass through the model: whole, or as micro-batches that take turns or go side by side. Which is decided by
-//! `routing::micro_batches`; how one goes through the layers is in `pass_runner`. Called by the engine, on its thread.
+//! `routing::micro_batches`; how one goes through the layers is in `pass_runner`. Called by the scheduler, on its thread.
 
 use std::{
     sync::{Arc, atomic::Ordering},
