@@ -383,6 +383,7 @@ mod tests {
             for key in placement.keys() {
                 let holders = placement.holder_indices(key);
                 prop_assert_eq!(holders.len(), replicas.min(weights.len()));
+                prop_assert_eq!(placement.primary(key), holders.first().map(|&node| &placement.nodes()[usize::from(node)]));
                 let distinct: std::collections::BTreeSet<_> = holders.iter().collect();
                 prop_assert_eq!(distinct.len(), holders.len());
                 prop_assert!(holders.iter().all(|&node| usize::from(node) < weights.len()));

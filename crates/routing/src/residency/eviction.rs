@@ -38,7 +38,7 @@ impl Rank {
     /// In no plan, and worth so much.
     pub(super) fn unplanned(worth: u64) -> Self {
         debug_assert!(worth < TIME_MAX);
-        Self(2 * TIME_MAX + (TIME_MAX - worth))
+        Self(2 * TIME_MAX - worth)
     }
 }
 
@@ -68,7 +68,8 @@ impl EvictionOrder {
     pub(super) fn set(&mut self, slot: SlotId, rank: Rank) {
         let mut node = self.leaves + slot.index();
         self.ranks[node] = rank;
-        while node > 1 {
+        // Up to the root.
+        for _ in 0..self.leaves.ilog2() {
             node /= 2;
             let winner = self.ranks[2 * node].max(self.ranks[2 * node + 1]);
             if self.ranks[node] == winner {

@@ -33,7 +33,7 @@ impl Worth {
         self.uses += 1;
         let (before, now) = (self.doublings[key], self.uses as f64 / self.half_life);
         // log2(2^before + 2^now), by the larger of them: neither power need exist.
-        let (small, large) = if before < now { (before, now) } else { (now, before) };
+        let (small, large) = (before.min(now), before.max(now));
         self.doublings[key] = large + (1.0 + (small - large).exp2()).log2();
     }
 
