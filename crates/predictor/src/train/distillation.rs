@@ -29,3 +29,34 @@ pub(super) fn targets(recorded: &StackRecording, batch: &[usize], num_experts: u
     let entries = targets.len() / num_experts;
     Tensor::from_vec(targets, (entries, num_experts), &Device::Cpu)
 }
+
+#[cfg(test)]
+mod tests {
+    use sida_routing::ExpertId;
+
+    use super::{super::finite_differences::*, *};
+
+    /// Something else would be learnt than the router's choice and its probabilities, or in another direction.
+    #[test]
+    fn is_cross_entropy_and_distillation_and_goes_down() {
+        let recorded = StackRecording {
+            embedding: Vec::new(),
+            d_model: 0,
+            kept: 2,
+            sequences: vec![vec![0], vec![0, 0]],
+            experts: vec![[2, 0].map(ExpertId).to_vec(), [3, 1, 1, 0].map(ExpertId).to_vec()],
+            probabilities: vec![vec![0.6, 0.3], vec![0.5, 0.2, 0.9, 0.1]],
+        };
+        let logits = values(&[3, 4], 1);
+        // The second sequence first.
+        let loss = || distillation(&logits, &targets(&recorded, &[1, 0], 4).unwrap()).unwrap();
+        check(&[&logits], loss);
+        let rows: Vec<Vec<f32>> = logits.to_vec2().unwrap();
+        let log_q =
+            |row: usize, expert: usize| rows[row][expert] - rows[row].iter().map(|logit| logit.exp()).sum::<f32>().ln();
+        let first_row = 1.5 * log_q(0, 3) + 0.2 * log_q(0, 1);
+        let expected = -(first_row + 1.9 * log_q(1, 1) + 0.1 * log_q(1, 0) + 1.6 * log_q(2, 2) + 0.3 * log_q(2, 0));
+        let found = loss().to_scalar::<f32>().unwrap();
+        assert!((found - expected).abs() < 1e-5, "{found}, not {expected}");
+    }
+}
