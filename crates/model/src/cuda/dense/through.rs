@@ -194,12 +194,12 @@ impl DeviceDense {
         self.clear_guard()?;
         let (stack, rows) = (pass.stack, self.current.shape.rows);
         let (mut from, mut done) = (pass.next, first);
-        for layer in first..sparse.len() {
+        for (layer, &block) in sparse.iter().enumerate().skip(first) {
             if layer > first {
                 self.hold(stack, experts, done..layer + 1)?;
             }
             self.start_blocks(stack, from, layer, Some(layer + 1), true)?;
-            from = sparse[layer] + 1;
+            from = block + 1;
             self.through.progress.tell(&self.gpu, &self.scratch, layer, rows)?;
             if layer > first {
                 let report = self.through.progress.wait(done, rows)?;
