@@ -35,7 +35,7 @@ use crate::{
 /// A call needs a slot while a prefetch fills another.
 const SLOTS_MIN: u64 = 2;
 
-/// See the file's head. Calls may come from any number of threads.
+/// An expert-node without its network. Calls may come from any number of threads.
 pub struct Engine {
     node: NodeId,
     cache: Arc<ExpertCache>,

@@ -5,7 +5,7 @@ use sida_routing::{ExpertId, ExpertKey, LayerId};
 
 use crate::{ExpertShape, ExpertStore, ModelError, Precision, packed};
 
-/// See the file's head.
+/// How the experts of a model lie in the slots of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExpertSlot {
     shape: ExpertShape,

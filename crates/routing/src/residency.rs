@@ -73,7 +73,7 @@ struct Slot {
     load: u64,
 }
 
-/// See the file's head.
+/// The state machine of an expert-node's memory: which expert is in which slot, and who leaves for whom.
 #[derive(Debug)]
 pub struct Residency {
     config: ResidencyConfig,

@@ -20,7 +20,7 @@ use super::{
 const HUGE_PAGE_BYTES: usize = 2 << 20;
 const PAGE_BYTES: usize = 4 << 10;
 
-/// See the file's head. Zeros at first.
+/// Page-locked memory of the host. Zeros at first.
 #[derive(Debug)]
 pub(super) struct LockedMemory {
     pages: MmapMut,

@@ -20,7 +20,7 @@ pub(super) const LOGIT_ROWS_MAX: usize = 256;
 const TOKENS_AT: usize = 16;
 pub(super) const CHOSEN_AT: usize = TOKENS_AT + 4 * LOGIT_ROWS_MAX;
 
-/// See the file's head. Shapes are of the largest batch.
+/// The memory that passes work in. Shapes are of the largest batch.
 #[derive(Debug)]
 pub(super) struct Scratch {
     pub(super) rows_max: usize,

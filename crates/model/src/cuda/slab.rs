@@ -33,7 +33,7 @@ const ROWS_MAX: usize = 4096;
 /// Nobody reads heads here, and the kernels that do must be compiled for some width.
 const D_KV: usize = 64;
 
-/// See the file's head.
+/// Slots of one expert each on a device, and what loads into them and computes with them.
 #[derive(Debug)]
 pub struct DeviceSlab {
     gpu: Gpu,

@@ -17,7 +17,7 @@ use crate::Urgency;
 /// for more.
 const SLICE_BYTES: usize = 2 << 20;
 
-/// See the file's head.
+/// The streams that bring experts into slots.
 #[derive(Debug)]
 pub(super) struct Uploads {
     /// Where slot 0 is, and bytes of an expert.

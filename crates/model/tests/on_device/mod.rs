@@ -39,7 +39,7 @@ pub(crate) struct Options {
     pub(crate) comes_late: bool,
 }
 
-/// See the head of this file.
+/// The dense part and the experts of a model on one device.
 pub(crate) struct OnDevice {
     pub(crate) dense: DeviceDense,
     experts: Arc<SlabExperts>,

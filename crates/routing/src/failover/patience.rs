@@ -21,7 +21,7 @@ pub const ROUND_MAX: Duration = Duration::from_millis(500);
 /// A wait that lasted longer than it was to counts for so much more at most.
 pub const OVERSLEPT_MAX: Duration = Duration::from_millis(100);
 
-/// See the file's head.
+/// How long a layer has waited for a node to come back, and whether that is over.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Patience {
     limit: Duration,

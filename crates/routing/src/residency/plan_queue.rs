@@ -41,7 +41,7 @@ pub(super) struct Missing {
     pub(super) step_end: u64,
 }
 
-/// See the file's head.
+/// The queued plans, and when each expert is used next by them.
 #[derive(Debug)]
 pub(super) struct PlanQueue {
     plans: VecDeque<QueuedPlan>,

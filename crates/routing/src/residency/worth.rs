@@ -13,7 +13,7 @@ const HALF_LIFE_PER_SLOT: usize = 8;
 /// Steps of [`Worth::of`] per doubling: uses that follow each other are told apart with up to 100,000 slots.
 const STEPS: f64 = (1 << 20) as f64;
 
-/// See the file's head.
+/// What every expert is worth by how often and how lately it was used.
 #[derive(Debug)]
 pub(super) struct Worth {
     /// Per expert; minus infinity if it was never used.
