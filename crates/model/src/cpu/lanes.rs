@@ -56,7 +56,7 @@ pub unsafe trait Lanes: Copy {
     unsafe fn sum(self) -> f32;
     /// `sum` of several vectors.
     #[inline(always)]
-    #[allow(clippy::needless_range_loop)] // See the file's head.
+    #[allow(clippy::needless_range_loop)] // Closures would not be compiled for the features of `run`.
     unsafe fn sums<const R: usize, const C: usize>(all: [[Self; C]; R]) -> [[f32; C]; R] {
         let mut sums = [[0.0; C]; R];
         for r in 0..R {
