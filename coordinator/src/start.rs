@@ -1,13 +1,18 @@
 //! How a coordinator starts: its configuration is checked, its weights are loaded, its expert-nodes are reached, and
 //! its two threads (`sida-prepare` and `sida-forward`) begin.
 
-use std::{io, sync::Arc, thread, time::Duration};
+use std::{
+    io,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
 
 use parking_lot::Mutex;
 use sida_cluster::Cluster;
 use sida_model::{Backend, Checkpoint, CpuBackend, DeviceName, ModelConfig, ModelError, Stack, Tokenizer};
 use sida_proto::wire::Bounds;
-use sida_routing::{Digest, NodeId};
+use sida_routing::{Digest, NodeId, gathering::Gathering};
 use sida_rpc::ServerError;
 use sida_telemetry::{counter, names};
 use thiserror::Error;
@@ -142,6 +147,8 @@ impl Coordinator {
             statistics: statistics.clone(),
             metrics: metrics.clone(),
             running: Vec::new(),
+            gathering: Gathering::default(),
+            idle_since: Instant::now(),
             values: Vec::new(),
         };
         let prepare = Prepare {

@@ -5,7 +5,7 @@
 //! Items can be announced while they are made. The first to arrive in an empty queue is taken only together with those
 //! that were announced by then, so that requests which come together run in one pass and no clock has to be waited for.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use parking_lot::{Condvar, Mutex};
 
@@ -126,15 +126,35 @@ impl<T> Queue<T> {
 
     /// Takes the first `choose(waiting)` items. With [`Wait::Block`] it waits for an item, and for those announced
     /// before the first one came. `None`: the queue is closed and empty.
-    pub(crate) fn take(&self, wait: Wait, choose: impl FnOnce(&VecDeque<T>) -> usize) -> Option<Vec<T>> {
+    pub(crate) fn take(&self, wait: Wait, choose: impl Fn(&VecDeque<T>) -> usize) -> Option<Vec<T>> {
+        self.take_patiently(wait, choose, |_| Duration::ZERO)
+    }
+
+    /// As [`Queue::take`]. With [`Wait::Block`], and as long as all that wait would be taken, it also waits for more, so
+    /// long as `patience` of their number says.
+    pub(crate) fn take_patiently(
+        &self,
+        wait: Wait,
+        choose: impl Fn(&VecDeque<T>) -> usize,
+        patience: impl Fn(usize) -> Duration,
+    ) -> Option<Vec<T>> {
         let mut state = self.state.lock();
-        while wait == Wait::Block && !state.is_gathered() && !state.closed {
-            self.arrived.wait(&mut state);
-        }
-        if state.closed && state.waiting.is_empty() {
-            return None;
-        }
-        let count = choose(&state.waiting).min(state.waiting.len());
+        let count = loop {
+            if wait == Wait::Block && !state.is_gathered() && !state.closed {
+                self.arrived.wait(&mut state);
+                continue;
+            }
+            if state.closed && state.waiting.is_empty() {
+                return None;
+            }
+            let waiting = state.waiting.len();
+            let count = choose(&state.waiting).min(waiting);
+            let longer = if count == waiting && !state.closed { patience(waiting) } else { Duration::ZERO };
+            if wait == Wait::Poll || longer.is_zero() {
+                break count;
+            }
+            self.arrived.wait_for(&mut state, longer);
+        };
         let items = state.waiting.drain(..count).collect();
         drop(state);
         self.taken.notify_one();
@@ -156,7 +176,11 @@ impl<T> Queue<T> {
 
 #[cfg(test)]
 mod tests {
-    use std::{sync::Arc, thread, time::Duration};
+    use std::{
+        sync::Arc,
+        thread,
+        time::{Duration, Instant},
+    };
 
     use super::*;
 
@@ -208,6 +232,32 @@ mod tests {
         // What nobody announced is taken at once.
         assert!(queue.try_push(3, |_| true).is_ok());
         assert_eq!(queue.take(Wait::Block, |waiting| waiting.len()), Some(vec![3]));
+    }
+
+    #[test]
+    fn more_are_waited_for() {
+        // Would break: a batch begins without those that were worth waiting for, or waits when it is full or its time is over.
+        let queue = Arc::new(Queue::new());
+        assert!(queue.try_push(1, |_| true).is_ok());
+        let patience = |waiting| if waiting < 2 { Duration::from_secs(60) } else { Duration::ZERO };
+        assert_eq!(queue.take_patiently(Wait::Poll, VecDeque::len, patience), Some(vec![1]));
+        assert!(queue.try_push(2, |_| true).is_ok());
+        let taker = thread::spawn({
+            let queue = queue.clone();
+            move || queue.take_patiently(Wait::Block, VecDeque::len, patience)
+        });
+        thread::sleep(Duration::from_millis(20));
+        assert!(!taker.is_finished(), "taken too early");
+        assert!(queue.try_push(3, |_| true).is_ok());
+        assert_eq!(taker.join().expect("taker"), Some(vec![2, 3]));
+        // A batch without room for all that wait needs no more.
+        assert!(queue.push_all(vec![4, 5], |_, _| true).is_empty());
+        let always = |_| Duration::from_secs(60);
+        assert_eq!(queue.take_patiently(Wait::Block, |_| 1, always), Some(vec![4]));
+        let end = Instant::now() + Duration::from_millis(5);
+        let until = |_| end.saturating_duration_since(Instant::now());
+        assert_eq!(queue.take_patiently(Wait::Block, VecDeque::len, until), Some(vec![5]));
+        assert!(Instant::now() >= end);
     }
 
     #[test]

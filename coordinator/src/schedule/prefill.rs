@@ -62,6 +62,7 @@ impl<B: Backend> Scheduler<B> {
         let mut costs = Costs::of_pass(within);
         let forward = &mut self.forward;
         let callers: Vec<&Request> = requests.iter().map(|(request, _)| request).collect();
+        let begun = Instant::now();
         let outcome = catch_panic(|| {
             let (ids, spans, routings) = (&ids[..], spans.clone(), &mut routings[..]);
             let (stack, sequences, wanted) = (Stack::Encoder, Vec::new(), &[][..]);
@@ -69,6 +70,7 @@ impl<B: Backend> Scheduler<B> {
             Ok(forward.pass(batch, &mut costs)?)
         });
         drop(hint);
+        self.gathering.note(ids.len(), begun.elapsed());
         match outcome {
             Ok(states) => self.start_sequences(requests, &routings, &states, &spans, costs, span),
             Err(error) => {

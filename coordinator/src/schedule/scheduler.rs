@@ -15,6 +15,7 @@ use sida_model::{Backend, Spans, Stack, Tokenizer, Wanted};
 use sida_routing::{
     HashTable,
     admission::{Cost, Limits},
+    gathering::Gathering,
 };
 use sida_telemetry::{Span, TraceContext};
 
@@ -53,6 +54,9 @@ pub(crate) struct Scheduler<B: Backend> {
     pub(crate) metrics: Arc<Metrics>,
     /// The running batch.
     pub(crate) running: Vec<Sequence<B>>,
+    /// How long a batch waits for more requests when nothing runs, and since when nothing does.
+    pub(crate) gathering: Gathering,
+    pub(crate) idle_since: Instant,
     /// Memory for the encoder states of a batch, kept from batch to batch.
     pub(crate) values: Vec<f32>,
 }
@@ -64,6 +68,7 @@ impl<B: Backend> Scheduler<B> {
     /// Runs until the queue is closed and everything in it was answered.
     pub(crate) fn run(mut self) {
         while let Some(joining) = self.schedule() {
+            let taking_part = self.running.len() + joining.len();
             self.note_inflight(&joining);
             self.statistics.step_begins();
             let outcome = catch_panic(|| {
@@ -77,6 +82,10 @@ impl<B: Backend> Scheduler<B> {
                 self.fail_running(&error);
             }
             self.note_inflight(&[]);
+            if self.running.is_empty() {
+                self.idle_since = Instant::now();
+                self.gathering.idle(taking_part, self.prepared.len());
+            }
         }
     }
 
@@ -93,7 +102,8 @@ impl<B: Backend> Scheduler<B> {
             limits.joining(running, waiting.iter().map(|prepared| prepared.request.cost_at(now)))
         };
         let wait = if self.running.is_empty() { Wait::Block } else { Wait::Poll };
-        match self.prepared.take(wait, choose) {
+        let patience = |waiting| self.gathering.wait(waiting, self.idle_since.elapsed());
+        match self.prepared.take_patiently(wait, choose, patience) {
             Some(joining) => Some(joining),
             None if self.running.is_empty() => None,
             None => Some(Vec::new()),

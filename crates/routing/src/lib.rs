@@ -5,10 +5,11 @@
 //! here; what is done comes from the nodes.
 //!
 //! In reading order: [`ids`], [`hash_table`], [`plan`], [`routes`], [`grouping`], [`placement`],
-//! [`membership`], [`failover`], [`residency`], [`admission`], [`micro_batches`].
+//! [`membership`], [`failover`], [`residency`], [`admission`], [`gathering`], [`micro_batches`].
 
 pub mod admission;
 pub mod failover;
+pub mod gathering;
 pub mod grouping;
 pub mod hash_table;
 pub mod ids;

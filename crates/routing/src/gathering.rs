@@ -1,0 +1,169 @@
+//! Whether a batch that could begin waits a moment for more requests.
+//!
+//! Callers who wait for an answer before they ask again come back just after a pass has answered them. If those that are
+//! there by then begin at once, two halves of the callers take turns for ever, and each pays for a pass of its own. On a
+//! GPU that is dear: a pass of eight prompts takes little longer than one of four.
+//!
+//! So what passes take is noted by their size, and from two sizes follows what a pass costs however small it is. Waiting
+//! may save that once. A batch waits at most half as long, and a quarter of the pass before, and only for as many requests
+//! as there were lately. Where passes cost what their rows cost, as on a processor, nothing waits.
+
+use std::{collections::BTreeMap, time::Duration};
+
+/// The weight of the newest pass in the means.
+const NEWEST: f64 = 0.125;
+/// A batch waits at most for this share of what a pass costs at least, and of the pass before.
+const OF_FIXED_COST: f64 = 0.5;
+const OF_PASS: f64 = 0.25;
+
+/// What is known of prefills, and how long the next batch waits.
+#[derive(Clone, Debug, Default)]
+pub struct Gathering {
+    /// By the logarithm of their rows, to base 2.
+    passes: BTreeMap<u32, Mean>,
+    /// Of the last pass.
+    magnitude: u32,
+    /// As many requests are expected, so long after the last of them were answered.
+    expected: usize,
+    patience: Duration,
+}
+
+/// Means over passes of about the same size.
+#[derive(Clone, Copy, Debug)]
+struct Mean {
+    rows: f64,
+    seconds: f64,
+}
+
+impl Gathering {
+    /// A prefill of so many rows took so long.
+    pub fn note(&mut self, rows: usize, took: Duration) {
+        let newest = Mean { rows: rows.max(1) as f64, seconds: took.as_secs_f64() };
+        self.magnitude = rows.max(1).ilog2();
+        let mean = self.passes.entry(self.magnitude).or_insert(newest);
+        mean.rows += NEWEST * (newest.rows - mean.rows);
+        mean.seconds += NEWEST * (newest.seconds - mean.seconds);
+    }
+
+    /// Nothing runs any more: `answered` requests left last, and `waiting` others have come.
+    pub fn idle(&mut self, answered: usize, waiting: usize) {
+        self.expected = answered + waiting;
+        let pass = self.passes.get(&self.magnitude).map_or(0.0, |mean| mean.seconds);
+        self.patience = Duration::from_secs_f64((OF_FIXED_COST * self.fixed_cost()).min(OF_PASS * pass));
+    }
+
+    /// How much longer a batch of `waiting` requests waits for others, at a time after nothing ran any more; zero: it begins.
+    pub fn wait(&self, waiting: usize, idle_for: Duration) -> Duration {
+        if waiting < self.expected { self.patience.saturating_sub(idle_for) } else { Duration::ZERO }
+    }
+
+    /// What a pass takes beyond what it takes for each of its rows, in seconds: from the last size and the next smaller one
+    /// that is known, or else the next larger one. 0 while there is no other.
+    fn fixed_cost(&self) -> f64 {
+        let Some(of) = self.passes.get(&self.magnitude) else { return 0.0 };
+        let smaller = self.passes.range(..self.magnitude).next_back();
+        let other = smaller.or_else(|| self.passes.range(self.magnitude + 1..).next());
+        let Some((_, other)) = other else { return 0.0 };
+        let per_row = (of.seconds - other.seconds) / (of.rows - other.rows);
+        (of.seconds - per_row.max(0.0) * of.rows).max(0.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const fn us(us: u64) -> Duration {
+        Duration::from_micros(us)
+    }
+
+    /// After passes of 16 and then 32 rows that took so many microseconds.
+    fn after(small: u64, large: u64) -> Gathering {
+        let mut gathering = Gathering::default();
+        (0..50).for_each(|_| gathering.note(16, us(small)));
+        (0..50).for_each(|_| gathering.note(32, us(large)));
+        gathering
+    }
+
+    #[test]
+    fn callers_who_come_back_are_waited_for() {
+        // Would break: half of the callers wait while the other half is computed, for ever.
+        let mut gathering = after(1000, 1200);
+        gathering.idle(4, 4);
+        // 800 of 1200 us are paid however few rows there are; a quarter of the pass is less than half of that.
+        assert_eq!(gathering.wait(4, Duration::ZERO), us(300));
+        assert_eq!(gathering.wait(7, us(200)), us(100));
+        assert_eq!(gathering.wait(7, us(300)), Duration::ZERO);
+        assert_eq!(gathering.wait(8, Duration::ZERO), Duration::ZERO);
+    }
+
+    #[test]
+    fn nobody_waits_for_what_saves_nothing() {
+        // Would break: a processor idles, although two passes take as long as one of both.
+        let mut gathering = after(1000, 2000);
+        gathering.idle(4, 4);
+        assert_eq!(gathering.wait(4, Duration::ZERO), Duration::ZERO);
+        // A pass that costs little beyond its rows is waited for as little: here 200 us, once.
+        let mut gathering = after(1100, 2000);
+        gathering.idle(4, 4);
+        assert_eq!(gathering.wait(4, Duration::ZERO), us(100));
+    }
+
+    #[test]
+    fn a_single_caller_never_waits() {
+        // Would break: the latency of a client that is alone.
+        let mut gathering = after(1000, 1000);
+        gathering.idle(1, 0);
+        assert_eq!(gathering.wait(1, Duration::ZERO), Duration::ZERO);
+    }
+
+    #[test]
+    fn one_size_says_nothing() {
+        // Would break: a batch waits for a saving that nobody has measured.
+        let mut gathering = Gathering::default();
+        gathering.idle(8, 0);
+        assert_eq!(gathering.wait(1, Duration::ZERO), Duration::ZERO);
+        gathering.note(32, us(1000));
+        gathering.idle(8, 0);
+        assert_eq!(gathering.wait(1, Duration::ZERO), Duration::ZERO);
+        // Until another is seen, if only a larger one.
+        gathering.note(64, us(1500));
+        gathering.note(32, us(1000));
+        gathering.idle(8, 0);
+        assert_eq!(gathering.wait(1, Duration::ZERO), us(250));
+    }
+
+    #[test]
+    fn what_passes_take_is_learnt_anew() {
+        // Would break: a model's first, slow pass decides how long batches wait from then on.
+        let mut gathering = Gathering::default();
+        gathering.note(16, us(1000));
+        gathering.note(32, us(100_000));
+        (0..100).for_each(|_| gathering.note(32, us(1200)));
+        gathering.idle(8, 0);
+        assert_eq!(gathering.wait(1, Duration::ZERO).as_micros(), 300);
+    }
+
+    proptest! {
+        #[test]
+        fn waits_are_short(
+            passes in prop::collection::vec((0usize..5000, 0u64..1_000_000), 0..40),
+            answered in 0usize..100,
+            before in 0usize..100,
+            idle_for in 0u64..1_000_000,
+        ) {
+            // Would break: a wait longer than a quarter of the slowest pass of all, whatever was noted.
+            let mut gathering = Gathering::default();
+            passes.iter().for_each(|&(rows, took)| gathering.note(rows, us(took)));
+            gathering.idle(answered, before);
+            let slowest = passes.iter().map(|&(_, took)| took).max().unwrap_or(0);
+            for waiting in 0..200 {
+                let wait = gathering.wait(waiting, us(idle_for));
+                prop_assert!(wait <= us(slowest.div_ceil(4)).saturating_sub(us(idle_for)));
+                prop_assert!(waiting < answered + before || wait.is_zero());
+            }
+        }
+    }
+}
