@@ -70,6 +70,11 @@ impl<B: Backend> Forward<B> {
         &mut self.first.backend
     }
 
+    /// Whether a device computes, on which one pass after another has the memory.
+    pub(crate) fn is_on_device(&self) -> bool {
+        !self.can_cut
+    }
+
     /// As how many micro-batches a batch may go; 1: whole.
     pub(crate) fn parts(&self) -> usize {
         let cut = self.cut();

@@ -6,7 +6,7 @@
 //!
 //! So what passes take is noted by their size, and from two sizes follows what a pass costs however small it is. Waiting
 //! may save that once. A batch waits at most half as long, and a quarter of the pass before, and only for as many requests
-//! as there were lately. Where passes cost what their rows cost, as on a processor, nothing waits.
+//! as there were lately. Where passes cost what their rows cost, nothing waits.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -101,7 +101,7 @@ mod tests {
 
     #[test]
     fn nobody_waits_for_what_saves_nothing() {
-        // Would break: a processor idles, although two passes take as long as one of both.
+        // Would break: the model idles, although two passes take as long as one of both.
         let mut gathering = after(1000, 2000);
         gathering.idle(4, 4);
         assert_eq!(gathering.wait(4, Duration::ZERO), Duration::ZERO);
