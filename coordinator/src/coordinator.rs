@@ -13,7 +13,7 @@ use std::{
 use futures::Stream;
 use parking_lot::Mutex;
 use sida_cluster::Cluster;
-use sida_model::{CacheSize, Checkpoint, Tokenizer};
+use sida_model::{CacheSize, Checkpoint, DeviceName, Tokenizer};
 use sida_routing::Digest;
 use sida_telemetry::{Span, TraceContext};
 use tokio::sync::{mpsc, oneshot};
@@ -182,10 +182,10 @@ impl Coordinator {
         Acceptance { limits: &config.request_limits, batch: &config.limits, cache_size: *cache_size, tokenizer }
     }
 
-    /// Tokenizes a prompt on another thread and hands it to `queue`. The task that asks does not tokenize, so that of
-    /// several requests that one task sends all are announced before the first is tokenized. While nothing is computed
-    /// the computing threads do it, so that they are awake when the batch comes; a text of so many `bytes` that it
-    /// would hold up others goes to a thread for blocking work.
+    /// Tokenizes a prompt in another task and hands it to `queue`. The task that asks does not tokenize, so that of
+    /// several requests that one task sends all are announced before the first is tokenized. While processors have
+    /// nothing to compute their threads do it, so that they are awake when the batch comes; a text of so many `bytes`
+    /// that it would hold up others goes to a thread for blocking work.
     async fn tokenize_then(
         &self,
         request_span: RequestSpan,
@@ -208,9 +208,10 @@ impl Coordinator {
             drop(reply.send(queued));
         };
         let is_idle = self.inner.statistics.inflight.load(Ordering::Relaxed) == 0;
+        let wakes_threads = is_idle && self.config().device == DeviceName::Cpu;
         match is_short {
             // A single computing thread may be waiting for an expert-node by the time the text could be tokenized.
-            true if is_idle && rayon::current_num_threads() > 1 => rayon::spawn(read),
+            true if wakes_threads && rayon::current_num_threads() > 1 => rayon::spawn(read),
             true => drop(tokio::spawn(async { read() })),
             false => drop(tokio::task::spawn_blocking(read)),
         }

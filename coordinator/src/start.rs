@@ -120,8 +120,11 @@ impl Coordinator {
             let missing: Vec<String> = missing.iter().map(NodeId::to_string).collect();
             tracing::warn!(missing = missing.join(", "), "starting without some expert-nodes");
         }
-        let predict =
-            Arc::new(Predict::new(source(&config, &cluster, &model, runtime), &model, config.checkpoint.digest()));
+        let predict = Arc::new(Predict::new(
+            source(&config, &cluster, &model, runtime.clone()),
+            &model,
+            config.checkpoint.digest(),
+        ));
         let preload = Arc::new(Preload::new(nodes.clone(), cluster.clone(), config.preload_depth));
         let statistics = Arc::new(Statistics::default());
         let dispatch = |patience| {
@@ -146,6 +149,7 @@ impl Coordinator {
             tokenizer: tokenizer.clone(),
             statistics: statistics.clone(),
             metrics: metrics.clone(),
+            runtime: runtime.clone(),
             running: Vec::new(),
             gathering: Gathering::default(),
             idle_since: Instant::now(),

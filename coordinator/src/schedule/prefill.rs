@@ -3,7 +3,6 @@
 
 use std::time::Instant;
 
-use rayon::prelude::*;
 use sida_model::{Backend, NewSequence, Spans, Stack};
 use sida_telemetry::spans;
 
@@ -21,9 +20,6 @@ use crate::{
         sequence::{self, Branch, Sequence},
     },
 };
-
-/// From so many values on, answers with encoder states are made by several threads.
-const PARALLEL_VALUES_MIN: usize = 1 << 18;
 
 impl<B: Backend> Scheduler<B> {
     /// Computes the prompts of requests that join, answers those that asked for encoder states, and starts the
@@ -111,18 +107,20 @@ impl<B: Backend> Scheduler<B> {
             let computed = all.filter(|((_, routing), _)| routing.failure.is_none());
             computed.map(|(((request, _), _), rows)| (&request.work, rows))
         };
-        let is_encoding = |work: &Work| matches!(work, Work::Encode { .. });
-        let wants_values = computed().any(|(work, _)| is_encoding(work));
-        let sequences = computed().filter(|(work, _)| !is_encoding(work));
+        let pooling = |work: &Work| if let Work::Encode { pooling, .. } = work { Some(*pooling) } else { None };
+        let wants = |wanted| computed().any(|(work, _)| pooling(work) == Some(wanted));
+        let (wants_rows, wants_means) = (wants(Pooling::None), wants(Pooling::Mean));
+        let sequences = computed().filter(|(work, _)| pooling(work).is_none());
         let sequences = sequences.map(|(work, rows)| NewSequence { rows, tokens_max: work.decoded_tokens_max() });
         let sequences: Vec<NewSequence> = sequences.collect();
         let mut buffer = std::mem::take(&mut self.values);
         let start = Instant::now();
         let backend = self.forward.backend();
-        let values = match wants_values {
-            true => catch_panic(|| Ok(backend.values(states, &mut buffer)?)),
-            false => Ok(&[][..]),
-        };
+        let read = catch_panic(|| {
+            let rows = if wants_rows { backend.values(states, &mut buffer)? } else { &[] };
+            let means = if wants_means { backend.means(states, spans)? } else { Vec::new() };
+            Ok((rows, means))
+        });
         let mut started = start_all(backend, states, &sequences).into_iter();
         costs.dense_since(start);
         costs.record(&self.metrics.phases);
@@ -133,13 +131,16 @@ impl<B: Backend> Scheduler<B> {
         }
         let d_model = self.forward.config().d_model;
         let mut encodings = Vec::new();
-        for (((request, trace), routing), rows) in requests.into_iter().zip(routings).zip(spans.ranges()) {
+        for (at, ((request, trace), routing)) in requests.into_iter().zip(routings).enumerate() {
             match (&routing.failure, &request.work) {
                 (Some(failure), _) => request.fail(failure.clone()),
-                (None, &Work::Encode { pooling, .. }) => match &values {
-                    Ok(values) => {
-                        let own = &values[rows.start * d_model..rows.end * d_model];
-                        encodings.push((request, trace, pooling, own));
+                (None, Work::Encode { pooling, .. }) => match &read {
+                    Ok((rows, means)) => {
+                        let (values, range) = match pooling {
+                            Pooling::None => (*rows, spans.range(at)),
+                            Pooling::Mean => (&means[..], at..at + 1),
+                        };
+                        encodings.push((request, trace, values[range.start * d_model..range.end * d_model].to_vec()));
                     }
                     Err(error) => request.fail(error.clone()),
                 },
@@ -149,12 +150,12 @@ impl<B: Backend> Scheduler<B> {
                 },
             }
         }
-        let answer = |(request, trace, pooling, own)| answer_encoding(request, trace, pooling, own, d_model);
-        match values.map_or(0, <[f32]>::len) < PARALLEL_VALUES_MIN {
-            true => encodings.into_iter().for_each(answer),
-            false => encodings.into_par_iter().for_each(answer),
-        }
         self.values = buffer;
+        // Each answer wakes the task of its caller, which takes a thread outside the runtime much longer than one within.
+        let answer = async move {
+            encodings.into_iter().for_each(|(request, trace, values)| answer_encoding(request, trace, values, d_model));
+        };
+        self.runtime.spawn(answer);
     }
 
     /// The branches of a sequence. Each begins with the decoder's start token, and with all of its target but the last
@@ -193,11 +194,11 @@ fn start_all<B: Backend>(
     }
 }
 
-/// Answers a request for encoder states with its rows (tokens, d_model) of `states`.
-fn answer_encoding(request: Request, mut trace: Trace, pooling: Pooling, states: &[f32], d_model: usize) {
+/// Answers a request for encoder states with what it asked for of them: (rows, d_model).
+fn answer_encoding(request: Request, mut trace: Trace, states: Vec<f32>, d_model: usize) {
     trace.timings.total = request.accepted.elapsed();
     let prompt_tokens = request.tokens.len();
-    let answer = catch_panic(|| encoding::encoding(states, d_model, pooling, prompt_tokens, trace));
+    let answer = catch_panic(|| encoding::encoding(states, d_model, prompt_tokens, trace));
     if let Work::Encode { reply, .. } = request.work {
         // The caller may have gone, which is no error.
         drop(reply.send(answer));

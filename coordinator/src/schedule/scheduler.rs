@@ -18,6 +18,7 @@ use sida_routing::{
     gathering::Gathering,
 };
 use sida_telemetry::{Span, TraceContext};
+use tokio::runtime::Handle;
 
 use crate::{
     answer::{
@@ -52,6 +53,8 @@ pub(crate) struct Scheduler<B: Backend> {
     pub(crate) tokenizer: Arc<Tokenizer>,
     pub(crate) statistics: Arc<Statistics>,
     pub(crate) metrics: Arc<Metrics>,
+    /// Where answers are handed to their callers.
+    pub(crate) runtime: Handle,
     /// The running batch.
     pub(crate) running: Vec<Sequence<B>>,
     /// How long a batch waits for more requests when nothing runs, and since when nothing does.
@@ -69,6 +72,9 @@ impl<B: Backend> Scheduler<B> {
     pub(crate) fn run(mut self) {
         while let Some(joining) = self.schedule() {
             let taking_part = self.running.len() + joining.len();
+            if self.running.is_empty() {
+                self.gathering.begins(joining.len(), self.idle_since.elapsed());
+            }
             self.note_inflight(&joining);
             self.statistics.step_begins();
             let outcome = catch_panic(|| {

@@ -1,15 +1,19 @@
-//! The tokio runtime of one command: it carries bytes and time, so two threads are plenty beside those that
+//! The tokio runtime of one command: it carries bytes and time, so few threads are plenty beside those that
 //! compute. Used by every command that talks to a cluster or is one.
+
+use std::thread;
 
 use tokio::runtime::Builder;
 
-/// Threads that move bytes.
-const IO_THREADS: usize = 2;
+/// Threads that move bytes, at least and at most.
+const IO_THREADS: (usize, usize) = (2, 8);
 
 /// Runs `command` to its end. Threads that still block afterwards (a read from a terminal, say) are left
 /// behind, so that the process can end.
 pub(crate) fn run<T>(command: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
-    let runtime = Builder::new_multi_thread().worker_threads(IO_THREADS).enable_all().build()?;
+    let (least, most) = IO_THREADS;
+    let threads = thread::available_parallelism().map_or(least, |cores| (cores.get() / 2).clamp(least, most));
+    let runtime = Builder::new_multi_thread().worker_threads(threads).enable_all().build()?;
     let result = runtime.block_on(command);
     runtime.shutdown_background();
     result

@@ -75,6 +75,10 @@ pub trait Backend: Sized + Send + 'static {
     /// The encoder's states (tokens, d_model), row-major, in memory that is kept in `buffer` for the next time.
     fn values<'b>(&mut self, states: &Self::States, buffer: &'b mut Vec<f32>) -> Result<&'b [f32], ModelError>;
 
+    /// The mean of the encoder's states over each of the sequences that `spans` of its pass names: (sequences, d_model),
+    /// row-major. Added row by row, so that the bits depend on the sequence alone.
+    fn means(&mut self, states: &Self::States, spans: &Spans) -> Result<Vec<f32>, ModelError>;
+
     /// Sequences before their first token. Each takes all of its memory now; one that finds none is an error by itself,
     /// and the others start.
     fn start(

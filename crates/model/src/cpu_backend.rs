@@ -198,6 +198,19 @@ impl Backend for CpuBackend {
         Ok(buffer)
     }
 
+    fn means(&mut self, states: &CpuStates, spans: &Spans) -> Result<Vec<f32>, ModelError> {
+        let d = self.config().d_model;
+        let mut means = vec![0.0; spans.len() * d];
+        for (mean, rows) in means.chunks_exact_mut(d).zip(spans.ranges()) {
+            let count = rows.len() as f32;
+            for row in states.0[rows.start * d..rows.end * d].chunks_exact(d) {
+                mean.iter_mut().zip(row).for_each(|(sum, value)| *sum += value);
+            }
+            mean.iter_mut().for_each(|sum| *sum /= count);
+        }
+        Ok(means)
+    }
+
     fn start(
         &mut self,
         states: &CpuStates,

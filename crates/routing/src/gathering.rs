@@ -5,16 +5,18 @@
 //! GPU that is dear: a pass of eight prompts takes little longer than one of four.
 //!
 //! So what passes take is noted by their size, and from two sizes follows what a pass costs however small it is. Waiting
-//! may save that once. A batch waits at most half as long, and a quarter of the pass before, and only for as many requests
-//! as there were lately. Where passes cost what their rows cost, nothing waits.
+//! may save that once. A batch waits no longer than that, no longer than half of the pass before, and only for as many
+//! requests as there were lately. Where passes cost what their rows cost, nothing waits. Callers who do not come back, as
+//! those who do not wait for their answers, are soon not waited for: each wait in vain halves the next.
 
 use std::{collections::BTreeMap, time::Duration};
 
 /// The weight of the newest pass in the means.
 const NEWEST: f64 = 0.125;
-/// A batch waits at most for this share of what a pass costs at least, and of the pass before.
-const OF_FIXED_COST: f64 = 0.5;
-const OF_PASS: f64 = 0.25;
+/// A batch waits at most for this share of the pass before.
+const OF_PASS: f64 = 0.5;
+/// After so many waits in vain a whole one is tried again.
+const IN_VAIN_MAX: u32 = 32;
 
 /// What is known of prefills, and how long the next batch waits.
 #[derive(Clone, Debug, Default)]
@@ -23,9 +25,12 @@ pub struct Gathering {
     passes: BTreeMap<u32, Mean>,
     /// Of the last pass.
     magnitude: u32,
-    /// As many requests are expected, so long after the last of them were answered.
+    /// As many requests are expected, of which some waited already, so long after the others were answered.
     expected: usize,
+    waiting: usize,
     patience: Duration,
+    /// Waits in vain one after another.
+    in_vain: u32,
 }
 
 /// Means over passes of about the same size.
@@ -47,9 +52,21 @@ impl Gathering {
 
     /// Nothing runs any more: `answered` requests left last, and `waiting` others have come.
     pub fn idle(&mut self, answered: usize, waiting: usize) {
-        self.expected = answered + waiting;
+        (self.expected, self.waiting) = (answered + waiting, waiting);
         let pass = self.passes.get(&self.magnitude).map_or(0.0, |mean| mean.seconds);
-        self.patience = Duration::from_secs_f64((OF_FIXED_COST * self.fixed_cost()).min(OF_PASS * pass));
+        let halved = 0.5_f64.powi(self.in_vain as i32);
+        self.patience = Duration::from_secs_f64(halved * self.fixed_cost().min(OF_PASS * pass));
+    }
+
+    /// A batch of so many requests begins, at a time after nothing ran any more. The wait for it was in vain if less than
+    /// half of those that were expected came.
+    pub fn begins(&mut self, requests: usize, idle_for: Duration) {
+        let came = requests.saturating_sub(self.waiting);
+        if 2 * came >= self.expected - self.waiting {
+            self.in_vain = 0;
+        } else if idle_for >= self.patience {
+            self.in_vain = (self.in_vain + 1) % IN_VAIN_MAX;
+        }
     }
 
     /// How much longer a batch of `waiting` requests waits for others, at a time after nothing ran any more; zero: it begins.
@@ -92,11 +109,30 @@ mod tests {
         // Would break: half of the callers wait while the other half is computed, for ever.
         let mut gathering = after(1000, 1200);
         gathering.idle(4, 4);
-        // 800 of 1200 us are paid however few rows there are; a quarter of the pass is less than half of that.
-        assert_eq!(gathering.wait(4, Duration::ZERO), us(300));
-        assert_eq!(gathering.wait(7, us(200)), us(100));
-        assert_eq!(gathering.wait(7, us(300)), Duration::ZERO);
+        // 800 of 1200 us are paid however few rows there are; half of the pass is less.
+        assert_eq!(gathering.wait(4, Duration::ZERO), us(600));
+        assert_eq!(gathering.wait(7, us(200)), us(400));
+        assert_eq!(gathering.wait(7, us(600)), Duration::ZERO);
         assert_eq!(gathering.wait(8, Duration::ZERO), Duration::ZERO);
+    }
+
+    #[test]
+    fn callers_who_stay_away_are_not_waited_for() {
+        // Would break: requests that come at random times wait for others again and again, each time in vain.
+        let mut gathering = after(1000, 1200);
+        for halved in [us(600), us(300), us(150)] {
+            gathering.idle(4, 4);
+            assert_eq!(gathering.wait(4, Duration::ZERO), halved);
+            gathering.begins(4, halved);
+        }
+        // One success, if not a full one, and they are waited for as before.
+        gathering.begins(6, us(75));
+        gathering.idle(4, 4);
+        assert_eq!(gathering.wait(4, Duration::ZERO), us(600));
+        // Or after many in vain: the callers may be others by now.
+        (0..IN_VAIN_MAX).for_each(|_| gathering.begins(5, us(600)));
+        gathering.idle(4, 4);
+        assert_eq!(gathering.wait(4, Duration::ZERO), us(600));
     }
 
     #[test]
@@ -105,10 +141,10 @@ mod tests {
         let mut gathering = after(1000, 2000);
         gathering.idle(4, 4);
         assert_eq!(gathering.wait(4, Duration::ZERO), Duration::ZERO);
-        // A pass that costs little beyond its rows is waited for as little: here 200 us, once.
+        // A pass that costs little beyond its rows is waited for as little.
         let mut gathering = after(1100, 2000);
         gathering.idle(4, 4);
-        assert_eq!(gathering.wait(4, Duration::ZERO), us(100));
+        assert_eq!(gathering.wait(4, Duration::ZERO), us(200));
     }
 
     #[test]
@@ -132,7 +168,7 @@ mod tests {
         gathering.note(64, us(1500));
         gathering.note(32, us(1000));
         gathering.idle(8, 0);
-        assert_eq!(gathering.wait(1, Duration::ZERO), us(250));
+        assert_eq!(gathering.wait(1, Duration::ZERO), us(500));
     }
 
     #[test]
@@ -143,7 +179,7 @@ mod tests {
         gathering.note(32, us(100_000));
         (0..100).for_each(|_| gathering.note(32, us(1200)));
         gathering.idle(8, 0);
-        assert_eq!(gathering.wait(1, Duration::ZERO).as_micros(), 300);
+        assert_eq!(gathering.wait(1, Duration::ZERO).as_micros(), 600);
     }
 
     proptest! {
@@ -154,14 +190,14 @@ mod tests {
             before in 0usize..100,
             idle_for in 0u64..1_000_000,
         ) {
-            // Would break: a wait longer than a quarter of the slowest pass of all, whatever was noted.
+            // Would break: a wait longer than half of the slowest pass of all, whatever was noted.
             let mut gathering = Gathering::default();
             passes.iter().for_each(|&(rows, took)| gathering.note(rows, us(took)));
             gathering.idle(answered, before);
             let slowest = passes.iter().map(|&(_, took)| took).max().unwrap_or(0);
             for waiting in 0..200 {
                 let wait = gathering.wait(waiting, us(idle_for));
-                prop_assert!(wait <= us(slowest.div_ceil(4)).saturating_sub(us(idle_for)));
+                prop_assert!(wait <= us(slowest.div_ceil(2)).saturating_sub(us(idle_for)));
                 prop_assert!(waiting < answered + before || wait.is_zero());
             }
         }

@@ -75,7 +75,7 @@ pub(crate) fn run(arguments: BenchArguments) -> anyhow::Result<ExitCode> {
     let workload = Arc::new(Workload::open(arguments.workload.clone())?);
     arguments.subject.model.start_threads()?;
     runtime::run(async {
-        let subjects = subject::start(&arguments.subject).await?;
+        let subjects = subject::start(&arguments.subject, arguments.concurrency).await?;
         let rounds = arguments.rounds.unwrap_or(if subjects.len() > 1 { 5 } else { 1 });
         let measured = measure(&subjects, load, rounds, warmup_requests(&arguments, &workload), &workload).await?;
         for subject in subjects {
@@ -161,11 +161,11 @@ async fn measure(
 /// An answer's measure, or its failure as code and message.
 type Answering = BoxFuture<'static, Result<Sample, String>>;
 
-/// What [`load::run`] calls: the request of a number.
-fn request_of(subject: &Subject, workload: &Arc<Workload>) -> Arc<impl Fn(u64) -> Answering + use<>> {
-    let (client, workload) = (subject.client.clone(), workload.clone());
-    Arc::new(move |number| {
-        let (client, workload) = (client.clone(), workload.clone());
+/// What [`load::run`] calls: a client's request of a number.
+fn request_of(subject: &Subject, workload: &Arc<Workload>) -> Arc<impl Fn(usize, u64) -> Answering + use<>> {
+    let (clients, workload) = (subject.clients.clone(), workload.clone());
+    Arc::new(move |client: usize, number| {
+        let (client, workload) = (clients[client % clients.len()].clone(), workload.clone());
         let answer = async move { workload.ask(&client, number).await };
         Box::pin(async { answer.await.map_err(|status| format!("{:?}: {}", status.code(), status.message())) }) as _
     })

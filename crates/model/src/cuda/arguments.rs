@@ -135,6 +135,16 @@ pub(super) struct Sequence {
     pub(super) unused: i32,
 }
 
+/// `Mean` of mean.cu.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(super) struct Mean {
+    pub(super) x: u64,
+    pub(super) sequences: u64,
+    pub(super) out: u64,
+    pub(super) d: i32,
+}
+
 /// `Attention` of attention.cu.
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -166,6 +176,7 @@ mod tests {
         assert_eq!((size_of::<Take>(), offset_of!(Take, d)), (48, 40));
         assert_eq!((size_of::<Product>(), offset_of!(Product, pass), offset_of!(Product, slot_stride)), (88, 40, 80));
         assert_eq!((size_of::<Route>(), offset_of!(Route, rows)), (96, 72));
+        assert_eq!((size_of::<Mean>(), offset_of!(Mean, d)), (32, 24));
         assert_eq!((size_of::<Sequence>(), offset_of!(Sequence, capacity)), (48, 24));
         assert_eq!((size_of::<Attention>(), offset_of!(Attention, pass)), (64, 56));
     }

@@ -15,7 +15,7 @@ use sida_routing::{ExpertId, Routes};
 pub use self::backend::{DevicePass, DeviceStates};
 use self::through::Through;
 use super::{
-    arguments::Sequence,
+    arguments::{Mean, Sequence},
     device::{DeviceMemory, Gpu},
     error::{CudaError, failed},
     grouped::Tiles,
@@ -96,7 +96,7 @@ impl DeviceDense {
         let scratch = Scratch::new(&gpu, &config, precision, rows_max)?;
         let exchange = Exchange::new(&gpu, &config, rows_max)?;
         let current = Current { shape: BatchShape::default(), packet: Packet::plan(&scratch, 0, 0, 0) };
-        let (through, steps) = (Through::new(&gpu, &config, &scratch)?, Recordings::new());
+        let (through, steps) = (Through::new(&gpu, &config, &scratch)?, Recordings::new(1));
         Ok(Self {
             gpu,
             config,
@@ -188,6 +188,18 @@ impl DeviceDense {
         let pieces = host.par_chunks(PIECE_VALUES * stored.size()).zip(out.par_chunks_mut(PIECE_VALUES));
         pieces.for_each(|(bytes, values)| stored.widen_over(bytes, values));
         Ok(())
+    }
+
+    /// The mean of the encoder's states over each of so many sequences of the current pass, in float32.
+    fn read_means(&mut self, sequences: usize) -> Result<Vec<f32>, CudaError> {
+        self.gpu.enter()?;
+        let (packet, d) = (self.current.packet, self.config.d_model);
+        let out = self.exchange.added.address();
+        let arguments = Mean { x: self.scratch.x.address(), sequences: packet.sequences(), out, d: d as i32 };
+        self.gpu.launch(&self.kernels.mean, (sequences, d.div_ceil(128), 1), 128, &arguments)?;
+        let host = &mut self.exchange.host()?[..sequences * d * 4];
+        self.gpu.read(out, host)?;
+        Ok(StoredDType::F32.widen(host))
     }
 
     /// Sequences of prompts: nothing but their rows.

@@ -15,7 +15,7 @@ use super::{
 use crate::Precision;
 
 /// In the order in which they build on each other.
-const SOURCES: [(&str, &str); 10] = [
+const SOURCES: [(&str, &str); 11] = [
     ("numbers.cu", include_str!("kernels/numbers.cu")),
     ("rows.cu", include_str!("kernels/rows.cu")),
     ("product.cu", include_str!("kernels/product.cu")),
@@ -26,6 +26,7 @@ const SOURCES: [(&str, &str); 10] = [
     ("attention.cu", include_str!("kernels/attention.cu")),
     ("attention_scalar.cu", include_str!("kernels/attention_scalar.cu")),
     ("attention_tensor.cu", include_str!("kernels/attention_tensor.cu")),
+    ("mean.cu", include_str!("kernels/mean.cu")),
 ];
 
 /// One way to multiply: a kernel for each thing that can become of a result (see `Kind` of product.cu).
@@ -59,6 +60,7 @@ pub(super) struct Kernels {
     pub(super) fetch_rows: CudaFunction,
     pub(super) take_rows: CudaFunction,
     pub(super) best: CudaFunction,
+    pub(super) mean: CudaFunction,
     pub(super) router_logits: CudaFunction,
     pub(super) choose_experts: CudaFunction,
     pub(super) group_rows: CudaFunction,
@@ -98,6 +100,7 @@ impl Kernels {
             fetch_rows: function("fetch_rows")?,
             take_rows: function("take_rows")?,
             best: function("best_tokens")?,
+            mean: function("mean_rows")?,
             router_logits: function("router_logits")?,
             choose_experts: function("choose_experts")?,
             group_rows: function("group_rows")?,

@@ -1,5 +1,5 @@
-//! Operations that are started again and again in the same shape: from the second time on as a recorded graph, which the
-//! host starts at once. A step of a small batch is some twenty operations from one MoE layer to the next, of 3
+//! Operations that are started again and again in the same shape: after some times as a recorded graph, which the host
+//! starts at once. A step of a small batch is some twenty operations from one MoE layer to the next, of 3
 //! microseconds each, and starting them one by one takes longer than they do.
 
 use std::{collections::HashMap, hash::Hash};
@@ -11,16 +11,21 @@ use super::{
     error::{CudaError, failed},
 };
 
-/// Graphs at most; then all are forgotten.
+/// Shapes and graphs at most; then all are forgotten.
+const SHAPES_MAX: usize = 4096;
 const GRAPHS_MAX: usize = 512;
 
 /// What was started before, by its shape.
 pub(super) struct Recordings<K> {
     seen: HashMap<K, Recorded>,
+    graphs: usize,
+    /// A shape is recorded once it has been started so often.
+    starts_before: u32,
 }
 
 enum Recorded {
-    Once,
+    /// Not yet; how often it was started.
+    Started(u32),
     Graph(CudaGraph),
 }
 
@@ -29,40 +34,43 @@ enum Recorded {
 unsafe impl Send for Recorded {}
 
 impl<K: Eq + Hash> Recordings<K> {
-    /// Nothing yet.
-    pub(super) fn new() -> Self {
-        Self { seen: HashMap::new() }
+    /// Nothing yet. A shape is recorded once it has been started `starts_before` times: recording takes a millisecond or
+    /// more, which pays where a shape comes back often.
+    pub(super) fn new(starts_before: u32) -> Self {
+        Self { seen: HashMap::new(), graphs: 0, starts_before }
     }
 
     /// Forgets everything: what was recorded names memory that is no more.
     pub(super) fn clear(&mut self) {
         self.seen.clear();
+        self.graphs = 0;
     }
 
-    /// Starts operations of a shape. `start` is called the first two times; it must do the same whenever the shape is the
-    /// same, on the compute stream and nowhere else.
+    /// Starts operations of a shape. `start` is called until the shape is recorded; it must do the same whenever the shape is
+    /// the same, on the compute stream and nowhere else.
     pub(super) fn start(
         &mut self,
         gpu: &Gpu,
         shape: K,
         start: impl FnOnce() -> Result<(), CudaError>,
     ) -> Result<(), CudaError> {
-        match self.seen.get(&shape) {
-            Some(Recorded::Graph(graph)) => return graph.launch().map_err(failed("cuGraphLaunch")),
-            Some(Recorded::Once) => {
+        if self.seen.len() >= SHAPES_MAX || self.graphs >= GRAPHS_MAX {
+            self.clear();
+        }
+        match self.seen.entry(shape).or_insert(Recorded::Started(0)) {
+            Recorded::Graph(graph) => graph.launch().map_err(failed("cuGraphLaunch")),
+            Recorded::Started(times) if *times < self.starts_before => {
+                *times += 1;
+                start()
+            }
+            recorded => {
                 let graph = record(gpu, start)?;
                 graph.launch().map_err(failed("cuGraphLaunch"))?;
-                self.seen.insert(shape, Recorded::Graph(graph));
-            }
-            None => {
-                if self.seen.len() >= GRAPHS_MAX {
-                    self.clear();
-                }
-                self.seen.insert(shape, Recorded::Once);
-                start()?;
+                *recorded = Recorded::Graph(graph);
+                self.graphs += 1;
+                Ok(())
             }
         }
-        Ok(())
     }
 }
 

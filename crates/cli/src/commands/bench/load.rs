@@ -34,18 +34,19 @@ pub(crate) enum Until {
     Elapsed(Duration),
 }
 
-/// Runs `load`; `request` answers the request of a number, counted from `first`, or tells the code of its
+/// Runs `load`; `request` answers a client's request of a number, counted from `first`, or tells the code of its
 /// failure. Returns what was seen and the number that comes next.
 pub(crate) async fn run<F, Answer>(load: Load, first: u64, request: Arc<F>) -> (Samples, u64)
 where
-    F: Fn(u64) -> Answer + Send + Sync + 'static,
+    F: Fn(usize, u64) -> Answer + Send + Sync + 'static,
     Answer: Future<Output = Result<Sample, String>> + Send + 'static,
 {
     let calls = Arc::new(AtomicU64::new(0));
     let start = Instant::now();
     let mut clients = JoinSet::new();
-    for _ in 0..load.concurrency {
-        clients.spawn(client(load, first, start, calls.clone(), request.clone()));
+    for number in 0..load.concurrency {
+        let (calls, request) = (calls.clone(), request.clone());
+        clients.spawn(client(load, first, start, calls, move |of| request(number, of)));
     }
     let mut samples = Samples::default();
     for client in clients.join_all().await {
@@ -57,7 +58,7 @@ where
 }
 
 /// One client: takes the next call's number until the load ends.
-async fn client<F, Answer>(load: Load, first: u64, start: Instant, calls: Arc<AtomicU64>, request: Arc<F>) -> Samples
+async fn client<F, Answer>(load: Load, first: u64, start: Instant, calls: Arc<AtomicU64>, request: F) -> Samples
 where
     F: Fn(u64) -> Answer,
     Answer: Future<Output = Result<Sample, String>>,
@@ -102,7 +103,7 @@ mod tests {
     async fn seen(load: Load, first: u64) -> (Vec<u64>, Samples, u64) {
         let seen = Arc::new(Mutex::new(Vec::new()));
         let record = seen.clone();
-        let request = Arc::new(move |number| {
+        let request = Arc::new(move |_, number| {
             record.lock().unwrap().push(number);
             async move {
                 tokio::task::yield_now().await;

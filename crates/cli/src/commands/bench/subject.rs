@@ -2,6 +2,7 @@
 //! runs already. Started by `bench`.
 
 use clap::Args;
+use futures::future::try_join_all;
 use sida_expert_node::ExpertMemory;
 
 use super::{
@@ -51,7 +52,8 @@ pub(crate) struct SubjectArguments {
 /// A cluster under measurement.
 pub(crate) struct Subject {
     pub(crate) label: String,
-    pub(crate) client: CoordinatorClient,
+    /// For each client to have its own; at least one, which may be shared.
+    pub(crate) clients: Vec<CoordinatorClient>,
     cluster: Running,
 }
 
@@ -75,11 +77,16 @@ enum Running {
 /// More subjects than this in one process is a mistake.
 const BUDGETS_MAX: usize = 16;
 
-/// Starts what the flags describe.
-pub(crate) async fn start(arguments: &SubjectArguments) -> anyhow::Result<Vec<Subject>> {
+/// Connections to a coordinator elsewhere at most; more clients than that share them.
+const CONNECTIONS_MAX: usize = 64;
+
+/// Starts what the flags describe. Each of so many clients has a connection of its own, as callers elsewhere have.
+pub(crate) async fn start(arguments: &SubjectArguments, clients: usize) -> anyhow::Result<Vec<Subject>> {
     if let Some(endpoint) = &arguments.endpoint {
-        let client = CoordinatorClient::connect(endpoint, &arguments.connection).await?;
-        return Ok(vec![Subject { label: endpoint.clone(), client, cluster: Running::Elsewhere }]);
+        let connections = clients.clamp(1, CONNECTIONS_MAX);
+        let connect = (0..connections).map(|_| CoordinatorClient::connect(endpoint, &arguments.connection));
+        let clients = try_join_all(connect).await?;
+        return Ok(vec![Subject { label: endpoint.clone(), clients, cluster: Running::Elsewhere }]);
     }
     if arguments.budgets.len() > BUDGETS_MAX {
         let found = arguments.budgets.len();
@@ -110,21 +117,21 @@ pub(crate) async fn start(arguments: &SubjectArguments) -> anyhow::Result<Vec<Su
 async fn embedded(arguments: &SubjectArguments, budget: ExpertMemory, label: String) -> anyhow::Result<Subject> {
     let shape = EmbeddedArguments { expert_memory: budget, ..arguments.embedded.clone() };
     let cluster = EmbeddedCluster::start(&arguments.model, &arguments.predictor, &shape, None, |_| {}).await?;
-    Ok(Subject { label, client: cluster.client(), cluster: Running::Embedded(cluster) })
+    Ok(Subject { label, clients: vec![cluster.client()], cluster: Running::Embedded(cluster) })
 }
 
 async fn over_processes(arguments: &SubjectArguments, share_rows: bool) -> anyhow::Result<Subject> {
     let shape = EmbeddedArguments { expert_nodes: Some(arguments.processes), ..arguments.embedded.clone() };
     let cluster = processes::start(&arguments.model, &arguments.predictor, &shape, share_rows).await?;
     let label = format!("{} processes{}", arguments.processes, if share_rows { "" } else { ", rows sent" });
-    Ok(Subject { label, client: cluster.client(), cluster: Running::Processes(cluster) })
+    Ok(Subject { label, clients: vec![cluster.client()], cluster: Running::Processes(cluster) })
 }
 
 impl Subject {
     /// What its nodes hold and have loaded so far.
     pub(crate) async fn node_state(&self) -> anyhow::Result<NodeState> {
         let mut state = NodeState::default();
-        for node in self.client.status().await?.nodes.into_iter().filter_map(|node| node.residency) {
+        for node in self.clients[0].status().await?.nodes.into_iter().filter_map(|node| node.residency) {
             state.resident_bytes += node.resident_bytes;
             state.budget_bytes += node.budget_bytes;
             state.loads.prefetched += node.prefetch_loads;
@@ -137,7 +144,7 @@ impl Subject {
     /// Ends what was started for it.
     pub(crate) async fn stop(self) {
         // The last way in, so that the coordinator leaves its expert-nodes before they end.
-        drop(self.client);
+        drop(self.clients);
         match self.cluster {
             Running::Embedded(cluster) => cluster.stop().await,
             Running::Processes(cluster) => cluster.stop().await,

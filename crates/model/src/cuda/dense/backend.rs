@@ -105,7 +105,7 @@ impl Backend for DeviceDense {
         let moe = spec.next_moe(from);
         let end = moe.map_or(spec.blocks.len(), |(block, _)| block + 1);
         let shape = self.current.shape;
-        let mut steps = std::mem::replace(&mut self.steps, Recordings::new());
+        let mut steps = std::mem::replace(&mut self.steps, Recordings::new(0));
         let start = || {
             let weights = self.backbone.stack(pass.stack);
             if from == 0 {
@@ -183,6 +183,11 @@ impl Backend for DeviceDense {
         }
         self.write_states(&mut buffer[..values])?;
         Ok(&buffer[..values])
+    }
+
+    fn means(&mut self, states: &DeviceStates, spans: &Spans) -> Result<Vec<f32>, ModelError> {
+        assert_eq!((spans.rows(), spans.len()), (states.rows, self.current.shape.sequences), "spans of another pass");
+        Ok(self.read_means(spans.len())?)
     }
 
     fn start(

@@ -29,6 +29,9 @@ use super::{
 };
 use crate::{ModelConfig, PassedLayer, ResidentExperts, Stack, forward, spec::FeedForwardSpec};
 
+/// A batch of prompts is recorded once its shape has come so often: few do.
+const PROMPT_STARTS: u32 = 16;
+
 /// What passes that go through MoE layers need beside what others do.
 #[derive(Debug)]
 pub(super) struct Through {
@@ -69,8 +72,8 @@ impl Through {
             table: gpu.allocate("experts", config.moe_layer_count() * config.num_experts * 4)?,
             known: None,
             progress: Progress::new(gpu, scratch, config.moe_layers(Stack::Encoder).len())?,
-            prompts: Recordings::new(),
-            steps: Recordings::new(),
+            prompts: Recordings::new(PROMPT_STARTS),
+            steps: Recordings::new(1),
         })
     }
 
@@ -164,7 +167,7 @@ impl DeviceDense {
         }
         let (stack, from) = (pass.stack, pass.next);
         if from == 0 {
-            let mut graphs = std::mem::replace(self.through.graphs(stack), Recordings::new());
+            let mut graphs = std::mem::replace(self.through.graphs(stack), Recordings::new(0));
             let key = (self.current.shape, is_guarded);
             let started = graphs.start(&self.gpu, key, || self.start_rest(stack, 0, 0, is_guarded));
             *self.through.graphs(stack) = graphs;
