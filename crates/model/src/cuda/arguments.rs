@@ -1,6 +1,8 @@
 //! The structures that kernels take, field by field as in `kernels/*.cu`. Addresses are the device's; what they name is
 //! said there.
 
+use bytemuck::{Pod, Zeroable};
+
 /// `Embed` of rows.cu.
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -61,7 +63,7 @@ pub(super) struct Take {
 }
 
 /// `Tile` of product.cu.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub(super) struct Tile {
     pub(super) slot: i32,
@@ -121,7 +123,7 @@ pub(super) struct Route {
 }
 
 /// `Sequence` of attention.cu.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Default, Pod, Zeroable)]
 #[repr(C)]
 pub(super) struct Sequence {
     pub(super) cache: u64,

@@ -8,6 +8,7 @@ mod backend;
 mod moe_rows;
 mod through;
 
+use bytemuck::cast_slice_mut;
 use cudarc::driver::PinnedHostSlice;
 use rayon::prelude::*;
 use sida_routing::{ExpertId, Routes};
@@ -16,7 +17,8 @@ pub use self::backend::{DevicePass, DeviceStates};
 use self::through::Through;
 use super::{
     arguments::{Mean, Sequence},
-    device::{DeviceMemory, Gpu},
+    buffer::DeviceBuffer,
+    device::Gpu,
     error::{CudaError, failed},
     grouped::Tiles,
     kernels::Kernels,
@@ -25,9 +27,7 @@ use super::{
     scratch::{LOGIT_ROWS_MAX, Packet, Report, Scratch},
     weights::{self, Device},
 };
-use crate::{
-    Backbone, Checkpoint, ModelConfig, ModelError, Precision, Spans, Stack, StoredDType, Wanted, forward, names,
-};
+use crate::{Backbone, Checkpoint, ModelConfig, ModelError, Precision, Spans, Stack, Wanted, forward, names};
 
 /// Values that one thread widens at a time: what takes some ten microseconds.
 const PIECE_VALUES: usize = 1 << 16;
@@ -54,12 +54,12 @@ pub struct DeviceDense {
 #[derive(Debug)]
 struct Exchange {
     host: PinnedHostSlice<u8>,
-    /// (rows, d_model), float32: what experts made of the rows.
-    added: DeviceMemory,
+    /// (rows, d_model): what experts made of the rows.
+    added: DeviceBuffer<f32>,
     /// How many tiles of both ways there are, and those, where experts are on this device.
-    tiles: DeviceMemory,
+    tiles: DeviceBuffer<u8>,
     /// A number for each of so many rows: the places of grouped rows whose results are taken over.
-    places: DeviceMemory,
+    places: DeviceBuffer<u32>,
 }
 
 /// What the device is told of a pass.
@@ -73,9 +73,9 @@ impl Exchange {
     fn new(gpu: &Gpu, config: &ModelConfig, rows: usize) -> Result<Self, CudaError> {
         Ok(Self {
             host: gpu.pinned(Report::bytes(config.moe_layer_count(), rows).max(rows * (config.d_model * 4 + 4 + 2)))?,
-            added: gpu.allocate("activations", rows * config.d_model * 4)?,
+            added: gpu.allocate("activations", rows * config.d_model)?,
             tiles: gpu.allocate("activations", Tiles::bytes_max(rows))?,
-            places: gpu.allocate("activations", rows * 4)?,
+            places: gpu.allocate("activations", rows)?,
         })
     }
 
@@ -126,7 +126,7 @@ impl DeviceDense {
 
     /// Bytes of weights on the device, and of what passes work in; caches of sequences come on top.
     pub fn bytes(&self) -> (u64, u64) {
-        (self.backbone_bytes, self.scratch.bytes() + self.exchange.added.bytes() as u64)
+        (self.backbone_bytes, self.scratch.bytes() + self.exchange.added.bytes())
     }
 
     /// The router's choice at MoE layer number `layer` of the report: the expert of each row, and its
@@ -134,18 +134,15 @@ impl DeviceDense {
     fn choice(&mut self, layer: usize) -> Result<Routes, CudaError> {
         self.gpu.enter()?;
         let rows = self.current.shape.rows;
-        let (alpha, chosen) = (rows * 4, rows * 2);
-        let places =
-            [(self.scratch.alpha.address(), 0..alpha), (self.scratch.chosen(layer, rows), alpha..alpha + chosen)];
-        let host = self.exchange.host()?;
-        for (from, place) in places {
-            // SAFETY: the buffer is this object's, and is touched again after `finish` below only.
-            unsafe { self.gpu.start_reading(from, &mut host[place]) }?;
-        }
+        let (alpha, chosen) = self.exchange.host()?[..rows * 6].split_at_mut(rows * 4);
+        let (alpha, chosen): (&mut [f32], &mut [u16]) = (cast_slice_mut(alpha), cast_slice_mut(chosen));
+        // SAFETY: the buffer is this object's, and is touched again after `finish` below only.
+        unsafe { self.gpu.start_reading(self.scratch.alpha.all(), alpha) }?;
+        // SAFETY: as above.
+        unsafe { self.gpu.start_reading(self.scratch.chosen(layer, rows), chosen) }?;
         self.gpu.finish()?;
-        let experts = host[alpha..alpha + chosen].as_chunks().0.iter();
-        let experts = experts.map(|&expert| Some(ExpertId(u16::from_le_bytes(expert)))).collect();
-        Ok(Routes { top_k: 1, experts, weights: StoredDType::F32.widen(&host[..alpha]) })
+        let experts = chosen.iter().map(|&expert| Some(ExpertId(expert))).collect();
+        Ok(Routes { top_k: 1, experts, weights: alpha.to_vec() })
     }
 
     /// Starts computing logits and best tokens of at most [`LOGIT_ROWS_MAX`] rows, and no fewer than one.
@@ -153,7 +150,7 @@ impl DeviceDense {
         self.gpu.enter()?;
         let shape = BatchShape { wanted: wanted.len(), ..self.current.shape };
         let packet = Packet::plan(&self.scratch, 0, 0, wanted.len());
-        packet.send(&self.gpu, &[], &[], wanted)?;
+        packet.send(&self.gpu, &self.scratch, &[], &[], wanted)?;
         let mut pass = Pass::new(self.machine(), shape, packet, 0);
         forward::head(&mut pass, &self.backbone.decoder, &self.backbone.head)
     }
@@ -162,9 +159,9 @@ impl DeviceDense {
         let mut best = Vec::with_capacity(wanted.len());
         for wanted in wanted.chunks(LOGIT_ROWS_MAX) {
             self.start_head(wanted)?;
-            let mut tokens = vec![0; wanted.len() * 4];
-            self.gpu.read(self.scratch.tokens(), &mut tokens)?;
-            best.extend(tokens.as_chunks().0.iter().map(|&bytes| u32::from_le_bytes(bytes)));
+            let from = best.len();
+            best.resize(from + wanted.len(), 0);
+            self.gpu.read(self.scratch.tokens(), &mut best[from..])?;
         }
         Ok(best)
     }
@@ -174,7 +171,7 @@ impl DeviceDense {
         self.check_rows(rows)?;
         self.gpu.enter()?;
         into.resize(rows * self.config.d_model * self.precision.size(), 0);
-        self.gpu.read(self.scratch.x.address(), into)
+        self.gpu.read(self.scratch.x.all(), into)
     }
 
     /// As [`DeviceDense::read_states`], in float32, over what `out` (rows, d_model) holds. What is large is widened by the
@@ -184,7 +181,7 @@ impl DeviceDense {
         self.gpu.enter()?;
         let stored = self.precision.stored();
         let host = &mut self.exchange.host()?[..out.len() * stored.size()];
-        self.gpu.read(self.scratch.x.address(), host)?;
+        self.gpu.read(self.scratch.x.all(), host)?;
         let pieces = host.par_chunks(PIECE_VALUES * stored.size()).zip(out.par_chunks_mut(PIECE_VALUES));
         pieces.for_each(|(bytes, values)| stored.widen_over(bytes, values));
         Ok(())
@@ -194,12 +191,13 @@ impl DeviceDense {
     fn read_means(&mut self, sequences: usize) -> Result<Vec<f32>, CudaError> {
         self.gpu.enter()?;
         let (packet, d) = (self.current.packet, self.config.d_model);
-        let out = self.exchange.added.address();
-        let arguments = Mean { x: self.scratch.x.address(), sequences: packet.sequences(), out, d: d as i32 };
-        self.gpu.launch(&self.kernels.mean, (sequences, d.div_ceil(128), 1), 128, &arguments)?;
-        let host = &mut self.exchange.host()?[..sequences * d * 4];
-        self.gpu.read(out, host)?;
-        Ok(StoredDType::F32.widen(host))
+        let (x, out) = (self.scratch.x.address(), self.exchange.added.first(sequences * d));
+        let arguments = Mean { x, sequences: packet.sequences(), out: out.address(), d: d as i32 };
+        // SAFETY: the packet has so many sequences, whose rows are among those of x; `out` was measured above.
+        unsafe { self.gpu.launch(&self.kernels.mean, (sequences, d.div_ceil(128), 1), 128, &arguments) }?;
+        let mut means = vec![0.0; out.len()];
+        self.gpu.read(out, &mut means)?;
+        Ok(means)
     }
 
     /// Sequences of prompts: nothing but their rows.

@@ -1,12 +1,15 @@
 //! One GPU: its context, its streams, and the calls that everything else here makes on it. A computation and the copies
 //! that feed it are on streams of their own; what must wait for what is said by events.
 //!
-//! Invariant: a [`Gpu`] is used by one thread at a time. Memory is freed in the order of the compute stream.
+//! Any thread may call a [`Gpu`] that it has entered. The compute stream does what it is given in the order of the calls, and
+//! gives memory back in that order, too; so whoever gives it several things that belong together sees to it that no other
+//! thread comes between: a model by `&mut`, an expert-node's slab by its lock.
 
 use std::{ffi::c_void, sync::Arc};
 
+use bytemuck::Pod;
 use cudarc::driver::{
-    CudaContext, CudaEvent, CudaFunction, CudaSlice, CudaStream, DevicePtr, PinnedHostSlice, result,
+    CudaContext, CudaEvent, CudaFunction, CudaStream, DevicePtr, PinnedHostSlice, result,
     sys::{
         self, CUdevice_attribute, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig,
         CUresult,
@@ -14,8 +17,8 @@ use cudarc::driver::{
 };
 
 use super::{
+    buffer::{DeviceBuffer, DeviceSlice},
     error::{CudaError, failed},
-    window::Shareable,
 };
 
 /// The oldest CUDA that a driver must speak: what the library loads is named after it.
@@ -50,49 +53,6 @@ pub struct Gpu {
     /// Kernels, and what they read and write.
     pub(super) compute: Arc<CudaStream>,
     description: GpuDescription,
-}
-
-/// Memory on the device.
-#[derive(Debug)]
-pub(super) struct DeviceMemory {
-    owner: Owner,
-    address: u64,
-    bytes: usize,
-}
-
-/// Who gives memory back.
-#[derive(Debug)]
-enum Owner {
-    /// This does, to the pool.
-    Pool(CudaSlice<u8>),
-    /// The last of all parts does.
-    Part { _of: Arc<Shareable> },
-}
-
-impl Drop for DeviceMemory {
-    fn drop(&mut self) {
-        // It is given back below, by a call that takes the calling thread's device. An error comes back with the next call.
-        if let Owner::Pool(slice) = &self.owner {
-            let _ = slice.stream().context().bind_to_thread();
-        }
-    }
-}
-
-impl DeviceMemory {
-    /// A part of memory that may be shared.
-    pub(super) fn part(of: &Arc<Shareable>, at: usize, bytes: usize) -> Self {
-        assert!(at + bytes <= of.bytes(), "a part of {bytes} bytes at {at} of {}", of.bytes());
-        Self { owner: Owner::Part { _of: of.clone() }, address: of.address() + at as u64, bytes }
-    }
-
-    /// Where it begins.
-    pub(super) fn address(&self) -> u64 {
-        self.address
-    }
-
-    pub(super) fn bytes(&self) -> usize {
-        self.bytes
-    }
 }
 
 impl Gpu {
@@ -144,21 +104,22 @@ impl Gpu {
         self.context.bind_to_thread().map_err(failed("cuCtxSetCurrent"))
     }
 
-    /// Takes memory, which holds anything. At least 16 bytes, since nothing has no address.
-    pub(super) fn allocate(&self, what: &'static str, bytes: usize) -> Result<DeviceMemory, CudaError> {
+    /// Takes memory for so many values, which are anything. At least 16 bytes, since nothing has no address.
+    pub(super) fn allocate<T: Pod>(&self, what: &'static str, len: usize) -> Result<DeviceBuffer<T>, CudaError> {
+        let bytes = len.saturating_mul(size_of::<T>());
         // SAFETY: whoever takes it writes it before it is read.
         let slice = unsafe { self.compute.alloc::<u8>(bytes.max(16)) }.map_err(|source| match source.0 {
             CUresult::CUDA_ERROR_OUT_OF_MEMORY => CudaError::OutOfMemory { what, bytes },
             _ => CudaError::Driver { call: "cuMemAllocAsync", source },
         })?;
-        let (address, bytes) = (slice.device_ptr(&self.compute).0, slice.len());
-        Ok(DeviceMemory { owner: Owner::Pool(slice), address, bytes })
+        let address = slice.device_ptr(&self.compute).0;
+        Ok(DeviceBuffer::pooled(slice, address, len))
     }
 
-    /// Takes memory and fills it. Returns when `bytes` may go.
-    pub(super) fn allocate_with(&self, what: &'static str, bytes: &[u8]) -> Result<DeviceMemory, CudaError> {
-        let memory = self.allocate(what, bytes.len())?;
-        self.write(memory.address(), bytes)?;
+    /// Takes memory and fills it. Returns when `values` may go.
+    pub(super) fn allocate_with<T: Pod>(&self, what: &'static str, values: &[T]) -> Result<DeviceBuffer<T>, CudaError> {
+        let memory = self.allocate(what, values.len())?;
+        self.write(memory.all(), values)?;
         Ok(memory)
     }
 
@@ -169,53 +130,74 @@ impl Gpu {
         unsafe { self.context.alloc_pinned_with_flags::<u8>(bytes, 0) }.map_err(failed("cuMemHostAlloc"))
     }
 
-    /// Writes bytes into device memory, in the order of the compute stream. Returns when `bytes` may go.
-    pub(super) fn write(&self, to: u64, bytes: &[u8]) -> Result<(), CudaError> {
-        // SAFETY: `to` is memory of ours of that length; from pageable memory the call returns after a copy was made.
-        unsafe { result::memcpy_htod_async(to, bytes, self.compute.cu_stream()) }.map_err(failed("cuMemcpyHtoDAsync"))
+    /// Writes all of `values` to the beginning of `to`, in the order of the compute stream. Returns when they may go.
+    pub(super) fn write<T: Pod>(&self, to: DeviceSlice<'_, T>, values: &[T]) -> Result<(), CudaError> {
+        let to = to.slice(0..values.len());
+        // SAFETY: `to` has that length; from pageable memory the call returns after a copy was made.
+        unsafe { result::memcpy_htod_async(to.address(), values, self.compute.cu_stream()) }
+            .map_err(failed("cuMemcpyHtoDAsync"))
     }
 
-    /// Reads bytes back, after all that the compute stream was given.
-    pub(super) fn read(&self, from: u64, into: &mut [u8]) -> Result<(), CudaError> {
+    /// Reads values back, as many as `into` holds, after all that the compute stream was given.
+    pub(super) fn read<T: Pod>(&self, from: DeviceSlice<'_, T>, into: &mut [T]) -> Result<(), CudaError> {
         // SAFETY: `into` outlives the call, which waits below.
         unsafe { self.start_reading(from, into) }?;
         self.finish()
     }
 
-    /// Starts reading bytes back, in the order of the compute stream.
+    /// Starts reading values back, as many as `into` holds, in the order of the compute stream.
     ///
     /// # Safety
-    /// `into` is neither touched nor freed before [`Gpu::finish`].
-    pub(super) unsafe fn start_reading(&self, from: u64, into: &mut [u8]) -> Result<(), CudaError> {
-        // SAFETY: `from` is memory of ours of that length; the rest by the caller's promise.
-        unsafe { result::memcpy_dtoh_async(into, from, self.compute.cu_stream()) }.map_err(failed("cuMemcpyDtoHAsync"))
+    /// `into` is neither touched nor freed before the stream comes there, which [`Gpu::finish`] waits for.
+    pub(super) unsafe fn start_reading<T: Pod>(
+        &self,
+        from: DeviceSlice<'_, T>,
+        into: &mut [T],
+    ) -> Result<(), CudaError> {
+        let from = from.slice(0..into.len());
+        // SAFETY: `from` has that length; the rest by the caller's promise.
+        unsafe { result::memcpy_dtoh_async(into, from.address(), self.compute.cu_stream()) }
+            .map_err(failed("cuMemcpyDtoHAsync"))
     }
 
-    /// Sets memory to 0, in the order of the compute stream.
-    pub(super) fn clear(&self, at: u64, bytes: usize) -> Result<(), CudaError> {
-        // SAFETY: `at` is memory of ours of that length.
-        unsafe { result::memset_d8_async(at, 0, bytes, self.compute.cu_stream()) }.map_err(failed("cuMemsetD8Async"))
+    /// Sets every byte of values to `byte`, in the order of the compute stream.
+    pub(super) fn fill<T: Pod>(&self, values: DeviceSlice<'_, T>, byte: u8) -> Result<(), CudaError> {
+        let (bytes, stream) = (values.len() * size_of::<T>(), self.compute.cu_stream());
+        // SAFETY: it is as long, and any bytes are such values.
+        unsafe { result::memset_d8_async(values.address(), byte, bytes, stream) }.map_err(failed("cuMemsetD8Async"))
     }
 
-    /// Copies within the device, in the order of the compute stream.
-    pub(super) fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<(), CudaError> {
-        // SAFETY: both are memory of ours of that length.
-        unsafe { result::memcpy_dtod_async(to, from, bytes, self.compute.cu_stream()) }
+    /// Copies all of `from` to the beginning of `to`, in the order of the compute stream.
+    pub(super) fn copy<T: Pod>(&self, from: DeviceSlice<'_, T>, to: DeviceSlice<'_, T>) -> Result<(), CudaError> {
+        let (to, bytes) = (to.slice(0..from.len()), from.len() * size_of::<T>());
+        // SAFETY: both are as long.
+        unsafe { result::memcpy_dtod_async(to.address(), from.address(), bytes, self.compute.cu_stream()) }
             .map_err(failed("cuMemcpyDtoDAsync"))
     }
 
-    /// Starts a copy from page-locked memory on a stream of its own.
+    /// Starts a copy of all of `from`, which is page-locked memory, to the beginning of `to` on a stream.
     ///
     /// # Safety
     /// Until that stream is done, `from` is not written and `to` is touched by nothing else.
-    pub(super) unsafe fn upload(&self, stream: &CudaStream, from: &[u8], to: u64) -> Result<(), CudaError> {
-        // SAFETY: by the caller's promise.
-        unsafe { result::memcpy_htod_async(to, from, stream.cu_stream()) }.map_err(failed("cuMemcpyHtoDAsync"))
+    pub(super) unsafe fn upload(
+        &self,
+        stream: &CudaStream,
+        from: &[u8],
+        to: DeviceSlice<'_, u8>,
+    ) -> Result<(), CudaError> {
+        let to = to.slice(0..from.len());
+        // SAFETY: `to` has that length; the rest by the caller's promise.
+        unsafe { result::memcpy_htod_async(to.address(), from, stream.cu_stream()) }
+            .map_err(failed("cuMemcpyHtoDAsync"))
     }
 
     /// Starts a kernel on the compute stream. `arguments` is the one structure it takes. Where the device can, it is brought
     /// there while a kernel before it still runs, for which it waits itself (`begin` of numbers.cu).
-    pub(super) fn launch<A: Copy>(
+    ///
+    /// # Safety
+    /// The structure is the kernel's, as `arguments.rs` says. What its addresses name lives until the stream is done with
+    /// it, and holds all that the kernel touches with this grid and these numbers.
+    pub(super) unsafe fn launch<A: Copy>(
         &self,
         function: &CudaFunction,
         grid: (usize, usize, usize),
@@ -241,8 +223,7 @@ impl Gpu {
             numAttrs: u32::from(self.description.capability >= OVERLAP_CAPABILITY),
         };
         let (function, parameters) = (function.cu_function(), parameters.as_mut_ptr());
-        // SAFETY: the structure is laid out as the kernel's (see `arguments`), and is copied by the call; what its
-        // addresses name is memory of ours that lives until the stream is done with it.
+        // SAFETY: the structure is copied by the call; the rest by the caller's promise.
         unsafe { sys::cuLaunchKernelEx(&config, function, parameters, std::ptr::null_mut()) }
             .result()
             .map_err(failed("cuLaunchKernelEx"))

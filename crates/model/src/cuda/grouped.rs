@@ -2,12 +2,13 @@
 //! groups with few rows and those with many each in their own way. Started by a `pass` through the model, and by a
 //! `slab` that computes for others.
 
+use bytemuck::cast_slice;
+
 use super::{
     arguments::{Product, Tile},
     device::Gpu,
     error::CudaError,
     kernels::{Kernels, ProductKernels},
-    weights::plain_bytes,
 };
 use crate::{ExpertSlot, SlotRun};
 
@@ -70,15 +71,29 @@ impl Slots {
 
 impl Grouped<'_> {
     /// Starts both products, with room for so many tiles of each way.
-    pub(super) fn start(&self, few_max: usize, many_max: usize) -> Result<(), CudaError> {
-        self.products(&self.kernels.few, few_max, self.few, self.counts)?;
+    ///
+    /// # Safety
+    /// The addresses are of memory that is as large as they say and lives until the stream is done with it. The tiles are of
+    /// rows below `rows`, and of slots whose experts are there and stay until then.
+    pub(super) unsafe fn start(&self, few_max: usize, many_max: usize) -> Result<(), CudaError> {
+        // SAFETY: by the caller's promise.
+        unsafe { self.products(&self.kernels.few, few_max, self.few, self.counts) }?;
         match &self.kernels.many {
-            Some(many) => self.products(many, many_max, self.many, self.counts + 4),
+            // SAFETY: by the caller's promise.
+            Some(many) => unsafe { self.products(many, many_max, self.many, self.counts + 4) },
             None => Ok(()),
         }
     }
 
-    fn products(&self, kernels: &ProductKernels, tiles: usize, list: u64, tile_count: u64) -> Result<(), CudaError> {
+    /// # Safety
+    /// As of [`Grouped::start`].
+    unsafe fn products(
+        &self,
+        kernels: &ProductKernels,
+        tiles: usize,
+        list: u64,
+        tile_count: u64,
+    ) -> Result<(), CudaError> {
         if tiles == 0 {
             return Ok(());
         }
@@ -101,7 +116,8 @@ impl Grouped<'_> {
             alpha: self.alpha,
             slot_stride: self.slots.stride,
         };
-        self.gpu.launch(&experts.gather, (self.d_ff / kernels.tile.0, tiles, 1), kernels.threads, &wi)?;
+        // SAFETY: both kernels take a `Product`; the rest by the caller's promise.
+        unsafe { self.gpu.launch(&experts.gather, (self.d_ff / kernels.tile.0, tiles, 1), kernels.threads, &wi) }?;
         let wo = Product {
             x: self.hidden,
             w: self.slots.matrices[1],
@@ -110,7 +126,8 @@ impl Grouped<'_> {
             outputs: self.d_model as i32,
             ..wi
         };
-        self.gpu.launch(&experts.scatter, (self.d_model / kernels.tile.0, tiles, 1), kernels.threads, &wo)
+        // SAFETY: both kernels take a `Product`; the rest by the caller's promise.
+        unsafe { self.gpu.launch(&experts.scatter, (self.d_model / kernels.tile.0, tiles, 1), kernels.threads, &wo) }
     }
 }
 
@@ -144,7 +161,7 @@ impl Tiles {
     /// What the device is sent: how many there are, then the tiles.
     pub(super) fn packet(&self) -> Vec<u8> {
         let counts = [self.few.len() as i32, self.many.len() as i32, 0, 0];
-        [plain_bytes(&counts), plain_bytes(&self.few), plain_bytes(&self.many)].concat()
+        [cast_slice(&counts), cast_slice(&self.few), cast_slice::<_, u8>(&self.many)].concat()
     }
 
     /// Where the numbers and both lists are in a packet at `base`.

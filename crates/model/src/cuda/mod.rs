@@ -13,6 +13,7 @@
 //! `locked_memory`), `uploads` and [`slab`] (experts), [`window`] (what both share with other processes).
 
 mod arguments;
+mod buffer;
 pub mod dense;
 pub mod device;
 pub mod error;

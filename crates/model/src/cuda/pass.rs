@@ -5,6 +5,7 @@
 //! pass's guard, and everything that was started after it does nothing (see `dense::through`). So the host never waits inside
 //! a pass, and a pass that has all it needs never notices.
 
+use cudarc::driver::CudaFunction;
 use sida_routing::LayerId;
 
 use super::{
@@ -69,6 +70,22 @@ pub(super) struct BatchShape {
     pub(super) wanted: usize,
 }
 
+impl Machine<'_> {
+    /// Starts a kernel with the arguments of an operation below.
+    fn launch<A: Copy>(
+        &self,
+        function: &CudaFunction,
+        grid: (usize, usize, usize),
+        threads: u32,
+        arguments: &A,
+    ) -> Result<(), CudaError> {
+        // SAFETY: each operation passes the structure of the kernel that it names. Addresses are those of weights, of scratch
+        // and of what sequences hold, all of which is given back in the order of the stream; scratch is as large as the
+        // largest batch needs, which batches are held to before they begin.
+        unsafe { self.gpu.launch(function, grid, threads, arguments) }
+    }
+}
+
 impl BatchShape {
     /// Of a batch of these sequences.
     pub(super) fn of(spans: &Spans, wanted: usize) -> Self {
@@ -122,15 +139,15 @@ impl<'m> Pass<'m> {
 
     /// h += out (rows, d_model), what experts elsewhere made of x.
     pub(super) fn add(&self, out: u64) -> Result<(), CudaError> {
-        let Machine { gpu, kernels, scratch, config, .. } = self.machine;
+        let Machine { kernels, scratch, config, .. } = self.machine;
         let count = self.shape.rows * config.d_model;
         let arguments = Add { h: scratch.h.address(), y: out, count: count as i32 };
-        gpu.launch(&kernels.add_rows, (count.div_ceil(1024), 1, 1), 256, &arguments)
+        self.machine.launch(&kernels.add_rows, (count.div_ceil(1024), 1, 1), 256, &arguments)
     }
 
     /// x = scale * norm(h), of all rows or of those listed on the device.
     fn norm_rows(&self, weight: &Vector, rows: Option<u64>, scale: f32) -> Result<(), CudaError> {
-        let Machine { gpu, kernels, scratch, config, .. } = self.machine;
+        let Machine { kernels, scratch, config, .. } = self.machine;
         let arguments = Norm {
             h: scratch.h.address(),
             weight: weight.address(),
@@ -143,11 +160,11 @@ impl<'m> Pass<'m> {
             pass: self.guard,
         };
         let count = if rows.is_some() { self.shape.wanted } else { self.shape.rows };
-        gpu.launch(&kernels.norm, (count, 1, 1), 128, &arguments)
+        self.machine.launch(&kernels.norm, (count, 1, 1), 128, &arguments)
     }
 
     fn router_logits(&self, router: &Matrix) -> Result<(), CudaError> {
-        let Machine { gpu, kernels, scratch, .. } = self.machine;
+        let Machine { kernels, scratch, .. } = self.machine;
         let rows = self.shape.rows;
         let logits = Product {
             x: scratch.x.address(),
@@ -160,7 +177,7 @@ impl<'m> Pass<'m> {
             pass: self.guard,
             ..Product::default()
         };
-        gpu.launch(&kernels.router_logits, (router.outputs.div_ceil(16), rows.div_ceil(8), 1), 128, &logits)
+        self.machine.launch(&kernels.router_logits, (router.outputs.div_ceil(16), rows.div_ceil(8), 1), 128, &logits)
     }
 
     /// What choosing and grouping the rows of the next MoE layer takes. `slots`: the layer's table, 0 where its experts
@@ -171,7 +188,7 @@ impl<'m> Pass<'m> {
         let has_many = kernels.many.is_some();
         Route {
             logits: scratch.router_logits.address(),
-            chosen: scratch.chosen(self.layers, rows),
+            chosen: scratch.chosen(self.layers, rows).address(),
             alpha: scratch.alpha.address(),
             slots,
             pass: self.guard,
@@ -219,7 +236,9 @@ impl<'m> Pass<'m> {
             layers: self.layers,
             guard: self.guard,
         };
-        grouped.start(few, many)
+        // SAFETY: the memory is as in `launch`. The router's kernel has made tiles only of rows of this pass for experts that
+        // its table has in slots, and layers of that table are held until the pass is over.
+        unsafe { grouped.start(few, many) }
     }
 
     /// y = x W^T of all rows of the batch.
@@ -228,7 +247,7 @@ impl<'m> Pass<'m> {
     }
 
     fn product_of(&self, rows: usize, x: u64, w: &Matrix, out: u64, become_: Become) -> Result<(), CudaError> {
-        let Machine { gpu, kernels, .. } = self.machine;
+        let Machine { kernels, .. } = self.machine;
         let kernels = match &kernels.many {
             Some(many) if rows > FEW_ROWS_MAX => many,
             _ => &kernels.few,
@@ -251,7 +270,7 @@ impl<'m> Pass<'m> {
             Become::Logits => &kernels.logits,
         };
         let grid = (w.outputs / kernels.tile.0, rows.div_ceil(kernels.tile.1), 1);
-        gpu.launch(function, grid, kernels.threads, &arguments)
+        self.machine.launch(function, grid, kernels.threads, &arguments)
     }
 }
 
@@ -260,10 +279,10 @@ impl Operations for Pass<'_> {
     type Error = CudaError;
 
     fn embed(&mut self, embedding: &Matrix) -> Result<(), CudaError> {
-        let Machine { gpu, kernels, scratch, .. } = self.machine;
+        let Machine { kernels, scratch, .. } = self.machine;
         let (table, d) = (embedding.address(), embedding.inputs as i32);
         let arguments = Embed { table, ids: self.packet.ids(), h: scratch.h.address(), d };
-        gpu.launch(&kernels.embed, (self.shape.rows, 1, 1), 256, &arguments)
+        self.machine.launch(&kernels.embed, (self.shape.rows, 1, 1), 256, &arguments)
     }
 
     fn norm(&mut self, weight: &Vector) -> Result<(), CudaError> {
@@ -276,7 +295,7 @@ impl Operations for Pass<'_> {
     }
 
     fn attend(&mut self, spec: &AttentionSpec, block: usize, bias: &Vector) -> Result<(), CudaError> {
-        let Machine { gpu, kernels, scratch, config, .. } = self.machine;
+        let Machine { kernels, scratch, config, .. } = self.machine;
         // The row of q in heads' widths, 3 where keys and values follow.
         let (function, width, bias) = match spec.keys {
             Keys::Rows => (&kernels.attend_own_rows, 3, bias.address()),
@@ -297,10 +316,10 @@ impl Operations for Pass<'_> {
         };
         if spec.keys == Keys::Cache {
             let grid = (self.shape.sequences, self.shape.longest.min(64), 1);
-            gpu.launch(&kernels.write_cache, grid, 256, &arguments)?;
+            self.machine.launch(&kernels.write_cache, grid, 256, &arguments)?;
         }
         let grid = (spec.heads, self.shape.sequences, self.shape.longest.div_ceil(kernels.queries));
-        gpu.launch(function, grid, 128, &arguments)
+        self.machine.launch(function, grid, 128, &arguments)
     }
 
     fn add_output(&mut self, weight: &Matrix) -> Result<(), CudaError> {
@@ -316,16 +335,16 @@ impl Operations for Pass<'_> {
 
     /// With experts beside the pass the rows are also grouped, and what is nowhere is noted in the guard.
     fn route(&mut self, layer: LayerId, router: &Router<Device>) -> Result<(), CudaError> {
-        let Machine { gpu, kernels, experts, .. } = self.machine;
+        let Machine { kernels, experts, .. } = self.machine;
         let rows = self.shape.rows;
         self.router_logits(&router.classifier)?;
         let route = self.route_of(experts.map_or(0, |experts| experts.table_of(layer)));
         if experts.is_some() && rows <= FUSED_ROUTE_ROWS_MAX {
-            return gpu.launch(&kernels.choose_and_group, (1, 1, 1), 1024, &route);
+            return self.machine.launch(&kernels.choose_and_group, (1, 1, 1), 1024, &route);
         }
-        gpu.launch(&kernels.choose_experts, (rows.div_ceil(4), 1, 1), 128, &route)?;
+        self.machine.launch(&kernels.choose_experts, (rows.div_ceil(4), 1, 1), 128, &route)?;
         match experts {
-            Some(_) => gpu.launch(&kernels.group_rows, (1, 1, 1), 1024, &route),
+            Some(_) => self.machine.launch(&kernels.group_rows, (1, 1, 1), 1024, &route),
             None => Ok(()),
         }
     }
@@ -344,10 +363,10 @@ impl Operations for Pass<'_> {
 
     /// And the best token of each row, but for the one that is banned for it.
     fn logits(&mut self, weight: &Matrix) -> Result<(), CudaError> {
-        let Machine { gpu, kernels, scratch, .. } = self.machine;
-        let (x, logits, tokens) = (scratch.x.address(), scratch.logits.address(), scratch.tokens());
+        let Machine { kernels, scratch, .. } = self.machine;
+        let (x, logits, tokens) = (scratch.x.address(), scratch.logits.address(), scratch.tokens().address());
         self.product_of(self.shape.wanted, x, weight, logits, Become::Logits)?;
         let arguments = Best { logits, tokens, banned: self.packet.banned(), vocab: weight.outputs as i32 };
-        gpu.launch(&kernels.best, (self.shape.wanted, 1, 1), 1024, &arguments)
+        self.machine.launch(&kernels.best, (self.shape.wanted, 1, 1), 1024, &arguments)
     }
 }

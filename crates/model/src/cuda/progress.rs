@@ -37,10 +37,7 @@ impl Progress {
         let to = report.as_ptr().map_err(failed("cuEventSynchronize"))?.cast_mut();
         // SAFETY: the memory is as long, and is read after `done` only, before which nobody begins another pass.
         unsafe {
-            gpu.start_reading(
-                scratch.report.address(),
-                std::slice::from_raw_parts_mut(to, Report::bytes(layer + 1, rows)),
-            )
+            gpu.start_reading(scratch.report.all(), std::slice::from_raw_parts_mut(to, Report::bytes(layer + 1, rows)))
         }?;
         done.record(&gpu.compute).map_err(failed("cuEventRecord"))
     }

@@ -3,11 +3,13 @@
 
 use std::sync::Arc;
 
+use bytemuck::Pod;
+
 use super::{
-    arguments::Sequence,
-    device::{DeviceMemory, Gpu},
+    arguments::{Sequence, Tile},
+    buffer::{DeviceBuffer, DeviceSlice},
+    device::Gpu,
     error::CudaError,
-    weights::plain_bytes,
     window::{RowsLayout, Shareable},
 };
 use crate::{ModelConfig, Precision, Wanted};
@@ -20,37 +22,37 @@ pub(super) const LOGIT_ROWS_MAX: usize = 256;
 const TOKENS_AT: usize = 16;
 pub(super) const CHOSEN_AT: usize = TOKENS_AT + 4 * LOGIT_ROWS_MAX;
 
-/// The memory that passes work in. Shapes are of the largest batch.
+/// The memory that passes work in. Shapes are of the largest batch; what is bytes is values in the model's precision.
 #[derive(Debug)]
 pub(super) struct Scratch {
     pub(super) rows_max: usize,
-    /// (rows, d_model), float32: the residual stream.
-    pub(super) h: DeviceMemory,
+    /// (rows, d_model): the residual stream.
+    pub(super) h: DeviceBuffer<f32>,
     /// Holds `x` and `order`, which nodes of this machine may be let read.
     pub(super) shared: Arc<Shareable>,
     pub(super) layout: RowsLayout,
     /// (rows, d_model): what a norm made of it.
-    pub(super) x: DeviceMemory,
+    pub(super) x: DeviceBuffer<u8>,
     /// (rows, 3 * inner)
-    pub(super) qkv: DeviceMemory,
+    pub(super) qkv: DeviceBuffer<u8>,
     /// (rows, inner)
-    pub(super) attended: DeviceMemory,
+    pub(super) attended: DeviceBuffer<u8>,
     /// (rows, d_ff), of a dense block by row, of experts in grouped order.
-    pub(super) hidden: DeviceMemory,
-    /// (rows, experts), float32
-    pub(super) router_logits: DeviceMemory,
-    /// (rows), float32: the factor of each row's expert.
-    pub(super) alpha: DeviceMemory,
+    pub(super) hidden: DeviceBuffer<u8>,
+    /// (rows, experts)
+    pub(super) router_logits: DeviceBuffer<f32>,
+    /// (rows): the factor of each row's expert.
+    pub(super) alpha: DeviceBuffer<f32>,
     /// (rows): the token of each place in grouped order.
-    pub(super) order: DeviceMemory,
+    pub(super) order: DeviceBuffer<u32>,
     /// Tiles of groups with few rows, and of the others; then how many there are of each.
-    pub(super) few_tiles: DeviceMemory,
-    pub(super) many_tiles: DeviceMemory,
-    pub(super) tile_counts: DeviceMemory,
-    /// (LOGIT_ROWS_MAX, vocab_size), float32
-    pub(super) logits: DeviceMemory,
-    packet: DeviceMemory,
-    pub(super) report: DeviceMemory,
+    pub(super) few_tiles: DeviceBuffer<Tile>,
+    pub(super) many_tiles: DeviceBuffer<Tile>,
+    pub(super) tile_counts: DeviceBuffer<i32>,
+    /// (LOGIT_ROWS_MAX, vocab_size)
+    pub(super) logits: DeviceBuffer<f32>,
+    packet: DeviceBuffer<u8>,
+    pub(super) report: DeviceBuffer<u8>,
 }
 
 impl Scratch {
@@ -60,27 +62,28 @@ impl Scratch {
         precision: Precision,
         rows_max: usize,
     ) -> Result<Self, CudaError> {
-        let take = |width: usize, size: usize| gpu.allocate("activations", rows_max * width * size);
-        let (value, experts) = (precision.size(), config.num_experts);
-        let tiles = |count: usize| gpu.allocate("activations", count * 16);
+        let numbers = |width: usize| gpu.allocate::<f32>("activations", rows_max * width);
+        let values = |width: usize| gpu.allocate::<u8>("activations", rows_max * width * precision.size());
+        let tiles = |count: usize| gpu.allocate::<Tile>("activations", count);
+        let experts = config.num_experts;
         let layout = RowsLayout::new(rows_max, config.d_model, precision);
         let shared = Arc::new(Shareable::take(gpu, "activations", layout.bytes())?);
         Ok(Self {
             rows_max,
-            h: take(config.d_model, 4)?,
-            x: DeviceMemory::part(&shared, 0, layout.x_bytes()),
-            order: DeviceMemory::part(&shared, layout.order_at(), layout.order_bytes()),
+            h: numbers(config.d_model)?,
+            x: DeviceBuffer::part_of(&shared, 0, layout.x_bytes()),
+            order: DeviceBuffer::part_of(&shared, layout.order_at(), layout.rows),
             shared,
             layout,
-            qkv: take(3 * config.inner_dim(), value)?,
-            attended: take(config.inner_dim(), value)?,
-            hidden: take(config.d_ff, value)?,
-            router_logits: take(experts, 4)?,
-            alpha: take(1, 4)?,
+            qkv: values(3 * config.inner_dim())?,
+            attended: values(config.inner_dim())?,
+            hidden: values(config.d_ff)?,
+            router_logits: numbers(experts)?,
+            alpha: numbers(1)?,
             few_tiles: tiles(experts + rows_max / 8 + 1)?,
             many_tiles: tiles(experts + rows_max / 64 + 1)?,
-            tile_counts: gpu.allocate("activations", 8)?,
-            logits: gpu.allocate("logits", LOGIT_ROWS_MAX * config.vocab_size * 4)?,
+            tile_counts: gpu.allocate("activations", 2)?,
+            logits: gpu.allocate("logits", LOGIT_ROWS_MAX * config.vocab_size)?,
             packet: gpu.allocate("activations", Packet::bytes_max(rows_max))?,
             report: gpu.allocate("activations", CHOSEN_AT + config.moe_layer_count() * rows_max * 2)?,
         })
@@ -88,21 +91,12 @@ impl Scratch {
 
     /// Bytes of all of it.
     pub(super) fn bytes(&self) -> u64 {
-        let all = [
-            &self.h,
-            &self.qkv,
-            &self.attended,
-            &self.hidden,
-            &self.router_logits,
-            &self.alpha,
-            &self.few_tiles,
-            &self.many_tiles,
-            &self.tile_counts,
-            &self.logits,
-            &self.packet,
-            &self.report,
-        ];
-        all.iter().map(|memory| memory.bytes() as u64).sum::<u64>() + self.shared.bytes() as u64
+        let numbers = [&self.h, &self.router_logits, &self.alpha, &self.logits];
+        let values = [&self.qkv, &self.attended, &self.hidden, &self.packet, &self.report];
+        let tiles = self.few_tiles.bytes() + self.many_tiles.bytes() + self.tile_counts.bytes();
+        let numbers: u64 = numbers.into_iter().map(DeviceBuffer::bytes).sum();
+        let values: u64 = values.into_iter().map(DeviceBuffer::bytes).sum();
+        numbers + values + tiles + self.shared.bytes() as u64
     }
 
     /// Where the guard of the pass is (`Pass` of numbers.cu).
@@ -110,14 +104,15 @@ impl Scratch {
         self.report.address()
     }
 
-    /// Where the best tokens go.
-    pub(super) fn tokens(&self) -> u64 {
-        self.report.address() + TOKENS_AT as u64
+    /// Where the best tokens go, at most [`LOGIT_ROWS_MAX`].
+    pub(super) fn tokens(&self) -> DeviceSlice<'_, u32> {
+        self.report.slice(TOKENS_AT..CHOSEN_AT).cast()
     }
 
-    /// Where the experts go that layer `index` of the pass chose.
-    pub(super) fn chosen(&self, index: usize, rows: usize) -> u64 {
-        self.report.address() + (CHOSEN_AT + index * rows * 2) as u64
+    /// Where the experts go that layer `index` of the pass chose for its rows.
+    pub(super) fn chosen(&self, index: usize, rows: usize) -> DeviceSlice<'_, u16> {
+        let at = CHOSEN_AT + index * rows * 2;
+        self.report.slice(at..at + rows * 2).cast()
     }
 }
 
@@ -150,6 +145,7 @@ impl Packet {
     pub(super) fn send(
         &self,
         gpu: &Gpu,
+        scratch: &Scratch,
         ids: &[u32],
         sequences: &[Sequence],
         wanted: &[Wanted],
@@ -161,7 +157,7 @@ impl Packet {
         let banned: Vec<u32> = wanted.iter().map(|wanted| wanted.banned.unwrap_or(NO_TOKEN)).collect();
         put(&mut bytes[self.wanted_at..], &rows);
         put(&mut bytes[self.banned_at..], &banned);
-        gpu.write(self.base, &bytes)
+        gpu.write(scratch.packet.all(), &bytes)
     }
 
     pub(super) fn ids(&self) -> u64 {
@@ -183,8 +179,8 @@ impl Packet {
 }
 
 /// Copies plain values to the beginning of `to`.
-fn put<V: Copy>(to: &mut [u8], values: &[V]) {
-    let bytes = plain_bytes(values);
+fn put<V: Pod>(to: &mut [u8], values: &[V]) {
+    let bytes = bytemuck::cast_slice(values);
     to[..bytes.len()].copy_from_slice(bytes);
 }
 

@@ -5,8 +5,8 @@ use std::{iter::zip, sync::Arc};
 
 use super::{
     arguments::Sequence,
+    buffer::DeviceBuffer,
     dense::DeviceDense,
-    device::DeviceMemory,
     error::CudaError,
     pass::{BatchShape, Pass},
     scratch::Packet,
@@ -18,11 +18,11 @@ use crate::{Backend, ModelError, NewSequence, Spans, cache_size::room};
 #[derive(Debug)]
 pub struct DeviceSequence {
     /// (blocks, capacity, 2 * inner)
-    cache: DeviceMemory,
+    cache: DeviceBuffer<u8>,
     capacity: usize,
     position: usize,
     /// (blocks, input_rows, 2 * inner)
-    input: Arc<DeviceMemory>,
+    input: Arc<DeviceBuffer<u8>>,
     input_rows: usize,
 }
 
@@ -56,15 +56,15 @@ impl DeviceDense {
         let pass = Pass::new(self.machine(), shape, Packet::plan(&self.scratch, 0, 0, 0), 0);
         let row_bytes = 2 * self.config.inner_dim() * self.precision.size();
         // No pass is under way, so its memory is free for the keys and values of all rows.
-        let all = self.scratch.qkv.address();
+        let all = &self.scratch.qkv;
         let blocks = self.backbone.decoder.blocks.iter().enumerate();
         for (block, cross) in blocks.filter_map(|(block, weights)| Some((block, weights.cross.as_ref()?))) {
-            pass.cross_keys(&cross.keys_values, all)?;
+            pass.cross_keys(&cross.keys_values, all.address())?;
             for (new, sequence) in zip(new, &started) {
                 let Ok(sequence) = sequence else { continue };
-                let from = all + (new.rows.start * row_bytes) as u64;
                 let bytes = new.rows.len() * row_bytes;
-                self.gpu.copy(from, sequence.input.address() + (block * bytes) as u64, bytes)?;
+                let from = all.slice(new.rows.start * row_bytes..new.rows.end * row_bytes);
+                self.gpu.copy(from, sequence.input.slice(block * bytes..(block + 1) * bytes))?;
             }
         }
         Ok(started)
@@ -87,9 +87,8 @@ impl DeviceDense {
     /// came from the encoder.
     pub(super) fn fork_sequence(&self, sequence: &DeviceSequence) -> Result<DeviceSequence, CudaError> {
         self.gpu.enter()?;
-        let bytes = sequence.cache.bytes();
-        let cache = self.gpu.allocate("caches", bytes)?;
-        self.gpu.copy(sequence.cache.address(), cache.address(), bytes)?;
+        let cache = self.gpu.allocate("caches", sequence.cache.len())?;
+        self.gpu.copy(sequence.cache.all(), cache.all())?;
         Ok(DeviceSequence { cache, input: sequence.input.clone(), ..*sequence })
     }
 

@@ -2,25 +2,27 @@
 //! expert for rows that others send. Which expert is where is decided by the node, which also promises that nobody
 //! computes with a slot that is being loaded.
 //!
-//! Invariant: uploads may come from any thread at any time; a computation has the compute stream and the buffers of
-//! [`Work`] for itself.
+//! Uploads may come from any thread at any time. A computation for rows from the host has the buffers of [`Work`], and the
+//! compute stream, for itself.
 
 use std::sync::Arc;
 
+use bytemuck::{cast_slice, cast_slice_mut};
 use cudarc::driver::PinnedHostSlice;
 use parking_lot::Mutex;
 use sida_routing::ExpertKey;
 
 use super::{
     arguments::Fetch,
+    buffer::DeviceBuffer,
     dense::DeviceDense,
-    device::{DeviceMemory, Gpu},
+    device::Gpu,
     error::{CudaError, failed},
     grouped::{Grouped, Slots, Tiles},
     host_tier::{Found, HostTier},
     kernels::Kernels,
     uploads::Uploads,
-    weights::{self, plain_bytes},
+    weights,
     window::PeerRows,
 };
 use crate::{
@@ -40,10 +42,9 @@ pub struct DeviceSlab {
     kernels: Kernels,
     shape: ExpertShape,
     precision: Precision,
-    /// First of what they use, so that they end before it goes.
+    /// Has the memory of the slots.
     loads: Uploads,
     slots: Slots,
-    _memory: DeviceMemory,
     host: Mutex<HostTier>,
     work: Mutex<Work>,
 }
@@ -52,14 +53,14 @@ pub struct DeviceSlab {
 #[derive(Debug)]
 struct Work {
     /// What is sent, in one copy: how many tiles there are, the tiles, then x.
-    packet: DeviceMemory,
-    /// (rows, d_ff)
-    hidden: DeviceMemory,
-    /// (rows, d_model), float32
-    out: DeviceMemory,
+    packet: DeviceBuffer<u8>,
+    /// (rows, d_ff), in the model's precision.
+    hidden: DeviceBuffer<u8>,
+    /// (rows, d_model)
+    out: DeviceBuffer<f32>,
     /// Rows come grouped, and their factors are the coordinator's: place i is row i, times one.
-    order: DeviceMemory,
-    alpha: DeviceMemory,
+    order: DeviceBuffer<u32>,
+    alpha: DeviceBuffer<f32>,
     /// The packet on its way there, the results on their way back.
     staging: PinnedHostSlice<u8>,
 }
@@ -79,22 +80,13 @@ impl DeviceSlab {
         let kernels = Kernels::compile(&gpu, precision, D_KV)?;
         let shape = *slot.shape();
         let memory = gpu.allocate("experts", slots * slot.bytes())?;
-        let loads = Uploads::new(&gpu, (memory.address(), slots), slot.bytes())?;
+        let slots = Slots::new(memory.address(), &slot);
+        let loads = Uploads::new(&gpu, memory, slot.bytes())?;
         let work = Work::new(&gpu, &shape)?;
         let host = HostTier::open(&gpu, store, slot, host_bytes)?;
         gpu.finish()?;
         let (host, work) = (Mutex::new(host), Mutex::new(work));
-        Ok(Self {
-            gpu,
-            kernels,
-            shape,
-            precision,
-            loads,
-            slots: Slots::new(memory.address(), &slot),
-            _memory: memory,
-            host,
-            work,
-        })
+        Ok(Self { gpu, kernels, shape, precision, loads, slots, host, work })
     }
 
     fn begin(&self, key: ExpertKey, slot: usize, urgency: Urgency) -> Result<(), CudaError> {
@@ -139,25 +131,24 @@ impl DeviceSlab {
         let base = work.packet.address();
         // SAFETY: the staging memory is written again only after `finish` below, or after the next one if that fails; the
         // stream orders the rest.
-        unsafe { self.gpu.upload(&self.gpu.compute, &staging[..at], base) }?;
-        let values = rows * d_model;
-        self.gpu.clear(work.out.address(), values * 4)?;
+        unsafe { self.gpu.upload(&self.gpu.compute, &staging[..at], work.packet.all()) }?;
+        let out = work.out.first(rows * d_model);
+        self.gpu.fill(out, 0)?;
         let memory = Memory {
             x: base + packet.len() as u64,
-            out: work.out.address(),
+            out: out.address(),
             order: work.order.address(),
             alpha: work.alpha.address(),
             hidden: work.hidden.address(),
         };
-        self.start(&tiles, base, rows, memory)?;
-        // SAFETY: the staging memory is read after `finish` only, and the stream has done with what lay there.
-        unsafe { self.gpu.start_reading(work.out.address(), &mut staging[..values * 4]) }?;
-        self.gpu.finish()?;
-        let mut from = staging[..values * 4].as_chunks().0;
+        // SAFETY: `work` has room for so many rows, and is locked until the stream is done.
+        unsafe { self.start(&tiles, base, rows, memory) }?;
+        let mut from: &mut [f32] = cast_slice_mut(&mut staging[..out.len() * 4]);
+        self.gpu.read(out, from)?;
         for part in groups {
             let out = &mut part.group.out[part.rows.start * d_model..part.rows.end * d_model];
-            let (own, rest) = from.split_at(out.len());
-            out.iter_mut().zip(own).for_each(|(value, &bytes)| *value = f32::from_le_bytes(bytes));
+            let (own, rest) = from.split_at_mut(out.len());
+            out.copy_from_slice(own);
             from = rest;
         }
         Ok(())
@@ -172,11 +163,11 @@ impl DeviceSlab {
             SlotRun { first: first - run.rows, ..*run }
         };
         let tiles = Tiles::of(&self.kernels, &runs.iter().map(consecutive).collect::<Vec<_>>());
-        let packet = [&tiles.packet()[..], plain_bytes(&places)].concat();
+        let packet = [&tiles.packet()[..], cast_slice(&places)].concat();
         let work = &mut *self.work.lock();
         self.gpu.enter()?;
         let base = work.packet.address();
-        self.gpu.write(base, &packet)?;
+        self.gpu.write(work.packet.all(), &packet)?;
         let places_at = base + (packet.len() - size_of_val(&places[..])) as u64;
         let fetch = Fetch {
             x: peer.rows.address(),
@@ -187,7 +178,9 @@ impl DeviceSlab {
             rows: peer.layout.rows as i32,
             d: self.shape.d_model as i32,
         };
-        self.gpu.launch(&self.kernels.fetch_rows, (places.len(), 1, 1), 128, &fetch)?;
+        // SAFETY: the kernel reads rows of the window only, of which the packet has the places, and writes as many of x and
+        // of the results, which have room for all of them.
+        unsafe { self.gpu.launch(&self.kernels.fetch_rows, (places.len(), 1, 1), 128, &fetch) }?;
         let memory = Memory {
             x: peer.x.address(),
             out: peer.out.address(),
@@ -195,12 +188,16 @@ impl DeviceSlab {
             alpha: peer.ones.address(),
             hidden: work.hidden.address(),
         };
-        self.start(&tiles, base, places.len(), memory)?;
+        // SAFETY: `peer` has room for so many rows, and it and `work` stay until the stream is done.
+        unsafe { self.start(&tiles, base, places.len(), memory) }?;
         self.gpu.finish()
     }
 
     /// Starts the products of rows whose tiles were sent to `packet`.
-    fn start(&self, tiles: &Tiles, packet: u64, rows: usize, memory: Memory) -> Result<(), CudaError> {
+    ///
+    /// # Safety
+    /// `memory` has room for so many rows, and lives until the stream is done with it.
+    unsafe fn start(&self, tiles: &Tiles, packet: u64, rows: usize, memory: Memory) -> Result<(), CudaError> {
         let (counts, few, many) = tiles.addresses(packet);
         let Memory { x, out, order, alpha, hidden } = memory;
         let grouped = Grouped {
@@ -221,7 +218,9 @@ impl DeviceSlab {
             layers: 0,
             guard: 0,
         };
-        grouped.start(tiles.few.len(), tiles.many.len())
+        // SAFETY: the node computes with slots only whose experts are there, and keeps them meanwhile (see the trait); the
+        // rest by the caller's promise.
+        unsafe { grouped.start(tiles.few.len(), tiles.many.len()) }
     }
 }
 
@@ -298,7 +297,8 @@ impl ExpertDevice for DeviceSlab {
         done: Box<dyn FnOnce() + Send>,
     ) -> Result<(), ModelError> {
         let dense = &*rows.dense;
-        if let Err(error) = dense.start_experts(&self.kernels, self.slots, groups) {
+        // SAFETY: the node computes with slots only whose experts are there, and keeps them until `done` (see the trait).
+        if let Err(error) = unsafe { dense.start_experts(&self.kernels, self.slots, groups) } {
             // What was started may still read the slots, which `done` gives up.
             dense.gpu.finish()?;
             drop(done);
@@ -351,16 +351,15 @@ impl ExpertWindow for SlabWindow {
 
 impl Work {
     fn new(gpu: &Gpu, shape: &ExpertShape) -> Result<Self, CudaError> {
-        let take = |bytes| gpu.allocate("activations", bytes);
         let packet = Tiles::bytes_max(ROWS_MAX) + ROWS_MAX * shape.d_model * shape.dtype.size();
         let order: Vec<u32> = (0..ROWS_MAX as u32).collect();
         let alpha = vec![1.0_f32; ROWS_MAX];
         Ok(Self {
-            packet: take(packet)?,
-            hidden: take(ROWS_MAX * shape.d_ff * shape.dtype.size())?,
-            out: take(ROWS_MAX * shape.d_model * 4)?,
-            order: gpu.allocate_with("activations", plain_bytes(&order))?,
-            alpha: gpu.allocate_with("activations", plain_bytes(&alpha))?,
+            packet: gpu.allocate("activations", packet)?,
+            hidden: gpu.allocate("activations", ROWS_MAX * shape.d_ff * shape.dtype.size())?,
+            out: gpu.allocate("activations", ROWS_MAX * shape.d_model)?,
+            order: gpu.allocate_with("activations", &order)?,
+            alpha: gpu.allocate_with("activations", &alpha)?,
             staging: gpu.pinned(packet.max(ROWS_MAX * shape.d_model * 4))?,
         })
     }

@@ -7,6 +7,7 @@ use cudarc::driver::{CudaEvent, CudaStream};
 use parking_lot::Mutex;
 
 use super::{
+    buffer::DeviceBuffer,
     device::Gpu,
     error::{CudaError, failed},
     host_tier::Found,
@@ -20,13 +21,13 @@ const SLICE_BYTES: usize = 2 << 20;
 /// The streams that bring experts into slots.
 #[derive(Debug)]
 pub(super) struct Uploads {
-    /// Where slot 0 is, and bytes of an expert.
-    slots_at: u64,
-    expert_bytes: usize,
     /// For each slot the end of the last upload into it.
     done: Vec<CudaEvent>,
     demand: Path,
     prefetch: Path,
+    /// The slots, one after another. Last, so that what is on its way there ends before.
+    slots: DeviceBuffer<u8>,
+    expert_bytes: usize,
 }
 
 #[derive(Debug)]
@@ -37,13 +38,13 @@ struct Path {
 }
 
 impl Uploads {
-    /// Into `slots` slots from `slots_at` on.
-    pub(super) fn new(gpu: &Gpu, (slots_at, slots): (u64, usize), expert_bytes: usize) -> Result<Self, CudaError> {
-        let done = (0..slots).map(|_| gpu.event()).collect::<Result<_, CudaError>>()?;
+    /// Into slots of so many bytes.
+    pub(super) fn new(gpu: &Gpu, slots: DeviceBuffer<u8>, expert_bytes: usize) -> Result<Self, CudaError> {
+        let done = (0..slots.len() / expert_bytes).map(|_| gpu.event()).collect::<Result<_, CudaError>>()?;
         let (demand, prefetch) = (Path::new(gpu)?, Path::new(gpu)?);
         // Memory is taken in the order of the compute stream.
         gpu.finish()?;
-        Ok(Self { slots_at, expert_bytes, done, demand, prefetch })
+        Ok(Self { done, demand, prefetch, slots, expert_bytes })
     }
 
     /// Starts an upload, after those into the same slot before it. In slices it returns when the last two are on their way.
@@ -66,13 +67,13 @@ impl Uploads {
         let slices = slices.lock();
         let done = &self.done[slot];
         copies.wait(done).map_err(failed("cuStreamWaitEvent"))?;
-        let to = self.slots_at + (slot * self.expert_bytes) as u64;
+        let to = self.slots.slice(slot * self.expert_bytes..(slot + 1) * self.expert_bytes);
         if in_slices {
             for (at, slice) in expert.bytes.chunks(SLICE_BYTES).enumerate() {
                 let before = &slices[at % 2];
                 before.synchronize().map_err(failed("cuEventSynchronize"))?;
                 // SAFETY: by the caller's promise.
-                unsafe { gpu.upload(copies, slice, to + (at * SLICE_BYTES) as u64) }?;
+                unsafe { gpu.upload(copies, slice, to.slice(at * SLICE_BYTES..to.len())) }?;
                 record(before, copies)?;
             }
         } else {

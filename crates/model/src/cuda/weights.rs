@@ -1,12 +1,10 @@
 //! The backbone's weights on the device: read from a checkpoint tensor by tensor, in the precision of the model, norms,
 //! biases and routers in float32. Made once, by [`super::DeviceDense`].
 
+use bytemuck::{Pod, cast_slice};
 use half::bf16;
 
-use super::{
-    device::{DeviceMemory, Gpu},
-    error::CudaError,
-};
+use super::{buffer::DeviceBuffer, device::Gpu, error::CudaError};
 use crate::{
     Backbone, Checkpoint, ModelConfig, Precision, StoredDType,
     backbone::{Load, Memory},
@@ -26,20 +24,32 @@ impl Memory for Device {
 /// W, row-major (outputs, inputs).
 #[derive(Debug)]
 pub(super) struct Matrix {
-    memory: DeviceMemory,
+    values: MatrixValues,
     pub(super) outputs: usize,
     pub(super) inputs: usize,
 }
 
 impl Matrix {
     pub(super) fn address(&self) -> u64 {
-        self.memory.address()
+        match &self.values {
+            MatrixValues::Model(bytes) => bytes.address(),
+            MatrixValues::Float32(numbers) => numbers.address(),
+        }
     }
 }
 
-/// The weight of a norm (d_model), or a position bias (heads, 2 * reach + 1), float32.
+/// The numbers of a matrix.
 #[derive(Debug)]
-pub(super) struct Vector(DeviceMemory);
+enum MatrixValues {
+    /// In the precision of the model.
+    Model(DeviceBuffer<u8>),
+    /// Of a router.
+    Float32(DeviceBuffer<f32>),
+}
+
+/// The weight of a norm (d_model), or a position bias (heads, 2 * reach + 1).
+#[derive(Debug)]
+pub(super) struct Vector(DeviceBuffer<f32>);
 
 impl Vector {
     pub(super) fn address(&self) -> u64 {
@@ -81,50 +91,38 @@ impl Load for DeviceLoader<'_> {
             convert(tensor.dtype, tensor.bytes, self.precision, &mut bytes);
             self.checkpoint.release(name);
         }
-        let memory = self.keep("the backbone", &bytes)?;
-        Ok(Matrix { memory, outputs: names.len() * outputs, inputs })
+        let values = MatrixValues::Model(self.keep("the backbone", &bytes)?);
+        Ok(Matrix { values, outputs: names.len() * outputs, inputs })
     }
 
     fn router(&mut self, name: String, experts: usize, d_model: usize) -> Result<Matrix, CudaError> {
         let router = self.checkpoint.tensor_of_shape(&name, &[experts, d_model])?;
-        let memory = self.keep("routers", plain_bytes(&router.dtype.widen(router.bytes)))?;
-        Ok(Matrix { memory, outputs: experts, inputs: d_model })
+        let values = MatrixValues::Float32(self.keep("routers", &router.dtype.widen(router.bytes))?);
+        Ok(Matrix { values, outputs: experts, inputs: d_model })
     }
 
     fn vector(&mut self, name: &str, width: usize) -> Result<Vector, CudaError> {
         let tensor = self.checkpoint.tensor_of_shape(name, &[width])?;
-        Ok(Vector(self.keep("norms", plain_bytes(&tensor.dtype.widen(tensor.bytes)))?))
+        Ok(Vector(self.keep("norms", &tensor.dtype.widen(tensor.bytes))?))
     }
 
     fn bias(&mut self, bias: PositionBias) -> Result<Vector, CudaError> {
-        Ok(Vector(self.gpu.allocate_with("position biases", plain_bytes(bias.by_distance()))?))
+        Ok(Vector(self.gpu.allocate_with("position biases", bias.by_distance())?))
     }
 }
 
 impl DeviceLoader<'_> {
-    fn keep(&mut self, what: &'static str, bytes: &[u8]) -> Result<DeviceMemory, CudaError> {
-        self.bytes += bytes.len() as u64;
-        self.gpu.allocate_with(what, bytes)
+    fn keep<T: Pod>(&mut self, what: &'static str, values: &[T]) -> Result<DeviceBuffer<T>, CudaError> {
+        self.bytes += size_of_val(values) as u64;
+        self.gpu.allocate_with(what, values)
     }
-}
-
-/// The bytes of numbers.
-pub(super) fn plain_bytes<V: Copy>(values: &[V]) -> &[u8] {
-    // SAFETY: of numbers, and of structures of them without padding, every byte is initialised; bytes need no alignment.
-    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
-}
-
-/// The bytes of float32 numbers, to be written.
-pub(super) fn plain_bytes_mut(values: &mut [f32]) -> &mut [u8] {
-    // SAFETY: any bytes are such numbers; bytes need no alignment.
-    unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), size_of_val(values)) }
 }
 
 /// Appends values stored as `dtype` as a model of `precision` keeps them: bf16 is rounded to nearest, even.
 pub(super) fn convert(dtype: StoredDType, bytes: &[u8], precision: Precision, to: &mut Vec<u8>) {
     match (dtype, precision) {
         (StoredDType::BF16, Precision::Bf16) | (StoredDType::F32, Precision::F32) => to.extend_from_slice(bytes),
-        (_, Precision::F32) => to.extend_from_slice(plain_bytes(&dtype.widen(bytes))),
+        (_, Precision::F32) => to.extend_from_slice(cast_slice(&dtype.widen(bytes))),
         (_, Precision::Bf16) => {
             to.extend(dtype.widen(bytes).into_iter().flat_map(|value| bf16::from_f32(value).to_le_bytes()));
         }
@@ -170,7 +168,7 @@ mod tests {
         convert(StoredDType::F16, &half, Precision::F32, &mut wide);
         assert_eq!(StoredDType::F32.widen(&wide), StoredDType::F16.widen(&half));
         let mut narrow = Vec::new();
-        convert(StoredDType::F32, plain_bytes(&values), Precision::Bf16, &mut narrow);
+        convert(StoredDType::F32, cast_slice(&values), Precision::Bf16, &mut narrow);
         let expected: Vec<f32> = values.iter().map(|&v| bf16::from_f32(v).to_f32()).collect();
         assert_eq!(StoredDType::BF16.widen(&narrow), expected);
     }

@@ -9,11 +9,7 @@ use cudarc::driver::{
     sys::{self, CUipcMem_flags, CUipcMemHandle, CUresult},
 };
 
-use super::{
-    device::{DeviceMemory, Gpu},
-    error::CudaError,
-    weights::plain_bytes,
-};
+use super::{buffer::DeviceBuffer, device::Gpu, error::CudaError};
 use crate::{
     Precision, StoredDType,
     window::{HANDLE_BYTES, WindowHandle},
@@ -63,9 +59,9 @@ pub(super) struct PeerRows {
     pub(super) out: Shareable,
     pub(super) results: WindowHandle,
     /// (rows, d_model) by place: the rows of a call, brought here.
-    pub(super) x: DeviceMemory,
+    pub(super) x: DeviceBuffer<u8>,
     /// (rows): the factor of each place, which is the coordinator's to apply: one.
-    pub(super) ones: DeviceMemory,
+    pub(super) ones: DeviceBuffer<f32>,
 }
 
 impl Shareable {
@@ -218,7 +214,7 @@ impl PeerRows {
         let out = Shareable::take(gpu, "results", layout.rows * d_model * 4)?;
         let results = out.handle(layout.rows, StoredDType::F32)?;
         let x = gpu.allocate("activations", layout.x_bytes())?;
-        let ones = gpu.allocate_with("activations", plain_bytes(&vec![1.0_f32; layout.rows]))?;
+        let ones = gpu.allocate_with("activations", &vec![1.0; layout.rows])?;
         gpu.finish()?;
         Ok(Self { layout, rows, out, results, x, ones })
     }

@@ -14,7 +14,6 @@ use crate::{
         recorded::Recordings,
         scratch::{LOGIT_ROWS_MAX, NO_TOKEN, Packet},
         sequence::DeviceSequence,
-        weights,
     },
     forward,
 };
@@ -80,7 +79,7 @@ impl Backend for DeviceDense {
         let wanted = if wanted.len() <= LOGIT_ROWS_MAX { wanted } else { &[] };
         let shape = BatchShape::of(spans, wanted.len());
         let packet = Packet::plan(&self.scratch, shape.rows, shape.sequences, shape.wanted);
-        packet.send(&self.gpu, ids, &described, wanted)?;
+        packet.send(&self.gpu, &self.scratch, ids, &described, wanted)?;
         self.current = Current { shape, packet };
         Ok(DevicePass {
             stack,
@@ -137,8 +136,7 @@ impl Backend for DeviceDense {
         if pass.probabilities.is_empty() {
             self.gpu.enter()?;
             pass.probabilities = vec![0.0; self.current.shape.rows * self.config.num_experts];
-            let logits = weights::plain_bytes_mut(&mut pass.probabilities);
-            self.gpu.read(self.scratch.router_logits.address(), logits)?;
+            self.gpu.read(self.scratch.router_logits.all(), &mut pass.probabilities)?;
             softmax(&mut pass.probabilities, self.config.num_experts);
         }
         Ok(&pass.probabilities)
@@ -208,7 +206,7 @@ impl Backend for DeviceDense {
         let mut all = vec![0.0; rows.len() * vocab_size];
         for (rows, values) in rows.chunks(LOGIT_ROWS_MAX).zip(all.chunks_mut(LOGIT_ROWS_MAX * vocab_size)) {
             self.start_head(&rows.iter().map(|&row| Wanted { row, banned: None }).collect::<Vec<_>>())?;
-            self.gpu.read(self.scratch.logits.address(), weights::plain_bytes_mut(values))?;
+            self.gpu.read(self.scratch.logits.all(), values)?;
         }
         Ok(all)
     }

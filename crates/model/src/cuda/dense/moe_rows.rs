@@ -1,18 +1,18 @@
 //! The rows of an MoE layer on their way to the experts and back: brought to the host and added from there, grouped for
 //! experts on the same device, or left for nodes of other processes to read, whose results are taken over.
 
+use bytemuck::cast_slice;
 use sida_routing::Grouping;
 
 use super::{
     super::{
         arguments::Take,
-        error::CudaError,
+        error::{CudaError, failed},
         grouped::{Grouped, Slots, Tiles},
         kernels::Kernels,
-        weights,
         window::{Mapped, SharedRows},
     },
-    DeviceDense,
+    DeviceDense, Exchange,
 };
 use crate::{ModelError, SlotRun};
 
@@ -22,9 +22,7 @@ impl DeviceDense {
         self.gpu.enter()?;
         let bytes = self.current.shape.rows * self.config.d_model * self.precision.size();
         let host = self.exchange.host()?;
-        // SAFETY: as in `choice`.
-        unsafe { self.gpu.start_reading(self.scratch.x.address(), &mut host[..bytes]) }?;
-        self.gpu.finish()?;
+        self.gpu.read(self.scratch.x.all(), &mut host[..bytes])?;
         Ok(self.precision.stored().widen(&host[..bytes]))
     }
 
@@ -37,9 +35,9 @@ impl DeviceDense {
             alpha[token as usize] = weight;
         }
         self.gpu.enter()?;
-        self.gpu.write(self.scratch.order.address(), weights::plain_bytes(&grouping.tokens))?;
-        self.gpu.write(self.scratch.alpha.address(), weights::plain_bytes(&alpha))?;
-        self.gpu.clear(self.exchange.added.address(), rows * self.config.d_model * 4)
+        self.gpu.write(self.scratch.order.all(), &grouping.tokens)?;
+        self.gpu.write(self.scratch.alpha.all(), &alpha)?;
+        self.gpu.fill(self.exchange.added.first(rows * self.config.d_model), 0)
     }
 
     /// Waits until what others on this machine read is there: the rows, and how they are grouped.
@@ -53,7 +51,7 @@ impl DeviceDense {
     pub(crate) fn take(&mut self, from: Option<&Mapped>, places: &[u32]) -> Result<(), CudaError> {
         self.gpu.enter()?;
         let exchange = &self.exchange;
-        self.gpu.write(exchange.places.address(), weights::plain_bytes(places))?;
+        self.gpu.write(exchange.places.all(), places)?;
         let take = Take {
             results: from.map_or(0, Mapped::address),
             places: exchange.places.address(),
@@ -62,7 +60,8 @@ impl DeviceDense {
             out: exchange.added.address(),
             d: self.config.d_model as i32,
         };
-        self.gpu.launch(&self.kernels.take_rows, (places.len(), 1, 1), 128, &take)
+        // SAFETY: places are below the rows of this pass, for each of which there is a factor, a token and a result.
+        unsafe { self.gpu.launch(&self.kernels.take_rows, (places.len(), 1, 1), 128, &take) }
     }
 
     /// What rows and grouping are in, to be shared.
@@ -76,8 +75,11 @@ impl DeviceDense {
         self.pass().add(self.exchange.added.address())
     }
 
-    /// Starts the experts in slots of `slab` on their rows.
-    pub(in crate::cuda) fn start_experts(
+    /// Starts the experts in slots of a slab on their rows.
+    ///
+    /// # Safety
+    /// The runs are of rows of this pass, and of slots whose experts are there and stay until the compute stream is done.
+    pub(in crate::cuda) unsafe fn start_experts(
         &self,
         kernels: &Kernels,
         slots: Slots,
@@ -87,7 +89,7 @@ impl DeviceDense {
         let exchange = &self.exchange;
         let tiles = Tiles::of(kernels, runs);
         let packet = tiles.packet();
-        self.gpu.write(exchange.tiles.address(), &packet)?;
+        self.gpu.write(exchange.tiles.all(), &packet)?;
         let (counts, few, many) = tiles.addresses(exchange.tiles.address());
         let grouped = Grouped {
             gpu: &self.gpu,
@@ -107,7 +109,8 @@ impl DeviceDense {
             layers: 0,
             guard: 0,
         };
-        grouped.start(tiles.few.len(), tiles.many.len())
+        // SAFETY: the memory is the model's, as large as its largest batch; the rest by the caller's promise.
+        unsafe { grouped.start(tiles.few.len(), tiles.many.len()) }
     }
 
     /// h += out (rows, d_model).
@@ -118,14 +121,12 @@ impl DeviceDense {
             return Err(ModelError::Shape { what: "results of experts [values]", expected, found }.into());
         }
         self.gpu.enter()?;
-        let bytes = weights::plain_bytes(out);
         // Nothing is on its way: the router's choice was waited for.
-        let added = self.exchange.added.address();
-        let host = self.exchange.host()?;
-        host[..bytes.len()].copy_from_slice(bytes);
-        let host = &host[..bytes.len()];
+        let Exchange { host, added, .. } = &mut self.exchange;
+        let host = &mut host.as_mut_slice().map_err(failed("cuEventSynchronize"))?[..size_of_val(out)];
+        host.copy_from_slice(cast_slice(out));
         // SAFETY: `host` is written again only after the device was waited for, by `choice`; the stream orders `added`.
-        unsafe { self.gpu.upload(&self.gpu.compute, host, added) }?;
-        self.pass().add(added)
+        unsafe { self.gpu.upload(&self.gpu.compute, host, added.first(out.len()).as_bytes()) }?;
+        self.pass().add(self.exchange.added.address())
     }
 }

@@ -10,19 +10,19 @@
 
 use std::{ops::Range, sync::Arc};
 
-use cudarc::driver::{CudaStream, result};
+use cudarc::driver::CudaStream;
 use sida_routing::{ExpertId, LayerId};
 
 use super::{
     super::{
-        device::{DeviceMemory, Gpu},
-        error::{CudaError, failed},
+        buffer::DeviceBuffer,
+        device::Gpu,
+        error::CudaError,
         grouped::Slots,
         pass::{BatchShape, ExpertPlaces, Machine, Pass},
         progress::Progress,
         recorded::Recordings,
         scratch::{Report, Scratch},
-        weights,
     },
     DeviceDense,
     backend::DevicePass,
@@ -35,8 +35,8 @@ const PROMPT_STARTS: u32 = 16;
 /// What passes that go through MoE layers need beside what others do.
 #[derive(Debug)]
 pub(super) struct Through {
-    /// (MoE layers, experts) of i32: what the device knows of who is where.
-    table: DeviceMemory,
+    /// (MoE layers, experts): what the device knows of who is where.
+    table: DeviceBuffer<i32>,
     known: Option<Known>,
     progress: Progress,
     /// Whole passes by shape, and whether they are guarded. Prompts have many shapes, which must not push out those of steps.
@@ -69,7 +69,7 @@ impl Drop for Held<'_> {
 impl Through {
     pub(super) fn new(gpu: &Gpu, config: &ModelConfig, scratch: &Scratch) -> Result<Self, CudaError> {
         Ok(Self {
-            table: gpu.allocate("experts", config.moe_layer_count() * config.num_experts * 4)?,
+            table: gpu.allocate("experts", config.moe_layer_count() * config.num_experts)?,
             known: None,
             progress: Progress::new(gpu, scratch, config.moe_layers(Stack::Encoder).len())?,
             prompts: Recordings::new(PROMPT_STARTS),
@@ -87,7 +87,7 @@ impl Through {
             self.steps.clear();
         }
         if let Some(residents) = experts.hold(layers, self.known.map(|known| known.version)) {
-            gpu.write(self.table.address(), weights::plain_bytes(&residents.slots))?;
+            gpu.write(self.table.all(), &residents.slots)?;
             let (version, is_complete) = (residents.version, residents.is_complete);
             self.known = Some(Known { slots, version, is_complete });
         }
@@ -273,15 +273,13 @@ impl DeviceDense {
         let bytes = Report::bytes(layers, self.current.shape.rows);
         let host = &mut self.exchange.host()?[..bytes];
         // SAFETY: the buffer is this object's, and is touched again after `finish` below only.
-        unsafe { self.gpu.start_reading(self.scratch.report.address(), host) }?;
+        unsafe { self.gpu.start_reading(self.scratch.report.all(), host) }?;
         self.gpu.finish()?;
         Ok(Report::of(host.to_vec()))
     }
 
     fn clear_guard(&self) -> Result<(), CudaError> {
-        let stream = self.gpu.compute.cu_stream();
-        // SAFETY: the report begins with the guard.
-        unsafe { result::memset_d8_async(self.scratch.guard(), 0x7f, 4, stream) }.map_err(failed("cuMemsetD8Async"))
+        self.gpu.fill(self.scratch.report.first(4), 0x7f)
     }
 
     /// The blocks of a stack that have experts, ascending.
