@@ -1,5 +1,5 @@
 //! How a coordinator starts: its configuration is checked, its weights are loaded, its expert-nodes are reached, and
-//! its two threads (`sida-prepare` and `sida-forward`) begin.
+//! its threads (`sida-prepare`, `sida-forward` and `sida-predict`) begin.
 
 use std::{
     io,
@@ -32,6 +32,7 @@ use crate::{
     intake::queue::Queue,
     measures::{metrics::Metrics, statistics::Statistics},
     predict::{
+        beside::beside,
         predict::{Predict, Source},
         preload::Preload,
         remote_predictor::RemotePredictor,
@@ -134,6 +135,7 @@ impl Coordinator {
         let (requests, prepared) = (Arc::new(Queue::new()), Arc::new(Queue::new()));
         let cache_size = backend.cache_size();
         metrics.cache_budget_bytes.set(config.limits.cache_bytes_max as f64);
+        let (predict_beside, predict_thread) = beside(predict.clone(), preload.clone());
         let scheduler = Scheduler {
             limits: config.limits,
             prepared: prepared.clone(),
@@ -146,6 +148,7 @@ impl Coordinator {
             ),
             predict: predict.clone(),
             preload: preload.clone(),
+            predict_beside,
             tokenizer: tokenizer.clone(),
             statistics: statistics.clone(),
             metrics: metrics.clone(),
@@ -166,6 +169,7 @@ impl Coordinator {
         let threads = vec![
             thread::Builder::new().name("sida-prepare".into()).spawn(move || prepare.run())?,
             thread::Builder::new().name("sida-forward".into()).spawn(move || scheduler.run())?,
+            thread::Builder::new().name("sida-predict".into()).spawn(move || predict_thread.run())?,
         ];
         let probe = Arc::new(Probe::new(dispatch(config.server.health_period.min(config.expert_call_timeout)), &model));
         let threads = Mutex::new(threads);

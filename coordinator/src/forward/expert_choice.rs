@@ -14,11 +14,13 @@ use crate::answer::{
 /// How the rows that one sequence (or one target of a scored request) has in a batch are routed, and what came of it.
 pub(crate) struct SequenceRouting {
     /// The routing mode of the request.
-    pub(crate) mode: RoutingMode,
-    /// The hash table; `None` runs `exact`, without hints.
-    pub(crate) table: Option<HashTable>,
-    /// Which token of the table the first row is.
-    pub(crate) first_token: usize,
+    mode: RoutingMode,
+    /// The hash table; without one a pass runs `exact`.
+    table: Option<HashTable>,
+    /// How many rows there are. They are the last tokens of the table, which may begin with earlier ones.
+    rows: usize,
+    /// What the router chose for them at each MoE layer that it was asked at: (rows, top_k).
+    chosen: Vec<(LayerId, Vec<Option<ExpertId>>)>,
     /// The experts that the rows went to.
     pub(crate) experts: ExpertSets,
     /// How often the table named the experts that the router chose.
@@ -28,18 +30,34 @@ pub(crate) struct SequenceRouting {
 }
 
 impl SequenceRouting {
-    /// Rows of a request in `mode`, the first of which is token `first_token` of `table`. A table that names
-    /// fewer experts per token than the model uses cannot choose them.
-    pub(crate) fn new(
-        mode: RoutingMode,
-        table: Option<HashTable>,
-        first_token: usize,
-        top_k: usize,
-        experts: ExpertSets,
-    ) -> Self {
-        let chooses = mode != RoutingMode::Exact;
-        let table = table.filter(|table| !chooses || table.shape().top_k >= top_k);
-        Self { mode, table, first_token, experts, hash: HashCounts::default(), failure: None }
+    /// So many rows of a request in `mode`.
+    pub(crate) fn new(mode: RoutingMode, rows: usize, experts: ExpertSets) -> Self {
+        let (table, chosen, hash, failure) = Default::default();
+        Self { mode, table, rows, chosen, experts, hash, failure }
+    }
+
+    /// Takes the prediction for the rows, before the pass or after it. A table that names fewer experts per token than
+    /// the `top_k` of the model cannot choose them.
+    pub(crate) fn predicted(&mut self, table: Option<HashTable>, top_k: usize) {
+        let chooses = self.mode != RoutingMode::Exact;
+        self.table = table.filter(|table| !chooses || table.shape().top_k >= top_k);
+    }
+
+    /// The prediction, if it was made.
+    pub(crate) fn table(&self) -> Option<&HashTable> {
+        self.table.as_ref()
+    }
+
+    /// Compares the table, if there is one by now, with what the router chose; what came of it at each layer.
+    pub(crate) fn compare(&mut self) -> Vec<(LayerId, HashCounts)> {
+        let chosen = std::mem::take(&mut self.chosen);
+        let Some(table) = &self.table else { return Vec::new() };
+        let first_token = table.shape().tokens - self.rows;
+        let compare =
+            |(layer, chosen): (LayerId, Vec<_>)| (layer, count(table, layer, first_token, self.rows, &chosen));
+        let counts: Vec<(LayerId, HashCounts)> = chosen.into_iter().map(compare).collect();
+        counts.iter().for_each(|(_, counts)| self.hash.add(*counts));
+        counts
     }
 
     /// Whether the router chooses the experts of these rows.
@@ -62,7 +80,7 @@ impl SequenceRouting {
 }
 
 /// The routes of all rows at the MoE layer that a pass has come to; `spans` has the rows of each of `routings`. Notes
-/// in each routing how its table fared against the router.
+/// in each routing what the router chose.
 pub(crate) fn routes<B: Backend>(
     backend: &mut B,
     pass: &mut B::Pass<'_>,
@@ -75,29 +93,30 @@ pub(crate) fn routes<B: Backend>(
         true => backend.routes(pass)?,
         false => Routes { top_k, experts: vec![None; spans.rows() * top_k], weights: vec![0.0; spans.rows() * top_k] },
     };
-    compare(layer, &routes, spans, routings);
+    note_choice(layer, &routes, spans, routings);
     for (routing, rows) in routings.iter_mut().zip(spans.ranges()) {
         let (Some(alpha), Some(table)) = (routing.hash_alpha(), &routing.table) else { continue };
         let probabilities = match alpha {
             Alpha::Router => Some(backend.probabilities(pass)?),
             Alpha::Predicted => None,
         };
+        let first_token = table.shape().tokens - routing.rows;
         for (token, row) in rows.enumerate() {
             let row_probabilities = probabilities.map(|all| &all[row * num_experts..][..num_experts]);
             let at = row * top_k..(row + 1) * top_k;
             let (experts, weights) = (&mut routes.experts[at.clone()], &mut routes.weights[at]);
-            predicted(table, layer, routing.first_token + token, row_probabilities, experts, weights);
+            predicted(table, layer, first_token + token, row_probabilities, experts, weights);
         }
     }
     Ok(routes)
 }
 
-/// Notes in each routing how its table fared against the router's choice at an MoE layer, where the router was asked.
-pub(crate) fn compare(layer: LayerId, routes: &Routes, spans: &Spans, routings: &mut [SequenceRouting]) {
+/// Notes in each routing what the router chose for its rows at an MoE layer, where the router was asked.
+pub(crate) fn note_choice(layer: LayerId, routes: &Routes, spans: &Spans, routings: &mut [SequenceRouting]) {
     for (routing, rows) in routings.iter_mut().zip(spans.ranges()) {
-        if let Some(table) = routing.table.as_ref().filter(|_| routing.wants_router()) {
-            let chosen = &routes.experts[rows.start * routes.top_k..rows.end * routes.top_k];
-            routing.hash.add(count(table, layer, routing.first_token, routes.top_k, chosen));
+        if routing.wants_router() {
+            let chosen = routes.experts[rows.start * routes.top_k..rows.end * routes.top_k].to_vec();
+            routing.chosen.push((layer, chosen));
         }
     }
 }
@@ -119,15 +138,16 @@ fn predicted(
     }
 }
 
-/// How a table's rows from `first_token` fared against the experts that the router chose, (rows, top_k).
+/// How a table's `rows` from `first_token` fared against the experts that the router chose, (rows, top_k).
 fn count(
     table: &HashTable,
     layer: LayerId,
     first_token: usize,
-    top_k: usize,
+    rows: usize,
     routed: &[Option<ExpertId>],
 ) -> HashCounts {
     let mut counts = HashCounts::default();
+    let top_k = (routed.len() / rows.max(1)).max(1);
     for (at, expert) in routed.iter().enumerate() {
         let Some(expert) = expert else { continue };
         match table.experts(layer, first_token + at / top_k).iter().position(|e| e == expert) {
@@ -157,7 +177,7 @@ mod tests {
     fn table_against_router() {
         // Would break: the reported hit rate is not that of the routed experts.
         let routed = [Some(ExpertId(1)), Some(ExpertId(0))];
-        let counts = count(&table(), LayerId(2), 0, 1, &routed);
+        let counts = count(&table(), LayerId(2), 0, 2, &routed);
         assert_eq!(counts, HashCounts { hits: 2, top1_hits: 1, misses: 0 });
         assert_eq!(count(&table(), LayerId(2), 1, 1, &[Some(ExpertId(3))]).misses, 1);
     }

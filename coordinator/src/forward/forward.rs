@@ -13,7 +13,10 @@ use sida_routing::micro_batches::{MicroBatches, PassSize, Way};
 use crate::{
     config::MicroBatching,
     dispatch::dispatch::Dispatch,
-    forward::{batch::Batch, costs::Costs, pass_runner::PassRunner, route_measures::RouteMeasures},
+    forward::{
+        batch::Batch, costs::Costs, expert_choice::SequenceRouting, pass_runner::PassRunner,
+        route_measures::RouteMeasures,
+    },
     measures::statistics::Statistics,
 };
 
@@ -129,6 +132,11 @@ impl<B: Backend> Forward<B> {
             self.micro_batches.note(size, way, rows, start.elapsed());
         }
         states
+    }
+
+    /// Compares the predictions for a pass with what its routers chose, and notes how they fared.
+    pub(crate) fn note_predictions(&self, routings: &mut [SequenceRouting]) {
+        self.first.measures.note_predictions(routings);
     }
 
     /// Each micro-batch by a thread, at the same time. There are not more of them than threads.

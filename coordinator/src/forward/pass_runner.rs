@@ -14,7 +14,6 @@ use sida_routing::{Grouping, LayerId, Routes};
 use sida_telemetry::Span;
 
 use crate::{
-    answer::trace::HashCounts,
     dispatch::{
         dispatch::{Dispatch, Dispatched, UnderWay},
         layer_rows::Activations,
@@ -98,12 +97,11 @@ impl<B: Backend> PassRunner<B> {
     /// `h += sum over its experts of weight * expert(x)`, row by row: x leaves for the experts.
     fn begin_moe(&mut self, one: &mut Running<'_, B>, layer: LayerId, costs: &mut Costs) -> Result<(), ModelError> {
         let Running { batch, pass, moe } = one;
-        let before: Vec<HashCounts> = batch.routings.iter().map(|routing| routing.hash).collect();
         let mut routes = expert_choice::routes(&mut self.backend, pass, layer, &batch.spans, batch.routings)?;
         if self.enforce_capacity {
             router::enforce_capacity(&mut routes, &batch.spans, self.backend.config().expert_capacity);
         }
-        self.measures.note(layer, &routes, &batch.spans, batch.routings, &before);
+        self.measures.note_experts(layer, &routes, &batch.spans, batch.routings);
 
         let start = Instant::now();
         costs.dense_until(start);
@@ -157,9 +155,8 @@ impl<B: Backend> PassRunner<B> {
             let weights = vec![1.0; passed.experts.len()]; // Nobody asks for them any more.
             let experts = passed.experts.into_iter().map(Some).collect();
             let routes = Routes { top_k: self.backend.config().top_k, experts, weights };
-            let before: Vec<HashCounts> = batch.routings.iter().map(|routing| routing.hash).collect();
-            expert_choice::compare(layer, &routes, &batch.spans, batch.routings);
-            self.measures.note(layer, &routes, &batch.spans, batch.routings, &before);
+            expert_choice::note_choice(layer, &routes, &batch.spans, batch.routings);
+            self.measures.note_experts(layer, &routes, &batch.spans, batch.routings);
             self.measures.note_rows(layer, &groups);
         }
         Ok(states)

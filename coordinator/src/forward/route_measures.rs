@@ -36,33 +36,32 @@ impl RouteMeasures {
         Self { statistics, predictions, routed }
     }
 
-    /// Notes which experts each part uses, and how its table fared since `before`.
-    pub(crate) fn note(
-        &self,
-        layer: LayerId,
-        routes: &Routes,
-        spans: &Spans,
-        parts: &mut [SequenceRouting],
-        before: &[HashCounts],
-    ) {
-        let mut sum = HashCounts::default();
-        for ((part, range), before) in parts.iter_mut().zip(spans.ranges()).zip(before) {
+    /// Notes which experts each part uses.
+    pub(crate) fn note_experts(&self, layer: LayerId, routes: &Routes, spans: &Spans, parts: &mut [SequenceRouting]) {
+        for (part, range) in parts.iter_mut().zip(spans.ranges()) {
             let rows = range.start * routes.top_k..range.end * routes.top_k;
             for &expert in routes.experts[rows].iter().flatten() {
                 part.experts.insert(layer, expert);
             }
-            sum.hits += part.hash.hits - before.hits;
-            sum.top1_hits += part.hash.top1_hits - before.top1_hits;
-            sum.misses += part.hash.misses - before.misses;
         }
-        let counters = &self.predictions[usize::from(layer.0)];
-        let counts = [sum.top1_hits, sum.hits - sum.top1_hits, sum.misses];
-        // A single token's layer has one of them, and to add nothing to the others would cost as much.
-        for (counter, count) in counters.iter().zip(counts).filter(|&(_, count)| count > 0) {
-            counter.increment(count);
+    }
+
+    /// Compares the tables of a pass with what its routers chose, and notes how they fared.
+    pub(crate) fn note_predictions(&self, parts: &mut [SequenceRouting]) {
+        let mut sums = vec![HashCounts::default(); self.predictions.len()];
+        for (layer, counts) in parts.iter_mut().flat_map(SequenceRouting::compare) {
+            sums[usize::from(layer.0)].add(counts);
         }
-        self.statistics.hash_hits.fetch_add(sum.hits, Ordering::Relaxed);
-        self.statistics.hash_misses.fetch_add(sum.misses, Ordering::Relaxed);
+        for (sum, counters) in sums.iter().zip(&self.predictions) {
+            let counts = [sum.top1_hits, sum.hits - sum.top1_hits, sum.misses];
+            // A single token's layer has one of them, and to add nothing to the others would cost as much.
+            for (counter, count) in counters.iter().zip(counts).filter(|&(_, count)| count > 0) {
+                counter.increment(count);
+            }
+        }
+        let all = |count: fn(&HashCounts) -> u64| sums.iter().map(count).sum();
+        self.statistics.hash_hits.fetch_add(all(|sum| sum.hits), Ordering::Relaxed);
+        self.statistics.hash_misses.fetch_add(all(|sum| sum.misses), Ordering::Relaxed);
     }
 
     /// Notes how many rows each expert gets.

@@ -1,8 +1,10 @@
 //! What will be needed next: hash tables, and the hints to expert-nodes that are made of them.
 //!
 //! In reading order: `predict` fills the hash tables, by a predictor in this process or by `remote_predictor`, which asks
-//! predictor-nodes; `preload` tells expert-nodes which experts the tables name.
+//! predictor-nodes; `preload` tells expert-nodes which experts the tables name; `beside` does both for the decoder's steps
+//! while they are computed.
 
+pub(crate) mod beside;
 pub(crate) mod predict;
 pub(crate) mod preload;
 pub(crate) mod remote_predictor;

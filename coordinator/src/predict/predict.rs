@@ -1,5 +1,5 @@
 //! Fills hash tables: by a predictor in this process, by predictor-nodes, or not at all. Called by `prepare` for the
-//! encoder and by the scheduler for each decode step.
+//! encoder and by `beside` for each decode step.
 //!
 //! A prediction that cannot be had is never an error: the request runs `exact` without hints and says so in
 //! its trace.
@@ -10,6 +10,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use sida_model::{ModelConfig, Stack};
 use sida_predictor::{HashPredictor, PredictorState};
 use sida_routing::{Digest, HashTable, LayerId};
@@ -35,11 +36,18 @@ pub(crate) enum Source {
     Off,
 }
 
-/// What a predictor knows of one decoding sequence.
+/// What a predictor knows of one decoding sequence. Shared by the scheduler, which feeds it, and by who predicts.
 pub(crate) struct Progress {
-    state: ProgressState,
-    /// Tokens the state has not seen, because the prediction for them failed.
-    unseen: Vec<u32>,
+    state: Mutex<ProgressState>,
+    /// Tokens the state has not seen: those of the next step, and others before them whose prediction failed.
+    unseen: Mutex<Vec<u32>>,
+}
+
+impl Progress {
+    /// The sequence goes on by these tokens.
+    pub(crate) fn feed(&self, tokens: &[u32]) {
+        self.unseen.lock().extend_from_slice(tokens);
+    }
 }
 
 /// The predictor's state of a sequence: as the predictor in this process keeps it, or as predictor-nodes encode it.
@@ -80,62 +88,59 @@ impl Predict {
             Source::Remote(_) => ProgressState::Remote(Bytes::new()),
             Source::Local(_) | Source::Off => ProgressState::Local(PredictorState::default()),
         };
-        Progress { state, unseen: Vec::new() }
+        Progress { state: Mutex::new(state), unseen: Mutex::default() }
     }
 
-    /// A table of the decoder's layers for the new `tokens` of each sequence, or none for any. A table may begin
-    /// with earlier tokens: its last ones are the new.
-    pub(crate) fn decode(
-        &self,
-        progress: &mut [&mut Progress],
-        tokens: &[&[u32]],
-        trace: Option<TraceContext>,
-    ) -> Vec<Option<HashTable>> {
+    /// A table of the decoder's layers for the tokens that were fed to each sequence, or none for any. A table may begin
+    /// with tokens of earlier steps: its last ones are the new.
+    pub(crate) fn decode(&self, sequences: &[Arc<Progress>], trace: Option<TraceContext>) -> Vec<Option<HashTable>> {
         if matches!(self.source, Source::Off) || self.decoder_layers.is_empty() {
-            return vec![None; tokens.len()];
+            return vec![None; sequences.len()];
         }
-        for (progress, tokens) in progress.iter_mut().zip(tokens) {
-            progress.unseen.extend_from_slice(tokens);
-        }
-        let fed: Vec<Vec<u32>> = progress.iter_mut().map(|progress| std::mem::take(&mut progress.unseen)).collect();
-        let sequences: Vec<&[u32]> = fed.iter().map(Vec::as_slice).collect();
-        let lengths: Vec<usize> = sequences.iter().map(|tokens| tokens.len()).collect();
-        let tables = self.advance(progress, &sequences, trace);
+        let fed: Vec<Vec<u32>> =
+            sequences.iter().map(|progress| std::mem::take(&mut *progress.unseen.lock())).collect();
+        let tokens: Vec<&[u32]> = fed.iter().map(Vec::as_slice).collect();
+        let lengths: Vec<usize> = tokens.iter().map(|tokens| tokens.len()).collect();
+        let tables = self.advance(sequences, &tokens, trace);
         if tables.is_none() {
-            for (progress, fed) in progress.iter_mut().zip(fed) {
-                progress.unseen = fed;
+            for (progress, fed) in sequences.iter().zip(fed) {
+                progress.unseen.lock().splice(..0, fed);
             }
         }
         self.usable(tables, &self.decoder_layers, &lengths)
     }
 
+    /// Where predictions are made by others, who may not answer.
+    pub(crate) fn is_remote(&self) -> bool {
+        matches!(self.source, Source::Remote(_))
+    }
+
     /// Predicts, and advances the states if that succeeds.
     fn advance(
         &self,
-        progress: &mut [&mut Progress],
-        sequences: &[&[u32]],
+        sequences: &[Arc<Progress>],
+        tokens: &[&[u32]],
         trace: Option<TraceContext>,
     ) -> Option<Vec<HashTable>> {
+        let mut states: Vec<_> = sequences.iter().map(|progress| progress.state.lock()).collect();
         match &self.source {
             Source::Local(predictor) => {
-                let mut states: Vec<&mut PredictorState> = Vec::with_capacity(progress.len());
-                for progress in progress.iter_mut() {
-                    match &mut progress.state {
-                        ProgressState::Local(state) => states.push(state),
-                        ProgressState::Remote(_) => return None,
-                    }
-                }
-                guarded(|| predictor.decode(&mut states, sequences).map_err(|e| e.to_string()))
+                let local = states.iter_mut().map(|state| match &mut **state {
+                    ProgressState::Local(state) => Some(state),
+                    ProgressState::Remote(_) => None,
+                });
+                let mut local: Vec<&mut PredictorState> = local.collect::<Option<_>>()?;
+                guarded(|| predictor.decode(&mut local, tokens).map_err(|e| e.to_string()))
             }
             Source::Remote(nodes) => {
-                let states = progress.iter().map(|progress| match &progress.state {
+                let before = states.iter().map(|state| match &**state {
                     ProgressState::Remote(state) => state.clone(),
                     ProgressState::Local(_) => Bytes::new(),
                 });
-                let states: Vec<Bytes> = states.collect();
-                let (tables, states) = nodes.decode(sequences, &states, self.decoder_layers.clone(), trace)?;
-                for (progress, state) in progress.iter_mut().zip(states) {
-                    progress.state = ProgressState::Remote(state);
+                let before: Vec<Bytes> = before.collect();
+                let (tables, after) = nodes.decode(tokens, &before, self.decoder_layers.clone(), trace)?;
+                for (state, after) in states.iter_mut().zip(after) {
+                    **state = ProgressState::Remote(after);
                 }
                 Some(tables)
             }

@@ -1,10 +1,10 @@
 //! Prefill: the prompts of requests that join the running batch are computed in one pass of the encoder. Requests for
 //! encoder states are answered then; all others become sequences. Called by the scheduler between two steps.
 
-use std::time::Instant;
+use std::{sync::Arc, time::Instant};
 
 use sida_model::{Backend, NewSequence, Spans, Stack};
-use sida_telemetry::spans;
+use sida_telemetry::{Span, spans};
 
 use crate::{
     answer::{catch_panic::catch_panic, encoding, output::Pooling, request_error::RequestError, trace::Trace},
@@ -40,7 +40,9 @@ impl<B: Backend> Scheduler<B> {
             self.metrics.queue_seconds.record(trace.timings.queue);
             spans::record(request.span.context(), "join", at, now);
             request_span::describe_prompt(&mut request.span, request.tokens.len());
-            routings.push(self.routing(&request, table, 0));
+            let mut routing = self.routing(&request, request.tokens.len());
+            routing.predicted(table, self.forward.config().top_k);
+            routings.push(routing);
             requests.push((request, trace));
             announced.push(hint);
         }
@@ -49,7 +51,10 @@ impl<B: Backend> Scheduler<B> {
         }
         let mut span = BatchSpan::begin("encode", requests.iter().map(|(request, _)| request.span.context()));
         let within = span.as_ref().map(BatchSpan::context);
-        let hint = self.preload_within(within, &routings);
+        let hint = {
+            let _span = within.map(|within| Span::below(within, "preload"));
+            self.preload.begin(routings.iter().filter_map(SequenceRouting::table))
+        };
         drop(announced);
         let spans = Spans::new(requests.iter().map(|(request, _)| request.tokens.len()));
         let ids: Vec<u32> = requests.iter().flat_map(|(request, _)| request.tokens.iter().copied()).collect();
@@ -66,6 +71,7 @@ impl<B: Backend> Scheduler<B> {
             Ok(forward.pass(batch, &mut costs)?)
         });
         drop(hint);
+        self.note_predictions(&mut routings);
         // Threads that compute have requests to read meanwhile: on processors, waiting cost 8% of the throughput.
         if self.forward.is_on_device() {
             self.gathering.note(ids.len(), begun.elapsed());
@@ -172,7 +178,7 @@ impl<B: Backend> Scheduler<B> {
         states.push(state);
         let branch = |(state, tokens): (B::Sequence, &&[u32])| Branch {
             state,
-            progress: self.predict.start(),
+            progress: Arc::new(self.predict.start()),
             feed: [&[start], *tokens].concat(),
         };
         Ok(states.into_iter().zip(&fed).map(branch).collect())

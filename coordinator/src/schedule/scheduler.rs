@@ -13,7 +13,6 @@ use std::{
 use rayon::prelude::*;
 use sida_model::{Backend, Spans, Stack, Tokenizer, Wanted};
 use sida_routing::{
-    HashTable,
     admission::{Cost, Limits},
     gathering::Gathering,
 };
@@ -24,6 +23,7 @@ use crate::{
     answer::{
         catch_panic::catch_panic,
         request_error::RequestError,
+        routing_mode::RoutingMode,
         trace::{ExpertSets, Trace},
     },
     forward::{batch::Batch, costs::Costs, expert_choice::SequenceRouting, forward::Forward},
@@ -33,13 +33,14 @@ use crate::{
     },
     measures::{metrics::Metrics, statistics::Statistics},
     predict::{
-        predict::{Predict, Progress},
-        preload::{Hint, Preload},
+        beside::{Patience, PredictBeside, Predicted},
+        predict::Predict,
+        preload::Preload,
     },
     schedule::{
         batch_span::BatchSpan,
         prepare::Prepared,
-        sequence::{self, Decoding, NextToken, Sequence, SequenceStatus},
+        sequence::{self, Branch, Decoding, NextToken, Sequence, SequenceStatus},
     },
 };
 
@@ -50,6 +51,7 @@ pub(crate) struct Scheduler<B: Backend> {
     pub(crate) forward: Forward<B>,
     pub(crate) predict: Arc<Predict>,
     pub(crate) preload: Arc<Preload>,
+    pub(crate) predict_beside: PredictBeside,
     pub(crate) tokenizer: Arc<Tokenizer>,
     pub(crate) statistics: Arc<Statistics>,
     pub(crate) metrics: Arc<Metrics>,
@@ -141,12 +143,20 @@ impl<B: Backend> Scheduler<B> {
             self.running.iter().flat_map(|s| &s.branches).map(|b| b.feed.len()).sum(),
         );
         let within = span.as_ref().map(BatchSpan::context);
-        let mut routings = self.predict_step(within);
-        self.preload.note_demand(routings.iter().filter_map(|routing| routing.table.as_ref()));
-        let _hint = self.preload_within(within, &routings);
+        let mut routings = self.routings();
+        self.begin_prediction(within);
+        let needs_tables = self.running.iter().any(|sequence| sequence.request.mode != RoutingMode::Exact);
+        let before = needs_tables.then(|| self.take_prediction(Patience::Long, &mut routings));
         let mut costs = Costs::of_pass(within);
         let outcome = self.decode(&mut routings, &mut costs);
         costs.record(&self.metrics.phases);
+        let after = self.take_prediction(Patience::Short, &mut routings);
+        let waited = self.predict_beside.waited();
+        self.metrics.phases.predict.record(waited);
+        self.running.iter_mut().for_each(|sequence| sequence.trace.timings.predict += waited);
+        self.note_predictions(&mut routings);
+        // The hints are taken back: the step is over.
+        drop((before, after));
         let _settling = within.map(|within| Span::below(within, "output"));
         match outcome {
             Ok(output) => self.postprocess(routings, &output, &costs),
@@ -158,31 +168,40 @@ impl<B: Backend> Scheduler<B> {
         self.running.drain(..).for_each(|sequence| sequence.request.fail(error.clone()));
     }
 
-    /// A hash table for the new tokens of every branch, as the routing of its rows in this step's batch.
-    fn predict_step(&mut self, within: Option<TraceContext>) -> Vec<SequenceRouting> {
-        let start = Instant::now();
-        let span = within.map(|within| Span::below(within, "predict"));
-        let mut progress: Vec<&mut Progress> = Vec::new();
-        let mut tokens: Vec<&[u32]> = Vec::new();
-        for branch in self.running.iter_mut().flat_map(|sequence| &mut sequence.branches) {
-            progress.push(&mut branch.progress);
-            tokens.push(&branch.feed);
+    /// How the rows of every branch are routed in this step's batch.
+    fn routings(&self) -> Vec<SequenceRouting> {
+        let of = |sequence: &Sequence<B>| {
+            let routing = |branch: &Branch<B>| self.routing(&sequence.request, branch.feed.len());
+            sequence.branches.iter().map(routing).collect::<Vec<_>>()
+        };
+        self.running.iter().flat_map(of).collect()
+    }
+
+    /// Begins to predict what the new tokens of every branch will use.
+    fn begin_prediction(&mut self, within: Option<TraceContext>) {
+        let mut sequences = Vec::new();
+        for branch in self.running.iter().flat_map(|sequence| &sequence.branches) {
+            branch.progress.feed(&branch.feed);
+            sequences.push(branch.progress.clone());
         }
-        let mut tables = self.predict.decode(&mut progress, &tokens, span.as_ref().map(Span::context)).into_iter();
-        drop(span);
-        let took = start.elapsed();
-        self.metrics.phases.predict.record(took);
-        self.running.iter_mut().for_each(|sequence| sequence.trace.timings.predict += took);
-        let mut routings = Vec::with_capacity(tables.len());
-        for sequence in &self.running {
-            for branch in &sequence.branches {
-                let table = tables.next().flatten();
-                // A table may begin with earlier tokens, whose prediction had failed.
-                let first = table.as_ref().map_or(0, |table| table.shape().tokens - branch.feed.len());
-                routings.push(self.routing(&sequence.request, table, first));
-            }
+        self.predict_beside.begin(sequences, within);
+    }
+
+    /// Waits for the prediction, if it has not been taken yet, and gives every branch its hash table.
+    fn take_prediction(&mut self, patience: Patience, routings: &mut [SequenceRouting]) -> Option<Predicted> {
+        let mut predicted = self.predict_beside.take(patience)?;
+        let top_k = self.forward.config().top_k;
+        for (routing, table) in routings.iter_mut().zip(&mut predicted.tables) {
+            routing.predicted(table.take(), top_k);
         }
-        routings
+        Some(predicted)
+    }
+
+    /// Notes how the predictions for a pass that is over fared.
+    pub(crate) fn note_predictions(&self, routings: &mut [SequenceRouting]) {
+        self.forward.note_predictions(routings);
+        let missing = routings.iter().filter(|routing| routing.table().is_none()).count();
+        self.metrics.predictions_missing.increment(missing as u64);
     }
 
     /// One pass of the decoder over the new tokens of every branch. For sequences that generate, the next token where
@@ -287,19 +306,11 @@ impl<B: Backend> Scheduler<B> {
         self.metrics.phases.output.record(start.elapsed());
     }
 
-    /// Hints to expert-nodes which experts a batch uses that begins now.
-    pub(crate) fn preload_within(&self, within: Option<TraceContext>, routings: &[SequenceRouting]) -> Hint {
-        let _span = within.map(|within| Span::below(within, "preload"));
-        self.preload.begin(routings.iter().filter_map(|routing| routing.table.as_ref()))
-    }
-
-    pub(crate) fn routing(&self, request: &Request, table: Option<HashTable>, first_token: usize) -> SequenceRouting {
-        if table.is_none() {
-            self.metrics.predictions_missing.increment(1);
-        }
+    /// How so many rows of a request are routed.
+    pub(crate) fn routing(&self, request: &Request, rows: usize) -> SequenceRouting {
         let config = self.forward.config();
         let experts = ExpertSets::new(config.moe_layer_count(), config.num_experts);
-        SequenceRouting::new(request.mode, table, first_token, config.top_k, experts)
+        SequenceRouting::new(request.mode, rows, experts)
     }
 
     pub(crate) fn trace(&self, request: &Request) -> Trace {

@@ -2,7 +2,7 @@
 //! it ends. A generated text has one branch; a scored request has one per target, and all of them share the
 //! cross-attention keys and values of the prompt. Kept and stepped by the scheduler.
 
-use std::{ops::Range, time::Instant};
+use std::{ops::Range, sync::Arc, time::Instant};
 
 use sida_model::{Backend, ModelConfig, ModelError, Tokenizer};
 use sida_telemetry::spans;
@@ -38,8 +38,8 @@ pub(crate) struct Sequence<B: Backend> {
 pub(crate) struct Branch<B: Backend> {
     /// The decoder's caches.
     pub(crate) state: B::Sequence,
-    /// What the predictor knows of the branch.
-    pub(crate) progress: Progress,
+    /// What the predictor knows of the branch, and has yet to see.
+    pub(crate) progress: Arc<Progress>,
     /// The tokens that the next step computes.
     pub(crate) feed: Vec<u32>,
 }
@@ -220,7 +220,7 @@ impl Generation {
 
 /// Notes in a request's trace how a pass routed its rows.
 pub(crate) fn absorb(trace: &mut Trace, routing: &SequenceRouting) {
-    trace.unpredicted |= routing.table.is_none();
+    trace.unpredicted |= routing.table().is_none();
     trace.hash.add(routing.hash);
     trace.experts.union(&routing.experts);
 }

@@ -1,6 +1,6 @@
 //! A coordinator with expert-nodes in this process: what it answers ([`exactness`]), what it survives
 //! ([`failures`]), how it reaches nodes behind sockets ([`lanes`], [`epochs`]), what it refuses ([`limits`]), how
-//! sequences share their memory ([`cache_memory`]), and how that looks by gRPC ([`front_door`]). Whole clusters of
+//! sequences share their memory ([`cache_memory`]), what predictions cost ([`prediction`]), and how that looks by gRPC ([`front_door`]). Whole clusters of
 //! real nodes are tested in the `tests` crate.
 
 mod cache_memory;
@@ -13,3 +13,4 @@ mod limits;
 mod noise_predictor;
 mod plain_experts;
 mod plain_nodes;
+mod prediction;

@@ -1,6 +1,6 @@
 //! A predictor that knows nothing: experts and alphas from a hash of the token, its place and a seed.
 
-use std::path::Path;
+use std::{path::Path, thread, time::Duration};
 
 use sida_model::Checkpoint;
 use sida_predictor::{HashPredictor, HitRate, PredictorError, PredictorShape, PredictorState};
@@ -14,13 +14,20 @@ pub(crate) struct NoisePredictor {
     shape: PredictorShape,
     model: Digest,
     seed: u64,
+    /// How long it takes over a step of the decoder.
+    delay: Duration,
 }
 
 impl NoisePredictor {
     /// For the model in `dir`.
     pub(crate) fn of(dir: &Path, seed: u64) -> Self {
         let checkpoint = Checkpoint::open(dir).expect("model");
-        Self { shape: PredictorShape::of(checkpoint.config()), model: checkpoint.digest(), seed }
+        Self { shape: PredictorShape::of(checkpoint.config()), model: checkpoint.digest(), seed, delay: Duration::ZERO }
+    }
+
+    /// The same, but slow.
+    pub(crate) fn slow(self, delay: Duration) -> Self {
+        Self { delay, ..self }
     }
 
     /// The encoder's tables.
@@ -73,6 +80,7 @@ impl HashPredictor for NoisePredictor {
     }
 
     fn decode(&self, _: &mut [&mut PredictorState], tokens: &[&[u32]]) -> Result<Vec<HashTable>, PredictorError> {
+        thread::sleep(self.delay);
         Ok(tokens.iter().map(|tokens| self.table(&self.shape.decoder_layers, tokens)).collect())
     }
 }

@@ -143,7 +143,7 @@ catalogue! {
     QUEUE_DURATION_SECONDS = "sida_queue_duration_seconds", histogram(WAITS), [], Seconds, Coordinator, "A request's wait for a place in a batch.";
     TOKENS_TOTAL = "sida_tokens_total", counter, [KIND], Count, Coordinator, "Tokens read (kind = prompt) and written (generated).";
     BATCH_TOKENS = "sida_batch_tokens", histogram(TOKENS), [], Count, Coordinator, "Tokens per step of the forward loop.";
-    PHASE_DURATION_SECONDS = "sida_phase_duration_seconds", histogram(WORK), [PHASE], Seconds, Coordinator, "One step in each phase: predict, load (waiting for experts), backbone, experts, output.";
+    PHASE_DURATION_SECONDS = "sida_phase_duration_seconds", histogram(WORK), [PHASE], Seconds, Coordinator, "One step in each phase: predict (waiting for a prediction), load (waiting for experts), backbone, experts, output.";
     HASH_PREDICTIONS_TOTAL = "sida_hash_predictions_total", counter, [LAYER, OUTCOME], Count, Coordinator, "Routed experts that were the hash table's first choice (outcome = top1), another of its k (hit), or none (miss).";
     PREDICTIONS_MISSING_TOTAL = "sida_predictions_missing_total", counter, [], Count, Coordinator, "Sequences of a step that ran without a hash table, since no predictor answered.";
     ROUTED_ROWS_TOTAL = "sida_routed_rows_total", counter, [LAYER, EXPERT], Count, Coordinator, "Rows that each expert was given; only for models of at most 4,096 experts in all layers.";
