@@ -5,7 +5,8 @@ asked by gRPC.
 
 For each budget, method and number of clients prints: requests a second and the latency's median, the forward's median for
 batches of as many requests that are sent together, and the share of the forward's pace that is served (clients divided by the
-forward, against requests a second). Several builds (--sida a,b) take turns, round by round; one that does not tell what its
+forward, against requests a second). A budget is asked for as a share of all experts, and told as a share of those that the method uses,
+which for encode are the encoder's, with its bytes. Several builds (--sida a,b) take turns, round by round; one that does not tell what its
 forward took has none. Needs a build with the cargo feature cuda and no Python package.
 
 With --peer a pass by hand in plain torch (torch_peer.py, what follows the word are flags of it) takes its turn in every round, on
@@ -78,14 +79,15 @@ class Peer:
 
 
 def measure(server, args, method, clients):
-    """Requests a second, the median latency and the median forward, in milliseconds, and what was loaded while a call waited."""
+    """Requests a second, the median latency and the median forward, in milliseconds, what was loaded while a call waited, and
+    the budget."""
     together = server.bench(args, method, 1, clients)
     apart = together if clients == 1 else server.bench(args, method, clients, 1)
     for report in (together, apart):
         if report["failures"]:
             raise SystemExit(f"{method}, {clients} clients: {report['failures']}")
     forward = together.get("forward_ms", {}).get("p50")
-    return apart["requests_per_s"], apart["latency_ms"]["p50"], forward, apart["loads"]["demanded"]
+    return apart["requests_per_s"], apart["latency_ms"]["p50"], forward, apart["loads"]["demanded"], apart.get("budget")
 
 
 def main():
@@ -138,10 +140,12 @@ def run(args, log):
 
 
 def tell(budget, method, clients, server, rounds, peers):
-    rates, latencies, forwards, loads = zip(*rounds)
+    rates, latencies, forwards, loads, budgets = zip(*rounds)
     rate, latency = statistics.median(rates), statistics.median(latencies)
     line = {"sida": server.sida, "budget": budget, "resident_gb": round(server.resident_bytes / 1e9, 2), "method": method, "clients": clients}
     line |= {"requests_per_s": round(rate, 1), "range": [round(min(rates), 1), round(max(rates), 1)], "p50_ms": round(latency, 3)}
+    if budgets[0]:
+        line |= {"budget_gb": round(budgets[0]["bytes"] / 1e9, 2), "of_used_experts": round(budgets[0]["share"], 3)}
     line |= {"demanded": statistics.median(loads)}
     if all(forwards):
         forward = statistics.median(forwards)
