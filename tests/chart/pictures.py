@@ -17,6 +17,7 @@ COLOURS = ["#3b7dd8", "#d9822b", "#3aa76d", "#c94f5d", "#8e63c7", "#2aa6b8", "#b
 COLUMN, ROW, GAP = 52, 30, 8
 # Of a plot: what is left of it and right of it, a line of its legend, a letter, and the least that its curves get.
 LEFT, RIGHT, LINE, LETTER, CURVES_MIN = 58, 14, 13, 6.2, 80
+TITLE_LETTER = 7.5
 
 
 class Window:
@@ -75,7 +76,7 @@ def time_axis(window, left, width, y):
     """Where a time is, and the axis: seconds since the window's start."""
     seconds = window.end - window.start
     x = lambda t: left + (width - left - RIGHT) * (t - window.start) / seconds
-    labels = "".join(f'<text x={x(window.start + t):.1f} y={y + 12} text-anchor=middle>{t:.0f} s</text>' for t in ticks(0, seconds, "s", 6))
+    labels = "".join(f'<text x={x(window.start + t):.1f} y={y + 14} text-anchor=middle>{t:.0f} s</text>' for t in ticks(0, seconds, "s", 6))
     return x, f'<line x1={left} x2={width - RIGHT} y1={y} y2={y} class=axis />{labels}'
 
 
@@ -161,7 +162,7 @@ def heat(window, series, width, height):
             if t < window.end:
                 share = (value / most) ** 0.5
                 colour = f"hsl(30,{90 * share:.0f}%,{95 - 50 * share:.0f}%)"
-                parts.append(f'<rect x={x(t):.1f} y={line * h:.1f} width={min(second, x(window.end) - x(t)):.1f} height={h:.1f} fill="{colour}" />')
+                parts.append(f'<rect x={x(t):.1f} y={line * h:.1f} width={min(second, x(window.end) - x(t)):.1f} height={h:.1f} fill="{colour}" shape-rendering=crispEdges />')
     return f"<svg width={width} height={height}>{''.join(parts)}{axis}</svg>"
 
 
@@ -200,7 +201,8 @@ def page(dashboard, window, caption):
         if panel["type"] == "row":
             parts.append(f'<div class=row style="left:{x}px;top:{y + 5}px">{html.escape(panel["title"])}</div>')
             continue
-        content = inside(panel, window, width - 16, height - 30)
+        title_lines = math.ceil(TITLE_LETTER * len(panel["title"]) / (width - 16))
+        content = inside(panel, window, width - 16, height - 16 - 14 * title_lines)
         parts.append(f'<div class=panel style="left:{x}px;top:{y}px;width:{width}px;height:{height}px"><b>{html.escape(panel["title"])}</b>{content}</div>')
     head = f"<h1>{html.escape(dashboard['title'])}<small>{html.escape(caption)}</small></h1>"
     return f"<!doctype html><meta charset=utf-8><style>{STYLE}</style>{head}{''.join(parts)}", bottom

@@ -182,8 +182,8 @@ class Running(unittest.TestCase):
         self.assertEqual(firing, [])
         print(f"{len(found)} queries, {len(load.answers)} requests in {time.time() - started:.0f} s")
         if "SIDA_PICTURES" in os.environ:
-            # Without the seconds in which rates still look back to before the load.
-            window = pictures.Window(self.prometheus, filled, math.ceil(started) + RATE_SECONDS, math.floor(ended))
+            # Without the seconds in which clients start and rates still look back to before the load.
+            window = pictures.Window(self.prometheus, filled, math.ceil(started) + 2 * RATE_SECONDS, math.floor(ended))
             caption = f"{window.end - window.start} seconds under steady load, the same in every panel; rates are over {RATE_SECONDS} seconds"
             pictures.draw(window, caption, REPOSITORY / "docs/pictures")
 

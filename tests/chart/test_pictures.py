@@ -80,6 +80,16 @@ class Pictures(unittest.TestCase):
         # The second lies on the first.
         self.assertLess(height(named["experts"]), height(named["load"]))
 
+    def test_a_long_title_leaves_room(self):
+        """Broken: a title of two lines would push the legend out of its panel."""
+        window = pictures.Window(Answers({"load": {(): [1.0] * 61}}), lambda text: text, START, END)
+
+        def height(title):
+            text, _ = pictures.page({"title": "", "panels": [panel("timeseries", "load", width=6) | {"title": title}]}, window, "")
+            return int(re.search(r"<svg width=\d+ height=(\d+)", text)[1])
+
+        self.assertEqual(height("Time of a request by coordinator and method, 95%"), height("Load") - 14)
+
     def test_no_data(self):
         """Broken: a dashboard without data, such as in a cluster without load, would end in an error."""
         kinds = ("stat", "timeseries", "heatmap")
