@@ -1,13 +1,14 @@
 """Switch Transformers by hand in plain torch, as fast as torch's own operations get: what torch_peer.py measures.
 
-Rows are texts x tokens, padded to the batch's longest. An encoding is one function, a generation an encoding and a function for
+Ids are texts x tokens, padded to the batch's longest. An encoding is one function, a generation an encoding and a function for
 each token; they only start kernels and never wait for the device, so that they can be captured in CUDA graphs. What is
 done for speed, and is not in transformers:
 
 - Experts are two grouped products (`torch._grouped_mm`) over rows that are sorted by expert.
 - q, k and v are one product; so are the keys and values of all layers' attention to the input.
 - What adds to the hidden states is added by the product itself. Keys and values are kept in place.
-- Padding is routed to the expert of the first row, so that no expert is read for it alone; or to its own, with `route_padding`.
+- Rows may be packed: those of padding are left out of all but attention, which costs two copies a layer. Where they are
+  kept, they go to the expert of the first row, so that no expert is read for them alone.
 """
 
 import functools
@@ -45,7 +46,7 @@ class Checkpoint:
 
 
 def route(h, norm, epsilon, router, replaced):
-    """x of the rows, and the probability and the id of each one's expert; `replaced` rows get the first row's."""
+    """x of the rows, and the probability and the id of each one's expert; rows that are `replaced` get the first row's."""
     x = F.rms_norm(h, norm.shape, norm, epsilon)
     probability, expert = (x.float() @ router.t()).softmax(-1).max(-1)
     if replaced is not None:
@@ -69,13 +70,12 @@ def attend(q, k, v, mask):
 
 
 class Switch:
-    def __init__(self, folder, device, dtype, route_padding=False, compiled=False):
+    def __init__(self, folder, device, dtype, compiled=False):
         config = json.loads((folder / "config.json").read_text())
         for field, expected in EXPECTED.items():
             if config.get(field, expected) != expected:
                 raise SystemExit(f"{folder}: {field} is {config[field]}, expected {expected}")
         self.config, self.device, self.dtype = SimpleNamespace(**config), device, dtype
-        self.route_padding = route_padding
         self.route = torch.compile(route, dynamic=True) if compiled else route
         self.heads, self.d_kv, self.epsilon = config["num_heads"], config["d_kv"], config["layer_norm_epsilon"]
         self.expert_ids = torch.arange(config["num_experts"], device=device)
@@ -136,6 +136,10 @@ class Switch:
         bucket = first + torch.where(distance < exact, distance, far.clamp(max=buckets - 1))
         return F.embedding(bucket.to(self.device), of).permute(2, 0, 1)[None].contiguous()
 
+    @functools.cache
+    def row_numbers(self, rows):
+        return torch.arange(1, rows + 1, device=self.device)
+
     def norm(self, h, weight):
         return F.rms_norm(h, weight.shape, weight, self.epsilon)
 
@@ -152,23 +156,32 @@ class Switch:
         y = grouped(grouped(x, block.wi, ends).relu_(), block.wo, ends).mul_(probability[:, None])
         h.add_(y) if is_one else h.index_add_(0, order, y)
 
-    def encode(self, ids):
-        """ids (texts, tokens) -> states (texts * tokens, d_model), and which of the rows are no padding (texts, tokens)."""
+    def encode(self, ids, packed=None):
+        """ids (texts, tokens) -> states (texts * tokens, d_model), and which of them are of no padding (texts, tokens).
+        `packed` is a number of rows that all but padding fits into."""
         texts, tokens = ids.shape
         is_token = ids != self.config.pad_token_id
-        replaced = None if self.route_padding else ~is_token.flatten()
         mask = self.bias("encoder", tokens).masked_fill(~is_token[:, None, None, :], -math.inf)
-        h = F.embedding(ids.flatten(), self.embedding)
+        ids, replaced = ids.flatten(), ~is_token.flatten()
+        if packed:
+            # The places of the rows, and the row of each place; the rows that are left over are as the last place.
+            count, numbers = is_token.flatten().cumsum(0), self.row_numbers(packed)
+            places, replaced = torch.searchsorted(count, numbers).clamp(max=len(ids) - 1), numbers > count[-1]
+            ids, rows = ids[places], (count - 1).clamp(min=0)
+        h = F.embedding(ids, self.embedding)
         for block in self.encoder.blocks:
             qkv = self.norm(h, block.attention.norm) @ block.attention.projection.t()
+            qkv = qkv[rows] if packed else qkv
             q, k, v = qkv.view(texts, tokens, 3, self.heads, self.d_kv).unbind(2)
-            h.addmm_(attend(q, k, v, mask), block.attention.output.t())
+            a = attend(q, k, v, mask)
+            h.addmm_(a[places] if packed else a, block.attention.output.t())
             self.feed_forward(h, block, replaced)
-        return self.norm(h, self.encoder.final_norm), is_token
+        states = self.norm(h, self.encoder.final_norm)
+        return states[rows] if packed else states, is_token
 
-    def pooled(self, ids):
+    def pooled(self, ids, packed=None):
         """The mean state of each text (texts, d_model)."""
-        states, is_token = self.encode(ids)
+        states, is_token = self.encode(ids, packed)
         weights = is_token.float() / is_token.sum(1, keepdim=True)
         return torch.bmm(weights[:, None], states.float().view(*ids.shape, -1))[:, 0]
 
@@ -176,8 +189,8 @@ class Switch:
 class Generation:
     """Greedy decoding of so many tokens of a batch, whatever they are: what is kept between its steps, in place."""
 
-    def __init__(self, model, ids, new_tokens):
-        self.model, self.ids, self.new_tokens = model, ids, new_tokens
+    def __init__(self, model, ids, new_tokens, packed=None):
+        self.model, self.ids, self.new_tokens, self.packed = model, ids, new_tokens, packed
         (texts, tokens), layers, shape = ids.shape, len(model.decoder.blocks), (2, model.heads, model.d_kv)
         empty = functools.partial(torch.empty, device=model.device, dtype=model.dtype)
         # The position bias is read in pieces of eight.
@@ -193,7 +206,7 @@ class Generation:
         return [self.begin, *(functools.partial(self.step, number) for number in range(self.new_tokens))]
 
     def begin(self):
-        states, is_token = self.model.encode(self.ids)
+        states, is_token = self.model.encode(self.ids, self.packed)
         torch.mm(states, self.model.cross.t(), out=self.cross)
         self.mask.zero_().masked_fill_(~is_token[:, None, None, :], -math.inf)
 
