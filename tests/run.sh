@@ -49,7 +49,7 @@ cargo clippy --release --workspace --all-features --all-targets --locked -- -D w
 cargo test --release --workspace --all-features --locked
 
 # The chart: rendered, validated, and its pods executed as processes of the binary that the tests above have built.
-for test in chart values weights releases fetch dashboards; do
+for test in chart values weights releases fetch dashboards pictures; do
     "$tools/bin/python" "tests/chart/test_$test.py"
 done
 [[ -z ${SIDA_CUSTOM_RESOURCES:-} ]] || "$tools/bin/python" tests/chart/custom_resources.py

@@ -5,6 +5,7 @@ build). SIDA_PICTURES=1 also draws the dashboards into docs/pictures."""
 import base64
 import concurrent.futures
 import json
+import math
 import os
 import pathlib
 import re
@@ -27,8 +28,10 @@ from test_chart import CHART, rendered
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 BINARY = pathlib.Path(os.environ.get("SIDA_BINARY", REPOSITORY / "target/release/sida"))
 TEXTS = [line for line in (REPOSITORY / "tests/data/sentences.txt").read_text().splitlines() if line.strip()][:24]
-# How long there is load before queries are asked: rates need some scrapes.
-LOAD_SECONDS = 30
+# What rates are taken over; Grafana would choose it by the panel's width.
+RATE_SECONDS = 15
+# How long there is load before queries are asked: rates need some scrapes, and pictures a while to show.
+LOAD_SECONDS = 90 if "SIDA_PICTURES" in os.environ else 30
 
 # Queries that rightly return nothing here, and why.
 EMPTY = {
@@ -111,7 +114,7 @@ def panels():
 
 
 def filled(expression):
-    return re.sub(r"\$\w+", ".*", expression.replace("$__rate_interval", "15s"))
+    return re.sub(r"\$\w+", ".*", expression.replace("$__rate_interval", f"{RATE_SECONDS}s"))
 
 
 def observed(expression):
@@ -179,7 +182,10 @@ class Running(unittest.TestCase):
         self.assertEqual(firing, [])
         print(f"{len(found)} queries, {len(load.answers)} requests in {time.time() - started:.0f} s")
         if "SIDA_PICTURES" in os.environ:
-            pictures.draw(self.prometheus, filled, started, ended, REPOSITORY / "docs/pictures")
+            # Without the seconds in which clients start and rates still look back to before the load.
+            window = pictures.Window(self.prometheus, filled, math.ceil(started) + 2 * RATE_SECONDS, math.floor(ended))
+            caption = f"{window.end - window.start} seconds under steady load, the same in every panel; rates are over {RATE_SECONDS} seconds"
+            pictures.draw(window, caption, REPOSITORY / "docs/pictures")
 
     def test_3_names_agree(self):
         """Broken: a dashboard, an alert or a document would name a metric that no node exports, or a node would export

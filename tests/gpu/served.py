@@ -5,8 +5,13 @@ asked by gRPC.
 
 For each budget, method and number of clients prints: requests a second and the latency's median, the forward's median for
 batches of as many requests that are sent together, and the share of the forward's pace that is served (clients divided by the
-forward, against requests a second). Several builds (--sida a,b) take turns, round by round; one that does not tell what its
+forward, against requests a second). A budget is asked for as a share of all experts, and told as a share of those that the method uses,
+which for encode are the encoder's, with its bytes. Several builds (--sida a,b) take turns, round by round; one that does not tell what its
 forward took has none. Needs a build with the cargo feature cuda and no Python package.
+
+With --peer a pass by hand in plain torch (torch_peer.py, what follows the word are flags of it) takes its turn in every round, on
+the same model, texts and GPU. Both load once and wait, idle, while the other is measured. Its milliseconds stand beside the
+forward's, and so does their ratio within each round, above 1 where ours is faster: `--peer=` or `--peer=--compile`.
 """
 
 import argparse
@@ -48,15 +53,41 @@ class Server:
         return serve.bench(self.sida, self.process.address, *flags)[0]
 
 
+class Peer:
+    """torch_peer.py, once it has loaded."""
+
+    def __init__(self, args, log):
+        command = [sys.executable, str(pathlib.Path(__file__).with_name("torch_peer.py")), "--serve", "--model", args.model]
+        command += ["--file", args.file, "--device", args.device, "--new-tokens", str(args.new_tokens), *args.peer.split()]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+        print(json.dumps({"peer": self.answer()}), flush=True)
+
+    def answer(self):
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{' '.join(self.process.args)} ended with exit code {self.process.wait()}")
+        return json.loads(line)
+
+    def measure(self, method, batch):
+        """The median of a batch's milliseconds."""
+        print("measure", method, batch, file=self.process.stdin, flush=True)
+        return self.answer()["ms"]
+
+    def end(self):
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+
+
 def measure(server, args, method, clients):
-    """Requests a second, the median latency and the median forward, in milliseconds, and what was loaded while a call waited."""
+    """Requests a second, the median latency and the median forward, in milliseconds, what was loaded while a call waited, and
+    the budget."""
     together = server.bench(args, method, 1, clients)
     apart = together if clients == 1 else server.bench(args, method, clients, 1)
     for report in (together, apart):
         if report["failures"]:
             raise SystemExit(f"{method}, {clients} clients: {report['failures']}")
     forward = together.get("forward_ms", {}).get("p50")
-    return apart["requests_per_s"], apart["latency_ms"]["p50"], forward, apart["loads"]["demanded"]
+    return apart["requests_per_s"], apart["latency_ms"]["p50"], forward, apart["loads"]["demanded"], apart.get("budget")
 
 
 def main():
@@ -75,32 +106,55 @@ def main():
     arguments.add_argument("--new-tokens", type=int, default=32)
     arguments.add_argument("--duration", default="1s")
     arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--peer", metavar="FLAGS", help="measure torch_peer.py with these flags, too, in turns")
     args = arguments.parse_args()
     with tempfile.TemporaryDirectory(dir=args.directory) as directory, open(f"{directory}/log", "w+") as log:
         if not args.model:
             args.model = f"{directory}/model"
             command = [args.sida[0], "synth", "--like", args.like, "--skew", args.skew, "--out", args.model]
             subprocess.run(command, check=True, capture_output=True)
-        for budget in args.budgets:
-            servers = [Server(sida, args, budget, log) for sida in args.sida]
-            for method in args.methods:
-                for clients in args.clients:
-                    rounds = [[measure(server, args, method, clients) for server in servers] for _ in range(args.rounds)]
-                    for number, server in enumerate(servers):
-                        tell(budget, method, clients, server, [figures[number] for figures in rounds])
-            for server in servers:
-                server.process.end()
+        try:
+            run(args, log)
+        except SystemExit:
+            log.seek(0)
+            print("".join(log.readlines()[-40:]), file=sys.stderr)
+            raise
 
 
-def tell(budget, method, clients, server, rounds):
-    rates, latencies, forwards, loads = zip(*rounds)
+def run(args, log):
+    peer = None if args.peer is None else Peer(args, log)
+    for budget in args.budgets:
+        servers = [Server(sida, args, budget, log) for sida in args.sida]
+        for method in args.methods:
+            for clients in args.clients:
+                rounds, peers = [], []
+                for _ in range(args.rounds):
+                    rounds.append([measure(server, args, method, clients) for server in servers])
+                    peers += [peer.measure(method, clients)] if peer else []
+                for number, server in enumerate(servers):
+                    tell(budget, method, clients, server, [figures[number] for figures in rounds], peers)
+        for server in servers:
+            server.process.end()
+    if peer:
+        peer.end()
+
+
+def tell(budget, method, clients, server, rounds, peers):
+    rates, latencies, forwards, loads, budgets = zip(*rounds)
     rate, latency = statistics.median(rates), statistics.median(latencies)
     line = {"sida": server.sida, "budget": budget, "resident_gb": round(server.resident_bytes / 1e9, 2), "method": method, "clients": clients}
     line |= {"requests_per_s": round(rate, 1), "range": [round(min(rates), 1), round(max(rates), 1)], "p50_ms": round(latency, 3)}
+    if budgets[0]:
+        line |= {"budget_gb": round(budgets[0]["bytes"] / 1e9, 2), "of_used_experts": round(budgets[0]["share"], 3)}
     line |= {"demanded": statistics.median(loads)}
     if all(forwards):
         forward = statistics.median(forwards)
         line |= {"forward_ms": round(forward, 3), "of_forward": round(rate * forward / 1e3 / clients, 3)}
+    if peers:
+        line |= {"peer_ms": round(statistics.median(peers), 3)}
+    if peers and all(forwards):
+        ratios = [peer / forward for peer, forward in zip(peers, forwards)]
+        line |= {"peer_over_forward": round(statistics.median(ratios), 2), "ratio_range": [round(min(ratios), 2), round(max(ratios), 2)]}
     print(json.dumps(line), flush=True)
 
 

@@ -2,8 +2,10 @@
 //! running coordinator.
 //!
 //! In reading order: [`workload`] (what a request is), [`load`] (how they are sent), [`figures`] (what is
-//! measured), [`subject`] (what it is measured on), [`processes`] (one kind of that), [`report`] (how it is told).
+//! measured), [`subject`] (what it is measured on), [`processes`] (one kind of that), [`budget`] (how much of what is used
+//! it may hold), [`report`] (how it is told).
 
+mod budget;
 mod figures;
 mod load;
 mod processes;
@@ -23,6 +25,7 @@ use futures::future::BoxFuture;
 use serde_json::json;
 
 use self::{
+    budget::Budget,
     figures::{Sample, Samples},
     load::{Load, Until},
     report::Measured,
@@ -146,12 +149,13 @@ async fn measure(
     let mut measured = Vec::new();
     for (index, (subject, samples)) in subjects.iter().zip(samples).enumerate() {
         let state = subject.node_state().await?;
+        let model = subject.client.model().await?;
         measured.push(Measured {
             label: subject.label.clone(),
             figures: samples.figures(),
             rounds_per_s: std::mem::take(&mut rounds_per_s[index]),
             resident_bytes: state.resident_bytes,
-            budget_bytes: state.budget_bytes,
+            budget: Budget::of(workload.method(), &model, state.budget_bytes, state.slots),
             loads: state.loads.since(before[index].loads),
         });
     }

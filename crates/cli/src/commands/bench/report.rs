@@ -5,7 +5,10 @@ use std::fs;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::figures::{Figures, median};
+use super::{
+    budget::Budget,
+    figures::{Figures, median},
+};
 use crate::{byte_size, plain_table::PlainTable};
 
 /// One measured subject: a cluster with its budget.
@@ -20,8 +23,8 @@ pub(crate) struct Measured {
     pub(crate) rounds_per_s: Vec<f64>,
     /// Bytes resident at the end, over all nodes.
     pub(crate) resident_bytes: u64,
-    /// Bytes that could have been.
-    pub(crate) budget_bytes: u64,
+    /// What could have been, of what the method uses.
+    pub(crate) budget: Budget,
     /// What its nodes loaded during the measurement.
     pub(crate) loads: NodeLoads,
 }
@@ -89,6 +92,7 @@ pub(crate) fn as_table(subjects: &[Measured], latency_of: &str) -> String {
         "p99 ms",
         "forward p50 ms",
         "resident",
+        "budget, of the experts used",
         "hash hits",
         "loads ahead / waited for",
     ]);
@@ -96,8 +100,6 @@ pub(crate) fn as_table(subjects: &[Measured], latency_of: &str) -> String {
         let figures = &subject.figures;
         let latency = figures.latency_ms;
         let hits = figures.hash_hit_rate.map_or("-".to_owned(), |rate| format!("{:.1}%", 100.0 * rate));
-        let resident =
-            format!("{} of {}", byte_size::shown(subject.resident_bytes), byte_size::shown(subject.budget_bytes));
         table.row([
             subject.label.clone(),
             format!("{:.1}", figures.requests_per_s),
@@ -107,7 +109,8 @@ pub(crate) fn as_table(subjects: &[Measured], latency_of: &str) -> String {
             format!("{:.2}", latency.p95),
             format!("{:.2}", latency.p99),
             format!("{:.2}", figures.forward_ms.p50),
-            resident,
+            byte_size::shown(subject.resident_bytes),
+            subject.budget.to_string(),
             hits,
             format!("{} / {}", subject.loads.prefetched, subject.loads.demanded),
         ]);
@@ -160,7 +163,7 @@ mod tests {
             figures: samples.figures(),
             rounds_per_s: rounds_per_s.to_vec(),
             resident_bytes: 1 << 20,
-            budget_bytes: 2 << 20,
+            budget: Budget { bytes: 2 << 20, experts: 16, used_experts: 32, used_bytes: 4 << 20, share: 0.5 },
             loads: NodeLoads::default(),
         }
     }
@@ -172,10 +175,11 @@ mod tests {
         assert_eq!(subjects[1].ratio_to(&subjects[0]), Some((0.9, 0.8, 0.9)));
         let text = as_table(&subjects, "a request");
         assert!(text.contains("25% has 90% of the throughput of 100% (median of 3 rounds, 80% to 90%)"), "{text}");
-        assert!(text.contains("1.0 MiB of 2.0 MiB"), "{text}");
+        assert!(text.contains("1.0 MiB") && text.contains("2.0 MiB, 50% (16 of 32)"), "{text}");
         let json = as_json(json!({}), &subjects);
         assert_eq!(json["throughput_ratios_to_first"][1]["median"], 0.9);
         assert_eq!(json["subjects"][0]["latencies_ms"][0], 4.0);
+        assert_eq!(json["subjects"][0]["budget"]["share"], 0.5);
         assert_eq!(as_json(json!({}), &subjects[..1])["latency_ms"]["max"], 4.0);
     }
 }

@@ -62,6 +62,8 @@ pub(crate) struct Subject {
 pub(crate) struct NodeState {
     pub(crate) resident_bytes: u64,
     pub(crate) budget_bytes: u64,
+    /// Experts that fit into it.
+    pub(crate) slots: u64,
     /// Since the nodes started.
     pub(crate) loads: NodeLoads,
 }
@@ -134,6 +136,7 @@ impl Subject {
         for node in self.clients[0].status().await?.nodes.into_iter().filter_map(|node| node.residency) {
             state.resident_bytes += node.resident_bytes;
             state.budget_bytes += node.budget_bytes;
+            state.slots += node.slots;
             state.loads.prefetched += node.prefetch_loads;
             state.loads.demanded += node.demand_loads;
             state.loads.evicted += node.evictions;

@@ -78,6 +78,11 @@ impl Workload {
         Ok(Self { arguments, texts })
     }
 
+    /// What its requests ask for.
+    pub(crate) fn method(&self) -> Method {
+        self.arguments.method
+    }
+
     /// How many different texts there are.
     pub(crate) fn texts(&self) -> usize {
         self.texts.len()
