@@ -149,7 +149,7 @@ async fn measure(
     let mut measured = Vec::new();
     for (index, (subject, samples)) in subjects.iter().zip(samples).enumerate() {
         let state = subject.node_state().await?;
-        let model = subject.client.model().await?;
+        let model = subject.clients[0].model().await?;
         measured.push(Measured {
             label: subject.label.clone(),
             figures: samples.figures(),
