@@ -103,6 +103,8 @@ class Peer:
         self.new_tokens, self.seconds = options.new_tokens, options.seconds
         self.texts = [line for line in options.file.read_text(encoding="utf-8").splitlines() if line.strip()]
         self.pool = torch.cuda.graph_pool_handle() if self.is_cuda else None
+        # The memory of a pool goes with its last graph, after which nothing can be captured into it.
+        self.kept = Captured([lambda: torch.zeros(1, device="cuda")], self.pool) if self.is_cuda else None
         self.shapes = {}
 
     @torch.inference_mode()

@@ -28,6 +28,8 @@ pub struct Gathering {
     /// As many requests are expected, of which some waited already, so long after the others were answered.
     expected: usize,
     waiting: usize,
+    /// How many there were after the last pass.
+    present: usize,
     patience: Duration,
     /// Waits in vain one after another.
     in_vain: u32,
@@ -52,7 +54,9 @@ impl Gathering {
 
     /// Nothing runs any more: `answered` requests left last, and `waiting` others have come.
     pub fn idle(&mut self, answered: usize, waiting: usize) {
-        (self.expected, self.waiting) = (answered + waiting, waiting);
+        // Or as many as after the pass before: callers who ask several at once come back when the last of them is answered.
+        let before = std::mem::replace(&mut self.present, answered + waiting);
+        (self.expected, self.waiting) = (self.present.max(before), waiting);
         let pass = self.passes.get(&self.magnitude).map_or(0.0, |mean| mean.seconds);
         let halved = 0.5_f64.powi(self.in_vain as i32);
         self.patience = Duration::from_secs_f64(halved * self.fixed_cost().min(OF_PASS * pass));
@@ -133,6 +137,22 @@ mod tests {
         (0..IN_VAIN_MAX).for_each(|_| gathering.begins(5, us(600)));
         gathering.idle(4, 4);
         assert_eq!(gathering.wait(4, Duration::ZERO), us(600));
+    }
+
+    #[test]
+    fn requests_sent_together_run_together() {
+        // Would break: one caller's eight requests that once came apart, as three and five, come apart for ever.
+        let mut gathering = after(1000, 1200);
+        gathering.idle(3, 5);
+        gathering.begins(5, us(600));
+        gathering.idle(5, 0);
+        assert!(gathering.wait(3, Duration::ZERO) > Duration::ZERO);
+        gathering.begins(8, us(100));
+        // And a caller who is alone from now on waits once more at most.
+        gathering.idle(8, 0);
+        gathering.idle(1, 0);
+        gathering.idle(1, 0);
+        assert_eq!(gathering.wait(1, Duration::ZERO), Duration::ZERO);
     }
 
     #[test]
