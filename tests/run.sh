@@ -45,6 +45,7 @@ install_tools() {
 
 # What the README builds is looked at while the tools come from the network: it needs none of them.
 stage "installing tools; what the README builds"
+[[ $EUID -eq 0 ]] || sudo --validate # Asked for here, since what follows is in the background.
 install_tools &
 cargo fmt --all --check
 cargo clippy --release --workspace --locked -- -D warnings
