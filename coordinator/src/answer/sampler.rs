@@ -50,7 +50,7 @@ impl Sampler {
             .iter()
             .enumerate()
             .filter(|&(token, logit)| banned != Some(token as u32) && logit.is_finite())
-            .map(|(token, &logit)| (token as u32, logit / self.sampling.temperature))
+            .map(|(token, &logit)| (token as u32, logit))
             .collect();
         let by_logit = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
         let top_k = self.sampling.top_k;
@@ -62,7 +62,8 @@ impl Sampler {
         candidates.sort_unstable_by(by_logit);
         let max = candidates.first()?.1;
         for (_, logit) in &mut candidates {
-            *logit = (*logit - max).exp();
+            // Divided only now: a logit divided by very little is infinite, and the difference of two of these no number.
+            *logit = ((*logit - max) / self.sampling.temperature).exp();
         }
         let mut total: f32 = candidates.iter().map(|c| c.1).sum();
         if self.sampling.top_p > 0.0 && self.sampling.top_p < 1.0 {
@@ -184,6 +185,19 @@ mod tests {
         for _ in 0..500 {
             assert!([1, 2].contains(&top_k.next(&logits, None).expect("finite")));
             assert_eq!(top_p.next(&logits, None), Some(1));
+        }
+    }
+
+    #[test]
+    fn the_least_temperatures_take_the_likeliest() {
+        // Would break: the colder the draw, the less likely its token, once logits divided by it are infinite.
+        for temperature in [1e-30, 1e-38, f32::MIN_POSITIVE, 1e-44, f32::from_bits(1)] {
+            for (top_k, top_p) in [(0, 0.0), (2, 0.0), (0, 0.9)] {
+                let mut sampler = sampler(temperature, top_k, top_p);
+                for logits in [[1.0, 30.0, -5.0], [-7.0, -6.0, -90.0], [0.0, 1e-30, 0.0]] {
+                    assert_eq!(sampler.next(&logits, None), Some(1), "{logits:?} at {temperature:e}");
+                }
+            }
         }
     }
 

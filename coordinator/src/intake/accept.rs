@@ -3,12 +3,15 @@
 
 use std::time::Instant;
 
-use sida_model::{CacheSize, Tokenizer};
+use sida_model::{CacheSize, ModelError, Tokenizer};
 use sida_routing::admission::Limits;
 use sida_telemetry::TraceContext;
 
 use crate::{
-    answer::{output::Pooling, request_error::RequestError, routing_mode::RoutingMode, sampler::Sampling},
+    answer::{
+        output::Pooling,
+        request_error::{RequestError, TextOf},
+        routing_mode::RoutingMode, sampler::Sampling},
     config::RequestLimits,
     intake::request::{GenerateOptions, Work},
 };
@@ -52,7 +55,7 @@ pub struct GenerateParams {
     pub routing: RoutingMode,
     /// Tokens at most; 0 for the server's default.
     pub max_tokens: usize,
-    /// No end of sequence before so many tokens.
+    /// No end before so many tokens: neither of the sequence nor by a stop text.
     pub min_tokens: usize,
     /// Goes on after an end of sequence, to measure generation.
     pub ignore_eos: bool,
@@ -80,7 +83,7 @@ impl Acceptance<'_> {
         if text.trim().is_empty() {
             return Err(RequestError::EmptyText);
         }
-        self.tokens(text)
+        self.tokens(text, TextOf::Prompt)
     }
 
     /// The tokens of every target. All of them and the prompt must fit one batch.
@@ -89,7 +92,8 @@ impl Acceptance<'_> {
         if targets.iter().any(|target| target.trim().is_empty()) {
             return Err(refused("targets", "an empty text", "texts with tokens"));
         }
-        let targets = targets.iter().map(|target| self.tokens(target)).collect::<Result<Vec<_>, _>>()?;
+        let targets = targets.iter().zip(1..).map(|(target, number)| self.tokens(target, TextOf::Target(number)));
+        let targets = targets.collect::<Result<Vec<_>, _>>()?;
         let tokens = targets.iter().map(Vec::len).sum::<usize>() + prompt_tokens;
         within("tokens of text and targets", tokens, 1, self.batch.tokens_max)?;
         Ok(targets)
@@ -137,14 +141,18 @@ impl Acceptance<'_> {
         }
     }
 
-    fn tokens(&self, text: &str) -> Result<Vec<u32>, RequestError> {
+    fn tokens(&self, text: &str, of: TextOf) -> Result<Vec<u32>, RequestError> {
         let (bytes, limit) = (text.len(), self.limits.text_bytes_max);
         if bytes > limit {
-            return Err(RequestError::TextTooLong { bytes, limit });
+            return Err(RequestError::TextTooLong { of, bytes, limit });
         }
-        let ids = self.tokenizer.encode(text)?;
+        let ids = self.tokenizer.encode(text).map_err(|error| match error {
+            ModelError::Tokenize { reason } => RequestError::Tokenize { of, reason },
+            ModelError::TextTooLong { bytes, limit } => RequestError::TextTooLong { of, bytes, limit },
+            error => error.into(),
+        })?;
         let (tokens, limit) = (ids.len(), self.limits.prompt_tokens_max);
-        if tokens > limit { Err(RequestError::PromptTooLong { tokens, limit }) } else { Ok(ids) }
+        if tokens > limit { Err(RequestError::TooManyTokens { of, tokens, limit }) } else { Ok(ids) }
     }
 }
 

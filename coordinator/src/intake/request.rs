@@ -48,7 +48,7 @@ pub(crate) enum Work {
 pub(crate) struct GenerateOptions {
     /// Tokens at most, at least 1.
     pub(crate) tokens_max: usize,
-    /// No end of sequence before so many tokens.
+    /// No end before so many tokens: neither of the sequence nor by a stop text.
     pub(crate) tokens_min: usize,
     /// Goes on after an end of sequence.
     pub(crate) ignore_eos: bool,

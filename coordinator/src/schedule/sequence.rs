@@ -189,7 +189,10 @@ impl Generation {
         self.generated += 1;
         let decode = |ids: &[u32]| tokenizer.decode(ids);
         let added = self.detokenizer.push(id, decode)?;
-        let released = self.stops.push(added);
+        // The text of an answer that is too short ends nowhere, and is not looked at again.
+        let may_stop = self.generated > self.options.tokens_min;
+        let watch = |stops: &mut StopTexts, text| if may_stop { stops.push(text) } else { stops.pass(text) };
+        let released = watch(&mut self.stops, added);
         let reason = if released.stopped {
             Some(FinishReason::Stop)
         } else if id == eos && !self.options.ignore_eos {
@@ -201,7 +204,7 @@ impl Generation {
         };
         let mut text = released.text;
         if matches!(reason, Some(FinishReason::End | FinishReason::Length)) {
-            let last = self.stops.push(self.detokenizer.finish(decode)?);
+            let last = watch(&mut self.stops, self.detokenizer.finish(decode)?);
             text += &last.text;
             if last.stopped {
                 return Ok((text, Some(FinishReason::Stop)));

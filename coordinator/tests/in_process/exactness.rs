@@ -226,6 +226,16 @@ async fn options_of_generation() {
     let stopped = GenerateParams { stop: vec![answer[1..3].to_owned()], ..free.clone() };
     let (_, cut, reason) = generate(&cluster.coordinator, stopped).await;
     assert_eq!((cut.as_str(), reason), (&answer[..1], FinishReason::Stop));
+    // A stop text that all of the answer is full of ends it with the first token that may be its last.
+    let letters = "etaoinsrhdlcumpg".chars().map(String::from).collect();
+    let short = GenerateParams { stop: letters, max_tokens: 20, ..free.clone() };
+    assert!(generate(&cluster.coordinator, short.clone()).await.0.len() < 5);
+    let long = GenerateParams { min_tokens: 12, ..short.clone() };
+    let (ids, _, reason) = generate(&cluster.coordinator, long).await;
+    assert!(ids.len() > 12 && reason == FinishReason::Stop, "{} tokens, {reason:?}", ids.len());
+    let longest = GenerateParams { min_tokens: 20, ..short };
+    let (ids, _, reason) = generate(&cluster.coordinator, longest).await;
+    assert_eq!((ids.len(), reason), (20, FinishReason::Length));
     let sampling = sida_coordinator::Sampling { temperature: 1.5, top_k: 50, top_p: 0.95, seed: Some(11) };
     let sampled = GenerateParams { sampling, min_tokens: 12, max_tokens: 12, ..free };
     let alone = generate(&cluster.coordinator, sampled.clone()).await.0;

@@ -11,7 +11,7 @@ pub(crate) struct GenerationArguments {
     /// Tokens of an answer at most
     #[arg(long, value_name = "N", default_value_t = 64)]
     max_tokens: usize,
-    /// No end of the answer before so many tokens
+    /// No end of the answer before so many tokens, not even at a stop text
     #[arg(long, value_name = "N", default_value_t = 0)]
     min_tokens: usize,
     /// Go on after the end of the answer, up to --max-tokens: to measure generation
