@@ -119,7 +119,7 @@ impl DeviceDense {
         precision: Option<Precision>,
         rows_max: usize,
     ) -> Result<Self, ModelError> {
-        let stored = checkpoint.dtype(&names::embedding(checkpoint, Stack::Encoder))?;
+        let stored = checkpoint.dtype(&names::embeddings(checkpoint)?.encoder)?;
         let precision = precision.unwrap_or(Precision::of_weights(stored));
         Ok(Self::open(Gpu::open(ordinal)?, checkpoint, precision, rows_max)?)
     }
