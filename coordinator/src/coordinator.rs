@@ -179,7 +179,9 @@ impl Coordinator {
 
     fn acceptance(&self) -> Acceptance<'_> {
         let Inner { config, cache_size, tokenizer, .. } = &*self.inner;
-        Acceptance { limits: &config.request_limits, batch: &config.limits, cache_size: *cache_size, tokenizer }
+        let (limits, batch) = (&config.request_limits, &config.limits);
+        let generation = &config.checkpoint.config().generation;
+        Acceptance { limits, batch, cache_size: *cache_size, tokenizer, generation }
     }
 
     /// Tokenizes a prompt on another thread and hands it to `queue`. The task that asks does not tokenize, so that of

@@ -3,7 +3,7 @@
 
 use std::time::Instant;
 
-use sida_model::{CacheSize, ModelError, Tokenizer};
+use sida_model::{CacheSize, GenerationConfig, ModelError, Tokenizer};
 use sida_routing::admission::Limits;
 use sida_telemetry::TraceContext;
 
@@ -11,7 +11,9 @@ use crate::{
     answer::{
         output::Pooling,
         request_error::{RequestError, TextOf},
-        routing_mode::RoutingMode, sampler::Sampling},
+        routing_mode::RoutingMode,
+        sampler::{SamplerSettings, Sampling},
+    },
     config::RequestLimits,
     intake::request::{GenerateOptions, Work},
 };
@@ -53,13 +55,13 @@ pub struct GenerateParams {
     pub text: String,
     /// Who chooses the experts of its tokens.
     pub routing: RoutingMode,
-    /// Tokens at most; 0 for the server's default.
+    /// Tokens at most; 0 for the model's default or, if it has none, the server's.
     pub max_tokens: usize,
-    /// No end before so many tokens: neither of the sequence nor by a stop text.
+    /// No end before so many tokens: neither of the sequence nor by a stop text. 0 for the model's default, mostly none.
     pub min_tokens: usize,
     /// Goes on after an end of sequence, to measure generation.
     pub ignore_eos: bool,
-    /// How tokens are chosen; the default is greedy.
+    /// How tokens are chosen.
     pub sampling: Sampling,
     /// The answer ends before one of these.
     pub stop: Vec<String>,
@@ -75,6 +77,8 @@ pub(crate) struct Acceptance<'a> {
     pub(crate) batch: &'a Limits,
     pub(crate) cache_size: CacheSize,
     pub(crate) tokenizer: &'a Tokenizer,
+    /// What the model does where a request does not say.
+    pub(crate) generation: &'a GenerationConfig,
 }
 
 impl Acceptance<'_> {
@@ -101,13 +105,17 @@ impl Acceptance<'_> {
 
     /// The checked options of a generation.
     pub(crate) fn options(&self, params: &mut GenerateParams) -> Result<GenerateOptions, RequestError> {
-        let limits = self.limits;
+        let (limits, model) = (self.limits, self.generation);
         let tokens_max = match params.max_tokens {
-            0 => limits.tokens_default,
+            0 => model.tokens_max.unwrap_or(limits.tokens_default).min(limits.tokens_max),
             tokens => within("max_tokens", tokens, 1, limits.tokens_max)?,
         };
-        let tokens_min = within("min_tokens", params.min_tokens, 0, tokens_max)?;
-        let Sampling { temperature, top_p, .. } = params.sampling;
+        let tokens_min = match params.min_tokens {
+            0 => model.tokens_min.min(tokens_max),
+            tokens => within("min_tokens", tokens, 1, tokens_max)?,
+        };
+        let sampling = params.sampling.settings(model.sampling);
+        let SamplerSettings { temperature, top_p, .. } = sampling;
         if !(0.0..=100.0).contains(&temperature) {
             return Err(refused("temperature", temperature, "0 to 100"));
         }
@@ -122,7 +130,7 @@ impl Acceptance<'_> {
             tokens_max,
             tokens_min,
             ignore_eos: params.ignore_eos,
-            sampling: params.sampling.clone(),
+            sampling,
             stop: std::mem::take(&mut params.stop),
         })
     }

@@ -10,7 +10,7 @@ use crate::answer::{
     output::{Encoding, Pooling, Scores, Token},
     request_error::RequestError,
     routing_mode::RoutingMode,
-    sampler::Sampling,
+    sampler::SamplerSettings,
 };
 
 /// A request that was checked and tokenized.
@@ -52,7 +52,7 @@ pub(crate) struct GenerateOptions {
     pub(crate) tokens_min: usize,
     /// Goes on after an end of sequence.
     pub(crate) ignore_eos: bool,
-    pub(crate) sampling: Sampling,
+    pub(crate) sampling: SamplerSettings,
     pub(crate) stop: Vec<String>,
 }
 

@@ -155,7 +155,7 @@ impl<B: Backend> Scheduler<B> {
     /// The branches of a sequence. Each begins with the decoder's start token, and with all of its target but the last
     /// token where one is scored; all share the keys and values of the encoder's output.
     fn branches(&mut self, request: &Request, state: B::Sequence) -> Result<Vec<Branch<B>>, RequestError> {
-        let start = self.forward.config().decoder_start_token_id;
+        let start = self.forward.config().generation.decoder_start_token_id;
         let fed: Vec<&[u32]> = match &request.work {
             Work::Score { targets, .. } => targets.iter().map(|target| &target[..target.len() - 1]).collect(),
             Work::Generate { .. } | Work::Encode { .. } => vec![&[]],

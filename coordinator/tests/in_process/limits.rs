@@ -20,7 +20,10 @@ async fn texts() {
         assert!(matches!(encode(empty.into()).await, Err(RequestError::EmptyText)));
     }
     let long = encode("good ".repeat(600)).await;
-    assert!(matches!(long, Err(RequestError::TooManyTokens { of: TextOf::Prompt, tokens: 601, limit: 512 })), "{long:?}");
+    assert!(
+        matches!(long, Err(RequestError::TooManyTokens { of: TextOf::Prompt, tokens: 601, limit: 512 })),
+        "{long:?}"
+    );
     let huge = encode("x".repeat(10 << 20)).await;
     assert!(matches!(huge, Err(RequestError::TextTooLong { limit: 65536, .. })));
     assert!(encode("good ".repeat(511)).await.is_ok(), "the limit itself is allowed");
@@ -31,7 +34,8 @@ async fn options() {
     // Would break: an option out of its range is taken, and does something else than it says.
     let cluster = start(1, PredictorSource::Off, |_| ()).await;
     let base = GenerateParams { text: "good".into(), ..Default::default() };
-    let sampling = |temperature, top_p| Sampling { temperature, top_p, ..Default::default() };
+    let sampling =
+        |temperature, top_p| Sampling { temperature: Some(temperature), top_p: Some(top_p), ..Default::default() };
     let cases = [
         ("max_tokens", GenerateParams { max_tokens: 1025, ..base.clone() }),
         ("min_tokens", GenerateParams { max_tokens: 4, min_tokens: 5, ..base.clone() }),
