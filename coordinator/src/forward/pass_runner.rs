@@ -3,6 +3,9 @@
 //!
 //! There may be several micro-batches, which take turns: one is computed by the backend, up to its next MoE layer, while the
 //! rows of the others are at the experts.
+//!
+//! Between two layers it looks whether anybody still waits. A pass that is for nobody is given up there, so that a long
+//! one does not keep the model from those who come after it. One that is for somebody goes on with all of its rows.
 
 use std::{
     sync::Arc,
@@ -14,7 +17,7 @@ use sida_routing::{Grouping, LayerId, Routes};
 use sida_telemetry::Span;
 
 use crate::{
-    answer::trace::HashCounts,
+    answer::{request_error::RequestError, trace::HashCounts},
     dispatch::{
         dispatch::{Dispatch, Dispatched, UnderWay},
         layer_rows::Activations,
@@ -25,6 +28,7 @@ use crate::{
         expert_choice::{self, SequenceRouting},
         route_measures::RouteMeasures,
     },
+    intake::request::Request,
 };
 
 /// What one thread runs passes with.
@@ -62,8 +66,14 @@ enum Experts {
 }
 
 impl<B: Backend> PassRunner<B> {
-    /// Runs through a stack with micro-batches, in turns; what each pass left.
-    pub(crate) fn run(&mut self, batches: Vec<Batch<'_, B>>, costs: &mut Costs) -> Result<Vec<B::States>, ModelError> {
+    /// Runs through a stack with micro-batches, in turns; what each pass left. `requests` are those that wait for the batch
+    /// that these are of, also where other threads have a part of it.
+    pub(crate) fn run(
+        &mut self,
+        batches: Vec<Batch<'_, B>>,
+        requests: &[&Request],
+        costs: &mut Costs,
+    ) -> Result<Vec<B::States>, RequestError> {
         let mut running = Vec::with_capacity(batches.len());
         for mut batch in batches {
             let sequences = std::mem::take(&mut batch.sequences);
@@ -74,8 +84,14 @@ impl<B: Backend> PassRunner<B> {
         let mut is_running = true;
         while is_running {
             is_running = false;
-            for one in &mut running {
-                self.finish_moe(one, costs)?;
+            for at in 0..running.len() {
+                self.finish_moe(&mut running[at], costs)?;
+                if is_for_nobody(requests) {
+                    // Nothing of a pass is at the experts any more when it is dropped.
+                    running.iter_mut().try_for_each(|one| self.finish_moe(one, costs))?;
+                    return Err(RequestError::Cancelled);
+                }
+                let one = &mut running[at];
                 match self.backend.advance(&mut one.pass)? {
                     Some(layer) => {
                         self.begin_moe(one, layer, costs)?;
@@ -85,7 +101,7 @@ impl<B: Backend> PassRunner<B> {
                 }
             }
         }
-        running.into_iter().map(|one| self.finish(one)).collect()
+        running.into_iter().map(|one| Ok(self.finish(one)?)).collect()
     }
 
     /// Experts on the device of the pass: with them it goes through MoE layers by itself, if the router decides over all rows
@@ -164,4 +180,11 @@ impl<B: Backend> PassRunner<B> {
         }
         Ok(states)
     }
+}
+
+/// Whether there were requests, and none of them is worth an answer any more. Once that is so it stays so, so that all who
+/// compute parts of a batch come to the same end.
+fn is_for_nobody(requests: &[&Request]) -> bool {
+    let now = Instant::now();
+    !requests.is_empty() && requests.iter().all(|request| request.over(now).is_some())
 }

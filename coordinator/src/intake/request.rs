@@ -105,13 +105,20 @@ impl Request {
             Work::Score { reply, .. } => reply.as_ref().is_none_or(oneshot::Sender::is_closed),
             Work::Generate { reply, .. } => reply.is_closed(),
         };
-        if gone {
-            Some(RequestError::Cancelled)
-        } else if self.deadline.is_some_and(|deadline| now >= deadline) {
+        // Who waits until the deadline and no longer goes away then, too.
+        if self.deadline.is_some_and(|deadline| now >= deadline) {
             Some(RequestError::DeadlineExceeded)
+        } else if gone {
+            Some(RequestError::Cancelled)
         } else {
             None
         }
+    }
+
+    /// Answers with the error that ended the batch which the request was in, unless nobody waits for it anyway.
+    pub(crate) fn fail_with_batch(self, error: &RequestError) {
+        let reason = self.over(Instant::now()).unwrap_or_else(|| error.clone());
+        self.fail(reason);
     }
 
     /// Answers with an error. The caller may have gone, which is no error.

@@ -66,14 +66,14 @@ impl<B: Backend> Scheduler<B> {
             let (ids, spans, routings) = (&ids[..], spans.clone(), &mut routings[..]);
             let (stack, sequences, wanted) = (Stack::Encoder, Vec::new(), &[][..]);
             let batch = Batch { stack, ids, spans, sequences, wanted, routings, requests: &callers };
-            Ok(forward.pass(batch, &mut costs)?)
+            forward.pass(batch, &mut costs)
         });
         drop(hint);
         match outcome {
             Ok(states) => self.start_sequences(requests, &routings, &states, &spans, costs, span),
             Err(error) => {
                 costs.record(&self.metrics.phases);
-                requests.into_iter().for_each(|(request, _)| request.fail(error.clone()));
+                requests.into_iter().for_each(|(request, _)| request.fail_with_batch(&error));
             }
         }
     }

@@ -139,7 +139,7 @@ impl<B: Backend> Scheduler<B> {
     }
 
     fn fail_running(&mut self, error: &RequestError) {
-        self.running.drain(..).for_each(|sequence| sequence.request.fail(error.clone()));
+        self.running.drain(..).for_each(|sequence| sequence.request.fail_with_batch(error));
     }
 
     /// A hash table for the new tokens of every branch, as the routing of its rows in this step's batch.
