@@ -136,10 +136,13 @@ impl Coordinator {
         self.inner.statistics.is_device_lost.load(Ordering::Relaxed)
     }
 
-    /// Whether an expert call succeeds. The health check asks this.
+    /// Whether an expert call succeeds, and steps have not failed again and again. The health check asks this.
     pub async fn probe(&self) -> Result<(), String> {
         if self.is_device_lost() {
             return Err("the device is lost".to_owned());
+        }
+        if let Some(reason) = self.inner.statistics.outcomes.failing(Instant::now()) {
+            return Err(reason);
         }
         let probe = self.inner.probe.clone();
         let outcome = tokio::task::spawn_blocking(move || probe.run()).await;

@@ -74,6 +74,19 @@ impl fmt::Display for TextOf {
     }
 }
 
+impl RequestError {
+    /// Whether the same would happen to most other requests here: something is wrong with the model, or with what computes
+    /// it.
+    pub(crate) fn is_ours(&self) -> bool {
+        match self {
+            Self::NotANumber | Self::Panicked => true,
+            // A large request may find too little memory where others find enough.
+            Self::Model(error) => !matches!(**error, ModelError::OutOfMemory { .. }),
+            _ => false,
+        }
+    }
+}
+
 impl From<ModelError> for RequestError {
     fn from(error: ModelError) -> Self {
         Self::Model(Arc::new(error))

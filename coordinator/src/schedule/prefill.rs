@@ -72,6 +72,7 @@ impl<B: Backend> Scheduler<B> {
         match outcome {
             Ok(states) => self.start_sequences(requests, &routings, &states, &spans, costs, span),
             Err(error) => {
+                self.note_failure(&error);
                 costs.record(&self.metrics.phases);
                 requests.into_iter().for_each(|(request, _)| request.fail_with_batch(&error));
             }
@@ -136,15 +137,26 @@ impl<B: Backend> Scheduler<B> {
                         let own = &values[rows.start * d_model..rows.end * d_model];
                         encodings.push((request, trace, pooling, own));
                     }
-                    Err(error) => request.fail(error.clone()),
+                    Err(error) => {
+                        self.note_failure(error);
+                        request.fail(error.clone());
+                    }
                 },
                 (None, _) => match started.next().expect("one for each").and_then(|one| self.branches(&request, one)) {
                     Ok(branches) => self.running.push(Sequence::new(request, trace, branches)),
-                    Err(error) => request.fail(error),
+                    Err(error) => {
+                        self.note_failure(&error);
+                        request.fail(error);
+                    }
                 },
             }
         }
-        let answer = |(request, trace, pooling, own)| answer_encoding(request, trace, pooling, own, d_model);
+        let outcomes = &self.statistics.outcomes;
+        let answer = |(request, trace, pooling, own)| match answer_encoding(request, trace, pooling, own, d_model) {
+            Ok(()) => outcomes.answered(),
+            Err(error) if error.is_ours() => outcomes.failed(error),
+            Err(_) => {}
+        };
         match values.map_or(0, <[f32]>::len) < PARALLEL_VALUES_MIN {
             true => encodings.into_iter().for_each(answer),
             false => encodings.into_par_iter().for_each(answer),
@@ -188,13 +200,28 @@ fn start_all<B: Backend>(
     }
 }
 
-/// Answers a request for encoder states with its rows (tokens, d_model) of `states`.
-fn answer_encoding(request: Request, mut trace: Trace, pooling: Pooling, states: &[f32], d_model: usize) {
+/// Answers a request for encoder states with its rows (tokens, d_model) of `states`, or with the error that is returned.
+fn answer_encoding(
+    request: Request,
+    mut trace: Trace,
+    pooling: Pooling,
+    states: &[f32],
+    d_model: usize,
+) -> Result<(), RequestError> {
     trace.timings.total = request.accepted.elapsed();
     let prompt_tokens = request.tokens.len();
     let answer = catch_panic(|| encoding::encoding(states, d_model, pooling, prompt_tokens, trace));
-    if let Work::Encode { reply, .. } = request.work {
-        // The caller may have gone, which is no error.
-        drop(reply.send(answer));
+    match answer {
+        Ok(encoding) => {
+            if let Work::Encode { reply, .. } = request.work {
+                // The caller may have gone, which is no error.
+                drop(reply.send(Ok(encoding)));
+            }
+            Ok(())
+        }
+        Err(error) => {
+            request.fail(error.clone());
+            Err(error)
+        }
     }
 }

@@ -71,11 +71,11 @@ impl<B: Backend> Scheduler<B> {
                 self.step();
                 Ok(())
             });
-            self.statistics.step_ended();
             // The callers of requests that were joining see their channels end.
             if let Err(error) = outcome {
                 self.fail_running(&error);
             }
+            self.statistics.step_ended();
             self.note_inflight(&[]);
         }
     }
@@ -139,7 +139,15 @@ impl<B: Backend> Scheduler<B> {
     }
 
     fn fail_running(&mut self, error: &RequestError) {
+        self.note_failure(error);
         self.running.drain(..).for_each(|sequence| sequence.request.fail_with_batch(error));
+    }
+
+    /// Notes an error that a request is answered with.
+    pub(crate) fn note_failure(&self, error: &RequestError) {
+        if error.is_ours() {
+            self.statistics.outcomes.failed(error);
+        }
     }
 
     /// A hash table for the new tokens of every branch, as the routing of its rows in this step's batch.
@@ -249,20 +257,34 @@ impl<B: Backend> Scheduler<B> {
                         None => catch_panic(|| sequence.answer_score(self.forward.backend(), &states, rows)),
                         Some(failure) => Err(failure),
                     };
-                    scored.unwrap_or_else(|error| sequence.request.fail(error));
+                    match scored {
+                        Ok(()) => self.statistics.outcomes.answered(),
+                        Err(error) => {
+                            self.note_failure(&error);
+                            sequence.request.fail(error);
+                        }
+                    }
                 }
             }
         }
         let (config, tokenizer, metrics) = (self.forward.config(), &*self.tokenizer, &*self.metrics);
+        let outcomes = &self.statistics.outcomes;
         let advance = |(mut sequence, next_token): (Sequence<B>, Result<NextToken<'_>, RequestError>)| {
-            match next_token
-                .and_then(|next_token| catch_panic(|| sequence.advance(next_token, config, tokenizer, metrics)))
-            {
-                Ok(SequenceStatus::Running) => return Some(sequence),
-                Ok(SequenceStatus::Finished) => {}
-                Err(error) => sequence.request.fail(error),
+            let advanced = next_token
+                .and_then(|next_token| catch_panic(|| sequence.advance(next_token, config, tokenizer, metrics)));
+            match advanced {
+                Ok(status) => {
+                    outcomes.answered();
+                    (status == SequenceStatus::Running).then_some(sequence)
+                }
+                Err(error) => {
+                    if error.is_ours() {
+                        outcomes.failed(&error);
+                    }
+                    sequence.request.fail(error);
+                    None
+                }
             }
-            None
         };
         self.running = match texts.len() < PARALLEL_SEQUENCES_MIN {
             true => texts.into_iter().filter_map(advance).collect(),

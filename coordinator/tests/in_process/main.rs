@@ -12,5 +12,6 @@ mod generation_config;
 mod lanes;
 mod limits;
 mod noise_predictor;
+mod our_faults;
 mod plain_experts;
 mod plain_nodes;
