@@ -244,3 +244,30 @@ pub(crate) fn absorb_costs(trace: &mut Trace, costs: &Costs) {
     trace.demand_loads += costs.demand_loads;
     trace.failovers += costs.failovers;
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::answer::sampler::SamplerSettings;
+
+    #[test]
+    fn a_device_chooses_only_where_one_token_is_banned() {
+        // Would break: a GPU's greedy choice is a token that is never to be written.
+        let generation = |tokens_min, temperature| {
+            let sampling = SamplerSettings { temperature, ..SamplerSettings::default() };
+            Generation::new(&GenerateOptions { tokens_max: 9, tokens_min, sampling, ..GenerateOptions::default() })
+        };
+        let one_end = GenerationConfig::plain(0, vec![1]);
+        let two_ends = GenerationConfig::plain(0, vec![1, 5]);
+        assert_eq!(generation(0, 0.0).best_but(&one_end), Some(None));
+        assert_eq!(generation(2, 0.0).best_but(&one_end), Some(Some(1)));
+        assert_eq!(generation(0, 0.5).best_but(&one_end), None, "it is drawn");
+        assert_eq!(generation(0, 0.0).best_but(&two_ends), Some(None));
+        assert_eq!(generation(2, 0.0).best_but(&two_ends), None);
+        let suppressed = GenerationConfig { suppress_tokens: vec![7], ..one_end.clone() };
+        assert_eq!(generation(0, 0.0).best_but(&suppressed), Some(Some(7)));
+        assert_eq!(generation(2, 0.0).best_but(&suppressed), None);
+        let forced = GenerationConfig { forced_bos_token_id: Some(3), ..one_end };
+        assert_eq!(generation(0, 0.0).best_but(&forced), None);
+    }
+}

@@ -25,9 +25,7 @@ use super::{
     scratch::{LOGIT_ROWS_MAX, Packet, Report, Scratch},
     weights::{self, Device},
 };
-use crate::{
-    Backbone, Checkpoint, ModelConfig, ModelError, Precision, Spans, Stack, StoredDType, Wanted, forward, names,
-};
+use crate::{Backbone, Checkpoint, ModelConfig, ModelError, Precision, Spans, StoredDType, Wanted, forward, names};
 
 /// Values that one thread widens at a time: what takes some ten microseconds.
 const PIECE_VALUES: usize = 1 << 16;
