@@ -249,6 +249,35 @@ mod tests {
         }
     }
 
+    /// Weights of a model would be taken for copies of others, and lost.
+    #[test]
+    fn keeps_a_tied_tensor_that_differs() {
+        let dir = tempfile::tempdir().unwrap();
+        let (source, out) = (dir.path().join("source"), dir.path().join("out"));
+        fs::create_dir(&source).unwrap();
+        for entry in fs::read_dir(fixture("torch-sharded")).unwrap() {
+            let path = entry.unwrap().path();
+            fs::copy(&path, source.join(path.file_name().unwrap())).unwrap();
+        }
+        convert(&source, &out, &mut |_, _| ()).unwrap();
+        let converted = fs::read(out.join("model.safetensors")).unwrap();
+        let shared = SafeTensors::deserialize(&converted).unwrap().tensor("shared.weight").unwrap().data().to_vec();
+        // Another file, which has all tensors once more, is where one of the copies comes from.
+        let other = "pytorch_model-00003-of-00003.bin";
+        let mut bytes = fs::read(fixture("torch-single").join(SINGLE)).unwrap();
+        let at = bytes.windows(shared.len()).position(|window| window == shared).unwrap();
+        bytes[at] ^= 1;
+        fs::write(source.join(other), bytes).unwrap();
+        let mut index: serde_json::Value = serde_json::from_slice(&fs::read(source.join(INDEX)).unwrap()).unwrap();
+        index["weight_map"]["lm_head.weight"] = other.into();
+        fs::write(source.join(INDEX), index.to_string()).unwrap();
+        fs::remove_dir_all(&out).unwrap();
+        let tied = convert(&source, &out, &mut |_, _| ()).unwrap().tied;
+        assert_eq!(tied, ["decoder.embed_tokens.weight", "encoder.embed_tokens.weight"]);
+        let values = values(&out);
+        assert_ne!(values["lm_head.weight"], values["shared.weight"]);
+    }
+
     /// Somebody's files would be overwritten.
     #[test]
     fn refuses_an_output_that_holds_something() {
