@@ -4,15 +4,16 @@
 //! There may be several micro-batches, which take turns: one is computed by the backend, up to its next MoE layer, while the
 //! rows of the others are at the experts.
 //!
-//! Between two layers it looks whether anybody still waits. A pass that is for nobody is given up there, so that a long
-//! one does not keep the model from those who come after it. One that is for somebody goes on with all of its rows.
+//! Between two layers, and on the processor within long ones, it is looked whether anybody still waits. A pass that is for
+//! nobody is given up there, so that a long one does not keep the model from those who come after it. One that is for
+//! somebody goes on with all of its rows.
 
 use std::{
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use sida_model::{Backend, Beside, ModelError, Passed, ResidentExperts, router};
+use sida_model::{Backend, Beside, ModelError, Passed, ResidentExperts, StillWanted, router};
 use sida_routing::{Grouping, LayerId, Routes};
 use sida_telemetry::Span;
 
@@ -74,10 +75,12 @@ impl<B: Backend> PassRunner<B> {
         requests: &[&Request],
         costs: &mut Costs,
     ) -> Result<Vec<B::States>, RequestError> {
+        let is_wanted = || !is_for_nobody(requests);
+        let still_wanted = StillWanted::while_true(&is_wanted);
         let mut running = Vec::with_capacity(batches.len());
         for mut batch in batches {
             let sequences = std::mem::take(&mut batch.sequences);
-            let beside = Beside { wanted: batch.wanted, experts: self.experts_beside(&batch) };
+            let beside = Beside { wanted: batch.wanted, still_wanted, experts: self.experts_beside(&batch) };
             let pass = self.backend.begin(batch.stack, batch.ids, &batch.spans, sequences, beside)?;
             running.push(Running { batch, pass, moe: None });
         }
@@ -86,13 +89,17 @@ impl<B: Backend> PassRunner<B> {
             is_running = false;
             for at in 0..running.len() {
                 self.finish_moe(&mut running[at], costs)?;
-                if is_for_nobody(requests) {
+                let one = &mut running[at];
+                let advanced = match still_wanted.check() {
+                    Ok(()) => self.backend.advance(&mut one.pass),
+                    Err(given_up) => Err(given_up.into()),
+                };
+                if let Err(ModelError::GivenUp(_)) = advanced {
                     // Nothing of a pass is at the experts any more when it is dropped.
                     running.iter_mut().try_for_each(|one| self.finish_moe(one, costs))?;
                     return Err(RequestError::Cancelled);
                 }
-                let one = &mut running[at];
-                match self.backend.advance(&mut one.pass)? {
+                match advanced? {
                     Some(layer) => {
                         self.begin_moe(one, layer, costs)?;
                         is_running = true;
