@@ -92,6 +92,12 @@ def copies_case(source, copies):
     return {"copies": copies, "states": exact(states), "logits": exact(output.logits[0, 0])}
 
 
+def a_case_a_line(content):
+    """-> JSON with lists of cases spread over lines."""
+    of = lambda value: "[\n " + ",\n ".join(map(json.dumps, value)) + "\n]" if isinstance(value[0], dict) else json.dumps(value)
+    return "{\n" + ",\n".join(f"{json.dumps(name)}: {of(value)}" for name, value in content.items()) + "\n}"
+
+
 @torch.no_grad()
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -114,7 +120,7 @@ def main():
         "generation": generation,
         "copies": [copies_case(arguments.model, case) for case in copies],
     }
-    Path(arguments.out).write_text(json.dumps(content, indent=1) + "\n")
+    Path(arguments.out).write_text(a_case_a_line(content) + "\n")
 
 
 if __name__ == "__main__":
