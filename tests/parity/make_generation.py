@@ -94,8 +94,13 @@ def copies_case(source, copies):
 
 def a_case_a_line(content):
     """-> JSON with lists of cases spread over lines."""
-    of = lambda value: "[\n " + ",\n ".join(map(json.dumps, value)) + "\n]" if isinstance(value[0], dict) else json.dumps(value)
-    return "{\n" + ",\n".join(f"{json.dumps(name)}: {of(value)}" for name, value in content.items()) + "\n}"
+
+    def shown(value):
+        is_cases = isinstance(value, list) and isinstance(value[0], dict)
+        return "[\n " + ",\n ".join(map(json.dumps, value)) + "\n]" if is_cases else json.dumps(value)
+
+    fields = (f"{json.dumps(name)}: {shown(value)}" for name, value in content.items())
+    return "{\n" + ",\n".join(fields) + "\n}"
 
 
 @torch.no_grad()
