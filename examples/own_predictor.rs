@@ -85,7 +85,7 @@ impl SeenBefore {
             let read = tokenizer.encode(text)?;
             let (states, routing) = reference.encode(&read)?;
             seen.remember(&read, &routing);
-            let mut written = vec![config.decoder_start_token_id];
+            let mut written = vec![config.generation.decoder_start_token_id];
             written.extend(reference.generate_greedy(&read, 8)?);
             let (_, routing) = reference.decode_forced(&states, &written)?;
             seen.remember(&written, &routing);

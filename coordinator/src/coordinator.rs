@@ -16,7 +16,10 @@ use sida_cluster::Cluster;
 use sida_model::{CacheSize, Checkpoint, DeviceName, Tokenizer};
 use sida_routing::Digest;
 use sida_telemetry::{Span, TraceContext};
-use tokio::sync::{mpsc, oneshot};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Sleep,
+};
 
 use crate::{
     answer::{
@@ -82,8 +85,11 @@ impl Coordinator {
         let (reply, answer) = oneshot::channel();
         let queue = move |this: &Self, prompt| this.submit(prompt, routing, deadline, Work::Encode { pooling, reply });
         let bytes = text.len();
-        self.tokenize_then(request_span, text, bytes, queue).await?;
-        answer.await.unwrap_or(Err(RequestError::Panicked))
+        let answered = async {
+            self.tokenize_then(request_span, text, bytes, queue).await?;
+            answer.await.unwrap_or(Err(RequestError::Panicked))
+        };
+        until(deadline, answered).await
     }
 
     /// The likelihood of each target given a text.
@@ -96,13 +102,17 @@ impl Coordinator {
             let targets = this.acceptance().targets(prompt.tokens.len(), &targets)?;
             this.submit(prompt, routing, deadline, Work::Score { targets, reply: Some(reply) })
         };
-        self.tokenize_then(request_span, text, bytes, queue).await?;
-        answer.await.unwrap_or(Err(RequestError::Panicked))
+        let answered = async {
+            self.tokenize_then(request_span, text, bytes, queue).await?;
+            answer.await.unwrap_or(Err(RequestError::Panicked))
+        };
+        until(deadline, answered).await
     }
 
     /// Generates text.
     pub async fn generate(&self, mut params: GenerateParams) -> Result<TokenStream, RequestError> {
         let request_span = self.begin_span("text_completion", params.trace);
+        let deadline = params.deadline;
         let text = std::mem::take(&mut params.text);
         let (reply, answer) = mpsc::unbounded_channel();
         let queue = move |this: &Self, mut prompt: TokenizedPrompt| {
@@ -111,8 +121,9 @@ impl Coordinator {
             this.submit(prompt, params.routing, params.deadline, Work::Generate { options, reply })
         };
         let bytes = text.len();
-        self.tokenize_then(request_span, text, bytes, queue).await?;
-        Ok(TokenStream { tokens: Some(answer) })
+        until(deadline, self.tokenize_then(request_span, text, bytes, queue)).await?;
+        let deadline = deadline.map(|deadline| Box::pin(tokio::time::sleep_until(deadline.into())));
+        Ok(TokenStream { tokens: Some(answer), deadline })
     }
 
     /// Whether all threads run, the device is not lost, and no step has taken longer than any step does.
@@ -125,10 +136,13 @@ impl Coordinator {
         self.inner.statistics.is_device_lost.load(Ordering::Relaxed)
     }
 
-    /// Whether an expert call succeeds. The health check asks this.
+    /// Whether an expert call succeeds, and steps have not failed again and again. The health check asks this.
     pub async fn probe(&self) -> Result<(), String> {
         if self.is_device_lost() {
             return Err("the device is lost".to_owned());
+        }
+        if let Some(reason) = self.inner.statistics.outcomes.failing(Instant::now()) {
+            return Err(reason);
         }
         let probe = self.inner.probe.clone();
         let outcome = tokio::task::spawn_blocking(move || probe.run()).await;
@@ -179,7 +193,9 @@ impl Coordinator {
 
     fn acceptance(&self) -> Acceptance<'_> {
         let Inner { config, cache_size, tokenizer, .. } = &*self.inner;
-        Acceptance { limits: &config.request_limits, batch: &config.limits, cache_size: *cache_size, tokenizer }
+        let (limits, batch) = (&config.request_limits, &config.limits);
+        let generation = &config.checkpoint.config().generation;
+        Acceptance { limits, batch, cache_size: *cache_size, tokenizer, generation }
     }
 
     /// Tokenizes a prompt in another task and hands it to `queue`. The task that asks does not tokenize, so that of
@@ -252,6 +268,20 @@ impl Coordinator {
     }
 }
 
+/// An answer that is of use until a deadline. Then its caller is told so at once, whatever the model is doing.
+async fn until<T>(
+    deadline: Option<Instant>,
+    answer: impl Future<Output = Result<T, RequestError>>,
+) -> Result<T, RequestError> {
+    match deadline {
+        None => answer.await,
+        Some(deadline) => {
+            let answer = tokio::time::timeout_at(deadline.into(), answer).await;
+            answer.unwrap_or(Err(RequestError::DeadlineExceeded))
+        }
+    }
+}
+
 /// A tokenized prompt whose request is not queued yet.
 struct TokenizedPrompt {
     request_span: RequestSpan,
@@ -264,6 +294,8 @@ struct TokenizedPrompt {
 pub struct TokenStream {
     /// `None` once the last item was given.
     tokens: Option<mpsc::UnboundedReceiver<Result<Token, RequestError>>>,
+    /// Completes when the answer is of no more use.
+    deadline: Option<Pin<Box<Sleep>>>,
 }
 
 impl Stream for TokenStream {
@@ -271,9 +303,14 @@ impl Stream for TokenStream {
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let Some(tokens) = &mut self.tokens else { return Poll::Ready(None) };
-        let Poll::Ready(item) = tokens.poll_recv(cx) else { return Poll::Pending };
-        // The scheduler ends every answer with `finish` or an error, unless a panic took it.
-        let item = item.unwrap_or(Err(RequestError::Panicked));
+        let item = match tokens.poll_recv(cx) {
+            // The scheduler ends every answer with `finish` or an error, unless a panic took it.
+            Poll::Ready(item) => item.unwrap_or(Err(RequestError::Panicked)),
+            Poll::Pending => match self.deadline.as_mut().map(|deadline| deadline.as_mut().poll(cx)) {
+                Some(Poll::Ready(())) => Err(RequestError::DeadlineExceeded),
+                Some(Poll::Pending) | None => return Poll::Pending,
+            },
+        };
         if item.as_ref().map_or(true, |token| token.finish.is_some()) {
             self.tokens = None;
         }

@@ -38,7 +38,7 @@ use tonic::service::Routes;
 
 pub use answer::{
     output::{Encoding, Finish, FinishReason, Pooling, Scores, TargetScore, Token},
-    request_error::RequestError,
+    request_error::{RequestError, TextOf},
     routing_mode::{Alpha, RoutingMode},
     sampler::Sampling,
     trace::{ExpertSets, HashCounts, Timings, Trace},

@@ -190,6 +190,19 @@ impl Coordinator {
     }
 }
 
+/// Says why this model may not answer as its files, or its user, expect.
+fn warn_of_other_answers(checkpoint: &Checkpoint) -> Result<(), ModelError> {
+    let ignored = &checkpoint.config().generation.ignored;
+    if !ignored.is_empty() {
+        let model = checkpoint.name();
+        tracing::warn!(model, fields = ignored.join(", "), "the generation config asks for what is not served");
+    }
+    for tensor in sida_model::names::embeddings(checkpoint)?.differing {
+        tracing::warn!(%tensor, "config.json ties this tensor to another one, but it differs: it is used in its place");
+    }
+    Ok(())
+}
+
 /// Refuses a predictor of another model, a cluster laid out for another model, and a model that is not served yet.
 fn check(config: &CoordinatorConfig, cluster: &Cluster) -> Result<(), CoordinatorError> {
     let model = config.checkpoint.config();
@@ -223,6 +236,7 @@ async fn load<B: Backend + 'static>(
                 on_load(done, total);
             }
         };
+        warn_of_other_answers(&checkpoint)?;
         let backend = open(&checkpoint, &mut progress)?;
         let tokenizer = Tokenizer::open(checkpoint.dir(), checkpoint.config())?;
         Ok::<_, ModelError>((backend, Arc::new(tokenizer)))

@@ -36,9 +36,9 @@ async fn requests_out_of_range() {
     for request in [
         v1::GenerateRequest { max_tokens: u32::MAX, ..plain.clone() },
         v1::GenerateRequest { min_tokens: 5, ..plain.clone() },
-        v1::GenerateRequest { temperature: -1.0, ..plain.clone() },
-        v1::GenerateRequest { temperature: f32::NAN, ..plain.clone() },
-        v1::GenerateRequest { top_p: 1.5, ..plain.clone() },
+        v1::GenerateRequest { temperature: Some(-1.0), ..plain.clone() },
+        v1::GenerateRequest { temperature: Some(f32::NAN), ..plain.clone() },
+        v1::GenerateRequest { top_p: Some(1.5), ..plain.clone() },
         v1::GenerateRequest { stop: vec![String::new()], ..plain.clone() },
         v1::GenerateRequest { stop: vec!["x".into(); 10_000], ..plain.clone() },
         v1::GenerateRequest { routing: Some(v1::RoutingOptions { mode: 77, alpha: 0 }), ..plain.clone() },

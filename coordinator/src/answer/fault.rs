@@ -4,7 +4,7 @@
 use sida_model::ModelError;
 use sida_rpc::{Fault, Reason};
 
-use crate::answer::request_error::RequestError;
+use crate::answer::request_error::{RequestError, TextOf};
 
 impl From<RequestError> for Fault {
     fn from(error: RequestError) -> Self {
@@ -12,10 +12,14 @@ impl From<RequestError> for Fault {
         let fault = |reason| Fault::from_error(reason, &error);
         match &error {
             E::EmptyText => fault(Reason::EmptyText),
-            E::TextTooLong { bytes, limit } => fault(Reason::TextTooLong).with("bytes", bytes).with("limit", limit),
-            E::PromptTooLong { tokens, limit } => {
-                fault(Reason::TextTooLong).with("tokens", tokens).with("limit", limit)
+            E::TextTooLong { of, bytes, limit } => {
+                fault(Reason::TextTooLong).with("field", field(of)).with("bytes", bytes).with("limit", limit)
             }
+            E::TooManyTokens { of, tokens, limit } => {
+                fault(Reason::TextTooLong).with("field", field(of)).with("tokens", tokens).with("limit", limit)
+            }
+            // What the tokenizer refuses is the caller's text.
+            E::Tokenize { of, .. } => fault(Reason::InvalidRequest).with("field", field(of)),
             E::CacheTooSmall { needed, limit } => {
                 fault(Reason::InvalidRequest).with("needed_bytes", needed).with("limit", limit)
             }
@@ -35,13 +39,18 @@ impl From<RequestError> for Fault {
                 fault(Reason::RetriesExhausted).with("layer", key.layer).with("expert", key.expert)
             }
             E::Model(model) => match &**model {
-                // What the tokenizer refuses is the caller's text.
-                ModelError::Tokenize { .. } => fault(Reason::InvalidRequest).with("field", "text"),
-                ModelError::TextTooLong { .. } => fault(Reason::TextTooLong),
                 ModelError::Device(_) | ModelError::OutOfMemory { .. } => fault(Reason::DeviceFailed),
                 _ => fault(Reason::Internal),
             },
             E::NotANumber | E::Panicked => fault(Reason::Internal),
         }
+    }
+}
+
+/// The field of the request that a text is in, its place counted from 0 as in every list of a message.
+fn field(of: &TextOf) -> String {
+    match of {
+        TextOf::Prompt => "text".to_owned(),
+        TextOf::Target(number) => format!("targets[{}]", number - 1),
     }
 }

@@ -1,6 +1,6 @@
 //! Why a request was not answered: every reason, with the names and numbers that a caller needs.
 
-use std::{sync::Arc, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
 use sida_model::ModelError;
 use sida_routing::{ExpertKey, NodeId};
@@ -12,10 +12,12 @@ use thiserror::Error;
 pub enum RequestError {
     #[error("the text is empty")]
     EmptyText,
-    #[error("the text has {bytes} bytes, more than the {limit} allowed")]
-    TextTooLong { bytes: usize, limit: usize },
-    #[error("the prompt has {tokens} tokens, more than the {limit} allowed")]
-    PromptTooLong { tokens: usize, limit: usize },
+    #[error("{of} has {bytes} bytes, more than the {limit} allowed")]
+    TextTooLong { of: TextOf, bytes: usize, limit: usize },
+    #[error("{of} has {tokens} tokens, more than the {limit} allowed")]
+    TooManyTokens { of: TextOf, tokens: usize, limit: usize },
+    #[error("{of} cannot be tokenized: {reason}")]
+    Tokenize { of: TextOf, reason: String },
     #[error(
         "the request needs {needed} bytes for keys and values, more than the {limit} allowed (--cache-memory); shorten its text, its answer or its targets"
     )]
@@ -52,6 +54,37 @@ pub enum RequestError {
     NotANumber,
     #[error("the step that worked on this request panicked; it was logged")]
     Panicked,
+}
+
+/// Which text of a request an error is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TextOf {
+    /// The one that is answered.
+    Prompt,
+    /// A target to be scored, counted from 1.
+    Target(usize),
+}
+
+impl fmt::Display for TextOf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Prompt => f.write_str("the prompt"),
+            Self::Target(number) => write!(f, "target {number}"),
+        }
+    }
+}
+
+impl RequestError {
+    /// Whether the same would happen to most other requests here: something is wrong with the model, or with what computes
+    /// it.
+    pub(crate) fn is_ours(&self) -> bool {
+        match self {
+            Self::NotANumber | Self::Panicked => true,
+            // A large request may find too little memory where others find enough.
+            Self::Model(error) => !matches!(**error, ModelError::OutOfMemory { .. }),
+            _ => false,
+        }
+    }
 }
 
 impl From<ModelError> for RequestError {

@@ -38,6 +38,11 @@ impl StopTexts {
         Released { text: std::mem::replace(&mut self.held, rest), stopped: false }
     }
 
+    /// Adds text in which no stop text is looked for, not even the beginning of one: all of it is part of the answer.
+    pub(crate) fn pass(&mut self, text: String) -> Released {
+        Released { text: self.finish() + &text, stopped: false }
+    }
+
     /// The sequence ended another way: what was held back is part of the answer after all.
     pub(crate) fn finish(&mut self) -> String {
         std::mem::take(&mut self.held)
@@ -78,6 +83,15 @@ mod tests {
     fn first_stop_wins() {
         // Would break: with two stop texts in one token the answer runs on to the later one.
         assert_eq!(stream(&["later", "now"], &["a now b later"]), ("a ".into(), true));
+    }
+
+    #[test]
+    fn text_that_passes_cannot_stop() {
+        // Would break: a stop text ends an answer that is still too short, or with text from before it could.
+        let mut watch = StopTexts::new(vec!["ab".into()]);
+        assert_eq!(watch.pass("ab a".into()), Released { text: "ab a".into(), stopped: false });
+        assert_eq!(watch.push("b a".into()), Released { text: "b ".into(), stopped: false });
+        assert_eq!(watch.push("b".into()), Released { text: String::new(), stopped: true });
     }
 
     #[test]

@@ -10,8 +10,8 @@ use std::{
 use futures::{Stream, StreamExt};
 use sida_model::{ExpertStore, Stack};
 use sida_proto::v1::{self, inference_server::Inference};
-use sida_rpc::{Deadline, Fault, trace};
-use sida_telemetry::{counter, gauge, histogram, names};
+use sida_rpc::{Deadline, Fault, RequestId, trace};
+use sida_telemetry::{TraceContext, counter, gauge, histogram, names};
 use tonic::{Code, Request, Response, Status};
 
 use crate::{
@@ -59,7 +59,7 @@ impl Inference for InferenceService {
     type GenerateStream = Pin<Box<dyn Stream<Item = Result<v1::GenerateResponse, Status>> + Send>>;
 
     async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
-        let mut answering = Answering::begin("Generate");
+        let mut answering = Answering::begin("Generate", &request);
         let caller = caller(&request);
         let tokens = async {
             let params = messages::generate_params(request.into_inner(), caller)?;
@@ -70,7 +70,7 @@ impl Inference for InferenceService {
     }
 
     async fn score(&self, request: Request<v1::ScoreRequest>) -> Result<Response<v1::ScoreResponse>, Status> {
-        let mut answering = Answering::begin("Score");
+        let mut answering = Answering::begin("Score", &request);
         let caller = caller(&request);
         let scores = async {
             let params = messages::score_params(request.into_inner(), caller)?;
@@ -82,7 +82,7 @@ impl Inference for InferenceService {
     }
 
     async fn encode(&self, request: Request<v1::EncodeRequest>) -> Result<Response<v1::EncodeResponse>, Status> {
-        let mut answering = Answering::begin("Encode");
+        let mut answering = Answering::begin("Encode", &request);
         let caller = caller(&request);
         let encoding = async {
             let params = messages::encode_params(request.into_inner(), caller)?;
@@ -136,16 +136,26 @@ struct Answering {
     since: Instant,
     /// CANCELLED until the request is answered: if it is dropped before, the caller went away.
     code: Code,
+    /// What it is called in the log.
+    request_id: Option<RequestId>,
+    trace: Option<TraceContext>,
 }
 
 impl Answering {
-    fn begin(method: &'static str) -> Self {
-        Self { method, since: Instant::now(), code: Code::Cancelled }
+    fn begin<T>(method: &'static str, request: &Request<T>) -> Self {
+        let (request_id, trace) = (RequestId::of(request), trace::context_of(request));
+        Self { method, since: Instant::now(), code: Code::Cancelled, request_id, trace }
     }
 
+    /// The status of a failure. One that is a fault of ours is logged: its caller can do nothing about it.
     fn fail(&mut self, error: RequestError) -> Status {
-        let status = Status::from(Fault::from(error));
+        let status = Status::from(Fault::from(error.clone()));
         self.code = status.code();
+        if self.code == Code::Internal {
+            let request_id = self.request_id.as_ref().map(tracing::field::display);
+            let trace_id = self.trace.map(|trace| tracing::field::display(trace.trace_id()));
+            tracing::error!(method = self.method, request_id, trace_id, %error, "a request failed by a fault of ours");
+        }
         status
     }
 }

@@ -56,7 +56,7 @@ pub(crate) fn generate_params(
         ignore_eos: message.ignore_eos,
         sampling: Sampling {
             temperature: message.temperature,
-            top_k: message.top_k as usize,
+            top_k: message.top_k.map(|count| count as usize),
             top_p: message.top_p,
             seed: message.seed,
         },

@@ -11,12 +11,14 @@ use sida_model::{Backend, DeviceError, ModelConfig, ModelError, Stack, side_by_s
 use sida_routing::micro_batches::{MicroBatches, PassSize, Way};
 
 use crate::{
+    answer::request_error::RequestError,
     config::MicroBatching,
     dispatch::dispatch::Dispatch,
     forward::{
         batch::Batch, costs::Costs, expert_choice::SequenceRouting, pass_runner::PassRunner,
         route_measures::RouteMeasures,
     },
+    intake::request::Request,
     measures::statistics::Statistics,
 };
 
@@ -101,9 +103,10 @@ impl<B: Backend> Forward<B> {
         }
     }
 
-    /// What a stack makes of a batch: a row for each token.
-    pub(crate) fn pass(&mut self, batch: Batch<'_, B>, costs: &mut Costs) -> Result<B::States, ModelError> {
+    /// What a stack makes of a batch: a row for each token. [`RequestError::Cancelled`]: nobody waits for it any more.
+    pub(crate) fn pass(&mut self, batch: Batch<'_, B>, costs: &mut Costs) -> Result<B::States, RequestError> {
         let start = Instant::now();
+        let requests = batch.requests;
         let rows = batch.spans.rows();
         let size = PassSize::new(batch.stack == Stack::Decoder, rows);
         let cut = self.cut();
@@ -115,16 +118,18 @@ impl<B: Backend> Forward<B> {
         };
         let states = match cut {
             // A device computes: no other thread takes part.
-            Cut::Not => self.first.run(vec![batch], costs),
+            Cut::Not => self.first.run(vec![batch], requests, costs),
             // As one of the threads that compute, so that between its products nobody must be woken.
             Cut::InTurns | Cut::SideBySide => rayon::scope(|_| match (way, cut) {
-                (Way::Parts, Cut::SideBySide) => self.side_by_side(batch.cut(parts), costs),
-                (Way::Parts, _) => self.first.run(batch.cut(parts), costs),
-                (Way::Whole, _) => self.first.run(vec![batch], costs),
+                (Way::Parts, Cut::SideBySide) => self.side_by_side(batch.cut(parts), requests, costs),
+                (Way::Parts, _) => self.first.run(batch.cut(parts), requests, costs),
+                (Way::Whole, _) => self.first.run(vec![batch], requests, costs),
             }),
         };
-        let states = states.and_then(|parts| self.first.backend.join(parts));
-        if let Err(ModelError::Device(DeviceError::Lost(_))) = &states {
+        let states = states.and_then(|parts| Ok(self.first.backend.join(parts)?));
+        if let Err(RequestError::Model(error)) = &states
+            && let ModelError::Device(DeviceError::Lost(_)) = &**error
+        {
             self.statistics.is_device_lost.store(true, Ordering::Relaxed);
         }
         costs.finish_pass(start);
@@ -140,14 +145,19 @@ impl<B: Backend> Forward<B> {
     }
 
     /// Each micro-batch by a thread, at the same time. There are not more of them than threads.
-    fn side_by_side(&mut self, batches: Vec<Batch<'_, B>>, costs: &mut Costs) -> Result<Vec<B::States>, ModelError> {
+    fn side_by_side(
+        &mut self,
+        batches: Vec<Batch<'_, B>>,
+        requests: &[&Request],
+        costs: &mut Costs,
+    ) -> Result<Vec<B::States>, RequestError> {
         let passed = Mutex::new(Vec::with_capacity(batches.len()));
         let runners = std::iter::once(&mut self.first).chain(&mut self.others);
         let part = costs.of_part();
         let passes = runners.zip(batches).enumerate().collect();
         side_by_side::each(passes, |(at, (runner, batch)): (usize, (&mut PassRunner<B>, Batch<'_, B>))| {
             let mut costs = part;
-            let states = runner.run(vec![batch], &mut costs);
+            let states = runner.run(vec![batch], requests, &mut costs);
             passed.lock().push((at, states, costs));
         });
         let mut passed = passed.into_inner();

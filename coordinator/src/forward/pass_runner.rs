@@ -3,17 +3,22 @@
 //!
 //! There may be several micro-batches, which take turns: one is computed by the backend, up to its next MoE layer, while the
 //! rows of the others are at the experts.
+//!
+//! Between two layers, and on the processor within long ones, it is looked whether anybody still waits. A pass that is for
+//! nobody is given up there, so that a long one does not keep the model from those who come after it. One that is for
+//! somebody goes on with all of its rows.
 
 use std::{
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use sida_model::{Backend, Beside, ModelError, Passed, ResidentExperts, router};
+use sida_model::{Backend, Beside, ModelError, Passed, ResidentExperts, StillWanted, router};
 use sida_routing::{Grouping, LayerId, Routes};
 use sida_telemetry::Span;
 
 use crate::{
+    answer::request_error::RequestError,
     dispatch::{
         dispatch::{Dispatch, Dispatched, UnderWay},
         layer_rows::Activations,
@@ -24,6 +29,7 @@ use crate::{
         expert_choice::{self, SequenceRouting},
         route_measures::RouteMeasures,
     },
+    intake::request::Request,
 };
 
 /// What one thread runs passes with.
@@ -61,21 +67,39 @@ enum Experts {
 }
 
 impl<B: Backend> PassRunner<B> {
-    /// Runs through a stack with micro-batches, in turns; what each pass left.
-    pub(crate) fn run(&mut self, batches: Vec<Batch<'_, B>>, costs: &mut Costs) -> Result<Vec<B::States>, ModelError> {
+    /// Runs through a stack with micro-batches, in turns; what each pass left. `requests` are those that wait for the batch
+    /// that these are of, also where other threads have a part of it.
+    pub(crate) fn run(
+        &mut self,
+        batches: Vec<Batch<'_, B>>,
+        requests: &[&Request],
+        costs: &mut Costs,
+    ) -> Result<Vec<B::States>, RequestError> {
+        let is_wanted = || !is_for_nobody(requests);
+        let still_wanted = StillWanted::while_true(&is_wanted);
         let mut running = Vec::with_capacity(batches.len());
         for mut batch in batches {
             let sequences = std::mem::take(&mut batch.sequences);
-            let beside = Beside { wanted: batch.wanted, experts: self.experts_beside(&batch) };
+            let beside = Beside { wanted: batch.wanted, still_wanted, experts: self.experts_beside(&batch) };
             let pass = self.backend.begin(batch.stack, batch.ids, &batch.spans, sequences, beside)?;
             running.push(Running { batch, pass, moe: None });
         }
         let mut is_running = true;
         while is_running {
             is_running = false;
-            for one in &mut running {
-                self.finish_moe(one, costs)?;
-                match self.backend.advance(&mut one.pass)? {
+            for at in 0..running.len() {
+                self.finish_moe(&mut running[at], costs)?;
+                let one = &mut running[at];
+                let advanced = match still_wanted.check() {
+                    Ok(()) => self.backend.advance(&mut one.pass),
+                    Err(given_up) => Err(given_up.into()),
+                };
+                if let Err(ModelError::GivenUp(_)) = advanced {
+                    // Nothing of a pass is at the experts any more when it is dropped.
+                    running.iter_mut().try_for_each(|one| self.finish_moe(one, costs))?;
+                    return Err(RequestError::Cancelled);
+                }
+                match advanced? {
                     Some(layer) => {
                         self.begin_moe(one, layer, costs)?;
                         is_running = true;
@@ -84,7 +108,7 @@ impl<B: Backend> PassRunner<B> {
                 }
             }
         }
-        running.into_iter().map(|one| self.finish(one)).collect()
+        running.into_iter().map(|one| Ok(self.finish(one)?)).collect()
     }
 
     /// Experts on the device of the pass: with them it goes through MoE layers by itself, if the router decides over all rows
@@ -161,4 +185,11 @@ impl<B: Backend> PassRunner<B> {
         }
         Ok(states)
     }
+}
+
+/// Whether there were requests, and none of them is worth an answer any more. Once that is so it stays so, so that all who
+/// compute parts of a batch come to the same end.
+fn is_for_nobody(requests: &[&Request]) -> bool {
+    let now = Instant::now();
+    !requests.is_empty() && requests.iter().all(|request| request.over(now).is_some())
 }

@@ -3,12 +3,17 @@
 
 use std::time::Instant;
 
-use sida_model::{CacheSize, Tokenizer};
+use sida_model::{CacheSize, GenerationConfig, ModelError, Tokenizer};
 use sida_routing::admission::Limits;
 use sida_telemetry::TraceContext;
 
 use crate::{
-    answer::{output::Pooling, request_error::RequestError, routing_mode::RoutingMode, sampler::Sampling},
+    answer::{
+        output::Pooling,
+        request_error::{RequestError, TextOf},
+        routing_mode::RoutingMode,
+        sampler::{SamplerSettings, Sampling},
+    },
     config::RequestLimits,
     intake::request::{GenerateOptions, Work},
 };
@@ -50,13 +55,13 @@ pub struct GenerateParams {
     pub text: String,
     /// Who chooses the experts of its tokens.
     pub routing: RoutingMode,
-    /// Tokens at most; 0 for the server's default.
+    /// Tokens at most; 0 for the model's default or, if it has none, the server's.
     pub max_tokens: usize,
-    /// No end of sequence before so many tokens.
+    /// No end before so many tokens: neither of the sequence nor by a stop text. 0 for the model's default, mostly none.
     pub min_tokens: usize,
     /// Goes on after an end of sequence, to measure generation.
     pub ignore_eos: bool,
-    /// How tokens are chosen; the default is greedy.
+    /// How tokens are chosen.
     pub sampling: Sampling,
     /// The answer ends before one of these.
     pub stop: Vec<String>,
@@ -72,6 +77,8 @@ pub(crate) struct Acceptance<'a> {
     pub(crate) batch: &'a Limits,
     pub(crate) cache_size: CacheSize,
     pub(crate) tokenizer: &'a Tokenizer,
+    /// What the model does where a request does not say.
+    pub(crate) generation: &'a GenerationConfig,
 }
 
 impl Acceptance<'_> {
@@ -80,7 +87,7 @@ impl Acceptance<'_> {
         if text.trim().is_empty() {
             return Err(RequestError::EmptyText);
         }
-        self.tokens(text)
+        self.tokens(text, TextOf::Prompt)
     }
 
     /// The tokens of every target. All of them and the prompt must fit one batch.
@@ -89,7 +96,8 @@ impl Acceptance<'_> {
         if targets.iter().any(|target| target.trim().is_empty()) {
             return Err(refused("targets", "an empty text", "texts with tokens"));
         }
-        let targets = targets.iter().map(|target| self.tokens(target)).collect::<Result<Vec<_>, _>>()?;
+        let targets = targets.iter().zip(1..).map(|(target, number)| self.tokens(target, TextOf::Target(number)));
+        let targets = targets.collect::<Result<Vec<_>, _>>()?;
         let tokens = targets.iter().map(Vec::len).sum::<usize>() + prompt_tokens;
         within("tokens of text and targets", tokens, 1, self.batch.tokens_max)?;
         Ok(targets)
@@ -97,13 +105,17 @@ impl Acceptance<'_> {
 
     /// The checked options of a generation.
     pub(crate) fn options(&self, params: &mut GenerateParams) -> Result<GenerateOptions, RequestError> {
-        let limits = self.limits;
+        let (limits, model) = (self.limits, self.generation);
         let tokens_max = match params.max_tokens {
-            0 => limits.tokens_default,
+            0 => model.tokens_max.unwrap_or(limits.tokens_default).min(limits.tokens_max),
             tokens => within("max_tokens", tokens, 1, limits.tokens_max)?,
         };
-        let tokens_min = within("min_tokens", params.min_tokens, 0, tokens_max)?;
-        let Sampling { temperature, top_p, .. } = params.sampling;
+        let tokens_min = match params.min_tokens {
+            0 => model.tokens_min.min(tokens_max),
+            tokens => within("min_tokens", tokens, 1, tokens_max)?,
+        };
+        let sampling = params.sampling.settings(model.sampling);
+        let SamplerSettings { temperature, top_p, .. } = sampling;
         if !(0.0..=100.0).contains(&temperature) {
             return Err(refused("temperature", temperature, "0 to 100"));
         }
@@ -118,7 +130,7 @@ impl Acceptance<'_> {
             tokens_max,
             tokens_min,
             ignore_eos: params.ignore_eos,
-            sampling: params.sampling.clone(),
+            sampling,
             stop: std::mem::take(&mut params.stop),
         })
     }
@@ -137,14 +149,18 @@ impl Acceptance<'_> {
         }
     }
 
-    fn tokens(&self, text: &str) -> Result<Vec<u32>, RequestError> {
+    fn tokens(&self, text: &str, of: TextOf) -> Result<Vec<u32>, RequestError> {
         let (bytes, limit) = (text.len(), self.limits.text_bytes_max);
         if bytes > limit {
-            return Err(RequestError::TextTooLong { bytes, limit });
+            return Err(RequestError::TextTooLong { of, bytes, limit });
         }
-        let ids = self.tokenizer.encode(text)?;
+        let ids = self.tokenizer.encode(text).map_err(|error| match error {
+            ModelError::Tokenize { reason } => RequestError::Tokenize { of, reason },
+            ModelError::TextTooLong { bytes, limit } => RequestError::TextTooLong { of, bytes, limit },
+            error => error.into(),
+        })?;
         let (tokens, limit) = (ids.len(), self.limits.prompt_tokens_max);
-        if tokens > limit { Err(RequestError::PromptTooLong { tokens, limit }) } else { Ok(ids) }
+        if tokens > limit { Err(RequestError::TooManyTokens { of, tokens, limit }) } else { Ok(ids) }
     }
 }
 

@@ -10,7 +10,7 @@ use crate::answer::{
     output::{Encoding, Pooling, Scores, Token},
     request_error::RequestError,
     routing_mode::RoutingMode,
-    sampler::Sampling,
+    sampler::SamplerSettings,
 };
 
 /// A request that was checked and tokenized.
@@ -48,11 +48,11 @@ pub(crate) enum Work {
 pub(crate) struct GenerateOptions {
     /// Tokens at most, at least 1.
     pub(crate) tokens_max: usize,
-    /// No end of sequence before so many tokens.
+    /// No end before so many tokens: neither of the sequence nor by a stop text.
     pub(crate) tokens_min: usize,
     /// Goes on after an end of sequence.
     pub(crate) ignore_eos: bool,
-    pub(crate) sampling: Sampling,
+    pub(crate) sampling: SamplerSettings,
     pub(crate) stop: Vec<String>,
 }
 
@@ -105,13 +105,20 @@ impl Request {
             Work::Score { reply, .. } => reply.as_ref().is_none_or(oneshot::Sender::is_closed),
             Work::Generate { reply, .. } => reply.is_closed(),
         };
-        if gone {
-            Some(RequestError::Cancelled)
-        } else if self.deadline.is_some_and(|deadline| now >= deadline) {
+        // Who waits until the deadline and no longer goes away then, too.
+        if self.deadline.is_some_and(|deadline| now >= deadline) {
             Some(RequestError::DeadlineExceeded)
+        } else if gone {
+            Some(RequestError::Cancelled)
         } else {
             None
         }
+    }
+
+    /// Answers with the error that ended the batch which the request was in, unless nobody waits for it anyway.
+    pub(crate) fn fail_with_batch(self, error: &RequestError) {
+        let reason = self.over(Instant::now()).unwrap_or_else(|| error.clone());
+        self.fail(reason);
     }
 
     /// Answers with an error. The caller may have gone, which is no error.

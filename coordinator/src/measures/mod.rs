@@ -1,4 +1,5 @@
-//! What a coordinator counts: `metrics` for Prometheus, `statistics` for its own status.
+//! What a coordinator counts: `metrics` for Prometheus, `statistics` for its own status, `step_outcomes` for its health.
 
 pub(crate) mod metrics;
 pub(crate) mod statistics;
+pub(crate) mod step_outcomes;

@@ -5,6 +5,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::measures::step_outcomes::StepOutcomes;
+
 /// Counters that several threads add to.
 #[derive(Debug)]
 pub(crate) struct Statistics {
@@ -20,6 +22,8 @@ pub(crate) struct Statistics {
     pub(crate) failovers: AtomicU64,
     /// Whether the device of the dense layers is lost, so that nothing can be computed any more.
     pub(crate) is_device_lost: AtomicBool,
+    /// Whether steps answer anybody.
+    pub(crate) outcomes: StepOutcomes,
     origin: Instant,
     /// Milliseconds from `origin` to the beginning of the scheduler's step; 0 between steps.
     step_began: AtomicU64,
@@ -28,8 +32,8 @@ pub(crate) struct Statistics {
 impl Default for Statistics {
     fn default() -> Self {
         let (requests, inflight, hash_hits, hash_misses, failovers, is_device_lost, step_began) = Default::default();
-        let origin = Instant::now();
-        Self { requests, inflight, hash_hits, hash_misses, failovers, is_device_lost, origin, step_began }
+        let (outcomes, origin) = (StepOutcomes::default(), Instant::now());
+        Self { requests, inflight, hash_hits, hash_misses, failovers, is_device_lost, outcomes, origin, step_began }
     }
 }
 
@@ -42,6 +46,7 @@ impl Statistics {
     /// The scheduler's step is over.
     pub(crate) fn step_ended(&self) {
         self.step_began.store(0, Ordering::Relaxed);
+        self.outcomes.step_ended(Instant::now());
     }
 
     /// For how long the scheduler has been in one step.

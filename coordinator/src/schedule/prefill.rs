@@ -68,7 +68,7 @@ impl<B: Backend> Scheduler<B> {
             let (ids, spans, routings) = (&ids[..], spans.clone(), &mut routings[..]);
             let (stack, sequences, wanted) = (Stack::Encoder, Vec::new(), &[][..]);
             let batch = Batch { stack, ids, spans, sequences, wanted, routings, requests: &callers };
-            Ok(forward.pass(batch, &mut costs)?)
+            forward.pass(batch, &mut costs)
         });
         drop(hint);
         self.note_predictions(&mut routings);
@@ -79,8 +79,9 @@ impl<B: Backend> Scheduler<B> {
         match outcome {
             Ok(states) => self.start_sequences(requests, &routings, &states, &spans, costs, span),
             Err(error) => {
+                self.note_failure(&error);
                 costs.record(&self.metrics.phases);
-                requests.into_iter().for_each(|(request, _)| request.fail(error.clone()));
+                requests.into_iter().for_each(|(request, _)| request.fail_with_batch(&error));
             }
         }
     }
@@ -148,18 +149,31 @@ impl<B: Backend> Scheduler<B> {
                         };
                         encodings.push((request, trace, values[range.start * d_model..range.end * d_model].to_vec()));
                     }
-                    Err(error) => request.fail(error.clone()),
+                    Err(error) => {
+                        self.note_failure(error);
+                        request.fail(error.clone());
+                    }
                 },
                 (None, _) => match started.next().expect("one for each").and_then(|one| self.branches(&request, one)) {
                     Ok(branches) => self.running.push(Sequence::new(request, trace, branches)),
-                    Err(error) => request.fail(error),
+                    Err(error) => {
+                        self.note_failure(&error);
+                        request.fail(error);
+                    }
                 },
             }
         }
         self.values = buffer;
         // Each answer wakes the task of its caller, which takes a thread outside the runtime much longer than one within.
+        let statistics = self.statistics.clone();
         let answer = async move {
-            encodings.into_iter().for_each(|(request, trace, values)| answer_encoding(request, trace, values, d_model));
+            for (request, trace, values) in encodings {
+                match answer_encoding(request, trace, values, d_model) {
+                    Ok(()) => statistics.outcomes.answered(),
+                    Err(error) if error.is_ours() => statistics.outcomes.failed(&error),
+                    Err(_) => {}
+                }
+            }
         };
         self.runtime.spawn(answer);
     }
@@ -167,7 +181,7 @@ impl<B: Backend> Scheduler<B> {
     /// The branches of a sequence. Each begins with the decoder's start token, and with all of its target but the last
     /// token where one is scored; all share the keys and values of the encoder's output.
     fn branches(&mut self, request: &Request, state: B::Sequence) -> Result<Vec<Branch<B>>, RequestError> {
-        let start = self.forward.config().decoder_start_token_id;
+        let start = self.forward.config().generation.decoder_start_token_id;
         let fed: Vec<&[u32]> = match &request.work {
             Work::Score { targets, .. } => targets.iter().map(|target| &target[..target.len() - 1]).collect(),
             Work::Generate { .. } | Work::Encode { .. } => vec![&[]],
@@ -200,13 +214,23 @@ fn start_all<B: Backend>(
     }
 }
 
-/// Answers a request for encoder states with what it asked for of them: (rows, d_model).
-fn answer_encoding(request: Request, mut trace: Trace, states: Vec<f32>, d_model: usize) {
+/// Answers a request for encoder states with what it asked for of them, (rows, d_model), or with the error that is
+/// returned.
+fn answer_encoding(request: Request, mut trace: Trace, states: Vec<f32>, d_model: usize) -> Result<(), RequestError> {
     trace.timings.total = request.accepted.elapsed();
     let prompt_tokens = request.tokens.len();
     let answer = catch_panic(|| encoding::encoding(states, d_model, prompt_tokens, trace));
-    if let Work::Encode { reply, .. } = request.work {
-        // The caller may have gone, which is no error.
-        drop(reply.send(answer));
+    match answer {
+        Ok(encoding) => {
+            if let Work::Encode { reply, .. } = request.work {
+                // The caller may have gone, which is no error.
+                drop(reply.send(Ok(encoding)));
+            }
+            Ok(())
+        }
+        Err(error) => {
+            request.fail(error.clone());
+            Err(error)
+        }
     }
 }

@@ -84,11 +84,11 @@ impl<B: Backend> Scheduler<B> {
                 self.step();
                 Ok(())
             });
-            self.statistics.step_ended();
             // The callers of requests that were joining see their channels end.
             if let Err(error) = outcome {
                 self.fail_running(&error);
             }
+            self.statistics.step_ended();
             self.note_inflight(&[]);
             if self.running.is_empty() {
                 self.idle_since = Instant::now();
@@ -159,13 +159,21 @@ impl<B: Backend> Scheduler<B> {
         drop((before, after));
         let _settling = within.map(|within| Span::below(within, "output"));
         match outcome {
-            Ok(output) => self.postprocess(routings, &output, &costs),
+            Ok(output) => self.postprocess(routings, output, &costs),
             Err(error) => self.fail_running(&error),
         }
     }
 
     fn fail_running(&mut self, error: &RequestError) {
-        self.running.drain(..).for_each(|sequence| sequence.request.fail(error.clone()));
+        self.note_failure(error);
+        self.running.drain(..).for_each(|sequence| sequence.request.fail_with_batch(error));
+    }
+
+    /// Notes an error that a request is answered with.
+    pub(crate) fn note_failure(&self, error: &RequestError) {
+        if error.is_ours() {
+            self.statistics.outcomes.failed(error);
+        }
     }
 
     /// How the rows of every branch are routed in this step's batch.
@@ -213,7 +221,7 @@ impl<B: Backend> Scheduler<B> {
             let mut lengths = Vec::new();
             let mut sequences = Vec::new();
             let mut requests = Vec::new();
-            let (mut last_rows, mut greedy, mut drawn_rows) = <(Vec<_>, Vec<_>, Vec<_>)>::default();
+            let (mut last_rows, mut greedy, mut other_rows) = <(Vec<_>, Vec<_>, Vec<_>)>::default();
             for sequence in running.iter_mut() {
                 for branch in &mut sequence.branches {
                     ids.extend_from_slice(&branch.feed);
@@ -223,11 +231,9 @@ impl<B: Backend> Scheduler<B> {
                 }
                 if let Decoding::Generate(generation) = &sequence.decoding {
                     last_rows.push(ids.len() - 1);
-                    if generation.is_greedy() {
-                        let row = ids.len() as u32 - 1;
-                        greedy.push(Wanted { row, banned: generation.banned(forward.config()) });
-                    } else {
-                        drawn_rows.push(ids.len() - 1);
+                    match generation.best_but(&forward.config().generation) {
+                        Some(banned) => greedy.push(Wanted { row: ids.len() as u32 - 1, banned }),
+                        None => other_rows.push(ids.len() - 1),
                     }
                 }
             }
@@ -246,18 +252,18 @@ impl<B: Backend> Scheduler<B> {
             let start = Instant::now();
             let backend = forward.backend();
             let tokens = backend.best_tokens(&states, &greedy).transpose()?;
-            let logits = backend.logits(&states, if tokens.is_some() { &drawn_rows } else { &last_rows })?;
+            let logits = backend.logits(&states, if tokens.is_some() { &other_rows } else { &last_rows })?;
             costs.dense_since(start);
             Ok(StepOutput { states, spans, tokens, logits })
         })
     }
 
     /// Gives every sequence its share of a step: the next token, its scores, or the reason of its failure.
-    fn postprocess(&mut self, mut routings: Vec<SequenceRouting>, output: &StepOutput<B>, costs: &Costs) {
+    fn postprocess(&mut self, mut routings: Vec<SequenceRouting>, output: StepOutput<B>, costs: &Costs) {
         let start = Instant::now();
-        let StepOutput { states, spans, tokens, logits } = output;
-        let mut tokens = tokens.as_ref().map(|tokens| tokens.iter());
-        let mut logits = logits.chunks_exact(self.forward.config().vocab_size);
+        let StepOutput { states, spans, tokens, mut logits } = output;
+        let mut tokens = tokens.map(Vec::into_iter);
+        let mut logits = logits.chunks_exact_mut(self.forward.config().vocab_size);
         let mut branches_before = 0;
         let mut texts = Vec::with_capacity(self.running.len());
         for mut sequence in std::mem::take(&mut self.running) {
@@ -272,7 +278,9 @@ impl<B: Backend> Scheduler<B> {
             match &sequence.decoding {
                 Decoding::Generate(generation) => {
                     let next_token = match &mut tokens {
-                        Some(tokens) if generation.is_greedy() => tokens.next().copied().map(NextToken::Chosen),
+                        Some(tokens) if generation.best_but(&self.forward.config().generation).is_some() => {
+                            tokens.next().map(NextToken::Chosen)
+                        }
                         _ => logits.next().map(NextToken::Logits),
                     };
                     let next_token = next_token.filter(|_| failure.is_none());
@@ -281,23 +289,37 @@ impl<B: Backend> Scheduler<B> {
                 Decoding::Score => {
                     let rows = branches.map(|branch| spans.range(branch));
                     let scored = match failure {
-                        None => catch_panic(|| sequence.answer_score(self.forward.backend(), states, rows)),
+                        None => catch_panic(|| sequence.answer_score(self.forward.backend(), &states, rows)),
                         Some(failure) => Err(failure),
                     };
-                    scored.unwrap_or_else(|error| sequence.request.fail(error));
+                    match scored {
+                        Ok(()) => self.statistics.outcomes.answered(),
+                        Err(error) => {
+                            self.note_failure(&error);
+                            sequence.request.fail(error);
+                        }
+                    }
                 }
             }
         }
         let (config, tokenizer, metrics) = (self.forward.config(), &*self.tokenizer, &*self.metrics);
+        let outcomes = &self.statistics.outcomes;
         let advance = |(mut sequence, next_token): (Sequence<B>, Result<NextToken<'_>, RequestError>)| {
-            match next_token
-                .and_then(|next_token| catch_panic(|| sequence.advance(next_token, config, tokenizer, metrics)))
-            {
-                Ok(SequenceStatus::Running) => return Some(sequence),
-                Ok(SequenceStatus::Finished) => {}
-                Err(error) => sequence.request.fail(error),
+            let advanced = next_token
+                .and_then(|next_token| catch_panic(|| sequence.advance(next_token, config, tokenizer, metrics)));
+            match advanced {
+                Ok(status) => {
+                    outcomes.answered();
+                    (status == SequenceStatus::Running).then_some(sequence)
+                }
+                Err(error) => {
+                    if error.is_ours() {
+                        outcomes.failed(&error);
+                    }
+                    sequence.request.fail(error);
+                    None
+                }
             }
-            None
         };
         self.running = match texts.len() < PARALLEL_SEQUENCES_MIN {
             true => texts.into_iter().filter_map(advance).collect(),
@@ -332,7 +354,7 @@ struct StepOutput<B: Backend> {
     /// A row for each token; `spans` has the rows of each branch.
     states: B::States,
     spans: Spans,
-    /// The next tokens of sequences that take the most likely one, where the device chose it.
+    /// The next tokens of sequences that take the most likely one but for one, where the device chose it.
     tokens: Option<Vec<Option<u32>>>,
     /// Logits of all other sequences that generate: (sequences, vocab_size).
     logits: Vec<f32>,

@@ -4,7 +4,7 @@
 
 use std::{ops::Range, sync::Arc, time::Instant};
 
-use sida_model::{Backend, ModelConfig, ModelError, Tokenizer};
+use sida_model::{Backend, GenerationConfig, ModelConfig, ModelError, TokenRule, Tokenizer};
 use sida_telemetry::spans;
 
 use crate::{
@@ -63,13 +63,12 @@ pub(crate) struct Generation {
 }
 
 /// What a decode step says of the next token.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub(crate) enum NextToken<'s> {
-    /// The token that the device chose: the most likely one that is not [`Generation::banned`]; none if no logit is a
-    /// number.
+    /// The token that the device chose, as [`Generation::best_but`] says; none if no logit is a number.
     Chosen(Option<u32>),
     /// The logits to choose from: (vocab_size).
-    Logits(&'s [f32]),
+    Logits(&'s mut [f32]),
 }
 
 /// Whether a sequence takes part in the next step.
@@ -106,10 +105,13 @@ impl<B: Backend> Sequence<B> {
         };
         let chosen = match next_token {
             NextToken::Chosen(token) => token,
-            NextToken::Logits(logits) => generation.sampler.next(logits, generation.banned(config)),
+            NextToken::Logits(logits) => {
+                generation.rule(&config.generation).apply(logits);
+                generation.sampler.next(logits)
+            }
         };
         let id = chosen.ok_or(RequestError::NotANumber)?;
-        let (text, reason) = generation.take(id, config.eos_token_id, tokenizer)?;
+        let (text, reason) = generation.take(id, &config.generation, tokenizer)?;
         metrics.generated_tokens.increment(1);
         let now = Instant::now();
         if generation.first_token_at.is_none() {
@@ -174,25 +176,34 @@ impl Generation {
         }
     }
 
-    /// Whether the next token is always the most likely one.
-    pub(crate) fn is_greedy(&self) -> bool {
-        self.sampler.is_greedy()
+    /// What the next token may be.
+    fn rule<'a>(&self, model: &'a GenerationConfig) -> TokenRule<'a> {
+        model.token_rule(self.generated, self.options.tokens_min, self.options.tokens_max)
     }
 
-    /// The token that must not be next: the end of sequence, while the text is too short.
-    pub(crate) fn banned(&self, config: &ModelConfig) -> Option<u32> {
-        (self.generated < self.options.tokens_min).then_some(config.eos_token_id)
+    /// Whether the next token is the most likely one but for at most one, and which that is: then a device can choose it.
+    /// `None`: it is chosen from the logits.
+    pub(crate) fn best_but(&self, model: &GenerationConfig) -> Option<Option<u32>> {
+        if self.sampler.is_greedy() { self.rule(model).banned() } else { None }
     }
 
     /// Takes a token into the text; returns what may be streamed and why the text ends here, if it does.
-    fn take(&mut self, id: u32, eos: u32, tokenizer: &Tokenizer) -> Result<(String, Option<FinishReason>), ModelError> {
+    fn take(
+        &mut self,
+        id: u32,
+        model: &GenerationConfig,
+        tokenizer: &Tokenizer,
+    ) -> Result<(String, Option<FinishReason>), ModelError> {
         self.generated += 1;
         let decode = |ids: &[u32]| tokenizer.decode(ids);
         let added = self.detokenizer.push(id, decode)?;
-        let released = self.stops.push(added);
+        // The text of an answer that is too short ends nowhere, and is not looked at again.
+        let may_stop = self.generated > self.options.tokens_min;
+        let watch = |stops: &mut StopTexts, text| if may_stop { stops.push(text) } else { stops.pass(text) };
+        let released = watch(&mut self.stops, added);
         let reason = if released.stopped {
             Some(FinishReason::Stop)
-        } else if id == eos && !self.options.ignore_eos {
+        } else if model.is_end(id) && !self.options.ignore_eos {
             Some(FinishReason::End)
         } else if self.generated >= self.options.tokens_max {
             Some(FinishReason::Length)
@@ -201,7 +212,7 @@ impl Generation {
         };
         let mut text = released.text;
         if matches!(reason, Some(FinishReason::End | FinishReason::Length)) {
-            let last = self.stops.push(self.detokenizer.finish(decode)?);
+            let last = watch(&mut self.stops, self.detokenizer.finish(decode)?);
             text += &last.text;
             if last.stopped {
                 return Ok((text, Some(FinishReason::Stop)));
@@ -232,4 +243,31 @@ pub(crate) fn absorb_costs(trace: &mut Trace, costs: &Costs) {
     trace.timings.load += costs.load;
     trace.demand_loads += costs.demand_loads;
     trace.failovers += costs.failovers;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::answer::sampler::SamplerSettings;
+
+    #[test]
+    fn a_device_chooses_only_where_one_token_is_banned() {
+        // Would break: a GPU's greedy choice is a token that is never to be written.
+        let generation = |tokens_min, temperature| {
+            let sampling = SamplerSettings { temperature, ..SamplerSettings::default() };
+            Generation::new(&GenerateOptions { tokens_max: 9, tokens_min, sampling, ..GenerateOptions::default() })
+        };
+        let one_end = GenerationConfig::plain(0, vec![1]);
+        let two_ends = GenerationConfig::plain(0, vec![1, 5]);
+        assert_eq!(generation(0, 0.0).best_but(&one_end), Some(None));
+        assert_eq!(generation(2, 0.0).best_but(&one_end), Some(Some(1)));
+        assert_eq!(generation(0, 0.5).best_but(&one_end), None, "it is drawn");
+        assert_eq!(generation(0, 0.0).best_but(&two_ends), Some(None));
+        assert_eq!(generation(2, 0.0).best_but(&two_ends), None);
+        let suppressed = GenerationConfig { suppress_tokens: vec![7], ..one_end.clone() };
+        assert_eq!(generation(0, 0.0).best_but(&suppressed), Some(Some(7)));
+        assert_eq!(generation(2, 0.0).best_but(&suppressed), None);
+        let forced = GenerationConfig { forced_bos_token_id: Some(3), ..one_end };
+        assert_eq!(generation(0, 0.0).best_but(&forced), None);
+    }
 }

@@ -5,7 +5,7 @@ use std::sync::{Arc, atomic::Ordering};
 use futures::{StreamExt, future::join_all};
 use sida_coordinator::{
     Alpha, Coordinator, CoordinatorConfig, EncodeParams, FinishReason, GenerateParams, MicroBatching, Pooling,
-    PredictorSource, RoutingMode, ScoreParams,
+    PredictorSource, RoutingMode, Sampling, ScoreParams,
 };
 use sida_model::{ModelConfig, Reference, Tokenizer};
 
@@ -140,7 +140,7 @@ async fn scores_are_the_references() {
 
 fn expected_score(oracle: &Oracle, states: &[f32], target: &[u32]) -> f64 {
     let config: &ModelConfig = oracle.reference.config();
-    let fed = [&[config.decoder_start_token_id], &target[..target.len() - 1]].concat();
+    let fed = [&[config.generation.decoder_start_token_id], &target[..target.len() - 1]].concat();
     let (logits, _) = oracle.reference.decode_forced(states, &fed).expect("logits");
     let rows = logits.chunks_exact(config.vocab_size);
     let log_p = |(row, &token): (&[f32], &u32)| {
@@ -226,7 +226,17 @@ async fn options_of_generation() {
     let stopped = GenerateParams { stop: vec![answer[1..3].to_owned()], ..free.clone() };
     let (_, cut, reason) = generate(&cluster.coordinator, stopped).await;
     assert_eq!((cut.as_str(), reason), (&answer[..1], FinishReason::Stop));
-    let sampling = sida_coordinator::Sampling { temperature: 1.5, top_k: 50, top_p: 0.95, seed: Some(11) };
+    // A stop text that all of the answer is full of ends it with the first token that may be its last.
+    let letters = "etaoinsrhdlcumpg".chars().map(String::from).collect();
+    let short = GenerateParams { stop: letters, max_tokens: 20, ignore_eos: true, ..free.clone() };
+    assert!(generate(&cluster.coordinator, short.clone()).await.0.len() < 5);
+    let long = GenerateParams { min_tokens: 12, ..short.clone() };
+    let (ids, _, reason) = generate(&cluster.coordinator, long).await;
+    assert!(ids.len() > 12 && reason == FinishReason::Stop, "{} tokens, {reason:?}", ids.len());
+    let longest = GenerateParams { min_tokens: 20, ..short };
+    let (ids, _, reason) = generate(&cluster.coordinator, longest).await;
+    assert_eq!((ids.len(), reason), (20, FinishReason::Length));
+    let sampling = Sampling { temperature: Some(1.5), top_k: Some(50), top_p: Some(0.95), seed: Some(11) };
     let sampled = GenerateParams { sampling, min_tokens: 12, max_tokens: 12, ..free };
     let alone = generate(&cluster.coordinator, sampled.clone()).await.0;
     let together = join_all([sampled.clone(), sampled.clone()].map(|p| generate(&cluster.coordinator, p))).await;

@@ -8,7 +8,7 @@ use std::{
 
 use futures::{StreamExt, future::join_all};
 use sida_coordinator::{
-    EncodeParams, Encoding, GenerateParams, PredictorSource, RequestError, RoutingMode, ScoreParams,
+    EncodeParams, Encoding, GenerateParams, MicroBatching, PredictorSource, RequestError, RoutingMode, ScoreParams,
 };
 use sida_predictor::{HashPredictor, HitRate, PredictorError, PredictorState};
 use sida_routing::{Digest, ExpertKey, HashTable};
@@ -143,6 +143,59 @@ async fn deadline_and_departure_free_the_batch() {
     assert!((2..200).contains(&late.len()));
     tokio::time::sleep(Duration::from_millis(200)).await;
     assert_eq!(cluster.coordinator.status().await.requests_inflight, 0);
+}
+
+/// Encodes texts that run together, the first of them until a deadline; how long each took.
+async fn together(
+    cluster: &PlainCluster,
+    patience: [Option<Duration>; 2],
+) -> Vec<(Result<Encoding, RequestError>, Duration)> {
+    let encode = |patience: Option<Duration>| {
+        let start = Instant::now();
+        let deadline = patience.map(|patience| start + patience);
+        let answer = cluster.coordinator.encode(EncodeParams { text: TEXT.into(), deadline, ..Default::default() });
+        async move { (answer.await, start.elapsed()) }
+    };
+    join_all(patience.map(encode)).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pass_for_nobody_is_given_up_between_layers() {
+    // Would break: a pass that outlives its callers keeps the model from all others; a caller is told of its deadline when the
+    // pass ends; or a caller who still waits is given up with the others.
+    let (layer, short) = (Duration::from_millis(300), Some(Duration::from_millis(100)));
+    for micro_batching in [MicroBatching::Never, MicroBatching::Always] {
+        let cluster = start(1, PredictorSource::Off, |config| config.micro_batching = micro_batching).await;
+        let expected = encode(&cluster, TEXT).await.expect("works").states;
+        let layers = || cluster.nodes[0].rows_most.lock().len();
+        cluster.nodes[0].rows_most.lock().clear();
+        cluster.nodes[0].behave(Behaviour::Slow(layer));
+        for (answer, took) in together(&cluster, [short, short]).await {
+            assert!(matches!(answer, Err(RequestError::DeadlineExceeded)), "{answer:?}");
+            assert!(took < layer, "told after {took:?}");
+        }
+        while cluster.coordinator.status().await.requests_inflight > 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        assert_eq!(layers(), 1, "of three MoE layers");
+        let both = together(&cluster, [short, None]).await;
+        assert!(matches!(both[0].0, Err(RequestError::DeadlineExceeded)) && both[0].1 < layer, "{both:?}");
+        assert_eq!(both[1].0.as_ref().expect("it waits").states, expected);
+        assert_eq!(layers(), 3);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deadline_ends_a_stream_at_once() {
+    // Would break: a caller whose deadline is over waits for the end of a long pass to be told.
+    let cluster = start(1, PredictorSource::Off, |_| ()).await;
+    cluster.nodes[0].behave(Behaviour::Slow(Duration::from_millis(400)));
+    let start = Instant::now();
+    let deadline = Some(start + Duration::from_millis(100));
+    let params = GenerateParams { text: TEXT.into(), deadline, ..Default::default() };
+    let tokens: Vec<_> = cluster.coordinator.generate(params).await.expect("accepted").collect().await;
+    assert!(matches!(tokens[..], [Err(RequestError::DeadlineExceeded)]), "{tokens:?}");
+    assert!(start.elapsed() < Duration::from_millis(300), "{:?}", start.elapsed());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -65,6 +65,29 @@ async fn remote_and_local_answer_alike() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_pass_that_is_given_up_leaves_nothing_under_way() {
+    // Would break: what comes back for a pass that nobody waits for is taken for another's, or its bytes hold up the lane.
+    let (experts, nodes) = nodes(1).await;
+    let coordinator = start_over(addresses(&nodes), Vec::new(), PredictorSource::Off, |config| {
+        config.micro_batching = MicroBatching::Always;
+        config.lane_inflight_bytes_max = 1;
+    })
+    .await;
+    let expected = encode(&coordinator).await.expect("encoded").states;
+    experts[0].behave(Behaviour::Slow(Duration::from_millis(150)));
+    for _ in 0..3 {
+        let deadline = Some(Instant::now() + Duration::from_millis(60));
+        let params = EncodeParams { text: TEXT.into(), deadline, ..Default::default() };
+        let answers = join_all([params.clone(), params].map(|params| coordinator.encode(params))).await;
+        assert!(answers.iter().all(|answer| matches!(answer, Err(RequestError::DeadlineExceeded))), "{answers:?}");
+    }
+    experts[0].behave(Behaviour::Works);
+    let start = Instant::now();
+    assert_eq!(encode(&coordinator).await.expect("encoded").states, expected);
+    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn micro_batches_are_under_way_together() {
     // Would break: one waits for the answers to the other; or gets them, or its failures.
     let texts: Vec<String> = (0..7).map(|i| format!("sst2 sentence: it is {}", "fine ".repeat(i))).collect();

@@ -1,6 +1,6 @@
 //! What a coordinator refuses: each kind of bad request, with an error that names the field and the limit.
 
-use sida_coordinator::{EncodeParams, GenerateParams, PredictorSource, RequestError, Sampling, ScoreParams};
+use sida_coordinator::{EncodeParams, GenerateParams, PredictorSource, RequestError, Sampling, ScoreParams, TextOf};
 
 use crate::plain_experts::{PlainCluster, start};
 
@@ -20,7 +20,10 @@ async fn texts() {
         assert!(matches!(encode(empty.into()).await, Err(RequestError::EmptyText)));
     }
     let long = encode("good ".repeat(600)).await;
-    assert!(matches!(long, Err(RequestError::PromptTooLong { tokens: 601, limit: 512 })), "{long:?}");
+    assert!(
+        matches!(long, Err(RequestError::TooManyTokens { of: TextOf::Prompt, tokens: 601, limit: 512 })),
+        "{long:?}"
+    );
     let huge = encode("x".repeat(10 << 20)).await;
     assert!(matches!(huge, Err(RequestError::TextTooLong { limit: 65536, .. })));
     assert!(encode("good ".repeat(511)).await.is_ok(), "the limit itself is allowed");
@@ -31,7 +34,8 @@ async fn options() {
     // Would break: an option out of its range is taken, and does something else than it says.
     let cluster = start(1, PredictorSource::Off, |_| ()).await;
     let base = GenerateParams { text: "good".into(), ..Default::default() };
-    let sampling = |temperature, top_p| Sampling { temperature, top_p, ..Default::default() };
+    let sampling =
+        |temperature, top_p| Sampling { temperature: Some(temperature), top_p: Some(top_p), ..Default::default() };
     let cases = [
         ("max_tokens", GenerateParams { max_tokens: 1025, ..base.clone() }),
         ("min_tokens", GenerateParams { max_tokens: 4, min_tokens: 5, ..base.clone() }),
@@ -64,5 +68,12 @@ async fn targets() {
         let answer = score(targets).await;
         assert!(matches!(answer, Err(RequestError::Argument { .. })), "{answer:?}");
     }
+    // The target that is too long is named, and not the prompt.
+    let long = |target: String| score(vec!["x".into(), "y".into(), target]);
+    let error = long("good ".repeat(600)).await.expect_err("too many tokens");
+    assert!(matches!(error, RequestError::TooManyTokens { of: TextOf::Target(3), tokens: 601, limit: 512 }), "{error}");
+    assert_eq!(error.to_string(), "target 3 has 601 tokens, more than the 512 allowed");
+    let error = long("x".repeat(70_000)).await.expect_err("too many bytes");
+    assert!(matches!(error, RequestError::TextTooLong { of: TextOf::Target(3), bytes: 70_000, .. }), "{error}");
     assert_eq!(score(vec!["x".into(); 8]).await.expect("scored").targets.len(), 8);
 }

@@ -1,16 +1,18 @@
-//! A coordinator with expert-nodes in this process: what it answers ([`exactness`]), what it survives
-//! ([`failures`]), how it reaches nodes behind sockets ([`lanes`], [`epochs`]), what it refuses ([`limits`]), how
-//! sequences share their memory ([`cache_memory`]), what predictions cost ([`prediction`]), and how that looks by gRPC ([`front_door`]). Whole clusters of
-//! real nodes are tested in the `tests` crate.
+//! A coordinator with expert-nodes in this process: what it answers ([`exactness`], [`generation_config`]), what it
+//! survives ([`failures`]), how it reaches nodes behind sockets ([`lanes`], [`epochs`]), what it refuses ([`limits`]), how
+//! sequences share their memory ([`cache_memory`]), what predictions cost ([`prediction`]), and how that looks by gRPC
+//! ([`front_door`], [`our_faults`]). Whole clusters of real nodes are tested in the `tests` crate.
 
 mod cache_memory;
 mod epochs;
 mod exactness;
 mod failures;
 mod front_door;
+mod generation_config;
 mod lanes;
 mod limits;
 mod noise_predictor;
+mod our_faults;
 mod plain_experts;
 mod plain_nodes;
 mod prediction;

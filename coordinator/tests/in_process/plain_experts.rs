@@ -3,6 +3,8 @@
 
 use std::{
     collections::BTreeMap,
+    fs,
+    os::unix::fs::symlink,
     path::PathBuf,
     sync::{
         Arc,
@@ -19,6 +21,7 @@ use sida_cluster::{
 use sida_coordinator::{Coordinator, CoordinatorConfig, PredictorSource};
 use sida_model::{Checkpoint, ExpertScratch, ExpertStore};
 use sida_routing::{ExpertKey, LayerId, Plan, PlanId};
+use tempfile::TempDir;
 
 /// What a call to a node does.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -129,6 +132,22 @@ impl LocalExperts for PlainExperts {
 /// Where the small model of this repository lies.
 pub(crate) fn model_dir() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../models/switch-tiny-64")
+}
+
+/// The small model with one of its files in another form, made of what it holds now.
+pub(crate) fn model_with(file: &str, edit: impl FnOnce(Vec<u8>) -> Vec<u8>) -> (TempDir, Arc<Checkpoint>) {
+    let dir = tempfile::tempdir().expect("a folder");
+    for entry in fs::read_dir(model_dir()).expect("model") {
+        let path = entry.expect("a file").path();
+        symlink(&path, dir.path().join(path.file_name().expect("a name"))).expect("a link");
+    }
+    let path = dir.path().join(file);
+    let content = fs::read(&path).unwrap_or_default();
+    // The link goes, not what it points to.
+    let _ = fs::remove_file(&path);
+    fs::write(&path, edit(content)).expect("written");
+    let checkpoint = Checkpoint::open(dir.path()).expect("model");
+    (dir, checkpoint)
 }
 
 /// A coordinator with plain expert-nodes.

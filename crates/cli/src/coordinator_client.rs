@@ -173,7 +173,7 @@ fn generate_request(params: GenerateParams) -> v1::GenerateRequest {
         min_tokens: tokens(params.min_tokens),
         ignore_eos: params.ignore_eos,
         temperature: params.sampling.temperature,
-        top_k: tokens(params.sampling.top_k),
+        top_k: params.sampling.top_k.map(tokens),
         top_p: params.sampling.top_p,
         seed: params.sampling.seed,
         stop: params.stop,

@@ -154,16 +154,23 @@ pub struct Head<M: Memory> {
 impl<M: Memory> Backbone<M> {
     /// Loads the weights of a model.
     pub fn load_with<L: Load<Memory = M>>(loader: &mut L) -> Result<Self, L::Error> {
-        let config = loader.checkpoint().config();
-        let (spec, is_tied) = (config.spec(), config.tie_word_embeddings);
-        let names = [Stack::Encoder, Stack::Decoder].map(|stack| names::embedding(loader.checkpoint(), stack));
-        let mut embedding = |name: &str| loader.matrix(&[name.to_owned()], spec.vocab_size, spec.d_model).map(Arc::new);
-        let encoder_embedding = embedding(&names[0])?;
-        let decoder_embedding = if names[0] == names[1] { encoder_embedding.clone() } else { embedding(&names[1])? };
-        let weight = if is_tied { decoder_embedding.clone() } else { embedding(names::LM_HEAD)? };
+        let spec = loader.checkpoint().config().spec();
+        let names = names::embeddings(loader.checkpoint())?;
+        // What has one name is one matrix in memory.
+        let mut loaded: Vec<(String, Arc<M::Matrix>)> = Vec::with_capacity(3);
+        let mut matrix = |name: String| -> Result<_, L::Error> {
+            if let Some((_, matrix)) = loaded.iter().find(|(loaded, _)| *loaded == name) {
+                return Ok(matrix.clone());
+            }
+            let matrix = Arc::new(loader.matrix(std::slice::from_ref(&name), spec.vocab_size, spec.d_model)?);
+            loaded.push((name, matrix.clone()));
+            Ok(matrix)
+        };
+        let (encoder, decoder) = (matrix(names.encoder)?, matrix(names.decoder)?);
+        let weight = matrix(names.head)?;
         Ok(Self {
-            encoder: StackWeights::load(loader, &spec, Stack::Encoder, encoder_embedding)?,
-            decoder: StackWeights::load(loader, &spec, Stack::Decoder, decoder_embedding)?,
+            encoder: StackWeights::load(loader, &spec, Stack::Encoder, encoder)?,
+            decoder: StackWeights::load(loader, &spec, Stack::Decoder, decoder)?,
             head: Head { weight, scale: spec.head_scale },
             spec,
         })

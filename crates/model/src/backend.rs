@@ -15,7 +15,7 @@ use std::{ops::Range, sync::Arc};
 
 use sida_routing::{ExpertId, Group, LayerId, Routes};
 
-use crate::{CacheSize, ModelConfig, ModelError, ResidentExperts, RowsOnDevice, RowsWindow, Spans, Stack};
+use crate::{CacheSize, ModelConfig, ModelError, ResidentExperts, RowsOnDevice, RowsWindow, Spans, Stack, StillWanted};
 
 /// The dense part of a model, loaded.
 ///
@@ -47,11 +47,12 @@ pub trait Backend: Sized + Send + 'static {
         ids: &[u32],
         spans: &Spans,
         sequences: Vec<&'s mut Self::Sequence>,
-        beside: Beside<'_>,
+        beside: Beside<'s>,
     ) -> Result<Self::Pass<'s>, ModelError>;
 
     /// Goes on to the next MoE layer whose rows must leave. There x = norm(h); then come [`Backend::routes`],
-    /// [`Backend::rows`], and the results. `None` after the last block.
+    /// [`Backend::rows`], and the results. `None` after the last block. [`ModelError::GivenUp`], where that is looked for:
+    /// nobody waits for the pass any more, and it is to be dropped.
     fn advance(&mut self, pass: &mut Self::Pass<'_>) -> Result<Option<LayerId>, ModelError>;
 
     /// The router's choice for the rows of that layer. Enforces no capacity.
@@ -125,11 +126,13 @@ pub struct NewSequence {
     pub tokens_max: usize,
 }
 
-/// What a backend may compute with a pass, if it can.
+/// What a backend may compute with a pass, or leave undone, if it can.
 #[derive(Clone, Default)]
 pub struct Beside<'a> {
     /// What [`Backend::best_tokens`] will be asked for.
     pub wanted: &'a [Wanted],
+    /// Whether anybody still waits for the pass.
+    pub still_wanted: StillWanted<'a>,
     /// Experts on the device of the pass: it goes through MoE layers all of whose chosen experts are resident there.
     pub experts: Option<Arc<dyn ResidentExperts>>,
 }

@@ -10,8 +10,7 @@ use sha2::{Digest as _, Sha256};
 use sida_routing::Digest;
 
 use crate::{
-    ModelConfig, ModelError, StoredDType, bounded_file,
-    config::{CONFIG, CONFIG_BYTES_MAX},
+    ModelConfig, ModelError, StoredDType,
     manifest::Manifest,
     names,
     weight_files::{StoredTensor, WeightFiles},
@@ -59,16 +58,16 @@ impl Checkpoint {
     /// Opens a directory with `config.json` and safetensors, single or sharded. Reads no weights but the
     /// small ones that make up the digest.
     pub fn open(dir: &Path) -> Result<Arc<Self>, ModelError> {
-        let config_json = bounded_file::read(&dir.join(CONFIG), CONFIG_BYTES_MAX)?;
-        let config = ModelConfig::parse(&config_json, &dir.join(CONFIG))?;
         let manifest = Manifest::read(dir)?;
-        if let Some(manifest) = &manifest {
-            manifest.check_file(CONFIG, &config_json)?;
-        }
+        let check = |name: &str, content: Option<&[u8]>| match &manifest {
+            Some(manifest) => manifest.check_file(name, content),
+            None => Ok(()),
+        };
+        let config = ModelConfig::open_checked(dir, check)?;
         let files = WeightFiles::open(dir)?;
         let name = dir.file_name().map_or_else(|| dir.to_string_lossy(), |name| name.to_string_lossy()).into_owned();
         let mut checkpoint = Self { dir: dir.to_owned(), name, config, files, manifest, digest: Digest([0; 32]) };
-        checkpoint.digest = checkpoint.identify(&config_json)?;
+        checkpoint.digest = checkpoint.identify()?;
         Ok(Arc::new(checkpoint))
     }
 
@@ -77,9 +76,11 @@ impl Checkpoint {
         &self.config
     }
 
-    /// Identifies the model: SHA-256 of its config, of every tensor's name, dtype and shape, and of the
-    /// content of the backbone's small tensors, routers and norms among them, which any training changes. It is
-    /// the same however the weights are sharded, with a manifest or without, and costs no read of the experts.
+    /// Identifies the model: SHA-256 of what its config says of what it computes, of every tensor's name, dtype and shape,
+    /// and of the content of the backbone's small tensors, routers and norms among them, which any training changes. It
+    /// is the same however the config is written and the weights are sharded, with a manifest or without, and costs no
+    /// read of the experts. How the model writes ([`ModelConfig::generation`]) is no part of it: nodes that do not write
+    /// need not know.
     pub fn digest(&self) -> Digest {
         self.digest
     }
@@ -183,11 +184,11 @@ impl Checkpoint {
         Ok(())
     }
 
-    fn identify(&self, config_json: &[u8]) -> Result<Digest, ModelError> {
+    fn identify(&self) -> Result<Digest, ModelError> {
         let mut names: Vec<&str> = self.names().collect();
         names.sort_unstable();
         let mut hash = Sha256::new();
-        hash.update(Sha256::digest(config_json));
+        hash.update(Sha256::digest(self.config.canonical()));
         for name in names {
             let (dtype, shape, bytes) = self.describe(name)?;
             hash.update(format!("{name} {dtype:?} {shape:?}\n"));

@@ -1,15 +1,16 @@
-//! The config of a model, checked: the sizes that everything around it asks for. What the model computes is made of it:
-//! [`ModelConfig::spec`]. Read once by [`crate::Checkpoint`].
+//! The config of a model, checked: the sizes that everything around it asks for, and how it writes. What the model
+//! computes is made of it: [`ModelConfig::spec`]. Read once by [`crate::Checkpoint`].
 
-use std::{ops::Range, path::Path};
+use std::{fmt::Write as _, ops::Range, path::Path};
 
+use serde_json::{Map, Value};
 use sida_routing::LayerId;
 
-use crate::{ModelError, ModelSpec, bounded_file, family};
+use crate::{GenerationConfig, ModelError, ModelSpec, bounded_file, family, generation::GENERATION_CONFIG};
 
 /// The config's name in a model directory.
 pub(crate) const CONFIG: &str = "config.json";
-/// The longest config.json that is read.
+/// The longest config.json that is read, and the longest generation_config.json.
 pub(crate) const CONFIG_BYTES_MAX: u64 = 1 << 20;
 
 /// One of a model's stacks of blocks.
@@ -56,10 +57,11 @@ pub struct ModelConfig {
     pub tie_word_embeddings: bool,
     /// The padding token; never in a batch of ours.
     pub pad_token_id: u32,
-    /// Ends a sequence.
-    pub eos_token_id: u32,
-    /// What a decoder starts from.
-    pub decoder_start_token_id: u32,
+    /// The tokens that end a text that is read: the tokenizer's last is one of them. Those that end an answer are
+    /// `generation`'s.
+    pub eos_token_ids: Vec<u32>,
+    /// How it writes.
+    pub generation: GenerationConfig,
     /// For each encoder block, whether its feed-forward is an MoE layer.
     /// Invariant: `encoder_layers` long.
     pub encoder_sparse: Vec<bool>,
@@ -69,16 +71,91 @@ pub struct ModelConfig {
 }
 
 impl ModelConfig {
-    /// Reads `config.json` of a model directory; `architectures` picks the family.
+    /// Reads `config.json` of a model directory, whose `architectures` picks the family, and `generation_config.json` if it
+    /// is there.
     pub fn open(dir: &Path) -> Result<Self, ModelError> {
+        Self::open_checked(dir, |_, _| Ok(()))
+    }
+
+    /// The same, and has each file's name and content looked at; none is the content of a file that is not there.
+    pub(crate) fn open_checked(
+        dir: &Path,
+        check: impl Fn(&str, Option<&[u8]>) -> Result<(), ModelError>,
+    ) -> Result<Self, ModelError> {
         let path = dir.join(CONFIG);
-        Self::parse(&bounded_file::read(&path, CONFIG_BYTES_MAX)?, &path)
+        let json = bounded_file::read(&path, CONFIG_BYTES_MAX)?;
+        let mut config = Self::parse(&json, &path)?;
+        check(CONFIG, Some(&json))?;
+        let path = dir.join(GENERATION_CONFIG);
+        if !path.try_exists().map_err(|source| ModelError::Read { path: path.clone(), source })? {
+            check(GENERATION_CONFIG, None)?;
+            return Ok(config);
+        }
+        let json = bounded_file::read(&path, CONFIG_BYTES_MAX)?;
+        let fields = object(&json, &path)?;
+        config.generation = GenerationConfig::read(&fields, &path, config.vocab_size, &config.generation)?;
+        check(GENERATION_CONFIG, Some(&json))?;
+        Ok(config)
     }
 
     /// Reads the content of a config.json; `path` is for messages.
     pub fn parse(json: &[u8], path: &Path) -> Result<Self, ModelError> {
-        let invalid = |source| ModelError::Json { path: path.to_owned(), source };
-        family::config(serde_json::from_slice(json).map_err(invalid)?, path)
+        let json = object(json, path)?;
+        let mut config = family::config(&json, path)?;
+        config.generation = GenerationConfig::read(&json, path, config.vocab_size, &config.generation)?;
+        Ok(config)
+    }
+
+    /// What the model computes, as text: each field of the config that says something of it, in an order and a form of
+    /// ours, however the file is written. Part of [`crate::Checkpoint::digest`].
+    pub(crate) fn canonical(&self) -> String {
+        let Self {
+            top_k,
+            router_bias,
+            vocab_size,
+            d_model,
+            d_kv,
+            d_ff,
+            num_heads,
+            encoder_layers: _, // As long as the lists of blocks.
+            decoder_layers: _,
+            num_experts,
+            expert_capacity,
+            relative_attention_num_buckets,
+            relative_attention_max_distance,
+            layer_norm_epsilon,
+            tie_word_embeddings,
+            // What is done with the model's output, and no part of it.
+            pad_token_id: _,
+            eos_token_ids: _,
+            generation: _,
+            encoder_sparse,
+            decoder_sparse,
+        } = self;
+        let numbers = [
+            ("top_k", *top_k),
+            ("router_bias", usize::from(*router_bias)),
+            ("vocab_size", *vocab_size),
+            ("d_model", *d_model),
+            ("d_kv", *d_kv),
+            ("d_ff", *d_ff),
+            ("num_heads", *num_heads),
+            ("num_experts", *num_experts),
+            ("expert_capacity", *expert_capacity),
+            ("relative_attention_num_buckets", *relative_attention_num_buckets),
+            ("relative_attention_max_distance", *relative_attention_max_distance),
+            ("tie_word_embeddings", usize::from(*tie_word_embeddings)),
+        ];
+        let mut text = String::new();
+        let mut line = |name: &str, value: &dyn std::fmt::Display| {
+            writeln!(text, "{name} {value}").expect("a string takes what is written");
+        };
+        numbers.iter().for_each(|(name, number)| line(name, number));
+        line("layer_norm_epsilon", &format!("{:016x}", layer_norm_epsilon.to_bits()));
+        for (name, blocks) in [("encoder_sparse", encoder_sparse), ("decoder_sparse", decoder_sparse)] {
+            line(name, &blocks.iter().map(|&sparse| if sparse { '1' } else { '0' }).collect::<String>());
+        }
+        text
     }
 
     /// The model as data: what each of its blocks computes.
@@ -123,6 +200,11 @@ impl ModelConfig {
             .nth(usize::from(layer.0))
             .unwrap_or_else(|| panic!("layer {layer} of {} MoE layers", self.moe_layer_count()))
     }
+}
+
+/// The content of a file that holds one JSON object.
+fn object(json: &[u8], path: &Path) -> Result<Map<String, Value>, ModelError> {
+    serde_json::from_slice(json).map_err(|source| ModelError::Json { path: path.to_owned(), source })
 }
 
 fn count(sparse: &[bool]) -> u16 {

@@ -42,9 +42,6 @@ const COPIED: [&str; 6] = [
 ];
 /// A longer file is not copied but refused: none of them holds weights.
 const COPIED_BYTES_MAX: u64 = 64 << 20;
-/// Copies of `shared.weight` that checkpoints of tied models hold beside it. In an untied model they are
-/// weights of their own.
-const TIED: [&str; 3] = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", names::LM_HEAD];
 
 /// Why a checkpoint cannot be converted.
 #[derive(Debug, Error)]
@@ -179,24 +176,26 @@ impl Input {
         Ok(Self { files, holder })
     }
 
-    /// What to write, by name, and the tied copies that are not written.
+    /// What to write, by name, and the tied copies that are not written. A tensor that config.json ties to another one but
+    /// whose values differ is none.
     fn untied(&self, tie_word_embeddings: bool) -> (Vec<TensorSpec>, Vec<String>) {
-        let is_tied =
-            |name: &str| tie_word_embeddings && self.holder.contains_key(names::SHARED) && TIED.contains(&name);
+        let names = if tie_word_embeddings { names::tied().to_vec() } else { Vec::new() };
+        let held: Vec<String> = names.into_iter().filter(|name| self.holder.contains_key(name)).collect();
+        let copies = held.iter().skip(1).filter(|copy| self.is_copy(copy, &held[0]));
+        let mut tied: Vec<String> = copies.cloned().collect();
+        tied.sort();
         let mut specs = Vec::new();
-        let mut tied = Vec::new();
         for (file, torch_file) in self.files.iter().enumerate() {
-            for spec in torch_file.specs().filter(|spec| self.holder.get(&spec.name) == Some(&file)) {
-                if is_tied(&spec.name) {
-                    tied.push(spec.name.clone());
-                } else {
-                    specs.push(spec.clone());
-                }
-            }
+            let held = torch_file.specs().filter(|spec| self.holder.get(&spec.name) == Some(&file));
+            specs.extend(held.filter(|spec| !tied.contains(&spec.name)).cloned());
         }
         specs.sort_by(|a, b| a.name.cmp(&b.name));
-        tied.sort();
         (specs, tied)
+    }
+
+    fn is_copy(&self, copy: &str, of: &str) -> bool {
+        let (one, other) = (&self.files[self.holder[copy]], &self.files[self.holder[of]]);
+        one.is_copy(copy, other, of)
     }
 }
 
@@ -248,6 +247,35 @@ mod tests {
             let manifest = Manifest::read(&out).unwrap().expect("a manifest is written");
             manifest.verify_directory(&mut |_, _| ()).unwrap();
         }
+    }
+
+    /// Weights of a model would be taken for copies of others, and lost.
+    #[test]
+    fn keeps_a_tied_tensor_that_differs() {
+        let dir = tempfile::tempdir().unwrap();
+        let (source, out) = (dir.path().join("source"), dir.path().join("out"));
+        fs::create_dir(&source).unwrap();
+        for entry in fs::read_dir(fixture("torch-sharded")).unwrap() {
+            let path = entry.unwrap().path();
+            fs::copy(&path, source.join(path.file_name().unwrap())).unwrap();
+        }
+        convert(&source, &out, &mut |_, _| ()).unwrap();
+        let converted = fs::read(out.join("model.safetensors")).unwrap();
+        let shared = SafeTensors::deserialize(&converted).unwrap().tensor("shared.weight").unwrap().data().to_vec();
+        // Another file, which has all tensors once more, is where one of the copies comes from.
+        let other = "pytorch_model-00003-of-00003.bin";
+        let mut bytes = fs::read(fixture("torch-single").join(SINGLE)).unwrap();
+        let at = bytes.windows(shared.len()).position(|window| window == shared).unwrap();
+        bytes[at] ^= 1;
+        fs::write(source.join(other), bytes).unwrap();
+        let mut index: serde_json::Value = serde_json::from_slice(&fs::read(source.join(INDEX)).unwrap()).unwrap();
+        index["weight_map"]["lm_head.weight"] = other.into();
+        fs::write(source.join(INDEX), index.to_string()).unwrap();
+        fs::remove_dir_all(&out).unwrap();
+        let tied = convert(&source, &out, &mut |_, _| ()).unwrap().tied;
+        assert_eq!(tied, ["decoder.embed_tokens.weight", "encoder.embed_tokens.weight"]);
+        let values = values(&out);
+        assert_ne!(values["lm_head.weight"], values["shared.weight"]);
     }
 
     /// Somebody's files would be overwritten.

@@ -1,12 +1,15 @@
 //! The dense part of a model on the processor: passes over plain rows, by the thread that owns them. A batch of prompts is
 //! cut into a piece per thread, and the threads meet once per MoE layer.
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
 
 use sida_routing::{LayerId, Routes};
 
 use crate::{
-    Backbone, CacheSize, Checkpoint, ModelConfig, ModelError, Spans, Stack,
+    Backbone, CacheSize, Checkpoint, GivenUp, ModelConfig, ModelError, Spans, Stack, StillWanted,
     backbone::FeedForward,
     backend::{Backend, Beside, MoeRows, NewSequence, Passed},
     cpu_operations::{CpuOperations, Scratch, add_to},
@@ -38,6 +41,7 @@ pub struct CpuPass<'s> {
     /// (rows, experts): at an MoE layer, what its router makes of x, once somebody asked.
     probabilities: Vec<f32>,
     scratch: Scratch,
+    still_wanted: StillWanted<'s>,
 }
 
 /// What a pass on the processor left: of the encoder its states, of the decoder h after the last block, both
@@ -106,7 +110,7 @@ impl Backend for CpuBackend {
         ids: &[u32],
         spans: &Spans,
         sequences: Vec<&'s mut CpuSequence>,
-        _: Beside<'_>,
+        Beside { still_wanted, .. }: Beside<'s>,
     ) -> Result<CpuPass<'s>, ModelError> {
         self.backbone.check_ids(ids)?;
         check("tokens of all sequences [rows]", spans.rows(), ids.len())?;
@@ -122,8 +126,9 @@ impl Backend for CpuBackend {
             x: vec![0.0; values],
             probabilities: Vec::new(),
             scratch: Scratch::default(),
+            still_wanted,
         };
-        let Ok(()) = forward::embed(&mut pass.operations(&self.backbone, ids), self.backbone.stack(stack));
+        forward::embed(&mut pass.operations(&self.backbone, ids), self.backbone.stack(stack))?;
         Ok(pass)
     }
 
@@ -134,14 +139,22 @@ impl Backend for CpuBackend {
         let from = std::mem::replace(&mut pass.next, moe.map_or(blocks.blocks.len(), |(block, _)| block + 1));
         pass.probabilities.clear();
         if pass.sequences.is_empty() {
-            let CpuPass { spans, h, x, scratch, .. } = pass;
+            let CpuPass { spans, h, x, scratch, still_wanted, .. } = pass;
+            let still_wanted = *still_wanted;
+            let is_given_up = AtomicBool::new(false);
             pieces::by_sequence(h, x, self.config.d_model, spans, scratch, |h, x, spans, scratch| {
                 let (spec, sequences) = (&backbone.spec, &mut [][..]);
-                let mut ops = CpuOperations { spec, ids: &[], spans, sequences, h, x, scratch, is_piece: true };
-                let Ok(_) = forward::advance(&mut ops, weights, from);
+                let is_piece = true;
+                let mut ops = CpuOperations { spec, ids: &[], spans, sequences, h, x, scratch, is_piece, still_wanted };
+                if let Err(GivenUp) = forward::advance(&mut ops, weights, from) {
+                    is_given_up.store(true, Ordering::Relaxed);
+                }
             });
+            if is_given_up.into_inner() {
+                return Err(GivenUp.into());
+            }
         } else {
-            let Ok(_) = forward::advance(&mut pass.operations(backbone, &[]), weights, from);
+            forward::advance(&mut pass.operations(backbone, &[]), weights, from)?;
         }
         Ok(moe.map(|(_, layer)| layer))
     }
@@ -177,7 +190,7 @@ impl Backend for CpuBackend {
         }
         let states = match pass.stack {
             Stack::Encoder => {
-                let Ok(()) = forward::finish(&mut pass.operations(&self.backbone, &[]), &self.backbone.encoder);
+                forward::finish(&mut pass.operations(&self.backbone, &[]), &self.backbone.encoder)?;
                 pass.x
             }
             Stack::Decoder => pass.h,
@@ -228,18 +241,20 @@ impl Backend for CpuBackend {
         let h = gather(&states.0, d_model, rows);
         let spans = Spans::single_tokens(rows.len());
         let (x, scratch) = (vec![0.0; h.len()], Scratch::default());
-        let (sequences, probabilities) = (Vec::new(), Vec::new());
-        let mut pass = CpuPass { stack: Stack::Decoder, next: 0, spans, sequences, h, x, probabilities, scratch };
+        let (stack, sequences, probabilities, still_wanted) =
+            (Stack::Decoder, Vec::new(), Vec::new(), Default::default());
+        let mut pass = CpuPass { stack, next: 0, spans, sequences, h, x, probabilities, scratch, still_wanted };
         let Backbone { decoder, head, .. } = &*self.backbone;
-        let Ok(()) = forward::head(&mut pass.operations(&self.backbone, &[]), decoder, head);
+        forward::head(&mut pass.operations(&self.backbone, &[]), decoder, head)?;
         Ok(pass.scratch.logits)
     }
 }
 
 impl<'s> CpuPass<'s> {
     fn operations<'p>(&'p mut self, backbone: &'p Backbone<Host>, ids: &'p [u32]) -> CpuOperations<'p, 's> {
-        let Self { spans, sequences, h, x, scratch, .. } = self;
-        CpuOperations { spec: &backbone.spec, ids, spans, sequences, h, x, scratch, is_piece: false }
+        let Self { spans, sequences, h, x, scratch, still_wanted, .. } = self;
+        let (spec, is_piece, still_wanted) = (&backbone.spec, false, *still_wanted);
+        CpuOperations { spec, ids, spans, sequences, h, x, scratch, is_piece, still_wanted }
     }
 }
 

@@ -1,12 +1,10 @@
 //! The operations of a pass on the processor, over plain rows: what the thread that owns the rows does, as far as products
 //! do not split themselves. Made by [`crate::cpu_backend`], for a whole batch or for a thread's piece of it.
 
-use std::convert::Infallible;
-
 use sida_routing::LayerId;
 
 use crate::{
-    Spans,
+    GivenUp, Spans, StillWanted,
     backbone::Router,
     cpu::{
         attention::{Attention, HeadRows, Sequence},
@@ -36,6 +34,8 @@ pub(crate) struct CpuOperations<'p, 's> {
     pub(crate) scratch: &'p mut Scratch,
     /// Whether other threads have the other rows of the batch, so that these need not be shared out.
     pub(crate) is_piece: bool,
+    /// Whether anybody still waits for the rows. Attention is what takes long where there are many.
+    pub(crate) still_wanted: StillWanted<'s>,
 }
 
 /// What lies between the operations of one thread; kept from block to block.
@@ -55,25 +55,25 @@ pub(crate) struct Scratch {
 
 impl Operations for CpuOperations<'_, '_> {
     type Memory = Host;
-    type Error = Infallible;
+    type Error = GivenUp;
 
-    fn embed(&mut self, embedding: &Linear) -> Result<(), Infallible> {
+    fn embed(&mut self, embedding: &Linear) -> Result<(), GivenUp> {
         embedding.gather(self.ids, self.h);
         Ok(())
     }
 
-    fn norm(&mut self, weight: &Vec<f32>) -> Result<(), Infallible> {
+    fn norm(&mut self, weight: &Vec<f32>) -> Result<(), GivenUp> {
         rms_norm(self.h, weight, self.spec.norm_epsilon, self.x);
         Ok(())
     }
 
-    fn project(&mut self, weight: &Linear) -> Result<(), Infallible> {
+    fn project(&mut self, weight: &Linear) -> Result<(), GivenUp> {
         weight.product(self.x, &mut self.scratch.projected);
         Ok(())
     }
 
-    fn attend(&mut self, spec: &AttentionSpec, block: usize, bias: &PositionBias) -> Result<(), Infallible> {
-        let Self { spans, sequences, scratch: Scratch { projected, attended, .. }, .. } = self;
+    fn attend(&mut self, spec: &AttentionSpec, block: usize, bias: &PositionBias) -> Result<(), GivenUp> {
+        let Self { spans, sequences, scratch: Scratch { projected, attended, .. }, still_wanted, .. } = self;
         let inner = spec.inner();
         let width = projected.len() / spans.rows().max(1);
         if spec.keys == Keys::Cache {
@@ -104,19 +104,21 @@ impl Operations for CpuOperations<'_, '_> {
         let bias = (spec.keys != Keys::Input).then_some(bias);
         attended.clear();
         attended.resize(spans.rows() * inner, 0.0);
-        Attention { heads: spec.heads, d_kv: spec.head_dim, causal: spec.keys == Keys::Cache, bias }
-            .run(&all, attended);
-        Ok(())
+        Attention { heads: spec.heads, d_kv: spec.head_dim, causal: spec.keys == Keys::Cache, bias }.run(
+            &all,
+            attended,
+            *still_wanted,
+        )
     }
 
-    fn add_output(&mut self, weight: &Linear) -> Result<(), Infallible> {
+    fn add_output(&mut self, weight: &Linear) -> Result<(), GivenUp> {
         let Scratch { attended, added, .. } = &mut *self.scratch;
         weight.product(attended, added);
         add_to(self.h, added);
         Ok(())
     }
 
-    fn feed_forward(&mut self, wi: &Linear, wo: &Linear) -> Result<(), Infallible> {
+    fn feed_forward(&mut self, wi: &Linear, wo: &Linear) -> Result<(), GivenUp> {
         let compute = |h: &mut [f32], x: &[f32], Scratch { hidden, added, .. }: &mut Scratch| {
             wi.product(x, hidden);
             relu(hidden);
@@ -131,15 +133,15 @@ impl Operations for CpuOperations<'_, '_> {
     }
 
     /// Put off until somebody asks for its choice: a hash table may choose instead.
-    fn route(&mut self, _: LayerId, _: &Router<Host>) -> Result<(), Infallible> {
+    fn route(&mut self, _: LayerId, _: &Router<Host>) -> Result<(), GivenUp> {
         Ok(())
     }
 
-    fn experts(&mut self, _: LayerId) -> Result<Rows, Infallible> {
+    fn experts(&mut self, _: LayerId) -> Result<Rows, GivenUp> {
         Ok(Rows::Leave)
     }
 
-    fn norm_wanted(&mut self, weight: &Vec<f32>, scale: f32) -> Result<(), Infallible> {
+    fn norm_wanted(&mut self, weight: &Vec<f32>, scale: f32) -> Result<(), GivenUp> {
         self.norm(weight)?;
         if scale != 1.0 {
             self.x.iter_mut().for_each(|x| *x *= scale);
@@ -147,7 +149,7 @@ impl Operations for CpuOperations<'_, '_> {
         Ok(())
     }
 
-    fn logits(&mut self, weight: &Linear) -> Result<(), Infallible> {
+    fn logits(&mut self, weight: &Linear) -> Result<(), GivenUp> {
         weight.product(self.x, &mut self.scratch.logits);
         Ok(())
     }

@@ -6,7 +6,7 @@ use std::{io, path::PathBuf};
 use sida_routing::{Digest, ExpertKey, LayerId};
 use thiserror::Error;
 
-use crate::DeviceError;
+use crate::{DeviceError, GivenUp};
 
 /// Why a model cannot be opened, loaded or run.
 #[derive(Debug, Error)]
@@ -71,4 +71,6 @@ pub enum ModelError {
     NotPacked { key: ExpertKey },
     #[error(transparent)]
     Device(#[from] DeviceError),
+    #[error(transparent)]
+    GivenUp(#[from] GivenUp),
 }

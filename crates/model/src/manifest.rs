@@ -127,9 +127,14 @@ impl Manifest {
         Err(ModelError::TensorDigest { tensor: tensor.to_owned(), expected, found })
     }
 
-    /// Checks the content of one small file, such as config.json, that was read whole.
-    pub fn check_file(&self, name: &str, content: &[u8]) -> Result<(), ModelError> {
-        let expected = self.files.get(name).ok_or_else(|| self.refuse(format!("does not list file {name}")))?;
+    /// Checks the content of one small file, such as config.json, that was read whole; none where there is no such file.
+    pub fn check_file(&self, name: &str, content: Option<&[u8]>) -> Result<(), ModelError> {
+        let (expected, content) = match (self.files.get(name), content) {
+            (Some(expected), Some(content)) => (expected, content),
+            (Some(_), None) => return Err(self.refuse(format!("lists file {name}, which is missing"))),
+            (None, Some(_)) => return Err(self.refuse(format!("does not list file {name}"))),
+            (None, None) => return Ok(()),
+        };
         self.compare_file(name, expected, &FileEntry { bytes: content.len() as u64, sha256: sha256(content) })
     }
 
@@ -309,7 +314,8 @@ mod tests {
         manifest.verify_directory(&mut |done, total| reported.push((done, total))).unwrap();
         assert!(reported.last().is_some_and(|(done, total)| done == total));
         manifest.check_tensor("layer.a", &[1; 16]).unwrap();
-        manifest.check_file("config.json", b"{}").unwrap();
+        manifest.check_file("config.json", Some(b"{}")).unwrap();
+        manifest.check_file("generation_config.json", None).unwrap();
     }
 
     /// A flipped bit would be served, or reported without a name.

@@ -3,13 +3,13 @@
 //! There is one layout, that of the published google/switch-base-* files. transformers 5 fuses or renames the
 //! experts of other families when it saves; for this one, 5.17 and 5.23 write what 4.x wrote (a ModuleDict of
 //! `experts.expert_K`, no entry in conversion_mapping.py; tests/data/parity/random-saved is such a file). What
-//! varies is which copies of the embedding a file holds: see [`embedding`].
+//! varies is which copies of the embedding a file holds: see [`embeddings`].
 //!
 //! Called by the loader of the backbone, by the expert store, and by `sida synth`.
 
 use sida_routing::{ExpertId, ExpertKey};
 
-use crate::{Checkpoint, ModelConfig, Stack};
+use crate::{Checkpoint, ModelConfig, ModelError, Stack};
 
 /// Which attention of a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,18 +20,71 @@ pub enum Attention {
     CrossAttention,
 }
 
-/// The embedding both stacks and the tied head share.
+/// The embedding that both stacks and the tied head share.
 pub const SHARED: &str = "shared.weight";
-/// The head where it is not tied.
+/// The head's own matrix.
 pub const LM_HEAD: &str = "lm_head.weight";
 
-/// Where a stack's embedding is. A tied model keeps one under [`SHARED`]; files of early releases hold copies
-/// beside it, and files without it hold a stack's own. An untied model has one embedding per stack since
-/// release 5 (`shared.weight` is then stored, but no longer used), and shared ones before.
-pub fn embedding(checkpoint: &Checkpoint, stack: Stack) -> String {
-    let own = format!("{}.embed_tokens.weight", prefix(stack));
-    let tied = checkpoint.config().tie_word_embeddings;
-    if checkpoint.contains(&own) && !(tied && checkpoint.contains(SHARED)) { own } else { SHARED.to_owned() }
+/// What one matrix of a tied model may be called: the name that transformers gives it first.
+pub(crate) fn tied() -> [String; 4] {
+    [SHARED.to_owned(), embedding(Stack::Encoder), embedding(Stack::Decoder), LM_HEAD.to_owned()]
+}
+
+/// What the embeddings of both stacks and the head are called in a checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Embeddings {
+    /// The encoder's embedding.
+    pub encoder: String,
+    /// The decoder's.
+    pub decoder: String,
+    /// The matrix of the head.
+    pub head: String,
+    /// Tensors that config.json ties to another one, from whose values theirs differ.
+    pub differing: Vec<String>,
+}
+
+/// Finds the embeddings and the head.
+///
+/// In a tied model all of them are one matrix. Files hold it under [`SHARED`], or under one of the names of its
+/// places, or as several copies; any will do. Where copies differ, each place uses its own if there is one, as
+/// transformers does from release 5 on (before, [`SHARED`] was used everywhere). To learn that, copies are read.
+///
+/// An untied model has one embedding per stack since that release ([`SHARED`] is then stored, but no longer used), and
+/// shared ones before.
+pub fn embeddings(checkpoint: &Checkpoint) -> Result<Embeddings, ModelError> {
+    let names = tied();
+    let [shared, encoder, decoder, head] = &names;
+    if !checkpoint.config().tie_word_embeddings {
+        let own_or_shared = |own: &String| if checkpoint.contains(own) { own } else { shared }.clone();
+        let (encoder, decoder) = (own_or_shared(encoder), own_or_shared(decoder));
+        return Ok(Embeddings { encoder, decoder, head: head.clone(), differing: Vec::new() });
+    }
+    let held: Vec<&String> = names.iter().filter(|name| checkpoint.contains(name)).collect();
+    // If there is none, the missing tensor has its usual name.
+    let first = held.first().copied().unwrap_or(shared);
+    let mut differing = Vec::new();
+    for other in held.into_iter().skip(1) {
+        if !is_copy(checkpoint, other, first)? {
+            differing.push(other.clone());
+        }
+    }
+    let of = |own: &String| if differing.contains(own) { own } else { first }.clone();
+    Ok(Embeddings { encoder: of(encoder), decoder: of(decoder), head: of(head), differing })
+}
+
+/// Whether a tensor is a copy of another. If it is, it is not needed any more.
+fn is_copy(checkpoint: &Checkpoint, copy: &str, of: &str) -> Result<bool, ModelError> {
+    let (one, other) = (checkpoint.tensor(copy)?, checkpoint.tensor(of)?);
+    let is_copy = one.dtype == other.dtype && one.shape == other.shape && one.bytes == other.bytes;
+    if is_copy {
+        checkpoint.release(copy);
+    }
+    Ok(is_copy)
+}
+
+/// A stack's own embedding.
+fn embedding(stack: Stack) -> String {
+    format!("{}.embed_tokens.weight", prefix(stack))
 }
 
 /// The norm after a stack's last block.

@@ -86,15 +86,19 @@ impl Reference {
         self.decode(&mut self.start(encoder_states)?, ids)
     }
 
-    /// The most probable answer to one input, token by token, at most `new_tokens_max`; the end token is its
-    /// last if it was reached.
+    /// The answer to one input by the most probable token each time, at most `new_tokens_max` of them and as the model's
+    /// [`crate::GenerationConfig`] says; an end token is its last if one was reached.
     pub fn generate_greedy(&self, ids: &[u32], new_tokens_max: usize) -> Result<Vec<u32>, ModelError> {
+        let generation = &self.config().generation;
+        let tokens_min = generation.tokens_min.min(new_tokens_max);
         let (encoder_states, _) = self.encode(ids)?;
         let mut sequence = self.start(&encoder_states)?;
-        let mut answer = Vec::new();
-        let mut token = self.config().decoder_start_token_id;
-        while answer.len() < new_tokens_max && answer.last() != Some(&self.config().eos_token_id) {
-            token = greedy(&self.decode(&mut sequence, &[token])?.0);
+        let mut answer: Vec<u32> = Vec::new();
+        let mut token = generation.decoder_start_token_id;
+        while answer.len() < new_tokens_max && !answer.last().is_some_and(|&last| generation.is_end(last)) {
+            let mut logits = self.decode(&mut sequence, &[token])?.0;
+            generation.token_rule(answer.len(), tokens_min, new_tokens_max).apply(&mut logits);
+            token = greedy(&logits);
             answer.push(token);
         }
         Ok(answer)

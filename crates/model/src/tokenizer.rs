@@ -17,8 +17,8 @@ pub const TEXT_BYTES_MAX: usize = 1 << 20;
 #[derive(Debug)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
-    pad_token_id: u32,
-    eos_token_id: u32,
+    /// Padding and the tokens that end a text, ascending. They have no text of their own.
+    hidden: Vec<u32>,
 }
 
 impl Tokenizer {
@@ -36,10 +36,17 @@ impl Tokenizer {
         if id as usize >= config.vocab_size {
             return Err(ModelError::Vocabulary { path, token, id, vocab_size: config.vocab_size });
         }
-        let tokenizer = Self { inner, pad_token_id: config.pad_token_id, eos_token_id: config.eos_token_id };
+        // A token that ends an answer may be an ordinary one, whose text is part of it.
+        let special = inner.get_added_tokens_decoder();
+        let is_special = |id: &u32| special.get(id).is_some_and(|token| token.special);
+        let ends = config.generation.eos_token_ids.iter().copied().filter(is_special);
+        let mut hidden: Vec<u32> = ends.chain(config.eos_token_ids.iter().copied()).collect();
+        hidden.push(config.pad_token_id);
+        hidden.sort_unstable();
+        let (tokenizer, ends) = (Self { inner, hidden }, &config.eos_token_ids);
         match tokenizer.encode("a")?.last() {
-            Some(&id) if id == config.eos_token_id => Ok(tokenizer),
-            last => Err(refuse(format!("ends a text with {last:?}, not with the model's end {}", config.eos_token_id))),
+            Some(id) if ends.contains(id) => Ok(tokenizer),
+            last => Err(refuse(format!("ends a text with {last:?}, not with the model's end {ends:?}"))),
         }
     }
 
@@ -53,11 +60,11 @@ impl Tokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// The text of ids. Drops padding, the end token and ids that are nobody's; keeps sentinels such as
+    /// The text of ids. Drops padding, end tokens and ids that are nobody's; keeps sentinels such as
     /// `<extra_id_0>`, which are part of an answer.
     pub fn decode(&self, ids: &[u32]) -> Result<String, ModelError> {
-        let kept: Vec<u32> =
-            ids.iter().copied().filter(|&id| id != self.pad_token_id && id != self.eos_token_id).collect();
+        let is_shown = |id: &u32| self.hidden.binary_search(id).is_err();
+        let kept: Vec<u32> = ids.iter().copied().filter(is_shown).collect();
         guarded(|| self.inner.decode(&kept, false)).map_err(|reason| ModelError::Tokenize { reason })
     }
 }

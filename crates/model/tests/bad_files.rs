@@ -242,13 +242,59 @@ fn token_ids_outside_the_vocabulary() {
     assert!(matches!(reference.decode_forced(&states, &[vocab_size]), Err(ModelError::TokenId { .. })));
 }
 
+/// A generation config that cannot be followed would be followed in part, or found out in the middle of an answer.
+#[test]
+fn generation_configs_are_checked_when_they_are_read() {
+    let dir = model();
+    let vocab_size = ModelConfig::open(dir.path()).unwrap().vocab_size;
+    let path = dir.path().join("generation_config.json");
+    let every: Vec<usize> = (0..vocab_size).collect();
+    for (field, value) in [
+        ("eos_token_id", json!(vocab_size)),
+        ("eos_token_id", json!([1, -1])),
+        ("eos_token_id", json!({"id": 1})),
+        ("pad_token_id", json!(vocab_size)),
+        ("bos_token_id", json!(1u64 << 40)),
+        ("decoder_start_token_id", json!("<s>")),
+        ("suppress_tokens", json!([0, vocab_size])),
+        ("suppress_tokens", json!(every)),
+        ("begin_suppress_tokens", json!([[1]])),
+        ("forced_bos_token_id", json!([1])),
+        ("forced_eos_token_id", json!([1, vocab_size])),
+        ("min_new_tokens", json!(-1)),
+        ("max_new_tokens", json!(0)),
+        ("max_length", json!(1)),
+        ("do_sample", json!("yes")),
+        ("temperature", json!(-0.5)),
+        ("top_k", json!(1.5)),
+        ("top_p", json!(2)),
+    ] {
+        fs::write(&path, json!({field: value}).to_string()).unwrap();
+        match Checkpoint::open(dir.path()) {
+            Err(ModelError::Config { field: named, path: at, .. }) => assert_eq!((named, &at), (field, &path)),
+            other => panic!("{field}: {other:?}"),
+        }
+    }
+    for forced in ["forced_bos_token_id", "forced_eos_token_id"] {
+        fs::write(&path, json!({forced: 3, "suppress_tokens": [3]}).to_string()).unwrap();
+        let error = Checkpoint::open(dir.path()).unwrap_err().to_string();
+        assert!(error.contains(forced) && error.contains("suppress_tokens"), "{error}");
+    }
+    for text in ["", "[]", "{", "7"] {
+        fs::write(&path, text).unwrap();
+        assert!(matches!(Checkpoint::open(dir.path()), Err(ModelError::Json { path: at, .. }) if at == path), "{text}");
+    }
+    fs::write(&path, " ".repeat(2 << 20)).unwrap();
+    assert!(matches!(Checkpoint::open(dir.path()), Err(ModelError::FileTooLarge { .. })));
+}
+
 /// A tokenizer of another model would make ids that mean something else, or nothing.
 #[test]
 fn tokenizers_of_other_models() {
     let dir = repository().join("models/switch-tiny-64");
     let config = ModelConfig::open(&dir).unwrap();
     let tokenizer = Tokenizer::open(&dir, &config).unwrap();
-    assert_eq!(tokenizer.encode("").unwrap(), [config.eos_token_id]);
+    assert_eq!(tokenizer.encode("").unwrap(), config.eos_token_ids);
     let sentinels = tokenizer.encode("The <extra_id_0> walks").unwrap();
     assert_eq!(tokenizer.decode(&sentinels).unwrap(), "The<extra_id_0> walks");
     assert_eq!(tokenizer.decode(&[u32::MAX, 0, 1]).unwrap(), "");
@@ -257,7 +303,7 @@ fn tokenizers_of_other_models() {
 
     let smaller = ModelConfig { vocab_size: 8191, ..config.clone() };
     assert!(matches!(Tokenizer::open(&dir, &smaller), Err(ModelError::Vocabulary { id: 8191, .. })));
-    let other_end = ModelConfig { eos_token_id: 7, ..config.clone() };
+    let other_end = ModelConfig { eos_token_ids: vec![7], ..config.clone() };
     assert!(matches!(Tokenizer::open(&dir, &other_end), Err(ModelError::Tokenizer { .. })));
     let broken = tempfile::tempdir().unwrap();
     assert!(matches!(Tokenizer::open(broken.path(), &config), Err(ModelError::Read { .. })));

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use sida_model::{
     Backend, Beside, Checkpoint, CpuBackend, CpuSequence, ExpertStore, ModelError, MoeRows, NewSequence, Reference,
-    Spans, Stack, reference::greedy,
+    Spans, Stack, StillWanted, reference::greedy,
 };
 use sida_routing::Grouping;
 
@@ -57,6 +57,29 @@ impl Batches {
 
 fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|value| value.to_bits()).collect()
+}
+
+/// A pass that nobody waits for would go on, whole or in a piece per thread, or be taken for one that ended.
+#[test]
+fn a_pass_that_is_not_wanted_ends() {
+    let mut batches = Batches::open();
+    for sequences in [1, 4] {
+        let ids: Vec<u32> = (0..sequences * 100).map(|i| 3 + i * 37 % 8000).collect();
+        let spans = Spans::new((0..sequences).map(|_| 100));
+        let expected = batches.encode(&ids.chunks(100).collect::<Vec<_>>()).0;
+        for is_wanted in [true, false] {
+            let still_wanted = || is_wanted;
+            let beside = Beside { still_wanted: StillWanted::while_true(&still_wanted), ..Beside::default() };
+            let backend = &mut batches.backend;
+            let mut pass = backend.begin(Stack::Encoder, &ids, &spans, Vec::new(), beside).unwrap();
+            match backend.advance(&mut pass) {
+                Ok(Some(_)) => assert!(is_wanted, "{sequences}"),
+                Err(ModelError::GivenUp(_)) => assert!(!is_wanted, "{sequences}"),
+                other => panic!("{sequences}: {other:?}"),
+            }
+        }
+        assert_eq!(bits(&batches.encode(&ids.chunks(100).collect::<Vec<_>>()).0), bits(&expected));
+    }
 }
 
 /// Answers would depend on who else asks at the same time.

@@ -68,12 +68,12 @@ fn relative(found: &[f32], expected: &[f32]) -> f64 {
 }
 
 fn generate(model: &mut OnDevice, ids: &[u32], tokens_max: usize) -> Vec<u32> {
-    let (start, eos) = (model.config().decoder_start_token_id, model.config().eos_token_id);
+    let generation = model.config().generation.clone();
     let spans = Spans::new([ids.len()]);
     model.encode(ids, &spans);
     let mut sequences = model.start(&spans);
-    let (mut answer, mut token) = (Vec::new(), start);
-    while answer.len() < tokens_max && answer.last() != Some(&eos) {
+    let (mut answer, mut token) = (Vec::new(), generation.decoder_start_token_id);
+    while answer.len() < tokens_max && !answer.last().is_some_and(|&last| generation.is_end(last)) {
         token = model.decode(&[token], &Spans::new([1]), &mut sequences, &[0]).tokens[0];
         answer.push(token);
     }
@@ -425,7 +425,7 @@ fn experts_that_take_turns_change_no_output() {
             assert!(round == 0 || passed.demand_loads > 0, "what left came back by itself");
             let encoded = model.states();
             let mut sequences = model.start(spans);
-            let start = model.config().decoder_start_token_id;
+            let start = model.config().generation.decoder_start_token_id;
             let mut tokens = vec![start];
             for _ in 0..6 {
                 let fed = [*tokens.last().unwrap()];
@@ -585,7 +585,7 @@ fn experts_elsewhere_give_the_same_bits() {
             assert_eq!(bits(values), bits(whole.states()));
             let (mut theirs, mut ours) = (whole.start(&spans), on_device::start(&mut dense, &states, &spans));
             ours[0] = dense.fork(&ours[0]).unwrap();
-            let mut fed: Vec<u32> = vec![whole.config().decoder_start_token_id; 4];
+            let mut fed: Vec<u32> = vec![whole.config().generation.decoder_start_token_id; 4];
             for _ in 0..6 {
                 let spans = Spans::single_tokens(4);
                 let passed = whole.decode(&fed, &spans, &mut theirs, &[0, 1, 2, 3]);

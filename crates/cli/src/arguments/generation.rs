@@ -11,21 +11,22 @@ pub(crate) struct GenerationArguments {
     /// Tokens of an answer at most
     #[arg(long, value_name = "N", default_value_t = 64)]
     max_tokens: usize,
-    /// No end of the answer before so many tokens
+    /// No end of the answer before so many tokens, not even at a stop text
     #[arg(long, value_name = "N", default_value_t = 0)]
     min_tokens: usize,
     /// Go on after the end of the answer, up to --max-tokens: to measure generation
     #[arg(long)]
     ignore_eos: bool,
-    /// Above 0: draw each token, the more evenly the higher; 0: always the likeliest
-    #[arg(long, value_name = "T", default_value_t = 0.0)]
-    temperature: f32,
-    /// Draw among the K likeliest tokens; 0: among all
-    #[arg(long, value_name = "K", default_value_t = 0)]
-    top_k: usize,
-    /// Draw among the likeliest tokens that hold this much probability together; 0 or 1: among all
-    #[arg(long, value_name = "P", default_value_t = 0.0)]
-    top_p: f32,
+    /// Above 0: draw each token, the more evenly the higher; 0: always the likeliest [default: the model's own, mostly 0]
+    #[arg(long, value_name = "T")]
+    temperature: Option<f32>,
+    /// Draw among the K likeliest tokens; 0: among all [default: the model's own, mostly 0]
+    #[arg(long, value_name = "K")]
+    top_k: Option<usize>,
+    /// Draw among the likeliest tokens that hold this much probability together; 0 or 1: among all [default: the model's
+    /// own, mostly 0]
+    #[arg(long, value_name = "P")]
+    top_p: Option<f32>,
     /// Draw the same tokens again next time
     #[arg(long, value_name = "N")]
     seed: Option<u64>,

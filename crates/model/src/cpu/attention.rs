@@ -16,7 +16,7 @@ use super::{
     norm::softmax_row,
     panel,
 };
-use crate::position_bias::PositionBias;
+use crate::{GivenUp, StillWanted, position_bias::PositionBias};
 
 /// Less than this runs on the calling thread: waking another costs more than it saves.
 const PARALLEL_MACS_MIN: usize = 400_000;
@@ -82,10 +82,17 @@ thread_local! {
 
 impl Attention<'_> {
     /// `softmax(q K^T + bias) V` for each query and head, into `out` (all query rows, heads * d_kv), sequence
-    /// after sequence. A sequence without keys gives zeros.
+    /// after sequence. A sequence without keys gives zeros. Ends with an error, and `out` half done, when it is not wanted any
+    /// more.
     ///
     /// Panics when a length does not fit: the blocks made all of them.
-    pub fn run(&self, sequences: &[Sequence<'_>], out: &mut [f32]) {
+    pub fn run(
+        &self,
+        sequences: &[Sequence<'_>],
+        out: &mut [f32],
+        still_wanted: StillWanted<'_>,
+    ) -> Result<(), GivenUp> {
+        still_wanted.check()?;
         let width = self.heads * self.d_kv;
         let rows: usize = sequences.iter().map(|sequence| sequence.query_rows).sum();
         assert_eq!(out.len(), rows * width, "out is ({rows}, {width})");
@@ -103,7 +110,11 @@ impl Attention<'_> {
             let pieces = own.chunks_mut(QUERIES_PER_TASK * width).enumerate();
             tasks.extend(pieces.map(|(piece, out)| (sequence, piece * QUERIES_PER_TASK, out)));
         }
-        tasks.into_par_iter().for_each(|(sequence, first_query, out)| self.queries(sequence, first_query, out));
+        tasks.into_par_iter().try_for_each(|(sequence, first_query, out)| {
+            still_wanted.check()?;
+            self.queries(sequence, first_query, out);
+            Ok(())
+        })
     }
 
     /// The queries from `first_query` on that `out` has rows for.
@@ -362,6 +373,8 @@ fn aligned(buffer: &mut Vec<f32>, len: usize) -> *mut f32 {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use super::*;
 
     fn values(n: usize, seed: usize) -> Vec<f32> {
@@ -420,7 +433,7 @@ mod tests {
                     values: rows(&fused, 3 * width, 2 * width),
                 };
                 let mut out = vec![0.0; queries * width];
-                attention.run(&[sequence], &mut out);
+                attention.run(&[sequence], &mut out, StillWanted::default()).unwrap();
                 for (i, (out, exact)) in out.iter().zip(plain(&attention, &sequence)).enumerate() {
                     assert!((f64::from(*out) - exact).abs() < 2e-5, "{heads}x{d_kv} {i}: {out} is not {exact}");
                 }
@@ -445,13 +458,34 @@ mod tests {
                 values: rows(&fused, 3 * width, 2 * width),
             };
             let mut together = vec![0.0; 2 * keys * width];
-            attention.run(&[sequence(0, keys), sequence(0, keys)], &mut together);
+            let all = [sequence(0, keys), sequence(0, keys)];
+            attention.run(&all, &mut together, StillWanted::default()).unwrap();
             for query in 0..keys {
                 let mut alone = vec![0.0; width];
-                attention.run(&[sequence(query, 1)], &mut alone);
+                attention.run(&[sequence(query, 1)], &mut alone, StillWanted::default()).unwrap();
                 assert_eq!(alone, together[query * width..][..width]);
                 assert_eq!(alone, together[(keys + query) * width..][..width]);
             }
         }
+    }
+
+    /// A prompt of many thousands of tokens would be computed to its end although nobody waits for it.
+    #[test]
+    fn what_is_not_wanted_is_left_undone() {
+        let (heads, d_kv, keys) = (2, 16, 20 * QUERIES_PER_TASK);
+        let width = heads * d_kv;
+        let fused = values(keys * 3 * width, 3);
+        let part = |part| rows(&fused, 3 * width, part * width);
+        let (queries, key_rows, first_position) = (part(0), keys, 0);
+        let sequence = Sequence { query_rows: keys, first_position, key_rows, queries, keys: part(1), values: part(2) };
+        let attention = Attention { heads, d_kv, causal: false, bias: None };
+        let asked = AtomicUsize::new(0);
+        let is_wanted = || asked.fetch_add(1, Ordering::Relaxed) < 4;
+        let mut out = vec![0.0; keys * width];
+        let run = attention.run(&[sequence], &mut out, StillWanted::while_true(&is_wanted));
+        assert_eq!(run, Err(GivenUp));
+        // The first time before all, then before each piece.
+        let computed = out.chunks(QUERIES_PER_TASK * width).filter(|piece| piece.iter().any(|&value| value != 0.0));
+        assert_eq!(computed.count(), 3);
     }
 }

@@ -27,7 +27,7 @@ use super::{
     scratch::{LOGIT_ROWS_MAX, Packet, Report, Scratch},
     weights::{self, Device},
 };
-use crate::{Backbone, Checkpoint, ModelConfig, ModelError, Precision, Spans, Stack, Wanted, forward, names};
+use crate::{Backbone, Checkpoint, ModelConfig, ModelError, Precision, Spans, Wanted, forward, names};
 
 /// Values that one thread widens at a time: what takes some ten microseconds.
 const PIECE_VALUES: usize = 1 << 16;
@@ -119,7 +119,7 @@ impl DeviceDense {
         precision: Option<Precision>,
         rows_max: usize,
     ) -> Result<Self, ModelError> {
-        let stored = checkpoint.dtype(&names::embedding(checkpoint, Stack::Encoder))?;
+        let stored = checkpoint.dtype(&names::embeddings(checkpoint)?.encoder)?;
         let precision = precision.unwrap_or(Precision::of_weights(stored));
         Ok(Self::open(Gpu::open(ordinal)?, checkpoint, precision, rows_max)?)
     }

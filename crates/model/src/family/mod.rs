@@ -4,23 +4,24 @@
 use std::path::Path;
 
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::{ModelConfig, ModelError, ModelSpec};
 
 mod switch;
 
-/// Reads the config of whichever family it is of. `path` is for messages.
-pub(crate) fn config(json: Value, path: &Path) -> Result<ModelConfig, ModelError> {
+/// Reads the config of whichever family it is of; how it writes, only by the tokens that start and end an answer. `path` is
+/// for messages.
+pub(crate) fn config(json: &Map<String, Value>, path: &Path) -> Result<ModelConfig, ModelError> {
     #[derive(Deserialize)]
     struct Head {
         #[serde(default)]
         architectures: Vec<String>,
     }
     let invalid = |source| ModelError::Json { path: path.to_owned(), source };
-    let head = Head::deserialize(&json).map_err(invalid)?;
+    let head = Head::deserialize(json).map_err(invalid)?;
     match head.architectures.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        [switch::ARCHITECTURE] => switch::config(serde_json::from_value(json).map_err(invalid)?, path),
+        [switch::ARCHITECTURE] => switch::config(json, path),
         _ => Err(ModelError::Architecture {
             path: path.to_owned(),
             found: format!("{:?}", head.architectures),

@@ -4,10 +4,12 @@
 use std::path::Path;
 
 use serde::Deserialize;
+use serde_json::{Map, Value};
 use sida_routing::LayerId;
 
 use crate::{
-    ModelConfig, ModelError, ModelSpec, Stack,
+    GenerationConfig, ModelConfig, ModelError, ModelSpec, Stack,
+    generation::Fields,
     spec::{AttentionSpec, BlockSpec, FeedForwardSpec, Keys, RelativeBias, StackSpec},
 };
 
@@ -49,18 +51,6 @@ pub(super) struct SwitchJson {
     is_gated_act: bool,
     #[serde(default = "yes")]
     tie_word_embeddings: bool,
-    #[serde(default)]
-    pad_token_id: Option<u64>,
-    eos_token_id: Option<TokenIds>,
-    decoder_start_token_id: Option<u64>,
-}
-
-/// transformers allows several end tokens.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum TokenIds {
-    One(u64),
-    Many(Vec<u64>),
 }
 
 fn three() -> u64 {
@@ -83,18 +73,21 @@ fn yes() -> bool {
 }
 
 /// Checks every field and makes a [`ModelConfig`] of them.
-pub(super) fn config(json: SwitchJson, path: &Path) -> Result<ModelConfig, ModelError> {
+pub(super) fn config(object: &Map<String, Value>, path: &Path) -> Result<ModelConfig, ModelError> {
+    let invalid = |source| ModelError::Json { path: path.to_owned(), source };
+    let json = SwitchJson::deserialize(object).map_err(invalid)?;
     let check = Check { path };
     check.activation(&json)?;
     check.text("router_dtype", json.router_dtype.as_deref(), "float32")?;
     check.text("router_type", json.router_type.as_deref(), "tokens_masked")?;
     let vocab_size = check.within("vocab_size", json.vocab_size, 2, 4_000_000)?;
-    let token = |field, id: u64| check.within(field, id, 0, vocab_size as u64 - 1).map(|id| id as u32);
+    let tokens = Fields { json: object, path, vocab_size };
     let encoder_layers = check.within("num_layers", json.num_layers, 1, 1024)?;
     let decoder_layers =
         check.within("num_decoder_layers", json.num_decoder_layers.unwrap_or(json.num_layers), 1, 1024)?;
     let buckets = check.within("relative_attention_num_buckets", json.relative_attention_num_buckets, 4, 4096)?;
-    let pad_token_id = token("pad_token_id", json.pad_token_id.unwrap_or(0))?;
+    let pad_token_id = tokens.token("pad_token_id")?.unwrap_or(0);
+    let eos_token_ids = Some(tokens.tokens("eos_token_id")?).filter(|ids| !ids.is_empty()).unwrap_or_else(|| vec![1]);
     Ok(ModelConfig {
         top_k: 1,
         router_bias: json.router_bias,
@@ -118,15 +111,8 @@ pub(super) fn config(json: SwitchJson, path: &Path) -> Result<ModelConfig, Model
         layer_norm_epsilon: check.epsilon(json.layer_norm_epsilon)?,
         tie_word_embeddings: json.tie_word_embeddings,
         pad_token_id,
-        eos_token_id: match json.eos_token_id.unwrap_or(TokenIds::One(1)) {
-            TokenIds::One(id) => token("eos_token_id", id)?,
-            TokenIds::Many(ids) if ids.len() == 1 => token("eos_token_id", ids[0])?,
-            TokenIds::Many(ids) => return Err(check.refuse("eos_token_id", format!("{ids:?}"), "one token")),
-        },
-        decoder_start_token_id: token(
-            "decoder_start_token_id",
-            json.decoder_start_token_id.unwrap_or(u64::from(pad_token_id)),
-        )?,
+        generation: GenerationConfig::plain(pad_token_id, eos_token_ids.clone()),
+        eos_token_ids,
         encoder_sparse: sparse(encoder_layers, json.encoder_sparse_step, json.num_sparse_encoder_layers),
         decoder_sparse: sparse(decoder_layers, json.decoder_sparse_step, json.num_sparse_decoder_layers),
     })
@@ -221,10 +207,9 @@ impl Check<'_> {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::{Value, json};
+    use serde_json::json;
 
     use super::*;
-    use crate::family;
 
     fn base() -> Value {
         json!({
@@ -236,16 +221,24 @@ mod tests {
     fn with(field: &str, value: Value) -> Result<ModelConfig, ModelError> {
         let mut json = base();
         json[field] = value;
-        family::config(json, Path::new("config.json"))
+        parse(&json)
+    }
+
+    fn parse(json: &Value) -> Result<ModelConfig, ModelError> {
+        ModelConfig::parse(json.to_string().as_bytes(), Path::new("config.json"))
     }
 
     /// A config that leaves fields out would be read with other defaults than transformers'.
     #[test]
     fn defaults_are_those_of_transformers() {
-        let config = family::config(base(), Path::new("config.json")).unwrap();
+        let config = parse(&base()).unwrap();
         assert_eq!(config.encoder_sparse, [false, true, false, true, false, true]);
         assert_eq!(config.decoder_layers, 6);
-        assert_eq!((config.expert_capacity, config.eos_token_id, config.decoder_start_token_id), (64, 1, 0));
+        assert_eq!((config.expert_capacity, config.eos_token_ids), (64, vec![1]));
+        assert_eq!(config.generation, GenerationConfig::plain(0, vec![1]));
+        let padded = with("pad_token_id", json!(5)).unwrap();
+        assert_eq!(padded.generation.decoder_start_token_id, 5, "a decoder starts from padding");
+        assert_eq!(with("eos_token_id", json!([9, 2, 9])).unwrap().generation.eos_token_ids, [2, 9]);
         assert!(config.tie_word_embeddings && !config.router_bias);
     }
 
@@ -276,7 +269,11 @@ mod tests {
             ("relative_attention_max_distance", json!(16)),
             ("layer_norm_epsilon", json!(-1.0)),
             ("eos_token_id", json!(8192)),
-            ("eos_token_id", json!([1, 2])),
+            ("eos_token_id", json!([1, -1])),
+            ("eos_token_id", json!("</s>")),
+            ("pad_token_id", json!(1.5)),
+            ("decoder_start_token_id", json!(8192)),
+            ("suppress_tokens", json!([1, 8192])),
         ] {
             match with(field, value) {
                 Err(ModelError::Config { field: named, .. }) => assert_eq!(named, field),

@@ -161,7 +161,7 @@ impl OnDevice {
         wanted: &[Wanted],
     ) -> Seen {
         let (mut by_layer, mut demand_loads) = (Vec::new(), 0);
-        let beside = Beside { wanted, experts: Some(self.beside.clone()) };
+        let beside = Beside { wanted, experts: Some(self.beside.clone()), ..Beside::default() };
         let mut pass = self.dense.begin(stack, ids, spans, sequences, beside).unwrap();
         while let Some(layer) = self.dense.advance(&mut pass).unwrap() {
             let routes = self.dense.routes(&mut pass).unwrap();

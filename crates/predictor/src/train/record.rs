@@ -154,7 +154,7 @@ impl Recorder<'_> {
 
     /// The decoder reads the start token and the target but its last token, which it only has to write.
     fn force(&self, encoder_states: &[f32], target: &str) -> Result<Routed, PredictorError> {
-        let mut tokens = vec![self.model.config().decoder_start_token_id];
+        let mut tokens = vec![self.model.config().generation.decoder_start_token_id];
         tokens.extend(self.tokenizer.encode(target)?);
         tokens.pop();
         tokens.truncate(self.options.target_tokens_max.max(1));
@@ -164,13 +164,17 @@ impl Recorder<'_> {
 
     /// The decoder reads what it wrote.
     fn answer(&self, encoder_states: &[f32]) -> Result<Routed, PredictorError> {
+        let generation = &self.model.config().generation;
+        let tokens_max = self.options.target_tokens_max.max(1);
+        let tokens_min = generation.tokens_min.min(tokens_max);
         let mut state = self.model.start(encoder_states)?;
-        let mut next = self.model.config().decoder_start_token_id;
+        let mut next = generation.decoder_start_token_id;
         let (mut tokens, mut routing) = (Vec::new(), Vec::new());
-        while tokens.len() < self.options.target_tokens_max.max(1) && (next != self.model.config().eos_token_id) {
+        while tokens.len() < tokens_max && (tokens.is_empty() || !generation.is_end(next)) {
             tokens.push(next);
-            let (logits, routed) = self.model.decode(&mut state, &[next])?;
+            let (mut logits, routed) = self.model.decode(&mut state, &[next])?;
             routing.push(routed);
+            generation.token_rule(tokens.len() - 1, tokens_min, tokens_max).apply(&mut logits);
             next = greedy(&logits);
         }
         Ok(self.keep(tokens, &routing))

@@ -68,7 +68,8 @@ impl Backend for DeviceDense {
         ids: &[u32],
         spans: &Spans,
         sequences: Vec<&'s mut DeviceSequence>,
-        Beside { wanted, experts }: Beside<'_>,
+        // A pass takes milliseconds here: it is not looked whether it is still wanted.
+        Beside { wanted, experts, .. }: Beside<'s>,
     ) -> Result<DevicePass<'s>, ModelError> {
         self.check_batch(ids, spans)?;
         self.gpu.enter()?;
