@@ -32,6 +32,9 @@ use std::{env, error::Error, io, process::ExitCode};
 use bad_configuration::BadConfiguration;
 use mimalloc::MiMalloc;
 
+use sida_model::{ModelError, convert::ConvertError};
+use sida_predictor::PredictorError;
+use sida_rpc::{ClientError, tls::TlsError};
 /// Tokenizing is little else than small allocations, by several threads at once.
 #[global_allocator]
 static ALLOCATOR: MiMalloc = MiMalloc;
@@ -80,11 +83,17 @@ fn failed(error: &anyhow::Error) -> ExitCode {
         }
         None => eprintln!("sida: {}", told(error)),
     }
-    if error.chain().any(|cause| cause.is::<BadConfiguration>()) {
-        EXIT_BAD_CONFIGURATION.into()
-    } else {
-        ExitCode::FAILURE
-    }
+    if error.chain().any(is_lasting) { EXIT_BAD_CONFIGURATION.into() } else { ExitCode::FAILURE }
+}
+
+/// Whether starting again will fail again by this cause: a wrong flag, a wrong or damaged file.
+fn is_lasting(cause: &(dyn Error + 'static)) -> bool {
+    cause.is::<BadConfiguration>()
+        || cause.downcast_ref::<ModelError>().is_some_and(ModelError::is_lasting)
+        || cause.downcast_ref::<ConvertError>().is_some_and(ConvertError::is_lasting)
+        || cause.downcast_ref::<PredictorError>().is_some_and(PredictorError::is_lasting)
+        || cause.is::<TlsError>()
+        || matches!(cause.downcast_ref(), Some(ClientError::Address { .. } | ClientError::Tls { .. }))
 }
 
 /// An error and its causes on one line.

@@ -13,7 +13,7 @@ use crate::{
     ModelConfig, ModelError, StoredDType, bounded_file,
     config::{CONFIG, CONFIG_BYTES_MAX},
     manifest::Manifest,
-    names,
+    model_name, names,
     weight_files::{StoredTensor, WeightFiles},
 };
 
@@ -59,6 +59,11 @@ impl Checkpoint {
     /// Opens a directory with `config.json` and safetensors, single or sharded. Reads no weights but the
     /// small ones that make up the digest.
     pub fn open(dir: &Path) -> Result<Arc<Self>, ModelError> {
+        Self::open_as(dir, None)
+    }
+
+    /// [`Checkpoint::open`] under a name that somebody chose.
+    pub fn open_as(dir: &Path, name: Option<&str>) -> Result<Arc<Self>, ModelError> {
         let config_json = bounded_file::read(&dir.join(CONFIG), CONFIG_BYTES_MAX)?;
         let config = ModelConfig::parse(&config_json, &dir.join(CONFIG))?;
         let manifest = Manifest::read(dir)?;
@@ -66,7 +71,7 @@ impl Checkpoint {
             manifest.check_file(CONFIG, &config_json)?;
         }
         let files = WeightFiles::open(dir)?;
-        let name = dir.file_name().map_or_else(|| dir.to_string_lossy(), |name| name.to_string_lossy()).into_owned();
+        let name = name.map_or_else(|| model_name::of_directory(dir), str::to_owned);
         let mut checkpoint = Self { dir: dir.to_owned(), name, config, files, manifest, digest: Digest([0; 32]) };
         checkpoint.digest = checkpoint.identify(&config_json)?;
         Ok(Arc::new(checkpoint))
@@ -89,7 +94,7 @@ impl Checkpoint {
         &self.dir
     }
 
-    /// The directory's own name, for people.
+    /// What people call it: the name that was chosen, else its directory's or its repository's.
     pub fn name(&self) -> &str {
         &self.name
     }

@@ -77,8 +77,7 @@ impl ModelConfig {
 
     /// Reads the content of a config.json; `path` is for messages.
     pub fn parse(json: &[u8], path: &Path) -> Result<Self, ModelError> {
-        let invalid = |source| ModelError::Json { path: path.to_owned(), source };
-        family::config(serde_json::from_slice(json).map_err(invalid)?, path)
+        family::config(bounded_file::parse_json(json, path)?, path)
     }
 
     /// The model as data: what each of its blocks computes.
