@@ -28,6 +28,7 @@ mod resident;
 mod responses;
 mod service;
 mod slots;
+pub mod smallest_memory;
 pub mod source;
 
 use std::{
