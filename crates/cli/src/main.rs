@@ -1,6 +1,6 @@
 //! `sida`: the whole cluster in one process, one role of it, or a client of one.
 //!
-//! In reading order. What can be said on the command line: [`command_line`], [`settings_file`],
+//! In reading order. What can be said on the command line: [`command_line`], [`environment`], [`settings_file`],
 //! [`arguments`], [`time_span`], [`bad_configuration`]. What it does: [`commands`]. What the commands share:
 //! [`model_dir`], [`text_file`], [`embedded`], [`coordinator_client`], [`runtime`], [`shutdown`]. What a person sees:
 //! [`loading_bar`], [`byte_size`], [`plain_table`], [`expert_picture`], [`answer_report`],
@@ -14,6 +14,7 @@ mod command_line;
 mod commands;
 mod coordinator_client;
 mod embedded;
+mod environment;
 mod expert_picture;
 mod loading_bar;
 mod machine_memory;
@@ -31,10 +32,10 @@ use std::{env, error::Error, io, process::ExitCode};
 
 use bad_configuration::BadConfiguration;
 use mimalloc::MiMalloc;
-
 use sida_model::{ModelError, convert::ConvertError};
 use sida_predictor::PredictorError;
 use sida_rpc::{ClientError, tls::TlsError};
+
 /// Tokenizing is little else than small allocations, by several threads at once.
 #[global_allocator]
 static ALLOCATOR: MiMalloc = MiMalloc;
@@ -48,6 +49,8 @@ fn main() -> ExitCode {
     // threads, and candle's would spin beside them (docs/decisions/0014).
     // SAFETY: no other thread has been started.
     unsafe { env::set_var("CANDLE_CPU_MASK", "0") };
+    // SAFETY: the same.
+    unsafe { environment::remove_empty() };
     let command_line = match command_line::parse(env::args_os().collect()) {
         Ok(command_line) => command_line,
         Err(command_line::ParseError::Clap(error)) => {
