@@ -34,7 +34,7 @@ use sida_proto::v1::{cluster_server::ClusterServer, inference_server::InferenceS
 use sida_rpc::{MESSAGE_BYTES_MAX, Server};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
-use tonic::service::Routes;
+use tonic::{codec::CompressionEncoding, service::Routes};
 
 pub use answer::{
     output::{Encoding, Finish, FinishReason, Pooling, Scores, TargetScore, Token},
@@ -72,8 +72,10 @@ pub async fn serve(
 ) -> Result<(), CoordinatorError> {
     let inference = InferenceServer::new(doors::inference_service::InferenceService::new(coordinator.clone())?)
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
-        .max_encoding_message_size(MESSAGE_BYTES_MAX);
-    let status = ClusterServer::new(doors::cluster_service::ClusterService { coordinator: coordinator.clone() });
+        .max_encoding_message_size(MESSAGE_BYTES_MAX)
+        .accept_compressed(CompressionEncoding::Gzip);
+    let status = ClusterServer::new(doors::cluster_service::ClusterService { coordinator: coordinator.clone() })
+        .accept_compressed(CompressionEncoding::Gzip);
     let probe = |coordinator: &Coordinator| {
         let coordinator = coordinator.clone();
         move || {

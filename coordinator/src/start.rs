@@ -52,7 +52,7 @@ const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
 #[derive(Debug, Error)]
 #[allow(missing_docs)]
 pub enum CoordinatorError {
-    #[error(transparent)]
+    #[error("{0}")]
     Model(#[from] ModelError),
     #[error("the predictor is for model {found}, this is {expected}")]
     PredictorModel { expected: Digest, found: Digest },

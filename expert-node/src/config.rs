@@ -115,6 +115,16 @@ impl ExpertMemory {
     }
 }
 
+impl ExpertMemory {
+    /// A node's part of the memory of several; `share` is of the whole.
+    pub fn part(self, share: f64) -> Self {
+        match self {
+            Self::Bytes(bytes) => Self::Bytes((bytes as f64 * share) as u64),
+            Self::Share(all) => Self::Share(all * share),
+        }
+    }
+}
+
 impl FromStr for ExpertMemory {
     type Err = ExpertMemoryError;
 

@@ -271,9 +271,8 @@ impl Budget {
         // More slots than experts would never be filled; a model of one expert is content with one.
         let slots = (budget_bytes / slot_bytes).min(experts);
         if slots < SLOTS_MIN.min(experts) {
-            let smallest_bytes = SLOTS_MIN.min(experts) * slot_bytes;
-            let smallest_percent = 100.0 * smallest_bytes as f64 / (experts * expert_bytes) as f64;
-            return Err(ExpertNodeError::BudgetTooSmall { budget_bytes, smallest_bytes, smallest_percent });
+            let (needed_bytes, experts_bytes) = (SLOTS_MIN.min(experts) * slot_bytes, experts * expert_bytes);
+            return Err(ExpertNodeError::BudgetTooSmall { budget_bytes, needed_bytes, experts_bytes });
         }
         Ok(Self { bytes: budget_bytes, slots: slots as usize, expert_bytes: expert_bytes.min(slot_bytes) })
     }

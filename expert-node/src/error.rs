@@ -7,7 +7,7 @@ use sida_model::ModelError;
 use sida_rpc::ServerError;
 use thiserror::Error;
 
-use crate::slots::SlabError;
+use crate::{slots::SlabError, smallest_memory};
 
 /// Why an expert-node does not start, or stops.
 #[derive(Debug, Error)]
@@ -16,10 +16,17 @@ use crate::slots::SlabError;
 pub enum ExpertNodeError {
     #[error(
         "expert memory of {budget_bytes} bytes is too small: it must hold at least two experts of this model, \
-         so --expert-memory needs {smallest_bytes} bytes ({smallest_percent:.2}%) or more"
+         so --expert-memory needs {} or more",
+        told(*needed_bytes, *experts_bytes)
     )]
-    BudgetTooSmall { budget_bytes: u64, smallest_bytes: u64, smallest_percent: f64 },
-    #[error(transparent)]
+    BudgetTooSmall {
+        budget_bytes: u64,
+        /// What is needed at least.
+        needed_bytes: u64,
+        /// What all experts of the model take, of which a share would be given.
+        experts_bytes: u64,
+    },
+    #[error("{0}")]
     Model(#[from] ModelError),
     #[error(transparent)]
     Memory(#[from] SlabError),
@@ -27,4 +34,9 @@ pub enum ExpertNodeError {
     Thread(#[from] io::Error),
     #[error(transparent)]
     Server(#[from] ServerError),
+}
+
+fn told(needed_bytes: u64, experts_bytes: u64) -> String {
+    let smallest = smallest_memory::smallest(needed_bytes, experts_bytes, &[1.0]);
+    smallest.map_or_else(|| format!("{needed_bytes} bytes"), |smallest| smallest.to_string())
 }

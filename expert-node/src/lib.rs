@@ -28,6 +28,7 @@ mod resident;
 mod responses;
 mod service;
 mod slots;
+pub mod smallest_memory;
 pub mod source;
 
 use std::{
@@ -50,7 +51,7 @@ use tokio::{
     time,
 };
 use tokio_util::sync::CancellationToken;
-use tonic::service::Routes;
+use tonic::{codec::CompressionEncoding, service::Routes};
 
 pub use config::{ExpertMemory, ExpertMemoryError, ExpertNodeConfig, ExpertNodeLimits};
 pub use engine::Engine;
@@ -146,7 +147,8 @@ pub async fn serve(
     let watched = engine.clone();
     let service = ExpertsServer::new(ExpertsService { lanes })
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
-        .max_encoding_message_size(MESSAGE_BYTES_MAX);
+        .max_encoding_message_size(MESSAGE_BYTES_MAX)
+        .accept_compressed(CompressionEncoding::Gzip);
     if let Ok(address) = listener.local_addr() {
         tracing::info!(node = %config.node, %address, model = %engine.model(), "serving experts");
     }

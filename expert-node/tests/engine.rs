@@ -195,16 +195,18 @@ fn a_budget_below_two_experts_is_refused_with_what_would_do() {
     // Broken: a node starts that cannot work, or nobody learns what to set.
     let source = MadeUp::new();
     let error = engine(&source, 1, 1).err().unwrap();
-    let ExpertNodeError::BudgetTooSmall { smallest_bytes, .. } = error else { panic!("{error}") };
-    assert_eq!(smallest_bytes, 2 * (2 * D_MODEL * support::D_FF * 4) as u64);
-    assert!(error.to_string().contains(&format!("{smallest_bytes} bytes (5.56%)")), "{error}");
-    engine_of(&source, smallest_bytes).unwrap();
-    assert!(engine_of(&source, smallest_bytes - 1).is_err());
+    let ExpertNodeError::BudgetTooSmall { needed_bytes, .. } = error else { panic!("{error}") };
+    assert_eq!(needed_bytes, 2 * (2 * D_MODEL * support::D_FF * 4) as u64);
+    assert!(error.to_string().contains(&format!("{needed_bytes} bytes (5.56%)")), "{error}");
+    engine_of(&source, &needed_bytes.to_string()).unwrap();
+    assert!(engine_of(&source, &(needed_bytes - 1).to_string()).is_err());
+    engine_of(&source, "5.56%").unwrap();
+    assert!(engine_of(&source, "5.55%").is_err());
 }
 
-fn engine_of(source: &Arc<MadeUp>, bytes: u64) -> Result<Engine, ExpertNodeError> {
+fn engine_of(source: &Arc<MadeUp>, memory: &str) -> Result<Engine, ExpertNodeError> {
     let mut config = sida_expert_node::ExpertNodeConfig::new("e0".into(), "made-up".into());
-    config.expert_memory = sida_expert_node::ExpertMemory::Bytes(bytes);
+    config.expert_memory = memory.parse().unwrap();
     Engine::new(&config, source.clone())
 }
 

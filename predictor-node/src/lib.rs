@@ -16,7 +16,7 @@ use sida_proto::v1::predictor_server::{PredictorServer, SERVICE_NAME};
 use sida_rpc::Server;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
-use tonic::service::Routes;
+use tonic::{codec::CompressionEncoding, service::Routes};
 
 pub use config::{PredictorLimits, PredictorNodeConfig};
 pub use error::PredictorNodeError;
@@ -42,7 +42,8 @@ pub async fn run(
     let checked = service.clone();
     let grpc = PredictorServer::new(service)
         .max_decoding_message_size(limits.request_bytes_max)
-        .max_encoding_message_size(sida_rpc::MESSAGE_BYTES_MAX);
+        .max_encoding_message_size(sida_rpc::MESSAGE_BYTES_MAX)
+        .accept_compressed(CompressionEncoding::Gzip);
     Server::new(server)
         .routes(Routes::new(grpc))
         .descriptors(sida_proto::DESCRIPTORS)

@@ -3,9 +3,11 @@
 //!
 //! In reading order: [`client`] (asking), [`golden`] (the answers are the model's own), [`service`] (health,
 //! reflection, deadlines, the end), [`bad_input`], [`failure`] (nodes that die),
-//! [`faults`] (everything that goes wrong under load), [`etcd`] (nodes that come and go), [`commands`] (what needs no cluster).
+//! [`faults`] (everything that goes wrong under load), [`etcd`] (nodes that come and go), [`commands`] (what needs no
+//! cluster), [`bad_models`] (files that are not what they should be).
 
 mod bad_input;
+mod bad_models;
 mod client;
 mod commands;
 mod etcd;

@@ -24,7 +24,9 @@ pub enum RequestError {
     CacheTooSmall { needed: u64, limit: u64 },
     #[error("{field} is {found}, expected {expected}")]
     Argument { field: &'static str, found: String, expected: String },
-    #[error("routing mode GUIDED is not served by this version; EXACT and HASH are")]
+    #[error(
+        "routing mode GUIDED is not served by this version: ask for EXACT, where the trained router chooses experts, or HASH, where the hash table does"
+    )]
     GuidedMode,
     #[error("{limit} requests are waiting already")]
     QueueFull { limit: usize, retry_after: Duration },

@@ -7,10 +7,10 @@ use sida_proto::v1::{
     self, EncodeRequest, GenerateRequest, RoutingOptions, ScoreRequest, cluster_client::ClusterClient,
     inference_client::InferenceClient,
 };
-use sida_rpc::{ClientConfig, Reason, client::deadline_status, connect};
+use sida_rpc::{ClientConfig, MESSAGE_BYTES_MAX, Reason, client::deadline_status, connect};
 use tokio::{net::TcpListener, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, Request, transport::Channel};
+use tonic::{Code, Request, codec::CompressionEncoding, transport::Channel};
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
 use crate::plain_experts::{Behaviour, PlainCluster, start};
@@ -108,6 +108,21 @@ async fn statuses() {
     served.cluster.nodes.iter().for_each(|node| node.behave(Behaviour::ShutsDown));
     let status = client.encode(EncodeRequest { text, ..Default::default() }).await.expect_err("no node works");
     assert_eq!((status.code(), Reason::of(&status)), (Code::Unavailable, Some(Reason::ExpertUnavailable)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn compressed_requests() {
+    // Would break: clients that compress by default are refused, or a small message takes all memory.
+    let served = served().await;
+    let plain = InferenceClient::new(served.channel.clone());
+    let mut gzip = plain.clone().send_compressed(CompressionEncoding::Gzip);
+    let request = |text: String| EncodeRequest { text, ..Default::default() };
+    let expected = plain.clone().encode(request(TEXT.into())).await.expect("encoded").into_inner().states;
+    assert_eq!(gzip.encode(request(TEXT.into())).await.expect("encoded").into_inner().states, expected);
+    let bomb = gzip.encode(request("a".repeat(MESSAGE_BYTES_MAX + 1))).await.expect_err("refused");
+    assert_eq!(bomb.code(), Code::ResourceExhausted, "{bomb}");
+    assert!(bomb.message().contains(&MESSAGE_BYTES_MAX.to_string()), "{bomb}");
+    gzip.encode(request(TEXT.into())).await.expect("the connection lives on");
 }
 
 #[tokio::test(flavor = "multi_thread")]

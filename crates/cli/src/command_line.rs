@@ -4,15 +4,15 @@
 //! Every flag also has an environment variable, `SIDA_` and its name in capitals, and a key in the TOML file
 //! of `--config`; neither is written down per flag, so that none can be forgotten.
 
-use std::{env, ffi::OsString, path::PathBuf, process::ExitCode};
+use std::{collections::BTreeSet, env, ffi::OsString, path::PathBuf, process::ExitCode};
 
-use clap::{Arg, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{Arg, ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand, builder::BoolishValueParser};
 use sida_telemetry::{
     logging::{self, LogFormat},
     otlp::{self, Exporting, OtlpConfig},
 };
 
-use crate::{bad_configuration::BadConfiguration, commands, settings_file};
+use crate::{bad_configuration::BadConfiguration, commands, environment, settings_file};
 
 /// Serves Mixture-of-Experts models from less memory: predicts which experts each token will need, and keeps
 /// only those resident.
@@ -75,6 +75,7 @@ enum Command {
     Synth(commands::synth::SynthArguments),
     Verify(commands::verify::VerifyArguments),
     Doctor(commands::doctor::DoctorArguments),
+    Completions(commands::completions::CompletionsArguments),
 }
 
 /// Why there is no command line to run.
@@ -98,21 +99,35 @@ pub(crate) fn parse(arguments: Vec<OsString>) -> Result<CommandLine, ParseError>
 }
 
 /// The commands with an environment variable for every flag.
-fn command() -> clap::Command {
+pub(crate) fn command() -> clap::Command {
     let with_environment = |arg: Arg| match arg.get_long() {
         Some(long) => {
             let variable = format!("SIDA_{}", long.replace('-', "_").to_uppercase());
-            arg.env(variable)
+            match arg.get_action() {
+                // A switch is set by 1, true, yes and on, and left unset by their opposites.
+                ArgAction::SetTrue => arg.env(variable).value_parser(BoolishValueParser::new()),
+                _ => arg.env(variable),
+            }
         }
         None => arg,
     };
     CommandLine::command().mut_args(with_environment).mut_subcommands(|sub| sub.mut_args(with_environment))
 }
 
+/// The environment variables of all flags of all commands.
+fn variables() -> BTreeSet<String> {
+    let command = command();
+    let arguments = command.get_arguments().chain(command.get_subcommands().flat_map(|sub| sub.get_arguments()));
+    arguments.filter_map(|arg| Some(arg.get_env()?.to_str()?.to_owned())).collect()
+}
+
 impl CommandLine {
     /// Does it.
     pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
         self.set_up_logging()?;
+        for warning in environment::unread(env::vars_os().map(|(name, _)| name), &variables()) {
+            tracing::warn!("{warning}");
+        }
         // Sends what is left when the command has ended.
         let _exporting = self.set_up_tracing()?;
         match self.command {
@@ -129,6 +144,7 @@ impl CommandLine {
             Command::Synth(arguments) => commands::synth::run(arguments),
             Command::Verify(arguments) => commands::verify::run(arguments),
             Command::Doctor(arguments) => commands::doctor::run(arguments),
+            Command::Completions(arguments) => commands::completions::run(arguments),
         }
     }
 
@@ -184,7 +200,7 @@ mod tests {
         let mut command = command();
         command.build();
         let commands: Vec<_> = command.get_subcommands().filter(|sub| sub.get_name() != "help").collect();
-        assert_eq!(commands.len(), 13);
+        assert_eq!(commands.len(), 14);
         for sub in commands {
             for arg in sub.get_arguments().filter(|arg| !["help", "version"].contains(&arg.get_id().as_str())) {
                 let Some(long) = arg.get_long() else { continue };
@@ -295,6 +311,19 @@ mod tests {
     }
 
     #[test]
+    fn a_switch_takes_the_words_for_yes_and_no() {
+        // Broken: `SIDA_JSON=0` in a manifest would end the command, or mean yes.
+        let command = command();
+        let ask = command.find_subcommand("ask").unwrap().clone();
+        for (word, expected) in [("1", true), ("yes", true), ("on", true), ("true", true), ("0", false), ("no", false)]
+        {
+            let ask = ask.clone().mut_arg("json", |arg| arg.default_value(word));
+            let matches = ask.try_get_matches_from(["ask", "x"]).unwrap();
+            assert_eq!(matches.get_flag("json"), expected, "{word}");
+        }
+    }
+
+    #[test]
     fn commands_parse() {
         // Broken: the commands of the design would not exist under their names.
         for line in [
@@ -315,6 +344,8 @@ mod tests {
             "sida synth --like switch-base-8 --out dir",
             "sida verify dir",
             "sida doctor",
+            "sida doctor --json",
+            "sida completions bash",
         ] {
             if let Err(error) = parsed(&line.split(' ').collect::<Vec<_>>()) {
                 panic!("{line}: {error}");

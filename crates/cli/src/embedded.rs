@@ -5,7 +5,7 @@ use std::{net::SocketAddr, path::Path, sync::Arc};
 
 use sida_cluster::{Address, Cluster, Member, Role, experts::LocalExperts};
 use sida_coordinator::{Coordinator, CoordinatorConfig};
-use sida_expert_node::{Engine, ExpertMemory, ExpertNodeConfig};
+use sida_expert_node::{Engine, ExpertMemory, ExpertNodeConfig, ExpertNodeError, smallest_memory::smallest};
 use sida_model::{Checkpoint, DeviceName};
 use sida_routing::{Candidate, Extent, NodeId, Placement};
 
@@ -38,7 +38,7 @@ impl EmbeddedCluster {
         address: Option<SocketAddr>,
         adapt: impl FnOnce(&mut CoordinatorConfig),
     ) -> anyhow::Result<Self> {
-        let checkpoint = Checkpoint::open(&model.dir()?)?;
+        let checkpoint = model.open()?;
         let engines = engines(&checkpoint, embedded, model.threads())?;
         let coordinator = address.map(|address| Member {
             node: COORDINATOR.into(),
@@ -110,19 +110,20 @@ fn engines(
         return Err(BadConfiguration::new(message).into());
     }
     let shares = shares(checkpoint, embedded.nodes())?;
+    let parts: Vec<f64> = shares.iter().map(|(_, share)| *share).collect();
     let engine = |(node, share): (NodeId, f64)| {
         let dir: &Path = checkpoint.dir();
         let config = ExpertNodeConfig {
-            expert_memory: part_of(embedded.expert_memory, share),
+            expert_memory: embedded.expert_memory.part(share),
             device: embedded.device.device,
             precision: embedded.device.precision,
-            host_memory: part_of(embedded.host_memory, share),
+            host_memory: embedded.host_memory.part(share),
             packs: !embedded.no_packing,
             threads,
             ..ExpertNodeConfig::new(node, dir.to_owned())
         };
-        let engine = Engine::of_checkpoint(&config, checkpoint.clone()).map_err(expert_node::refused)?;
-        Ok(Arc::new(engine))
+        let opened = Engine::of_checkpoint(&config, checkpoint.clone());
+        Ok(Arc::new(opened.map_err(|error| refused(error, embedded.expert_memory, &parts))?))
     };
     shares.into_iter().map(engine).collect()
 }
@@ -140,10 +141,21 @@ pub(crate) fn shares(checkpoint: &Checkpoint, expert_nodes: usize) -> anyhow::Re
     Ok(candidates.into_iter().map(|candidate| (candidate.node.clone(), share(&candidate.node))).collect())
 }
 
-/// A node's part of the memory of all.
-pub(crate) fn part_of(memory: ExpertMemory, share: f64) -> ExpertMemory {
-    match memory {
-        ExpertMemory::Bytes(bytes) => ExpertMemory::Bytes((bytes as f64 * share) as u64),
-        ExpertMemory::Share(all) => ExpertMemory::Share(all * share),
-    }
+/// A node's refusal of its part of the memory, told of the memory that was given for all of them.
+fn refused(error: ExpertNodeError, memory: ExpertMemory, parts: &[f64]) -> anyhow::Error {
+    let (needed_bytes, experts_bytes) = match error {
+        ExpertNodeError::BudgetTooSmall { needed_bytes, experts_bytes, .. } if parts.len() > 1 => {
+            (needed_bytes, experts_bytes)
+        }
+        error => return expert_node::refused(error),
+    };
+    let nodes = parts.len();
+    let enough = match smallest(needed_bytes, experts_bytes, parts) {
+        Some(smallest) => format!("give {smallest} or more, or fewer --expert-nodes"),
+        None => "the model has too few experts for so many: give fewer --expert-nodes".to_owned(),
+    };
+    let message = format!(
+        "--expert-memory {memory} is too small for {nodes} expert-nodes, each of which must hold at least two experts: {enough}"
+    );
+    BadConfiguration::new(message).into()
 }

@@ -1,6 +1,6 @@
 //! `sida`: the whole cluster in one process, one role of it, or a client of one.
 //!
-//! In reading order. What can be said on the command line: [`command_line`], [`settings_file`],
+//! In reading order. What can be said on the command line: [`command_line`], [`environment`], [`settings_file`],
 //! [`arguments`], [`time_span`], [`bad_configuration`]. What it does: [`commands`]. What the commands share:
 //! [`model_dir`], [`text_file`], [`embedded`], [`coordinator_client`], [`runtime`], [`shutdown`]. What a person sees:
 //! [`loading_bar`], [`byte_size`], [`plain_table`], [`expert_picture`], [`answer_report`],
@@ -14,6 +14,7 @@ mod command_line;
 mod commands;
 mod coordinator_client;
 mod embedded;
+mod environment;
 mod expert_picture;
 mod loading_bar;
 mod machine_memory;
@@ -31,6 +32,9 @@ use std::{env, error::Error, io, process::ExitCode};
 
 use bad_configuration::BadConfiguration;
 use mimalloc::MiMalloc;
+use sida_model::{ModelError, convert::ConvertError};
+use sida_predictor::PredictorError;
+use sida_rpc::{ClientError, tls::TlsError};
 
 /// Tokenizing is little else than small allocations, by several threads at once.
 #[global_allocator]
@@ -45,6 +49,8 @@ fn main() -> ExitCode {
     // threads, and candle's would spin beside them (docs/decisions/0014).
     // SAFETY: no other thread has been started.
     unsafe { env::set_var("CANDLE_CPU_MASK", "0") };
+    // SAFETY: the same.
+    unsafe { environment::remove_empty() };
     let command_line = match command_line::parse(env::args_os().collect()) {
         Ok(command_line) => command_line,
         Err(command_line::ParseError::Clap(error)) => {
@@ -80,11 +86,17 @@ fn failed(error: &anyhow::Error) -> ExitCode {
         }
         None => eprintln!("sida: {}", told(error)),
     }
-    if error.chain().any(|cause| cause.is::<BadConfiguration>()) {
-        EXIT_BAD_CONFIGURATION.into()
-    } else {
-        ExitCode::FAILURE
-    }
+    if error.chain().any(is_lasting) { EXIT_BAD_CONFIGURATION.into() } else { ExitCode::FAILURE }
+}
+
+/// Whether starting again will fail again by this cause: a wrong flag, a wrong or damaged file.
+fn is_lasting(cause: &(dyn Error + 'static)) -> bool {
+    cause.is::<BadConfiguration>()
+        || cause.downcast_ref::<ModelError>().is_some_and(ModelError::is_lasting)
+        || cause.downcast_ref::<ConvertError>().is_some_and(ConvertError::is_lasting)
+        || cause.downcast_ref::<PredictorError>().is_some_and(PredictorError::is_lasting)
+        || cause.is::<TlsError>()
+        || matches!(cause.downcast_ref(), Some(ClientError::Address { .. } | ClientError::Tls { .. }))
 }
 
 /// An error and its causes on one line.

@@ -5,7 +5,7 @@ use std::{fs::File, io::Read, path::Path};
 
 use serde::de::DeserializeOwned;
 
-use crate::ModelError;
+use crate::{ModelError, mistaken_file};
 
 /// Reads a file of at most `limit` bytes.
 pub fn read(path: &Path, limit: u64) -> Result<Vec<u8>, ModelError> {
@@ -22,5 +22,13 @@ pub fn read(path: &Path, limit: u64) -> Result<Vec<u8>, ModelError> {
 
 /// Reads a JSON file of at most `limit` bytes.
 pub fn read_json<T: DeserializeOwned>(path: &Path, limit: u64) -> Result<T, ModelError> {
-    serde_json::from_slice(&read(path, limit)?).map_err(|source| ModelError::Json { path: path.to_owned(), source })
+    parse_json(&read(path, limit)?, path)
+}
+
+/// Parses the content of a JSON file; `path` is for messages.
+pub fn parse_json<T: DeserializeOwned>(content: &[u8], path: &Path) -> Result<T, ModelError> {
+    serde_json::from_slice(content).map_err(|source| match mistaken_file::recognise(content) {
+        Some(found) => ModelError::MistakenFile { path: path.to_owned(), expected: "JSON", found },
+        None => ModelError::Json { path: path.to_owned(), source },
+    })
 }

@@ -12,7 +12,7 @@ use sida_routing::Digest;
 use crate::{
     ModelConfig, ModelError, StoredDType,
     manifest::Manifest,
-    names,
+    model_name, names,
     weight_files::{StoredTensor, WeightFiles},
 };
 
@@ -58,6 +58,11 @@ impl Checkpoint {
     /// Opens a directory with `config.json` and safetensors, single or sharded. Reads no weights but the
     /// small ones that make up the digest.
     pub fn open(dir: &Path) -> Result<Arc<Self>, ModelError> {
+        Self::open_as(dir, None)
+    }
+
+    /// [`Checkpoint::open`] under a name that somebody chose.
+    pub fn open_as(dir: &Path, name: Option<&str>) -> Result<Arc<Self>, ModelError> {
         let manifest = Manifest::read(dir)?;
         let check = |name: &str, content: Option<&[u8]>| match &manifest {
             Some(manifest) => manifest.check_file(name, content),
@@ -65,7 +70,7 @@ impl Checkpoint {
         };
         let config = ModelConfig::open_checked(dir, check)?;
         let files = WeightFiles::open(dir)?;
-        let name = dir.file_name().map_or_else(|| dir.to_string_lossy(), |name| name.to_string_lossy()).into_owned();
+        let name = name.map_or_else(|| model_name::of_directory(dir), str::to_owned);
         let mut checkpoint = Self { dir: dir.to_owned(), name, config, files, manifest, digest: Digest([0; 32]) };
         checkpoint.digest = checkpoint.identify()?;
         Ok(Arc::new(checkpoint))
@@ -90,7 +95,7 @@ impl Checkpoint {
         &self.dir
     }
 
-    /// The directory's own name, for people.
+    /// What people call it: the name that was chosen, else its directory's or its repository's.
     pub fn name(&self) -> &str {
         &self.name
     }

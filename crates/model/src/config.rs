@@ -204,7 +204,7 @@ impl ModelConfig {
 
 /// The content of a file that holds one JSON object.
 fn object(json: &[u8], path: &Path) -> Result<Map<String, Value>, ModelError> {
-    serde_json::from_slice(json).map_err(|source| ModelError::Json { path: path.to_owned(), source })
+    bounded_file::parse_json(json, path)
 }
 
 fn count(sparse: &[bool]) -> u16 {

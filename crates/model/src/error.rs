@@ -21,6 +21,8 @@ pub enum ModelError {
     Write { path: PathBuf, source: io::Error },
     #[error("{} has {bytes} bytes, more than the {limit} allowed", path.display())]
     FileTooLarge { path: PathBuf, bytes: u64, limit: u64 },
+    #[error("{} is {found}, expected {expected}", path.display())]
+    MistakenFile { path: PathBuf, expected: &'static str, found: &'static str },
     #[error("{} is not valid JSON of its kind: {source}", path.display())]
     Json { path: PathBuf, source: serde_json::Error },
 
@@ -73,4 +75,21 @@ pub enum ModelError {
     Device(#[from] DeviceError),
     #[error(transparent)]
     GivenUp(#[from] GivenUp),
+}
+
+impl ModelError {
+    /// Whether trying again will fail again, since what is wrong is in the model's files or in what was asked for, and
+    /// not in the state of the machine.
+    pub fn is_lasting(&self) -> bool {
+        use io::ErrorKind::{InvalidInput, IsADirectory, NotADirectory, NotFound, PermissionDenied};
+        match self {
+            Self::Read { source, .. } => {
+                [NotFound, PermissionDenied, IsADirectory, NotADirectory, InvalidInput].contains(&source.kind())
+            }
+            Self::Write { .. } | Self::OutOfMemory { .. } => false,
+            Self::Device(DeviceError::Missing(_) | DeviceError::Refused(_)) => true,
+            Self::Device(_) => false,
+            _ => true,
+        }
+    }
 }

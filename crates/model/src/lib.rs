@@ -6,7 +6,7 @@
 //! fixed order, so a row's bits do not depend on its batch, on the number of threads or on the node.
 //!
 //! In reading order. What a model is: [`error`], [`dtype`], [`config`], [`family`], and [`spec`], the model as data.
-//! Where its bytes are: [`bounded_file`], `weight_files`, [`manifest`], [`checkpoint`], [`names`], [`tokenizer`].
+//! Where its bytes are: [`bounded_file`], [`mistaken_file`], `weight_files`, [`manifest`], `model_name`, [`checkpoint`], [`names`], [`tokenizer`].
 //! Its weights by block: [`position_bias`], [`backbone`]. What it computes, an equation a line: [`forward`].
 //! Who computes it: [`backend`]. On the processor: arithmetic on slices in [`cpu`], by several threads in
 //! [`mod@side_by_side`] and `pieces`; [`spans`], [`kv_cache`], [`linear`], `loader`, `cpu_operations`, [`router`],
@@ -43,6 +43,8 @@ pub mod kv_cache;
 pub mod linear;
 pub mod loader;
 pub mod manifest;
+pub mod mistaken_file;
+mod model_name;
 pub mod names;
 mod packed;
 mod pieces;

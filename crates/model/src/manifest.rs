@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use sida_routing::Digest;
 
-use crate::{ModelError, bounded_file};
+use crate::{ModelError, bounded_file, weight_files::damaged};
 
 /// Its name in a model directory.
 pub const FILE_NAME: &str = "sida.manifest.json";
@@ -222,8 +222,7 @@ fn hash(dir: &Path, names: &[String], on_progress: &mut dyn FnMut(u64, u64)) -> 
 
 /// The digest of each tensor of one safetensors file.
 fn tensor_digests(path: &Path, map: &[u8]) -> Result<Vec<(String, Digest)>, ModelError> {
-    let header = |error| ModelError::Header { file: path.to_owned(), reason: format!("{error}") };
-    let file = SafeTensors::deserialize(map).map_err(header)?;
+    let file = SafeTensors::deserialize(map).map_err(|error| damaged(path, map, &error))?;
     Ok(file.tensors().into_par_iter().map(|(name, tensor)| (name, sha256(tensor.data()))).collect())
 }
 
@@ -231,6 +230,10 @@ fn tensor_digests(path: &Path, map: &[u8]) -> Result<Vec<(String, Digest)>, Mode
 fn map(path: &Path) -> Result<Mmap, ModelError> {
     let failed = |source| ModelError::Read { path: path.to_owned(), source };
     let file = File::open(path).map_err(failed)?;
+    if file.metadata().map_err(failed)?.len() == 0 {
+        // Nothing cannot be mapped.
+        return Err(ModelError::MistakenFile { path: path.to_owned(), expected: "a part of a model", found: "empty" });
+    }
     // SAFETY: model files are not changed while they are open; the same holds for `Checkpoint`.
     unsafe { Mmap::map(&file) }.map_err(failed)
 }

@@ -6,7 +6,7 @@ use std::{
     path::Path,
 };
 
-use crate::{ModelConfig, ModelError, bounded_file};
+use crate::{ModelConfig, ModelError, bounded_file, mistaken_file};
 
 /// The longest tokenizer.json that is read; those of vocabularies of 256,000 have 34 MB.
 const TOKENIZER_BYTES_MAX: u64 = 128 << 20;
@@ -28,7 +28,12 @@ impl Tokenizer {
         let path = dir.join("tokenizer.json");
         let refuse = |reason: String| ModelError::Tokenizer { path: path.clone(), reason };
         let json = bounded_file::read(&path, TOKENIZER_BYTES_MAX)?;
-        let mut inner = guarded(|| tokenizers::Tokenizer::from_bytes(&json)).map_err(refuse)?;
+        let mut inner = guarded(|| tokenizers::Tokenizer::from_bytes(&json)).map_err(|reason| {
+            match mistaken_file::recognise(&json) {
+                Some(found) => ModelError::MistakenFile { path: path.clone(), expected: "a tokenizer's JSON", found },
+                None => refuse(reason),
+            }
+        })?;
         // What a file says about them is for training; we neither cut silently nor pad.
         inner.with_truncation(None).map_err(|error| refuse(error.to_string()))?.with_padding(None);
         let largest = inner.get_vocab(true).into_iter().max_by_key(|&(_, id)| id);

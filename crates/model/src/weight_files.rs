@@ -14,7 +14,7 @@ use memmap2::{Advice, Mmap, UncheckedAdvice};
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use serde::Deserialize;
 
-use crate::{ModelError, bounded_file, manifest::is_plain_file_name};
+use crate::{ModelError, bounded_file, manifest::is_plain_file_name, mistaken_file};
 
 /// The one file of a model that is not sharded.
 const SINGLE: &str = "model.safetensors";
@@ -106,6 +106,10 @@ impl WeightFiles {
     fn map(&mut self, path: &Path) -> Result<HashMap<String, StoredTensor>, ModelError> {
         let failed = |source| ModelError::Read { path: path.to_owned(), source };
         let file = File::open(path).map_err(failed)?;
+        if file.metadata().map_err(failed)?.len() == 0 {
+            // Nothing cannot be mapped.
+            return Err(damaged(path, b"", &SafeTensorError::HeaderTooSmall));
+        }
         // SAFETY: read-only. The one who deploys must replace a model's directory, not change files in it: a file
         // cut short under a running process ends it (SIGBUS), as with any program that maps files.
         let map = unsafe { Mmap::map(&file) }.map_err(failed)?;
@@ -163,7 +167,10 @@ impl WeightFiles {
 }
 
 /// A header that safetensors refuses, with what a person needs to see the cause.
-fn damaged(path: &Path, bytes: &[u8], error: &SafeTensorError) -> ModelError {
+pub(crate) fn damaged(path: &Path, bytes: &[u8], error: &SafeTensorError) -> ModelError {
+    if let Some(found) = mistaken_file::recognise(bytes) {
+        return ModelError::MistakenFile { path: path.to_owned(), expected: "safetensors", found };
+    }
     let claimed = bytes.first_chunk().map(|&length| u64::from_le_bytes(length));
     let reason = match (error, claimed) {
         (SafeTensorError::HeaderTooLarge, Some(claimed)) => {

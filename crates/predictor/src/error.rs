@@ -38,3 +38,16 @@ pub enum PredictorError {
     #[error(transparent)]
     Run(#[from] ModelError),
 }
+
+impl PredictorError {
+    /// Whether trying again will fail again; see [`ModelError::is_lasting`].
+    pub fn is_lasting(&self) -> bool {
+        match self {
+            Self::Run(error) => error.is_lasting(),
+            Self::File { .. } | Self::Tensor { .. } | Self::Model { .. } | Self::Texts { .. } | Self::Option { .. } => {
+                true
+            }
+            _ => false,
+        }
+    }
+}

@@ -14,6 +14,7 @@ use sida_model::{
     StoredDType, bounded_file,
     cpu::matmul::MatrixRef,
     manifest::{parse_hex, sha256},
+    mistaken_file,
 };
 use sida_routing::{Digest, LayerId};
 
@@ -122,7 +123,10 @@ impl PredictorFile {
     pub fn read(path: &Path, shape: PredictorShape) -> Result<Self, PredictorError> {
         let bytes = bounded_file::read(path, FILE_BYTES_MAX)?;
         let refuse = |reason: String| PredictorError::File { path: path.to_owned(), reason };
-        let header = |error| refuse(format!("not a safetensors file: {error}"));
+        let header = |error| match mistaken_file::recognise(&bytes) {
+            Some(found) => refuse(format!("is {found}, expected a predictor's safetensors")),
+            None => refuse(format!("not a safetensors file: {error}")),
+        };
         let (_, header_metadata) = SafeTensors::read_metadata(&bytes).map_err(header)?;
         let metadata = Metadata::parse(header_metadata.metadata().as_ref(), &shape).map_err(refuse)?;
         let tensors = (SafeTensors::deserialize(&bytes).map_err(header)?.tensors().into_iter())

@@ -2,10 +2,7 @@
 //! point in time that handlers can read ([`Deadline`]) and ends the call with DEADLINE_EXCEEDED when it comes,
 //! streams included. Put in place by [`crate::server`].
 //!
-//! tonic's own handling of the header stands outside of every layer, cannot be turned off, knows only the time
-//! up to the response's headers, and reports CANCELLED. Ours always comes first: it starts its clock before
-//! tonic's does (tonic calls us, then starts its timer), and it asks the clock itself whenever it is polled, so
-//! that when tonic's timer wakes the call, ours has already answered.
+//! tonic's own server would know only the time up to the response's headers, and report CANCELLED.
 
 use std::{
     future::Future,

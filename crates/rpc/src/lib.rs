@@ -3,13 +3,22 @@
 //! the command line's client commands and by the tests.
 //!
 //! In reading order: [`status`] (errors as gRPC statuses), `ending` (calls that end early), [`deadline`],
-//! [`drain`], [`trace`], [`request_id`], [`health`], [`tls`], [`server`] (puts them together), [`client`].
+//! [`drain`], [`trace`], [`request_id`], [`metadata`], [`health`] and `health_service`, [`tls`]; connections: `peer` (one,
+//! as its server sees it), `connections` (all), `accept` (how they come), `connection` (one, from its first byte to its
+//! last); [`server`] (puts them together), [`metrics_port`] (what is not gRPC), [`client`].
 
+mod accept;
 pub mod client;
+mod connection;
+mod connections;
 pub mod deadline;
 pub mod drain;
 mod ending;
 pub mod health;
+mod health_service;
+pub mod metadata;
+pub mod metrics_port;
+mod peer;
 pub mod request_id;
 pub mod server;
 pub mod status;
@@ -19,6 +28,7 @@ pub mod trace;
 pub use client::{ClientConfig, ClientError, connect, connect_lazy};
 pub use deadline::Deadline;
 pub use health::Readiness;
+pub use metadata::METADATA_BYTES_MAX;
 pub use request_id::RequestId;
 pub use server::{MESSAGE_BYTES_MAX, Server, ServerConfig, ServerError};
 pub use status::{Fault, Reason};

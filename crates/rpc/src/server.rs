@@ -21,23 +21,28 @@
 //! # }
 //! ```
 
-use std::{future::Future, time::Duration};
+use std::{future::Future, sync::Arc, time::Duration};
 
+use hyper::server::conn::http2;
+use hyper_util::rt::{TokioExecutor, TokioTimer};
 use thiserror::Error;
 use tokio::{net::TcpListener, time};
 use tokio_util::sync::CancellationToken;
-use tonic::{
-    service::Routes,
-    transport::{self, server::TcpIncoming},
+use tonic::{codec::CompressionEncoding, service::Routes};
+use tonic_health::{
+    pb::health_server::HealthServer,
+    server::{HealthReporter, HealthService},
 };
-use tonic_health::server::health_reporter;
 use tower::ServiceBuilder;
 
 use crate::{
-    client::root_cause,
+    accept::accept,
+    connection::{ConnectionService, Connector},
     deadline::DeadlineLayer,
     drain::DrainLayer,
     health::{Alive, Check, CheckResult, Health, Readiness},
+    health_service::NodeHealth,
+    metadata::{HEADER_LIST_BYTES_MAX, MetadataLayer},
     request_id::RequestIdLayer,
     tls::{ServerTls, TlsError},
     trace::TraceLayer,
@@ -62,6 +67,13 @@ pub struct ServerConfig {
     pub frame_bytes_max: u32,
     /// Streams of one connection at a time; a peer that opens more waits.
     pub streams_per_connection_max: u32,
+    /// Connections at a time. When one more comes, the one that had no call for the longest time has to leave; while
+    /// all have calls, it waits.
+    pub connections_max: usize,
+    /// How long a peer may take from connecting to speaking HTTP/2, TLS included.
+    pub handshake_timeout: Duration,
+    /// How long a connection may be without a call before it is told to leave. Clients connect again when they call.
+    pub idle_timeout: Duration,
     /// How often a silent connection is pinged, to find peers that are gone without a word.
     pub keepalive_interval: Duration,
     /// How long such a ping may take.
@@ -83,6 +95,9 @@ impl Default for ServerConfig {
             connection_window_bytes: 32 << 20,
             frame_bytes_max: 1 << 20,
             streams_per_connection_max: 1024,
+            connections_max: 1024,
+            handshake_timeout: Duration::from_secs(10),
+            idle_timeout: Duration::from_secs(30 * 60),
             keepalive_interval: Duration::from_secs(20),
             keepalive_timeout: Duration::from_secs(10),
             drain_limit: Duration::from_secs(30),
@@ -99,11 +114,6 @@ impl Default for ServerConfig {
 pub enum ServerError {
     #[error("TLS: {0}")]
     Tls(#[from] TlsError),
-    #[error("server: {}", root_cause(.source))]
-    Transport {
-        #[from]
-        source: transport::Error,
-    },
     #[error("reflection: {0}")]
     Reflection(#[from] tonic_reflection::server::Error),
 }
@@ -138,7 +148,7 @@ impl Server {
         self
     }
 
-    /// Reflects an encoded `FileDescriptorSet`.
+    /// Reflects an encoded `FileDescriptorSet`; listed are the services that have a [`check`](Self::check).
     #[must_use]
     pub fn descriptors(mut self, descriptors: &'static [u8]) -> Self {
         self.descriptors.push(descriptors);
@@ -177,31 +187,24 @@ impl Server {
     pub async fn serve(self, listener: TcpListener, shutdown: CancellationToken) -> Result<(), ServerError> {
         let Self { config, routes, descriptors, checks, is_alive, leaving } = self;
         let leaving = leaving.unwrap_or_else(|| shutdown.clone());
-        let (reporter, health_service) = health_reporter();
+        let reporter = HealthReporter::new();
+        let known = HealthService::from_health_reporter(reporter.clone());
+        let health_service = HealthServer::new(NodeHealth { known }).accept_compressed(CompressionEncoding::Gzip);
         let period = config.health_period;
         let health = Health { reporter, readiness: config.readiness.clone(), checks, is_alive, period };
         health.register().await;
         let drain = DrainLayer { shutdown: CancellationToken::new(), limit: CancellationToken::new() };
-        let routes = with_reflection(routes.add_service(health_service), &descriptors)?;
-        let incoming = TcpIncoming::from(listener)
-            // A decoding step is many small messages: none may wait for the next to fill a packet.
-            .with_nodelay(Some(true))
-            // Peers that vanish without a FIN.
-            .with_keepalive(Some(config.keepalive_interval));
-        let serving = transport_builder(&config)?
-            .layer(
-                ServiceBuilder::new()
-                    // Outermost: a span is the whole call, and log lines within carry its trace.
-                    .layer(TraceLayer)
-                    // Whatever is answered further in carries the request's name.
-                    .layer(RequestIdLayer)
-                    // Before tonic's own timer, which would say CANCELLED; see the module.
-                    .layer(DeadlineLayer)
-                    // Innermost: handlers end by it, and the layers above still see a proper response.
-                    .layer(drain.clone()),
-            )
-            .add_routes(routes)
-            .serve_with_incoming_shutdown(incoming, drain.shutdown.clone().cancelled_owned());
+        let services = health.checks.iter().map(|check| check.service);
+        let routes = with_reflection(routes.add_service(health_service), &descriptors, services)?;
+        let connector = Arc::new(Connector {
+            service: layered(routes, drain.clone()),
+            http2: http2_builder(&config),
+            tls: config.tls.as_ref().map(ServerTls::acceptor).transpose()?,
+            handshake_timeout: config.handshake_timeout,
+            idle_timeout: config.idle_timeout,
+        });
+        let serve = |stream, peer| connector.clone().serve(stream, peer);
+        let serving = accept(listener, config.connections_max, &drain.shutdown, serve);
         let ending = async {
             health.run(&leaving).await;
             shutdown.cancelled().await;
@@ -211,7 +214,7 @@ impl Server {
             time::sleep(LAST_WORDS).await;
         };
         tokio::select! {
-            served = serving => Ok(served?),
+            () = serving => Ok(()),
             () = ending => {
                 tracing::warn!(limit = ?config.drain_limit, "connections were still open at the drain limit");
                 Ok(())
@@ -220,27 +223,56 @@ impl Server {
     }
 }
 
-/// tonic's server with our limits.
-fn transport_builder(config: &ServerConfig) -> Result<transport::Server, ServerError> {
-    let builder = transport::Server::builder()
+/// `routes` behind what every call goes through.
+fn layered(routes: Routes, drain: DrainLayer) -> impl ConnectionService {
+    ServiceBuilder::new()
+        // Outermost: a span is the whole call, and log lines within carry its trace.
+        .layer(TraceLayer)
+        // Whatever is answered further in carries the request's name.
+        .layer(RequestIdLayer)
+        .layer(MetadataLayer)
+        .layer(DeadlineLayer)
+        // Innermost: handlers end by it, and the layers above still see a proper response.
+        .layer(drain)
+        .service(routes.prepare())
+}
+
+/// HTTP/2 with our limits.
+fn http2_builder(config: &ServerConfig) -> http2::Builder<TokioExecutor> {
+    let mut builder = http2::Builder::new(TokioExecutor::new());
+    builder
+        .timer(TokioTimer::new())
         .initial_stream_window_size(config.stream_window_bytes)
         .initial_connection_window_size(config.connection_window_bytes)
         .max_frame_size(config.frame_bytes_max)
+        .max_header_list_size(HEADER_LIST_BYTES_MAX)
         .max_concurrent_streams(config.streams_per_connection_max)
-        .http2_keepalive_interval(Some(config.keepalive_interval))
-        .http2_keepalive_timeout(Some(config.keepalive_timeout));
-    Ok(match &config.tls {
-        None => builder,
-        Some(tls) => builder.tls_config(tls.load()?)?,
-    })
+        .keep_alive_interval(config.keepalive_interval)
+        .keep_alive_timeout(config.keepalive_timeout);
+    builder
 }
 
-/// `routes` with reflection in both versions: v1alpha is what older tools still ask for.
-fn with_reflection(routes: Routes, descriptors: &[&'static [u8]]) -> Result<Routes, ServerError> {
+/// `routes` with reflection in both versions: v1alpha is what older tools still ask for. It lists `services` and what
+/// every node has, although the descriptors tell of more: a client must not be shown what nobody answers here.
+fn with_reflection<'a>(
+    routes: Routes,
+    descriptors: &[&'static [u8]],
+    services: impl Iterator<Item = &'a str> + Clone,
+) -> Result<Routes, ServerError> {
+    let of_every_node =
+        ["grpc.health.v1.Health", "grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection"];
+    let sets = [
+        tonic_health::pb::FILE_DESCRIPTOR_SET,
+        tonic_reflection::pb::v1::FILE_DESCRIPTOR_SET,
+        tonic_reflection::pb::v1alpha::FILE_DESCRIPTOR_SET,
+    ];
     let configured = || {
-        let builder = tonic_reflection::server::Builder::configure()
-            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET);
-        descriptors.iter().fold(builder, |builder, set| builder.register_encoded_file_descriptor_set(set))
+        let builder = tonic_reflection::server::Builder::configure().include_reflection_service(false);
+        let sets = sets.iter().chain(descriptors);
+        let builder = sets.fold(builder, |builder, set| builder.register_encoded_file_descriptor_set(set));
+        services.clone().chain(of_every_node).fold(builder, |builder, name| builder.with_service_name(name))
     };
-    Ok(routes.add_service(configured().build_v1()?).add_service(configured().build_v1alpha()?))
+    let v1 = configured().build_v1()?.accept_compressed(CompressionEncoding::Gzip);
+    let v1alpha = configured().build_v1alpha()?.accept_compressed(CompressionEncoding::Gzip);
+    Ok(routes.add_service(v1).add_service(v1alpha))
 }

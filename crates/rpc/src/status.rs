@@ -1,15 +1,21 @@
 //! Errors as gRPC statuses: the one table from what went wrong to the code that a client sees. A node names a
 //! [`Reason`], adds what a person needs to know, and gets a status with `google.rpc.ErrorInfo` (reason, domain
-//! `sida`, metadata) and, where a retry helps, `RetryInfo`. Clients and coordinators read it back with
+//! `sida`, metadata) and, where a retry helps, `RetryInfo` and `grpc-retry-pushback-ms`. Clients and coordinators read it back with
 //! [`Reason::of`].
 
 use std::{collections::HashMap, fmt, time::Duration};
 
-use tonic::{Code, Status};
+use tonic::{
+    Code, Status,
+    metadata::{MetadataMap, MetadataValue},
+};
 use tonic_types::{ErrorDetails, StatusExt};
 
 /// The `domain` of every `ErrorInfo` of ours.
 pub const DOMAIN: &str = "sida";
+
+/// Where a gRPC client looks for when to try again, in milliseconds.
+const PUSHBACK: &str = "grpc-retry-pushback-ms";
 
 /// The longest message sent: it travels in a header, and peers bound those.
 const MESSAGE_BYTES_MAX: usize = 1024;
@@ -27,6 +33,8 @@ pub enum Reason {
     MalformedMessage,
     /// `grpc-timeout` is not as gRPC defines it.
     MalformedDeadline,
+    /// The call's metadata is longer than this node takes.
+    MetadataTooLarge,
     /// The peer serves another model.
     ModelMismatch,
     /// The request needs a predictor and there is none.
@@ -67,6 +75,7 @@ const TABLE: &[Row] = &[
     (Reason::TextTooLong,          Code::InvalidArgument,    "TEXT_TOO_LONG",         None),
     (Reason::MalformedMessage,     Code::InvalidArgument,    "MALFORMED_MESSAGE",     None),
     (Reason::MalformedDeadline,    Code::InvalidArgument,    "MALFORMED_DEADLINE",    None),
+    (Reason::MetadataTooLarge,     Code::ResourceExhausted,  "METADATA_TOO_LARGE",    None),
     (Reason::ModelMismatch,        Code::FailedPrecondition, "MODEL_MISMATCH",        None),
     (Reason::NoPredictor,          Code::FailedPrecondition, "NO_PREDICTOR",          None),
     (Reason::Unsupported,          Code::Unimplemented,      "UNSUPPORTED",           None),
@@ -169,10 +178,14 @@ impl From<Fault> for Status {
         let Fault { reason, mut message, metadata, retry_after } = fault;
         message.truncate(message.floor_char_boundary(MESSAGE_BYTES_MAX));
         let mut details = ErrorDetails::with_error_info(reason.name(), DOMAIN, metadata);
-        if retry_after.is_some() {
+        let mut trailers = MetadataMap::new();
+        if let Some(delay) = retry_after {
             details.set_retry_info(retry_after);
+            // What gRPC's own retries read. A number is ASCII.
+            let millis = delay.as_millis().min(i32::MAX as u128) as u64;
+            trailers.insert(PUSHBACK, MetadataValue::from(millis));
         }
-        Status::with_error_details(reason.code(), message, details)
+        Status::with_error_details_and_metadata(reason.code(), message, details, trailers)
     }
 }
 
@@ -198,11 +211,12 @@ mod tests {
         assert_eq!((status.code(), Reason::of(&status)), (Code::ResourceExhausted, Some(Reason::QueueFull)));
         assert_eq!(status.get_details_error_info().unwrap().metadata["queued"], "1024");
         assert_eq!(status.get_details_retry_info().unwrap().retry_delay, Some(Duration::from_millis(250)));
+        assert_eq!(status.metadata().get("grpc-retry-pushback-ms").unwrap(), "250");
         let internal = Fault::from_error(Reason::Internal, &std::fmt::Error);
         assert_eq!((internal.reason(), internal.message()), (Reason::Internal, std::fmt::Error.to_string().as_str()));
         assert_eq!(internal.to_string(), format!("INTERNAL: {}", std::fmt::Error), "as it stands in the log");
         let internal = Status::from(internal);
-        assert!(internal.get_details_retry_info().is_none());
+        assert!(internal.get_details_retry_info().is_none() && internal.metadata().is_empty());
         assert_eq!(Reason::of(&Status::unavailable("another's")), None);
         let other = ErrorDetails::with_error_info("QUEUE_FULL", "another.domain", HashMap::new());
         let other = Status::with_error_details(Code::ResourceExhausted, "x", other);

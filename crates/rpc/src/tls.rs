@@ -4,11 +4,23 @@ use std::{
     fs::File,
     io::{self, Read},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use sida_telemetry::{gauge, names};
 use thiserror::Error;
-use tonic::transport::{Certificate, ClientTlsConfig, Identity, ServerTlsConfig};
+use tokio_rustls::{
+    TlsAcceptor,
+    rustls::{
+        self, RootCertStore,
+        pki_types::{
+            CertificateDer, PrivateKeyDer,
+            pem::{self, PemObject},
+        },
+        server::{VerifierBuilderError, WebPkiClientVerifier},
+    },
+};
+use tonic::transport::{Certificate, ClientTlsConfig, Identity};
 
 /// The largest PEM file read: far above any chain.
 const PEM_BYTES_MAX: u64 = 1 << 20;
@@ -45,19 +57,41 @@ pub enum TlsError {
     Length { file: PathBuf, expected: u64 },
     #[error("{file} does not begin with a certificate")]
     Certificate { file: PathBuf },
+    #[error("{file} is not PEM of what it should be: {source}")]
+    Pem { file: PathBuf, source: pem::Error },
+    #[error("{files} cannot be used together: {source}")]
+    Identity { files: String, source: rustls::Error },
+    #[error("{file} holds no authority that can be trusted: {source}")]
+    Authorities { file: PathBuf, source: VerifierBuilderError },
 }
 
+/// The protocol that TLS agrees on.
+const HTTP2: &[u8] = b"h2";
+
 impl ServerTls {
-    pub(crate) fn load(&self) -> Result<ServerTlsConfig, TlsError> {
-        let chain = pem(&self.certificate)?;
+    /// What makes connections secure.
+    pub(crate) fn acceptor(&self) -> Result<TlsAcceptor, TlsError> {
+        let chain = read(&self.certificate)?;
         let not_after = not_after(&chain).ok_or_else(|| TlsError::Certificate { file: self.certificate.clone() })?;
         gauge!(names::TLS_CERTIFICATE_NOT_AFTER_SECONDS).set(not_after as f64);
-        let identity = Identity::from_pem(chain, pem(&self.key)?);
-        let config = ServerTlsConfig::new().identity(identity);
-        Ok(match &self.client_authorities {
-            None => config,
-            Some(file) => config.client_ca_root(Certificate::from_pem(pem(file)?)),
-        })
+        let chain = certificates(&self.certificate, &chain)?;
+        let not_key = |source| TlsError::Pem { file: self.key.clone(), source };
+        let key = PrivateKeyDer::from_pem_slice(&read(&self.key)?).map_err(not_key)?;
+        let builder = rustls::ServerConfig::builder();
+        let builder = match &self.client_authorities {
+            None => builder.with_no_client_auth(),
+            Some(file) => {
+                let mut roots = RootCertStore::empty();
+                roots.add_parsable_certificates(certificates(file, &read(file)?)?);
+                let refused = |source| TlsError::Authorities { file: file.clone(), source };
+                builder.with_client_cert_verifier(WebPkiClientVerifier::builder(roots.into()).build().map_err(refused)?)
+            }
+        };
+        let files = || format!("{} and {}", self.certificate.display(), self.key.display());
+        let refused = |source| TlsError::Identity { files: files(), source };
+        let mut config = builder.with_single_cert(chain, key).map_err(refused)?;
+        config.alpn_protocols.push(HTTP2.into());
+        Ok(TlsAcceptor::from(Arc::new(config)))
     }
 }
 
@@ -65,10 +99,10 @@ impl ClientTls {
     pub(crate) fn load(&self) -> Result<ClientTlsConfig, TlsError> {
         let mut config = match &self.authorities {
             None => ClientTlsConfig::new().with_native_roots(),
-            Some(file) => ClientTlsConfig::new().ca_certificate(Certificate::from_pem(pem(file)?)),
+            Some(file) => ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read(file)?)),
         };
         if let Some((certificate, key)) = &self.identity {
-            config = config.identity(Identity::from_pem(pem(certificate)?, pem(key)?));
+            config = config.identity(Identity::from_pem(read(certificate)?, read(key)?));
         }
         if let Some(domain) = &self.domain {
             config = config.domain_name(domain);
@@ -77,16 +111,22 @@ impl ClientTls {
     }
 }
 
+/// All certificates of `pem`, the content of `file`.
+fn certificates(file: &Path, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    let refused = |source| TlsError::Pem { file: file.to_owned(), source };
+    CertificateDer::pem_slice_iter(pem).collect::<Result<_, _>>().map_err(refused)
+}
+
 /// When the first certificate of a chain expires, as a Unix time.
 fn not_after(chain: &[u8]) -> Option<i64> {
     let (_, first) = x509_parser::pem::parse_x509_pem(chain).ok()?;
     Some(first.parse_x509().ok()?.validity().not_after.timestamp())
 }
 
-fn pem(file: &Path) -> Result<Vec<u8>, TlsError> {
-    let read = |source| TlsError::Read { file: file.to_owned(), source };
+fn read(file: &Path) -> Result<Vec<u8>, TlsError> {
+    let failed = |source| TlsError::Read { file: file.to_owned(), source };
     let mut bytes = Vec::new();
-    File::open(file).map_err(read)?.take(PEM_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(read)?;
+    File::open(file).map_err(failed)?.take(PEM_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(failed)?;
     if bytes.len() as u64 > PEM_BYTES_MAX {
         return Err(TlsError::Length { file: file.to_owned(), expected: PEM_BYTES_MAX });
     }

@@ -12,11 +12,11 @@ use std::{
 
 use echo::{Running, count, unary, with_header};
 use futures::StreamExt;
-use sida_rpc::{MESSAGE_BYTES_MAX, Readiness, Reason, ServerConfig};
+use sida_rpc::{MESSAGE_BYTES_MAX, METADATA_BYTES_MAX, Readiness, Reason, ServerConfig};
 use tonic::{Code, Request};
 use tonic_health::{
     ServingStatus,
-    pb::{HealthCheckRequest, health_client::HealthClient},
+    pb::{HealthCheckRequest, health_check_response, health_client::HealthClient},
 };
 use tonic_reflection::pb::{v1, v1alpha};
 
@@ -135,6 +135,11 @@ async fn health_follows_the_check() {
         }
     }
     assert!(client.check(request("test.Unknown")).await.is_err_and(|status| status.code() == Code::NotFound));
+    let mut unknown = client.watch(request("test.Unknown")).await.expect("a watch may come before its service");
+    let first = unknown.get_mut().next().await.unwrap().unwrap();
+    assert_eq!(first.status(), health_check_response::ServingStatus::ServiceUnknown);
+    let more = tokio::time::timeout(Duration::from_millis(50), unknown.get_mut().next()).await;
+    assert!(more.is_err(), "the stream stays: {more:?}");
     tokio::time::sleep(Duration::from_millis(50)).await;
     assert!(readiness.is_ready());
     let start = Instant::now();
@@ -193,11 +198,15 @@ async fn a_check_that_hangs_is_a_check_that_fails() {
 }
 
 #[tokio::test]
-async fn both_reflections_list_the_services() {
-    // Broken: grpcurl and older tools could not call a node without our proto files.
-    let running = Running::start(plain(), |server| server).await;
+async fn both_reflections_list_what_the_node_serves() {
+    // Broken: grpcurl and older tools could not call a node without our proto files, or would be shown services that
+    // only other roles have.
+    let running = Running::start(plain(), |server| server.check("test.Echo", || async { Ok(()) })).await;
     let channel = running.channel().await;
-    let health = "grpc.health.v1.Health";
+    let reflection = ["v1.ServerReflection", "v1alpha.ServerReflection"].map(|name| format!("grpc.reflection.{name}"));
+    let mut expected = vec!["grpc.health.v1.Health".to_owned(), "test.Echo".to_owned()];
+    expected.extend(reflection);
+    expected.sort();
 
     let request = v1::ServerReflectionRequest {
         host: String::new(),
@@ -207,7 +216,9 @@ async fn both_reflections_list_the_services() {
     let mut answers = client.server_reflection_info(futures::stream::iter([request])).await.unwrap().into_inner();
     match answers.next().await.unwrap().unwrap().message_response {
         Some(v1::server_reflection_response::MessageResponse::ListServicesResponse(list)) => {
-            assert!(list.service.iter().any(|service| service.name == health), "{list:?}");
+            let mut names: Vec<_> = list.service.into_iter().map(|service| service.name).collect();
+            names.sort();
+            assert_eq!(names, expected);
         }
         other => panic!("{other:?}"),
     }
@@ -220,10 +231,32 @@ async fn both_reflections_list_the_services() {
     let mut answers = client.server_reflection_info(futures::stream::iter([request])).await.unwrap().into_inner();
     match answers.next().await.unwrap().unwrap().message_response {
         Some(v1alpha::server_reflection_response::MessageResponse::ListServicesResponse(list)) => {
-            assert!(list.service.iter().any(|service| service.name == health), "{list:?}");
+            let mut names: Vec<_> = list.service.into_iter().map(|service| service.name).collect();
+            names.sort();
+            assert_eq!(names, expected);
         }
         other => panic!("{other:?}"),
     }
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn too_much_metadata_is_refused_by_a_status() {
+    // Broken: a client would see UNKNOWN, or lose its connection and all other calls on it.
+    let running = Running::start(plain(), |server| server).await;
+    let channel = running.channel().await;
+    let with_metadata = |bytes: usize| {
+        let mut request = Request::new(b"x".to_vec());
+        request.metadata_mut().insert("x-long", "m".repeat(bytes).parse().unwrap());
+        request
+    };
+    assert!(unary(&channel, with_metadata(METADATA_BYTES_MAX - 1024)).await.is_ok());
+    for bytes in [METADATA_BYTES_MAX, 60 << 10] {
+        let refused = unary(&channel, with_metadata(bytes)).await.unwrap_err();
+        assert_eq!((refused.code(), Reason::of(&refused)), (Code::ResourceExhausted, Some(Reason::MetadataTooLarge)));
+        assert!(refused.message().contains("at most 16384"), "{refused}");
+    }
+    assert!(unary(&channel, Request::new(b"still here".to_vec())).await.is_ok());
     running.stop().await;
 }
 

@@ -1,4 +1,4 @@
-//! How busy the threads are that carry bytes and time: tokio tells, [`crate::metrics::Metrics::serve`] asks it every few
+//! How busy the threads are that carry bytes and time: tokio tells, [`crate::metrics::Metrics::keep_up`] asks it every few
 //! seconds. Threads that are always busy mean that something computes on them.
 
 use std::time::{Duration, Instant};

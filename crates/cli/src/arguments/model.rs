@@ -1,12 +1,16 @@
 //! Which model, and how much of the machine it may use.
 
-use std::{num::NonZeroUsize, path::PathBuf, thread};
+use std::{num::NonZeroUsize, path::PathBuf, sync::Arc, thread};
 
 use anyhow::Context;
 use clap::Args;
 use rayon::ThreadPoolBuilder;
+use sida_model::Checkpoint;
 
 use crate::{bad_configuration::BadConfiguration, model_dir};
+
+/// The longest name of a model: it is a label of metrics.
+const NAME_BYTES_MAX: usize = 128;
 
 /// The model and its threads.
 #[derive(Args, Clone, Debug)]
@@ -14,12 +18,20 @@ pub(crate) struct ModelArguments {
     /// The model's directory [default: the switch-tiny-64 that comes with the source]
     #[arg(long, value_name = "DIR")]
     pub(crate) model: Option<PathBuf>,
+    /// What the model is called in answers, metrics and logs [default: its directory's name; org/name in a hub's cache]
+    #[arg(long, value_name = "NAME", value_parser = name)]
+    pub(crate) model_name: Option<String>,
     /// Threads that compute; 0: one per core
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) threads: usize,
 }
 
 impl ModelArguments {
+    /// Opens the model, under the name that was chosen.
+    pub(crate) fn open(&self) -> anyhow::Result<Arc<Checkpoint>> {
+        Ok(Checkpoint::open_as(&self.dir()?, self.model_name.as_deref())?)
+    }
+
     /// The directory of the model.
     pub(crate) fn dir(&self) -> Result<PathBuf, BadConfiguration> {
         model_dir::find(self.model.as_deref())
@@ -38,4 +50,10 @@ impl ModelArguments {
             threads => threads,
         }
     }
+}
+
+fn name(text: &str) -> Result<String, String> {
+    let is_fine = !text.trim().is_empty() && text.len() <= NAME_BYTES_MAX && !text.chars().any(char::is_control);
+    let expected = format!("expected 1 to {NAME_BYTES_MAX} bytes without control characters");
+    if is_fine { Ok(text.to_owned()) } else { Err(expected) }
 }

@@ -1,16 +1,15 @@
-//! Where a node listens, how it proves itself there, and how long it drains.
+//! Where a node listens, how it proves itself there, whom it lets stay connected, and how long it drains.
 
 use std::{
     io::{self, Write},
     net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs},
     path::PathBuf,
-    sync::Arc,
     time::Duration,
 };
 
 use clap::Args;
-use sida_rpc::{Readiness, ServerConfig, ServerTls};
-use sida_telemetry::metrics::{self, Metrics, Probes};
+use sida_rpc::{Readiness, ServerConfig, ServerTls, metrics_port};
+use sida_telemetry::metrics;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -35,6 +34,15 @@ pub(crate) struct ServerArguments {
     /// How long requests may go on after Ctrl-C or SIGTERM
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = time_span::parse)]
     drain: Duration,
+    /// How many clients may be connected; one more takes the place of who had no request for the longest time
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
+    connections_max: u32,
+    /// How long a client may take to begin to speak: TLS and HTTP/2's first bytes, or the head of a request for metrics
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = time_span::parse)]
+    handshake_timeout: Duration,
+    /// How long a client may stay connected without a request; it connects again for its next
+    #[arg(long, value_name = "TIME", default_value = "30m", value_parser = time_span::parse)]
+    idle_timeout: Duration,
 }
 
 impl ServerArguments {
@@ -46,7 +54,15 @@ impl ServerArguments {
             key,
             client_authorities: self.tls_client_ca.clone(),
         });
-        ServerConfig { drain_limit: self.drain, tls, readiness, ..ServerConfig::default() }
+        ServerConfig {
+            drain_limit: self.drain,
+            connections_max: self.connections_max as usize,
+            handshake_timeout: self.handshake_timeout,
+            idle_timeout: self.idle_timeout,
+            tls,
+            readiness,
+            ..ServerConfig::default()
+        }
     }
 
     /// Installs the metrics recorder and serves it on the address of the flag, or on `default` if that is
@@ -69,16 +85,9 @@ impl ServerArguments {
                 }
             },
         };
-        let metrics: Metrics = metrics::install()?;
+        let metrics = metrics::install()?;
         tracing::info!("metrics on http://{}/metrics", listener.local_addr()?);
-        let alive = readiness.clone();
-        let probes =
-            Probes { is_alive: Arc::new(move || alive.is_alive()), is_ready: Arc::new(move || readiness.is_ready()) };
-        tokio::spawn(async move {
-            if let Err(error) = metrics.serve(listener, probes, shutdown).await {
-                tracing::error!("metrics are not served any more: {error}");
-            }
-        });
+        tokio::spawn(metrics_port::serve(metrics, readiness, listener, self.handshake_timeout, shutdown));
         Ok(())
     }
 }

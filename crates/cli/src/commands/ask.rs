@@ -1,7 +1,7 @@
-//! `sida ask`: one text, one answer, and what it took.
+//! `sida ask`: one text, one answer, and what it took. Into a pipe goes the answer alone.
 
 use std::{
-    io::{self, Write},
+    io::{self, IsTerminal, Read, Write},
     process::ExitCode,
     time::{Duration, Instant},
 };
@@ -9,6 +9,7 @@ use std::{
 use clap::Args;
 use futures::TryStreamExt;
 use serde_json::{Value, json};
+use sida_model::tokenizer::TEXT_BYTES_MAX;
 use sida_proto::v1::{Finish, FinishReason, RoutingMode};
 use tonic::Status;
 
@@ -18,16 +19,20 @@ use crate::{
         connection::ConnectionArguments, embedded::EmbeddedArguments, generation::GenerationArguments,
         model::ModelArguments, predictor::PredictorArguments, routing::RoutingArguments,
     },
+    bad_configuration::BadConfiguration,
     coordinator_client::{CoordinatorClient, ModelFacts},
     embedded::EmbeddedCluster,
     expert_picture::Style,
     runtime,
 };
 
+/// The text that says that the text is on standard input.
+const STANDARD_INPUT: &str = "-";
+
 /// Answer one text; without --endpoint on a cluster of its own in this process
 #[derive(Args)]
 pub(crate) struct AskArguments {
-    /// What to answer
+    /// What to answer; - reads it from standard input
     #[arg(value_name = "TEXT")]
     text: String,
     /// Ask this coordinator, as http://127.0.0.1:50051, instead of starting a cluster
@@ -60,23 +65,45 @@ struct Answerer {
 
 /// Starts or reaches a cluster, asks, prints the answer as it comes and then what it took.
 pub(crate) fn run(arguments: AskArguments) -> anyhow::Result<ExitCode> {
+    // Before a cluster is started for it.
+    let text = text(&arguments.text, io::stdin())?;
     arguments.model.start_threads()?;
     runtime::run(async {
         let answerer = answerer(&arguments).await?;
         let model = answerer.client.model().await?;
-        let (text, finish) = answer(&answerer.client, &arguments).await?;
-        let nodes = answerer.client.status().await?.nodes;
-        let report = AnswerReport { model: &model, finish: &finish, nodes: &nodes };
-        if arguments.json {
-            writeln!(io::stdout(), "{}", as_json(&text, &model, &finish, &report, answerer.ready_after))?;
-        } else {
-            write!(io::stdout(), "\n{}", report.draw(Style::of_stdout()))?;
+        let answer = answer(&answerer.client, text, &arguments).await?;
+        // Whoever reads a pipe wants the answer.
+        if arguments.json || io::stdout().is_terminal() {
+            let nodes = answerer.client.status().await?.nodes;
+            let report = AnswerReport { model: &model, finish: &answer.finish, nodes: &nodes };
+            if arguments.json {
+                writeln!(io::stdout(), "{}", as_json(&answer, &model, &report, answerer.ready_after))?;
+            } else {
+                write!(io::stdout(), "\n{}", report.draw(Style::of_stdout()))?;
+            }
         }
         if let Some(cluster) = answerer.cluster {
             cluster.stop().await;
         }
         Ok(ExitCode::SUCCESS)
     })
+}
+
+/// What is asked: `argument`, or where that says so what `input` holds, without its last end of line.
+fn text(argument: &str, input: impl Read) -> Result<String, BadConfiguration> {
+    if argument != STANDARD_INPUT {
+        return Ok(argument.to_owned());
+    }
+    let mut text = String::new();
+    let unreadable = |error| BadConfiguration::because("cannot read the text from standard input", error);
+    input.take(TEXT_BYTES_MAX as u64 + 1).read_to_string(&mut text).map_err(unreadable)?;
+    if text.len() > TEXT_BYTES_MAX {
+        return Err(BadConfiguration::new(format!(
+            "standard input has more than the {TEXT_BYTES_MAX} bytes of a text"
+        )));
+    }
+    let line = text.strip_suffix('\n').unwrap_or(&text);
+    Ok(line.strip_suffix('\r').unwrap_or(line).to_owned())
 }
 
 async fn answerer(arguments: &AskArguments) -> anyhow::Result<Answerer> {
@@ -90,27 +117,35 @@ async fn answerer(arguments: &AskArguments) -> anyhow::Result<Answerer> {
     Ok(Answerer { client: cluster.client(), cluster: Some(cluster), ready_after: start.elapsed() })
 }
 
-/// The whole answer; printed token by token unless JSON is wanted.
-async fn answer(client: &CoordinatorClient, arguments: &AskArguments) -> anyhow::Result<(String, Finish)> {
-    let mut tokens = client.generate(arguments.generation.params(arguments.text.clone(), arguments.routing)).await?;
-    let mut text = String::new();
-    let mut finish = None;
+/// The whole answer.
+struct Answer {
+    text: String,
+    token_ids: Vec<u32>,
+    finish: Finish,
+}
+
+/// Asks for `text`; the answer is printed token by token unless JSON is wanted.
+async fn answer(client: &CoordinatorClient, text: String, arguments: &AskArguments) -> anyhow::Result<Answer> {
+    let mut tokens = client.generate(arguments.generation.params(text, arguments.routing)).await?;
+    let (mut text, mut token_ids, mut finish) = (String::new(), Vec::new(), None);
     while let Some(token) = tokens.try_next().await? {
         if !arguments.json {
             write!(io::stdout(), "{}", token.text)?;
             io::stdout().flush()?;
         }
         text.push_str(&token.text);
+        token_ids.push(token.token_id);
         finish = token.finish;
     }
     if !arguments.json {
         writeln!(io::stdout())?;
     }
     let finish = finish.ok_or_else(|| Status::data_loss("the answer ended without its last message"))?;
-    Ok((text, finish))
+    Ok(Answer { text, token_ids, finish })
 }
 
-fn as_json(text: &str, model: &ModelFacts, finish: &Finish, report: &AnswerReport<'_>, ready_after: Duration) -> Value {
+fn as_json(answer: &Answer, model: &ModelFacts, report: &AnswerReport<'_>, ready_after: Duration) -> Value {
+    let Answer { text, token_ids, finish } = answer;
     let trace = finish.trace.clone().unwrap_or_default();
     let timings = trace.timings.unwrap_or_default();
     let (resident_bytes, budget_bytes) = report.resident_and_budget();
@@ -118,6 +153,7 @@ fn as_json(text: &str, model: &ModelFacts, finish: &Finish, report: &AnswerRepor
         trace.layers.iter().map(|used| json!({"layer": used.layer, "experts": used.experts})).collect();
     json!({
         "text": text,
+        "token_ids": token_ids,
         "finish_reason": reason(finish.reason()),
         "prompt_tokens": finish.prompt_tokens,
         "generated_tokens": finish.generated_tokens,
@@ -161,5 +197,19 @@ fn mode(mode: RoutingMode) -> &'static str {
         RoutingMode::Unspecified | RoutingMode::Exact => "exact",
         RoutingMode::Guided => "guided",
         RoutingMode::Hash => "hash",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_dash_reads_standard_input() {
+        // Broken: a text in a file or a pipe would have to fit a command line, or a whole disk be read into memory.
+        assert_eq!(text("a text", &b"not read"[..]).unwrap(), "a text");
+        assert_eq!(text("-", &b"one\ntwo\r\n"[..]).unwrap(), "one\ntwo");
+        assert!(text("-", &b"\xff"[..]).unwrap_err().to_string().contains("standard input"));
+        assert!(text("-", io::repeat(b'a')).unwrap_err().to_string().contains("more than"));
     }
 }

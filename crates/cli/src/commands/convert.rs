@@ -47,5 +47,11 @@ pub(crate) fn run(arguments: ConvertArguments) -> anyhow::Result<ExitCode> {
     for tied in &written.tied {
         writeln!(io::stdout(), "left out {tied}: the same weights as the embedding")?;
     }
+    for (name, values) in &written.others {
+        writeln!(io::stdout(), "left out {name}: {values}, which no weights are stored as")?;
+    }
+    for (prefix, tensors) in &written.dropped_prefixes {
+        writeln!(io::stdout(), "took {prefix:?} off the names of {tensors} tensors")?;
+    }
     Ok(ExitCode::SUCCESS)
 }

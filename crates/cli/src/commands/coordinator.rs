@@ -5,7 +5,6 @@ use std::process::ExitCode;
 use clap::Args;
 use sida_cluster::Role;
 use sida_coordinator::{Coordinator, CoordinatorConfig, CoordinatorError};
-use sida_model::Checkpoint;
 use sida_rpc::Readiness;
 
 use crate::{
@@ -62,7 +61,7 @@ pub(crate) fn run(arguments: CoordinatorArguments) -> anyhow::Result<ExitCode> {
     runtime::run(async {
         let shutdown = shutdown::on_signal()?;
         let member = arguments.membership.member(Role::Coordinator)?;
-        let checkpoint = Checkpoint::open(&arguments.model.dir()?)?;
+        let checkpoint = arguments.model.open()?;
         // The port before the cluster, whose members are told of it.
         let listener = server::bind(&member.address).await?;
         let readiness = Readiness::default();

@@ -9,6 +9,7 @@ use std::{
 };
 
 use clap::Args;
+use serde_json::{Value, json};
 use sida_model::{ModelConfig, manifest};
 
 use crate::{byte_size, expert_picture::Style, machine_memory, model_dir};
@@ -22,6 +23,9 @@ pub(crate) struct DoctorArguments {
     /// The model's directory [default: the switch-tiny-64 that comes with the source]
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
 }
 
 /// How a finding is to be read.
@@ -33,6 +37,17 @@ enum Verdict {
     Note,
     /// Something will not work.
     Bad,
+}
+
+impl Verdict {
+    /// The mark before a line, the colour of it, and the word for it in JSON.
+    fn shown(self) -> (&'static str, &'static str, &'static str) {
+        match self {
+            Self::Good => ("ok", "32", "good"),
+            Self::Note => ("--", "33", "note"),
+            Self::Bad => ("!!", "31", "bad"),
+        }
+    }
 }
 
 struct Finding {
@@ -54,17 +69,24 @@ pub(crate) fn run(arguments: DoctorArguments) -> anyhow::Result<ExitCode> {
             "support is not built in: clusters are described by --static FILE",
         ));
     }
-    let style = Style::of_stdout();
-    for finding in &findings {
-        let (mark, sgr) = match finding.verdict {
-            Verdict::Good => ("ok", "32"),
-            Verdict::Note => ("--", "33"),
-            Verdict::Bad => ("!!", "31"),
-        };
-        writeln!(io::stdout(), "{} {:<10} {}", style.paint(sgr, mark), finding.what, finding.text)?;
+    if arguments.json {
+        writeln!(io::stdout(), "{}", as_json(&findings))?;
+    } else {
+        let style = Style::of_stdout();
+        for finding in &findings {
+            let (mark, sgr, _) = finding.verdict.shown();
+            writeln!(io::stdout(), "{} {:<10} {}", style.paint(sgr, mark), finding.what, finding.text)?;
+        }
     }
     let is_bad = findings.iter().any(|finding| finding.verdict == Verdict::Bad);
     Ok(if is_bad { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+/// `works` is what the exit code says.
+fn as_json(findings: &[Finding]) -> Value {
+    let one = |found: &Finding| json!({"verdict": found.verdict.shown().2, "what": found.what, "text": found.text});
+    let works = findings.iter().all(|finding| finding.verdict != Verdict::Bad);
+    json!({"works": works, "findings": findings.iter().map(one).collect::<Vec<_>>()})
 }
 
 fn finding(verdict: Verdict, what: &'static str, text: impl Into<String>) -> Finding {
@@ -191,6 +213,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let findings = model(Some(dir.path()));
         assert_eq!(findings[0].verdict, Verdict::Bad);
+        let json = as_json(&findings);
+        assert_eq!((&json["works"], &json["findings"][0]["verdict"]), (&json!(false), &json!("bad")));
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         assert_eq!(port_finding(listener.local_addr().unwrap().port(), "gRPC").verdict, Verdict::Note);
     }

@@ -62,7 +62,7 @@ pub(crate) fn run(arguments: ExpertNodeArguments) -> anyhow::Result<ExitCode> {
         let shutdown = shutdown::on_signal()?;
         let model_dir = arguments.model.dir()?;
         let member = arguments.membership.member(Role::ExpertNode)?;
-        let checkpoint = Checkpoint::open(&model_dir)?;
+        let checkpoint = arguments.model.open()?;
         // The port before the cluster, whose members are told of it.
         let listener = server::bind(&member.address).await?;
         let readiness = Readiness::default();

@@ -4,7 +4,6 @@ use std::{path::PathBuf, process::ExitCode};
 
 use clap::Args;
 use sida_cluster::Role;
-use sida_model::Checkpoint;
 use sida_predictor_node::{PredictorLimits, PredictorNodeConfig};
 use sida_rpc::Readiness;
 
@@ -49,7 +48,7 @@ pub(crate) fn run(arguments: PredictorNodeArguments) -> anyhow::Result<ExitCode>
     runtime::run(async {
         let shutdown = shutdown::on_signal()?;
         let member = arguments.membership.member(Role::PredictorNode)?;
-        let checkpoint = Checkpoint::open(&arguments.model.dir()?)?;
+        let checkpoint = arguments.model.open()?;
         let model = checkpoint.config();
         // The port before the cluster, whose members are told of it.
         let listener = server::bind(&member.address).await?;

@@ -74,7 +74,7 @@ const HELD_OUT_EVERY: usize = 10;
 pub(crate) fn run(arguments: TrainPredictorArguments) -> anyhow::Result<ExitCode> {
     arguments.model.start_threads()?;
     let start = Instant::now();
-    let checkpoint = Checkpoint::open(&arguments.model.dir()?)?;
+    let checkpoint = arguments.model.open()?;
     let texts = texts(&arguments)?;
     let learnt_from = record(&checkpoint, &texts.train, "recording")?;
     let measured_with = record(&checkpoint, &texts.held_out, "recording held-out text")?;

@@ -31,8 +31,28 @@ pub(super) struct PickledTensor {
 pub(super) struct Storage {
     /// Its file within the archive, under `data/`.
     pub(super) key: String,
-    pub(super) dtype: StoredDType,
+    pub(super) values: Values,
 }
+
+/// What a storage holds.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Values {
+    /// What weights are stored as.
+    Weights(StoredDType),
+    /// What a buffer beside the weights may be stored as, by its name.
+    Other(&'static str),
+}
+
+/// The storages of PyTorch that hold no weights of ours, and what they hold.
+const OTHER_STORAGES: [(&str, &str); 7] = [
+    ("DoubleStorage", "float64"),
+    ("LongStorage", "int64"),
+    ("IntStorage", "int32"),
+    ("ShortStorage", "int16"),
+    ("CharStorage", "int8"),
+    ("ByteStorage", "uint8"),
+    ("BoolStorage", "bool"),
+];
 
 /// Why a pickle is refused.
 #[derive(Debug, Error, PartialEq)]
@@ -44,7 +64,9 @@ pub enum PickleError {
     Opcode { opcode: u8, at: usize },
     #[error("pickle names {module}.{name}, which no checkpoint needs: it may be an attack and is not run")]
     Global { module: String, name: String },
-    #[error("pickle stores values as {name}, expected FloatStorage, HalfStorage or BFloat16Storage")]
+    #[error(
+        "pickle stores values as {name}, which is not known; weights are FloatStorage, HalfStorage or BFloat16Storage"
+    )]
     Storage { name: String },
     #[error("pickle is not a dictionary of tensors: {expected} expected at byte {at}")]
     Malformed { expected: &'static str, at: usize },
@@ -64,7 +86,7 @@ enum Global {
     OrderedDict,
     RebuildTensor,
     RebuildParameter,
-    StorageOf(StoredDType),
+    StorageOf(Values),
 }
 
 enum Value {
@@ -195,10 +217,15 @@ impl Machine<'_> {
             ("collections", "OrderedDict") => Global::OrderedDict,
             ("torch._utils", "_rebuild_tensor_v2") => Global::RebuildTensor,
             ("torch._utils", "_rebuild_parameter") => Global::RebuildParameter,
-            ("torch", "FloatStorage") => Global::StorageOf(StoredDType::F32),
-            ("torch", "HalfStorage") => Global::StorageOf(StoredDType::F16),
-            ("torch", "BFloat16Storage") => Global::StorageOf(StoredDType::BF16),
-            ("torch", storage) if storage.ends_with("Storage") => return Err(PickleError::Storage { name }),
+            ("torch", "FloatStorage") => Global::StorageOf(Values::Weights(StoredDType::F32)),
+            ("torch", "HalfStorage") => Global::StorageOf(Values::Weights(StoredDType::F16)),
+            ("torch", "BFloat16Storage") => Global::StorageOf(Values::Weights(StoredDType::BF16)),
+            ("torch", storage) if storage.ends_with("Storage") => {
+                match OTHER_STORAGES.iter().find(|(known, _)| *known == storage) {
+                    Some(&(_, values)) => Global::StorageOf(Values::Other(values)),
+                    None => return Err(PickleError::Storage { name }),
+                }
+            }
             _ => return Err(PickleError::Global { module, name }),
         };
         self.push(Value::Global(global));
@@ -299,10 +326,10 @@ impl Machine<'_> {
             return Err(self.malformed("a storage"));
         };
         match (&self.arena[kind], &self.arena[class], &self.arena[key]) {
-            (Value::Text(kind), Value::Global(Global::StorageOf(dtype)), Value::Text(key))
+            (Value::Text(kind), Value::Global(Global::StorageOf(values)), Value::Text(key))
                 if kind == "storage" && key.len() <= KEY_BYTES_MAX =>
             {
-                let storage = Storage { key: key.clone(), dtype: *dtype };
+                let storage = Storage { key: key.clone(), values: *values };
                 self.push(Value::Storage(storage));
                 Ok(())
             }
@@ -379,7 +406,7 @@ mod tests {
     fn reads_a_state_dictionary() {
         let expected = PickledTensor {
             name: "w".to_owned(),
-            storage: Storage { key: "0".to_owned(), dtype: StoredDType::F16 },
+            storage: Storage { key: "0".to_owned(), values: Values::Weights(StoredDType::F16) },
             offset: 0,
             shape: vec![2, 3],
             stride: vec![3, 1],

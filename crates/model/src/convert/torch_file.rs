@@ -15,12 +15,14 @@ use zip::{CompressionMethod, ZipArchive};
 
 use super::{
     ConvertError,
-    pickle::{self, PickledTensor},
+    pickle::{self, PickledTensor, Values},
 };
-use crate::{ModelError, shards::TensorSpec};
+use crate::{ModelError, StoredDType, mistaken_file, shards::TensorSpec};
 
 /// A longer `data.pkl` is refused; 300 bytes a tensor make this 50,000 tensors.
 const PICKLE_BYTES_MAX: usize = 16 << 20;
+/// How a zip archive begins.
+const ZIP: &[u8] = b"PK\x03\x04";
 /// Tensors may share bytes (tied weights do), but not blow a file up beyond this factor.
 const SHARING_MAX: u64 = 4;
 
@@ -28,6 +30,8 @@ const SHARING_MAX: u64 = 4;
 pub(super) struct TorchFile {
     map: Mmap,
     tensors: HashMap<String, Source>,
+    /// Tensors that hold no weights, and what they hold.
+    others: HashMap<String, &'static str>,
 }
 
 /// Where a tensor's values are.
@@ -44,23 +48,40 @@ impl TorchFile {
     pub(super) fn open(path: &Path) -> Result<Self, ConvertError> {
         let failed = |source| ModelError::Read { path: path.to_owned(), source };
         let file = File::open(path).map_err(failed)?;
+        let mistaken =
+            |found| ModelError::MistakenFile { path: path.to_owned(), expected: "a PyTorch checkpoint", found };
+        if file.metadata().map_err(failed)?.len() == 0 {
+            // Nothing cannot be mapped.
+            return Err(mistaken("empty").into());
+        }
         // SAFETY: the file is not changed while it is converted, as for all model files.
         let map = unsafe { Mmap::map(&file) }.map_err(failed)?;
-        let archive = Archive::open(path, &map)?;
+        let archive = Archive::open(path, &map).map_err(|error| match mistaken_file::recognise(&map) {
+            // A zip archive is what it should be, so it was refused for something else.
+            Some(found) if !map.starts_with(ZIP) => mistaken(found).into(),
+            _ => error,
+        })?;
         let pickled = archive.pickle(&map)?;
         let pickled =
             pickle::tensors(pickled).map_err(|source| ConvertError::Pickle { file: path.to_owned(), source })?;
-        let mut tensors = HashMap::new();
+        let (mut tensors, mut others) = (HashMap::new(), HashMap::new());
         let mut total = 0u64;
         for tensor in pickled {
-            let source = archive.locate(&tensor)?;
+            let dtype = match tensor.storage.values {
+                Values::Weights(dtype) => dtype,
+                Values::Other(values) => {
+                    others.insert(tensor.name, values);
+                    continue;
+                }
+            };
+            let source = archive.locate(&tensor, dtype)?;
             total = total.saturating_add(source.spec.bytes());
             tensors.insert(tensor.name, source);
         }
         if total > SHARING_MAX * map.len() as u64 {
             return Err(archive.refuse(format!("{} bytes of file claim {total} bytes of tensors", map.len())));
         }
-        Ok(Self { map, tensors })
+        Ok(Self { map, tensors, others })
     }
 
     /// The tensors it holds, in no order.
@@ -68,9 +89,19 @@ impl TorchFile {
         self.tensors.values().map(|source| &source.spec)
     }
 
+    /// What a tensor is. Panics if the file holds no weights of this name.
+    pub(super) fn spec(&self, tensor: &str) -> &TensorSpec {
+        &self.tensors[tensor].spec
+    }
+
+    /// The tensors in it that hold no weights, and what they hold, in no order.
+    pub(super) fn others(&self) -> impl Iterator<Item = (&str, &'static str)> {
+        self.others.iter().map(|(name, &values)| (name.as_str(), values))
+    }
+
     /// Whether it holds a tensor.
     pub(super) fn holds(&self, tensor: &str) -> bool {
-        self.tensors.contains_key(tensor)
+        self.tensors.contains_key(tensor) || self.others.contains_key(tensor)
     }
 
     /// Whether a tensor has the values of one of `other`. Panics if the files do not hold them.
@@ -169,11 +200,11 @@ impl<'a> Archive<'a> {
     }
 
     /// Checks what the pickle claims of a tensor against its storage's real size.
-    fn locate(&self, tensor: &PickledTensor) -> Result<Source, ConvertError> {
+    fn locate(&self, tensor: &PickledTensor, dtype: StoredDType) -> Result<Source, ConvertError> {
         let refuse = |reason| self.refuse(format!("tensor {}: {reason}", tensor.name));
         let storage = self.entry(&format!("data/{}", tensor.storage.key));
         let storage = storage.ok_or_else(|| refuse(format!("its storage {:?} is missing", tensor.storage.key)))?;
-        let size = tensor.storage.dtype.size();
+        let size = dtype.size();
         let extents =
             |extents: &[u64]| extents.iter().map(|&extent| usize::try_from(extent).ok()).collect::<Option<Vec<_>>>();
         let spans = (extents(&tensor.shape).zip(extents(&tensor.stride)))
@@ -190,7 +221,7 @@ impl<'a> Archive<'a> {
                 "shape {shape:?} with strides {stride:?} from value {offset} on is outside its storage of {len} bytes"
             )));
         };
-        let spec = TensorSpec { name: tensor.name.clone(), dtype: tensor.storage.dtype, shape };
+        let spec = TensorSpec { name: tensor.name.clone(), dtype, shape };
         Ok(Source { spec, bytes: storage.start + start..storage.end, stride })
     }
 

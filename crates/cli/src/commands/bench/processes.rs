@@ -6,7 +6,6 @@ use std::{env, process::Stdio, time::Duration};
 use anyhow::{Context, bail};
 use sida_cluster::{Address, Cluster, Member, Role};
 use sida_coordinator::{Coordinator, CoordinatorConfig};
-use sida_model::Checkpoint;
 use sida_routing::NodeId;
 use tempfile::TempDir;
 use tokio::{
@@ -60,7 +59,7 @@ pub(crate) async fn start(
     shape: &EmbeddedArguments,
     share_rows: bool,
 ) -> anyhow::Result<ProcessCluster> {
-    let checkpoint = Checkpoint::open(&model.dir()?)?;
+    let checkpoint = model.open()?;
     let shares = embedded::shares(&checkpoint, shape.nodes())?;
     let dir = tempfile::tempdir()?;
     let file = dir.path().join("cluster.toml");
@@ -74,8 +73,8 @@ pub(crate) async fn start(
         command
             .arg("expert-node")
             .args(["--name", node.as_str(), "--listen", "127.0.0.1:0", "--metrics-listen", "off", "--log", "warn"])
-            .args(["--expert-memory", &embedded::part_of(shape.expert_memory, share).to_string()])
-            .args(["--host-memory", &embedded::part_of(shape.host_memory, share).to_string()])
+            .args(["--expert-memory", &shape.expert_memory.part(share).to_string()])
+            .args(["--host-memory", &shape.host_memory.part(share).to_string()])
             .args(["--device", &shape.device.device.to_string()])
             .args(shape.no_packing.then_some("--no-packing"))
             .args(shape.device.precision.map(|precision| format!("--precision={precision}")))

@@ -1,0 +1,246 @@
+//! Checkpoints of PyTorch, whole, wrapped, broken and hostile, are converted.
+
+use std::io::{self, Read};
+
+use safetensors::SafeTensors;
+
+use super::*;
+use crate::StoredDType;
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
+}
+
+/// Every tensor of a converted directory as float32, by name.
+fn values(dir: &Path) -> BTreeMap<String, (String, Vec<f32>)> {
+    let bytes = fs::read(dir.join("model.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let widen = |view: safetensors::tensor::TensorView<'_>| {
+        let dtype = StoredDType::from_safetensors(view.dtype()).unwrap();
+        (format!("{dtype}{:?}", view.shape()), dtype.widen(view.data()))
+    };
+    file.tensors().into_iter().map(|(name, view)| (name, widen(view))).collect()
+}
+
+/// Values of a PyTorch checkpoint would be lost, moved or changed on their way.
+#[test]
+fn keeps_every_value_of_single_and_sharded_checkpoints() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["torch-single", "torch-sharded"] {
+        let out = dir.path().join(name);
+        let mut last = (0, 0);
+        let converted = convert(&fixture(name), &out, &mut |done, total| last = (done, total)).unwrap();
+        assert_eq!(converted.tied, ["decoder.embed_tokens.weight", "encoder.embed_tokens.weight", "lm_head.weight"]);
+        assert_eq!(last, (converted.bytes, converted.bytes));
+        let values = values(&out);
+        assert_eq!(values.len(), converted.tensors);
+        for (n, (name, (_, values))) in values.iter().enumerate() {
+            for (i, &value) in values.iter().enumerate() {
+                assert_eq!(value, ((7 * i + n) % 64) as f32 - 32.0, "{name} value {i}");
+            }
+        }
+        assert_eq!(values["encoder.block.0.layer.1.mlp.wi.weight"].0, "BF16[16, 8]");
+        assert_eq!(values["encoder.block.1.layer.1.mlp.router.classifier.weight"].0, "F32[2, 8]");
+        assert_eq!(values["encoder.final_layer_norm.weight"].0, "F16[8]");
+        let manifest = Manifest::read(&out).unwrap().expect("a manifest is written");
+        manifest.verify_directory(&mut |_, _| ()).unwrap();
+    }
+}
+
+/// Weights of a model would be taken for copies of others, and lost.
+#[test]
+fn keeps_a_tied_tensor_that_differs() {
+    let dir = tempfile::tempdir().unwrap();
+    let (source, out) = (dir.path().join("source"), dir.path().join("out"));
+    fs::create_dir(&source).unwrap();
+    for entry in fs::read_dir(fixture("torch-sharded")).unwrap() {
+        let path = entry.unwrap().path();
+        fs::copy(&path, source.join(path.file_name().unwrap())).unwrap();
+    }
+    convert(&source, &out, &mut |_, _| ()).unwrap();
+    let converted = fs::read(out.join("model.safetensors")).unwrap();
+    let shared = SafeTensors::deserialize(&converted).unwrap().tensor("shared.weight").unwrap().data().to_vec();
+    // Another file, which has all tensors once more, is where one of the copies comes from.
+    let other = "pytorch_model-00003-of-00003.bin";
+    let mut bytes = fs::read(fixture("torch-single").join(SINGLE)).unwrap();
+    let at = bytes.windows(shared.len()).position(|window| window == shared).unwrap();
+    bytes[at] ^= 1;
+    fs::write(source.join(other), bytes).unwrap();
+    let mut index: serde_json::Value = serde_json::from_slice(&fs::read(source.join(INDEX)).unwrap()).unwrap();
+    index["weight_map"]["lm_head.weight"] = other.into();
+    fs::write(source.join(INDEX), index.to_string()).unwrap();
+    fs::remove_dir_all(&out).unwrap();
+    let tied = convert(&source, &out, &mut |_, _| ()).unwrap().tied;
+    assert_eq!(tied, ["decoder.embed_tokens.weight", "encoder.embed_tokens.weight"]);
+    let values = values(&out);
+    assert_ne!(values["lm_head.weight"], values["shared.weight"]);
+}
+
+/// Somebody's files would be overwritten.
+#[test]
+fn refuses_an_output_that_holds_something() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("thesis.tex"), "").unwrap();
+    let error = convert(&fixture("torch-single"), dir.path(), &mut |_, _| ()).unwrap_err();
+    assert!(matches!(error, ConvertError::Model(ModelError::NotEmpty { .. })), "{error}");
+}
+
+/// A hostile or broken checkpoint would panic, be half converted, or leave litter behind.
+#[test]
+fn refuses_broken_checkpoints_and_leaves_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let (source, out) = (dir.path().join("source"), dir.path().join("out"));
+    fs::create_dir(&source).unwrap();
+    fs::copy(fixture("torch-single/config.json"), source.join("config.json")).unwrap();
+    let whole = fs::read(fixture("torch-single").join(SINGLE)).unwrap();
+    let refused = |bytes: &[u8]| {
+        fs::write(source.join(SINGLE), bytes).unwrap();
+        convert(&source, &out, &mut |_, _| ()).unwrap_err().to_string()
+    };
+    for len in [0, 1, 100, whole.len() / 2, whole.len() - 1] {
+        assert!(refused(&whole[..len]).contains(SINGLE));
+    }
+    let replaced = |from: &str, to: &str| {
+        assert_eq!(from.len(), to.len());
+        let mut bytes = whole.clone();
+        let at = bytes.windows(from.len()).position(|window| window == from.as_bytes()).unwrap();
+        bytes[at..at + to.len()].copy_from_slice(to.as_bytes());
+        bytes
+    };
+    let attack = refused(&replaced("torch._utils\n_rebuild_tensor_v2", "posixxxxxxxx\nsystemmmmmmmmmmmmm"));
+    assert!(attack.contains("systemmmmmmmmmmmmm") && attack.contains("attack"), "{attack}");
+    assert!(refused(&replaced("BFloat16Storage", "Complex6Storage")).contains("Complex6Storage"));
+    assert!(!out.exists());
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "only the source is left");
+}
+
+/// One tensor of a state dictionary, with the class of its storage.
+struct Pickled {
+    name: String,
+    class: &'static str,
+    key: String,
+    shape: Vec<u64>,
+    stride: Vec<u64>,
+}
+
+/// A state dictionary as torch 2 pickles it.
+fn pickled(tensors: &[Pickled]) -> Vec<u8> {
+    let text = |text: &str| [&b"X"[..], &(text.len() as u32).to_le_bytes(), text.as_bytes()].concat();
+    let integers = |values: &[u64]| {
+        let values: Vec<u8> = values.iter().flat_map(|&v| [&b"J"[..], &(v as u32).to_le_bytes()].concat()).collect();
+        [&b"("[..], &values, b"t"].concat()
+    };
+    let mut bytes = b"\x80\x02}(".to_vec();
+    for Pickled { name, class, key, shape, stride } in tensors {
+        bytes.extend(text(name));
+        bytes.extend(b"ctorch._utils\n_rebuild_tensor_v2\n((");
+        bytes.extend([text("storage"), format!("ctorch\n{class}\n").into_bytes(), text(key), text("cpu")].concat());
+        bytes.extend(b"K\x01tQK\x00");
+        bytes.extend([integers(shape), integers(stride)].concat());
+        bytes.extend(b"\x89ccollections\nOrderedDict\n)RtR");
+    }
+    bytes.extend(b"u.");
+    bytes
+}
+
+/// The single fixture's file with other names, and with what `more` adds as int64 tensors.
+fn rewritten(rename: impl Fn(&str) -> String, more: &[&str]) -> Vec<u8> {
+    let whole = fs::read(fixture("torch-single").join(SINGLE)).unwrap();
+    let mut source = zip::ZipArchive::new(io::Cursor::new(&whole)).unwrap();
+    let mut out = zip::ZipWriter::new(io::Cursor::new(Vec::new()));
+    let stored = zip::write::SimpleFileOptions::default().compression_method(zip::CompressionMethod::Stored);
+    for index in 0..source.len() {
+        let mut entry = source.by_index(index).unwrap();
+        let (name, mut bytes) = (entry.name().unwrap().into_owned(), Vec::new());
+        entry.read_to_end(&mut bytes).unwrap();
+        if name.ends_with("data.pkl") {
+            let tensors = pickle::tensors(&bytes).unwrap().into_iter().map(|tensor| {
+                let class = match tensor.storage.values {
+                    pickle::Values::Weights(StoredDType::F32) => "FloatStorage",
+                    pickle::Values::Weights(StoredDType::F16) => "HalfStorage",
+                    pickle::Values::Weights(StoredDType::BF16) => "BFloat16Storage",
+                    pickle::Values::Other(other) => panic!("{other}"),
+                };
+                let (name, key) = (rename(&tensor.name), tensor.storage.key);
+                Pickled { name, class, key, shape: tensor.shape, stride: tensor.stride }
+            });
+            let more = more.iter().map(|name| {
+                let (name, key) = ((*name).to_owned(), "0".to_owned());
+                Pickled { name, class: "LongStorage", key, shape: vec![1, 2], stride: vec![2, 1] }
+            });
+            bytes = pickled(&tensors.chain(more).collect::<Vec<_>>());
+        }
+        out.start_file(name, stored).unwrap();
+        io::Write::write_all(&mut out, &bytes).unwrap();
+    }
+    out.finish().unwrap().into_inner()
+}
+
+/// What a training run saved would be converted into a model that cannot be loaded, or be refused for a counter.
+#[test]
+fn prefixes_and_buffers_of_a_training_run_are_left_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = dir.path().join("source");
+    fs::create_dir(&source).unwrap();
+    fs::copy(fixture("torch-single/config.json"), source.join("config.json")).unwrap();
+    let convert_to = |out: &str, file: Vec<u8>| {
+        fs::write(source.join(SINGLE), file).unwrap();
+        convert(&source, &dir.path().join(out), &mut |_, _| ())
+    };
+    let plain = convert(&fixture("torch-single"), &dir.path().join("plain"), &mut |_, _| ()).unwrap();
+    let buffer = "module.encoder.embed_positions.position_ids";
+    let file = rewritten(|name| format!("module.{name}"), &[buffer]);
+    let converted = convert_to("wrapped", file).unwrap();
+    assert_eq!(converted.others, [("encoder.embed_positions.position_ids".to_owned(), "int64")]);
+    assert_eq!(converted.dropped_prefixes, [("module.".to_owned(), plain.tensors + plain.tied.len() + 1)]);
+    assert_eq!(values(&dir.path().join("wrapped")), values(&dir.path().join("plain")));
+    crate::Checkpoint::open(&dir.path().join("wrapped")).unwrap();
+
+    let norm = "encoder.final_layer_norm.weight";
+    let missing = rewritten(|name| if name == norm { "renamed".to_owned() } else { name.to_owned() }, &[]);
+    let error = convert_to("missing", missing).unwrap_err();
+    assert!(error.is_lasting() && error.to_string().contains(norm), "{error}");
+    let integers = rewritten(|name| if name == norm { "renamed".to_owned() } else { name.to_owned() }, &[norm]);
+    let error = convert_to("integers", integers).unwrap_err().to_string();
+    assert!(error.contains(norm) && error.contains("int64"), "{error}");
+    assert!(!dir.path().join("missing").exists() && !dir.path().join("integers").exists());
+}
+
+/// A person would look for a damaged archive where a page was downloaded.
+#[test]
+fn what_is_no_checkpoint_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = dir.path().join("source");
+    fs::create_dir(&source).unwrap();
+    fs::copy(fixture("torch-single/config.json"), source.join("config.json")).unwrap();
+    for (content, expected) in [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS pointer"),
+        ("<!DOCTYPE html><html>", "HTML page"),
+        ("", "is empty"),
+    ] {
+        fs::write(source.join(SINGLE), content).unwrap();
+        let error = convert(&source, &dir.path().join("out"), &mut |_, _| ()).unwrap_err().to_string();
+        assert!(error.contains(expected) && error.contains(SINGLE), "{error}");
+    }
+}
+
+/// An index would lead out of the model's directory, or a missing tensor would go unnoticed.
+#[test]
+fn refuses_hostile_indexes() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = dir.path().join("source");
+    fs::create_dir(&source).unwrap();
+    for entry in fs::read_dir(fixture("torch-sharded")).unwrap() {
+        let path = entry.unwrap().path();
+        fs::copy(&path, source.join(path.file_name().unwrap())).unwrap();
+    }
+    for (shard, expected) in [
+        ("../pytorch_model-00001-of-00002.bin", "not a plain file name"),
+        ("pytorch_model-00001-of-00002.bin", "does not hold it"),
+    ] {
+        let index = format!(r#"{{"weight_map": {{"no.such.tensor": "{shard}"}}}}"#);
+        fs::write(source.join(INDEX), index).unwrap();
+        let error = convert(&source, &dir.path().join("out"), &mut |_, _| ()).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+}

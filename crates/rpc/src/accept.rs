@@ -1,0 +1,130 @@
+//! Accepts the connections of a server until it ends, and goes on when accepting fails. Used by [`crate::server`] and
+//! [`crate::metrics_port`].
+
+use std::{
+    io::{self, ErrorKind},
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::{
+    net::{TcpListener, TcpStream},
+    task::{JoinError, JoinSet},
+    time,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    connections::{Connections, Place},
+    peer::Peer,
+};
+
+/// How long to wait after the system refused to accept: what it lacks does not come back at once.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Serves every connection to `listener` in a task of its own, at most `limit` of them at a time. At `shutdown` it stops
+/// listening, asks all to leave, and returns when they have left. Whoever drops this future ends them.
+pub(crate) async fn accept<F, R>(listener: TcpListener, limit: usize, shutdown: &CancellationToken, serve: F)
+where
+    F: Fn(TcpStream, Arc<Peer>) -> R,
+    R: Future<Output = ()> + Send + 'static,
+{
+    let connections = Connections::new(limit);
+    let mut tasks = JoinSet::new();
+    let accepting = async {
+        let mut failures = Failures { are_told: false };
+        loop {
+            let stream = next(&listener, &connections, &mut failures).await;
+            // The newcomer is there already, so that nobody has to leave for one that may never come.
+            let place = connections.place().await;
+            let served = serve(stream, place.peer.clone());
+            while let Some(ended) = tasks.try_join_next() {
+                told(ended);
+            }
+            tasks.spawn(hold(place, served));
+        }
+    };
+    tokio::select! {
+        () = accepting => {}
+        () = shutdown.cancelled() => {}
+    }
+    // New clients shall be refused, not wait for a server that does not come back.
+    drop(listener);
+    connections.close();
+    while let Some(ended) = tasks.join_next().await {
+        told(ended);
+    }
+}
+
+/// A panic is a broken invariant of ours. It costs its own connection, and is told.
+fn told(ended: Result<(), JoinError>) {
+    if let Err(error) = ended {
+        tracing::error!(%error, "serving a connection failed");
+    }
+}
+
+async fn hold(place: Place, served: impl Future<Output = ()>) {
+    served.await;
+    drop(place);
+}
+
+/// The next connection.
+async fn next(listener: &TcpListener, connections: &Connections, failures: &mut Failures) -> TcpStream {
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                failures.over();
+                return stream;
+            }
+            Err(error) if is_of_one_connection(&error) => tracing::debug!(%error, "a connection was gone at once"),
+            Err(error) => {
+                failures.tell(&error);
+                // What is missing is most likely a file descriptor, and a silent connection has one.
+                connections.make_room();
+                time::sleep(PAUSE).await;
+            }
+        }
+    }
+}
+
+/// Whether accepting failed by the one connection that was to be accepted, so that the next may be tried at once.
+fn is_of_one_connection(error: &io::Error) -> bool {
+    use ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionRefused, ConnectionReset, Interrupted, TimedOut};
+    let kinds = [ConnectionAborted, ConnectionRefused, ConnectionReset, BrokenPipe, Interrupted, TimedOut];
+    kinds.contains(&error.kind())
+}
+
+/// Tells when accepting begins to fail and when it works again: a line per try would fill the log.
+struct Failures {
+    are_told: bool,
+}
+
+impl Failures {
+    fn tell(&mut self, error: &io::Error) {
+        if !self.are_told {
+            tracing::error!(%error, "no connection can be accepted; tried again until it can");
+        }
+        self.are_told = true;
+    }
+
+    fn over(&mut self) {
+        if self.are_told {
+            tracing::info!("connections are accepted again");
+        }
+        self.are_told = false;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_peers_failure_is_not_the_listeners() {
+        // Broken: every peer that hangs up early would make all others wait, or a full table of descriptors be tried
+        // in a loop without a pause.
+        const EMFILE: i32 = 24;
+        assert!(is_of_one_connection(&ErrorKind::ConnectionAborted.into()));
+        assert!(!is_of_one_connection(&io::Error::from_raw_os_error(EMFILE)));
+    }
+}

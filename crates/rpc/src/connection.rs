@@ -1,0 +1,193 @@
+//! One HTTP/2 connection from its first byte to its last: the handshake under a limit, calls, and a goodbye when the
+//! server ends, when its place is needed, or when it had no call for too long. Run by [`crate::server`], once for each
+//! connection that [`crate::accept`] accepted.
+//!
+//! A peer that is silent during the handshake is dropped at once when it has to leave: nothing was promised to it. Later
+//! it is told (GOAWAY), so that a call which is on its way at that moment is answered still.
+
+use std::{
+    convert::Infallible,
+    io::{self, Cursor},
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body::{Body as HttpBody, Frame, SizeHint};
+use hyper::{body::Incoming, server::conn::http2};
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo},
+    service::TowerToHyperService,
+};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite},
+    net::TcpStream,
+    time::{self, Instant},
+};
+use tokio_rustls::TlsAcceptor;
+use tonic::{Status, body::Body};
+use tower::Service;
+
+use crate::peer::{OpenCall, Peer};
+
+/// What an HTTP/2 client says first.
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// How long a peer that was told to leave may take for that after its last call.
+const GOODBYE: Duration = Duration::from_secs(3);
+
+/// How to serve a connection.
+pub(crate) struct Connector<S> {
+    pub(crate) service: S,
+    pub(crate) http2: http2::Builder<TokioExecutor>,
+    /// `None`: plain text.
+    pub(crate) tls: Option<TlsAcceptor>,
+    pub(crate) handshake_timeout: Duration,
+    pub(crate) idle_timeout: Duration,
+}
+
+/// What answers the calls of connections.
+pub(crate) trait ConnectionService:
+    Service<Request<Body>, Response = Response<Body>, Error = Infallible, Future: Send + 'static>
+    + Clone
+    + Send
+    + Sync
+    + 'static
+{
+}
+
+impl<S> ConnectionService for S where
+    S: Service<Request<Body>, Response = Response<Body>, Error = Infallible, Future: Send + 'static>
+        + Clone
+        + Send
+        + Sync
+        + 'static
+{
+}
+
+impl<S: ConnectionService> Connector<S> {
+    /// Serves `stream` until its peer leaves or has to.
+    pub(crate) async fn serve(self: Arc<Self>, stream: TcpStream, peer: Arc<Peer>) {
+        let connection = peer_address(&stream);
+        // A decoding step is many small messages: none may wait for the next to fill a packet.
+        if let Err(error) = stream.set_nodelay(true) {
+            tracing::debug!(connection, %error, "small messages may wait");
+        }
+        let served = match &self.tls {
+            None => self.greet_and_serve(std::future::ready(Ok(stream)), peer).await,
+            Some(tls) => self.greet_and_serve(tls.accept(stream), peer).await,
+        };
+        match served {
+            Ok(()) => tracing::debug!(connection, "closed"),
+            Err(error) => tracing::debug!(connection, error, "broken off"),
+        }
+    }
+
+    /// `secured` becomes the connection once TLS, if any, is agreed on.
+    async fn greet_and_serve<IO>(
+        &self,
+        secured: impl Future<Output = io::Result<IO>>,
+        peer: Arc<Peer>,
+    ) -> Result<(), String>
+    where
+        IO: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let greeting = time::timeout(self.handshake_timeout, async { greeted(secured.await?).await });
+        let greeted = tokio::select! {
+            greeted = greeting => greeted,
+            () = peer.leave.cancelled() => return Err("told to leave before its handshake was over".to_owned()),
+        };
+        match greeted {
+            Ok(Ok(io)) => self.serve_http2(io, peer).await,
+            Ok(Err(error)) => Err(format!("handshake: {error}")),
+            Err(_) => Err(format!("no handshake within {:?}", self.handshake_timeout)),
+        }
+    }
+
+    async fn serve_http2<IO>(&self, io: IO, peer: Arc<Peer>) -> Result<(), String>
+    where
+        IO: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let service = Counted { inner: self.service.clone(), peer: peer.clone() };
+        let connection = self.http2.serve_connection(TokioIo::new(io), TowerToHyperService::new(service));
+        tokio::pin!(connection);
+        tokio::select! {
+            ended = &mut connection => return ended.map_err(|error| error.to_string()),
+            () = peer.leave.cancelled() => {}
+            () = peer.quiet_for(self.idle_timeout, Instant::now()) => {}
+        }
+        connection.as_mut().graceful_shutdown();
+        tokio::select! {
+            ended = connection => ended.map_err(|error| error.to_string()),
+            () = peer.quiet_for(GOODBYE, Instant::now()) => Err("did not leave when it was told to".to_owned()),
+        }
+    }
+}
+
+fn peer_address(stream: &TcpStream) -> String {
+    stream.peer_addr().map_or_else(|error| error.to_string(), |address| address.to_string())
+}
+
+/// `io` once the client has said that it speaks HTTP/2. Read here, because hyper would wait for it without a limit.
+async fn greeted<IO>(mut io: IO) -> io::Result<impl AsyncRead + AsyncWrite + Send + Unpin>
+where
+    IO: AsyncRead + AsyncWrite + Send + Unpin,
+{
+    let mut said = [0; PREFACE.len()];
+    io.read_exact(&mut said).await?;
+    if said != PREFACE {
+        let said = said.escape_ascii();
+        return Err(io::Error::new(io::ErrorKind::InvalidData, format!("HTTP/2 was expected, found {said}")));
+    }
+    let (reader, writer) = tokio::io::split(io);
+    Ok(tokio::io::join(Cursor::new(said).chain(reader), writer))
+}
+
+/// A service whose calls are counted, each until the last byte of its answer.
+#[derive(Clone)]
+struct Counted<S> {
+    inner: S,
+    peer: Arc<Peer>,
+}
+
+impl<S: ConnectionService> Service<Request<Incoming>> for Counted<S> {
+    type Response = Response<CountedBody>;
+    type Error = Infallible;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request<Incoming>) -> Self::Future {
+        let call = self.peer.call();
+        let answering = self.inner.call(request.map(Body::new));
+        Box::pin(async move { Ok(answering.await?.map(|inner| CountedBody { inner, _call: call })) })
+    }
+}
+
+/// The body of an answer, while whose bytes come the call is open.
+struct CountedBody {
+    inner: Body,
+    _call: OpenCall,
+}
+
+impl HttpBody for CountedBody {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        Pin::new(&mut self.inner).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
+    }
+}

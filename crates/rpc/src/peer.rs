@@ -1,0 +1,116 @@
+//! One connection as its server sees it: how many calls are open on it, since when none is, and whether it was asked to
+//! leave. What [`crate::connections`] chooses by, and [`crate::connection`] waits for.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::{
+    sync::{Notify, watch},
+    time::{self, Instant},
+};
+use tokio_util::sync::CancellationToken;
+
+/// A connection from when it was accepted.
+#[derive(Debug)]
+pub(crate) struct Peer {
+    calls: watch::Sender<Calls>,
+    /// Cancelled when this connection has to go: its server ends, or another needs its place.
+    pub(crate) leave: CancellationToken,
+    /// Told when the last open call ends.
+    quieter: Arc<Notify>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Calls {
+    open: usize,
+    /// When the last call ended, or the connection came. Tells nothing while a call is open.
+    last: Instant,
+}
+
+/// A call is open for as long as this is there.
+#[derive(Debug)]
+pub(crate) struct OpenCall {
+    peer: Arc<Peer>,
+}
+
+impl Peer {
+    /// A connection that has just come. `quieter` is told whenever its last call ends.
+    pub(crate) fn new(quieter: Arc<Notify>) -> Self {
+        let calls = watch::Sender::new(Calls { open: 0, last: Instant::now() });
+        Self { calls, leave: CancellationToken::new(), quieter }
+    }
+
+    /// A call begins.
+    pub(crate) fn call(self: &Arc<Self>) -> OpenCall {
+        self.calls.send_modify(|calls| calls.open += 1);
+        OpenCall { peer: self.clone() }
+    }
+
+    /// Since when no call is open; `None` while one is.
+    pub(crate) fn quiet_since(&self) -> Option<Instant> {
+        let calls = *self.calls.borrow();
+        (calls.open == 0).then_some(calls.last)
+    }
+
+    /// Waits until no call has been open for `span`, of which nothing before `from` counts.
+    pub(crate) async fn quiet_for(&self, span: Duration, from: Instant) {
+        let mut calls = self.calls.subscribe();
+        loop {
+            let Calls { open, last } = *calls.borrow_and_update();
+            let enough = async {
+                match last.max(from).checked_add(span) {
+                    Some(enough) if open == 0 => time::sleep_until(enough).await,
+                    // In a call, or for longer than a clock can tell.
+                    _ => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = enough => return,
+                // Never an error: the sender is ours.
+                _ = calls.changed() => {}
+            }
+        }
+    }
+}
+
+impl Drop for OpenCall {
+    fn drop(&mut self) {
+        let mut is_last = false;
+        self.peer.calls.send_modify(|calls| {
+            calls.open -= 1;
+            calls.last = Instant::now();
+            is_last = calls.open == 0;
+        });
+        if is_last {
+            self.peer.quieter.notify_one();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_connection_is_quiet_when_its_last_call_has_ended() {
+        // Broken: a connection would be closed under a call, or never.
+        let span = Duration::from_millis(60);
+        let peer = Arc::new(Peer::new(Arc::default()));
+        let start = Instant::now();
+        assert!(peer.quiet_since().is_some_and(|since| since <= start));
+        let (first, second) = (peer.call(), peer.call());
+        assert_eq!(peer.quiet_since(), None);
+        drop(first);
+        assert_eq!(peer.quiet_since(), None, "one call is still open");
+        let waiting = peer.quiet_for(span, start);
+        tokio::pin!(waiting);
+        assert!(time::timeout(2 * span, &mut waiting).await.is_err());
+        let ended = Instant::now();
+        drop(second);
+        assert!(peer.quiet_since().is_some_and(|since| since >= ended));
+        waiting.await;
+        assert!(ended.elapsed() >= span);
+        let from = Instant::now();
+        peer.quiet_for(span, from).await;
+        assert!(from.elapsed() >= span, "quiet before `from` does not count");
+    }
+}
