@@ -26,13 +26,18 @@ const TELEMETRY: &str = "sida-telemetry";
 const NOTHING_ELSE: [(&str, &[&str]); 1] = [("sida-routing", &["serde", "thiserror", "proptest"])];
 
 /// Outside crates that only these of ours use. A name also covers what begins with it and a `-`.
-const ONLY_IN: [(&str, &[&str]); 10] = [
+const ONLY_IN: [(&str, &[&str]); 15] = [
     ("candle", &["sida-model", "sida-predictor"]),
     ("cudarc", &["sida-model"]),
     ("safetensors", &["sida-model", "sida-predictor"]),
     ("tokenizers", &["sida-model"]),
     ("etcd", &["sida-cluster"]),
+    ("axum", &["sida-rpc"]),
+    ("hyper", &["sida-rpc"]),
+    ("tokio-rustls", &["sida-rpc"]),
     ("clap", &["sida-cli"]),
+    ("clap_complete", &["sida-cli"]),
+    ("strsim", &["sida-cli"]),
     ("indicatif", &["sida-cli"]),
     ("anyhow", &["sida-cli", "sida-examples", "sida-tests"]),
     ("metrics-exporter", &["sida-telemetry"]),

@@ -143,12 +143,17 @@ fn a_model_is_called_as_people_call_it() {
 /// A wrong configuration would start half a node, or end without saying what is wrong.
 #[test]
 fn bad_configurations_are_named() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let lonely = dir.path().join("lonely.toml");
+    fs::write(&lonely, "[[coordinator]]\nname = \"c0\"\naddress = \"127.0.0.1:50999\"\n").expect("written");
+    let lonely = lonely.to_str().expect("a path");
     for (arguments, named) in [
         (&["ask", "--model", "no/such/model", "x"][..], "no/such/model"),
         (&["ask", "--expert-memory", "7", "x"], "expert-memory"),
         (&["ask", "--expert-memory", "many", "x"], "many"),
         (&["expert-node", "--static", "no/such/file", "--name", "e0"], "no/such/file"),
         (&["up", "--listen", "nowhere"], "nowhere"),
+        (&["coordinator", "--static", lonely, "--name", "c0", "--metrics-listen", "off"], "expert-node"),
         (&["inspect", "tests/data/parity/refused-gated"], "gated-gelu"),
         (&["up", "--tls-cert", "no/such.pem", "--tls-key", "no/such.key", "--listen", "127.0.0.1:0"], "no/such.pem"),
         (&["ask", "--endpoint", "https://127.0.0.1:1", "--tls-ca", "no/such.pem", "x"], "no/such.pem"),

@@ -16,7 +16,7 @@ use crate::{
 pub const METADATA_BYTES_MAX: usize = 16 << 10;
 
 /// The most that HTTP/2 takes, so that what is a little too long still gets a status. Beyond it the call ends with
-/// HTTP's own 431, and far beyond it, where a peer seems to do harm, the connection ends.
+/// HTTP's own 431, and beyond four times as much, where a peer seems to do harm, the connection ends.
 pub(crate) const HEADER_LIST_BYTES_MAX: u32 = 64 << 10;
 
 /// What HTTP/2 adds for each entry.

@@ -2,12 +2,19 @@
 
 mod echo;
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
 
 use echo::{Running, unary};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use sida_rpc::{ClientConfig, ClientError, ClientTls, Server, ServerConfig, ServerError, ServerTls};
-use tokio::net::TcpListener;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    time,
+};
 use tokio_util::sync::CancellationToken;
 use tonic::Request;
 
@@ -55,6 +62,51 @@ async fn only_known_clients_are_let_in() {
     assert!(call(client(dir.path(), None)).await.is_err(), "a client without a certificate was let in");
     assert!(call(ClientConfig::default()).await.is_err(), "plain text was let in");
     running.stop().await;
+}
+
+#[tokio::test]
+async fn a_peer_that_is_silent_before_or_after_tls_is_closed() {
+    // Broken: where connections are secured, silent ones would have no limit.
+    let dir = tempfile::tempdir().unwrap();
+    certificates(dir.path());
+    let handshake_timeout = Duration::from_millis(300);
+    let config = ServerConfig { tls: Some(server(dir.path())), handshake_timeout, ..ServerConfig::default() };
+    let running = Running::start(config, |server| server).await;
+    let mut silent = TcpStream::connect(&running.address).await.unwrap();
+    let mut halfway = TcpStream::connect(&running.address).await.unwrap();
+    // The head of a TLS record that never comes.
+    halfway.write_all(b"\x16\x03\x01\x02\x00").await.unwrap();
+    for stream in [&mut silent, &mut halfway] {
+        let ended = time::timeout(Duration::from_secs(5), stream.read(&mut [0; 64])).await;
+        // A reset is an end, too.
+        assert!(matches!(ended.expect("it is closed"), Ok(0) | Err(_)));
+    }
+    let _third = TcpStream::connect(&running.address).await.unwrap();
+    let start = Instant::now();
+    running.stop().await;
+    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+}
+
+#[tokio::test]
+async fn keys_that_do_not_fit_are_named() {
+    // Broken: a person would not know which of five files is wrong.
+    let dir = tempfile::tempdir().unwrap();
+    certificates(dir.path());
+    let refused = async |tls: ServerTls| {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let config = ServerConfig { tls: Some(tls), ..ServerConfig::default() };
+        Server::new(config).serve(listener, CancellationToken::new()).await.unwrap_err().to_string()
+    };
+    let other = ServerTls { key: dir.path().join("client.key"), ..server(dir.path()) };
+    let error = refused(other).await;
+    assert!(error.contains("server.pem and") && error.contains("client.key"), "{error}");
+    std::fs::write(dir.path().join("server.key"), "no key").unwrap();
+    let error = refused(server(dir.path())).await;
+    assert!(error.contains("server.key"), "{error}");
+    certificates(dir.path());
+    std::fs::write(dir.path().join("ca.pem"), "no certificate").unwrap();
+    let error = refused(server(dir.path())).await;
+    assert!(error.contains("ca.pem"), "{error}");
 }
 
 #[tokio::test]

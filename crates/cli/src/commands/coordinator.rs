@@ -19,6 +19,7 @@ use crate::{
         predictor::PredictorArguments,
         server::{self, METRICS_OF_NODES, ServerArguments},
     },
+    bad_configuration::BadConfiguration,
     loading_bar, runtime, shutdown,
 };
 
@@ -85,10 +86,13 @@ pub(crate) fn run(arguments: CoordinatorArguments) -> anyhow::Result<ExitCode> {
     })
 }
 
-/// A device that is not there, or does not hold the model, is the caller's mistake.
+/// A device that is not there or does not hold the model, and a cluster that cannot serve it, are the caller's mistake.
 pub(crate) fn refused(error: CoordinatorError) -> anyhow::Error {
     match error {
         CoordinatorError::Model(error) => device::model_refused(error),
+        error @ (CoordinatorError::PredictorModel { .. }
+        | CoordinatorError::Extent { .. }
+        | CoordinatorError::NoExpertNode) => BadConfiguration::new(error.to_string()).into(),
         error => error.into(),
     }
 }
