@@ -7,7 +7,13 @@ use sida_model::{Backend, NewSequence, Spans, Stack};
 use sida_telemetry::{Span, spans};
 
 use crate::{
-    answer::{catch_panic::catch_panic, encoding, output::Pooling, request_error::RequestError, trace::Trace},
+    answer::{
+        catch_panic::catch_panic,
+        encoding,
+        output::{Encoding, Pooling},
+        request_error::RequestError,
+        trace::Trace,
+    },
     forward::{batch::Batch, costs::Costs, expert_choice::SequenceRouting},
     intake::{
         request::{Request, Work},
@@ -138,7 +144,7 @@ impl<B: Backend> Scheduler<B> {
         }
         let d_model = self.forward.config().d_model;
         let mut encodings = Vec::new();
-        for (at, ((request, trace), routing)) in requests.into_iter().zip(routings).enumerate() {
+        for (at, ((request, mut trace), routing)) in requests.into_iter().zip(routings).enumerate() {
             match (&routing.failure, &request.work) {
                 (Some(failure), _) => request.fail(failure.clone()),
                 (None, Work::Encode { pooling, .. }) => match &read {
@@ -147,7 +153,14 @@ impl<B: Backend> Scheduler<B> {
                             Pooling::None => (*rows, spans.range(at)),
                             Pooling::Mean => (&means[..], at..at + 1),
                         };
-                        encodings.push((request, trace, values[range.start * d_model..range.end * d_model].to_vec()));
+                        let states = values[range.start * d_model..range.end * d_model].to_vec();
+                        trace.timings.total = request.accepted.elapsed();
+                        let encoding = catch_panic(|| encoding::encoding(states, d_model, request.tokens.len(), trace));
+                        match &encoding {
+                            Ok(_) => self.statistics.outcomes.answered(),
+                            Err(error) => self.note_failure(error),
+                        }
+                        encodings.push((request, encoding));
                     }
                     Err(error) => {
                         self.note_failure(error);
@@ -165,16 +178,7 @@ impl<B: Backend> Scheduler<B> {
         }
         self.values = buffer;
         // Each answer wakes the task of its caller, which takes a thread outside the runtime much longer than one within.
-        let statistics = self.statistics.clone();
-        let answer = async move {
-            for (request, trace, values) in encodings {
-                match answer_encoding(request, trace, values, d_model) {
-                    Ok(()) => statistics.outcomes.answered(),
-                    Err(error) if error.is_ours() => statistics.outcomes.failed(&error),
-                    Err(_) => {}
-                }
-            }
-        };
+        let answer = async { encodings.into_iter().for_each(|(request, encoding)| answer_encoding(request, encoding)) };
         self.runtime.spawn(answer);
     }
 
@@ -214,23 +218,11 @@ fn start_all<B: Backend>(
     }
 }
 
-/// Answers a request for encoder states with what it asked for of them, (rows, d_model), or with the error that is
-/// returned.
-fn answer_encoding(request: Request, mut trace: Trace, states: Vec<f32>, d_model: usize) -> Result<(), RequestError> {
-    trace.timings.total = request.accepted.elapsed();
-    let prompt_tokens = request.tokens.len();
-    let answer = catch_panic(|| encoding::encoding(states, d_model, prompt_tokens, trace));
-    match answer {
-        Ok(encoding) => {
-            if let Work::Encode { reply, .. } = request.work {
-                // The caller may have gone, which is no error.
-                drop(reply.send(Ok(encoding)));
-            }
-            Ok(())
-        }
-        Err(error) => {
-            request.fail(error.clone());
-            Err(error)
-        }
+/// Answers a request for encoder states. The caller may have gone, which is no error.
+fn answer_encoding(request: Request, encoding: Result<Encoding, RequestError>) {
+    match (encoding, request) {
+        (Ok(encoding), Request { work: Work::Encode { reply, .. }, .. }) => drop(reply.send(Ok(encoding))),
+        (Ok(_), _) => {}
+        (Err(error), request) => request.fail(error),
     }
 }

@@ -25,7 +25,8 @@ use crate::{
 };
 
 /// Up to so many rows a dense product reads its matrix once per 32 rows; with more it is multiplied in larger tiles.
-/// Measured: at 128 rows 14 against 18 us, at 256 rows 21 against 18.
+/// Measured: at 128 rows 14 against 18 us, at 256 rows 21 against 18. Of a narrow matrix those tiles are too few to keep the
+/// device busy: encodings of eight took 1.84 ms so, and 1.57 where tiles that fill less than half of it are not taken.
 const FEW_ROWS_MAX: usize = 192;
 /// Up to so many rows one block chooses and groups; with more, choosing is spread over the device.
 const FUSED_ROUTE_ROWS_MAX: usize = 256;
@@ -247,9 +248,12 @@ impl<'m> Pass<'m> {
     }
 
     fn product_of(&self, rows: usize, x: u64, w: &Matrix, out: u64, become_: Become) -> Result<(), CudaError> {
-        let Machine { kernels, .. } = self.machine;
+        let Machine { gpu, kernels, .. } = self.machine;
         let kernels = match &kernels.many {
-            Some(many) if rows > FEW_ROWS_MAX => many,
+            Some(many) if rows > FEW_ROWS_MAX => {
+                let blocks = w.outputs / many.tile.0 * rows.div_ceil(many.tile.1);
+                if 2 * blocks < gpu.description().multiprocessors { &kernels.few } else { many }
+            }
             _ => &kernels.few,
         };
         let arguments = Product {
