@@ -37,7 +37,9 @@ ROWS, TRIES = 64, 5
 class Captured:
     """Functions that start kernels, as a CUDA graph each, which are started one after another."""
 
-    def __init__(self, parts, pool):
+    def __init__(self, parts):
+        # One for the graphs of these parts, which run in the order in which they are captured.
+        pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         self.graphs = []
@@ -77,7 +79,7 @@ class Batch:
             generation = Generation(model, self.ids, peer.new_tokens, packed)
             self.out, parts = generation.tokens, generation.parts()
         self.out_host = torch.empty(self.out.shape, dtype=self.out.dtype, **on_host)
-        self.start = Captured(parts, peer.pool) if peer.is_cuda else lambda: [part() for part in parts]
+        self.start = Captured(parts) if peer.is_cuda else lambda: [part() for part in parts]
 
     def __call__(self, ids):
         """The pooled states (texts, d_model), or the tokens (1 + new tokens, texts), the decoder's start among them."""
@@ -102,9 +104,6 @@ class Peer:
         self.tokenizer = Tokenizer.from_file(str(options.model / "tokenizer.json"))
         self.new_tokens, self.seconds = options.new_tokens, options.seconds
         self.texts = [line for line in options.file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        self.pool = torch.cuda.graph_pool_handle() if self.is_cuda else None
-        # The memory of a pool goes with its last graph, after which nothing can be captured into it.
-        self.kept = Captured([lambda: torch.zeros(1, device="cuda")], self.pool) if self.is_cuda else None
         self.shapes = {}
 
     @torch.inference_mode()

@@ -250,7 +250,7 @@ impl Dispatch {
     fn send(
         &self,
         roster: &Roster,
-        lane: &Lane,
+        lane: &Arc<Lane>,
         rows: &LayerRows<'_>,
         in_window: bool,
         call: Call,
@@ -268,7 +268,7 @@ impl Dispatch {
         match lane.start(outgoing, epoch, trace, replies, deadline) {
             Ok(call_id) => {
                 let look = lane.silent_until(sent).min(deadline);
-                Ok(Outstanding { call_id, call, span, sent, deadline, look })
+                Ok(Outstanding { lane: lane.clone(), call_id, call, span, sent, deadline, look })
             }
             Err(failure) => Err((call, failure)),
         }

