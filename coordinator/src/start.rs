@@ -1,5 +1,5 @@
 //! How a coordinator starts: its configuration is checked, its weights are loaded, its expert-nodes are reached, and
-//! its threads (`sida-prepare`, `sida-forward` and `sida-predict`) begin.
+//! its threads (`sida-prepare`, `sida-forward`, `sida-predict`, on a device `sida-text`) begin.
 
 use std::{
     io,
@@ -19,6 +19,7 @@ use thiserror::Error;
 use tokio::runtime::Handle;
 
 use crate::{
+    answer::answer_text::text_thread,
     config::{CoordinatorConfig, PredictorSource},
     coordinator::{Coordinator, Inner},
     dispatch::{
@@ -136,22 +137,28 @@ impl Coordinator {
         let cache_size = backend.cache_size();
         metrics.cache_budget_bytes.set(config.limits.cache_bytes_max as f64);
         let (predict_beside, predict_thread) = beside(predict.clone(), preload.clone());
+        let forward = Forward::new(
+            backend,
+            || dispatch(config.expert_call_timeout),
+            config.enforce_capacity,
+            config.micro_batching,
+            statistics.clone(),
+        );
+        let (texts, text_thread) = match forward.is_on_device() {
+            true => Some(text_thread(tokenizer.clone(), statistics.clone())).unzip(),
+            false => (None, None),
+        };
         let scheduler = Scheduler {
             limits: config.limits,
             prepared: prepared.clone(),
-            forward: Forward::new(
-                backend,
-                || dispatch(config.expert_call_timeout),
-                config.enforce_capacity,
-                config.micro_batching,
-                statistics.clone(),
-            ),
+            forward,
             predict: predict.clone(),
             preload: preload.clone(),
             predict_beside,
             tokenizer: tokenizer.clone(),
             statistics: statistics.clone(),
             metrics: metrics.clone(),
+            texts,
             runtime: runtime.clone(),
             running: Vec::new(),
             gathering: Gathering::default(),
@@ -166,11 +173,14 @@ impl Coordinator {
             prepared,
             metrics: metrics.clone(),
         };
-        let threads = vec![
+        let mut threads = vec![
             thread::Builder::new().name("sida-prepare".into()).spawn(move || prepare.run())?,
             thread::Builder::new().name("sida-forward".into()).spawn(move || scheduler.run())?,
             thread::Builder::new().name("sida-predict".into()).spawn(move || predict_thread.run())?,
         ];
+        if let Some(text_thread) = text_thread {
+            threads.push(thread::Builder::new().name("sida-text".into()).spawn(move || text_thread.run())?);
+        }
         let probe = Arc::new(Probe::new(dispatch(config.server.health_period.min(config.expert_call_timeout)), &model));
         let threads = Mutex::new(threads);
         let inner = Inner {

@@ -2,9 +2,10 @@
 //!
 //! In reading order: `output` lists the answers, `trace` what happened on the way to one, `routing_mode` who chose its
 //! experts; `request_error` says why there is none, `fault` how that looks on the wire, and `catch_panic` makes a panic one of
-//! these reasons. `sampler` picks the next token, `detokenize` makes text of it, `stop_text` ends the text; `score`
-//! and `encoding` answer requests that generate nothing.
+//! these reasons. `sampler` picks the next token, `detokenize` makes text of it, `stop_text` ends the text, and `answer_text`
+//! is all of it, on a thread of its own where that pays; `score` and `encoding` answer requests that generate nothing.
 
+pub(crate) mod answer_text;
 pub(crate) mod catch_panic;
 pub(crate) mod detokenize;
 pub(crate) mod encoding;

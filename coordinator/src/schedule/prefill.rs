@@ -153,7 +153,8 @@ impl<B: Backend> Scheduler<B> {
                             Pooling::None => (*rows, spans.range(at)),
                             Pooling::Mean => (&means[..], at..at + 1),
                         };
-                        let encoding = self.encoding(&request, trace, &values[range.start * d_model..range.end * d_model]);
+                        let encoding =
+                            self.encoding(&request, trace, &values[range.start * d_model..range.end * d_model]);
                         encodings.push((request, encoding));
                     }
                     Err(error) => {
@@ -173,7 +174,8 @@ impl<B: Backend> Scheduler<B> {
         self.values = buffer;
         if !encodings.is_empty() {
             // Each answer wakes the task of its caller, which takes a thread outside the runtime much longer than one within.
-            let answer = async { encodings.into_iter().for_each(|(request, encoding)| answer_encoding(request, encoding)) };
+            let answer =
+                async { encodings.into_iter().for_each(|(request, encoding)| answer_encoding(request, encoding)) };
             self.runtime.spawn(answer);
         }
     }

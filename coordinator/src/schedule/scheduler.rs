@@ -10,6 +10,7 @@ use std::{
     time::Instant,
 };
 
+use crossbeam_channel::Sender;
 use rayon::prelude::*;
 use sida_model::{Backend, Spans, Stack, Tokenizer, Wanted};
 use sida_routing::{
@@ -21,6 +22,7 @@ use tokio::runtime::Handle;
 
 use crate::{
     answer::{
+        answer_text::TokenText,
         catch_panic::catch_panic,
         request_error::RequestError,
         routing_mode::RoutingMode,
@@ -55,6 +57,8 @@ pub(crate) struct Scheduler<B: Backend> {
     pub(crate) tokenizer: Arc<Tokenizer>,
     pub(crate) statistics: Arc<Statistics>,
     pub(crate) metrics: Arc<Metrics>,
+    /// Where text is made while a device computes; `None`: it is made here.
+    pub(crate) texts: Option<Sender<Vec<TokenText>>>,
     /// Where answers are handed to their callers.
     pub(crate) runtime: Handle,
     /// The running batch.
@@ -66,7 +70,7 @@ pub(crate) struct Scheduler<B: Backend> {
     pub(crate) values: Vec<f32>,
 }
 
-/// From so many sequences on, their next tokens are chosen and decoded by several threads.
+/// From so many sequences on, their next tokens are chosen from logits, or made text of, by several threads.
 const PARALLEL_SEQUENCES_MIN: usize = 16;
 
 impl<B: Backend> Scheduler<B> {
@@ -304,27 +308,37 @@ impl<B: Backend> Scheduler<B> {
         }
         let (config, tokenizer, metrics) = (self.forward.config(), &*self.tokenizer, &*self.metrics);
         let outcomes = &self.statistics.outcomes;
+        let beside = self.texts.is_some();
         let advance = |(mut sequence, next_token): (Sequence<B>, Result<NextToken<'_>, RequestError>)| {
-            let advanced = next_token
-                .and_then(|next_token| catch_panic(|| sequence.advance(next_token, config, tokenizer, metrics)));
+            let advanced = next_token.and_then(|next_token| {
+                catch_panic(|| sequence.advance(next_token, config, tokenizer, metrics, beside))
+            });
             match advanced {
-                Ok(status) => {
+                Ok((status, text)) => {
                     outcomes.answered();
-                    (status == SequenceStatus::Running).then_some(sequence)
+                    ((status == SequenceStatus::Running).then_some(sequence), text)
                 }
                 Err(error) => {
                     if error.is_ours() {
                         outcomes.failed(&error);
                     }
                     sequence.request.fail(error);
-                    None
+                    (None, None)
                 }
             }
         };
-        self.running = match texts.len() < PARALLEL_SEQUENCES_MIN {
-            true => texts.into_iter().filter_map(advance).collect(),
-            false => texts.into_par_iter().with_min_len(PARALLEL_SEQUENCES_MIN / 4).filter_map(advance).collect(),
-        };
+        let is_much = !beside || texts.iter().any(|(_, next)| matches!(next, Ok(NextToken::Logits(_))));
+        let advanced: Vec<(Option<Sequence<B>>, Option<TokenText>)> =
+            match is_much && texts.len() >= PARALLEL_SEQUENCES_MIN {
+                true => texts.into_par_iter().with_min_len(PARALLEL_SEQUENCES_MIN / 4).map(advance).collect(),
+                false => texts.into_iter().map(advance).collect(),
+            };
+        let (running, texts): (Vec<_>, Vec<_>) = advanced.into_iter().unzip();
+        self.running = running.into_iter().flatten().collect();
+        if let Some(thread) = &self.texts {
+            // It ends after this one does.
+            drop(thread.send(texts.into_iter().flatten().collect()));
+        }
         self.metrics.phases.output.record(start.elapsed());
     }
 

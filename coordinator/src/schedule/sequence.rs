@@ -4,17 +4,17 @@
 
 use std::{ops::Range, sync::Arc, time::Instant};
 
-use sida_model::{Backend, GenerationConfig, ModelConfig, ModelError, TokenRule, Tokenizer};
+use parking_lot::Mutex;
+use sida_model::{Backend, GenerationConfig, ModelConfig, TokenRule, Tokenizer};
 use sida_telemetry::spans;
 
 use crate::{
     answer::{
-        detokenize::Detokenizer,
+        answer_text::{AnswerText, TokenText},
         output::{Finish, FinishReason, Scores, TargetScore, Token},
         request_error::RequestError,
         sampler::Sampler,
         score,
-        stop_text::StopTexts,
         trace::Trace,
     },
     forward::{costs::Costs, expert_choice::SequenceRouting},
@@ -56,8 +56,7 @@ pub(crate) enum Decoding {
 pub(crate) struct Generation {
     options: GenerateOptions,
     sampler: Sampler,
-    detokenizer: Detokenizer,
-    stops: StopTexts,
+    text: Arc<Mutex<AnswerText>>,
     generated: usize,
     first_token_at: Option<Instant>,
 }
@@ -90,18 +89,19 @@ impl<B: Backend> Sequence<B> {
         Self { request, trace, branches, decoding }
     }
 
-    /// Takes the next token, or chooses it from the logits, streams its text, and feeds it to the next step unless the
-    /// text ends here.
+    /// Takes the next token, or chooses it from the logits, and feeds it to the next step unless the text ends here. Its
+    /// text is streamed, or else, `beside` the next step, returned to be written if it has no stop texts.
     pub(crate) fn advance(
         &mut self,
         next_token: NextToken<'_>,
         config: &ModelConfig,
         tokenizer: &Tokenizer,
         metrics: &Metrics,
-    ) -> Result<SequenceStatus, RequestError> {
+        beside: bool,
+    ) -> Result<(SequenceStatus, Option<TokenText>), RequestError> {
         let (Decoding::Generate(generation), Work::Generate { reply, .. }) = (&mut self.decoding, &self.request.work)
         else {
-            return Ok(SequenceStatus::Finished);
+            return Ok((SequenceStatus::Finished, None));
         };
         let chosen = match next_token {
             NextToken::Chosen(token) => token,
@@ -111,7 +111,16 @@ impl<B: Backend> Sequence<B> {
             }
         };
         let id = chosen.ok_or(RequestError::NotANumber)?;
-        let (text, reason) = generation.take(id, &config.generation, tokenizer)?;
+        generation.generated += 1;
+        let last = generation.ends_with(id, &config.generation);
+        let is_beside = beside && generation.options.stop.is_empty();
+        let (text, reason) = match is_beside {
+            true => (String::new(), last),
+            false => {
+                let may_stop = generation.generated > generation.options.tokens_min;
+                generation.text.lock().add(id, last, may_stop, tokenizer)?
+            }
+        };
         metrics.generated_tokens.increment(1);
         let now = Instant::now();
         if generation.first_token_at.is_none() {
@@ -131,12 +140,16 @@ impl<B: Backend> Sequence<B> {
                 trace: self.trace.clone(),
             }
         });
-        let ended = finish.is_some();
-        if reply.send(Ok(Token { text, id, finish })).is_err() || ended {
-            return Ok(SequenceStatus::Finished);
-        }
         self.branches[0].feed = vec![id];
-        Ok(SequenceStatus::Running)
+        let mut status = if finish.is_some() { SequenceStatus::Finished } else { SequenceStatus::Running };
+        if is_beside {
+            let token = TokenText { text: generation.text.clone(), id, finish, reply: reply.clone() };
+            return Ok((status, Some(token)));
+        }
+        if reply.send(Ok(Token { text, id, finish })).is_err() {
+            status = SequenceStatus::Finished;
+        }
+        Ok((status, None))
     }
 
     /// Answers a scored request: `rows` are the rows of each branch in `states`.
@@ -168,8 +181,7 @@ impl Generation {
     fn new(options: &GenerateOptions) -> Self {
         Self {
             sampler: Sampler::new(options.sampling.clone()),
-            detokenizer: Detokenizer::default(),
-            stops: StopTexts::new(options.stop.clone()),
+            text: Arc::new(Mutex::new(AnswerText::new(options.stop.clone()))),
             options: options.clone(),
             generated: 0,
             first_token_at: None,
@@ -187,39 +199,13 @@ impl Generation {
         if self.sampler.is_greedy() { self.rule(model).banned() } else { None }
     }
 
-    /// Takes a token into the text; returns what may be streamed and why the text ends here, if it does.
-    fn take(
-        &mut self,
-        id: u32,
-        model: &GenerationConfig,
-        tokenizer: &Tokenizer,
-    ) -> Result<(String, Option<FinishReason>), ModelError> {
-        self.generated += 1;
-        let decode = |ids: &[u32]| tokenizer.decode(ids);
-        let added = self.detokenizer.push(id, decode)?;
-        // The text of an answer that is too short ends nowhere, and is not looked at again.
-        let may_stop = self.generated > self.options.tokens_min;
-        let watch = |stops: &mut StopTexts, text| if may_stop { stops.push(text) } else { stops.pass(text) };
-        let released = watch(&mut self.stops, added);
-        let reason = if released.stopped {
-            Some(FinishReason::Stop)
-        } else if model.is_end(id) && !self.options.ignore_eos {
+    /// Why the answer ends with this token, if it does, whatever its text is.
+    fn ends_with(&self, id: u32, model: &GenerationConfig) -> Option<FinishReason> {
+        if model.is_end(id) && !self.options.ignore_eos {
             Some(FinishReason::End)
-        } else if self.generated >= self.options.tokens_max {
-            Some(FinishReason::Length)
         } else {
-            None
-        };
-        let mut text = released.text;
-        if matches!(reason, Some(FinishReason::End | FinishReason::Length)) {
-            let last = watch(&mut self.stops, self.detokenizer.finish(decode)?);
-            text += &last.text;
-            if last.stopped {
-                return Ok((text, Some(FinishReason::Stop)));
-            }
-            text += &self.stops.finish();
+            (self.generated >= self.options.tokens_max).then_some(FinishReason::Length)
         }
-        Ok((text, reason))
     }
 
     fn record_pace(&self, now: Instant, metrics: &Metrics) {
