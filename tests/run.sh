@@ -56,15 +56,28 @@ stage "dependencies; every feature of every crate"
 # Nothing of CUDA is needed to build, and without a GPU its tests skip.
 cargo clippy --release --workspace --all-features --all-targets --locked -- -D warnings
 
-stage "the tests, with the examples in comments and those of examples/"
-cargo test --release --workspace --all-features --locked
-
-stage "the chart"
-# The chart: rendered, validated, and its pods executed as processes of the binary that the tests above have built.
-for test in chart values weights releases fetch dashboards pictures; do
-    "$tools/bin/python" "tests/chart/test_$test.py"
+# What computes is optimized as ever. The rest is built for being built soon: all of it would take five minutes more.
+soon=(--config profile.release.opt-level=1)
+for package in sida-model sida-routing sida-predictor gemm gemm-common gemm-f32 pulp rayon rayon-core half; do
+    soon+=(--config "profile.release.package.$package.opt-level=3")
 done
-[[ -z ${SIDA_CUSTOM_RESOURCES:-} ]] || "$tools/bin/python" tests/chart/custom_resources.py
+stage "the tests, with the examples in comments and those of examples/; the chart's text beside them"
+mkdir -p target
+chart_text() {
+    for test in chart values weights releases fetch dashboards pictures; do
+        "$tools/bin/python" "tests/chart/test_$test.py"
+    done
+    [[ -z ${SIDA_CUSTOM_RESOURCES:-} ]] || "$tools/bin/python" tests/chart/custom_resources.py
+}
+chart_text >target/chart-text.log 2>&1 &
+chart=$!
+cargo test "${soon[@]}" --release --workspace --all-features --locked
+if ! wait $chart; then
+    cat target/chart-text.log
+    exit 1
+fi
+
+stage "the chart's pods, as processes of the binary that the tests have built"
 if [[ $EUID -eq 0 ]]; then
     "$tools/bin/python" tests/chart/test_cluster.py
 else
