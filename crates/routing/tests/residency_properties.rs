@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use proptest::prelude::*;
 use sida_routing::{
     ExpertId, ExpertKey, LayerId, Plan, PlanId,
-    residency::{Access, Awaited, Grant, Pending, Residency, ResidencyConfig, ResidencyCounters, Room, SlotId, Ticket},
+    residency::{Access, Awaited, Grant, Pending, Residency, ResidencyConfig, ResidencyCounters, Room, SlotId},
 };
 
 const LAYERS: u16 = 3;
