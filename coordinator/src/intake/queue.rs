@@ -131,12 +131,12 @@ impl<T> Queue<T> {
     }
 
     /// As [`Queue::take`]. With [`Wait::Block`], and as long as all that wait would be taken, it also waits for more, so
-    /// long as `patience` of their number says.
+    /// long as `patience` with them says.
     pub(crate) fn take_patiently(
         &self,
         wait: Wait,
         choose: impl Fn(&VecDeque<T>) -> usize,
-        patience: impl Fn(usize) -> Duration,
+        patience: impl Fn(&VecDeque<T>) -> Duration,
     ) -> Option<Vec<T>> {
         let mut state = self.state.lock();
         let count = loop {
@@ -149,7 +149,7 @@ impl<T> Queue<T> {
             }
             let waiting = state.waiting.len();
             let count = choose(&state.waiting).min(waiting);
-            let longer = if count == waiting && !state.closed { patience(waiting) } else { Duration::ZERO };
+            let longer = if count == waiting && !state.closed { patience(&state.waiting) } else { Duration::ZERO };
             if wait == Wait::Poll || longer.is_zero() {
                 break count;
             }
@@ -239,7 +239,7 @@ mod tests {
         // Would break: a batch begins without those that were worth waiting for, or waits when it is full or its time is over.
         let queue = Arc::new(Queue::new());
         assert!(queue.try_push(1, |_| true).is_ok());
-        let patience = |waiting| if waiting < 2 { Duration::from_secs(60) } else { Duration::ZERO };
+        let patience = |waiting: &VecDeque<_>| if waiting.len() < 2 { Duration::from_secs(60) } else { Duration::ZERO };
         assert_eq!(queue.take_patiently(Wait::Poll, VecDeque::len, patience), Some(vec![1]));
         assert!(queue.try_push(2, |_| true).is_ok());
         let taker = thread::spawn({
@@ -252,10 +252,10 @@ mod tests {
         assert_eq!(taker.join().expect("taker"), Some(vec![2, 3]));
         // A batch without room for all that wait needs no more.
         assert!(queue.push_all(vec![4, 5], |_, _| true).is_empty());
-        let always = |_| Duration::from_secs(60);
+        let always = |_: &VecDeque<_>| Duration::from_secs(60);
         assert_eq!(queue.take_patiently(Wait::Block, |_| 1, always), Some(vec![4]));
         let end = Instant::now() + Duration::from_millis(5);
-        let until = |_| end.saturating_duration_since(Instant::now());
+        let until = |_: &VecDeque<_>| end.saturating_duration_since(Instant::now());
         assert_eq!(queue.take_patiently(Wait::Block, VecDeque::len, until), Some(vec![5]));
         assert!(Instant::now() >= end);
     }

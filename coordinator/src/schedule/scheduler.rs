@@ -7,7 +7,7 @@
 use std::{
     collections::VecDeque,
     sync::{Arc, atomic::Ordering},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use crossbeam_channel::Sender;
@@ -79,7 +79,8 @@ impl<B: Backend> Scheduler<B> {
         while let Some(joining) = self.schedule() {
             let taking_part = self.running.len() + joining.len();
             if self.running.is_empty() {
-                self.gathering.begins(joining.len(), self.idle_since.elapsed());
+                let waited = self.waited(joining.first());
+                self.gathering.begins(joining.len(), waited);
             }
             self.note_inflight(&joining);
             self.statistics.step_begins();
@@ -114,12 +115,17 @@ impl<B: Backend> Scheduler<B> {
             limits.joining(running, waiting.iter().map(|prepared| prepared.request.cost_at(now)))
         };
         let wait = if self.running.is_empty() { Wait::Block } else { Wait::Poll };
-        let patience = |waiting| self.gathering.wait(waiting, self.idle_since.elapsed());
+        let patience = |waiting: &VecDeque<Prepared>| self.gathering.wait(waiting.len(), self.waited(waiting.front()));
         match self.prepared.take_patiently(wait, choose, patience) {
             Some(joining) => Some(joining),
             None if self.running.is_empty() => None,
             None => Some(Vec::new()),
         }
+    }
+
+    /// How long a batch whose first request this is has waited for others, since nothing runs any more.
+    fn waited(&self, first: Option<&Prepared>) -> Duration {
+        first.map_or(Duration::ZERO, |first| first.at.max(self.idle_since).elapsed())
     }
 
     fn note_inflight(&self, joining: &[Prepared]) {

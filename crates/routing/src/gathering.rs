@@ -25,7 +25,7 @@ pub struct Gathering {
     passes: BTreeMap<u32, Mean>,
     /// Of the last pass.
     magnitude: u32,
-    /// As many requests are expected, of which some waited already, so long after the others were answered.
+    /// As many requests are expected, of which some waited already; and how long for.
     expected: usize,
     waiting: usize,
     /// How many there were after the last pass.
@@ -62,20 +62,20 @@ impl Gathering {
         self.patience = Duration::from_secs_f64(halved * self.saved().min(OF_PASS * pass));
     }
 
-    /// A batch of so many requests begins, at a time after nothing ran any more. The wait for it was in vain if less than
-    /// half of those that were expected came.
-    pub fn begins(&mut self, requests: usize, idle_for: Duration) {
+    /// A batch of so many requests begins, after its first one has waited so long with nothing running. That was in vain if less
+    /// than half of those that were expected came.
+    pub fn begins(&mut self, requests: usize, waited: Duration) {
         let came = requests.saturating_sub(self.waiting);
         if 2 * came >= self.expected - self.waiting {
             self.in_vain = 0;
-        } else if idle_for >= self.patience {
+        } else if waited >= self.patience {
             self.in_vain = (self.in_vain + 1) % IN_VAIN_MAX;
         }
     }
 
-    /// How much longer a batch of `waiting` requests waits for others, at a time after nothing ran any more; zero: it begins.
-    pub fn wait(&self, waiting: usize, idle_for: Duration) -> Duration {
-        if waiting < self.expected { self.patience.saturating_sub(idle_for) } else { Duration::ZERO }
+    /// How much longer a batch of `waiting` requests waits for others, after its first one has `waited`; zero: it begins.
+    pub fn wait(&self, waiting: usize, waited: Duration) -> Duration {
+        if waiting < self.expected { self.patience.saturating_sub(waited) } else { Duration::ZERO }
     }
 
     /// What a pass as large as the last takes beyond what its rows add to a larger one, in seconds. From the next larger size
@@ -214,7 +214,7 @@ mod tests {
             passes in prop::collection::vec((0usize..5000, 0u64..1_000_000), 0..40),
             answered in 0usize..100,
             before in 0usize..100,
-            idle_for in 0u64..1_000_000,
+            waited in 0u64..1_000_000,
         ) {
             // Would break: a wait longer than half of the slowest pass of all, whatever was noted.
             let mut gathering = Gathering::default();
@@ -222,8 +222,8 @@ mod tests {
             gathering.idle(answered, before);
             let slowest = passes.iter().map(|&(_, took)| took).max().unwrap_or(0);
             for waiting in 0..200 {
-                let wait = gathering.wait(waiting, us(idle_for));
-                prop_assert!(wait <= us(slowest.div_ceil(2)).saturating_sub(us(idle_for)));
+                let wait = gathering.wait(waiting, us(waited));
+                prop_assert!(wait <= us(slowest.div_ceil(2)).saturating_sub(us(waited)));
                 prop_assert!(waiting < answered + before || wait.is_zero());
             }
         }
