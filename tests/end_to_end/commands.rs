@@ -159,6 +159,9 @@ fn bad_configurations_are_named() {
         (&["ask", "--endpoint", "https://127.0.0.1:1", "--tls-ca", "no/such.pem", "x"], "no/such.pem"),
         (&["ask", "--endpoint", ":1", "x"], "host:port"),
         (&["bench", "--file", "no/such.txt"], "no/such.txt"),
+        (&["bench", "--duration", "0s"], "--duration"),
+        (&["ask", "--threads", "100000", "x"], "--threads"),
+        (&["ask", "--top-p", "1.5", "x"], "top_p"),
         (&["up", "--config", "no/such.toml"], "no/such.toml"),
     ] {
         let output = run(arguments);

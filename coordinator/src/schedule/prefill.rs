@@ -172,7 +172,9 @@ impl<B: Backend> Scheduler<B> {
             }
         }
         self.values = buffer;
-        if !encodings.is_empty() {
+        if encodings.len() == 1 {
+            encodings.into_iter().for_each(|(request, encoding)| answer_encoding(request, encoding));
+        } else if !encodings.is_empty() {
             // Each answer wakes the task of its caller, which takes a thread outside the runtime much longer than one within.
             let answer =
                 async { encodings.into_iter().for_each(|(request, encoding)| answer_encoding(request, encoding)) };

@@ -96,6 +96,7 @@ fn is_lasting(cause: &(dyn Error + 'static)) -> bool {
         || cause.downcast_ref::<ConvertError>().is_some_and(ConvertError::is_lasting)
         || cause.downcast_ref::<PredictorError>().is_some_and(PredictorError::is_lasting)
         || cause.is::<TlsError>()
+        || cause.downcast_ref::<tonic::Status>().is_some_and(|status| status.code() == tonic::Code::InvalidArgument)
         || matches!(cause.downcast_ref(), Some(ClientError::Address { .. } | ClientError::Tls { .. }))
 }
 

@@ -12,6 +12,9 @@ use crate::{bad_configuration::BadConfiguration, model_dir};
 /// The longest name of a model: it is a label of metrics.
 const NAME_BYTES_MAX: usize = 128;
 
+/// More threads than this is a mistake: each takes memory, and none a core of its own.
+const THREADS_MAX: usize = 1024;
+
 /// The model and its threads.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct ModelArguments {
@@ -39,6 +42,10 @@ impl ModelArguments {
 
     /// Starts the pool that every computation of this process shares. Called once, before anything computes.
     pub(crate) fn start_threads(&self) -> anyhow::Result<()> {
+        if self.threads > THREADS_MAX {
+            let found = self.threads;
+            return Err(BadConfiguration::new(format!("--threads is {found}, expected 0 to {THREADS_MAX}")).into());
+        }
         let pool = ThreadPoolBuilder::new().num_threads(self.threads()).thread_name(|index| format!("compute-{index}"));
         pool.build_global().context("cannot start the compute threads")
     }

@@ -100,6 +100,9 @@ fn load_of(arguments: &BenchArguments) -> Result<Load, BadConfiguration> {
             return Err(BadConfiguration::new(format!("{name} is {value}, expected 1 to {most}")));
         }
     }
+    if arguments.duration == Some(Duration::ZERO) {
+        return Err(BadConfiguration::new("--duration is 0s, expected more".to_owned()));
+    }
     let until = match (arguments.requests, arguments.duration) {
         (Some(requests), _) => Until::Requests(requests),
         (None, Some(duration)) => Until::Elapsed(duration),
