@@ -103,11 +103,18 @@ impl PredictThread {
 }
 
 impl PredictBeside {
-    /// Begins the prediction for a step of these sequences, unless the one for an earlier step is still under way: then what
-    /// this step feeds is predicted with the next.
-    pub(crate) fn begin(&mut self, sequences: Vec<Arc<Progress>>, trace: Option<TraceContext>) {
+    /// Begins the prediction for a step of these sequences. While the one for an earlier step is still under way, a step of
+    /// short patience has none, and what it feeds is predicted with the next; one of long patience waits.
+    pub(crate) fn begin(&mut self, sequences: Vec<Arc<Progress>>, patience: Patience, trace: Option<TraceContext>) {
         let start = Instant::now();
-        let is_late = |job: Receiver<Predicted>| matches!(job.try_recv(), Err(TryRecvError::Empty)).then_some(job);
+        let is_late = |job: Receiver<Predicted>| match patience {
+            Patience::Short => matches!(job.try_recv(), Err(TryRecvError::Empty)).then_some(job),
+            Patience::Long => {
+                // What becomes of the earlier step's prediction is nobody's any more.
+                drop(job.recv());
+                None
+            }
+        };
         self.step = match std::mem::replace(&mut self.step, Step::None) {
             Step::UnderWay(job) | Step::Late(job) if let Some(job) = is_late(job.clone()) => Step::Late(job),
             _ if self.took < OWN_THREAD_MAX && !self.predictor.predict.is_remote() => {

@@ -154,9 +154,12 @@ impl<B: Backend> Scheduler<B> {
         );
         let within = span.as_ref().map(BatchSpan::context);
         let mut routings = self.routings();
-        self.begin_prediction(within);
-        let needs_tables = self.running.iter().any(|sequence| sequence.request.mode != RoutingMode::Exact);
-        let before = needs_tables.then(|| self.take_prediction(Patience::Long, &mut routings));
+        let patience = match self.running.iter().all(|sequence| sequence.request.mode == RoutingMode::Exact) {
+            true => Patience::Short,
+            false => Patience::Long,
+        };
+        self.begin_prediction(patience, within);
+        let before = (patience == Patience::Long).then(|| self.take_prediction(patience, &mut routings));
         let mut costs = Costs::of_pass(within);
         let outcome = self.decode(&mut routings, &mut costs);
         costs.record(&self.metrics.phases);
@@ -196,13 +199,13 @@ impl<B: Backend> Scheduler<B> {
     }
 
     /// Begins to predict what the new tokens of every branch will use.
-    fn begin_prediction(&mut self, within: Option<TraceContext>) {
+    fn begin_prediction(&mut self, patience: Patience, within: Option<TraceContext>) {
         let mut sequences = Vec::new();
         for branch in self.running.iter().flat_map(|sequence| &sequence.branches) {
             branch.progress.feed(&branch.feed);
             sequences.push(branch.progress.clone());
         }
-        self.predict_beside.begin(sequences, within);
+        self.predict_beside.begin(sequences, patience, within);
     }
 
     /// Waits for the prediction, if it has not been taken yet, and gives every branch its hash table.

@@ -71,7 +71,11 @@ async fn a_slow_predictor_node_keeps_no_step() {
     assert!(begun.elapsed() < DELAY * TOKENS as u32 / 2, "{:?}", begun.elapsed());
     assert_eq!(ids(&exact), ids(&generate(&quick.coordinator, RoutingMode::Exact).await));
     assert!(exact[TOKENS - 1].finish.as_ref().expect("the last").trace.unpredicted);
-    let hash = generate(&coordinator, HASH).await;
+    // Also while a prediction that came too late for somebody else's step is still under way.
+    let (_, hash) = futures::join!(generate(&coordinator, RoutingMode::Exact), async {
+        tokio::time::sleep(DELAY / 4).await;
+        generate(&coordinator, HASH).await
+    });
     assert_eq!(ids(&hash), ids(&generate(&quick.coordinator, HASH).await));
     assert!(!hash[TOKENS - 1].finish.as_ref().expect("the last").trace.unpredicted);
 }
