@@ -9,7 +9,7 @@ use std::{ffi::c_void, sync::Arc};
 
 use bytemuck::Pod;
 use cudarc::driver::{
-    CudaContext, CudaEvent, CudaFunction, CudaStream, DevicePtr, PinnedHostSlice, result,
+    CudaContext, CudaEvent, CudaStream, DevicePtr, PinnedHostSlice, result,
     sys::{
         self, CUdevice_attribute, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig,
         CUresult,
@@ -19,6 +19,7 @@ use cudarc::driver::{
 use super::{
     buffer::{DeviceBuffer, DeviceSlice},
     error::{CudaError, failed},
+    kernels::Kernel,
 };
 
 /// The oldest CUDA that a driver must speak: what the library loads is named after it.
@@ -199,7 +200,7 @@ impl Gpu {
     /// it, and holds all that the kernel touches with this grid and these numbers.
     pub(super) unsafe fn launch<A: Copy>(
         &self,
-        function: &CudaFunction,
+        kernel: &Kernel,
         grid: (usize, usize, usize),
         threads: u32,
         arguments: &A,
@@ -217,12 +218,12 @@ impl Gpu {
             blockDimX: threads,
             blockDimY: 1,
             blockDimZ: 1,
-            sharedMemBytes: 0,
+            sharedMemBytes: kernel.shared_bytes,
             hStream: self.compute.cu_stream(),
             attrs: &raw mut overlap,
             numAttrs: u32::from(self.description.capability >= OVERLAP_CAPABILITY),
         };
-        let (function, parameters) = (function.cu_function(), parameters.as_mut_ptr());
+        let (function, parameters) = (kernel.function.cu_function(), parameters.as_mut_ptr());
         // SAFETY: the structure is copied by the call; the rest by the caller's promise.
         unsafe { sys::cuLaunchKernelEx(&config, function, parameters, std::ptr::null_mut()) }
             .result()

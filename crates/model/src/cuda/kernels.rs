@@ -4,7 +4,7 @@
 use std::{ffi::CString, sync::Arc};
 
 use cudarc::{
-    driver::{CudaFunction, CudaModule},
+    driver::{CudaFunction, CudaModule, sys::CUfunction_attribute},
     nvrtc::{Ptx, result as nvrtc, sys},
 };
 
@@ -29,13 +29,24 @@ const SOURCES: [(&str, &str); 11] = [
     ("mean.cu", include_str!("kernels/mean.cu")),
 ];
 
+/// What a block of `many` is given: what product_tensor.cu cuts into stages.
+const MANY_SHARED_BYTES: u32 = 96 << 10;
+
+/// A kernel that is loaded.
+#[derive(Debug)]
+pub(super) struct Kernel {
+    pub(super) function: CudaFunction,
+    /// Bytes of shared memory a block is given, beside those that the kernel declares.
+    pub(super) shared_bytes: u32,
+}
+
 /// One way to multiply: a kernel for each thing that can become of a result (see `Kind` of product.cu).
 #[derive(Debug)]
 pub(super) struct ProductKernels {
-    pub(super) store: CudaFunction,
-    pub(super) relu: CudaFunction,
-    pub(super) add: CudaFunction,
-    pub(super) logits: CudaFunction,
+    pub(super) store: Kernel,
+    pub(super) relu: Kernel,
+    pub(super) add: Kernel,
+    pub(super) logits: Kernel,
     pub(super) experts: ExpertKernels,
     /// For bf16 only.
     pub(super) packed_experts: Option<ExpertKernels>,
@@ -47,30 +58,30 @@ pub(super) struct ProductKernels {
 /// Both products of experts.
 #[derive(Debug)]
 pub(super) struct ExpertKernels {
-    pub(super) gather: CudaFunction,
-    pub(super) scatter: CudaFunction,
+    pub(super) gather: Kernel,
+    pub(super) scatter: Kernel,
 }
 
 /// Everything that runs on the device.
 #[derive(Debug)]
 pub(super) struct Kernels {
-    pub(super) embed: CudaFunction,
-    pub(super) norm: CudaFunction,
-    pub(super) add_rows: CudaFunction,
-    pub(super) fetch_rows: CudaFunction,
-    pub(super) take_rows: CudaFunction,
-    pub(super) best: CudaFunction,
-    pub(super) mean: CudaFunction,
-    pub(super) router_logits: CudaFunction,
-    pub(super) choose_experts: CudaFunction,
-    pub(super) group_rows: CudaFunction,
-    pub(super) choose_and_group: CudaFunction,
-    pub(super) attend_own_rows: CudaFunction,
-    pub(super) attend_cache: CudaFunction,
-    pub(super) attend_input: CudaFunction,
+    pub(super) embed: Kernel,
+    pub(super) norm: Kernel,
+    pub(super) add_rows: Kernel,
+    pub(super) fetch_rows: Kernel,
+    pub(super) take_rows: Kernel,
+    pub(super) best: Kernel,
+    pub(super) mean: Kernel,
+    pub(super) router_logits: Kernel,
+    pub(super) choose_experts: Kernel,
+    pub(super) group_rows: Kernel,
+    pub(super) choose_and_group: Kernel,
+    pub(super) attend_own_rows: Kernel,
+    pub(super) attend_cache: Kernel,
+    pub(super) attend_input: Kernel,
     /// Queries of a block of the three above.
     pub(super) queries: usize,
-    pub(super) write_cache: CudaFunction,
+    pub(super) write_cache: Kernel,
     pub(super) few: ProductKernels,
     /// For bf16 only: with float32 `few` multiplies any number of rows.
     pub(super) many: Option<ProductKernels>,
@@ -86,12 +97,13 @@ impl Kernels {
             format!("-DBF16={}", u8::from(precision == Precision::Bf16)),
             format!("-DD_KV={d_kv}"),
             format!("-DMULTIPROCESSORS={}", gpu.description().multiprocessors),
+            format!("-DMANY_SHARED_BYTES={MANY_SHARED_BYTES}"),
             "-DINFINITY=__int_as_float(0x7f800000)".to_owned(),
         ];
         let sources: Vec<String> = SOURCES.iter().map(|(name, text)| format!("#line 1 \"{name}\"\n{text}")).collect();
         let cubin = compile(&sources.concat(), &options, &format!("sm_{major}{minor}"))?;
         let module = gpu.context().load_module(Ptx::from_binary(cubin)).map_err(failed("cuModuleLoadData"))?;
-        let function = |name: &str| load(&module, name);
+        let function = |name: &str| load(&module, name, 0);
         let is_bf16 = precision == Precision::Bf16;
         Ok(Self {
             embed: function("embed_rows")?,
@@ -110,8 +122,10 @@ impl Kernels {
             attend_input: function("attend_input")?,
             queries: if is_bf16 { 64 } else { 8 },
             write_cache: function("write_cache")?,
-            few: ProductKernels::load(&module, "few", is_bf16, 128, (16, if is_bf16 { 32 } else { 8 }))?,
-            many: is_bf16.then(|| ProductKernels::load(&module, "many", true, 256, (128, 64))).transpose()?,
+            few: ProductKernels::load(&module, "few", is_bf16, 128, (16, if is_bf16 { 32 } else { 8 }), 0)?,
+            many: is_bf16
+                .then(|| ProductKernels::load(&module, "many", true, 256, (64, 64), MANY_SHARED_BYTES))
+                .transpose()?,
         })
     }
 }
@@ -123,11 +137,12 @@ impl ProductKernels {
         is_bf16: bool,
         threads: u32,
         tile: (usize, usize),
+        shared_bytes: u32,
     ) -> Result<Self, CudaError> {
-        let kind = |kind: &str| load(module, &format!("{name}_{kind}"));
+        let of = |name: &str, kind: &str| load(module, &format!("{name}_{kind}"), shared_bytes);
+        let kind = |kind: &str| of(name, kind);
         let experts = |name: &str| {
-            let (gather, scatter) = (format!("{name}_gather"), format!("{name}_scatter"));
-            Ok::<_, CudaError>(ExpertKernels { gather: load(module, &gather)?, scatter: load(module, &scatter)? })
+            Ok::<_, CudaError>(ExpertKernels { gather: of(name, "gather")?, scatter: of(name, "scatter")? })
         };
         Ok(Self {
             store: kind("store")?,
@@ -142,8 +157,13 @@ impl ProductKernels {
     }
 }
 
-fn load(module: &Arc<CudaModule>, name: &str) -> Result<CudaFunction, CudaError> {
-    module.load_function(name).map_err(failed("cuModuleGetFunction"))
+fn load(module: &Arc<CudaModule>, name: &str, shared_bytes: u32) -> Result<Kernel, CudaError> {
+    let function = module.load_function(name).map_err(failed("cuModuleGetFunction"))?;
+    if shared_bytes > 0 {
+        let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        function.set_attribute(most, shared_bytes as i32).map_err(failed("cuFuncSetAttribute"))?;
+    }
+    Ok(Kernel { function, shared_bytes })
 }
 
 /// Machine code of `source`. The library's own wrapper makes PTX only, which the driver would compile once more.

@@ -5,7 +5,6 @@
 //! pass's guard, and everything that was started after it does nothing (see `dense::through`). So the host never waits inside
 //! a pass, and a pass that has all it needs never notices.
 
-use cudarc::driver::CudaFunction;
 use sida_routing::LayerId;
 
 use super::{
@@ -13,7 +12,7 @@ use super::{
     device::Gpu,
     error::CudaError,
     grouped::{Grouped, Slots, few_group_rows_max},
-    kernels::Kernels,
+    kernels::{Kernel, Kernels, ProductKernels},
     scratch::{Packet, Scratch},
     weights::{Device, Matrix, Vector},
 };
@@ -24,10 +23,6 @@ use crate::{
     spec::{AttentionSpec, Keys},
 };
 
-/// Up to so many rows a dense product reads its matrix once per 32 rows; with more it is multiplied in larger tiles.
-/// Measured: at 128 rows 14 against 18 us, at 256 rows 21 against 18. Of a narrow matrix those tiles are too few to keep the
-/// device busy: encodings of eight took 1.84 ms so, and 1.57 where tiles that fill less than half of it are not taken.
-const FEW_ROWS_MAX: usize = 192;
 /// Up to so many rows one block chooses and groups; with more, choosing is spread over the device.
 const FUSED_ROUTE_ROWS_MAX: usize = 256;
 
@@ -75,7 +70,7 @@ impl Machine<'_> {
     /// Starts a kernel with the arguments of an operation below.
     fn launch<A: Copy>(
         &self,
-        function: &CudaFunction,
+        kernel: &Kernel,
         grid: (usize, usize, usize),
         threads: u32,
         arguments: &A,
@@ -83,7 +78,7 @@ impl Machine<'_> {
         // SAFETY: each operation passes the structure of the kernel that it names. Addresses are those of weights, of scratch
         // and of what sequences hold, all of which is given back in the order of the stream; scratch is as large as the
         // largest batch needs, which batches are held to before they begin.
-        unsafe { self.gpu.launch(function, grid, threads, arguments) }
+        unsafe { self.gpu.launch(kernel, grid, threads, arguments) }
     }
 }
 
@@ -249,13 +244,13 @@ impl<'m> Pass<'m> {
 
     fn product_of(&self, rows: usize, x: u64, w: &Matrix, out: u64, become_: Become) -> Result<(), CudaError> {
         let Machine { gpu, kernels, .. } = self.machine;
-        let kernels = match &kernels.many {
-            Some(many) if rows > FEW_ROWS_MAX => {
-                let blocks = w.outputs / many.tile.0 * rows.div_ceil(many.tile.1);
-                if 2 * blocks < gpu.description().multiprocessors { &kernels.few } else { many }
-            }
-            _ => &kernels.few,
+        // Where one tile of `few` has all rows, it reads the matrix once. Where tiles of `many` would keep less than half of the
+        // device busy, those of `few` are quicker: encodings of eight took 1.84 ms with them, and 1.57 without.
+        let is_wide = |many: &ProductKernels| {
+            let blocks = w.outputs / many.tile.0 * rows.div_ceil(many.tile.1);
+            rows > kernels.few.tile.1 && 2 * blocks >= gpu.description().multiprocessors
         };
+        let kernels = kernels.many.as_ref().filter(|many| is_wide(many)).unwrap_or(&kernels.few);
         let arguments = Product {
             x,
             w: w.address(),

@@ -7,13 +7,6 @@
 const int QUERIES = 64;
 const int WIDTH = D_KV + 8; // of a row in shared memory: 16 bytes more, so that banks differ
 
-// Two neighbours in one register.
-__device__ __forceinline__ u32 pair(float low, float high) {
-    u32 two;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(high), "f"(low));
-    return two;
-}
-
 // Loads 32 rows of a head from `row` on, those from `end` on as zero.
 __device__ __forceinline__ void load_rows(const T *from, u64 stride, int row, int end, T *to) {
     for (int at = threadIdx.x; at < 32 * D_KV / 8; at += 128) {

@@ -22,6 +22,21 @@ __device__ __forceinline__ void narrow(float value, bf16 *to) {
 }
 __device__ __forceinline__ void narrow(float value, float *to) { *to = value; }
 
+// Two neighbours in one register.
+__device__ __forceinline__ u32 pair(float low, float high) {
+    u32 two;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(high), "f"(low));
+    return two;
+}
+
+// Four neighbours, at a place that they are aligned to.
+__device__ __forceinline__ void narrow4(float4 v, bf16 *to) {
+    *reinterpret_cast<uint2 *>(to) = make_uint2(pair(v.x, v.y), pair(v.z, v.w));
+}
+__device__ __forceinline__ void narrow4(float4 v, float *to) { *reinterpret_cast<float4 *>(to) = v; }
+
+__device__ __forceinline__ float relu(float y) { return y < 0 ? 0.f : y; } // a NaN stays
+
 // Four neighbours as float.
 __device__ __forceinline__ float4 wide4(const float *from) { return *reinterpret_cast<const float4 *>(from); }
 __device__ __forceinline__ float4 wide4(const bf16 *from) {

@@ -55,19 +55,31 @@ template <int KIND> struct Rows {
         return KIND == GATHER ? a.order[place] : place;
     }
 
-    __device__ void put(const Product &a, int r, int o, float y) const {
-        int place = first + r;
-        if (KIND == STORE) narrow(y, static_cast<T *>(a.out) + u64(place) * a.outputs + o);
-        if (KIND == RELU || KIND == GATHER)
-            narrow(y < 0 ? 0.f : y, static_cast<T *>(a.out) + u64(place) * a.outputs + o); // a NaN stays
-        if (KIND == ADD) static_cast<float *>(a.out)[u64(place) * a.outputs + o] += y;
-        if (KIND == LOGITS) static_cast<float *>(a.out)[u64(place) * a.outputs + o] = y;
+    // The row that the results of row r of this block go to.
+    __device__ int output(const Product &a, int r) const {
+        return KIND == SCATTER ? a.order[first + r] : first + r;
+    }
+
+    // What four results of that row, from output o on, are added to. Read for several rows before any is written, so that
+    // nobody waits for one after another.
+    __device__ float4 before(const Product &a, int row, int o) const {
+        if (KIND != ADD && KIND != SCATTER) return make_float4(0, 0, 0, 0);
+        return wide4(static_cast<const float *>(a.out) + u64(row) * a.outputs + o);
+    }
+
+    __device__ void put(const Product &a, int row, int o, float4 y, float4 before) const {
+        u64 at = u64(row) * a.outputs + o;
+        if (KIND == STORE) narrow4(y, static_cast<T *>(a.out) + at);
+        if (KIND == RELU || KIND == GATHER) narrow4(make_float4(relu(y.x), relu(y.y), relu(y.z), relu(y.w)), static_cast<T *>(a.out) + at);
+        if (KIND == ADD) y = make_float4(before.x + y.x, before.y + y.y, before.z + y.z, before.w + y.w);
         if (KIND == SCATTER) {
-            int token = a.order[place];
-            float *h = static_cast<float *>(a.out) + u64(token) * a.outputs + o;
+            float alpha = a.alpha[row];
             // Not fused: where experts are elsewhere, the product comes rounded, too.
-            *h = __fadd_rn(*h, __fmul_rn(a.alpha[token], y));
+            y = make_float4(__fadd_rn(before.x, __fmul_rn(alpha, y.x)), __fadd_rn(before.y, __fmul_rn(alpha, y.y)),
+                            __fadd_rn(before.z, __fmul_rn(alpha, y.z)), __fadd_rn(before.w, __fmul_rn(alpha, y.w)));
         }
+        if (KIND == ADD || KIND == LOGITS || KIND == SCATTER)
+            *reinterpret_cast<float4 *>(static_cast<float *>(a.out) + at) = y;
     }
 };
 

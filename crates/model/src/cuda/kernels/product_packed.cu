@@ -96,20 +96,22 @@ EXPERT_KINDS(few_packed, few_packed, 128, 1)
 // As PlainTile; the heads of its rows are in shared memory, too.
 struct PackedTile {
     typedef unsigned char Element;
-    static const int BYTES = 128 * 48;
-    static const int HEADS = 128;
-    static const int OUTPUTS = 16;
+    static const int BYTES = SIDE * 48;
+    static const int HEADS = SIDE;
     Packed w;
-    int row;
+    const unsigned char *from;
     const uint4 *heads;
+    u32 pieces[3]; // 16 bytes each, 3 of a row
 
-    __device__ PackedTile(const Product &a, const void *matrix, int row, uint4 *heads) : w(a, matrix), row(row), heads(heads) {
-        if (threadIdx.x < HEADS) heads[threadIdx.x] = w.head(row + threadIdx.x);
+    __device__ PackedTile(const Product &a, const void *matrix, int o, int k, int thread, uint4 *heads)
+        : w(a, matrix), from(w.row(o) + k / 32 * 48), heads(heads) {
+        if (threadIdx.x < SIDE) heads[threadIdx.x] = w.head(o + threadIdx.x);
+        for (int i = 0; i < 3; ++i) pieces[i] = (thread + i * SIDE) / 3 * w.row_bytes + (thread + i * SIDE) % 3 * 16;
+        __syncthreads();
     }
-    __device__ __forceinline__ void copy(unsigned char *to, int step) const {
-        // 3 pieces a row.
-        for (int i = threadIdx.x; i < 3 * 128; i += 256)
-            copy_ahead(to + i * 16, w.row(row + i / 3) + step * 48 + i % 3 * 16);
+    __device__ __forceinline__ void copy(unsigned char *to, int thread) {
+        for (int i = 0; i < 3; ++i) copy_ahead(to + (thread + i * SIDE) * 16, from + pieces[i]);
+        from += 48;
     }
     __device__ __forceinline__ uint4 weights(const unsigned char *tile, int at, int t) const {
         uint2 bytes = *reinterpret_cast<const uint2 *>(tile + at * 48 + t * 8);
@@ -120,6 +122,6 @@ struct PackedTile {
 
 template <int KIND> __device__ __forceinline__ void many_packed(const Product &a) { many_of<KIND, PackedTile>(a); }
 
-EXPERT_KINDS(many_packed, many_packed, 256, 2)
+EXPERT_KINDS(many_packed, many_packed, 4 * SIDE, 2)
 
 #endif

@@ -19,11 +19,15 @@ template <int KIND, typename X, typename W> __device__ __forceinline__ void scal
                 sums[j][r] += v.x * ws[j].x + v.y * ws[j].y + v.z * ws[j].z + v.w * ws[j].w;
         }
     }
-    for (int r = 0; r < 8; ++r)
-        for (int j = 0; j < 4; ++j) {
-            float y = warp_sum(sums[j][r]);
-            if (lane == r * 4 + j && r < rows.count) rows.put(a, r, o + j, y);
-        }
+    // Lane r puts row r.
+    float4 own = make_float4(0, 0, 0, 0);
+    for (int r = 0; r < 8; ++r) {
+        float4 y = make_float4(warp_sum(sums[0][r]), warp_sum(sums[1][r]), warp_sum(sums[2][r]), warp_sum(sums[3][r]));
+        if (lane == r) own = y;
+    }
+    if (lane >= min(rows.count, 8)) return;
+    int row = rows.output(a, lane);
+    rows.put(a, row, o, own, rows.before(a, row, o));
 }
 
 #if BF16

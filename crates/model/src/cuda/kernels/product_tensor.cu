@@ -5,9 +5,9 @@
 // instructions: those see k in another order, the same for W and x, which changes no sum's terms. Within every 32 of k,
 // thread t of a row's four has 8t to 8t + 7; the first instruction takes the lower four of each, the second the upper.
 //
-// k is cut into 4 runs that are summed by themselves and then added in order. `few` gives each run to a warp, `many`
-// does one after another; so both give the same bits, and a row's do not depend on which was chosen.
-// k is a multiple of 128, outputs of 16 (few) or 128.
+// k is cut into 4 runs that are summed by themselves and then added in order. `few` gives each run to a warp, `many` to two;
+// so both give the same bits, and a row's do not depend on which was chosen.
+// k is a multiple of 128, outputs of 16 (few) or 64.
 
 #if BF16
 
@@ -16,6 +16,10 @@ __device__ __forceinline__ void multiply(float (&sum)[4], u32 a0, u32 a1, u32 a2
         "{%0, %1, %2, %3};"
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void multiply(float (&sum)[4], uint4 a, u32 b0, u32 b1) {
+    multiply(sum, a.x, a.y, a.z, a.w, b0, b1);
 }
 
 // 16 outputs x 8 rows, 32 of k: `upper` are outputs 0 to 7, `lower` 8 to 15.
@@ -36,6 +40,16 @@ struct PlainRow {
     __device__ Loaded load(int k) const { return load_streaming(at + k); }
     __device__ uint4 weights(Loaded loaded) const { return loaded; }
 };
+
+// Four neighbours of a product: what its four runs made of them, added in order. From one run's to the next's are `apart`.
+__device__ __forceinline__ float4 sum_of_runs(const float *parts, int apart) {
+    float4 sum = wide4(parts);
+    for (int run = 1; run < 4; ++run) {
+        float4 part = wide4(parts + run * apart);
+        sum = make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
+    }
+    return sum;
+}
 
 // 16 outputs of 8 * TILES rows. AHEAD: how many times 32 of k are loaded before they are used.
 template <int KIND, typename Row, int TILES, int AHEAD>
@@ -74,11 +88,12 @@ __device__ __forceinline__ void few_rows(const Product &a, const Rows<KIND> &row
         for (int i = 0; i < 4; ++i)
             partial[(warp * 32 + j * 8 + t * 2 + i % 2) * 20 + g + i / 2 * 8] = sums[j][i];
     __syncthreads();
-    for (int at = threadIdx.x; at < rows.count * 16; at += 128) {
-        int place = at / 16 * 20 + at % 16;
-        float y = partial[place] + partial[place + 640] + partial[place + 1280] + partial[place + 1920];
-        rows.put(a, at / 16, o + at % 16, y);
-    }
+    // A thread puts four outputs of one of 32 rows.
+    int r = threadIdx.x / 4, at = threadIdx.x % 4 * 4;
+    if (r >= rows.count) return;
+    int row = rows.output(a, r);
+    float4 before = rows.before(a, row, o + at);
+    rows.put(a, row, o + at, sum_of_runs(partial + r * 20 + at, 640), before);
 }
 
 template <int KIND, typename Row> __device__ __forceinline__ void few_of(const Product &a) {
@@ -98,87 +113,115 @@ __device__ __forceinline__ void copy_ahead(void *to, const void *from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(u32(__cvta_generic_to_shared(to))), "l"(from));
 }
 
-// 128 rows of W, 32 of k at a time, by way of shared memory. A thread takes from there what PlainRow takes.
+// A block of `many` makes 64 outputs of 64 rows. Each run of k has two warps of its own, of 32 outputs each, and what they
+// multiply comes to shared memory by stages of 32 of k, STAGES of them under way.
+const int SIDE = 64, STAGES = 3, SUMS_WIDTH = SIDE + 4; // a row of sums is 4 wider, so that banks differ
+
+// SIDE rows of W. A thread takes from shared memory what PlainRow takes.
 struct PlainTile {
     typedef T Element;
-    static const int BYTES = 128 * 64;
-    static const int HEADS = 1; // none are needed
-    static const int OUTPUTS = 32;
+    static const int BYTES = SIDE * 64; // of a stage
+    static const int HEADS = 0;
     const T *from;
-    u64 half;
+    u64 apart;
 
-    __device__ PlainTile(const Product &a, const void *w, int row, uint4 *)
-        : from(static_cast<const T *>(w) + u64(row + threadIdx.x / 4) * a.k + threadIdx.x % 4 * 8), half(64 * u64(a.k)) {}
-    __device__ void copy(unsigned char *to, int step) const {
-        copy_ahead(to + threadIdx.x * 16, from + step * 32);
-        copy_ahead(to + 4096 + threadIdx.x * 16, from + half + step * 32);
+    // From output o and from `k` on; `thread` is of a run's. `heads` is for packed ones.
+    __device__ PlainTile(const Product &a, const void *w, int o, int k, int thread, uint4 *)
+        : from(static_cast<const T *>(w) + u64(o + thread / 4) * a.k + k + thread % 4 * 8), apart(u64(SIDE / 4) * a.k) {}
+    // The next stage.
+    __device__ void copy(unsigned char *to, int thread) {
+        for (int i = 0; i < 4; ++i) copy_ahead(to + (thread + i * SIDE) * 16, from + i * apart);
+        from += 32;
     }
     __device__ uint4 weights(const unsigned char *tile, int at, int t) const {
         return *reinterpret_cast<const uint4 *>(tile + at * 64 + t * 16);
     }
 };
 
-// 128 outputs x 64 rows; each of 8 warps makes 32 x 32, or 16 x 64 where W must be unpacked, which then is done once. Stages
-// of 32 of k, STAGES of them under way. (Tiles of 128 rows
-// were slower: they leave room for one block a multiprocessor only.)
-const int STAGES = 4;
-
 template <int KIND, typename W> __device__ __forceinline__ void many_of(const Product &a) {
-    const int STAGE_BYTES = W::BYTES + 64 * 64;
-    __shared__ __align__(128) unsigned char stages[STAGES * STAGE_BYTES];
+    extern __shared__ __align__(128) unsigned char memory[];
+    const int STAGE_BYTES = W::BYTES + SIDE * 64;
+    static_assert(4 * STAGES * STAGE_BYTES + W::HEADS * 16 <= MANY_SHARED_BYTES, "stages need more room");
+    static_assert(4 * SIDE * SUMS_WIDTH * 4 <= 4 * STAGES * STAGE_BYTES, "sums need more room");
     Rows<KIND> rows;
-    if (!rows.template find<typename W::Element>(a, 64)) return;
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    const int M = W::OUTPUTS / 16, N = 8 / M;
-    int o = blockIdx.x * 128, outputs_at = warp / M * W::OUTPUTS, rows_at = warp % M * 8 * N;
-    __shared__ uint4 heads[W::HEADS];
-    W w(a, rows.w, o, heads);
-    const T *x = static_cast<const T *>(a.x) + u64(rows.input(a, threadIdx.x / 4)) * a.k + threadIdx.x % 4 * 8;
-    auto fetch = [&](int step) {
-        if (step * 32 < a.k) {
-            unsigned char *to = stages + step % STAGES * STAGE_BYTES;
-            w.copy(to, step);
-            copy_ahead(to + W::BYTES + threadIdx.x * 16, x + step * 32);
+    if (!rows.template find<typename W::Element>(a, SIDE)) return;
+    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, run = threadIdx.x / SIDE, thread = threadIdx.x % SIDE;
+    int o = blockIdx.x * SIDE, outputs_at = thread / 32 * 32, steps = a.k / 128;
+    unsigned char *stages = memory + run * (STAGES * STAGE_BYTES);
+    W w(a, rows.w, o, run * (a.k / 4), thread, reinterpret_cast<uint4 *>(memory + 4 * STAGES * STAGE_BYTES));
+    const unsigned char *x = static_cast<const unsigned char *>(a.x) + (run * (a.k / 4) + thread % 4 * 8) * sizeof(T);
+    u32 rows_at[4];
+    for (int i = 0; i < 4; ++i) rows_at[i] = rows.input(a, thread / 4 + i * (SIDE / 4)) * a.k * sizeof(T);
+    int fetched = 0, fetch_to = 0;
+    auto fetch = [&]() {
+        if (fetched++ < steps) {
+            w.copy(stages + fetch_to, thread);
+            unsigned char *to = stages + fetch_to + W::BYTES + thread * 16;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) copy_ahead(to + i * SIDE * 16, x + rows_at[i]);
+            x += 64;
+            fetch_to = fetch_to == (STAGES - 1) * STAGE_BYTES ? 0 : fetch_to + STAGE_BYTES;
         }
         asm volatile("cp.async.commit_group;");
     };
-    for (int step = 0; step < STAGES - 1; ++step) fetch(step);
-    float sums[M][N][4] = {};
-    int steps = a.k / 128, step = 0;
-    for (int run = 0; run < 4; ++run) {
-        float parts[M][N][4] = {};
-        for (int end = step + steps; step < end; ++step) {
-            asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2));
-            __syncthreads();
-            fetch(step + STAGES - 1);
-            const unsigned char *stage = stages + step % STAGES * STAGE_BYTES;
-            uint4 xs[N];
+    for (int step = 0; step < STAGES - 1; ++step) fetch();
+    float parts[2][8][4] = {};
+    // It is 0, which the compiler cannot know. Words that it is added to are put where the instruction takes them from once;
+    // else they would be copied there before each.
+    const u32 zero = u32(a.rows) >> 31;
+    const unsigned char *stage = stages, *last = stages + (STAGES - 1) * STAGE_BYTES;
+    for (int step = 0; step < steps; ++step) {
+        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2));
+        asm volatile("bar.sync %0, %1;" ::"r"(run + 1), "n"(SIDE) : "memory"); // the threads of this run
+        fetch();
+        uint4 left[2][2];
 #pragma unroll
-            for (int n = 0; n < N; ++n)
-                xs[n] = *reinterpret_cast<const uint4 *>(stage + W::BYTES + (rows_at + n * 8 + g) * 64 + t * 16);
+        for (int m = 0; m < 2; ++m) {
+            uint4 upper = w.weights(stage, outputs_at + m * 16 + g, t), lower = w.weights(stage, outputs_at + m * 16 + 8 + g, t);
+            left[m][0] = make_uint4(upper.x + zero, lower.x + zero, upper.y + zero, lower.y + zero);
+            left[m][1] = make_uint4(upper.z + zero, lower.z + zero, upper.w + zero, lower.w + zero);
+        }
+        auto multiply_rows = [&](int n) {
+            uint4 xs = *reinterpret_cast<const uint4 *>(stage + W::BYTES + (n * 8 + g) * 64 + t * 16);
 #pragma unroll
-            for (int m = 0; m < M; ++m) {
-                uint4 upper = w.weights(stage, outputs_at + m * 16 + g, t);
-                uint4 lower = w.weights(stage, outputs_at + m * 16 + 8 + g, t);
+            for (int m = 0; m < 2; ++m) multiply(parts[m][n], left[m][0], xs.x, xs.y);
 #pragma unroll
-                for (int n = 0; n < N; ++n) multiply32(parts[m][n], upper, lower, xs[n]);
-            }
+            for (int m = 0; m < 2; ++m) multiply(parts[m][n], left[m][1], xs.z, xs.w);
+        };
+#pragma unroll
+        for (int n = 0; n < 4; ++n) multiply_rows(n);
+        if (rows.count > 32)
+#pragma unroll
+            for (int n = 4; n < 8; ++n) multiply_rows(n);
+        stage = stage == last ? stages : stage + STAGE_BYTES;
+    }
+    __syncthreads();
+    float *partial = reinterpret_cast<float *>(memory); // (run, row, output)
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+        for (int n = 0; n < 8; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                partial[(run * SIDE + n * 8 + t * 2 + i % 2) * SUMS_WIDTH + outputs_at + m * 16 + g + i / 2 * 8] = parts[m][n][i];
+    __syncthreads();
+    // A thread puts four outputs of four rows.
+    float4 before[4];
+    int r = threadIdx.x / 16, at = threadIdx.x % 16 * 4, to[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        if (r + i * 16 < rows.count) {
+            to[i] = rows.output(a, r + i * 16);
+            before[i] = rows.before(a, to[i], o + at);
         }
 #pragma unroll
-        for (int i = 0; i < 32; ++i) {
-            float &sum = sums[i / 4 / N][i / 4 % N][i % 4], part = parts[i / 4 / N][i / 4 % N][i % 4];
-            sum = run ? sum + part : part;
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < 32; ++i) {
-        int r = rows_at + i / 4 % N * 8 + t * 2 + i % 2, at = o + outputs_at + i / 4 / N * 16 + g + i % 4 / 2 * 8;
-        if (r < rows.count) rows.put(a, r, at, sums[i / 4 / N][i / 4 % N][i % 4]);
-    }
+    for (int i = 0; i < 4; ++i)
+        if (r + i * 16 < rows.count)
+            rows.put(a, to[i], o + at, sum_of_runs(partial + (r + i * 16) * SUMS_WIDTH + at, SIDE * SUMS_WIDTH), before[i]);
 }
 
 template <int KIND> __device__ __forceinline__ void many(const Product &a) { many_of<KIND, PlainTile>(a); }
 
-KINDS(many, many, 256, 2)
+KINDS(many, many, 4 * SIDE, 2)
 
 #endif
