@@ -131,7 +131,7 @@ async fn deadlines() {
     let served = served().await;
     served.cluster.nodes.iter().for_each(|node| node.behave(Behaviour::Slow(Duration::from_millis(20))));
     let mut client = InferenceClient::new(served.channel.clone());
-    let request = GenerateRequest { text: TEXT.into(), max_tokens: 500, min_tokens: 500, ..Default::default() };
+    let request = GenerateRequest { text: TEXT.into(), max_tokens: 500, min_tokens: Some(500), ..Default::default() };
     let mut request = Request::new(request);
     request.set_timeout(Duration::from_millis(300));
     let status = match client.generate(request).await {
@@ -162,7 +162,7 @@ async fn health_is_an_expert_call_and_shutdown_drains() {
     served.cluster.nodes.iter().for_each(|node| node.behave(Behaviour::Slow(Duration::from_millis(2))));
 
     let mut client = InferenceClient::new(served.channel.clone());
-    let request = GenerateRequest { text: TEXT.into(), min_tokens: 30, max_tokens: 30, ..Default::default() };
+    let request = GenerateRequest { text: TEXT.into(), min_tokens: Some(30), max_tokens: 30, ..Default::default() };
     let mut stream = client.generate(request).await.expect("accepted").into_inner();
     served.shutdown.cancel();
     let mut tokens = 0;

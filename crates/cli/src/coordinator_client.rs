@@ -170,7 +170,7 @@ fn generate_request(params: GenerateParams) -> v1::GenerateRequest {
         routing: Some(routing_options(params.routing)),
         text: params.text,
         max_tokens: tokens(params.max_tokens),
-        min_tokens: tokens(params.min_tokens),
+        min_tokens: params.min_tokens.map(tokens),
         ignore_eos: params.ignore_eos,
         temperature: params.sampling.temperature,
         top_k: params.sampling.top_k.map(tokens),
