@@ -131,6 +131,7 @@ async fn measure(
     let mut next = vec![0; subjects.len()];
     for (subject, next) in subjects.iter().zip(&mut next) {
         (_, *next) = load::run(warming, 0, request_of(subject, workload)).await;
+        subject.clients[0].check_model()?;
     }
     let mut before = Vec::new();
     for subject in subjects {
@@ -151,6 +152,7 @@ async fn measure(
     drop(bar);
     let mut measured = Vec::new();
     for (index, (subject, samples)) in subjects.iter().zip(samples).enumerate() {
+        subject.clients[0].check_model()?;
         let state = subject.node_state().await?;
         let model = subject.clients[0].model().await?;
         measured.push(Measured {
