@@ -123,7 +123,8 @@ fn damaged_experts_that_are_used_end_with_the_code_of_a_bad_file() {
         fs::write(&file, weights).expect("written");
     }
     for command in [&["ask", "x"][..], &["ask", "--json", "x"], &["bench", "--requests", "1", "--warmup", "1"]] {
-        refused(command, model.path(), &[".mlp.experts.", "damaged"]);
+        let said = refused(command, model.path(), &[".mlp.experts.", "damaged"]);
+        assert_eq!(said.lines().count(), 1, "{said}");
     }
 }
 

@@ -83,6 +83,10 @@ enum Command {
     Completions(commands::completions::CompletionsArguments),
 }
 
+/// What clients log unless told otherwise. What failed on the way to an answer is told by the error that ends the command, if
+/// another node did not make it good.
+const CLIENT_LOG: &str = "warn,sida_coordinator::dispatch=error,sida_expert_node::prefetch=error";
+
 /// Why there is no command line to run.
 #[derive(Debug)]
 pub(crate) enum ParseError {
@@ -197,7 +201,7 @@ impl CommandLine {
             self.command,
             Command::Up(_) | Command::Coordinator(_) | Command::ExpertNode(_) | Command::PredictorNode(_)
         );
-        let filter = self.general.log.as_deref().unwrap_or(if is_server { "info" } else { "warn" });
+        let filter = self.general.log.as_deref().unwrap_or(if is_server { "info" } else { CLIENT_LOG });
         let refused = |error| BadConfiguration::because("logging cannot be set up", error);
         let format: LogFormat = self.general.log_format.parse().map_err(refused)?;
         logging::install(filter, format).map_err(refused)?;

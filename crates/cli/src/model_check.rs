@@ -31,7 +31,7 @@ impl Part {
 
 /// The tensors, by their headers.
 pub(crate) fn tensors(checkpoint: &Arc<Checkpoint>) -> Part {
-    let all = || format!("{}, all that config.json speaks of", checkpoint.names().count());
+    let all = || format!("{}, with all that config.json speaks of", checkpoint.names().count());
     Part::of(checkpoint.check_tensors().map(|()| all()).map_err(Into::into))
 }
 

@@ -12,10 +12,10 @@ pub(crate) fn told(error: &anyhow::Error) -> String {
     joined(String::new(), error.chain())
 }
 
-/// A status and its causes: what the connection said, such as that a certificate is missing.
+/// A status, and what lies at the bottom of it: what the connection said, such as that a certificate is missing.
 pub(crate) fn told_status(status: &Status) -> String {
     let causes = std::iter::successors(status.source(), |&cause| cause.source());
-    joined(status.message().to_owned(), causes)
+    joined(status.message().to_owned(), causes.last().into_iter())
 }
 
 /// The context of an error of the first call on a connection.

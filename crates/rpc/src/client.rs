@@ -56,14 +56,14 @@ pub enum ClientError {
     Address { address: String },
     #[error("TLS to {address}: {source}")]
     Tls { address: String, source: TlsError },
-    #[error("cannot connect to {address}: {}", root_cause(.source))]
-    Connect { address: String, source: transport::Error },
+    #[error("cannot connect to {address}: {}", root_cause(.error))]
+    Connect { address: String, error: transport::Error },
 }
 
 /// Connects to `address`: `host:port`, or with `http://` or `https://` before it.
 pub async fn connect(address: &str, config: &ClientConfig) -> Result<Channel, ClientError> {
     let endpoint = endpoint(address, config)?;
-    endpoint.connect().await.map_err(|source| ClientError::Connect { address: address.to_owned(), source })
+    endpoint.connect().await.map_err(|error| ClientError::Connect { address: address.to_owned(), error })
 }
 
 /// A channel that connects at its first call, and again whenever the connection was lost. Has to be called
@@ -104,7 +104,7 @@ fn endpoint(address: &str, config: &ClientConfig) -> Result<Endpoint, ClientErro
         .keep_alive_while_idle(true);
     let Some(tls) = tls else { return Ok(endpoint) };
     let tls = tls.load().map_err(|source| ClientError::Tls { address: address.to_owned(), source })?;
-    endpoint.tls_config(tls).map_err(|source| ClientError::Connect { address: address.to_owned(), source })
+    endpoint.tls_config(tls).map_err(|error| ClientError::Connect { address: address.to_owned(), error })
 }
 
 /// What lies at the bottom of a transport error, whose own text says only "transport error".

@@ -4,7 +4,7 @@
 //!
 //! In reading order: [`status`] (errors as gRPC statuses), `ending` (calls that end early), `watched_response` (how they end),
 //! [`outcome`], [`deadline`],
-//! [`drain`], `unreadable`, [`trace`], [`request_id`], [`metadata`], [`health`] and `health_service`, [`tls`]; connections: `peer` (one,
+//! [`drain`], `refusals`, [`trace`], [`request_id`], [`metadata`], [`health`] and `health_service`, [`tls`]; connections: `peer` (one,
 //! as its server sees it), `connections` (all), `accept` (how they come), `connection` (one, from its first byte to its
 //! last); [`server`] (puts them together), [`metrics_port`] (what is not gRPC), [`client`].
 
@@ -21,12 +21,12 @@ pub mod metadata;
 pub mod metrics_port;
 pub mod outcome;
 mod peer;
+mod refusals;
 pub mod request_id;
 pub mod server;
 pub mod status;
 pub mod tls;
 pub mod trace;
-mod unreadable;
 mod watched_response;
 
 pub use client::{ClientConfig, ClientError, connect, connect_lazy};

@@ -44,10 +44,10 @@ use crate::{
     health_service::NodeHealth,
     metadata::{HEADER_LIST_BYTES_MAX, MetadataLayer},
     outcome::{Observer, Outcome, OutcomeLayer},
+    refusals::RefusalLayer,
     request_id::RequestIdLayer,
     tls::{ServerTls, TlsError},
     trace::TraceLayer,
-    unreadable::UnreadableLayer,
 };
 
 /// The largest message taken or sent. tonic keeps this limit in each generated service and client, so whoever
@@ -247,7 +247,7 @@ fn layered(routes: Routes, observer: Option<Observer>, drain: DrainLayer) -> imp
         .layer(DeadlineLayer)
         // Handlers end by it, and the layers above still see a proper response.
         .layer(drain)
-        .layer(UnreadableLayer)
+        .layer(RefusalLayer)
         .service(routes.prepare())
 }
 

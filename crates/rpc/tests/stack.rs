@@ -350,6 +350,22 @@ async fn a_message_that_cannot_be_read_is_its_callers_mistake() {
 }
 
 #[tokio::test]
+async fn what_is_not_served_is_named() {
+    // Broken: who asks a node of another role would be answered by a code and no word.
+    let running = Running::start(plain(), |server| server).await;
+    let mut client = HealthClient::new(running.channel().await);
+    client.check(HealthCheckRequest::default()).await.unwrap();
+    let mut other = tonic::client::Grpc::new(running.channel().await);
+    other.ready().await.unwrap();
+    let path = http::uri::PathAndQuery::from_static("/sida.v1.Cluster/Status");
+    let codec = tonic_prost::ProstCodec::<Vec<u8>, Vec<u8>>::default();
+    let status = other.unary(Request::new(Vec::new()), path, codec).await.unwrap_err();
+    assert_eq!((status.code(), Reason::of(&status)), (Code::Unimplemented, Some(Reason::Unsupported)));
+    assert_eq!(status.message(), "this node does not serve /sida.v1.Cluster/Status");
+    running.stop().await;
+}
+
+#[tokio::test]
 async fn every_end_of_a_call_is_told() {
     // Broken: what is refused before a handler sees it would be in no metric, and a missed deadline be counted as a
     // caller who changed his mind.

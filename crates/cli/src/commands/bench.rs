@@ -100,6 +100,9 @@ fn load_of(arguments: &BenchArguments) -> Result<Load, BadConfiguration> {
             return Err(BadConfiguration::new(format!("{name} is {value}, expected 1 to {most}")));
         }
     }
+    if arguments.requests == Some(0) {
+        return Err(BadConfiguration::new("--requests is 0, expected 1 or more".to_owned()));
+    }
     if arguments.duration == Some(Duration::ZERO) {
         return Err(BadConfiguration::new("--duration is 0s, expected more".to_owned()));
     }
