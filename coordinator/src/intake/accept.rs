@@ -115,7 +115,7 @@ impl Acceptance<'_> {
             None => model.tokens_min.min(tokens_max),
             Some(tokens) if tokens <= tokens_max => tokens,
             Some(tokens) => {
-                let whose = if params.max_tokens == 0 { ", where the request does not say" } else { "" };
+                let whose = if params.max_tokens == 0 { ", as the request does not give it" } else { "" };
                 let expected = format!("at most max_tokens, which is {tokens_max}{whose}");
                 return Err(refused("min_tokens", tokens, expected));
             }

@@ -58,7 +58,7 @@ async fn options() {
     let error = refused(&cluster, GenerateParams { max_tokens: 5, min_tokens: Some(7), ..base.clone() }).await;
     assert_eq!(error.to_string(), "min_tokens is 7, expected at most max_tokens, which is 5");
     let error = refused(&cluster, GenerateParams { min_tokens: Some(65), ..base }).await.to_string();
-    assert!(error.contains("at most max_tokens, which is 64, where the request does not say"), "{error}");
+    assert!(error.contains("at most max_tokens, which is 64, as the request does not give it"), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -88,10 +88,15 @@ struct Checked {
 }
 
 fn checked(checkpoint: &Arc<Checkpoint>) -> Checked {
+    let tensors = model_check::tensors(checkpoint);
+    let predictor = match &tensors {
+        Part::Unusable(_) => Part::Unusable("not looked at, the tensors come first".to_owned()),
+        Part::Sound(_) | Part::Missing => model_check::predictor(checkpoint),
+    };
     let parts = [
-        ("tensors", model_check::tensors(checkpoint), "none"),
+        ("tensors", tensors, "none"),
         ("tokenizer", model_check::tokenizer(checkpoint.dir(), checkpoint.config()), "none: texts cannot be read"),
-        ("predictor", model_check::predictor(checkpoint), "none; `sida train-predictor` makes one"),
+        ("predictor", predictor, "none; `sida train-predictor` makes one"),
     ];
     let is_usable = !parts.iter().any(|(_, part, _)| matches!(part, Part::Unusable(_)));
     let line = |(name, part, missing): (&'static str, Part, &str)| match part {

@@ -31,13 +31,15 @@ pub(super) fn findings(named: Option<&Path>) -> Vec<Finding> {
     let shown = model_dir::full_path(&dir);
     let text = format!("{}: {layers} MoE layers of {} experts", shown.display(), config.num_experts);
     let (whole, manifest, opened) = (ModelConfig::open(&dir), Manifest::read(&dir), Checkpoint::open(&dir));
+    let tensors = tensors(&opened, whole.is_err() || manifest.is_err());
+    let loaded = opened.as_ref().ok().filter(|_| tensors.verdict == Verdict::Good);
     vec![
         finding(Verdict::Good, "model", text),
         generation(&whole),
         manifest_finding(&dir, &manifest, &opened),
-        tensors(&opened, whole.is_err() || manifest.is_err()),
+        tensors,
         tokenizer(&dir, whole.as_ref().unwrap_or(&config)),
-        predictor(&opened),
+        predictor(loaded),
     ]
 }
 
@@ -99,11 +101,12 @@ fn tokenizer(dir: &Path, config: &ModelConfig) -> Finding {
     found("tokenizer", model_check::tokenizer(dir, config), Verdict::Bad, missing)
 }
 
-fn predictor(opened: &Result<Arc<Checkpoint>, ModelError>) -> Finding {
+/// Of a model whose tensors are sound: a predictor is one of those.
+fn predictor(model: Option<&Arc<Checkpoint>>) -> Finding {
     let missing = "none: nothing is preloaded; `sida train-predictor` makes one";
-    match opened {
-        Ok(checkpoint) => found("predictor", model_check::predictor(checkpoint), Verdict::Note, missing),
-        Err(_) => finding(Verdict::Note, "predictor", NOT_YET),
+    match model {
+        Some(checkpoint) => found("predictor", model_check::predictor(checkpoint), Verdict::Note, missing),
+        None => finding(Verdict::Note, "predictor", NOT_YET),
     }
 }
 
