@@ -92,6 +92,7 @@ pub async fn serve(
             let coordinator = coordinator.clone();
             move || coordinator.is_alive()
         })
+        .observed(doors::request_count::count)
         .leaving(shutdown.clone())
         .serve(listener, coordinator.cluster().left_after(shutdown, LEAVE_PATIENCE))
         .await?;

@@ -73,7 +73,8 @@ impl ExpertNodeConfig {
     }
 }
 
-/// How much memory the experts of a node may take: `2GiB`, `300MB`, `65536`, or `25%` of all the model's experts.
+/// How much memory the experts of a node may take: `2GiB`, `300MB`, `65536`, or `25%` of all the model's experts. Units are
+/// read in any case.
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
 #[serde(try_from = "String")]
 pub enum ExpertMemory {
@@ -91,17 +92,17 @@ pub struct ExpertMemoryError {
     pub found: String,
 }
 
-/// Suffix and bytes, longest suffixes first.
+/// Suffix in lower case and bytes, longest suffixes first: `KiB` and its like count by 1024, `KB` and its like by 1000.
 const UNITS: [(&str, f64); 10] = [
-    ("KiB", 1024.0),
-    ("MiB", 1048576.0),
-    ("GiB", 1073741824.0),
-    ("TiB", 1099511627776.0),
-    ("KB", 1e3),
-    ("MB", 1e6),
-    ("GB", 1e9),
-    ("TB", 1e12),
-    ("B", 1.0),
+    ("kib", 1024.0),
+    ("mib", 1048576.0),
+    ("gib", 1073741824.0),
+    ("tib", 1099511627776.0),
+    ("kb", 1e3),
+    ("mb", 1e6),
+    ("gb", 1e9),
+    ("tb", 1e12),
+    ("b", 1.0),
     ("", 1.0),
 ];
 
@@ -134,7 +135,7 @@ impl FromStr for ExpertMemory {
             let value: f64 = number.trim().parse().map_err(|_| refused())?;
             if value.is_finite() && value > 0.0 { Ok(value) } else { Err(refused()) }
         };
-        let trimmed = text.trim();
+        let trimmed = text.trim().to_ascii_lowercase();
         if let Some(percent) = trimmed.strip_suffix('%') {
             let share = positive(percent)? / 100.0;
             return if share <= 1.0 { Ok(Self::Share(share)) } else { Err(refused()) };
@@ -176,11 +177,17 @@ mod tests {
         assert_eq!(bytes("2GiB"), Ok(ExpertMemory::Bytes(2 << 30)));
         assert_eq!(bytes("1.5 MiB"), Ok(ExpertMemory::Bytes(3 << 19)));
         assert_eq!(bytes("300MB"), Ok(ExpertMemory::Bytes(300_000_000)));
+        assert_eq!(
+            [bytes("1gb"), bytes("1 gib")],
+            [Ok(ExpertMemory::Bytes(1_000_000_000)), Ok(ExpertMemory::Bytes(1 << 30))]
+        );
+        assert_eq!([bytes("3kB"), bytes("3KIB")], [Ok(ExpertMemory::Bytes(3000)), Ok(ExpertMemory::Bytes(3 << 10))]);
         assert_eq!(bytes("4096"), Ok(ExpertMemory::Bytes(4096)));
         assert_eq!(bytes("4096B"), Ok(ExpertMemory::Bytes(4096)));
         assert_eq!(bytes("25%"), Ok(ExpertMemory::Share(0.25)));
         assert_eq!(bytes("100 %"), Ok(ExpertMemory::Share(1.0)));
-        for wrong in ["", "%", "0", "0%", "-1GiB", "101%", "nan", "inf", "1e300GiB", "2 gib", "GiB", "0.1B"] {
+        for wrong in ["", "%", "0", "0%", "-1GiB", "101%", "nan", "inf", "1e300GiB", "2 gb ib", "2gibb", "GiB", "0.1B"]
+        {
             assert!(bytes(wrong).is_err(), "{wrong}");
         }
     }

@@ -35,7 +35,7 @@ async fn requests_out_of_range() {
     let plain = greedy(TEXT, 4);
     for request in [
         v1::GenerateRequest { max_tokens: u32::MAX, ..plain.clone() },
-        v1::GenerateRequest { min_tokens: 5, ..plain.clone() },
+        v1::GenerateRequest { min_tokens: Some(5), ..plain.clone() },
         v1::GenerateRequest { temperature: Some(-1.0), ..plain.clone() },
         v1::GenerateRequest { temperature: Some(f32::NAN), ..plain.clone() },
         v1::GenerateRequest { top_p: Some(1.5), ..plain.clone() },
@@ -79,7 +79,8 @@ async fn malformed_messages() {
     let sandbox = Sandbox::start(SandboxConfig::default()).await;
     for body in [&b"\xff\xff\xff\xff"[..], b"\x0a\xff\xff\xff\xff\x0fx", b"\x0a\x03abc\x0b", &[0x0a; 3]] {
         let status = send(&sandbox.channel(), "/sida.v1.Inference/Encode", body).await.expect_err("a refusal");
-        assert!(matches!(status.code(), Code::InvalidArgument | Code::Internal), "{body:?}: {status}");
+        let found = (status.code(), Reason::of(&status));
+        assert_eq!(found, (Code::InvalidArgument, Some(Reason::MalformedMessage)), "{body:?}: {status}");
     }
     let unknown = send(&sandbox.channel(), "/sida.v1.Inference/Translate", b"").await.expect_err("a refusal");
     assert_eq!(unknown.code(), Code::Unimplemented);

@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    io::Write,
+    io::{BufRead, BufReader, Write},
     path::Path,
     process::{Output, Stdio},
 };
@@ -12,6 +12,8 @@ use sida_tests::binary::{command, repository};
 
 /// Exit code of a bad configuration: EX_USAGE.
 const USAGE: i32 = 64;
+/// Texts, one per line.
+const TEXTS: &str = "tests/data/sentences.txt";
 
 fn run(arguments: &[&str]) -> Output {
     command().args(arguments).current_dir(repository()).output().expect("sida runs")
@@ -24,6 +26,71 @@ fn ask_answers() {
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert_eq!(text.lines().next(), Some("positive"), "{text}");
+}
+
+/// Answers would have another length than the model's files say.
+#[test]
+fn what_is_not_asked_for_is_as_the_model_says() {
+    let model = tempfile::tempdir().expect("a directory");
+    for file in fs::read_dir(repository().join("models/switch-tiny-64")).expect("the model") {
+        let file = file.expect("a file");
+        std::os::unix::fs::symlink(file.path(), model.path().join(file.file_name())).expect("a link");
+    }
+    fs::remove_file(model.path().join("generation_config.json")).expect("a link");
+    let lengths = r#"{"max_new_tokens": 9, "min_new_tokens": 7}"#;
+    fs::write(model.path().join("generation_config.json"), lengths).expect("written");
+    let generated = |more: &[&str]| {
+        let mut line = vec!["ask", "--json", "--model", model.path().to_str().expect("a path")];
+        line.extend(more.iter().chain(&["sst2 sentence: flat and dull ."]));
+        let output = run(&line);
+        let answer: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        answer["generated_tokens"].as_u64().expect("a number")
+    };
+    assert!((8..=9).contains(&generated(&[])), "the end of sequence comes after the least length");
+    assert_eq!(generated(&["--ignore-eos"]), 9);
+    assert!(generated(&["--min-tokens", "0"]) < 7);
+    assert_eq!(generated(&["--ignore-eos", "--max-tokens", "12"]), 12);
+}
+
+/// Who asked for predicted experts would take the trained router's answer for theirs.
+#[test]
+fn an_answer_without_a_hash_table_is_told_apart() {
+    let asked = |more: &[&str]| run(&[&["ask", "--predictor", "off"], more, &["x"]].concat());
+    let output = asked(&["--mode", "hash"]);
+    assert!(output.status.success());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("the trained router chose experts"));
+    assert!(asked(&[]).stderr.is_empty());
+}
+
+/// A watch would end with the first restart of what it watches, or send its reader to look for certificates.
+#[test]
+fn a_watch_goes_on_after_a_failure() {
+    let nobody = "127.0.0.1:1";
+    for (more, begin) in [(&[][..], "127.0.0.1:1 does not answer"), (&["--json"], "{\"error\":\"127.0.0.1:1 does not")]
+    {
+        let mut command = command();
+        command.args(["status", "--watch", "--interval", "50ms", "--endpoint", nobody]).args(more);
+        let mut child = command.stdout(Stdio::piped()).spawn().expect("sida runs");
+        let output = BufReader::new(child.stdout.take().expect("piped"));
+        let lines: Vec<String> = output.lines().take(3).map(|line| line.expect("text")).collect();
+        child.kill().expect("it runs still");
+        child.wait().expect("it ends");
+        assert!(lines.len() == 3 && lines.iter().all(|line| line.starts_with(begin)), "{lines:?}");
+    }
+    let output = run(&["ask", "--endpoint", nobody, "x"]);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(said, "sida: cannot connect to 127.0.0.1:1: Connection refused (os error 111)\n");
+}
+
+/// A model would be called by where somebody stands.
+#[test]
+fn inspect_names_the_whole_directory() {
+    let model = repository().join("models/switch-tiny-64");
+    let mut command = command();
+    let output = command.args(["inspect", "."]).current_dir(&model).output().expect("sida runs");
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success() && said.contains("/models/switch-tiny-64"), "{said}");
 }
 
 /// Scripts could not read an answer.
@@ -92,6 +159,9 @@ fn the_environment_is_read_as_it_is_meant() {
     let said = String::from_utf8_lossy(&misspelt.stderr).into_owned();
     assert!(misspelt.status.success() && said.contains("SIDA_EXPERT_MEMORY meant"), "{said}");
     assert!(asked("SIDA_SERVICE_HOST", "10.0.0.1").stderr.is_empty());
+    assert!(asked("SIDA_PORT", "tcp://10.0.0.1:50051").stderr.is_empty());
+    let port = asked("SIDA_PORT", "50052");
+    assert!(String::from_utf8_lossy(&port.stderr).contains("SIDA_PORT"), "a person's port is not Kubernetes'");
 }
 
 /// Who gave the memory that a refusal asked for would be refused again.
@@ -147,6 +217,8 @@ fn bad_configurations_are_named() {
     let lonely = dir.path().join("lonely.toml");
     fs::write(&lonely, "[[coordinator]]\nname = \"c0\"\naddress = \"127.0.0.1:50999\"\n").expect("written");
     let lonely = lonely.to_str().expect("a path");
+    let nowhere = dir.path().join("no/such/predictor.safetensors");
+    let nowhere = nowhere.to_str().expect("a path");
     for (arguments, named) in [
         (&["ask", "--model", "no/such/model", "x"][..], "no/such/model"),
         (&["ask", "--expert-memory", "7", "x"], "expert-memory"),
@@ -160,8 +232,18 @@ fn bad_configurations_are_named() {
         (&["ask", "--endpoint", ":1", "x"], "host:port"),
         (&["bench", "--file", "no/such.txt"], "no/such.txt"),
         (&["bench", "--duration", "0s"], "--duration"),
+        (&["bench", "--requests", "0"], "--requests"),
+        (&["train-predictor", "--file", TEXTS, "--predicted", "0", "--out", nowhere], "--predicted"),
+        (&["train-predictor", "--file", TEXTS, "--out", nowhere], nowhere),
         (&["ask", "--threads", "100000", "x"], "--threads"),
         (&["ask", "--top-p", "1.5", "x"], "top_p"),
+        (&["ask", "--max-tokens", "-1", "x"], "'-1' for '--max-tokens <N>': expected a whole number"),
+        (&["ask", "--temperature", "-1", "x"], "temperature is -1"),
+        (&["ask", "--expert-memory", "-1GiB", "x"], "\"-1GiB\" is not an amount of memory"),
+        (
+            &["ask", "--min-tokens", "7", "--max-tokens", "5", "x"],
+            "min_tokens is 7, expected at most max_tokens, which is 5",
+        ),
         (&["up", "--config", "no/such.toml"], "no/such.toml"),
     ] {
         let output = run(arguments);

@@ -46,15 +46,13 @@ impl AnswerText {
     ) -> Result<(String, Option<FinishReason>), ModelError> {
         let decode = |ids: &[u32]| tokenizer.decode(ids);
         let added = self.detokenizer.push(id, decode)?;
-        // The text of an answer that is too short ends nowhere, and is not looked at again.
-        let watch = |stops: &mut StopTexts, text| if may_stop { stops.push(text) } else { stops.pass(text) };
-        let released = watch(&mut self.stops, added);
+        let released = self.stops.push(added, may_stop);
         if released.stopped {
             return Ok((released.text, Some(FinishReason::Stop)));
         }
         let mut text = released.text;
         if last.is_some() {
-            let rest = watch(&mut self.stops, self.detokenizer.finish(decode)?);
+            let rest = self.stops.push(self.detokenizer.finish(decode)?, may_stop);
             text += &rest.text;
             if rest.stopped {
                 return Ok((text, Some(FinishReason::Stop)));

@@ -4,35 +4,24 @@
 use std::{
     pin::Pin,
     task::{Context, Poll},
-    time::Instant,
 };
 
 use futures::{Stream, StreamExt};
 use sida_model::{ExpertStore, Stack};
 use sida_proto::v1::{self, inference_server::Inference};
 use sida_rpc::{Deadline, Fault, RequestId, trace};
-use sida_telemetry::{TraceContext, counter, gauge, histogram, names};
+use sida_telemetry::{TraceContext, gauge, names};
 use tonic::{Code, Request, Response, Status};
 
 use crate::{
     answer::request_error::RequestError,
     coordinator::{Coordinator, TokenStream},
-    doors::messages::{self, CallMetadata},
+    doors::{
+        messages::{self, CallMetadata},
+        request_count,
+    },
     start::CoordinatorError,
 };
-
-/// The methods whose requests are counted.
-const METHODS: [&str; 3] = ["Generate", "Score", "Encode"];
-/// Codes whose counts are exported from the start, since alerts ask for their rates.
-const COUNTED_CODES: [Code; 7] = [
-    Code::Ok,
-    Code::Cancelled,
-    Code::InvalidArgument,
-    Code::DeadlineExceeded,
-    Code::ResourceExhausted,
-    Code::Internal,
-    Code::Unavailable,
-];
 
 /// The service.
 pub(crate) struct InferenceService {
@@ -43,13 +32,8 @@ pub(crate) struct InferenceService {
 impl InferenceService {
     pub(crate) fn new(coordinator: Coordinator) -> Result<Self, CoordinatorError> {
         let model = describe(&coordinator)?;
+        request_count::register();
         gauge!(names::MODEL_EXPERT_BYTES).set(model.experts_bytes as f64);
-        for method in METHODS {
-            drop(histogram!(names::REQUEST_DURATION_SECONDS, names::METHOD => method));
-            for code in COUNTED_CODES.map(code_name) {
-                counter!(names::REQUESTS_TOTAL, names::METHOD => method, names::CODE => code).increment(0);
-            }
-        }
         Ok(Self { coordinator, model })
     }
 }
@@ -59,37 +43,35 @@ impl Inference for InferenceService {
     type GenerateStream = Pin<Box<dyn Stream<Item = Result<v1::GenerateResponse, Status>> + Send>>;
 
     async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
-        let mut answering = Answering::begin("Generate", &request);
+        let asked = Asked::of("Generate", &request);
         let caller = caller(&request);
         let tokens = async {
             let params = messages::generate_params(request.into_inner(), caller)?;
             self.coordinator.generate(params).await
         };
-        let tokens = tokens.await.map_err(|error| answering.fail(error))?;
-        Ok(Response::new(Box::pin(Answer { tokens, answering })))
+        let tokens = tokens.await.map_err(|error| asked.fail(&error))?;
+        Ok(Response::new(Box::pin(Answer { tokens, asked })))
     }
 
     async fn score(&self, request: Request<v1::ScoreRequest>) -> Result<Response<v1::ScoreResponse>, Status> {
-        let mut answering = Answering::begin("Score", &request);
+        let asked = Asked::of("Score", &request);
         let caller = caller(&request);
         let scores = async {
             let params = messages::score_params(request.into_inner(), caller)?;
             self.coordinator.score(params).await
         };
-        let scores = scores.await.map_err(|error| answering.fail(error))?;
-        answering.code = Code::Ok;
+        let scores = scores.await.map_err(|error| asked.fail(&error))?;
         Ok(Response::new(scores.into()))
     }
 
     async fn encode(&self, request: Request<v1::EncodeRequest>) -> Result<Response<v1::EncodeResponse>, Status> {
-        let mut answering = Answering::begin("Encode", &request);
+        let asked = Asked::of("Encode", &request);
         let caller = caller(&request);
         let encoding = async {
             let params = messages::encode_params(request.into_inner(), caller)?;
             self.coordinator.encode(params).await
         };
-        let encoding = encoding.await.map_err(|error| answering.fail(error))?;
-        answering.code = Code::Ok;
+        let encoding = encoding.await.map_err(|error| asked.fail(&error))?;
         Ok(Response::new(encoding.into()))
     }
 
@@ -130,28 +112,22 @@ fn caller<T>(request: &Request<T>) -> CallMetadata {
     }
 }
 
-/// A request that is being answered; counted when it is dropped, however it ended.
-struct Answering {
+/// A request that is being answered, as the log calls it.
+struct Asked {
     method: &'static str,
-    since: Instant,
-    /// CANCELLED until the request is answered: if it is dropped before, the caller went away.
-    code: Code,
-    /// What it is called in the log.
     request_id: Option<RequestId>,
     trace: Option<TraceContext>,
 }
 
-impl Answering {
-    fn begin<T>(method: &'static str, request: &Request<T>) -> Self {
-        let (request_id, trace) = (RequestId::of(request), trace::context_of(request));
-        Self { method, since: Instant::now(), code: Code::Cancelled, request_id, trace }
+impl Asked {
+    fn of<T>(method: &'static str, request: &Request<T>) -> Self {
+        Self { method, request_id: RequestId::of(request), trace: trace::context_of(request) }
     }
 
     /// The status of a failure. One that is a fault of ours is logged: its caller can do nothing about it.
-    fn fail(&mut self, error: RequestError) -> Status {
+    fn fail(&self, error: &RequestError) -> Status {
         let status = Status::from(Fault::from(error.clone()));
-        self.code = status.code();
-        if self.code == Code::Internal {
+        if status.code() == Code::Internal {
             let request_id = self.request_id.as_ref().map(tracing::field::display);
             let trace_id = self.trace.map(|trace| tracing::field::display(trace.trace_id()));
             tracing::error!(method = self.method, request_id, trace_id, %error, "a request failed by a fault of ours");
@@ -160,34 +136,10 @@ impl Answering {
     }
 }
 
-impl Drop for Answering {
-    fn drop(&mut self) {
-        let code = code_name(self.code);
-        counter!(names::REQUESTS_TOTAL, names::METHOD => self.method, names::CODE => code).increment(1);
-        histogram!(names::REQUEST_DURATION_SECONDS, names::METHOD => self.method).record(self.since.elapsed());
-    }
-}
-
-/// A code as gRPC spells it.
-fn code_name(code: Code) -> &'static str {
-    match code {
-        Code::Ok => "OK",
-        Code::Cancelled => "CANCELLED",
-        Code::InvalidArgument => "INVALID_ARGUMENT",
-        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
-        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
-        Code::FailedPrecondition => "FAILED_PRECONDITION",
-        Code::Unimplemented => "UNIMPLEMENTED",
-        Code::Internal => "INTERNAL",
-        Code::Unavailable => "UNAVAILABLE",
-        _ => "UNKNOWN",
-    }
-}
-
 /// The stream of a generation's tokens.
 struct Answer {
     tokens: TokenStream,
-    answering: Answering,
+    asked: Asked,
 }
 
 impl Stream for Answer {
@@ -196,13 +148,8 @@ impl Stream for Answer {
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let Poll::Ready(token) = self.tokens.poll_next_unpin(cx) else { return Poll::Pending };
         Poll::Ready(match token {
-            Some(Ok(token)) => {
-                if token.finish.is_some() {
-                    self.answering.code = Code::Ok;
-                }
-                Some(Ok(token.into()))
-            }
-            Some(Err(error)) => Some(Err(self.answering.fail(error))),
+            Some(Ok(token)) => Some(Ok(token.into())),
+            Some(Err(error)) => Some(Err(self.asked.fail(&error))),
             None => None,
         })
     }

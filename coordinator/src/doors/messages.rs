@@ -52,7 +52,7 @@ pub(crate) fn generate_params(
         routing: routing(message.routing)?,
         text: message.text,
         max_tokens: message.max_tokens as usize,
-        min_tokens: message.min_tokens as usize,
+        min_tokens: message.min_tokens.map(|count| count as usize),
         ignore_eos: message.ignore_eos,
         sampling: Sampling {
             temperature: message.temperature,

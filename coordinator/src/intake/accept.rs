@@ -57,8 +57,9 @@ pub struct GenerateParams {
     pub routing: RoutingMode,
     /// Tokens at most; 0 for the model's default or, if it has none, the server's.
     pub max_tokens: usize,
-    /// No end before so many tokens: neither of the sequence nor by a stop text. 0 for the model's default, mostly none.
-    pub min_tokens: usize,
+    /// No end before so many tokens: neither of the sequence nor by a stop text, which ends the answer where it is complete.
+    /// `None` for the model's default, mostly 0.
+    pub min_tokens: Option<usize>,
     /// Goes on after an end of sequence, to measure generation.
     pub ignore_eos: bool,
     /// How tokens are chosen.
@@ -111,8 +112,13 @@ impl Acceptance<'_> {
             tokens => within("max_tokens", tokens, 1, limits.tokens_max)?,
         };
         let tokens_min = match params.min_tokens {
-            0 => model.tokens_min.min(tokens_max),
-            tokens => within("min_tokens", tokens, 1, tokens_max)?,
+            None => model.tokens_min.min(tokens_max),
+            Some(tokens) if tokens <= tokens_max => tokens,
+            Some(tokens) => {
+                let whose = if params.max_tokens == 0 { ", as the request does not give it" } else { "" };
+                let expected = format!("at most max_tokens, which is {tokens_max}{whose}");
+                return Err(refused("min_tokens", tokens, expected));
+            }
         };
         let sampling = params.sampling.settings(model.sampling);
         let SamplerSettings { temperature, top_p, .. } = sampling;

@@ -117,7 +117,7 @@ impl<B: Backend> Sequence<B> {
         let (text, reason) = match is_beside {
             true => (String::new(), last),
             false => {
-                let may_stop = generation.generated > generation.options.tokens_min;
+                let may_stop = generation.generated >= generation.options.tokens_min;
                 generation.text.lock().add(id, last, may_stop, tokenizer)?
             }
         };

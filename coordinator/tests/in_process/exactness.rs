@@ -216,7 +216,7 @@ async fn options_of_generation() {
     let free = GenerateParams { text: text.clone(), max_tokens: 32, ..Default::default() };
     let (ids, answer, reason) = generate(&cluster.coordinator, free.clone()).await;
     assert_eq!(reason, FinishReason::End);
-    let forced = GenerateParams { min_tokens: 20, max_tokens: 20, ..free.clone() };
+    let forced = GenerateParams { min_tokens: Some(20), max_tokens: 20, ..free.clone() };
     let (forced, _, reason) = generate(&cluster.coordinator, forced).await;
     assert_eq!((forced.len(), reason), (20, FinishReason::Length));
     assert!(!forced.contains(ids.last().expect("end of sequence")));
@@ -230,15 +230,41 @@ async fn options_of_generation() {
     let letters = "etaoinsrhdlcumpg".chars().map(String::from).collect();
     let short = GenerateParams { stop: letters, max_tokens: 20, ignore_eos: true, ..free.clone() };
     assert!(generate(&cluster.coordinator, short.clone()).await.0.len() < 5);
-    let long = GenerateParams { min_tokens: 12, ..short.clone() };
+    let long = GenerateParams { min_tokens: Some(12), ..short };
     let (ids, _, reason) = generate(&cluster.coordinator, long).await;
-    assert!(ids.len() > 12 && reason == FinishReason::Stop, "{} tokens, {reason:?}", ids.len());
-    let longest = GenerateParams { min_tokens: 20, ..short };
-    let (ids, _, reason) = generate(&cluster.coordinator, longest).await;
-    assert_eq!((ids.len(), reason), (20, FinishReason::Length));
+    assert!(ids.len() >= 12 && reason == FinishReason::Stop, "{} tokens, {reason:?}", ids.len());
     let sampling = Sampling { temperature: Some(1.5), top_k: Some(50), top_p: Some(0.95), seed: Some(11) };
-    let sampled = GenerateParams { sampling, min_tokens: 12, max_tokens: 12, ..free };
+    let sampled = GenerateParams { sampling, min_tokens: Some(12), max_tokens: 12, ..free };
     let alone = generate(&cluster.coordinator, sampled.clone()).await.0;
     let together = join_all([sampled.clone(), sampled.clone()].map(|p| generate(&cluster.coordinator, p))).await;
     assert!(together.iter().all(|(ids, _, _)| *ids == alone), "a seed's draws depend on the batch");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_text_ends_an_answer_that_is_long_enough() {
+    // Would break: an answer runs on past a stop text that its last required token completes, or that began before that.
+    let (cluster, oracle) = (start(2, PredictorSource::Off, |_| ()).await, Oracle::open());
+    let free = GenerateParams { text: TEXTS[2].to_owned(), max_tokens: 12, ..Default::default() };
+    let (ids, _, _) = generate(&cluster.coordinator, free.clone()).await;
+    let text_of = |tokens: usize| oracle.tokenizer.decode(&ids[..tokens]).expect("text");
+    let mut looked_at = 0;
+    for tokens in 4..ids.len() - 1 {
+        let (before, until, after) = (text_of(tokens - 1), text_of(tokens), text_of(tokens + 1));
+        let last = until.char_indices().next_back().map_or(0, |(at, _)| at);
+        if before.len() > last || until.len() == after.len() || !after.starts_with(&until) {
+            continue; // This token or the next has no text of its own.
+        }
+        looked_at += 1;
+        let stopped = |stop: &str| {
+            let params = GenerateParams { min_tokens: Some(tokens), stop: vec![stop.to_owned()], ..free.clone() };
+            generate(&cluster.coordinator, params)
+        };
+        let (answer, _, reason) = stopped(&until[last..]).await;
+        assert_eq!((answer.len(), reason), (tokens, FinishReason::Stop), "complete at token {tokens}");
+        let across = &after[last..];
+        let (answer, cut, reason) = stopped(across).await;
+        assert_eq!((answer.len(), reason), (tokens + 1, FinishReason::Stop), "{across:?} begins at token {tokens}");
+        assert_eq!(cut, &after[..last]);
+    }
+    assert!(looked_at > 2, "{looked_at} places in {:?}", text_of(ids.len()));
 }

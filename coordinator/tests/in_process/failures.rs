@@ -72,7 +72,7 @@ async fn missing_expert_fails_only_those_who_need_it() {
 async fn retries_end_with_their_budget() {
     // Would break: nodes that fail for having too much to do get every call of every coordinator once more.
     let cluster = start(2, PredictorSource::Off, |config| config.expert_call_timeout = Duration::from_millis(50)).await;
-    let endless = GenerateParams { text: TEXT.into(), min_tokens: 400, max_tokens: 400, ..Default::default() };
+    let endless = GenerateParams { text: TEXT.into(), min_tokens: Some(400), max_tokens: 400, ..Default::default() };
     cluster.nodes[0].behave(Behaviour::ShutsDown);
     let tokens = cluster.coordinator.generate(endless.clone()).await.expect("accepted");
     let tokens: Vec<_> = tokens.collect().await;
@@ -88,7 +88,7 @@ async fn retries_wait_for_their_budget() {
     // Would break: requests fail for the failures of others before them, although somebody could answer.
     let cluster = start(2, PredictorSource::Off, |_| ()).await;
     cluster.nodes[0].behave(Behaviour::ShutsDown);
-    let long = GenerateParams { text: TEXT.into(), min_tokens: 150, max_tokens: 150, ..Default::default() };
+    let long = GenerateParams { text: TEXT.into(), min_tokens: Some(150), max_tokens: 150, ..Default::default() };
     let tokens = cluster.coordinator.generate(long).await.expect("accepted");
     let tokens: Vec<_> = tokens.collect().await;
     assert!(tokens.len() == 150 && tokens.iter().all(Result::is_ok), "{:?}", tokens.last());
@@ -128,13 +128,13 @@ async fn deadline_and_departure_free_the_batch() {
     // Would break: a request that nobody waits for is computed to its end, or ends its neighbours.
     let cluster = start(1, PredictorSource::Off, |_| ()).await;
     cluster.nodes[0].behave(Behaviour::Slow(Duration::from_millis(5)));
-    let endless = GenerateParams { text: TEXT.into(), min_tokens: 1000, max_tokens: 1000, ..Default::default() };
+    let endless = GenerateParams { text: TEXT.into(), min_tokens: Some(1000), max_tokens: 1000, ..Default::default() };
     let deadline = Some(Instant::now() + Duration::from_millis(300));
     let late = cluster.coordinator.generate(GenerateParams { deadline, ..endless.clone() }).await.expect("accepted");
     let mut leaving = cluster.coordinator.generate(endless.clone()).await.expect("accepted");
     assert!(leaving.next().await.expect("a token").is_ok());
     drop(leaving);
-    let short = GenerateParams { min_tokens: 10, max_tokens: 10, ..endless };
+    let short = GenerateParams { min_tokens: Some(10), max_tokens: 10, ..endless };
     let neighbour = cluster.coordinator.generate(short).await.expect("accepted");
     let neighbour: Vec<_> = neighbour.collect().await;
     assert!(neighbour.len() == 10 && neighbour.iter().all(Result::is_ok));
@@ -279,7 +279,8 @@ async fn broken_predictor_costs_hints_only() {
     let broken = PredictorSource::Local(Arc::new(BrokenPredictor(noise, Default::default())));
     let (cluster, sound) = (start(2, broken, |_| ()).await, start(2, PredictorSource::Off, |_| ()).await);
     for routing in [RoutingMode::Exact, RoutingMode::Hash { alpha: Default::default() }] {
-        let params = GenerateParams { text: TEXT.into(), routing, min_tokens: 8, max_tokens: 8, ..Default::default() };
+        let params =
+            GenerateParams { text: TEXT.into(), routing, min_tokens: Some(8), max_tokens: 8, ..Default::default() };
         let tokens: Vec<_> = cluster.coordinator.generate(params.clone()).await.expect("accepted").collect().await;
         let expected: Vec<_> = sound.coordinator.generate(params).await.expect("accepted").collect().await;
         let ids = |tokens: &[Result<sida_coordinator::Token, RequestError>]| -> Vec<u32> {

@@ -131,7 +131,7 @@ async fn deadlines() {
     let served = served().await;
     served.cluster.nodes.iter().for_each(|node| node.behave(Behaviour::Slow(Duration::from_millis(20))));
     let mut client = InferenceClient::new(served.channel.clone());
-    let request = GenerateRequest { text: TEXT.into(), max_tokens: 500, min_tokens: 500, ..Default::default() };
+    let request = GenerateRequest { text: TEXT.into(), max_tokens: 500, min_tokens: Some(500), ..Default::default() };
     let mut request = Request::new(request);
     request.set_timeout(Duration::from_millis(300));
     let status = match client.generate(request).await {
@@ -150,6 +150,38 @@ async fn deadlines() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn requests_are_counted_however_they_end() {
+    // Would break: alerts and dashboards miss what is refused before the service sees it, or take a missed deadline for a
+    // caller who changed his mind.
+    let metrics = sida_telemetry::metrics::install().expect("a recorder");
+    let served = served().await;
+    served.cluster.nodes.iter().for_each(|node| node.behave(Behaviour::Slow(Duration::from_millis(20))));
+    let mut client = InferenceClient::new(served.channel.clone());
+    for (timeout, code) in [("40m", "DEADLINE_EXCEEDED"), ("soon", "INVALID_ARGUMENT")] {
+        let count = || {
+            let line = format!("sida_requests_total{{method=\"Score\",code=\"{code}\"}} ");
+            let text = metrics.render();
+            text.lines()
+                .find_map(|found| found.strip_prefix(&line)?.parse::<u64>().ok())
+                .expect("exported from the start")
+        };
+        let before = count();
+        let targets = vec!["positive".to_owned()];
+        let mut request = Request::new(ScoreRequest { text: TEXT.into(), targets, ..Default::default() });
+        request.metadata_mut().insert("grpc-timeout", timeout.parse().expect("ASCII"));
+        client.score(request).await.expect_err("too little time");
+        let counted = async {
+            while count() == before {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(5), counted)
+            .await
+            .unwrap_or_else(|_| panic!("{timeout} is not {code}"));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn health_is_an_expert_call_and_shutdown_drains() {
     // Would break: a coordinator without working experts gets traffic; a rollout cuts answers off.
     let served = served().await;
@@ -162,7 +194,7 @@ async fn health_is_an_expert_call_and_shutdown_drains() {
     served.cluster.nodes.iter().for_each(|node| node.behave(Behaviour::Slow(Duration::from_millis(2))));
 
     let mut client = InferenceClient::new(served.channel.clone());
-    let request = GenerateRequest { text: TEXT.into(), min_tokens: 30, max_tokens: 30, ..Default::default() };
+    let request = GenerateRequest { text: TEXT.into(), min_tokens: Some(30), max_tokens: 30, ..Default::default() };
     let mut stream = client.generate(request).await.expect("accepted").into_inner();
     served.shutdown.cancel();
     let mut tokens = 0;

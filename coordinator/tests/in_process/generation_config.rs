@@ -66,9 +66,15 @@ async fn requests_overrule_its_defaults() {
     assert_eq!((one.len(), other.len(), reason), (7, 7, FinishReason::Length));
     assert_ne!(one, other, "nothing is drawn");
     let greedy = Sampling { temperature: Some(0.0), ..Default::default() };
-    let asked = GenerateParams { sampling: greedy, min_tokens: 3, ..params(9) };
-    let expected = answer(&plain, GenerateParams { min_tokens: 3, ..params(9) }).await;
+    let asked = GenerateParams { sampling: greedy, min_tokens: Some(3), ..params(9) };
+    let expected = answer(&plain, GenerateParams { min_tokens: Some(3), ..params(9) }).await;
     assert_eq!(answer(&coordinator, asked).await, expected);
     // What is less than the model's least length is asked for by who says how long the answer may be.
     assert_eq!(answer(&coordinator, params(2)).await.0.len(), 2);
+    // The least length can be switched off.
+    let (long, _) = with(r#"{"min_new_tokens": 9}"#).await;
+    let short = |min_tokens| GenerateParams { text: "sst2 sentence: flat and dull .".into(), min_tokens, ..params(12) };
+    let expected = answer(&plain, short(None)).await;
+    assert!(expected.0.len() < 9 && answer(&long, short(None)).await.0.len() > 9);
+    assert_eq!(answer(&long, short(Some(0))).await, expected);
 }

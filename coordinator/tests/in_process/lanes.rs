@@ -36,7 +36,7 @@ async fn encode(coordinator: &Coordinator) -> Result<Encoding, RequestError> {
 }
 
 async fn generate(coordinator: &Coordinator) -> Vec<Token> {
-    let params = GenerateParams { text: TEXT.into(), min_tokens: 12, max_tokens: 12, ..Default::default() };
+    let params = GenerateParams { text: TEXT.into(), min_tokens: Some(12), max_tokens: 12, ..Default::default() };
     let tokens = coordinator.generate(params).await.expect("accepted");
     tokens.map(|token| token.expect("token")).collect().await
 }
@@ -126,7 +126,7 @@ async fn dead_node_costs_a_detour_and_may_come_back() {
     let (experts, mut nodes) = nodes(2).await;
     let coordinator = start_over(addresses(&nodes), Vec::new(), PredictorSource::Off, |_| ()).await;
     let expected = encode(&coordinator).await.expect("encoded").states;
-    let params = GenerateParams { text: TEXT.into(), min_tokens: 400, max_tokens: 400, ..Default::default() };
+    let params = GenerateParams { text: TEXT.into(), min_tokens: Some(400), max_tokens: 400, ..Default::default() };
     let mut running = coordinator.generate(params).await.expect("accepted");
     for _ in 0..20 {
         running.next().await.expect("a token").expect("before the crash");

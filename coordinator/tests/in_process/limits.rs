@@ -38,8 +38,8 @@ async fn options() {
         |temperature, top_p| Sampling { temperature: Some(temperature), top_p: Some(top_p), ..Default::default() };
     let cases = [
         ("max_tokens", GenerateParams { max_tokens: 1025, ..base.clone() }),
-        ("min_tokens", GenerateParams { max_tokens: 4, min_tokens: 5, ..base.clone() }),
-        ("min_tokens", GenerateParams { min_tokens: 65, ..base.clone() }),
+        ("min_tokens", GenerateParams { max_tokens: 4, min_tokens: Some(5), ..base.clone() }),
+        ("min_tokens", GenerateParams { min_tokens: Some(65), ..base.clone() }),
         ("temperature", GenerateParams { sampling: sampling(-1.0, 0.0), ..base.clone() }),
         ("temperature", GenerateParams { sampling: sampling(f32::NAN, 0.0), ..base.clone() }),
         ("temperature", GenerateParams { sampling: sampling(f32::INFINITY, 0.0), ..base.clone() }),
@@ -55,6 +55,10 @@ async fn options() {
             error => panic!("{expected}: {error}"),
         }
     }
+    let error = refused(&cluster, GenerateParams { max_tokens: 5, min_tokens: Some(7), ..base.clone() }).await;
+    assert_eq!(error.to_string(), "min_tokens is 7, expected at most max_tokens, which is 5");
+    let error = refused(&cluster, GenerateParams { min_tokens: Some(65), ..base }).await.to_string();
+    assert!(error.contains("at most max_tokens, which is 64, as the request does not give it"), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -23,7 +23,7 @@ async fn generate(coordinator: &Coordinator, routing: RoutingMode) -> Vec<Token>
     let params = GenerateParams {
         text,
         routing,
-        min_tokens: TOKENS,
+        min_tokens: Some(TOKENS),
         max_tokens: TOKENS,
         ignore_eos: true,
         ..Default::default()

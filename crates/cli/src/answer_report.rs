@@ -8,7 +8,7 @@
 
 use std::fmt::Write;
 
-use sida_proto::v1::{Finish, NodeStatus, Trace};
+use sida_proto::v1::{Finish, NodeStatus, RoutingMode, Trace};
 
 use crate::{
     byte_size,
@@ -77,9 +77,17 @@ impl AnswerReport<'_> {
     }
 }
 
+/// What is to be said of an answer in mode `hash` that had no hash table.
+pub(crate) fn routed_instead(trace: &Trace) -> Option<&'static str> {
+    let is_hash = trace.mode() == RoutingMode::Hash;
+    (is_hash && trace.unpredicted).then_some("no hash table: the trained router chose experts, as in mode exact")
+}
+
 fn hits_line(trace: &Trace) -> String {
     let predicted = trace.hash_hits + trace.hash_misses;
-    let hits = if trace.unpredicted || predicted == 0 {
+    let hits = if let Some(instead) = routed_instead(trace) {
+        instead.to_owned()
+    } else if trace.unpredicted || predicted == 0 {
         "no hash table: experts were loaded as they were asked for".to_owned()
     } else {
         format!("hash hits {} of {predicted}, {} first choices", trace.hash_hits, trace.hash_top1_hits)
@@ -151,6 +159,13 @@ decoder 1  ···█   1
         // Broken: a request that ran without hints would show a hit rate.
         let finish = Finish { trace: Some(Trace { unpredicted: true, ..Default::default() }), ..Default::default() };
         let block = AnswerReport { model: &model(), finish: &finish, nodes: &[] }.draw(Style::Ascii);
-        assert!(block.contains("no hash table") && block.contains("no timings"), "{block}");
+        assert!(block.contains("no hash table: experts were loaded") && block.contains("no timings"), "{block}");
+        let trace = Trace { mode: RoutingMode::Hash.into(), unpredicted: true, ..Default::default() };
+        let finish = Finish { trace: Some(trace), ..Default::default() };
+        let block = AnswerReport { model: &model(), finish: &finish, nodes: &[] }.draw(Style::Ascii);
+        assert!(
+            block.contains("the trained router chose experts"),
+            "who asked for mode hash was answered otherwise: {block}"
+        );
     }
 }

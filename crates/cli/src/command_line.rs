@@ -4,15 +4,20 @@
 //! Every flag also has an environment variable, `SIDA_` and its name in capitals, and a key in the TOML file
 //! of `--config`; neither is written down per flag, so that none can be forgotten.
 
-use std::{collections::BTreeSet, env, ffi::OsString, path::PathBuf, process::ExitCode};
+use std::{
+    collections::BTreeSet, env, error::Error as _, ffi::OsString, num::ParseIntError, path::PathBuf, process::ExitCode,
+};
 
-use clap::{Arg, ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand, builder::BoolishValueParser};
+use clap::{
+    Arg, ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand, builder::BoolishValueParser,
+    error::ContextKind,
+};
 use sida_telemetry::{
     logging::{self, LogFormat},
     otlp::{self, Exporting, OtlpConfig},
 };
 
-use crate::{bad_configuration::BadConfiguration, commands, environment, settings_file};
+use crate::{bad_configuration::BadConfiguration, commands, environment, negative_values, settings_file};
 
 /// Serves Mixture-of-Experts models from less memory: predicts which experts each token will need, and keeps
 /// only those resident.
@@ -78,6 +83,10 @@ enum Command {
     Completions(commands::completions::CompletionsArguments),
 }
 
+/// What clients log unless told otherwise. What failed on the way to an answer is told by the error that ends the command, if
+/// another node did not make it good.
+const CLIENT_LOG: &str = "warn,sida_coordinator::dispatch=error,sida_expert_node::prefetch=error";
+
 /// Why there is no command line to run.
 #[derive(Debug)]
 pub(crate) enum ParseError {
@@ -94,7 +103,8 @@ pub(crate) fn parse(arguments: Vec<OsString>) -> Result<CommandLine, ParseError>
     if let Some(file) = settings_file::named(&arguments, env::var_os("SIDA_CONFIG")) {
         command = settings_file::apply(command, file.as_ref()).map_err(ParseError::Settings)?;
     }
-    let matches = command.try_get_matches_from(arguments).map_err(ParseError::Clap)?;
+    let matches = command.try_get_matches_from(negative_values::attached(arguments));
+    let matches = matches.map_err(|error| ParseError::Clap(explained(error)))?;
     CommandLine::from_arg_matches(&matches).map_err(ParseError::Clap)
 }
 
@@ -114,6 +124,20 @@ pub(crate) fn command() -> clap::Command {
     CommandLine::command().mut_args(with_environment).mut_subcommands(|sub| sub.mut_args(with_environment))
 }
 
+/// `error` in words of what is expected where it says that a digit is invalid, which a minus is.
+fn explained(error: clap::Error) -> clap::Error {
+    let is_of_number = error.source().is_some_and(|source| source.is::<ParseIntError>());
+    match (error.get(ContextKind::InvalidArg), error.get(ContextKind::InvalidValue)) {
+        (Some(flag), Some(value)) if is_of_number => {
+            let expected = "expected a whole number that is not negative";
+            let help = "For more information, try '--help'.";
+            let message = format!("invalid value '{value}' for '{flag}': {expected}\n\n{help}\n");
+            clap::Error::raw(error.kind(), message)
+        }
+        _ => error,
+    }
+}
+
 /// The environment variables of all flags of all commands.
 fn variables() -> BTreeSet<String> {
     let command = command();
@@ -125,7 +149,7 @@ impl CommandLine {
     /// Does it.
     pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
         self.set_up_logging()?;
-        for warning in environment::unread(env::vars_os().map(|(name, _)| name), &variables()) {
+        for warning in environment::unread(env::vars_os(), &variables()) {
             tracing::warn!("{warning}");
         }
         // Sends what is left when the command has ended.
@@ -177,7 +201,7 @@ impl CommandLine {
             self.command,
             Command::Up(_) | Command::Coordinator(_) | Command::ExpertNode(_) | Command::PredictorNode(_)
         );
-        let filter = self.general.log.as_deref().unwrap_or(if is_server { "info" } else { "warn" });
+        let filter = self.general.log.as_deref().unwrap_or(if is_server { "info" } else { CLIENT_LOG });
         let refused = |error| BadConfiguration::because("logging cannot be set up", error);
         let format: LogFormat = self.general.log_format.parse().map_err(refused)?;
         logging::install(filter, format).map_err(refused)?;

@@ -1,17 +1,18 @@
 //! A client of a coordinator, whether that runs in this process or behind an address. Used by the commands that ask:
 //! `ask`, `bench` and `status`.
 
+use anyhow::Context;
 use futures::{StreamExt, stream::BoxStream};
 use sida_coordinator::{
     Alpha, Coordinator, EncodeParams, GenerateParams, Pooling, RequestError, RoutingMode, ScoreParams,
 };
-use sida_model::{ExpertStore, Stack};
+use sida_model::{ExpertStore, ModelError, Stack};
 use sida_proto::v1::{self, cluster_client::ClusterClient, inference_client::InferenceClient};
 use sida_rpc::{Fault, MESSAGE_BYTES_MAX, trace};
 use sida_telemetry::Span;
 use tonic::{Request, Status, transport::Channel};
 
-use crate::arguments::connection::ConnectionArguments;
+use crate::{arguments::connection::ConnectionArguments, told::FirstCall};
 
 /// A coordinator that can be asked. Cheap to clone.
 #[derive(Clone)]
@@ -47,11 +48,29 @@ pub(crate) type Tokens = BoxStream<'static, Result<v1::GenerateResponse, Status>
 impl CoordinatorClient {
     /// The coordinator at `endpoint`: `host:port`, or with `http://` or `https://` before it.
     pub(crate) async fn connect(endpoint: &str, connection: &ConnectionArguments) -> anyhow::Result<Self> {
-        let channel = sida_rpc::connect(endpoint, &connection.client()).await?;
+        Ok(Self::over(sida_rpc::connect(endpoint, &connection.client()).await?))
+    }
+
+    /// The same, connected at the first question, and again at each that comes after the connection was lost. Has to be called
+    /// within a tokio runtime.
+    pub(crate) fn connect_lazy(endpoint: &str, connection: &ConnectionArguments) -> anyhow::Result<Self> {
+        Ok(Self::over(sida_rpc::connect_lazy(endpoint, &connection.client())?))
+    }
+
+    fn over(channel: Channel) -> Self {
         let inference = InferenceClient::new(channel.clone())
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX);
-        Ok(Self::Remote(Box::new(Clients { inference, cluster: ClusterClient::new(channel) })))
+        Self::Remote(Box::new(Clients { inference, cluster: ClusterClient::new(channel) }))
+    }
+
+    /// Refuses to go on with files of a model in this process that were found to be damaged. A coordinator says only that no
+    /// expert-node could compute an expert, since in a cluster another node's files may be whole.
+    pub(crate) fn check_model(&self) -> Result<(), ModelError> {
+        match self {
+            Self::InProcess(coordinator) => coordinator.checkpoint().damage().map_or(Ok(()), Err),
+            Self::Remote(_) => Ok(()),
+        }
     }
 
     /// Generates text.
@@ -100,7 +119,7 @@ impl CoordinatorClient {
         }
     }
 
-    /// What is served.
+    /// What is served. Asked first of a coordinator elsewhere.
     pub(crate) async fn model(&self) -> anyhow::Result<ModelFacts> {
         match self {
             Self::InProcess(coordinator) => {
@@ -117,8 +136,8 @@ impl CoordinatorClient {
                 })
             }
             Self::Remote(clients) => {
-                let model = clients.inference.clone().model(v1::ModelRequest {}).await?.into_inner();
-                Ok(ModelFacts::from(model))
+                let model = clients.inference.clone().model(v1::ModelRequest {}).await.context(FirstCall)?;
+                Ok(ModelFacts::from(model.into_inner()))
             }
         }
     }
@@ -170,7 +189,7 @@ fn generate_request(params: GenerateParams) -> v1::GenerateRequest {
         routing: Some(routing_options(params.routing)),
         text: params.text,
         max_tokens: tokens(params.max_tokens),
-        min_tokens: tokens(params.min_tokens),
+        min_tokens: params.min_tokens.map(tokens),
         ignore_eos: params.ignore_eos,
         temperature: params.sampling.temperature,
         top_k: params.sampling.top_k.map(tokens),

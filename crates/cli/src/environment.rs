@@ -45,10 +45,13 @@ fn empty(variables: impl Iterator<Item = (OsString, OsString)>) -> Vec<OsString>
 }
 
 /// A sentence for each variable that begins as ours do and that nobody reads. `known` are the variables of all flags.
-pub(crate) fn unread(names: impl Iterator<Item = OsString>, known: &BTreeSet<String>) -> Vec<String> {
-    let ours = names.filter_map(|name| name.into_string().ok()).filter(|name| name.starts_with(PREFIX));
-    let unread = ours.filter(|name| !known.contains(name) && !OF_TESTS.contains(&&**name) && !is_of_kubernetes(name));
-    unread.map(|name| told(&name, known)).collect()
+pub(crate) fn unread(variables: impl Iterator<Item = (OsString, OsString)>, known: &BTreeSet<String>) -> Vec<String> {
+    let ours = variables.filter_map(|(name, value)| Some((name.into_string().ok()?, value)));
+    let ours = ours.filter(|(name, _)| name.starts_with(PREFIX));
+    let unread = ours.filter(|(name, value)| {
+        !known.contains(name) && !OF_TESTS.contains(&&**name) && !is_of_kubernetes(name, &value.to_string_lossy())
+    });
+    unread.map(|(name, _)| told(&name, known)).collect()
 }
 
 fn told(name: &str, known: &BTreeSet<String>) -> String {
@@ -62,15 +65,17 @@ fn told(name: &str, known: &BTreeSet<String>) -> String {
 }
 
 /// Whether Kubernetes makes such a variable in every pod beside a service whose name begins with `sida`:
-/// `SIDA_SERVICE_HOST`, `SIDA_COORDINATOR_SERVICE_PORT_GRPC`, `SIDA_PORT_50051_TCP_ADDR` and their like.
-fn is_of_kubernetes(name: &str) -> bool {
+/// `SIDA_SERVICE_HOST`, `SIDA_COORDINATOR_SERVICE_PORT_GRPC`, `SIDA_PORT_50051_TCP_ADDR` and their like; `SIDA_PORT` only with
+/// the URL that it puts there, since a person would write a number.
+fn is_of_kubernetes(name: &str, value: &str) -> bool {
     let is_port = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     let words: Vec<&str> = name.split('_').collect();
     let is_host_or_port = words.windows(2).any(|words| words == ["SERVICE", "HOST"] || words == ["SERVICE", "PORT"]);
     let is_one_port = words
         .windows(3)
         .any(|words| words[0] == "PORT" && is_port(words[1]) && ["TCP", "UDP", "SCTP"].contains(&words[2]));
-    is_host_or_port || is_one_port || words.last() == Some(&"PORT")
+    let is_url = ["tcp://", "udp://", "sctp://"].iter().any(|scheme| value.starts_with(scheme));
+    is_host_or_port || is_one_port || (is_url && words.last() == Some(&"PORT"))
 }
 
 #[cfg(test)]
@@ -79,7 +84,7 @@ mod tests {
 
     fn warnings(names: &[&str]) -> Vec<String> {
         let known = ["SIDA_EXPERT_MEMORY", "SIDA_MODEL", "SIDA_MODEL_NAME", "SIDA_JSON"].map(str::to_owned);
-        unread(names.iter().map(OsString::from), &known.into())
+        unread(names.iter().map(|name| (name.into(), "tcp://10.0.0.1:50051".into())), &known.into())
     }
 
     #[test]
@@ -109,6 +114,15 @@ mod tests {
             "SIDA_EXPERT_NODE_SERVICE_HOST",
         ];
         assert_eq!(warnings(&fine), Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_port_that_a_person_set_is_told() {
+        // Broken: a server would listen on its default port, although SIDA_PORT names another.
+        let variables = [("SIDA_PORT", "50052"), ("SIDA_UP_PORT", "tcp://10.0.0.1:50051"), ("SIDA_UP_PORT", "0")];
+        let variables = variables.map(|(name, value)| (name.into(), value.into()));
+        let warnings = unread(variables.into_iter(), &BTreeSet::new());
+        assert!(warnings.len() == 2 && warnings[0].contains("SIDA_PORT") && warnings[1].contains("SIDA_UP_PORT"));
     }
 
     #[test]

@@ -1,10 +1,10 @@
 //! `sida`: the whole cluster in one process, one role of it, or a client of one.
 //!
-//! In reading order. What can be said on the command line: [`command_line`], [`environment`], [`settings_file`],
-//! [`arguments`], [`time_span`], [`bad_configuration`]. What it does: [`commands`]. What the commands share:
-//! [`model_dir`], [`text_file`], [`embedded`], [`coordinator_client`], [`runtime`], [`shutdown`]. What a person sees:
-//! [`loading_bar`], [`byte_size`], [`plain_table`], [`expert_picture`], [`answer_report`],
-//! [`status_table`], [`watch_screen`].
+//! In reading order. What can be said on the command line: [`command_line`], [`environment`], [`negative_values`],
+//! [`settings_file`], [`arguments`], [`time_span`], [`bad_configuration`]. What it does: [`commands`]. What the commands
+//! share: [`model_dir`], [`model_check`], [`text_file`], [`embedded`], [`coordinator_client`], [`runtime`], [`shutdown`].
+//! What a person sees: [`loading_bar`], [`byte_size`], [`plain_table`], [`expert_picture`], [`answer_report`],
+//! [`status_table`], [`watch_screen`], [`told`].
 
 mod answer_report;
 mod arguments;
@@ -18,7 +18,9 @@ mod environment;
 mod expert_picture;
 mod loading_bar;
 mod machine_memory;
+mod model_check;
 mod model_dir;
+mod negative_values;
 mod plain_table;
 mod runtime;
 mod settings_file;
@@ -26,6 +28,7 @@ mod shutdown;
 mod status_table;
 mod text_file;
 mod time_span;
+mod told;
 mod watch_screen;
 
 use std::{env, error::Error, io, process::ExitCode};
@@ -35,6 +38,7 @@ use mimalloc::MiMalloc;
 use sida_model::{ModelError, convert::ConvertError};
 use sida_predictor::PredictorError;
 use sida_rpc::{ClientError, tls::TlsError};
+use told::{may_be_of_tls, told, told_status};
 
 /// Tokenizing is little else than small allocations, by several threads at once.
 #[global_allocator]
@@ -42,7 +46,7 @@ static ALLOCATOR: MiMalloc = MiMalloc;
 
 /// `EX_USAGE` of sysexits.h: the command line, the environment or a configuration file is wrong, so that
 /// starting again will not help.
-const EXIT_BAD_CONFIGURATION: u8 = 64;
+pub(crate) const EXIT_BAD_CONFIGURATION: u8 = 64;
 
 fn main() -> ExitCode {
     // To candle, which trains predictors, this machine has one processor: training shares the work out to its own
@@ -75,13 +79,9 @@ fn failed(error: &anyhow::Error) -> ExitCode {
     }
     match error.downcast_ref::<tonic::Status>() {
         Some(status) => {
-            // What the connection said, such as that a certificate is missing, is a cause of the status.
-            let causes = std::iter::successors(status.source(), |&cause| cause.source());
-            eprintln!("sida: {} ({:?})", joined(status.message().to_owned(), causes), status.code());
-            if status.source().is_some() {
-                eprintln!(
-                    "      the connection broke: do both ends speak TLS (https://), and does the server want --tls-cert?"
-                );
+            eprintln!("sida: {} ({:?})", told_status(status), status.code());
+            if may_be_of_tls(error) {
+                eprintln!("      do both ends speak TLS (https://), and does the server want --tls-cert?");
             }
         }
         None => eprintln!("sida: {}", told(error)),
@@ -98,35 +98,4 @@ fn is_lasting(cause: &(dyn Error + 'static)) -> bool {
         || cause.is::<TlsError>()
         || cause.downcast_ref::<tonic::Status>().is_some_and(|status| status.code() == tonic::Code::InvalidArgument)
         || matches!(cause.downcast_ref(), Some(ClientError::Address { .. } | ClientError::Tls { .. }))
-}
-
-/// An error and its causes on one line.
-fn told(error: &anyhow::Error) -> String {
-    joined(String::new(), error.chain())
-}
-
-/// What came before, and what each cause adds. Many errors tell their cause themselves; it is not told twice.
-fn joined<'a>(told: String, causes: impl Iterator<Item = &'a (dyn Error + 'static)>) -> String {
-    causes.fold(told, |told, cause| {
-        let cause = cause.to_string();
-        match told.as_str() {
-            "" => cause,
-            earlier if earlier.contains(&cause) => told,
-            _ => format!("{told}: {cause}"),
-        }
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn causes_are_told_once() {
-        // Broken: an error would repeat itself, or its cause would be lost.
-        let denied = || io::Error::other("permission denied");
-        let error = anyhow::Error::new(denied()).context("cannot read config.json: permission denied");
-        assert_eq!(told(&error), "cannot read config.json: permission denied");
-        assert_eq!(told(&anyhow::Error::new(denied()).context("model m")), "model m: permission denied");
-    }
 }

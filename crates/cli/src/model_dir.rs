@@ -2,7 +2,7 @@
 //! every command that needs a model.
 
 use std::{
-    env,
+    env, fs,
     path::{Path, PathBuf},
 };
 
@@ -18,6 +18,11 @@ pub(crate) fn find(named: Option<&Path>) -> Result<PathBuf, BadConfiguration> {
         Some(dir) => check(dir),
         None => first_of(default_places()),
     }
+}
+
+/// The whole path of a model's directory, for a person who may have written `.`.
+pub(crate) fn full_path(dir: &Path) -> PathBuf {
+    fs::canonicalize(dir).unwrap_or_else(|_| dir.to_owned())
 }
 
 /// A directory with a config.json is taken for a model; what is wrong inside is found by who opens it.
@@ -59,8 +64,6 @@ fn default_places() -> Vec<PathBuf> {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-
     use super::*;
 
     #[test]

@@ -3,7 +3,7 @@
 
 use std::{
     path::{Path, PathBuf},
-    sync::{Arc, atomic::Ordering},
+    sync::{Arc, OnceLock, atomic::Ordering},
 };
 
 use sha2::{Digest as _, Sha256};
@@ -28,6 +28,8 @@ pub struct Checkpoint {
     files: WeightFiles,
     manifest: Option<Manifest>,
     digest: Digest,
+    /// The first tensor that was found to be damaged.
+    damaged: OnceLock<String>,
 }
 
 /// One tensor where it lies.
@@ -71,7 +73,8 @@ impl Checkpoint {
         let config = ModelConfig::open_checked(dir, check)?;
         let files = WeightFiles::open(dir)?;
         let name = name.map_or_else(|| model_name::of_directory(dir), str::to_owned);
-        let mut checkpoint = Self { dir: dir.to_owned(), name, config, files, manifest, digest: Digest([0; 32]) };
+        let (dir, damaged) = (dir.to_owned(), OnceLock::new());
+        let mut checkpoint = Self { dir, name, config, files, manifest, digest: Digest([0; 32]), damaged };
         checkpoint.digest = checkpoint.identify()?;
         Ok(Arc::new(checkpoint))
     }
@@ -122,6 +125,12 @@ impl Checkpoint {
         let tensor = TensorBytes { dtype: self.dtype(name)?, shape: &stored.shape, bytes: self.files.bytes(stored) };
         self.verify(name, stored, tensor.bytes)?;
         Ok(tensor)
+    }
+
+    /// What is wrong with the first tensor that did not pass its comparison with the manifest, whoever read it; none where
+    /// all that were read did. For who asked for an answer and learns only that a node could not load an expert.
+    pub fn damage(&self) -> Option<ModelError> {
+        self.tensor(self.damaged.get()?).err()
     }
 
     /// Copies a tensor's bytes into `into`, which is as long, without mapping them; compared with the manifest on
@@ -183,7 +192,7 @@ impl Checkpoint {
         if let Some(manifest) = &self.manifest
             && !stored.verified.load(Ordering::Acquire)
         {
-            manifest.check_tensor(name, bytes)?;
+            manifest.check_tensor(name, bytes).inspect_err(|_| _ = self.damaged.set(name.to_owned()))?;
             stored.verified.store(true, Ordering::Release);
         }
         Ok(())

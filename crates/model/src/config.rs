@@ -77,14 +77,25 @@ impl ModelConfig {
         Self::open_checked(dir, |_, _| Ok(()))
     }
 
-    /// The same, and has each file's name and content looked at; none is the content of a file that is not there.
+    /// Reads `config.json` alone, and with it the fields of it that say how the model writes.
+    pub fn open_alone(dir: &Path) -> Result<Self, ModelError> {
+        Ok(Self::read(dir)?.0)
+    }
+
+    /// `config.json`, and its content.
+    fn read(dir: &Path) -> Result<(Self, Vec<u8>), ModelError> {
+        let path = dir.join(CONFIG);
+        let json = bounded_file::read(&path, CONFIG_BYTES_MAX)?;
+        Ok((Self::parse(&json, &path)?, json))
+    }
+
+    /// As [`ModelConfig::open`], and has each file's name and content looked at; none is the content of a file that is not
+    /// there.
     pub(crate) fn open_checked(
         dir: &Path,
         check: impl Fn(&str, Option<&[u8]>) -> Result<(), ModelError>,
     ) -> Result<Self, ModelError> {
-        let path = dir.join(CONFIG);
-        let json = bounded_file::read(&path, CONFIG_BYTES_MAX)?;
-        let mut config = Self::parse(&json, &path)?;
+        let (mut config, json) = Self::read(dir)?;
         check(CONFIG, Some(&json))?;
         let path = dir.join(GENERATION_CONFIG);
         if !path.try_exists().map_err(|source| ModelError::Read { path: path.clone(), source })? {

@@ -7,7 +7,7 @@
 //!
 //! In reading order. What a model is: [`error`], [`dtype`], [`config`], [`family`], and [`spec`], the model as data.
 //! Where its bytes are: [`bounded_file`], [`mistaken_file`], `weight_files`, [`manifest`], `model_name`, [`checkpoint`], [`names`], [`tokenizer`].
-//! Its weights by block: [`position_bias`], [`backbone`]. What it computes, an equation a line: [`forward`].
+//! Its weights by block: [`position_bias`], [`backbone`], `tensor_check`. What it computes, an equation a line: [`forward`].
 //! Who computes it: [`backend`]. On the processor: arithmetic on slices in [`cpu`], by several threads in
 //! [`mod@side_by_side`] and `pieces`; [`spans`], [`kv_cache`], [`linear`], `loader`, `cpu_operations`, [`router`],
 //! [`cpu_backend`]. On a GPU (feature `cuda`): [`cuda`], [`device_name`] and [`precision`].
@@ -59,6 +59,7 @@ pub mod spans;
 pub mod spec;
 pub mod still_wanted;
 pub mod synth;
+mod tensor_check;
 pub mod tokenizer;
 mod weight_files;
 pub mod window;

@@ -17,7 +17,11 @@ pub enum PredictorError {
     File { path: PathBuf, reason: String },
     #[error("{}: tensor {tensor} {reason}", path.display())]
     Tensor { path: PathBuf, tensor: String, reason: String },
-    #[error("{} predicts for model {found}, this is model {expected}: train one for this model", path.display())]
+    #[error(
+        "{} predicts for model {found}, this is model {expected}: either its config.json or weights were changed after the predictor \
+         was trained, or this is another model, for which `sida train-predictor` trains one",
+        path.display()
+    )]
     Model { path: PathBuf, expected: Digest, found: Digest },
     #[error("token id {id} is outside the vocabulary of {vocab_size}")]
     Token { id: u32, vocab_size: usize },

@@ -58,6 +58,27 @@ impl Default for TrainOptions {
     }
 }
 
+impl TrainOptions {
+    /// Refuses options that cannot train a predictor of a model with so many experts per layer.
+    pub fn check(&self, num_experts: usize) -> Result<(), PredictorError> {
+        let top_k_max = TOP_K_MAX.min(num_experts);
+        let refuse = |field, found: usize, expected: String| {
+            Err(PredictorError::Option { field, found: found.to_string(), expected })
+        };
+        if !(1..=top_k_max).contains(&self.top_k) {
+            return refuse("top_k (--predicted)", self.top_k, format!("1 to {top_k_max}"));
+        }
+        let width_max = crate::lstm::stack_net::WIDTH_MAX;
+        if !(2..=width_max).contains(&self.width) || !self.width.is_multiple_of(2) {
+            return refuse("width", self.width, format!("an even number up to {width_max}"));
+        }
+        if self.epochs == 0 || self.batch_tokens == 0 {
+            return refuse("epochs and batch_tokens", self.epochs.min(self.batch_tokens), "at least 1".to_owned());
+        }
+        Ok(())
+    }
+}
+
 /// How far training is; for a progress bar.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct TrainProgress {
@@ -81,7 +102,10 @@ pub fn train(
     path: &Path,
     on_progress: &mut dyn FnMut(TrainProgress),
 ) -> Result<Vec<HitRate>, PredictorError> {
-    check(train, options)?;
+    options.check(train.shape.num_experts)?;
+    if train.encoder.tokens() == 0 {
+        return Err(PredictorError::Texts { reason: "nothing was recorded".to_owned() });
+    }
     let mut tensors = Tensors::default();
     for stack in [Stack::Encoder, Stack::Decoder] {
         if train.shape.layers(stack).is_empty() {
@@ -103,26 +127,6 @@ pub fn train(
     metadata.hit_rates = measure::hit_rates(&*predictor, held_out)?;
     tensors.write(&metadata, path)?;
     Ok(metadata.hit_rates)
-}
-
-fn check(recording: &Recording, options: &TrainOptions) -> Result<(), PredictorError> {
-    let top_k_max = TOP_K_MAX.min(recording.shape.num_experts);
-    let refuse = |field, found: usize, expected: String| {
-        Err(PredictorError::Option { field, found: found.to_string(), expected })
-    };
-    if !(1..=top_k_max).contains(&options.top_k) {
-        return refuse("top_k", options.top_k, format!("1 to {top_k_max}"));
-    }
-    if !(2..=crate::lstm::stack_net::WIDTH_MAX).contains(&options.width) || !options.width.is_multiple_of(2) {
-        return refuse("width", options.width, format!("an even number up to {}", crate::lstm::stack_net::WIDTH_MAX));
-    }
-    if options.epochs == 0 || options.batch_tokens == 0 {
-        return refuse("epochs and batch_tokens", options.epochs.min(options.batch_tokens), "at least 1".to_owned());
-    }
-    if recording.encoder.tokens() == 0 {
-        return Err(PredictorError::Texts { reason: "nothing was recorded".to_owned() });
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 
 use std::{error::Error as _, time::Duration};
 
+use http::uri::Authority;
 use thiserror::Error;
 use tonic::{
     Code, Status, TimeoutExpired,
@@ -56,14 +57,14 @@ pub enum ClientError {
     Address { address: String },
     #[error("TLS to {address}: {source}")]
     Tls { address: String, source: TlsError },
-    #[error("cannot connect to {address}: {}", root_cause(.source))]
-    Connect { address: String, source: transport::Error },
+    #[error("cannot connect to {address}: {}", root_cause(.error))]
+    Connect { address: String, error: transport::Error },
 }
 
 /// Connects to `address`: `host:port`, or with `http://` or `https://` before it.
 pub async fn connect(address: &str, config: &ClientConfig) -> Result<Channel, ClientError> {
     let endpoint = endpoint(address, config)?;
-    endpoint.connect().await.map_err(|source| ClientError::Connect { address: address.to_owned(), source })
+    endpoint.connect().await.map_err(|error| ClientError::Connect { address: address.to_owned(), error })
 }
 
 /// A channel that connects at its first call, and again whenever the connection was lost. Has to be called
@@ -92,7 +93,7 @@ fn endpoint(address: &str, config: &ClientConfig) -> Result<Endpoint, ClientErro
     let scheme = if tls.is_some() { "https" } else { "http" };
     let endpoint = Endpoint::from_shared(format!("{scheme}://{bare}"))
         .ok()
-        .filter(|endpoint| endpoint.uri().host().is_some_and(|host| !host.is_empty()))
+        .filter(|endpoint| endpoint.uri().authority().is_some_and(is_address))
         .ok_or_else(|| ClientError::Address { address: address.to_owned() })?
         .connect_timeout(config.connect_timeout)
         .tcp_nodelay(true)
@@ -104,7 +105,13 @@ fn endpoint(address: &str, config: &ClientConfig) -> Result<Endpoint, ClientErro
         .keep_alive_while_idle(true);
     let Some(tls) = tls else { return Ok(endpoint) };
     let tls = tls.load().map_err(|source| ClientError::Tls { address: address.to_owned(), source })?;
-    endpoint.tls_config(tls).map_err(|source| ClientError::Connect { address: address.to_owned(), source })
+    endpoint.tls_config(tls).map_err(|error| ClientError::Connect { address: address.to_owned(), error })
+}
+
+/// Whether it is a host, or a host and a port. What is no port, such as 99999, would be left out without a word.
+fn is_address(authority: &Authority) -> bool {
+    let host = authority.host();
+    !host.is_empty() && (authority.port_u16().is_some() || authority.as_str().ends_with(host))
 }
 
 /// What lies at the bottom of a transport error, whose own text says only "transport error".
@@ -114,4 +121,21 @@ pub(crate) fn root_cause(error: &transport::Error) -> String {
         cause = next;
     }
     cause.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_addresses_are_connected_to() {
+        // Broken: a mistyped port would be port 80 of that host, or a path be looked up as a name.
+        let is_refused = |address: &str| matches!(endpoint(address, &ClientConfig::default()), Err(ClientError::Address { address: named }) if named == address);
+        for fine in ["localhost:50051", "http://10.0.0.1:1", "https://sida.example", "[::1]:50051", "sida"] {
+            assert!(!is_refused(fine), "{fine}");
+        }
+        for wrong in ["", "http://", ":50051", "localhost:99999", "localhost:", "localhost:x", "unix:///run/sida"] {
+            assert!(is_refused(wrong), "{wrong}");
+        }
+    }
 }

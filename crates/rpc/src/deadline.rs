@@ -111,7 +111,7 @@ impl Future for Expiry {
 
 /// The header's value: at most 8 digits and a unit (gRPC over HTTP/2, Requests, `Timeout`). A malformed one is
 /// refused: a caller who set a deadline must not wait without one.
-fn timeout(headers: &HeaderMap) -> Result<Option<Duration>, Fault> {
+pub(crate) fn timeout(headers: &HeaderMap) -> Result<Option<Duration>, Fault> {
     let Some(value) = headers.get(HEADER) else { return Ok(None) };
     let parsed = value.to_str().ok().and_then(parse);
     let malformed = || Fault::new(Reason::MalformedDeadline, format!("{HEADER} is {value:?}"));

@@ -2,8 +2,9 @@
 //! that deadlines, limits, health, shutdown and error details behave alike everywhere. Used by the nodes, by
 //! the command line's client commands and by the tests.
 //!
-//! In reading order: [`status`] (errors as gRPC statuses), `ending` (calls that end early), [`deadline`],
-//! [`drain`], [`trace`], [`request_id`], [`metadata`], [`health`] and `health_service`, [`tls`]; connections: `peer` (one,
+//! In reading order: [`status`] (errors as gRPC statuses), `ending` (calls that end early), `watched_response` (how they end),
+//! [`outcome`], [`deadline`],
+//! [`drain`], `refusals`, [`trace`], [`request_id`], [`metadata`], [`health`] and `health_service`, [`tls`]; connections: `peer` (one,
 //! as its server sees it), `connections` (all), `accept` (how they come), `connection` (one, from its first byte to its
 //! last); [`server`] (puts them together), [`metrics_port`] (what is not gRPC), [`client`].
 
@@ -18,17 +19,21 @@ pub mod health;
 mod health_service;
 pub mod metadata;
 pub mod metrics_port;
+pub mod outcome;
 mod peer;
+mod refusals;
 pub mod request_id;
 pub mod server;
 pub mod status;
 pub mod tls;
 pub mod trace;
+mod watched_response;
 
 pub use client::{ClientConfig, ClientError, connect, connect_lazy};
 pub use deadline::Deadline;
 pub use health::Readiness;
 pub use metadata::METADATA_BYTES_MAX;
+pub use outcome::Outcome;
 pub use request_id::RequestId;
 pub use server::{MESSAGE_BYTES_MAX, Server, ServerConfig, ServerError};
 pub use status::{Fault, Reason};

@@ -43,6 +43,8 @@ use crate::{
     health::{Alive, Check, CheckResult, Health, Readiness},
     health_service::NodeHealth,
     metadata::{HEADER_LIST_BYTES_MAX, MetadataLayer},
+    outcome::{Observer, Outcome, OutcomeLayer},
+    refusals::RefusalLayer,
     request_id::RequestIdLayer,
     tls::{ServerTls, TlsError},
     trace::TraceLayer,
@@ -126,6 +128,7 @@ pub struct Server {
     checks: Vec<Check>,
     is_alive: Option<Alive>,
     leaving: Option<CancellationToken>,
+    observer: Option<Observer>,
 }
 
 impl Server {
@@ -138,6 +141,7 @@ impl Server {
             checks: Vec::new(),
             is_alive: None,
             leaving: None,
+            observer: None,
         }
     }
 
@@ -182,10 +186,17 @@ impl Server {
         self
     }
 
+    /// Tells `observer` of every call that ended, those that no handler saw included.
+    #[must_use]
+    pub fn observed(mut self, observer: impl Fn(Outcome<'_>) + Send + Sync + 'static) -> Self {
+        self.observer = Some(Arc::new(observer));
+        self
+    }
+
     /// Serves on `listener` until `shutdown`. Then health says NOT_SERVING, no connection is accepted, calls in
     /// flight may finish, and at the drain limit what is left ends with UNAVAILABLE.
     pub async fn serve(self, listener: TcpListener, shutdown: CancellationToken) -> Result<(), ServerError> {
-        let Self { config, routes, descriptors, checks, is_alive, leaving } = self;
+        let Self { config, routes, descriptors, checks, is_alive, leaving, observer } = self;
         let leaving = leaving.unwrap_or_else(|| shutdown.clone());
         let reporter = HealthReporter::new();
         let known = HealthService::from_health_reporter(reporter.clone());
@@ -197,7 +208,7 @@ impl Server {
         let services = health.checks.iter().map(|check| check.service);
         let routes = with_reflection(routes.add_service(health_service), &descriptors, services)?;
         let connector = Arc::new(Connector {
-            service: layered(routes, drain.clone()),
+            service: layered(routes, observer, drain.clone()),
             http2: http2_builder(&config),
             tls: config.tls.as_ref().map(ServerTls::acceptor).transpose()?,
             handshake_timeout: config.handshake_timeout,
@@ -224,16 +235,19 @@ impl Server {
 }
 
 /// `routes` behind what every call goes through.
-fn layered(routes: Routes, drain: DrainLayer) -> impl ConnectionService {
+fn layered(routes: Routes, observer: Option<Observer>, drain: DrainLayer) -> impl ConnectionService {
     ServiceBuilder::new()
         // Outermost: a span is the whole call, and log lines within carry its trace.
         .layer(TraceLayer)
         // Whatever is answered further in carries the request's name.
         .layer(RequestIdLayer)
+        // Counts what the layers below refuse, too.
+        .layer(OutcomeLayer { observer })
         .layer(MetadataLayer)
         .layer(DeadlineLayer)
-        // Innermost: handlers end by it, and the layers above still see a proper response.
+        // Handlers end by it, and the layers above still see a proper response.
         .layer(drain)
+        .layer(RefusalLayer)
         .service(routes.prepare())
 }
 

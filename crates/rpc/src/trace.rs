@@ -4,23 +4,21 @@
 
 use std::{
     borrow::Cow,
-    pin::Pin,
     task::{Context, Poll},
 };
 
-use http::{HeaderMap, HeaderName, Request, Response};
-use http_body::{Body as HttpBody, Frame, SizeHint};
+use http::{Request, Response};
 use sida_telemetry::{Span, TraceContext, trace_context::TRACEPARENT};
-use tonic::{Status, body::Body, metadata::MetadataMap};
+use tonic::{Code, body::Body, metadata::MetadataMap};
 use tower::{Layer, Service};
 
-use crate::ending::ResponseFuture;
+use crate::{
+    ending::ResponseFuture,
+    watched_response::{Watcher, watched},
+};
 
 /// Calls that carry other calls, which have traces of their own, or that nobody waits for.
 const UNTRACED: [&str; 2] = ["/grpc.", "/sida.v1.Experts/Lane"];
-
-/// Metadata key of a call's outcome.
-const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 
 /// The trace of a request that came through the server stack.
 pub fn context_of<T>(request: &tonic::Request<T>) -> Option<TraceContext> {
@@ -86,53 +84,16 @@ where
         if !span.is_recorded() {
             return Box::pin(response);
         }
-        Box::pin(async move {
-            let response = response.await?;
-            // A refusal has its status among the headers and no body.
-            note_status(&mut span, response.headers());
-            Ok(response.map(|inner| Body::new(TracedBody { inner, span })))
-        })
+        Box::pin(async move { Ok(watched(response.await?, span)) })
     }
 }
 
-/// A response body whose end is the end of its span.
-struct TracedBody {
-    inner: Body,
-    span: Span,
-}
-
-impl HttpBody for TracedBody {
-    type Data = bytes::Bytes;
-    type Error = Status;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
-        let frame = Pin::new(&mut self.inner).poll_frame(cx);
-        if let Poll::Ready(Some(Ok(frame))) = &frame
-            && let Some(trailers) = frame.trailers_ref()
-        {
-            note_status(&mut self.span, trailers);
+/// The span ends with the response.
+impl Watcher for Span {
+    fn ended_with(&mut self, code: Code) {
+        self.set("rpc.grpc.status_code", i64::from(code as i32));
+        if code != Code::Ok {
+            self.fail(&code);
         }
-        frame
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.inner.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.inner.size_hint()
-    }
-}
-
-fn note_status(span: &mut Span, headers: &HeaderMap) {
-    let Some(code) = headers.get(&GRPC_STATUS).and_then(|value| value.to_str().ok()?.parse::<i32>().ok()) else {
-        return;
-    };
-    span.set("rpc.grpc.status_code", i64::from(code));
-    if code != 0 {
-        span.fail(&tonic::Code::from_i32(code));
     }
 }

@@ -315,3 +315,85 @@ async fn a_client_timer_is_a_deadline_too() {
     assert_eq!(other.code(), Code::Cancelled);
     running.stop().await;
 }
+
+/// One call by bare HTTP/2, since a client of gRPC would mind its own timer and make whole messages.
+async fn bare(address: &str, timeout: Option<&str>, body: &'static [u8], is_whole: bool) -> tonic::Status {
+    let stream = tokio::net::TcpStream::connect(address).await.unwrap();
+    let (client, connection) = h2::client::handshake(stream).await.unwrap();
+    tokio::spawn(connection);
+    let mut request = http::Request::post("http://node/test.Echo/Unary")
+        .header("content-type", "application/grpc")
+        .header("te", "trailers");
+    if let Some(timeout) = timeout {
+        request = request.header("grpc-timeout", timeout);
+    }
+    let (response, mut sending) = client.ready().await.unwrap().send_request(request.body(()).unwrap(), false).unwrap();
+    sending.send_data(body.into(), is_whole).unwrap();
+    tonic::Status::from_header_map(response.await.unwrap().headers()).unwrap()
+}
+
+#[tokio::test]
+async fn a_message_that_cannot_be_read_is_its_callers_mistake() {
+    // Broken: a caller's bug would look like one of ours, and wake somebody at night.
+    let running = Running::start(plain(), |server| server).await;
+    for body in [
+        &b"\0\0\0\0\x04\xff\xff\xff\xff"[..], // a frame of what is no protobuf
+        b"\0\0\0\0\x09\x0a",                  // less than the frame says
+        b"\x07\0\0\0\0",                      // an unknown flag
+        b"",
+    ] {
+        let status = bare(&running.address, None, body, true).await;
+        let expected = (Code::InvalidArgument, Some(Reason::MalformedMessage));
+        assert_eq!((status.code(), Reason::of(&status)), expected, "{body:?}: {status}");
+    }
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn what_is_not_served_is_named() {
+    // Broken: who asks a node of another role would be answered by a code and no word.
+    let running = Running::start(plain(), |server| server).await;
+    let mut client = HealthClient::new(running.channel().await);
+    client.check(HealthCheckRequest::default()).await.unwrap();
+    let mut other = tonic::client::Grpc::new(running.channel().await);
+    other.ready().await.unwrap();
+    let path = http::uri::PathAndQuery::from_static("/sida.v1.Cluster/Status");
+    let codec = tonic_prost::ProstCodec::<Vec<u8>, Vec<u8>>::default();
+    let status = other.unary(Request::new(Vec::new()), path, codec).await.unwrap_err();
+    assert_eq!((status.code(), Reason::of(&status)), (Code::Unimplemented, Some(Reason::Unsupported)));
+    assert_eq!(status.message(), "this node does not serve /sida.v1.Cluster/Status");
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn every_end_of_a_call_is_told() {
+    // Broken: what is refused before a handler sees it would be in no metric, and a missed deadline be counted as a
+    // caller who changed his mind.
+    let (sender, mut outcomes) = tokio::sync::mpsc::unbounded_channel();
+    let observer = move |outcome: sida_rpc::Outcome<'_>| {
+        let _ = sender.send((outcome.path.to_owned(), outcome.code));
+    };
+    let running = Running::start(plain(), |server| server.observed(observer)).await;
+    let channel = running.channel().await;
+    let mut next = async || {
+        let (path, code) = outcomes.recv().await.unwrap();
+        assert!(path.starts_with("/test.Echo/"), "{path}");
+        code
+    };
+    unary(&channel, Request::new(b"x".to_vec())).await.unwrap();
+    assert_eq!(next().await, Code::Ok);
+    unary(&channel, with_header("x", "grpc-timeout", "5s")).await.unwrap_err();
+    assert_eq!(next().await, Code::InvalidArgument);
+    bare(&running.address, None, b"\0\0\0\0\x04\xff\xff\xff\xff", true).await;
+    assert_eq!(next().await, Code::InvalidArgument);
+    // "sleep 60000", and a message whose end never comes.
+    for (body, is_whole) in [(&b"\0\0\0\0\x0d\x0a\x0bsleep 60000"[..], true), (b"\0\0\0\0\x0d", false)] {
+        for timeout in ["1n", "20m"] {
+            bare(&running.address, Some(timeout), body, is_whole).await;
+            assert_eq!(next().await, Code::DeadlineExceeded, "{timeout}");
+        }
+    }
+    drop(count(&channel, Request::new(Vec::new())).await);
+    assert_eq!(next().await, Code::Cancelled);
+    running.stop().await;
+}

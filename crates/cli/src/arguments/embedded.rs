@@ -12,7 +12,7 @@ pub(crate) struct EmbeddedArguments {
     /// Expert-nodes within this process [default: 2; on a GPU 1, which shares it with the coordinator]
     #[arg(long, value_name = "N")]
     pub(crate) expert_nodes: Option<usize>,
-    /// Memory for experts, over all expert-nodes: 2GiB, 300MB, or a share of all experts as 25%
+    /// Memory for experts, over all expert-nodes: 2GiB (by 1024), 300MB (by 1000), or a share of all experts as 25%
     #[arg(long, value_name = "SIZE", default_value = "100%")]
     pub(crate) expert_memory: ExpertMemory,
     /// With a GPU: page-locked memory of the host for experts; the others come from disk when they are wanted

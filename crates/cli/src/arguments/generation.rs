@@ -8,12 +8,13 @@ use super::routing::RoutingArguments;
 /// Length and choice of the tokens of an answer.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct GenerationArguments {
-    /// Tokens of an answer at most
-    #[arg(long, value_name = "N", default_value_t = 64)]
-    max_tokens: usize,
-    /// No end of the answer before so many tokens, not even at a stop text
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    min_tokens: usize,
+    /// Tokens of an answer at most; 0 as if not given [default: the model's own, else 64]
+    #[arg(long, value_name = "N")]
+    max_tokens: Option<usize>,
+    /// No end of the answer before so many tokens. A stop text that is complete at that token or later ends it, wherever the
+    /// stop text began [default: the model's own, mostly 0]
+    #[arg(long, value_name = "N")]
+    min_tokens: Option<usize>,
     /// Go on after the end of the answer, up to --max-tokens: to measure generation
     #[arg(long)]
     ignore_eos: bool,
@@ -30,7 +31,7 @@ pub(crate) struct GenerationArguments {
     /// Draw the same tokens again next time
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
-    /// End before this text; may be given several times
+    /// End where the answer contains this text, which is cut off; may be given several times
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
 }
@@ -41,7 +42,7 @@ impl GenerationArguments {
         GenerateParams {
             text,
             routing: routing.into(),
-            max_tokens: self.max_tokens,
+            max_tokens: self.max_tokens.unwrap_or(0),
             min_tokens: self.min_tokens,
             ignore_eos: self.ignore_eos,
             sampling: Sampling { temperature: self.temperature, top_k: self.top_k, top_p: self.top_p, seed: self.seed },
@@ -49,5 +50,34 @@ impl GenerationArguments {
             deadline: None,
             trace: None,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        generation: GenerationArguments,
+        #[command(flatten)]
+        routing: RoutingArguments,
+    }
+
+    #[test]
+    fn what_is_not_asked_for_is_the_models() {
+        // Broken: every answer would have 64 tokens, whatever the model's generation config says, or a least length of the
+        // model's could not be switched off.
+        let params = |line: &[&str]| {
+            let line = Line::parse_from(line);
+            line.generation.params("x".to_owned(), line.routing)
+        };
+        let plain = params(&["ask"]);
+        assert_eq!((plain.max_tokens, plain.min_tokens), (0, None));
+        let asked = params(&["ask", "--max-tokens", "9", "--min-tokens", "0"]);
+        assert_eq!((asked.max_tokens, asked.min_tokens), (9, Some(0)));
     }
 }

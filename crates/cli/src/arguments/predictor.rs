@@ -1,12 +1,16 @@
 //! Where hash tables come from.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use anyhow::Context;
 use clap::Args;
 use sida_cluster::{Cluster, Role};
 use sida_coordinator::PredictorSource;
 use sida_model::Checkpoint;
+use sida_predictor::HashPredictor;
 
 use crate::bad_configuration::BadConfiguration;
 
@@ -26,7 +30,7 @@ pub(crate) struct PredictorArguments {
 
 impl PredictorArguments {
     /// The source that the flag names, or the best that there is.
-    pub(crate) fn source(&self, checkpoint: &Checkpoint, cluster: &Cluster) -> anyhow::Result<PredictorSource> {
+    pub(crate) fn source(&self, checkpoint: &Arc<Checkpoint>, cluster: &Cluster) -> anyhow::Result<PredictorSource> {
         let has_nodes = !cluster.members_of(Role::PredictorNode).is_empty();
         let may_have_nodes = has_nodes || !cluster.is_fixed();
         match self.predictor.as_deref() {
@@ -57,8 +61,16 @@ pub(crate) fn default_file(checkpoint: &Checkpoint) -> PathBuf {
     checkpoint.dir().join(sida_predictor::FILE_NAME)
 }
 
-fn local(file: &Path, checkpoint: &Checkpoint) -> anyhow::Result<PredictorSource> {
-    let opened = sida_predictor::open(file, checkpoint.config(), checkpoint.digest());
-    let refused = |error| BadConfiguration::because(format!("predictor {}", file.display()), error);
-    Ok(PredictorSource::Local(opened.map_err(refused)?))
+/// Opens a predictor's file. What does not fit may be the model and not the predictor: where a config.json does not even fit
+/// its tensors, that is told.
+pub(crate) fn open(file: &Path, checkpoint: &Arc<Checkpoint>) -> anyhow::Result<Arc<dyn HashPredictor>> {
+    let refused = |error| match checkpoint.check_tensors() {
+        Err(of_model) => anyhow::Error::new(of_model),
+        Ok(()) => BadConfiguration::because("the predictor cannot be used", error).into(),
+    };
+    sida_predictor::open(file, checkpoint.config(), checkpoint.digest()).map_err(refused)
+}
+
+fn local(file: &Path, checkpoint: &Arc<Checkpoint>) -> anyhow::Result<PredictorSource> {
+    Ok(PredictorSource::Local(open(file, checkpoint)?))
 }

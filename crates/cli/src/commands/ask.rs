@@ -14,7 +14,7 @@ use sida_proto::v1::{Finish, FinishReason, RoutingMode};
 use tonic::Status;
 
 use crate::{
-    answer_report::AnswerReport,
+    answer_report::{AnswerReport, routed_instead},
     arguments::{
         connection::ConnectionArguments, embedded::EmbeddedArguments, generation::GenerationArguments,
         model::ModelArguments, predictor::PredictorArguments, routing::RoutingArguments,
@@ -81,6 +81,8 @@ pub(crate) fn run(arguments: AskArguments) -> anyhow::Result<ExitCode> {
             } else {
                 write!(io::stdout(), "\n{}", report.draw(Style::of_stdout()))?;
             }
+        } else if let Some(instead) = answer.finish.trace.as_ref().and_then(routed_instead) {
+            tracing::warn!("{instead}");
         }
         if let Some(cluster) = answerer.cluster {
             cluster.stop().await;
@@ -126,9 +128,11 @@ struct Answer {
 
 /// Asks for `text`; the answer is printed token by token unless JSON is wanted.
 async fn answer(client: &CoordinatorClient, text: String, arguments: &AskArguments) -> anyhow::Result<Answer> {
-    let mut tokens = client.generate(arguments.generation.params(text, arguments.routing)).await?;
+    let params = arguments.generation.params(text, arguments.routing);
+    let refused = |error: Status| client.check_model().map_or_else(anyhow::Error::new, |()| error.into());
+    let mut tokens = client.generate(params).await.map_err(refused)?;
     let (mut text, mut token_ids, mut finish) = (String::new(), Vec::new(), None);
-    while let Some(token) = tokens.try_next().await? {
+    while let Some(token) = tokens.try_next().await.map_err(refused)? {
         if !arguments.json {
             write!(io::stdout(), "{}", token.text)?;
             io::stdout().flush()?;

@@ -100,6 +100,9 @@ fn load_of(arguments: &BenchArguments) -> Result<Load, BadConfiguration> {
             return Err(BadConfiguration::new(format!("{name} is {value}, expected 1 to {most}")));
         }
     }
+    if arguments.requests == Some(0) {
+        return Err(BadConfiguration::new("--requests is 0, expected 1 or more".to_owned()));
+    }
     if arguments.duration == Some(Duration::ZERO) {
         return Err(BadConfiguration::new("--duration is 0s, expected more".to_owned()));
     }
@@ -131,6 +134,7 @@ async fn measure(
     let mut next = vec![0; subjects.len()];
     for (subject, next) in subjects.iter().zip(&mut next) {
         (_, *next) = load::run(warming, 0, request_of(subject, workload)).await;
+        subject.clients[0].check_model()?;
     }
     let mut before = Vec::new();
     for subject in subjects {
@@ -151,6 +155,7 @@ async fn measure(
     drop(bar);
     let mut measured = Vec::new();
     for (index, (subject, samples)) in subjects.iter().zip(samples).enumerate() {
+        subject.clients[0].check_model()?;
         let state = subject.node_state().await?;
         let model = subject.clients[0].model().await?;
         measured.push(Measured {

@@ -1,23 +1,25 @@
-//! `sida doctor`: what this machine can run, and what is missing. Fails if `sida ask` could not work here.
+//! `sida doctor`: what this machine can run, and what is missing or damaged. Fails, as `sida ask` would, if that could not work
+//! here. What of the model is looked at: [`model`].
+
+mod model;
 
 use std::{
     io::{self, Write},
     net::TcpListener,
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::ExitCode,
     thread,
 };
 
 use clap::Args;
 use serde_json::{Value, json};
-use sida_model::{ModelConfig, manifest};
 
-use crate::{byte_size, expert_picture::Style, machine_memory, model_dir};
+use crate::{EXIT_BAD_CONFIGURATION, byte_size, expert_picture::Style, machine_memory};
 
 /// The ports that `sida up` listens on unless told otherwise.
 const DEFAULT_PORTS: [(u16, &str); 2] = [(50051, "gRPC"), (9090, "metrics")];
 
-/// Show what this machine can run and what is missing
+/// Show what this machine can run, and what of it and of a model is missing or damaged
 #[derive(Args)]
 pub(crate) struct DoctorArguments {
     /// The model's directory [default: the switch-tiny-64 that comes with the source]
@@ -60,7 +62,7 @@ struct Finding {
 pub(crate) fn run(arguments: DoctorArguments) -> anyhow::Result<ExitCode> {
     let mut findings = vec![processor(), memory()];
     findings.extend(gpus());
-    findings.extend(model(arguments.model.as_deref()));
+    findings.extend(model::findings(arguments.model.as_deref()));
     findings.extend(DEFAULT_PORTS.map(|(port, use_)| port_finding(port, use_)));
     if cfg!(not(feature = "etcd")) {
         findings.push(finding(
@@ -79,7 +81,8 @@ pub(crate) fn run(arguments: DoctorArguments) -> anyhow::Result<ExitCode> {
         }
     }
     let is_bad = findings.iter().any(|finding| finding.verdict == Verdict::Bad);
-    Ok(if is_bad { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    // What is bad is the model, or where it was looked for.
+    Ok(if is_bad { EXIT_BAD_CONFIGURATION.into() } else { ExitCode::SUCCESS })
 }
 
 /// `works` is what the exit code says.
@@ -167,35 +170,6 @@ fn gpus() -> Vec<Finding> {
     vec![finding(Verdict::Note, "GPU", text)]
 }
 
-/// The model, its tokenizer, its predictor and its manifest.
-fn model(named: Option<&Path>) -> Vec<Finding> {
-    let dir = match model_dir::find(named) {
-        Ok(dir) => dir,
-        Err(error) => return vec![finding(Verdict::Bad, "model", error.to_string())],
-    };
-    let config = match ModelConfig::open(&dir) {
-        Ok(config) => config,
-        Err(error) => return vec![finding(Verdict::Bad, "model", error.to_string())],
-    };
-    let layers = config.moe_layer_count();
-    let text = format!("{}: {layers} MoE layers of {} experts", dir.display(), config.num_experts);
-    let mut findings = vec![finding(Verdict::Good, "model", text)];
-    let present = |name: &str| dir.join(name).is_file();
-    findings.push(match present("tokenizer.json") {
-        true => finding(Verdict::Good, "tokenizer", "found"),
-        false => finding(Verdict::Bad, "tokenizer", "the model has no tokenizer.json: texts cannot be read"),
-    });
-    findings.push(match present("predictor.safetensors") {
-        true => finding(Verdict::Good, "predictor", "found"),
-        false => finding(Verdict::Note, "predictor", "none: nothing is preloaded; `sida train-predictor` makes one"),
-    });
-    findings.push(match present(manifest::FILE_NAME) {
-        true => finding(Verdict::Good, "manifest", "found: weights are checked when they are loaded"),
-        false => finding(Verdict::Note, "manifest", "none; `sida verify --write-manifest` makes one"),
-    });
-    findings
-}
-
 fn port_finding(port: u16, use_: &'static str) -> Finding {
     match TcpListener::bind(("127.0.0.1", port)) {
         Ok(_) => finding(Verdict::Good, "port", format!("{port} ({use_}) is free")),
@@ -211,7 +185,7 @@ mod tests {
     fn what_is_missing_is_said() {
         // Broken: `sida doctor` would call a machine healthy on which `sida ask` fails.
         let dir = tempfile::tempdir().unwrap();
-        let findings = model(Some(dir.path()));
+        let findings = model::findings(Some(dir.path()));
         assert_eq!(findings[0].verdict, Verdict::Bad);
         let json = as_json(&findings);
         assert_eq!((&json["works"], &json["findings"][0]["verdict"]), (&json!(false), &json!("bad")));

@@ -27,7 +27,7 @@ pub(crate) struct ExpertNodeArguments {
     membership: MembershipArguments,
     #[command(flatten)]
     model: ModelArguments,
-    /// Memory for experts: 2GiB, 300MB, or a share of all the model's experts as 25%
+    /// Memory for experts: 2GiB (by 1024), 300MB (by 1000), or a share of all the model's experts as 25%
     #[arg(long, value_name = "SIZE", default_value = "100%")]
     expert_memory: ExpertMemory,
     /// With a GPU: page-locked memory of the host for experts; the others come from disk when they are wanted

@@ -1,13 +1,14 @@
-//! `sida inspect`: what a checkpoint holds, from its config and headers; no weights are read.
+//! `sida inspect`: what a checkpoint holds, from its config and headers; no weights are read. Fails where a part of it could
+//! not be loaded, after it has told what there is.
 
 use std::{
     collections::BTreeMap,
     io::{self, Write},
     path::PathBuf,
     process::ExitCode,
+    sync::Arc,
 };
 
-use anyhow::Context;
 use clap::Args;
 use serde_json::json;
 use sida_model::{
@@ -16,7 +17,12 @@ use sida_model::{
     names,
 };
 
-use crate::{byte_size, model_dir, plain_table::PlainTable};
+use crate::{
+    EXIT_BAD_CONFIGURATION, byte_size,
+    model_check::{self, Part},
+    model_dir,
+    plain_table::PlainTable,
+};
 
 /// Show what a checkpoint holds: family, shapes, layers, experts, bytes by part, digest, predictor
 #[derive(Args)]
@@ -49,13 +55,16 @@ pub(crate) fn run(arguments: InspectArguments) -> anyhow::Result<ExitCode> {
     let dir = model_dir::find(arguments.model.as_deref())?;
     let checkpoint = Checkpoint::open(&dir)?;
     let Contents { parts, dtypes } = contents(&checkpoint)?;
-    let facts = facts(&checkpoint, &dtypes)?;
+    let Checked { parts: checked, is_usable } = checked(&checkpoint);
+    let facts = facts(&checkpoint, &dtypes, checked)?;
+    let code = if is_usable { ExitCode::SUCCESS } else { EXIT_BAD_CONFIGURATION.into() };
     if arguments.json {
         let parts: BTreeMap<_, _> =
             parts.iter().map(|(name, part)| (*name, json!({"tensors": part.tensors, "bytes": part.bytes}))).collect();
         let facts: BTreeMap<_, _> = facts.into_iter().collect();
-        writeln!(io::stdout(), "{}", json!({"model": checkpoint.name(), "facts": facts, "parts": parts}))?;
-        return Ok(ExitCode::SUCCESS);
+        let told = json!({"model": checkpoint.name(), "usable": is_usable, "facts": facts, "parts": parts});
+        writeln!(io::stdout(), "{told}")?;
+        return Ok(code);
     }
     let mut table = PlainTable::new([]);
     facts.into_iter().for_each(|(name, value)| {
@@ -69,7 +78,33 @@ pub(crate) fn run(arguments: InspectArguments) -> anyhow::Result<ExitCode> {
         table.row([(*name).to_owned(), part.tensors.to_string(), byte_size::shown(part.bytes), share]);
     }
     write!(io::stdout(), "{}", table.draw())?;
-    Ok(ExitCode::SUCCESS)
+    Ok(code)
+}
+
+/// The parts that could not be loaded or could, as lines of name and value.
+struct Checked {
+    parts: Vec<(&'static str, String)>,
+    is_usable: bool,
+}
+
+fn checked(checkpoint: &Arc<Checkpoint>) -> Checked {
+    let tensors = model_check::tensors(checkpoint);
+    let predictor = match &tensors {
+        Part::Unusable(_) => Part::Unusable("not looked at, the tensors come first".to_owned()),
+        Part::Sound(_) | Part::Missing => model_check::predictor(checkpoint),
+    };
+    let parts = [
+        ("tensors", tensors, "none"),
+        ("tokenizer", model_check::tokenizer(checkpoint.dir(), checkpoint.config()), "none: texts cannot be read"),
+        ("predictor", predictor, "none; `sida train-predictor` makes one"),
+    ];
+    let is_usable = !parts.iter().any(|(_, part, _)| matches!(part, Part::Unusable(_)));
+    let line = |(name, part, missing): (&'static str, Part, &str)| match part {
+        Part::Sound(text) => (name, text),
+        Part::Missing => (name, missing.to_owned()),
+        Part::Unusable(error) => (name, format!("unusable: {error}")),
+    };
+    Checked { parts: parts.map(line).into(), is_usable }
 }
 
 /// Reads the headers.
@@ -101,7 +136,11 @@ fn part_of(name: &str) -> &'static str {
 }
 
 /// Lines of name and value, in reading order.
-fn facts(checkpoint: &Checkpoint, dtypes: &BTreeMap<String, u64>) -> anyhow::Result<Vec<(&'static str, String)>> {
+fn facts(
+    checkpoint: &Checkpoint,
+    dtypes: &BTreeMap<String, u64>,
+    checked: Vec<(&'static str, String)>,
+) -> anyhow::Result<Vec<(&'static str, String)>> {
     let config = checkpoint.config();
     let stacks = format!(
         "encoder of {} blocks ({} MoE), decoder of {} ({} MoE)",
@@ -115,8 +154,8 @@ fn facts(checkpoint: &Checkpoint, dtypes: &BTreeMap<String, u64>) -> anyhow::Res
         config.d_model, config.d_ff, config.num_heads, config.d_kv, config.vocab_size
     );
     let dtypes: Vec<_> = dtypes.iter().map(|(dtype, tensors)| format!("{dtype} ({tensors} tensors)")).collect();
-    Ok(vec![
-        ("model", checkpoint.dir().display().to_string()),
+    let mut facts = vec![
+        ("model", model_dir::full_path(checkpoint.dir()).display().to_string()),
         ("stacks", stacks),
         ("widths", widths),
         ("experts", experts_fact(config)),
@@ -125,8 +164,9 @@ fn facts(checkpoint: &Checkpoint, dtypes: &BTreeMap<String, u64>) -> anyhow::Res
         ("stored as", dtypes.join(", ")),
         ("digest", checkpoint.digest().to_string()),
         ("manifest", manifest_fact(checkpoint)?),
-        ("predictor", predictor_fact(checkpoint)?),
-    ])
+    ];
+    facts.extend(checked);
+    Ok(facts)
 }
 
 fn experts_fact(config: &ModelConfig) -> String {
@@ -141,17 +181,6 @@ fn manifest_fact(checkpoint: &Checkpoint) -> anyhow::Result<String> {
     Ok(match Manifest::read(checkpoint.dir())? {
         Some(manifest) => format!("{} tensors are checked when they are loaded", manifest.tensors()),
         None => format!("no {}", manifest::FILE_NAME),
-    })
-}
-
-fn predictor_fact(checkpoint: &Checkpoint) -> anyhow::Result<String> {
-    let file = checkpoint.dir().join(sida_predictor::FILE_NAME);
-    if !file.try_exists().with_context(|| format!("cannot look for {}", file.display()))? {
-        return Ok("none; `sida train-predictor` makes one".to_owned());
-    }
-    Ok(match sida_predictor::open(&file, checkpoint.config(), checkpoint.digest()) {
-        Ok(predictor) => format!("{}, top {}", predictor.net(), predictor.top_k()),
-        Err(error) => format!("unusable: {error}"),
     })
 }
 

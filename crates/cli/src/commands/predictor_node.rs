@@ -12,10 +12,9 @@ use crate::{
         connection::ConnectionArguments,
         membership::MembershipArguments,
         model::ModelArguments,
-        predictor::default_file,
+        predictor::{self, default_file},
         server::{self, METRICS_OF_NODES, ServerArguments},
     },
-    bad_configuration::BadConfiguration,
     runtime, shutdown,
 };
 
@@ -57,8 +56,7 @@ pub(crate) fn run(arguments: PredictorNodeArguments) -> anyhow::Result<ExitCode>
         let facts = (model, checkpoint.digest());
         let cluster = arguments.membership.cluster(&member, listener.local_addr()?, facts, 1.0)?;
         let file = arguments.predictor.clone().unwrap_or_else(|| default_file(&checkpoint));
-        let predictor = sida_predictor::open(&file, model, checkpoint.digest())
-            .map_err(|error| BadConfiguration::because(format!("predictor {}", file.display()), error))?;
+        let predictor = predictor::open(&file, &checkpoint)?;
         let threads = arguments.model.threads();
         let config = PredictorNodeConfig {
             limits: PredictorLimits { threads, ..PredictorLimits::default() },

@@ -6,13 +6,19 @@ use std::{
     time::Duration,
 };
 
+use anyhow::Context;
 use clap::Args;
 use serde_json::json;
 use sida_proto::v1::StatusResponse;
+use tonic::Status;
 
 use crate::{
-    arguments::connection::ConnectionArguments, coordinator_client::CoordinatorClient, expert_picture::Style, runtime,
-    status_table, time_span, watch_screen::WatchScreen,
+    arguments::connection::ConnectionArguments,
+    coordinator_client::CoordinatorClient,
+    expert_picture::Style,
+    runtime, status_table, time_span,
+    told::{FirstCall, told_status},
+    watch_screen::WatchScreen,
 };
 
 /// Show a cluster's nodes, placement, residency and hit rate
@@ -26,7 +32,8 @@ pub(crate) struct StatusArguments {
     /// Print JSON
     #[arg(long)]
     json: bool,
-    /// Ask again and again: on a screen of its own in a terminal (q ends), else one answer after the other
+    /// Ask again and again, also after no answer: on a screen of its own in a terminal (q ends), else one answer after the
+    /// other until Ctrl-C
     #[arg(long)]
     watch: bool,
     /// Time between two questions of --watch
@@ -37,15 +44,20 @@ pub(crate) struct StatusArguments {
 /// Asks once, or again and again.
 pub(crate) fn run(arguments: StatusArguments) -> anyhow::Result<ExitCode> {
     runtime::run(async {
-        let client = CoordinatorClient::connect(&arguments.endpoint, &arguments.connection).await?;
         if !arguments.watch {
-            print(&client.status().await?, &arguments)?;
+            let client = CoordinatorClient::connect(&arguments.endpoint, &arguments.connection).await?;
+            print(&client.status().await.context(FirstCall)?, &arguments)?;
             return Ok(ExitCode::SUCCESS);
         }
+        // A coordinator that is not there yet, or not for a moment, is no reason to end.
+        let client = CoordinatorClient::connect_lazy(&arguments.endpoint, &arguments.connection)?;
         let interval = arguments.interval.max(Duration::from_millis(50));
         if arguments.json || !io::stdout().is_terminal() {
             loop {
-                print(&client.status().await?, &arguments)?;
+                match client.status().await {
+                    Ok(status) => print(&status, &arguments)?,
+                    Err(error) => print_failure(&error, &arguments)?,
+                }
                 tokio::time::sleep(interval).await;
             }
         }
@@ -66,7 +78,7 @@ async fn watch(client: &CoordinatorClient, endpoint: &str, interval: Duration) -
                 state = status_table::draw_within(screen.columns(), &status, style);
                 format!("{endpoint} every {interval:?} · q ends")
             }
-            Err(error) => style.paint("31", &format!("{endpoint} does not answer: {} · q ends", error.message())),
+            Err(error) => style.paint("31", &format!("{} · q ends", no_answer(endpoint, &error))),
         };
         screen = screen.show(&format!("{head}\n\n{state}"), interval).await?;
         if screen.is_over() {
@@ -82,6 +94,20 @@ fn print(status: &StatusResponse, arguments: &StatusArguments) -> io::Result<()>
     }
     write!(io::stdout(), "{}", status_table::draw(status, Style::of_stdout()))?;
     io::stdout().flush()
+}
+
+/// In the place of an answer.
+fn print_failure(error: &Status, arguments: &StatusArguments) -> io::Result<()> {
+    let told = no_answer(&arguments.endpoint, error);
+    match arguments.json {
+        true => writeln!(io::stdout(), "{}", json!({"error": told}))?,
+        false => writeln!(io::stdout(), "{}", Style::of_stdout().paint("31", &told))?,
+    }
+    io::stdout().flush()
+}
+
+fn no_answer(endpoint: &str, error: &Status) -> String {
+    format!("{endpoint} does not answer: {}", told_status(error))
 }
 
 /// The whole answer; a node without residency did not give it.

@@ -76,8 +76,6 @@ pub(crate) fn run(arguments: TrainPredictorArguments) -> anyhow::Result<ExitCode
     let start = Instant::now();
     let checkpoint = arguments.model.open()?;
     let texts = texts(&arguments)?;
-    let learnt_from = record(&checkpoint, &texts.train, "recording")?;
-    let measured_with = record(&checkpoint, &texts.held_out, "recording held-out text")?;
     let options = TrainOptions {
         net: match arguments.net {
             NetKind::Lstm => Net::Lstm,
@@ -90,6 +88,11 @@ pub(crate) fn run(arguments: TrainPredictorArguments) -> anyhow::Result<ExitCode
         ..TrainOptions::default()
     };
     let out = arguments.out.clone().unwrap_or_else(|| default_file(&checkpoint));
+    // Before the model runs over the texts, which may take hours.
+    options.check(checkpoint.config().num_experts)?;
+    check_out(&out)?;
+    let learnt_from = record(&checkpoint, &texts.train, "recording")?;
+    let measured_with = record(&checkpoint, &texts.held_out, "recording held-out text")?;
     let bar = LoadingBar::new("training", Unit::Steps);
     let hit_rates = train::train(&learnt_from, &measured_with, &options, &out, &mut |progress| {
         let stack = match progress.stack {
@@ -114,6 +117,17 @@ pub(crate) fn run(arguments: TrainPredictorArguments) -> anyhow::Result<ExitCode
         start.elapsed().as_secs_f64()
     )?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Refuses a place where no file can be written.
+fn check_out(out: &Path) -> Result<(), BadConfiguration> {
+    let shown = out.display();
+    if out.is_dir() {
+        return Err(BadConfiguration::new(format!("--out {shown} is a directory, expected a file")));
+    }
+    let directory = out.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let refused = |error| BadConfiguration::because(format!("cannot write --out {shown}"), error);
+    tempfile::tempfile_in(directory).map(drop).map_err(refused)
 }
 
 fn texts(arguments: &TrainPredictorArguments) -> Result<Texts, BadConfiguration> {

@@ -1,6 +1,10 @@
 //! One request of the benchmark: which text, asked how. Called by [`super::load`] for every request.
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    path::PathBuf,
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
 
 use clap::{Args, ValueEnum};
 use futures::TryStreamExt;
@@ -11,6 +15,7 @@ use tonic::Status;
 
 use super::figures::Sample;
 use crate::{
+    answer_report::routed_instead,
     arguments::{generation::GenerationArguments, routing::RoutingArguments},
     bad_configuration::BadConfiguration,
     coordinator_client::CoordinatorClient,
@@ -63,6 +68,8 @@ pub(crate) struct Workload {
     arguments: WorkloadArguments,
     /// Invariant: not empty.
     texts: Vec<String>,
+    /// Whether it was said that answers had no hash table.
+    is_told: AtomicBool,
 }
 
 impl Workload {
@@ -75,7 +82,7 @@ impl Workload {
         if arguments.texts > 0 {
             texts.truncate(arguments.texts);
         }
-        Ok(Self { arguments, texts })
+        Ok(Self { arguments, texts, is_told: AtomicBool::new(false) })
     }
 
     /// What its requests ask for.
@@ -96,13 +103,13 @@ impl Workload {
             Method::Encode => {
                 let params = EncodeParams { text, routing, pooling: Pooling::Mean, ..EncodeParams::default() };
                 let answer = client.encode(params).await?;
-                Ok(sample(answer.prompt_tokens.into(), answer.trace))
+                Ok(self.sample(answer.prompt_tokens.into(), answer.trace))
             }
             Method::Score => {
                 let targets = self.arguments.targets.clone();
                 let answer = client.score(ScoreParams { text, targets, routing, ..ScoreParams::default() }).await?;
                 let tokens = answer.scores.iter().map(|score| u64::from(score.tokens)).sum();
-                Ok(sample(tokens, answer.trace))
+                Ok(self.sample(tokens, answer.trace))
             }
             Method::Generate => {
                 let request = self.arguments.generation.params(text, self.arguments.routing);
@@ -112,15 +119,20 @@ impl Workload {
                     finish = token.finish;
                 }
                 let finish = finish.ok_or_else(|| Status::data_loss("the answer ended without its last message"))?;
-                Ok(sample(finish.generated_tokens.into(), finish.trace))
+                Ok(self.sample(finish.generated_tokens.into(), finish.trace))
             }
         }
     }
-}
 
-fn sample(tokens: u64, trace: Option<Trace>) -> Sample {
-    let trace = trace.unwrap_or_default();
-    let timings = trace.timings.unwrap_or_default();
-    let forward = Duration::from_micros(timings.backbone_us + timings.experts_us + timings.load_us);
-    Sample { tokens, forward, hash_hits: trace.hash_hits, hash_misses: trace.hash_misses }
+    fn sample(&self, tokens: u64, trace: Option<Trace>) -> Sample {
+        let trace = trace.unwrap_or_default();
+        if let Some(instead) = routed_instead(&trace)
+            && !self.is_told.swap(true, Ordering::Relaxed)
+        {
+            tracing::warn!("what is measured is not mode hash: {instead}");
+        }
+        let timings = trace.timings.unwrap_or_default();
+        let forward = Duration::from_micros(timings.backbone_us + timings.experts_us + timings.load_us);
+        Sample { tokens, forward, hash_hits: trace.hash_hits, hash_misses: trace.hash_misses }
+    }
 }
