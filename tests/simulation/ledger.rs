@@ -10,6 +10,8 @@ use crate::event::{Actor, Micros};
 pub(crate) const CALL_NORMAL_MAX: Micros = 130_000;
 /// What one lost node may cost a request.
 pub(crate) const STALL_MAX: Micros = 300_000;
+/// What may still be done for a caller who has left: calls that nobody has given up yet, and that are answered.
+pub(crate) const LEFT_MAX: Micros = 250_000;
 /// A node that could be reached for so long without a break must have answered.
 pub(crate) const REACHABLE_MIN: Micros = 1_500_000;
 
@@ -29,7 +31,11 @@ pub(crate) struct Counts {
     pub(crate) events: u64,
     pub(crate) requests: u64,
     pub(crate) failed_requests: u64,
+    /// Requests whose callers left.
+    pub(crate) left_requests: u64,
     pub(crate) failed_calls: u64,
+    /// Calls that were on their way far longer than others.
+    pub(crate) straggled: u64,
     pub(crate) stale_calls: u64,
     pub(crate) placements: u64,
     /// Copies of experts that placements added to the ones before.
@@ -45,7 +51,9 @@ impl Counts {
         self.events += other.events;
         self.requests += other.requests;
         self.failed_requests += other.failed_requests;
+        self.left_requests += other.left_requests;
         self.failed_calls += other.failed_calls;
+        self.straggled += other.straggled;
         self.stale_calls += other.stale_calls;
         self.placements += other.placements;
         self.moves += other.moves;
@@ -121,6 +129,14 @@ impl Ledger {
     pub(crate) fn computes(&mut self, node: Actor, known: u64, call: u64) {
         if call < known {
             self.violated(|| format!("{node:?} computes for epoch {call} and knows {known}"));
+        }
+    }
+
+    /// A request whose caller left so long ago is over.
+    pub(crate) fn left(&mut self, coordinator: Actor, request: u64, ago: Micros, stood_still: bool) {
+        self.counts.left_requests += 1;
+        if ago > LEFT_MAX && !stood_still {
+            self.violated(|| format!("{coordinator:?} works at request {request} {ago} us after its caller left"));
         }
     }
 

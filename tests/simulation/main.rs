@@ -15,6 +15,7 @@
 
 mod coordinator;
 mod core;
+mod driver;
 mod etcd;
 mod event;
 mod expert_node;

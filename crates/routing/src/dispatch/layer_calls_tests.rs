@@ -1,0 +1,487 @@
+//! The calls of a layer, driven by hand: nodes fail in every way, and the clock is a number.
+
+use std::{cell::Cell, ops::Range, time::Duration};
+
+use proptest::prelude::*;
+
+use super::{Bounds, Call, Driver, Finished, LayerCalls, Next, Note, Why};
+use crate::{
+    ExpertId, Grouping, LayerId, Placement, Routes,
+    failover::{Blame, CallFailure, RetryBudget},
+    placement::Extent,
+};
+
+const PATIENCE: Duration = ms(2000);
+/// Silence that nodes are granted here.
+const SILENCE: Duration = ms(100);
+
+const fn ms(ms: u64) -> Duration {
+    Duration::from_millis(ms)
+}
+
+/// Nodes a, b and c; expert 0 is held by a and b, 1 by b and c, 2 by c and a, and so on.
+struct Nodes {
+    placement: Placement,
+    up: Vec<bool>,
+    /// When each was heard last.
+    heard: Vec<Duration>,
+    has_newer: bool,
+    is_wanted: Cell<bool>,
+    budget: RetryBudget,
+    given_up: Vec<(u64, usize, bool)>,
+    paces: Vec<(usize, bool)>,
+    notes: Vec<&'static str>,
+}
+
+impl Nodes {
+    fn new(nodes: usize) -> Self {
+        let extent = Extent { moe_layers: 1, num_experts: 6, replicas: 2 };
+        let names = ["a", "b", "c"][..nodes].iter().map(|&name| name.into()).collect();
+        let holders: Vec<u32> = (0..6).flat_map(|e| [e % nodes as u32, (e + 1) % nodes as u32]).collect();
+        let (counts, holders) = match nodes {
+            1 => (vec![1; 6], vec![0; 6]),
+            _ => (vec![2; 6], holders),
+        };
+        Self {
+            placement: Placement::from_parts(1, extent, names, &counts, &holders).unwrap(),
+            up: vec![true; nodes],
+            heard: vec![Duration::ZERO; nodes],
+            has_newer: false,
+            is_wanted: Cell::new(true),
+            budget: RetryBudget::new(0.2, 10.0),
+            given_up: Vec::new(),
+            paces: Vec::new(),
+            notes: Vec::new(),
+        }
+    }
+}
+
+impl Driver for Nodes {
+    fn placement(&self) -> &Placement {
+        &self.placement
+    }
+
+    fn has_newer_placement(&self) -> bool {
+        self.has_newer
+    }
+
+    fn is_up(&self, node: usize, _: Duration) -> bool {
+        self.up[node]
+    }
+
+    fn silent_until(&self, node: usize, sent: Duration) -> Duration {
+        self.heard[node].max(sent) + SILENCE
+    }
+
+    fn is_wanted(&self, _: &Range<usize>, _: Duration) -> bool {
+        self.is_wanted.get()
+    }
+
+    fn note_call(&mut self, now: Duration) {
+        self.budget.call(now);
+    }
+
+    fn take_retry(&mut self, now: Duration) -> bool {
+        self.budget.take_retry(now)
+    }
+
+    fn give_up(&mut self, call_id: u64, node: usize, is_wanted: bool, _: Duration) {
+        self.given_up.push((call_id, node, is_wanted));
+        self.up[node] &= !is_wanted;
+    }
+
+    fn note_pace(&mut self, node: usize, straggled: bool, _: Duration) {
+        self.paces.push((node, straggled));
+    }
+
+    fn note(&mut self, note: Note<'_>) {
+        self.notes.push(match note {
+            Note::Failed { is_reshared: false, .. } => "failed",
+            Note::Failed { is_reshared: true, .. } => "reshared",
+            Note::AskedAgain(_) => "asked again",
+            Note::RetryRefused => "refused",
+            Note::Waits(_) => "waits",
+        });
+    }
+}
+
+/// A layer with so many rows for each of these experts.
+fn layer(experts: &[(u16, usize)], rows_max: usize, waited_in_vain: bool) -> LayerCalls {
+    let experts = experts.iter().flat_map(|&(expert, rows)| vec![Some(ExpertId(expert)); rows]).collect::<Vec<_>>();
+    let grouping = Grouping::new(&Routes { top_k: 1, weights: vec![1.0; experts.len()], experts });
+    let bounds = Bounds { rows_max, patience: PATIENCE };
+    LayerCalls::begin(LayerId(0), &grouping, bounds, waited_in_vain, Duration::ZERO)
+}
+
+/// Who is asked for which experts.
+fn asked(calls: &[Call]) -> Vec<(usize, Vec<(u16, usize)>)> {
+    let piece = |call: &Call| call.pieces.iter().map(|piece| (piece.expert.0, piece.rows)).collect();
+    calls.iter().map(|call| (call.node, piece(call))).collect()
+}
+
+fn send(calls: &mut LayerCalls, nodes: &Nodes, id: u64, call: Call, now: Duration, allowed: Duration) {
+    let deadline = calls.deadline(allowed, now);
+    calls.sent(nodes, id, call, now, deadline);
+}
+
+fn lost() -> CallFailure {
+    CallFailure::Disconnected { reason: "lost".into() }
+}
+
+#[test]
+fn pieces_for_one_node_make_one_call_as_far_as_they_fit() {
+    // Broken: a message per expert, messages that nodes refuse as too large, or rows for a node that is away.
+    let mut nodes = Nodes::new(3);
+    let calls = layer(&[(0, 5), (1, 3), (3, 4)], 8, false).ask(&mut nodes, ms(0));
+    assert_eq!(asked(&calls), [(0, vec![(0, 5)]), (0, vec![(3, 4)]), (1, vec![(1, 3)])]);
+    nodes.up[0] = false;
+    let calls = layer(&[(0, 5), (1, 3), (2, 9)], 8, false).ask(&mut nodes, ms(0));
+    assert_eq!(asked(&calls), [(2, vec![(2, 8)]), (1, vec![(0, 5), (1, 3)]), (2, vec![(2, 1)])]);
+}
+
+#[test]
+fn what_failed_is_asked_of_others_when_the_round_is_over() {
+    // Broken: rows are asked of the node that lost them, asked for twice, or not at all.
+    let (mut nodes, mut calls) = (Nodes::new(3), layer(&[(0, 1), (1, 1)], 8, false));
+    for (id, call) in calls.ask(&mut nodes, ms(0)).into_iter().enumerate() {
+        send(&mut calls, &nodes, id as u64, call, ms(0), ms(500));
+    }
+    let call = calls.answered(0).unwrap();
+    calls.failed(&mut nodes, call, &lost());
+    assert_eq!(calls.next(&mut nodes, ms(1)), Next::Wait(SILENCE), "the other call is under way");
+    assert!(calls.answered(1).is_some() && calls.answered(1).is_none() && calls.answered(7).is_none());
+    assert_eq!(calls.next(&mut nodes, ms(2)), Next::Ask);
+    assert_eq!(asked(&calls.ask(&mut nodes, ms(2))), [(1, vec![(0, 1)])]);
+    assert_eq!(calls.next(&mut nodes, ms(2)), Next::Done);
+    assert_eq!(nodes.notes, ["failed", "asked again"]);
+    assert_eq!(calls.finish().failovers, 1);
+}
+
+#[test]
+fn an_expert_that_cannot_be_loaded_takes_no_other_with_it() {
+    // Broken: requests that need the others fail, or load them a second time elsewhere.
+    let (mut nodes, mut calls) = (Nodes::new(2), layer(&[(0, 1), (2, 1)], 8, false));
+    let unreadable = CallFailure::Refused { blame: Blame::Expert, message: "unreadable".into() };
+    let both = calls.ask(&mut nodes, ms(0)).pop().unwrap();
+    calls.failed(&mut nodes, both, &unreadable);
+    let mut alone = calls.ask(&mut nodes, ms(1));
+    assert_eq!(asked(&alone), [(0, vec![(0, 1)]), (0, vec![(2, 1)])]);
+    calls.computed();
+    calls.failed(&mut nodes, alone.pop().unwrap(), &unreadable);
+    let elsewhere = calls.ask(&mut nodes, ms(2));
+    assert_eq!(asked(&elsewhere), [(1, vec![(2, 1)])]);
+    elsewhere.into_iter().for_each(|call| calls.failed(&mut nodes, call, &unreadable));
+    assert!(calls.ask(&mut nodes, ms(3)).is_empty(), "nobody is waited for who would refuse again");
+    assert_eq!(calls.next(&mut nodes, ms(3)), Next::Done);
+    let Finished { given_up, waited_in_vain, .. } = calls.finish();
+    let [one] = &given_up[..] else { panic!("{given_up:?}") };
+    assert_eq!((one.why, one.rows.clone(), one.tried.len(), waited_in_vain), (Why::Unavailable, 1..2, 2, false));
+}
+
+#[test]
+fn silence_and_lateness_are_borne_while_nobody_else_could_answer() {
+    // Broken: a hung node holds a request up; or the last node is given up although nobody else is left.
+    for (signs, failure) in [(false, "no sign of life, 100ms after the call"), (true, "no answer within 500ms")] {
+        let (mut nodes, mut calls) = (Nodes::new(3), layer(&[(0, 1)], 8, false));
+        let call = calls.ask(&mut nodes, ms(0)).pop().unwrap();
+        send(&mut calls, &nodes, 1, call, ms(0), ms(500));
+        nodes.up = vec![true, false, false];
+        let mut now = ms(0);
+        while now < ms(1000) {
+            if signs {
+                nodes.heard[0] = now;
+            }
+            let Next::Wait(until) = calls.next(&mut nodes, now) else { panic!("given up at {now:?}") };
+            assert!(until > now && until <= now + ms(125), "{until:?} at {now:?}");
+            now = until;
+            calls.look(&mut nodes, now);
+        }
+        nodes.up[2] = true;
+        let Next::Wait(until) = calls.next(&mut nodes, now) else { panic!("not looked yet") };
+        calls.look(&mut nodes, until);
+        assert_eq!(nodes.given_up, [(1, 0, true)]);
+        assert_eq!(asked(&calls.ask(&mut nodes, until)), [(2, vec![(0, 1)])]);
+
+        // While somebody else is there, it takes no longer than it must.
+        let (mut nodes, mut calls) = (Nodes::new(3), layer(&[(0, 1)], 8, false));
+        let call = calls.ask(&mut nodes, ms(0)).pop().unwrap();
+        send(&mut calls, &nodes, 1, call, ms(0), ms(500));
+        while let Next::Wait(until) = calls.next(&mut nodes, now) {
+            if signs {
+                nodes.heard[0] = until;
+            }
+            calls.look(&mut nodes, until);
+        }
+        nodes.up = vec![false; 3];
+        for _ in 0..2 {
+            calls.ask(&mut nodes, ms(501)).into_iter().for_each(|call| calls.failed(&mut nodes, call, &lost()));
+        }
+        assert!(calls.ask(&mut nodes, ms(501)).is_empty());
+        calls.look(&mut nodes, ms(511));
+        nodes.is_wanted.set(false);
+        calls.ask(&mut nodes, ms(511));
+        let given_up = calls.finish().given_up;
+        assert_eq!((given_up.len(), given_up[0].why), (1, Why::Unwanted));
+        assert!(given_up[0].tried[0].1.to_string().starts_with(failure), "{given_up:?}");
+    }
+}
+
+#[test]
+fn the_last_node_is_given_up_at_last() {
+    // Broken: a request that waits for the only node, which hangs, would wait for ever.
+    let (mut nodes, mut calls) = (Nodes::new(1), layer(&[(0, 1)], 8, false));
+    let call = calls.ask(&mut nodes, ms(0)).pop().unwrap();
+    send(&mut calls, &nodes, 1, call, ms(0), ms(500));
+    let mut last = ms(0);
+    while let Next::Wait(until) = calls.next(&mut nodes, last) {
+        last = until;
+        calls.look(&mut nodes, last);
+    }
+    assert_eq!((last, &nodes.given_up[..]), (PATIENCE, &[(1, 0, true)][..]));
+}
+
+#[test]
+fn who_looks_late_gives_nobody_up_at_once() {
+    // Broken: a machine that stood still gives all nodes up for answers that it has not read yet, or never gives one up.
+    let (mut nodes, mut calls) = (Nodes::new(3), layer(&[(0, 1)], 8, false));
+    let call = calls.ask(&mut nodes, ms(0)).pop().unwrap();
+    send(&mut calls, &nodes, 1, call, ms(0), ms(500));
+    let mut now = ms(0);
+    for late in 0..5 {
+        assert!(nodes.given_up.is_empty(), "after {late} late looks");
+        let Next::Wait(until) = calls.next(&mut nodes, now) else { panic!("it is under way") };
+        now = until + ms(21);
+        calls.look(&mut nodes, now);
+    }
+    assert_eq!(nodes.given_up, [(1, 0, true)]);
+}
+
+#[test]
+fn who_comes_back_is_asked_again_and_nobody_for_ever() {
+    // Broken: requests fail for a second in which all nodes are away, or every batch waits as long for nodes that are gone.
+    let (mut nodes, mut calls) = (Nodes::new(2), layer(&[(0, 1)], 8, false));
+    nodes.up = vec![false; 2];
+    let mut now = ms(0);
+    for _ in 0..2 {
+        calls.ask(&mut nodes, now).into_iter().for_each(|call| calls.failed(&mut nodes, call, &lost()));
+    }
+    while now < ms(500) {
+        assert_eq!(calls.next(&mut nodes, now), Next::Ask);
+        assert!(calls.ask(&mut nodes, now).is_empty());
+        let Next::Wait(until) = calls.next(&mut nodes, now) else { panic!("it waits") };
+        now = until;
+        calls.look(&mut nodes, now);
+    }
+    nodes.up[1] = true;
+    let back = calls.ask(&mut nodes, now);
+    assert_eq!(asked(&back), [(1, vec![(0, 1)])]);
+    back.into_iter().for_each(|call| calls.failed(&mut nodes, call, &lost()));
+    assert!(calls.ask(&mut nodes, now).is_empty(), "who fails at once is asked after a pause");
+    nodes.up[1] = false;
+    let mut rounds = 0;
+    loop {
+        match calls.next(&mut nodes, now) {
+            Next::Ask => assert!(calls.ask(&mut nodes, now).is_empty()),
+            Next::Wait(until) => {
+                now = until;
+                calls.look(&mut nodes, now);
+            }
+            Next::Done => break,
+        }
+        rounds += 1;
+        assert!(rounds < 1000, "it never ends");
+    }
+    assert!(now >= PATIENCE && now < PATIENCE + ms(50), "{now:?}");
+    let finished = calls.finish();
+    assert_eq!((finished.given_up[0].why, finished.waited_in_vain), (Why::Unavailable, true));
+    assert_eq!(nodes.notes.iter().filter(|&&note| note == "waits").count(), 1);
+
+    // The layers after it do not wait, until a node has answered.
+    let mut next = layer(&[(0, 1), (1, 1)], 8, true);
+    for _ in 0..2 {
+        next.ask(&mut nodes, now).into_iter().for_each(|call| next.failed(&mut nodes, call, &lost()));
+    }
+    assert!(next.ask(&mut nodes, now).is_empty());
+    assert_eq!(next.next(&mut nodes, now), Next::Done);
+    assert!(next.finish().waited_in_vain);
+    let mut answered = layer(&[(0, 1)], 8, true);
+    answered.ask(&mut nodes, now);
+    answered.computed();
+    assert!(!answered.finish().waited_in_vain);
+}
+
+#[test]
+fn retries_wait_for_their_budget() {
+    // Broken: a storm of retries; or requests that fail at once although a retry comes a moment later.
+    let (mut nodes, mut calls) = (Nodes::new(3), layer(&[(0, 1)], 8, false));
+    while nodes.budget.take_retry(ms(0)) {}
+    let first = calls.ask(&mut nodes, ms(0)).pop().unwrap();
+    calls.failed(&mut nodes, first, &lost());
+    assert!(calls.ask(&mut nodes, ms(0)).is_empty());
+    assert!(calls.ask(&mut nodes, ms(10)).is_empty());
+    assert_eq!(calls.ask(&mut nodes, ms(101)).len(), 1);
+    assert_eq!(nodes.notes, ["failed", "refused", "asked again"], "it is noted once");
+
+    // Where none comes for as long as may be waited.
+    nodes.budget = RetryBudget::new(0.0, 0.0);
+    let mut calls = layer(&[(0, 1)], 8, false);
+    let first = calls.ask(&mut nodes, ms(0)).pop().unwrap();
+    calls.failed(&mut nodes, first, &lost());
+    while nodes.budget.take_retry(ms(0)) {}
+    let mut now = ms(0);
+    loop {
+        match calls.next(&mut nodes, now) {
+            Next::Ask => assert!(calls.ask(&mut nodes, now).is_empty()),
+            Next::Wait(until) => {
+                now = until;
+                calls.look(&mut nodes, now);
+            }
+            Next::Done => break,
+        }
+    }
+    assert!(now >= PATIENCE && now < PATIENCE + ms(50), "{now:?}");
+    assert_eq!(calls.finish().given_up[0].why, Why::RetriesExhausted);
+}
+
+#[test]
+fn rows_are_shared_out_again_under_a_newer_placement_three_times() {
+    // Broken: a node that knows more counts as failed, or two that disagree are asked in turns for ever.
+    let (mut nodes, mut calls) = (Nodes::new(2), layer(&[(0, 1)], 8, false));
+    nodes.has_newer = true;
+    for _ in 0..3 {
+        let call = calls.ask(&mut nodes, ms(0)).pop().unwrap();
+        assert_eq!(call.node, 0);
+        calls.failed(&mut nodes, call, &CallFailure::Stale);
+    }
+    let call = calls.ask(&mut nodes, ms(0)).pop().unwrap();
+    calls.failed(&mut nodes, call, &CallFailure::Stale);
+    assert_eq!(asked(&calls.ask(&mut nodes, ms(0))), [(1, vec![(0, 1)])]);
+    assert_eq!(nodes.notes, ["reshared", "reshared", "reshared", "failed", "asked again"]);
+
+    let mut calls = layer(&[(0, 1)], 8, false);
+    nodes.has_newer = false;
+    let call = calls.ask(&mut nodes, ms(0)).pop().unwrap();
+    calls.failed(&mut nodes, call, &CallFailure::Stale);
+    assert_eq!(calls.ask(&mut nodes, ms(0)).pop().unwrap().node, 1, "it cannot say what is newer");
+}
+
+#[test]
+fn calls_that_nobody_wants_speak_against_no_node() {
+    // Broken: callers who leave make nodes look dead, or hold calls up until their deadline.
+    let (mut nodes, mut calls) = (Nodes::new(2), layer(&[(0, 1)], 8, false));
+    let call = calls.ask(&mut nodes, ms(0)).pop().unwrap();
+    send(&mut calls, &nodes, 1, call, ms(0), ms(500));
+    nodes.is_wanted.set(false);
+    calls.look(&mut nodes, ms(99));
+    assert!(nodes.given_up.is_empty(), "it is not its time yet");
+    calls.look(&mut nodes, SILENCE);
+    assert_eq!(nodes.given_up, [(1, 0, false)]);
+    assert!(calls.ask(&mut nodes, SILENCE).is_empty());
+    assert_eq!(calls.finish().given_up[0].why, Why::Unwanted);
+}
+
+#[test]
+fn one_that_is_far_behind_the_others_straggles() {
+    // Broken: a node behind a slow link holds up every layer; or one is passed over for what the scheduler took.
+    let straggled = |times: &[(usize, u64)]| {
+        let (mut nodes, mut calls) = (Nodes::new(3), layer(&[], 8, false));
+        times.iter().for_each(|&(node, took)| calls.travelled(node, ms(took)));
+        calls.next(&mut nodes, ms(0));
+        calls.next(&mut nodes, ms(0));
+        nodes.paces
+    };
+    assert_eq!(straggled(&[(0, 1), (1, 15), (2, 1)]), [(0, false), (1, true), (2, false)]);
+    assert_eq!(straggled(&[(0, 1), (1, 14)]), [(0, false), (1, false)], "it must be far behind");
+    assert_eq!(straggled(&[(0, 1), (0, 90)]), [], "there is nobody to compare with");
+    assert_eq!(straggled(&[]), []);
+}
+
+/// What may come of a call.
+#[derive(Clone, Copy, Debug)]
+enum Outcome {
+    Computed,
+    Lost,
+    Stale,
+    Unreadable,
+    Malformed,
+    /// It is not sent.
+    Congested,
+    /// Nothing comes.
+    Nothing,
+}
+
+fn outcome() -> impl Strategy<Value = Outcome> {
+    use Outcome::*;
+    prop::sample::select(vec![Computed, Computed, Lost, Stale, Unreadable, Malformed, Congested, Nothing])
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+    #[test]
+    fn every_row_is_computed_or_given_up_once(
+        experts in prop::collection::btree_map(0u16..6, 1usize..12, 1..5),
+        outcomes in prop::collection::vec((outcome(), any::<u8>(), 0u64..60), 1..60),
+        (nodes, waited_in_vain, leaves) in (1usize..4, any::<bool>(), prop::option::of(0u64..3000)),
+    ) {
+        // Broken: some order of failures would lose rows, compute them twice, or never come to an end.
+        let experts: Vec<(u16, usize)> = experts.into_iter().collect();
+        let (mut nodes, mut calls) = (Nodes::new(nodes), layer(&experts, 8, waited_in_vain));
+        let total: usize = experts.iter().map(|(_, rows)| rows).sum();
+        let mut over = vec![0; total];
+        let (mut now, mut id, mut outcomes) = (ms(0), 0, outcomes.into_iter().cycle());
+        let mut coming: Vec<(u64, Outcome)> = Vec::new();
+        for step in 0.. {
+            prop_assert!(step < 20_000, "it never ends");
+            nodes.is_wanted.set(leaves.is_none_or(|leaves| now < ms(leaves)));
+            match calls.next(&mut nodes, now) {
+                Next::Done => break,
+                Next::Ask => for call in calls.ask(&mut nodes, now) {
+                    prop_assert!(call.rows() <= 8);
+                    let (outcome, up, _) = outcomes.next().unwrap();
+                    nodes.up.iter_mut().enumerate().for_each(|(node, is_up)| *is_up = up >> node & 1 == 1);
+                    nodes.has_newer = up > 128;
+                    id += 1;
+                    if let Outcome::Congested = outcome {
+                        calls.failed(&mut nodes, call, &CallFailure::Congested { limit: 1 });
+                        continue;
+                    }
+                    send(&mut calls, &nodes, id, call, now, ms(u64::from(up)));
+                    coming.push((id, outcome));
+                },
+                Next::Wait(until) => {
+                    let passed = ms(outcomes.next().unwrap().2);
+                    let answer = coming.pop();
+                    now = if answer.is_none() { now.max(until) + passed } else { now + passed };
+                    let failure = match answer {
+                        Some((_, Outcome::Nothing)) | None => {
+                            calls.look(&mut nodes, now);
+                            continue;
+                        }
+                        Some((_, Outcome::Stale)) => Some(CallFailure::Stale),
+                        Some((_, Outcome::Malformed)) => Some(CallFailure::Malformed { reason: String::new() }),
+                        Some((_, Outcome::Unreadable)) => {
+                            Some(CallFailure::Refused { blame: Blame::Expert, message: String::new() })
+                        }
+                        Some((_, Outcome::Computed)) => None,
+                        Some(_) => Some(lost()),
+                    };
+                    let Some(call) = answer.and_then(|(id, _)| calls.answered(id)) else { continue };
+                    match failure {
+                        Some(failure) => calls.failed(&mut nodes, call, &failure),
+                        None => {
+                            calls.computed();
+                            calls.travelled(call.node, ms(1));
+                            call.places().into_iter().for_each(|place| over[place as usize] += 1);
+                        }
+                    }
+                }
+            }
+        }
+        let finished = calls.finish();
+        for one in &finished.given_up {
+            prop_assert!(one.why != Why::Unwanted || leaves.is_some());
+            over[one.rows.clone()].iter_mut().for_each(|times| *times += 1);
+        }
+        prop_assert_eq!(over, vec![1; total]);
+    }
+}
