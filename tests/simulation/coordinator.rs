@@ -5,6 +5,7 @@ use std::{collections::BTreeMap, rc::Rc, time::Duration};
 
 use sida_routing::{
     Demand, Digest, Extent, Placement, Policy,
+    dispatch::Outlook,
     failover::{LaneHealth, RetryBudget},
     membership::{Decision, Pace, Standing, Verdict, Writer, judge},
 };
@@ -75,8 +76,8 @@ pub(crate) struct Coordinator {
     /// Calls on their way.
     pub(crate) sent: BTreeMap<u64, Sent>,
     pub(crate) next_id: u64,
-    /// The last layer waited in vain for any node to come back.
-    pub(crate) waited_in_vain: bool,
+    /// Whether nodes that are away are worth waiting for, as the layers so far found it.
+    pub(crate) outlook: Outlook,
 }
 
 pub(crate) fn node_name(node: usize) -> sida_routing::NodeId {
@@ -105,7 +106,7 @@ impl Coordinator {
             requests: BTreeMap::new(),
             sent: BTreeMap::new(),
             next_id: 0,
-            waited_in_vain: false,
+            outlook: Outlook::default(),
         }
     }
 

@@ -127,7 +127,9 @@ impl fmt::Display for Message {
             Self::Watched(etcd::Change { revision, value: Some(etcd::Value::Placement(placement)), .. }) => {
                 write!(f, "revision {revision}: epoch {}", placement.epoch())
             }
-            Self::Refused { call, newer: Some(newer), .. } => write!(f, "call {call} is of the past: {}", newer.epoch()),
+            Self::Refused { call, newer: Some(newer), .. } => {
+                write!(f, "call {call} is of the past: {}", newer.epoch())
+            }
             other => write!(f, "{other:?}"),
         }
     }

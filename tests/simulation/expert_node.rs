@@ -66,7 +66,8 @@ impl ExpertNode {
                 let Work { keys, loads, load, compute } = work;
                 let answer = match self.unreadable.filter(|key| keys.contains(key)) {
                     Some(key) => {
-                        let failure = CallFailure::Refused { blame: Blame::Expert, message: format!("cannot load {key}") };
+                        let failure =
+                            CallFailure::Refused { blame: Blame::Expert, message: format!("cannot load {key}") };
                         Message::Refused { call, failure, newer: None }
                     }
                     None => {

@@ -10,8 +10,6 @@ use crate::event::{Actor, Micros};
 pub(crate) const CALL_NORMAL_MAX: Micros = 130_000;
 /// What one lost node may cost a request.
 pub(crate) const STALL_MAX: Micros = 300_000;
-/// What may still be done for a caller who has left: calls that nobody has given up yet, and that are answered.
-pub(crate) const LEFT_MAX: Micros = 250_000;
 /// A node that could be reached for so long without a break must have answered.
 pub(crate) const REACHABLE_MIN: Micros = 1_500_000;
 
@@ -132,10 +130,10 @@ impl Ledger {
         }
     }
 
-    /// A request whose caller left so long ago is over.
+    /// A request whose caller left so long ago is over. What was under way is answered, or costs what a lost node does.
     pub(crate) fn left(&mut self, coordinator: Actor, request: u64, ago: Micros, stood_still: bool) {
         self.counts.left_requests += 1;
-        if ago > LEFT_MAX && !stood_still {
+        if ago > STALL_MAX && !stood_still {
             self.violated(|| format!("{coordinator:?} works at request {request} {ago} us after its caller left"));
         }
     }

@@ -107,7 +107,7 @@ impl Coordinator {
     fn begin(&mut self, core: &Core, (layer, grouping): &(LayerId, Grouping)) -> LayerCalls {
         grouping.groups.iter().for_each(|group| self.wanted(ExpertKey { layer: *layer, expert: group.expert }));
         let bounds = Bounds { rows_max: ROWS_MAX, patience: Duration::from_micros(PATIENCE) };
-        LayerCalls::begin(*layer, grouping, bounds, self.waited_in_vain, core.time())
+        LayerCalls::begin(*layer, grouping, bounds, self.outlook, core.time())
     }
 
     /// Does what there is to do for a request now.
@@ -198,7 +198,7 @@ impl Coordinator {
                 let on_the_way = took.saturating_sub(load + compute + travel(pending.bytes));
                 self.happened(core, request, |calls, driver| {
                     let call = calls.answered(number).expect("a call that is under way");
-                    calls.computed();
+                    calls.computed(now);
                     calls.travelled(call.node, on_the_way);
                     driver.course.answered(took);
                 });
@@ -260,8 +260,8 @@ impl Coordinator {
     /// All of a layer is computed or given up. Returns the request if it has another layer.
     fn end_layer(&mut self, core: &mut Core, id: u64, request: Request) -> Option<Request> {
         let Request { calls, mut course } = request;
-        let Finished { given_up, waited_in_vain, .. } = calls.finish();
-        self.waited_in_vain = waited_in_vain;
+        let Finished { given_up, outlook, .. } = calls.finish();
+        self.outlook.learn(outlook);
         course.worked += std::mem::take(&mut course.worked_of_round);
         if let Some(leaves) = course.leaves.filter(|leaves| *leaves <= core.now) {
             core.ledger.left(self.me, id, core.now - leaves, course.stood_still);

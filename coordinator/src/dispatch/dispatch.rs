@@ -18,7 +18,7 @@ use sida_model::{ModelError, ResidentExperts, RowsOnDevice};
 use sida_proto::wire::rows::copy_from_payload;
 use sida_routing::{
     Grouping,
-    dispatch::{Bounds, Call, Finished, LayerCalls, Next},
+    dispatch::{Bounds, Call, Finished, LayerCalls, Next, Outlook},
     failover::{CallFailure, lane_health::travel},
 };
 use sida_telemetry::Span;
@@ -43,8 +43,8 @@ pub(crate) struct Dispatch {
     nodes: Arc<Nodes>,
     d_model: usize,
     bounds: Bounds,
-    /// The last layer waited in vain for any node to come back.
-    waited_in_vain: bool,
+    /// Whether nodes that are away are worth waiting for, as the layers so far found it.
+    outlook: Outlook,
     /// Those that no layer under way has.
     inboxes: Vec<Inbox>,
     /// (rows of a call, d_model): what goes to a node in another process.
@@ -93,7 +93,7 @@ impl Dispatch {
     pub(crate) fn new(nodes: Arc<Nodes>, d_model: usize, rows_max: usize, patience: Duration) -> Self {
         let (inboxes, gathered, here) = Default::default();
         let bounds = Bounds { rows_max, patience };
-        Self { nodes, d_model, bounds, waited_in_vain: false, inboxes, gathered, here }
+        Self { nodes, d_model, bounds, outlook: Outlook::default(), inboxes, gathered, here }
     }
 
     /// Whether rows leave this process.
@@ -131,7 +131,7 @@ impl Dispatch {
         let now = self.nodes.clock().now();
         let mut under_way = UnderWay {
             roster: self.nodes.roster(),
-            calls: LayerCalls::begin(rows.layer, rows.grouping, self.bounds, self.waited_in_vain, now),
+            calls: LayerCalls::begin(rows.layer, rows.grouping, self.bounds, self.outlook, now),
             spans: Vec::new(),
             inbox,
             dispatched: Dispatched::default(),
@@ -169,8 +169,8 @@ impl Dispatch {
             }
         }
         let UnderWay { calls, inbox, mut dispatched, remote_load, .. } = under_way;
-        let Finished { given_up, failovers, waited_in_vain } = calls.finish();
-        self.waited_in_vain = waited_in_vain;
+        let Finished { given_up, failovers, outlook } = calls.finish();
+        self.outlook.learn(outlook);
         dispatched.load += remote_load;
         dispatched.failovers = failovers;
         let gone = |range: &Range<usize>| rows.callers.gone(&rows.grouping.tokens[range.clone()], Instant::now());
@@ -217,7 +217,7 @@ impl Dispatch {
         for (call, outcome, took) in made {
             match outcome {
                 Ok(report) => {
-                    under_way.calls.computed();
+                    under_way.calls.computed(self.nodes.clock().now());
                     roster.links[call.node].durations.record(took);
                     load_max = load_max.max(report.load);
                     under_way.dispatched.demand_loads += u64::from(report.demand_loads);
@@ -287,7 +287,7 @@ impl Dispatch {
                 return Ok(());
             }
         };
-        under_way.calls.computed();
+        under_way.calls.computed(self.nodes.clock().now());
         let explained = report.load + report.compute + travel(results.bytes());
         under_way.calls.travelled(call.node, took.saturating_sub(explained));
         under_way.roster.links[call.node].durations.record(took);
@@ -303,7 +303,10 @@ impl Dispatch {
                 let mut from = &payload[..];
                 for piece in &call.pieces {
                     let (rows, rest) = from.split_at(piece.rows * self.d_model * size_of::<f32>());
-                    copy_from_payload(rows, &mut results[piece.first_row * self.d_model..][..piece.rows * self.d_model]);
+                    copy_from_payload(
+                        rows,
+                        &mut results[piece.first_row * self.d_model..][..piece.rows * self.d_model],
+                    );
                     from = rest;
                 }
             }

@@ -21,3 +21,4 @@ mod outstanding;
 pub use call::{Call, GivenUp, Piece, Why};
 pub use driver::{Driver, Note};
 pub use layer_calls::{Bounds, Finished, LayerCalls, Next};
+pub use node_wait::Outlook;

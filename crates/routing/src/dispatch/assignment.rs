@@ -30,7 +30,7 @@ impl LayerCalls {
                 asked_again |= chosen.is_some();
             }
             let Some(node) = chosen else {
-                match self.waiting.is_in_vain(driver, key, &piece.tried) {
+                match self.waiting.is_in_vain(driver, key, &piece.tried, now) {
                     true => self.give_up_piece(piece, Why::Unavailable),
                     false => self.pieces.push(piece),
                 }
@@ -92,7 +92,7 @@ impl LayerCalls {
             // Where every node has failed, that is the reason, whatever the budget says of asking once more.
             let key = self.key(&piece);
             let is_in_vain = choose(driver, key, &piece.tried, now).is_none()
-                && self.waiting.is_in_vain(driver, key, &piece.tried);
+                && self.waiting.is_in_vain(driver, key, &piece.tried, now);
             self.give_up_piece(piece, if is_in_vain { Why::Unavailable } else { Why::RetriesExhausted });
         }
     }

@@ -7,7 +7,11 @@
 
 use std::time::Duration;
 
-use super::{Call, Driver, GivenUp, Note, Piece, Why, node_wait::NodeWait, outstanding::Outstanding};
+use super::{
+    Call, Driver, GivenUp, Note, Piece, Why,
+    node_wait::{NodeWait, Outlook},
+    outstanding::Outstanding,
+};
 use crate::{ExpertKey, Grouping, LayerId, failover::CallFailure};
 
 /// How often the rows of one layer are shared out again under a newer placement.
@@ -62,20 +66,19 @@ pub struct Finished {
     pub given_up: Vec<GivenUp>,
     /// Calls that went to another node after a failure.
     pub failovers: u64,
-    /// The layer waited in vain for any node to come back, and none has answered since.
-    pub waited_in_vain: bool,
+    /// What the layers after this one are to know.
+    pub outlook: Outlook,
 }
 
 impl LayerCalls {
-    /// Of a layer that begins. `waited_in_vain`: the layer before did, so this one does not wait until a node has
-    /// answered; else every queued batch would wait as long, one after the other.
-    pub fn begin(layer: LayerId, grouping: &Grouping, bounds: Bounds, waited_in_vain: bool, now: Duration) -> Self {
+    /// Of a layer that begins, by what the layers before it found.
+    pub fn begin(layer: LayerId, grouping: &Grouping, bounds: Bounds, outlook: Outlook, now: Duration) -> Self {
         Self {
             layer,
             bounds,
             pieces: Piece::of(grouping, bounds.rows_max),
             outstanding: Vec::new(),
-            waiting: NodeWait::new(bounds.patience, waited_in_vain, now),
+            waiting: NodeWait::new(bounds.patience, outlook, now),
             pause: None,
             late_looks: 0,
             on_the_way: Vec::new(),
@@ -120,8 +123,8 @@ impl LayerCalls {
     }
 
     /// A node has computed a call.
-    pub fn computed(&mut self) {
-        self.waiting.answered();
+    pub fn computed(&mut self, now: Duration) {
+        self.waiting.answered(now);
     }
 
     /// A call that was computed was on its way for so long.
@@ -153,11 +156,7 @@ impl LayerCalls {
     /// What became of it all.
     pub fn finish(self) -> Finished {
         debug_assert!(self.pieces.is_empty() && self.outstanding.is_empty(), "a layer that is still under way");
-        Finished {
-            given_up: self.given_up,
-            failovers: self.failovers,
-            waited_in_vain: self.waiting.is_given_up(),
-        }
+        Finished { given_up: self.given_up, failovers: self.failovers, outlook: self.waiting.outlook() }
     }
 
     /// Nobody is asked for the piece any more.

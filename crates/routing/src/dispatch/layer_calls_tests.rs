@@ -4,7 +4,7 @@ use std::{cell::Cell, ops::Range, time::Duration};
 
 use proptest::prelude::*;
 
-use super::{Bounds, Call, Driver, Finished, LayerCalls, Next, Note, Why};
+use super::{Bounds, Call, Driver, Finished, LayerCalls, Next, Note, Outlook, Why};
 use crate::{
     ExpertId, Grouping, LayerId, Placement, Routes,
     failover::{Blame, CallFailure, RetryBudget},
@@ -106,11 +106,15 @@ impl Driver for Nodes {
 }
 
 /// A layer with so many rows for each of these experts.
-fn layer(experts: &[(u16, usize)], rows_max: usize, waited_in_vain: bool) -> LayerCalls {
+fn layer(experts: &[(u16, usize)], rows_max: usize) -> LayerCalls {
+    layer_after(experts, rows_max, Outlook::default(), ms(0))
+}
+
+fn layer_after(experts: &[(u16, usize)], rows_max: usize, outlook: Outlook, now: Duration) -> LayerCalls {
     let experts = experts.iter().flat_map(|&(expert, rows)| vec![Some(ExpertId(expert)); rows]).collect::<Vec<_>>();
     let grouping = Grouping::new(&Routes { top_k: 1, weights: vec![1.0; experts.len()], experts });
     let bounds = Bounds { rows_max, patience: PATIENCE };
-    LayerCalls::begin(LayerId(0), &grouping, bounds, waited_in_vain, Duration::ZERO)
+    LayerCalls::begin(LayerId(0), &grouping, bounds, outlook, now)
 }
 
 /// Who is asked for which experts.
@@ -132,17 +136,17 @@ fn lost() -> CallFailure {
 fn pieces_for_one_node_make_one_call_as_far_as_they_fit() {
     // Broken: a message per expert, messages that nodes refuse as too large, or rows for a node that is away.
     let mut nodes = Nodes::new(3);
-    let calls = layer(&[(0, 5), (1, 3), (3, 4)], 8, false).ask(&mut nodes, ms(0));
+    let calls = layer(&[(0, 5), (1, 3), (3, 4)], 8).ask(&mut nodes, ms(0));
     assert_eq!(asked(&calls), [(0, vec![(0, 5)]), (0, vec![(3, 4)]), (1, vec![(1, 3)])]);
     nodes.up[0] = false;
-    let calls = layer(&[(0, 5), (1, 3), (2, 9)], 8, false).ask(&mut nodes, ms(0));
+    let calls = layer(&[(0, 5), (1, 3), (2, 9)], 8).ask(&mut nodes, ms(0));
     assert_eq!(asked(&calls), [(2, vec![(2, 8)]), (1, vec![(0, 5), (1, 3)]), (2, vec![(2, 1)])]);
 }
 
 #[test]
 fn what_failed_is_asked_of_others_when_the_round_is_over() {
     // Broken: rows are asked of the node that lost them, asked for twice, or not at all.
-    let (mut nodes, mut calls) = (Nodes::new(3), layer(&[(0, 1), (1, 1)], 8, false));
+    let (mut nodes, mut calls) = (Nodes::new(3), layer(&[(0, 1), (1, 1)], 8));
     for (id, call) in calls.ask(&mut nodes, ms(0)).into_iter().enumerate() {
         send(&mut calls, &nodes, id as u64, call, ms(0), ms(500));
     }
@@ -160,29 +164,30 @@ fn what_failed_is_asked_of_others_when_the_round_is_over() {
 #[test]
 fn an_expert_that_cannot_be_loaded_takes_no_other_with_it() {
     // Broken: requests that need the others fail, or load them a second time elsewhere.
-    let (mut nodes, mut calls) = (Nodes::new(2), layer(&[(0, 1), (2, 1)], 8, false));
+    let (mut nodes, mut calls) = (Nodes::new(2), layer(&[(0, 1), (2, 1)], 8));
     let unreadable = CallFailure::Refused { blame: Blame::Expert, message: "unreadable".into() };
     let both = calls.ask(&mut nodes, ms(0)).pop().unwrap();
     calls.failed(&mut nodes, both, &unreadable);
     let mut alone = calls.ask(&mut nodes, ms(1));
     assert_eq!(asked(&alone), [(0, vec![(0, 1)]), (0, vec![(2, 1)])]);
-    calls.computed();
+    calls.computed(ms(2));
     calls.failed(&mut nodes, alone.pop().unwrap(), &unreadable);
     let elsewhere = calls.ask(&mut nodes, ms(2));
     assert_eq!(asked(&elsewhere), [(1, vec![(2, 1)])]);
     elsewhere.into_iter().for_each(|call| calls.failed(&mut nodes, call, &unreadable));
     assert!(calls.ask(&mut nodes, ms(3)).is_empty(), "nobody is waited for who would refuse again");
     assert_eq!(calls.next(&mut nodes, ms(3)), Next::Done);
-    let Finished { given_up, waited_in_vain, .. } = calls.finish();
+    let Finished { given_up, outlook, .. } = calls.finish();
     let [one] = &given_up[..] else { panic!("{given_up:?}") };
-    assert_eq!((one.why, one.rows.clone(), one.tried.len(), waited_in_vain), (Why::Unavailable, 1..2, 2, false));
+    assert_eq!((one.why, one.rows.clone(), one.tried.len()), (Why::Unavailable, 1..2, 2));
+    assert!(is_waited_for(outlook, ms(3)), "nobody was waited for");
 }
 
 #[test]
 fn silence_and_lateness_are_borne_while_nobody_else_could_answer() {
     // Broken: a hung node holds a request up; or the last node is given up although nobody else is left.
     for (signs, failure) in [(false, "no sign of life, 100ms after the call"), (true, "no answer within 500ms")] {
-        let (mut nodes, mut calls) = (Nodes::new(3), layer(&[(0, 1)], 8, false));
+        let (mut nodes, mut calls) = (Nodes::new(3), layer(&[(0, 1)], 8));
         let call = calls.ask(&mut nodes, ms(0)).pop().unwrap();
         send(&mut calls, &nodes, 1, call, ms(0), ms(500));
         nodes.up = vec![true, false, false];
@@ -203,7 +208,7 @@ fn silence_and_lateness_are_borne_while_nobody_else_could_answer() {
         assert_eq!(asked(&calls.ask(&mut nodes, until)), [(2, vec![(0, 1)])]);
 
         // While somebody else is there, it takes no longer than it must.
-        let (mut nodes, mut calls) = (Nodes::new(3), layer(&[(0, 1)], 8, false));
+        let (mut nodes, mut calls) = (Nodes::new(3), layer(&[(0, 1)], 8));
         let call = calls.ask(&mut nodes, ms(0)).pop().unwrap();
         send(&mut calls, &nodes, 1, call, ms(0), ms(500));
         while let Next::Wait(until) = calls.next(&mut nodes, now) {
@@ -229,7 +234,7 @@ fn silence_and_lateness_are_borne_while_nobody_else_could_answer() {
 #[test]
 fn the_last_node_is_given_up_at_last() {
     // Broken: a request that waits for the only node, which hangs, would wait for ever.
-    let (mut nodes, mut calls) = (Nodes::new(1), layer(&[(0, 1)], 8, false));
+    let (mut nodes, mut calls) = (Nodes::new(1), layer(&[(0, 1)], 8));
     let call = calls.ask(&mut nodes, ms(0)).pop().unwrap();
     send(&mut calls, &nodes, 1, call, ms(0), ms(500));
     let mut last = ms(0);
@@ -243,7 +248,7 @@ fn the_last_node_is_given_up_at_last() {
 #[test]
 fn who_looks_late_gives_nobody_up_at_once() {
     // Broken: a machine that stood still gives all nodes up for answers that it has not read yet, or never gives one up.
-    let (mut nodes, mut calls) = (Nodes::new(3), layer(&[(0, 1)], 8, false));
+    let (mut nodes, mut calls) = (Nodes::new(3), layer(&[(0, 1)], 8));
     let call = calls.ask(&mut nodes, ms(0)).pop().unwrap();
     send(&mut calls, &nodes, 1, call, ms(0), ms(500));
     let mut now = ms(0);
@@ -259,7 +264,7 @@ fn who_looks_late_gives_nobody_up_at_once() {
 #[test]
 fn who_comes_back_is_asked_again_and_nobody_for_ever() {
     // Broken: requests fail for a second in which all nodes are away, or every batch waits as long for nodes that are gone.
-    let (mut nodes, mut calls) = (Nodes::new(2), layer(&[(0, 1)], 8, false));
+    let (mut nodes, mut calls) = (Nodes::new(2), layer(&[(0, 1)], 8));
     nodes.up = vec![false; 2];
     let mut now = ms(0);
     for _ in 0..2 {
@@ -293,27 +298,63 @@ fn who_comes_back_is_asked_again_and_nobody_for_ever() {
     }
     assert!(now >= PATIENCE && now < PATIENCE + ms(50), "{now:?}");
     let finished = calls.finish();
-    assert_eq!((finished.given_up[0].why, finished.waited_in_vain), (Why::Unavailable, true));
+    assert_eq!(finished.given_up[0].why, Why::Unavailable);
     assert_eq!(nodes.notes.iter().filter(|&&note| note == "waits").count(), 1);
-
-    // The layers after it do not wait, until a node has answered.
-    let mut next = layer(&[(0, 1), (1, 1)], 8, true);
-    for _ in 0..2 {
-        next.ask(&mut nodes, now).into_iter().for_each(|call| next.failed(&mut nodes, call, &lost()));
-    }
-    assert!(next.ask(&mut nodes, now).is_empty());
-    assert_eq!(next.next(&mut nodes, now), Next::Done);
-    assert!(next.finish().waited_in_vain);
-    let mut answered = layer(&[(0, 1)], 8, true);
+    assert!(!is_waited_for(finished.outlook, now), "the same outage is waited out once");
+    let mut outlook = finished.outlook;
+    let mut answered = layer_after(&[(0, 1)], 8, outlook, now);
     answered.ask(&mut nodes, now);
-    answered.computed();
-    assert!(!answered.finish().waited_in_vain);
+    answered.computed(now);
+    outlook.learn(answered.finish().outlook);
+    assert!(is_waited_for(outlook, now), "a node has answered");
+}
+
+/// Whether a layer waits whose nodes are all away.
+fn is_waited_for(outlook: Outlook, now: Duration) -> bool {
+    let (mut nodes, mut calls) = (Nodes::new(2), layer_after(&[(0, 1), (1, 1)], 8, outlook, now));
+    nodes.up = vec![false; 2];
+    for _ in 0..2 {
+        calls.ask(&mut nodes, now).into_iter().for_each(|call| calls.failed(&mut nodes, call, &lost()));
+    }
+    assert!(calls.ask(&mut nodes, now).is_empty());
+    matches!(calls.next(&mut nodes, now), Next::Wait(_))
+}
+
+#[test]
+fn an_answer_during_a_wait_says_that_waiting_is_worth_while() {
+    // Broken: for one expert that nobody can load, requests for all others fail as soon as their nodes blink.
+    let (mut nodes, mut calls) = (Nodes::new(2), layer(&[(0, 1)], 8));
+    let mut failures = [CallFailure::Refused { blame: Blame::Expert, message: String::new() }, lost()].into_iter();
+    let mut now = ms(0);
+    loop {
+        match calls.next(&mut nodes, now) {
+            Next::Ask => {
+                for call in calls.ask(&mut nodes, now) {
+                    calls.failed(&mut nodes, call, &failures.next().expect("nobody is asked again"));
+                    nodes.up[1] = false;
+                }
+            }
+            Next::Wait(until) => {
+                now = until;
+                calls.look(&mut nodes, now);
+            }
+            Next::Done => break,
+        }
+    }
+    let in_vain = calls.finish().outlook;
+    assert!(!is_waited_for(in_vain, now));
+    let mut beside = layer(&[(1, 1)], 8);
+    beside.ask(&mut nodes, ms(0));
+    beside.computed(ms(500));
+    let mut outlook = beside.finish().outlook;
+    outlook.learn(in_vain);
+    assert!(is_waited_for(outlook, now));
 }
 
 #[test]
 fn retries_wait_for_their_budget() {
     // Broken: a storm of retries; or requests that fail at once although a retry comes a moment later.
-    let (mut nodes, mut calls) = (Nodes::new(3), layer(&[(0, 1)], 8, false));
+    let (mut nodes, mut calls) = (Nodes::new(3), layer(&[(0, 1)], 8));
     while nodes.budget.take_retry(ms(0)) {}
     let first = calls.ask(&mut nodes, ms(0)).pop().unwrap();
     calls.failed(&mut nodes, first, &lost());
@@ -324,7 +365,7 @@ fn retries_wait_for_their_budget() {
 
     // Where none comes for as long as may be waited.
     nodes.budget = RetryBudget::new(0.0, 0.0);
-    let mut calls = layer(&[(0, 1)], 8, false);
+    let mut calls = layer(&[(0, 1)], 8);
     let first = calls.ask(&mut nodes, ms(0)).pop().unwrap();
     calls.failed(&mut nodes, first, &lost());
     while nodes.budget.take_retry(ms(0)) {}
@@ -346,7 +387,7 @@ fn retries_wait_for_their_budget() {
 #[test]
 fn rows_are_shared_out_again_under_a_newer_placement_three_times() {
     // Broken: a node that knows more counts as failed, or two that disagree are asked in turns for ever.
-    let (mut nodes, mut calls) = (Nodes::new(2), layer(&[(0, 1)], 8, false));
+    let (mut nodes, mut calls) = (Nodes::new(2), layer(&[(0, 1)], 8));
     nodes.has_newer = true;
     for _ in 0..3 {
         let call = calls.ask(&mut nodes, ms(0)).pop().unwrap();
@@ -358,7 +399,7 @@ fn rows_are_shared_out_again_under_a_newer_placement_three_times() {
     assert_eq!(asked(&calls.ask(&mut nodes, ms(0))), [(1, vec![(0, 1)])]);
     assert_eq!(nodes.notes, ["reshared", "reshared", "reshared", "failed", "asked again"]);
 
-    let mut calls = layer(&[(0, 1)], 8, false);
+    let mut calls = layer(&[(0, 1)], 8);
     nodes.has_newer = false;
     let call = calls.ask(&mut nodes, ms(0)).pop().unwrap();
     calls.failed(&mut nodes, call, &CallFailure::Stale);
@@ -368,7 +409,7 @@ fn rows_are_shared_out_again_under_a_newer_placement_three_times() {
 #[test]
 fn calls_that_nobody_wants_speak_against_no_node() {
     // Broken: callers who leave make nodes look dead, or hold calls up until their deadline.
-    let (mut nodes, mut calls) = (Nodes::new(2), layer(&[(0, 1)], 8, false));
+    let (mut nodes, mut calls) = (Nodes::new(2), layer(&[(0, 1)], 8));
     let call = calls.ask(&mut nodes, ms(0)).pop().unwrap();
     send(&mut calls, &nodes, 1, call, ms(0), ms(500));
     nodes.is_wanted.set(false);
@@ -384,7 +425,7 @@ fn calls_that_nobody_wants_speak_against_no_node() {
 fn one_that_is_far_behind_the_others_straggles() {
     // Broken: a node behind a slow link holds up every layer; or one is passed over for what the scheduler took.
     let straggled = |times: &[(usize, u64)]| {
-        let (mut nodes, mut calls) = (Nodes::new(3), layer(&[], 8, false));
+        let (mut nodes, mut calls) = (Nodes::new(3), layer(&[], 8));
         times.iter().for_each(|&(node, took)| calls.travelled(node, ms(took)));
         calls.next(&mut nodes, ms(0));
         calls.next(&mut nodes, ms(0));
@@ -421,11 +462,11 @@ proptest! {
     fn every_row_is_computed_or_given_up_once(
         experts in prop::collection::btree_map(0u16..6, 1usize..12, 1..5),
         outcomes in prop::collection::vec((outcome(), any::<u8>(), 0u64..60), 1..60),
-        (nodes, waited_in_vain, leaves) in (1usize..4, any::<bool>(), prop::option::of(0u64..3000)),
+        (nodes, leaves) in (1usize..4, prop::option::of(0u64..3000)),
     ) {
         // Broken: some order of failures would lose rows, compute them twice, or never come to an end.
         let experts: Vec<(u16, usize)> = experts.into_iter().collect();
-        let (mut nodes, mut calls) = (Nodes::new(nodes), layer(&experts, 8, waited_in_vain));
+        let (mut nodes, mut calls) = (Nodes::new(nodes), layer(&experts, 8));
         let total: usize = experts.iter().map(|(_, rows)| rows).sum();
         let mut over = vec![0; total];
         let (mut now, mut id, mut outcomes) = (ms(0), 0, outcomes.into_iter().cycle());
@@ -469,7 +510,7 @@ proptest! {
                     match failure {
                         Some(failure) => calls.failed(&mut nodes, call, &failure),
                         None => {
-                            calls.computed();
+                            calls.computed(now);
                             calls.travelled(call.node, ms(1));
                             call.places().into_iter().for_each(|place| over[place as usize] += 1);
                         }

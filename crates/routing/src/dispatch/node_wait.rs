@@ -9,31 +9,52 @@ use crate::{
     failover::{CallFailure, Patience},
 };
 
+/// Whether nodes that are away are waited for at all, as the layers before found it. Else every queued batch would wait
+/// out the same outage, one after the other.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Outlook {
+    /// The begin of the last wait that was in vain.
+    waited: Option<Duration>,
+    /// The last answer.
+    answered: Option<Duration>,
+}
+
 /// How long one layer has waited, and whether it may wait on.
 #[derive(Debug)]
 pub(super) struct NodeWait {
     patience: Patience,
-    /// An earlier layer waited in vain for any node to come back, and none has answered since.
-    is_given_up: bool,
-    /// Whether this wait was noted.
-    is_told: bool,
+    outlook: Outlook,
+    /// When the layer began to wait.
+    since: Option<Duration>,
+}
+
+impl Outlook {
+    /// Adds what another layer found.
+    pub fn learn(&mut self, other: Self) {
+        self.waited = self.waited.max(other.waited);
+        self.answered = self.answered.max(other.answered);
+    }
+
+    /// Whether no node has answered since a wait began that was in vain.
+    fn is_bleak(&self) -> bool {
+        self.waited > self.answered
+    }
 }
 
 impl NodeWait {
-    /// For a layer that begins. It may wait for `limit`, or not at all if the layer before has waited in vain
-    /// (`is_given_up`).
-    pub(super) fn new(limit: Duration, is_given_up: bool, now: Duration) -> Self {
-        Self { patience: Patience::new(limit, now), is_given_up, is_told: false }
+    /// For a layer that begins. It may wait for `limit`, but not at all if that is bleak.
+    pub(super) fn new(limit: Duration, outlook: Outlook, now: Duration) -> Self {
+        Self { patience: Patience::new(limit, now), outlook, since: None }
     }
 
     /// Notes that a node has answered, so that waiting is worth while again.
-    pub(super) fn answered(&mut self) {
-        self.is_given_up = false;
+    pub(super) fn answered(&mut self, now: Duration) {
+        self.outlook.answered = Some(now);
     }
 
-    /// Whether the next layer need not wait, because this one has waited in vain.
-    pub(super) fn is_given_up(&self) -> bool {
-        self.is_given_up
+    /// What the layers after this one are to know.
+    pub(super) fn outlook(&self) -> Outlook {
+        self.outlook
     }
 
     /// Notes that a wait that was to end at `until` ended at `now`.
@@ -62,18 +83,21 @@ impl NodeWait {
         driver: &mut impl Driver,
         key: ExpertKey,
         tried: &[(NodeId, CallFailure)],
+        now: Duration,
     ) -> bool {
         let placement = driver.placement();
-        let may_be_back = |(node, failure): &(NodeId, CallFailure)| {
-            failure.may_pass() && placement.node_index(node).is_some()
-        };
-        if !tried.iter().any(may_be_back) {
+        let may_be_back =
+            |(node, failure): &(NodeId, CallFailure)| failure.may_pass() && placement.node_index(node).is_some();
+        if !tried.iter().any(may_be_back) || self.outlook.is_bleak() {
             return true;
         }
-        self.is_given_up |= self.is_over();
-        if !self.is_given_up && !std::mem::replace(&mut self.is_told, true) {
+        if self.since.is_none() && !self.is_over() {
             driver.note(Note::Waits(key));
         }
-        self.is_given_up
+        let since = *self.since.get_or_insert(now);
+        if self.is_over() {
+            self.outlook.waited = Some(since);
+        }
+        self.is_over()
     }
 }

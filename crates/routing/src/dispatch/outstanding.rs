@@ -75,7 +75,8 @@ impl LayerCalls {
             }
             // Tight limits are of use only while another node could be asked. A node that is alive but late is not left
             // for one that was late before: the two would take turns, and neither would come to its end.
-            let could_be_another = || anyone_else(driver, call, now) || (now >= silent && anyone_back(driver, call, now));
+            let could_be_another =
+                || anyone_else(driver, call, now) || (now >= silent && anyone_back(driver, call, now));
             if now >= last || could_be_another() {
                 return Err(match now >= silent {
                     true => CallFailure::Silent { waited },
