@@ -246,7 +246,8 @@ impl Dispatch {
             None => calls::gather(rows.grouping, activations.x()?, d_model, &call.pieces, &mut self.gathered),
         }
         let sent = clock.now();
-        let deadline = under_way.calls.deadline(lane.allows(call.rows(), call.pieces.len()), sent);
+        let allowed = lane.health(|health| health.allows(call.rows(), call.pieces.len()));
+        let deadline = under_way.calls.deadline(allowed, sent);
         let (groups, placed, epoch) = (call.groups(), call.placed_groups(), under_way.roster.placement.epoch());
         let outgoing = match in_window {
             true => Outgoing::InWindow(rows.layer, &placed),

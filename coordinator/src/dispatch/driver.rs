@@ -42,7 +42,7 @@ impl Driver for LayerDriver<'_> {
         match &self.roster.links[node].reach {
             // It answers before anyone could look.
             Reach::Local(_) => Duration::MAX,
-            Reach::Remote(lane) => lane.silent_until(sent),
+            Reach::Remote(lane) => lane.health(|health| health.silent_until(sent)),
         }
     }
 

@@ -56,7 +56,7 @@ impl Link {
     pub(crate) fn is_up(&self, now: Duration) -> bool {
         match &self.reach {
             Reach::Local(_) => true,
-            Reach::Remote(lane) => lane.is_up(now),
+            Reach::Remote(lane) => lane.health(|health| health.is_up(now)),
         }
     }
 

@@ -14,9 +14,13 @@ pub mod call;
 pub mod driver;
 pub mod layer_calls;
 #[cfg(test)]
+mod layer_calls_properties;
+#[cfg(test)]
 mod layer_calls_tests;
 mod node_wait;
 mod outstanding;
+#[cfg(test)]
+mod scripted_nodes;
 
 pub use call::{Call, GivenUp, Piece, Why};
 pub use driver::{Driver, Note};

@@ -137,24 +137,14 @@ impl Lane {
         &self.node
     }
 
-    /// Whether a call would be answered, as far as is known.
-    pub(crate) fn is_up(&self, now: Duration) -> bool {
-        self.state.lock().health.is_up(now)
-    }
-
-    /// How long a call may take before somebody else is asked, signs of life or not.
-    pub(crate) fn allows(&self, rows: usize, experts: usize) -> Duration {
-        self.state.lock().health.allows(rows, experts)
-    }
-
-    /// Until when a call that left at `sent` waits for a sign of life.
-    pub(crate) fn silent_until(&self, sent: Duration) -> Duration {
-        self.state.lock().health.silent_until(sent)
+    /// What is known of the node.
+    pub(crate) fn health<R>(&self, ask: impl FnOnce(&LaneHealth) -> R) -> R {
+        ask(&self.state.lock().health)
     }
 
     /// Whether the node has been silent for so long that its connection is given up, too.
     pub(crate) fn is_lost(&self) -> bool {
-        self.state.lock().health.is_lost(self.clock.now())
+        self.health(|health| health.is_lost(self.clock.now()))
     }
 
     /// Sends a call under a placement's epoch and returns its id; the answer, or the loss of the connection, comes to

@@ -13,7 +13,7 @@ impl LayerCalls {
     /// The calls of a new round, to be made now. Pieces that no node can be asked for wait for the next round, or are
     /// given up.
     pub fn ask(&mut self, driver: &mut impl Driver, now: Duration) -> Vec<Call> {
-        let (may_ask_again, mut asked_again) = (self.waiting.may_ask_again(now), false);
+        let (may_ask_again, mut asked_again) = (self.waiting.patience.may_ask_again(now), false);
         let nodes = driver.placement().nodes().len();
         let mut open: Vec<Option<Call>> = (0..nodes).map(|_| None).collect();
         let mut calls = Vec::with_capacity(nodes);
@@ -47,7 +47,7 @@ impl LayerCalls {
             slot.get_or_insert_with(|| Call { node, pieces: Vec::new() }).pieces.push(piece);
         }
         if asked_again {
-            self.waiting.asked_again(now);
+            self.waiting.patience.asked_again(now);
         }
         calls.extend(open.into_iter().flatten());
         calls.retain_mut(|call| {
@@ -85,7 +85,7 @@ impl LayerCalls {
         }
         for mut piece in call.pieces.drain(..) {
             piece.is_refused = true;
-            if !self.waiting.is_over() {
+            if !self.waiting.patience.is_over() {
                 self.pieces.push(piece);
                 continue;
             }

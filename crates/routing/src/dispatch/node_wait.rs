@@ -22,7 +22,7 @@ pub struct Outlook {
 /// How long one layer has waited, and whether it may wait on.
 #[derive(Debug)]
 pub(super) struct NodeWait {
-    patience: Patience,
+    pub(super) patience: Patience,
     outlook: Outlook,
     /// When the layer began to wait.
     since: Option<Duration>,
@@ -57,26 +57,6 @@ impl NodeWait {
         self.outlook
     }
 
-    /// Notes that a wait that was to end at `until` ended at `now`.
-    pub(super) fn passed(&mut self, until: Duration, now: Duration) {
-        self.patience.passed(until, now);
-    }
-
-    /// Whether the wait has lasted for as long as it may.
-    pub(super) fn is_over(&self) -> bool {
-        self.patience.is_over()
-    }
-
-    /// Whether nodes that failed and are back may be asked again.
-    pub(super) fn may_ask_again(&self, now: Duration) -> bool {
-        self.patience.may_ask_again(now)
-    }
-
-    /// Notes that nodes which failed and are back were asked again.
-    pub(super) fn asked_again(&mut self, now: Duration) {
-        self.patience.asked_again(now);
-    }
-
     /// Whether it is no use to wait for anyone to come back and compute an expert, since these were `tried`.
     pub(super) fn is_in_vain(
         &mut self,
@@ -91,13 +71,13 @@ impl NodeWait {
         if !tried.iter().any(may_be_back) || self.outlook.is_bleak() {
             return true;
         }
-        if self.since.is_none() && !self.is_over() {
+        if self.since.is_none() && !self.patience.is_over() {
             driver.note(Note::Waits(key));
         }
         let since = *self.since.get_or_insert(now);
-        if self.is_over() {
+        if self.patience.is_over() {
             self.outlook.waited = Some(since);
         }
-        self.is_over()
+        self.patience.is_over()
     }
 }

@@ -38,7 +38,7 @@ impl LayerCalls {
     /// again.
     pub fn look(&mut self, driver: &mut impl Driver, now: Duration) {
         let Some(look) = self.looks_at().filter(|look| *look <= now) else { return };
-        self.waiting.passed(look, now);
+        self.waiting.patience.passed(look, now);
         self.pause = None;
         if now > look + LATE_LOOK && self.late_looks < LATE_LOOKS_MAX {
             self.late_looks += 1;
