@@ -1,6 +1,8 @@
 //! What an expert call is here: rows gathered for it, a span of its own, and words for what became of it. What is asked of
 //! whom is decided by `sida_routing::dispatch`.
 
+use std::time::Instant;
+
 use sida_routing::{
     Grouping, NodeId,
     dispatch::{Call, GivenUp, Piece, Why},
@@ -35,12 +37,14 @@ pub(crate) fn span(roster: &Roster, rows: &LayerRows<'_>, call: &Call) -> Option
     Some(span)
 }
 
-/// Why the requests fail whose rows nobody computes; `gone` says so of those whose callers have left.
-pub(crate) fn error(given_up: GivenUp, gone: Option<RequestError>) -> RequestError {
-    let GivenUp { key, tried, why, .. } = given_up;
+/// Why the requests fail whose rows nobody computes.
+pub(crate) fn error(given_up: GivenUp, rows: &LayerRows<'_>) -> RequestError {
+    let GivenUp { key, tried, why, rows: range } = given_up;
     match why {
-        // Who has left does not come back.
-        Why::Unwanted => gone.unwrap_or(RequestError::Cancelled),
+        Why::Unwanted => {
+            let gone = rows.callers.gone(&rows.grouping.tokens[range], Instant::now());
+            gone.expect("who has left does not come back")
+        }
         Why::Unavailable => RequestError::ExpertUnavailable { key, tried: reasons(&tried) },
         Why::RetriesExhausted => RequestError::RetriesExhausted { key, tried: reasons(&tried) },
     }

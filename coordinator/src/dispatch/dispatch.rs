@@ -6,11 +6,7 @@
 //! Between [`Dispatch::begin`] and [`Dispatch::finish`] a layer is under way: whoever dispatches may compute something else
 //! meanwhile, and begin another.
 
-use std::{
-    ops::Range,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{ops::Range, sync::Arc, time::Duration};
 
 use crossbeam_channel::{Receiver, Sender};
 use sida_cluster::experts::ExpertCall;
@@ -173,9 +169,8 @@ impl Dispatch {
         self.outlook.learn(outlook);
         dispatched.load += remote_load;
         dispatched.failovers = failovers;
-        let gone = |range: &Range<usize>| rows.callers.gone(&rows.grouping.tokens[range.clone()], Instant::now());
-        let failed = given_up.into_iter().map(|one| (one.rows.clone(), gone(&one.rows), one));
-        dispatched.failed = failed.map(|(range, gone, one)| (range, calls::error(one, gone))).collect();
+        let failed = given_up.into_iter().map(|one| (one.rows.clone(), calls::error(one, rows)));
+        dispatched.failed = failed.collect();
         let results = Some(&inbox.results[..]).filter(|results| !results.is_empty());
         dispatched.out = activations.combine(rows.grouping, results, self.d_model)?;
         self.inboxes.push(inbox);
@@ -304,10 +299,8 @@ impl Dispatch {
                 let mut from = &payload[..];
                 for piece in &call.pieces {
                     let (rows, rest) = from.split_at(piece.rows * self.d_model * size_of::<f32>());
-                    copy_from_payload(
-                        rows,
-                        &mut results[piece.first_row * self.d_model..][..piece.rows * self.d_model],
-                    );
+                    let to = &mut results[piece.first_row * self.d_model..][..piece.rows * self.d_model];
+                    copy_from_payload(rows, to);
                     from = rest;
                 }
             }

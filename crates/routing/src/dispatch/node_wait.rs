@@ -71,13 +71,14 @@ impl NodeWait {
         if !tried.iter().any(may_be_back) || self.outlook.is_bleak() {
             return true;
         }
-        if self.since.is_none() && !self.patience.is_over() {
+        let is_over = self.patience.is_over();
+        if self.since.is_none() && !is_over {
             driver.note(Note::Waits(key));
         }
         let since = *self.since.get_or_insert(now);
-        if self.patience.is_over() {
+        if is_over {
             self.outlook.waited = Some(since);
         }
-        self.patience.is_over()
+        is_over
     }
 }
