@@ -10,7 +10,7 @@ use sida_routing::{
 use crate::{
     coordinator::{Coordinator, Roster},
     core::Core,
-    requests::Course,
+    requests::{Course, PATIENCE},
 };
 
 /// Drives the calls of a request's layer.
@@ -49,14 +49,19 @@ impl Driver for LayerDriver<'_> {
     }
 
     fn take_retry(&mut self, now: Duration) -> bool {
-        let is_paid = self.coordinator.budget.take_retry(now);
-        self.coordinator.retries += u64::from(is_paid);
-        is_paid
+        self.coordinator.budget.take_retry(now)
     }
 
     fn give_up(&mut self, call_id: u64, node: usize, is_wanted: bool, now: Duration) {
         let sent = self.coordinator.sent.remove(&call_id).expect("a call that is given up was under way");
-        self.coordinator.lanes[self.roster.nodes[node]].gave_up(&sent.pending, is_wanted, now);
+        let node = self.roster.nodes[node];
+        let is_other_up = |&other: &usize| other != node && self.coordinator.lanes[other].is_up(now);
+        let is_last = !self.roster.nodes.iter().any(is_other_up);
+        if is_wanted && is_last && now < sent.pending.sent + Duration::from_micros(PATIENCE) {
+            let me = self.coordinator.me;
+            self.core.ledger.violated(|| format!("{me:?} gives node {node} up, and nobody else could answer"));
+        }
+        self.coordinator.lanes[node].gave_up(&sent.pending, is_wanted, now);
         self.course.failures += u32::from(is_wanted);
     }
 
@@ -76,7 +81,7 @@ impl Driver for LayerDriver<'_> {
                     self.course.tried.insert(node);
                 }
             }
-            Note::AskedAgain(_) => {}
+            Note::AskedAgain(failure) => self.coordinator.retries += u64::from(failure.may_pass()),
             // Nobody is left to ask, or nothing to pay for it with.
             Note::Waits(_) | Note::RetryRefused => self.course.is_excused = true,
         }

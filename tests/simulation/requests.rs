@@ -49,6 +49,8 @@ pub(crate) struct Course {
     /// The layers still to come, the next one last.
     layers: Vec<(LayerId, Grouping)>,
     layer_started: Micros,
+    /// Rows of the layer that nobody has computed.
+    rows: usize,
     /// The nodes there were when the layer began, and those that failed some of it.
     known: Vec<usize>,
     pub(crate) tried: BTreeSet<usize>,
@@ -90,6 +92,7 @@ impl Coordinator {
             leaves,
             layers,
             layer_started: core.now,
+            rows: first.1.tokens.len(),
             known: roster.nodes.clone(),
             tried: BTreeSet::new(),
             roster,
@@ -201,6 +204,7 @@ impl Coordinator {
                     calls.computed(now);
                     calls.travelled(call.node, on_the_way);
                     driver.course.answered(took);
+                    driver.course.rows -= call.rows();
                 });
             }
             Message::Refused { call: number, failure, newer } => {
@@ -263,6 +267,11 @@ impl Coordinator {
         let Finished { given_up, outlook, .. } = calls.finish();
         self.outlook.learn(outlook);
         course.worked += std::mem::take(&mut course.worked_of_round);
+        let (me, left, named) = (self.me, course.rows, given_up.iter().map(|one| one.rows.len()).sum::<usize>());
+        if left != named {
+            core.ledger
+                .violated(|| format!("{me:?} request {id}: {left} rows were not computed, {named} are said to be"));
+        }
         if let Some(leaves) = course.leaves.filter(|leaves| *leaves <= core.now) {
             core.ledger.left(self.me, id, core.now - leaves, course.stood_still);
             return None;
@@ -274,6 +283,7 @@ impl Coordinator {
         if let Some(next) = course.layers.pop() {
             let calls = self.begin(core, &next);
             course.layer_started = core.now;
+            course.rows = next.1.tokens.len();
             course.known.clone_from(&self.roster.as_ref().expect("it is known once and for all").nodes);
             course.tried.clear();
             return Some(Request { calls, course });
