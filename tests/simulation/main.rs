@@ -67,6 +67,7 @@ fn invariants_hold_whatever_breaks() {
     println!("{seeds} seeds: {sum:?}");
     // The slice would hold because nothing happened in it.
     assert!(sum.elections > seeds && sum.refused_writes > 0 && sum.stale_calls > 0, "{sum:?}");
+    assert!(sum.left_requests > seeds / 2 && sum.straggled > seeds, "{sum:?}");
     assert!(sum.failed_calls > seeds * 5 && sum.placements > seeds * 5 && sum.requests > seeds * 100, "{sum:?}");
 }
 
