@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 use sida_cluster::Cluster;
 use sida_model::{Backend, Checkpoint, CpuBackend, DeviceName, ModelConfig, ModelError, Stack, Tokenizer};
 use sida_proto::wire::Bounds;
-use sida_routing::{Digest, NodeId, gathering::Gathering};
+use sida_routing::{Digest, NodeId, failover::CallFailure, gathering::Gathering};
 use sida_rpc::ServerError;
 use sida_telemetry::{counter, names};
 use thiserror::Error;
@@ -27,7 +27,7 @@ use crate::{
         experts_without_holder,
         nodes::Nodes,
         probe::Probe,
-        remote::{call_failure::CallFailure, lane::LaneConfig, lane_connection::Connector},
+        remote::{clock::Clock, lane::LaneConfig, lane_connection::Connector},
     },
     forward::forward::Forward,
     intake::queue::Queue,
@@ -110,6 +110,7 @@ impl Coordinator {
         let lanes = LaneConfig {
             inflight_bytes_max: config.lane_inflight_bytes_max,
             d_model: model.d_model,
+            clock: Clock::start(),
             connector: Arc::new(Connector::new(&config.client, config.checkpoint.digest(), rows)),
         };
         let nodes = Nodes::follow(&cluster, lanes, &runtime);

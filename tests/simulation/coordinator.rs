@@ -1,11 +1,12 @@
 //! A coordinator: follows the membership, stands for election, writes the placement while elected, and serves
 //! requests (`requests.rs`). Every decision is one of `sida_routing`'s.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, rc::Rc, time::Duration};
 
 use sida_routing::{
     Demand, Digest, Extent, Placement, Policy,
-    failover::{Breaker, RetryBudget, Silence},
+    dispatch::Outlook,
+    failover::{LaneHealth, RetryBudget},
     membership::{Decision, Pace, Standing, Verdict, Writer, judge},
 };
 
@@ -13,7 +14,7 @@ use crate::{
     core::Core,
     etcd::{LEASE, Op, Record},
     event::{Actor, Message, Micros, Timer},
-    requests::{Call, Request},
+    requests::{Request, Sent},
     session::{News, Session},
 };
 
@@ -40,13 +41,11 @@ pub(crate) const SMALL: Shape = Shape {
 };
 const CONNECT: Micros = 100_000;
 
-/// The way to an expert-node.
-pub(crate) struct Lane {
-    pub(crate) is_connected: bool,
-    pub(crate) breaker: Breaker,
-    pub(crate) silence: Silence,
-    /// When its silence is looked at.
-    pub(crate) alarm: Option<Micros>,
+/// All expert-nodes and the placement on them at one moment.
+pub(crate) struct Roster {
+    pub(crate) placement: Placement,
+    /// By index into the placement's nodes: which node that is.
+    pub(crate) nodes: Vec<usize>,
 }
 
 /// A term as the writer of the placement.
@@ -63,20 +62,22 @@ struct Term {
 pub(crate) struct Coordinator {
     pub(crate) me: Actor,
     session: Session,
-    pub(crate) placement: Option<Placement>,
-    /// By index into the placement's nodes: which node that is.
-    pub(crate) roster: Vec<usize>,
+    pub(crate) roster: Option<Rc<Roster>>,
     /// Epoch, and revision of its change, of the stored placement.
     stored: (u64, u64),
     term: Option<Term>,
     demand: Demand,
-    pub(crate) lanes: Vec<Lane>,
+    /// By node: the way to it.
+    pub(crate) lanes: Vec<LaneHealth>,
     pub(crate) budget: RetryBudget,
     pub(crate) retries: u64,
     pub(crate) first_calls: u64,
     pub(crate) requests: BTreeMap<u64, Request>,
-    pub(crate) calls: BTreeMap<u64, Call>,
+    /// Calls on their way.
+    pub(crate) sent: BTreeMap<u64, Sent>,
     pub(crate) next_id: u64,
+    /// Whether nodes that are away are worth waiting for, as the layers so far found it.
+    pub(crate) outlook: Outlook,
 }
 
 pub(crate) fn node_name(node: usize) -> sida_routing::NodeId {
@@ -91,22 +92,21 @@ impl Coordinator {
         core.timer_in(0, me, Timer::Connect);
         core.timer_in(1_000_000, me, Timer::Demand);
         core.timer_in(10_000, me, Timer::Arrival);
-        let lane = || Lane { is_connected: false, breaker: Breaker::new(), silence: Silence::new(), alarm: None };
         Self {
             me,
             session,
-            placement: None,
-            roster: Vec::new(),
+            roster: None,
             stored: (0, 0),
             term: None,
             demand: Demand::new(core.shape.extent.moe_layers, core.shape.extent.num_experts),
-            lanes: (0..nodes).map(|_| lane()).collect(),
+            lanes: vec![LaneHealth::unknown(); nodes],
             budget: RetryBudget::new(0.2, 10.0),
             retries: 0,
             first_calls: 0,
             requests: BTreeMap::new(),
-            calls: BTreeMap::new(),
+            sent: BTreeMap::new(),
             next_id: 0,
+            outlook: Outlook::default(),
         }
     }
 
@@ -143,14 +143,16 @@ impl Coordinator {
             Timer::Connect => {
                 core.timer_in(CONNECT, self.me, Timer::Connect);
                 for node in 0..self.lanes.len() {
-                    if !self.lanes[node].is_connected {
+                    if self.lanes[node].is_lost(core.time()) {
+                        self.disconnected(core, node);
+                    }
+                    if !self.lanes[node].is_connected() {
                         core.send(self.me, Actor::Node(node), Message::Connect);
                     }
                 }
             }
             Timer::Arrival => self.arrive(core),
-            Timer::Silence { node } => self.check_silence(core, node),
-            Timer::Retry { request, piece } => self.ask(core, request, piece),
+            Timer::Look { request } => self.look(core, request),
             other => unreachable!("a coordinator has no alarm for {other:?}"),
         }
     }
@@ -197,8 +199,8 @@ impl Coordinator {
                 let me = self.me;
                 core.note(|| format!("{me:?} leads by revision {elected}"));
                 core.ledger.counts.elections += 1;
-                if let Some(placement) = &self.placement {
-                    self.demand.adopt(placement);
+                if let Some(roster) = &self.roster {
+                    self.demand.adopt(&roster.placement);
                 }
                 let writer = Writer::new(core.shape.policy, core.shape.pace, core.time());
                 self.term = Some(Term { elected, writer, alarm: None, writing: None });
@@ -240,15 +242,15 @@ impl Coordinator {
 
     /// Takes a placement if it is newer.
     pub(crate) fn adopt(&mut self, core: &mut Core, offered: &Placement) {
-        let current = self.placement.as_ref().map(|placement| (placement, MODEL));
+        let current = self.placement().map(|placement| (placement, MODEL));
         match judge(current, offered, MODEL) {
             Verdict::Adopt => {
                 let (me, life) = (self.me, core.life(self.me));
                 core.note(|| format!("{me:?} adopts epoch {}", offered.epoch()));
                 core.ledger.adopted(me, life, offered);
                 let index = |name: &sida_routing::NodeId| (0..self.lanes.len()).find(|&node| node_name(node) == *name);
-                self.roster = offered.nodes().iter().map(|name| index(name).expect("a node of ours")).collect();
-                self.placement = Some(offered.clone());
+                let nodes = offered.nodes().iter().map(|name| index(name).expect("a node of ours")).collect();
+                self.roster = Some(Rc::new(Roster { placement: offered.clone(), nodes }));
             }
             Verdict::Known | Verdict::Older => {}
             verdict @ (Verdict::Conflict | Verdict::OtherModel) => {
@@ -272,14 +274,14 @@ impl Coordinator {
         };
         let counting = self.session.members.counting(core.time());
         let members: Vec<Standing> = counting.filter(|(_, record)| record.is_expert_node).map(standing).collect();
-        let current = self.placement.as_ref();
+        let current = self.roster.as_ref().map(|roster| &roster.placement);
         let extent = core.shape.extent;
         let decision = term.writer.decide(core.time(), current, self.stored.0, extent, &members, &self.demand);
         match decision.expect("names and weights of ours") {
             Decision::Write(placement) => {
                 let me = self.me;
                 core.note(|| format!("{me:?} writes epoch {} on {} nodes", placement.epoch(), placement.nodes().len()));
-                term.writing = Some(self.placement.clone());
+                term.writing = Some(current.cloned());
                 let write = Op::Write { elected: term.elected, replaces: self.stored.1, placement };
                 self.session.send(core, write);
             }
@@ -292,6 +294,11 @@ impl Coordinator {
             }
             Decision::Wait(None) => {}
         }
+    }
+
+    /// What it acts on.
+    pub(crate) fn placement(&self) -> Option<&Placement> {
+        self.roster.as_ref().map(|roster| &roster.placement)
     }
 
     /// Rows for an expert are on their way.

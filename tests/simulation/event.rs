@@ -1,8 +1,8 @@
 //! What can happen in the simulated cluster, and who it happens to.
 
-use std::fmt;
+use std::{fmt, time::Duration};
 
-use sida_routing::{ExpertKey, Placement};
+use sida_routing::{ExpertKey, Placement, failover::CallFailure};
 
 use crate::{etcd, faults::Fault};
 
@@ -48,17 +48,33 @@ pub(crate) enum Message {
     LaneLost,
     Call {
         call: u64,
-        key: ExpertKey,
+        keys: Vec<ExpertKey>,
         epoch: u64,
     },
     Alive,
+    /// A call is computed. So many of its experts were loaded for it, and that and computing took so long.
     Done {
         call: u64,
+        loads: u32,
+        load: Duration,
+        compute: Duration,
     },
-    Stale {
+    /// A call is refused; for a newer placement with that.
+    Refused {
         call: u64,
-        newer: Placement,
+        failure: CallFailure,
+        newer: Option<Placement>,
     },
+}
+
+/// What a call takes on a node.
+#[derive(Clone, Debug)]
+pub(crate) struct Work {
+    pub(crate) keys: Vec<ExpertKey>,
+    /// How many of them must be loaded first, and how long that and computing take.
+    pub(crate) loads: u32,
+    pub(crate) load: Duration,
+    pub(crate) compute: Duration,
 }
 
 /// What processes wake up for.
@@ -76,14 +92,12 @@ pub(crate) enum Timer {
     Connect,
     /// A client sends the next request.
     Arrival,
-    /// Look whether a node has been silent for too long.
-    Silence { node: usize },
-    /// Try a piece of a request again.
-    Retry { request: u64, piece: usize },
+    /// Look whether calls of a request are to be given up.
+    Look { request: u64 },
     /// An expert-node has loaded the next expert of its placement.
     Loaded { key: ExpertKey },
     /// An expert-node is done with a call.
-    Worked { coordinator: usize, call: u64, key: ExpertKey },
+    Worked { coordinator: usize, call: u64, work: Work },
     /// An expert-node says that it is still at a call.
     Heartbeat { coordinator: usize, call: u64 },
     /// An expert-node that was told to leave has waited for long enough.
@@ -113,7 +127,9 @@ impl fmt::Display for Message {
             Self::Watched(etcd::Change { revision, value: Some(etcd::Value::Placement(placement)), .. }) => {
                 write!(f, "revision {revision}: epoch {}", placement.epoch())
             }
-            Self::Stale { call, newer } => write!(f, "call {call} is of the past: {}", newer.epoch()),
+            Self::Refused { call, newer: Some(newer), .. } => {
+                write!(f, "call {call} is of the past: {}", newer.epoch())
+            }
             other => write!(f, "{other:?}"),
         }
     }

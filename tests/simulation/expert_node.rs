@@ -1,12 +1,12 @@
 //! An expert-node: follows the placement, loads what is placed on it, says so, and answers calls that are not
 //! of the past.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, ops::Range, time::Duration};
 
 use rand::Rng;
 use sida_routing::{
     ExpertKey, Placement,
-    failover::silence::HEARTBEAT,
+    failover::{Blame, CallFailure, silence::HEARTBEAT},
     membership::{Verdict, is_stale, judge},
 };
 
@@ -14,9 +14,12 @@ use crate::{
     coordinator::{MODEL, node_name},
     core::Core,
     etcd::{Op, Record},
-    event::{Actor, Message, Micros, Timer},
+    event::{Actor, Message, Micros, Timer, Work},
     session::{News, Session},
 };
+
+/// What it takes to load an expert.
+const LOAD: Range<Micros> = 5000..40_000;
 
 pub(crate) struct ExpertNode {
     me: Actor,
@@ -27,6 +30,8 @@ pub(crate) struct ExpertNode {
     loading: Option<ExpertKey>,
     /// Calls it works at: coordinator and call.
     working: BTreeSet<(usize, u64)>,
+    /// An expert that no call finds here: its file cannot be read.
+    pub(crate) unreadable: Option<ExpertKey>,
     /// It was told to leave, and ends once this is over.
     pub(crate) has_left: bool,
 }
@@ -42,6 +47,7 @@ impl ExpertNode {
             loaded: BTreeSet::new(),
             loading: None,
             working: BTreeSet::new(),
+            unreadable: None,
             has_left: false,
         }
     }
@@ -55,10 +61,21 @@ impl ExpertNode {
                 self.loading = None;
                 self.load(core);
             }
-            Timer::Worked { coordinator, call, key } => {
-                self.loaded.insert(key);
+            Timer::Worked { coordinator, call, work } => {
                 self.working.remove(&(coordinator, call));
-                core.send(self.me, Actor::Coordinator(coordinator), Message::Done { call });
+                let Work { keys, loads, load, compute } = work;
+                let answer = match self.unreadable.filter(|key| keys.contains(key)) {
+                    Some(key) => {
+                        let failure =
+                            CallFailure::Refused { blame: Blame::Expert, message: format!("cannot load {key}") };
+                        Message::Refused { call, failure, newer: None }
+                    }
+                    None => {
+                        self.loaded.extend(keys);
+                        Message::Done { call, loads, load, compute }
+                    }
+                };
+                core.send(self.me, Actor::Coordinator(coordinator), answer);
             }
             Timer::Heartbeat { coordinator, call } => {
                 if self.working.contains(&(coordinator, call)) {
@@ -81,7 +98,7 @@ impl ExpertNode {
                 Vec::new()
             }
             Message::Connect => return core.send(self.me, from, Message::Connected),
-            Message::Call { call, key, epoch } => return self.on_call(core, from, call, key, epoch),
+            Message::Call { call, keys, epoch } => return self.on_call(core, from, call, keys, epoch),
             other => unreachable!("{from:?} does not send {other:?}"),
         };
         for news in news {
@@ -91,20 +108,25 @@ impl ExpertNode {
         }
     }
 
-    fn on_call(&mut self, core: &mut Core, from: Actor, call: u64, key: ExpertKey, epoch: u64) {
+    fn on_call(&mut self, core: &mut Core, from: Actor, call: u64, keys: Vec<ExpertKey>, epoch: u64) {
         let Actor::Coordinator(coordinator) = from else { unreachable!("{from:?} does not call") };
         let known = self.epoch();
         if is_stale(known, epoch) {
-            let newer = self.placement.clone().expect("an epoch is of a placement");
-            return core.send(self.me, from, Message::Stale { call, newer });
+            let newer = self.placement.clone();
+            return core.send(self.me, from, Message::Refused { call, failure: CallFailure::Stale, newer });
         }
         core.ledger.computes(self.me, known, epoch);
         let compute = core.rng.random_range(500..4000);
-        let load = if self.loaded.contains(&key) { 0 } else { core.rng.random_range(5000..40_000) };
+        let missing: Vec<&ExpertKey> = keys.iter().filter(|key| !self.loaded.contains(key)).collect();
+        // They are loaded at the same time.
+        let load = missing.iter().map(|_| core.rng.random_range(LOAD)).max().unwrap_or(0);
+        let loads = missing.len() as u32;
+        let (took, time) = (compute + load, Duration::from_micros);
+        let work = Work { keys, loads, load: time(load), compute: time(compute) };
         self.working.insert((coordinator, call));
-        core.timer_in(compute + load, self.me, Timer::Worked { coordinator, call, key });
+        core.timer_in(took, self.me, Timer::Worked { coordinator, call, work });
         let heartbeat = HEARTBEAT.as_micros() as Micros;
-        if compute + load > heartbeat {
+        if took > heartbeat {
             core.timer_in(heartbeat, self.me, Timer::Heartbeat { coordinator, call });
         }
     }
@@ -144,7 +166,7 @@ impl ExpertNode {
         match missing {
             Some(key) => {
                 self.loading = Some(key);
-                let load = core.rng.random_range(5000..40_000);
+                let load = core.rng.random_range(LOAD);
                 core.timer_in(load, self.me, Timer::Loaded { key });
             }
             None => {

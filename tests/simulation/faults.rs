@@ -2,6 +2,7 @@
 //! [`FAULTS_END`] everything is whole.
 
 use rand::Rng;
+use sida_routing::{ExpertId, ExpertKey, LayerId};
 
 use crate::{
     core::Core,
@@ -31,6 +32,9 @@ pub(crate) enum Fault {
     /// Messages between the two take that much longer, one way.
     Slow(Actor, Actor, Micros),
     Fast(Actor, Actor),
+    /// Calls to the node for the expert fail.
+    Unreadable(usize, ExpertKey),
+    Readable(usize),
     /// The connection between the two breaks.
     Reset(Actor, Actor),
     StoreAway,
@@ -72,8 +76,9 @@ pub(crate) fn schedule(core: &mut Core, coordinators: usize, nodes: usize) {
 
 /// A fault, what mends it, and how long it lasts at most.
 fn draw(core: &mut Core, coordinators: usize, nodes: usize) -> (Fault, Option<Fault>, Micros) {
-    let rng = &mut core.rng;
-    let node = Actor::Node(rng.random_range(0..nodes));
+    let (rng, extent) = (&mut core.rng, core.shape.extent);
+    let at = rng.random_range(0..nodes);
+    let node = Actor::Node(at);
     let coordinator = Actor::Coordinator(rng.random_range(0..coordinators));
     let either = if rng.random_bool(0.5) { node } else { coordinator };
     match rng.random_range(0..100) {
@@ -86,10 +91,16 @@ fn draw(core: &mut Core, coordinators: usize, nodes: usize) -> (Fault, Option<Fa
             let more = rng.random_range(5_000..40_000);
             (Fault::Slow(coordinator, node, more), Some(Fault::Fast(coordinator, node)), 4_000_000)
         }
-        66..71 => (Fault::Reset(coordinator, node), None, 1_000_000),
-        71..79 => (Fault::Stop(coordinator), Some(Fault::Resume(coordinator)), 8_000_000),
-        79..86 => (Fault::Kill(coordinator), Some(Fault::Start(coordinator)), 6_000_000),
-        86..92 => {
+        66..70 => (Fault::Reset(coordinator, node), None, 1_000_000),
+        70..74 => {
+            let layer = LayerId(rng.random_range(0..extent.moe_layers as u16));
+            // One that is asked for all the time.
+            let key = ExpertKey { layer, expert: ExpertId(0) };
+            (Fault::Unreadable(at, key), Some(Fault::Readable(at)), 4_000_000)
+        }
+        74..81 => (Fault::Stop(coordinator), Some(Fault::Resume(coordinator)), 8_000_000),
+        81..87 => (Fault::Kill(coordinator), Some(Fault::Start(coordinator)), 6_000_000),
+        87..92 => {
             let leases_run_out = rng.random_bool(0.5);
             (Fault::StoreAway, Some(Fault::StoreBack { leases_run_out }), 8_000_000)
         }

@@ -29,7 +29,11 @@ pub(crate) struct Counts {
     pub(crate) events: u64,
     pub(crate) requests: u64,
     pub(crate) failed_requests: u64,
+    /// Requests whose callers left.
+    pub(crate) left_requests: u64,
     pub(crate) failed_calls: u64,
+    /// Calls that were on their way far longer than others.
+    pub(crate) straggled: u64,
     pub(crate) stale_calls: u64,
     pub(crate) placements: u64,
     /// Copies of experts that placements added to the ones before.
@@ -45,7 +49,9 @@ impl Counts {
         self.events += other.events;
         self.requests += other.requests;
         self.failed_requests += other.failed_requests;
+        self.left_requests += other.left_requests;
         self.failed_calls += other.failed_calls;
+        self.straggled += other.straggled;
         self.stale_calls += other.stale_calls;
         self.placements += other.placements;
         self.moves += other.moves;
@@ -121,6 +127,14 @@ impl Ledger {
     pub(crate) fn computes(&mut self, node: Actor, known: u64, call: u64) {
         if call < known {
             self.violated(|| format!("{node:?} computes for epoch {call} and knows {known}"));
+        }
+    }
+
+    /// A request whose caller left so long ago is over. What was under way is answered, or costs what a lost node does.
+    pub(crate) fn left(&mut self, coordinator: Actor, request: u64, ago: Micros, stood_still: bool) {
+        self.counts.left_requests += 1;
+        if ago > STALL_MAX && !stood_still {
+            self.violated(|| format!("{coordinator:?} works at request {request} {ago} us after its caller left"));
         }
     }
 

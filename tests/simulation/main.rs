@@ -1,20 +1,22 @@
-//! A deterministic simulation of a cluster that breaks: placement, leases, election, failover, with the real
-//! decisions of `sida_routing` and models of everything around them. No clock, no threads, one source of
+//! A deterministic simulation of a cluster that breaks: placement, leases, election, expert calls and their failover,
+//! with the real decisions of `sida_routing` and models of everything around them. No clock, no threads, one source of
 //! chance: a seed says everything that happens, so a failing one replays to the byte.
 //!
 //! `SIDA_SIMULATION_SEEDS=1000` runs so many seeds instead of a slice; `SIDA_SIMULATION_SEED=17` runs that one
 //! and prints its trace.
 //!
-//! In reading order: `event`, `core` (time, chance, network), `etcd`, `session`, `coordinator`, `requests`,
+//! In reading order: `event`, `core` (time, chance, network), `etcd`, `session`, `coordinator`, `requests`, `driver`,
 //! `expert_node`, `faults`, `ledger` (what must hold), `world` (one run); `hundred` measures a large cluster.
 //!
 //! What is modelled: SIGKILL, SIGSTOP and SIGTERM of any process and its return, partitions and slow links
 //! between any two, connections that break, an etcd that is away and comes back with or without its leases,
-//! compaction, watch events that are late, repeated or lost. What is not: loads that fail, an etcd that forgets
-//! what was written, and clocks that run at different speeds.
+//! compaction, watch events that are late, repeated or lost, experts that cannot be loaded, callers who leave. What is
+//! not: lanes that are full, answers that are malformed, an etcd that forgets what was written, and clocks that run at
+//! different speeds.
 
 mod coordinator;
 mod core;
+mod driver;
 mod etcd;
 mod event;
 mod expert_node;
@@ -65,6 +67,7 @@ fn invariants_hold_whatever_breaks() {
     println!("{seeds} seeds: {sum:?}");
     // The slice would hold because nothing happened in it.
     assert!(sum.elections > seeds && sum.refused_writes > 0 && sum.stale_calls > 0, "{sum:?}");
+    assert!(sum.left_requests > seeds / 2 && sum.straggled > seeds, "{sum:?}");
     assert!(sum.failed_calls > seeds * 5 && sum.placements > seeds * 5 && sum.requests > seeds * 100, "{sum:?}");
 }
 

@@ -1,60 +1,79 @@
-//! A coordinator's requests: layer by layer, every expert of a layer is asked of some node until one answers.
-//! What `dispatch` and the lanes do, with the same decisions of `sida_routing::failover`.
+//! A coordinator's requests, layer by layer: a clock and a network for `sida_routing::dispatch`, which decides whom a
+//! layer's rows are asked of, as it does for the lanes and threads of a real coordinator.
 
-use std::time::Duration;
+use std::{collections::BTreeSet, ops::Range, rc::Rc, time::Duration};
 
 use rand::Rng;
 use sida_routing::{
-    ExpertId, ExpertKey, LayerId, Placement,
-    failover::{BreakerState, Patience, choose, patience::LOOK, silence::HEARTBEAT},
+    ExpertId, ExpertKey, Grouping, LayerId, Routes,
+    dispatch::{Bounds, Call, Finished, GivenUp, LayerCalls, Next, Why},
+    failover::{
+        CallFailure,
+        lane_health::{PendingCall, travel},
+        silence::ALLOWED_MIN,
+    },
 };
 
 use crate::{
-    coordinator::Coordinator,
+    coordinator::{Coordinator, Roster, node_name},
     core::Core,
+    driver::LayerDriver,
     event::{Actor, Message, Micros, Timer},
     ledger::{Answered, CALL_NORMAL_MAX},
 };
 
 /// Between two requests of a coordinator.
-const ARRIVAL: std::ops::Range<Micros> = 60_000..240_000;
+const ARRIVAL: Range<Micros> = 60_000..240_000;
 /// Passes over the layers: an encoder's, and a few tokens.
 const LAYERS: usize = 4;
-/// How long a piece is tried before its request fails.
+/// Rows for an expert.
+const ROWS: Range<usize> = 1..24;
+/// Of one call, at most.
+const ROWS_MAX: usize = 32;
+const ROW_BYTES: usize = 512;
+/// How long a layer is tried before its request fails.
 pub(crate) const PATIENCE: Micros = 5_000_000;
+/// Some callers leave after so long.
+const LEAVES_AFTER: Range<Micros> = 1_000..500_000;
 
 pub(crate) struct Request {
-    started: Micros,
-    /// Experts of the layers still to come, and of the current one last.
-    layers: Vec<Vec<ExpertKey>>,
-    pieces: Vec<Piece>,
-    layer_started: Micros,
-    /// The nodes there were when the layer began.
-    roster: Vec<usize>,
-    /// The slowest answered calls of the layers done.
-    worked: Micros,
-    worked_of_layer: Micros,
-    /// Calls that were refused as of the past.
-    refused: Micros,
-    failures: u32,
-    is_excused: bool,
+    calls: LayerCalls,
+    pub(crate) course: Course,
 }
 
-struct Piece {
-    key: ExpertKey,
-    tried: Vec<usize>,
-    patience: Patience,
-    /// When it is looked again who is back, while everybody was asked.
-    looks_at: Option<Duration>,
-    is_done: bool,
+/// How a request goes.
+pub(crate) struct Course {
+    started: Micros,
+    /// When its caller leaves, if it does.
+    pub(crate) leaves: Option<Micros>,
+    /// The layers still to come, the next one last.
+    layers: Vec<(LayerId, Grouping)>,
+    layer_started: Micros,
+    /// Rows of the layer that nobody has computed.
+    rows: usize,
+    /// The nodes there were when the layer began, and those that failed some of it.
+    known: Vec<usize>,
+    pub(crate) tried: BTreeSet<usize>,
+    /// The nodes of this round of calls.
+    pub(crate) roster: Rc<Roster>,
+    /// When it is looked whether calls are to be given up.
+    alarm: Option<Micros>,
+    /// The slowest answered calls of the rounds done, and of this one.
+    worked: Micros,
+    worked_of_round: Micros,
+    /// Calls that were sent and failed.
+    pub(crate) failures: u32,
+    /// Something other than one lost node holds it up.
+    pub(crate) is_excused: bool,
+    /// Its coordinator stood still meanwhile.
+    stood_still: bool,
 }
 
 /// A call on its way.
-pub(crate) struct Call {
+pub(crate) struct Sent {
     request: u64,
-    piece: usize,
     node: usize,
-    sent: Micros,
+    pub(crate) pending: PendingCall,
 }
 
 impl Coordinator {
@@ -62,276 +81,263 @@ impl Coordinator {
     pub(crate) fn arrive(&mut self, core: &mut Core) {
         let next = core.rng.random_range(ARRIVAL);
         core.timer_in(next, self.me, Timer::Arrival);
-        let layers: Vec<Vec<ExpertKey>> = (0..LAYERS).map(|layer| experts(core, layer)).collect();
-        if self.placement.is_none() {
-            // Not ready: clients are sent elsewhere.
-            return;
-        }
-        self.next_id += 1;
-        let request = Request {
+        let mut layers: Vec<_> = (0..LAYERS).map(|layer| rows(core, layer)).collect();
+        let leaves = core.rng.random_bool(0.05).then(|| core.now + core.rng.random_range(LEAVES_AFTER));
+        // Not ready: clients are sent elsewhere.
+        let Some(roster) = self.roster.clone() else { return };
+        let first = layers.pop().expect("there are some");
+        let calls = self.begin(core, &first);
+        let course = Course {
             started: core.now,
+            leaves,
             layers,
-            pieces: Vec::new(),
             layer_started: core.now,
-            roster: Vec::new(),
+            rows: first.1.tokens.len(),
+            known: roster.nodes.clone(),
+            tried: BTreeSet::new(),
+            roster,
+            alarm: None,
             worked: 0,
-            worked_of_layer: 0,
-            refused: 0,
+            worked_of_round: 0,
             failures: 0,
             is_excused: false,
+            stood_still: false,
         };
-        self.requests.insert(self.next_id, request);
-        self.next_layer(core, self.next_id);
-    }
-
-    fn next_layer(&mut self, core: &mut Core, id: u64) {
-        let request = self.requests.get_mut(&id).expect("a request under way");
-        request.worked += std::mem::take(&mut request.worked_of_layer);
-        request.layer_started = core.now;
-        request.roster.clone_from(&self.roster);
-        let Some(keys) = request.layers.pop() else {
-            let &mut Request { started, worked, refused, failures, is_excused, .. } = request;
-            let answered = Answered { took: core.now - started, worked: worked + refused, failures, is_excused };
-            core.ledger.answered(self.me, id, &answered);
-            self.requests.remove(&id);
-            return;
-        };
-        let patience = Patience::new(Duration::from_micros(PATIENCE), core.time());
-        let piece = |&key: &ExpertKey| {
-            let (tried, patience) = (Vec::new(), patience.clone());
-            Piece { key, tried, patience, looks_at: None, is_done: false }
-        };
-        request.pieces = keys.iter().map(piece).collect();
-        for (piece, key) in keys.into_iter().enumerate() {
-            self.wanted(key);
-            self.first_calls += 1;
-            self.budget.call(core.time());
-            self.ask(core, id, piece);
-        }
-    }
-
-    /// Asks some node for a piece.
-    pub(crate) fn ask(&mut self, core: &mut Core, id: u64, piece: usize) {
-        let Some(request) = self.requests.get_mut(&id) else { return };
-        let placement = self.placement.as_ref().expect("requests come after the first placement");
-        let Piece { key, tried, patience, looks_at, .. } = &mut request.pieces[piece];
-        let (key, now) = (*key, core.time());
-        patience.passed(looks_at.take().unwrap_or(now), now);
-        loop {
-            let (lanes, roster) = (&self.lanes, &self.roster);
-            let up = |at: usize| lanes[roster[at]].is_connected && lanes[roster[at]].breaker.allows(now);
-            let tried_at: Vec<usize> = (0..roster.len()).filter(|&at| tried.contains(&roster[at])).collect();
-            let chosen = choose(placement.holder_indices(key), roster.len(), key.expert, &up, &tried_at);
-            match chosen.map(|at| roster[at]) {
-                Some(node) if lanes[node].is_connected => {
-                    let epoch = placement.epoch();
-                    return self.call(core, id, piece, node, key, epoch);
-                }
-                Some(node) => tried.push(node),
-                // Everybody was asked: again whoever is back, as long as the request may take.
-                None if patience.may_ask_again(now) && roster.iter().any(|&node| lanes[node].is_connected) => {
-                    patience.asked_again(now);
-                    tried.retain(|&node| !lanes[node].is_connected);
-                }
-                None => break,
-            }
-        }
-        request.is_excused = true;
-        if patience.is_over() {
-            let since = request.layer_started;
-            self.fail(core, id, since);
-        } else {
-            *looks_at = Some(now + LOOK);
-            core.timer_in(LOOK.as_micros() as Micros, self.me, Timer::Retry { request: id, piece });
-        }
-    }
-
-    fn call(&mut self, core: &mut Core, id: u64, piece: usize, node: usize, key: ExpertKey, epoch: u64) {
         self.next_id += 1;
-        let call = self.next_id;
-        let lane = &mut self.lanes[node];
-        lane.breaker.begin(core.time());
-        lane.silence.begin(core.time());
-        self.calls.insert(call, Call { request: id, piece, node, sent: core.now });
-        core.send(self.me, Actor::Node(node), Message::Call { call, key, epoch });
-        self.watch(core, node);
+        self.drive(core, self.next_id, Request { calls, course });
     }
 
-    pub(crate) fn on_lane(&mut self, core: &mut Core, node: usize, message: Message) {
-        let lane = &mut self.lanes[node];
-        match message {
-            Message::Connected => {
-                lane.is_connected = true;
-                lane.silence.end();
-            }
-            Message::LaneLost => {
-                lane.is_connected = false;
-                self.give_up(core, node);
-            }
-            Message::Alive => lane.silence.heard(core.time()),
-            Message::Done { call } => {
-                self.heard(core, node);
-                if let Some(Call { request, piece, sent, .. }) = self.calls.remove(&call) {
-                    self.end_silence(node);
-                    self.done(core, request, piece, sent);
-                }
-            }
-            Message::Stale { call, newer } => {
-                core.ledger.counts.stale_calls += 1;
-                self.heard(core, node);
-                self.adopt(core, &newer);
-                if let Some(Call { request, piece, sent, .. }) = self.calls.remove(&call) {
-                    self.end_silence(node);
-                    if let Some(request) = self.requests.get_mut(&request) {
-                        request.refused += core.now - sent;
+    fn begin(&mut self, core: &Core, (layer, grouping): &(LayerId, Grouping)) -> LayerCalls {
+        grouping.groups.iter().for_each(|group| self.wanted(ExpertKey { layer: *layer, expert: group.expert }));
+        let bounds = Bounds { rows_max: ROWS_MAX, patience: Duration::from_micros(PATIENCE) };
+        LayerCalls::begin(*layer, grouping, bounds, self.outlook, core.time())
+    }
+
+    /// Does what there is to do for a request now.
+    fn drive(&mut self, core: &mut Core, id: u64, mut request: Request) {
+        loop {
+            let now = core.time();
+            match self.with_calls(core, &mut request, |calls, driver| calls.next(driver, now)) {
+                Next::Wait(until) => {
+                    let until = Micros::try_from(until.as_nanos().div_ceil(1000)).expect("a time of this run");
+                    let alarm = &mut request.course.alarm;
+                    if alarm.is_none_or(|alarm| alarm > until) {
+                        *alarm = Some(until);
+                        core.timer_at(until, self.me, Timer::Look { request: id });
                     }
-                    self.ask(core, request, piece);
+                    self.requests.insert(id, request);
+                    return;
                 }
+                Next::Ask => {
+                    let course = &mut request.course;
+                    course.worked += std::mem::take(&mut course.worked_of_round);
+                    course.roster = self.roster.clone().expect("requests come after the first placement");
+                    for call in self.with_calls(core, &mut request, |calls, driver| calls.ask(driver, now)) {
+                        self.call(core, id, &mut request, call);
+                    }
+                }
+                Next::Done => match self.end_layer(core, id, request) {
+                    Some(next) => request = next,
+                    None => return,
+                },
+            }
+        }
+    }
+
+    /// Lets the calls of a request decide.
+    fn with_calls<R>(
+        &mut self,
+        core: &mut Core,
+        request: &mut Request,
+        decide: impl FnOnce(&mut LayerCalls, &mut LayerDriver<'_>) -> R,
+    ) -> R {
+        let Request { calls, course } = request;
+        decide(calls, &mut LayerDriver { core, coordinator: self, roster: course.roster.clone(), course })
+    }
+
+    /// Tells the calls of a request what happened, and does what there is to do then.
+    fn happened(&mut self, core: &mut Core, id: u64, what: impl FnOnce(&mut LayerCalls, &mut LayerDriver<'_>)) {
+        let mut request = self.requests.remove(&id).expect("a call ends before its request");
+        self.with_calls(core, &mut request, what);
+        self.drive(core, id, request);
+    }
+
+    /// Makes a call.
+    fn call(&mut self, core: &mut Core, id: u64, request: &mut Request, call: Call) {
+        let node = request.course.roster.nodes[call.node];
+        let lane = &mut self.lanes[node];
+        if !lane.is_connected() {
+            let failure = CallFailure::Disconnected { reason: "there is no connection".to_owned() };
+            return self.with_calls(core, request, |calls, driver| calls.failed(driver, call, &failure));
+        }
+        let sent = core.time();
+        let deadline = request.calls.deadline(lane.allows(call.rows(), call.pieces.len()), sent);
+        let pending = PendingCall { rows: call.rows(), bytes: call.rows() * ROW_BYTES, sent };
+        lane.sent(&pending);
+        self.next_id += 1;
+        let number = self.next_id;
+        self.sent.insert(number, Sent { request: id, node, pending });
+        let layer = request.calls.layer();
+        let keys = call.pieces.iter().map(|piece| ExpertKey { layer, expert: piece.expert }).collect();
+        let epoch = request.course.roster.placement.epoch();
+        core.send(self.me, Actor::Node(node), Message::Call { call: number, keys, epoch });
+        self.with_calls(core, request, |calls, driver| calls.sent(driver, number, call, sent, deadline));
+    }
+
+    /// A message came from a node.
+    pub(crate) fn on_lane(&mut self, core: &mut Core, node: usize, message: Message) {
+        let now = core.time();
+        match message {
+            Message::Connected => return self.lanes[node].connected(),
+            Message::LaneLost => return self.disconnected(core, node),
+            _ => self.lanes[node].heard(now),
+        }
+        match message {
+            Message::Alive => {}
+            Message::Done { call: number, loads, load, compute } => {
+                let Some(Sent { request, pending, .. }) = self.sent.remove(&number) else { return };
+                self.lanes[node].computed(&pending, loads, load, now);
+                let took = now - pending.sent;
+                let on_the_way = took.saturating_sub(load + compute + travel(pending.bytes));
+                self.happened(core, request, |calls, driver| {
+                    let call = calls.answered(number).expect("a call that is under way");
+                    calls.computed(now);
+                    calls.travelled(call.node, on_the_way);
+                    driver.course.answered(took);
+                    driver.course.rows -= call.rows();
+                });
+            }
+            Message::Refused { call: number, failure, newer } => {
+                if let Some(newer) = newer {
+                    core.ledger.counts.stale_calls += 1;
+                    self.adopt(core, &newer);
+                }
+                let Some(Sent { request, pending, .. }) = self.sent.remove(&number) else { return };
+                self.lanes[node].refused(&pending, &failure, now);
+                self.happened(core, request, |calls, driver| {
+                    let call = calls.answered(number).expect("a call that is under way");
+                    driver.course.answered(now - pending.sent);
+                    calls.failed(driver, call, &failure);
+                });
             }
             other => unreachable!("an expert-node does not send {other:?}"),
         }
     }
 
-    fn heard(&mut self, core: &mut Core, node: usize) {
-        let lane = &mut self.lanes[node];
-        lane.silence.heard(core.time());
-        lane.breaker.succeeded(core.time());
-    }
-
-    /// A node with nothing pending has nothing to say.
-    fn end_silence(&mut self, node: usize) {
-        if self.calls.values().all(|call| call.node != node) {
-            self.lanes[node].silence.end();
+    /// The connection to a node is lost, and all calls on it.
+    pub(crate) fn disconnected(&mut self, core: &mut Core, node: usize) {
+        self.lanes[node].disconnected(core.time());
+        let on_it = |(&number, sent): (&u64, &Sent)| (sent.node == node).then_some((number, sent.request));
+        let lost: Vec<(u64, u64)> = self.sent.iter().filter_map(on_it).collect();
+        lost.iter().for_each(|(number, _)| _ = self.sent.remove(number));
+        for (number, request) in lost {
+            let failure = CallFailure::Disconnected { reason: "the connection was lost".to_owned() };
+            self.happened(core, request, |calls, driver| {
+                let call = calls.answered(number).expect("a call that is under way");
+                driver.course.failures += 1;
+                calls.failed(driver, call, &failure);
+            });
         }
     }
 
-    fn done(&mut self, core: &mut Core, id: u64, piece: usize, sent: Micros) {
+    /// It is time to look whether calls of a request are to be given up.
+    pub(crate) fn look(&mut self, core: &mut Core, id: u64) {
         let Some(request) = self.requests.get_mut(&id) else { return };
-        let took = core.now - sent;
-        if took > CALL_NORMAL_MAX {
-            // Answered, but late: its node stood still and went on in time, or the coordinator did.
-            request.is_excused = true;
+        let now = core.time();
+        if request.course.alarm.is_some_and(|alarm| alarm <= core.now) {
+            request.course.alarm = None;
         }
-        request.worked_of_layer = request.worked_of_layer.max(took);
-        request.pieces[piece].is_done = true;
-        if request.pieces.iter().all(|piece| piece.is_done) {
-            self.next_layer(core, id);
-        }
-    }
-
-    /// Whether somebody other than `node` could be asked.
-    fn others(&self, core: &Core, node: usize) -> bool {
-        let is_up = |&other: &usize| {
-            let lane = &self.lanes[other];
-            other != node && lane.is_connected && lane.breaker.state(core.time()) == BreakerState::Closed
+        // A call is borne beyond its time while nobody else could answer it.
+        let course = &request.course;
+        let is_overdue = |sent: &&Sent| sent.request == id && now >= sent.pending.sent + ALLOWED_MIN;
+        let is_alone = |sent: &Sent| {
+            let others = course.roster.nodes.iter().filter(|&node| *node != sent.node && !course.tried.contains(node));
+            !others.clone().any(|&node| self.lanes[node].is_up(now))
         };
-        self.roster.iter().any(is_up)
+        let is_borne = self.sent.values().filter(is_overdue).any(is_alone);
+        self.happened(core, id, |calls, driver| {
+            driver.course.is_excused |= is_borne;
+            calls.look(driver, now);
+        });
     }
 
-    /// Sets the alarm for a node's silence.
-    fn watch(&mut self, core: &mut Core, node: usize) {
-        let others = self.others(core, node);
-        if let Some(deadline) = self.lanes[node].silence.deadline(others) {
-            // What others there are may change meanwhile.
-            let deadline = Micros::try_from(deadline.as_micros()).expect("a time of this run");
-            let again = core.now + 2 * HEARTBEAT.as_micros() as Micros;
-            let alarm = deadline.min(again);
-            let lane = &mut self.lanes[node];
-            if lane.alarm.is_none_or(|set| set <= core.now || set > alarm) {
-                lane.alarm = Some(alarm);
-                core.timer_at(alarm, self.me, Timer::Silence { node });
-            }
+    /// All of a layer is computed or given up. Returns the request if it has another layer.
+    fn end_layer(&mut self, core: &mut Core, id: u64, request: Request) -> Option<Request> {
+        let Request { calls, mut course } = request;
+        let Finished { given_up, outlook, .. } = calls.finish();
+        self.outlook.learn(outlook);
+        course.worked += std::mem::take(&mut course.worked_of_round);
+        let (me, left, named) = (self.me, course.rows, given_up.iter().map(|one| one.rows.len()).sum::<usize>());
+        if left != named {
+            core.ledger
+                .violated(|| format!("{me:?} request {id}: {left} rows were not computed, {named} are said to be"));
         }
+        if let Some(leaves) = course.leaves.filter(|leaves| *leaves <= core.now) {
+            core.ledger.left(self.me, id, core.now - leaves, course.stood_still);
+            return None;
+        }
+        if !given_up.is_empty() {
+            self.fail(core, id, &course, &given_up);
+            return None;
+        }
+        if let Some(next) = course.layers.pop() {
+            let calls = self.begin(core, &next);
+            course.layer_started = core.now;
+            course.rows = next.1.tokens.len();
+            course.known.clone_from(&self.roster.as_ref().expect("it is known once and for all").nodes);
+            course.tried.clear();
+            return Some(Request { calls, course });
+        }
+        let Course { started, worked, failures, is_excused, .. } = course;
+        core.ledger.answered(self.me, id, &Answered { took: core.now - started, worked, failures, is_excused });
+        None
     }
 
-    pub(crate) fn check_silence(&mut self, core: &mut Core, node: usize) {
-        if self.lanes[node].alarm.is_none_or(|set| set > core.now) {
-            return;
-        }
-        self.lanes[node].alarm = None;
-        let others = self.others(core, node);
-        if !others {
-            self.excuse(node);
-        }
-        if self.lanes[node].silence.is_over(core.time(), others) {
-            let me = self.me;
-            core.note(|| format!("{me:?}: node {node} is silent"));
-            self.give_up(core, node);
-        } else {
-            self.watch(core, node);
-        }
-    }
-
-    /// Requests that wait for `node` have nobody else to ask.
-    fn excuse(&mut self, node: usize) {
-        for call in self.calls.values().filter(|call| call.node == node) {
-            if let Some(request) = self.requests.get_mut(&call.request) {
-                request.is_excused = true;
-            }
-        }
-    }
-
-    /// Gives all calls to a node up and asks others.
-    fn give_up(&mut self, core: &mut Core, node: usize) {
-        let lost: Vec<u64> = self.calls.iter().filter(|(_, call)| call.node == node).map(|(&id, _)| id).collect();
-        let lane = &mut self.lanes[node];
-        lane.silence.end();
-        if !lost.is_empty() {
-            lane.breaker.failed(core.time());
-        }
-        for call in lost {
-            let Call { request: id, piece, .. } = self.calls.remove(&call).expect("just found");
-            core.ledger.counts.failed_calls += 1;
-            let Some(request) = self.requests.get_mut(&id) else { continue };
-            request.failures += 1;
-            request.pieces[piece].tried.push(node);
-            if self.budget.take_retry(core.time()) {
-                self.retries += 1;
-                self.ask(core, id, piece);
-            } else {
-                request.is_excused = true;
-                let after = self.budget.retry_after(core.time()).expect("the budget fills");
-                let retry = Timer::Retry { request: id, piece };
-                core.timer_in(after.as_micros() as Micros, self.me, retry);
-            }
-        }
-    }
-
-    fn fail(&mut self, core: &mut Core, id: u64, since: Micros) {
-        let Some(request) = self.requests.remove(&id) else { return };
+    fn fail(&mut self, core: &mut Core, id: u64, course: &Course, given_up: &[GivenUp]) {
         core.ledger.counts.failed_requests += 1;
-        // A node that was placed on only lately was not known for all that time.
-        let known = request.roster.into_iter().filter(|node| self.roster.contains(node)).collect();
-        core.failures.push((self.me, id, since, known));
+        let me = self.me;
+        core.note(|| format!("{me:?} request {id} failed: {given_up:?}"));
+        if given_up.iter().any(|one| one.why == Why::Unwanted) {
+            core.ledger.violated(|| format!("{me:?} gives request {id} up, which is wanted"));
+        }
+        // A node that was placed on only lately was not known for all that time; and one that cannot compute an expert
+        // answers to no purpose.
+        let roster = self.roster.as_ref().expect("it is known once and for all");
+        let refused = |node: usize| {
+            let tried = given_up.iter().flat_map(|one| &one.tried);
+            tried.clone().any(|(name, failure)| *name == node_name(node) && !failure.may_pass())
+        };
+        let known = course.known.iter().copied().filter(|node| roster.nodes.contains(node) && !refused(*node));
+        core.failures.push((self.me, id, course.layer_started, known.collect()));
     }
 
     /// The process stood still: what it had under way proves nothing.
     pub(crate) fn excuse_all(&mut self) {
-        self.requests.values_mut().for_each(|request| request.is_excused = true);
-    }
-
-    /// What is placed, for the end of the run.
-    pub(crate) fn placement(&self) -> Option<&Placement> {
-        self.placement.as_ref()
+        for Request { course, .. } in self.requests.values_mut() {
+            (course.is_excused, course.stood_still) = (true, true);
+        }
     }
 }
 
-/// One to three experts of a layer; half of the rows go to a third of them.
-fn experts(core: &mut Core, layer: usize) -> Vec<ExpertKey> {
-    let extent = core.shape.extent;
-    let count = core.rng.random_range(1..4);
-    let mut keys = Vec::new();
-    while keys.len() < count {
-        let hot = core.rng.random_bool(0.3);
-        let experts = if hot { 1 } else { extent.num_experts as u16 };
-        let expert = ExpertId(core.rng.random_range(0..experts));
-        let key = ExpertKey { layer: LayerId((layer % extent.moe_layers) as u16), expert };
-        if keys.contains(&key) && keys.len() + 1 >= count {
-            break;
-        }
-        if !keys.contains(&key) {
-            keys.push(key);
-        }
+impl Course {
+    /// A call was answered after so long.
+    fn answered(&mut self, took: Duration) {
+        let took = took.as_micros() as Micros;
+        // Its node stood still and went on in time, or the coordinator did.
+        self.is_excused |= took > CALL_NORMAL_MAX;
+        self.worked_of_round = self.worked_of_round.max(took);
     }
-    keys
+}
+
+/// Rows of a layer for one to three experts; half of them go to a third of the experts.
+fn rows(core: &mut Core, layer: usize) -> (LayerId, Grouping) {
+    let extent = core.shape.extent;
+    let mut experts = Vec::new();
+    for _ in 0..core.rng.random_range(1..4) {
+        let hot = core.rng.random_bool(0.3);
+        let expert = core.rng.random_range(0..if hot { 1 } else { extent.num_experts as u16 });
+        experts.extend(std::iter::repeat_n(Some(ExpertId(expert)), core.rng.random_range(ROWS)));
+    }
+    let weights = vec![1.0; experts.len()];
+    (LayerId((layer % extent.moe_layers) as u16), Grouping::new(&Routes { top_k: 1, experts, weights }))
 }

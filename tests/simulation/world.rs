@@ -224,6 +224,16 @@ impl World {
             }
             Fault::Slow(a, b, more) => _ = self.core.slow.insert(pair(a, b), more),
             Fault::Fast(a, b) => _ = self.core.slow.remove(&pair(a, b)),
+            Fault::Unreadable(at, key) => {
+                if let Some(node) = &mut self.nodes[at] {
+                    node.unreadable = Some(key);
+                }
+            }
+            Fault::Readable(at) => {
+                if let Some(node) = &mut self.nodes[at] {
+                    node.unreadable = None;
+                }
+            }
             Fault::Reset(coordinator, node) => self.core.send(node, coordinator, Message::LaneLost),
             Fault::StoreAway => self.etcd.stop(&self.core),
             Fault::StoreBack { leases_run_out } => self.etcd.start(&mut self.core, leases_run_out),
@@ -316,6 +326,8 @@ impl World {
         for (actor, request, since, roster) in std::mem::take(&mut self.core.failures) {
             let Actor::Coordinator(coordinator) = actor else { unreachable!("only coordinators have requests") };
             let now = self.core.now;
+            // A request that fails at once does so because those before it have waited for long enough.
+            let since = since.min(now.saturating_sub(PATIENCE));
             let lasted = |&(from, to): &(Micros, Micros)| to.min(now).saturating_sub(from.max(since)) >= REACHABLE_MIN;
             for node in roster {
                 let Some(Reached { times, since: open }) = self.reached.get(&(coordinator, node)) else { continue };
@@ -365,11 +377,11 @@ impl World {
         for coordinator in self.coordinators.iter().flatten() {
             let me = coordinator.me;
             for (node, lane) in coordinator.lanes.iter().enumerate() {
-                let state = lane.breaker.state(time);
+                let state = lane.breaker(time);
                 // Who is first for no expert is not asked now that nothing fails.
                 let is_asked = |placement: &Placement| placement.experts_of(&node_name(node)).next().is_some();
                 let is_asked = coordinator.placement().is_some_and(is_asked);
-                if !lane.is_connected || (is_asked && state != BreakerState::Closed) {
+                if !lane.is_connected() || (is_asked && state != BreakerState::Closed) {
                     ledger.violated(|| format!("{me:?} does not use node {node} any more: {state:?}"));
                 }
             }

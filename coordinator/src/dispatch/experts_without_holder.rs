@@ -3,7 +3,7 @@
 
 use std::{
     sync::{Arc, Weak},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use sida_routing::{ExpertId, ExpertKey, LayerId};
@@ -16,15 +16,15 @@ const PERIOD: Duration = Duration::from_secs(2);
 
 /// Sets the gauge time and again until the nodes are dropped.
 pub(crate) async fn watch(nodes: Weak<Nodes>) {
-    while let Some(roster) = nodes.upgrade().map(|nodes: Arc<Nodes>| nodes.roster()) {
-        gauge!(names::EXPERTS_UNHELD).set(count(&roster, Instant::now()) as f64);
+    while let Some((roster, now)) = nodes.upgrade().map(|nodes: Arc<Nodes>| (nodes.roster(), nodes.clock().now())) {
+        gauge!(names::EXPERTS_UNHELD).set(count(&roster, now) as f64);
         drop(roster);
         tokio::time::sleep(PERIOD).await;
     }
 }
 
 /// How many experts have no holder that is up.
-fn count(roster: &Roster, now: Instant) -> usize {
+fn count(roster: &Roster, now: Duration) -> usize {
     let is_up: Vec<bool> = roster.links.iter().map(|link| link.is_up(now)).collect();
     let extent = roster.placement.extent();
     let layers = 0..extent.moe_layers as u16;

@@ -10,13 +10,15 @@ use std::{
 use parking_lot::Mutex;
 use sida_cluster::experts::{CallError, CallReport, ExpertCall, LocalExperts};
 use sida_model::{ModelError, side_by_side};
-use sida_rpc::Reason;
+use sida_routing::{
+    dispatch::Call,
+    failover::{Blame, CallFailure},
+};
 
 use crate::dispatch::{
-    calls::{self, Call},
+    calls,
     layer_rows::{Activations, LayerRows},
     nodes::Roster,
-    remote::call_failure::CallFailure,
 };
 
 /// Calls with less to do are made one after another: waking a thread costs more. Counted as `d_model`^2 per row, of
@@ -56,16 +58,16 @@ impl Here {
         rows: &LayerRows<'_>,
         x: &[f32],
         d_model: usize,
-        calls: Vec<(Arc<dyn LocalExperts>, Call)>,
+        calls: Vec<(&Arc<dyn LocalExperts>, Call)>,
         results: &mut [f32],
     ) -> Vec<Made> {
         let effort: usize = calls.iter().map(|(_, call)| call.rows() * d_model * d_model).sum();
         let made = Mutex::new(Vec::with_capacity(calls.len()));
-        let make = |(experts, call): (Arc<dyn LocalExperts>, Call)| {
+        let make = |(experts, call): (&Arc<dyn LocalExperts>, Call)| {
             let start = Instant::now();
             let _span = calls::span(roster, rows, &call);
             let mut room = self.rooms.lock().pop().unwrap_or_default();
-            let outcome = room.compute(&*experts, rows, x, d_model, &call);
+            let outcome = room.compute(&**experts, rows, x, d_model, &call);
             made.lock().push(Made { call, outcome, took: start.elapsed(), room });
         };
         match effort < TOGETHER_MIN {
@@ -130,13 +132,12 @@ pub(crate) fn start_on_device(
     Ok(Some((outcome, start.elapsed())))
 }
 
-/// Why a node in this process refused, in the words that one behind a lane would use.
+/// Why a node in this process refused.
 fn refused(error: &CallError) -> CallFailure {
-    let reason = match error {
-        CallError::Malformed(_) => Reason::MalformedMessage,
-        CallError::Load { .. } => Reason::ExpertLoadFailed,
-        CallError::Device { .. } => Reason::DeviceFailed,
-        CallError::ShuttingDown => Reason::ShuttingDown,
+    let blame = match error {
+        CallError::Malformed(_) => Blame::Call,
+        CallError::Load { .. } => Blame::Expert,
+        CallError::Device { .. } | CallError::ShuttingDown => Blame::Node,
     };
-    CallFailure::Refused { reason, message: error.to_string() }
+    CallFailure::Refused { blame, message: error.to_string() }
 }

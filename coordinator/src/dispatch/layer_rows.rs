@@ -1,13 +1,11 @@
 //! One MoE layer's rows on their way through [`crate::dispatch`]: who needs them, where they are, and where the results go.
 
-use std::time::Instant;
-
 use sida_cluster::experts::{CallError, CallReport, LocalExperts};
 use sida_model::{ModelError, MoeRows, ResultsWindow, RowsOnDevice};
-use sida_routing::{Grouping, LayerId};
+use sida_routing::{Grouping, LayerId, dispatch::Call};
 use sida_telemetry::TraceContext;
 
-use crate::dispatch::{callers::Callers, calls::Call};
+use crate::dispatch::callers::Callers;
 
 /// What is the same wherever they are.
 pub(crate) struct LayerRows<'a> {
@@ -36,13 +34,6 @@ pub(crate) struct DeviceRows<'a> {
     /// Whether others can read them yet.
     is_settled: bool,
     fetched: Option<Vec<f32>>,
-}
-
-impl LayerRows<'_> {
-    /// Whether nobody waits for any row of a call any more.
-    pub(crate) fn is_for_nobody(&self, call: &Call, now: Instant) -> bool {
-        call.pieces.iter().all(|piece| self.callers.gone(&self.grouping.tokens[piece.range()], now).is_some())
-    }
 }
 
 impl<'a> Activations<'a> {

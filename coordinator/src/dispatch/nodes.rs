@@ -1,13 +1,10 @@
-//! The expert-nodes as this coordinator reaches them: one link per node, and the choice of a node for an expert.
+//! The expert-nodes as this coordinator reaches them: one link per node.
 //! Follows the membership of the cluster.
 //!
 //! An expert-node may know a newer placement than this coordinator, which then takes it over in the middle of a
 //! request ([`Nodes::adopt`]).
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use metrics::Histogram;
@@ -26,7 +23,10 @@ use sida_telemetry::{gauge, histogram, names};
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
-use crate::dispatch::remote::lane::{Lane, LaneConfig};
+use crate::dispatch::remote::{
+    clock::Clock,
+    lane::{Lane, LaneConfig},
+};
 
 /// The retry budget: this share of all calls, and so many a second whatever their share.
 const RETRY_SHARE: f64 = 0.2;
@@ -53,10 +53,10 @@ pub(crate) enum Reach {
 impl Link {
     /// Whether a call would reach the node, as far as is known: it is in this process, or connected and not lately
     /// silent.
-    pub(crate) fn is_up(&self, now: Instant) -> bool {
+    pub(crate) fn is_up(&self, now: Duration) -> bool {
         match &self.reach {
             Reach::Local(_) => true,
-            Reach::Remote(lane) => lane.is_up(now),
+            Reach::Remote(lane) => lane.health(|health| health.is_up(now)),
         }
     }
 
@@ -81,26 +81,15 @@ impl Link {
 pub(crate) struct Roster {
     /// The placement of experts on the nodes.
     pub(crate) placement: Arc<Placement>,
-    /// Invariant: in the order of `placement.nodes()`, so that a holder's index is its link's.
+    /// Invariant: those of `placement.nodes()`, in that order, so that a node's index there is its link's.
     pub(crate) links: Vec<Arc<Link>>,
 }
 
 impl Roster {
-    /// The node to ask for `key`, as an index into `links`: the first of its holders that is up, else any other node
-    /// that is up (that node loads the expert from its own store), else any that is left. Never one of `tried`.
-    pub(crate) fn choose(&self, key: ExpertKey, tried: &[usize], now: Instant) -> Option<usize> {
-        let up = |node: usize| self.links[node].is_up(now);
-        failover::choose(self.placement.holder_indices(key), self.links.len(), key.expert, &up, tried)
-    }
-
-    /// Where among `links` a node of this name is.
-    pub(crate) fn position(&self, node: &NodeId) -> Option<usize> {
-        self.links.iter().position(|link| link.node == *node)
-    }
-
-    /// Whether a node that is up was not `asked` yet.
-    pub(crate) fn anyone_else(&self, asked: &[usize], now: Instant) -> bool {
-        self.links.iter().enumerate().any(|(node, link)| !asked.contains(&node) && link.is_up(now))
+    /// The node that is asked first for `key`, as an index into `links`.
+    pub(crate) fn first_asked(&self, key: ExpertKey, now: Duration) -> Option<usize> {
+        let is_up = |node: usize| self.links[node].is_up(now);
+        failover::choose(self.placement.holder_indices(key), self.links.len(), key.expert, &is_up, &[])
     }
 }
 
@@ -112,8 +101,6 @@ pub(crate) struct Nodes {
     roster: RwLock<Arc<Roster>>,
     /// The retry budget of all calls of this coordinator.
     retries: Mutex<RetryBudget>,
-    /// The moment from which the budget counts time.
-    origin: Instant,
     /// Ends the tasks that follow the membership and keep the lanes.
     end: CancellationToken,
 }
@@ -136,7 +123,6 @@ impl Nodes {
             runtime: runtime.clone(),
             roster: RwLock::new(Arc::new(first)),
             retries: Mutex::new(RetryBudget::new(RETRY_SHARE, RETRIES_PER_SECOND_MIN)),
-            origin: Instant::now(),
             end: end.clone(),
         });
         let following = Arc::downgrade(&nodes);
@@ -167,9 +153,8 @@ impl Nodes {
         *current = Arc::new(new);
     }
 
-    /// Takes over the placement that an expert-node refused a call with, an encoded `sida.v1.PlacementRecord`. Returns
-    /// whether a newer one than `known` is there now, so that the call can be made again under it.
-    pub(crate) fn adopt(&self, record: &Bytes, known: u64) -> bool {
+    /// Takes over the placement that an expert-node refused a call with, an encoded `sida.v1.PlacementRecord`.
+    pub(crate) fn adopt(&self, record: &Bytes) {
         match decode::placement(record) {
             Ok(record) => {
                 self.cluster.adopt(record.model, Arc::unwrap_or_clone(record.placement));
@@ -180,17 +165,21 @@ impl Nodes {
             }
             Err(error) => tracing::warn!(%error, "an expert-node's placement cannot be read"),
         }
-        self.roster().placement.epoch() > known
     }
 
     /// Notes a call that is made for the first time.
-    pub(crate) fn note_call(&self, now: Instant) {
-        self.retries.lock().call(now.saturating_duration_since(self.origin));
+    pub(crate) fn note_call(&self, now: Duration) {
+        self.retries.lock().call(now);
     }
 
     /// Whether a call may be made again.
-    pub(crate) fn take_retry(&self, now: Instant) -> bool {
-        self.retries.lock().take_retry(now.saturating_duration_since(self.origin))
+    pub(crate) fn take_retry(&self, now: Duration) -> bool {
+        self.retries.lock().take_retry(now)
+    }
+
+    /// The time that all decisions on these nodes are made in.
+    pub(crate) fn clock(&self) -> Clock {
+        self.config.clock
     }
 
     /// All expert-nodes as they are now. The caller's copy does not change.
@@ -205,9 +194,9 @@ impl Nodes {
 
     /// Waits until every remote node is connected, `patience` at most; says which are not.
     pub(crate) async fn connected(&self, patience: Duration) -> Vec<NodeId> {
-        let deadline = Instant::now() + patience;
+        let deadline = self.clock().now() + patience;
         loop {
-            let now = Instant::now();
+            let now = self.clock().now();
             let roster = self.roster();
             let missing = roster.links.iter().filter(|link| !link.is_up(now)).map(|link| link.node.clone());
             let missing: Vec<NodeId> = missing.collect();

@@ -2,12 +2,9 @@
 //! taken back when its batch is done. Losing a hint costs time, never correctness, so nothing here waits and nothing
 //! here fails.
 
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::Instant,
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
 };
 
 use sida_cluster::Cluster;
@@ -67,10 +64,10 @@ impl Preload {
         }
         let plan = Plan::from_tables(id, tables, self.depth);
         let roster = self.nodes.roster();
-        let now = Instant::now();
+        let now = self.nodes.clock().now();
         let mut shares: Vec<Vec<ExpertKey>> = vec![Vec::new(); roster.links.len()];
         for key in plan.experts {
-            if let Some(node) = roster.choose(key, &[], now) {
+            if let Some(node) = roster.first_asked(key, now) {
                 shares[node].push(key);
             }
         }

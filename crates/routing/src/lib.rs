@@ -5,9 +5,10 @@
 //! here; what is done comes from the nodes.
 //!
 //! In reading order: [`ids`], [`hash_table`], [`plan`], [`routes`], [`grouping`], [`placement`],
-//! [`membership`], [`failover`], [`residency`], [`admission`], [`gathering`], [`micro_batches`].
+//! [`membership`], [`failover`], [`dispatch`], [`residency`], [`admission`], [`gathering`], [`micro_batches`].
 
 pub mod admission;
+pub mod dispatch;
 pub mod failover;
 pub mod gathering;
 pub mod grouping;

@@ -6,9 +6,8 @@
 //! (waking the connection), and the lane's task hands the answer straight to the channel the forward thread
 //! waits on.
 //!
-//! A node is called only if its lane is connected, has not been silent for too long, and its breaker lets a call
-//! through (`sida_routing::failover` decides the last two). A lane that was silent is not tried with a request's rows:
-//! the next message, or a new connection, shows that the node lives.
+//! Whether a node is called at all, and for how long it is waited for, `sida_routing::failover::LaneHealth` decides; the lane
+//! tells it what happens.
 
 use std::{
     collections::HashMap,
@@ -19,6 +18,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bytes::Bytes;
 use crossbeam_channel::Sender;
 use metrics::Gauge;
 use parking_lot::{Condvar, Mutex};
@@ -26,7 +26,7 @@ use sida_model::ResultsWindow;
 use sida_proto::v1::{self, lane_request::Kind};
 use sida_routing::{
     NodeId, Plan, PlanId,
-    failover::{Breaker, BreakerState, Silence},
+    failover::{BreakerState, CallFailure, LaneHealth, lane_health::PendingCall},
 };
 use sida_telemetry::{TraceContext, gauge, names};
 use tokio::{
@@ -36,18 +36,10 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::dispatch::remote::{
-    call_deadline::CallDeadline,
-    call_failure::CallFailure,
+    clock::Clock,
     lane_call::{Computed, Outgoing, Reply},
     lane_window::LaneWindow,
 };
-
-/// How fast rows travel at least, in bytes per microsecond: that of a network of 1 Gbit/s. What travels is no sign of
-/// life until it has arrived, so large messages get the time that they need.
-const BYTES_PER_MICROSECOND: usize = 100;
-
-/// After so many answers in a row that were far later than others' a node is passed over.
-const STRAGGLES_MAX: u32 = 3;
 
 /// The id of the next call. All lanes count together, so that answers from several of them can share a channel.
 static NEXT_CALL: AtomicU64 = AtomicU64::new(1);
@@ -59,6 +51,8 @@ pub(crate) struct LaneConfig {
     pub(crate) inflight_bytes_max: usize,
     /// Width of a row.
     pub(crate) d_model: usize,
+    /// The time that all lanes are judged in.
+    pub(crate) clock: Clock,
     /// How connections are made, and the model that the node must hold.
     pub(crate) connector: Arc<crate::dispatch::remote::lane_connection::Connector>,
 }
@@ -74,8 +68,7 @@ pub(crate) struct Lane {
     room: Condvar,
     /// Notified when the node may be back, so that the lane connects at once.
     retry: Notify,
-    /// The moment from which `breaker` and `silence` count time.
-    origin: Instant,
+    clock: Clock,
     breaker_state: Gauge,
 }
 
@@ -84,25 +77,15 @@ struct LaneState {
     outgoing: Option<mpsc::UnboundedSender<v1::LaneRequest>>,
     /// Why the lane is not connected.
     lost: String,
-    pending: HashMap<u64, PendingCall>,
-    /// Invariant: the sum of `bytes` over `pending`.
-    inflight_bytes: usize,
-    deadline: CallDeadline,
-    silence: Silence,
-    /// Since when the node is silent for too long. Reset by the next message, and by a new connection.
-    suspect: Option<Instant>,
-    breaker: Breaker,
-    /// Answers in a row that were far later than those of other nodes.
-    straggles: u32,
+    pending: HashMap<u64, Waiting>,
+    health: LaneHealth,
     window: LaneWindow<ResultsWindow>,
 }
 
 /// A call that waits for its answer.
-struct PendingCall {
+struct Waiting {
     replies: Sender<Reply>,
-    rows: usize,
-    bytes: usize,
-    sent: Instant,
+    call: PendingCall,
     /// Where the results will be, unless they travel.
     window: Option<Arc<ResultsWindow>>,
 }
@@ -116,17 +99,11 @@ impl Lane {
         runtime: &Handle,
         shutdown: CancellationToken,
     ) -> Arc<Self> {
-        let origin = Instant::now();
         let state = LaneState {
             outgoing: None,
             lost: "not yet tried".to_owned(),
             pending: HashMap::new(),
-            inflight_bytes: 0,
-            deadline: CallDeadline::new(),
-            silence: Silence::new(),
-            suspect: None,
-            breaker: Breaker::new(),
-            straggles: 0,
+            health: LaneHealth::unknown(),
             window: LaneWindow::closed(),
         };
         let breaker_state = gauge!(names::BREAKER_STATE, names::NODE => node.to_string());
@@ -139,7 +116,7 @@ impl Lane {
             state: Mutex::new(state),
             room: Condvar::new(),
             retry: Notify::new(),
-            origin,
+            clock: config.clock,
             breaker_state,
         });
         runtime.spawn(crate::dispatch::remote::lane_connection::keep(
@@ -160,28 +137,14 @@ impl Lane {
         &self.node
     }
 
-    /// Whether a call would be answered, as far as is known.
-    pub(crate) fn is_up(&self, now: Instant) -> bool {
-        let state = self.state.lock();
-        state.outgoing.is_some() && state.suspect.is_none() && state.breaker.allows(self.since(now))
+    /// What is known of the node.
+    pub(crate) fn health<R>(&self, ask: impl FnOnce(&LaneHealth) -> R) -> R {
+        ask(&self.state.lock().health)
     }
 
-    /// How long a call may take before somebody else is asked, signs of life or not.
-    pub(crate) fn allow(&self, rows: usize, experts: usize) -> Duration {
-        self.state.lock().deadline.allow(rows, experts)
-    }
-
-    /// Until when a call that left at `sent` waits for a sign of life.
-    pub(crate) fn silent_until(&self, sent: Instant) -> Instant {
-        let state = self.state.lock();
-        let of_the_call = self.since(sent) + state.silence.allowed(true);
-        let deadline = state.silence.deadline(true).unwrap_or_default().max(of_the_call);
-        self.origin + deadline + travel(state.inflight_bytes)
-    }
-
-    /// For how long the node has been silent beyond what is allowed; `None` if it is not.
-    pub(crate) fn suspect_for(&self, now: Instant) -> Option<Duration> {
-        self.state.lock().suspect.map(|since| now.saturating_duration_since(since))
+    /// Whether the node has been silent for so long that its connection is given up, too.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.health(|health| health.is_lost(self.clock.now()))
     }
 
     /// Sends a call under a placement's epoch and returns its id; the answer, or the loss of the connection, comes to
@@ -201,8 +164,7 @@ impl Lane {
         let traceparent = trace.map(|trace| trace.to_string()).unwrap_or_default();
         let activations = v1::Activations { placement_epoch, traceparent, ..activations };
         let mut state = self.state.lock();
-        // A call larger than the limit by itself goes when nothing else is under way.
-        while state.inflight_bytes > 0 && state.inflight_bytes + bytes > self.inflight_bytes_max {
+        while !state.health.has_room(bytes, self.inflight_bytes_max) {
             if self.room.wait_until(&mut state, give_up).timed_out() {
                 return Err(CallFailure::Congested { limit: self.inflight_bytes_max });
             }
@@ -213,41 +175,29 @@ impl Lane {
             return Err(CallFailure::Disconnected { reason: state.lost.clone() });
         }
         state.send(Kind::Activations(activations))?;
-        let sent = Instant::now();
-        state.silence.begin(self.since(sent));
-        state.inflight_bytes += bytes;
-        state.pending.insert(call_id, PendingCall { replies: replies.clone(), rows, bytes, sent, window });
-        self.on_breaker(&mut state, sent, Breaker::begin);
+        let call = PendingCall { rows, bytes, sent: self.clock.now() };
+        self.judge(&mut state, call.sent, |health| health.sent(&call));
+        state.pending.insert(call_id, Waiting { replies: replies.clone(), call, window });
         Ok(call_id)
     }
 
-    /// Gives a call up; its answer, if it comes after all, is dropped. Unless nobody wants it any more, the node counts
-    /// as hung until its next message: one that is merely late says something within a heartbeat, since it still works.
-    pub(crate) fn give_up(&self, call_id: u64, is_wanted: bool, now: Instant) {
+    /// Gives a call up; its answer, if it comes after all, is dropped. Unless nobody wants it any more, that speaks against
+    /// the node.
+    pub(crate) fn give_up(&self, call_id: u64, is_wanted: bool, now: Duration) {
         let mut state = self.state.lock();
-        if let Some(pending) = state.take(call_id) {
-            if pending.window.is_some() {
-                state.window.gave_up(call_id);
-            }
-            if is_wanted {
-                state.suspect.get_or_insert(now);
-                self.on_breaker(&mut state, now, Breaker::failed);
-            } else {
-                self.on_breaker(&mut state, now, |breaker, _| breaker.abandoned());
-            }
-            drop(state);
-            self.room.notify_all();
+        let Some(Waiting { call, window, .. }) = state.pending.remove(&call_id) else { return };
+        if window.is_some() {
+            state.window.gave_up(call_id);
         }
+        self.judge(&mut state, now, |health| health.gave_up(&call, is_wanted, now));
+        drop(state);
+        self.room.notify_all();
     }
 
-    /// Notes whether a call that was answered was on its way much longer than those to other nodes. A node for which
-    /// that happens time and again is left to its breaker.
-    pub(crate) fn note_pace(&self, straggled: bool, now: Instant) {
-        let mut state = self.state.lock();
-        state.straggles = if straggled { state.straggles + 1 } else { 0 };
-        if state.straggles >= STRAGGLES_MAX {
+    /// Notes whether a call that was answered was on its way much longer than those to other nodes.
+    pub(crate) fn note_pace(&self, straggled: bool, now: Duration) {
+        if self.judge(&mut self.state.lock(), now, |health| health.pace(straggled, now)) {
             tracing::debug!(node = %self.node, "answers are far later than those of other nodes");
-            self.on_breaker(&mut state, now, Breaker::failed);
         }
     }
 
@@ -280,7 +230,7 @@ impl Lane {
     pub(crate) fn connected(&self, outgoing: mpsc::UnboundedSender<v1::LaneRequest>) {
         let mut state = self.state.lock();
         state.outgoing = Some(outgoing);
-        state.suspect = None;
+        state.health.connected();
     }
 
     /// The node's side of a window is open, too: rows need not travel any more.
@@ -300,70 +250,55 @@ impl Lane {
         state.lost = reason.to_owned();
         // Closing it waits for the device.
         let window = std::mem::replace(&mut state.window, LaneWindow::closed());
-        state.inflight_bytes = 0;
         let pending = std::mem::take(&mut state.pending);
-        state.silence.end();
-        if !pending.is_empty() {
-            self.on_breaker(&mut state, Instant::now(), Breaker::failed);
-        }
+        let now = self.clock.now();
+        self.judge(&mut state, now, |health| health.disconnected(now));
         drop(state);
         self.room.notify_all();
-        for (call_id, pending) in pending {
-            self.reply(call_id, pending, Err(CallFailure::Disconnected { reason: reason.to_owned() }));
+        for (call_id, waiting) in pending {
+            let lost = CallFailure::Disconnected { reason: reason.to_owned() };
+            waiting.reply(Reply { call_id, outcome: Err(lost), newer_placement: Bytes::new() });
         }
         drop(window);
     }
 
     /// A sign of life came.
     pub(crate) fn alive(&self) {
-        self.state.lock().heard(self.since(Instant::now()));
+        self.state.lock().health.heard(self.clock.now());
     }
 
     /// An answer came.
     pub(crate) fn answered(&self, results: v1::Results) {
         let call_id = results.call_id;
-        let now = Instant::now();
+        let now = self.clock.now();
         let mut state = self.state.lock();
-        state.heard(self.since(now));
-        let Some(pending) = state.take(call_id) else {
+        state.health.heard(now);
+        let Some(waiting) = state.pending.remove(&call_id) else {
             state.window.answered(call_id);
             tracing::debug!(node = %self.node, call_id, "an answer came after its call was given up");
             return;
         };
-        let took = now - pending.sent;
-        let outcome = Computed::of(results, pending.window.as_ref(), (pending.rows, self.d_model), took);
-        match &outcome {
-            Ok(Computed { report, .. }) => {
-                state.deadline.note(pending.rows, took, report.demand_loads, report.load);
-                self.on_breaker(&mut state, now, Breaker::succeeded);
-            }
-            Err(failure) if failure.is_of_the_node() => self.on_breaker(&mut state, now, Breaker::failed),
-            // A node that refuses lives.
-            Err(_) => self.on_breaker(&mut state, now, Breaker::succeeded),
-        }
+        let call = waiting.call;
+        let took = now.saturating_sub(call.sent);
+        let reply = Reply::of(results, waiting.window.as_ref(), (call.rows, self.d_model), took);
+        self.judge(&mut state, now, |health| match &reply.outcome {
+            Ok(Computed { report, .. }) => health.computed(&call, report.demand_loads, report.load, now),
+            Err(failure) => health.refused(&call, failure, now),
+        });
         drop(state);
         self.room.notify_all();
-        self.reply(call_id, pending, outcome);
+        waiting.reply(reply);
     }
 
-    fn reply(&self, call_id: u64, pending: PendingCall, outcome: Result<Computed, CallFailure>) {
-        // The thread that waited may have ended with the scheduler.
-        let _ = pending.replies.send(Reply { call_id, outcome });
-    }
-
-    /// Tells the breaker what happened, and the metric how it stands.
-    fn on_breaker(&self, state: &mut LaneState, now: Instant, happened: impl FnOnce(&mut Breaker, Duration)) {
-        let since = self.since(now);
-        happened(&mut state.breaker, since);
-        self.breaker_state.set(match state.breaker.state(since) {
+    /// Notes what happened, and tells the metric how the breaker stands after it.
+    fn judge<R>(&self, state: &mut LaneState, now: Duration, happened: impl FnOnce(&mut LaneHealth) -> R) -> R {
+        let result = happened(&mut state.health);
+        self.breaker_state.set(match state.health.breaker(now) {
             BreakerState::Closed => 0.0,
             BreakerState::Probation => 1.0,
             BreakerState::Open => 2.0,
         });
-    }
-
-    fn since(&self, now: Instant) -> Duration {
-        now.saturating_duration_since(self.origin)
+        result
     }
 }
 
@@ -375,23 +310,11 @@ impl LaneState {
             _ => Err(CallFailure::Disconnected { reason: self.lost.clone() }),
         }
     }
-
-    fn heard(&mut self, now: Duration) {
-        self.silence.heard(now);
-        self.suspect = None;
-    }
-
-    fn take(&mut self, call_id: u64) -> Option<PendingCall> {
-        let pending = self.pending.remove(&call_id)?;
-        self.inflight_bytes -= pending.bytes;
-        if self.pending.is_empty() {
-            self.silence.end();
-        }
-        Some(pending)
-    }
 }
 
-/// How long the rows of a call and those of its answer may travel.
-pub(crate) fn travel(bytes: usize) -> Duration {
-    Duration::from_micros((2 * bytes / BYTES_PER_MICROSECOND) as u64)
+impl Waiting {
+    fn reply(self, reply: Reply) {
+        // The thread that waited may have ended with the scheduler.
+        let _ = self.replies.send(reply);
+    }
 }

@@ -6,9 +6,11 @@ use bytes::Bytes;
 use sida_cluster::experts::{CallReport, ExpertCall};
 use sida_model::ResultsWindow;
 use sida_proto::{v1, wire};
-use sida_routing::{LayerId, PlacedGroup};
-
-use crate::dispatch::remote::call_failure::CallFailure;
+use sida_routing::{
+    LayerId, PlacedGroup,
+    failover::{Blame, CallFailure},
+};
+use sida_rpc::Reason;
 
 /// The rows of a call that is to be made.
 pub(crate) enum Outgoing<'a> {
@@ -42,6 +44,8 @@ pub(crate) struct Reply {
     pub(crate) call_id: u64,
     /// The rows, or why there are none.
     pub(crate) outcome: Result<Computed, CallFailure>,
+    /// An encoded `sida.v1.PlacementRecord`, if it is newer than the call's and that is why.
+    pub(crate) newer_placement: Bytes,
 }
 
 impl Outgoing<'_> {
@@ -69,16 +73,17 @@ impl Results {
     }
 }
 
-impl Computed {
+impl Reply {
     /// The answer to a call of so many rows, checked against it. With a window they must not have travelled.
     pub(crate) fn of(
         results: v1::Results,
         window: Option<&Arc<ResultsWindow>>,
         (rows, d_model): (usize, usize),
         took: Duration,
-    ) -> Result<Self, CallFailure> {
+    ) -> Self {
+        let call_id = results.call_id;
         let rows_sent = if window.is_some() { 0 } else { rows };
-        match results.check(rows_sent, d_model) {
+        let (outcome, newer_placement) = match results.check(rows_sent, d_model) {
             Ok(wire::Answer::Done { payload, report }) => {
                 let report = CallReport {
                     hits: report.hits,
@@ -87,10 +92,24 @@ impl Computed {
                     compute: Duration::from_micros(report.compute_us),
                 };
                 let results = window.cloned().map_or(Results::Payload(payload), Results::InWindow);
-                Ok(Self { results, report, took })
+                (Ok(Computed { results, report, took }), Bytes::new())
             }
-            Ok(wire::Answer::Failed(error)) => Err(CallFailure::refused(error)),
-            Err(error) => Err(CallFailure::Malformed { reason: error.to_string() }),
-        }
+            Ok(wire::Answer::Failed(v1::CallError { reason, message, newer_placement, .. })) => {
+                (Err(refused(Reason::from_name(&reason), message)), newer_placement)
+            }
+            Err(error) => (Err(CallFailure::Malformed { reason: error.to_string() }), Bytes::new()),
+        };
+        Self { call_id, outcome, newer_placement }
     }
+}
+
+/// The failure that a node's refusal stands for.
+fn refused(reason: Option<Reason>, message: String) -> CallFailure {
+    let blame = match reason {
+        Some(Reason::StaleEpoch) => return CallFailure::Stale,
+        Some(Reason::ExpertLoadFailed | Reason::Internal) | None => Blame::Expert,
+        Some(Reason::ShuttingDown | Reason::DeviceFailed) => Blame::Node,
+        Some(_) => Blame::Call,
+    };
+    CallFailure::Refused { blame, message }
 }

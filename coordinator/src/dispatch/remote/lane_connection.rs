@@ -6,7 +6,7 @@
 
 use std::{
     sync::{Arc, Weak},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use sida_model::{ResultsWindow, RowsWindow, StoredDType, WindowHandle};
@@ -14,7 +14,7 @@ use sida_proto::{
     v1::{self, LaneRequest, experts_client::ExpertsClient, lane_request, lane_response::Kind},
     wire,
 };
-use sida_routing::Digest;
+use sida_routing::{Digest, failover::lane_health::SUSPECT_LIMIT};
 use sida_rpc::{ClientConfig, MESSAGE_BYTES_MAX};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::UnboundedReceiverStream;
@@ -30,8 +30,6 @@ const PAUSE_MAX: Duration = Duration::from_millis(500);
 const OPEN_LIMIT: Duration = Duration::from_secs(1);
 /// How often a connection on which nothing comes is pinged, and how long the answer may take.
 const PING_PERIOD: Duration = Duration::from_secs(1);
-/// How long a node may stay silent for too long before its connection is given up, too.
-const SUSPECT_LIMIT: Duration = Duration::from_secs(3);
 /// How often a connection is checked for silence.
 const LOOK_PERIOD: Duration = Duration::from_millis(500);
 /// The metadata that names the model a lane is for.
@@ -143,7 +141,7 @@ async fn serve(lane: &Weak<Lane>, connector: &Connector, lasted: &mut bool) -> R
                 }
                 None => return Ok(()),
             },
-            Err(_) if lane.suspect_for(Instant::now()) > Some(SUSPECT_LIMIT) => {
+            Err(_) if lane.is_lost() => {
                 return Err(format!("no sign of life for more than {SUSPECT_LIMIT:?}"));
             }
             Err(_) => {}

@@ -2,15 +2,12 @@
 
 use std::time::Duration;
 
-use bytes::Bytes;
-use sida_proto::v1;
-use sida_rpc::Reason;
 use thiserror::Error;
 
 /// Why an expert-node did not answer a call with rows.
-#[derive(Clone, Debug, Error)]
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[allow(missing_docs)]
-pub(crate) enum CallFailure {
+pub enum CallFailure {
     #[error("not connected: {reason}")]
     Disconnected { reason: String },
     #[error("no sign of life, {waited:?} after the call")]
@@ -20,10 +17,9 @@ pub(crate) enum CallFailure {
     #[error("more than {limit} bytes under way")]
     Congested { limit: usize },
     #[error("{message}")]
-    Refused { reason: Reason, message: String },
-    /// The node knows a newer placement, here as an encoded `sida.v1.PlacementRecord`.
+    Refused { blame: Blame, message: String },
     #[error("it knows a newer placement")]
-    Stale { newer: Bytes },
+    Stale,
     #[error("malformed answer: {reason}")]
     Malformed { reason: String },
     #[error("it panicked")]
@@ -32,49 +28,52 @@ pub(crate) enum CallFailure {
     Unwanted,
 }
 
+/// What a node that refuses a call cannot do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Blame {
+    /// This call, whoever would ask.
+    Call,
+    /// One of the call's experts; it may well compute the others.
+    Expert,
+    /// Any call, for now.
+    Node,
+}
+
 impl CallFailure {
     /// Every [`Self::label`] of a failover.
-    pub(crate) const LABELS: [&str; 8] =
+    pub const LABELS: [&str; 8] =
         ["disconnected", "silent", "late", "congested", "refused", "stale_epoch", "malformed", "panicked"];
 
-    /// The failure that a node's refusal stands for.
-    pub(crate) fn refused(error: v1::CallError) -> Self {
-        match Reason::from_name(&error.reason) {
-            Some(Reason::StaleEpoch) => Self::Stale { newer: error.newer_placement },
-            reason => Self::Refused { reason: reason.unwrap_or(Reason::Internal), message: error.message },
-        }
-    }
-
     /// Whether one expert of the call may have failed rather than the node.
-    pub(crate) fn is_of_one_expert(&self) -> bool {
-        matches!(self, Self::Refused { reason: Reason::ExpertLoadFailed | Reason::Internal, .. } | Self::Panicked)
+    pub fn is_of_one_expert(&self) -> bool {
+        matches!(self, Self::Refused { blame: Blame::Expert, .. } | Self::Panicked)
     }
 
     /// Whether the node is to be left alone for a while. A node that refuses answers, and may answer the next call,
     /// unless it ends or its device fails.
-    pub(crate) fn is_of_the_node(&self) -> bool {
+    pub fn is_of_the_node(&self) -> bool {
         match self {
             Self::Disconnected { .. } | Self::Silent { .. } | Self::Late { .. } | Self::Malformed { .. } => true,
-            Self::Refused { reason, .. } => matches!(reason, Reason::ShuttingDown | Reason::DeviceFailed),
-            Self::Congested { .. } | Self::Stale { .. } | Self::Panicked | Self::Unwanted => false,
+            Self::Refused { blame, .. } => *blame == Blame::Node,
+            Self::Congested { .. } | Self::Stale | Self::Panicked | Self::Unwanted => false,
         }
     }
 
     /// Whether the same call could succeed on the same node once that is back: it failed for what the node or the
     /// network went through, not for what was asked.
-    pub(crate) fn may_pass(&self) -> bool {
+    pub fn may_pass(&self) -> bool {
         self.is_of_the_node() || matches!(self, Self::Congested { .. })
     }
 
     /// The `reason` label of `sida_failovers_total`.
-    pub(crate) fn label(&self) -> &'static str {
+    pub fn label(&self) -> &'static str {
         match self {
             Self::Disconnected { .. } => "disconnected",
             Self::Silent { .. } => "silent",
             Self::Late { .. } => "late",
             Self::Congested { .. } => "congested",
             Self::Refused { .. } => "refused",
-            Self::Stale { .. } => "stale_epoch",
+            Self::Stale => "stale_epoch",
             Self::Malformed { .. } => "malformed",
             Self::Panicked => "panicked",
             Self::Unwanted => "unwanted",

@@ -4,6 +4,7 @@
 //!
 //! The limit is four times the slowest of the last calls of the same size (a stand-in for the 99th percentile that
 //! needs no sorting), at least 50 ms, plus the time that loading the call's experts could take.
+//! Part of [`LaneHealth`](super::LaneHealth).
 
 use std::time::Duration;
 
@@ -17,6 +18,7 @@ const SAMPLES: usize = 128;
 const SIZES: usize = 16;
 
 /// What the calls of one node took.
+#[derive(Clone, Debug)]
 pub(crate) struct CallDeadline {
     /// For each size, what calls took without loads.
     calls: [Recent; SIZES],
@@ -52,6 +54,7 @@ fn size(rows: usize) -> usize {
 }
 
 /// The last `SAMPLES` durations.
+#[derive(Clone, Debug)]
 struct Recent {
     microseconds: [u32; SAMPLES],
     seen: usize,
