@@ -194,8 +194,9 @@ impl Coordinator {
     fn acceptance(&self) -> Acceptance<'_> {
         let Inner { config, cache_size, tokenizer, .. } = &*self.inner;
         let (limits, batch) = (&config.request_limits, &config.limits);
-        let generation = &config.checkpoint.config().generation;
-        Acceptance { limits, batch, cache_size: *cache_size, tokenizer, generation }
+        let model = config.checkpoint.config();
+        let (generation, has_encoder) = (&model.generation, model.has_encoder());
+        Acceptance { limits, batch, cache_size: *cache_size, tokenizer, generation, has_encoder }
     }
 
     /// Tokenizes a prompt in another task and hands it to `queue`. The task that asks does not tokenize, so that of
@@ -254,8 +255,9 @@ impl Coordinator {
         let TokenizedPrompt { request_span, tokens, announced: _announced } = prompt;
         let prompt_tokens = tokens.len() as u64;
         let cache_bytes = self.acceptance().cache_bytes(tokens.len(), &work)?;
+        let readings = self.acceptance().readings(work.sequences());
         let (accepted, span) = (request_span.begun, request_span.span);
-        let request = Request { tokens, mode, work, cache_bytes, accepted, deadline, span };
+        let request = Request { tokens, readings, mode, work, cache_bytes, accepted, deadline, span };
         let limits = inner.config.limits;
         inner.requests.try_push(request, |queued| limits.may_wait(queued)).map_err(|refused| match refused {
             Refused::Full(_) => RequestError::QueueFull { limit: limits.queue_max, retry_after: RETRY_AFTER },

@@ -61,6 +61,8 @@ pub enum CoordinatorError {
         "the cluster is laid out for {found_layers} MoE layers of {found_experts} experts, the model has {expected_layers} of {expected_experts}"
     )]
     Extent { expected_layers: usize, expected_experts: usize, found_layers: usize, found_experts: usize },
+    #[error("--enforce-capacity is for models whose experts have a capacity; those of {family} have none")]
+    NoCapacity { family: &'static str },
     #[error("the cluster has no expert-node")]
     NoExpertNode,
     #[error("cannot start a thread: {0}")]
@@ -128,7 +130,9 @@ impl Coordinator {
             &model,
             config.checkpoint.digest(),
         ));
-        let preload = Arc::new(Preload::new(nodes.clone(), cluster.clone(), config.preload_depth));
+        // A token needs as many experts as the model's routers choose.
+        let depth = if config.preload_depth == 0 { 0 } else { config.preload_depth.max(model.top_k) };
+        let preload = Arc::new(Preload::new(nodes.clone(), cluster.clone(), depth));
         let statistics = Arc::new(Statistics::default());
         let dispatch = |patience| {
             let rows_max = (CALL_BYTES_MAX / (model.d_model * size_of::<f32>())).clamp(1, CALL_ROWS_MAX);
@@ -222,6 +226,19 @@ fn check(config: &CoordinatorConfig, cluster: &Cluster) -> Result<(), Coordinato
     {
         let (expected, found) = (config.checkpoint.digest(), predictor.model_digest());
         return Err(CoordinatorError::PredictorModel { expected, found });
+    }
+    if config.enforce_capacity && !model.has_encoder() {
+        return Err(CoordinatorError::NoCapacity { family: model.family });
+    }
+    if let PredictorSource::Local(predictor) = &config.predictor
+        && predictor.top_k() < model.top_k
+    {
+        let (predicted, needed) = (predictor.top_k(), model.top_k);
+        tracing::warn!(
+            predicted,
+            needed,
+            "the predictor names fewer experts than routers choose: `hash` will be `exact`"
+        );
     }
     let placement = cluster.placement();
     let extent = placement.extent();

@@ -92,7 +92,7 @@ fn describe(coordinator: &Coordinator) -> Result<v1::ModelResponse, CoordinatorE
     Ok(v1::ModelResponse {
         name: checkpoint.name().to_owned(),
         digest: checkpoint.digest().0.to_vec().into(),
-        family: "switch_transformers".to_owned(),
+        family: config.family.to_owned(),
         d_model: config.d_model as u32,
         moe_layers: moe_layers as u32,
         encoder_moe_layers: config.moe_layers(Stack::Encoder).len() as u32,

@@ -2,7 +2,7 @@
 //! choice is made row by row: first the router chooses for all rows that want it, then the rows of `hash` requests are
 //! overwritten from their hash tables.
 
-use sida_model::{Backend, ModelError, Spans};
+use sida_model::{Backend, ModelError, Spans, router};
 use sida_routing::{ExpertId, HashTable, LayerId, Routes};
 
 use crate::answer::{
@@ -88,7 +88,8 @@ pub(crate) fn routes<B: Backend>(
     spans: &Spans,
     routings: &mut [SequenceRouting],
 ) -> Result<Routes, ModelError> {
-    let (top_k, num_experts) = (backend.config().top_k, backend.config().num_experts);
+    let (top_k, num_experts, is_normalised) =
+        (backend.config().top_k, backend.config().num_experts, backend.config().is_normalised());
     let mut routes = match routings.iter().any(SequenceRouting::wants_router) {
         true => backend.routes(pass)?,
         false => Routes { top_k, experts: vec![None; spans.rows() * top_k], weights: vec![0.0; spans.rows() * top_k] },
@@ -106,6 +107,9 @@ pub(crate) fn routes<B: Backend>(
             let at = row * top_k..(row + 1) * top_k;
             let (experts, weights) = (&mut routes.experts[at.clone()], &mut routes.weights[at]);
             predicted(table, layer, first_token + token, row_probabilities, experts, weights);
+            if is_normalised {
+                router::normalise(weights);
+            }
         }
     }
     Ok(routes)

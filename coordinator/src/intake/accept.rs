@@ -80,26 +80,32 @@ pub(crate) struct Acceptance<'a> {
     pub(crate) tokenizer: &'a Tokenizer,
     /// What the model does where a request does not say.
     pub(crate) generation: &'a GenerationConfig,
+    pub(crate) has_encoder: bool,
 }
 
 impl Acceptance<'_> {
-    /// The tokens of a prompt, its end of sequence included.
+    /// The tokens of a prompt, of an encoder its end of sequence included.
     pub(crate) fn prompt(&self, text: &str) -> Result<Vec<u32>, RequestError> {
-        if text.trim().is_empty() {
+        // To a decoder blanks are tokens as others are.
+        if self.has_encoder && text.trim().is_empty() {
             return Err(RequestError::EmptyText);
         }
-        self.tokens(text, TextOf::Prompt)
+        let tokens = self.tokens(text, TextOf::Prompt)?;
+        if tokens.is_empty() { Err(RequestError::EmptyText) } else { Ok(tokens) }
     }
 
     /// The tokens of every target. All of them and the prompt must fit one batch.
     pub(crate) fn targets(&self, prompt_tokens: usize, targets: &[String]) -> Result<Vec<Vec<u32>>, RequestError> {
         within("targets (their number)", targets.len(), 1, self.limits.targets_max)?;
-        if targets.iter().any(|target| target.trim().is_empty()) {
+        if self.has_encoder && targets.iter().any(|target| target.trim().is_empty()) {
             return Err(refused("targets", "an empty text", "texts with tokens"));
         }
         let targets = targets.iter().zip(1..).map(|(target, number)| self.tokens(target, TextOf::Target(number)));
         let targets = targets.collect::<Result<Vec<_>, _>>()?;
-        let tokens = targets.iter().map(Vec::len).sum::<usize>() + prompt_tokens;
+        if targets.iter().any(Vec::is_empty) {
+            return Err(refused("targets", "a text without tokens", "texts with tokens"));
+        }
+        let tokens = targets.iter().map(Vec::len).sum::<usize>() + prompt_tokens * self.readings(targets.len());
         within("tokens of text and targets", tokens, 1, self.batch.tokens_max)?;
         Ok(targets)
     }
@@ -148,9 +154,16 @@ impl Acceptance<'_> {
         if needed > limit { Err(RequestError::CacheTooSmall { needed, limit }) } else { Ok(needed) }
     }
 
+    /// How often the prompt of a request with so many sequences is computed.
+    pub(crate) fn readings(&self, sequences: usize) -> usize {
+        if self.has_encoder { 1 } else { sequences.max(1) }
+    }
+
     fn needed_cache_bytes(&self, prompt_tokens: usize, work: &Work) -> u64 {
         match work.sequences() {
-            0 => 0,
+            0 if self.has_encoder => 0,
+            // A prompt whose states are asked for is a sequence while they are computed.
+            0 => self.cache_size.of_request(prompt_tokens, 1, 0),
             sequences => self.cache_size.of_request(prompt_tokens, sequences, work.decoded_tokens_max()),
         }
     }
@@ -160,7 +173,11 @@ impl Acceptance<'_> {
         if bytes > limit {
             return Err(RequestError::TextTooLong { of, bytes, limit });
         }
-        let ids = self.tokenizer.encode(text).map_err(|error| match error {
+        let ids = match of {
+            TextOf::Prompt => self.tokenizer.encode(text),
+            TextOf::Target(_) => self.tokenizer.encode_answer(text),
+        };
+        let ids = ids.map_err(|error| match error {
             ModelError::Tokenize { reason } => RequestError::Tokenize { of, reason },
             ModelError::TextTooLong { bytes, limit } => RequestError::TextTooLong { of, bytes, limit },
             error => error.into(),

@@ -17,6 +17,8 @@ use crate::answer::{
 pub(crate) struct Request {
     /// The prompt. Invariant: not empty, every id within the vocabulary.
     pub(crate) tokens: Vec<u32>,
+    /// How often it is computed: once, or, by a decoder that reads it, for each target.
+    pub(crate) readings: usize,
     /// Who chooses the experts of its tokens.
     pub(crate) mode: RoutingMode,
     /// What is asked for, and where the answer goes.
@@ -85,7 +87,7 @@ impl Request {
             Work::Score { targets, .. } => targets.iter().map(Vec::len).sum(),
             Work::Generate { .. } => 1,
         };
-        let (tokens, sequences) = (self.tokens.len() + decoded, self.work.sequences());
+        let (tokens, sequences) = (self.tokens.len() * self.readings + decoded, self.work.sequences());
         Cost { tokens, sequences, cache_bytes: self.cache_bytes }
     }
 

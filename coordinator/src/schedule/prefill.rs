@@ -1,5 +1,7 @@
 //! Prefill: the prompts of requests that join the running batch are computed in one pass of the encoder. Requests for
-//! encoder states are answered then; all others become sequences. Called by the scheduler between two steps.
+//! states are answered then; all others become sequences. Where there is no encoder, a prompt is the first that its sequence
+//! feeds to the decoder, in the step that follows, and only prompts whose states are asked for have a pass here. Called by
+//! the scheduler between two steps.
 
 use std::{sync::Arc, time::Instant};
 
@@ -19,6 +21,7 @@ use crate::{
         request::{Request, Work},
         request_span,
     },
+    predict::preload::Hint,
     schedule::{
         batch_span::BatchSpan,
         prepare::Prepared,
@@ -27,27 +30,66 @@ use crate::{
     },
 };
 
+/// A request that joins now: with its trace so far, and how its prompt is routed.
+struct Joining {
+    request: Request,
+    trace: Trace,
+    routing: SequenceRouting,
+    hint: Arc<Hint>,
+}
+
 impl<B: Backend> Scheduler<B> {
-    /// Computes the prompts of requests that join, answers those that asked for encoder states, and starts the
-    /// sequences of the others.
+    /// Computes the prompts of requests that join, answers those that asked for states, and starts the sequences of the
+    /// others.
     pub(crate) fn prefill(&mut self, joining: Vec<Prepared>) {
         let now = Instant::now();
+        let joining = self.in_shares(joining).into_iter().filter_map(|prepared| self.join(prepared, now)).collect();
+        if self.forward.config().has_encoder() {
+            return self.compute_prompts(joining);
+        }
+        let asks_for_states = |joining: &Joining| matches!(joining.request.work, Work::Encode { .. });
+        let (prompts, others) = joining.into_iter().partition(asks_for_states);
+        self.compute_prompts(prompts);
+        others.into_iter().for_each(|joining| self.start_with_prompt(joining));
+    }
+
+    /// Notes that a request joins, unless nobody waits for it any more.
+    fn join(&self, Prepared { mut request, table, hint, at, predict }: Prepared, now: Instant) -> Option<Joining> {
+        if let Some(reason) = request.over(now) {
+            request.fail(reason);
+            return None;
+        }
+        let mut trace = self.trace(&request);
+        trace.timings.predict = predict;
+        trace.timings.queue = (now - request.accepted).saturating_sub(predict);
+        self.metrics.queue_seconds.record(trace.timings.queue);
+        spans::record(request.span.context(), "join", at, now);
+        request_span::describe_prompt(&mut request.span, request.tokens.len());
+        let mut routing = self.routing(&request, request.tokens.len());
+        routing.predicted(table, self.forward.config().top_k);
+        Some(Joining { request, trace, routing, hint })
+    }
+
+    /// Starts the sequences of a request whose prompt the decoder reads.
+    fn start_with_prompt(&mut self, Joining { request, trace, .. }: Joining) {
+        let tokens_max = request.tokens.len() + request.work.decoded_tokens_max();
+        let started = start_all(self.forward.backend(), None, &[NewSequence { rows: 0..0, tokens_max }]);
+        let started = started.into_iter().next().expect("one for each");
+        match started.and_then(|state| self.branches(&request, state)) {
+            Ok(branches) => self.running.push(Sequence::new(request, trace, branches)),
+            Err(error) => {
+                self.note_failure(&error);
+                request.fail(error);
+            }
+        }
+    }
+
+    /// Computes prompts in one pass: of the encoder, or, if there is none, of the decoder.
+    fn compute_prompts(&mut self, joining: Vec<Joining>) {
         let mut requests = Vec::with_capacity(joining.len());
         let mut routings = Vec::with_capacity(joining.len());
         let mut announced = Vec::with_capacity(joining.len());
-        for Prepared { mut request, table, hint, at, predict } in self.in_shares(joining) {
-            if let Some(reason) = request.over(now) {
-                request.fail(reason);
-                continue;
-            }
-            let mut trace = self.trace(&request);
-            trace.timings.predict = predict;
-            trace.timings.queue = (now - request.accepted).saturating_sub(predict);
-            self.metrics.queue_seconds.record(trace.timings.queue);
-            spans::record(request.span.context(), "join", at, now);
-            request_span::describe_prompt(&mut request.span, request.tokens.len());
-            let mut routing = self.routing(&request, request.tokens.len());
-            routing.predicted(table, self.forward.config().top_k);
+        for Joining { request, trace, routing, hint } in joining {
             routings.push(routing);
             requests.push((request, trace));
             announced.push(hint);
@@ -71,10 +113,19 @@ impl<B: Backend> Scheduler<B> {
         let callers: Vec<&Request> = requests.iter().map(|(request, _)| request).collect();
         let begun = Instant::now();
         let outcome = catch_panic(|| {
-            let (ids, spans, routings) = (&ids[..], spans.clone(), &mut routings[..]);
-            let (stack, sequences, wanted) = (Stack::Encoder, Vec::new(), &[][..]);
+            let (ids, routings, wanted) = (&ids[..], &mut routings[..], &[][..]);
+            if forward.config().has_encoder() {
+                let (stack, spans, sequences) = (Stack::Encoder, spans.clone(), Vec::new());
+                let batch = Batch { stack, ids, spans, sequences, wanted, routings, requests: &callers };
+                return forward.pass(batch, &mut costs);
+            }
+            let new = spans.ranges().map(|rows| NewSequence { rows: 0..0, tokens_max: rows.len() });
+            let started = start_all(forward.backend(), None, &new.collect::<Vec<_>>());
+            let mut sequences = started.into_iter().collect::<Result<Vec<_>, _>>()?;
+            let (stack, spans, sequences) = (Stack::Decoder, spans.clone(), sequences.iter_mut().collect());
             let batch = Batch { stack, ids, spans, sequences, wanted, routings, requests: &callers };
-            forward.pass(batch, &mut costs)
+            let states = forward.pass(batch, &mut costs)?;
+            Ok(forward.backend().last_hidden(states)?)
         });
         drop(hint);
         self.note_predictions(&mut routings);
@@ -134,7 +185,7 @@ impl<B: Backend> Scheduler<B> {
             let means = if wants_means { backend.means(states, spans)? } else { Vec::new() };
             Ok((rows, means))
         });
-        let mut started = start_all(backend, states, &sequences).into_iter();
+        let mut started = start_all(backend, Some(states), &sequences).into_iter();
         costs.dense_since(start);
         costs.record(&self.metrics.phases);
         drop(span);
@@ -194,31 +245,32 @@ impl<B: Backend> Scheduler<B> {
         encoding
     }
 
-    /// The branches of a sequence. Each begins with the decoder's start token, and with all of its target but the last
-    /// token where one is scored; all share the keys and values of the encoder's output.
+    /// The branches of a sequence. Each begins with the decoder's start token, or where there is no encoder with the prompt, and
+    /// goes on with all of its target but the last token where one is scored. All share the keys and values of the
+    /// encoder's output.
     fn branches(&mut self, request: &Request, state: B::Sequence) -> Result<Vec<Branch<B>>, RequestError> {
-        let start = self.forward.config().generation.decoder_start_token_id;
+        let config = self.forward.config();
+        let start = [config.generation.decoder_start_token_id];
+        let first = if config.has_encoder() { &start[..] } else { &request.tokens };
         let fed: Vec<&[u32]> = match &request.work {
             Work::Score { targets, .. } => targets.iter().map(|target| &target[..target.len() - 1]).collect(),
             Work::Generate { .. } | Work::Encode { .. } => vec![&[]],
         };
+        let feeds: Vec<Vec<u32>> = fed.into_iter().map(|tokens| [first, tokens].concat()).collect();
         let backend = self.forward.backend();
         let mut states =
-            catch_panic(|| Ok((1..fed.len()).map(|_| backend.fork(&state)).collect::<Result<Vec<_>, _>>()?))?;
+            catch_panic(|| Ok((1..feeds.len()).map(|_| backend.fork(&state)).collect::<Result<Vec<_>, _>>()?))?;
         states.push(state);
-        let branch = |(state, tokens): (B::Sequence, &&[u32])| Branch {
-            state,
-            progress: Arc::new(self.predict.start()),
-            feed: [&[start], *tokens].concat(),
-        };
-        Ok(states.into_iter().zip(&fed).map(branch).collect())
+        let branch =
+            |(state, feed): (B::Sequence, Vec<u32>)| Branch { state, progress: Arc::new(self.predict.start()), feed };
+        Ok(states.into_iter().zip(feeds).map(branch).collect())
     }
 }
 
 /// Starts sequences, or says for each why it has not started.
 fn start_all<B: Backend>(
     backend: &mut B,
-    states: &B::States,
+    states: Option<&B::States>,
     sequences: &[NewSequence],
 ) -> Vec<Result<B::Sequence, RequestError>> {
     if sequences.is_empty() {

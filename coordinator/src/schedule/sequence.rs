@@ -162,7 +162,8 @@ impl<B: Backend> Sequence<B> {
         let Work::Score { targets, reply } = &mut self.request.work else { return Ok(()) };
         let mut scores = Vec::with_capacity(targets.len());
         for (target, rows) in targets.iter().zip(rows) {
-            let log_likelihood = score::log_likelihood(backend, states, rows.start, target)?;
+            // The last tokens that were fed are the target's but for its own last, behind what comes before it.
+            let log_likelihood = score::log_likelihood(backend, states, rows.end - target.len(), target)?;
             if log_likelihood.is_nan() {
                 return Err(RequestError::NotANumber);
             }

@@ -5,7 +5,7 @@ use std::{
     collections::BTreeMap,
     fs,
     os::unix::fs::symlink,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -134,6 +134,11 @@ pub(crate) fn model_dir() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../models/switch-tiny-64")
 }
 
+/// Where a small decoder-only model lies, with a tokenizer that goes by bytes. Its weights are random.
+pub(crate) fn decoder_only_dir() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/data/parity/causal-text")
+}
+
 /// The small model with one of its files in another form, made of what it holds now.
 pub(crate) fn model_with(file: &str, edit: impl FnOnce(Vec<u8>) -> Vec<u8>) -> (TempDir, Arc<Checkpoint>) {
     let dir = tempfile::tempdir().expect("a folder");
@@ -158,7 +163,12 @@ pub(crate) struct PlainCluster {
 
 /// Plain experts of the small model.
 pub(crate) fn experts() -> Arc<PlainExperts> {
-    let checkpoint = Checkpoint::open(&model_dir()).expect("model");
+    experts_of(&model_dir())
+}
+
+/// Plain experts of a model.
+fn experts_of(model: &Path) -> Arc<PlainExperts> {
+    let checkpoint = Checkpoint::open(model).expect("model");
     Arc::new(PlainExperts {
         store: ExpertStore::open(checkpoint).expect("experts"),
         behaviour: Mutex::new(Behaviour::Works),
@@ -178,9 +188,19 @@ pub(crate) async fn start(
     predictor: PredictorSource,
     configure: impl FnOnce(&mut CoordinatorConfig),
 ) -> PlainCluster {
-    let nodes: Vec<Arc<PlainExperts>> = (0..nodes).map(|_| experts()).collect();
+    start_model(&model_dir(), nodes, predictor, configure).await
+}
+
+/// The same of a model that is not the small one.
+pub(crate) async fn start_model(
+    model: &Path,
+    nodes: usize,
+    predictor: PredictorSource,
+    configure: impl FnOnce(&mut CoordinatorConfig),
+) -> PlainCluster {
+    let nodes: Vec<Arc<PlainExperts>> = (0..nodes).map(|_| experts_of(model)).collect();
     let addresses = nodes.iter().map(|experts| Address::Local(experts.clone())).collect();
-    PlainCluster { coordinator: start_over(addresses, Vec::new(), predictor, configure).await, nodes }
+    PlainCluster { coordinator: start_model_over(model, addresses, Vec::new(), predictor, configure).await, nodes }
 }
 
 /// Starts a coordinator over expert-nodes at these addresses, and these other members.
@@ -190,7 +210,17 @@ pub(crate) async fn start_over(
     predictor: PredictorSource,
     configure: impl FnOnce(&mut CoordinatorConfig),
 ) -> Coordinator {
-    let checkpoint = Checkpoint::open(&model_dir()).expect("model");
+    start_model_over(&model_dir(), experts, others, predictor, configure).await
+}
+
+async fn start_model_over(
+    model: &Path,
+    experts: Vec<Address>,
+    others: Vec<Member>,
+    predictor: PredictorSource,
+    configure: impl FnOnce(&mut CoordinatorConfig),
+) -> Coordinator {
+    let checkpoint = Checkpoint::open(model).expect("model");
     let member = |(at, address): (usize, Address)| Member {
         node: format!("expert-node-{at}").into(),
         role: Role::ExpertNode,

@@ -8,7 +8,7 @@ use sida_routing::LayerId;
 use crate::{
     Checkpoint, ModelError, Stack, names,
     position_bias::PositionBias,
-    spec::{AttentionSpec, BlockSpec, FeedForwardSpec, ModelSpec},
+    spec::{Activation, AttentionSpec, BlockSpec, FeedForwardSpec, ModelSpec, QkNorm, RouterSpec, SharedSpec},
 };
 
 /// A kind of memory, by what weights are in it.
@@ -30,11 +30,10 @@ pub trait Load {
 
     /// Where they come from.
     fn checkpoint(&self) -> &Checkpoint;
-    /// Matrices \[outputs, inputs\] of one input, one below the other: their products are one product.
+    /// Matrices \[outputs, inputs\] of one input, one below the other: their products are one product. Each with its outputs.
     fn matrix(
         &mut self,
-        names: &[String],
-        outputs: usize,
+        parts: &[(String, usize)],
         inputs: usize,
     ) -> Result<<Self::Memory as Memory>::Matrix, Self::Error>;
     /// The matrix of a router \[experts, d_model\], whose products are summed in float32.
@@ -46,6 +45,8 @@ pub trait Load {
     ) -> Result<<Self::Memory as Memory>::Matrix, Self::Error>;
     /// A vector, widened to float32.
     fn vector(&mut self, name: &str, width: usize) -> Result<<Self::Memory as Memory>::Vector, Self::Error>;
+    /// Vectors one after another, each with its width.
+    fn vectors(&mut self, parts: &[(String, usize)]) -> Result<<Self::Memory as Memory>::Vector, Self::Error>;
     /// A position bias.
     fn bias(&mut self, bias: PositionBias) -> Result<<Self::Memory as Memory>::Bias, Self::Error>;
 }
@@ -55,8 +56,8 @@ pub trait Load {
 pub struct Backbone<M: Memory> {
     /// What it computes.
     pub spec: ModelSpec,
-    /// The encoder.
-    pub encoder: StackWeights<M>,
+    /// The encoder, if there is one.
+    pub encoder: Option<StackWeights<M>>,
     /// The decoder.
     pub decoder: StackWeights<M>,
     /// What makes scores of the decoder's output.
@@ -68,8 +69,8 @@ pub struct Backbone<M: Memory> {
 pub struct StackWeights<M: Memory> {
     /// (vocab_size, d_model); both stacks' and the head are one matrix in most models.
     pub embedding: Arc<M::Matrix>,
-    /// Of the attention of each block to its own stack.
-    pub bias: M::Bias,
+    /// Of the attention of each block to its own stack, where there is one.
+    pub bias: Option<M::Bias>,
     /// In order.
     pub blocks: Vec<Block<M>>,
     /// (d_model)
@@ -94,10 +95,16 @@ pub struct Attention<M: Memory> {
     pub spec: AttentionSpec,
     /// (d_model)
     pub norm: M::Vector,
-    /// (3 * inner, d_model): q, k and v as one product; of an attention to the input q alone, (inner, d_model).
+    /// (inner + 2 * kv_inner, d_model): q, k and v as one product; of an attention to the input q alone, (inner, d_model).
     pub projection: M::Matrix,
+    /// What is added to that.
+    pub bias: Option<M::Vector>,
+    /// The weights of the norms of q and of k.
+    pub qk_norm: Option<[M::Vector; 2]>,
     /// (d_model, inner)
     pub output: M::Matrix,
+    /// (d_model)
+    pub output_bias: Option<M::Vector>,
 }
 
 /// Attention of a decoder to the encoder's output.
@@ -112,14 +119,12 @@ pub struct CrossAttention<M: Memory> {
 /// What a block does after attention.
 #[derive(Debug)]
 pub enum FeedForward<M: Memory> {
-    /// The same matrices for every row: (d_ff, d_model) and (d_model, d_ff).
+    /// The same matrices for every row.
     Dense {
         /// (d_model)
         norm: M::Vector,
-        /// (d_ff, d_model)
-        wi: M::Matrix,
-        /// (d_model, d_ff)
-        wo: M::Matrix,
+        /// They.
+        matrices: Matrices<M>,
     },
     /// Experts, which are elsewhere.
     Moe {
@@ -129,7 +134,29 @@ pub enum FeedForward<M: Memory> {
         norm: M::Vector,
         /// Chooses them.
         router: Router<M>,
+        /// One that all rows go to.
+        shared: Option<Shared<M>>,
     },
+}
+
+/// The matrices of a feed-forward.
+#[derive(Debug)]
+pub struct Matrices<M: Memory> {
+    /// What is between them.
+    pub activation: Activation,
+    /// (d_ff, d_model); of a gated one (2 * d_ff, d_model), the gate first.
+    pub wi: M::Matrix,
+    /// (d_model, d_ff)
+    pub wo: M::Matrix,
+}
+
+/// An expert that all rows go to.
+#[derive(Debug)]
+pub struct Shared<M: Memory> {
+    /// It.
+    pub matrices: Matrices<M>,
+    /// (1, d_model): how much of it there is for a row.
+    pub gate: Option<M::Matrix>,
 }
 
 /// What chooses the expert of a row.
@@ -139,6 +166,8 @@ pub struct Router<M: Memory> {
     pub classifier: M::Matrix,
     /// (experts)
     pub bias: Option<M::Vector>,
+    /// How it chooses.
+    pub spec: RouterSpec,
 }
 
 /// Hidden states to logits.
@@ -162,14 +191,18 @@ impl<M: Memory> Backbone<M> {
             if let Some((_, matrix)) = loaded.iter().find(|(loaded, _)| *loaded == name) {
                 return Ok(matrix.clone());
             }
-            let matrix = Arc::new(loader.matrix(std::slice::from_ref(&name), spec.vocab_size, spec.d_model)?);
+            let matrix = Arc::new(loader.matrix(&[(name.clone(), spec.vocab_size)], spec.d_model)?);
             loaded.push((name, matrix.clone()));
             Ok(matrix)
         };
         let (encoder, decoder) = (matrix(names.encoder)?, matrix(names.decoder)?);
         let weight = matrix(names.head)?;
+        let encoder = match spec.has_encoder() {
+            true => Some(StackWeights::load(loader, &spec, Stack::Encoder, encoder)?),
+            false => None,
+        };
         Ok(Self {
-            encoder: StackWeights::load(loader, &spec, Stack::Encoder, encoder)?,
+            encoder,
             decoder: StackWeights::load(loader, &spec, Stack::Decoder, decoder)?,
             head: Head { weight, scale: spec.head_scale },
             spec,
@@ -185,10 +218,10 @@ impl<M: Memory> Backbone<M> {
         }
     }
 
-    /// One of its stacks.
+    /// One of its stacks. Panics if it has none: nobody asks for an encoder that [`ModelSpec::has_encoder`] denies.
     pub fn stack(&self, stack: Stack) -> &StackWeights<M> {
         match stack {
-            Stack::Encoder => &self.encoder,
+            Stack::Encoder => self.encoder.as_ref().expect("a pass of the encoder is of a model that has one"),
             Stack::Decoder => &self.decoder,
         }
     }
@@ -202,12 +235,18 @@ impl<M: Memory> StackWeights<M> {
         embedding: Arc<M::Matrix>,
     ) -> Result<Self, L::Error> {
         let own = spec.stack(stack);
-        let bias = PositionBias::load(loader.checkpoint(), stack, own.positions)?;
-        let bias = loader.bias(bias)?;
+        let bias = match own.positions {
+            Some(positions) => {
+                let bias = PositionBias::load(loader.checkpoint(), stack, positions)?;
+                Some(loader.bias(bias)?)
+            }
+            None => None,
+        };
+        let names = loader.checkpoint().config().names;
         let blocks = own.blocks.iter().enumerate();
         let blocks = blocks.map(|(index, block)| Block::load(loader, spec.d_model, block, stack, index));
         let blocks = blocks.collect::<Result<_, _>>()?;
-        Ok(Self { embedding, bias, blocks, final_norm: loader.vector(&names::final_norm(stack), spec.d_model)? })
+        Ok(Self { embedding, bias, blocks, final_norm: loader.vector(&names.final_norm(stack), spec.d_model)? })
     }
 }
 
@@ -220,23 +259,40 @@ impl<M: Memory> Block<M> {
         index: usize,
     ) -> Result<Self, L::Error> {
         use names::Attention::{CrossAttention as Cross, SelfAttention};
-        let name = |attention, projection| names::projection(stack, index, attention, projection);
+        let names = loader.checkpoint().config().names;
         let mut attention = |spec: AttentionSpec, which, projections: &[char]| {
-            let names: Vec<String> = projections.iter().map(|&projection| name(which, projection)).collect();
+            let width = |of: char| if of == 'q' { spec.inner() } else { spec.kv_inner() };
+            let weights = projections.iter().map(|&of| (names.projection(stack, index, which, of), width(of)));
+            let biases = projections.iter().map(|&of| (names.projection_bias(stack, index, which, of), width(of)));
+            let norm_width = |of: char| if spec.qk_norm == QkNorm::Heads { spec.head_dim } else { width(of) };
+            let mut qk_norm = |of| loader.vector(&names.qk_norm(index, of), norm_width(of));
+            let qk_norm = match spec.qk_norm {
+                QkNorm::None => None,
+                QkNorm::Heads | QkNorm::Rows => Some([qk_norm('q')?, qk_norm('k')?]),
+            };
+            let output = (names.projection(stack, index, which, 'o'), d_model);
+            let output_bias = match spec.has_output_bias {
+                true => Some(loader.vector(&names.projection_bias(stack, index, which, 'o'), d_model)?),
+                false => None,
+            };
             Ok::<_, L::Error>(Attention {
                 spec,
-                norm: loader.vector(&names::attention_norm(stack, index, which), d_model)?,
-                projection: loader.matrix(&names, spec.inner(), d_model)?,
-                output: loader.matrix(&[name(which, 'o')], d_model, spec.inner())?,
+                norm: loader.vector(&names.attention_norm(stack, index, which), d_model)?,
+                projection: loader.matrix(&weights.collect::<Vec<_>>(), d_model)?,
+                bias: if spec.has_bias { Some(loader.vectors(&biases.collect::<Vec<_>>())?) } else { None },
+                qk_norm,
+                output: loader.matrix(&[output], spec.inner())?,
+                output_bias,
             })
         };
         let own = attention(spec.attention, SelfAttention, &['q', 'k', 'v'])?;
         let cross = match spec.cross {
             None => None,
-            Some(spec) => Some(CrossAttention {
-                attention: attention(spec, Cross, &['q'])?,
-                keys_values: loader.matrix(&['k', 'v'].map(|of| name(Cross, of)), spec.inner(), d_model)?,
-            }),
+            Some(spec) => {
+                let attention = attention(spec, Cross, &['q'])?;
+                let keys_values = ['k', 'v'].map(|of| (names.projection(stack, index, Cross, of), spec.kv_inner()));
+                Some(CrossAttention { attention, keys_values: loader.matrix(&keys_values, d_model)? })
+            }
         };
         let feed_forward = FeedForward::load(loader, d_model, spec.feed_forward, stack, index)?;
         Ok(Self { attention: own, cross, feed_forward })
@@ -251,22 +307,46 @@ impl<M: Memory> FeedForward<M> {
         stack: Stack,
         index: usize,
     ) -> Result<Self, L::Error> {
-        let norm = loader.vector(&names::feed_forward_norm(stack, index), d_model)?;
-        let matrix = |of| [names::dense(stack, index, of)];
+        let names = loader.checkpoint().config().names;
+        let norm = loader.vector(&names.feed_forward_norm(stack, index), d_model)?;
         Ok(match spec {
-            FeedForwardSpec::Dense { d_ff } => Self::Dense {
-                norm,
-                wi: loader.matrix(&matrix("wi"), d_ff, d_model)?,
-                wo: loader.matrix(&matrix("wo"), d_model, d_ff)?,
-            },
-            FeedForwardSpec::Moe { layer, experts, router_bias } => {
-                let classifier = loader.router(names::router(stack, index), experts, d_model)?;
-                let bias = match router_bias {
-                    true => Some(loader.vector(&names::router_bias(stack, index), experts)?),
+            FeedForwardSpec::Dense { d_ff, activation } => {
+                let matrices = Matrices::load(loader, names.dense(stack, index), activation, d_ff, d_model)?;
+                Self::Dense { norm, matrices }
+            }
+            FeedForwardSpec::Moe { layer, experts, router: spec, shared } => {
+                let classifier = loader.router(names.router(stack, index), experts, d_model)?;
+                let bias = match spec.has_bias {
+                    true => Some(loader.vector(&names.router_bias(stack, index), experts)?),
                     false => None,
                 };
-                Self::Moe { layer, norm, router: Router { classifier, bias } }
+                let shared = match shared {
+                    None => None,
+                    Some(SharedSpec { d_ff, is_gated }) => Some(Shared {
+                        matrices: Matrices::load(loader, names.shared(index), Activation::GatedSilu, d_ff, d_model)?,
+                        gate: match is_gated {
+                            true => Some(loader.matrix(&[(names.shared_gate(index), 1)], d_model)?),
+                            false => None,
+                        },
+                    }),
+                };
+                Self::Moe { layer, norm, router: Router { classifier, bias, spec }, shared }
             }
         })
+    }
+}
+
+impl<M: Memory> Matrices<M> {
+    /// Of these names, the last of which leads back to `d_model`.
+    fn load<L: Load<Memory = M>>(
+        loader: &mut L,
+        mut names: Vec<String>,
+        activation: Activation,
+        d_ff: usize,
+        d_model: usize,
+    ) -> Result<Self, L::Error> {
+        let output = names.pop().into_iter().map(|name| (name, d_model)).collect::<Vec<_>>();
+        let inputs: Vec<_> = names.into_iter().map(|name| (name, d_ff)).collect();
+        Ok(Self { activation, wi: loader.matrix(&inputs, d_model)?, wo: loader.matrix(&output, d_ff)? })
     }
 }

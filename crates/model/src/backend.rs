@@ -80,11 +80,14 @@ pub trait Backend: Sized + Send + 'static {
     /// row-major. Added row by row, so that the bits depend on the sequence alone.
     fn means(&mut self, states: &Self::States, spans: &Spans) -> Result<Vec<f32>, ModelError>;
 
-    /// Sequences before their first token. Each takes all of its memory now; one that finds none is an error by itself,
-    /// and the others start.
+    /// What the last norm makes of the states that a pass of the decoder left: the states of a model without an encoder.
+    fn last_hidden(&mut self, states: Self::States) -> Result<Self::States, ModelError>;
+
+    /// Sequences before their first token; `states` are the encoder's, if there is one. Each takes all of its memory now; one
+    /// that finds none is an error by itself, and the others start.
     fn start(
         &mut self,
-        states: &Self::States,
+        states: Option<&Self::States>,
         sequences: &[NewSequence],
     ) -> Result<Vec<Result<Self::Sequence, ModelError>>, ModelError>;
 
@@ -120,7 +123,7 @@ pub trait Backend: Sized + Send + 'static {
 /// A sequence that is to start.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NewSequence {
-    /// The rows of its input in the encoder's states.
+    /// The rows of its input in the encoder's states; none where there is no encoder.
     pub rows: Range<usize>,
     /// The most tokens that will be decoded.
     pub tokens_max: usize,

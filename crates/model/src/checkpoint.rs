@@ -133,16 +133,24 @@ impl Checkpoint {
         self.tensor(self.damaged.get()?).err()
     }
 
-    /// Copies a tensor's bytes into `into`, which is as long, without mapping them; compared with the manifest on
-    /// first use as [`Checkpoint::tensor`].
-    pub fn read(&self, name: &str, into: &mut [u8]) -> Result<(), ModelError> {
+    /// Copies one of so many equal parts of a tensor's bytes into `into`, which is as long, without mapping them; the tensor
+    /// is compared with the manifest on first use as by [`Checkpoint::tensor`].
+    pub fn read(&self, name: &str, (part, parts): (usize, usize), into: &mut [u8]) -> Result<(), ModelError> {
         let stored = self.stored(name)?;
-        if stored.bytes() != into.len() {
-            let (expected, found) = (vec![stored.bytes()], vec![into.len()]);
-            return Err(ModelError::Shape { what: "room for a tensor [bytes]", expected, found });
+        if stored.bytes() != into.len() * parts || part >= parts {
+            let (expected, found) = (vec![stored.bytes() / parts.max(1)], vec![into.len()]);
+            return Err(ModelError::Shape { what: "room for a part of a tensor [bytes]", expected, found });
         }
-        self.files.read(stored, into)?;
-        self.verify(name, stored, into)
+        if parts == 1 {
+            self.files.read(stored, 0, into)?;
+            return self.verify(name, stored, into);
+        }
+        // The manifest knows whole tensors.
+        if self.manifest.is_some() && !stored.verified.load(Ordering::Acquire) {
+            self.verify(name, stored, self.files.bytes(stored))?;
+            self.files.release(stored);
+        }
+        self.files.read(stored, part * into.len(), into)
     }
 
     /// [`Checkpoint::tensor`] of a shape that is known.
@@ -170,10 +178,11 @@ impl Checkpoint {
         Err(ModelError::TensorShape { tensor: name.to_owned(), expected: shape.to_owned(), found: found.clone() })
     }
 
-    /// Asks for a tensor to be read ahead of its use.
-    pub fn will_need(&self, name: &str) {
+    /// Asks for one of so many equal parts of a tensor to be read ahead of its use.
+    pub fn will_need(&self, name: &str, (part, parts): (usize, usize)) {
         if let Some(stored) = self.files.get(name) {
-            self.files.will_need(stored);
+            let bytes = stored.bytes() / parts.max(1);
+            self.files.will_need(stored, part * bytes, bytes);
         }
     }
 

@@ -6,7 +6,10 @@ use std::{fmt::Write as _, ops::Range, path::Path};
 use serde_json::{Map, Value};
 use sida_routing::LayerId;
 
-use crate::{GenerationConfig, ModelError, ModelSpec, bounded_file, family, generation::GENERATION_CONFIG};
+use crate::{
+    GenerationConfig, ModelError, ModelSpec, bounded_file, family, generation::GENERATION_CONFIG, names::TensorNames,
+    spec::Activation,
+};
 
 /// The config's name in a model directory.
 pub(crate) const CONFIG: &str = "config.json";
@@ -25,6 +28,8 @@ pub enum Stack {
 /// A model's config, checked: every number is within the limits of `family`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelConfig {
+    /// What its family is called, as `model_type` of config.json.
+    pub family: &'static str,
     /// Experts that each router chooses per token.
     pub top_k: usize,
     /// Whether routers add a bias to their logits.
@@ -68,6 +73,12 @@ pub struct ModelConfig {
     /// For each decoder block, whether its feed-forward is an MoE layer.
     /// Invariant: `decoder_layers` long.
     pub decoder_sparse: Vec<bool>,
+    /// What experts do between their matrices.
+    pub activation: Activation,
+    /// What its tensors are called.
+    pub names: TensorNames,
+    /// What a decoder-only model computes; `None` where that follows from the fields above.
+    pub causal: Option<Box<family::Causal>>,
 }
 
 impl ModelConfig {
@@ -104,7 +115,7 @@ impl ModelConfig {
         }
         let json = bounded_file::read(&path, CONFIG_BYTES_MAX)?;
         let fields = object(&json, &path)?;
-        config.generation = GenerationConfig::read(&fields, &path, config.vocab_size, &config.generation)?;
+        config.generation = GenerationConfig::read(&fields, &path, &config)?;
         check(GENERATION_CONFIG, Some(&json))?;
         Ok(config)
     }
@@ -113,14 +124,20 @@ impl ModelConfig {
     pub fn parse(json: &[u8], path: &Path) -> Result<Self, ModelError> {
         let json = object(json, path)?;
         let mut config = family::config(&json, path)?;
-        config.generation = GenerationConfig::read(&json, path, config.vocab_size, &config.generation)?;
+        config.generation = GenerationConfig::read(&json, path, &config)?;
         Ok(config)
+    }
+
+    /// Whether the weights of a row's experts are divided by their sum.
+    pub fn is_normalised(&self) -> bool {
+        self.causal.as_ref().is_some_and(|causal| causal.router.is_normalised)
     }
 
     /// What the model computes, as text: each field of the config that says something of it, in an order and a form of
     /// ours, however the file is written. Part of [`crate::Checkpoint::digest`].
     pub(crate) fn canonical(&self) -> String {
         let Self {
+            family: _, // What it computes is in the other fields.
             top_k,
             router_bias,
             vocab_size,
@@ -142,6 +159,9 @@ impl ModelConfig {
             generation: _,
             encoder_sparse,
             decoder_sparse,
+            activation: _, // Follows from the family.
+            names: _,
+            causal,
         } = self;
         let numbers = [
             ("top_k", *top_k),
@@ -166,12 +186,20 @@ impl ModelConfig {
         for (name, blocks) in [("encoder_sparse", encoder_sparse), ("decoder_sparse", decoder_sparse)] {
             line(name, &blocks.iter().map(|&sparse| if sparse { '1' } else { '0' }).collect::<String>());
         }
+        if let Some(causal) = causal {
+            line("causal", &causal.canonical());
+        }
         text
     }
 
     /// The model as data: what each of its blocks computes.
     pub fn spec(&self) -> ModelSpec {
         family::spec(self)
+    }
+
+    /// Whether an encoder reads the input. If none does, the decoder does.
+    pub fn has_encoder(&self) -> bool {
+        self.encoder_layers > 0
     }
 
     /// Width of all heads side by side.

@@ -24,7 +24,7 @@ use crate::{
     ModelConfig, ModelError, bounded_file,
     fresh_directory::FreshDirectory,
     manifest::{Manifest, is_plain_file_name},
-    names,
+    names::TensorNames,
     shards::{self, TensorSpec},
 };
 
@@ -97,8 +97,8 @@ pub struct Converted {
 /// not be loaded again. On failure nothing is left at `out`. Reports (bytes written, bytes total).
 pub fn convert(source: &Path, out: &Path, on_progress: &mut dyn FnMut(u64, u64)) -> Result<Converted, ConvertError> {
     let config = ModelConfig::open(source)?;
-    let input = Input::open(source)?;
-    let (specs, tied) = input.untied(config.tie_word_embeddings);
+    let input = Input::open(source, config.names)?;
+    let (specs, tied) = input.untied(&config);
     tensor_names::check(&config, &specs, &input.others, source)?;
     let directory = FreshDirectory::create(out)?;
     write(&input, source, directory.path(), &specs, on_progress)?;
@@ -164,17 +164,17 @@ struct Index {
 }
 
 impl Input {
-    fn open(dir: &Path) -> Result<Self, ConvertError> {
+    fn open(dir: &Path, tensor_names: TensorNames) -> Result<Self, ConvertError> {
         let (single, index) = (dir.join(SINGLE), dir.join(INDEX));
         if single.exists() {
             let file = TorchFile::open(&single)?;
             let names: Vec<_> = file.specs().map(|spec| spec.name.as_str()).collect();
             let others = file.others().map(|(name, _)| name);
             let holder = names.into_iter().chain(others).map(|name| (name.to_owned(), 0)).collect();
-            return Self::of(vec![file], holder);
+            return Self::of(vec![file], holder, tensor_names);
         }
         if index.exists() {
-            return Self::open_shards(dir, &index);
+            return Self::open_shards(dir, &index, tensor_names);
         }
         let is_safetensors = |name| dir.join(name).exists();
         let hint = if ["model.safetensors", "model.safetensors.index.json"].into_iter().any(is_safetensors) {
@@ -185,7 +185,7 @@ impl Input {
         Err(ConvertError::NoPickle { dir: dir.to_owned(), hint })
     }
 
-    fn open_shards(dir: &Path, path: &Path) -> Result<Self, ConvertError> {
+    fn open_shards(dir: &Path, path: &Path, tensor_names: TensorNames) -> Result<Self, ConvertError> {
         let index: Index = bounded_file::read_json(path, INDEX_BYTES_MAX)?;
         let names: BTreeSet<&String> = index.weight_map.values().collect();
         let mut files = Vec::new();
@@ -204,11 +204,11 @@ impl Input {
             }
             holder.insert(tensor.clone(), file);
         }
-        Self::of(files, holder)
+        Self::of(files, holder, tensor_names)
     }
 
-    fn of(files: Vec<TorchFile>, holder: BTreeMap<String, usize>) -> Result<Self, ConvertError> {
-        let names = tensor_names::renamed(holder.keys())?;
+    fn of(files: Vec<TorchFile>, holder: BTreeMap<String, usize>, names: TensorNames) -> Result<Self, ConvertError> {
+        let names = tensor_names::renamed(holder.keys(), names)?;
         let kinds: BTreeMap<_, _> = files.iter().flat_map(TorchFile::others).collect();
         let others = names.stored.iter().filter_map(|(name, stored)| Some((name.clone(), *kinds.get(&**stored)?)));
         let others = others.collect();
@@ -217,8 +217,9 @@ impl Input {
 
     /// What to write, by name, and the tied copies that are not written. A tensor that config.json ties to another one but
     /// whose values differ is none.
-    fn untied(&self, tie_word_embeddings: bool) -> (Vec<TensorSpec>, Vec<String>) {
-        let names = if tie_word_embeddings { names::tied().to_vec() } else { Vec::new() };
+    fn untied(&self, config: &ModelConfig) -> (Vec<TensorSpec>, Vec<String>) {
+        let mut names = if config.tie_word_embeddings { config.names.tied().to_vec() } else { Vec::new() };
+        names.dedup();
         let held: Vec<String> = names.into_iter().filter(|name| self.names.stored.contains_key(name)).collect();
         let copies = held.iter().skip(1).filter(|copy| self.is_copy(copy, &held[0]));
         let mut tied: Vec<String> = copies.cloned().collect();

@@ -56,6 +56,12 @@ impl CpuBackend {
         Ok(Self { config: checkpoint.config().clone(), backbone })
     }
 
+    /// The feed-forward of the block that a pass is at.
+    fn moe_block(&self, pass: &CpuPass<'_>) -> Option<&FeedForward<Host>> {
+        let block = pass.next.checked_sub(1)?;
+        Some(&self.backbone.stack(pass.stack).blocks[block].feed_forward)
+    }
+
     /// As [`Backend::start`], of plain rows.
     pub fn start_of(
         &self,
@@ -68,10 +74,11 @@ impl CpuBackend {
             check("rows of an input, their last", rows.end.min(all), rows.end)?;
         }
         let mut cross: Vec<_> = sequences.iter().map(|_| Ok(Vec::new())).collect();
-        let (mut values, width) = (Vec::new(), 2 * self.config.inner_dim());
+        let mut values = Vec::new();
         for block in &self.backbone.decoder.blocks {
             let Some(input) = &block.cross else { continue };
-            input.keys_values.product(states, &mut values); // (rows, 2 inner)
+            input.keys_values.product(states, &mut values); // (rows, 2 kv_inner)
+            let width = 2 * input.attention.spec.kv_inner();
             for (cross, NewSequence { rows, .. }) in cross.iter_mut().zip(sequences) {
                 let Ok(blocks) = cross else { continue };
                 match copied(&values[rows.start * width..rows.end * width]) {
@@ -81,7 +88,7 @@ impl CpuBackend {
             }
         }
         let start = |(cross, new): (Result<_, ModelError>, &NewSequence)| {
-            CpuSequence::new(cross?, self.config.inner_dim(), new.tokens_max)
+            CpuSequence::new(&self.backbone.spec.decoder, cross?, new.tokens_max)
         };
         Ok(cross.into_iter().zip(sequences).map(start).collect())
     }
@@ -160,14 +167,14 @@ impl Backend for CpuBackend {
     }
 
     fn routes(&mut self, pass: &mut CpuPass<'_>) -> Result<Routes, ModelError> {
-        let (top_k, num_experts) = (self.config.top_k, self.config.num_experts);
-        Ok(router::routes(top_k, self.probabilities(pass)?, num_experts))
+        let (top_k, num_experts, is_normalised) =
+            (self.config.top_k, self.config.num_experts, self.config.is_normalised());
+        Ok(router::routes(top_k, is_normalised, self.probabilities(pass)?, num_experts))
     }
 
     fn probabilities<'p>(&mut self, pass: &'p mut CpuPass<'_>) -> Result<&'p [f32], ModelError> {
-        let block = pass.next.checked_sub(1).map(|block| &self.backbone.stack(pass.stack).blocks[block].feed_forward);
         if pass.probabilities.is_empty()
-            && let Some(FeedForward::Moe { router, .. }) = block
+            && let Some(FeedForward::Moe { router, .. }) = self.moe_block(pass)
         {
             router.probabilities(&pass.x, &mut pass.probabilities);
         }
@@ -190,7 +197,7 @@ impl Backend for CpuBackend {
         }
         let states = match pass.stack {
             Stack::Encoder => {
-                forward::finish(&mut pass.operations(&self.backbone, &[]), &self.backbone.encoder)?;
+                forward::finish(&mut pass.operations(&self.backbone, &[]), self.backbone.stack(Stack::Encoder))?;
                 pass.x
             }
             Stack::Decoder => pass.h,
@@ -224,12 +231,20 @@ impl Backend for CpuBackend {
         Ok(means)
     }
 
+    fn last_hidden(&mut self, states: CpuStates) -> Result<CpuStates, ModelError> {
+        let h = states.0;
+        let rows = Spans::new([h.len() / self.config.d_model]);
+        let mut pass = CpuPass::of_states(Stack::Decoder, rows, h);
+        forward::finish(&mut pass.operations(&self.backbone, &[]), &self.backbone.decoder)?;
+        Ok(CpuStates(pass.x))
+    }
+
     fn start(
         &mut self,
-        states: &CpuStates,
+        states: Option<&CpuStates>,
         sequences: &[NewSequence],
     ) -> Result<Vec<Result<CpuSequence, ModelError>>, ModelError> {
-        self.start_of(&states.0, sequences)
+        self.start_of(states.map_or(&[], |states| &states.0), sequences)
     }
 
     fn fork(&self, sequence: &CpuSequence) -> Result<CpuSequence, ModelError> {
@@ -239,11 +254,7 @@ impl Backend for CpuBackend {
     fn logits(&mut self, states: &CpuStates, rows: &[usize]) -> Result<Vec<f32>, ModelError> {
         let d_model = self.config.d_model;
         let h = gather(&states.0, d_model, rows);
-        let spans = Spans::single_tokens(rows.len());
-        let (x, scratch) = (vec![0.0; h.len()], Scratch::default());
-        let (stack, sequences, probabilities, still_wanted) =
-            (Stack::Decoder, Vec::new(), Vec::new(), Default::default());
-        let mut pass = CpuPass { stack, next: 0, spans, sequences, h, x, probabilities, scratch, still_wanted };
+        let mut pass = CpuPass::of_states(Stack::Decoder, Spans::single_tokens(rows.len()), h);
         let Backbone { decoder, head, .. } = &*self.backbone;
         forward::head(&mut pass.operations(&self.backbone, &[]), decoder, head)?;
         Ok(pass.scratch.logits)
@@ -251,6 +262,13 @@ impl Backend for CpuBackend {
 }
 
 impl<'s> CpuPass<'s> {
+    /// A pass that begins with h as another one left it.
+    fn of_states(stack: Stack, spans: Spans, h: Vec<f32>) -> Self {
+        let (x, scratch) = (vec![0.0; h.len()], Scratch::default());
+        let (sequences, probabilities, still_wanted) = (Vec::new(), Vec::new(), StillWanted::default());
+        Self { stack, next: 0, spans, sequences, h, x, probabilities, scratch, still_wanted }
+    }
+
     fn operations<'p>(&'p mut self, backbone: &'p Backbone<Host>, ids: &'p [u32]) -> CpuOperations<'p, 's> {
         let Self { spans, sequences, h, x, scratch, still_wanted, .. } = self;
         let (spec, is_piece, still_wanted) = (&backbone.spec, false, *still_wanted);

@@ -5,9 +5,10 @@ use sida_routing::LayerId;
 
 use crate::{
     GivenUp, Spans, StillWanted,
-    backbone::Router,
+    backbone::{Matrices, Router, Shared},
     cpu::{
         attention::{Attention, HeadRows, Sequence},
+        exp::exp,
         norm::rms_norm,
     },
     forward::{Operations, Rows},
@@ -16,7 +17,8 @@ use crate::{
     loader::Host,
     pieces,
     position_bias::PositionBias,
-    spec::{AttentionSpec, Keys, ModelSpec},
+    rotary::Turns,
+    spec::{Activation, AttentionSpec, Keys, ModelSpec, Rotary},
 };
 
 /// Rows of some sequences on their way through a stack.
@@ -41,8 +43,10 @@ pub(crate) struct CpuOperations<'p, 's> {
 /// What lies between the operations of one thread; kept from block to block.
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
-    /// (n, 3 * inner), or (n, inner) of an attention to the input.
+    /// (n, inner + 2 * kv_inner), or (n, inner) of an attention to the input.
     projected: Vec<f32>,
+    /// What rows are turned by, with what it is of: the same in all blocks of most models.
+    turns: Option<(Rotary, Turns)>,
     /// (n, inner)
     attended: Vec<f32>,
     /// (n, d_ff)
@@ -67,29 +71,66 @@ impl Operations for CpuOperations<'_, '_> {
         Ok(())
     }
 
-    fn project(&mut self, weight: &Linear) -> Result<(), GivenUp> {
+    fn project(&mut self, weight: &Linear, bias: Option<&Vec<f32>>) -> Result<(), GivenUp> {
         weight.product(self.x, &mut self.scratch.projected);
+        add_to_rows(&mut self.scratch.projected, bias);
         Ok(())
     }
 
-    fn attend(&mut self, spec: &AttentionSpec, block: usize, bias: &PositionBias) -> Result<(), GivenUp> {
+    fn norm_heads(&mut self, spec: &AttentionSpec, [q, k]: &[Vec<f32>; 2]) -> Result<(), GivenUp> {
+        let (inner, kv_inner, epsilon) = (spec.inner(), spec.kv_inner(), self.spec.norm_epsilon);
+        let mut before = Vec::with_capacity(inner);
+        for row in self.scratch.projected.chunks_exact_mut(inner + 2 * kv_inner) {
+            let (queries, rest) = row.split_at_mut(inner);
+            for (values, weight) in [(queries, q), (&mut rest[..kv_inner], k)] {
+                before.clear();
+                before.extend_from_slice(values);
+                rms_norm(&before, weight, epsilon, values);
+            }
+        }
+        Ok(())
+    }
+
+    fn clip(&mut self, limit: f32) -> Result<(), GivenUp> {
+        self.scratch.projected.iter_mut().for_each(|value| *value = value.clamp(-limit, limit));
+        Ok(())
+    }
+
+    fn rotate(&mut self, spec: &AttentionSpec, rotary: &Rotary) -> Result<(), GivenUp> {
+        let Self { spans, sequences, scratch: Scratch { projected, turns, .. }, .. } = self;
+        let first = |index: usize| sequences.get(index).map_or(0, |sequence| sequence.position());
+        let positions =
+            spans.ranges().enumerate().flat_map(|(index, span)| (0..span.len()).map(move |row| (index, row)));
+        if turns.as_ref().is_none_or(|(of, _)| of != rotary) {
+            *turns =
+                Some((*rotary, Turns::of(rotary, spec.head_dim, positions.map(|(index, row)| first(index) + row))));
+        }
+        let Some((_, turns)) = turns else { return Ok(()) };
+        let turned = spec.inner() + spec.kv_inner();
+        for (row, values) in projected.chunks_exact_mut(turned + spec.kv_inner()).enumerate() {
+            turns.turn(row, &mut values[..turned]);
+        }
+        Ok(())
+    }
+
+    fn attend(&mut self, spec: &AttentionSpec, block: usize, bias: Option<&PositionBias>) -> Result<(), GivenUp> {
         let Self { spans, sequences, scratch: Scratch { projected, attended, .. }, still_wanted, .. } = self;
-        let inner = spec.inner();
-        let width = projected.len() / spans.rows().max(1);
+        let (inner, kv_inner) = (spec.inner(), spec.kv_inner());
+        let width = if spec.keys == Keys::Input { inner } else { inner + 2 * kv_inner };
         if spec.keys == Keys::Cache {
             for (sequence, span) in sequences.iter_mut().zip(spans.ranges()) {
                 let position = sequence.position();
-                sequence.caches[block].write(position, &projected[span.start * width..span.end * width]);
+                sequence.caches[block].write(position, &projected[span.start * width..span.end * width], width);
             }
         }
-        let part = |values, stride, part| HeadRows { values, stride, offset: part * inner };
+        let part = |values, stride, offset| HeadRows { values, stride, offset };
         let of_sequence = |(index, span): (usize, std::ops::Range<usize>)| {
             let own = &projected[span.start * width..span.end * width];
-            // Keys and values side by side, the part of a row that keys are, and how many came before the first query.
+            // Keys and values side by side, where in a row keys begin, and how many came before the first query.
             let (kv, stride, keys, first_position) = match spec.keys {
-                Keys::Rows => (own, width, 1, 0),
-                Keys::Cache => (sequences[index].caches[block].rows(), 2 * inner, 0, sequences[index].position()),
-                Keys::Input => (&sequences[index].cross[block][..], 2 * inner, 0, 0),
+                Keys::Rows => (own, width, inner, 0),
+                Keys::Cache => (sequences[index].caches[block].rows(), 2 * kv_inner, 0, sequences[index].position()),
+                Keys::Input => (&sequences[index].cross[block][..], 2 * kv_inner, 0, 0),
             };
             Sequence {
                 query_rows: span.len(),
@@ -97,38 +138,50 @@ impl Operations for CpuOperations<'_, '_> {
                 key_rows: kv.len() / stride,
                 queries: part(own, width, 0),
                 keys: part(kv, stride, keys),
-                values: part(kv, stride, keys + 1),
+                values: part(kv, stride, keys + kv_inner),
             }
         };
         let all: Vec<Sequence<'_>> = spans.ranges().enumerate().map(of_sequence).collect();
-        let bias = (spec.keys != Keys::Input).then_some(bias);
+        let bias = bias.filter(|_| spec.keys != Keys::Input);
         attended.clear();
         attended.resize(spans.rows() * inner, 0.0);
-        Attention { heads: spec.heads, d_kv: spec.head_dim, causal: spec.keys == Keys::Cache, bias }.run(
-            &all,
-            attended,
-            *still_wanted,
-        )
+        let AttentionSpec { heads, kv_heads, head_dim: d_kv, scale, window, .. } = *spec;
+        let causal = spec.keys == Keys::Cache;
+        Attention { heads, kv_heads, d_kv, scale, causal, window, bias }.run(&all, attended, *still_wanted)
     }
 
-    fn add_output(&mut self, weight: &Linear) -> Result<(), GivenUp> {
+    fn add_output(&mut self, weight: &Linear, bias: Option<&Vec<f32>>) -> Result<(), GivenUp> {
         let Scratch { attended, added, .. } = &mut *self.scratch;
         weight.product(attended, added);
+        add_to_rows(added, bias);
         add_to(self.h, added);
         Ok(())
     }
 
-    fn feed_forward(&mut self, wi: &Linear, wo: &Linear) -> Result<(), GivenUp> {
-        let compute = |h: &mut [f32], x: &[f32], Scratch { hidden, added, .. }: &mut Scratch| {
-            wi.product(x, hidden);
-            relu(hidden);
-            wo.product(hidden, added);
-            add_to(h, added);
+    fn feed_forward(&mut self, matrices: &Matrices<Host>) -> Result<(), GivenUp> {
+        let compute = |h: &mut [f32], x: &[f32], scratch: &mut Scratch| {
+            matrices.compute(x, &mut scratch.hidden, &mut scratch.added);
+            add_to(h, &scratch.added);
         };
         match self.is_piece {
             true => compute(self.h, self.x, self.scratch),
             false => pieces::by_row(self.h, self.x, self.spec.d_model, self.scratch, compute),
         }
+        Ok(())
+    }
+
+    fn shared(&mut self, Shared { matrices, gate }: &Shared<Host>) -> Result<(), GivenUp> {
+        let Scratch { hidden, added, .. } = &mut *self.scratch;
+        matrices.compute(self.x, hidden, added);
+        if let Some(gate) = gate {
+            let mut shares = Vec::new();
+            gate.product(self.x, &mut shares); // (n, 1)
+            for (row, share) in added.chunks_exact_mut(self.spec.d_model).zip(shares) {
+                let share = sigmoid(share);
+                row.iter_mut().for_each(|value| *value *= share);
+            }
+        }
+        add_to(self.h, added);
         Ok(())
     }
 
@@ -152,6 +205,48 @@ impl Operations for CpuOperations<'_, '_> {
     fn logits(&mut self, weight: &Linear) -> Result<(), GivenUp> {
         weight.product(self.x, &mut self.scratch.logits);
         Ok(())
+    }
+}
+
+impl Matrices<Host> {
+    /// out = what the feed-forward makes of x (n, d_model), with `hidden` between.
+    fn compute(&self, x: &[f32], hidden: &mut Vec<f32>, out: &mut Vec<f32>) {
+        self.wi.product(x, hidden);
+        match self.activation {
+            Activation::Relu => relu(hidden),
+            Activation::GatedSilu => gate_rows(hidden, self.wo.matrix().cols),
+        }
+        self.wo.product(hidden, out);
+    }
+}
+
+/// silu(gate) * up of rows (n, 2 * width) that are a gate and what it gates, in place: (n, width)
+pub(crate) fn gate_rows(rows: &mut Vec<f32>, width: usize) {
+    let count = rows.len() / (2 * width);
+    for row in 0..count {
+        for at in 0..width {
+            let (gate, up) = (rows[row * 2 * width + at], rows[row * 2 * width + width + at]);
+            rows[row * width + at] = silu(gate) * up;
+        }
+    }
+    rows.truncate(count * width);
+}
+
+/// x * sigmoid(x)
+pub(crate) fn silu(x: f32) -> f32 {
+    x * sigmoid(x)
+}
+
+/// 1 / (1 + e^-x), and e^x / (1 + e^x) where that is small, so that the power is never of a number above 0.
+fn sigmoid(x: f32) -> f32 {
+    let power = exp(-x.abs());
+    if x < 0.0 { power / (1.0 + power) } else { 1.0 / (1.0 + power) }
+}
+
+/// Every row of `rows` += bias.
+fn add_to_rows(rows: &mut [f32], bias: Option<&Vec<f32>>) {
+    if let Some(bias) = bias {
+        rows.chunks_exact_mut(bias.len()).for_each(|row| add_to(row, bias));
     }
 }
 

@@ -27,7 +27,7 @@ pub enum ModelError {
     Json { path: PathBuf, source: serde_json::Error },
 
     #[error("{}: architecture {found} is not supported, expected one of {expected}", path.display())]
-    Architecture { path: PathBuf, found: String, expected: &'static str },
+    Architecture { path: PathBuf, found: String, expected: String },
     #[error("{}: {field} is {found}, expected {expected}", path.display())]
     Config { path: PathBuf, field: &'static str, found: String, expected: String },
 

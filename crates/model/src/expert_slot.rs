@@ -3,7 +3,7 @@
 
 use sida_routing::{ExpertId, ExpertKey, LayerId};
 
-use crate::{ExpertShape, ExpertStore, ModelError, Precision, packed};
+use crate::{ExpertShape, ExpertStore, ModelError, Precision, packed, spec::Activation};
 
 /// How the experts of a model lie in the slots of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,6 +19,9 @@ impl ExpertSlot {
         let shape = ExpertShape { dtype: precision.stored(), ..*store.shape() };
         let plain = Self { shape, is_packed: false };
         if !packs || precision != Precision::Bf16 {
+            return Ok(plain);
+        }
+        if shape.activation != Activation::Relu {
             return Ok(plain);
         }
         let packed = Self { is_packed: true, ..plain };

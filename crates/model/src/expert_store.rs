@@ -3,12 +3,12 @@
 
 use std::sync::Arc;
 
-use sida_routing::{Digest, ExpertKey, Grouping, LayerId};
+use sida_routing::{Digest, ExpertId, ExpertKey, Grouping, LayerId};
 
 use crate::{
     Checkpoint, ModelConfig, ModelError, StoredDType,
     expert::{ExpertScratch, ExpertShape},
-    names,
+    names::ExpertPart,
 };
 
 /// All experts of a model.
@@ -16,27 +16,31 @@ use crate::{
 pub struct ExpertStore {
     checkpoint: Arc<Checkpoint>,
     shape: ExpertShape,
+    /// Whether a tensor holds the experts of a layer.
+    is_stacked: bool,
 }
 
 impl ExpertStore {
     /// Checks, from headers alone, that every expert is there in the right shape.
     pub fn open(checkpoint: Arc<Checkpoint>) -> Result<Self, ModelError> {
         let config = checkpoint.config();
+        let first = ExpertKey { layer: LayerId(0), expert: ExpertId(0) };
+        let is_stacked = config.moe_layer_count() > 0
+            && config.names.stacked(config, first).iter().any(|part| checkpoint.contains(&part.tensor));
         let mut dtypes = Vec::new();
         for layer in (0..config.moe_layer_count() as u16).map(LayerId) {
-            for expert in 0..config.num_experts as u16 {
-                for (name, shape) in names::expert(config, ExpertKey { layer, expert: sida_routing::ExpertId(expert) })
-                {
-                    checkpoint.check_shape(&name, &shape)?;
-                    dtypes.push(checkpoint.dtype(&name)?);
+            for expert in (0..config.num_experts as u16).map(ExpertId) {
+                for ExpertPart { tensor, shape, .. } in parts(config, is_stacked, ExpertKey { layer, expert }) {
+                    checkpoint.check_shape(&tensor, &shape)?;
+                    dtypes.push(checkpoint.dtype(&tensor)?);
                 }
             }
         }
         dtypes.dedup();
         // Slots hold one dtype: where a file mixes them, experts are widened on their way in.
         let dtype = if let [one] = dtypes[..] { one } else { StoredDType::F32 };
-        let shape = ExpertShape { d_model: config.d_model, d_ff: config.d_ff, dtype };
-        Ok(Self { checkpoint, shape })
+        let shape = ExpertShape { d_model: config.d_model, d_ff: config.d_ff, dtype, activation: config.activation };
+        Ok(Self { checkpoint, shape, is_stacked })
     }
 
     /// What every expert looks like in a slot.
@@ -57,7 +61,9 @@ impl ExpertStore {
     /// Asks for an expert to be read from disk ahead of [`ExpertStore::load`]. Only a hint.
     pub fn will_need(&self, key: ExpertKey) {
         if self.check(key).is_ok() {
-            names::expert(self.config(), key).iter().for_each(|(name, _)| self.checkpoint.will_need(name));
+            for part in parts(self.config(), self.is_stacked, key) {
+                self.checkpoint.will_need(&part.tensor, part.share());
+            }
         }
     }
 
@@ -69,15 +75,18 @@ impl ExpertStore {
             let (expected, found) = (vec![self.shape.bytes()], vec![slot.len()]);
             return Err(ModelError::Shape { what: "slot [bytes]", expected, found });
         }
-        let matrices = slot.chunks_exact_mut(self.shape.matrix_bytes());
-        for ((name, shape), matrix) in names::expert(self.config(), key).iter().zip(matrices) {
-            if self.checkpoint.dtype(name)? == self.shape.dtype {
-                self.checkpoint.read(name, matrix)?;
+        let mut rest = slot;
+        for part in parts(self.config(), self.is_stacked, key) {
+            let matrix;
+            (matrix, rest) = rest.split_at_mut(part.values() * self.shape.dtype.size());
+            let stored = self.checkpoint.dtype(&part.tensor)?;
+            if stored == self.shape.dtype {
+                self.checkpoint.read(&part.tensor, part.share(), matrix)?;
             } else {
-                let mut widened = Vec::with_capacity(matrix.len());
-                self.checkpoint.tensor_of_shape(name, shape)?.append_to(self.shape.dtype, &mut widened);
-                matrix.copy_from_slice(&widened);
-                self.checkpoint.release(name);
+                let mut narrow = vec![0; part.values() * stored.size()];
+                self.checkpoint.read(&part.tensor, part.share(), &mut narrow)?;
+                let wide = stored.widen(&narrow);
+                matrix.as_chunks_mut().0.iter_mut().zip(wide).for_each(|(to, value)| *to = value.to_le_bytes());
             }
         }
         Ok(())
@@ -107,5 +116,13 @@ impl ExpertStore {
             return Ok(());
         }
         Err(ModelError::Expert { layer: key.layer, expert: key.expert.0, layers, num_experts })
+    }
+}
+
+/// Where an expert's matrices are, in the order of its slot.
+fn parts(config: &ModelConfig, is_stacked: bool, key: ExpertKey) -> Vec<ExpertPart> {
+    match is_stacked {
+        true => config.names.stacked(config, key),
+        false => config.names.expert(config, key),
     }
 }

@@ -8,8 +8,8 @@
 use sida_routing::LayerId;
 
 use crate::{
-    backbone::{Attention, Block, FeedForward, Head, Memory, Router, StackWeights},
-    spec::AttentionSpec,
+    backbone::{Attention, Block, FeedForward, Head, Matrices, Memory, Router, Shared, StackWeights},
+    spec::{AttentionSpec, Rotary},
 };
 
 /// The operations of a pass. They change three things that an implementation keeps: h (n, d_model), x (n, d_model), which
@@ -24,15 +24,24 @@ pub trait Operations {
     fn embed(&mut self, embedding: &Matrix<Self>) -> Result<(), Self::Error>;
     /// x = w * h / rms(h)
     fn norm(&mut self, weight: &Vector<Self>) -> Result<(), Self::Error>;
-    /// q, k, v = x W^T, side by side; of an attention to the input, q alone.
-    fn project(&mut self, weight: &Matrix<Self>) -> Result<(), Self::Error>;
-    /// a = softmax(q K^T + bias) V, with K and V as `spec` says; what is new is written to the cache of `block` first.
-    fn attend(&mut self, spec: &AttentionSpec, block: usize, bias: &Bias<Self>) -> Result<(), Self::Error>;
-    /// h += a O^T
-    fn add_output(&mut self, weight: &Matrix<Self>) -> Result<(), Self::Error>;
-    /// h += relu(x Wi^T) Wo^T
-    fn feed_forward(&mut self, wi: &Matrix<Self>, wo: &Matrix<Self>) -> Result<(), Self::Error>;
-    /// The expert of each row of x, and its probability: softmax(x W^T + b).
+    /// q, k, v = x W^T + b, side by side; of an attention to the input, q alone.
+    fn project(&mut self, weight: &Matrix<Self>, bias: Option<&Vector<Self>>) -> Result<(), Self::Error>;
+    /// q = w * q / rms(q), and k likewise: of each head, or of all heads of a row together.
+    fn norm_heads(&mut self, spec: &AttentionSpec, weights: &[Vector<Self>; 2]) -> Result<(), Self::Error>;
+    /// q, k, v between -limit and limit.
+    fn clip(&mut self, limit: f32) -> Result<(), Self::Error>;
+    /// q and k turned by their position.
+    fn rotate(&mut self, spec: &AttentionSpec, rotary: &Rotary) -> Result<(), Self::Error>;
+    /// a = softmax(scale * q K^T + bias) V, with K and V as `spec` says; what is new is written to the cache of `block`
+    /// first.
+    fn attend(&mut self, spec: &AttentionSpec, block: usize, bias: Option<&Bias<Self>>) -> Result<(), Self::Error>;
+    /// h += a O^T + b
+    fn add_output(&mut self, weight: &Matrix<Self>, bias: Option<&Vector<Self>>) -> Result<(), Self::Error>;
+    /// h += relu(x Wi^T) Wo^T, or as gated.
+    fn feed_forward(&mut self, matrices: &Matrices<Self::Memory>) -> Result<(), Self::Error>;
+    /// h += sigmoid(x w) * shared(x), of an expert that all rows go to.
+    fn shared(&mut self, shared: &Shared<Self::Memory>) -> Result<(), Self::Error>;
+    /// The experts of each row of x, and their probabilities: softmax(x W^T + b).
     fn route(&mut self, layer: LayerId, router: &Router<Self::Memory>) -> Result<(), Self::Error>;
     /// h += probability * expert(x), row by row, if that can be done here.
     fn experts(&mut self, layer: LayerId) -> Result<Rows, Self::Error>;
@@ -84,11 +93,22 @@ pub fn attend<O: Operations>(
     index: usize,
 ) -> Result<(), O::Error> {
     let cross = block.cross.as_ref().map(|cross| &cross.attention);
-    for Attention { spec, norm, projection, output } in std::iter::once(&block.attention).chain(cross) {
+    for Attention { spec, norm, projection, bias, qk_norm, output, output_bias } in
+        std::iter::once(&block.attention).chain(cross)
+    {
         ops.norm(norm)?; // x = norm(h)                                  (n, d_model)
-        ops.project(projection)?; // q, k, v = x W^T                     (n, 3 * inner), or q (n, inner)
-        ops.attend(spec, index, &stack.bias)?; // a = softmax(q K^T + bias) V    (n, inner)
-        ops.add_output(output)?; // h += a O^T                           (n, d_model)
+        ops.project(projection, bias.as_ref())?; // q, k, v = x W^T + b  (n, inner + 2 * kv_inner), or q (n, inner)
+        if let Some(weights) = qk_norm {
+            ops.norm_heads(spec, weights)?; // q, k = norm(q), norm(k)
+        }
+        if let Some(limit) = spec.clip {
+            ops.clip(limit)?; // q, k, v within the limit
+        }
+        if let Some(rotary) = &spec.rotary {
+            ops.rotate(spec, rotary)?; // q, k = turned(q), turned(k)
+        }
+        ops.attend(spec, index, stack.bias.as_ref())?; // a = softmax(scale * q K^T + bias) V    (n, inner)
+        ops.add_output(output, output_bias.as_ref())?; // h += a O^T + b (n, d_model)
     }
     Ok(())
 }
@@ -96,15 +116,18 @@ pub fn attend<O: Operations>(
 /// What follows in a block: one feed-forward for all rows, or the expert of each.
 pub fn feed_forward<O: Operations>(ops: &mut O, block: &Block<O::Memory>) -> Result<Rows, O::Error> {
     match &block.feed_forward {
-        FeedForward::Dense { norm, wi, wo } => {
+        FeedForward::Dense { norm, matrices } => {
             ops.norm(norm)?; // x = norm(h)                              (n, d_model)
-            ops.feed_forward(wi, wo)?; // h += relu(x Wi^T) Wo^T         (n, d_ff) between
+            ops.feed_forward(matrices)?; // h += relu(x Wi^T) Wo^T       (n, d_ff) between
             Ok(Rows::Stay)
         }
-        FeedForward::Moe { layer, norm, router } => {
+        FeedForward::Moe { layer, norm, router, shared } => {
             ops.norm(norm)?; // x = norm(h)                              (n, d_model)
             ops.route(*layer, router)?; // p = softmax(x W^T + b)        (n, experts)
-            ops.experts(*layer) // h += p[e] * expert_e(x), e = argmax p
+            if let Some(shared) = shared {
+                ops.shared(shared)?; // h += sigmoid(x w) * shared(x)
+            }
+            ops.experts(*layer) // h += sum of p[e] * expert_e(x) over the most probable
         }
     }
 }

@@ -15,7 +15,7 @@ use serde_json::{Map, Value};
 
 pub(crate) use self::fields::Fields;
 pub use self::token_rule::TokenRule;
-use crate::ModelError;
+use crate::{ModelConfig, ModelError};
 
 /// The file's name in a model directory.
 pub(crate) const GENERATION_CONFIG: &str = "generation_config.json";
@@ -79,15 +79,14 @@ impl GenerationConfig {
         }
     }
 
-    /// Reads the fields of a config.json or generation_config.json at `path`, of a model with `vocab_size` tokens. Start
-    /// and end are those of `base` where the file does not name them.
-    pub(crate) fn read(
-        json: &Map<String, Value>,
-        path: &Path,
-        vocab_size: usize,
-        base: &Self,
-    ) -> Result<Self, ModelError> {
-        let fields = Fields { json, path, vocab_size };
+    /// Reads the fields of a config.json or generation_config.json at `path`. Start and end are those that `model` has
+    /// where the file does not name them.
+    ///
+    /// Where a decoder reads the prompt, transformers counts it in `min_length` and `max_length`, and forces a first token
+    /// only behind a prompt of one: these three are not followed there.
+    pub(crate) fn read(json: &Map<String, Value>, path: &Path, model: &ModelConfig) -> Result<Self, ModelError> {
+        let (base, has_encoder) = (&model.generation, model.has_encoder());
+        let fields = Fields { json, path, vocab_size: model.vocab_size };
         let start = match fields.token("decoder_start_token_id")? {
             Some(start) => Some(start),
             None => fields.token("bos_token_id")?,
@@ -99,17 +98,28 @@ impl GenerationConfig {
         let min_length = fields.count("min_length", 0, TOKENS_MAX)?.map(|length| length.saturating_sub(1));
         let max_length = fields.count("max_length", 2, TOKENS_MAX)?.filter(|&length| length != MAX_LENGTH_UNSAID);
         let max_length = max_length.map(|length| length - 1);
+        let forced_bos_token_id = fields.token("forced_bos_token_id")?;
+        let mut ignored = ignored::ignored(json, path.ends_with(GENERATION_CONFIG));
+        if !has_encoder {
+            let counted = [("min_length", min_length.filter(|&length| length > 0)), ("max_length", max_length)];
+            let counted = counted.into_iter().filter_map(|(field, length)| Some(format!("{field} is {}", length? + 1)));
+            ignored.extend(counted);
+            ignored.extend(forced_bos_token_id.map(|token| format!("forced_bos_token_id is {token}")));
+        }
         let config = Self {
             decoder_start_token_id: start.unwrap_or(base.decoder_start_token_id),
             eos_token_ids: if eos_token_ids.is_empty() { base.eos_token_ids.clone() } else { eos_token_ids },
             suppress_tokens: fields.tokens("suppress_tokens")?,
             begin_suppress_tokens: fields.tokens("begin_suppress_tokens")?,
-            forced_bos_token_id: fields.token("forced_bos_token_id")?,
+            forced_bos_token_id: forced_bos_token_id.filter(|_| has_encoder),
             forced_eos_token_ids: fields.tokens("forced_eos_token_id")?,
-            tokens_min: fields.count("min_new_tokens", 0, TOKENS_MAX)?.or(min_length).unwrap_or(0),
-            tokens_max: fields.count("max_new_tokens", 1, TOKENS_MAX)?.or(max_length),
+            tokens_min: fields
+                .count("min_new_tokens", 0, TOKENS_MAX)?
+                .or(min_length.filter(|_| has_encoder))
+                .unwrap_or(0),
+            tokens_max: fields.count("max_new_tokens", 1, TOKENS_MAX)?.or(max_length.filter(|_| has_encoder)),
             sampling: DefaultSampling::read(&fields)?,
-            ignored: ignored::ignored(json, path.ends_with(GENERATION_CONFIG)),
+            ignored,
         };
         config.check(&fields)?;
         Ok(config)

@@ -3,33 +3,36 @@
 
 use std::sync::Arc;
 
-use crate::{ModelError, cache_size::room};
+use crate::{
+    ModelError,
+    cache_size::room,
+    spec::{BlockSpec, StackSpec},
+};
 
 /// Keys and values of one sequence in one block's self-attention.
 #[derive(Debug)]
 pub(crate) struct KvCache {
-    /// (tokens, 2 * inner): a token's keys, then its values.
+    /// (tokens, 2 * kv_inner): a token's keys, then its values.
     rows: Vec<f32>,
     width: usize,
 }
 
 impl KvCache {
-    fn new(inner: usize, tokens: usize) -> Result<Self, ModelError> {
-        let width = 2 * inner;
+    fn new(kv_inner: usize, tokens: usize) -> Result<Self, ModelError> {
+        let width = 2 * kv_inner;
         Ok(Self { rows: reserved(tokens.saturating_mul(width))?, width })
     }
 
-    /// Sets the rows from `position` on to the keys and values at the end of each row of `qkv`
-    /// (n, 3 * inner), and forgets what was after them: a step that failed can be run again.
-    pub(crate) fn write(&mut self, position: usize, qkv: &[f32]) {
+    /// Sets the rows from `position` on to the keys and values at the end of each row of `qkv`, rows of `width` values, and
+    /// forgets what was after them: a step that failed can be run again.
+    pub(crate) fn write(&mut self, position: usize, qkv: &[f32], width: usize) {
         self.rows.truncate(position * self.width);
-        let inner = self.width / 2;
-        for row in qkv.chunks_exact(3 * inner) {
-            self.rows.extend_from_slice(&row[inner..]);
+        for row in qkv.chunks_exact(width) {
+            self.rows.extend_from_slice(&row[width - self.width..]);
         }
     }
 
-    /// (tokens, 2 * inner)
+    /// (tokens, 2 * kv_inner)
     pub(crate) fn rows(&self) -> &[f32] {
         &self.rows
     }
@@ -49,14 +52,15 @@ pub struct CpuSequence {
     /// One per block.
     /// Invariant: each holds the tokens before `position`, and those of a step that has not been advanced.
     pub(crate) caches: Vec<KvCache>,
-    /// Keys and values of the encoder's output, one (tokens, 2 * inner) per block; never changed.
+    /// Keys and values of the encoder's output, one (tokens, 2 * kv_inner) per block that attends to it; never changed.
     pub(crate) cross: Arc<[Vec<f32>]>,
 }
 
 impl CpuSequence {
-    /// Takes room for `tokens_max` tokens.
-    pub(crate) fn new(cross: Vec<Vec<f32>>, inner: usize, tokens_max: usize) -> Result<Self, ModelError> {
-        let caches = cross.iter().map(|_| KvCache::new(inner, room(tokens_max))).collect::<Result<_, _>>()?;
+    /// Takes room for `tokens_max` tokens in the decoder's blocks.
+    pub(crate) fn new(decoder: &StackSpec, cross: Vec<Vec<f32>>, tokens_max: usize) -> Result<Self, ModelError> {
+        let cache = |block: &BlockSpec| KvCache::new(block.attention.kv_inner(), room(tokens_max));
+        let caches = decoder.blocks.iter().map(cache).collect::<Result<_, _>>()?;
         Ok(Self { position: 0, caches, cross: cross.into() })
     }
 

@@ -52,6 +52,7 @@ pub mod position_bias;
 pub mod precision;
 pub mod reference;
 pub mod resident;
+mod rotary;
 pub mod router;
 mod shards;
 pub mod side_by_side;

@@ -58,21 +58,22 @@ impl Load for HostLoader<'_> {
     }
 
     /// Where their dtypes differ all become float32.
-    fn matrix(&mut self, names: &[String], outputs: usize, inputs: usize) -> Result<Linear, ModelError> {
-        let tensors = names.iter().map(|name| self.checkpoint.tensor_of_shape(name, &[outputs, inputs]));
+    fn matrix(&mut self, parts: &[(String, usize)], inputs: usize) -> Result<Linear, ModelError> {
+        let tensors = parts.iter().map(|(name, outputs)| self.checkpoint.tensor_of_shape(name, &[*outputs, inputs]));
         let tensors = tensors.collect::<Result<Vec<_>, _>>()?;
         let one = tensors[0].dtype;
         let dtype = if tensors.iter().all(|tensor| tensor.dtype == one) { one } else { StoredDType::F32 };
-        let mut bytes = Vec::with_capacity(tensors.len() * outputs * inputs * dtype.size());
+        let outputs: usize = parts.iter().map(|(_, outputs)| outputs).sum();
+        let mut bytes = Vec::with_capacity(outputs * inputs * dtype.size());
         for tensor in &tensors {
             tensor.append_to(dtype, &mut bytes);
         }
-        names.iter().for_each(|name| self.loaded(name));
-        Ok(Linear::new(bytes, dtype, tensors.len() * outputs, inputs))
+        parts.iter().for_each(|(name, _)| self.loaded(name));
+        Ok(Linear::new(bytes, dtype, outputs, inputs))
     }
 
     fn router(&mut self, name: String, experts: usize, d_model: usize) -> Result<Linear, ModelError> {
-        self.matrix(&[name], experts, d_model)
+        self.matrix(&[(name, experts)], d_model)
     }
 
     fn vector(&mut self, name: &str, width: usize) -> Result<Vec<f32>, ModelError> {
@@ -80,6 +81,11 @@ impl Load for HostLoader<'_> {
         let values = tensor.dtype.widen(tensor.bytes);
         self.loaded(name);
         Ok(values)
+    }
+
+    fn vectors(&mut self, parts: &[(String, usize)]) -> Result<Vec<f32>, ModelError> {
+        let vectors = parts.iter().map(|(name, width)| self.vector(name, *width));
+        Ok(vectors.collect::<Result<Vec<_>, _>>()?.concat())
     }
 
     fn bias(&mut self, bias: PositionBias) -> Result<PositionBias, ModelError> {

@@ -62,7 +62,16 @@ impl Reference {
         Ok((values, routing))
     }
 
-    /// A sequence's caches before its first token. They grow with it.
+    /// The states behind the last norm of a model without an encoder: (tokens, d_model).
+    pub fn last_hidden(&self, ids: &[u32]) -> Result<Vec<f32>, ModelError> {
+        let (mut backend, mut values) = (self.backend.clone(), Vec::new());
+        let (states, _) = self.pass(&mut backend, Stack::Decoder, ids, vec![&mut self.start(&[])?])?;
+        let states = backend.last_hidden(states)?;
+        backend.values(&states, &mut values)?;
+        Ok(values)
+    }
+
+    /// A sequence's caches before its first token. They grow with it. Without an encoder there are no states.
     pub fn start(&self, encoder_states: &[f32]) -> Result<CpuSequence, ModelError> {
         let new = NewSequence { rows: 0..encoder_states.len() / self.config().d_model, tokens_max: 0 };
         self.backend.start_of(encoder_states, &[new])?.remove(0)
@@ -91,15 +100,19 @@ impl Reference {
     pub fn generate_greedy(&self, ids: &[u32], new_tokens_max: usize) -> Result<Vec<u32>, ModelError> {
         let generation = &self.config().generation;
         let tokens_min = generation.tokens_min.min(new_tokens_max);
-        let (encoder_states, _) = self.encode(ids)?;
-        let mut sequence = self.start(&encoder_states)?;
+        let (mut sequence, mut fed) = match self.config().has_encoder() {
+            true => (self.start(&self.encode(ids)?.0)?, vec![generation.decoder_start_token_id]),
+            false => (self.start(&[])?, ids.to_vec()),
+        };
         let mut answer: Vec<u32> = Vec::new();
-        let mut token = generation.decoder_start_token_id;
         while answer.len() < new_tokens_max && !answer.last().is_some_and(|&last| generation.is_end(last)) {
-            let mut logits = self.decode(&mut sequence, &[token])?.0;
-            generation.token_rule(answer.len(), tokens_min, new_tokens_max).apply(&mut logits);
-            token = greedy(&logits);
+            let mut logits = self.decode(&mut sequence, &fed)?.0;
+            let last = logits.len() - self.config().vocab_size;
+            let logits = &mut logits[last..];
+            generation.token_rule(answer.len(), tokens_min, new_tokens_max).apply(logits);
+            let token = greedy(logits);
             answer.push(token);
+            fed = vec![token];
         }
         Ok(answer)
     }

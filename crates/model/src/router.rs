@@ -19,8 +19,8 @@ impl Router<Host> {
 }
 
 /// The experts of each token by its probabilities (n, num_experts): the most probable, most probable first,
-/// the lower id where two are equal. A row of NaN goes to the first experts.
-pub fn routes(top_k: usize, probabilities: &[f32], num_experts: usize) -> Routes {
+/// the lower id where two are equal. A row of NaN goes to the first experts. `is_normalised`: their weights add up to 1.
+pub fn routes(top_k: usize, is_normalised: bool, probabilities: &[f32], num_experts: usize) -> Routes {
     let tokens = probabilities.len() / num_experts.max(1);
     let top_k = top_k.min(num_experts);
     let mut routes =
@@ -33,8 +33,17 @@ pub fn routes(top_k: usize, probabilities: &[f32], num_experts: usize) -> Routes
             routes.experts.push(Some(best));
             routes.weights.push(row[usize::from(best.0)]);
         }
+        if is_normalised {
+            normalise(&mut routes.weights[first..]);
+        }
     }
     routes
+}
+
+/// The weights of a row's experts, divided by their sum.
+pub fn normalise(weights: &mut [f32]) {
+    let sum: f32 = weights.iter().sum();
+    weights.iter_mut().for_each(|weight| *weight /= sum);
 }
 
 fn most_probable(row: &[f32], is_taken: impl Fn(ExpertId) -> bool) -> ExpertId {
@@ -79,12 +88,13 @@ mod tests {
     #[test]
     fn takes_the_most_probable() {
         let probabilities = [0.1, 0.6, 0.3, 0.4, 0.2, 0.4];
-        let top1 = routes(1, &probabilities, 3);
+        let top1 = routes(1, false, &probabilities, 3);
         assert_eq!((ids(&top1), top1.weights), (vec![Some(1), Some(0)], vec![0.6, 0.4]));
-        let top2 = routes(2, &probabilities, 3);
+        let top2 = routes(2, false, &probabilities, 3);
         assert_eq!(ids(&top2), [Some(1), Some(2), Some(0), Some(2)]);
         assert_eq!(top2.weights, [0.6, 0.3, 0.4, 0.4]);
-        let nan = routes(2, &[f32::NAN; 3], 3);
+        assert_eq!(routes(2, true, &[0.5, 0.25, 0.25], 3).weights, [0.5 / 0.75, 0.25 / 0.75]);
+        let nan = routes(2, false, &[f32::NAN; 3], 3);
         assert_eq!(ids(&nan), [Some(0), Some(1)]);
     }
 

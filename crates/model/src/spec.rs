@@ -16,17 +16,17 @@ pub struct ModelSpec {
     pub norm_epsilon: f32,
     /// What the norm's output is multiplied by before the head.
     pub head_scale: f32,
-    /// Reads the whole input at once.
+    /// Reads the whole input at once. Without blocks where the model has none.
     pub encoder: StackSpec,
-    /// Reads and writes token by token.
+    /// Reads and writes token by token; the input, too, where there is no encoder.
     pub decoder: StackSpec,
 }
 
 /// The blocks of a stack, in order.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StackSpec {
-    /// What the attention of every block to its own stack adds to its scores.
-    pub positions: RelativeBias,
+    /// What the attention of every block to its own stack adds to its scores, if anything.
+    pub positions: Option<RelativeBias>,
     /// Every block.
     pub blocks: Vec<BlockSpec>,
 }
@@ -43,7 +43,7 @@ pub struct RelativeBias {
 }
 
 /// `h += attention(norm(h))`, then the same with the input where there is one, then `h += feed_forward(norm(h))`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct BlockSpec {
     /// To the block's own stack.
     pub attention: AttentionSpec,
@@ -53,15 +53,89 @@ pub struct BlockSpec {
     pub feed_forward: FeedForwardSpec,
 }
 
-/// `softmax(q K^T + bias) V O`, the scores unscaled.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// `softmax(scale * q K^T + bias) V O`. Before that, what the fields say is done to q, k and v, in their order.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AttentionSpec {
-    /// Heads, side by side in a row.
+    /// Heads of queries, side by side in a row.
     pub heads: usize,
+    /// Heads of keys and values; as many heads of queries share each.
+    pub kv_heads: usize,
     /// Width of a head.
     pub head_dim: usize,
     /// Whose keys and values are attended to.
     pub keys: Keys,
+    /// What scores are multiplied by.
+    pub scale: f32,
+    /// Whether a bias is added to q, k and v.
+    pub has_bias: bool,
+    /// Whether one is added to the output.
+    pub has_output_bias: bool,
+    /// How q and k are normed.
+    pub qk_norm: QkNorm,
+    /// What q, k and v are limited to, both ways.
+    pub clip: Option<f32>,
+    /// How q and k are turned by their position.
+    pub rotary: Option<Rotary>,
+    /// How many keys back a query sees, itself among them.
+    pub window: Option<usize>,
+}
+
+/// How queries and keys are normed before they meet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QkNorm {
+    /// Not at all.
+    None,
+    /// Each head by itself, with weights that heads share.
+    Heads,
+    /// All heads of a row together.
+    Rows,
+}
+
+/// Rotary positions: of a head of `width` values, value i and value i + width / 2 are turned by `position * frequency(i)`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Rotary {
+    /// Frequency i is `theta^(-2 i / width)`.
+    pub theta: f64,
+    /// What is done to the frequencies, for texts longer than those that were trained on.
+    pub scaling: RotaryScaling,
+}
+
+/// How frequencies are scaled. Source: transformers, modeling_rope_utils.py.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum RotaryScaling {
+    /// Not at all.
+    None,
+    /// All by the same factor.
+    Linear {
+        /// Positions are divided by it.
+        factor: f64,
+    },
+    /// High frequencies stay, low ones are divided by the factor, with a ramp between; cosines and sines are multiplied.
+    Yarn {
+        /// What low frequencies are divided by.
+        factor: f64,
+        /// So many turns within the trained length are high.
+        beta_fast: f64,
+        /// So many are low.
+        beta_slow: f64,
+        /// The length that was trained on.
+        trained: f64,
+        /// What cosines and sines are multiplied by.
+        attention_factor: f64,
+        /// Whether the ramp's ends are whole numbers.
+        truncate: bool,
+    },
+    /// As yarn, with a ramp by wavelength and nothing multiplied.
+    Llama3 {
+        /// What low frequencies are divided by.
+        factor: f64,
+        /// Wavelengths over the trained length divided by this are long.
+        low_freq_factor: f64,
+        /// Wavelengths below the trained length divided by this are short.
+        high_freq_factor: f64,
+        /// The length that was trained on.
+        trained: f64,
+    },
 }
 
 /// Whose keys and values a query sees.
@@ -78,23 +152,71 @@ pub enum Keys {
 /// What a block does after attention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FeedForwardSpec {
-    /// `relu(x Wi^T) Wo^T`, the same matrices for every row.
+    /// The same matrices for every row.
     Dense {
         /// Width between the matrices.
         d_ff: usize,
+        /// What is between them.
+        activation: Activation,
     },
-    /// The same by the expert that a router chooses for each row, times its probability.
+    /// The same by the experts that a router chooses for each row, each times its weight.
     Moe {
         /// Which of the model's MoE layers.
         layer: LayerId,
         /// How many experts it has.
         experts: usize,
-        /// Whether the router adds a bias to its logits.
-        router_bias: bool,
+        /// How they are chosen.
+        router: RouterSpec,
+        /// An expert that all rows go to.
+        shared: Option<SharedSpec>,
     },
 }
 
+/// What a feed-forward does between its matrices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// `relu(x Wi^T) Wo^T`
+    Relu,
+    /// `(silu(x Wg^T) * (x Wu^T)) Wd^T`
+    GatedSilu,
+}
+
+/// A router: softmax over all experts, of which the most probable are taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RouterSpec {
+    /// Experts per row.
+    pub top_k: usize,
+    /// Whether a bias is added to the logits.
+    pub has_bias: bool,
+    /// Whether the weights of a row's experts are divided by their sum.
+    pub is_normalised: bool,
+}
+
+/// An expert that all rows go to, computed with the dense part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SharedSpec {
+    /// Its width.
+    pub d_ff: usize,
+    /// Whether it is multiplied by `sigmoid(x w)`.
+    pub is_gated: bool,
+}
+
+impl Activation {
+    /// How many matrices a feed-forward has.
+    pub fn matrices(self) -> usize {
+        match self {
+            Self::Relu => 2,
+            Self::GatedSilu => 3,
+        }
+    }
+}
+
 impl ModelSpec {
+    /// Whether an encoder reads the input. If none does, the decoder does.
+    pub fn has_encoder(&self) -> bool {
+        !self.encoder.blocks.is_empty()
+    }
+
     /// One of its stacks.
     pub fn stack(&self, stack: Stack) -> &StackSpec {
         match stack {
@@ -115,8 +237,13 @@ impl StackSpec {
 }
 
 impl AttentionSpec {
-    /// Width of all heads side by side.
+    /// Width of all heads of queries side by side.
     pub fn inner(&self) -> usize {
         self.heads * self.head_dim
+    }
+
+    /// Width of all heads of keys, or of values.
+    pub fn kv_inner(&self) -> usize {
+        self.kv_heads * self.head_dim
     }
 }

@@ -51,8 +51,8 @@ impl Load for Headers<'_> {
         self.checkpoint
     }
 
-    fn matrix(&mut self, names: &[String], outputs: usize, inputs: usize) -> Result<(), ModelError> {
-        names.iter().try_for_each(|name| self.check(name, &[outputs, inputs]))
+    fn matrix(&mut self, parts: &[(String, usize)], inputs: usize) -> Result<(), ModelError> {
+        parts.iter().try_for_each(|(name, outputs)| self.check(name, &[*outputs, inputs]))
     }
 
     fn router(&mut self, name: String, experts: usize, d_model: usize) -> Result<(), ModelError> {
@@ -61,6 +61,10 @@ impl Load for Headers<'_> {
 
     fn vector(&mut self, name: &str, width: usize) -> Result<(), ModelError> {
         self.check(name, &[width])
+    }
+
+    fn vectors(&mut self, parts: &[(String, usize)]) -> Result<(), ModelError> {
+        parts.iter().try_for_each(|(name, width)| self.check(name, &[*width]))
     }
 
     fn bias(&mut self, _: PositionBias) -> Result<(), ModelError> {

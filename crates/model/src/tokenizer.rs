@@ -17,8 +17,11 @@ pub const TEXT_BYTES_MAX: usize = 1 << 20;
 #[derive(Debug)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
-    /// Padding and the tokens that end a text, ascending. They have no text of their own.
+    /// Padding, the tokens that end a text, and where a decoder reads texts all special ones, ascending. They have no text of
+    /// their own.
     hidden: Vec<u32>,
+    /// Whether an encoder reads texts. What a decoder reads goes on, and has no end.
+    has_encoder: bool,
 }
 
 impl Tokenizer {
@@ -47,21 +50,36 @@ impl Tokenizer {
         let ends = config.generation.eos_token_ids.iter().copied().filter(is_special);
         let mut hidden: Vec<u32> = ends.chain(config.eos_token_ids.iter().copied()).collect();
         hidden.push(config.pad_token_id);
+        if !config.has_encoder() {
+            hidden.extend(special.iter().filter(|(_, token)| token.special).map(|(&id, _)| id));
+        }
         hidden.sort_unstable();
-        let (tokenizer, ends) = (Self { inner, hidden }, &config.eos_token_ids);
+        let (tokenizer, ends) = (Self { inner, hidden, has_encoder: config.has_encoder() }, &config.eos_token_ids);
         match tokenizer.encode("a")?.last() {
-            Some(id) if ends.contains(id) => Ok(tokenizer),
+            Some(id) if ends.contains(id) && !tokenizer.has_encoder => {
+                Err(refuse(format!("ends a text with {id}, the model's end, which is to go on")))
+            }
+            Some(id) if ends.contains(id) || !tokenizer.has_encoder => Ok(tokenizer),
             last => Err(refuse(format!("ends a text with {last:?}, not with the model's end {ends:?}"))),
         }
     }
 
-    /// The ids of a text, the end token included. Never empty.
+    /// The ids of a text, with what a text of the model begins and ends with: for an encoder, the end token.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, ModelError> {
+        self.encoded(text, true)
+    }
+
+    /// The ids of a text that is written by the model: after what a decoder read without what a text begins with.
+    pub fn encode_answer(&self, text: &str) -> Result<Vec<u32>, ModelError> {
+        self.encoded(text, self.has_encoder)
+    }
+
+    fn encoded(&self, text: &str, is_whole: bool) -> Result<Vec<u32>, ModelError> {
         if text.len() > TEXT_BYTES_MAX {
             return Err(ModelError::TextTooLong { bytes: text.len(), limit: TEXT_BYTES_MAX });
         }
         let encoding =
-            guarded(|| self.inner.encode_fast(text, true)).map_err(|reason| ModelError::Tokenize { reason })?;
+            guarded(|| self.inner.encode_fast(text, is_whole)).map_err(|reason| ModelError::Tokenize { reason })?;
         Ok(encoding.get_ids().to_vec())
     }
 

@@ -136,7 +136,7 @@ fn sequences_take_what_is_reserved() {
     let new = |(rows, tokens_max)| NewSequence { rows, tokens_max };
     let new: Vec<NewSequence> = spans.ranges().zip(tokens).map(new).collect();
     let size = batches.backend.cache_size();
-    for (started, new) in batches.backend.start(&states, &new).unwrap().into_iter().zip(new) {
+    for (started, new) in batches.backend.start(Some(&states), &new).unwrap().into_iter().zip(new) {
         let mut sequence = started.unwrap();
         let reserved = (size.of_tokens(new.tokens_max), size.of_input(new.rows.len()));
         assert_eq!(sequence.bytes(), reserved);
@@ -157,7 +157,7 @@ fn no_memory_for_one_is_its_own_error() {
     let states = batches.pass(Stack::Encoder, &[5, 1, 700, 3, 1, 1], &spans, Vec::new());
     let new = |(rows, tokens_max)| NewSequence { rows, tokens_max };
     let new: Vec<NewSequence> = spans.ranges().zip([1, 1 << 44, 1]).map(new).collect();
-    let mut started = batches.backend.start(&states, &new).unwrap().into_iter();
+    let mut started = batches.backend.start(Some(&states), &new).unwrap().into_iter();
     let mut next = || started.next().unwrap();
     let (mut first, refused, mut last) = (next().unwrap(), next(), next().unwrap());
     assert!(matches!(refused, Err(ModelError::OutOfMemory { bytes, .. }) if bytes > 1 << 44), "{refused:?}");

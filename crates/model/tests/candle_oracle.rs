@@ -6,13 +6,13 @@ use std::path::Path;
 use candle_core::{D, Device, Error, IndexOp, Tensor};
 use sida_model::{
     Backbone, Checkpoint, ExpertStore, Reference, Stack,
-    backbone::Router,
+    backbone::{Matrices, Router, Shared},
     forward::{self, Operations, Rows},
     linear::Linear,
     loader::Host,
     names,
     position_bias::PositionBias,
-    spec::{AttentionSpec, Keys, RelativeBias},
+    spec::{AttentionSpec, Keys, RelativeBias, Rotary},
 };
 use sida_routing::{ExpertId, ExpertKey, LayerId};
 
@@ -50,7 +50,7 @@ impl<'m> Candle<'m> {
         Self {
             backbone,
             experts,
-            bias: (table, spec.positions),
+            bias: (table, spec.positions.unwrap()),
             input: None,
             caches: vec![None; spec.blocks.len()],
             ids: Vec::new(),
@@ -91,6 +91,11 @@ impl<'m> Candle<'m> {
     }
 }
 
+/// What Switch Transformers do not have; `causal_parity.rs` holds that against transformers.
+fn unknown() -> Result<()> {
+    Err(Error::Msg("the oracle computes Switch Transformers".to_owned()))
+}
+
 impl Operations for Candle<'_> {
     type Memory = Host;
     type Error = Error;
@@ -107,12 +112,24 @@ impl Operations for Candle<'_> {
         Ok(())
     }
 
-    fn project(&mut self, weight: &Linear) -> Result<()> {
+    fn project(&mut self, weight: &Linear, _: Option<&Vec<f32>>) -> Result<()> {
         self.y = product(&self.x, weight)?;
         Ok(())
     }
 
-    fn attend(&mut self, spec: &AttentionSpec, block: usize, _: &PositionBias) -> Result<()> {
+    fn norm_heads(&mut self, _: &AttentionSpec, _: &[Vec<f32>; 2]) -> Result<()> {
+        unknown()
+    }
+
+    fn clip(&mut self, _: f32) -> Result<()> {
+        unknown()
+    }
+
+    fn rotate(&mut self, _: &AttentionSpec, _: &Rotary) -> Result<()> {
+        unknown()
+    }
+
+    fn attend(&mut self, spec: &AttentionSpec, block: usize, _: Option<&PositionBias>) -> Result<()> {
         let (n, inner) = (self.y.dim(0)?, spec.inner());
         let own = |part: usize, of: &Tensor| of.narrow(1, part * inner, inner);
         let (keys, values, first) = match spec.keys {
@@ -147,14 +164,18 @@ impl Operations for Candle<'_> {
         Ok(())
     }
 
-    fn add_output(&mut self, weight: &Linear) -> Result<()> {
+    fn add_output(&mut self, weight: &Linear, _: Option<&Vec<f32>>) -> Result<()> {
         self.h = (&self.h + product(&self.y, weight)?)?;
         Ok(())
     }
 
-    fn feed_forward(&mut self, wi: &Linear, wo: &Linear) -> Result<()> {
+    fn feed_forward(&mut self, Matrices { wi, wo, .. }: &Matrices<Host>) -> Result<()> {
         self.h = (&self.h + product(&product(&self.x, wi)?.relu()?, wo)?)?;
         Ok(())
+    }
+
+    fn shared(&mut self, _: &Shared<Host>) -> Result<()> {
+        unknown()
     }
 
     fn route(&mut self, _: LayerId, router: &Router<Host>) -> Result<()> {

@@ -183,7 +183,7 @@ fn no_memory_for_one_is_its_own_error() {
     let states = dense.finish(pass).unwrap().states;
     let new = |(rows, tokens_max)| NewSequence { rows, tokens_max };
     let new: Vec<NewSequence> = spans.ranges().zip([1, 1 << 40, 65]).map(new).collect();
-    let mut started = dense.start(&states, &new).unwrap();
+    let mut started = dense.start(Some(&states), &new).unwrap();
     assert!(matches!(&started[1], Err(ModelError::Device(DeviceError::Failed(_)))), "{:?}", started[1]);
     let mut begin = |sequence: &mut DeviceSequence, tokens: usize| {
         let (ids, spans) = (vec![0; tokens], Spans::new([tokens]));

@@ -103,7 +103,7 @@ pub fn train(
     on_progress: &mut dyn FnMut(TrainProgress),
 ) -> Result<Vec<HitRate>, PredictorError> {
     options.check(train.shape.num_experts)?;
-    if train.encoder.tokens() == 0 {
+    if train.encoder.tokens() + train.decoder.tokens() == 0 {
         return Err(PredictorError::Texts { reason: "nothing was recorded".to_owned() });
     }
     let mut tensors = Tensors::default();

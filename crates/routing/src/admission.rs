@@ -9,10 +9,10 @@ use std::iter::Sum;
 pub struct Cost {
     /// Rows that pass through the model when it joins: its prompt, and its targets if it is scored.
     pub tokens: usize,
-    /// Places it keeps among the running sequences afterwards. 0 for a request that is encoded and gone.
+    /// Places it keeps among the running sequences afterwards. 0 for a request for states, which is gone then.
     pub sequences: usize,
     /// Memory that is reserved for its keys and values until it ends: of its input, and of the most tokens that it
-    /// may decode. 0 for a request that is encoded and gone.
+    /// may decode. 0 for a request for an encoder's states.
     pub cache_bytes: u64,
 }
 

@@ -35,7 +35,8 @@ impl MadeUp {
     }
 
     pub(crate) fn wide(d_ff: usize) -> Arc<Self> {
-        let shape = ExpertShape { d_model: D_MODEL, d_ff, dtype: StoredDType::F32 };
+        let activation = sida_model::spec::Activation::Relu;
+        let shape = ExpertShape { d_model: D_MODEL, d_ff, dtype: StoredDType::F32, activation };
         let (failing, slow, loads) = Default::default();
         Arc::new(Self { shape, failing, slow, loads })
     }

@@ -32,7 +32,7 @@ const STANDARD_INPUT: &str = "-";
 /// Answer one text; without --endpoint on a cluster of its own in this process
 #[derive(Args)]
 pub(crate) struct AskArguments {
-    /// What to answer; - reads it from standard input
+    /// What to answer; - reads it from standard input, without its last line break
     #[arg(value_name = "TEXT")]
     text: String,
     /// Ask this coordinator, as http://127.0.0.1:50051, instead of starting a cluster

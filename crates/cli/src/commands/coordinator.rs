@@ -92,6 +92,7 @@ pub(crate) fn refused(error: CoordinatorError) -> anyhow::Error {
         CoordinatorError::Model(error) => device::model_refused(error),
         error @ (CoordinatorError::PredictorModel { .. }
         | CoordinatorError::Extent { .. }
+        | CoordinatorError::NoCapacity { .. }
         | CoordinatorError::NoExpertNode) => BadConfiguration::new(error.to_string()).into(),
         error => error.into(),
     }

@@ -15,6 +15,7 @@ use sida_model::{
     Checkpoint, ModelConfig, Stack,
     manifest::{self, Manifest},
     names,
+    spec::Activation,
 };
 
 use crate::{
@@ -124,7 +125,7 @@ fn contents(checkpoint: &Checkpoint) -> anyhow::Result<Contents> {
 fn part_of(name: &str) -> &'static str {
     if names::is_expert(name) {
         "experts"
-    } else if name.contains(".router.") {
+    } else if names::is_router(name) {
         "routers"
     } else if name.ends_with(names::SHARED) || name.contains("embed_tokens") {
         "embeddings"
@@ -142,13 +143,15 @@ fn facts(
     checked: Vec<(&'static str, String)>,
 ) -> anyhow::Result<Vec<(&'static str, String)>> {
     let config = checkpoint.config();
-    let stacks = format!(
-        "encoder of {} blocks ({} MoE), decoder of {} ({} MoE)",
-        config.encoder_layers,
-        config.moe_layers(Stack::Encoder).len(),
-        config.decoder_layers,
-        config.moe_layers(Stack::Decoder).len(),
-    );
+    let decoder =
+        format!("decoder of {} blocks ({} MoE)", config.decoder_layers, config.moe_layers(Stack::Decoder).len());
+    let stacks = match config.has_encoder() {
+        true => {
+            let moe = config.moe_layers(Stack::Encoder).len();
+            format!("encoder of {} blocks ({moe} MoE), {decoder}", config.encoder_layers)
+        }
+        false => decoder,
+    };
     let widths = format!(
         "d_model {}, d_ff {}, {} heads of {}, vocabulary {}",
         config.d_model, config.d_ff, config.num_heads, config.d_kv, config.vocab_size
@@ -156,6 +159,7 @@ fn facts(
     let dtypes: Vec<_> = dtypes.iter().map(|(dtype, tensors)| format!("{dtype} ({tensors} tensors)")).collect();
     let mut facts = vec![
         ("model", model_dir::full_path(checkpoint.dir()).display().to_string()),
+        ("family", config.family.to_owned()),
         ("stacks", stacks),
         ("widths", widths),
         ("experts", experts_fact(config)),
@@ -170,11 +174,18 @@ fn facts(
 }
 
 fn experts_fact(config: &ModelConfig) -> String {
-    format!("{} per MoE layer (two matrices, ReLU)", config.num_experts)
+    let matrices = match config.activation {
+        Activation::Relu => "two matrices, ReLU",
+        Activation::GatedSilu => "three matrices, gated SiLU",
+    };
+    format!("{} per MoE layer ({matrices})", config.num_experts)
 }
 
 fn router_fact(config: &ModelConfig) -> String {
-    format!("top {}, expert capacity {} where it is enforced", config.top_k, config.expert_capacity)
+    match config.has_encoder() {
+        true => format!("top {}, expert capacity {} where it is enforced", config.top_k, config.expert_capacity),
+        false => format!("top {}", config.top_k),
+    }
 }
 
 fn manifest_fact(checkpoint: &Checkpoint) -> anyhow::Result<String> {

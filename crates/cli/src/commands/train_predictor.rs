@@ -41,9 +41,9 @@ pub(crate) struct TrainPredictorArguments {
     /// Where the predictor goes [default: predictor.safetensors beside the model]
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
-    /// Experts predicted per token and layer
-    #[arg(long, value_name = "K", default_value_t = TrainOptions::default().top_k)]
-    predicted: usize,
+    /// Experts predicted per token and layer [default: 3, or as many as the model's routers choose]
+    #[arg(long, value_name = "K")]
+    predicted: Option<usize>,
     /// Passes over the texts
     #[arg(long, value_name = "N", default_value_t = TrainOptions::default().epochs)]
     epochs: usize,
@@ -81,7 +81,7 @@ pub(crate) fn run(arguments: TrainPredictorArguments) -> anyhow::Result<ExitCode
             NetKind::Lstm => Net::Lstm,
             NetKind::Table => Net::Table,
         },
-        top_k: arguments.predicted,
+        top_k: arguments.predicted.unwrap_or(TrainOptions::default().top_k.max(checkpoint.config().top_k)),
         epochs: arguments.epochs,
         width: arguments.width,
         seed: arguments.seed,

@@ -4,13 +4,18 @@
 
 use std::collections::BTreeMap;
 
-use sida_routing::{ExpertId, ExpertKey, LayerId};
+use sida_routing::{ExpertId, ExpertKey};
 
 use super::ConvertError;
-use crate::{ModelConfig, ModelError, Stack, names, names::Attention, shards::TensorSpec};
+use crate::{
+    ModelConfig, ModelError, Stack,
+    names::{self, Attention, ExpertPart, TensorNames, position_bias},
+    shards::TensorSpec,
+    spec::{BlockSpec, FeedForwardSpec, QkNorm, SharedSpec, StackSpec},
+};
 
 /// What wrappers put before a name: DistributedDataParallel, `torch.compile`, and modules that hold the model as a field.
-/// No tensor of a model begins with one of them.
+/// No tensor of a model begins with one of them, but for those of decoder-only models with the last.
 const PREFIXES: [&str; 4] = ["module.", "_orig_mod.", "_fsdp_wrapped_module.", "model."];
 
 /// The stored name of each tensor by the one it is loaded by, and how often each prefix was taken off.
@@ -21,10 +26,13 @@ pub(super) struct Renamed {
 }
 
 /// Takes prefixes off. Refuses two tensors that would get one name.
-pub(super) fn renamed<'a>(stored: impl Iterator<Item = &'a String>) -> Result<Renamed, ConvertError> {
+pub(super) fn renamed<'a>(
+    stored: impl Iterator<Item = &'a String>,
+    names: TensorNames,
+) -> Result<Renamed, ConvertError> {
     let mut renamed = Renamed::default();
     for name in stored {
-        let plain = without_prefixes(name);
+        let plain = without_prefixes(name, names);
         if plain.len() < name.len() {
             *renamed.dropped.entry(name[..name.len() - plain.len()].to_owned()).or_default() += 1;
         }
@@ -35,8 +43,13 @@ pub(super) fn renamed<'a>(stored: impl Iterator<Item = &'a String>) -> Result<Re
     Ok(renamed)
 }
 
-fn without_prefixes(mut name: &str) -> &str {
-    while let Some(rest) = PREFIXES.iter().find_map(|&prefix| name.strip_prefix(prefix)) {
+fn without_prefixes(mut name: &str, names: TensorNames) -> &str {
+    let is_own = |name: &str| names != TensorNames::Switch && (name.starts_with("model.") || name == names::LM_HEAD);
+    let strip = |name: &'_ str| PREFIXES.iter().find_map(|&prefix| name.strip_prefix(prefix).map(str::len));
+    while let Some(rest) = strip(name).map(|length| &name[name.len() - length..]) {
+        if is_own(name) && !is_own(rest) {
+            break;
+        }
         name = rest;
     }
     name
@@ -58,7 +71,7 @@ pub(super) fn check(
         }
         None => ModelError::TensorMissing { dir: dir.to_owned(), tensor },
     };
-    for (tensor, shape) in required(config) {
+    for (tensor, shape) in required(config, |name| found.contains_key(name)) {
         match found.get(tensor.as_str()) {
             Some(&found) if found == shape => {}
             Some(&found) => return Err(ModelError::TensorShape { tensor, expected: shape, found: found.to_vec() }),
@@ -66,43 +79,80 @@ pub(super) fn check(
         }
     }
     // Which copies of the embedding a file holds varies; one is enough.
-    let has_embedding = names::tied().iter().any(|name| found.contains_key(&**name));
-    if has_embedding { Ok(()) } else { Err(missing(names::SHARED.to_owned())) }
+    let embeddings = config.names.tied();
+    let of_stacks = if config.tie_word_embeddings { &embeddings[..] } else { &embeddings[..3] };
+    let expected = [config.vocab_size, config.d_model];
+    match of_stacks.iter().find_map(|name| Some((name, *found.get(&**name)?))) {
+        Some((_, found)) if found == expected => Ok(()),
+        Some((tensor, found)) => {
+            let (tensor, expected, found) = (tensor.clone(), expected.to_vec(), found.to_vec());
+            Err(ModelError::TensorShape { tensor, expected, found })
+        }
+        None => Err(missing(embeddings[0].clone())),
+    }
 }
 
-/// What every model of this config has but its embeddings, each with its shape.
-fn required(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
-    let (d_model, inner, mut moe_layer) = (config.d_model, config.inner_dim(), 0);
+/// What every model of this config has but its embeddings, each with its shape. `found`: what is there.
+fn required(config: &ModelConfig, found: impl Fn(&str) -> bool) -> Vec<(String, Vec<usize>)> {
+    use Attention::{CrossAttention, SelfAttention};
+    let (spec, names, d_model) = (config.spec(), config.names, config.d_model);
     let mut all = Vec::new();
     for stack in [Stack::Encoder, Stack::Decoder] {
-        let attentions = match stack {
-            Stack::Encoder => &[Attention::SelfAttention][..],
-            Stack::Decoder => &[Attention::SelfAttention, Attention::CrossAttention],
-        };
-        all.push((names::final_norm(stack), vec![d_model]));
-        if !config.sparse(stack).is_empty() {
-            all.push((names::position_bias(stack), vec![config.relative_attention_num_buckets, config.num_heads]));
+        let StackSpec { positions, blocks } = spec.stack(stack);
+        if blocks.is_empty() {
+            continue;
         }
-        for (block, &is_sparse) in config.sparse(stack).iter().enumerate() {
-            for &attention in attentions {
-                all.push((names::attention_norm(stack, block, attention), vec![d_model]));
-                for (projection, shape) in [('q', [inner, d_model]), ('k', [inner, d_model]), ('v', [inner, d_model])] {
-                    all.push((names::projection(stack, block, attention, projection), shape.to_vec()));
+        all.push((names.final_norm(stack), vec![d_model]));
+        all.extend(positions.map(|positions| (position_bias(stack), vec![positions.buckets, config.num_heads])));
+        for (block, BlockSpec { attention, cross, feed_forward }) in blocks.iter().enumerate() {
+            for (which, spec) in [(SelfAttention, Some(attention)), (CrossAttention, cross.as_ref())] {
+                let Some(spec) = spec else { continue };
+                let (inner, kv_inner) = (spec.inner(), spec.kv_inner());
+                all.push((names.attention_norm(stack, block, which), vec![d_model]));
+                for (of, width) in [('q', inner), ('k', kv_inner), ('v', kv_inner)] {
+                    all.push((names.projection(stack, block, which, of), vec![width, d_model]));
+                    all.extend(spec.has_bias.then(|| (names.projection_bias(stack, block, which, of), vec![width])));
                 }
-                all.push((names::projection(stack, block, attention, 'o'), vec![d_model, inner]));
+                all.push((names.projection(stack, block, which, 'o'), vec![d_model, inner]));
+                let bias = || (names.projection_bias(stack, block, which, 'o'), vec![d_model]);
+                all.extend(spec.has_output_bias.then(bias));
+                let norms = match spec.qk_norm {
+                    QkNorm::None => None,
+                    QkNorm::Heads => Some([spec.head_dim; 2]),
+                    QkNorm::Rows => Some([inner, kv_inner]),
+                };
+                all.extend(
+                    norms
+                        .into_iter()
+                        .flatten()
+                        .zip(['q', 'k'])
+                        .map(|(width, of)| (names.qk_norm(block, of), vec![width])),
+                );
             }
-            all.push((names::feed_forward_norm(stack, block), vec![d_model]));
-            if is_sparse {
-                all.push((names::router(stack, block), vec![config.num_experts, d_model]));
-                all.extend(config.router_bias.then(|| (names::router_bias(stack, block), vec![config.num_experts])));
-                for expert in 0..config.num_experts as u16 {
-                    let key = ExpertKey { layer: LayerId(moe_layer), expert: ExpertId(expert) };
-                    all.extend(names::expert(config, key).into_iter().map(|(name, shape)| (name, shape.to_vec())));
+            all.push((names.feed_forward_norm(stack, block), vec![d_model]));
+            let matrices = |names: Vec<String>, d_ff: usize| {
+                let last = names.len() - 1;
+                let shape = move |at| if at == last { vec![d_model, d_ff] } else { vec![d_ff, d_model] };
+                names.into_iter().enumerate().map(move |(at, name)| (name, shape(at)))
+            };
+            match *feed_forward {
+                FeedForwardSpec::Dense { d_ff, .. } => all.extend(matrices(names.dense(stack, block), d_ff)),
+                FeedForwardSpec::Moe { layer, experts, router, shared } => {
+                    all.push((names.router(stack, block), vec![experts, d_model]));
+                    all.extend(router.has_bias.then(|| (names.router_bias(stack, block), vec![experts])));
+                    if let Some(SharedSpec { d_ff, is_gated }) = shared {
+                        all.extend(matrices(names.shared(block), d_ff));
+                        all.extend(is_gated.then(|| (names.shared_gate(block), vec![1, d_model])));
+                    }
+                    for expert in (0..experts as u16).map(ExpertId) {
+                        let stacked = names.stacked(config, ExpertKey { layer, expert });
+                        let parts = match stacked.iter().any(|part| found(&part.tensor)) {
+                            true => stacked,
+                            false => names.expert(config, ExpertKey { layer, expert }),
+                        };
+                        all.extend(parts.into_iter().map(|ExpertPart { tensor, shape, .. }| (tensor, shape)));
+                    }
                 }
-                moe_layer += 1;
-            } else {
-                all.push((names::dense(stack, block, "wi"), vec![config.d_ff, d_model]));
-                all.push((names::dense(stack, block, "wo"), vec![d_model, config.d_ff]));
             }
         }
     }
@@ -126,10 +176,19 @@ mod tests {
             ("modules.shared.weight", "modules.shared.weight"),
             ("encoder.module.weight", "encoder.module.weight"),
         ] {
-            assert_eq!(without_prefixes(stored), expected);
+            assert_eq!(without_prefixes(stored, TensorNames::Switch), expected);
+        }
+        let causal = TensorNames::Causal { moe: "mlp", expert: [""; 3] };
+        for (stored, expected) in [
+            ("model.norm.weight", "model.norm.weight"),
+            ("module.model.norm.weight", "model.norm.weight"),
+            ("model.model.norm.weight", "model.norm.weight"),
+            ("model.lm_head.weight", "lm_head.weight"),
+        ] {
+            assert_eq!(without_prefixes(stored, causal), expected);
         }
         let stored = ["module.a".to_owned(), "module.b".to_owned(), "c".to_owned()];
-        let renamed = renamed(stored.iter()).unwrap();
+        let renamed = renamed(stored.iter(), TensorNames::Switch).unwrap();
         assert_eq!(renamed.dropped, BTreeMap::from([("module.".to_owned(), 2)]));
         assert_eq!(renamed.stored["b"], "module.b");
     }
@@ -138,7 +197,7 @@ mod tests {
     fn two_tensors_never_become_one() {
         // Broken: which of two copies of a weight is kept would be a matter of order.
         let stored = ["a".to_owned(), "module.a".to_owned()];
-        let error = renamed(stored.iter()).unwrap_err().to_string();
+        let error = renamed(stored.iter(), TensorNames::Switch).unwrap_err().to_string();
         assert!(error.contains("module.a"), "{error}");
     }
 
@@ -147,7 +206,7 @@ mod tests {
         // Broken: a checkpoint that can be loaded would be refused.
         let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/switch-tiny-64");
         let checkpoint = crate::Checkpoint::open(&dir).unwrap();
-        for (name, shape) in required(checkpoint.config()) {
+        for (name, shape) in required(checkpoint.config(), |name| checkpoint.contains(name)) {
             checkpoint.check_shape(&name, &shape).unwrap();
         }
     }

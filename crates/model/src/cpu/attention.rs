@@ -1,4 +1,4 @@
-//! T5 attention on rows: no scaling of scores, a bias per distance, softmax over the keys a query may see.
+//! Attention on rows: scores with a factor and a bias per distance, where there are, and softmax over the keys a query may see.
 //! One function serves the encoder, the decoder's self-attention over its cache, and cross-attention: they
 //! differ in where keys and values lie.
 //!
@@ -48,9 +48,9 @@ pub struct Sequence<'a> {
     pub key_rows: usize,
     /// (query_rows, heads, d_kv)
     pub queries: HeadRows<'a>,
-    /// (key_rows, heads, d_kv)
+    /// (key_rows, kv_heads, d_kv)
     pub keys: HeadRows<'a>,
-    /// (key_rows, heads, d_kv)
+    /// (key_rows, kv_heads, d_kv)
     pub values: HeadRows<'a>,
 }
 
@@ -59,10 +59,16 @@ pub struct Sequence<'a> {
 pub struct Attention<'a> {
     /// Heads, side by side in a row.
     pub heads: usize,
+    /// Heads of keys and values; as many heads of queries share each.
+    pub kv_heads: usize,
     /// Width of a head.
     pub d_kv: usize,
+    /// What scores are multiplied by.
+    pub scale: f32,
     /// Whether a query sees only keys up to its own position.
     pub causal: bool,
+    /// How many keys up to its own position a query sees, if not all.
+    pub window: Option<usize>,
     /// What is added to a score for its distance.
     pub bias: Option<&'a PositionBias>,
 }
@@ -81,7 +87,13 @@ thread_local! {
 }
 
 impl Attention<'_> {
-    /// `softmax(q K^T + bias) V` for each query and head, into `out` (all query rows, heads * d_kv), sequence
+    /// The head of keys and values that a head of queries shares with its neighbours.
+    #[inline(always)]
+    fn kv_head(&self, head: usize) -> usize {
+        head / (self.heads / self.kv_heads)
+    }
+
+    /// `softmax(scale * q K^T + bias) V` for each query and head, into `out` (all query rows, heads * d_kv), sequence
     /// after sequence. A sequence without keys gives zeros. Ends with an error, and `out` half done, when it is not wanted any
     /// more.
     ///
@@ -134,12 +146,14 @@ impl Attention<'_> {
 
 impl Sequence<'_> {
     fn check(&self, attention: &Attention<'_>) {
-        let width = attention.heads * attention.d_kv;
-        let holds =
-            |of: HeadRows<'_>, rows: usize| rows == 0 || of.values.len() >= (rows - 1) * of.stride + of.offset + width;
-        assert!(holds(self.queries, self.query_rows), "queries are ({}, {width})", self.query_rows);
-        assert!(holds(self.keys, self.key_rows), "keys are ({}, {width})", self.key_rows);
-        assert!(holds(self.values, self.key_rows), "values are ({}, {width})", self.key_rows);
+        let (width, kv_width) = (attention.heads * attention.d_kv, attention.kv_heads * attention.d_kv);
+        let holds = |of: HeadRows<'_>, rows: usize, width: usize| {
+            rows == 0 || of.values.len() >= (rows - 1) * of.stride + of.offset + width
+        };
+        assert!(attention.heads.is_multiple_of(attention.kv_heads), "heads of queries share those of keys evenly");
+        assert!(holds(self.queries, self.query_rows, width), "queries are ({}, {width})", self.query_rows);
+        assert!(holds(self.keys, self.key_rows, kv_width), "keys are ({}, {kv_width})", self.key_rows);
+        assert!(holds(self.values, self.key_rows, kv_width), "values are ({}, {kv_width})", self.key_rows);
         assert!(!attention.causal || self.first_position + self.query_rows <= self.key_rows, "a query is its own key");
     }
 }
@@ -173,28 +187,29 @@ impl Kernel for Queries<'_, '_> {
 }
 
 impl Queries<'_, '_> {
-    /// Every head: R queries at a time, or one where each sees other keys.
+    /// Every head: R queries at a time.
     #[inline(always)]
     unsafe fn heads<L: Lanes, const R: usize, const C: usize>(mut self) {
-        let Attention { heads, d_kv, causal, .. } = *self.attention;
+        let Attention { heads, d_kv, .. } = *self.attention;
         let rows = self.out.len() / (heads * d_kv);
-        let turned = !causal && rows > 1 && d_kv.is_multiple_of(LANES);
+        let turned = rows > 1 && d_kv.is_multiple_of(LANES);
         for head in 0..heads {
             let mut row = 0;
             // SAFETY: rows of this task, heads of this model.
             unsafe {
-                if turned {
+                let is_first = head == 0 || self.attention.kv_head(head) != self.attention.kv_head(head - 1);
+                if turned && is_first {
                     self.turn_keys::<L>(head);
                 }
-                while !causal && row + R <= rows {
+                while row + R <= rows {
                     self.tile::<L, R, C>(head, row, turned);
                     row += R;
                 }
                 match rows - row {
-                    5 if !causal => self.tile::<L, 5, 3>(head, row, turned),
-                    4 if !causal => self.tile::<L, 4, 3>(head, row, turned),
-                    3 if !causal => self.tile::<L, 3, 3>(head, row, turned),
-                    2 if !causal => self.tile::<L, 2, 3>(head, row, turned),
+                    5 => self.tile::<L, 5, 3>(head, row, turned),
+                    4 => self.tile::<L, 4, 3>(head, row, turned),
+                    3 => self.tile::<L, 3, 3>(head, row, turned),
+                    2 => self.tile::<L, 2, 3>(head, row, turned),
                     _ => {
                         while row < rows {
                             self.tile::<L, 1, 6>(head, row, turned);
@@ -214,7 +229,8 @@ impl Queries<'_, '_> {
         for key in (0..=last).step_by(LANES) {
             // SAFETY: no key beyond the last is read; `turned` has room for all.
             unsafe {
-                let load = |c: usize, at: usize| L::load(keys.head((key + c).min(last), head * d_kv + at));
+                let column = self.attention.kv_head(head) * d_kv;
+                let load = |c: usize, at: usize| L::load(keys.head((key + c).min(last), column + at));
                 panel::turn::<L>(load, d_kv, self.turned.add(key * d_kv));
             }
         }
@@ -223,9 +239,10 @@ impl Queries<'_, '_> {
     /// One head of R queries: scores, softmax, weighted sum of values.
     #[inline(always)]
     unsafe fn tile<L: Lanes, const R: usize, const C: usize>(&mut self, head: usize, row: usize, turned: bool) {
-        let Attention { d_kv, heads, causal, bias } = *self.attention;
+        let Attention { d_kv, heads, causal, bias, scale, window, .. } = *self.attention;
+        let kv_column = self.attention.kv_head(head) * d_kv;
         let position = self.sequence.first_position + self.first_query + row;
-        let keys = if causal { position + 1 } else { self.sequence.key_rows }; // that these queries see
+        let keys = if causal { position + R } else { self.sequence.key_rows }; // that the last of these queries sees
         let stride = keys.next_multiple_of(LANES);
         // SAFETY: all pointers are to rows and heads that exist; `scores` has room for the rows of a tile.
         unsafe {
@@ -243,11 +260,11 @@ impl Queries<'_, '_> {
                 let queries = std::array::from_fn(query);
                 let mut key = 0;
                 while key + C <= keys {
-                    dots::<L, R, C>(queries, self.sequence.keys, key, head * d_kv, d_kv, scores, stride);
+                    dots::<L, R, C>(queries, self.sequence.keys, key, kv_column, d_kv, scores, stride);
                     key += C;
                 }
                 while key < keys {
-                    dots::<L, R, 1>(queries, self.sequence.keys, key, head * d_kv, d_kv, scores, stride);
+                    dots::<L, R, 1>(queries, self.sequence.keys, key, kv_column, d_kv, scores, stride);
                     key += 1;
                 }
             }
@@ -260,14 +277,23 @@ impl Queries<'_, '_> {
                         last[l] = if l < own { last[l] } else { f32::NEG_INFINITY };
                     }
                 }
+                if scale != 1.0 {
+                    scores.iter_mut().for_each(|score| *score *= scale);
+                }
                 if let Some(bias) = bias {
                     bias.add_to(head, position + r, scores);
+                }
+                if causal {
+                    // A key that is not seen counts nothing, and adds nothing.
+                    let seen = position + r + 1;
+                    scores[seen..keys].fill(f32::NEG_INFINITY);
+                    scores[..seen.saturating_sub(window.unwrap_or(seen))].fill(f32::NEG_INFINITY);
                 }
                 softmax_row(scores);
             }
             let out = std::array::from_fn(|r| self.out.as_mut_ptr().add(((row + r) * heads + head) * d_kv));
             for at in (0..d_kv).step_by(2 * LANES) {
-                let (column, width) = (head * d_kv + at, d_kv - at);
+                let (column, width) = (kv_column + at, d_kv - at);
                 let out = out.map(|out| out.add(at));
                 if width > LANES {
                     weighted_sum::<L, R, 2>(scores, stride, keys, self.sequence.values, column, width, out);
@@ -377,6 +403,11 @@ mod tests {
 
     use super::*;
 
+    /// As T5's, without a bias.
+    fn of_t5(heads: usize, d_kv: usize, causal: bool) -> Attention<'static> {
+        Attention { heads, kv_heads: heads, d_kv, scale: 1.0, causal, window: None, bias: None }
+    }
+
     fn values(n: usize, seed: usize) -> Vec<f32> {
         (0..n).map(|i| ((i * 7919 + seed * 104_729) % 1009) as f32 / 504.0 - 1.0).collect()
     }
@@ -423,7 +454,7 @@ mod tests {
                 }
                 let width = heads * d_kv;
                 let fused = values(queries.max(keys) * 3 * width, heads);
-                let attention = Attention { heads, d_kv, causal, bias: None };
+                let attention = of_t5(heads, d_kv, causal);
                 let sequence = Sequence {
                     query_rows: queries,
                     first_position: if causal { keys - queries } else { 0 },
@@ -448,7 +479,7 @@ mod tests {
         let width = heads * d_kv;
         let fused = values(keys * 3 * width, 3);
         for causal in [false, true] {
-            let attention = Attention { heads, d_kv, causal, bias: None };
+            let attention = of_t5(heads, d_kv, causal);
             let sequence = |first: usize, count: usize| Sequence {
                 query_rows: count,
                 first_position: first,
@@ -478,7 +509,7 @@ mod tests {
         let part = |part| rows(&fused, 3 * width, part * width);
         let (queries, key_rows, first_position) = (part(0), keys, 0);
         let sequence = Sequence { query_rows: keys, first_position, key_rows, queries, keys: part(1), values: part(2) };
-        let attention = Attention { heads, d_kv, causal: false, bias: None };
+        let attention = of_t5(heads, d_kv, false);
         let asked = AtomicUsize::new(0);
         let is_wanted = || asked.fetch_add(1, Ordering::Relaxed) < 4;
         let mut out = vec![0.0; keys * width];

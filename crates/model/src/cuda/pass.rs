@@ -18,9 +18,9 @@ use super::{
 };
 use crate::{
     ModelConfig, Spans,
-    backbone::Router,
+    backbone::{Matrices, Router, Shared},
     forward::{Operations, Rows},
-    spec::{AttentionSpec, Keys},
+    spec::{Activation, AttentionSpec, Keys, Rotary},
 };
 
 /// Up to so many rows one block chooses and groups; with more, choosing is spread over the device.
@@ -273,6 +273,15 @@ impl<'m> Pass<'m> {
     }
 }
 
+/// What no model has that was let onto a device (see `weights::check`).
+fn unsupported<T>(what: &'static str) -> Result<T, CudaError> {
+    Err(CudaError::Unsupported { what, found: "one".to_owned(), expected: "none" })
+}
+
+fn without(bias: Option<&Vector>) -> Result<(), CudaError> {
+    bias.map_or(Ok(()), |_| unsupported("a bias of a product"))
+}
+
 impl Operations for Pass<'_> {
     type Memory = Device;
     type Error = CudaError;
@@ -288,17 +297,30 @@ impl Operations for Pass<'_> {
         self.norm_rows(weight, None, 1.0)
     }
 
-    fn project(&mut self, weight: &Matrix) -> Result<(), CudaError> {
+    fn project(&mut self, weight: &Matrix, bias: Option<&Vector>) -> Result<(), CudaError> {
+        without(bias)?;
         let scratch = self.machine.scratch;
         self.product(scratch.x.address(), weight, scratch.qkv.address(), Become::Store)
     }
 
-    fn attend(&mut self, spec: &AttentionSpec, block: usize, bias: &Vector) -> Result<(), CudaError> {
+    fn norm_heads(&mut self, _: &AttentionSpec, _: &[Vector; 2]) -> Result<(), CudaError> {
+        unsupported("norms of heads")
+    }
+
+    fn clip(&mut self, _: f32) -> Result<(), CudaError> {
+        unsupported("limits of queries, keys and values")
+    }
+
+    fn rotate(&mut self, _: &AttentionSpec, _: &Rotary) -> Result<(), CudaError> {
+        unsupported("rotary positions")
+    }
+
+    fn attend(&mut self, spec: &AttentionSpec, block: usize, bias: Option<&Vector>) -> Result<(), CudaError> {
         let Machine { kernels, scratch, config, .. } = self.machine;
         // The row of q in heads' widths, 3 where keys and values follow.
         let (function, width, bias) = match spec.keys {
-            Keys::Rows => (&kernels.attend_own_rows, 3, bias.address()),
-            Keys::Cache => (&kernels.attend_cache, 3, bias.address()),
+            Keys::Rows => (&kernels.attend_own_rows, 3, bias.map_or(0, Vector::address)),
+            Keys::Cache => (&kernels.attend_cache, 3, bias.map_or(0, Vector::address)),
             Keys::Input => (&kernels.attend_input, 1, 0),
         };
         let arguments = Attention {
@@ -321,15 +343,23 @@ impl Operations for Pass<'_> {
         self.machine.launch(function, grid, 128, &arguments)
     }
 
-    fn add_output(&mut self, weight: &Matrix) -> Result<(), CudaError> {
+    fn add_output(&mut self, weight: &Matrix, bias: Option<&Vector>) -> Result<(), CudaError> {
+        without(bias)?;
         let scratch = self.machine.scratch;
         self.product(scratch.attended.address(), weight, scratch.h.address(), Become::Add)
     }
 
-    fn feed_forward(&mut self, wi: &Matrix, wo: &Matrix) -> Result<(), CudaError> {
+    fn feed_forward(&mut self, Matrices { activation, wi, wo }: &Matrices<Device>) -> Result<(), CudaError> {
+        if *activation != Activation::Relu {
+            return unsupported("a gated feed-forward");
+        }
         let scratch = self.machine.scratch;
         self.product(scratch.x.address(), wi, scratch.hidden.address(), Become::Relu)?;
         self.product(scratch.hidden.address(), wo, scratch.h.address(), Become::Add)
+    }
+
+    fn shared(&mut self, _: &Shared<Device>) -> Result<(), CudaError> {
+        unsupported("an expert for all rows")
     }
 
     /// With experts beside the pass the rows are also grouped, and what is nowhere is noted in the guard.

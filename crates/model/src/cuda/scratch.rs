@@ -62,6 +62,12 @@ impl Scratch {
         precision: Precision,
         rows_max: usize,
     ) -> Result<Self, CudaError> {
+        // Kernels count the bytes of a batch's rows in 32 bits.
+        let widest = config.d_model.max(config.d_ff).max(config.inner_dim());
+        if rows_max.saturating_mul(widest) >= 1 << 31 {
+            let (what, found) = ("rows * width", format!("{rows_max} * {widest}"));
+            return Err(CudaError::Unsupported { what, found, expected: "less than 2^31" });
+        }
         let numbers = |width: usize| gpu.allocate::<f32>("activations", rows_max * width);
         let values = |width: usize| gpu.allocate::<u8>("activations", rows_max * width * precision.size());
         let tiles = |count: usize| gpu.allocate::<Tile>("activations", count);

@@ -84,15 +84,16 @@ impl Load for DeviceLoader<'_> {
         self.checkpoint
     }
 
-    fn matrix(&mut self, names: &[String], outputs: usize, inputs: usize) -> Result<Matrix, CudaError> {
-        let mut bytes = Vec::with_capacity(names.len() * outputs * inputs * self.precision.size());
-        for name in names {
-            let tensor = self.checkpoint.tensor_of_shape(name, &[outputs, inputs])?;
+    fn matrix(&mut self, parts: &[(String, usize)], inputs: usize) -> Result<Matrix, CudaError> {
+        let outputs = parts.iter().map(|(_, outputs)| outputs).sum();
+        let mut bytes = Vec::with_capacity(outputs * inputs * self.precision.size());
+        for (name, outputs) in parts {
+            let tensor = self.checkpoint.tensor_of_shape(name, &[*outputs, inputs])?;
             convert(tensor.dtype, tensor.bytes, self.precision, &mut bytes);
             self.checkpoint.release(name);
         }
         let values = MatrixValues::Model(self.keep("the backbone", &bytes)?);
-        Ok(Matrix { values, outputs: names.len() * outputs, inputs })
+        Ok(Matrix { values, outputs, inputs })
     }
 
     fn router(&mut self, name: String, experts: usize, d_model: usize) -> Result<Matrix, CudaError> {
@@ -104,6 +105,15 @@ impl Load for DeviceLoader<'_> {
     fn vector(&mut self, name: &str, width: usize) -> Result<Vector, CudaError> {
         let tensor = self.checkpoint.tensor_of_shape(name, &[width])?;
         Ok(Vector(self.keep("norms", &tensor.dtype.widen(tensor.bytes))?))
+    }
+
+    fn vectors(&mut self, parts: &[(String, usize)]) -> Result<Vector, CudaError> {
+        let mut values = Vec::new();
+        for (name, width) in parts {
+            let tensor = self.checkpoint.tensor_of_shape(name, &[*width])?;
+            tensor.dtype.widen_into(tensor.bytes, &mut values);
+        }
+        Ok(Vector(self.keep("biases", &values)?))
     }
 
     fn bias(&mut self, bias: PositionBias) -> Result<Vector, CudaError> {
@@ -131,6 +141,9 @@ pub(super) fn convert(dtype: StoredDType, bytes: &[u8], precision: Precision, to
 
 /// Refuses a model whose shapes the kernels do not take.
 pub(super) fn check(config: &ModelConfig) -> Result<(), CudaError> {
+    if !config.has_encoder() {
+        return Err(CudaError::without_encoder());
+    }
     let multiple = |what, value: usize, of: usize, expected| match value.is_multiple_of(of) && value > 0 {
         true => Ok(()),
         false => Err(CudaError::Unsupported { what, found: value.to_string(), expected }),

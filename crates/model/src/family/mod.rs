@@ -8,7 +8,24 @@ use serde_json::{Map, Value};
 
 use crate::{ModelConfig, ModelError, ModelSpec};
 
+mod causal;
+mod mixtral;
+mod olmoe;
+mod qwen2_moe;
+mod qwen3_moe;
+mod sparse_blocks;
 mod switch;
+
+pub use causal::Causal;
+
+/// Every architecture that is known.
+const ARCHITECTURES: [&str; 5] = [
+    switch::ARCHITECTURE,
+    qwen3_moe::ARCHITECTURE,
+    qwen2_moe::ARCHITECTURE,
+    olmoe::ARCHITECTURE,
+    mixtral::ARCHITECTURE,
+];
 
 /// Reads the config of whichever family it is of; how it writes, only by the tokens that start and end an answer. `path` is
 /// for messages.
@@ -20,17 +37,25 @@ pub(crate) fn config(json: &Map<String, Value>, path: &Path) -> Result<ModelConf
     }
     let invalid = |source| ModelError::Json { path: path.to_owned(), source };
     let head = Head::deserialize(json).map_err(invalid)?;
+    let fields = causal::Json { object: json, path };
     match head.architectures.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         [switch::ARCHITECTURE] => switch::config(json, path),
+        [qwen3_moe::ARCHITECTURE] => qwen3_moe::config(&fields),
+        [qwen2_moe::ARCHITECTURE] => qwen2_moe::config(&fields),
+        [olmoe::ARCHITECTURE] => olmoe::config(&fields),
+        [mixtral::ARCHITECTURE] => mixtral::config(&fields),
         _ => Err(ModelError::Architecture {
             path: path.to_owned(),
             found: format!("{:?}", head.architectures),
-            expected: switch::ARCHITECTURE,
+            expected: ARCHITECTURES.join(", "),
         }),
     }
 }
 
-/// What a model of a family computes. There is one family.
+/// What a model of a family computes.
 pub(crate) fn spec(config: &ModelConfig) -> ModelSpec {
-    switch::spec(config)
+    match &config.causal {
+        Some(causal) => causal.spec(config),
+        None => switch::spec(config),
+    }
 }

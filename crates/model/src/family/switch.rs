@@ -10,7 +10,8 @@ use sida_routing::LayerId;
 use crate::{
     GenerationConfig, ModelConfig, ModelError, ModelSpec, Stack,
     generation::Fields,
-    spec::{AttentionSpec, BlockSpec, FeedForwardSpec, Keys, RelativeBias, StackSpec},
+    names::TensorNames,
+    spec::{Activation, AttentionSpec, BlockSpec, FeedForwardSpec, Keys, QkNorm, RelativeBias, RouterSpec, StackSpec},
 };
 
 pub(super) const ARCHITECTURE: &str = "SwitchTransformersForConditionalGeneration";
@@ -89,6 +90,7 @@ pub(super) fn config(object: &Map<String, Value>, path: &Path) -> Result<ModelCo
     let pad_token_id = tokens.token("pad_token_id")?.unwrap_or(0);
     let eos_token_ids = Some(tokens.tokens("eos_token_id")?).filter(|ids| !ids.is_empty()).unwrap_or_else(|| vec![1]);
     Ok(ModelConfig {
+        family: "switch_transformers",
         top_k: 1,
         router_bias: json.router_bias,
         vocab_size,
@@ -115,12 +117,27 @@ pub(super) fn config(object: &Map<String, Value>, path: &Path) -> Result<ModelCo
         eos_token_ids,
         encoder_sparse: sparse(encoder_layers, json.encoder_sparse_step, json.num_sparse_encoder_layers),
         decoder_sparse: sparse(decoder_layers, json.decoder_sparse_step, json.num_sparse_decoder_layers),
+        activation: Activation::Relu,
+        names: TensorNames::Switch,
+        causal: None,
     })
 }
 
 /// An encoder, and a decoder that attends to it.
 pub(super) fn spec(config: &ModelConfig) -> ModelSpec {
-    let attention = |keys| AttentionSpec { heads: config.num_heads, head_dim: config.d_kv, keys };
+    let attention = |keys| AttentionSpec {
+        heads: config.num_heads,
+        kv_heads: config.num_heads,
+        head_dim: config.d_kv,
+        keys,
+        scale: 1.0,
+        has_bias: false,
+        has_output_bias: false,
+        qk_norm: QkNorm::None,
+        clip: None,
+        rotary: None,
+        window: None,
+    };
     let stack = |stack: Stack| {
         let (keys, cross) = match stack {
             Stack::Encoder => (Keys::Rows, None),
@@ -129,8 +146,12 @@ pub(super) fn spec(config: &ModelConfig) -> ModelSpec {
         let mut layers = config.moe_layers(stack).map(LayerId);
         let blocks = config.sparse(stack).iter().map(|is_sparse| {
             let layer = if *is_sparse { layers.next() } else { None };
-            let feed_forward = layer.map_or(FeedForwardSpec::Dense { d_ff: config.d_ff }, |layer| {
-                FeedForwardSpec::Moe { layer, experts: config.num_experts, router_bias: config.router_bias }
+            let dense = FeedForwardSpec::Dense { d_ff: config.d_ff, activation: Activation::Relu };
+            let feed_forward = layer.map_or(dense, |layer| FeedForwardSpec::Moe {
+                layer,
+                experts: config.num_experts,
+                router: RouterSpec { top_k: config.top_k, has_bias: config.router_bias, is_normalised: false },
+                shared: None,
             });
             BlockSpec { attention: attention(keys), cross, feed_forward }
         });
@@ -139,7 +160,7 @@ pub(super) fn spec(config: &ModelConfig) -> ModelSpec {
             max_distance: config.relative_attention_max_distance,
             is_bidirectional: stack == Stack::Encoder,
         };
-        StackSpec { positions, blocks: blocks.collect() }
+        StackSpec { positions: Some(positions), blocks: blocks.collect() }
     };
     // A head that is the embedding was not made for this: its input is scaled down.
     let head_scale = if config.tie_word_embeddings { (config.d_model as f64).powf(-0.5) as f32 } else { 1.0 };
@@ -280,7 +301,7 @@ mod tests {
                 other => panic!("{field}: {other:?}"),
             }
         }
-        assert!(matches!(with("architectures", json!(["MixtralForCausalLM"])), Err(ModelError::Architecture { .. })));
+        assert!(matches!(with("architectures", json!(["LlamaForCausalLM"])), Err(ModelError::Architecture { .. })));
         assert!(matches!(with("architectures", json!(null)), Err(ModelError::Json { .. })));
         assert!(matches!(with("d_model", json!("wide")), Err(ModelError::Json { .. })));
         assert!(matches!(with("d_model", json!(-5)), Err(ModelError::Json { .. })));

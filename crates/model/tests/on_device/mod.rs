@@ -201,7 +201,7 @@ impl OnDevice {
 /// Sequences of all prompts of an encoding, with room for the longest answer of these tests.
 pub(crate) fn start(dense: &mut DeviceDense, states: &DeviceStates, spans: &Spans) -> Vec<DeviceSequence> {
     let new: Vec<NewSequence> = spans.ranges().map(|rows| NewSequence { rows, tokens_max: TOKENS_MAX }).collect();
-    dense.start(states, &new).unwrap().into_iter().map(Result::unwrap).collect()
+    dense.start(Some(states), &new).unwrap().into_iter().map(Result::unwrap).collect()
 }
 
 impl SlabExperts {

@@ -126,7 +126,11 @@ impl Recording {
 fn embeddings(checkpoint: &Checkpoint, shape: &PredictorShape) -> Result<[Vec<f32>; 2], PredictorError> {
     let backbone = Backbone::load(checkpoint, &mut |_, _| ())?;
     let ids: Vec<u32> = (0..shape.vocab_size as u32).collect();
-    Ok([backbone.embed(Stack::Encoder, &ids)?, backbone.embed(Stack::Decoder, &ids)?])
+    let encoder = match checkpoint.config().has_encoder() {
+        true => backbone.embed(Stack::Encoder, &ids)?,
+        false => Vec::new(),
+    };
+    Ok([encoder, backbone.embed(Stack::Decoder, &ids)?])
 }
 
 struct Recorder<'a> {
@@ -140,6 +144,10 @@ impl Recorder<'_> {
     fn record(&self, text: &Text) -> Result<(Routed, Routed), PredictorError> {
         let mut input = self.tokenizer.encode(&text.input)?;
         let longest = self.options.input_tokens_max.max(2);
+        if !self.model.config().has_encoder() {
+            input.truncate(longest);
+            return self.read_on(input, text.target.as_deref());
+        }
         if input.len() > longest {
             input.drain(longest - 1..input.len() - 1);
         }
@@ -150,6 +158,21 @@ impl Recorder<'_> {
             None => self.answer(&states)?,
         };
         Ok((encoder, decoder))
+    }
+
+    /// A decoder without an encoder reads the input, and then the target or what it writes; the last token is only written.
+    fn read_on(&self, input: Vec<u32>, target: Option<&str>) -> Result<(Routed, Routed), PredictorError> {
+        let longest = self.options.target_tokens_max.max(1);
+        let mut tokens = input;
+        match target {
+            _ if tokens.is_empty() => {}
+            Some(target) => tokens.extend(self.tokenizer.encode_answer(target)?.into_iter().take(longest)),
+            None => tokens.extend(self.model.generate_greedy(&tokens, longest)?),
+        }
+        tokens.pop();
+        let (_, routing) = self.model.decode_forced(&[], &tokens)?;
+        let nothing = Routed { tokens: Vec::new(), experts: Vec::new(), probabilities: Vec::new() };
+        Ok((nothing, self.keep(tokens, &[routing])))
     }
 
     /// The decoder reads the start token and the target but its last token, which it only has to write.

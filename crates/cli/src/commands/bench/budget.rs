@@ -27,7 +27,9 @@ impl Budget {
     /// `bytes` in `slots` of an expert each, for a method of `model`.
     pub(crate) fn of(method: Method, model: &ModelFacts, bytes: u64, slots: u64) -> Self {
         let layers = match method {
-            Method::Encode => model.encoder_moe_layers,
+            // Without an encoder the decoder makes the states.
+            Method::Encode if model.encoder_moe_layers > 0 => model.encoder_moe_layers,
+            Method::Encode => model.moe_layers,
             Method::Generate | Method::Score => model.moe_layers,
         } as u64;
         let used_experts = layers * model.num_experts as u64;

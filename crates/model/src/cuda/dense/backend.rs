@@ -10,6 +10,7 @@ use crate::{
     backend::{Backend, Beside, MoeRows, NewSequence, Passed, Wanted},
     cpu::norm::softmax,
     cuda::{
+        error::CudaError,
         pass::BatchShape,
         recorded::Recordings,
         scratch::{LOGIT_ROWS_MAX, NO_TOKEN, Packet},
@@ -154,7 +155,7 @@ impl Backend for DeviceDense {
     fn finish(&mut self, mut pass: DevicePass<'_>) -> Result<Passed<DeviceStates>, ModelError> {
         self.gpu.enter()?;
         if pass.stack == Stack::Encoder && !pass.is_finished {
-            forward::finish(&mut self.pass(), &self.backbone.encoder)?;
+            forward::finish(&mut self.pass(), self.backbone.stack(Stack::Encoder))?;
         }
         for (sequence, range) in pass.sequences.iter_mut().zip(pass.spans.ranges()) {
             sequence.advance(range.len());
@@ -189,11 +190,16 @@ impl Backend for DeviceDense {
         Ok(self.read_means(spans.len())?)
     }
 
+    fn last_hidden(&mut self, _: DeviceStates) -> Result<DeviceStates, ModelError> {
+        Err(CudaError::without_encoder().into())
+    }
+
     fn start(
         &mut self,
-        states: &DeviceStates,
+        states: Option<&DeviceStates>,
         sequences: &[NewSequence],
     ) -> Result<Vec<Result<DeviceSequence, ModelError>>, ModelError> {
+        let Some(states) = states else { return Err(CudaError::without_encoder().into()) };
         let started = self.start_sequences(states.rows, sequences)?;
         Ok(started.into_iter().map(|sequence| sequence.map_err(ModelError::from)).collect())
     }

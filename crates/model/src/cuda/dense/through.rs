@@ -228,7 +228,7 @@ impl DeviceDense {
     fn start_rest(&self, stack: Stack, from: usize, layers: usize, is_guarded: bool) -> Result<(), CudaError> {
         let mut pass = self.start_blocks(stack, from, layers, None, is_guarded)?;
         match stack {
-            Stack::Encoder => forward::finish(&mut pass, &self.backbone.encoder),
+            Stack::Encoder => forward::finish(&mut pass, self.backbone.stack(stack)),
             Stack::Decoder if self.current.shape.wanted == 0 => Ok(()),
             Stack::Decoder => forward::head(&mut pass, &self.backbone.decoder, &self.backbone.head),
         }

@@ -1,0 +1,214 @@
+//! A model whose decoder reads the prompt: answers, scores and states are the reference's, whatever the cluster looks like,
+//! whoever shares a batch, and whatever was predicted.
+
+use std::sync::{Arc, atomic::Ordering};
+
+use futures::{StreamExt, future::join_all};
+use sida_coordinator::{
+    Alpha, Coordinator, EncodeParams, GenerateParams, MicroBatching, Pooling, PredictorSource, RequestError,
+    RoutingMode, ScoreParams,
+};
+use sida_model::{Reference, Tokenizer};
+use sida_predictor::{HashPredictor, HitRate, PredictorError, PredictorState};
+use sida_routing::{Digest, HashTable, LayerId, hash_table::Shape};
+
+use crate::{
+    noise_predictor::NoisePredictor,
+    plain_experts::{Behaviour, decoder_only_dir, start_model},
+};
+
+/// A predictor that runs the model over what a sequence has been fed so far: its tables are right.
+struct RightPredictor(Reference);
+
+impl HashPredictor for RightPredictor {
+    fn net(&self) -> &str {
+        "right"
+    }
+
+    fn top_k(&self) -> usize {
+        self.0.config().top_k
+    }
+
+    fn digest(&self) -> Digest {
+        Digest([9; 32])
+    }
+
+    fn model_digest(&self) -> Digest {
+        self.0.digest()
+    }
+
+    fn hit_rates(&self) -> &[HitRate] {
+        &[]
+    }
+
+    fn encode(&self, _: &[&[u32]]) -> Result<Vec<HashTable>, PredictorError> {
+        Ok(Vec::new())
+    }
+
+    fn decode(&self, states: &mut [&mut PredictorState], tokens: &[&[u32]]) -> Result<Vec<HashTable>, PredictorError> {
+        let table = |(state, tokens): (&mut &mut PredictorState, &&[u32])| {
+            let as_state = |token: &u32| (*token as f32).to_le_bytes();
+            let bytes = [state.to_bytes(), tokens.iter().flat_map(as_state).collect()].concat();
+            let fed = bytes.as_chunks().0.iter().map(|&token| f32::from_le_bytes(token) as u32).collect::<Vec<_>>();
+            **state = PredictorState::from_bytes(&bytes)?;
+            let (_, routing) = self.0.decode_forced(&[], &fed).expect("routing");
+            let new = |all: usize| all - tokens.len() * self.top_k()..;
+            let experts = routing.iter().flat_map(|layer| &layer.routes.experts[new(layer.routes.experts.len())]);
+            let alphas = routing.iter().flat_map(|layer| &layer.routes.weights[new(layer.routes.weights.len())]);
+            let (layers, tokens, top_k) = (routing.len(), tokens.len(), self.top_k());
+            let shape = Shape { first_layer: LayerId(0), layers, tokens, top_k };
+            let (experts, alphas) = (experts.flatten().copied().collect(), alphas.copied().collect());
+            let num_experts = self.0.config().num_experts;
+            Ok(HashTable::new(self.model_digest(), self.digest(), shape, num_experts, experts, alphas)
+                .expect("a table"))
+        };
+        states.iter_mut().zip(tokens).map(table).collect()
+    }
+}
+
+/// Of one token and of many, and with characters of several bytes.
+const TEXTS: [&str; 5] = [
+    "the router chose",
+    "a",
+    "é of 日本",
+    "the expert of the token is the one that the router of the layer chose",
+    " \n\n",
+];
+const TOKENS: usize = 20;
+
+struct Oracle {
+    reference: Reference,
+    tokenizer: Tokenizer,
+}
+
+impl Oracle {
+    fn open() -> Self {
+        let reference = Reference::open(&decoder_only_dir()).expect("reference");
+        let tokenizer = Tokenizer::open(&decoder_only_dir(), reference.config()).expect("tokenizer");
+        Self { reference, tokenizer }
+    }
+
+    fn ids(&self, text: &str) -> Vec<u32> {
+        self.tokenizer.encode(text).expect("ids")
+    }
+}
+
+async fn generate(coordinator: &Coordinator, text: &str) -> Result<(Vec<u32>, String), RequestError> {
+    let params = GenerateParams { text: text.into(), max_tokens: TOKENS, ..Default::default() };
+    let mut stream = coordinator.generate(params).await?;
+    let (mut ids, mut text) = (Vec::new(), String::new());
+    while let Some(token) = stream.next().await {
+        let token = token?;
+        ids.push(token.id);
+        text += &token.text;
+    }
+    Ok((ids, text))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_are_the_references() {
+    // Would break: a prompt is computed otherwise in company, or pieces of text are not the whole, byte for byte.
+    let (oracle, dir) = (Oracle::open(), decoder_only_dir());
+    let texts = TEXTS.iter().filter(|text| !text.trim().is_empty());
+    for nodes in 1..=3 {
+        let noise = PredictorSource::Local(Arc::new(NoisePredictor::of(&dir, 7)));
+        for predictor in [PredictorSource::Off, noise] {
+            let micro_batching = if nodes == 2 { MicroBatching::Always } else { MicroBatching::Never };
+            let cluster = start_model(&dir, nodes, predictor, |config| config.micro_batching = micro_batching).await;
+            let answers = join_all(texts.clone().map(|text| generate(&cluster.coordinator, text))).await;
+            for (text, answer) in texts.clone().zip(answers) {
+                let (ids, answer) = answer.expect("an answer");
+                let expected = oracle.reference.generate_greedy(&oracle.ids(text), TOKENS).expect("answer");
+                assert_eq!(ids, expected, "{text:?} on {nodes} nodes");
+                assert_eq!(answer, oracle.tokenizer.decode(&ids).expect("text"), "{text:?}: pieces are the whole");
+            }
+            assert!(cluster.nodes.iter().all(|node| node.rows.load(Ordering::Relaxed) > 0), "every node has work");
+            cluster.coordinator.stop().await;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_fails_changes_no_token() {
+    // Would break: the rows of several experts of one token come from two nodes, and one of them is lost.
+    let (oracle, dir) = (Oracle::open(), decoder_only_dir());
+    let cluster = start_model(&dir, 3, PredictorSource::Off, |_| ()).await;
+    for behaviour in [Behaviour::Panics, Behaviour::ShutsDown, Behaviour::DeviceFails] {
+        cluster.nodes[0].behave(behaviour);
+        let (ids, _) = generate(&cluster.coordinator, TEXTS[3]).await.expect("an answer");
+        assert_eq!(ids, oracle.reference.generate_greedy(&oracle.ids(TEXTS[3]), TOKENS).expect("answer"));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn scores_go_on_from_the_prompt() {
+    // Would break: a target is scored by what follows another token than the one before it.
+    let oracle = Oracle::open();
+    let cluster = start_model(&decoder_only_dir(), 2, PredictorSource::Off, |_| ()).await;
+    let targets = ["s", " of the layer", "é"];
+    let params =
+        ScoreParams { text: TEXTS[0].into(), targets: targets.map(String::from).to_vec(), ..Default::default() };
+    let scores = cluster.coordinator.score(params).await.expect("scored");
+    let (prompt, vocab) = (oracle.ids(TEXTS[0]), oracle.reference.config().vocab_size);
+    for (target, found) in targets.iter().zip(&scores.targets) {
+        let target = oracle.tokenizer.encode_answer(target).expect("ids");
+        let (logits, _) = oracle.reference.decode_forced(&[], &[&prompt[..], &target].concat()).expect("logits");
+        let rows = logits.chunks_exact(vocab).skip(prompt.len() - 1);
+        let log_p = |(row, &token): (&[f32], &u32)| {
+            let sum: f64 = row.iter().map(|&logit| f64::from(logit).exp()).sum();
+            f64::from(row[token as usize]) - sum.ln()
+        };
+        let expected: f64 = rows.zip(&target).map(log_p).sum();
+        assert!((f64::from(found.log_likelihood) - expected).abs() < 1e-4, "{target:?}");
+        assert_eq!(found.tokens, target.len());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn states_are_the_last_hidden_ones() {
+    // Would break: an embedding is made of states before the last norm, or of another prompt's.
+    let oracle = Oracle::open();
+    let cluster = start_model(&decoder_only_dir(), 2, PredictorSource::Off, |_| ()).await;
+    let encode = |text: &&str| {
+        let params = EncodeParams { text: (*text).into(), pooling: Pooling::None, ..Default::default() };
+        async { cluster.coordinator.encode(params).await.expect("encoded") }
+    };
+    let texts = &TEXTS[..4];
+    for (text, encoding) in texts.iter().zip(join_all(texts.iter().map(encode)).await) {
+        assert_eq!(encoding.states, oracle.reference.last_hidden(&oracle.ids(text)).expect("states"), "{text}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_that_is_right_gives_the_models_own_tokens() {
+    // Would break: the weights of a token's experts are not what the router makes of them, such as a sum of 1.
+    let oracle = Oracle::open();
+    let right = RightPredictor(Reference::open(&decoder_only_dir()).expect("reference"));
+    let cluster = start_model(&decoder_only_dir(), 2, PredictorSource::Local(Arc::new(right)), |_| ()).await;
+    let expected = oracle.reference.generate_greedy(&oracle.ids(TEXTS[3]), TOKENS).expect("answer");
+    for alpha in [Alpha::Router, Alpha::Predicted] {
+        let routing = RoutingMode::Hash { alpha };
+        let params = GenerateParams { text: TEXTS[3].into(), max_tokens: TOKENS, routing, ..Default::default() };
+        let tokens: Vec<_> = cluster.coordinator.generate(params).await.expect("accepted").collect().await;
+        let ids: Vec<u32> = tokens.into_iter().map(|token| token.expect("token").id).collect();
+        assert_eq!(ids, expected, "{alpha:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_table_may_choose_several_experts() {
+    // Would break: `hash` asks the router after all, or takes fewer experts than the model.
+    let oracle = Oracle::open();
+    let noise = NoisePredictor::of(&decoder_only_dir(), 5);
+    let cluster = start_model(&decoder_only_dir(), 2, PredictorSource::Local(Arc::new(noise)), |_| ()).await;
+    let expected = oracle.reference.generate_greedy(&oracle.ids(TEXTS[3]), TOKENS).expect("answer");
+    let mut differ = 0;
+    for alpha in [Alpha::Router, Alpha::Predicted] {
+        let routing = RoutingMode::Hash { alpha };
+        let params = GenerateParams { text: TEXTS[3].into(), max_tokens: TOKENS, routing, ..Default::default() };
+        let tokens: Vec<_> = cluster.coordinator.generate(params).await.expect("accepted").collect().await;
+        let ids: Vec<u32> = tokens.into_iter().map(|token| token.expect("token").id).collect();
+        differ += usize::from(ids != expected);
+    }
+    assert_eq!(differ, 2, "a table of noise gives other answers");
+}

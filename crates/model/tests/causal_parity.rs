@@ -1,0 +1,86 @@
+//! Decoder-only models against transformers: golden.json under tests/data/parity/causal-* says what transformers computed
+//! for small random ones of every family (tests/parity/make_causal_configs.py). Chosen experts and greedy tokens must be
+//! identical, numbers within 1e-4 of the largest of their kind; a prompt gives the same bits whole, in pieces, and token by
+//! token.
+
+use std::{fs, path::Path};
+
+use serde::Deserialize;
+use sida_model::{Reference, RoutedLayer};
+
+const TOLERANCE: f64 = 1e-4;
+
+#[derive(Deserialize)]
+struct Golden {
+    cases: Vec<Case>,
+}
+
+#[derive(Deserialize)]
+struct Case {
+    ids: Vec<u32>,
+    /// The tokens of which logits and states are told.
+    rows: Vec<usize>,
+    /// (rows, vocab_size)
+    logits: Vec<Vec<f32>>,
+    /// (rows, d_model): behind the last norm
+    states: Vec<Vec<f32>>,
+    /// (layers, tokens, top_k)
+    experts: Vec<Vec<Vec<u16>>>,
+    greedy: Vec<u32>,
+}
+
+/// A model that people deploy would answer otherwise than with transformers.
+#[test]
+fn decoder_only_models_agree_with_transformers() {
+    let parity = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/data/parity");
+    let mut seen = 0;
+    for entry in fs::read_dir(parity).unwrap() {
+        let dir = entry.unwrap().path();
+        let name = dir.file_name().unwrap().to_string_lossy().into_owned();
+        if !name.starts_with("causal-") {
+            continue;
+        }
+        seen += 1;
+        let golden: Golden = serde_json::from_slice(&fs::read(dir.join("golden.json")).unwrap()).unwrap();
+        let model = Reference::open(&dir).unwrap_or_else(|error| panic!("{name}: {error}"));
+        golden.cases.iter().for_each(|case| compare(&name, &model, case));
+    }
+    assert!(seen >= 10, "tests/data/parity holds {seen} causal-* folders");
+}
+
+fn compare(name: &str, model: &Reference, case: &Case) {
+    let vocab = model.config().vocab_size;
+    let of = |pieces: &[&[u32]]| {
+        let mut sequence = model.start(&[]).unwrap();
+        let decoded = pieces.iter().map(|piece| model.decode(&mut sequence, piece).unwrap());
+        let (logits, routing): (Vec<_>, Vec<_>) = decoded.unzip();
+        (logits.concat(), routing)
+    };
+    let near = |what: &str, row: usize, found: &[f32], expected: &[f32]| {
+        let largest = expected.iter().fold(0.0_f64, |most, value| most.max(f64::from(value.abs())));
+        let worst = found.iter().zip(expected).map(|(found, expected)| f64::from((found - expected).abs()));
+        let worst = worst.fold(0.0, f64::max) / largest;
+        assert!(worst < TOLERANCE, "{name}: {what} after {} tokens are off by {worst:.1e}", row + 1);
+    };
+    let (logits, routing) = of(&[&case.ids]);
+    let (states, d_model) = (model.last_hidden(&case.ids).unwrap(), model.config().d_model);
+    for (&row, (expected_logits, expected_states)) in case.rows.iter().zip(case.logits.iter().zip(&case.states)) {
+        near("logits", row, &logits[row * vocab..][..vocab], expected_logits);
+        near("states", row, &states[row * d_model..][..d_model], expected_states);
+    }
+    for (layer, (RoutedLayer { routes, .. }, expected)) in routing[0].iter().zip(&case.experts).enumerate() {
+        for (token, expected) in expected.iter().enumerate() {
+            let found = &routes.experts[token * routes.top_k..][..routes.top_k];
+            let found: Vec<u16> = found.iter().flatten().map(|expert| expert.0).collect();
+            assert_eq!(&found, expected, "{name}: layer {layer}, token {token}");
+        }
+    }
+    assert_eq!(routing[0].len(), case.experts.len(), "{name}: MoE layers");
+    let middle = case.ids.len() / 2;
+    let single: Vec<&[u32]> = case.ids.chunks(1).collect();
+    assert!(of(&[&case.ids[..middle], &case.ids[middle..]]).0 == logits || middle == 0, "{name}: in two pieces");
+    assert!(of(&single).0 == logits, "{name}: token by token");
+    let answer = model.generate_greedy(&case.ids, case.greedy.len()).unwrap();
+    assert_eq!(answer, case.greedy[..answer.len()], "{name}: greedy tokens");
+    assert!(answer.len() == case.greedy.len() || model.config().generation.is_end(*answer.last().unwrap()), "{name}");
+}
