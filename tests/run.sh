@@ -77,7 +77,14 @@ if ! wait $chart; then
     exit 1
 fi
 
-stage "the chart's pods, as processes of the binary that the tests have built"
+# Every run takes the binary of the tests above for the Dockerfile's run-time stage; SIDA_IMAGE_TEST=1 builds both variants as
+# they are written, each as long as a release build from nothing.
+with_containers() { [[ $EUID -eq 0 && ${SIDA_CONTAINERS:-1} != 0 ]]; }
+stage "the chart's pods, as processes of the binary that the tests have built; the image of it beside them"
+if with_containers && [[ -z ${SIDA_IMAGE_TEST:-} ]]; then
+    SIDA_IMAGE_BINARY=target/release/sida "$tools/bin/python" tests/image/in_podman.py >target/image.log 2>&1 &
+    image=$!
+fi
 if [[ $EUID -eq 0 ]]; then
     "$tools/bin/python" tests/chart/test_cluster.py
 else
@@ -85,12 +92,14 @@ else
 fi
 
 stage "containers"
-# The image as a container, the chart's pods as containers of it, compose.yaml. Every run takes the binary of the tests
-# above for the Dockerfile's run-time stage; SIDA_IMAGE_TEST=1 builds both variants as they are written, each as long as a
-# release build from nothing.
-if [[ $EUID -eq 0 && ${SIDA_CONTAINERS:-1} != 0 ]]; then
-    [[ -z ${SIDA_IMAGE_TEST:-} ]] || "$tools/bin/python" tests/image/in_podman.py
-    [[ -n ${SIDA_IMAGE_TEST:-} ]] || SIDA_IMAGE_BINARY=target/release/sida "$tools/bin/python" tests/image/in_podman.py
+# The image as a container, the chart's pods as containers of it, compose.yaml.
+if with_containers; then
+    if [[ -n ${SIDA_IMAGE_TEST:-} ]]; then
+        "$tools/bin/python" tests/image/in_podman.py
+    elif ! wait $image; then
+        cat target/image.log
+        exit 1
+    fi
     "$tools/bin/python" tests/image/test_pods.py
     "$tools/bin/python" tests/image/test_compose.py
 fi

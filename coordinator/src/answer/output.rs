@@ -77,6 +77,6 @@ pub struct Scores {
 pub struct TargetScore {
     /// Sum over its tokens of ln p(token).
     pub log_likelihood: f32,
-    /// Tokens of the target, its end of sequence included.
+    /// Tokens of the target, its end of sequence included where an encoder reads.
     pub tokens: usize,
 }

@@ -35,9 +35,9 @@ pub(crate) struct Request {
 
 /// What is asked for, and the channel for the answer. A receiver that is gone means that the client is.
 pub(crate) enum Work {
-    /// Encoder states.
+    /// States: the encoder's, or without one the last hidden states.
     Encode { pooling: Pooling, reply: oneshot::Sender<Result<Encoding, RequestError>> },
-    /// The likelihood of each target (token ids, end of sequence included, never empty).
+    /// The likelihood of each target (token ids, the end included where an encoder reads, never empty).
     /// The sender is taken when it is used.
     Score { targets: Vec<Vec<u32>>, reply: Option<oneshot::Sender<Result<Scores, RequestError>>> },
     /// Tokens, one message each. Unbounded, so that a slow client never holds up the scheduler; `tokens_max`
@@ -68,8 +68,8 @@ impl Work {
         }
     }
 
-    /// The most tokens that each of these sequences has in the decoder: the start token stands in the place of the last
-    /// one, which is not fed.
+    /// The most tokens that each of these sequences has in the decoder, beside a prompt that it reads: the start token, or the
+    /// prompt's last, stands in the place of the last one, which is not fed.
     pub(crate) fn decoded_tokens_max(&self) -> usize {
         match self {
             Work::Encode { .. } => 0,

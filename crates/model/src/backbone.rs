@@ -8,7 +8,7 @@ use sida_routing::LayerId;
 use crate::{
     Checkpoint, ModelError, Stack, names,
     position_bias::PositionBias,
-    spec::{Activation, AttentionSpec, BlockSpec, FeedForwardSpec, ModelSpec, QkNorm, RouterSpec, SharedSpec},
+    spec::{Activation, AttentionSpec, BlockSpec, FeedForwardSpec, ModelSpec, QkNorm, SharedSpec},
 };
 
 /// A kind of memory, by what weights are in it.
@@ -166,8 +166,6 @@ pub struct Router<M: Memory> {
     pub classifier: M::Matrix,
     /// (experts)
     pub bias: Option<M::Vector>,
-    /// How it chooses.
-    pub spec: RouterSpec,
 }
 
 /// Hidden states to logits.
@@ -314,9 +312,9 @@ impl<M: Memory> FeedForward<M> {
                 let matrices = Matrices::load(loader, names.dense(stack, index), activation, d_ff, d_model)?;
                 Self::Dense { norm, matrices }
             }
-            FeedForwardSpec::Moe { layer, experts, router: spec, shared } => {
+            FeedForwardSpec::Moe { layer, experts, router, shared } => {
                 let classifier = loader.router(names.router(stack, index), experts, d_model)?;
-                let bias = match spec.has_bias {
+                let bias = match router.has_bias {
                     true => Some(loader.vector(&names.router_bias(stack, index), experts)?),
                     false => None,
                 };
@@ -330,7 +328,7 @@ impl<M: Memory> FeedForward<M> {
                         },
                     }),
                 };
-                Self::Moe { layer, norm, router: Router { classifier, bias, spec }, shared }
+                Self::Moe { layer, norm, router: Router { classifier, bias }, shared }
             }
         })
     }

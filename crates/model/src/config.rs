@@ -40,7 +40,7 @@ pub struct ModelConfig {
     pub d_model: usize,
     /// Width of one attention head. Not always `d_model / num_heads`.
     pub d_kv: usize,
-    /// Inner width of an expert and of a dense feed-forward block.
+    /// Inner width of an expert, and where there is an encoder of a dense feed-forward block.
     pub d_ff: usize,
     /// Attention heads per block.
     pub num_heads: usize,
@@ -58,7 +58,7 @@ pub struct ModelConfig {
     pub relative_attention_max_distance: usize,
     /// Added to the mean square in every norm.
     pub layer_norm_epsilon: f64,
-    /// Whether the head is the embedding (and then scales its input by `d_model^-0.5`).
+    /// Whether the head is the embedding. Then Switch Transformers scale its input by `d_model^-0.5`.
     pub tie_word_embeddings: bool,
     /// The padding token; never in a batch of ours.
     pub pad_token_id: u32,

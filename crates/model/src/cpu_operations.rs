@@ -159,29 +159,21 @@ impl Operations for CpuOperations<'_, '_> {
     }
 
     fn feed_forward(&mut self, matrices: &Matrices<Host>) -> Result<(), GivenUp> {
-        let compute = |h: &mut [f32], x: &[f32], scratch: &mut Scratch| {
-            matrices.compute(x, &mut scratch.hidden, &mut scratch.added);
-            add_to(h, &scratch.added);
-        };
-        match self.is_piece {
-            true => compute(self.h, self.x, self.scratch),
-            false => pieces::by_row(self.h, self.x, self.spec.d_model, self.scratch, compute),
-        }
+        self.add_by_row(|x, scratch| matrices.compute(x, &mut scratch.hidden, &mut scratch.added));
         Ok(())
     }
 
     fn shared(&mut self, Shared { matrices, gate }: &Shared<Host>) -> Result<(), GivenUp> {
-        let Scratch { hidden, added, .. } = &mut *self.scratch;
-        matrices.compute(self.x, hidden, added);
-        if let Some(gate) = gate {
-            let mut shares = Vec::new();
-            gate.product(self.x, &mut shares); // (n, 1)
-            for (row, share) in added.chunks_exact_mut(self.spec.d_model).zip(shares) {
-                let share = sigmoid(share);
+        let d_model = self.spec.d_model;
+        self.add_by_row(|x, Scratch { hidden, added, .. }| {
+            matrices.compute(x, hidden, added);
+            let Some(gate) = gate else { return };
+            gate.product(x, hidden); // (n, 1)
+            for (row, share) in added.chunks_exact_mut(d_model).zip(hidden) {
+                let share = sigmoid(*share);
                 row.iter_mut().for_each(|value| *value *= share);
             }
-        }
-        add_to(self.h, added);
+        });
         Ok(())
     }
 
@@ -205,6 +197,20 @@ impl Operations for CpuOperations<'_, '_> {
     fn logits(&mut self, weight: &Linear) -> Result<(), GivenUp> {
         weight.product(self.x, &mut self.scratch.logits);
         Ok(())
+    }
+}
+
+impl CpuOperations<'_, '_> {
+    /// h += what `compute` makes of x in the scratch's `added`, by several threads where these are all rows of a batch.
+    fn add_by_row(&mut self, compute: impl Fn(&[f32], &mut Scratch) + Sync) {
+        let work = |h: &mut [f32], x: &[f32], scratch: &mut Scratch| {
+            compute(x, scratch);
+            add_to(h, &scratch.added);
+        };
+        match self.is_piece {
+            true => work(self.h, self.x, self.scratch),
+            false => pieces::by_row(self.h, self.x, self.spec.d_model, self.scratch, work),
+        }
     }
 }
 

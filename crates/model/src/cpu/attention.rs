@@ -418,25 +418,23 @@ mod tests {
 
     /// Float64 and no tricks.
     fn plain(attention: &Attention<'_>, sequence: &Sequence<'_>) -> Vec<f64> {
-        let Attention { heads, d_kv, causal, .. } = *attention;
+        let Attention { heads, kv_heads, d_kv, scale, causal, window, .. } = *attention;
         let mut out = Vec::new();
         for query in 0..sequence.query_rows {
             for head in 0..heads {
-                let at = |of: HeadRows<'_>, row: usize, i: usize| {
+                let of_head = |of: HeadRows<'_>, row: usize, head: usize, i: usize| {
                     f64::from(of.values[row * of.stride + of.offset + head * d_kv + i])
                 };
-                let keys = if causal { sequence.first_position + query + 1 } else { sequence.key_rows };
-                let scores: Vec<f64> = (0..keys)
-                    .map(|key| {
-                        (0..d_kv).map(|i| at(sequence.queries, query, i) * at(sequence.keys, key, i)).sum::<f64>()
-                    })
-                    .map(f64::exp)
-                    .collect();
-                let sum: f64 = scores.iter().sum();
-                out.extend(
-                    (0..d_kv)
-                        .map(|i| (0..keys).map(|key| scores[key] / sum * at(sequence.values, key, i)).sum::<f64>()),
-                );
+                let own = |i| of_head(sequence.queries, query, head, i);
+                let at = |of, row, i| of_head(of, row, head * kv_heads / heads, i);
+                let end = if causal { sequence.first_position + query + 1 } else { sequence.key_rows };
+                let keys = window.map_or(0, |window| end.saturating_sub(window))..end;
+                let dot = |key| (0..d_kv).map(|i| own(i) * at(sequence.keys, key, i)).sum::<f64>();
+                let shares: Vec<f64> = keys.clone().map(|key| (f64::from(scale) * dot(key)).exp()).collect();
+                let sum: f64 = shares.iter().sum();
+                let weighted =
+                    |i| keys.clone().zip(&shares).map(move |(key, share)| share * at(sequence.values, key, i));
+                out.extend((0..d_kv).map(|i| weighted(i).sum::<f64>() / sum));
             }
         }
         out
@@ -468,6 +466,35 @@ mod tests {
                 for (i, (out, exact)) in out.iter().zip(plain(&attention, &sequence)).enumerate() {
                     assert!((f64::from(*out) - exact).abs() < 2e-5, "{heads}x{d_kv} {i}: {out} is not {exact}");
                 }
+            }
+        }
+    }
+
+    /// Heads would read another head's keys, or queries beyond their window, where threads share a prompt.
+    #[test]
+    fn heads_share_keys_within_a_window() {
+        let (heads, d_kv, rows_) = (4, 32, 130);
+        for (kv_heads, window) in [(2, None), (1, Some(7)), (4, Some(129)), (2, Some(1))] {
+            let attention = Attention { kv_heads, scale: 0.3, window, ..of_t5(heads, d_kv, true) };
+            let stride = (heads + 2 * kv_heads) * d_kv;
+            let fused = values(rows_ * stride, kv_heads);
+            let sequence = |first: usize, count: usize| Sequence {
+                query_rows: count,
+                first_position: first,
+                key_rows: first + count,
+                queries: rows(&fused[first * stride..], stride, 0),
+                keys: rows(&fused, stride, heads * d_kv),
+                values: rows(&fused, stride, (heads + kv_heads) * d_kv),
+            };
+            let mut whole = vec![0.0; rows_ * heads * d_kv];
+            attention.run(&[sequence(0, rows_)], &mut whole, StillWanted::default()).unwrap();
+            for (out, exact) in whole.iter().zip(plain(&attention, &sequence(0, rows_))) {
+                assert!((f64::from(*out) - exact).abs() < 2e-5, "{kv_heads} {window:?}: {out} is not {exact}");
+            }
+            for query in 0..rows_ {
+                let mut alone = vec![0.0; heads * d_kv];
+                attention.run(&[sequence(query, 1)], &mut alone, StillWanted::default()).unwrap();
+                assert_eq!(alone, whole[query * heads * d_kv..][..heads * d_kv], "{kv_heads} {window:?}: {query}");
             }
         }
     }

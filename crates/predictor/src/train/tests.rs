@@ -67,7 +67,7 @@ fn trained(net: Net) -> (tempfile::TempDir, PathBuf, Vec<HitRate>) {
     let path = dir.path().join(FILE_NAME);
     let (file, rates) = TRAINED[usize::from(net == Net::Lstm)].get_or_init(|| {
         let options =
-            TrainOptions { net, top_k: 3, width: 32, epochs: 12, batch_tokens: 256, learning_rate: 0.01, seed: 1 };
+            TrainOptions { net, top_k: 3, width: 32, epochs: 8, batch_tokens: 256, learning_rate: 0.01, seed: 1 };
         let rates = train(&recording(1500, 1), &recording(100, 2), &options, &path, &mut |_| ()).unwrap();
         (fs::read(&path).unwrap(), rates)
     });
