@@ -157,6 +157,8 @@ async fn requests_are_counted_however_they_end() {
     let served = served().await;
     served.cluster.nodes.iter().for_each(|node| node.behave(Behaviour::Slow(Duration::from_millis(20))));
     let mut client = InferenceClient::new(served.channel.clone());
+    // The port is open before the server behind it runs; what has answered once exports its counts.
+    client.model(v1::ModelRequest {}).await.expect("model");
     for (timeout, code) in [("40m", "DEADLINE_EXCEEDED"), ("soon", "INVALID_ARGUMENT")] {
         let count = || {
             let line = format!("sida_requests_total{{method=\"Score\",code=\"{code}\"}} ");
