@@ -6,7 +6,8 @@
 //! [`outcome`], [`deadline`],
 //! [`drain`], `refusals`, [`trace`], [`request_id`], [`metadata`], [`health`] and `health_service`, [`tls`]; connections: `peer` (one,
 //! as its server sees it), `connections` (all), `accept` (how they come), `connection` (one, from its first byte to its
-//! last); [`server`] (puts them together), [`metrics_port`] (what is not gRPC), [`client`].
+//! last), `http1_limits`; [`server`] (puts them together), [`http_server`] and `http_trace` (for what is not gRPC),
+//! [`metrics_port`], [`client`].
 
 mod accept;
 pub mod client;
@@ -17,6 +18,9 @@ pub mod drain;
 mod ending;
 pub mod health;
 mod health_service;
+mod http1_limits;
+pub mod http_server;
+mod http_trace;
 pub mod metadata;
 pub mod metrics_port;
 pub mod outcome;

@@ -46,7 +46,7 @@ use crate::{
     outcome::{Observer, Outcome, OutcomeLayer},
     refusals::RefusalLayer,
     request_id::RequestIdLayer,
-    tls::{ServerTls, TlsError},
+    tls::{HTTP2, ServerTls, TlsError},
     trace::TraceLayer,
 };
 
@@ -55,7 +55,7 @@ use crate::{
 pub const MESSAGE_BYTES_MAX: usize = 64 << 20;
 
 /// What is left after the drain limit for the last statuses to go out before connections are dropped.
-const LAST_WORDS: Duration = Duration::from_millis(500);
+pub(crate) const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// Limits of a server. The default is right for traffic between nodes on one network.
 #[derive(Clone, Debug)]
@@ -210,7 +210,8 @@ impl Server {
         let connector = Arc::new(Connector {
             service: layered(routes, observer, drain.clone()),
             http2: http2_builder(&config),
-            tls: config.tls.as_ref().map(ServerTls::acceptor).transpose()?,
+            http1: None,
+            tls: config.tls.as_ref().map(|tls| tls.acceptor(&[HTTP2])).transpose()?,
             handshake_timeout: config.handshake_timeout,
             idle_timeout: config.idle_timeout,
         });
@@ -252,7 +253,7 @@ fn layered(routes: Routes, observer: Option<Observer>, drain: DrainLayer) -> imp
 }
 
 /// HTTP/2 with our limits.
-fn http2_builder(config: &ServerConfig) -> http2::Builder<TokioExecutor> {
+pub(crate) fn http2_builder(config: &ServerConfig) -> http2::Builder<TokioExecutor> {
     let mut builder = http2::Builder::new(TokioExecutor::new());
     builder
         .timer(TokioTimer::new())

@@ -159,6 +159,11 @@ impl Fault {
         self.reason
     }
 
+    /// When a retry may help, if it may.
+    pub fn retry_hint(&self) -> Option<Duration> {
+        self.retry_after
+    }
+
     /// The sentence.
     pub fn message(&self) -> &str {
         &self.message

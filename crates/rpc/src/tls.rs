@@ -65,12 +65,13 @@ pub enum TlsError {
     Authorities { file: PathBuf, source: VerifierBuilderError },
 }
 
-/// The protocol that TLS agrees on.
-const HTTP2: &[u8] = b"h2";
+/// The protocols that TLS agrees on.
+pub(crate) const HTTP2: &[u8] = b"h2";
+pub(crate) const HTTP1: &[u8] = b"http/1.1";
 
 impl ServerTls {
-    /// What makes connections secure.
-    pub(crate) fn acceptor(&self) -> Result<TlsAcceptor, TlsError> {
+    /// What makes connections secure, on which one of `protocols` is spoken.
+    pub(crate) fn acceptor(&self, protocols: &[&[u8]]) -> Result<TlsAcceptor, TlsError> {
         let chain = read(&self.certificate)?;
         let not_after = not_after(&chain).ok_or_else(|| TlsError::Certificate { file: self.certificate.clone() })?;
         gauge!(names::TLS_CERTIFICATE_NOT_AFTER_SECONDS).set(not_after as f64);
@@ -90,7 +91,7 @@ impl ServerTls {
         let files = || format!("{} and {}", self.certificate.display(), self.key.display());
         let refused = |source| TlsError::Identity { files: files(), source };
         let mut config = builder.with_single_cert(chain, key).map_err(refused)?;
-        config.alpn_protocols.push(HTTP2.into());
+        config.alpn_protocols = protocols.iter().map(|protocol| protocol.to_vec()).collect();
         Ok(TlsAcceptor::from(Arc::new(config)))
     }
 }
