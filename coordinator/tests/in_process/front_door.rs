@@ -161,7 +161,7 @@ async fn requests_are_counted_however_they_end() {
     client.model(v1::ModelRequest {}).await.expect("model");
     for (timeout, code) in [("40m", "DEADLINE_EXCEEDED"), ("soon", "INVALID_ARGUMENT")] {
         let count = || {
-            let line = format!("sida_requests_total{{method=\"Score\",code=\"{code}\"}} ");
+            let line = format!("sida_requests_total{{door=\"grpc\",method=\"Score\",code=\"{code}\"}} ");
             let text = metrics.render();
             text.lines()
                 .find_map(|found| found.strip_prefix(&line)?.parse::<u64>().ok())

@@ -1,7 +1,7 @@
 //! A coordinator with expert-nodes in this process: what it answers ([`exactness`], [`decoder_only`], [`generation_config`]), what it
 //! survives ([`failures`]), how it reaches nodes behind sockets ([`lanes`], [`epochs`]), what it refuses ([`limits`]), how
 //! sequences share their memory ([`cache_memory`]), what predictions cost ([`prediction`]), and how that looks by gRPC
-//! ([`front_door`], [`our_faults`]). Whole clusters of real nodes are tested in the `tests` crate.
+//! ([`front_door`], [`our_faults`]) and by HTTP ([`openai_door`]). Whole clusters of real nodes are tested in the `tests` crate.
 
 mod cache_memory;
 mod decoder_only;
@@ -13,7 +13,9 @@ mod generation_config;
 mod lanes;
 mod limits;
 mod noise_predictor;
+mod openai_door;
 mod our_faults;
 mod plain_experts;
+mod plain_http;
 mod plain_nodes;
 mod prediction;

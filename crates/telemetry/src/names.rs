@@ -9,7 +9,9 @@
 
 use ::metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 
-/// Label: the gRPC method, as `Generate`.
+/// Label: by which door a request came, `grpc` or `openai`.
+pub const DOOR: &str = "door";
+/// Label: the gRPC method, as `Generate`; of the door for OpenAI's clients the endpoint, as `completions`.
 pub const METHOD: &str = "method";
 /// Label: the gRPC status code, as `OK` or `DEADLINE_EXCEEDED`.
 pub const CODE: &str = "code";
@@ -132,12 +134,12 @@ macro_rules! catalogue {
 
 #[rustfmt::skip] // One line a metric.
 catalogue! {
-    REQUESTS_TOTAL = "sida_requests_total", counter, [METHOD, CODE], Count, Coordinator, "Requests answered, by gRPC method and status code.";
+    REQUESTS_TOTAL = "sida_requests_total", counter, [DOOR, METHOD, CODE], Count, Coordinator, "Requests answered, by door (grpc or openai), method or endpoint, and gRPC status code.";
     REQUESTS_INFLIGHT = "sida_requests_inflight", gauge, [], Count, Coordinator, "Requests being worked on.";
     REQUESTS_QUEUED = "sida_requests_queued", gauge, [], Count, Coordinator, "Requests waiting for a place in a batch.";
     CACHE_RESERVED_BYTES = "sida_cache_reserved_bytes", gauge, [], Bytes, Coordinator, "Memory reserved for keys and values of the sequences that run.";
     CACHE_BUDGET_BYTES = "sida_cache_budget_bytes", gauge, [], Bytes, Coordinator, "Memory that keys and values of all running sequences may take (--cache-memory).";
-    REQUEST_DURATION_SECONDS = "sida_request_duration_seconds", histogram(WAITS), [METHOD], Seconds, Coordinator, "A request, from acceptance to its last byte.";
+    REQUEST_DURATION_SECONDS = "sida_request_duration_seconds", histogram(WAITS), [DOOR, METHOD], Seconds, Coordinator, "A request, from acceptance to its last byte.";
     TIME_TO_FIRST_TOKEN_SECONDS = "sida_time_to_first_token_seconds", histogram(WAITS), [], Seconds, Coordinator, "From acceptance to the first token.";
     TIME_PER_OUTPUT_TOKEN_SECONDS = "sida_time_per_output_token_seconds", histogram(WORK), [], Seconds, Coordinator, "Mean time between the tokens of a request after its first.";
     QUEUE_DURATION_SECONDS = "sida_queue_duration_seconds", histogram(WAITS), [], Seconds, Coordinator, "A request's wait for a place in a batch.";
