@@ -1,7 +1,7 @@
 //! Counts the requests of `sida.v1.Inference` by how they ended, and their time: all that came to this node, also those
 //! that were refused before the service saw them.
 
-use sida_rpc::Outcome;
+use sida_rpc::{Client, Outcome};
 use sida_telemetry::{counter, histogram, names};
 use tonic::Code;
 
@@ -36,6 +36,8 @@ pub(crate) fn count(outcome: Outcome<'_>) {
     let code = code_name(outcome.code);
     counter!(names::REQUESTS_TOTAL, names::METHOD => method, names::CODE => code).increment(1);
     histogram!(names::REQUEST_DURATION_SECONDS, names::METHOD => method).record(outcome.took);
+    let client = outcome.client.map_or_else(|| "".into(), Client::label);
+    counter!(names::CLIENT_REQUESTS_TOTAL, names::CLIENT => client.to_string(), names::CODE => code).increment(1);
 }
 
 /// The method that a path calls, if its requests are counted.

@@ -27,11 +27,17 @@ use tokio::{
     net::TcpStream,
     time::{self, Instant},
 };
-use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
 use tonic::{Status, body::Body};
 use tower::Service;
 
-use crate::peer::{OpenCall, Peer};
+use crate::{
+    caller::FarEnd,
+    certificate_names::{self, NamePattern},
+    peer::{OpenCall, Peer},
+    reload::Reloading,
+    tls::PortTls,
+};
 
 /// What an HTTP/2 client says first.
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -44,7 +50,9 @@ pub(crate) struct Connector<S> {
     pub(crate) service: S,
     pub(crate) http2: http2::Builder<TokioExecutor>,
     /// `None`: plain text.
-    pub(crate) tls: Option<TlsAcceptor>,
+    pub(crate) tls: Option<Arc<Reloading<PortTls>>>,
+    /// Names of certificates that are let in; empty: all that TLS lets in.
+    pub(crate) client_names: Vec<NamePattern>,
     pub(crate) handshake_timeout: Duration,
     pub(crate) idle_timeout: Duration,
 }
@@ -76,9 +84,19 @@ impl<S: ConnectionService> Connector<S> {
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(connection, %error, "small messages may wait");
         }
+        let address = stream.peer_addr().ok().map(|address| address.ip());
+        let end = FarEnd { address, certificate_name: None };
         let served = match &self.tls {
-            None => self.greet_and_serve(std::future::ready(Ok(stream)), peer).await,
-            Some(tls) => self.greet_and_serve(tls.accept(stream), peer).await,
+            None => self.greet_and_serve(std::future::ready(Ok((stream, end))), peer).await,
+            Some(tls) => {
+                let acceptor = tls.current();
+                let secured = async {
+                    let stream = acceptor.accept(stream).await?;
+                    let certificate_name = let_in(&stream, &self.client_names)?;
+                    Ok((stream, FarEnd { certificate_name, ..end }))
+                };
+                self.greet_and_serve(secured, peer).await
+            }
         };
         match served {
             Ok(()) => tracing::debug!(connection, "closed"),
@@ -86,32 +104,35 @@ impl<S: ConnectionService> Connector<S> {
         }
     }
 
-    /// `secured` becomes the connection once TLS, if any, is agreed on.
+    /// `secured` becomes the connection once TLS, if any, is agreed on, and who is at its other end.
     async fn greet_and_serve<IO>(
         &self,
-        secured: impl Future<Output = io::Result<IO>>,
+        secured: impl Future<Output = io::Result<(IO, FarEnd)>>,
         peer: Arc<Peer>,
     ) -> Result<(), String>
     where
         IO: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let greeting = time::timeout(self.handshake_timeout, async { greeted(secured.await?).await });
+        let greeting = time::timeout(self.handshake_timeout, async {
+            let (io, end) = secured.await?;
+            Ok::<_, io::Error>((greeted(io).await?, end))
+        });
         let greeted = tokio::select! {
             greeted = greeting => greeted,
             () = peer.leave.cancelled() => return Err("told to leave before its handshake was over".to_owned()),
         };
         match greeted {
-            Ok(Ok(io)) => self.serve_http2(io, peer).await,
+            Ok(Ok((io, end))) => self.serve_http2(io, end, peer).await,
             Ok(Err(error)) => Err(format!("handshake: {error}")),
             Err(_) => Err(format!("no handshake within {:?}", self.handshake_timeout)),
         }
     }
 
-    async fn serve_http2<IO>(&self, io: IO, peer: Arc<Peer>) -> Result<(), String>
+    async fn serve_http2<IO>(&self, io: IO, end: FarEnd, peer: Arc<Peer>) -> Result<(), String>
     where
         IO: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let service = Counted { inner: self.service.clone(), peer: peer.clone() };
+        let service = Counted { inner: self.service.clone(), end, peer: peer.clone() };
         let connection = self.http2.serve_connection(TokioIo::new(io), TowerToHyperService::new(service));
         tokio::pin!(connection);
         tokio::select! {
@@ -131,6 +152,22 @@ fn peer_address(stream: &TcpStream) -> String {
     stream.peer_addr().map_or_else(|error| error.to_string(), |address| address.to_string())
 }
 
+/// What the peer of a connection is called by the certificate that it showed, if any; an error if it must have one of
+/// `allowed` and has none of them.
+fn let_in(stream: &TlsStream<TcpStream>, allowed: &[NamePattern]) -> io::Result<Option<Arc<str>>> {
+    let certificate = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
+    let names = certificate.map_or_else(Vec::new, |certificate| certificate_names::names(certificate));
+    if allowed.is_empty() || names.iter().any(|name| allowed.iter().any(|allowed| allowed.matches(name))) {
+        return Ok(names.into_iter().next());
+    }
+    // Somebody whom our authority knows: a member with a wrong certificate, or no member.
+    tracing::warn!(
+        names = names.join(", "),
+        "a certificate of another name than those of --tls-client-names is refused"
+    );
+    Err(io::Error::new(io::ErrorKind::PermissionDenied, "its certificate has none of the names that are let in"))
+}
+
 /// `io` once the client has said that it speaks HTTP/2. Read here, because hyper would wait for it without a limit.
 async fn greeted<IO>(mut io: IO) -> io::Result<impl AsyncRead + AsyncWrite + Send + Unpin>
 where
@@ -146,10 +183,11 @@ where
     Ok(tokio::io::join(Cursor::new(said).chain(reader), writer))
 }
 
-/// A service whose calls are counted, each until the last byte of its answer.
+/// A service whose calls are counted, each until the last byte of its answer, and know where they came from.
 #[derive(Clone)]
 struct Counted<S> {
     inner: S,
+    end: FarEnd,
     peer: Arc<Peer>,
 }
 
@@ -162,7 +200,8 @@ impl<S: ConnectionService> Service<Request<Incoming>> for Counted<S> {
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, request: Request<Incoming>) -> Self::Future {
+    fn call(&mut self, mut request: Request<Incoming>) -> Self::Future {
+        request.extensions_mut().insert(self.end.clone());
         let call = self.peer.call();
         let answering = self.inner.call(request.map(Body::new));
         Box::pin(async move { Ok(answering.await?.map(|inner| CountedBody { inner, _call: call })) })

@@ -12,6 +12,7 @@ use crate::{
         cache::CacheArguments,
         connection::ConnectionArguments,
         device::{self, DeviceArguments},
+        keys::{ApiKeysArguments, ClusterKeyArguments},
         limits::LimitArguments,
         membership::MembershipArguments,
         micro_batches::MicroBatchArguments,
@@ -47,6 +48,10 @@ pub(crate) struct CoordinatorArguments {
     server: ServerArguments,
     #[command(flatten)]
     connection: ConnectionArguments,
+    #[command(flatten)]
+    api_keys: ApiKeysArguments,
+    #[command(flatten)]
+    cluster_key: ClusterKeyArguments,
 }
 
 impl CoordinatorArguments {
@@ -65,6 +70,7 @@ pub(crate) fn run(arguments: CoordinatorArguments) -> anyhow::Result<ExitCode> {
         let checkpoint = arguments.model.open()?;
         // The port before the cluster, whose members are told of it.
         let listener = server::bind(&member.address).await?;
+        let gate = arguments.api_keys.gate()?;
         let readiness = Readiness::default();
         arguments.server.serve_metrics(METRICS_OF_NODES, readiness.clone(), shutdown.clone()).await?;
         let model = (checkpoint.config(), checkpoint.digest());
@@ -77,7 +83,8 @@ pub(crate) fn run(arguments: CoordinatorArguments) -> anyhow::Result<ExitCode> {
         config.share_rows = !arguments.send_rows;
         config.micro_batching = arguments.micro_batches.wanted();
         config.client = arguments.connection.client();
-        config.server = arguments.server.server(&arguments.connection, readiness);
+        arguments.cluster_key.apply(&mut config.client)?;
+        config.server = arguments.server.server(&arguments.connection, gate, readiness);
         config.on_load = Some(loading_bar::of_model(&config.checkpoint));
         let coordinator = Coordinator::start(config, cluster).await.map_err(refused)?;
         server::announce(&listener)?;
