@@ -15,6 +15,7 @@ use parking_lot::Mutex;
 use sida_cluster::Cluster;
 use sida_model::{CacheSize, Checkpoint, DeviceName, Tokenizer};
 use sida_routing::Digest;
+use sida_rpc::Client;
 use sida_telemetry::{Span, TraceContext};
 use tokio::{
     sync::{mpsc, oneshot},
@@ -80,7 +81,7 @@ impl Drop for Inner {
 impl Coordinator {
     /// The encoder's states of a text.
     pub async fn encode(&self, params: EncodeParams) -> Result<Encoding, RequestError> {
-        let request_span = self.begin_span("embeddings", params.trace);
+        let request_span = self.begin_span("embeddings", params.trace, params.client.as_ref());
         let EncodeParams { text, routing, pooling, deadline, .. } = params;
         let (reply, answer) = oneshot::channel();
         let queue = move |this: &Self, prompt| this.submit(prompt, routing, deadline, Work::Encode { pooling, reply });
@@ -94,7 +95,7 @@ impl Coordinator {
 
     /// The likelihood of each target given a text.
     pub async fn score(&self, params: ScoreParams) -> Result<Scores, RequestError> {
-        let request_span = self.begin_span("score", params.trace);
+        let request_span = self.begin_span("score", params.trace, params.client.as_ref());
         let ScoreParams { text, targets, routing, deadline, .. } = params;
         let bytes = text.len() + targets.iter().map(String::len).sum::<usize>();
         let (reply, answer) = oneshot::channel();
@@ -111,7 +112,7 @@ impl Coordinator {
 
     /// Generates text.
     pub async fn generate(&self, mut params: GenerateParams) -> Result<TokenStream, RequestError> {
-        let request_span = self.begin_span("text_completion", params.trace);
+        let request_span = self.begin_span("text_completion", params.trace, params.client.as_ref());
         let deadline = params.deadline;
         let text = std::mem::take(&mut params.text);
         let (reply, answer) = mpsc::unbounded_channel();
@@ -235,9 +236,14 @@ impl Coordinator {
         queued.await.unwrap_or(Err(RequestError::Panicked))
     }
 
-    /// Begins the span of a request for an `operation`.
-    fn begin_span(&self, operation: &'static str, caller: Option<TraceContext>) -> RequestSpan {
-        RequestSpan::begin(operation, self.checkpoint().name(), caller)
+    /// Begins the span of a `client`'s request for an `operation`.
+    fn begin_span(
+        &self,
+        operation: &'static str,
+        caller: Option<TraceContext>,
+        client: Option<&Client>,
+    ) -> RequestSpan {
+        RequestSpan::begin(operation, self.checkpoint().name(), caller, client)
     }
 
     fn submit(

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use sida_proto::{v1, wire::rows};
+use sida_rpc::Client;
 use sida_telemetry::TraceContext;
 
 use crate::{
@@ -17,12 +18,14 @@ use crate::{
 };
 
 /// What a gRPC call carries beside its message.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub(crate) struct CallMetadata {
     /// Until when the caller waits.
     pub(crate) deadline: Option<Instant>,
     /// Which trace the call is part of.
     pub(crate) trace: Option<TraceContext>,
+    /// Whose call it is.
+    pub(crate) client: Option<Client>,
 }
 
 /// The request behind a message. Limits are checked where it is accepted.
@@ -32,15 +35,15 @@ pub(crate) fn encode_params(message: v1::EncodeRequest, caller: CallMetadata) ->
         Ok(v1::Pooling::None) => Pooling::None,
         Err(_) => return Err(unknown("pooling", message.pooling)),
     };
-    let CallMetadata { deadline, trace } = caller;
-    Ok(EncodeParams { text: message.text, routing: routing(message.routing)?, pooling, deadline, trace })
+    let CallMetadata { deadline, trace, client } = caller;
+    Ok(EncodeParams { text: message.text, routing: routing(message.routing)?, pooling, deadline, trace, client })
 }
 
 /// The request behind a message.
 pub(crate) fn score_params(message: v1::ScoreRequest, caller: CallMetadata) -> Result<ScoreParams, RequestError> {
-    let CallMetadata { deadline, trace } = caller;
+    let CallMetadata { deadline, trace, client } = caller;
     let routing = routing(message.routing)?;
-    Ok(ScoreParams { text: message.text, targets: message.targets, routing, deadline, trace })
+    Ok(ScoreParams { text: message.text, targets: message.targets, routing, deadline, trace, client })
 }
 
 /// The request behind a message.
@@ -63,6 +66,7 @@ pub(crate) fn generate_params(
         stop: message.stop,
         deadline: caller.deadline,
         trace: caller.trace,
+        client: caller.client,
     })
 }
 

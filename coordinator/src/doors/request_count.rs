@@ -1,10 +1,10 @@
 //! Counts the requests of `sida.v1.Inference` and of the HTTP door by how they ended, and their time: all that came to this
 //! node, also those that were refused before a service saw them.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use axum::http::Method;
-use sida_rpc::Outcome;
+use sida_rpc::{Client, Outcome};
 use sida_telemetry::{counter, histogram, names};
 use tonic::Code;
 
@@ -53,19 +53,22 @@ fn register_method(door: &'static str, method: &'static str) {
 /// Counts a call that has ended.
 pub(crate) fn count(outcome: Outcome<'_>) {
     if let Some(method) = method(outcome.path) {
-        count_as(GRPC, method, outcome.code, outcome.took);
+        count_as(GRPC, method, outcome.code, outcome.took, outcome.client);
     }
 }
 
 /// Counts a request of the HTTP door that has ended.
-pub(crate) fn count_http(method: &'static str, code: Code, took: Duration) {
-    count_as(OPENAI, method, code, took);
+pub(crate) fn count_http(method: &'static str, code: Code, took: Duration, client: Option<&Client>) {
+    count_as(OPENAI, method, code, took, client);
 }
 
-fn count_as(door: &'static str, method: &'static str, code: Code, took: Duration) {
-    let labels = [(names::DOOR, door), (names::METHOD, method), (names::CODE, code_name(code))];
+fn count_as(door: &'static str, method: &'static str, code: Code, took: Duration, client: Option<&Client>) {
+    let code = code_name(code);
+    let labels = [(names::DOOR, door), (names::METHOD, method), (names::CODE, code)];
     counter!(names::REQUESTS_TOTAL, &labels).increment(1);
     histogram!(names::REQUEST_DURATION_SECONDS, names::DOOR => door, names::METHOD => method).record(took);
+    let client = client.map_or_else(|| "".into(), Client::label);
+    counter!(names::CLIENT_REQUESTS_TOTAL, names::CLIENT => client.to_string(), names::CODE => code).increment(1);
 }
 
 /// What a request of the HTTP door is counted as, if it is.

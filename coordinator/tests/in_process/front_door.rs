@@ -7,10 +7,10 @@ use sida_proto::v1::{
     self, EncodeRequest, GenerateRequest, RoutingOptions, ScoreRequest, cluster_client::ClusterClient,
     inference_client::InferenceClient,
 };
-use sida_rpc::{ClientConfig, MESSAGE_BYTES_MAX, Reason, client::deadline_status, connect};
+use sida_rpc::{Channel, ClientConfig, MESSAGE_BYTES_MAX, Reason, client::deadline_status, connect};
 use tokio::{net::TcpListener, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, Request, codec::CompressionEncoding, transport::Channel};
+use tonic::{Code, Request, codec::CompressionEncoding};
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
 use crate::plain_experts::{Behaviour, PlainCluster, start};

@@ -31,13 +31,17 @@ use tokio::{
     net::TcpStream,
     time::{self, Instant},
 };
-use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
 use tonic::{Status, body::Body};
 use tower::Service;
 
 use crate::{
+    caller::FarEnd,
+    certificate_names::{self, NamePattern},
     http1_limits::watched,
     peer::{OpenCall, Peer},
+    reload::Reloading,
+    tls::PortTls,
 };
 
 /// What an HTTP/2 client says first.
@@ -53,7 +57,9 @@ pub(crate) struct Connector<S> {
     /// `None`: who does not speak HTTP/2 is refused.
     pub(crate) http1: Option<Http1>,
     /// `None`: plain text.
-    pub(crate) tls: Option<TlsAcceptor>,
+    pub(crate) tls: Option<Arc<Reloading<PortTls>>>,
+    /// Names of certificates that are let in; empty: all that TLS lets in.
+    pub(crate) client_names: Vec<NamePattern>,
     pub(crate) handshake_timeout: Duration,
     pub(crate) idle_timeout: Duration,
 }
@@ -94,9 +100,19 @@ impl<S: ConnectionService> Connector<S> {
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(connection, %error, "small messages may wait");
         }
+        let address = stream.peer_addr().ok().map(|address| address.ip());
+        let end = FarEnd { address, certificate_name: None };
         let served = match &self.tls {
-            None => self.greet_and_serve(std::future::ready(Ok(stream)), peer).await,
-            Some(tls) => self.greet_and_serve(tls.accept(stream), peer).await,
+            None => self.greet_and_serve(std::future::ready(Ok((stream, end))), peer).await,
+            Some(tls) => {
+                let acceptor = tls.current();
+                let secured = async {
+                    let stream = acceptor.accept(stream).await?;
+                    let certificate_name = let_in(&stream, &self.client_names)?;
+                    Ok((stream, FarEnd { certificate_name, ..end }))
+                };
+                self.greet_and_serve(secured, peer).await
+            }
         };
         match served {
             Ok(()) => tracing::debug!(connection, "closed"),
@@ -104,24 +120,27 @@ impl<S: ConnectionService> Connector<S> {
         }
     }
 
-    /// `secured` becomes the connection once TLS, if any, is agreed on.
+    /// `secured` becomes the connection once TLS, if any, is agreed on, and who is at its other end.
     async fn greet_and_serve<IO>(
         &self,
-        secured: impl Future<Output = io::Result<IO>>,
+        secured: impl Future<Output = io::Result<(IO, FarEnd)>>,
         peer: Arc<Peer>,
     ) -> Result<(), String>
     where
         IO: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let greeting = time::timeout(self.handshake_timeout, async { greeted(secured.await?).await });
+        let greeting = time::timeout(self.handshake_timeout, async {
+            let (io, end) = secured.await?;
+            Ok::<_, io::Error>((greeted(io).await?, end))
+        });
         let greeted = tokio::select! {
             greeted = greeting => greeted,
             () = peer.leave.cancelled() => return Err("told to leave before its handshake was over".to_owned()),
         };
         match greeted {
-            Ok(Ok(Greeted { io, speaks_http2: true, .. })) => self.serve_http2(io, peer).await,
-            Ok(Ok(Greeted { io, said, .. })) => match &self.http1 {
-                Some(http1) => self.serve_http1(http1, io, peer).await,
+            Ok(Ok((Greeted { io, speaks_http2: true, .. }, end))) => self.serve_http2(io, end, peer).await,
+            Ok(Ok((Greeted { io, said, .. }, end))) => match &self.http1 {
+                Some(http1) => self.serve_http1(http1, io, end, peer).await,
                 None => Err(format!("handshake: HTTP/2 was expected, found {}", said.escape_ascii())),
             },
             Ok(Err(error)) => Err(format!("handshake: {error}")),
@@ -129,11 +148,11 @@ impl<S: ConnectionService> Connector<S> {
         }
     }
 
-    async fn serve_http2<IO>(&self, io: IO, peer: Arc<Peer>) -> Result<(), String>
+    async fn serve_http2<IO>(&self, io: IO, end: FarEnd, peer: Arc<Peer>) -> Result<(), String>
     where
         IO: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let connection = self.http2.serve_connection(TokioIo::new(io), self.counted(&peer));
+        let connection = self.http2.serve_connection(TokioIo::new(io), self.counted(end, &peer));
         tokio::pin!(connection);
         tokio::select! {
             ended = &mut connection => return ended.map_err(|error| error.to_string()),
@@ -143,12 +162,12 @@ impl<S: ConnectionService> Connector<S> {
         last_words(connection, &peer).await
     }
 
-    async fn serve_http1<IO>(&self, http1: &Http1, io: IO, peer: Arc<Peer>) -> Result<(), String>
+    async fn serve_http1<IO>(&self, http1: &Http1, io: IO, end: FarEnd, peer: Arc<Peer>) -> Result<(), String>
     where
         IO: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
         let (io, heads) = watched(io, peer.clone(), http1.stall_limit);
-        let connection = http1.builder.serve_connection(TokioIo::new(io), self.counted(&peer));
+        let connection = http1.builder.serve_connection(TokioIo::new(io), self.counted(end, &peer));
         tokio::pin!(connection);
         tokio::select! {
             ended = &mut connection => return ended.map_err(|error| error.to_string()),
@@ -161,8 +180,8 @@ impl<S: ConnectionService> Connector<S> {
         last_words(connection, &peer).await
     }
 
-    fn counted(&self, peer: &Arc<Peer>) -> TowerToHyperService<Counted<S>> {
-        TowerToHyperService::new(Counted { inner: self.service.clone(), peer: peer.clone() })
+    fn counted(&self, end: FarEnd, peer: &Arc<Peer>) -> TowerToHyperService<Counted<S>> {
+        TowerToHyperService::new(Counted { inner: self.service.clone(), end, peer: peer.clone() })
     }
 
     /// Waits until `peer` is told to leave, or has had no call for too long.
@@ -184,6 +203,22 @@ async fn last_words<E: ToString>(ending: impl Future<Output = Result<(), E>>, pe
 
 fn peer_address(stream: &TcpStream) -> String {
     stream.peer_addr().map_or_else(|error| error.to_string(), |address| address.to_string())
+}
+
+/// What the peer of a connection is called by the certificate that it showed, if any; an error if it must have one of
+/// `allowed` and has none of them.
+fn let_in(stream: &TlsStream<TcpStream>, allowed: &[NamePattern]) -> io::Result<Option<Arc<str>>> {
+    let certificate = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
+    let names = certificate.map_or_else(Vec::new, |certificate| certificate_names::names(certificate));
+    if allowed.is_empty() || names.iter().any(|name| allowed.iter().any(|allowed| allowed.matches(name))) {
+        return Ok(names.into_iter().next());
+    }
+    // Somebody whom our authority knows: a member with a wrong certificate, or no member.
+    tracing::warn!(
+        names = names.join(", "),
+        "a certificate of another name than those of --tls-client-names is refused"
+    );
+    Err(io::Error::new(io::ErrorKind::PermissionDenied, "its certificate has none of the names that are let in"))
 }
 
 /// A connection whose client has begun to speak.
@@ -211,10 +246,11 @@ where
     Ok(Greeted { io, speaks_http2: said == PREFACE, said })
 }
 
-/// A service whose calls are counted, each until the last byte of its answer.
+/// A service whose calls are counted, each until the last byte of its answer, and know where they came from.
 #[derive(Clone)]
 struct Counted<S> {
     inner: S,
+    end: FarEnd,
     peer: Arc<Peer>,
 }
 
@@ -227,7 +263,8 @@ impl<S: ConnectionService> Service<Request<Incoming>> for Counted<S> {
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, request: Request<Incoming>) -> Self::Future {
+    fn call(&mut self, mut request: Request<Incoming>) -> Self::Future {
+        request.extensions_mut().insert(self.end.clone());
         let call = self.peer.call();
         let answering = self.inner.call(request.map(Body::new));
         Box::pin(async move { Ok(answering.await?.map(|inner| CountedBody { inner, _call: call })) })

@@ -33,9 +33,10 @@ use crate::{
     connection::{ConnectionService, Connector, Http1},
     http_trace::HttpTraceLayer,
     metadata::HEADER_LIST_BYTES_MAX,
+    reload::Reloading,
     request_id::RequestIdLayer,
     server::{LAST_WORDS, ServerConfig, ServerError, http2_builder},
-    tls::{HTTP1, HTTP2},
+    tls::{HTTP1, HTTP2, PortTls},
 };
 
 /// How long an HTTP/1.1 peer may take nothing of its answer: longer than a network is out of order that comes back.
@@ -51,11 +52,14 @@ pub async fn serve(
     shutdown: CancellationToken,
     late: CancellationToken,
 ) -> Result<(), ServerError> {
+    let port_tls = config.tls.clone().map(|tls| PortTls { tls, protocols: &[HTTP2, HTTP1] });
+    let tls = port_tls.map(Reloading::open).transpose()?;
     let connector = Arc::new(Connector {
         service: layered(routes),
         http2: http2_builder(config),
         http1: Some(http1_of(config)),
-        tls: config.tls.as_ref().map(|tls| tls.acceptor(&[HTTP2, HTTP1])).transpose()?,
+        tls: tls.clone(),
+        client_names: config.tls.clone().map_or_else(Vec::new, |tls| tls.client_names),
         handshake_timeout: config.handshake_timeout,
         idle_timeout: config.idle_timeout,
     });
@@ -66,8 +70,15 @@ pub async fn serve(
         late.cancel();
         time::sleep(LAST_WORDS).await;
     };
+    let following = async {
+        match tls {
+            Some(tls) => match tls.follow(config.reload_period).await {},
+            None => std::future::pending().await,
+        }
+    };
     tokio::select! {
         () = serving => {}
+        () = following => {}
         () = ending => tracing::warn!(limit = ?config.drain_limit, "HTTP connections were still open at the drain limit"),
     }
     Ok(())

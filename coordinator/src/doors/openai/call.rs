@@ -9,14 +9,15 @@ use std::{
 };
 
 use axum::{
+    Extension,
     body::{Body, Bytes, HttpBody},
     extract::{Request, State},
-    http::{HeaderMap, StatusCode},
+    http::HeaderMap,
     middleware::Next,
     response::{IntoResponse, Response},
 };
 use http_body::{Frame, SizeHint};
-use sida_rpc::RequestId;
+use sida_rpc::{Client, RequestId};
 use sida_telemetry::TraceContext;
 use tonic::Code;
 
@@ -39,6 +40,8 @@ pub(crate) struct Call {
     /// Until when the answer is of use.
     pub(crate) deadline: Option<Instant>,
     pub(crate) trace: Option<TraceContext>,
+    /// Whose it is, once that is known.
+    client: Arc<OnceLock<Client>>,
     /// Its id, which the answer's is made of.
     pub(crate) id: Arc<str>,
     path: &'static str,
@@ -46,6 +49,11 @@ pub(crate) struct Call {
 }
 
 impl Call {
+    /// Whose it is, as far as that is known.
+    pub(crate) fn client(&self) -> Option<Client> {
+        self.client.get().cloned()
+    }
+
     /// The refusal that an `error` of the coordinator is told as. One that is a fault of ours is logged: its caller can do
     /// nothing about it.
     pub(crate) fn refused(&self, error: &RequestError, text_field: &str) -> ApiError {
@@ -68,7 +76,8 @@ impl Call {
 /// Answers `request` by what is further in.
 pub(crate) async fn answer(State(door): State<Arc<Door>>, mut request: Request, next: Next) -> Response {
     let method = request_count::http_method(request.method(), request.uri().path());
-    let open = OpenCall { method, since: Instant::now(), end: Arc::default(), is_over: false };
+    let (end, client) = (Arc::default(), Arc::default());
+    let open = OpenCall { method, since: Instant::now(), end, client, is_over: false };
     let deadline = match deadline(request.headers()) {
         Ok(deadline) => deadline,
         Err(refusal) => return counted(refusal.into_response(), open),
@@ -76,12 +85,22 @@ pub(crate) async fn answer(State(door): State<Arc<Door>>, mut request: Request, 
     let extensions = request.extensions_mut();
     let id = extensions.get().map(|id: &RequestId| id.as_str().into()).unwrap_or_default();
     let (trace, path) = (extensions.get().copied(), method.unwrap_or("others"));
-    extensions.insert(Call { deadline, trace, id, path, end: open.end.clone() });
+    let (end, client) = (open.end.clone(), open.client.clone());
+    extensions.insert(Call { deadline, trace, client, id, path, end });
     let response = tokio::select! {
         response = next.run(request) => response,
         () = door.late.cancelled() => door.ending().into_response(),
     };
     counted(response, open)
+}
+
+/// Notes whose `request` it is: behind what lets it in, which is within what counts it.
+pub(crate) async fn introduced(Extension(call): Extension<Call>, request: Request, next: Next) -> Response {
+    if let Some(client) = request.extensions().get::<Client>() {
+        // A call has one client, and comes by here once.
+        let _ = call.client.set(client.clone());
+    }
+    next.run(request).await
 }
 
 /// When the caller stops to wait, if it says.
@@ -99,8 +118,8 @@ fn deadline(headers: &HeaderMap) -> Result<Option<Instant>, ApiError> {
 fn counted(response: Response, mut open: OpenCall) -> Response {
     let status = response.status();
     if status.is_client_error() || status.is_server_error() {
-        let of_status = if status == StatusCode::UNAUTHORIZED { Code::Unauthenticated } else { Code::InvalidArgument };
-        let _ = open.end.set(response.extensions().get().copied().unwrap_or(of_status));
+        let counted_as = response.extensions().get().copied().unwrap_or(Code::InvalidArgument);
+        let _ = open.end.set(counted_as);
     }
     open.is_over = response.body().is_end_stream();
     response.map(|inner| Body::new(OpenBody { inner, open }))
@@ -113,6 +132,7 @@ struct OpenCall {
     since: Instant,
     /// How it ended, where that was not well.
     end: Arc<OnceLock<Code>>,
+    client: Arc<OnceLock<Client>>,
     /// Whether its last byte was taken.
     is_over: bool,
 }
@@ -125,7 +145,7 @@ impl Drop for OpenCall {
             None if self.is_over => Code::Ok,
             None => Code::Cancelled,
         };
-        request_count::count_http(method, code, self.since.elapsed());
+        request_count::count_http(method, code, self.since.elapsed(), self.client.get());
     }
 }
 

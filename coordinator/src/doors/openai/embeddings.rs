@@ -86,6 +86,7 @@ pub(crate) async fn embeddings(
         normalize,
         deadline: call.deadline,
         trace: call.trace,
+        client: call.client(),
     });
     let encodings = door.coordinator.encode_all(params.collect()).await;
     let encodings = encodings.map_err(|error| call.refused(&error, "input"))?;

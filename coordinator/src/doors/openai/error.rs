@@ -92,13 +92,16 @@ impl ApiError {
         Self { retry_after: Some(Duration::from_secs(1)), ..error }
     }
 
+    /// What a layer before the endpoints refused.
+    pub(crate) fn of_fault(fault: &Fault) -> Self {
+        let (status, kind, code) = told_as(fault.reason());
+        let retry_after = fault.retry_hint();
+        Self { retry_after, ..Self::of(status, fault.reason().code(), kind, code, fault.message()) }
+    }
+
     /// What the coordinator refused. `text_field` is the endpoint's name of the text that is answered.
     pub(crate) fn of_request(error: &RequestError, text_field: &str) -> Self {
-        let fault = Fault::from(error.clone());
-        let (status, kind, code) = told_as(fault.reason());
-        let (retry_after, counted_as) = (fault.retry_hint(), fault.reason().code());
-        let param = field_of(error, text_field);
-        Self { retry_after, param, ..Self::of(status, counted_as, kind, code, fault.message()) }
+        Self { param: field_of(error, text_field), ..Self::of_fault(&Fault::from(error.clone())) }
     }
 
     fn of(
@@ -126,6 +129,9 @@ impl IntoResponse for ApiError {
         *response.status_mut() = self.status;
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        if self.status == StatusCode::UNAUTHORIZED {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
         if let Some(delay) = self.retry_after {
             // Whole seconds are what HTTP knows; OpenAI's clients look for milliseconds first.
             headers.insert(header::RETRY_AFTER, HeaderValue::from(delay.as_millis().div_ceil(1000).max(1) as u64));
@@ -145,6 +151,7 @@ fn told_as(reason: Reason) -> (StatusCode, &'static str, &'static str) {
         R::EmptyText => (StatusCode::BAD_REQUEST, INVALID_REQUEST, "empty_text"),
         R::TextTooLong => (StatusCode::BAD_REQUEST, INVALID_REQUEST, "context_length_exceeded"),
         R::MetadataTooLarge => (StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, INVALID_REQUEST, "headers_too_large"),
+        R::Unauthenticated => (StatusCode::UNAUTHORIZED, INVALID_REQUEST, "invalid_api_key"),
         R::ModelMismatch => (StatusCode::BAD_REQUEST, INVALID_REQUEST, "model_mismatch"),
         R::NoPredictor => (StatusCode::BAD_REQUEST, INVALID_REQUEST, "no_predictor"),
         R::Unsupported => (StatusCode::BAD_REQUEST, INVALID_REQUEST, "unsupported_value"),

@@ -132,6 +132,7 @@ fn params(prompt: Prompt, wanted: &Wanted, logprobs: Option<usize>, call: &Call)
         logprobs,
         deadline: call.deadline,
         trace: call.trace,
+        client: call.client(),
     }
 }
 

@@ -10,6 +10,7 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{get, post},
 };
+use sida_rpc::{AuthenticationLayer, Fault};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -34,6 +35,7 @@ pub(crate) const PATHS: [&str; 9] = [
 
 /// All endpoints over `coordinator`. What is in flight when `late` is cancelled is ended.
 pub(crate) fn routes(coordinator: Coordinator, late: CancellationToken) -> Router {
+    let gate = coordinator.config().server.gate.clone();
     let door = Arc::new(Door::new(coordinator, late));
     let [completions, chat_completions, embeddings, models, model, tokenize, detokenize, health, openapi] = PATHS;
     Router::new()
@@ -48,8 +50,20 @@ pub(crate) fn routes(coordinator: Coordinator, late: CancellationToken) -> Route
         .route(openapi, get(about::openapi))
         .fallback(nowhere)
         .method_not_allowed_fallback(other_method)
+        .layer(middleware::from_fn(call::introduced))
+        // Whoever may not call learns no more than that.
+        .layer(AuthenticationLayer::new(gate, is_open, refuse))
         .layer(middleware::from_fn_with_state(door.clone(), call::answer))
         .with_state(door)
+}
+
+/// Whether a path is answered to callers without a key: probes have none, and the description tells nothing of this node.
+fn is_open(path: &str) -> bool {
+    ["/health", "/openapi.json"].contains(&path)
+}
+
+fn refuse(fault: Fault) -> Response {
+    ApiError::of_fault(&fault).into_response()
 }
 
 async fn nowhere(request: Request) -> Response {

@@ -49,6 +49,7 @@ impl GenerationArguments {
             stop: self.stop.clone(),
             deadline: None,
             trace: None,
+            client: None,
         }
     }
 }

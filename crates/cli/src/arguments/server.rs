@@ -9,7 +9,7 @@ use std::{
 
 use clap::Args;
 use sida_coordinator::Listeners;
-use sida_rpc::{Readiness, ServerConfig, ServerTls, metrics_port};
+use sida_rpc::{Gate, NamePattern, Readiness, ServerConfig, ServerTls, metrics_port};
 use sida_telemetry::metrics;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -58,6 +58,10 @@ pub(crate) struct ServerArguments {
     /// PEM file of the authorities whose clients are let in [default: all clients]
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
     tls_client_ca: Option<PathBuf>,
+    /// Of those, let in only clients with one of these names in their certificate (subject, DNS name or URI), with commas
+    /// between them; one that begins with * stands for all that end so [default: all of them]
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', requires = "tls_client_ca")]
+    tls_client_names: Vec<NamePattern>,
     /// How long requests may go on after Ctrl-C or SIGTERM
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = time_span::parse)]
     drain: Duration,
@@ -73,13 +77,14 @@ pub(crate) struct ServerArguments {
 }
 
 impl ServerArguments {
-    /// The gRPC server's settings; it tells `readiness` whether it serves.
-    pub(crate) fn server(&self, connection: &ConnectionArguments, readiness: Readiness) -> ServerConfig {
+    /// The gRPC server's settings; it lets in whom `gate` does and tells `readiness` whether it serves.
+    pub(crate) fn server(&self, connection: &ConnectionArguments, gate: Gate, readiness: Readiness) -> ServerConfig {
         let identity = connection.tls_cert.clone().zip(connection.tls_key.clone());
         let tls = identity.map(|(certificate, key)| ServerTls {
             certificate,
             key,
             client_authorities: self.tls_client_ca.clone(),
+            client_names: self.tls_client_names.clone(),
         });
         ServerConfig {
             drain_limit: self.drain,
@@ -87,6 +92,7 @@ impl ServerArguments {
             handshake_timeout: self.handshake_timeout,
             idle_timeout: self.idle_timeout,
             tls,
+            gate,
             readiness,
             ..ServerConfig::default()
         }

@@ -12,6 +12,7 @@ use crate::{
         cache::CacheArguments,
         connection::ConnectionArguments,
         device::{self, DeviceArguments},
+        keys::{ApiKeysArguments, ClusterKeyArguments},
         limits::LimitArguments,
         membership::MembershipArguments,
         micro_batches::MicroBatchArguments,
@@ -49,6 +50,10 @@ pub(crate) struct CoordinatorArguments {
     server: ServerArguments,
     #[command(flatten)]
     connection: ConnectionArguments,
+    #[command(flatten)]
+    api_keys: ApiKeysArguments,
+    #[command(flatten)]
+    cluster_key: ClusterKeyArguments,
 }
 
 impl CoordinatorArguments {
@@ -69,6 +74,7 @@ pub(crate) fn run(arguments: CoordinatorArguments) -> anyhow::Result<ExitCode> {
         let grpc = server::bind(&member.address).await?;
         // Nowhere by default: a node that others can reach opens no port that its operator did not name.
         let listeners = Listeners { grpc, http: arguments.http.bind(None).await? };
+        let gate = arguments.api_keys.gate()?;
         let readiness = Readiness::default();
         arguments.server.serve_metrics(METRICS_OF_NODES, readiness.clone(), shutdown.clone()).await?;
         let model = (checkpoint.config(), checkpoint.digest());
@@ -81,7 +87,8 @@ pub(crate) fn run(arguments: CoordinatorArguments) -> anyhow::Result<ExitCode> {
         config.share_rows = !arguments.send_rows;
         config.micro_batching = arguments.micro_batches.wanted();
         config.client = arguments.connection.client();
-        config.server = arguments.server.server(&arguments.connection, readiness);
+        arguments.cluster_key.apply(&mut config.client)?;
+        config.server = arguments.server.server(&arguments.connection, gate, readiness);
         config.on_load = Some(loading_bar::of_model(&config.checkpoint));
         let coordinator = Coordinator::start(config, cluster).await.map_err(refused)?;
         server::announce_doors(&listeners)?;

@@ -13,6 +13,7 @@ use crate::{
     arguments::{
         connection::ConnectionArguments,
         embedded::EmbeddedArguments,
+        keys::ApiKeysArguments,
         limits::LimitArguments,
         model::ModelArguments,
         predictor::PredictorArguments,
@@ -48,6 +49,8 @@ pub(crate) struct UpArguments {
     server: ServerArguments,
     #[command(flatten)]
     connection: ConnectionArguments,
+    #[command(flatten)]
+    api_keys: ApiKeysArguments,
 }
 
 /// Serves until Ctrl-C or SIGTERM, then drains.
@@ -58,13 +61,14 @@ pub(crate) fn run(arguments: UpArguments) -> anyhow::Result<ExitCode> {
         // The ports first: a taken one is told before the model is loaded.
         let grpc = server::bind(&arguments.listen).await?;
         let listeners = Listeners { grpc, http: arguments.http.bind(Some(HTTP_DEFAULT)).await? };
+        let gate = arguments.api_keys.gate()?;
         let readiness = Readiness::default();
         arguments.server.serve_metrics(METRICS_DEFAULT, readiness.clone(), shutdown.clone()).await?;
         let address = Some(listeners.grpc.local_addr()?);
         let cluster =
             EmbeddedCluster::start(&arguments.model, &arguments.predictor, &arguments.embedded, address, |config| {
                 arguments.limits.apply(config);
-                config.server = arguments.server.server(&arguments.connection, readiness);
+                config.server = arguments.server.server(&arguments.connection, gate, readiness);
             })
             .await?;
         server::announce_doors(&listeners)?;
