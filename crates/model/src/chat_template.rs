@@ -78,21 +78,7 @@ pub enum ChatError {
 #[error("{0}")]
 pub(crate) struct Raised(pub(crate) String);
 
-/// As much of the tokenizer's config as is asked for here.
-#[derive(Default, Deserialize)]
-struct TokenizerConfig {
-    chat_template: Option<Templates>,
-    #[serde(flatten)]
-    others: Map<String, Value>,
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Templates {
-    One(String),
-    Several(Vec<NamedTemplate>),
-}
-
+/// One of several templates of a tokenizer's config.
 #[derive(Deserialize)]
 struct NamedTemplate {
     name: String,
@@ -102,11 +88,10 @@ struct NamedTemplate {
 impl ChatTemplate {
     /// The template of the checkpoint in `dir`; `None` if it has none.
     pub fn open(dir: &Path) -> Result<Option<Self>, ModelError> {
-        let config: TokenizerConfig = optional_json(&dir.join(TOKENIZER_CONFIG))?.unwrap_or_default();
-        let Some((path, source)) = source(dir, config.chat_template)? else { return Ok(None) };
-        let mut tokens: BTreeMap<String, String> =
-            optional_json::<Map<String, Value>>(&dir.join(SPECIAL_TOKENS))?.map(special_tokens).unwrap_or_default();
-        tokens.extend(special_tokens(config.others));
+        let mut config = fields(&dir.join(TOKENIZER_CONFIG))?;
+        let Some((path, source)) = source(dir, config.remove("chat_template"))? else { return Ok(None) };
+        let mut tokens = special_tokens(fields(&dir.join(SPECIAL_TOKENS))?);
+        tokens.extend(special_tokens(config));
         Self::of(source, tokens).map(Some).map_err(|error| ModelError::ChatTemplate { path, reason: told(&error) })
     }
 
@@ -128,15 +113,15 @@ impl ChatTemplate {
         add_generation_prompt: bool,
         variables: &Map<String, Value>,
     ) -> Result<String, ChatError> {
-        let mut context = variables.clone();
-        context.extend(self.tokens.iter().map(|(name, token)| (name.clone(), token.as_str().into())));
+        let theirs = variables.iter().map(|(name, value)| (name.as_str(), minijinja::Value::from_serialize(value)));
+        let tokens = self.tokens.iter().map(|(name, token)| (name.as_str(), token.into()));
         let ours = [
-            ("messages", serde_json::to_value(messages).expect("texts are JSON")),
+            ("messages", minijinja::Value::from_serialize(messages)),
             ("add_generation_prompt", add_generation_prompt.into()),
-            ("tools", Value::Null),
-            ("documents", Value::Null),
+            ("tools", ().into()),
+            ("documents", ().into()),
         ];
-        context.extend(ours.map(|(name, value)| (name.to_owned(), value)));
+        let context: BTreeMap<&str, minijinja::Value> = theirs.chain(tokens).chain(ours).collect();
         let template = self.environment.get_template(NAME).map_err(|error| ChatError::Failed(told(&error)))?;
         let mut written = Bounded::default();
         template.render_captured_to(context, &mut written).map_err(|error| failure(&error, written.is_full))?;
@@ -145,7 +130,7 @@ impl ChatTemplate {
 }
 
 /// The template and the file that it is in.
-fn source(dir: &Path, of_config: Option<Templates>) -> Result<Option<(PathBuf, String)>, ModelError> {
+fn source(dir: &Path, of_config: Option<Value>) -> Result<Option<(PathBuf, String)>, ModelError> {
     let path = dir.join(TEMPLATE_FILE);
     if exists(&path)? {
         let bytes = bounded_file::read(&path, TEMPLATE_BYTES_MAX)?;
@@ -154,14 +139,18 @@ fn source(dir: &Path, of_config: Option<Templates>) -> Result<Option<(PathBuf, S
         return Ok(Some((path, source)));
     }
     let path = dir.join(TOKENIZER_CONFIG);
+    let refused = |reason| ModelError::ChatTemplate { path: path.clone(), reason };
     let source = match of_config {
-        None => return Ok(None),
-        Some(Templates::One(source)) => source,
-        Some(Templates::Several(templates)) => {
+        None | Some(Value::Null) => return Ok(None),
+        Some(Value::String(source)) => source,
+        Some(several) => {
+            let several = serde_json::from_value::<Vec<NamedTemplate>>(several);
+            let expected = "chat_template should be a text, or a list of templates with names";
+            let templates = several.map_err(|error| refused(format!("{expected}: {error}")))?;
             let names: Vec<String> = templates.iter().map(|template| template.name.clone()).collect();
             let default = templates.into_iter().find(|template| template.name == "default");
             let reason = || format!("chat_template holds {}, and none is called default", names.join(", "));
-            default.ok_or_else(|| ModelError::ChatTemplate { path: path.clone(), reason: reason() })?.template
+            default.ok_or_else(|| refused(reason()))?.template
         }
     };
     if source.len() as u64 > TEMPLATE_BYTES_MAX {
@@ -178,8 +167,9 @@ fn exists(path: &Path) -> Result<bool, ModelError> {
     }
 }
 
-fn optional_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>, ModelError> {
-    if exists(path)? { bounded_file::read_json(path, CONFIG_BYTES_MAX).map(Some) } else { Ok(None) }
+/// The fields of a JSON file; none if there is no such file.
+fn fields(path: &Path) -> Result<Map<String, Value>, ModelError> {
+    if exists(path)? { bounded_file::read_json(path, CONFIG_BYTES_MAX) } else { Ok(Map::new()) }
 }
 
 /// The special tokens among the fields of a config: a text, or an object with the text as `content`.
