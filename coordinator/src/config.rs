@@ -88,6 +88,10 @@ pub struct RequestLimits {
     pub tokens_max: usize,
     /// Targets of a scored request.
     pub targets_max: usize,
+    /// Choices of a request: answers to one prompt. No more than sequences of a batch, either.
+    pub choices_max: usize,
+    /// Texts that one call may have encoded.
+    pub texts_max: usize,
     /// Stop texts of a request.
     pub stops_max: usize,
     /// Bytes of a stop text.
@@ -102,6 +106,8 @@ impl Default for RequestLimits {
             tokens_default: 64,
             tokens_max: 1024,
             targets_max: 64,
+            choices_max: 128,
+            texts_max: 256,
             stops_max: 16,
             stop_bytes_max: 256,
         }

@@ -37,15 +37,18 @@ use tokio_util::sync::CancellationToken;
 use tonic::{codec::CompressionEncoding, service::Routes};
 
 pub use answer::{
-    output::{Encoding, Finish, FinishReason, Pooling, Scores, TargetScore, Token},
+    output::{Encoding, Finish, FinishReason, Pooling, Scores, TargetScore, Token, TokenLogprob, TokenLogprobs},
     request_error::{RequestError, TextOf},
     routing_mode::{Alpha, RoutingMode},
-    sampler::Sampling,
+    sampling::Sampling,
     trace::{ExpertSets, HashCounts, Timings, Trace},
 };
 pub use config::{CoordinatorConfig, MicroBatching, PredictorSource, RequestLimits};
 pub use coordinator::{Coordinator, TokenStream};
-pub use intake::accept::{EncodeParams, GenerateParams, ScoreParams};
+pub use intake::{
+    accept::{EncodeParams, GenerateParams, ScoreParams},
+    prompt::Prompt,
+};
 pub use sida_routing::admission::Limits;
 pub use start::CoordinatorError;
 

@@ -51,6 +51,8 @@ impl From<RequestError> for Fault {
 fn field(of: &TextOf) -> String {
     match of {
         TextOf::Prompt => "text".to_owned(),
+        TextOf::PromptTokens => "tokens".to_owned(),
+        TextOf::Text(number) => format!("texts[{}]", number - 1),
         TextOf::Target(number) => format!("targets[{}]", number - 1),
     }
 }

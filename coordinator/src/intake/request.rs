@@ -10,7 +10,7 @@ use crate::answer::{
     output::{Encoding, Pooling, Scores, Token},
     request_error::RequestError,
     routing_mode::RoutingMode,
-    sampler::SamplerSettings,
+    sampling::SamplerSettings,
 };
 
 /// A request that was checked and tokenized.
@@ -36,13 +36,23 @@ pub(crate) struct Request {
 /// What is asked for, and the channel for the answer. A receiver that is gone means that the client is.
 pub(crate) enum Work {
     /// States: the encoder's, or without one the last hidden states.
-    Encode { pooling: Pooling, reply: oneshot::Sender<Result<Encoding, RequestError>> },
+    Encode { options: EncodeOptions, reply: oneshot::Sender<Result<Encoding, RequestError>> },
     /// The likelihood of each target (token ids, the end included where an encoder reads, never empty).
     /// The sender is taken when it is used.
     Score { targets: Vec<Vec<u32>>, reply: Option<oneshot::Sender<Result<Scores, RequestError>>> },
-    /// Tokens, one message each. Unbounded, so that a slow client never holds up the scheduler; `tokens_max`
-    /// bounds it.
+    /// Tokens, one message each. Unbounded, so that a slow client never holds up the scheduler; `tokens_max` and the number
+    /// of choices bound it.
     Generate { options: GenerateOptions, reply: mpsc::UnboundedSender<Result<Token, RequestError>> },
+}
+
+/// How states are answered. Checked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct EncodeOptions {
+    pub(crate) pooling: Pooling,
+    /// Divides the pooled row by its length.
+    pub(crate) normalize: bool,
+    /// Tokens that were cut off the prompt.
+    pub(crate) truncated_tokens: usize,
 }
 
 /// How a text is generated. Checked.
@@ -54,6 +64,10 @@ pub(crate) struct GenerateOptions {
     pub(crate) tokens_min: usize,
     /// Goes on after an end of sequence.
     pub(crate) ignore_eos: bool,
+    /// Answers that are drawn, at least 1.
+    pub(crate) choices: usize,
+    /// How many of the most likely tokens are told with each token, if its log-probability is.
+    pub(crate) logprobs: Option<usize>,
     pub(crate) sampling: SamplerSettings,
     pub(crate) stop: Vec<String>,
 }
@@ -64,7 +78,7 @@ impl Work {
         match self {
             Work::Encode { .. } => 0,
             Work::Score { targets, .. } => targets.len(),
-            Work::Generate { .. } => 1,
+            Work::Generate { options, .. } => options.choices.max(1),
         }
     }
 
@@ -85,6 +99,7 @@ impl Request {
         let decoded = match &self.work {
             Work::Encode { .. } => 0,
             Work::Score { targets, .. } => targets.iter().map(Vec::len).sum(),
+            // All choices begin with one row.
             Work::Generate { .. } => 1,
         };
         let (tokens, sequences) = (self.tokens.len() * self.readings + decoded, self.work.sequences());

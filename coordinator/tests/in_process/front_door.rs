@@ -17,14 +17,15 @@ use crate::plain_experts::{Behaviour, PlainCluster, start};
 
 const TEXT: &str = "sst2 sentence: a gorgeous , witty , seductive movie .";
 
-struct Served {
+/// A coordinator that is asked by gRPC.
+pub(crate) struct Served {
     cluster: PlainCluster,
-    channel: Channel,
+    pub(crate) channel: Channel,
     shutdown: CancellationToken,
     server: JoinHandle<()>,
 }
 
-async fn served() -> Served {
+pub(crate) async fn served() -> Served {
     let cluster =
         start(2, PredictorSource::Off, |config| config.server.health_period = Duration::from_millis(50)).await;
     let listener = TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], 0))).await.expect("a port");

@@ -10,7 +10,7 @@ use clap::Args;
 use futures::TryStreamExt;
 use serde_json::{Value, json};
 use sida_model::tokenizer::TEXT_BYTES_MAX;
-use sida_proto::v1::{Finish, FinishReason, RoutingMode};
+use sida_proto::v1::{Finish, FinishReason, Logprobs, RoutingMode};
 use tonic::Status;
 
 use crate::{
@@ -50,6 +50,9 @@ pub(crate) struct AskArguments {
     routing: RoutingArguments,
     #[command(flatten)]
     generation: GenerationArguments,
+    /// Tell of each token how likely it was, and which N were the most likely, 0 to 20
+    #[arg(long, value_name = "N", requires = "json")]
+    logprobs: Option<usize>,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -123,15 +126,18 @@ async fn answerer(arguments: &AskArguments) -> anyhow::Result<Answerer> {
 struct Answer {
     text: String,
     token_ids: Vec<u32>,
+    /// One for each token, if they were asked for.
+    logprobs: Vec<Logprobs>,
     finish: Finish,
 }
 
 /// Asks for `text`; the answer is printed token by token unless JSON is wanted.
 async fn answer(client: &CoordinatorClient, text: String, arguments: &AskArguments) -> anyhow::Result<Answer> {
-    let params = arguments.generation.params(text, arguments.routing);
+    let mut params = arguments.generation.params(text, arguments.routing);
+    params.logprobs = arguments.logprobs;
     let refused = |error: Status| client.check_model().map_or_else(anyhow::Error::new, |()| error.into());
     let mut tokens = client.generate(params).await.map_err(refused)?;
-    let (mut text, mut token_ids, mut finish) = (String::new(), Vec::new(), None);
+    let (mut text, mut token_ids, mut logprobs, mut finish) = (String::new(), Vec::new(), Vec::new(), None);
     while let Some(token) = tokens.try_next().await.map_err(refused)? {
         if !arguments.json {
             write!(io::stdout(), "{}", token.text)?;
@@ -139,23 +145,24 @@ async fn answer(client: &CoordinatorClient, text: String, arguments: &AskArgumen
         }
         text.push_str(&token.text);
         token_ids.push(token.token_id);
+        logprobs.extend(token.logprobs);
         finish = token.finish;
     }
     if !arguments.json {
         writeln!(io::stdout())?;
     }
     let finish = finish.ok_or_else(|| Status::data_loss("the answer ended without its last message"))?;
-    Ok(Answer { text, token_ids, finish })
+    Ok(Answer { text, token_ids, logprobs, finish })
 }
 
 fn as_json(answer: &Answer, model: &ModelFacts, report: &AnswerReport<'_>, ready_after: Duration) -> Value {
-    let Answer { text, token_ids, finish } = answer;
+    let Answer { text, token_ids, logprobs, finish } = answer;
     let trace = finish.trace.clone().unwrap_or_default();
     let timings = trace.timings.unwrap_or_default();
     let (resident_bytes, budget_bytes) = report.resident_and_budget();
     let layers: Vec<_> =
         trace.layers.iter().map(|used| json!({"layer": used.layer, "experts": used.experts})).collect();
-    json!({
+    let mut answer = json!({
         "text": text,
         "token_ids": token_ids,
         "finish_reason": reason(finish.reason()),
@@ -184,7 +191,17 @@ fn as_json(answer: &Answer, model: &ModelFacts, report: &AnswerReport<'_>, ready
         "budget_bytes": budget_bytes,
         "experts_bytes": model.experts_bytes,
         "layers": layers,
-    })
+    });
+    if !logprobs.is_empty() {
+        answer["logprobs"] = logprobs.iter().map(logprobs_json).collect();
+    }
+    answer
+}
+
+/// How likely a token was, and what else was.
+fn logprobs_json(logprobs: &Logprobs) -> Value {
+    let top = logprobs.top.iter().map(|likely| json!({"token_id": likely.token_id, "logprob": likely.logprob}));
+    json!({"logprob": logprobs.logprob, "top": top.collect::<Vec<_>>()})
 }
 
 fn reason(reason: FinishReason) -> &'static str {

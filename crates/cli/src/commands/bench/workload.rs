@@ -101,13 +101,15 @@ impl Workload {
         let routing = self.arguments.routing.into();
         match self.arguments.method {
             Method::Encode => {
-                let params = EncodeParams { text, routing, pooling: Pooling::Mean, ..EncodeParams::default() };
+                let (prompt, pooling) = (text.into(), Pooling::Mean);
+                let params = EncodeParams { prompt, routing, pooling, ..EncodeParams::default() };
                 let answer = client.encode(params).await?;
                 Ok(self.sample(answer.prompt_tokens.into(), answer.trace))
             }
             Method::Score => {
                 let targets = self.arguments.targets.clone();
-                let answer = client.score(ScoreParams { text, targets, routing, ..ScoreParams::default() }).await?;
+                let params = ScoreParams { prompt: text.into(), targets, routing, ..ScoreParams::default() };
+                let answer = client.score(params).await?;
                 let tokens = answer.scores.iter().map(|score| u64::from(score.tokens)).sum();
                 Ok(self.sample(tokens, answer.trace))
             }
