@@ -32,7 +32,8 @@ const ONLY_IN: [(&str, &[&str]); 15] = [
     ("safetensors", &["sida-model", "sida-predictor"]),
     ("tokenizers", &["sida-model"]),
     ("etcd", &["sida-cluster"]),
-    ("axum", &["sida-rpc"]),
+    // The coordinator says what its HTTP routes answer; how their connections are served is `sida-rpc`'s.
+    ("axum", &["sida-rpc", "sida-coordinator"]),
     ("hyper", &["sida-rpc"]),
     ("tokio-rustls", &["sida-rpc"]),
     ("clap", &["sida-cli"]),

@@ -15,6 +15,7 @@ use parking_lot::Mutex;
 use sida_cluster::Cluster;
 use sida_model::{CacheSize, Checkpoint, DeviceName, ModelError, Tokenizer};
 use sida_routing::Digest;
+use sida_rpc::Client;
 use sida_telemetry::{Span, TraceContext};
 use tokio::{
     sync::{mpsc, oneshot},
@@ -81,7 +82,7 @@ impl Drop for Inner {
 impl Coordinator {
     /// The encoder's states of a text.
     pub async fn encode(&self, mut params: EncodeParams) -> Result<Encoding, RequestError> {
-        let request_span = self.begin_span("embeddings", params.trace);
+        let request_span = self.begin_span("embeddings", params.trace, params.client.as_ref());
         let deadline = params.deadline;
         let asked = Asked { prompt: std::mem::take(&mut params.prompt), truncates: params.truncate, target_bytes: 0 };
         let (reply, answer) = oneshot::channel();
@@ -109,7 +110,7 @@ impl Coordinator {
 
     /// The likelihood of each target given a text.
     pub async fn score(&self, params: ScoreParams) -> Result<Scores, RequestError> {
-        let request_span = self.begin_span("score", params.trace);
+        let request_span = self.begin_span("score", params.trace, params.client.as_ref());
         let ScoreParams { prompt, targets, routing, deadline, .. } = params;
         let target_bytes = targets.iter().map(String::len).sum::<usize>();
         let asked = Asked { prompt, truncates: false, target_bytes };
@@ -127,7 +128,7 @@ impl Coordinator {
 
     /// Generates text: one answer, or as many as there are choices.
     pub async fn generate(&self, mut params: GenerateParams) -> Result<TokenStream, RequestError> {
-        let request_span = self.begin_span("text_completion", params.trace);
+        let request_span = self.begin_span("text_completion", params.trace, params.client.as_ref());
         let deadline = params.deadline;
         let unfinished = params.choices.max(1);
         let asked = Asked { prompt: std::mem::take(&mut params.prompt), truncates: false, target_bytes: 0 };
@@ -286,9 +287,14 @@ impl Coordinator {
         queued.await.unwrap_or(Err(RequestError::Panicked))
     }
 
-    /// Begins the span of a request for an `operation`.
-    fn begin_span(&self, operation: &'static str, caller: Option<TraceContext>) -> RequestSpan {
-        RequestSpan::begin(operation, self.checkpoint().name(), caller)
+    /// Begins the span of a `client`'s request for an `operation`.
+    fn begin_span(
+        &self,
+        operation: &'static str,
+        caller: Option<TraceContext>,
+        client: Option<&Client>,
+    ) -> RequestSpan {
+        RequestSpan::begin(operation, self.checkpoint().name(), caller, client)
     }
 
     fn submit(

@@ -2,13 +2,12 @@
 
 use bytes::{Buf, BufMut, Bytes};
 use sida_proto::v1::{self, inference_client::InferenceClient};
-use sida_rpc::Reason;
+use sida_rpc::{Channel, Reason};
 use sida_tests::{Sandbox, SandboxConfig};
 use tonic::{
     Code, Request, Status,
     codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
     codegen::http::uri::PathAndQuery,
-    transport::Channel,
 };
 
 use crate::client::{generate, greedy};

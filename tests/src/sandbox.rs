@@ -7,9 +7,8 @@
 
 use std::{collections::BTreeMap, fmt::Write as _, fs, path::PathBuf, process::ExitStatus, time::Duration};
 
-use sida_rpc::ClientConfig;
+use sida_rpc::{Channel, ClientConfig};
 use tempfile::TempDir;
-use tonic::transport::Channel;
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
 use crate::{FaultProxy, Namespace, Process, binary};

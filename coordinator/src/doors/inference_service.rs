@@ -9,7 +9,7 @@ use std::{
 use futures::{Stream, StreamExt};
 use sida_model::{ExpertStore, Stack};
 use sida_proto::v1::{self, inference_server::Inference};
-use sida_rpc::{Deadline, Fault, MESSAGE_BYTES_MAX, RequestId, trace};
+use sida_rpc::{Client, Deadline, Fault, MESSAGE_BYTES_MAX, RequestId, trace};
 use sida_telemetry::{TraceContext, gauge, names};
 use tonic::{Code, Request, Response, Status};
 
@@ -147,6 +147,7 @@ fn caller<T>(request: &Request<T>) -> CallMetadata {
     CallMetadata {
         deadline: Deadline::of(request).map(|deadline| deadline.0.into_std()),
         trace: trace::context_of(request),
+        client: Client::of(request),
     }
 }
 
@@ -154,12 +155,14 @@ fn caller<T>(request: &Request<T>) -> CallMetadata {
 struct Asked {
     method: &'static str,
     request_id: Option<RequestId>,
+    client: Option<Client>,
     trace: Option<TraceContext>,
 }
 
 impl Asked {
     fn of<T>(method: &'static str, request: &Request<T>) -> Self {
-        Self { method, request_id: RequestId::of(request), trace: trace::context_of(request) }
+        let (request_id, client) = (RequestId::of(request), Client::of(request));
+        Self { method, request_id, client, trace: trace::context_of(request) }
     }
 
     /// The status of a failure. One that is a fault of ours is logged: its caller can do nothing about it.
@@ -168,7 +171,9 @@ impl Asked {
         if status.code() == Code::Internal {
             let request_id = self.request_id.as_ref().map(tracing::field::display);
             let trace_id = self.trace.map(|trace| tracing::field::display(trace.trace_id()));
-            tracing::error!(method = self.method, request_id, trace_id, %error, "a request failed by a fault of ours");
+            let client = self.client.as_ref().map(tracing::field::display);
+            let method = self.method;
+            tracing::error!(method, request_id, client, trace_id, %error, "a request failed by a fault of ours");
         }
         status
     }

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use sida_proto::{v1, wire::rows};
+use sida_rpc::Client;
 use sida_telemetry::TraceContext;
 
 use crate::{
@@ -20,12 +21,14 @@ use crate::{
 };
 
 /// What a gRPC call carries beside its message.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub(crate) struct CallMetadata {
     /// Until when the caller waits.
     pub(crate) deadline: Option<Instant>,
     /// Which trace the call is part of.
     pub(crate) trace: Option<TraceContext>,
+    /// Whose call it is.
+    pub(crate) client: Option<Client>,
 }
 
 /// What a message asks to be encoded.
@@ -44,8 +47,11 @@ pub(crate) fn encode_call(message: v1::EncodeRequest, caller: CallMetadata) -> R
         Err(_) => return Err(unknown("pooling", message.pooling)),
     };
     let v1::EncodeRequest { text, tokens, texts, truncate, normalize, .. } = message;
-    let (CallMetadata { deadline, trace }, routing) = (caller, routing(message.routing)?);
-    let params = |prompt| EncodeParams { prompt, routing, pooling, truncate, normalize, deadline, trace };
+    let (CallMetadata { deadline, trace, client }, routing) = (caller, routing(message.routing)?);
+    let params = |prompt| {
+        let client = client.clone();
+        EncodeParams { prompt, routing, pooling, truncate, normalize, deadline, trace, client }
+    };
     if texts.is_empty() {
         return Ok(EncodeCall::One(params(prompt(text, tokens)?)));
     }
@@ -57,10 +63,10 @@ pub(crate) fn encode_call(message: v1::EncodeRequest, caller: CallMetadata) -> R
 
 /// The request behind a message.
 pub(crate) fn score_params(message: v1::ScoreRequest, caller: CallMetadata) -> Result<ScoreParams, RequestError> {
-    let CallMetadata { deadline, trace } = caller;
+    let CallMetadata { deadline, trace, client } = caller;
     let routing = routing(message.routing)?;
     let prompt = prompt(message.text, message.tokens)?;
-    Ok(ScoreParams { prompt, targets: message.targets, routing, deadline, trace })
+    Ok(ScoreParams { prompt, targets: message.targets, routing, deadline, trace, client })
 }
 
 /// The request behind a message.
@@ -90,6 +96,7 @@ pub(crate) fn generate_params(
         stop: message.stop,
         deadline: caller.deadline,
         trace: caller.trace,
+        client: caller.client,
     })
 }
 

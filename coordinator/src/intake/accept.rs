@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use sida_model::{CacheSize, ModelConfig, ModelError, Tokenizer};
 use sida_routing::admission::Limits;
+use sida_rpc::Client;
 use sida_telemetry::TraceContext;
 
 use crate::{
@@ -39,6 +40,8 @@ pub struct EncodeParams {
     pub deadline: Option<Instant>,
     /// The trace that the request is part of; `None` begins one.
     pub trace: Option<TraceContext>,
+    /// Who asks, as far as that is known: those who ask much take turns with the others.
+    pub client: Option<Client>,
 }
 
 /// A request for the likelihood of targets.
@@ -54,6 +57,8 @@ pub struct ScoreParams {
     pub deadline: Option<Instant>,
     /// The trace that the request is part of; `None` begins one.
     pub trace: Option<TraceContext>,
+    /// Who asks, as far as that is known: those who ask much take turns with the others.
+    pub client: Option<Client>,
 }
 
 /// A request to generate text.
@@ -82,6 +87,8 @@ pub struct GenerateParams {
     pub deadline: Option<Instant>,
     /// The trace that the request is part of; `None` begins one.
     pub trace: Option<TraceContext>,
+    /// Who asks, as far as that is known: those who ask much take turns with the others.
+    pub client: Option<Client>,
 }
 
 /// The limits that requests are held to, and the tokenizer that measures them.

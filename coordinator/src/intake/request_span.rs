@@ -3,6 +3,7 @@
 
 use std::{borrow::Cow, time::Instant};
 
+use sida_rpc::Client;
 use sida_telemetry::{
     Span, TraceContext,
     spans::{Array, Value},
@@ -18,13 +19,21 @@ pub(crate) struct RequestSpan {
 }
 
 impl RequestSpan {
-    /// Begins the span of a request for an `operation` of a `model`, within the caller's trace if there is one.
-    pub(crate) fn begin(operation: &'static str, model: &str, caller: Option<TraceContext>) -> Self {
+    /// Begins the span of a `client`'s request for an `operation` of a `model`, within the caller's trace if there is one.
+    pub(crate) fn begin(
+        operation: &'static str,
+        model: &str,
+        caller: Option<TraceContext>,
+        client: Option<&Client>,
+    ) -> Self {
         let span = Span::of_caller(caller, || Cow::Owned(format!("{operation} {model}")));
         let span = span.with("gen_ai.operation.name", operation).with("gen_ai.provider.name", "sida");
         let mut request_span = Self { begun: Instant::now(), span };
         if request_span.span.is_recorded() {
             request_span.span.set("gen_ai.request.model", model.to_owned());
+            if let Some(client) = client {
+                request_span.span.set("sida.client", client.to_string());
+            }
         }
         request_span
     }

@@ -7,10 +7,10 @@ use sida_proto::v1::{
     self, EncodeRequest, GenerateRequest, RoutingOptions, ScoreRequest, cluster_client::ClusterClient,
     inference_client::InferenceClient,
 };
-use sida_rpc::{ClientConfig, MESSAGE_BYTES_MAX, Reason, client::deadline_status, connect};
+use sida_rpc::{Channel, ClientConfig, MESSAGE_BYTES_MAX, Reason, client::deadline_status, connect};
 use tokio::{net::TcpListener, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, Request, codec::CompressionEncoding, transport::Channel};
+use tonic::{Code, Request, codec::CompressionEncoding};
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
 use crate::plain_experts::{Behaviour, PlainCluster, start};
@@ -162,7 +162,7 @@ async fn requests_are_counted_however_they_end() {
     client.model(v1::ModelRequest {}).await.expect("model");
     for (timeout, code) in [("40m", "DEADLINE_EXCEEDED"), ("soon", "INVALID_ARGUMENT")] {
         let count = || {
-            let line = format!("sida_requests_total{{method=\"Score\",code=\"{code}\"}} ");
+            let line = format!("sida_requests_total{{door=\"grpc\",method=\"Score\",code=\"{code}\"}} ");
             let text = metrics.render();
             text.lines()
                 .find_map(|found| found.strip_prefix(&line)?.parse::<u64>().ok())

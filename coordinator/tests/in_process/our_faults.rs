@@ -11,10 +11,10 @@ use std::{
 use parking_lot::Mutex;
 use sida_coordinator::{PredictorSource, serve};
 use sida_proto::v1::{EncodeRequest, GenerateRequest, ScoreRequest, inference_client::InferenceClient};
-use sida_rpc::{ClientConfig, connect};
+use sida_rpc::{Channel, ClientConfig, connect};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, Request, transport::Channel};
+use tonic::{Code, Request};
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 use tracing::{
     Event, Metadata, Subscriber,

@@ -8,11 +8,11 @@ use sida_coordinator::{
 };
 use sida_model::{ExpertStore, ModelError, Stack};
 use sida_proto::v1::{self, cluster_client::ClusterClient, inference_client::InferenceClient};
-use sida_rpc::{Fault, MESSAGE_BYTES_MAX, trace};
+use sida_rpc::{Channel, Fault, MESSAGE_BYTES_MAX, trace};
 use sida_telemetry::Span;
-use tonic::{Request, Status, transport::Channel};
+use tonic::{Request, Status};
 
-use crate::{arguments::connection::ConnectionArguments, told::FirstCall};
+use crate::{arguments::keys::CallerArguments, told::FirstCall};
 
 /// A coordinator that can be asked. Cheap to clone.
 #[derive(Clone)]
@@ -47,14 +47,14 @@ pub(crate) type Tokens = BoxStream<'static, Result<v1::GenerateResponse, Status>
 
 impl CoordinatorClient {
     /// The coordinator at `endpoint`: `host:port`, or with `http://` or `https://` before it.
-    pub(crate) async fn connect(endpoint: &str, connection: &ConnectionArguments) -> anyhow::Result<Self> {
-        Ok(Self::over(sida_rpc::connect(endpoint, &connection.client()).await?))
+    pub(crate) async fn connect(endpoint: &str, caller: &CallerArguments) -> anyhow::Result<Self> {
+        Ok(Self::over(sida_rpc::connect(endpoint, &caller.client()).await?))
     }
 
     /// The same, connected at the first question, and again at each that comes after the connection was lost. Has to be called
     /// within a tokio runtime.
-    pub(crate) fn connect_lazy(endpoint: &str, connection: &ConnectionArguments) -> anyhow::Result<Self> {
-        Ok(Self::over(sida_rpc::connect_lazy(endpoint, &connection.client())?))
+    pub(crate) fn connect_lazy(endpoint: &str, caller: &CallerArguments) -> anyhow::Result<Self> {
+        Ok(Self::over(sida_rpc::connect_lazy(endpoint, &caller.client())?))
     }
 
     fn over(channel: Channel) -> Self {

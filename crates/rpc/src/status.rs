@@ -35,6 +35,8 @@ pub enum Reason {
     MalformedDeadline,
     /// The call's metadata is longer than this node takes.
     MetadataTooLarge,
+    /// The caller shows no key that this node knows.
+    Unauthenticated,
     /// The peer serves another model.
     ModelMismatch,
     /// The request needs a predictor and there is none.
@@ -76,6 +78,7 @@ const TABLE: &[Row] = &[
     (Reason::MalformedMessage,     Code::InvalidArgument,    "MALFORMED_MESSAGE",     None),
     (Reason::MalformedDeadline,    Code::InvalidArgument,    "MALFORMED_DEADLINE",    None),
     (Reason::MetadataTooLarge,     Code::ResourceExhausted,  "METADATA_TOO_LARGE",    None),
+    (Reason::Unauthenticated,      Code::Unauthenticated,    "UNAUTHENTICATED",       None),
     (Reason::ModelMismatch,        Code::FailedPrecondition, "MODEL_MISMATCH",        None),
     (Reason::NoPredictor,          Code::FailedPrecondition, "NO_PREDICTOR",          None),
     (Reason::Unsupported,          Code::Unimplemented,      "UNSUPPORTED",           None),
@@ -157,6 +160,11 @@ impl Fault {
     /// What went wrong.
     pub fn reason(&self) -> Reason {
         self.reason
+    }
+
+    /// When a retry may help, if it may.
+    pub fn retry_hint(&self) -> Option<Duration> {
+        self.retry_after
     }
 
     /// The sentence.

@@ -16,8 +16,8 @@ use tonic::Status;
 use crate::{
     answer_report::{AnswerReport, routed_instead},
     arguments::{
-        connection::ConnectionArguments, embedded::EmbeddedArguments, generation::GenerationArguments,
-        model::ModelArguments, predictor::PredictorArguments, routing::RoutingArguments,
+        embedded::EmbeddedArguments, generation::GenerationArguments, keys::CallerArguments, model::ModelArguments,
+        predictor::PredictorArguments, routing::RoutingArguments,
     },
     bad_configuration::BadConfiguration,
     coordinator_client::{CoordinatorClient, ModelFacts},
@@ -39,7 +39,7 @@ pub(crate) struct AskArguments {
     #[arg(long, value_name = "URL")]
     endpoint: Option<String>,
     #[command(flatten)]
-    connection: ConnectionArguments,
+    caller: CallerArguments,
     #[command(flatten)]
     model: ModelArguments,
     #[command(flatten)]
@@ -114,7 +114,7 @@ fn text(argument: &str, input: impl Read) -> Result<String, BadConfiguration> {
 async fn answerer(arguments: &AskArguments) -> anyhow::Result<Answerer> {
     let start = Instant::now();
     if let Some(endpoint) = &arguments.endpoint {
-        let client = CoordinatorClient::connect(endpoint, &arguments.connection).await?;
+        let client = CoordinatorClient::connect(endpoint, &arguments.caller).await?;
         return Ok(Answerer { client, cluster: None, ready_after: start.elapsed() });
     }
     let cluster =

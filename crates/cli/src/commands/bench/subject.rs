@@ -11,8 +11,7 @@ use super::{
 };
 use crate::{
     arguments::{
-        connection::ConnectionArguments, embedded::EmbeddedArguments, model::ModelArguments,
-        predictor::PredictorArguments,
+        embedded::EmbeddedArguments, keys::CallerArguments, model::ModelArguments, predictor::PredictorArguments,
     },
     bad_configuration::BadConfiguration,
     coordinator_client::CoordinatorClient,
@@ -26,7 +25,7 @@ pub(crate) struct SubjectArguments {
     #[arg(long, value_name = "URL", conflicts_with_all = ["processes", "budgets"])]
     endpoint: Option<String>,
     #[command(flatten)]
-    connection: ConnectionArguments,
+    caller: CallerArguments,
     #[command(flatten)]
     pub(crate) model: ModelArguments,
     #[command(flatten)]
@@ -86,7 +85,7 @@ const CONNECTIONS_MAX: usize = 64;
 pub(crate) async fn start(arguments: &SubjectArguments, clients: usize) -> anyhow::Result<Vec<Subject>> {
     if let Some(endpoint) = &arguments.endpoint {
         let connections = clients.clamp(1, CONNECTIONS_MAX);
-        let connect = (0..connections).map(|_| CoordinatorClient::connect(endpoint, &arguments.connection));
+        let connect = (0..connections).map(|_| CoordinatorClient::connect(endpoint, &arguments.caller));
         let clients = try_join_all(connect).await?;
         return Ok(vec![Subject { label: endpoint.clone(), clients, cluster: Running::Elsewhere }]);
     }
