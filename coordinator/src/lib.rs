@@ -30,7 +30,10 @@ pub mod start;
 use std::time::Duration;
 
 use sida_cluster::Cluster;
-use sida_proto::v1::{cluster_server::ClusterServer, inference_server::InferenceServer};
+use sida_proto::{
+    inference::grpc_inference_service_server::GrpcInferenceServiceServer,
+    v1::{cluster_server::ClusterServer, inference_server::InferenceServer},
+};
 use sida_rpc::{MESSAGE_BYTES_MAX, Server, ServerError, http_server};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -95,6 +98,11 @@ pub async fn serve(
         .accept_compressed(CompressionEncoding::Gzip);
     let status = ClusterServer::new(doors::cluster_service::ClusterService { coordinator: coordinator.clone() })
         .accept_compressed(CompressionEncoding::Gzip);
+    let open_inference = doors::open_inference::service::OpenInferenceService { coordinator: coordinator.clone() };
+    let open_inference = GrpcInferenceServiceServer::new(open_inference)
+        .max_decoding_message_size(MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(MESSAGE_BYTES_MAX)
+        .accept_compressed(CompressionEncoding::Gzip);
     let probe = |coordinator: &Coordinator| {
         let coordinator = coordinator.clone();
         move || {
@@ -104,9 +112,10 @@ pub async fn serve(
     };
     let left = coordinator.cluster().left_after(shutdown.clone(), LEAVE_PATIENCE);
     let server = Server::new(coordinator.config().server.clone())
-        .routes(Routes::new(inference).add_service(status))
+        .routes(Routes::new(inference).add_service(status).add_service(open_inference))
         .descriptors(sida_proto::DESCRIPTORS)
         .check("sida.v1.Inference", probe(&coordinator))
+        .check("inference.GRPCInferenceService", probe(&coordinator))
         .check("sida.v1.Cluster", || async { Ok(()) })
         .alive({
             let coordinator = coordinator.clone();

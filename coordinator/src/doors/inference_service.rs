@@ -143,7 +143,8 @@ fn describe(coordinator: &Coordinator) -> Result<v1::ModelResponse, CoordinatorE
     })
 }
 
-fn caller<T>(request: &Request<T>) -> CallMetadata {
+/// What a gRPC call says of its caller.
+pub(crate) fn caller<T>(request: &Request<T>) -> CallMetadata {
     CallMetadata {
         deadline: Deadline::of(request).map(|deadline| deadline.0.into_std()),
         trace: trace::context_of(request),
@@ -152,7 +153,8 @@ fn caller<T>(request: &Request<T>) -> CallMetadata {
 }
 
 /// A request that is being answered, as the log calls it.
-struct Asked {
+#[derive(Clone)]
+pub(crate) struct Asked {
     method: &'static str,
     request_id: Option<RequestId>,
     client: Option<Client>,
@@ -160,13 +162,13 @@ struct Asked {
 }
 
 impl Asked {
-    fn of<T>(method: &'static str, request: &Request<T>) -> Self {
+    pub(crate) fn of<T>(method: &'static str, request: &Request<T>) -> Self {
         let (request_id, client) = (RequestId::of(request), Client::of(request));
         Self { method, request_id, client, trace: trace::context_of(request) }
     }
 
     /// The status of a failure. One that is a fault of ours is logged: its caller can do nothing about it.
-    fn fail(&self, error: &RequestError) -> Status {
+    pub(crate) fn fail(&self, error: &RequestError) -> Status {
         let status = Status::from(Fault::from(error.clone()));
         if status.code() == Code::Internal {
             let request_id = self.request_id.as_ref().map(tracing::field::display);

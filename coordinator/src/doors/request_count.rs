@@ -1,4 +1,4 @@
-//! Counts the requests of `sida.v1.Inference` and of the HTTP door by how they ended, and their time: all that came to this
+//! Counts the requests of `sida.v1.Inference`, of the Open Inference Protocol and of the HTTP door by how they ended, and their time: all that came to this
 //! node, also those that were refused before a service saw them.
 
 use std::{sync::Arc, time::Duration};
@@ -8,10 +8,11 @@ use sida_rpc::{Client, Outcome};
 use sida_telemetry::{counter, histogram, names};
 use tonic::Code;
 
-/// The service, as paths begin.
-const SERVICE: &str = "/sida.v1.Inference/";
-/// The methods whose requests are counted.
-const METHODS: [&str; 3] = ["Generate", "Score", "Encode"];
+/// The services whose requests are counted, as paths begin, and the methods of each.
+const METHODS: [(&str, &[&str]); 2] = [
+    ("/sida.v1.Inference/", &["Generate", "Score", "Encode"]),
+    ("/inference.GRPCInferenceService/", &["ModelInfer", "ModelStreamInfer"]),
+];
 /// The paths of the HTTP door whose requests are counted, and as what.
 const HTTP_METHODS: [(&str, &str); 3] = [
     ("/v1/completions", "completions"),
@@ -34,7 +35,7 @@ const COUNTED_CODES: [Code; 7] = [
 
 /// Exports the metrics of gRPC before anything is counted.
 pub(crate) fn register() {
-    METHODS.iter().for_each(|method| register_method(GRPC, method));
+    METHODS.iter().flat_map(|(_, methods)| *methods).for_each(|method| register_method(GRPC, method));
 }
 
 /// Exports the metrics of the HTTP door before anything is counted.
@@ -78,8 +79,10 @@ pub(crate) fn http_method(method: &Method, path: &str) -> Option<&'static str> {
 
 /// The method that a path calls, if its requests are counted.
 fn method(path: &str) -> Option<&'static str> {
-    let called = path.strip_prefix(SERVICE)?;
-    METHODS.into_iter().find(|method| *method == called)
+    METHODS.into_iter().find_map(|(service, methods)| {
+        let called = path.strip_prefix(service)?;
+        methods.iter().copied().find(|method| *method == called)
+    })
 }
 
 /// A code as gRPC spells it.
@@ -113,6 +116,7 @@ mod tests {
     fn only_requests_are_counted() {
         // Would break: a caller makes metrics grow by calling what does not exist, or probes are counted as requests.
         assert_eq!(method("/sida.v1.Inference/Score"), Some("Score"));
+        assert_eq!(method("/inference.GRPCInferenceService/ModelInfer"), Some("ModelInfer"));
         for other in ["/sida.v1.Inference/Model", "/sida.v1.Inference/x", "/sida.v1.Cluster/Status", "/", "Score"] {
             assert_eq!(method(other), None, "{other}");
         }

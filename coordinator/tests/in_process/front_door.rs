@@ -15,11 +15,11 @@ use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus,
 
 use crate::plain_experts::{Behaviour, PlainCluster, start};
 
-const TEXT: &str = "sst2 sentence: a gorgeous , witty , seductive movie .";
+pub(crate) const TEXT: &str = "sst2 sentence: a gorgeous , witty , seductive movie .";
 
 /// A coordinator that is asked by gRPC.
 pub(crate) struct Served {
-    cluster: PlainCluster,
+    pub(crate) cluster: PlainCluster,
     pub(crate) channel: Channel,
     shutdown: CancellationToken,
     server: JoinHandle<()>,

@@ -1,8 +1,9 @@
 //! A coordinator with expert-nodes in this process: what it answers ([`exactness`], [`decoder_only`], [`generation_config`],
 //! [`choices`]) to prompts of all kinds ([`prompts`]), what it survives ([`failures`]), how it reaches nodes behind sockets
 //! ([`lanes`], [`epochs`]), what it refuses ([`limits`]), how sequences share their memory ([`cache_memory`]), what
-//! predictions cost ([`prediction`]), whom it knows ([`clients`]), and how that looks by gRPC ([`front_door`], [`our_faults`])
-//! and by HTTP ([`openai_door`]). Whole clusters of real nodes are tested in the `tests` crate.
+//! predictions cost ([`prediction`]), whom it knows ([`clients`]), and how that looks by gRPC ([`front_door`],
+//! [`open_inference`], [`our_faults`]) and by HTTP ([`openai_door`]). Whole clusters of real nodes are tested in the `tests`
+//! crate.
 
 mod cache_memory;
 mod choices;
@@ -16,6 +17,7 @@ mod generation_config;
 mod lanes;
 mod limits;
 mod noise_predictor;
+mod open_inference;
 mod openai_door;
 mod our_faults;
 mod plain_experts;

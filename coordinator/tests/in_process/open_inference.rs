@@ -2,19 +2,18 @@
 
 use bytes::{Buf, Bytes};
 use futures::{StreamExt, stream};
-use sida_coordinator::{GenerateParams, PredictorSource, Sampling};
+use sida_coordinator::{GenerateParams, Sampling};
 use sida_proto::inference::{
-    InferParameter, InferTensorContents, ModelInferRequest, ModelInferResponse, ModelMetadataRequest, ModelReadyRequest,
-    ModelStreamInferResponse, ServerLiveRequest, ServerReadyRequest,
-    grpc_inference_service_client::GrpcInferenceServiceClient, infer_parameter::ParameterChoice,
+    InferParameter, InferTensorContents, ModelInferRequest, ModelInferResponse, ModelMetadataRequest,
+    ModelReadyRequest, ModelStreamInferResponse, ServerLiveRequest, ServerReadyRequest,
+    grpc_inference_service_client::GrpcInferenceServiceClient,
+    infer_parameter::ParameterChoice,
     model_infer_request::{InferInputTensor, InferRequestedOutputTensor},
 };
-use tonic::{Code, transport::Channel};
+use sida_rpc::Channel;
+use tonic::Code;
 
-use crate::{
-    front_door::{Served, TEXT, served},
-    plain_experts::generate,
-};
+use crate::front_door::{Served, TEXT, served};
 
 type Client = GrpcInferenceServiceClient<Channel>;
 
@@ -66,7 +65,8 @@ fn texts(response: &ModelInferResponse, name: &str) -> Vec<String> {
 }
 
 async fn text_of(served: &Served, params: GenerateParams) -> String {
-    generate(&served.cluster.coordinator, params).await.expect("generated").text
+    let tokens = served.cluster.coordinator.generate(params).await.expect("accepted");
+    tokens.map(|token| token.expect("generated").text).collect().await
 }
 
 async fn all(client: &mut Client, requests: Vec<ModelInferRequest>) -> Vec<ModelStreamInferResponse> {
@@ -82,7 +82,9 @@ async fn answers_are_the_models_own() {
     assert!(client.server_live(ServerLiveRequest {}).await.expect("live").into_inner().live);
     assert!(client.server_ready(ServerReadyRequest {}).await.expect("ready").into_inner().ready);
     let name = served.cluster.coordinator.checkpoint().name().to_owned();
-    for (name, version, expected) in [(name.clone(), "", true), (name.clone(), "1", true), (name.clone(), "2", false), ("x".into(), "", false)] {
+    for (name, version, expected) in
+        [(name.clone(), "", true), (name.clone(), "1", true), (name.clone(), "2", false), ("x".into(), "", false)]
+    {
         let request = ModelReadyRequest { name, version: version.to_owned() };
         assert_eq!(client.model_ready(request).await.expect("answered").into_inner().ready, expected, "{version}");
     }
@@ -91,7 +93,8 @@ async fn answers_are_the_models_own() {
     assert_eq!((metadata.inputs[0].name.as_str(), metadata.outputs[2].name.as_str()), ("text_input", "embedding"));
 
     let drawn = |seed| Sampling { temperature: Some(0.9), seed: Some(seed), ..Sampling::default() };
-    let params = |text: &str| GenerateParams { prompt: text.into(), max_tokens: 12, sampling: drawn(5), ..Default::default() };
+    let params =
+        |text: &str| GenerateParams { prompt: text.into(), max_tokens: 12, sampling: drawn(5), ..Default::default() };
     let request = asking(&served, &[TEXT, "a quiet film"]);
     let request = with(request, "max_tokens", ParameterChoice::Int64Param(12));
     let request = with(request, "temperature", ParameterChoice::DoubleParam(0.9));
@@ -116,12 +119,21 @@ async fn a_stream_answers_side_by_side() {
     // Would break: one bad request ends the stream of all, tokens are lost, or nobody can tell which request they answer.
     let served = served().await;
     let mut client = Client::new(served.channel.clone());
-    let marked = with(streamed(asking(&served, &[TEXT])), "triton_enable_empty_final_response", ParameterChoice::BoolParam(true));
-    let bad = ModelInferRequest { id: "bad".to_owned(), ..with(asking(&served, &[TEXT]), "best_of", ParameterChoice::Int64Param(2)) };
-    let unknown = ModelInferRequest { id: "unknown".to_owned(), model_name: "x".to_owned(), ..asking(&served, &[TEXT]) };
+    let marked = with(
+        streamed(asking(&served, &[TEXT])),
+        "triton_enable_empty_final_response",
+        ParameterChoice::BoolParam(true),
+    );
+    let bad = ModelInferRequest {
+        id: "bad".to_owned(),
+        ..with(asking(&served, &[TEXT]), "best_of", ParameterChoice::Int64Param(2))
+    };
+    let unknown =
+        ModelInferRequest { id: "unknown".to_owned(), model_name: "x".to_owned(), ..asking(&served, &[TEXT]) };
     let responses = all(&mut client, vec![bad, marked, unknown]).await;
     let of = |id: &str| -> Vec<_> {
-        let is_of = |response: &&ModelStreamInferResponse| response.infer_response.as_ref().expect("it has an id").id == id;
+        let is_of =
+            |response: &&ModelStreamInferResponse| response.infer_response.as_ref().expect("it has an id").id == id;
         responses.iter().filter(is_of).collect()
     };
     assert!(of("bad")[0].error_message.contains("best_of"), "{responses:?}");
@@ -148,8 +160,16 @@ async fn refusals_name_what_was_wrong() {
         (streamed(asking(&served, &[TEXT])), Code::InvalidArgument, "stream"),
         (asking(&served, &[""]), Code::InvalidArgument, "empty"),
         (asking(&served, &[]), Code::InvalidArgument, "text_input"),
-        (with(asking(&served, &[TEXT]), "temperature", ParameterChoice::DoubleParam(f64::NAN)), Code::InvalidArgument, "temperature"),
-        (with(asking(&served, &[TEXT]), "max_tokens", ParameterChoice::Int64Param(i64::MAX)), Code::InvalidArgument, "max_tokens"),
+        (
+            with(asking(&served, &[TEXT]), "temperature", ParameterChoice::DoubleParam(f64::NAN)),
+            Code::InvalidArgument,
+            "temperature",
+        ),
+        (
+            with(asking(&served, &[TEXT]), "max_tokens", ParameterChoice::Int64Param(i64::MAX)),
+            Code::InvalidArgument,
+            "max_tokens",
+        ),
     ] {
         let status = client.model_infer(request).await.expect_err(named);
         assert_eq!(status.code(), code, "{status}");

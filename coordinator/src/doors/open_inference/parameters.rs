@@ -1,133 +1,64 @@
-//! The parameters of a generation, as a request of the Open Inference Protocol gives them: each a parameter of the request, or a
-//! field of the JSON object in its input `sampling_parameters`, which is how clients of Triton's language models say them.
+//! The parameters of a request of the Open Inference Protocol: of the request itself, or of the JSON object in its input
+//! `sampling_parameters`, which is how clients of Triton's language models say them. They are those of the HTTP door.
 
 use std::collections::HashMap;
 
-use serde::Deserialize;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use sida_proto::inference::{InferParameter, infer_parameter::ParameterChoice};
 
 use crate::{
-    answer::{
-        request_error::RequestError,
-        routing_mode::{Alpha, RoutingMode},
-        sampling::Sampling,
+    doors::openai::{
+        error::ApiError,
+        fields::Fields,
+        sampling::{Wanted, tokens_max},
     },
-    intake::{accept::GenerateParams, prompt::Prompt},
+    intake::accept::GenerateParams,
 };
 
-/// Where errors say that a parameter was.
-const FIELD: &str = "parameters";
-
-/// How a text is generated. What is missing is as the model or the server has it.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub(crate) struct Parameters {
-    max_tokens: usize,
-    min_tokens: Option<usize>,
-    ignore_eos: bool,
-    temperature: Option<f32>,
-    top_k: Option<usize>,
-    top_p: Option<f32>,
-    min_p: Option<f32>,
-    frequency_penalty: f32,
-    presence_penalty: f32,
-    repetition_penalty: Option<f32>,
-    seed: Option<u64>,
-    stop: Stops,
-    routing_mode: Mode,
-    alpha: AlphaFrom,
-}
-
-/// One text to stop at, or several.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
-#[serde(untagged)]
-enum Stops {
-    One(String),
-    Several(Vec<String>),
-}
-
-impl Default for Stops {
-    fn default() -> Self {
-        Self::Several(Vec::new())
+/// Reads them from both places; what is in both counts as the JSON has it. One answer is made of each text, whole or token by
+/// token as another input says.
+pub(crate) fn read(
+    parameters: HashMap<String, InferParameter>,
+    sampling_parameters: Option<&str>,
+) -> Result<Wanted, ApiError> {
+    let mut all: Map<String, Value> = parameters.into_iter().map(|(name, value)| (name, json(value))).collect();
+    if let Some(text) = sampling_parameters {
+        let object = |error| ApiError::field("sampling_parameters", error, "a JSON object");
+        let more: Map<String, Value> = serde_json::from_str(text).map_err(object)?;
+        all.extend(more.into_iter().map(|(name, value)| match name.as_str() {
+            "stop" => (name, value),
+            _ => (name, number(value)),
+        }));
     }
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum Mode {
-    #[default]
-    Exact,
-    Hash,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum AlphaFrom {
-    #[default]
-    Router,
-    Predicted,
-}
-
-impl Parameters {
-    /// Reads them from both places. What is in both counts as the JSON has it.
-    pub(crate) fn read(
-        parameters: HashMap<String, InferParameter>,
-        sampling_parameters: Option<&str>,
-    ) -> Result<Self, RequestError> {
-        let mut all: Map<String, Value> = parameters.into_iter().map(|(name, value)| (name, json(value))).collect();
-        if let Some(text) = sampling_parameters {
-            let more: Map<String, Value> = serde_json::from_str(text).map_err(|error| RequestError::Argument {
-                field: "sampling_parameters",
-                found: error.to_string(),
-                expected: "a JSON object".to_owned(),
-            })?;
-            all.extend(more.into_iter().map(|(name, value)| match name.as_str() {
-                "stop" => (name, value),
-                _ => (name, number(value)),
-            }));
-        }
-        serde_path_to_error::deserialize(Value::Object(all)).map_err(|error| RequestError::Argument {
-            field: FIELD,
-            found: error.to_string(),
-            expected: "parameters that are served, each of its type".to_owned(),
-        })
+    if let Some(name) =
+        ["n", "best_of", "stream", "stream_options", "routing"].into_iter().find(|name| all.contains_key(*name))
+    {
+        return Err(ApiError::unsupported(name, "this protocol has no such parameter"));
     }
-
-    /// Who chooses the experts.
-    pub(crate) fn routing(&self) -> RoutingMode {
-        match (self.routing_mode, self.alpha) {
-            (Mode::Exact, _) => RoutingMode::Exact,
-            (Mode::Hash, AlphaFrom::Router) => RoutingMode::Hash { alpha: Alpha::Router },
-            (Mode::Hash, AlphaFrom::Predicted) => RoutingMode::Hash { alpha: Alpha::Predicted },
-        }
+    let routing = [("routing_mode", "mode"), ("alpha", "alpha")];
+    let routing = routing.into_iter().filter_map(|(name, within)| Some((within.to_owned(), all.remove(name)?)));
+    let routing: Map<String, Value> = routing.collect();
+    if !routing.is_empty() {
+        all.insert("routing".to_owned(), Value::Object(routing));
     }
+    let mut fields = Fields::of(Value::Object(all), "")?;
+    let tokens_max = tokens_max(&mut fields, "max_tokens")?;
+    let wanted = Wanted::read(&mut fields, tokens_max)?;
+    fields.end()?;
+    Ok(wanted)
+}
 
-    /// The request to go on from `text` so.
-    pub(crate) fn generate(&self, text: String) -> GenerateParams {
-        GenerateParams {
-            prompt: Prompt::Text(text),
-            routing: self.routing(),
-            max_tokens: self.max_tokens,
-            min_tokens: self.min_tokens,
-            ignore_eos: self.ignore_eos,
-            sampling: Sampling {
-                temperature: self.temperature,
-                top_k: self.top_k,
-                top_p: self.top_p,
-                min_p: self.min_p,
-                frequency_penalty: self.frequency_penalty,
-                presence_penalty: self.presence_penalty,
-                repetition_penalty: self.repetition_penalty,
-                seed: self.seed,
-                ..Sampling::default()
-            },
-            stop: match &self.stop {
-                Stops::One(stop) => vec![stop.clone()],
-                Stops::Several(stops) => stops.clone(),
-            },
-            ..GenerateParams::default()
-        }
+/// The request to go on from `text` as it is wanted.
+pub(crate) fn generation(wanted: &Wanted, text: &str) -> GenerateParams {
+    GenerateParams {
+        prompt: text.into(),
+        routing: wanted.routing,
+        max_tokens: wanted.tokens_max,
+        min_tokens: wanted.tokens_min,
+        ignore_eos: wanted.ignore_eos,
+        sampling: wanted.sampling.clone(),
+        stop: wanted.stop.clone(),
+        ..GenerateParams::default()
     }
 }
 
@@ -137,12 +68,14 @@ fn json(parameter: InferParameter) -> Value {
         Some(ParameterChoice::BoolParam(value)) => value.into(),
         Some(ParameterChoice::Int64Param(value)) => value.into(),
         Some(ParameterChoice::Uint64Param(value)) => value.into(),
+        // JSON has no such numbers; their names are refused as texts.
+        Some(ParameterChoice::DoubleParam(value)) if !value.is_finite() => json!(value.to_string()),
         Some(ParameterChoice::DoubleParam(value)) => value.into(),
         Some(ParameterChoice::StringParam(value)) => value.into(),
     }
 }
 
-/// A value that clients write as a text although it is a number, as a number.
+/// A value that clients write as a text although it is a number or a flag, as that.
 fn number(value: Value) -> Value {
     let parsed = value.as_str().and_then(|text| serde_json::from_str::<Value>(text).ok());
     parsed.filter(|parsed| parsed.is_number() || parsed.is_boolean()).unwrap_or(value)
@@ -151,6 +84,7 @@ fn number(value: Value) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::answer::routing_mode::{Alpha, RoutingMode};
 
     fn parameter(choice: ParameterChoice) -> InferParameter {
         InferParameter { parameter_choice: Some(choice) }
@@ -165,11 +99,12 @@ mod tests {
             ("routing_mode".to_owned(), parameter(ParameterChoice::StringParam("hash".to_owned()))),
         ]);
         let sampling = r#"{"temperature": "0.25", "seed": 3, "stop": "7", "top_k": "4"}"#;
-        let read = Parameters::read(parameters, Some(sampling)).expect("all are served").generate("text".to_owned());
-        assert_eq!(read.max_tokens, 7);
-        assert_eq!((read.sampling.temperature, read.sampling.top_k, read.sampling.seed), (Some(0.25), Some(4), Some(3)));
-        assert_eq!(read.stop, ["7"]);
-        assert_eq!(read.routing, RoutingMode::Hash { alpha: Alpha::Router });
+        let asked = generation(&read(parameters, Some(sampling)).expect("all are served"), "text");
+        assert_eq!(asked.max_tokens, 7);
+        let sampling = &asked.sampling;
+        assert_eq!((sampling.temperature, sampling.top_k, sampling.seed), (Some(0.25), Some(4), Some(3)));
+        assert_eq!(asked.stop, ["7"]);
+        assert_eq!(asked.routing, RoutingMode::Hash { alpha: Alpha::Router });
     }
 
     #[test]
@@ -177,15 +112,19 @@ mod tests {
         // Would break: a parameter that changes the answer is ignored, or its error does not say which it was.
         for (sampling, named) in [
             (r#"{"best_of": 3}"#, "best_of"),
+            (r#"{"n": 2}"#, "n"),
+            (r#"{"priority": 2}"#, "priority"),
             (r#"{"max_tokens": -1}"#, "max_tokens"),
             (r#"{"max_tokens": 1e99}"#, "max_tokens"),
-            (r#"{"routing_mode": "guided"}"#, "guided"),
+            (r#"{"routing_mode": "guided"}"#, "routing.mode"),
             (r#"{"temperature": "warm"}"#, "temperature"),
             ("[]", "sampling_parameters"),
             ("{", "sampling_parameters"),
         ] {
-            let error = Parameters::read(HashMap::new(), Some(sampling)).expect_err(sampling).to_string();
-            assert!(error.contains(named), "{error}");
+            let error = read(HashMap::new(), Some(sampling)).expect_err(sampling).json();
+            assert_eq!(error["error"]["param"], named, "{error}");
         }
+        let nan = HashMap::from([("temperature".to_owned(), parameter(ParameterChoice::DoubleParam(f64::NAN)))]);
+        assert_eq!(read(nan, None).expect_err("no number").json()["error"]["param"], "temperature");
     }
 }

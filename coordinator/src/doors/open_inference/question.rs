@@ -7,14 +7,15 @@ use std::{
 };
 
 use sida_proto::inference::{
-    InferParameter, ModelInferRequest, infer_parameter::ParameterChoice, model_infer_request::InferRequestedOutputTensor,
+    InferParameter, ModelInferRequest, infer_parameter::ParameterChoice,
+    model_infer_request::InferRequestedOutputTensor,
 };
 
 use super::{
-    parameters::Parameters,
+    parameters,
     tensor::{Elements, elements, wrong},
 };
-use crate::answer::request_error::RequestError;
+use crate::doors::openai::{error::ApiError, sampling::Wanted};
 
 /// Texts of one request at most.
 const TEXTS_MAX: usize = 64;
@@ -26,12 +27,13 @@ pub(crate) const EMBEDDING: &str = "embedding";
 pub(crate) const VERSION: &str = "1";
 
 /// A request, checked as far as it can be without the model.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub(crate) struct Question {
     pub(crate) texts: Vec<String>,
     /// Which outputs are wanted, in the order of the answer.
     pub(crate) outputs: Vec<&'static str>,
-    pub(crate) parameters: Parameters,
+    /// How answers are to be made.
+    pub(crate) wanted: Wanted,
     /// A response per token.
     pub(crate) streams: bool,
     /// Each response says whether it is the last.
@@ -42,11 +44,11 @@ pub(crate) struct Question {
 
 impl Question {
     /// What `request` asks for.
-    pub(crate) fn of(mut request: ModelInferRequest) -> Result<Self, RequestError> {
+    pub(crate) fn of(mut request: ModelInferRequest) -> Result<Self, ApiError> {
         let given = request.raw_input_contents.len();
         if given != 0 && given != request.inputs.len() {
             let expected = format!("one for each of the {} inputs, or none", request.inputs.len());
-            return Err(argument("raw_input_contents (their number)", given, expected));
+            return Err(ApiError::field("raw_input_contents (their number)", given, expected));
         }
         let (mut texts, mut sampling, mut streams) = (None, None, false);
         for (place, input) in request.inputs.iter().enumerate() {
@@ -64,19 +66,17 @@ impl Question {
                 }
             }
         }
-        let texts = texts.ok_or_else(|| argument("inputs", "without text_input", "an input text_input of BYTES"))?;
+        let texts =
+            texts.ok_or_else(|| ApiError::field("inputs", "without text_input", "an input text_input of BYTES"))?;
         if !(1..=TEXTS_MAX).contains(&texts.len()) {
-            return Err(argument("text_input (its elements)", texts.len(), format!("1 to {TEXTS_MAX}")));
+            return Err(ApiError::field("text_input (its elements)", texts.len(), format!("1 to {TEXTS_MAX}")));
         }
-        let parameters = &mut request.parameters;
-        let marks_last = flag(parameters, "triton_enable_empty_final_response")?;
-        // Which form an answer by HTTP has; its door looks at it.
-        parameters.remove("binary_data_output");
-        let timeout = timeout(parameters)?;
+        let marks_last = flag(&mut request.parameters, "triton_enable_empty_final_response")?;
+        let timeout = timeout(&mut request.parameters)?;
         Ok(Self {
             texts,
             outputs: outputs(&request.outputs)?,
-            parameters: Parameters::read(request.parameters, sampling.as_deref())?,
+            wanted: parameters::read(request.parameters, sampling.as_deref())?,
             streams,
             marks_last,
             timeout,
@@ -95,41 +95,41 @@ impl Question {
 }
 
 /// The outputs that are wanted: those of a generation unless others are named.
-fn outputs(wanted: &[InferRequestedOutputTensor]) -> Result<Vec<&'static str>, RequestError> {
+fn outputs(wanted: &[InferRequestedOutputTensor]) -> Result<Vec<&'static str>, ApiError> {
     let known = |wanted: &InferRequestedOutputTensor| {
         let found = [TEXT_OUTPUT, FINISH_REASON, EMBEDDING].into_iter().find(|name| *name == wanted.name);
         found.ok_or_else(|| {
             let expected = format!("{TEXT_OUTPUT}, {FINISH_REASON}, or {EMBEDDING} alone");
-            argument("outputs", format!("{:?}", wanted.name), expected)
+            ApiError::field("outputs", format!("{:?}", wanted.name), expected)
         })
     };
     let outputs: Vec<_> = wanted.iter().map(known).collect::<Result<_, _>>()?;
     match outputs.len() {
         0 => Ok(vec![TEXT_OUTPUT, FINISH_REASON]),
         several if several > 1 && outputs.contains(&EMBEDDING) => {
-            Err(argument("outputs", outputs.join(" and "), format!("{EMBEDDING} alone")))
+            Err(ApiError::field("outputs", outputs.join(" and "), format!("{EMBEDDING} alone")))
         }
-        several if several > 2 => Err(argument("outputs (their number)", several, "each output once")),
+        several if several > 2 => Err(ApiError::field("outputs (their number)", several, "each output once")),
         _ => Ok(outputs),
     }
 }
 
 /// Takes a flag out of the parameters.
-fn flag(parameters: &mut HashMap<String, InferParameter>, name: &'static str) -> Result<bool, RequestError> {
+fn flag(parameters: &mut HashMap<String, InferParameter>, name: &'static str) -> Result<bool, ApiError> {
     match parameters.remove(name).map(|parameter| parameter.parameter_choice) {
         None => Ok(false),
         Some(Some(ParameterChoice::BoolParam(value))) => Ok(value),
-        Some(other) => Err(argument(name, format!("{other:?}"), "a bool_param")),
+        Some(other) => Err(ApiError::field(name, format!("{other:?}"), "a bool_param")),
     }
 }
 
 /// Takes the time that the answer may take out of the parameters: microseconds, 0 for any.
-fn timeout(parameters: &mut HashMap<String, InferParameter>) -> Result<Option<Duration>, RequestError> {
+fn timeout(parameters: &mut HashMap<String, InferParameter>) -> Result<Option<Duration>, ApiError> {
     let microseconds = match parameters.remove("timeout").map(|parameter| parameter.parameter_choice) {
         None => 0,
         Some(Some(ParameterChoice::Uint64Param(value))) => value,
         Some(Some(ParameterChoice::Int64Param(value))) if value >= 0 => value.unsigned_abs(),
-        Some(other) => return Err(argument("timeout", format!("{other:?}"), "microseconds, 0 or more")),
+        Some(other) => return Err(ApiError::field("timeout", format!("{other:?}"), "microseconds, 0 or more")),
     };
     // More than a century is no limit, and could not be added to the time of day.
     Ok((1..1 << 52).contains(&microseconds).then(|| Duration::from_micros(microseconds)))
@@ -137,10 +137,6 @@ fn timeout(parameters: &mut HashMap<String, InferParameter>) -> Result<Option<Du
 
 fn one<T>(elements: Vec<T>) -> Option<T> {
     <[T; 1]>::try_from(elements).ok().map(|[element]| element)
-}
-
-fn argument(field: &'static str, found: impl ToString, expected: impl Into<String>) -> RequestError {
-    RequestError::Argument { field, found: found.to_string(), expected: expected.into() }
 }
 
 #[cfg(test)]
@@ -174,7 +170,10 @@ mod tests {
         assert_eq!((all.texts.len(), all.embeds(), all.outputs), (2, false, vec![TEXT_OUTPUT, FINISH_REASON]));
         assert!(question(&[EMBEDDING]).expect("an encoding").embeds());
         for outputs in [&[EMBEDDING, TEXT_OUTPUT][..], &["logits"], &[TEXT_OUTPUT; 3]] {
-            assert!(question(outputs).expect_err("no such answer").to_string().starts_with("outputs"), "{outputs:?}");
+            assert!(
+                question(outputs).expect_err("no such answer").json()["error"]["param"] == "outputs",
+                "{outputs:?}"
+            );
         }
     }
 
@@ -193,7 +192,7 @@ mod tests {
             (asking(vec![many], &[]), "text_input"),
             (raw, "raw_input_contents"),
         ] {
-            let error = Question::of(request).expect_err(named).to_string();
+            let error = Question::of(request).expect_err(named).json().to_string();
             assert!(error.contains(named), "{error}");
         }
     }

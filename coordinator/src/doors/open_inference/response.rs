@@ -66,11 +66,7 @@ impl Envelope {
 }
 
 /// One response of a stream, which says whether it is the last where its caller asked for that.
-pub(crate) fn streamed(
-    mut response: ModelInferResponse,
-    marks_last: bool,
-    is_last: bool,
-) -> ModelStreamInferResponse {
+pub(crate) fn streamed(mut response: ModelInferResponse, marks_last: bool, is_last: bool) -> ModelStreamInferResponse {
     if marks_last {
         let is_last = InferParameter { parameter_choice: Some(ParameterChoice::BoolParam(is_last)) };
         response.parameters = HashMap::from([("triton_final_response".to_owned(), is_last)]);

@@ -7,12 +7,14 @@ use futures::{Stream, StreamExt, future, stream};
 use sida_proto::inference::{
     ModelInferRequest, ModelInferResponse, ModelMetadataRequest, ModelMetadataResponse, ModelReadyRequest,
     ModelReadyResponse, ModelStreamInferResponse, ServerLiveRequest, ServerLiveResponse, ServerMetadataRequest,
-    ServerMetadataResponse, ServerReadyRequest, ServerReadyResponse, grpc_inference_service_server::GrpcInferenceService,
-    model_metadata_response::TensorMetadata,
+    ServerMetadataResponse, ServerReadyRequest, ServerReadyResponse,
+    grpc_inference_service_server::GrpcInferenceService, model_metadata_response::TensorMetadata,
 };
+use sida_rpc::Fault;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{
+    parameters,
     question::{EMBEDDING, FINISH_REASON, Question, TEXT_OUTPUT, VERSION},
     response::{Envelope, Generated, streamed},
 };
@@ -22,6 +24,7 @@ use crate::{
     doors::{
         inference_service::{Asked, caller},
         messages::CallMetadata,
+        openai::error::ApiError,
     },
     intake::accept::{EncodeParams, GenerateParams},
 };
@@ -90,16 +93,14 @@ impl GrpcInferenceService for OpenInferenceService {
         let (asked, caller) = (Asked::of("ModelInfer", &request), caller(&request));
         let request = request.into_inner();
         self.is_ours(&request.model_name, &request.model_version)?;
-        let answered = async {
-            let envelope = self.envelope(&request);
-            let question = Question::of(request)?;
-            if question.streams {
-                let expected = "false: one call has one response, ModelStreamInfer has several";
-                return Err(RequestError::Argument { field: "stream", found: "true".into(), expected: expected.into() });
-            }
-            whole(&self.coordinator, &envelope, question, caller).await
-        };
-        answered.await.map(Response::new).map_err(|error| asked.fail(&error))
+        let envelope = self.envelope(&request);
+        let question = Question::of(request).map_err(refused)?;
+        if question.streams {
+            let expected = "false: one call has one response, ModelStreamInfer has several";
+            return Err(refused(ApiError::field("stream", true, expected)));
+        }
+        let answered = whole(&self.coordinator, &envelope, question, caller).await;
+        answered.map(Response::new).map_err(|error| asked.fail(&error))
     }
 
     async fn model_stream_infer(
@@ -141,14 +142,12 @@ impl OpenInferenceService {
     fn answers(&self, request: ModelInferRequest, caller: CallMetadata, asked: Asked) -> Responses {
         let envelope = self.envelope(&request);
         if let Err(status) = self.is_ours(&request.model_name, &request.model_version) {
-            return Box::pin(stream::once(future::ready(envelope.error(status.message().to_owned()))));
+            return one(envelope.error(status.message().to_owned()));
         }
         let coordinator = self.coordinator.clone();
         let responses = async move {
-            match begin(coordinator, envelope.clone(), request, caller, asked.clone()).await {
-                Ok(responses) => responses,
-                Err(error) => Box::pin(stream::once(future::ready(failed(&envelope, &asked, &error)))),
-            }
+            let begun = begin(coordinator, &envelope, request, caller, asked).await;
+            begun.unwrap_or_else(|status| one(envelope.error(status.message().to_owned())))
         };
         Box::pin(stream::once(responses).flatten())
     }
@@ -157,30 +156,39 @@ impl OpenInferenceService {
 /// Begins to answer a request of a stream.
 async fn begin(
     coordinator: Coordinator,
-    envelope: Envelope,
+    envelope: &Envelope,
     request: ModelInferRequest,
     caller: CallMetadata,
     asked: Asked,
-) -> Result<Responses, RequestError> {
-    let question = Question::of(request)?;
+) -> Result<Responses, Status> {
+    let question = Question::of(request).map_err(refused)?;
     let marks_last = question.marks_last;
     if !question.streams || question.embeds() {
-        let response = whole(&coordinator, &envelope, question, caller).await?;
-        return Ok(Box::pin(stream::once(future::ready(streamed(response, marks_last, true)))));
+        let response = whole(&coordinator, envelope, question, caller).await.map_err(|error| asked.fail(&error))?;
+        return Ok(one(streamed(response, marks_last, true)));
     }
     let texts = question.texts.len();
-    let [params] = <[GenerateParams; 1]>::try_from(generations(&question, caller)).map_err(|_| {
-        RequestError::Argument { field: "text_input (its elements)", found: texts.to_string(), expected: "1 where stream is true".into() }
-    })?;
-    let tokens = coordinator.generate(params).await?;
+    let [params] = <[GenerateParams; 1]>::try_from(generations(&question, caller))
+        .map_err(|_| refused(ApiError::field("text_input (its elements)", texts, "1 where stream is true")))?;
+    let tokens = coordinator.generate(params).await.map_err(|error| asked.fail(&error))?;
+    let envelope = envelope.clone();
     Ok(Box::pin(tokens.map(move |token| match token {
         Ok(token) => {
             let finish = token.finish.map(|finish| finish.reason);
             let part = Generated { text: token.text, finish };
             streamed(envelope.generation(&question.outputs, &[part]), marks_last, finish.is_some())
         }
-        Err(error) => failed(&envelope, &asked, &error),
+        Err(error) => envelope.error(asked.fail(&error).message().to_owned()),
     })))
+}
+
+fn one(response: ModelStreamInferResponse) -> Responses {
+    Box::pin(stream::once(future::ready(response)))
+}
+
+/// The status of a request that asks for what is not served.
+fn refused(error: ApiError) -> Status {
+    Fault::from(error).into()
 }
 
 /// The one response to a request: all of its texts are answered, or it fails with the first that is not.
@@ -194,9 +202,9 @@ async fn whole(
         let encodings = coordinator.encode_all(encodings(&question, caller)).await?;
         return Ok(envelope.embeddings(encodings));
     }
-    let texts = generations(&question, caller).into_iter().map(|params| async {
-        collected(coordinator.generate(params).await?).await
-    });
+    let texts = generations(&question, caller)
+        .into_iter()
+        .map(|params| async { collected(coordinator.generate(params).await?).await });
     Ok(envelope.generation(&question.outputs, &future::try_join_all(texts).await?))
 }
 
@@ -218,7 +226,7 @@ fn generations(question: &Question, caller: CallMetadata) -> Vec<GenerateParams>
         deadline,
         trace,
         client: client.clone(),
-        ..question.parameters.generate(text.clone())
+        ..parameters::generation(&question.wanted, text)
     };
     question.texts.iter().map(params).collect()
 }
@@ -228,7 +236,7 @@ fn encodings(question: &Question, caller: CallMetadata) -> Vec<EncodeParams> {
     let deadline = question.deadline(deadline, Instant::now());
     let params = |text: &String| EncodeParams {
         prompt: text.clone().into(),
-        routing: question.parameters.routing(),
+        routing: question.wanted.routing,
         pooling: Pooling::Mean,
         deadline,
         trace,
@@ -236,11 +244,6 @@ fn encodings(question: &Question, caller: CallMetadata) -> Vec<EncodeParams> {
         ..EncodeParams::default()
     };
     question.texts.iter().map(params).collect()
-}
-
-/// The response of a stream that says why a request failed.
-fn failed(envelope: &Envelope, asked: &Asked, error: &RequestError) -> ModelStreamInferResponse {
-    envelope.error(asked.fail(error).message().to_owned())
 }
 
 fn tensor(name: &str, datatype: &str, shape: &[i64]) -> TensorMetadata {

@@ -3,12 +3,10 @@
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use sida_proto::inference::{
-    InferTensorContents,
-    model_infer_request::InferInputTensor,
-    model_infer_response::InferOutputTensor,
+    InferTensorContents, model_infer_request::InferInputTensor, model_infer_response::InferOutputTensor,
 };
 
-use crate::answer::request_error::RequestError;
+use crate::doors::openai::error::ApiError;
 
 /// Bytes in front of each raw element of BYTES: its length, little-endian.
 const LENGTH_BYTES: usize = 4;
@@ -23,7 +21,7 @@ pub(crate) enum Elements {
 }
 
 /// The elements of `input`, taken from `raw` where the request carries its contents so.
-pub(crate) fn elements(input: &InferInputTensor, raw: Option<&Bytes>) -> Result<Elements, RequestError> {
+pub(crate) fn elements(input: &InferInputTensor, raw: Option<&Bytes>) -> Result<Elements, ApiError> {
     let contents = input.contents.clone().unwrap_or_default();
     let found = match (input.datatype.as_str(), raw) {
         ("BYTES", None) => Elements::Texts(texts(input, contents.bytes_contents.clone())?),
@@ -50,7 +48,7 @@ fn volume(shape: &[i64]) -> Option<u64> {
     shape.iter().try_fold(1u64, |volume, &extent| volume.checked_mul(u64::try_from(extent).ok()?))
 }
 
-fn texts(input: &InferInputTensor, elements: Vec<Bytes>) -> Result<Vec<String>, RequestError> {
+fn texts(input: &InferInputTensor, elements: Vec<Bytes>) -> Result<Vec<String>, ApiError> {
     let text = |bytes: Bytes| {
         String::from_utf8(bytes.into()).map_err(|error| wrong(input, error.utf8_error(), "elements of UTF-8 text"))
     };
@@ -58,7 +56,7 @@ fn texts(input: &InferInputTensor, elements: Vec<Bytes>) -> Result<Vec<String>, 
 }
 
 /// The elements of raw BYTES.
-fn split(input: &InferInputTensor, mut raw: Bytes) -> Result<Vec<Bytes>, RequestError> {
+fn split(input: &InferInputTensor, mut raw: Bytes) -> Result<Vec<Bytes>, ApiError> {
     let mut elements = Vec::new();
     while !raw.is_empty() {
         let cut = |what: &str| wrong(input, format!("raw contents that end within {what}"), "whole elements");
@@ -78,10 +76,9 @@ fn split(input: &InferInputTensor, mut raw: Bytes) -> Result<Vec<Bytes>, Request
 pub(crate) fn wrong(
     input: &InferInputTensor,
     found: impl std::fmt::Display,
-    expected: impl Into<String>,
-) -> RequestError {
-    let found = format!("{found} in {:?}", input.name);
-    RequestError::Argument { field: "inputs", found, expected: expected.into() }
+    expected: impl std::fmt::Display,
+) -> ApiError {
+    ApiError::field("inputs", format!("{found} in {:?}", input.name), expected)
 }
 
 /// An output of BYTES with one element per text, and its raw bytes.
@@ -132,7 +129,7 @@ mod tests {
             (input("BYTES", &[2], one()), None, "1 elements"),
             (input("BYTES", &[-1], one()), None, "shape [-1]"),
             (input("BYTES", &[i64::MAX, i64::MAX], one()), None, "shape"),
-            (input("FP32", &[1], None), None, "datatype \"FP32\""),
+            (input("FP32", &[1], None), None, "FP32"),
             (input("BYTES", &[1], Some(no_utf8)), None, "invalid utf-8"),
             (input("BYTES", &[1], None), Some(&[9, 0, 0, 0, b'a'][..]), "end within an element"),
             (input("BYTES", &[1], None), Some(&[1, 0][..]), "end within a length"),
@@ -141,8 +138,8 @@ mod tests {
         ];
         for (input, raw, expected) in cases {
             let raw = raw.map(Bytes::copy_from_slice);
-            let error = elements(&input, raw.as_ref()).expect_err(expected).to_string();
-            assert!(error.starts_with("inputs is ") && error.contains(expected), "{error}");
+            let error = elements(&input, raw.as_ref()).expect_err(expected).json()["error"]["message"].to_string();
+            assert!(error.contains("inputs is ") && error.contains(expected), "{error}");
         }
     }
 

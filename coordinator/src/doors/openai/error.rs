@@ -123,6 +123,14 @@ impl ApiError {
     }
 }
 
+/// What a request is told that came by gRPC but has the same fields.
+impl From<ApiError> for Fault {
+    fn from(error: ApiError) -> Self {
+        let fault = Self::new(Reason::InvalidRequest, error.message);
+        error.param.into_iter().fold(fault, |fault, field| fault.with("field", field))
+    }
+}
+
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = Response::new(Body::from(self.json().to_string()));
