@@ -11,9 +11,7 @@ use std::{
 
 use futures::StreamExt;
 use serde_json::{Value, json};
-use sida_coordinator::{
-    CoordinatorConfig, GenerateParams, Listeners, PredictorSource, Prompt, RequestLimits, serve,
-};
+use sida_coordinator::{CoordinatorConfig, GenerateParams, Listeners, PredictorSource, Prompt, RequestLimits, serve};
 use tempfile::TempDir;
 use tokio::{io::AsyncReadExt, net::TcpListener, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
@@ -75,9 +73,8 @@ async fn completions() {
     let expected: String = tokens.iter().map(|token| token.text.as_str()).collect();
 
     let mut request = json!({"model": "switch-tiny-64", "prompt": TEXT, "max_tokens": 12, "user": "u"});
-    let answer =
-        ask(served.http, "POST", "/v1/completions", &format!("{JSON}x-request-id: a-1\r\n"), request.to_string().as_bytes());
-    let answer = answer.await;
+    let headers = format!("{JSON}x-request-id: a-1\r\n");
+    let answer = ask(served.http, "POST", "/v1/completions", &headers, request.to_string().as_bytes()).await;
     assert_eq!((answer.status, answer.header("x-request-id")), (200, Some("a-1")), "{answer:?}");
     let whole = answer.json();
     assert_eq!((&whole["object"], &whole["id"]), (&json!("text_completion"), &json!("cmpl-a-1")));
@@ -107,7 +104,10 @@ async fn several_prompts_and_answers() {
     let served = served(&model_dir(), |_| ()).await;
     let ids = post(served.http, "/tokenize", &json!({"prompt": "sst2 sentence: dull ."})).await.json();
     let back = post(served.http, "/detokenize", &json!({"tokens": ids["tokens"]})).await.json();
-    assert_eq!((ids["count"].as_u64(), &back["prompt"]), (ids["tokens"].as_array().map(|all| all.len() as u64), &json!("sst2 sentence: dull .")));
+    assert_eq!(
+        (ids["count"].as_u64(), &back["prompt"]),
+        (ids["tokens"].as_array().map(|all| all.len() as u64), &json!("sst2 sentence: dull ."))
+    );
     let ask = async |prompt: Value, n: usize, seed: usize| {
         let request = json!({
             "prompt": prompt, "n": n, "seed": seed, "temperature": 1.5, "max_tokens": 5, "ignore_eos": true, "logprobs": 2,
@@ -210,8 +210,24 @@ async fn refusals() {
         ("POST", completions, JSON, b"{}", 400, "missing_required_parameter", json!("prompt")),
         ("POST", completions, JSON, br#"{"prompt": " "}"#, 400, "empty_text", json!("prompt")),
         ("POST", completions, JSON, br#"{"prompt": [99999999]}"#, 400, "invalid_value", json!("prompt")),
-        ("POST", completions, JSON, br#"{"prompt": "a", "temperature": 1e39}"#, 400, "invalid_value", json!("temperature")),
-        ("POST", completions, JSON, br#"{"prompt": "a", "guided_json": {}}"#, 400, "unsupported_parameter", json!("guided_json")),
+        (
+            "POST",
+            completions,
+            JSON,
+            br#"{"prompt": "a", "temperature": 1e39}"#,
+            400,
+            "invalid_value",
+            json!("temperature"),
+        ),
+        (
+            "POST",
+            completions,
+            JSON,
+            br#"{"prompt": "a", "guided_json": {}}"#,
+            400,
+            "unsupported_parameter",
+            json!("guided_json"),
+        ),
         ("POST", completions, "x-request-timeout: soon\r\n", b"{}", 400, "invalid_value", json!("x-request-timeout")),
         (
             "POST",

@@ -37,9 +37,9 @@ fn raise_exception(message: String) -> Result<Value, Error> {
 
 /// The time of day in UTC, as C's `strftime` writes it.
 fn strftime_now(format: &str) -> Result<String, Error> {
-    let refused = |reason: String| Error::new(ErrorKind::InvalidOperation, format!("strftime_now({format:?}): {reason}"));
-    let format =
-        format_description::parse_strftime_owned(format).map_err(|error| refused(error.to_string()))?;
+    let refused =
+        |reason: String| Error::new(ErrorKind::InvalidOperation, format!("strftime_now({format:?}): {reason}"));
+    let format = format_description::parse_strftime_owned(format).map_err(|error| refused(error.to_string()))?;
     OffsetDateTime::now_utc().format(&format).map_err(|error| refused(error.to_string()))
 }
 

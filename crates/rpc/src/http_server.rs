@@ -63,7 +63,8 @@ pub async fn serve(
         handshake_timeout: config.handshake_timeout,
         idle_timeout: config.idle_timeout,
     });
-    let serving = accept(listener, config.connections_max, &shutdown, |stream, peer| connector.clone().serve(stream, peer));
+    let serving =
+        accept(listener, config.connections_max, &shutdown, |stream, peer| connector.clone().serve(stream, peer));
     let ending = async {
         shutdown.cancelled().await;
         time::sleep(config.drain_limit).await;

@@ -46,7 +46,8 @@ async fn exchanged(address: SocketAddr, said: &str) -> String {
 async fn both_versions_are_spoken() {
     // Broken: curl, a proxy that speaks HTTP/2 to its backends, or a request shorter than HTTP/2's first bytes is cut off.
     let running = running(ServerConfig::default()).await;
-    let one = exchanged(running.address, "GET /quick HTTP/1.1\r\nhost: a\r\nconnection: close\r\nx-request-id: r-1\r\n\r\n");
+    let one =
+        exchanged(running.address, "GET /quick HTTP/1.1\r\nhost: a\r\nconnection: close\r\nx-request-id: r-1\r\n\r\n");
     let one = one.await;
     assert!(one.starts_with("HTTP/1.1 200 OK") && one.contains("x-request-id: r-1") && one.ends_with("quick"), "{one}");
     assert!(exchanged(running.address, "GET /x HTTP/1.0\r\n\r\n").await.contains("404"));

@@ -71,7 +71,8 @@ fn message(mut fields: Fields) -> Result<ChatMessage, ApiError> {
         fields.refuse(field, TOOLS_NOT_SERVED, |value| value.as_array().is_some_and(Vec::is_empty))?;
     }
     for field in EMPTY_EXTRAS {
-        fields.refuse(field, "only texts are read", |value| value == "" || value.as_array().is_some_and(Vec::is_empty))?;
+        fields
+            .refuse(field, "only texts are read", |value| value == "" || value.as_array().is_some_and(Vec::is_empty))?;
     }
     let (name, at) = (fields.text("name")?, fields.name("content"));
     let content = match fields.value("content") {

@@ -47,7 +47,11 @@ impl CompletionRequest {
         let prompts = fields.read("prompt", PROMPT_EXPECTED, prompts)?;
         let prompts = prompts.ok_or_else(|| ApiError::missing("prompt", PROMPT_EXPECTED))?;
         if !(1..=PROMPTS_MAX).contains(&prompts.len()) {
-            return Err(ApiError::field("prompt", format!("a list of {}", prompts.len()), format!("1 to {PROMPTS_MAX}")));
+            return Err(ApiError::field(
+                "prompt",
+                format!("a list of {}", prompts.len()),
+                format!("1 to {PROMPTS_MAX}"),
+            ));
         }
         fields.refuse("suffix", "the model only goes on from what it read", |value| value == "")?;
         let echo = fields.flag("echo")?.unwrap_or(false);

@@ -135,7 +135,8 @@ mod tests {
         assert_eq!(refused(json!({"input": {"text": "a"}})), "input");
         assert_eq!(refused(json!({"input": "a", "dimensions": 32})), "dimensions");
         assert_eq!(refused(json!({"input": "a", "encoding_format": "int8"})), "encoding_format");
-        let request = read(json!({"input": ["a", [1, 2]], "dimensions": 64, "encoding_format": "base64"})).ok().unwrap();
+        let request =
+            read(json!({"input": ["a", [1, 2]], "dimensions": 64, "encoding_format": "base64"})).ok().unwrap();
         assert!(request.in_base64 && request.normalize && !request.truncate && request.inputs.len() == 2);
     }
 }

@@ -6,15 +6,8 @@ use serde_json::{Map, Value};
 use crate::doors::openai::error::ApiError;
 
 /// Fields that say nothing about the answer, which OpenAI's clients send.
-pub(crate) const HARMLESS: [&str; 7] = [
-    "user",
-    "metadata",
-    "store",
-    "service_tier",
-    "safety_identifier",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-];
+pub(crate) const HARMLESS: [&str; 7] =
+    ["user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"];
 
 /// The fields of an object that are not taken yet.
 pub(crate) struct Fields {

@@ -84,9 +84,7 @@ fn sampling(fields: &mut Fields) -> Result<Sampling, ApiError> {
         frequency_penalty: fields.number("frequency_penalty")?.unwrap_or(0.0),
         presence_penalty: fields.number("presence_penalty")?.unwrap_or(0.0),
         repetition_penalty: fields.number("repetition_penalty")?,
-        logit_bias: fields
-            .read("logit_bias", "an object of numbers by token ids", logit_bias)?
-            .unwrap_or_default(),
+        logit_bias: fields.read("logit_bias", "an object of numbers by token ids", logit_bias)?.unwrap_or_default(),
     })
 }
 
