@@ -1,7 +1,7 @@
 //! Counts the requests of `sida.v1.Inference`, of the Open Inference Protocol and of the HTTP door by how they ended, and their time: all that came to this
 //! node, also those that were refused before a service saw them.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use axum::http::Method;
 use sida_rpc::{Client, Outcome};

@@ -73,14 +73,8 @@ async fn completions() {
     let expected: String = tokens.iter().map(|token| token.text.as_str()).collect();
 
     let mut request = json!({"model": "switch-tiny-64", "prompt": TEXT, "max_tokens": 12, "user": "u"});
-    let answer = ask(
-        served.http,
-        "POST",
-        "/v1/completions",
-        &format!("{JSON}x-request-id: a-1\r\n"),
-        request.to_string().as_bytes(),
-    );
-    let answer = answer.await;
+    let headers = format!("{JSON}x-request-id: a-1\r\n");
+    let answer = ask(served.http, "POST", "/v1/completions", &headers, request.to_string().as_bytes()).await;
     assert_eq!((answer.status, answer.header("x-request-id")), (200, Some("a-1")), "{answer:?}");
     let whole = answer.json();
     assert_eq!((&whole["object"], &whole["id"]), (&json!("text_completion"), &json!("cmpl-a-1")));

@@ -1,7 +1,7 @@
 //! How an answer is generated.
 
 use clap::Args;
-use sida_coordinator::{GenerateParams, Sampling};
+use sida_coordinator::{GenerateParams, Prompt, Sampling};
 
 use super::routing::RoutingArguments;
 
@@ -51,10 +51,10 @@ pub(crate) struct GenerationArguments {
 }
 
 impl GenerationArguments {
-    /// The request that asks for `text` to be answered like this.
-    pub(crate) fn params(&self, text: String, routing: RoutingArguments) -> GenerateParams {
+    /// The request that asks for `prompt` to be answered like this.
+    pub(crate) fn params(&self, prompt: impl Into<Prompt>, routing: RoutingArguments) -> GenerateParams {
         GenerateParams {
-            prompt: text.into(),
+            prompt: prompt.into(),
             routing: routing.into(),
             max_tokens: self.max_tokens.unwrap_or(0),
             min_tokens: self.min_tokens,

@@ -8,8 +8,9 @@ use std::{
 
 use clap::Args;
 use futures::TryStreamExt;
-use serde_json::{Value, json};
-use sida_model::tokenizer::TEXT_BYTES_MAX;
+use serde_json::{Map, Value, json};
+use sida_coordinator::{Coordinator, Prompt};
+use sida_model::{ChatMessage, ChatTemplate, tokenizer::TEXT_BYTES_MAX};
 use sida_proto::v1::{Finish, FinishReason, Logprobs, RoutingMode};
 use tonic::Status;
 
@@ -53,6 +54,9 @@ pub(crate) struct AskArguments {
     /// Tell of each token how likely it was, and which N were the most likely, 0 to 20
     #[arg(long, value_name = "N", requires = "json")]
     logprobs: Option<usize>,
+    /// Say the text as a user, in the form of the model's chat template
+    #[arg(long, conflicts_with = "endpoint")]
+    chat: bool,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -74,7 +78,11 @@ pub(crate) fn run(arguments: AskArguments) -> anyhow::Result<ExitCode> {
     runtime::run(async {
         let answerer = answerer(&arguments).await?;
         let model = answerer.client.model().await?;
-        let answer = answer(&answerer.client, text, &arguments).await?;
+        let prompt = match &answerer.cluster {
+            Some(cluster) if arguments.chat => chat_prompt(cluster.coordinator(), text).await?,
+            _ => text.into(),
+        };
+        let answer = answer(&answerer.client, prompt, &arguments).await?;
         // Whoever reads a pipe wants the answer.
         if arguments.json || io::stdout().is_terminal() {
             let nodes = answerer.client.status().await?.nodes;
@@ -122,6 +130,22 @@ async fn answerer(arguments: &AskArguments) -> anyhow::Result<Answerer> {
     Ok(Answerer { client: cluster.client(), cluster: Some(cluster), ready_after: start.elapsed() })
 }
 
+/// What a user says who says `text`, as the model's chat template writes it.
+async fn chat_prompt(coordinator: &Coordinator, text: String) -> anyhow::Result<Prompt> {
+    let dir = coordinator.checkpoint().dir();
+    let template = ChatTemplate::open(dir)?.ok_or_else(|| {
+        let dir = dir.display();
+        BadConfiguration::new(format!(
+            "{dir} has no chat template, neither as chat_template.jinja nor in tokenizer_config.json: ask without --chat"
+        ))
+    })?;
+    let message = ChatMessage { role: "user".to_owned(), content: Some(text), name: None };
+    let written = template.render(&[message], true, &Map::new())?;
+    // The template has written what a text begins with.
+    let tokens = coordinator.tokenize(&written, false).await?;
+    Ok(Prompt::Tokens(tokens))
+}
+
 /// The whole answer.
 struct Answer {
     text: String,
@@ -131,9 +155,9 @@ struct Answer {
     finish: Finish,
 }
 
-/// Asks for `text`; the answer is printed token by token unless JSON is wanted.
-async fn answer(client: &CoordinatorClient, text: String, arguments: &AskArguments) -> anyhow::Result<Answer> {
-    let mut params = arguments.generation.params(text, arguments.routing);
+/// Asks for `prompt` to be answered; the answer is printed token by token unless JSON is wanted.
+async fn answer(client: &CoordinatorClient, prompt: Prompt, arguments: &AskArguments) -> anyhow::Result<Answer> {
+    let mut params = arguments.generation.params(prompt, arguments.routing);
     params.logprobs = arguments.logprobs;
     let refused = |error: Status| client.check_model().map_or_else(anyhow::Error::new, |()| error.into());
     let mut tokens = client.generate(params).await.map_err(refused)?;
