@@ -296,7 +296,8 @@ async fn deadlines_and_faults() {
 #[tokio::test(flavor = "multi_thread")]
 async fn who_goes_away_is_not_computed_for() {
     // Would break: callers who give up keep their places, and those who stay wait for answers that nobody reads.
-    let served = served(&model_dir(), |_| ()).await;
+    // A health check is an expert call, too.
+    let served = served(&model_dir(), |config| config.server.health_period = Duration::from_secs(600)).await;
     served.cluster.nodes.iter().for_each(|node| node.behave(Behaviour::Slow(Duration::from_millis(2))));
     for stream in [true, false] {
         let request = json!({"prompt": TEXT, "max_tokens": 1000, "ignore_eos": true, "stream": stream});
