@@ -6,4 +6,5 @@
 pub(crate) mod accept;
 pub(crate) mod queue;
 pub(crate) mod request;
+pub(crate) mod request_queue;
 pub(crate) mod request_span;
