@@ -34,8 +34,9 @@ use crate::{
     intake::{
         accept::{Acceptance, EncodeParams, GenerateParams, ScoreParams, within},
         prompt::{Prompt, PromptTokens},
-        queue::{Announcement, Queue, Refused},
+        queue::Announcement,
         request::{Request, Work},
+        request_queue::{RequestQueue, Waiting},
         request_span::RequestSpan,
     },
     measures::{metrics::Metrics, statistics::Statistics},
@@ -47,8 +48,6 @@ const STUCK_LIMIT: Duration = Duration::from_secs(600);
 /// Requests that arrive together run together, unless the text of one takes longer to tokenize than this much does: a
 /// fraction of a millisecond.
 const AWAITED_TEXT_BYTES_MAX: usize = 2048;
-/// How long a full queue asks callers to stay away.
-const RETRY_AFTER: Duration = Duration::from_millis(100);
 
 /// A running coordinator. Cheap to clone; all clones are the same one.
 #[derive(Clone)]
@@ -66,7 +65,7 @@ pub(crate) struct Inner {
     pub(crate) nodes: Arc<Nodes>,
     pub(crate) predict: Arc<Predict>,
     pub(crate) probe: Arc<Probe>,
-    pub(crate) requests: Arc<Queue<Request>>,
+    pub(crate) requests: Arc<RequestQueue>,
     pub(crate) statistics: Arc<Statistics>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) threads: Mutex<Vec<JoinHandle<()>>>,
@@ -88,7 +87,7 @@ impl Coordinator {
         let (reply, answer) = oneshot::channel();
         let queue = move |this: &Self, prompt: TokenizedPrompt| {
             let options = this.acceptance().encoding(&params, prompt.tokens.truncated)?;
-            this.submit(prompt, params.routing, params.deadline, Work::Encode { options, reply })
+            this.submit(prompt, params.routing, params.deadline, params.client, Work::Encode { options, reply })
         };
         let answered = async {
             self.tokenize_then(request_span, asked, queue).await?;
@@ -111,13 +110,13 @@ impl Coordinator {
     /// The likelihood of each target given a text.
     pub async fn score(&self, params: ScoreParams) -> Result<Scores, RequestError> {
         let request_span = self.begin_span("score", params.trace, params.client.as_ref());
-        let ScoreParams { prompt, targets, routing, deadline, .. } = params;
+        let ScoreParams { prompt, targets, routing, deadline, client, .. } = params;
         let target_bytes = targets.iter().map(String::len).sum::<usize>();
         let asked = Asked { prompt, truncates: false, target_bytes };
         let (reply, answer) = oneshot::channel();
         let queue = move |this: &Self, prompt: TokenizedPrompt| {
             let targets = this.acceptance().targets(prompt.tokens.ids.len(), &targets)?;
-            this.submit(prompt, routing, deadline, Work::Score { targets, reply: Some(reply) })
+            this.submit(prompt, routing, deadline, client, Work::Score { targets, reply: Some(reply) })
         };
         let answered = async {
             self.tokenize_then(request_span, asked, queue).await?;
@@ -136,7 +135,7 @@ impl Coordinator {
         let queue = move |this: &Self, mut prompt: TokenizedPrompt| {
             let options = this.acceptance().options(&mut params)?;
             prompt.request_span.describe(&options);
-            this.submit(prompt, params.routing, params.deadline, Work::Generate { options, reply })
+            this.submit(prompt, params.routing, params.deadline, params.client, Work::Generate { options, reply })
         };
         until(deadline, self.tokenize_then(request_span, asked, queue)).await?;
         let deadline = deadline.map(|deadline| Box::pin(tokio::time::sleep_until(deadline.into())));
@@ -302,6 +301,7 @@ impl Coordinator {
         prompt: TokenizedPrompt,
         mode: RoutingMode,
         deadline: Option<Instant>,
+        client: Option<Client>,
         work: Work,
     ) -> Result<(), RequestError> {
         let inner = &self.inner;
@@ -314,12 +314,8 @@ impl Coordinator {
         let cache_bytes = self.acceptance().cache_bytes(tokens.len(), &work)?;
         let readings = self.acceptance().readings(&work);
         let (accepted, span) = (request_span.begun, request_span.span);
-        let request = Request { tokens, readings, mode, work, cache_bytes, accepted, deadline, span };
-        let limits = inner.config.limits;
-        inner.requests.try_push(request, |queued| limits.may_wait(queued)).map_err(|refused| match refused {
-            Refused::Full(_) => RequestError::QueueFull { limit: limits.queue_max, retry_after: RETRY_AFTER },
-            Refused::Closed(_) => RequestError::ShuttingDown,
-        })?;
+        let request = Request { tokens, readings, mode, work, cache_bytes, accepted, deadline, client, span };
+        inner.requests.push(request)?;
         inner.statistics.requests.fetch_add(1, Ordering::Relaxed);
         inner.metrics.prompt_tokens.increment(prompt_tokens);
         inner.metrics.requests_queued.set(inner.requests.len() as f64);
@@ -355,7 +351,7 @@ struct TokenizedPrompt {
     request_span: RequestSpan,
     tokens: PromptTokens,
     /// Tells the queue that the request is about to come; `None` where the text was too long for others to wait for.
-    announced: Option<Announcement<Request>>,
+    announced: Option<Announcement<Waiting>>,
 }
 
 /// The tokens of a generation, those of several choices as they come. The last item of each choice carries `finish`; the

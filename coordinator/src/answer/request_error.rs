@@ -30,6 +30,12 @@ pub enum RequestError {
     GuidedMode,
     #[error("{limit} requests are waiting already")]
     QueueFull { limit: usize, retry_after: Duration },
+    #[error("requests of {limit} tokens are waiting already")]
+    QueueTokens { limit: usize, retry_after: Duration },
+    #[error("others wait, and this client has its share of {share} of the queue")]
+    ClientShare { share: f64, retry_after: Duration },
+    #[error("what waits ahead takes about {wait:?}, and {left:?} are left until the deadline")]
+    NoTime { wait: Duration, left: Duration, retry_after: Duration },
     #[error("the deadline passed before the answer was complete")]
     DeadlineExceeded,
     #[error("the caller went away")]

@@ -8,4 +8,5 @@ pub(crate) mod generation_check;
 pub(crate) mod prompt;
 pub(crate) mod queue;
 pub(crate) mod request;
+pub(crate) mod request_queue;
 pub(crate) mod request_span;

@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use sida_routing::admission::Cost;
+use sida_rpc::Client;
 use sida_telemetry::Span;
 use tokio::sync::{mpsc, oneshot};
 
@@ -29,6 +30,8 @@ pub(crate) struct Request {
     pub(crate) accepted: Instant,
     /// When the answer is of no more use.
     pub(crate) deadline: Option<Instant>,
+    /// Who asks: those who ask much take turns with the others.
+    pub(crate) client: Option<Client>,
     /// The span from the request's coming in to its answer; ends with the request.
     pub(crate) span: Span,
 }
@@ -106,7 +109,16 @@ impl Request {
         Cost { tokens, sequences, cache_bytes: self.cache_bytes }
     }
 
-    /// The same, and nothing once nobody waits for the request any more: it is let through to be answered, and never keeps
+    /// The most tokens that it takes: those that it brings, and those that may be generated.
+    pub(crate) fn tokens_max(&self) -> usize {
+        let generated = match &self.work {
+            Work::Generate { options, .. } => options.tokens_max.saturating_mul(self.work.sequences()),
+            Work::Encode { .. } | Work::Score { .. } => 0,
+        };
+        self.cost().tokens.saturating_add(generated)
+    }
+
+    /// What it takes of a batch, and nothing once nobody waits for the request any more: it is let through to be answered, and never keeps
     /// those behind it waiting for memory.
     pub(crate) fn cost_at(&self, now: Instant) -> Cost {
         match self.over(now) {

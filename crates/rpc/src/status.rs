@@ -45,6 +45,10 @@ pub enum Reason {
     Unsupported,
     /// As many requests wait as may.
     QueueFull,
+    /// Others wait, and the caller has its share of the queue.
+    ClientShare,
+    /// What waits ahead takes longer than the caller does.
+    NoTime,
     /// The caller's time is up.
     DeadlineExceeded,
     /// The caller has gone.
@@ -83,6 +87,8 @@ const TABLE: &[Row] = &[
     (Reason::NoPredictor,          Code::FailedPrecondition, "NO_PREDICTOR",          None),
     (Reason::Unsupported,          Code::Unimplemented,      "UNSUPPORTED",           None),
     (Reason::QueueFull,            Code::ResourceExhausted,  "QUEUE_FULL",            Some(Duration::from_millis(100))),
+    (Reason::ClientShare,          Code::ResourceExhausted,  "CLIENT_SHARE",          Some(Duration::from_millis(100))),
+    (Reason::NoTime,               Code::ResourceExhausted,  "NO_TIME",               Some(Duration::from_millis(100))),
     (Reason::DeadlineExceeded,     Code::DeadlineExceeded,   "DEADLINE_EXCEEDED",     None),
     (Reason::Cancelled,            Code::Cancelled,          "CANCELLED",             None),
     (Reason::ExpertUnavailable,    Code::Unavailable,        "EXPERT_UNAVAILABLE",    Some(Duration::from_secs(1))),
