@@ -93,7 +93,7 @@ impl Chart {
             .configure_mesh()
             .x_desc(self.x.name)
             .y_desc(self.y.name)
-            .x_labels(10)
+            .x_labels(if self.x.scale == Scale::Nines { 5 } else { 10 })
             .y_labels(6)
             .x_label_formatter(&x_shown)
             .y_label_formatter(&y_shown)

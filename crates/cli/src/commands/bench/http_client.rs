@@ -33,8 +33,7 @@ const ERROR_BYTES_MAX: usize = 64 << 10;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Asks one server. Cheap to clone; clones share the connections.
-#[derive(Clone)]
+/// Asks one server, over connections that all its requests share.
 pub(crate) struct HttpClient {
     client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
     base: BaseUrl,

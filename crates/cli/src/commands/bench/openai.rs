@@ -15,8 +15,7 @@ use super::{
     workload::Method,
 };
 
-/// A server and the model that it is asked for. Cheap to clone.
-#[derive(Clone)]
+/// A server and the model that it is asked for.
 pub(crate) struct OpenAi {
     client: HttpClient,
     model: String,
@@ -43,9 +42,9 @@ impl OpenAi {
         Ok(Self { client, model })
     }
 
-    /// Asks for `params` to be answered, or for its text to be embedded.
-    pub(crate) async fn ask(&self, method: Method, params: &GenerateParams) -> Result<Answer, Failure> {
-        let response = self.client.send(endpoint(method), Some(&body(method, &self.model, params))).await?;
+    /// Asks for a text to be answered as `params` say, or to be embedded.
+    pub(crate) async fn ask(&self, method: Method, text: &str, params: &GenerateParams) -> Result<Answer, Failure> {
+        let response = self.client.send(endpoint(method), Some(&body(method, &self.model, text, params))).await?;
         let answer = match method {
             Method::Encode => openai_answer::embedding(http_client::json(response.into_body()).await?),
             _ => openai_answer::streamed(method, response).await,
@@ -70,20 +69,20 @@ fn endpoint(method: Method) -> &'static str {
 }
 
 /// A request. What was not asked for is left out, since some servers refuse fields that they do not know.
-fn body(method: Method, model: &str, params: &GenerateParams) -> Value {
+fn body(method: Method, model: &str, text: &str, params: &GenerateParams) -> Value {
     if method == Method::Encode {
-        return json!({"model": model, "input": params.text, "encoding_format": "float"});
+        return json!({"model": model, "input": text, "encoding_format": "float"});
     }
     let mut body = json!({"model": model, "stream": true, "stream_options": {"include_usage": true}});
     match method {
-        Method::Chat => body["messages"] = json!([{"role": "user", "content": params.text}]),
-        _ => body["prompt"] = json!(params.text),
+        Method::Chat => body["messages"] = json!([{"role": "user", "content": text}]),
+        _ => body["prompt"] = json!(text),
     }
     let sampling = &params.sampling;
     for (name, value) in [
         ("max_tokens", (params.max_tokens > 0).then(|| json!(params.max_tokens))),
         ("min_tokens", params.min_tokens.map(|tokens| json!(tokens))),
-        ("ignore_eos", params.ignore_eos.then(|| json!(true))),
+        ("ignore_eos", params.ignore_eos.then_some(Value::Bool(true))),
         ("temperature", sampling.temperature.map(|temperature| json!(temperature))),
         ("top_k", sampling.top_k.map(|top_k| json!(top_k))),
         ("top_p", sampling.top_p.map(|top_p| json!(top_p))),
@@ -109,25 +108,23 @@ fn routing(mode: RoutingMode) -> Option<Value> {
 
 #[cfg(test)]
 mod tests {
-    use sida_coordinator::Sampling;
-
     use super::*;
 
     #[test]
     fn requests_are_openais() {
         // Broken: servers would refuse what they are sent, or answer something else than was asked.
-        let params = GenerateParams { text: "hello".into(), ..GenerateParams::default() };
+        let params = GenerateParams::default();
         let common = json!({"model": "m", "stream": true, "stream_options": {"include_usage": true}});
         let with = |name: &str, value: Value| {
             let mut body = common.clone();
             body[name] = value;
             body
         };
-        assert_eq!(body(Method::Generate, "m", &params), with("prompt", json!("hello")));
+        assert_eq!(body(Method::Generate, "m", "hello", &params), with("prompt", json!("hello")));
         let messages = json!([{"role": "user", "content": "hello"}]);
-        assert_eq!(body(Method::Chat, "m", &params), with("messages", messages));
+        assert_eq!(body(Method::Chat, "m", "hello", &params), with("messages", messages));
         let embedding = json!({"model": "m", "input": "hello", "encoding_format": "float"});
-        assert_eq!(body(Method::Encode, "m", &params), embedding);
+        assert_eq!(body(Method::Encode, "m", "hello", &params), embedding);
         let endpoints = [Method::Generate, Method::Chat, Method::Encode].map(endpoint);
         assert_eq!(endpoints, ["/completions", "/chat/completions", "/embeddings"]);
     }
@@ -135,23 +132,17 @@ mod tests {
     #[test]
     fn what_is_asked_for_is_in_the_request() {
         // Broken: both sides of a comparison would generate other lengths.
-        let params = GenerateParams {
-            text: "hello".into(),
+        let mut params = GenerateParams {
             routing: RoutingMode::Hash { alpha: Alpha::Predicted },
             max_tokens: 7,
             min_tokens: Some(0),
             ignore_eos: true,
-            sampling: Sampling {
-                temperature: Some(0.5),
-                top_k: Some(9),
-                top_p: Some(0.25),
-                seed: Some(3),
-                ..Sampling::default()
-            },
             stop: vec!["END".into()],
             ..GenerateParams::default()
         };
-        let body = body(Method::Generate, "m", &params);
+        (params.sampling.temperature, params.sampling.top_k) = (Some(0.5), Some(9));
+        (params.sampling.top_p, params.sampling.seed) = (Some(0.25), Some(3));
+        let body = body(Method::Generate, "m", "hello", &params);
         for (name, expected) in [
             ("max_tokens", json!(7)),
             ("min_tokens", json!(0)),

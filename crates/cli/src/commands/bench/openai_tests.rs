@@ -97,7 +97,7 @@ impl Server {
     }
 
     async fn ask(&self, method: Method) -> Result<Answer, Failure> {
-        let answer = self.client().await.ask(method, &params()).await;
+        let answer = self.client().await.ask(method, "hello", &GenerateParams::default()).await;
         timeout(Duration::from_secs(20), async { answer }).await.expect("it does not hang")
     }
 }
@@ -137,10 +137,6 @@ async fn respond(
         .header(CONTENT_TYPE, kind)
         .body(BoxBody::new(StreamBody::new(pieces)))
         .unwrap())
-}
-
-fn params() -> GenerateParams {
-    GenerateParams { text: "hello".into(), ..GenerateParams::default() }
 }
 
 fn event(data: &str) -> Piece {
@@ -211,7 +207,7 @@ async fn connections_are_used_again() {
     let server = Server::start(Script::Streams(vec![token("a"), event("[DONE]")])).await;
     let client = server.client().await;
     for _ in 0..5 {
-        client.ask(Method::Generate, &params()).await.unwrap();
+        client.ask(Method::Generate, "hello", &GenerateParams::default()).await.unwrap();
     }
     assert_eq!(server.seen.connections.load(Ordering::Relaxed), 1);
 }
@@ -276,7 +272,7 @@ async fn nobody_there_is_told() {
     let base: BaseUrl = format!("http://{}/v1", listener.local_addr().unwrap()).parse().unwrap();
     drop(listener);
     let client = OpenAi::open(&base, None, None, Some("m")).await.unwrap();
-    let failure = client.ask(Method::Generate, &params()).await.unwrap_err();
+    let failure = client.ask(Method::Generate, "hello", &GenerateParams::default()).await.unwrap_err();
     assert!(failure.code == "connect" && failure.message.contains("refused"), "{failure:?}");
 }
 
@@ -303,9 +299,10 @@ fn open_loop(count: u32, gap: Duration, limit: Duration) -> Load {
 fn request_of(
     client: OpenAi,
 ) -> Arc<impl Fn(usize, u64) -> futures::future::BoxFuture<'static, Result<Answer, Failure>>> {
+    let client = Arc::new(client);
     Arc::new(move |_, _| {
         let client = client.clone();
-        Box::pin(async move { client.ask(Method::Generate, &params()).await }) as _
+        Box::pin(async move { client.ask(Method::Generate, "hello", &GenerateParams::default()).await }) as _
     })
 }
 

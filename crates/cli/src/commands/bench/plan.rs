@@ -84,6 +84,13 @@ pub(crate) struct Plan {
     pub(crate) parameters: Value,
 }
 
+/// When requests of an open loop are due.
+struct Schedule {
+    times: Arc<[Duration]>,
+    /// What gave the times, as `--json` tells it.
+    told: Value,
+}
+
 /// The longest run: what its samples take stays well below what a model takes.
 const BATCH_MAX: usize = 4096;
 
@@ -108,7 +115,7 @@ impl LoadArguments {
             "timeout_s": self.timeout.as_secs_f64(),
             "slo": slo.as_json(),
         });
-        let Some((times, arrivals)) = schedule else {
+        let Some(Schedule { times, told }) = schedule else {
             parameters["arrivals"] = json!({"kind": "closed"});
             let until = until.unwrap_or(DEFAULT);
             let closed = |until| timed(Pattern::Closed(Closed { concurrency, batch: self.batch, until }));
@@ -116,7 +123,7 @@ impl LoadArguments {
             return Ok(Plan { load: closed(until), warming, concurrency, parameters });
         };
         let counts_from = self.counts_from(&times)?;
-        parameters["arrivals"] = arrivals;
+        parameters["arrivals"] = told;
         parameters["arrivals"]["due"] = json!(times.len());
         parameters["arrivals"]["counts_from_s"] = json!(counts_from.as_secs_f64());
         let open = Open { times, counts_from, under_way_max: UNDER_WAY_MAX };
@@ -146,8 +153,8 @@ impl LoadArguments {
         Ok(())
     }
 
-    /// When requests of an open loop are due, and what gave the times; `None` in a closed loop.
-    fn schedule(&self, until: Option<Until>) -> Result<Option<(Arc<[Duration]>, Value)>, BadConfiguration> {
+    /// `None` in a closed loop.
+    fn schedule(&self, until: Option<Until>) -> Result<Option<Schedule>, BadConfiguration> {
         if let Some(file) = &self.arrivals {
             let shown = file.display();
             let times = arrivals::of_trace(&text_file::read(file)?, until);
@@ -155,7 +162,7 @@ impl LoadArguments {
             if times.last().is_some_and(|last| *last > TIME_MAX) {
                 return Err(BadConfiguration::new(format!("--arrivals {shown} has times after {DAYS_MAX} days")));
             }
-            return Ok(Some((times.into(), json!({"kind": "trace", "file": file}))));
+            return Ok(Some(Schedule { times: times.into(), told: json!({"kind": "trace", "file": file}) }));
         }
         let Some(rate) = self.rate.or(self.ramp) else { return Ok(None) };
         let (flag, seed) = (if self.rate.is_some() { "--rate" } else { "--ramp" }, self.arrival_seed);
@@ -165,7 +172,7 @@ impl LoadArguments {
             return Err(BadConfiguration::new(format!("{flag} is so low that no request is due before the run ends")));
         }
         let told = json!({"kind": "poisson", "from_per_s": rate.from, "to_per_s": rate.to, "seed": seed});
-        Ok(Some((times.into(), told)))
+        Ok(Some(Schedule { times: times.into(), told }))
     }
 
     /// Enough to touch every text, so that the measurement starts in the steady state.

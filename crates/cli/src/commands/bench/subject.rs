@@ -1,6 +1,8 @@
 //! What is measured: clusters in this process (one per budget), one over expert-node processes, one that runs already, or any
 //! server that speaks OpenAI's protocol. Started by `bench`.
 
+use std::sync::Arc;
+
 use clap::Args;
 use futures::future::try_join_all;
 use sida_expert_node::ExpertMemory;
@@ -73,7 +75,7 @@ pub(crate) enum Asked {
     /// A coordinator, called or by gRPC.
     Cluster(CoordinatorClient),
     /// A server behind a URL.
-    Url(OpenAi),
+    Url(Arc<OpenAi>),
 }
 
 /// Sums over the expert-nodes of a subject.
@@ -131,7 +133,7 @@ pub(crate) async fn start(arguments: &SubjectArguments, clients: usize) -> anyho
     if let Some(base) = arguments.base_url()? {
         let model = arguments.model.model_name.as_deref();
         let server = OpenAi::open(&base, arguments.api_key.clone(), arguments.connection.client().tls, model).await?;
-        let (label, clients) = (base.to_string(), vec![Asked::Url(server)]);
+        let (label, clients) = (base.to_string(), vec![Asked::Url(Arc::new(server))]);
         return Ok(vec![Subject { label, clients, cluster: Running::Elsewhere }]);
     }
     if let Some(endpoint) = &arguments.endpoint {

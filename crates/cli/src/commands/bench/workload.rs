@@ -106,13 +106,18 @@ impl Workload {
         let mut params = self.arguments.generation.params(prompt.text.clone(), self.arguments.routing);
         params.max_tokens = prompt.max_tokens.unwrap_or(params.max_tokens);
         match asked {
-            Asked::Cluster(client) => Ok(self.ask_cluster(client, params).await?),
-            Asked::Url(server) => server.ask(self.arguments.method, &params).await,
+            Asked::Cluster(client) => Ok(self.ask_cluster(client, prompt.text.clone(), params).await?),
+            Asked::Url(server) => server.ask(self.arguments.method, &prompt.text, &params).await,
         }
     }
 
-    async fn ask_cluster(&self, client: &CoordinatorClient, params: GenerateParams) -> Result<Answer, Status> {
-        let (text, routing) = (params.text.clone(), params.routing);
+    async fn ask_cluster(
+        &self,
+        client: &CoordinatorClient,
+        text: String,
+        params: GenerateParams,
+    ) -> Result<Answer, Status> {
+        let routing = params.routing;
         match self.arguments.method {
             Method::Encode => {
                 let params = EncodeParams { text, routing, pooling: Pooling::Mean, ..EncodeParams::default() };
