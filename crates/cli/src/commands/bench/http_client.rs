@@ -14,7 +14,7 @@ use hyper::body::Incoming;
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::{
     client::legacy::{Client, connect::HttpConnector},
-    rt::TokioExecutor,
+    rt::{TokioExecutor, TokioTimer},
 };
 use serde_json::Value;
 use sida_rpc::ClientTls;
@@ -32,6 +32,10 @@ pub(crate) const BODY_BYTES_MAX: usize = 64 << 20;
 const ERROR_BYTES_MAX: usize = 64 << 10;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a connection is kept without a request. Servers close theirs after 5 seconds and more; a request that is sent at
+/// that moment would fail.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(4);
 
 /// Asks one server, over connections that all its requests share.
 pub(crate) struct HttpClient {
@@ -60,7 +64,9 @@ impl HttpClient {
         http.set_connect_timeout(Some(CONNECT_TIMEOUT));
         let connector = HttpsConnectorBuilder::new().with_tls_config(url_tls::config(&base, &tls.unwrap_or_default())?);
         let connector = connector.https_or_http().enable_http1().wrap_connector(http);
-        Ok(Self { client: Client::builder(TokioExecutor::new()).build(connector), base, key, authorization })
+        let mut client = Client::builder(TokioExecutor::new());
+        client.pool_timer(TokioTimer::new()).pool_idle_timeout(IDLE_TIMEOUT);
+        Ok(Self { client: client.build(connector), base, key, authorization })
     }
 
     /// The answer to a GET or, with a body of JSON, a POST; an answer that tells an error is one.
