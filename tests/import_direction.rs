@@ -34,7 +34,8 @@ const ONLY_IN: [(&str, &[&str]); 15] = [
     ("etcd", &["sida-cluster"]),
     // The coordinator says what its HTTP routes answer; how their connections are served is `sida-rpc`'s.
     ("axum", &["sida-rpc", "sida-coordinator"]),
-    ("hyper", &["sida-rpc"]),
+    // `sida-cli` asks servers that speak OpenAI's protocol, to measure them.
+    ("hyper", &["sida-rpc", "sida-cli"]),
     ("tokio-rustls", &["sida-rpc"]),
     ("clap", &["sida-cli"]),
     ("clap_complete", &["sida-cli"]),

@@ -86,7 +86,7 @@ async fn ask(
 ) -> Vec<Result<Encoding, RequestError>> {
     let request = |_| async {
         let client_name = Some(Client::of_key(client));
-        let params = EncodeParams { text: TEXT.into(), client: client_name, ..Default::default() };
+        let params = EncodeParams { prompt: TEXT.into(), client: client_name, ..Default::default() };
         let answer = cluster.coordinator.encode(params).await;
         order.lock().push(client);
         answer
@@ -166,7 +166,7 @@ async fn what_cannot_be_in_time_is_told_at_once() {
     let encode = async |left| {
         let deadline = Some(Instant::now() + left);
         let client = Some(Client::of_key("flood"));
-        cluster.coordinator.encode(EncodeParams { text: TEXT.into(), deadline, client, ..Default::default() }).await
+        cluster.coordinator.encode(EncodeParams { prompt: TEXT.into(), deadline, client, ..Default::default() }).await
     };
     encode(Duration::from_secs(20)).await.expect("nobody is before it");
     let order = Mutex::new(Vec::new());

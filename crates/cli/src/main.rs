@@ -7,6 +7,7 @@
 //! [`status_table`], [`watch_screen`], [`told`].
 
 mod answer_report;
+mod api_key;
 mod arguments;
 mod bad_configuration;
 mod byte_size;

@@ -6,7 +6,7 @@ use clap::Args;
 use sida_rpc::{ClientConfig, Gate, KeyError, KeyFile, OwnKey};
 
 use super::connection::ConnectionArguments;
-use crate::bad_configuration::BadConfiguration;
+use crate::{api_key::ApiKey, bad_configuration::BadConfiguration, text_file};
 
 /// Who may use a coordinator.
 #[derive(Args, Clone, Debug, Default)]
@@ -56,36 +56,29 @@ fn gate(flag: &str, file: Option<KeyFile>) -> Result<Gate, BadConfiguration> {
 pub(crate) struct CallerArguments {
     #[command(flatten)]
     connection: ConnectionArguments,
-    /// The key that the coordinator knows this client by; other users of this machine see it on a command line, but not in
+    /// The key that the server knows this client by; other users of this machine see it on a command line, but not in
     /// the variable or in --api-key-file
     #[arg(long, value_name = "KEY", hide_env_values = true)]
-    api_key: Option<Secret>,
+    api_key: Option<ApiKey>,
     /// File with that key; goes before --api-key
     #[arg(long, value_name = "FILE")]
     api_key_file: Option<PathBuf>,
 }
 
-/// A key, which is not shown with the flags around it.
-#[derive(Clone)]
-struct Secret(String);
-
-impl std::fmt::Debug for Secret {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("..")
-    }
-}
-
-impl From<String> for Secret {
-    fn from(text: String) -> Self {
-        Self(text)
-    }
-}
-
 impl CallerArguments {
+    /// The key itself, for servers of any kind.
+    pub(crate) fn api_key(&self) -> Result<Option<ApiKey>, BadConfiguration> {
+        let Some(file) = &self.api_key_file else { return Ok(self.api_key.clone()) };
+        let content = text_file::read(file)?;
+        let key = content.lines().map(str::trim).find(|line| !line.is_empty() && !line.starts_with('#'));
+        let key = key.ok_or_else(|| BadConfiguration::new(format!("--api-key-file: {} holds no key", file.display())))?;
+        Ok(Some(key.to_owned().into()))
+    }
+
     /// The client side of every connection to the coordinator.
     pub(crate) fn client(&self) -> ClientConfig {
         let file = self.api_key_file.clone().map(OwnKey::File);
-        let key = file.or_else(|| self.api_key.clone().map(|Secret(key)| OwnKey::Text(key)));
+        let key = file.or_else(|| self.api_key.clone().map(|ApiKey(key)| OwnKey::Text(key)));
         ClientConfig { key, ..self.connection.client() }
     }
 }
