@@ -1,5 +1,7 @@
-"""Asks a coordinator by the client that applications of Triton use. The binary is the one that the tests have built."""
+"""Triton's own client for Python against `sida up`: what an application sees that speaks to Triton or KServe already. Needs the
+binary that SIDA_BINARY names, by default the release build of this tree. Run: python tests/open_inference/test_triton.py"""
 
+import os
 import pathlib
 import queue
 import subprocess
@@ -8,7 +10,8 @@ import sys
 import numpy as np
 import tritonclient.grpc as triton
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+BINARY = pathlib.Path(os.environ.get("SIDA_BINARY", REPOSITORY / "target/release/sida"))
 MODEL = "switch-tiny-64"
 TEXT = "sst2 sentence: a gorgeous , witty , seductive movie ."
 
@@ -35,7 +38,7 @@ def expect_error(named, ask):
 
 
 def main():
-    command = [ROOT / "target/release/sida", "up", "--listen", "127.0.0.1:0", "--metrics-listen", "off"]
+    command = [BINARY, "up", "--listen", "127.0.0.1:0", "--http-listen", "off", "--metrics-listen", "off"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             address = next(line for line in server.stdout if line.startswith("listening on ")).split()[-1]

@@ -71,7 +71,8 @@ impl CallerArguments {
         let Some(file) = &self.api_key_file else { return Ok(self.api_key.clone()) };
         let content = text_file::read(file)?;
         let key = content.lines().map(str::trim).find(|line| !line.is_empty() && !line.starts_with('#'));
-        let key = key.ok_or_else(|| BadConfiguration::new(format!("--api-key-file: {} holds no key", file.display())))?;
+        let key =
+            key.ok_or_else(|| BadConfiguration::new(format!("--api-key-file: {} holds no key", file.display())))?;
         Ok(Some(key.to_owned().into()))
     }
 

@@ -20,11 +20,7 @@ use serde_json::Value;
 use sida_rpc::ClientTls;
 use thiserror::Error;
 
-use super::{
-    answer::Failure,
-    url::BaseUrl,
-    url_tls,
-};
+use super::{answer::Failure, url::BaseUrl, url_tls};
 use crate::{api_key::ApiKey, bad_configuration::BadConfiguration, told};
 
 /// Bytes of an answer at most, and of one that tells an error.
