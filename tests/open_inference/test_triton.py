@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import tritonclient.grpc as triton
+import tritonclient.http as triton_http
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 BINARY = pathlib.Path(os.environ.get("SIDA_BINARY", REPOSITORY / "target/release/sida"))
@@ -16,9 +17,9 @@ MODEL = "switch-tiny-64"
 TEXT = "sst2 sentence: a gorgeous , witty , seductive movie ."
 
 
-def texts(name, values):
-    tensor = triton.InferInput(name, [len(values)], "BYTES")
-    tensor.set_data_from_numpy(np.array([value.encode() for value in values], dtype=np.object_))
+def texts(name, values, client=triton, **options):
+    tensor = client.InferInput(name, [len(values)], "BYTES")
+    tensor.set_data_from_numpy(np.array([value.encode() for value in values], dtype=np.object_), **options)
     return tensor
 
 
@@ -31,18 +32,20 @@ def flag(name, value):
 def expect_error(named, ask):
     try:
         ask()
-    except triton.InferenceServerException as error:
+    except triton_http.InferenceServerException as error:
         assert named in str(error), error
     else:
         raise AssertionError(f"{named} was not refused")
 
 
 def main():
-    command = [BINARY, "up", "--listen", "127.0.0.1:0", "--http-listen", "off", "--metrics-listen", "off"]
+    command = [BINARY, "up", "--listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0", "--metrics-listen", "off"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
-            address = next(line for line in server.stdout if line.startswith("listening on ")).split()[-1]
-            check(triton.InferenceServerClient(address))
+            addresses = [next(line for line in server.stdout if line.startswith("listening ")).split()[-1] for _ in range(2)]
+            http, grpc = addresses
+            check(triton.InferenceServerClient(grpc))
+            check_http(triton_http.InferenceServerClient(http))
         finally:
             server.terminate()
     print("a client of Triton gets the model's answers")
@@ -82,6 +85,25 @@ def check(client):
     expect_error("model_name", lambda: client.infer("another", [texts("text_input", [TEXT])]))
     expect_error("best_of", lambda: client.infer(MODEL, [texts("text_input", [TEXT])], parameters={"best_of": 2}))
     expect_error("text_input", lambda: client.infer(MODEL, [texts("prompt", [TEXT])]))
+
+
+def check_http(client):
+    assert client.is_server_live() and client.is_server_ready()
+    assert client.is_model_ready(MODEL, "1") and not client.is_model_ready("another")
+    assert client.get_server_metadata()["name"] == "sida" and client.get_model_metadata(MODEL)["name"] == MODEL
+    embedding = [triton_http.InferRequestedOutput("embedding")]
+    for is_binary in (True, False):
+        inputs = [texts("text_input", [TEXT, TEXT], triton_http, binary_data=is_binary)]
+        outputs = [triton_http.InferRequestedOutput(name, binary_data=is_binary) for name in ("text_output", "finish_reason")]
+        result = client.infer(MODEL, inputs, outputs=outputs, request_id="7", parameters={"max_tokens": 8})
+        assert result.get_response()["id"] == "7"
+        answers = [text if isinstance(text, str) else text.decode() for text in result.as_numpy("text_output")]
+        assert answers == ["positive"] * 2, answers
+        rows = client.infer(MODEL, inputs, outputs=embedding).as_numpy("embedding")
+        assert rows.dtype == np.float32 and rows.shape[0] == 2 and (rows[0] == rows[1]).all()
+    assert list(client.infer(MODEL, inputs).as_numpy("finish_reason")) == [b"stop"] * 2
+    expect_error("model_name", lambda: client.infer("another", inputs))
+    expect_error("best_of", lambda: client.infer(MODEL, inputs, parameters={"best_of": 2}))
 
 
 if __name__ == "__main__":

@@ -19,9 +19,12 @@ const HTTP_METHODS: [(&str, &str); 3] = [
     ("/v1/chat/completions", "chat/completions"),
     ("/v1/embeddings", "embeddings"),
 ];
+/// What a request of the Open Inference Protocol is counted as that comes by HTTP.
+const INFER: &str = "infer";
 /// Values of the label that says by which door a request came.
 const GRPC: &str = "grpc";
 const OPENAI: &str = "openai";
+const OPEN_INFERENCE: &str = "open_inference";
 /// Codes whose counts are exported from the start, since alerts ask for their rates.
 const COUNTED_CODES: [Code; 7] = [
     Code::Ok,
@@ -41,6 +44,7 @@ pub(crate) fn register() {
 /// Exports the metrics of the HTTP door before anything is counted.
 pub(crate) fn register_http() {
     HTTP_METHODS.iter().for_each(|(_, method)| register_method(OPENAI, method));
+    register_method(OPEN_INFERENCE, INFER);
 }
 
 fn register_method(door: &'static str, method: &'static str) {
@@ -60,7 +64,8 @@ pub(crate) fn count(outcome: Outcome<'_>) {
 
 /// Counts a request of the HTTP door that has ended.
 pub(crate) fn count_http(method: &'static str, code: Code, took: Duration, client: Option<&Client>) {
-    count_as(OPENAI, method, code, took, client);
+    let door = if method == INFER { OPEN_INFERENCE } else { OPENAI };
+    count_as(door, method, code, took, client);
 }
 
 fn count_as(door: &'static str, method: &'static str, code: Code, took: Duration, client: Option<&Client>) {
@@ -74,7 +79,13 @@ fn count_as(door: &'static str, method: &'static str, code: Code, took: Duration
 
 /// What a request of the HTTP door is counted as, if it is.
 pub(crate) fn http_method(method: &Method, path: &str) -> Option<&'static str> {
-    HTTP_METHODS.into_iter().find(|(counted, _)| method == Method::POST && *counted == path).map(|(_, name)| name)
+    if method != Method::POST {
+        return None;
+    }
+    if path.starts_with("/v2/models/") && path.ends_with("/infer") {
+        return Some(INFER);
+    }
+    HTTP_METHODS.into_iter().find(|(counted, _)| *counted == path).map(|(_, name)| name)
 }
 
 /// The method that a path calls, if its requests are counted.
@@ -121,6 +132,7 @@ mod tests {
             assert_eq!(method(other), None, "{other}");
         }
         assert_eq!(http_method(&Method::POST, "/v1/chat/completions"), Some("chat/completions"));
+        assert_eq!(http_method(&Method::POST, "/v2/models/org/m/versions/1/infer"), Some("infer"));
         for (method, path) in [(Method::GET, "/v1/completions"), (Method::POST, "/tokenize"), (Method::POST, "/v1/x")] {
             assert_eq!(http_method(&method, path), None, "{method} {path}");
         }

@@ -1,32 +1,32 @@
 //! Serves `inference.GRPCInferenceService` over a [`Coordinator`]: one answer to one request, or a stream of requests that are
 //! answered side by side, each token by token where it asks for that.
 
-use std::{pin::Pin, time::Instant};
+use std::pin::Pin;
 
 use futures::{Stream, StreamExt, future, stream};
 use sida_proto::inference::{
     ModelInferRequest, ModelInferResponse, ModelMetadataRequest, ModelMetadataResponse, ModelReadyRequest,
     ModelReadyResponse, ModelStreamInferResponse, ServerLiveRequest, ServerLiveResponse, ServerMetadataRequest,
     ServerMetadataResponse, ServerReadyRequest, ServerReadyResponse,
-    grpc_inference_service_server::GrpcInferenceService, model_metadata_response::TensorMetadata,
+    grpc_inference_service_server::GrpcInferenceService,
 };
 use sida_rpc::Fault;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{
-    parameters,
-    question::{EMBEDDING, FINISH_REASON, Question, TEXT_OUTPUT, VERSION},
+    about,
+    question::Question,
     response::{Envelope, Generated, streamed},
+    whole::{generations, whole},
 };
 use crate::{
-    answer::{output::Pooling, request_error::RequestError},
-    coordinator::{Coordinator, TokenStream},
+    coordinator::Coordinator,
     doors::{
         inference_service::{Asked, caller},
         messages::CallMetadata,
         openai::error::ApiError,
     },
-    intake::accept::{EncodeParams, GenerateParams},
+    intake::accept::GenerateParams,
 };
 
 /// How many requests of one stream are answered at a time. Further ones wait to be read.
@@ -61,8 +61,7 @@ impl GrpcInferenceService for OpenInferenceService {
         &self,
         _: Request<ServerMetadataRequest>,
     ) -> Result<Response<ServerMetadataResponse>, Status> {
-        let version = env!("CARGO_PKG_VERSION").to_owned();
-        Ok(Response::new(ServerMetadataResponse { name: "sida".to_owned(), version, extensions: Vec::new() }))
+        Ok(Response::new(about::server_message()))
     }
 
     async fn model_metadata(
@@ -71,22 +70,7 @@ impl GrpcInferenceService for OpenInferenceService {
     ) -> Result<Response<ModelMetadataResponse>, Status> {
         let ModelMetadataRequest { name, version } = request.into_inner();
         self.is_ours(&name, &version)?;
-        let config = self.coordinator.checkpoint().config();
-        Ok(Response::new(ModelMetadataResponse {
-            name: self.model().to_owned(),
-            versions: vec![VERSION.to_owned()],
-            platform: config.family.to_owned(),
-            inputs: vec![
-                tensor("text_input", "BYTES", &[-1]),
-                tensor("sampling_parameters", "BYTES", &[1]),
-                tensor("stream", "BOOL", &[1]),
-            ],
-            outputs: vec![
-                tensor(TEXT_OUTPUT, "BYTES", &[-1]),
-                tensor(FINISH_REASON, "BYTES", &[-1]),
-                tensor(EMBEDDING, "FP32", &[-1, config.d_model as i64]),
-            ],
-        }))
+        Ok(Response::new(about::model_message(&self.coordinator)))
     }
 
     async fn model_infer(&self, request: Request<ModelInferRequest>) -> Result<Response<ModelInferResponse>, Status> {
@@ -120,22 +104,12 @@ impl GrpcInferenceService for OpenInferenceService {
 }
 
 impl OpenInferenceService {
-    fn model(&self) -> &str {
-        self.coordinator.checkpoint().name()
-    }
-
     fn envelope(&self, request: &ModelInferRequest) -> Envelope {
-        Envelope { model: self.model().to_owned(), id: request.id.clone() }
+        Envelope { model: self.coordinator.checkpoint().name().to_owned(), id: request.id.clone() }
     }
 
-    /// Whether a request names the model that is served.
     fn is_ours(&self, name: &str, version: &str) -> Result<(), Status> {
-        let model = self.model();
-        match ["", VERSION].contains(&version) {
-            _ if name != model => Err(Status::not_found(format!("model_name is {name:?}, expected {model:?}"))),
-            true => Ok(()),
-            false => Err(Status::not_found(format!("model_version is {version:?}, expected {VERSION:?}, or none"))),
-        }
+        about::is_ours(&self.coordinator, name, version)
     }
 
     /// The responses to one request of a stream. One that fails does not end the stream.
@@ -189,63 +163,4 @@ fn one(response: ModelStreamInferResponse) -> Responses {
 /// The status of a request that asks for what is not served.
 fn refused(error: ApiError) -> Status {
     Fault::from(error).into()
-}
-
-/// The one response to a request: all of its texts are answered, or it fails with the first that is not.
-async fn whole(
-    coordinator: &Coordinator,
-    envelope: &Envelope,
-    question: Question,
-    caller: CallMetadata,
-) -> Result<ModelInferResponse, RequestError> {
-    if question.embeds() {
-        let encodings = coordinator.encode_all(encodings(&question, caller)).await?;
-        return Ok(envelope.embeddings(encodings));
-    }
-    let texts = generations(&question, caller)
-        .into_iter()
-        .map(|params| async { collected(coordinator.generate(params).await?).await });
-    Ok(envelope.generation(&question.outputs, &future::try_join_all(texts).await?))
-}
-
-/// The text of all tokens.
-async fn collected(mut tokens: TokenStream) -> Result<Generated, RequestError> {
-    let mut all = Generated { text: String::new(), finish: None };
-    while let Some(token) = tokens.next().await {
-        let token = token?;
-        all.text.push_str(&token.text);
-        all.finish = token.finish.map(|finish| finish.reason);
-    }
-    Ok(all)
-}
-
-fn generations(question: &Question, caller: CallMetadata) -> Vec<GenerateParams> {
-    let CallMetadata { deadline, trace, client } = caller;
-    let deadline = question.deadline(deadline, Instant::now());
-    let params = |text: &String| GenerateParams {
-        deadline,
-        trace,
-        client: client.clone(),
-        ..parameters::generation(&question.wanted, text)
-    };
-    question.texts.iter().map(params).collect()
-}
-
-fn encodings(question: &Question, caller: CallMetadata) -> Vec<EncodeParams> {
-    let CallMetadata { deadline, trace, client } = caller;
-    let deadline = question.deadline(deadline, Instant::now());
-    let params = |text: &String| EncodeParams {
-        prompt: text.clone().into(),
-        routing: question.wanted.routing,
-        pooling: Pooling::Mean,
-        deadline,
-        trace,
-        client: client.clone(),
-        ..EncodeParams::default()
-    };
-    question.texts.iter().map(params).collect()
-}
-
-fn tensor(name: &str, datatype: &str, shape: &[i64]) -> TensorMetadata {
-    TensorMetadata { name: name.to_owned(), datatype: datatype.to_owned(), shape: shape.to_vec() }
 }

@@ -2,6 +2,7 @@
 //! list or as raw bytes; and outputs, as raw bytes.
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
+use serde_json::Value;
 use sida_proto::inference::{
     InferTensorContents, model_infer_request::InferInputTensor, model_infer_response::InferOutputTensor,
 };
@@ -92,6 +93,21 @@ pub(crate) fn text_output<'a>(name: &str, texts: impl IntoIterator<Item = &'a st
         count += 1;
     }
     (output(name, "BYTES", vec![count]), raw.freeze())
+}
+
+/// The elements of an output, as JSON has them.
+pub(crate) fn values(output: &InferOutputTensor, raw: &Bytes) -> Vec<Value> {
+    if output.datatype == "FP32" {
+        let float = |bytes: &[u8; 4]| Value::from(f32::from_le_bytes(*bytes));
+        return raw.as_chunks().0.iter().map(float).collect();
+    }
+    let (mut raw, mut texts) = (raw.clone(), Vec::new());
+    // Written by `text_output`: every length is followed by as many bytes.
+    while !raw.is_empty() {
+        let length = raw.get_u32_le() as usize;
+        texts.push(String::from_utf8_lossy(&raw.split_to(length)).into_owned().into());
+    }
+    texts
 }
 
 /// What is said of an output.

@@ -21,7 +21,16 @@ const BODY_TIMEOUT: Duration = Duration::from_secs(60);
 pub(crate) async fn fields(request: Request) -> Result<Fields, ApiError> {
     let (head, body) = request.into_parts();
     check_type(&head.headers)?;
-    let announced = head.headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
+    let bytes = bytes(&head.headers, body).await?;
+    let not_utf8 = |error| ApiError::invalid("invalid_json", format!("the body is not UTF-8: {error}"));
+    let text = std::str::from_utf8(&bytes).map_err(not_utf8)?;
+    let not_json = |error| ApiError::invalid("invalid_json", format!("the body is not JSON: {error}"));
+    Fields::of(serde_json::from_str(text).map_err(not_json)?, "")
+}
+
+/// All of a body, within its limits.
+pub(crate) async fn bytes(headers: &HeaderMap, body: Body) -> Result<Vec<u8>, ApiError> {
+    let announced = headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
     if announced.is_some_and(|bytes: u64| bytes > BODY_BYTES_MAX as u64) {
         return Err(too_long());
     }
@@ -29,11 +38,7 @@ pub(crate) async fn fields(request: Request) -> Result<Fields, ApiError> {
         let message = format!("the body did not come within {BODY_TIMEOUT:?}");
         ApiError::http(StatusCode::REQUEST_TIMEOUT, "request_timeout", message)
     };
-    let bytes = time::timeout(BODY_TIMEOUT, collect(body)).await.map_err(late)??;
-    let not_utf8 = |error| ApiError::invalid("invalid_json", format!("the body is not UTF-8: {error}"));
-    let text = std::str::from_utf8(&bytes).map_err(not_utf8)?;
-    let not_json = |error| ApiError::invalid("invalid_json", format!("the body is not JSON: {error}"));
-    Fields::of(serde_json::from_str(text).map_err(not_json)?, "")
+    time::timeout(BODY_TIMEOUT, collect(body)).await.map_err(late)?
 }
 
 fn check_type(headers: &HeaderMap) -> Result<(), ApiError> {

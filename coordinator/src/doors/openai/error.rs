@@ -116,6 +116,11 @@ impl ApiError {
         Self { status, counted_as, kind, code, param: None, message, retry_after: None }
     }
 
+    /// What is said to people.
+    pub(crate) fn message(&self) -> &str {
+        &self.message
+    }
+
     /// The body, which is also what ends a stream.
     pub(crate) fn json(&self) -> Value {
         let Self { kind, code, param, message, .. } = self;

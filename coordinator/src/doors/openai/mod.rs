@@ -8,12 +8,12 @@
 //! `embeddings`, `models`, `tokens`, `about`.
 
 mod about;
-mod body;
-mod call;
+pub(crate) mod body;
+pub(crate) mod call;
 mod chat_completions;
 mod chat_messages;
 mod completions;
-mod door;
+pub(crate) mod door;
 mod embeddings;
 pub(crate) mod error;
 mod events;

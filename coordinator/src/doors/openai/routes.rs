@@ -15,8 +15,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     coordinator::Coordinator,
-    doors::openai::{
-        about, call, chat_completions, completions, door::Door, embeddings, error::ApiError, models, tokens,
+    doors::{
+        open_inference,
+        openai::{about, call, chat_completions, completions, door::Door, embeddings, error::ApiError, models, tokens},
     },
 };
 
@@ -48,6 +49,7 @@ pub(crate) fn routes(coordinator: Coordinator, late: CancellationToken) -> Route
         .route(detokenize, post(tokens::detokenize))
         .route(health, get(about::health))
         .route(openapi, get(about::openapi))
+        .merge(open_inference::http::routes())
         .fallback(nowhere)
         .method_not_allowed_fallback(other_method)
         .layer(middleware::from_fn(call::introduced))
@@ -59,7 +61,7 @@ pub(crate) fn routes(coordinator: Coordinator, late: CancellationToken) -> Route
 
 /// Whether a path is answered to callers without a key: probes have none, and the description tells nothing of this node.
 fn is_open(path: &str) -> bool {
-    ["/health", "/openapi.json"].contains(&path)
+    ["/health", "/openapi.json", "/v2/health/live", "/v2/health/ready"].contains(&path)
 }
 
 fn refuse(fault: Fault) -> Response {
