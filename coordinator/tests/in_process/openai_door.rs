@@ -192,12 +192,15 @@ async fn embeddings() {
     assert_eq!((refused.status, &refused.json()["error"]["param"]), (400, &json!("input[1]")), "{refused:?}");
 }
 
+/// Method, path, headers and body of a request; status, code and field of its refusal.
+type Case<'a> = (&'a str, &'a str, &'a str, &'a [u8], u16, &'a str, Value);
+
 #[tokio::test(flavor = "multi_thread")]
 async fn refusals() {
     // Would break: a client cannot tell what was wrong, or one bad request ends the door for everybody.
     let served = served(&model_dir(), |_| ()).await;
     let completions = "/v1/completions";
-    let cases: [(&str, &str, &str, &[u8], u16, &str, Value); 16] = [
+    let cases: [Case<'_>; 16] = [
         ("POST", completions, JSON, br#"{"model": "gpt-4", "prompt": "a"}"#, 404, "model_not_found", json!("model")),
         ("GET", "/v1/models/gpt-4/x", "", b"", 404, "model_not_found", json!("model")),
         ("GET", "/v2/models", "", b"", 404, "not_found", Value::Null),
@@ -272,7 +275,7 @@ async fn a_full_queue_says_when_to_come_back() {
 #[tokio::test(flavor = "multi_thread")]
 async fn deadlines_and_faults() {
     // Would break: a caller's time passes unnoticed, or an error within a stream looks like the end of the answer.
-    let served = served(&model_dir(), |_| ()).await;
+    let served = served(&model_dir(), |config| config.expert_call_timeout = Duration::from_secs(1)).await;
     served.cluster.nodes.iter().for_each(|node| node.behave(Behaviour::Slow(Duration::from_millis(20))));
     let request = json!({"prompt": TEXT, "max_tokens": 500, "ignore_eos": true});
     let timeout = format!("{JSON}x-request-timeout: 0.3\r\n");
