@@ -31,6 +31,8 @@ const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
 const HASTE: u32 = 2;
 
 /// The queue.
+/// Invariant: nobody asks the queue for anything while holding `turns` or `drain`. Whoever enters it holds its lock already
+/// when these are locked.
 pub(crate) struct RequestQueue {
     queue: Arc<Queue<Waiting>>,
     limits: Limits,
@@ -148,8 +150,9 @@ impl RequestQueue {
     pub(crate) fn take(&self, choose: impl Fn(&VecDeque<Waiting>) -> usize) -> Option<Vec<Request>> {
         let taken = self.queue.take(Wait::Block, choose)?;
         if let Some(last) = taken.last() {
+            let (tokens, stay) = (taken.iter().map(|waiting| waiting.tokens).sum(), self.queue.len());
             self.turns.lock().taken(last.turn);
-            self.drain.lock().left(taken.iter().map(|waiting| waiting.tokens).sum(), self.queue.len(), Instant::now());
+            self.drain.lock().left(tokens, stay, Instant::now());
         }
         Some(taken.into_iter().map(|waiting| waiting.request).collect())
     }
