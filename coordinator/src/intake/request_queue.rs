@@ -188,3 +188,61 @@ fn loads(waiting: &VecDeque<Waiting>) -> Vec<(&Option<Client>, Load)> {
     }
     loads.into_iter().collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{borrow::Cow, sync::mpsc, thread};
+
+    use sida_telemetry::Span;
+    use tokio::sync::oneshot;
+
+    use super::*;
+    use crate::{
+        answer::routing_mode::RoutingMode,
+        intake::request::{EncodeOptions, Work},
+    };
+
+    fn request() -> Request {
+        let (reply, _) = oneshot::channel();
+        Request {
+            tokens: vec![1],
+            readings: 1,
+            mode: RoutingMode::Exact,
+            work: Work::Encode { options: EncodeOptions::default(), reply },
+            cache_bytes: 0,
+            accepted: Instant::now(),
+            deadline: None,
+            client: None,
+            span: Span::of_caller(None, || Cow::Borrowed("test")),
+        }
+    }
+
+    #[test]
+    fn those_who_enter_and_those_who_leave_never_stop_each_other() {
+        // Would break: a request that comes while others are taken hangs, and every one after it.
+        const REQUESTS: usize = 10_000;
+        let limits = Limits {
+            tokens_max: 1,
+            sequences_max: 1,
+            cache_bytes_max: 0,
+            queue_max: REQUESTS,
+            queue_tokens_max: REQUESTS,
+            client_queue_share: 1.0,
+        };
+        let queue = Arc::new(RequestQueue::new(limits));
+        let (done, all_taken) = mpsc::channel();
+        let taking = queue.clone();
+        thread::spawn(move || {
+            let mut taken = 0;
+            while taken < REQUESTS {
+                taken += taking.take(|_| 1).expect("it is open").len();
+            }
+            done.send(()).expect("somebody waits");
+        });
+        for _ in 0..2 {
+            let entering = queue.clone();
+            thread::spawn(move || (0..REQUESTS / 2).for_each(|_| entering.push(request()).expect("there is room")));
+        }
+        all_taken.recv_timeout(Duration::from_secs(60)).expect("all are taken");
+    }
+}
