@@ -17,7 +17,7 @@ use crate::{
         chat_messages::Conversation,
         door::Door,
         error::ApiError,
-        fields::Fields,
+        fields::{Fields, whole},
         generation::{Form, Generation, finish_reason},
         log_probabilities::chat_logprobs,
         sampling::{Wanted, tokens_max},
@@ -26,7 +26,7 @@ use crate::{
 };
 
 /// Likely tokens told beside each at most.
-const LOGPROBS_MAX: u64 = 20;
+const LOGPROBS_MAX: i128 = 20;
 
 /// What is asked for.
 pub(crate) struct ChatRequest {
@@ -42,7 +42,8 @@ impl ChatRequest {
         let conversation = Conversation::read(fields)?;
         let conversation = conversation.ok_or_else(|| ApiError::missing("messages", "a list of messages"))?;
         let is_wanted = fields.flag("logprobs")?.unwrap_or(false);
-        let top = fields.read("top_logprobs", "0 to 20", |value| value.as_u64().filter(|&top| top <= LOGPROBS_MAX))?;
+        let top = fields
+            .read("top_logprobs", "0 to 20", |value| whole(value).filter(|top| (0..=LOGPROBS_MAX).contains(top)))?;
         if top.is_some_and(|top| top > 0) && !is_wanted {
             return Err(ApiError::unsupported("top_logprobs", "it needs logprobs to be true"));
         }

@@ -16,7 +16,7 @@ use crate::{
         call::Call,
         door::Door,
         error::ApiError,
-        fields::Fields,
+        fields::{Fields, token_id, whole},
         generation::{Form, Generation, finish_reason},
         log_probabilities::CompletionLogprobs,
         sampling::{Wanted, tokens_max},
@@ -29,7 +29,7 @@ const PROMPTS_MAX: usize = 128;
 /// Sequences of one request at most: its prompts times the answers of each.
 const SEQUENCES_MAX: usize = 128;
 /// Likely tokens told beside each at most, as the coordinator has it.
-const LOGPROBS_MAX: u64 = 20;
+const LOGPROBS_MAX: i128 = 20;
 /// What a prompt may be.
 const PROMPT_EXPECTED: &str = "a text, a list of texts, a list of token ids, or a list of such lists";
 
@@ -55,7 +55,8 @@ impl CompletionRequest {
         }
         fields.refuse("suffix", "the model only goes on from what it read", |value| value == "")?;
         let echo = fields.flag("echo")?.unwrap_or(false);
-        let logprobs = fields.read("logprobs", "0 to 20", |value| value.as_u64().filter(|&top| top <= LOGPROBS_MAX))?;
+        let logprobs =
+            fields.read("logprobs", "0 to 20", |value| whole(value).filter(|top| (0..=LOGPROBS_MAX).contains(top)))?;
         if echo && logprobs.is_some() {
             return Err(ApiError::unsupported("logprobs", "with echo: those of a prompt are not computed"));
         }
@@ -115,8 +116,7 @@ pub(crate) fn prompts(value: &Value) -> Option<Vec<Prompt>> {
 
 /// A list of token ids.
 fn tokens(value: &Value) -> Option<Prompt> {
-    let id = |id: &Value| id.as_u64().and_then(|id| u32::try_from(id).ok());
-    value.as_array()?.iter().map(id).collect::<Option<_>>().map(Prompt::Tokens)
+    value.as_array()?.iter().map(token_id).collect::<Option<_>>().map(Prompt::Tokens)
 }
 
 /// How completions are written.

@@ -64,7 +64,7 @@ impl Fields {
     }
 
     pub(crate) fn count(&mut self, field: &'static str) -> Result<Option<usize>, ApiError> {
-        let count = |value: &Value| value.as_u64().and_then(|count| u32::try_from(count).ok());
+        let count = |value: &Value| u32::try_from(whole(value)?).ok();
         Ok(self.read(field, "a whole number that is not negative, below 2^32", count)?.map(|count| count as usize))
     }
 
@@ -97,6 +97,19 @@ impl Fields {
             None => Ok(()),
         }
     }
+}
+
+/// A whole number, also where it is written as 5.0: JSON has one kind of numbers, and some languages write all alike.
+pub(crate) fn whole(value: &Value) -> Option<i128> {
+    // Below it a f64 is the number that was written.
+    const EXACT: f64 = (1_u64 << 53) as f64;
+    let exact = value.as_u64().map(i128::from).or_else(|| value.as_i64().map(i128::from));
+    exact.or_else(|| value.as_f64().filter(|number| number.fract() == 0.0 && number.abs() < EXACT).map(|n| n as i128))
+}
+
+/// The id of a token.
+pub(crate) fn token_id(value: &Value) -> Option<u32> {
+    whole(value)?.try_into().ok()
 }
 
 /// What a value is.
@@ -135,6 +148,7 @@ mod tests {
             let message = Fields::of(value, "").err().expect("no object").json()["error"]["message"].to_string();
             assert!(message.contains(expected), "{message}");
         }
+        assert_eq!(Fields::of(json!({"n": 5.0}), "").unwrap().count("n").unwrap(), Some(5));
         for huge in [json!({"n": 1.5}), json!({"n": 1e300}), json!({"n": 4_294_967_296_u64})] {
             assert!(Fields::of(huge, "").unwrap().count("n").is_err());
         }

@@ -10,7 +10,10 @@ use crate::{
         routing_mode::{Alpha, RoutingMode},
         sampling::Sampling,
     },
-    doors::openai::{error::ApiError, fields::Fields},
+    doors::openai::{
+        error::ApiError,
+        fields::{Fields, whole},
+    },
 };
 
 /// Answers of one prompt at most; the coordinator's limits may be lower.
@@ -43,10 +46,12 @@ impl Wanted {
     /// Takes all of these fields. `tokens_max` is the endpoint's, which has its own names for it.
     pub(crate) fn read(fields: &mut Fields, tokens_max: Option<usize>) -> Result<Self, ApiError> {
         let choices = fields.read("n", "1 to 128", |value| {
-            value.as_u64().filter(|n| (1..=CHOICES_MAX as u64).contains(n)).map(|n| n as usize)
+            usize::try_from(whole(value)?).ok().filter(|n| (1..=CHOICES_MAX).contains(n))
         })?;
         let choices = choices.unwrap_or(1);
-        fields.refuse("best_of", "only as many answers as n asks for are made", |value| *value == choices)?;
+        fields.refuse("best_of", "only as many answers as n asks for are made", |value| {
+            whole(value) == Some(choices as i128)
+        })?;
         Ok(Self {
             choices,
             tokens_max: tokens_max.unwrap_or(0),
@@ -63,18 +68,21 @@ impl Wanted {
 /// Takes a field that says how many tokens there may be: at least one.
 pub(crate) fn tokens_max(fields: &mut Fields, field: &'static str) -> Result<Option<usize>, ApiError> {
     let expected = "a whole number of at least 1";
-    let count = |value: &Value| value.as_u64().filter(|&count| count > 0).and_then(|count| u32::try_from(count).ok());
+    let count = |value: &Value| u32::try_from(whole(value)?).ok().filter(|&count| count > 0);
     Ok(fields.read(field, expected, count)?.map(|count| count as usize))
 }
 
 fn sampling(fields: &mut Fields) -> Result<Sampling, ApiError> {
-    let top_k = |value: &Value| match value.as_i64() {
+    let top_k = |value: &Value| match whole(value)? {
         // What other servers take for all.
-        Some(-1) => Some(0),
-        other => other.and_then(|k| usize::try_from(k).ok()),
+        -1 => Some(0),
+        top_k => usize::try_from(top_k).ok(),
     };
     // A negative seed is as good as any.
-    let seed = |value: &Value| value.as_u64().or_else(|| value.as_i64().map(|seed| seed as u64));
+    let seed = |value: &Value| {
+        let seed = whole(value)?;
+        u64::try_from(seed).ok().or_else(|| i64::try_from(seed).ok().map(|seed| seed as u64))
+    };
     Ok(Sampling {
         temperature: fields.number("temperature")?,
         top_k: fields.read("top_k", "a whole number, 0 or -1 for all", top_k)?,
@@ -189,7 +197,7 @@ mod tests {
         ] {
             assert_eq!(read(value.clone()).unwrap_err().json()["error"]["param"], param, "{value}");
         }
-        for value in [json!({"max_tokens": 0}), json!({"max_tokens": 1.0}), json!({"max_tokens": "9"})] {
+        for value in [json!({"max_tokens": 0}), json!({"max_tokens": 1.5}), json!({"max_tokens": "9"})] {
             let mut fields = Fields::of(value, "").unwrap();
             assert_eq!(tokens_max(&mut fields, "max_tokens").unwrap_err().json()["error"]["param"], "max_tokens");
         }

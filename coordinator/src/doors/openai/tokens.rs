@@ -8,7 +8,7 @@ use axum::{
     extract::{Request, State},
     response::Response,
 };
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::doors::openai::{
     body,
@@ -16,7 +16,7 @@ use crate::doors::openai::{
     chat_messages::Conversation,
     door::{self, Door},
     error::ApiError,
-    fields::Fields,
+    fields::{Fields, token_id},
 };
 
 /// What is to become tokens.
@@ -78,13 +78,14 @@ pub(crate) async fn detokenize(
 /// Takes all fields of a request to detokenize.
 pub(crate) fn read_tokens(fields: &mut Fields) -> Result<Vec<u32>, ApiError> {
     let expected = "a list of token ids";
-    let id = |id: &Value| id.as_u64().and_then(|id| u32::try_from(id).ok());
-    let tokens = fields.read("tokens", expected, |value| value.as_array()?.iter().map(id).collect())?;
+    let tokens = fields.read("tokens", expected, |value| value.as_array()?.iter().map(token_id).collect())?;
     tokens.ok_or_else(|| ApiError::missing("tokens", expected))
 }
 
 #[cfg(test)]
 mod tests {
+    use serde_json::Value;
+
     use super::*;
 
     #[test]
