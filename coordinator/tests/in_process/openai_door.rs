@@ -272,7 +272,7 @@ async fn a_full_queue_says_when_to_come_back() {
 #[tokio::test(flavor = "multi_thread")]
 async fn deadlines_and_faults() {
     // Would break: a caller's time passes unnoticed, or an error within a stream looks like the end of the answer.
-    let served = served(&model_dir(), |_| ()).await;
+    let served = served(&model_dir(), |config| config.expert_call_timeout = Duration::from_secs(1)).await;
     served.cluster.nodes.iter().for_each(|node| node.behave(Behaviour::Slow(Duration::from_millis(20))));
     let request = json!({"prompt": TEXT, "max_tokens": 500, "ignore_eos": true});
     let timeout = format!("{JSON}x-request-timeout: 0.3\r\n");
