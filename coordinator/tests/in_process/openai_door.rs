@@ -192,12 +192,15 @@ async fn embeddings() {
     assert_eq!((refused.status, &refused.json()["error"]["param"]), (400, &json!("input[1]")), "{refused:?}");
 }
 
+/// Method, path, headers and body of a request; status, code and field of its refusal.
+type Case<'a> = (&'a str, &'a str, &'a str, &'a [u8], u16, &'a str, Value);
+
 #[tokio::test(flavor = "multi_thread")]
 async fn refusals() {
     // Would break: a client cannot tell what was wrong, or one bad request ends the door for everybody.
     let served = served(&model_dir(), |_| ()).await;
     let completions = "/v1/completions";
-    let cases: [(&str, &str, &str, &[u8], u16, &str, Value); 16] = [
+    let cases: [Case<'_>; 16] = [
         ("POST", completions, JSON, br#"{"model": "gpt-4", "prompt": "a"}"#, 404, "model_not_found", json!("model")),
         ("GET", "/v1/models/gpt-4/x", "", b"", 404, "model_not_found", json!("model")),
         ("GET", "/v2/models", "", b"", 404, "not_found", Value::Null),

@@ -139,7 +139,7 @@ fn params(prompt: Prompt, wanted: &Wanted, logprobs: Option<usize>, call: &Call)
 /// Adds what the sequence at `index` took. The prompt of its siblings is the same, and counted once.
 fn add_usage(usage: &mut Usage, index: usize, choices: usize, token: &Token) -> bool {
     let Some(finish) = &token.finish else { return false };
-    if index % choices == 0 {
+    if index.is_multiple_of(choices) {
         usage.prompt_tokens += finish.prompt_tokens;
     }
     usage.completion_tokens += finish.generated_tokens;
