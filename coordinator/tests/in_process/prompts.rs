@@ -1,7 +1,7 @@
 //! Prompts of all kinds: texts and tokens are the same, several texts of a call are encoded each by itself, and what is too
 //! long is cut where that is asked for.
 
-use std::path::PathBuf;
+use std::path::Path;
 
 use futures::StreamExt;
 use sida_coordinator::{Coordinator, EncodeParams, GenerateParams, PredictorSource, Prompt, RequestError, ScoreParams};
@@ -19,7 +19,7 @@ use crate::{
 
 const TEXT: &str = "sst2 sentence: a gorgeous , witty , seductive movie .";
 
-fn tokenizer(dir: &PathBuf) -> Tokenizer {
+fn tokenizer(dir: &Path) -> Tokenizer {
     let reference = Reference::open(dir).expect("reference");
     Tokenizer::open(dir, reference.config()).expect("tokenizer")
 }
