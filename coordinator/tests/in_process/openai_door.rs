@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures::StreamExt;
+use futures::{StreamExt, future::join_all};
 use serde_json::{Value, json};
 use sida_coordinator::{CoordinatorConfig, GenerateParams, Listeners, PredictorSource, Prompt, RequestLimits, serve};
 use tempfile::TempDir;
@@ -266,10 +266,17 @@ async fn refusals() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_queue_says_when_to_come_back() {
     // Would break: clients that are refused come back at once, and keep a queue full by asking.
-    let served = served(&model_dir(), |config| config.limits.queue_max = 0).await;
-    let answer = post(served.http, "/v1/completions", &json!({"prompt": TEXT})).await;
-    assert_eq!((answer.status, &answer.json()["error"]["type"]), (429, &json!("rate_limit_error")), "{answer:?}");
-    assert!(answer.header("retry-after").and_then(|seconds| seconds.parse::<u64>().ok()).is_some_and(|s| s >= 1));
+    let served = served(&model_dir(), |config| {
+        config.limits.tokens_max = 20;
+        config.limits.queue_max = 1;
+    })
+    .await;
+    served.cluster.nodes.iter().for_each(|node| node.behave(Behaviour::Slow(Duration::from_millis(20))));
+    let request = json!({"prompt": TEXT, "max_tokens": 2});
+    let answers = join_all((0..40).map(|_| post(served.http, "/v1/completions", &request))).await;
+    let refused = answers.iter().find(|answer| answer.status != 200).expect("only some of them find a place");
+    assert_eq!((refused.status, &refused.json()["error"]["type"]), (429, &json!("rate_limit_error")), "{refused:?}");
+    assert!(refused.header("retry-after").and_then(|seconds| seconds.parse::<u64>().ok()).is_some_and(|s| s >= 1));
 }
 
 #[tokio::test(flavor = "multi_thread")]
