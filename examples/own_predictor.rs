@@ -37,7 +37,7 @@ async fn main() -> anyhow::Result<()> {
     let predictor = SeenBefore::learn(&model, &SEEN)?;
     let coordinator = start_cluster(&model, Arc::new(predictor)).await?;
 
-    let request = GenerateParams { text: ASKED.to_owned(), max_tokens: 8, ..Default::default() };
+    let request = GenerateParams { prompt: ASKED.into(), max_tokens: 8, ..Default::default() };
     let mut answer = coordinator.generate(request).await?;
     while let Some(token) = answer.next().await {
         let token = token?;

@@ -32,8 +32,10 @@ const ONLY_IN: [(&str, &[&str]); 15] = [
     ("safetensors", &["sida-model", "sida-predictor"]),
     ("tokenizers", &["sida-model"]),
     ("etcd", &["sida-cluster"]),
-    ("axum", &["sida-rpc"]),
-    ("hyper", &["sida-rpc"]),
+    // The coordinator says what its HTTP routes answer; how their connections are served is `sida-rpc`'s.
+    ("axum", &["sida-rpc", "sida-coordinator"]),
+    // `sida-cli` asks servers that speak OpenAI's protocol, to measure them.
+    ("hyper", &["sida-rpc", "sida-cli"]),
     ("tokio-rustls", &["sida-rpc"]),
     ("clap", &["sida-cli"]),
     ("clap_complete", &["sida-cli"]),

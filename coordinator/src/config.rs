@@ -88,6 +88,10 @@ pub struct RequestLimits {
     pub tokens_max: usize,
     /// Targets of a scored request.
     pub targets_max: usize,
+    /// Choices of a request: answers to one prompt. No more than sequences of a batch, either.
+    pub choices_max: usize,
+    /// Texts that one call may have encoded.
+    pub texts_max: usize,
     /// Stop texts of a request.
     pub stops_max: usize,
     /// Bytes of a stop text.
@@ -102,6 +106,8 @@ impl Default for RequestLimits {
             tokens_default: 64,
             tokens_max: 1024,
             targets_max: 64,
+            choices_max: 128,
+            texts_max: 256,
             stops_max: 16,
             stop_bytes_max: 256,
         }
@@ -117,7 +123,14 @@ impl CoordinatorConfig {
             device: DeviceName::Cpu,
             precision: None,
             predictor,
-            limits: Limits { tokens_max: 8192, sequences_max: 256, cache_bytes_max: 2 << 30, queue_max: 1024 },
+            limits: Limits {
+                tokens_max: 8192,
+                sequences_max: 256,
+                cache_bytes_max: 2 << 30,
+                queue_max: 1024,
+                queue_tokens_max: 2 << 20,
+                client_queue_share: 0.5,
+            },
             request_limits: RequestLimits::default(),
             preload_depth: 1,
             enforce_capacity: false,

@@ -10,11 +10,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures::Stream;
+use futures::{Stream, future::try_join_all};
 use parking_lot::Mutex;
 use sida_cluster::Cluster;
-use sida_model::{CacheSize, Checkpoint, DeviceName, Tokenizer};
+use sida_model::{CacheSize, Checkpoint, DeviceName, ModelError, Tokenizer};
 use sida_routing::Digest;
+use sida_rpc::Client;
 use sida_telemetry::{Span, TraceContext};
 use tokio::{
     sync::{mpsc, oneshot},
@@ -25,15 +26,17 @@ use crate::{
     answer::{
         catch_panic::catch_panic,
         output::{Encoding, Scores, Token},
-        request_error::RequestError,
+        request_error::{RequestError, TextOf},
         routing_mode::RoutingMode,
     },
     config::CoordinatorConfig,
     dispatch::{nodes::Nodes, probe::Probe},
     intake::{
-        accept::{Acceptance, EncodeParams, GenerateParams, ScoreParams},
-        queue::{Announcement, Queue, Refused},
+        accept::{Acceptance, EncodeParams, GenerateParams, ScoreParams, within},
+        prompt::{Prompt, PromptTokens},
+        queue::Announcement,
         request::{Request, Work},
+        request_queue::{RequestQueue, Waiting},
         request_span::RequestSpan,
     },
     measures::{metrics::Metrics, statistics::Statistics},
@@ -45,8 +48,6 @@ const STUCK_LIMIT: Duration = Duration::from_secs(600);
 /// Requests that arrive together run together, unless the text of one takes longer to tokenize than this much does: a
 /// fraction of a millisecond.
 const AWAITED_TEXT_BYTES_MAX: usize = 2048;
-/// How long a full queue asks callers to stay away.
-const RETRY_AFTER: Duration = Duration::from_millis(100);
 
 /// A running coordinator. Cheap to clone; all clones are the same one.
 #[derive(Clone)]
@@ -64,7 +65,7 @@ pub(crate) struct Inner {
     pub(crate) nodes: Arc<Nodes>,
     pub(crate) predict: Arc<Predict>,
     pub(crate) probe: Arc<Probe>,
-    pub(crate) requests: Arc<Queue<Request>>,
+    pub(crate) requests: Arc<RequestQueue>,
     pub(crate) statistics: Arc<Statistics>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) threads: Mutex<Vec<JoinHandle<()>>>,
@@ -79,51 +80,89 @@ impl Drop for Inner {
 
 impl Coordinator {
     /// The encoder's states of a text.
-    pub async fn encode(&self, params: EncodeParams) -> Result<Encoding, RequestError> {
-        let request_span = self.begin_span("embeddings", params.trace);
-        let EncodeParams { text, routing, pooling, deadline, .. } = params;
+    pub async fn encode(&self, mut params: EncodeParams) -> Result<Encoding, RequestError> {
+        let request_span = self.begin_span("embeddings", params.trace, params.client.as_ref());
+        let deadline = params.deadline;
+        let asked = Asked { prompt: std::mem::take(&mut params.prompt), truncates: params.truncate, target_bytes: 0 };
         let (reply, answer) = oneshot::channel();
-        let queue = move |this: &Self, prompt| this.submit(prompt, routing, deadline, Work::Encode { pooling, reply });
-        let bytes = text.len();
+        let queue = move |this: &Self, prompt: TokenizedPrompt| {
+            let options = this.acceptance().encoding(&params, prompt.tokens.truncated)?;
+            this.submit(prompt, params.routing, params.deadline, params.client, Work::Encode { options, reply })
+        };
         let answered = async {
-            self.tokenize_then(request_span, text, bytes, queue).await?;
+            self.tokenize_then(request_span, asked, queue).await?;
             answer.await.unwrap_or(Err(RequestError::Panicked))
         };
         until(deadline, answered).await
+    }
+
+    /// The encoder's states of several texts, which are requests of their own that run together as far as they fit one
+    /// pass. All are answered or none: the first that fails is named, and the others are cancelled.
+    pub async fn encode_all(&self, all: Vec<EncodeParams>) -> Result<Vec<Encoding>, RequestError> {
+        within("texts (their number)", all.len(), 1, self.config().request_limits.texts_max)?;
+        let encoded = all
+            .into_iter()
+            .zip(1..)
+            .map(|(params, number)| async move { self.encode(params).await.map_err(|error| error.of_text(number)) });
+        try_join_all(encoded).await
     }
 
     /// The likelihood of each target given a text.
     pub async fn score(&self, params: ScoreParams) -> Result<Scores, RequestError> {
-        let request_span = self.begin_span("score", params.trace);
-        let ScoreParams { text, targets, routing, deadline, .. } = params;
-        let bytes = text.len() + targets.iter().map(String::len).sum::<usize>();
+        let request_span = self.begin_span("score", params.trace, params.client.as_ref());
+        let ScoreParams { prompt, targets, routing, deadline, client, .. } = params;
+        let target_bytes = targets.iter().map(String::len).sum::<usize>();
+        let asked = Asked { prompt, truncates: false, target_bytes };
         let (reply, answer) = oneshot::channel();
         let queue = move |this: &Self, prompt: TokenizedPrompt| {
-            let targets = this.acceptance().targets(prompt.tokens.len(), &targets)?;
-            this.submit(prompt, routing, deadline, Work::Score { targets, reply: Some(reply) })
+            let targets = this.acceptance().targets(prompt.tokens.ids.len(), &targets)?;
+            this.submit(prompt, routing, deadline, client, Work::Score { targets, reply: Some(reply) })
         };
         let answered = async {
-            self.tokenize_then(request_span, text, bytes, queue).await?;
+            self.tokenize_then(request_span, asked, queue).await?;
             answer.await.unwrap_or(Err(RequestError::Panicked))
         };
         until(deadline, answered).await
     }
 
-    /// Generates text.
+    /// Generates text: one answer, or as many as there are choices.
     pub async fn generate(&self, mut params: GenerateParams) -> Result<TokenStream, RequestError> {
-        let request_span = self.begin_span("text_completion", params.trace);
+        let request_span = self.begin_span("text_completion", params.trace, params.client.as_ref());
         let deadline = params.deadline;
-        let text = std::mem::take(&mut params.text);
+        let unfinished = params.choices.max(1);
+        let asked = Asked { prompt: std::mem::take(&mut params.prompt), truncates: false, target_bytes: 0 };
         let (reply, answer) = mpsc::unbounded_channel();
         let queue = move |this: &Self, mut prompt: TokenizedPrompt| {
             let options = this.acceptance().options(&mut params)?;
             prompt.request_span.describe(&options);
-            this.submit(prompt, params.routing, params.deadline, Work::Generate { options, reply })
+            this.submit(prompt, params.routing, params.deadline, params.client, Work::Generate { options, reply })
         };
-        let bytes = text.len();
-        until(deadline, self.tokenize_then(request_span, text, bytes, queue)).await?;
+        until(deadline, self.tokenize_then(request_span, asked, queue)).await?;
         let deadline = deadline.map(|deadline| Box::pin(tokio::time::sleep_until(deadline.into())));
-        Ok(TokenStream { tokens: Some(answer), deadline })
+        Ok(TokenStream { tokens: Some(answer), unfinished, deadline })
+    }
+
+    /// The tokens of a text as a prompt, however many they are; or, without `special_tokens`, of what is written and nothing
+    /// else, for a text that says itself what it begins and ends with.
+    pub async fn tokenize(&self, text: &str, special_tokens: bool) -> Result<Vec<u32>, RequestError> {
+        type Encode = fn(&Tokenizer, &str) -> Result<Vec<u32>, ModelError>;
+        let encode: Encode = if special_tokens { Tokenizer::encode } else { Tokenizer::encode_as_written };
+        let (bytes, text) = (text.len(), text.to_owned());
+        self.off_thread(bytes, move |this| this.acceptance().tokenize_by(&text, TextOf::Prompt, encode)).await
+    }
+
+    /// The text of tokens, as an answer of them has it. So many at most as a text may have bytes.
+    pub async fn detokenize(&self, tokens: &[u32]) -> Result<String, RequestError> {
+        let limit = self.config().request_limits.text_bytes_max;
+        within("tokens (their number)", tokens.len(), 0, limit)?;
+        let tokens = self.acceptance().in_vocabulary(tokens.to_vec())?;
+        self.off_thread(tokens.len(), move |this| Ok(this.inner.tokenizer.decode(&tokens)?)).await
+    }
+
+    /// The text that one token has behind others, of a special token its name: what is shown of tokens one by one.
+    pub fn token_text(&self, token: u32) -> Result<String, RequestError> {
+        let token = self.acceptance().in_vocabulary(vec![token])?[0];
+        Ok(self.inner.tokenizer.token_text(token)?)
     }
 
     /// Whether all threads run, the device is not lost, and no step has taken longer than any step does.
@@ -194,9 +233,21 @@ impl Coordinator {
     fn acceptance(&self) -> Acceptance<'_> {
         let Inner { config, cache_size, tokenizer, .. } = &*self.inner;
         let (limits, batch) = (&config.request_limits, &config.limits);
-        let model = config.checkpoint.config();
-        let (generation, has_encoder) = (&model.generation, model.has_encoder());
-        Acceptance { limits, batch, cache_size: *cache_size, tokenizer, generation, has_encoder }
+        Acceptance { limits, batch, cache_size: *cache_size, tokenizer, model: config.checkpoint.config() }
+    }
+
+    /// Does the tokenizer's work for so many bytes or tokens: here where it is little, else on a thread for blocking work.
+    async fn off_thread<T: Send + 'static>(
+        &self,
+        length: usize,
+        work: impl FnOnce(&Self) -> Result<T, RequestError> + Send + 'static,
+    ) -> Result<T, RequestError> {
+        if length <= AWAITED_TEXT_BYTES_MAX {
+            return catch_panic(|| work(self));
+        }
+        let this = self.clone();
+        let done = tokio::task::spawn_blocking(move || catch_panic(|| work(&this))).await;
+        done.unwrap_or(Err(RequestError::Panicked))
     }
 
     /// Tokenizes a prompt in another task and hands it to `queue`. The task that asks does not tokenize, so that of
@@ -206,18 +257,18 @@ impl Coordinator {
     async fn tokenize_then(
         &self,
         request_span: RequestSpan,
-        text: String,
-        bytes: usize,
+        asked: Asked,
         queue: impl FnOnce(&Self, TokenizedPrompt) -> Result<(), RequestError> + Send + 'static,
     ) -> Result<(), RequestError> {
-        let is_short = bytes <= AWAITED_TEXT_BYTES_MAX;
+        let Asked { prompt, truncates, target_bytes } = asked;
+        let is_short = prompt.text_bytes() + target_bytes <= AWAITED_TEXT_BYTES_MAX;
         let announced = is_short.then(|| self.inner.requests.announce());
         let (reply, queued) = oneshot::channel();
         let this = self.clone();
         let read = move || {
             let queued = catch_panic(|| {
                 let span = Span::below(request_span.span.context(), "tokenize");
-                let tokens = this.acceptance().prompt(&text)?;
+                let tokens = this.acceptance().prompt(prompt, truncates)?;
                 drop(span);
                 queue(&this, TokenizedPrompt { request_span, tokens, announced })
             });
@@ -235,9 +286,14 @@ impl Coordinator {
         queued.await.unwrap_or(Err(RequestError::Panicked))
     }
 
-    /// Begins the span of a request for an `operation`.
-    fn begin_span(&self, operation: &'static str, caller: Option<TraceContext>) -> RequestSpan {
-        RequestSpan::begin(operation, self.checkpoint().name(), caller)
+    /// Begins the span of a `client`'s request for an `operation`.
+    fn begin_span(
+        &self,
+        operation: &'static str,
+        caller: Option<TraceContext>,
+        client: Option<&Client>,
+    ) -> RequestSpan {
+        RequestSpan::begin(operation, self.checkpoint().name(), caller, client)
     }
 
     fn submit(
@@ -245,6 +301,7 @@ impl Coordinator {
         prompt: TokenizedPrompt,
         mode: RoutingMode,
         deadline: Option<Instant>,
+        client: Option<Client>,
         work: Work,
     ) -> Result<(), RequestError> {
         let inner = &self.inner;
@@ -252,17 +309,13 @@ impl Coordinator {
             return Err(RequestError::NoExpertNode);
         }
         // The announcement stands until this function ends: then the request is queued, or refused.
-        let TokenizedPrompt { request_span, tokens, announced: _announced } = prompt;
+        let TokenizedPrompt { request_span, tokens: PromptTokens { ids: tokens, .. }, announced: _announced } = prompt;
         let prompt_tokens = tokens.len() as u64;
         let cache_bytes = self.acceptance().cache_bytes(tokens.len(), &work)?;
-        let readings = self.acceptance().readings(work.sequences());
+        let readings = self.acceptance().readings(&work);
         let (accepted, span) = (request_span.begun, request_span.span);
-        let request = Request { tokens, readings, mode, work, cache_bytes, accepted, deadline, span };
-        let limits = inner.config.limits;
-        inner.requests.try_push(request, |queued| limits.may_wait(queued)).map_err(|refused| match refused {
-            Refused::Full(_) => RequestError::QueueFull { limit: limits.queue_max, retry_after: RETRY_AFTER },
-            Refused::Closed(_) => RequestError::ShuttingDown,
-        })?;
+        let request = Request { tokens, readings, mode, work, cache_bytes, accepted, deadline, client, span };
+        inner.requests.push(request)?;
         inner.statistics.requests.fetch_add(1, Ordering::Relaxed);
         inner.metrics.prompt_tokens.increment(prompt_tokens);
         inner.metrics.requests_queued.set(inner.requests.len() as f64);
@@ -284,18 +337,30 @@ async fn until<T>(
     }
 }
 
+/// What is to be tokenized for a request.
+struct Asked {
+    prompt: Prompt,
+    /// Whether a prompt of too many tokens is cut.
+    truncates: bool,
+    /// Bytes of targets, which are tokenized with it.
+    target_bytes: usize,
+}
+
 /// A tokenized prompt whose request is not queued yet.
 struct TokenizedPrompt {
     request_span: RequestSpan,
-    tokens: Vec<u32>,
+    tokens: PromptTokens,
     /// Tells the queue that the request is about to come; `None` where the text was too long for others to wait for.
-    announced: Option<Announcement<Request>>,
+    announced: Option<Announcement<Waiting>>,
 }
 
-/// The tokens of a generation. The last item carries `finish` or is an error. Dropping it cancels the request.
+/// The tokens of a generation, those of several choices as they come. The last item of each choice carries `finish`; the
+/// stream ends with that of the last choice, or with an error. Dropping it cancels the request.
 pub struct TokenStream {
     /// `None` once the last item was given.
     tokens: Option<mpsc::UnboundedReceiver<Result<Token, RequestError>>>,
+    /// Choices that have not ended.
+    unfinished: usize,
     /// Completes when the answer is of no more use.
     deadline: Option<Pin<Box<Sleep>>>,
 }
@@ -313,7 +378,11 @@ impl Stream for TokenStream {
                 Some(Poll::Pending) | None => return Poll::Pending,
             },
         };
-        if item.as_ref().map_or(true, |token| token.finish.is_some()) {
+        match &item {
+            Ok(token) => self.unfinished -= usize::from(token.finish.is_some()),
+            Err(_) => self.unfinished = 0,
+        }
+        if self.unfinished == 0 {
             self.tokens = None;
         }
         Poll::Ready(Some(item))

@@ -30,34 +30,55 @@ pub mod start;
 use std::time::Duration;
 
 use sida_cluster::Cluster;
-use sida_proto::v1::{cluster_server::ClusterServer, inference_server::InferenceServer};
-use sida_rpc::{MESSAGE_BYTES_MAX, Server};
+use sida_proto::{
+    inference::grpc_inference_service_server::GrpcInferenceServiceServer,
+    v1::{cluster_server::ClusterServer, inference_server::InferenceServer},
+};
+use sida_rpc::{MESSAGE_BYTES_MAX, Server, ServerError, http_server};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tonic::{codec::CompressionEncoding, service::Routes};
 
 pub use answer::{
-    output::{Encoding, Finish, FinishReason, Pooling, Scores, TargetScore, Token},
+    output::{Encoding, Finish, FinishReason, Pooling, Scores, TargetScore, Token, TokenLogprob, TokenLogprobs},
     request_error::{RequestError, TextOf},
     routing_mode::{Alpha, RoutingMode},
-    sampler::Sampling,
+    sampling::Sampling,
     trace::{ExpertSets, HashCounts, Timings, Trace},
 };
 pub use config::{CoordinatorConfig, MicroBatching, PredictorSource, RequestLimits};
 pub use coordinator::{Coordinator, TokenStream};
-pub use intake::accept::{EncodeParams, GenerateParams, ScoreParams};
+pub use intake::{
+    accept::{EncodeParams, GenerateParams, ScoreParams},
+    prompt::Prompt,
+};
 pub use sida_routing::admission::Limits;
 pub use start::CoordinatorError;
 
-/// Starts a coordinator and serves it on `listener` until `shutdown`; then finishes what is in flight.
+/// The ports of a coordinator's doors.
+#[derive(Debug)]
+pub struct Listeners {
+    /// For gRPC.
+    pub grpc: TcpListener,
+    /// For HTTP as OpenAI's clients speak it; `None`: it is not served.
+    pub http: Option<TcpListener>,
+}
+
+impl From<TcpListener> for Listeners {
+    fn from(grpc: TcpListener) -> Self {
+        Self { grpc, http: None }
+    }
+}
+
+/// Starts a coordinator and serves it until `shutdown`; then finishes what is in flight.
 pub async fn run(
     config: CoordinatorConfig,
-    listener: TcpListener,
+    listeners: impl Into<Listeners>,
     cluster: Cluster,
     shutdown: CancellationToken,
 ) -> Result<(), CoordinatorError> {
     let coordinator = Coordinator::start(config, cluster).await?;
-    serve(coordinator, listener, shutdown).await
+    serve(coordinator, listeners, shutdown).await
 }
 
 /// How long others may take to see that this node goes, before it takes no more requests.
@@ -67,14 +88,20 @@ const LEAVE_PATIENCE: Duration = Duration::from_secs(2);
 /// and the coordinator leaves its cluster; then it takes no more requests and finishes those in flight.
 pub async fn serve(
     coordinator: Coordinator,
-    listener: TcpListener,
+    listeners: impl Into<Listeners>,
     shutdown: CancellationToken,
 ) -> Result<(), CoordinatorError> {
+    let Listeners { grpc, http } = listeners.into();
     let inference = InferenceServer::new(doors::inference_service::InferenceService::new(coordinator.clone())?)
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX)
         .accept_compressed(CompressionEncoding::Gzip);
     let status = ClusterServer::new(doors::cluster_service::ClusterService { coordinator: coordinator.clone() })
+        .accept_compressed(CompressionEncoding::Gzip);
+    let open_inference = doors::open_inference::service::OpenInferenceService { coordinator: coordinator.clone() };
+    let open_inference = GrpcInferenceServiceServer::new(open_inference)
+        .max_decoding_message_size(MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(MESSAGE_BYTES_MAX)
         .accept_compressed(CompressionEncoding::Gzip);
     let probe = |coordinator: &Coordinator| {
         let coordinator = coordinator.clone();
@@ -83,19 +110,35 @@ pub async fn serve(
             async move { coordinator.probe().await }
         }
     };
-    Server::new(coordinator.config().server.clone())
-        .routes(Routes::new(inference).add_service(status))
+    let left = coordinator.cluster().left_after(shutdown.clone(), LEAVE_PATIENCE);
+    let server = Server::new(coordinator.config().server.clone())
+        .routes(Routes::new(inference).add_service(status).add_service(open_inference))
         .descriptors(sida_proto::DESCRIPTORS)
         .check("sida.v1.Inference", probe(&coordinator))
+        .check("inference.GRPCInferenceService", probe(&coordinator))
         .check("sida.v1.Cluster", || async { Ok(()) })
         .alive({
             let coordinator = coordinator.clone();
             move || coordinator.is_alive()
         })
         .observed(doors::request_count::count)
-        .leaving(shutdown.clone())
-        .serve(listener, coordinator.cluster().left_after(shutdown, LEAVE_PATIENCE))
-        .await?;
+        .leaving(shutdown)
+        .serve(grpc, left.clone());
+    // Both are served until both have drained: one that fails ends the other.
+    tokio::try_join!(server, serve_http(&coordinator, http, left))?;
     coordinator.stop().await;
     Ok(())
+}
+
+/// Serves OpenAI's clients on `listener`, if there is one.
+async fn serve_http(
+    coordinator: &Coordinator,
+    listener: Option<TcpListener>,
+    shutdown: CancellationToken,
+) -> Result<(), ServerError> {
+    let Some(listener) = listener else { return Ok(()) };
+    doors::request_count::register_http();
+    let late = CancellationToken::new();
+    let routes = doors::openai::routes::routes(coordinator.clone(), late.clone());
+    http_server::serve(&coordinator.config().server, routes, listener, shutdown, late).await
 }

@@ -21,10 +21,10 @@ use sida_cluster::{
 use sida_expert_node::{Engine, ExpertMemory, ExpertNodeConfig};
 use sida_model::{DeviceError, ExpertDevice, ExpertScratch, ExpertShape, ModelError, SlotRows, Urgency};
 use sida_routing::{ExpertId, ExpertKey, LayerId, Plan, PlanId};
+use sida_rpc::Channel;
 use support::{EXPERTS, LAYERS, MadeUp, MadeUpCall, random};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
-use tonic::transport::Channel;
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
 /// A call to a device.

@@ -18,7 +18,7 @@ use sida_proto::{
     wire::{Answer, decode, rows},
 };
 use sida_routing::{Digest, ExpertId, ExpertKey, Extent, Group, LayerId, Placement, Plan, PlanId};
-use sida_rpc::Reason;
+use sida_rpc::{Channel, Reason};
 use support::{D_MODEL, MadeUp, MadeUpCall};
 use tokio::{
     net::TcpListener,
@@ -28,7 +28,7 @@ use tokio::{
 };
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, Request, Status, Streaming, transport::Channel};
+use tonic::{Code, Request, Status, Streaming};
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
 /// A node of made-up experts, and a channel to it.

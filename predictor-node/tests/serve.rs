@@ -11,10 +11,10 @@ use sida_proto::{
     wire::{Bounds, Stack},
 };
 use sida_routing::{Digest, ExpertId, HashTable, LayerId, hash_table::Shape};
-use sida_rpc::{ClientConfig, Reason, ServerConfig, connect};
+use sida_rpc::{Channel, ClientConfig, Reason, ServerConfig, connect};
 use tokio::{net::TcpListener, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, transport::Channel};
+use tonic::Code;
 
 const MODEL: Digest = Digest([3; 32]);
 const EXPERTS: usize = 8;

@@ -2,13 +2,12 @@
 
 use bytes::{Buf, BufMut, Bytes};
 use sida_proto::v1::{self, inference_client::InferenceClient};
-use sida_rpc::Reason;
+use sida_rpc::{Channel, Reason};
 use sida_tests::{Sandbox, SandboxConfig};
 use tonic::{
     Code, Request, Status,
     codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
     codegen::http::uri::PathAndQuery,
-    transport::Channel,
 };
 
 use crate::client::{generate, greedy};
@@ -39,6 +38,12 @@ async fn requests_out_of_range() {
         v1::GenerateRequest { temperature: Some(-1.0), ..plain.clone() },
         v1::GenerateRequest { temperature: Some(f32::NAN), ..plain.clone() },
         v1::GenerateRequest { top_p: Some(1.5), ..plain.clone() },
+        v1::GenerateRequest { min_p: Some(f32::NAN), ..plain.clone() },
+        v1::GenerateRequest { frequency_penalty: f32::INFINITY, ..plain.clone() },
+        v1::GenerateRequest { logit_bias: [(u32::MAX, 1.0)].into(), ..plain.clone() },
+        v1::GenerateRequest { choices: u32::MAX, ..plain.clone() },
+        v1::GenerateRequest { logprobs: Some(u32::MAX), ..plain.clone() },
+        v1::GenerateRequest { text: String::new(), tokens: vec![u32::MAX], ..plain.clone() },
         v1::GenerateRequest { stop: vec![String::new()], ..plain.clone() },
         v1::GenerateRequest { stop: vec!["x".into(); 10_000], ..plain.clone() },
         v1::GenerateRequest { routing: Some(v1::RoutingOptions { mode: 77, alpha: 0 }), ..plain.clone() },

@@ -4,9 +4,10 @@ use std::fs;
 
 use sida_model::{Reference, Tokenizer};
 use sida_proto::v1::{self, inference_client::InferenceClient};
+use sida_rpc::Channel;
 use sida_tests::binary::repository;
 use tokio_stream::StreamExt;
-use tonic::{Status, transport::Channel};
+use tonic::Status;
 
 /// What one generation returned.
 pub(crate) struct Answer {

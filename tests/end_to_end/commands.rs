@@ -81,6 +81,12 @@ fn a_watch_goes_on_after_a_failure() {
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(1));
     assert_eq!(said, "sida: cannot connect to 127.0.0.1:1: Connection refused (os error 111)\n");
+    let output = run(&["bench", "--url", "http://127.0.0.1:1/v1"]);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(
+        output.status.code() == Some(1) && said.contains("http://127.0.0.1:1/v1/models") && said.contains("refused"),
+        "{said}"
+    );
 }
 
 /// A model would be called by where somebody stands.
@@ -233,6 +239,11 @@ fn bad_configurations_are_named() {
         (&["bench", "--file", "no/such.txt"], "no/such.txt"),
         (&["bench", "--duration", "0s"], "--duration"),
         (&["bench", "--requests", "0"], "--requests"),
+        (&["bench", "--rate", "nan"], "\"nan\" is no rate"),
+        (&["bench", "--url", "localhost:8000"], "expected http://HOST:PORT/v1"),
+        (&["bench", "--url", "http://localhost:1", "--api-key", "two words"], "API key"),
+        (&["bench", "--method", "chat"], "--method chat needs --url"),
+        (&["bench", "--report", "no/such/report.html"], "no/such/report.html"),
         (&["train-predictor", "--file", TEXTS, "--predicted", "0", "--out", nowhere], "--predicted"),
         (&["train-predictor", "--file", TEXTS, "--out", nowhere], nowhere),
         (&["ask", "--threads", "100000", "x"], "--threads"),

@@ -3,7 +3,7 @@
 //!
 //! In reading order: [`client`] (asking), [`golden`] (the answers are the model's own), [`service`] (health,
 //! reflection, deadlines, the end), [`bad_input`], [`failure`] (nodes that die),
-//! [`faults`] (everything that goes wrong under load), [`etcd`] (nodes that come and go), [`commands`] (what needs no
+//! [`members`] (whom ports let in), [`faults`] (everything that goes wrong under load), [`etcd`] (nodes that come and go), [`commands`] (what needs no
 //! cluster), [`bad_models`] (files that are not what they should be).
 
 mod bad_input;
@@ -14,4 +14,5 @@ mod etcd;
 mod failure;
 mod faults;
 mod golden;
+mod members;
 mod service;

@@ -2,9 +2,13 @@
 
 use std::time::{Duration, Instant};
 
+use serde_json::{Value, json};
 use sida_proto::v1::inference_client::InferenceClient;
 use sida_rpc::{Reason, client::deadline_status};
-use sida_tests::{Sandbox, SandboxConfig};
+use sida_tests::{
+    Sandbox, SandboxConfig,
+    binary::{command, repository},
+};
 use tokio_stream::StreamExt;
 use tonic::{Code, Request};
 use tonic_health::pb::health_check_response::ServingStatus;
@@ -100,4 +104,28 @@ async fn sigterm_drains() {
     assert!(ended.await.expect("no panic").success());
     let refused = generate(&channel, greedy(TEXT, 4)).await.err().expect("nobody is there any more");
     assert_eq!(refused.code(), Code::Unavailable, "{:?}", Reason::of(&refused));
+}
+
+/// The load generator would measure another thing than a coordinator serves, or lose what it measured.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_coordinator_is_measured_under_an_open_loop() {
+    let sandbox = Sandbox::start(SandboxConfig::default()).await;
+    let page = tempfile::NamedTempFile::new().expect("a file");
+    let mut command = command();
+    command.current_dir(repository()).args(["bench", "--endpoint", sandbox.address(), "--json"]);
+    command.args(["--rate", "100", "--requests", "30", "--warmup", "10", "--max-tokens", "4", "--ignore-eos"]);
+    command.args(["--slo", "ttft=10s,e2e=20s", "--report"]).arg(page.path());
+    let output = tokio::task::spawn_blocking(move || command.output().expect("sida runs")).await.expect("it ends");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let report: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(
+        (&report["requests"], &report["failures"], &report["good_share"]),
+        (&json!(20), &json!({}), &json!(1.0))
+    );
+    let samples = report["samples"].as_array().expect("samples");
+    assert!(samples.iter().all(|sample| sample["tokens"] == 4 && sample["ttft_ms"].is_number()), "{samples:?}");
+    assert!(report["ttft_ms"]["p50"].as_f64() <= report["e2e_ms"]["p50"].as_f64(), "{report}");
+    assert!(report["budget"]["experts"].as_u64() > Some(0), "{report}");
+    let html = std::fs::read_to_string(page.path()).expect("a page");
+    assert!(html.contains("</svg>") && html.contains(sandbox.address()));
 }

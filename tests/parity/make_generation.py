@@ -60,6 +60,9 @@ def configs(first, second):
     yield ends | {"min_new_tokens": 3}, {"max_new_tokens": 8}
     yield ends | {"min_length": 3}, {"max_new_tokens": 8}
     yield ends | {"min_length": 6, "min_new_tokens": 2}, {"max_new_tokens": 8}
+    yield {"repetition_penalty": 1.6}, {"max_new_tokens": 8}
+    yield {"repetition_penalty": 0.5}, {"max_new_tokens": 8}
+    yield ends | {"repetition_penalty": 2.0, "min_new_tokens": 6, "suppress_tokens": [9]}, {"max_new_tokens": 8}
     yield {"max_new_tokens": 6}, {}
     yield {"max_length": 6}, {}
     yield {"max_length": 6, "max_new_tokens": 3}, {}

@@ -8,9 +8,9 @@ use std::{
 };
 
 use sida_proto::v1::{StatusRequest, StatusResponse, cluster_client::ClusterClient};
-use sida_rpc::ClientConfig;
+use sida_rpc::{Channel, ClientConfig};
 use tempfile::TempDir;
-use tonic::{Status, transport::Channel};
+use tonic::Status;
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
 use crate::{Process, binary, ports::free_port};

@@ -18,8 +18,9 @@ use std::{
 
 use parking_lot::Mutex;
 use sida_proto::v1::{GenerateRequest, inference_client::InferenceClient};
+use sida_rpc::Channel;
 use tokio::task::JoinHandle;
-use tonic::{Code, Request, Status, transport::Channel};
+use tonic::{Code, Request, Status};
 
 /// What is asked, by whom.
 #[derive(Clone)]

@@ -7,9 +7,8 @@
 
 use std::{collections::BTreeMap, fmt::Write as _, fs, path::PathBuf, process::ExitStatus, time::Duration};
 
-use sida_rpc::ClientConfig;
+use sida_rpc::{Channel, ClientConfig};
 use tempfile::TempDir;
-use tonic::transport::Channel;
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
 use crate::{FaultProxy, Namespace, Process, binary};
@@ -39,8 +38,14 @@ pub struct SandboxConfig {
     pub proxies: bool,
     /// More flags of the coordinators.
     pub coordinator_flags: Vec<String>,
+    /// More flags of the expert-nodes and predictor-nodes.
+    pub node_flags: Vec<String>,
     /// More flags of every node.
     pub flags: Vec<String>,
+    /// `--log` of every node.
+    pub log: &'static str,
+    /// How coordinators are asked.
+    pub client: ClientConfig,
 }
 
 impl Default for SandboxConfig {
@@ -56,7 +61,10 @@ impl Default for SandboxConfig {
             replicas: 1,
             proxies: false,
             coordinator_flags: Vec::new(),
+            node_flags: Vec::new(),
             flags: Vec::new(),
+            log: "warn",
+            client: ClientConfig::default(),
         }
     }
 }
@@ -128,7 +136,7 @@ impl Sandbox {
         sandbox.write_static_file(&members);
         for member in members.iter().filter(|member| member.role == "coordinator") {
             let coordinator = sandbox.spawn(&member.name, "127.0.0.1:0");
-            let channel = sida_rpc::connect(coordinator.address(), &ClientConfig::default()).await;
+            let channel = sida_rpc::connect(coordinator.address(), &sandbox.config.client).await;
             sandbox.channels.insert(member.name.clone(), channel.expect("a connection"));
             sandbox.coordinators.insert(member.name.clone(), coordinator);
             sandbox.wait_until_serving(&member.name).await;
@@ -225,10 +233,13 @@ impl Sandbox {
             ("--listen", listen.to_owned()),
             ("--metrics-listen", "off".to_owned()),
             ("--model", model.display().to_string()),
-            ("--log", "warn".to_owned()),
+            ("--log", config.log.to_owned()),
         ];
         arguments.extend(flags.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]));
         arguments.extend_from_slice(&config.flags);
+        if role != "coordinator" {
+            arguments.extend_from_slice(&config.node_flags);
+        }
         match role {
             "expert-node" => arguments.extend(["--expert-memory".to_owned(), config.expert_memory.clone()]),
             "coordinator" => {

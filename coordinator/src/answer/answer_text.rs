@@ -13,7 +13,7 @@ use crate::{
     answer::{
         catch_panic::catch_panic,
         detokenize::Detokenizer,
-        output::{Finish, FinishReason, Token},
+        output::{FinishReason, Token},
         request_error::RequestError,
         stop_text::StopTexts,
     },
@@ -65,21 +65,21 @@ impl AnswerText {
 
 /// A token that is to be written into an answer without stop texts.
 pub(crate) struct TokenText {
+    /// The answer.
     pub(crate) text: Arc<Mutex<AnswerText>>,
-    pub(crate) id: u32,
-    /// Of the last token.
-    pub(crate) finish: Option<Finish>,
+    /// Without its text.
+    pub(crate) token: Token,
     pub(crate) reply: UnboundedSender<Result<Token, RequestError>>,
 }
 
 impl TokenText {
     /// Writes it, and tells the caller, who may have gone, or why it cannot be written.
     fn write(self, tokenizer: &Tokenizer) -> Result<(), RequestError> {
-        let Self { text, id, finish, reply } = self;
-        let last = finish.as_ref().map(|finish| finish.reason);
-        match catch_panic(|| Ok(text.lock().add(id, last, false, tokenizer)?)) {
+        let Self { text, token, reply } = self;
+        let last = token.finish.as_ref().map(|finish| finish.reason);
+        match catch_panic(|| Ok(text.lock().add(token.id, last, false, tokenizer)?)) {
             Ok((text, _)) => {
-                drop(reply.send(Ok(Token { text, id, finish })));
+                drop(reply.send(Ok(Token { text, ..token })));
                 Ok(())
             }
             Err(error) => {
@@ -125,7 +125,7 @@ mod tests {
     use tokio::sync::mpsc;
 
     use super::*;
-    use crate::answer::{routing_mode::RoutingMode, trace::Trace};
+    use crate::answer::{output::Finish, routing_mode::RoutingMode, trace::Trace};
 
     #[test]
     fn another_thread_writes_the_same_text() {
@@ -148,12 +148,14 @@ mod tests {
                     generated_tokens: step + 1,
                     trace: Trace::new(RoutingMode::Exact, 1, 1),
                 };
-                Some(TokenText {
-                    text: texts[at].clone(),
+                let token = Token {
+                    text: String::new(),
                     id: *answers[at].get(step)?,
+                    choice: 0,
+                    logprobs: None,
                     finish: (step + 1 == answers[at].len()).then(finish),
-                    reply: replies[at].clone(),
-                })
+                };
+                Some(TokenText { text: texts[at].clone(), token, reply: replies[at].clone() })
             };
             steps.send((0..answers.len()).filter_map(token).collect()).expect("it runs");
         }

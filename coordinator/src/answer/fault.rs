@@ -28,6 +28,16 @@ impl From<RequestError> for Fault {
             E::QueueFull { limit, retry_after } => {
                 fault(Reason::QueueFull).with("limit", limit).retry_after(*retry_after)
             }
+            E::QueueTokens { limit, retry_after } => {
+                fault(Reason::QueueFull).with("limit_tokens", limit).retry_after(*retry_after)
+            }
+            E::ClientShare { share, retry_after } => {
+                fault(Reason::ClientShare).with("share", share).retry_after(*retry_after)
+            }
+            E::NoTime { wait, left, retry_after } => fault(Reason::NoTime)
+                .with("wait_ms", wait.as_millis())
+                .with("left_ms", left.as_millis())
+                .retry_after(*retry_after),
             E::DeadlineExceeded => fault(Reason::DeadlineExceeded),
             E::Cancelled => fault(Reason::Cancelled),
             E::ShuttingDown => fault(Reason::ShuttingDown),
@@ -51,6 +61,8 @@ impl From<RequestError> for Fault {
 fn field(of: &TextOf) -> String {
     match of {
         TextOf::Prompt => "text".to_owned(),
+        TextOf::PromptTokens => "tokens".to_owned(),
+        TextOf::Text(number) => format!("texts[{}]", number - 1),
         TextOf::Target(number) => format!("targets[{}]", number - 1),
     }
 }

@@ -10,11 +10,34 @@ pub struct Token {
     pub text: String,
     /// The token's id.
     pub id: u32,
-    /// Set on the last token only.
+    /// Which of the request's choices it belongs to, from 0.
+    pub choice: usize,
+    /// How likely it was, where the request asks for that.
+    pub logprobs: Option<TokenLogprobs>,
+    /// Set on the last token of its choice only.
     pub finish: Option<Finish>,
 }
 
-/// How a generation ended.
+/// How likely a token was, by the logits as the model gave them: before penalties, bias, temperature and cut-offs.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenLogprobs {
+    /// ln p of the token.
+    pub logprob: f32,
+    /// The most likely tokens in its place, as many as the request asks for, the likeliest first. The token itself may be
+    /// among them.
+    pub top: Vec<TokenLogprob>,
+}
+
+/// A token that was likely.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TokenLogprob {
+    /// Its id.
+    pub id: u32,
+    /// ln p of it.
+    pub logprob: f32,
+}
+
+/// How a generation ended, or of several choices one of them.
 #[derive(Clone, Debug)]
 pub struct Finish {
     /// Why the generation ended.
@@ -23,7 +46,7 @@ pub struct Finish {
     pub prompt_tokens: usize,
     /// Tokens of the answer, its end of sequence included.
     pub generated_tokens: usize,
-    /// What happened on the way.
+    /// What happened on the way. Choices share their passes, so it is what happened to all of the request by then.
     pub trace: Trace,
 }
 
@@ -49,6 +72,8 @@ pub struct Encoding {
     pub d_model: usize,
     /// Tokens of the prompt, its end of sequence included.
     pub prompt_tokens: usize,
+    /// Tokens of the text that were cut off, since it was longer than the limit and the request lets it be cut.
+    pub truncated_tokens: usize,
     /// What happened on the way.
     pub trace: Trace,
 }

@@ -30,6 +30,12 @@ pub enum RequestError {
     GuidedMode,
     #[error("{limit} requests are waiting already")]
     QueueFull { limit: usize, retry_after: Duration },
+    #[error("requests of {limit} tokens are waiting already")]
+    QueueTokens { limit: usize, retry_after: Duration },
+    #[error("others wait, and this client has its share of {share} of the queue")]
+    ClientShare { share: f64, retry_after: Duration },
+    #[error("what waits ahead takes about {wait:?}, and {left:?} are left until the deadline")]
+    NoTime { wait: Duration, left: Duration, retry_after: Duration },
     #[error("the deadline passed before the answer was complete")]
     DeadlineExceeded,
     #[error("the caller went away")]
@@ -63,6 +69,10 @@ pub enum RequestError {
 pub enum TextOf {
     /// The one that is answered.
     Prompt,
+    /// The same, where it came as token ids.
+    PromptTokens,
+    /// One of several that are encoded, counted from 1.
+    Text(usize),
     /// A target to be scored, counted from 1.
     Target(usize),
 }
@@ -70,13 +80,29 @@ pub enum TextOf {
 impl fmt::Display for TextOf {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Prompt => f.write_str("the prompt"),
+            Self::Prompt | Self::PromptTokens => f.write_str("the prompt"),
+            Self::Text(number) => write!(f, "text {number}"),
             Self::Target(number) => write!(f, "target {number}"),
         }
     }
 }
 
 impl RequestError {
+    /// The same where the prompt is one of several texts of a call, `number` counted from 1.
+    pub(crate) fn of_text(self, number: usize) -> Self {
+        let of = TextOf::Text(number);
+        match self {
+            Self::EmptyText => {
+                let found = format!("an empty text in place {number}");
+                Self::Argument { field: "texts", found, expected: "texts with tokens".to_owned() }
+            }
+            Self::TextTooLong { of: TextOf::Prompt, bytes, limit } => Self::TextTooLong { of, bytes, limit },
+            Self::TooManyTokens { of: TextOf::Prompt, tokens, limit } => Self::TooManyTokens { of, tokens, limit },
+            Self::Tokenize { of: TextOf::Prompt, reason } => Self::Tokenize { of, reason },
+            other => other,
+        }
+    }
+
     /// Whether the same would happen to most other requests here: something is wrong with the model, or with what computes
     /// it.
     pub(crate) fn is_ours(&self) -> bool {

@@ -1,66 +1,48 @@
-//! Chooses the next token from logits: greedily, or drawn after temperature, top-k and top-p.
+//! Chooses the next token from logits: greedily, or drawn after temperature, top-k, top-p and min-p.
 
 use rand::Rng as _;
-use sida_model::generation::DefaultSampling;
 
-/// How the next token is to be chosen, as a request asks for it. What it does not say is as the model's generation config
-/// says, which for most models is greedy.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Sampling {
-    /// 0: the most likely token, always. Otherwise divides the logits; at most 100.
-    pub temperature: Option<f32>,
-    /// Draw among so many most likely tokens; 0: among all.
-    pub top_k: Option<usize>,
-    /// Draw among the most likely tokens that together reach this probability; 0 or 1: among all.
-    pub top_p: Option<f32>,
-    /// Makes the draws repeat; drawn itself when missing.
-    pub seed: Option<u64>,
-}
-
-/// The same, with what the model says. Checked.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub(crate) struct SamplerSettings {
-    pub(crate) temperature: f32,
-    pub(crate) top_k: usize,
-    pub(crate) top_p: f32,
-    pub(crate) seed: Option<u64>,
-}
-
-impl Sampling {
-    /// What is asked for, by a model with these defaults.
-    pub(crate) fn settings(&self, default: DefaultSampling) -> SamplerSettings {
-        SamplerSettings {
-            temperature: self.temperature.unwrap_or(default.temperature),
-            top_k: self.top_k.unwrap_or(default.top_k),
-            top_p: self.top_p.unwrap_or(default.top_p),
-            seed: self.seed,
-        }
-    }
-}
+use crate::answer::{adjustments::Adjustments, sampling::SamplerSettings};
 
 /// One sequence's sampler: its settings and the state of its draws.
 /// Invariant: a draw depends on the seed, the draws before it and the logits only, never on the batch.
 pub(crate) struct Sampler {
     settings: SamplerSettings,
+    adjustments: Option<Adjustments>,
     draws: SplitMix64,
 }
 
 impl Sampler {
-    pub(crate) fn new(settings: SamplerSettings) -> Self {
+    /// Of a sequence that goes on from these tokens of the decoder.
+    pub(crate) fn new(settings: SamplerSettings, decoder_tokens: &[u32]) -> Self {
         let draws = SplitMix64(settings.seed.unwrap_or_else(|| rand::rng().random()));
-        Self { settings, draws }
+        let adjustments = Adjustments::new(&settings, decoder_tokens);
+        Self { settings, adjustments, draws }
     }
 
-    /// Whether the sampler always takes the most likely token.
+    /// Whether the sampler always takes the most likely token, as the model's logits are.
     pub(crate) fn is_greedy(&self) -> bool {
-        self.settings.temperature <= 0.0
+        self.settings.temperature <= 0.0 && self.adjustments.is_none()
+    }
+
+    /// Changes logits by the bias and the penalties of the request; before tokens are ruled out, and once a step.
+    pub(crate) fn adjust(&self, logits: &mut [f32]) {
+        if let Some(adjustments) = &self.adjustments {
+            adjustments.apply(&self.settings, logits);
+        }
     }
 
     /// The next token, never one whose logit is -inf. `None` when no other is a number: the model's output cannot be used.
     pub(crate) fn next(&mut self, logits: &[f32]) -> Option<u32> {
-        if self.is_greedy() {
-            return greedy(logits);
+        let token = if self.settings.temperature <= 0.0 { greedy(logits) } else { self.draw(logits) }?;
+        if let Some(adjustments) = &mut self.adjustments {
+            adjustments.note(token);
         }
+        Some(token)
+    }
+
+    /// A token drawn by its probability, of those that no cut-off takes away.
+    fn draw(&mut self, logits: &[f32]) -> Option<u32> {
         let mut candidates: Vec<(u32, f32)> = logits
             .iter()
             .enumerate()
@@ -83,6 +65,11 @@ impl Sampler {
         let mut total: f32 = candidates.iter().map(|c| c.1).sum();
         if self.settings.top_p > 0.0 && self.settings.top_p < 1.0 {
             candidates.truncate(nucleus(&candidates, self.settings.top_p * total));
+            total = candidates.iter().map(|c| c.1).sum();
+        }
+        if self.settings.min_p > 0.0 {
+            // The likeliest weighs 1.
+            candidates.truncate(candidates.partition_point(|c| c.1 >= self.settings.min_p));
             total = candidates.iter().map(|c| c.1).sum();
         }
         let mut rest = self.draws.unit() * total;
@@ -149,16 +136,19 @@ impl SplitMix64 {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     fn sampler(temperature: f32, top_k: usize, top_p: f32) -> Sampler {
-        Sampler::new(SamplerSettings { temperature, top_k, top_p, seed: Some(7) })
+        let settings = SamplerSettings { temperature, top_k, top_p, seed: Some(7), ..SamplerSettings::default() };
+        Sampler::new(settings, &[])
     }
 
     #[test]
     fn greedy_takes_the_first_maximum() {
         // Would break: greedy decoding differs from the reference where two logits tie.
-        let mut greedy = Sampler::new(SamplerSettings::default());
+        let mut greedy = Sampler::new(SamplerSettings::default(), &[]);
         assert_eq!(greedy.next(&[0.0, 3.0, 3.0, f32::NAN]), Some(1));
         assert_eq!(greedy.next(&[0.0, f32::NEG_INFINITY, 3.0, 1.0]), Some(2));
         let long: Vec<f32> = (0..100).map(|i| if i % 33 == 0 { 9.0 } else { -(i as f32) }).collect();
@@ -170,9 +160,9 @@ mod tests {
     #[test]
     fn unusable_logits_are_no_token() {
         // Would break: a NaN from the model becomes token 0 of an answer.
-        assert_eq!(Sampler::new(SamplerSettings::default()).next(&[f32::NAN; 4]), None);
+        assert_eq!(Sampler::new(SamplerSettings::default(), &[]).next(&[f32::NAN; 4]), None);
         assert_eq!(sampler(1.0, 0, 0.0).next(&[f32::NAN; 4]), None);
-        assert_eq!(Sampler::new(SamplerSettings::default()).next(&[f32::NEG_INFINITY]), None);
+        assert_eq!(Sampler::new(SamplerSettings::default(), &[]).next(&[f32::NEG_INFINITY]), None);
     }
 
     #[test]
@@ -214,16 +204,37 @@ mod tests {
     }
 
     #[test]
-    fn what_a_request_does_not_say_is_the_models() {
-        // Would break: a model that is to be drawn from answers greedily, or overrules who asks.
-        let model = DefaultSampling { temperature: 0.7, top_k: 50, top_p: 0.9 };
-        let settings = |sampling: Sampling| sampling.settings(model);
-        let all = settings(Sampling::default());
-        assert_eq!(all, SamplerSettings { temperature: 0.7, top_k: 50, top_p: 0.9, seed: None });
-        let greedy = settings(Sampling { temperature: Some(0.0), seed: Some(3), ..Sampling::default() });
-        assert_eq!(greedy, SamplerSettings { temperature: 0.0, seed: Some(3), ..all.clone() });
-        let wide = settings(Sampling { top_k: Some(0), top_p: Some(1.0), ..Sampling::default() });
-        assert_eq!(wide, SamplerSettings { top_k: 0, top_p: 1.0, ..all });
+    fn min_p_cuts_what_is_much_less_likely() {
+        // Would break: a token is drawn that is less likely than asked for, or all are cut where the likeliest is unlikely.
+        let logits = [0.1f32.ln(), 0.6f32.ln(), 0.25f32.ln(), 0.05f32.ln()];
+        let drawn = |min_p, temperature, top_k| {
+            let settings = SamplerSettings { temperature, top_k, min_p, seed: Some(5), ..SamplerSettings::default() };
+            let mut sampler = Sampler::new(settings, &[]);
+            (0..1000).map(|_| sampler.next(&logits).expect("finite")).collect::<BTreeSet<u32>>()
+        };
+        let tokens = |tokens: &[u32]| tokens.iter().copied().collect::<BTreeSet<u32>>();
+        assert_eq!(drawn(0.0, 1.0, 0), tokens(&[0, 1, 2, 3]));
+        // Of the likeliest they have 1/6, 1, 5/12 and 1/12.
+        assert_eq!(drawn(0.1, 1.0, 0), tokens(&[0, 1, 2]));
+        assert_eq!(drawn(0.2, 1.0, 0), tokens(&[1, 2]));
+        assert_eq!(drawn(1.0, 1.0, 0), tokens(&[1]));
+        // Behind the temperature: the square roots of these.
+        assert_eq!(drawn(0.35, 2.0, 0), tokens(&[0, 1, 2]));
+        assert_eq!(drawn(0.1, 1.0, 2), tokens(&[1, 2]));
+    }
+
+    #[test]
+    fn greedy_answers_are_adjusted_too() {
+        // Would break: a greedy answer repeats itself for ever although penalties were asked for.
+        let settings = SamplerSettings { frequency_penalty: 1.0, ..SamplerSettings::default() };
+        let mut sampler = Sampler::new(settings, &[]);
+        assert!(!sampler.is_greedy(), "a device would choose without the penalties");
+        let next = |sampler: &mut Sampler| {
+            let mut logits = [0.0, 2.5, 1.0];
+            sampler.adjust(&mut logits);
+            sampler.next(&logits)
+        };
+        assert_eq!([(); 5].map(|()| next(&mut sampler)), [Some(1), Some(1), Some(2), Some(1), Some(0)]);
     }
 
     #[test]

@@ -9,17 +9,18 @@ use std::{
 use futures::{Stream, StreamExt};
 use sida_model::{ExpertStore, Stack};
 use sida_proto::v1::{self, inference_server::Inference};
-use sida_rpc::{Deadline, Fault, RequestId, trace};
+use sida_rpc::{Client, Deadline, Fault, MESSAGE_BYTES_MAX, RequestId, trace};
 use sida_telemetry::{TraceContext, gauge, names};
 use tonic::{Code, Request, Response, Status};
 
 use crate::{
-    answer::request_error::RequestError,
+    answer::{output::Pooling, request_error::RequestError},
     coordinator::{Coordinator, TokenStream},
     doors::{
-        messages::{self, CallMetadata},
+        messages::{self, CallMetadata, EncodeCall},
         request_count,
     },
+    intake::accept::{EncodeParams, refused},
     start::CoordinatorError,
 };
 
@@ -35,6 +36,20 @@ impl InferenceService {
         request_count::register();
         gauge!(names::MODEL_EXPERT_BYTES).set(model.experts_bytes as f64);
         Ok(Self { coordinator, model })
+    }
+
+    /// Refuses texts whose rows may be more than a message holds, before any is encoded.
+    fn check_size(&self, all: &[EncodeParams]) -> Result<(), RequestError> {
+        let tokens_max = self.coordinator.config().request_limits.prompt_tokens_max;
+        let row_bytes = self.model.d_model as usize * size_of::<f32>();
+        let rows = |params: &EncodeParams| if params.pooling == Pooling::None { tokens_max } else { 1 };
+        let most = MESSAGE_BYTES_MAX / row_bytes.max(1);
+        let needed = all.iter().map(rows).sum::<usize>();
+        if needed < most {
+            return Ok(());
+        }
+        let found = format!("{} texts, which may have {needed} rows", all.len());
+        Err(refused("texts", found, format!("fewer than {most} rows in one answer")))
     }
 }
 
@@ -67,12 +82,35 @@ impl Inference for InferenceService {
     async fn encode(&self, request: Request<v1::EncodeRequest>) -> Result<Response<v1::EncodeResponse>, Status> {
         let asked = Asked::of("Encode", &request);
         let caller = caller(&request);
-        let encoding = async {
-            let params = messages::encode_params(request.into_inner(), caller)?;
-            self.coordinator.encode(params).await
+        let encoded = async {
+            match messages::encode_call(request.into_inner(), caller)? {
+                EncodeCall::One(params) => Ok(self.coordinator.encode(params).await?.into()),
+                EncodeCall::Each(all) => {
+                    self.check_size(&all)?;
+                    let encodings = self.coordinator.encode_all(all).await?.into_iter().map(Into::into).collect();
+                    Ok(v1::EncodeResponse { encodings, ..Default::default() })
+                }
+            }
         };
-        let encoding = encoding.await.map_err(|error| asked.fail(&error))?;
-        Ok(Response::new(encoding.into()))
+        encoded.await.map(Response::new).map_err(|error| asked.fail(&error))
+    }
+
+    async fn tokenize(&self, request: Request<v1::TokenizeRequest>) -> Result<Response<v1::TokenizeResponse>, Status> {
+        let asked = Asked::of("Tokenize", &request);
+        let v1::TokenizeRequest { text, without_special_tokens } = request.into_inner();
+        let tokens = self.coordinator.tokenize(&text, !without_special_tokens).await;
+        let tokens = tokens.map_err(|error| asked.fail(&error))?;
+        Ok(Response::new(v1::TokenizeResponse { tokens }))
+    }
+
+    async fn detokenize(
+        &self,
+        request: Request<v1::DetokenizeRequest>,
+    ) -> Result<Response<v1::DetokenizeResponse>, Status> {
+        let asked = Asked::of("Detokenize", &request);
+        let text = self.coordinator.detokenize(&request.into_inner().tokens).await;
+        let text = text.map_err(|error| asked.fail(&error))?;
+        Ok(Response::new(v1::DetokenizeResponse { text }))
     }
 
     async fn model(&self, _request: Request<v1::ModelRequest>) -> Result<Response<v1::ModelResponse>, Status> {
@@ -105,32 +143,39 @@ fn describe(coordinator: &Coordinator) -> Result<v1::ModelResponse, CoordinatorE
     })
 }
 
-fn caller<T>(request: &Request<T>) -> CallMetadata {
+/// What a gRPC call says of its caller.
+pub(crate) fn caller<T>(request: &Request<T>) -> CallMetadata {
     CallMetadata {
         deadline: Deadline::of(request).map(|deadline| deadline.0.into_std()),
         trace: trace::context_of(request),
+        client: Client::of(request),
     }
 }
 
 /// A request that is being answered, as the log calls it.
-struct Asked {
+#[derive(Clone)]
+pub(crate) struct Asked {
     method: &'static str,
     request_id: Option<RequestId>,
+    client: Option<Client>,
     trace: Option<TraceContext>,
 }
 
 impl Asked {
-    fn of<T>(method: &'static str, request: &Request<T>) -> Self {
-        Self { method, request_id: RequestId::of(request), trace: trace::context_of(request) }
+    pub(crate) fn of<T>(method: &'static str, request: &Request<T>) -> Self {
+        let (request_id, client) = (RequestId::of(request), Client::of(request));
+        Self { method, request_id, client, trace: trace::context_of(request) }
     }
 
     /// The status of a failure. One that is a fault of ours is logged: its caller can do nothing about it.
-    fn fail(&self, error: &RequestError) -> Status {
+    pub(crate) fn fail(&self, error: &RequestError) -> Status {
         let status = Status::from(Fault::from(error.clone()));
         if status.code() == Code::Internal {
             let request_id = self.request_id.as_ref().map(tracing::field::display);
             let trace_id = self.trace.map(|trace| tracing::field::display(trace.trace_id()));
-            tracing::error!(method = self.method, request_id, trace_id, %error, "a request failed by a fault of ours");
+            let client = self.client.as_ref().map(tracing::field::display);
+            let method = self.method;
+            tracing::error!(method, request_id, client, trace_id, %error, "a request failed by a fault of ours");
         }
         status
     }

@@ -3,44 +3,70 @@
 use std::time::{Duration, Instant};
 
 use sida_proto::{v1, wire::rows};
+use sida_rpc::Client;
 use sida_telemetry::TraceContext;
 
 use crate::{
     answer::{
-        output::{Encoding, Finish, FinishReason, Pooling, Scores, Token},
+        output::{Encoding, Finish, FinishReason, Pooling, Scores, Token, TokenLogprob, TokenLogprobs},
         request_error::RequestError,
         routing_mode::{Alpha, RoutingMode},
-        sampler::Sampling,
+        sampling::Sampling,
         trace::Trace,
     },
-    intake::accept::{EncodeParams, GenerateParams, ScoreParams},
+    intake::{
+        accept::{EncodeParams, GenerateParams, ScoreParams, refused},
+        prompt::Prompt,
+    },
 };
 
 /// What a gRPC call carries beside its message.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub(crate) struct CallMetadata {
     /// Until when the caller waits.
     pub(crate) deadline: Option<Instant>,
     /// Which trace the call is part of.
     pub(crate) trace: Option<TraceContext>,
+    /// Whose call it is.
+    pub(crate) client: Option<Client>,
 }
 
-/// The request behind a message. Limits are checked where it is accepted.
-pub(crate) fn encode_params(message: v1::EncodeRequest, caller: CallMetadata) -> Result<EncodeParams, RequestError> {
+/// What a message asks to be encoded.
+pub(crate) enum EncodeCall {
+    /// One prompt.
+    One(EncodeParams),
+    /// Several texts.
+    Each(Vec<EncodeParams>),
+}
+
+/// The request behind a message, or those for each of its texts. Limits are checked where they are accepted.
+pub(crate) fn encode_call(message: v1::EncodeRequest, caller: CallMetadata) -> Result<EncodeCall, RequestError> {
     let pooling = match v1::Pooling::try_from(message.pooling) {
         Ok(v1::Pooling::Unspecified | v1::Pooling::Mean) => Pooling::Mean,
         Ok(v1::Pooling::None) => Pooling::None,
         Err(_) => return Err(unknown("pooling", message.pooling)),
     };
-    let CallMetadata { deadline, trace } = caller;
-    Ok(EncodeParams { text: message.text, routing: routing(message.routing)?, pooling, deadline, trace })
+    let v1::EncodeRequest { text, tokens, texts, truncate, normalize, .. } = message;
+    let (CallMetadata { deadline, trace, client }, routing) = (caller, routing(message.routing)?);
+    let params = |prompt| {
+        let client = client.clone();
+        EncodeParams { prompt, routing, pooling, truncate, normalize, deadline, trace, client }
+    };
+    if texts.is_empty() {
+        return Ok(EncodeCall::One(params(prompt(text, tokens)?)));
+    }
+    if !text.is_empty() || !tokens.is_empty() {
+        return Err(refused("texts", "given beside text or tokens", "one of the three"));
+    }
+    Ok(EncodeCall::Each(texts.into_iter().map(|text| params(text.into())).collect()))
 }
 
 /// The request behind a message.
 pub(crate) fn score_params(message: v1::ScoreRequest, caller: CallMetadata) -> Result<ScoreParams, RequestError> {
-    let CallMetadata { deadline, trace } = caller;
+    let CallMetadata { deadline, trace, client } = caller;
     let routing = routing(message.routing)?;
-    Ok(ScoreParams { text: message.text, targets: message.targets, routing, deadline, trace })
+    let prompt = prompt(message.text, message.tokens)?;
+    Ok(ScoreParams { prompt, targets: message.targets, routing, deadline, trace, client })
 }
 
 /// The request behind a message.
@@ -50,7 +76,9 @@ pub(crate) fn generate_params(
 ) -> Result<GenerateParams, RequestError> {
     Ok(GenerateParams {
         routing: routing(message.routing)?,
-        text: message.text,
+        prompt: prompt(message.text, message.tokens)?,
+        choices: message.choices as usize,
+        logprobs: message.logprobs.map(|count| count as usize),
         max_tokens: message.max_tokens as usize,
         min_tokens: message.min_tokens.map(|count| count as usize),
         ignore_eos: message.ignore_eos,
@@ -58,12 +86,27 @@ pub(crate) fn generate_params(
             temperature: message.temperature,
             top_k: message.top_k.map(|count| count as usize),
             top_p: message.top_p,
+            min_p: message.min_p,
+            repetition_penalty: message.repetition_penalty,
+            frequency_penalty: message.frequency_penalty,
+            presence_penalty: message.presence_penalty,
+            logit_bias: message.logit_bias.into_iter().collect(),
             seed: message.seed,
         },
         stop: message.stop,
         deadline: caller.deadline,
         trace: caller.trace,
+        client: caller.client,
     })
+}
+
+/// The prompt that is in one of two fields.
+fn prompt(text: String, tokens: Vec<u32>) -> Result<Prompt, RequestError> {
+    match (text.is_empty(), tokens.is_empty()) {
+        (_, true) => Ok(Prompt::Text(text)),
+        (true, false) => Ok(Prompt::Tokens(tokens)),
+        (false, false) => Err(refused("tokens", "given beside text", "one of the two")),
+    }
 }
 
 fn routing(options: Option<v1::RoutingOptions>) -> Result<RoutingMode, RequestError> {
@@ -82,12 +125,25 @@ fn routing(options: Option<v1::RoutingOptions>) -> Result<RoutingMode, RequestEr
 }
 
 fn unknown(field: &'static str, found: i32) -> RequestError {
-    RequestError::Argument { field, found: found.to_string(), expected: "a value that this version knows".to_owned() }
+    refused(field, found, "a value that this version knows")
 }
 
 impl From<Token> for v1::GenerateResponse {
     fn from(token: Token) -> Self {
-        Self { text: token.text, token_id: token.id, finish: token.finish.map(v1::Finish::from) }
+        Self {
+            text: token.text,
+            token_id: token.id,
+            finish: token.finish.map(v1::Finish::from),
+            choice: token.choice as u32,
+            logprobs: token.logprobs.map(v1::Logprobs::from),
+        }
+    }
+}
+
+impl From<TokenLogprobs> for v1::Logprobs {
+    fn from(logprobs: TokenLogprobs) -> Self {
+        let top = |TokenLogprob { id, logprob }| v1::TokenLogprob { token_id: id, logprob };
+        Self { logprob: logprobs.logprob, top: logprobs.top.into_iter().map(top).collect() }
     }
 }
 
@@ -125,6 +181,8 @@ impl From<Encoding> for v1::EncodeResponse {
             trace: Some((&encoding.trace).into()),
             prompt_tokens: encoding.prompt_tokens as u32,
             states: rows::into_payload(encoding.states),
+            truncated_tokens: encoding.truncated_tokens as u32,
+            encodings: Vec::new(),
         }
     }
 }

@@ -3,8 +3,9 @@
 
 use std::time::Instant;
 
-use sida_model::{CacheSize, GenerationConfig, ModelError, Tokenizer};
+use sida_model::{CacheSize, ModelConfig, ModelError, Tokenizer};
 use sida_routing::admission::Limits;
+use sida_rpc::Client;
 use sida_telemetry::TraceContext;
 
 use crate::{
@@ -12,32 +13,42 @@ use crate::{
         output::Pooling,
         request_error::{RequestError, TextOf},
         routing_mode::RoutingMode,
-        sampler::{SamplerSettings, Sampling},
+        sampling::Sampling,
     },
     config::RequestLimits,
-    intake::request::{GenerateOptions, Work},
+    intake::{
+        generation_check,
+        prompt::{self, Prompt, PromptTokens},
+        request::{EncodeOptions, GenerateOptions, Work},
+    },
 };
 
 /// A request for encoder states.
 #[derive(Clone, Debug, Default)]
 pub struct EncodeParams {
-    /// The text.
-    pub text: String,
+    /// What is encoded.
+    pub prompt: Prompt,
     /// Who chooses the experts of its tokens.
     pub routing: RoutingMode,
     /// Which rows of encoder states come back.
     pub pooling: Pooling,
+    /// Cuts a prompt of too many tokens instead of refusing it. A text of too many bytes is refused all the same.
+    pub truncate: bool,
+    /// Divides a pooled row by its length.
+    pub normalize: bool,
     /// Until when the answer is of use.
     pub deadline: Option<Instant>,
     /// The trace that the request is part of; `None` begins one.
     pub trace: Option<TraceContext>,
+    /// Who asks, as far as that is known: those who ask much take turns with the others.
+    pub client: Option<Client>,
 }
 
 /// A request for the likelihood of targets.
 #[derive(Clone, Debug, Default)]
 pub struct ScoreParams {
-    /// The text.
-    pub text: String,
+    /// What comes before each target.
+    pub prompt: Prompt,
     /// The candidates; at least one, none empty.
     pub targets: Vec<String>,
     /// Who chooses the experts of its tokens.
@@ -46,16 +57,22 @@ pub struct ScoreParams {
     pub deadline: Option<Instant>,
     /// The trace that the request is part of; `None` begins one.
     pub trace: Option<TraceContext>,
+    /// Who asks, as far as that is known: those who ask much take turns with the others.
+    pub client: Option<Client>,
 }
 
 /// A request to generate text.
 #[derive(Clone, Debug, Default)]
 pub struct GenerateParams {
-    /// The text.
-    pub text: String,
+    /// What is answered.
+    pub prompt: Prompt,
     /// Who chooses the experts of its tokens.
     pub routing: RoutingMode,
-    /// Tokens at most; 0 for the model's default or, if it has none, the server's.
+    /// How many answers are drawn, which share the prompt's pass; 0 is 1.
+    pub choices: usize,
+    /// Tells of each token how likely it was, and of so many most likely ones in its place, 0 to 20. `None`: nothing.
+    pub logprobs: Option<usize>,
+    /// Tokens of each choice at most; 0 for the model's default or, if it has none, the server's.
     pub max_tokens: usize,
     /// No end before so many tokens: neither of the sequence nor by a stop text, which ends the answer where it is complete.
     /// `None` for the model's default, mostly 0.
@@ -70,6 +87,8 @@ pub struct GenerateParams {
     pub deadline: Option<Instant>,
     /// The trace that the request is part of; `None` begins one.
     pub trace: Option<TraceContext>,
+    /// Who asks, as far as that is known: those who ask much take turns with the others.
+    pub client: Option<Client>,
 }
 
 /// The limits that requests are held to, and the tokenizer that measures them.
@@ -78,41 +97,80 @@ pub(crate) struct Acceptance<'a> {
     pub(crate) batch: &'a Limits,
     pub(crate) cache_size: CacheSize,
     pub(crate) tokenizer: &'a Tokenizer,
-    /// What the model does where a request does not say.
-    pub(crate) generation: &'a GenerationConfig,
-    pub(crate) has_encoder: bool,
+    /// The model, with what it does where a request does not say.
+    pub(crate) model: &'a ModelConfig,
 }
 
 impl Acceptance<'_> {
-    /// The tokens of a prompt, of an encoder its end of sequence included.
-    pub(crate) fn prompt(&self, text: &str) -> Result<Vec<u32>, RequestError> {
-        // To a decoder blanks are tokens as others are.
-        if self.has_encoder && text.trim().is_empty() {
+    /// The tokens of a prompt, of an encoder's text its end of sequence included. Too many are refused, or cut where it
+    /// `truncates`.
+    pub(crate) fn prompt(&self, prompt: Prompt, truncates: bool) -> Result<PromptTokens, RequestError> {
+        let (ids, of) = match prompt {
+            // To a decoder blanks are tokens as others are.
+            Prompt::Text(text) if self.has_encoder() && text.trim().is_empty() => return Err(RequestError::EmptyText),
+            Prompt::Text(text) => (self.tokenize(&text, TextOf::Prompt)?, TextOf::Prompt),
+            Prompt::Tokens(ids) if ids.is_empty() => {
+                return Err(refused("tokens", "an empty list", "at least one token"));
+            }
+            Prompt::Tokens(ids) => (self.in_vocabulary(ids)?, TextOf::PromptTokens),
+        };
+        if ids.is_empty() {
             return Err(RequestError::EmptyText);
         }
-        let tokens = self.tokens(text, TextOf::Prompt)?;
-        if tokens.is_empty() { Err(RequestError::EmptyText) } else { Ok(tokens) }
+        match truncates {
+            true => Ok(prompt::cut(ids, self.limits.prompt_tokens_max, |id| self.model.generation.is_end(id))),
+            false => Ok(PromptTokens { ids: self.not_too_many(ids, of)?, truncated: 0 }),
+        }
+    }
+
+    /// Tokens that all are in the vocabulary.
+    pub(crate) fn in_vocabulary(&self, ids: Vec<u32>) -> Result<Vec<u32>, RequestError> {
+        let vocab_size = self.model.vocab_size;
+        match ids.iter().zip(0..).find(|&(&id, _)| id as usize >= vocab_size) {
+            None => Ok(ids),
+            Some((id, place)) => {
+                let found = format!("{id} in place {place}");
+                Err(refused("tokens", found, generation_check::tokens_of(vocab_size)))
+            }
+        }
     }
 
     /// The tokens of every target. All of them and the prompt must fit one batch.
     pub(crate) fn targets(&self, prompt_tokens: usize, targets: &[String]) -> Result<Vec<Vec<u32>>, RequestError> {
         within("targets (their number)", targets.len(), 1, self.limits.targets_max)?;
-        if self.has_encoder && targets.iter().any(|target| target.trim().is_empty()) {
+        if self.has_encoder() && targets.iter().any(|target| target.trim().is_empty()) {
             return Err(refused("targets", "an empty text", "texts with tokens"));
         }
-        let targets = targets.iter().zip(1..).map(|(target, number)| self.tokens(target, TextOf::Target(number)));
+        let targets = targets.iter().zip(1..).map(|(target, number)| {
+            let of = TextOf::Target(number);
+            self.not_too_many(self.tokenize(target, of)?, of)
+        });
         let targets = targets.collect::<Result<Vec<_>, _>>()?;
         if targets.iter().any(Vec::is_empty) {
             return Err(refused("targets", "a text without tokens", "texts with tokens"));
         }
-        let tokens = targets.iter().map(Vec::len).sum::<usize>() + prompt_tokens * self.readings(targets.len());
+        let tokens =
+            targets.iter().map(Vec::len).sum::<usize>() + prompt_tokens * self.readings_of_targets(targets.len());
         within("tokens of text and targets", tokens, 1, self.batch.tokens_max)?;
         Ok(targets)
     }
 
+    /// The checked options of an encoding.
+    pub(crate) fn encoding(
+        &self,
+        params: &EncodeParams,
+        truncated_tokens: usize,
+    ) -> Result<EncodeOptions, RequestError> {
+        let EncodeParams { pooling, normalize, .. } = *params;
+        if normalize && pooling == Pooling::None {
+            return Err(refused("normalize", "set where each token has a row", "a pooled row to normalize"));
+        }
+        Ok(EncodeOptions { pooling, normalize, truncated_tokens })
+    }
+
     /// The checked options of a generation.
     pub(crate) fn options(&self, params: &mut GenerateParams) -> Result<GenerateOptions, RequestError> {
-        let (limits, model) = (self.limits, self.generation);
+        let (limits, model) = (self.limits, &self.model.generation);
         let tokens_max = match params.max_tokens {
             0 => model.tokens_max.unwrap_or(limits.tokens_default).min(limits.tokens_max),
             tokens => within("max_tokens", tokens, 1, limits.tokens_max)?,
@@ -127,13 +185,10 @@ impl Acceptance<'_> {
             }
         };
         let sampling = params.sampling.settings(model.sampling);
-        let SamplerSettings { temperature, top_p, .. } = sampling;
-        if !(0.0..=100.0).contains(&temperature) {
-            return Err(refused("temperature", temperature, "0 to 100"));
-        }
-        if !(0.0..=1.0).contains(&top_p) {
-            return Err(refused("top_p", top_p, "0 to 1"));
-        }
+        generation_check::sampling(&sampling, self.model.vocab_size)?;
+        let logprobs = generation_check::logprobs(params.logprobs)?;
+        let choices_max = limits.choices_max.min(self.batch.sequences_max);
+        let choices = within("choices", params.choices.max(1), 1, choices_max)?;
         within("stop (their number)", params.stop.len(), 0, limits.stops_max)?;
         for stop in &params.stop {
             within("stop (bytes)", stop.len(), 1, limits.stop_bytes_max)?;
@@ -142,6 +197,8 @@ impl Acceptance<'_> {
             tokens_max,
             tokens_min,
             ignore_eos: params.ignore_eos,
+            choices,
+            logprobs,
             sampling,
             stop: std::mem::take(&mut params.stop),
         })
@@ -154,43 +211,70 @@ impl Acceptance<'_> {
         if needed > limit { Err(RequestError::CacheTooSmall { needed, limit }) } else { Ok(needed) }
     }
 
-    /// How often the prompt of a request with so many sequences is computed.
-    pub(crate) fn readings(&self, sequences: usize) -> usize {
-        if self.has_encoder { 1 } else { sequences.max(1) }
+    /// How often the prompt of a request is computed: a decoder that reads it does so for each target. Choices share it.
+    pub(crate) fn readings(&self, work: &Work) -> usize {
+        match work {
+            Work::Score { targets, .. } => self.readings_of_targets(targets.len()),
+            Work::Generate { .. } | Work::Encode { .. } => 1,
+        }
+    }
+
+    fn readings_of_targets(&self, targets: usize) -> usize {
+        if self.has_encoder() { 1 } else { targets.max(1) }
+    }
+
+    fn has_encoder(&self) -> bool {
+        self.model.has_encoder()
     }
 
     fn needed_cache_bytes(&self, prompt_tokens: usize, work: &Work) -> u64 {
         match work.sequences() {
-            0 if self.has_encoder => 0,
+            0 if self.has_encoder() => 0,
             // A prompt whose states are asked for is a sequence while they are computed.
             0 => self.cache_size.of_request(prompt_tokens, 1, 0),
             sequences => self.cache_size.of_request(prompt_tokens, sequences, work.decoded_tokens_max()),
         }
     }
 
-    fn tokens(&self, text: &str, of: TextOf) -> Result<Vec<u32>, RequestError> {
+    /// The tokens of a text as the model reads it, or of a target as the model writes it; however many, of a text of not
+    /// too many bytes.
+    fn tokenize(&self, text: &str, of: TextOf) -> Result<Vec<u32>, RequestError> {
+        match of {
+            TextOf::Target(_) => self.tokenize_by(text, of, Tokenizer::encode_answer),
+            _ => self.tokenize_by(text, of, Tokenizer::encode),
+        }
+    }
+
+    /// The same by one of the tokenizer's ways.
+    pub(crate) fn tokenize_by(
+        &self,
+        text: &str,
+        of: TextOf,
+        encode: impl FnOnce(&Tokenizer, &str) -> Result<Vec<u32>, ModelError>,
+    ) -> Result<Vec<u32>, RequestError> {
         let (bytes, limit) = (text.len(), self.limits.text_bytes_max);
         if bytes > limit {
             return Err(RequestError::TextTooLong { of, bytes, limit });
         }
-        let ids = match of {
-            TextOf::Prompt => self.tokenizer.encode(text),
-            TextOf::Target(_) => self.tokenizer.encode_answer(text),
-        };
-        let ids = ids.map_err(|error| match error {
+        encode(self.tokenizer, text).map_err(|error| match error {
             ModelError::Tokenize { reason } => RequestError::Tokenize { of, reason },
             ModelError::TextTooLong { bytes, limit } => RequestError::TextTooLong { of, bytes, limit },
             error => error.into(),
-        })?;
+        })
+    }
+
+    fn not_too_many(&self, ids: Vec<u32>, of: TextOf) -> Result<Vec<u32>, RequestError> {
         let (tokens, limit) = (ids.len(), self.limits.prompt_tokens_max);
         if tokens > limit { Err(RequestError::TooManyTokens { of, tokens, limit }) } else { Ok(ids) }
     }
 }
 
-fn within(field: &'static str, found: usize, min: usize, max: usize) -> Result<usize, RequestError> {
+/// A count that is within its bounds.
+pub(crate) fn within(field: &'static str, found: usize, min: usize, max: usize) -> Result<usize, RequestError> {
     if (min..=max).contains(&found) { Ok(found) } else { Err(refused(field, found, format!("{min} to {max}"))) }
 }
 
-fn refused(field: &'static str, found: impl ToString, expected: impl Into<String>) -> RequestError {
+/// The error that a field is not as expected.
+pub(crate) fn refused(field: &'static str, found: impl ToString, expected: impl Into<String>) -> RequestError {
     RequestError::Argument { field, found: found.to_string(), expected: expected.into() }
 }

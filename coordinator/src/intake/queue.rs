@@ -1,6 +1,6 @@
-//! A first-in first-out queue between threads: for the requests that wait to be prepared, and for the prepared ones
-//! that wait for the scheduler. Callers decide how many may wait and how many leave at once (`routing::admission`), so
-//! the queue only keeps order, wakes threads, and closes.
+//! A queue between threads: for the requests that wait to be prepared ([`crate::intake::request_queue`]), and for the
+//! prepared ones that wait for the scheduler. Callers decide in which order items wait, how many may, and how many leave at
+//! once (`routing::fairness`, `routing::admission`), so the queue only wakes threads, and closes.
 //!
 //! Items can be announced while they are made. The first to arrive in an empty queue is taken only together with those
 //! that were announced by then, so that requests which come together run in one pass and no clock has to be waited for.
@@ -52,14 +52,6 @@ impl<T> Drop for Announcement<T> {
     }
 }
 
-/// An item that did not get in, given back.
-pub(crate) enum Refused<T> {
-    /// The queue holds as many items as it may.
-    Full(T),
-    /// The queue was closed.
-    Closed(T),
-}
-
 /// Whether [`Queue::take`] waits for an item.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Wait {
@@ -83,25 +75,24 @@ impl<T> Queue<T> {
         Announcement { queue: self.clone() }
     }
 
-    /// Appends an item at once if `may_wait` allows one more behind those that wait.
-    pub(crate) fn try_push(&self, item: T, may_wait: impl FnOnce(usize) -> bool) -> Result<(), Refused<T>> {
+    /// Lets `enter` put an item where it belongs among those that wait, or not. `None`: the queue is closed, and it was not
+    /// called.
+    pub(crate) fn enter<R>(&self, enter: impl FnOnce(&mut VecDeque<T>) -> R) -> Option<R> {
         let mut state = self.state.lock();
         if state.closed {
-            return Err(Refused::Closed(item));
+            return None;
         }
-        if !may_wait(state.waiting.len()) {
-            return Err(Refused::Full(item));
-        }
-        if state.waiting.is_empty() {
+        let was_empty = state.waiting.is_empty();
+        let entered = enter(&mut state.waiting);
+        if was_empty {
             state.gathering = state.announced;
         }
-        state.waiting.push_back(item);
         let wakes = state.is_gathered();
         drop(state);
         if wakes {
             self.arrived.notify_one();
         }
-        Ok(())
+        Some(entered)
     }
 
     /// Appends items, together as far as `fits` says that there is room, waiting for room for the rest. Gives back
@@ -184,12 +175,8 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn full_refuses_at_once() {
-        // Would break: overload makes callers wait instead of being told to come back.
-        let queue = Queue::new();
-        assert!(queue.try_push(1, |n| n < 1).is_ok());
-        assert!(matches!(queue.try_push(2, |n| n < 1), Err(Refused::Full(2))));
+    fn push<T>(queue: &Queue<T>, item: T) -> bool {
+        queue.enter(|waiting| waiting.push_back(item)).is_some()
     }
 
     #[test]
@@ -215,7 +202,7 @@ mod tests {
         // Would break: requests sent together run in several passes, or one that never comes holds up the others.
         let queue = Arc::new(Queue::new());
         let (comes, fails) = (queue.announce(), queue.announce());
-        assert!(queue.try_push(1, |_| true).is_ok());
+        assert!(push(&queue, 1));
         // Announced too late for the first to wait for it.
         let late = queue.announce();
         let taker = thread::spawn({
@@ -225,12 +212,12 @@ mod tests {
         thread::sleep(Duration::from_millis(20));
         assert!(!taker.is_finished(), "taken without those announced");
         drop(fails);
-        assert!(queue.try_push(2, |_| true).is_ok());
+        assert!(push(&queue, 2));
         drop(comes);
         assert_eq!(taker.join().expect("taker"), Some(vec![1, 2]));
         drop(late);
         // What nobody announced is taken at once.
-        assert!(queue.try_push(3, |_| true).is_ok());
+        assert!(push(&queue, 3));
         assert_eq!(queue.take(Wait::Block, |waiting| waiting.len()), Some(vec![3]));
     }
 
@@ -238,17 +225,17 @@ mod tests {
     fn more_are_waited_for() {
         // Would break: a batch begins without those that were worth waiting for, or waits when it is full or its time is over.
         let queue = Arc::new(Queue::new());
-        assert!(queue.try_push(1, |_| true).is_ok());
+        assert!(push(&queue, 1));
         let patience = |waiting: &VecDeque<_>| if waiting.len() < 2 { Duration::from_secs(60) } else { Duration::ZERO };
         assert_eq!(queue.take_patiently(Wait::Poll, VecDeque::len, patience), Some(vec![1]));
-        assert!(queue.try_push(2, |_| true).is_ok());
+        assert!(push(&queue, 2));
         let taker = thread::spawn({
             let queue = queue.clone();
             move || queue.take_patiently(Wait::Block, VecDeque::len, patience)
         });
         thread::sleep(Duration::from_millis(20));
         assert!(!taker.is_finished(), "taken too early");
-        assert!(queue.try_push(3, |_| true).is_ok());
+        assert!(push(&queue, 3));
         assert_eq!(taker.join().expect("taker"), Some(vec![2, 3]));
         // A batch without room for all that wait needs no more.
         assert!(queue.push_all(vec![4, 5], |_, _| true).is_empty());
@@ -277,7 +264,7 @@ mod tests {
         assert!(queue.push_all(vec![7], |_, _| true).is_empty());
         queue.close();
         assert_eq!(taker.join().expect("taker"), [7]);
-        assert!(matches!(queue.try_push(8, |_| true), Err(Refused::Closed(8))));
+        assert!(!push(&queue, 8));
         assert_eq!(queue.push_all(vec![8, 9], |_, _| true), [8, 9]);
     }
 }

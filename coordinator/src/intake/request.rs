@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use sida_routing::admission::Cost;
+use sida_rpc::Client;
 use sida_telemetry::Span;
 use tokio::sync::{mpsc, oneshot};
 
@@ -10,7 +11,7 @@ use crate::answer::{
     output::{Encoding, Pooling, Scores, Token},
     request_error::RequestError,
     routing_mode::RoutingMode,
-    sampler::SamplerSettings,
+    sampling::SamplerSettings,
 };
 
 /// A request that was checked and tokenized.
@@ -29,6 +30,8 @@ pub(crate) struct Request {
     pub(crate) accepted: Instant,
     /// When the answer is of no more use.
     pub(crate) deadline: Option<Instant>,
+    /// Who asks: those who ask much take turns with the others.
+    pub(crate) client: Option<Client>,
     /// The span from the request's coming in to its answer; ends with the request.
     pub(crate) span: Span,
 }
@@ -36,13 +39,23 @@ pub(crate) struct Request {
 /// What is asked for, and the channel for the answer. A receiver that is gone means that the client is.
 pub(crate) enum Work {
     /// States: the encoder's, or without one the last hidden states.
-    Encode { pooling: Pooling, reply: oneshot::Sender<Result<Encoding, RequestError>> },
+    Encode { options: EncodeOptions, reply: oneshot::Sender<Result<Encoding, RequestError>> },
     /// The likelihood of each target (token ids, the end included where an encoder reads, never empty).
     /// The sender is taken when it is used.
     Score { targets: Vec<Vec<u32>>, reply: Option<oneshot::Sender<Result<Scores, RequestError>>> },
-    /// Tokens, one message each. Unbounded, so that a slow client never holds up the scheduler; `tokens_max`
-    /// bounds it.
+    /// Tokens, one message each. Unbounded, so that a slow client never holds up the scheduler; `tokens_max` and the number
+    /// of choices bound it.
     Generate { options: GenerateOptions, reply: mpsc::UnboundedSender<Result<Token, RequestError>> },
+}
+
+/// How states are answered. Checked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct EncodeOptions {
+    pub(crate) pooling: Pooling,
+    /// Divides the pooled row by its length.
+    pub(crate) normalize: bool,
+    /// Tokens that were cut off the prompt.
+    pub(crate) truncated_tokens: usize,
 }
 
 /// How a text is generated. Checked.
@@ -54,6 +67,10 @@ pub(crate) struct GenerateOptions {
     pub(crate) tokens_min: usize,
     /// Goes on after an end of sequence.
     pub(crate) ignore_eos: bool,
+    /// Answers that are drawn, at least 1.
+    pub(crate) choices: usize,
+    /// How many of the most likely tokens are told with each token, if its log-probability is.
+    pub(crate) logprobs: Option<usize>,
     pub(crate) sampling: SamplerSettings,
     pub(crate) stop: Vec<String>,
 }
@@ -64,7 +81,7 @@ impl Work {
         match self {
             Work::Encode { .. } => 0,
             Work::Score { targets, .. } => targets.len(),
-            Work::Generate { .. } => 1,
+            Work::Generate { options, .. } => options.choices.max(1),
         }
     }
 
@@ -85,13 +102,23 @@ impl Request {
         let decoded = match &self.work {
             Work::Encode { .. } => 0,
             Work::Score { targets, .. } => targets.iter().map(Vec::len).sum(),
+            // All choices begin with one row.
             Work::Generate { .. } => 1,
         };
         let (tokens, sequences) = (self.tokens.len() * self.readings + decoded, self.work.sequences());
         Cost { tokens, sequences, cache_bytes: self.cache_bytes }
     }
 
-    /// The same, and nothing once nobody waits for the request any more: it is let through to be answered, and never keeps
+    /// The most tokens that it takes: those that it brings, and those that may be generated.
+    pub(crate) fn tokens_max(&self) -> usize {
+        let generated = match &self.work {
+            Work::Generate { options, .. } => options.tokens_max.saturating_mul(self.work.sequences()),
+            Work::Encode { .. } | Work::Score { .. } => 0,
+        };
+        self.cost().tokens.saturating_add(generated)
+    }
+
+    /// What it takes of a batch, and nothing once nobody waits for the request any more: it is let through to be answered, and never keeps
     /// those behind it waiting for memory.
     pub(crate) fn cost_at(&self, now: Instant) -> Cost {
         match self.over(now) {

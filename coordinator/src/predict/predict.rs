@@ -48,6 +48,15 @@ impl Progress {
     pub(crate) fn feed(&self, tokens: &[u32]) {
         self.unseen.lock().extend_from_slice(tokens);
     }
+
+    /// Another sequence that goes on from here. Waits for a prediction that is under way.
+    pub(crate) fn fork(&self) -> Self {
+        let state = match &*self.state.lock() {
+            ProgressState::Local(state) => ProgressState::Local(state.clone()),
+            ProgressState::Remote(state) => ProgressState::Remote(state.clone()),
+        };
+        Self { state: Mutex::new(state), unseen: Mutex::new(self.unseen.lock().clone()) }
+    }
 }
 
 /// The predictor's state of a sequence: as the predictor in this process keeps it, or as predictor-nodes encode it.

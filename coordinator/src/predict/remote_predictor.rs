@@ -25,10 +25,10 @@ use sida_proto::{
     wire::{Bounds, Prediction, Stack},
 };
 use sida_routing::{Digest, HashTable, NodeId, failover::Breaker};
-use sida_rpc::{ClientConfig, MESSAGE_BYTES_MAX, trace};
+use sida_rpc::{Channel, ClientConfig, MESSAGE_BYTES_MAX, trace};
 use sida_telemetry::{Span, TraceContext};
 use tokio::runtime::Handle;
-use tonic::{Request, transport::Channel};
+use tonic::Request;
 
 /// How often a node that failed is asked whether it is back.
 const ASK_PERIOD: Duration = Duration::from_millis(250);
@@ -56,7 +56,8 @@ pub(crate) struct RemotePredictor {
 struct Link {
     node: NodeId,
     address: String,
-    channel: Channel,
+    /// Made anew while the node is away, with the certificates and the key that are there then.
+    channel: Mutex<Channel>,
     state: Mutex<LinkState>,
 }
 
@@ -168,14 +169,16 @@ impl RemotePredictor {
             return;
         }
         drop(state);
-        let (away, patience) = (Arc::downgrade(&link), self.timeout);
+        let (away, patience, client) = (Arc::downgrade(&link), self.timeout, self.client.clone());
         self.runtime.spawn(async move {
             loop {
                 tokio::time::sleep(ASK_PERIOD).await;
                 let Some(link) = away.upgrade() else { return };
-                let mut client = PredictorClient::new(link.channel.clone());
-                let described = client.describe(v1::DescribePredictorRequest {});
+                let Ok(channel) = sida_rpc::connect_lazy(&link.address, &client) else { continue };
+                let mut asking = PredictorClient::new(channel.clone());
+                let described = asking.describe(v1::DescribePredictorRequest {});
                 if let Ok(Ok(_)) = tokio::time::timeout(patience, described).await {
+                    *link.channel.lock() = channel;
                     link.state.lock().is_away = false;
                     return;
                 }
@@ -186,7 +189,7 @@ impl RemotePredictor {
     async fn call(&self, link: &Link, ask: Ask<'_>) -> Result<Prediction, String> {
         let Ask { stack, sequences, states, layers, trace } = ask;
         let span = trace.map(|trace| Span::below(trace, "sida.v1.Predictor/Predict").as_client());
-        let mut client = PredictorClient::new(link.channel.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX);
+        let mut client = PredictorClient::new(link.channel.lock().clone()).max_decoding_message_size(MESSAGE_BYTES_MAX);
         let mut request = Request::new(v1::PredictRequest::new(self.model, stack, sequences, states));
         if let Some(span) = &span {
             trace::pass_on(span.context(), request.metadata_mut());
@@ -226,7 +229,7 @@ impl RemotePredictor {
         match sida_rpc::connect_lazy(address, &self.client) {
             Ok(channel) => {
                 let (node, address) = (member.node.clone(), address.clone());
-                Some(Arc::new(Link { node, address, channel, state: Mutex::default() }))
+                Some(Arc::new(Link { node, address, channel: Mutex::new(channel), state: Mutex::default() }))
             }
             Err(error) => {
                 tracing::warn!(node = %member.node, %error, "a predictor-node cannot be reached");

@@ -11,14 +11,14 @@ use sida_telemetry::{Span, spans};
 use crate::{
     answer::{
         catch_panic::catch_panic,
-        encoding,
+        encoding::{self, EncodedTokens},
         output::{Encoding, Pooling},
         request_error::RequestError,
         trace::Trace,
     },
     forward::{batch::Batch, costs::Costs, expert_choice::SequenceRouting},
     intake::{
-        request::{Request, Work},
+        request::{EncodeOptions, Request, Work},
         request_span,
     },
     predict::preload::Hint,
@@ -171,7 +171,7 @@ impl<B: Backend> Scheduler<B> {
             let computed = all.filter(|((_, routing), _)| routing.failure.is_none());
             computed.map(|(((request, _), _), rows)| (&request.work, rows))
         };
-        let pooling = |work: &Work| if let Work::Encode { pooling, .. } = work { Some(*pooling) } else { None };
+        let pooling = |work: &Work| if let Work::Encode { options, .. } = work { Some(options.pooling) } else { None };
         let wants = |wanted| computed().any(|(work, _)| pooling(work) == Some(wanted));
         let (wants_rows, wants_means) = (wants(Pooling::None), wants(Pooling::Mean));
         let sequences = computed().filter(|(work, _)| pooling(work).is_none());
@@ -198,14 +198,14 @@ impl<B: Backend> Scheduler<B> {
         for (at, ((request, trace), routing)) in requests.into_iter().zip(routings).enumerate() {
             match (&routing.failure, &request.work) {
                 (Some(failure), _) => request.fail(failure.clone()),
-                (None, Work::Encode { pooling, .. }) => match &read {
+                (None, Work::Encode { options, .. }) => match &read {
                     Ok((rows, means)) => {
-                        let (values, range) = match pooling {
+                        let (values, range) = match options.pooling {
                             Pooling::None => (*rows, spans.range(at)),
                             Pooling::Mean => (&means[..], at..at + 1),
                         };
-                        let encoding =
-                            self.encoding(&request, trace, &values[range.start * d_model..range.end * d_model]);
+                        let values = &values[range.start * d_model..range.end * d_model];
+                        let encoding = self.encoding(&request, *options, trace, values);
                         encodings.push((request, encoding));
                     }
                     Err(error) => {
@@ -234,10 +234,18 @@ impl<B: Backend> Scheduler<B> {
     }
 
     /// The answer to a request for encoder states, made of what it asked for of them: (rows, d_model).
-    fn encoding(&self, request: &Request, mut trace: Trace, states: &[f32]) -> Result<Encoding, RequestError> {
+    fn encoding(
+        &self,
+        request: &Request,
+        options: EncodeOptions,
+        mut trace: Trace,
+        states: &[f32],
+    ) -> Result<Encoding, RequestError> {
         trace.timings.total = request.accepted.elapsed();
         let d_model = self.forward.config().d_model;
-        let encoding = catch_panic(|| encoding::encoding(states.to_vec(), d_model, request.tokens.len(), trace));
+        let EncodeOptions { normalize, truncated_tokens, .. } = options;
+        let tokens = EncodedTokens { prompt_tokens: request.tokens.len(), truncated_tokens };
+        let encoding = catch_panic(|| encoding::encoding(states.to_vec(), d_model, tokens, normalize, trace));
         match &encoding {
             Ok(_) => self.statistics.outcomes.answered(),
             Err(error) => self.note_failure(error),
@@ -247,7 +255,7 @@ impl<B: Backend> Scheduler<B> {
 
     /// The branches of a sequence. Each begins with the decoder's start token, or where there is no encoder with the prompt, and
     /// goes on with all of its target but the last token where one is scored. All share the keys and values of the
-    /// encoder's output.
+    /// encoder's output. A text that is generated begins with one branch, however many choices it has.
     fn branches(&mut self, request: &Request, state: B::Sequence) -> Result<Vec<Branch<B>>, RequestError> {
         let config = self.forward.config();
         let start = [config.generation.decoder_start_token_id];

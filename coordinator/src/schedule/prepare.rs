@@ -18,8 +18,9 @@ use sida_telemetry::spans;
 use crate::{
     answer::request_error::RequestError,
     intake::{
-        queue::{Queue, Wait},
+        queue::Queue,
         request::Request,
+        request_queue::{RequestQueue, Waiting},
     },
     measures::metrics::Metrics,
     predict::{
@@ -48,7 +49,7 @@ pub(crate) struct Prepare {
     pub(crate) limits: Limits,
     pub(crate) predict: Arc<Predict>,
     pub(crate) preload: Arc<Preload>,
-    pub(crate) requests: Arc<Queue<Request>>,
+    pub(crate) requests: Arc<RequestQueue>,
     pub(crate) prepared: Arc<Queue<Prepared>>,
     pub(crate) metrics: Arc<Metrics>,
 }
@@ -57,11 +58,11 @@ impl Prepare {
     /// Runs until the queue of requests is closed and empty; then closes that of prepared ones.
     pub(crate) fn run(self) {
         let limits = self.limits;
-        let choose = |waiting: &VecDeque<Request>| {
+        let choose = |waiting: &VecDeque<Waiting>| {
             let now = Instant::now();
-            limits.joining(Cost::default(), waiting.iter().map(|request| request.cost_at(now)))
+            limits.joining(Cost::default(), waiting.iter().map(|waiting| waiting.request.cost_at(now)))
         };
-        while let Some(batch) = self.requests.take(Wait::Block, choose) {
+        while let Some(batch) = self.requests.take(choose) {
             self.metrics.requests_queued.set(self.requests.len() as f64);
             // The callers of requests that are lost in a panic see their channels end.
             match catch_unwind(AssertUnwindSafe(|| self.prepare(batch))) {

@@ -41,8 +41,9 @@ use crate::{
     },
     schedule::{
         batch_span::BatchSpan,
+        generation::{NextTokens, PARALLEL_MIN, Writing},
         prepare::Prepared,
-        sequence::{self, Branch, Decoding, NextToken, Sequence, SequenceStatus},
+        sequence::{self, Branch, Decoding, Sequence, SequenceStatus},
     },
 };
 
@@ -69,9 +70,6 @@ pub(crate) struct Scheduler<B: Backend> {
     /// Memory for the encoder states of a batch, kept from batch to batch.
     pub(crate) values: Vec<f32>,
 }
-
-/// From so many sequences on, their next tokens are chosen from logits, or made text of, by several threads.
-const PARALLEL_SEQUENCES_MIN: usize = 16;
 
 impl<B: Backend> Scheduler<B> {
     /// Runs until the queue is closed and everything in it was answered.
@@ -106,7 +104,7 @@ impl<B: Backend> Scheduler<B> {
     fn schedule(&self) -> Option<Vec<Prepared>> {
         let running = Cost {
             tokens: self.running.iter().flat_map(|s| &s.branches).map(|branch| branch.feed.len()).sum(),
-            sequences: self.running.iter().map(|s| s.branches.len()).sum(),
+            sequences: self.running.iter().map(Sequence::places).sum(),
             cache_bytes: self.running.iter().map(|s| s.request.cache_bytes).sum(),
         };
         let limits = self.limits;
@@ -236,15 +234,18 @@ impl<B: Backend> Scheduler<B> {
             let mut requests = Vec::new();
             let (mut last_rows, mut greedy, mut other_rows) = <(Vec<_>, Vec<_>, Vec<_>)>::default();
             for sequence in running.iter_mut() {
+                let best_but = match &sequence.decoding {
+                    Decoding::Generate(generation) => Some(generation.best_but(&forward.config().generation)),
+                    Decoding::Score => None,
+                };
                 for branch in &mut sequence.branches {
                     ids.extend_from_slice(&branch.feed);
                     lengths.push(branch.feed.len());
                     sequences.push(&mut branch.state);
                     requests.push(&sequence.request);
-                }
-                if let Decoding::Generate(generation) = &sequence.decoding {
+                    let Some(best_but) = best_but else { continue };
                     last_rows.push(ids.len() - 1);
-                    match generation.best_but(&forward.config().generation) {
+                    match best_but {
                         Some(banned) => greedy.push(Wanted { row: ids.len() as u32 - 1, banned }),
                         None => other_rows.push(ids.len() - 1),
                     }
@@ -271,12 +272,12 @@ impl<B: Backend> Scheduler<B> {
         })
     }
 
-    /// Gives every sequence its share of a step: the next token, its scores, or the reason of its failure.
+    /// Gives every sequence its share of a step: the next tokens, its scores, or the reason of its failure.
     fn postprocess(&mut self, mut routings: Vec<SequenceRouting>, output: StepOutput<B>, costs: &Costs) {
         let start = Instant::now();
         let StepOutput { states, spans, tokens, mut logits } = output;
         let mut tokens = tokens.map(Vec::into_iter);
-        let mut logits = logits.chunks_exact_mut(self.forward.config().vocab_size);
+        let (mut logits, vocab_size) = (&mut logits[..], self.forward.config().vocab_size);
         let mut branches_before = 0;
         let mut texts = Vec::with_capacity(self.running.len());
         for mut sequence in std::mem::take(&mut self.running) {
@@ -290,14 +291,15 @@ impl<B: Backend> Scheduler<B> {
             }
             match &sequence.decoding {
                 Decoding::Generate(generation) => {
-                    let next_token = match &mut tokens {
+                    let next = match &mut tokens {
                         Some(tokens) if generation.best_but(&self.forward.config().generation).is_some() => {
-                            tokens.next().map(NextToken::Chosen)
+                            let chosen: Vec<_> = tokens.take(branches.len()).collect();
+                            (chosen.len() == branches.len()).then_some(NextTokens::Chosen(chosen))
                         }
-                        _ => logits.next().map(NextToken::Logits),
+                        _ => logits.split_off_mut(..branches.len() * vocab_size).map(NextTokens::Logits),
                     };
-                    let next_token = next_token.filter(|_| failure.is_none());
-                    texts.push((sequence, next_token.ok_or(failure.unwrap_or(RequestError::NotANumber))));
+                    let next = next.filter(|_| failure.is_none());
+                    texts.push((sequence, next.ok_or(failure.unwrap_or(RequestError::NotANumber))));
                 }
                 Decoding::Score => {
                     let rows = branches.map(|branch| spans.range(branch));
@@ -317,33 +319,38 @@ impl<B: Backend> Scheduler<B> {
         }
         let (config, tokenizer, metrics) = (self.forward.config(), &*self.tokenizer, &*self.metrics);
         let outcomes = &self.statistics.outcomes;
-        let beside = self.texts.is_some();
-        let advance = |(mut sequence, next_token): (Sequence<B>, Result<NextToken<'_>, RequestError>)| {
-            let advanced = next_token.and_then(|next_token| {
-                catch_panic(|| sequence.advance(next_token, config, tokenizer, metrics, beside))
-            });
-            match advanced {
-                Ok((status, text)) => {
-                    outcomes.answered();
-                    ((status == SequenceStatus::Running).then_some(sequence), text)
+        let is_beside = self.texts.is_some();
+        let writing = Writing { config, tokenizer, is_beside };
+        let advance = |(mut sequence, next): (Sequence<B>, Result<NextTokens<'_>, RequestError>)| match next
+            .and_then(|next| catch_panic(|| sequence.advance(next, writing, metrics)))
+        {
+            Ok((status, texts)) => {
+                outcomes.answered();
+                ((status == SequenceStatus::Running).then_some(sequence), texts)
+            }
+            Err(error) => {
+                if error.is_ours() {
+                    outcomes.failed(&error);
                 }
-                Err(error) => {
-                    if error.is_ours() {
-                        outcomes.failed(&error);
-                    }
-                    sequence.request.fail(error);
-                    (None, None)
-                }
+                sequence.request.fail(error);
+                (None, Vec::new())
             }
         };
-        let is_much = !beside || texts.iter().any(|(_, next)| matches!(next, Ok(NextToken::Logits(_))));
-        let advanced: Vec<(Option<Sequence<B>>, Option<TokenText>)> =
-            match is_much && texts.len() >= PARALLEL_SEQUENCES_MIN {
-                true => texts.into_par_iter().with_min_len(PARALLEL_SEQUENCES_MIN / 4).map(advance).collect(),
-                false => texts.into_iter().map(advance).collect(),
-            };
+        let is_much = !is_beside || texts.iter().any(|(_, next)| matches!(next, Ok(NextTokens::Logits(_))));
+        let advanced: Vec<(Option<Sequence<B>>, Vec<TokenText>)> = match is_much && texts.len() >= PARALLEL_MIN {
+            true => texts.into_par_iter().with_min_len(PARALLEL_MIN / 4).map(advance).collect(),
+            false => texts.into_iter().map(advance).collect(),
+        };
         let (running, texts): (Vec<_>, Vec<_>) = advanced.into_iter().unzip();
-        self.running = running.into_iter().flatten().collect();
+        for mut sequence in running.into_iter().flatten() {
+            match catch_panic(|| sequence.branch_out(self.forward.backend())) {
+                Ok(()) => self.running.push(sequence),
+                Err(error) => {
+                    self.note_failure(&error);
+                    sequence.request.fail(error);
+                }
+            }
+        }
         if let Some(thread) = &self.texts {
             // It ends after this one does.
             drop(thread.send(texts.into_iter().flatten().collect()));

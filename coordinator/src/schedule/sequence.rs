@@ -1,29 +1,33 @@
 //! A sequence: one request between its prefill and its answer, with the decoder's caches, what was generated, and how
-//! it ends. A generated text has one branch; a scored request has one per target, and all of them share the
-//! cross-attention keys and values of the prompt. Kept and stepped by the scheduler.
+//! it ends. A generated text has one branch for each of its choices, and one for all of them until the first token is
+//! chosen; a scored request has one per target. All share the cross-attention keys and values of the prompt. Kept and
+//! stepped by the scheduler.
 
-use std::{ops::Range, sync::Arc, time::Instant};
+use std::{
+    ops::Range,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
-use parking_lot::Mutex;
-use sida_model::{Backend, GenerationConfig, ModelConfig, TokenRule, Tokenizer};
+use sida_model::Backend;
 use sida_telemetry::spans;
 
 use crate::{
     answer::{
-        answer_text::{AnswerText, TokenText},
-        output::{Finish, FinishReason, Scores, TargetScore, Token},
+        answer_text::TokenText,
+        output::{Finish, Scores, TargetScore, Token},
         request_error::RequestError,
-        sampler::Sampler,
         score,
         trace::Trace,
     },
     forward::{costs::Costs, expert_choice::SequenceRouting},
     intake::{
-        request::{GenerateOptions, Request, Work},
+        request::{Request, Work},
         request_span,
     },
     measures::metrics::Metrics,
     predict::predict::Progress,
+    schedule::generation::{Chosen, Generation, NextTokens, Writing},
 };
 
 /// A request that is being decoded.
@@ -46,28 +50,10 @@ pub(crate) struct Branch<B: Backend> {
 
 /// What is done with the decoder's output.
 pub(crate) enum Decoding {
-    /// The next token of the one branch is chosen, step after step.
+    /// The next token of each choice is chosen, step after step.
     Generate(Box<Generation>),
     /// The likelihood of the targets, one per branch, is read off a single step.
     Score,
-}
-
-/// A text as it is generated.
-pub(crate) struct Generation {
-    options: GenerateOptions,
-    sampler: Sampler,
-    text: Arc<Mutex<AnswerText>>,
-    generated: usize,
-    first_token_at: Option<Instant>,
-}
-
-/// What a decode step says of the next token.
-#[derive(Debug)]
-pub(crate) enum NextToken<'s> {
-    /// The token that the device chose, as [`Generation::best_but`] says; none if no logit is a number.
-    Chosen(Option<u32>),
-    /// The logits to choose from: (vocab_size).
-    Logits(&'s mut [f32]),
 }
 
 /// Whether a sequence takes part in the next step.
@@ -80,76 +66,118 @@ pub(crate) enum SequenceStatus {
 }
 
 impl<B: Backend> Sequence<B> {
-    /// A request whose prompt is encoded, with its branches.
+    /// A request whose prompt is encoded, with its branches. Those of a generated text are one, which begins with what it
+    /// feeds.
     pub(crate) fn new(request: Request, trace: Trace, branches: Vec<Branch<B>>) -> Self {
         let decoding = match &request.work {
-            Work::Generate { options, .. } => Decoding::Generate(Box::new(Generation::new(options))),
+            Work::Generate { options, .. } => {
+                let decoder_tokens = branches.first().map_or(&[][..], |branch| &branch.feed);
+                Decoding::Generate(Box::new(Generation::new(options, decoder_tokens)))
+            }
             Work::Score { .. } | Work::Encode { .. } => Decoding::Score,
         };
         Self { request, trace, branches, decoding }
     }
 
-    /// Takes the next token, or chooses it from the logits, and feeds it to the next step unless the text ends here. Its
-    /// text is streamed, or else, `beside` the next step, returned to be written if it has no stop texts.
+    /// How many places it takes among the running sequences: also for choices that have no branch of their own yet.
+    pub(crate) fn places(&self) -> usize {
+        match &self.decoding {
+            Decoding::Generate(generation) => generation.choices.len().max(self.branches.len()),
+            Decoding::Score => self.branches.len(),
+        }
+    }
+
+    /// Takes or chooses the next token of each choice, and feeds it to the next step unless the choice ends here. Texts are
+    /// streamed, or else, `beside` the next step, returned to be written if there are no stop texts.
     pub(crate) fn advance(
         &mut self,
-        next_token: NextToken<'_>,
-        config: &ModelConfig,
-        tokenizer: &Tokenizer,
+        next: NextTokens<'_>,
+        writing: Writing<'_>,
         metrics: &Metrics,
-        beside: bool,
-    ) -> Result<(SequenceStatus, Option<TokenText>), RequestError> {
+    ) -> Result<(SequenceStatus, Vec<TokenText>), RequestError> {
         let (Decoding::Generate(generation), Work::Generate { reply, .. }) = (&mut self.decoding, &self.request.work)
         else {
-            return Ok((SequenceStatus::Finished, None));
+            return Ok((SequenceStatus::Finished, Vec::new()));
         };
-        let chosen = match next_token {
-            NextToken::Chosen(token) => token,
-            NextToken::Logits(logits) => {
-                generation.rule(&config.generation).apply(logits);
-                generation.sampler.next(logits)
-            }
-        };
-        let id = chosen.ok_or(RequestError::NotANumber)?;
-        generation.generated += 1;
-        let last = generation.ends_with(id, &config.generation);
-        let is_beside = beside && generation.options.stop.is_empty();
-        let (text, reason) = match is_beside {
-            true => (String::new(), last),
-            false => {
-                let may_stop = generation.generated >= generation.options.tokens_min;
-                generation.text.lock().add(id, last, may_stop, tokenizer)?
-            }
-        };
-        metrics.generated_tokens.increment(1);
+        let is_beside = writing.is_beside && generation.options.stop.is_empty();
+        let chosen = generation.advance(next, Writing { is_beside, ..writing })?;
+        metrics.generated_tokens.increment(chosen.len() as u64);
         let now = Instant::now();
-        if generation.first_token_at.is_none() {
-            generation.first_token_at = Some(now);
+        let first_token_at = *generation.first_token_at.get_or_insert_with(|| {
             let waited = now - self.request.accepted;
             metrics.time_to_first_token_seconds.record(waited);
             self.request.span.set("sida.time_to_first_token_us", spans::microseconds(waited));
-        }
-        let finish = reason.map(|reason| {
-            generation.record_pace(now, metrics);
-            self.trace.timings.total = now - self.request.accepted;
-            request_span::describe_answer(&mut self.request.span, generation.generated, reason);
-            Finish {
-                reason,
-                prompt_tokens: self.request.tokens.len(),
-                generated_tokens: generation.generated,
-                trace: self.trace.clone(),
-            }
+            now
         });
-        self.branches[0].feed = vec![id];
-        let mut status = if finish.is_some() { SequenceStatus::Finished } else { SequenceStatus::Running };
-        if is_beside {
-            let token = TokenText { text: generation.text.clone(), id, finish, reply: reply.clone() };
-            return Ok((status, Some(token)));
+        let (mut texts, mut going, mut fed, mut is_gone) = (Vec::new(), Vec::new(), Vec::new(), false);
+        let choices = std::mem::take(&mut generation.choices);
+        for (choice, Chosen { id, logprobs, text, reason }) in choices.into_iter().zip(chosen) {
+            let finish = reason.map(|reason| {
+                record_pace(now - first_token_at, generation.generated, metrics);
+                self.trace.timings.total = now - self.request.accepted;
+                generation.ended_tokens += generation.generated;
+                generation.ended.push(reason);
+                Finish {
+                    reason,
+                    prompt_tokens: self.request.tokens.len(),
+                    generated_tokens: generation.generated,
+                    trace: self.trace.clone(),
+                }
+            });
+            fed.push(finish.is_none().then_some(id));
+            let token = Token { text, id, choice: choice.index, logprobs, finish };
+            let goes_on = token.finish.is_none();
+            if is_beside {
+                texts.push(TokenText { text: choice.text.clone(), token, reply: reply.clone() });
+            } else {
+                is_gone |= reply.send(Ok(token)).is_err();
+            }
+            if goes_on {
+                going.push(choice);
+            }
         }
-        if reply.send(Ok(Token { text, id, finish })).is_err() {
-            status = SequenceStatus::Finished;
+        generation.choices = going;
+        let is_over = generation.choices.is_empty();
+        if is_over {
+            request_span::describe_answer(&mut self.request.span, generation.ended_tokens, &generation.ended);
         }
-        Ok((status, None))
+        self.feed(fed);
+        let status = if is_over || is_gone { SequenceStatus::Finished } else { SequenceStatus::Running };
+        Ok((status, texts))
+    }
+
+    /// Feeds the next token of each choice to its branch, and drops the branches of those that have ended. Where one branch
+    /// has decided for several choices, it is left with all of their tokens for [`Sequence::branch_out`].
+    fn feed(&mut self, fed: Vec<Option<u32>>) {
+        if let ([branch], [_, _, ..]) = (&mut self.branches[..], &fed[..]) {
+            branch.feed = fed.into_iter().flatten().collect();
+            return;
+        }
+        let mut fed = fed.into_iter();
+        self.branches.retain_mut(|branch| match fed.next().flatten() {
+            Some(token) => {
+                branch.feed = vec![token];
+                true
+            }
+            None => false,
+        });
+    }
+
+    /// Gives each choice a branch of its own, once the first tokens are chosen.
+    pub(crate) fn branch_out(&mut self, backend: &B) -> Result<(), RequestError> {
+        let choices = self.places();
+        let [first] = &mut self.branches[..] else { return Ok(()) };
+        if choices < 2 {
+            return Ok(());
+        }
+        let others = first.feed.split_off(1);
+        let fork = |token| {
+            let state = backend.fork(&first.state)?;
+            Ok(Branch { state, progress: Arc::new(first.progress.fork()), feed: vec![token] })
+        };
+        let others = others.into_iter().map(fork).collect::<Result<Vec<_>, RequestError>>()?;
+        self.branches.extend(others);
+        Ok(())
     }
 
     /// Answers a scored request: `rows` are the rows of each branch in `states`.
@@ -178,41 +206,10 @@ impl<B: Backend> Sequence<B> {
     }
 }
 
-impl Generation {
-    fn new(options: &GenerateOptions) -> Self {
-        Self {
-            sampler: Sampler::new(options.sampling.clone()),
-            text: Arc::new(Mutex::new(AnswerText::new(options.stop.clone()))),
-            options: options.clone(),
-            generated: 0,
-            first_token_at: None,
-        }
-    }
-
-    /// What the next token may be.
-    fn rule<'a>(&self, model: &'a GenerationConfig) -> TokenRule<'a> {
-        model.token_rule(self.generated, self.options.tokens_min, self.options.tokens_max)
-    }
-
-    /// Whether the next token is the most likely one but for at most one, and which that is: then a device can choose it.
-    /// `None`: it is chosen from the logits.
-    pub(crate) fn best_but(&self, model: &GenerationConfig) -> Option<Option<u32>> {
-        if self.sampler.is_greedy() { self.rule(model).banned() } else { None }
-    }
-
-    /// Why the answer ends with this token, if it does, whatever its text is.
-    fn ends_with(&self, id: u32, model: &GenerationConfig) -> Option<FinishReason> {
-        if model.is_end(id) && !self.options.ignore_eos {
-            Some(FinishReason::End)
-        } else {
-            (self.generated >= self.options.tokens_max).then_some(FinishReason::Length)
-        }
-    }
-
-    fn record_pace(&self, now: Instant, metrics: &Metrics) {
-        if let (Some(first), Some(others)) = (self.first_token_at, self.generated.checked_sub(1).filter(|&n| n > 0)) {
-            metrics.time_per_output_token_seconds.record((now - first) / others as u32);
-        }
+/// Notes how fast the tokens behind the first came.
+fn record_pace(since_first: Duration, generated: usize, metrics: &Metrics) {
+    if let Some(others) = generated.checked_sub(1).filter(|&others| others > 0) {
+        metrics.time_per_output_token_seconds.record(since_first / others as u32);
     }
 }
 
@@ -230,31 +227,4 @@ pub(crate) fn absorb_costs(trace: &mut Trace, costs: &Costs) {
     trace.timings.load += costs.load;
     trace.demand_loads += costs.demand_loads;
     trace.failovers += costs.failovers;
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::answer::sampler::SamplerSettings;
-
-    #[test]
-    fn a_device_chooses_only_where_one_token_is_banned() {
-        // Would break: a GPU's greedy choice is a token that is never to be written.
-        let generation = |tokens_min, temperature| {
-            let sampling = SamplerSettings { temperature, ..SamplerSettings::default() };
-            Generation::new(&GenerateOptions { tokens_max: 9, tokens_min, sampling, ..GenerateOptions::default() })
-        };
-        let one_end = GenerationConfig::plain(0, vec![1]);
-        let two_ends = GenerationConfig::plain(0, vec![1, 5]);
-        assert_eq!(generation(0, 0.0).best_but(&one_end), Some(None));
-        assert_eq!(generation(2, 0.0).best_but(&one_end), Some(Some(1)));
-        assert_eq!(generation(0, 0.5).best_but(&one_end), None, "it is drawn");
-        assert_eq!(generation(0, 0.0).best_but(&two_ends), Some(None));
-        assert_eq!(generation(2, 0.0).best_but(&two_ends), None);
-        let suppressed = GenerationConfig { suppress_tokens: vec![7], ..one_end.clone() };
-        assert_eq!(generation(0, 0.0).best_but(&suppressed), Some(Some(7)));
-        assert_eq!(generation(2, 0.0).best_but(&suppressed), None);
-        let forced = GenerationConfig { forced_bos_token_id: Some(3), ..one_end };
-        assert_eq!(generation(0, 0.0).best_but(&forced), None);
-    }
 }

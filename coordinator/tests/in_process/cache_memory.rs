@@ -16,7 +16,7 @@ const TOKENS: usize = 24;
 
 fn params(number: usize) -> GenerateParams {
     let text = format!("sst2 sentence: movie number {number} is {}", "fine ".repeat(number));
-    GenerateParams { text, max_tokens: TOKENS, ignore_eos: true, ..Default::default() }
+    GenerateParams { prompt: text.into(), max_tokens: TOKENS, ignore_eos: true, ..Default::default() }
 }
 
 async fn answer(cluster: &PlainCluster, params: GenerateParams) -> Result<Vec<Token>, RequestError> {
@@ -80,11 +80,12 @@ async fn memory_is_for_sequences_only() {
     let size = CacheSize::new(&checkpoint.config().spec(), size_of::<f32>());
     let cluster =
         start(1, PredictorSource::Off, |config| config.limits.cache_bytes_max = size.of_request(8, 2, 1)).await;
-    let encoded = cluster.coordinator.encode(EncodeParams { text: "good ".repeat(400), ..Default::default() }).await;
+    let long = EncodeParams { prompt: "good ".repeat(400).into(), ..Default::default() };
+    let encoded = cluster.coordinator.encode(long).await;
     assert!(encoded.is_ok(), "{encoded:?}");
     let score = |targets: usize| {
         let targets = vec!["x".to_owned(); targets];
-        cluster.coordinator.score(ScoreParams { text: "good".into(), targets, ..Default::default() })
+        cluster.coordinator.score(ScoreParams { prompt: "good".into(), targets, ..Default::default() })
     };
     assert_eq!(score(2).await.expect("two fit").targets.len(), 2);
     assert!(matches!(score(3).await, Err(RequestError::CacheTooSmall { .. })));

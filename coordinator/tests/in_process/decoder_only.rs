@@ -6,7 +6,7 @@ use std::sync::{Arc, atomic::Ordering};
 use futures::{StreamExt, future::join_all};
 use sida_coordinator::{
     Alpha, Coordinator, EncodeParams, GenerateParams, MicroBatching, Pooling, PredictorSource, RequestError,
-    RoutingMode, ScoreParams,
+    RoutingMode, Sampling, ScoreParams, Token,
 };
 use sida_model::{Reference, Tokenizer};
 use sida_predictor::{HashPredictor, HitRate, PredictorError, PredictorState};
@@ -94,7 +94,7 @@ impl Oracle {
 }
 
 async fn generate(coordinator: &Coordinator, text: &str) -> Result<(Vec<u32>, String), RequestError> {
-    let params = GenerateParams { text: text.into(), max_tokens: TOKENS, ..Default::default() };
+    let params = GenerateParams { prompt: text.into(), max_tokens: TOKENS, ..Default::default() };
     let mut stream = coordinator.generate(params).await?;
     let (mut ids, mut text) = (Vec::new(), String::new());
     while let Some(token) = stream.next().await {
@@ -147,7 +147,7 @@ async fn scores_go_on_from_the_prompt() {
     let cluster = start_model(&decoder_only_dir(), 2, PredictorSource::Off, |_| ()).await;
     let targets = ["s", " of the layer", "é"];
     let params =
-        ScoreParams { text: TEXTS[0].into(), targets: targets.map(String::from).to_vec(), ..Default::default() };
+        ScoreParams { prompt: TEXTS[0].into(), targets: targets.map(String::from).to_vec(), ..Default::default() };
     let scores = cluster.coordinator.score(params).await.expect("scored");
     let (prompt, vocab) = (oracle.ids(TEXTS[0]), oracle.reference.config().vocab_size);
     for (target, found) in targets.iter().zip(&scores.targets) {
@@ -170,7 +170,7 @@ async fn states_are_the_last_hidden_ones() {
     let oracle = Oracle::open();
     let cluster = start_model(&decoder_only_dir(), 2, PredictorSource::Off, |_| ()).await;
     let encode = |text: &&str| {
-        let params = EncodeParams { text: (*text).into(), pooling: Pooling::None, ..Default::default() };
+        let params = EncodeParams { prompt: (*text).into(), pooling: Pooling::None, ..Default::default() };
         async { cluster.coordinator.encode(params).await.expect("encoded") }
     };
     let texts = &TEXTS[..4];
@@ -188,10 +188,23 @@ async fn a_table_that_is_right_gives_the_models_own_tokens() {
     let expected = oracle.reference.generate_greedy(&oracle.ids(TEXTS[3]), TOKENS).expect("answer");
     for alpha in [Alpha::Router, Alpha::Predicted] {
         let routing = RoutingMode::Hash { alpha };
-        let params = GenerateParams { text: TEXTS[3].into(), max_tokens: TOKENS, routing, ..Default::default() };
+        let params = GenerateParams { prompt: TEXTS[3].into(), max_tokens: TOKENS, routing, ..Default::default() };
         let tokens: Vec<_> = cluster.coordinator.generate(params).await.expect("accepted").collect().await;
         let ids: Vec<u32> = tokens.into_iter().map(|token| token.expect("token").id).collect();
         assert_eq!(ids, expected, "{alpha:?}");
+        // Choices go on from what the predictor knows of the prompt, each from its own tokens.
+        let sampling = Sampling { temperature: Some(1.0), seed: Some(4), ..Default::default() };
+        let drawn = |routing| {
+            let sampling = sampling.clone();
+            let params =
+                GenerateParams { prompt: TEXTS[3].into(), choices: 3, routing, sampling, ..Default::default() };
+            let params = GenerateParams { max_tokens: TOKENS, ..params };
+            async { cluster.coordinator.generate(params).await.expect("accepted").collect::<Vec<_>>().await }
+        };
+        let ids = |tokens: Vec<Result<Token, RequestError>>| -> Vec<(usize, u32)> {
+            tokens.into_iter().map(|token| token.expect("token")).map(|token| (token.choice, token.id)).collect()
+        };
+        assert_eq!(ids(drawn(routing).await), ids(drawn(RoutingMode::Exact).await), "{alpha:?}");
     }
 }
 
@@ -205,7 +218,7 @@ async fn the_table_may_choose_several_experts() {
     let mut differ = 0;
     for alpha in [Alpha::Router, Alpha::Predicted] {
         let routing = RoutingMode::Hash { alpha };
-        let params = GenerateParams { text: TEXTS[3].into(), max_tokens: TOKENS, routing, ..Default::default() };
+        let params = GenerateParams { prompt: TEXTS[3].into(), max_tokens: TOKENS, routing, ..Default::default() };
         let tokens: Vec<_> = cluster.coordinator.generate(params).await.expect("accepted").collect().await;
         let ids: Vec<u32> = tokens.into_iter().map(|token| token.expect("token").id).collect();
         differ += usize::from(ids != expected);

@@ -15,8 +15,8 @@ use crate::{
 };
 
 async fn encode(coordinator: &Coordinator) -> Encoding {
-    let text = "sst2 sentence: a gorgeous , witty , seductive movie .".into();
-    coordinator.encode(EncodeParams { text, ..Default::default() }).await.expect("an answer")
+    let prompt = "sst2 sentence: a gorgeous , witty , seductive movie .".into();
+    coordinator.encode(EncodeParams { prompt, ..Default::default() }).await.expect("an answer")
 }
 
 async fn cluster() -> (Vec<Arc<PlainExperts>>, Vec<PlainNode>, Coordinator) {

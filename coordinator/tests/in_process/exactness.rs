@@ -68,7 +68,7 @@ async fn greedy_tokens_are_the_references() {
             let micro_batching = if nodes % 2 == 1 { MicroBatching::Always } else { MicroBatching::Never };
             let cluster = start(nodes, predictor, |config| config.micro_batching = micro_batching).await;
             let answers = TEXTS.map(|text| {
-                let params = GenerateParams { text: text.into(), max_tokens: 24, ..Default::default() };
+                let params = GenerateParams { prompt: text.into(), max_tokens: 24, ..Default::default() };
                 generate(&cluster.coordinator, params)
             });
             for (text, (ids, answer, _)) in TEXTS.iter().zip(join_all(answers).await) {
@@ -95,7 +95,7 @@ async fn encoder_states_are_the_references_to_the_bit() {
 
 async fn encodings_are_the_references(oracle: &Oracle, coordinator: &Coordinator) {
     let encode = |text: &&str| {
-        let params = EncodeParams { text: (*text).into(), pooling: Pooling::None, ..Default::default() };
+        let params = EncodeParams { prompt: (*text).into(), pooling: Pooling::None, ..Default::default() };
         async { coordinator.encode(params).await.expect("encoded") }
     };
     for (text, encoding) in TEXTS.iter().zip(join_all(TEXTS.iter().map(encode)).await) {
@@ -112,7 +112,7 @@ async fn encodings_are_the_references(oracle: &Oracle, coordinator: &Coordinator
         let looked_up = encoding.trace.hash.hits + encoding.trace.hash.misses;
         assert_eq!(looked_up, (ids.len() * routing.len()) as u64);
     }
-    let mean = EncodeParams { text: TEXTS[0].into(), ..Default::default() };
+    let mean = EncodeParams { prompt: TEXTS[0].into(), ..Default::default() };
     let mean = coordinator.encode(mean).await.expect("encoded");
     assert_eq!((mean.rows, mean.states.len()), (1, mean.d_model));
 }
@@ -125,7 +125,7 @@ async fn scores_are_the_references() {
     let targets = ["positive", "negative", "True", "not_equivalent"];
     let score = |text: &&str| {
         let targets = targets.map(String::from).to_vec();
-        let params = ScoreParams { text: (*text).into(), targets, ..Default::default() };
+        let params = ScoreParams { prompt: (*text).into(), targets, ..Default::default() };
         async { cluster.coordinator.score(params).await.expect("scored") }
     };
     for (text, scores) in TEXTS.iter().zip(join_all(TEXTS.iter().map(score)).await) {
@@ -157,7 +157,7 @@ async fn capacity_is_the_references() {
     let cluster = start(2, PredictorSource::Off, |config| config.enforce_capacity = true).await;
     let oracle = Oracle { reference: oracle.reference.with_enforced_capacity(true), ..oracle };
     for text in TEXTS {
-        let params = GenerateParams { text: text.into(), max_tokens: 8, ..Default::default() };
+        let params = GenerateParams { prompt: text.into(), max_tokens: 8, ..Default::default() };
         assert_eq!(generate(&cluster.coordinator, params).await.0, oracle.greedy(text, 8));
     }
 }
@@ -172,7 +172,7 @@ async fn hash_mode_follows_the_table() {
     let encode = |(at, text): (usize, &&str)| {
         let alpha = if at % 3 == 1 { Alpha::Router } else { Alpha::Predicted };
         let routing = if at % 3 == 0 { RoutingMode::Exact } else { RoutingMode::Hash { alpha } };
-        let params = EncodeParams { text: (*text).into(), routing, pooling: Pooling::None, ..Default::default() };
+        let params = EncodeParams { prompt: (*text).into(), routing, pooling: Pooling::None, ..Default::default() };
         async { cluster.coordinator.encode(params).await.expect("encoded") }
     };
     let encodings = join_all(TEXTS.iter().enumerate().map(encode)).await;
@@ -201,7 +201,7 @@ async fn unpredicted_hash_is_exact_and_says_so() {
     let oracle = Oracle::open();
     let cluster = start(1, PredictorSource::Off, |_| ()).await;
     let routing = RoutingMode::Hash { alpha: Alpha::Predicted };
-    let params = EncodeParams { text: TEXTS[0].into(), routing, pooling: Pooling::None, ..Default::default() };
+    let params = EncodeParams { prompt: TEXTS[0].into(), routing, pooling: Pooling::None, ..Default::default() };
     let encoding = cluster.coordinator.encode(params).await.expect("encoded");
     let ids = oracle.tokenizer.encode(TEXTS[0]).expect("ids");
     assert_eq!(encoding.states, oracle.reference.encode(&ids).expect("states").0);
@@ -212,8 +212,7 @@ async fn unpredicted_hash_is_exact_and_says_so() {
 async fn options_of_generation() {
     // Would break: an answer does not end where it was asked to, or goes on where it was not.
     let cluster = start(2, PredictorSource::Off, |_| ()).await;
-    let text = TEXTS[0].to_owned();
-    let free = GenerateParams { text: text.clone(), max_tokens: 32, ..Default::default() };
+    let free = GenerateParams { prompt: TEXTS[0].into(), max_tokens: 32, ..Default::default() };
     let (ids, answer, reason) = generate(&cluster.coordinator, free.clone()).await;
     assert_eq!(reason, FinishReason::End);
     let forced = GenerateParams { min_tokens: Some(20), max_tokens: 20, ..free.clone() };
@@ -233,7 +232,8 @@ async fn options_of_generation() {
     let long = GenerateParams { min_tokens: Some(12), ..short };
     let (ids, _, reason) = generate(&cluster.coordinator, long).await;
     assert!(ids.len() >= 12 && reason == FinishReason::Stop, "{} tokens, {reason:?}", ids.len());
-    let sampling = Sampling { temperature: Some(1.5), top_k: Some(50), top_p: Some(0.95), seed: Some(11) };
+    let (temperature, top_k, top_p, seed) = (Some(1.5), Some(50), Some(0.95), Some(11));
+    let sampling = Sampling { temperature, top_k, top_p, seed, ..Default::default() };
     let sampled = GenerateParams { sampling, min_tokens: Some(12), max_tokens: 12, ..free };
     let alone = generate(&cluster.coordinator, sampled.clone()).await.0;
     let together = join_all([sampled.clone(), sampled.clone()].map(|p| generate(&cluster.coordinator, p))).await;
@@ -244,7 +244,7 @@ async fn options_of_generation() {
 async fn a_stop_text_ends_an_answer_that_is_long_enough() {
     // Would break: an answer runs on past a stop text that its last required token completes, or that began before that.
     let (cluster, oracle) = (start(2, PredictorSource::Off, |_| ()).await, Oracle::open());
-    let free = GenerateParams { text: TEXTS[2].to_owned(), max_tokens: 12, ..Default::default() };
+    let free = GenerateParams { prompt: TEXTS[2].into(), max_tokens: 12, ..Default::default() };
     let (ids, _, _) = generate(&cluster.coordinator, free.clone()).await;
     let text_of = |tokens: usize| oracle.tokenizer.decode(&ids[..tokens]).expect("text");
     let mut looked_at = 0;

@@ -21,7 +21,7 @@ use crate::{
 const TEXT: &str = "sst2 sentence: a gorgeous , witty , seductive movie .";
 
 async fn encode(cluster: &PlainCluster, text: &str) -> Result<Encoding, RequestError> {
-    cluster.coordinator.encode(EncodeParams { text: text.into(), ..Default::default() }).await
+    cluster.coordinator.encode(EncodeParams { prompt: text.into(), ..Default::default() }).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -72,7 +72,7 @@ async fn missing_expert_fails_only_those_who_need_it() {
 async fn retries_end_with_their_budget() {
     // Would break: nodes that fail for having too much to do get every call of every coordinator once more.
     let cluster = start(2, PredictorSource::Off, |config| config.expert_call_timeout = Duration::from_millis(50)).await;
-    let endless = GenerateParams { text: TEXT.into(), min_tokens: Some(400), max_tokens: 400, ..Default::default() };
+    let endless = GenerateParams { prompt: TEXT.into(), min_tokens: Some(400), max_tokens: 400, ..Default::default() };
     cluster.nodes[0].behave(Behaviour::ShutsDown);
     let tokens = cluster.coordinator.generate(endless.clone()).await.expect("accepted");
     let tokens: Vec<_> = tokens.collect().await;
@@ -88,7 +88,7 @@ async fn retries_wait_for_their_budget() {
     // Would break: requests fail for the failures of others before them, although somebody could answer.
     let cluster = start(2, PredictorSource::Off, |_| ()).await;
     cluster.nodes[0].behave(Behaviour::ShutsDown);
-    let long = GenerateParams { text: TEXT.into(), min_tokens: Some(150), max_tokens: 150, ..Default::default() };
+    let long = GenerateParams { prompt: TEXT.into(), min_tokens: Some(150), max_tokens: 150, ..Default::default() };
     let tokens = cluster.coordinator.generate(long).await.expect("accepted");
     let tokens: Vec<_> = tokens.collect().await;
     assert!(tokens.len() == 150 && tokens.iter().all(Result::is_ok), "{:?}", tokens.last());
@@ -100,7 +100,7 @@ async fn nobody_left_is_an_error_and_passes() {
     let cluster = start(2, PredictorSource::Off, |_| ()).await;
     cluster.nodes.iter().for_each(|node| node.behave(Behaviour::Panics));
     assert!(matches!(encode(&cluster, TEXT).await, Err(RequestError::ExpertUnavailable { .. })));
-    let generate = GenerateParams { text: TEXT.into(), ..Default::default() };
+    let generate = GenerateParams { prompt: TEXT.into(), ..Default::default() };
     let mut stream = cluster.coordinator.generate(generate).await.expect("accepted");
     assert!(matches!(stream.next().await, Some(Err(RequestError::ExpertUnavailable { .. }))));
     assert!(cluster.coordinator.probe().await.is_err());
@@ -115,10 +115,10 @@ async fn not_a_number_is_never_an_answer() {
     let cluster = start(1, PredictorSource::Off, |_| ()).await;
     cluster.nodes[0].behave(Behaviour::Nan);
     assert!(matches!(encode(&cluster, TEXT).await, Err(RequestError::NotANumber)));
-    let generate = GenerateParams { text: TEXT.into(), ..Default::default() };
+    let generate = GenerateParams { prompt: TEXT.into(), ..Default::default() };
     let mut stream = cluster.coordinator.generate(generate).await.expect("accepted");
     assert!(matches!(stream.next().await, Some(Err(RequestError::NotANumber))));
-    let score = ScoreParams { text: TEXT.into(), targets: vec!["positive".into()], ..Default::default() };
+    let score = ScoreParams { prompt: TEXT.into(), targets: vec!["positive".into()], ..Default::default() };
     assert!(matches!(cluster.coordinator.score(score).await, Err(RequestError::NotANumber)));
     assert!(cluster.coordinator.probe().await.is_err());
 }
@@ -128,7 +128,8 @@ async fn deadline_and_departure_free_the_batch() {
     // Would break: a request that nobody waits for is computed to its end, or ends its neighbours.
     let cluster = start(1, PredictorSource::Off, |_| ()).await;
     cluster.nodes[0].behave(Behaviour::Slow(Duration::from_millis(5)));
-    let endless = GenerateParams { text: TEXT.into(), min_tokens: Some(1000), max_tokens: 1000, ..Default::default() };
+    let endless =
+        GenerateParams { prompt: TEXT.into(), min_tokens: Some(1000), max_tokens: 1000, ..Default::default() };
     let deadline = Some(Instant::now() + Duration::from_millis(300));
     let late = cluster.coordinator.generate(GenerateParams { deadline, ..endless.clone() }).await.expect("accepted");
     let mut leaving = cluster.coordinator.generate(endless.clone()).await.expect("accepted");
@@ -153,7 +154,7 @@ async fn together(
     let encode = |patience: Option<Duration>| {
         let start = Instant::now();
         let deadline = patience.map(|patience| start + patience);
-        let answer = cluster.coordinator.encode(EncodeParams { text: TEXT.into(), deadline, ..Default::default() });
+        let answer = cluster.coordinator.encode(EncodeParams { prompt: TEXT.into(), deadline, ..Default::default() });
         async move { (answer.await, start.elapsed()) }
     };
     join_all(patience.map(encode)).await
@@ -192,7 +193,7 @@ async fn a_deadline_ends_a_stream_at_once() {
     cluster.nodes[0].behave(Behaviour::Slow(Duration::from_millis(400)));
     let start = Instant::now();
     let deadline = Some(start + Duration::from_millis(100));
-    let params = GenerateParams { text: TEXT.into(), deadline, ..Default::default() };
+    let params = GenerateParams { prompt: TEXT.into(), deadline, ..Default::default() };
     let tokens: Vec<_> = cluster.coordinator.generate(params).await.expect("accepted").collect().await;
     assert!(matches!(tokens[..], [Err(RequestError::DeadlineExceeded)]), "{tokens:?}");
     assert!(start.elapsed() < Duration::from_millis(300), "{:?}", start.elapsed());
@@ -229,7 +230,7 @@ async fn stop_answers_what_was_accepted() {
     }
     coordinator.stop().await;
     assert!(pending.await.expect("no panic").is_ok());
-    let after = coordinator.encode(EncodeParams { text: TEXT.into(), ..Default::default() }).await;
+    let after = coordinator.encode(EncodeParams { prompt: TEXT.into(), ..Default::default() }).await;
     assert!(matches!(after, Err(RequestError::ShuttingDown)));
 }
 
@@ -280,7 +281,7 @@ async fn broken_predictor_costs_hints_only() {
     let (cluster, sound) = (start(2, broken, |_| ()).await, start(2, PredictorSource::Off, |_| ()).await);
     for routing in [RoutingMode::Exact, RoutingMode::Hash { alpha: Default::default() }] {
         let params =
-            GenerateParams { text: TEXT.into(), routing, min_tokens: Some(8), max_tokens: 8, ..Default::default() };
+            GenerateParams { prompt: TEXT.into(), routing, min_tokens: Some(8), max_tokens: 8, ..Default::default() };
         let tokens: Vec<_> = cluster.coordinator.generate(params.clone()).await.expect("accepted").collect().await;
         let expected: Vec<_> = sound.coordinator.generate(params).await.expect("accepted").collect().await;
         let ids = |tokens: &[Result<sida_coordinator::Token, RequestError>]| -> Vec<u32> {

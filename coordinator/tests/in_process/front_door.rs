@@ -7,24 +7,25 @@ use sida_proto::v1::{
     self, EncodeRequest, GenerateRequest, RoutingOptions, ScoreRequest, cluster_client::ClusterClient,
     inference_client::InferenceClient,
 };
-use sida_rpc::{ClientConfig, MESSAGE_BYTES_MAX, Reason, client::deadline_status, connect};
+use sida_rpc::{Channel, ClientConfig, MESSAGE_BYTES_MAX, Reason, client::deadline_status, connect};
 use tokio::{net::TcpListener, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, Request, codec::CompressionEncoding, transport::Channel};
+use tonic::{Code, Request, codec::CompressionEncoding};
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
 use crate::plain_experts::{Behaviour, PlainCluster, start};
 
-const TEXT: &str = "sst2 sentence: a gorgeous , witty , seductive movie .";
+pub(crate) const TEXT: &str = "sst2 sentence: a gorgeous , witty , seductive movie .";
 
-struct Served {
-    cluster: PlainCluster,
-    channel: Channel,
+/// A coordinator that is asked by gRPC.
+pub(crate) struct Served {
+    pub(crate) cluster: PlainCluster,
+    pub(crate) channel: Channel,
     shutdown: CancellationToken,
     server: JoinHandle<()>,
 }
 
-async fn served() -> Served {
+pub(crate) async fn served() -> Served {
     let cluster =
         start(2, PredictorSource::Off, |config| config.server.health_period = Duration::from_millis(50)).await;
     let listener = TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], 0))).await.expect("a port");
@@ -161,7 +162,7 @@ async fn requests_are_counted_however_they_end() {
     client.model(v1::ModelRequest {}).await.expect("model");
     for (timeout, code) in [("40m", "DEADLINE_EXCEEDED"), ("soon", "INVALID_ARGUMENT")] {
         let count = || {
-            let line = format!("sida_requests_total{{method=\"Score\",code=\"{code}\"}} ");
+            let line = format!("sida_requests_total{{door=\"grpc\",method=\"Score\",code=\"{code}\"}} ");
             let text = metrics.render();
             text.lines()
                 .find_map(|found| found.strip_prefix(&line)?.parse::<u64>().ok())

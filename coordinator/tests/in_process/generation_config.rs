@@ -16,7 +16,7 @@ async fn answer(coordinator: &Coordinator, params: GenerateParams) -> (Vec<u32>,
 }
 
 fn params(max_tokens: usize) -> GenerateParams {
-    GenerateParams { text: TEXT.into(), max_tokens, ..Default::default() }
+    GenerateParams { prompt: TEXT.into(), max_tokens, ..Default::default() }
 }
 
 /// A coordinator of the small model with this generation config, and the reference of that.
@@ -44,6 +44,7 @@ async fn answers_follow_it() {
         format!(r#"{{"begin_suppress_tokens": [{first}, 1]}}"#),
         r#"{"forced_bos_token_id": 77, "forced_eos_token_id": [1, 9]}"#.to_owned(),
         r#"{"decoder_start_token_id": 77}"#.to_owned(),
+        r#"{"repetition_penalty": 2.5}"#.to_owned(),
     ] {
         let (coordinator, reference) = with(&config).await;
         let expected = reference.generate_greedy(&prompt, 12).expect("answer");
@@ -73,7 +74,8 @@ async fn requests_overrule_its_defaults() {
     assert_eq!(answer(&coordinator, params(2)).await.0.len(), 2);
     // The least length can be switched off.
     let (long, _) = with(r#"{"min_new_tokens": 9}"#).await;
-    let short = |min_tokens| GenerateParams { text: "sst2 sentence: flat and dull .".into(), min_tokens, ..params(12) };
+    let short =
+        |min_tokens| GenerateParams { prompt: "sst2 sentence: flat and dull .".into(), min_tokens, ..params(12) };
     let expected = answer(&plain, short(None)).await;
     assert!(expected.0.len() < 9 && answer(&long, short(None)).await.0.len() > 9);
     assert_eq!(answer(&long, short(Some(0))).await, expected);

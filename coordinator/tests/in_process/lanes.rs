@@ -32,11 +32,11 @@ fn addresses(nodes: &[PlainNode]) -> Vec<Address> {
 }
 
 async fn encode(coordinator: &Coordinator) -> Result<Encoding, RequestError> {
-    coordinator.encode(EncodeParams { text: TEXT.into(), ..Default::default() }).await
+    coordinator.encode(EncodeParams { prompt: TEXT.into(), ..Default::default() }).await
 }
 
 async fn generate(coordinator: &Coordinator) -> Vec<Token> {
-    let params = GenerateParams { text: TEXT.into(), min_tokens: Some(12), max_tokens: 12, ..Default::default() };
+    let params = GenerateParams { prompt: TEXT.into(), min_tokens: Some(12), max_tokens: 12, ..Default::default() };
     let tokens = coordinator.generate(params).await.expect("accepted");
     tokens.map(|token| token.expect("token")).collect().await
 }
@@ -77,7 +77,7 @@ async fn a_pass_that_is_given_up_leaves_nothing_under_way() {
     experts[0].behave(Behaviour::Slow(Duration::from_millis(150)));
     for _ in 0..3 {
         let deadline = Some(Instant::now() + Duration::from_millis(60));
-        let params = EncodeParams { text: TEXT.into(), deadline, ..Default::default() };
+        let params = EncodeParams { prompt: TEXT.into(), deadline, ..Default::default() };
         let answers = join_all([params.clone(), params].map(|params| coordinator.encode(params))).await;
         assert!(answers.iter().all(|answer| matches!(answer, Err(RequestError::DeadlineExceeded))), "{answers:?}");
     }
@@ -92,7 +92,7 @@ async fn micro_batches_are_under_way_together() {
     // Would break: one waits for the answers to the other; or gets them, or its failures.
     let texts: Vec<String> = (0..7).map(|i| format!("sst2 sentence: it is {}", "fine ".repeat(i))).collect();
     let encode = async |coordinator: &Coordinator| {
-        let params = |text: &String| EncodeParams { text: text.clone(), ..Default::default() };
+        let params = |text: &String| EncodeParams { prompt: text.clone().into(), ..Default::default() };
         join_all(texts.iter().map(|text| coordinator.encode(params(text)))).await
     };
     let here = start(1, PredictorSource::Off, |_| ()).await;
@@ -126,7 +126,7 @@ async fn dead_node_costs_a_detour_and_may_come_back() {
     let (experts, mut nodes) = nodes(2).await;
     let coordinator = start_over(addresses(&nodes), Vec::new(), PredictorSource::Off, |_| ()).await;
     let expected = encode(&coordinator).await.expect("encoded").states;
-    let params = GenerateParams { text: TEXT.into(), min_tokens: Some(400), max_tokens: 400, ..Default::default() };
+    let params = GenerateParams { prompt: TEXT.into(), min_tokens: Some(400), max_tokens: 400, ..Default::default() };
     let mut running = coordinator.generate(params).await.expect("accepted");
     for _ in 0..20 {
         running.next().await.expect("a token").expect("before the crash");

@@ -15,7 +15,7 @@ async fn refused(cluster: &PlainCluster, params: GenerateParams) -> RequestError
 async fn texts() {
     // Would break: a text that cannot be answered is queued, or is tokenized however long it is.
     let cluster = start(1, PredictorSource::Off, |_| ()).await;
-    let encode = |text: String| cluster.coordinator.encode(EncodeParams { text, ..Default::default() });
+    let encode = |text: String| cluster.coordinator.encode(EncodeParams { prompt: text.into(), ..Default::default() });
     for empty in ["", " \n\t "] {
         assert!(matches!(encode(empty.into()).await, Err(RequestError::EmptyText)));
     }
@@ -33,7 +33,7 @@ async fn texts() {
 async fn options() {
     // Would break: an option out of its range is taken, and does something else than it says.
     let cluster = start(1, PredictorSource::Off, |_| ()).await;
-    let base = GenerateParams { text: "good".into(), ..Default::default() };
+    let base = GenerateParams { prompt: "good".into(), ..Default::default() };
     let sampling =
         |temperature, top_p| Sampling { temperature: Some(temperature), top_p: Some(top_p), ..Default::default() };
     let cases = [
@@ -66,7 +66,7 @@ async fn targets() {
     // Would break: a scored request without candidates, or with more than a batch holds, reaches the engine.
     let cluster = start(1, PredictorSource::Off, |config| config.limits.tokens_max = 100).await;
     let score = |targets: Vec<String>| {
-        cluster.coordinator.score(ScoreParams { text: "good".into(), targets, ..Default::default() })
+        cluster.coordinator.score(ScoreParams { prompt: "good".into(), targets, ..Default::default() })
     };
     for targets in [vec![], vec!["x".to_owned(); 65], vec![" ".to_owned()], vec!["good ".repeat(60); 2]] {
         let answer = score(targets).await;

@@ -1,9 +1,13 @@
-//! A coordinator with expert-nodes in this process: what it answers ([`exactness`], [`decoder_only`], [`generation_config`]), what it
-//! survives ([`failures`]), how it reaches nodes behind sockets ([`lanes`], [`epochs`]), what it refuses ([`limits`]), how
-//! sequences share their memory ([`cache_memory`]), what predictions cost ([`prediction`]), and how that looks by gRPC
-//! ([`front_door`], [`our_faults`]). Whole clusters of real nodes are tested in the `tests` crate.
+//! A coordinator with expert-nodes in this process: what it answers ([`exactness`], [`decoder_only`], [`generation_config`],
+//! [`choices`]) to prompts of all kinds ([`prompts`]), what it survives ([`failures`]), how it reaches nodes behind sockets
+//! ([`lanes`], [`epochs`]), what it refuses ([`limits`]), how sequences share their memory ([`cache_memory`]), what
+//! predictions cost ([`prediction`]), whom it knows ([`clients`]), and how that looks by gRPC ([`front_door`],
+//! [`open_inference`], [`our_faults`]) and by HTTP ([`openai_door`]). Whole clusters of real nodes are tested in the `tests`
+//! crate.
 
 mod cache_memory;
+mod choices;
+mod clients;
 mod decoder_only;
 mod epochs;
 mod exactness;
@@ -13,7 +17,11 @@ mod generation_config;
 mod lanes;
 mod limits;
 mod noise_predictor;
+mod open_inference;
+mod openai_door;
 mod our_faults;
 mod plain_experts;
+mod plain_http;
 mod plain_nodes;
 mod prediction;
+mod prompts;

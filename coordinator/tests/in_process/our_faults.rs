@@ -11,10 +11,10 @@ use std::{
 use parking_lot::Mutex;
 use sida_coordinator::{PredictorSource, serve};
 use sida_proto::v1::{EncodeRequest, GenerateRequest, ScoreRequest, inference_client::InferenceClient};
-use sida_rpc::{ClientConfig, connect};
+use sida_rpc::{Channel, ClientConfig, connect};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, Request, transport::Channel};
+use tonic::{Code, Request};
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 use tracing::{
     Event, Metadata, Subscriber,
@@ -113,7 +113,7 @@ async fn they_are_logged_and_end_readiness() {
         assert_eq!(status.code(), Code::Internal, "{status:?}");
     }
     health_is(&channel, false).await;
-    let mut request = Request::new(ScoreRequest { text: TEXT.into(), targets: vec!["x".into()], routing: None });
+    let mut request = Request::new(ScoreRequest { text: TEXT.into(), targets: vec!["x".into()], ..Default::default() });
     request.metadata_mut().insert("x-request-id", "score-4".parse().expect("ASCII"));
     assert_eq!(client.score(request).await.expect_err("not a number").code(), Code::Internal);
     let lines = LINES.get().expect("lines").lock().clone();

@@ -19,9 +19,9 @@ const TOKENS: usize = 24;
 const HASH: RoutingMode = RoutingMode::Hash { alpha: Alpha::Router };
 
 async fn generate(coordinator: &Coordinator, routing: RoutingMode) -> Vec<Token> {
-    let text = "sst2 sentence: a gorgeous , witty , seductive movie .".into();
+    let prompt = "sst2 sentence: a gorgeous , witty , seductive movie .".into();
     let params = GenerateParams {
-        text,
+        prompt,
         routing,
         min_tokens: Some(TOKENS),
         max_tokens: TOKENS,

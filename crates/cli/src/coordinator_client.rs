@@ -4,15 +4,15 @@
 use anyhow::Context;
 use futures::{StreamExt, stream::BoxStream};
 use sida_coordinator::{
-    Alpha, Coordinator, EncodeParams, GenerateParams, Pooling, RequestError, RoutingMode, ScoreParams,
+    Alpha, Coordinator, EncodeParams, GenerateParams, Pooling, Prompt, RequestError, RoutingMode, ScoreParams,
 };
 use sida_model::{ExpertStore, ModelError, Stack};
 use sida_proto::v1::{self, cluster_client::ClusterClient, inference_client::InferenceClient};
-use sida_rpc::{Fault, MESSAGE_BYTES_MAX, trace};
+use sida_rpc::{Channel, Fault, MESSAGE_BYTES_MAX, trace};
 use sida_telemetry::Span;
-use tonic::{Request, Status, transport::Channel};
+use tonic::{Request, Status};
 
-use crate::{arguments::connection::ConnectionArguments, told::FirstCall};
+use crate::{arguments::keys::CallerArguments, told::FirstCall};
 
 /// A coordinator that can be asked. Cheap to clone.
 #[derive(Clone)]
@@ -47,14 +47,14 @@ pub(crate) type Tokens = BoxStream<'static, Result<v1::GenerateResponse, Status>
 
 impl CoordinatorClient {
     /// The coordinator at `endpoint`: `host:port`, or with `http://` or `https://` before it.
-    pub(crate) async fn connect(endpoint: &str, connection: &ConnectionArguments) -> anyhow::Result<Self> {
-        Ok(Self::over(sida_rpc::connect(endpoint, &connection.client()).await?))
+    pub(crate) async fn connect(endpoint: &str, caller: &CallerArguments) -> anyhow::Result<Self> {
+        Ok(Self::over(sida_rpc::connect(endpoint, &caller.client()).await?))
     }
 
     /// The same, connected at the first question, and again at each that comes after the connection was lost. Has to be called
     /// within a tokio runtime.
-    pub(crate) fn connect_lazy(endpoint: &str, connection: &ConnectionArguments) -> anyhow::Result<Self> {
-        Ok(Self::over(sida_rpc::connect_lazy(endpoint, &connection.client())?))
+    pub(crate) fn connect_lazy(endpoint: &str, caller: &CallerArguments) -> anyhow::Result<Self> {
+        Ok(Self::over(sida_rpc::connect_lazy(endpoint, &caller.client())?))
     }
 
     fn over(channel: Channel) -> Self {
@@ -99,7 +99,16 @@ impl CoordinatorClient {
                     Pooling::None => v1::Pooling::None,
                 };
                 let routing = Some(routing_options(params.routing));
-                let request = v1::EncodeRequest { text: params.text, routing, pooling: pooling.into() };
+                let (text, tokens) = text_or_tokens(params.prompt);
+                let request = v1::EncodeRequest {
+                    text,
+                    tokens,
+                    routing,
+                    pooling: pooling.into(),
+                    truncate: params.truncate,
+                    normalize: params.normalize,
+                    ..Default::default()
+                };
                 let (_span, request) = traced("sida.v1.Inference/Encode", request);
                 Ok(clients.inference.clone().encode(request).await?.into_inner())
             }
@@ -112,7 +121,8 @@ impl CoordinatorClient {
             Self::InProcess(coordinator) => Ok(coordinator.score(params).await.map_err(status)?.into()),
             Self::Remote(clients) => {
                 let routing = Some(routing_options(params.routing));
-                let request = v1::ScoreRequest { text: params.text, targets: params.targets, routing };
+                let (text, tokens) = text_or_tokens(params.prompt);
+                let request = v1::ScoreRequest { text, tokens, targets: params.targets, routing };
                 let (_span, request) = traced("sida.v1.Inference/Score", request);
                 Ok(clients.inference.clone().score(request).await?.into_inner())
             }
@@ -184,18 +194,36 @@ fn status(error: RequestError) -> Status {
 }
 
 fn generate_request(params: GenerateParams) -> v1::GenerateRequest {
-    let tokens = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+    let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+    let (text, tokens) = text_or_tokens(params.prompt);
+    let sampling = params.sampling;
     v1::GenerateRequest {
         routing: Some(routing_options(params.routing)),
-        text: params.text,
-        max_tokens: tokens(params.max_tokens),
-        min_tokens: params.min_tokens.map(tokens),
+        text,
+        tokens,
+        choices: count(params.choices),
+        logprobs: params.logprobs.map(count),
+        max_tokens: count(params.max_tokens),
+        min_tokens: params.min_tokens.map(count),
         ignore_eos: params.ignore_eos,
-        temperature: params.sampling.temperature,
-        top_k: params.sampling.top_k.map(tokens),
-        top_p: params.sampling.top_p,
-        seed: params.sampling.seed,
+        temperature: sampling.temperature,
+        top_k: sampling.top_k.map(count),
+        top_p: sampling.top_p,
+        min_p: sampling.min_p,
+        repetition_penalty: sampling.repetition_penalty,
+        frequency_penalty: sampling.frequency_penalty,
+        presence_penalty: sampling.presence_penalty,
+        logit_bias: sampling.logit_bias.into_iter().collect(),
+        seed: sampling.seed,
         stop: params.stop,
+    }
+}
+
+/// The two fields of a message that a prompt may be in.
+fn text_or_tokens(prompt: Prompt) -> (String, Vec<u32>) {
+    match prompt {
+        Prompt::Text(text) => (text, Vec::new()),
+        Prompt::Tokens(tokens) => (String::new(), tokens),
     }
 }
 

@@ -7,6 +7,7 @@
 //! [`status_table`], [`watch_screen`], [`told`].
 
 mod answer_report;
+mod api_key;
 mod arguments;
 mod bad_configuration;
 mod byte_size;
@@ -37,7 +38,7 @@ use bad_configuration::BadConfiguration;
 use mimalloc::MiMalloc;
 use sida_model::{ModelError, convert::ConvertError};
 use sida_predictor::PredictorError;
-use sida_rpc::{ClientError, tls::TlsError};
+use sida_rpc::{ClientError, KeyError, tls::TlsError};
 use told::{may_be_of_tls, told, told_status};
 
 /// Tokenizing is little else than small allocations, by several threads at once.
@@ -96,6 +97,10 @@ fn is_lasting(cause: &(dyn Error + 'static)) -> bool {
         || cause.downcast_ref::<ConvertError>().is_some_and(ConvertError::is_lasting)
         || cause.downcast_ref::<PredictorError>().is_some_and(PredictorError::is_lasting)
         || cause.is::<TlsError>()
+        || cause.is::<KeyError>()
         || cause.downcast_ref::<tonic::Status>().is_some_and(|status| status.code() == tonic::Code::InvalidArgument)
-        || matches!(cause.downcast_ref(), Some(ClientError::Address { .. } | ClientError::Tls { .. }))
+        || matches!(
+            cause.downcast_ref(),
+            Some(ClientError::Address { .. } | ClientError::Tls { .. } | ClientError::Key { .. })
+        )
 }

@@ -1,4 +1,4 @@
-//! Reads a file of texts, one per line. Used by `bench` and `train-predictor`.
+//! Reads a file of text, under a limit. Used by `bench` and `train-predictor`.
 
 use std::{fs::File, io::Read, path::Path};
 
@@ -20,17 +20,6 @@ pub(crate) fn read(file: &Path) -> Result<String, BadConfiguration> {
     Ok(content)
 }
 
-/// The lines of a file that are not blank. There must be at least one.
-pub(crate) fn lines(file: &Path) -> Result<Vec<String>, BadConfiguration> {
-    let content = read(file)?;
-    let lines = content.lines().map(str::trim_end).filter(|line| !line.is_empty());
-    let lines: Vec<String> = lines.map(str::to_owned).collect();
-    if lines.is_empty() {
-        return Err(BadConfiguration::new(format!("texts {}: every line is blank", file.display())));
-    }
-    Ok(lines)
-}
-
 #[cfg(test)]
 mod tests {
     use std::fs;
@@ -38,14 +27,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn texts_are_lines() {
-        // Broken: blank lines would be sent and refused as empty texts, or a file of nothing would divide by zero.
+    fn what_cannot_be_read_is_named() {
+        // Broken: a typo in a path would be told without the path, or a file that is no text be sent as one.
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("texts.txt");
-        fs::write(&file, "one\r\n\n two\n").unwrap();
-        assert_eq!(lines(&file).unwrap(), ["one", " two"]);
-        fs::write(&file, "\n\n").unwrap();
-        assert!(lines(&file).unwrap_err().to_string().contains("blank"));
-        assert!(lines(&dir.path().join("absent")).unwrap_err().to_string().contains("absent"));
+        fs::write(&file, "one\n").unwrap();
+        assert_eq!(read(&file).unwrap(), "one\n");
+        fs::write(&file, b"\xff\xfe").unwrap();
+        assert!(read(&file).unwrap_err().to_string().contains("texts.txt"));
+        assert!(read(&dir.path().join("absent")).unwrap_err().to_string().contains("absent"));
     }
 }

@@ -1,6 +1,6 @@
 //! What a sequence takes of memory in the decoder: keys and values of its tokens and of its input. A pure function of
 //! the model, so that it is known before a sequence starts, and is then taken whole: no step of a running sequence
-//! takes memory.
+//! takes memory. Several choices of one answer are sequences of their own from their first token on, and take theirs then.
 
 use crate::{
     ModelSpec,

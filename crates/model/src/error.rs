@@ -52,6 +52,8 @@ pub enum ModelError {
 
     #[error("{}: {reason}", path.display())]
     Tokenizer { path: PathBuf, reason: String },
+    #[error("{}: the chat template cannot be used: {reason}", path.display())]
+    ChatTemplate { path: PathBuf, reason: String },
     #[error("{}: token {token:?} has id {id}, but the model's vocabulary has {vocab_size}", path.display())]
     Vocabulary { path: PathBuf, token: String, id: u32, vocab_size: usize },
     #[error("text of {bytes} bytes is longer than the {limit} allowed")]

@@ -3,10 +3,12 @@
 //! generation_config.json, or the same fields of config.json where there is no such file. Read by [`ModelConfig`].
 //!
 //! In reading order: `fields` (typed fields, with errors that name them), `ignored` (fields that change answers there and
-//! are not served here), `token_rule` (what the next token of an answer may be).
+//! are not served here), `token_rule` (what the next token of an answer may be), `repetition` (the penalty on what was
+//! written).
 
 mod fields;
 mod ignored;
+mod repetition;
 mod token_rule;
 
 use std::{collections::BTreeSet, path::Path};
@@ -14,7 +16,10 @@ use std::{collections::BTreeSet, path::Path};
 use serde_json::{Map, Value};
 
 pub(crate) use self::fields::Fields;
-pub use self::token_rule::TokenRule;
+pub use self::{
+    repetition::{REPETITION_PENALTY_MAX, REPETITION_PENALTY_MIN, penalize_repetition},
+    token_rule::TokenRule,
+};
 use crate::{ModelConfig, ModelError};
 
 /// The file's name in a model directory.
@@ -52,7 +57,7 @@ pub struct GenerationConfig {
 }
 
 /// How tokens are drawn where a request does not say.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct DefaultSampling {
     /// 0: the most likely token, always.
     pub temperature: f32,
@@ -60,6 +65,17 @@ pub struct DefaultSampling {
     pub top_k: usize,
     /// Draw among the most likely tokens that together reach this probability; 0 or 1: among all.
     pub top_p: f32,
+    /// Leave out tokens that are less than so many times as likely as the likeliest; 0: none.
+    pub min_p: f32,
+    /// How much less likely tokens become that the decoder has already; 1: not at all.
+    pub repetition_penalty: f32,
+}
+
+impl Default for DefaultSampling {
+    /// Greedy, and no token less likely for having been written.
+    fn default() -> Self {
+        Self { temperature: 0.0, top_k: 0, top_p: 0.0, min_p: 0.0, repetition_penalty: 1.0 }
+    }
 }
 
 impl GenerationConfig {
@@ -150,7 +166,8 @@ impl GenerationConfig {
 }
 
 impl DefaultSampling {
-    /// Only `do_sample` has tokens drawn; the other fields say how, also for a request that asks for it.
+    /// Only `do_sample` has tokens drawn; the other fields say how, also for a request that asks for it. The penalty on
+    /// repetition counts for greedy answers, too.
     fn read(fields: &Fields<'_>) -> Result<Self, ModelError> {
         let is_drawn = fields.flag("do_sample")?.unwrap_or(false);
         let temperature = fields.number("temperature", 0.0, 100.0)?.unwrap_or(1.0);
@@ -159,6 +176,10 @@ impl DefaultSampling {
             temperature: if is_drawn { temperature } else { 0.0 },
             top_k: top_k.unwrap_or(if is_drawn { TOP_K_UNSAID } else { 0 }),
             top_p: fields.number("top_p", 0.0, 1.0)?.unwrap_or(0.0),
+            min_p: fields.number("min_p", 0.0, 1.0)?.unwrap_or(0.0),
+            repetition_penalty: fields
+                .number("repetition_penalty", REPETITION_PENALTY_MIN.into(), REPETITION_PENALTY_MAX.into())?
+                .unwrap_or(1.0),
         })
     }
 }

@@ -7,6 +7,7 @@
 //!
 //! In reading order. What a model is: [`error`], [`dtype`], [`config`], [`family`], and [`spec`], the model as data.
 //! Where its bytes are: [`bounded_file`], [`mistaken_file`], `weight_files`, [`manifest`], `model_name`, [`checkpoint`], [`names`], [`tokenizer`].
+//! How conversations become texts: [`chat_template`], `template_functions`.
 //! Its weights by block: [`position_bias`], [`backbone`], `tensor_check`. What it computes, an equation a line: [`forward`].
 //! Who computes it: [`backend`]. On the processor: arithmetic on slices in [`cpu`], by several threads in
 //! [`mod@side_by_side`] and `pieces`; [`spans`], [`kv_cache`], [`linear`], `loader`, `cpu_operations`, [`router`],
@@ -20,6 +21,7 @@ pub mod backbone;
 pub mod backend;
 pub mod bounded_file;
 pub mod cache_size;
+pub mod chat_template;
 pub mod checkpoint;
 pub mod config;
 pub mod convert;
@@ -60,6 +62,7 @@ pub mod spans;
 pub mod spec;
 pub mod still_wanted;
 pub mod synth;
+mod template_functions;
 mod tensor_check;
 pub mod tokenizer;
 mod weight_files;
@@ -68,6 +71,7 @@ pub mod window;
 pub use backbone::Backbone;
 pub use backend::{Backend, Beside, MoeRows, NewSequence, Passed, PassedLayer, Wanted};
 pub use cache_size::CacheSize;
+pub use chat_template::{ChatError, ChatMessage, ChatTemplate};
 pub use checkpoint::{Checkpoint, TensorBytes};
 pub use config::{ModelConfig, Stack};
 pub use cpu_backend::CpuBackend;

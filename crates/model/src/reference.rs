@@ -2,13 +2,13 @@
 //! must equal to the last token, itself held against transformers' outputs in `tests/parity.rs`. Also records
 //! routing for the training of predictors.
 
-use std::path::Path;
+use std::{collections::BTreeSet, path::Path};
 
 use sida_routing::{Digest, Grouping, LayerId, Routes};
 
 use crate::{
     Backend, Beside, Checkpoint, CpuBackend, CpuSequence, ExpertStore, ModelConfig, ModelError, MoeRows, NewSequence,
-    Spans, Stack, cpu::lanes::LANES, router,
+    Spans, Stack, cpu::lanes::LANES, generation::penalize_repetition, router,
 };
 
 /// A model that answers by itself.
@@ -105,13 +105,16 @@ impl Reference {
             false => (self.start(&[])?, ids.to_vec()),
         };
         let mut answer: Vec<u32> = Vec::new();
+        let mut seen: BTreeSet<u32> = fed.iter().copied().collect();
         while answer.len() < new_tokens_max && !answer.last().is_some_and(|&last| generation.is_end(last)) {
             let mut logits = self.decode(&mut sequence, &fed)?.0;
             let last = logits.len() - self.config().vocab_size;
             let logits = &mut logits[last..];
+            penalize_repetition(logits, seen.iter().copied(), generation.sampling.repetition_penalty);
             generation.token_rule(answer.len(), tokens_min, new_tokens_max).apply(logits);
             let token = greedy(logits);
             answer.push(token);
+            seen.insert(token);
             fed = vec![token];
         }
         Ok(answer)

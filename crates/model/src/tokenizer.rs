@@ -74,6 +74,11 @@ impl Tokenizer {
         self.encoded(text, self.has_encoder)
     }
 
+    /// The ids of a text and nothing else: for one that says itself what it begins and ends with.
+    pub fn encode_as_written(&self, text: &str) -> Result<Vec<u32>, ModelError> {
+        self.encoded(text, false)
+    }
+
     fn encoded(&self, text: &str, is_whole: bool) -> Result<Vec<u32>, ModelError> {
         if text.len() > TEXT_BYTES_MAX {
             return Err(ModelError::TextTooLong { bytes: text.len(), limit: TEXT_BYTES_MAX });
@@ -81,6 +86,18 @@ impl Tokenizer {
         let encoding =
             guarded(|| self.inner.encode_fast(text, is_whole)).map_err(|reason| ModelError::Tokenize { reason })?;
         Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The text that a token has behind others, of a special one its name; a part of a character is shown as one that is
+    /// unknown.
+    pub fn token_text(&self, id: u32) -> Result<String, ModelError> {
+        if self.hidden.binary_search(&id).is_ok() {
+            return Ok(self.inner.id_to_token(id).unwrap_or_default());
+        }
+        // At the beginning of a text its first blank would be lost.
+        let before = self.encode_as_written("a")?;
+        let (alone, both) = (self.decode(&before)?, self.decode(&[&before[..], &[id]].concat())?);
+        Ok(both.strip_prefix(&alone).map_or(both.clone(), str::to_owned))
     }
 
     /// The text of ids. Drops padding, end tokens and ids that are nobody's; keeps sentinels such as

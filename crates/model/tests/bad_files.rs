@@ -291,6 +291,8 @@ fn generation_configs_are_checked_when_they_are_read() {
         ("temperature", json!(-0.5)),
         ("top_k", json!(1.5)),
         ("top_p", json!(2)),
+        ("min_p", json!(1.5)),
+        ("repetition_penalty", json!(0)),
     ] {
         fs::write(&path, json!({field: value}).to_string()).unwrap();
         match Checkpoint::open(dir.path()) {

@@ -179,11 +179,15 @@ fn defaults_of_requests_are_read() {
     assert_eq!(read(json!({"max_length": 33})).tokens_max, Some(32));
     assert_eq!(read(json!({"max_length": 33, "max_new_tokens": 5})).tokens_max, Some(5));
     assert_eq!(read(json!({"min_length": 9, "min_new_tokens": 2})).tokens_min, 2);
-    let sampling = |temperature, top_k, top_p| DefaultSampling { temperature, top_k, top_p };
+    let sampling =
+        |temperature, top_k, top_p| DefaultSampling { temperature, top_k, top_p, ..DefaultSampling::default() };
     assert_eq!(read(json!({"do_sample": true})).sampling, sampling(1.0, 50, 0.0));
     let all = json!({"do_sample": true, "temperature": 0.7, "top_k": 0, "top_p": 0.9});
     assert_eq!(read(all).sampling, sampling(0.7, 0, 0.9));
     assert_eq!(read(json!({"temperature": 0.7, "top_p": 0.9})).sampling, sampling(0.0, 0, 0.9), "nothing is drawn");
+    let penalized = read(json!({"repetition_penalty": 1.5, "min_p": 0.25}));
+    assert_eq!((penalized.sampling.repetition_penalty, penalized.sampling.min_p), (1.5, 0.25));
+    assert!(penalized.ignored.is_empty(), "{:?}", penalized.ignored);
     assert_eq!(read(json!({"num_beams": 4})).ignored, ["num_beams is 4"]);
     // Without the file, config.json says the same.
     let dir = model();

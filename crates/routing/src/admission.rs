@@ -1,6 +1,6 @@
-//! Who joins the running batch, in order of arrival, and who may still wait. The coordinator asks twice:
-//! before it predicts (what to take from the queue) and before each decode step (what joins the sequences
-//! that are running).
+//! Who joins the running batch, in order. The coordinator asks twice: before it predicts (what to take from the queue) and
+//! before each decode step (what joins the sequences that are running). In which order requests wait, and how many may, is
+//! said by [`crate::fairness`].
 
 use std::iter::Sum;
 
@@ -17,7 +17,7 @@ pub struct Cost {
 }
 
 /// Bounds of one batch and of the queue before it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Limits {
     /// Rows of one pass through the model.
     pub tokens_max: usize,
@@ -27,6 +27,10 @@ pub struct Limits {
     pub cache_bytes_max: u64,
     /// Requests that wait.
     pub queue_max: usize,
+    /// Tokens that wait: of prompts, and of the longest answers that may be given to them.
+    pub queue_tokens_max: usize,
+    /// The part of the queue that one client may hold while others wait, in requests as in tokens. Above 0, at most 1.
+    pub client_queue_share: f64,
 }
 
 impl Cost {
@@ -47,7 +51,7 @@ impl Sum for Cost {
 }
 
 impl Limits {
-    /// How many of `waiting`, in order of arrival, join a batch that already holds `running`. Nobody
+    /// How many of `waiting`, in their order, join a batch that already holds `running`. Nobody
     /// overtakes: a request that does not fit holds back those behind it, so that none starves. One that is
     /// larger than the limits by itself joins when nothing else is there.
     pub fn joining(&self, running: Cost, waiting: impl IntoIterator<Item = Cost>) -> usize {
@@ -72,11 +76,6 @@ impl Limits {
             && (last.sequences == 0 || together.sequences <= self.sequences_max)
             && (last.cache_bytes == 0 || together.cache_bytes <= self.cache_bytes_max)
     }
-
-    /// Whether one more request may wait behind `queued` others.
-    pub fn may_wait(&self, queued: usize) -> bool {
-        queued < self.queue_max
-    }
 }
 
 #[cfg(test)]
@@ -85,7 +84,14 @@ mod tests {
 
     use super::*;
 
-    const LIMITS: Limits = Limits { tokens_max: 100, sequences_max: 4, cache_bytes_max: 1000, queue_max: 2 };
+    const LIMITS: Limits = Limits {
+        tokens_max: 100,
+        sequences_max: 4,
+        cache_bytes_max: 1000,
+        queue_max: 2,
+        queue_tokens_max: 1000,
+        client_queue_share: 1.0,
+    };
 
     fn cost(tokens: usize, sequences: usize) -> Cost {
         Cost { tokens, sequences, cache_bytes: 0 }
@@ -122,13 +128,6 @@ mod tests {
         assert_eq!(LIMITS.joining(caching(400), [caching(300), caching(300), caching(1)]), 2);
         assert_eq!(LIMITS.joining(caching(400), [caching(601)]), 0);
         assert_eq!(LIMITS.joining(caching(400), [caching(u64::MAX)]), 0);
-    }
-
-    #[test]
-    fn queue_is_bounded() {
-        // Would break: an overloaded coordinator queues without end instead of refusing at once.
-        assert!(LIMITS.may_wait(1));
-        assert!(!LIMITS.may_wait(2));
     }
 
     fn costs(most: usize) -> impl Strategy<Value = Vec<Cost>> {

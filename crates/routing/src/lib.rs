@@ -5,11 +5,13 @@
 //! here; what is done comes from the nodes.
 //!
 //! In reading order: [`ids`], [`hash_table`], [`plan`], [`routes`], [`grouping`], [`placement`],
-//! [`membership`], [`failover`], [`dispatch`], [`residency`], [`admission`], [`gathering`], [`micro_batches`].
+//! [`membership`], [`failover`], [`dispatch`], [`residency`], [`admission`], [`fairness`], [`gathering`],
+//! [`micro_batches`].
 
 pub mod admission;
 pub mod dispatch;
 pub mod failover;
+pub mod fairness;
 pub mod gathering;
 pub mod grouping;
 pub mod hash_table;

@@ -1,16 +1,23 @@
 //! The client of every node: one way to connect to a peer, with the same windows, limits and TLS as the server.
 //! Used by coordinators (expert-nodes, predictor-nodes), the command line and the tests.
 
-use std::{error::Error as _, time::Duration};
+use std::{
+    error::Error as _,
+    task::{Context, Poll},
+    time::Duration,
+};
 
-use http::uri::Authority;
+use http::{HeaderValue, Request, Response, header::AUTHORIZATION, uri::Authority};
 use thiserror::Error;
 use tonic::{
     Code, Status, TimeoutExpired,
-    transport::{self, Channel, Endpoint},
+    body::Body,
+    transport::{self, Endpoint},
 };
+use tower::Service;
 
 use crate::{
+    keys::{KeyError, OwnKey},
     status::{Fault, Reason},
     tls::{ClientTls, TlsError},
 };
@@ -33,6 +40,8 @@ pub struct ClientConfig {
     pub keepalive_timeout: Duration,
     /// TLS; `None`: plain text, unless the address says `https://`.
     pub tls: Option<ClientTls>,
+    /// The key that is sent with every call, for servers that let in by keys.
+    pub key: Option<OwnKey>,
 }
 
 impl Default for ClientConfig {
@@ -45,6 +54,7 @@ impl Default for ClientConfig {
             keepalive_interval: Duration::from_secs(5),
             keepalive_timeout: Duration::from_secs(3),
             tls: None,
+            key: None,
         }
     }
 }
@@ -57,20 +67,49 @@ pub enum ClientError {
     Address { address: String },
     #[error("TLS to {address}: {source}")]
     Tls { address: String, source: TlsError },
+    #[error("the key for {address}: {source}")]
+    Key { address: String, source: KeyError },
     #[error("cannot connect to {address}: {}", root_cause(.error))]
     Connect { address: String, error: transport::Error },
 }
 
-/// Connects to `address`: `host:port`, or with `http://` or `https://` before it.
-pub async fn connect(address: &str, config: &ClientConfig) -> Result<Channel, ClientError> {
-    let endpoint = endpoint(address, config)?;
-    endpoint.connect().await.map_err(|error| ClientError::Connect { address: address.to_owned(), error })
+/// A way to a server, for the generated clients: sends the key, if any, with every call. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Channel {
+    inner: transport::Channel,
+    authorization: Option<HeaderValue>,
 }
 
-/// A channel that connects at its first call, and again whenever the connection was lost. Has to be called
-/// within a tokio runtime.
+impl Service<Request<Body>> for Channel {
+    type Response = Response<Body>;
+    type Error = transport::Error;
+    type Future = transport::channel::ResponseFuture;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
+        if let Some(authorization) = &self.authorization {
+            request.headers_mut().insert(AUTHORIZATION, authorization.clone());
+        }
+        self.inner.call(request)
+    }
+}
+
+/// Connects to `address`: `host:port`, or with `http://` or `https://` before it.
+pub async fn connect(address: &str, config: &ClientConfig) -> Result<Channel, ClientError> {
+    let (endpoint, authorization) = (endpoint(address, config)?, authorization(address, config)?);
+    let connected = endpoint.connect().await;
+    let inner = connected.map_err(|error| ClientError::Connect { address: address.to_owned(), error })?;
+    Ok(Channel { inner, authorization })
+}
+
+/// A channel that connects at its first call, and again whenever the connection was lost, always with the certificates and
+/// the key that were there when this was called. Has to be called within a tokio runtime.
 pub fn connect_lazy(address: &str, config: &ClientConfig) -> Result<Channel, ClientError> {
-    Ok(endpoint(address, config)?.connect_lazy())
+    let authorization = authorization(address, config)?;
+    Ok(Channel { inner: endpoint(address, config)?.connect_lazy(), authorization })
 }
 
 /// `status`, with DEADLINE_EXCEEDED where tonic's client timer said CANCELLED: a call with a timeout ends by
@@ -84,6 +123,11 @@ pub fn deadline_status(status: Status) -> Status {
         cause = error.source();
     }
     status
+}
+
+fn authorization(address: &str, config: &ClientConfig) -> Result<Option<HeaderValue>, ClientError> {
+    let refused = |source| ClientError::Key { address: address.to_owned(), source };
+    config.key.as_ref().map(OwnKey::header).transpose().map_err(refused)
 }
 
 fn endpoint(address: &str, config: &ClientConfig) -> Result<Endpoint, ClientError> {

@@ -1,6 +1,7 @@
-//! One HTTP/2 connection from its first byte to its last: the handshake under a limit, calls, and a goodbye when the
-//! server ends, when its place is needed, or when it had no call for too long. Run by [`crate::server`], once for each
-//! connection that [`crate::accept`] accepted.
+//! One connection from its first byte to its last: the handshake under a limit, calls, and a goodbye when the server
+//! ends, when its place is needed, or when it had no call for too long. Run by [`crate::server`] and [`crate::http_server`],
+//! once for each connection that [`crate::accept`] accepted. gRPC is HTTP/2 only; where HTTP/1.1 is served as well, a
+//! peer's first bytes say which it speaks.
 //!
 //! A peer that is silent during the handshake is dropped at once when it has to leave: nothing was promised to it. Later
 //! it is told (GOAWAY), so that a call which is on its way at that moment is answered still.
@@ -17,7 +18,10 @@ use std::{
 use bytes::Bytes;
 use http::{Request, Response};
 use http_body::{Body as HttpBody, Frame, SizeHint};
-use hyper::{body::Incoming, server::conn::http2};
+use hyper::{
+    body::Incoming,
+    server::conn::{http1, http2},
+};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo},
     service::TowerToHyperService,
@@ -27,11 +31,18 @@ use tokio::{
     net::TcpStream,
     time::{self, Instant},
 };
-use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
 use tonic::{Status, body::Body};
 use tower::Service;
 
-use crate::peer::{OpenCall, Peer};
+use crate::{
+    caller::FarEnd,
+    certificate_names::{self, NamePattern},
+    http1_limits::watched,
+    peer::{OpenCall, Peer},
+    reload::Reloading,
+    tls::PortTls,
+};
 
 /// What an HTTP/2 client says first.
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -43,10 +54,23 @@ const GOODBYE: Duration = Duration::from_secs(3);
 pub(crate) struct Connector<S> {
     pub(crate) service: S,
     pub(crate) http2: http2::Builder<TokioExecutor>,
+    /// `None`: who does not speak HTTP/2 is refused.
+    pub(crate) http1: Option<Http1>,
     /// `None`: plain text.
-    pub(crate) tls: Option<TlsAcceptor>,
+    pub(crate) tls: Option<Arc<Reloading<PortTls>>>,
+    /// Names of certificates that are let in; empty: all that TLS lets in.
+    pub(crate) client_names: Vec<NamePattern>,
     pub(crate) handshake_timeout: Duration,
     pub(crate) idle_timeout: Duration,
+}
+
+/// How HTTP/1.1 is served.
+pub(crate) struct Http1 {
+    pub(crate) builder: http1::Builder,
+    /// How long the head of a request may take from its first byte.
+    pub(crate) head_timeout: Duration,
+    /// How long a peer may take nothing of what is to be sent.
+    pub(crate) stall_limit: Duration,
 }
 
 /// What answers the calls of connections.
@@ -76,9 +100,19 @@ impl<S: ConnectionService> Connector<S> {
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(connection, %error, "small messages may wait");
         }
+        let address = stream.peer_addr().ok().map(|address| address.ip());
+        let end = FarEnd { address, certificate_name: None };
         let served = match &self.tls {
-            None => self.greet_and_serve(std::future::ready(Ok(stream)), peer).await,
-            Some(tls) => self.greet_and_serve(tls.accept(stream), peer).await,
+            None => self.greet_and_serve(std::future::ready(Ok((stream, end))), peer).await,
+            Some(tls) => {
+                let acceptor = tls.current();
+                let secured = async {
+                    let stream = acceptor.accept(stream).await?;
+                    let certificate_name = let_in(&stream, &self.client_names)?;
+                    Ok((stream, FarEnd { certificate_name, ..end }))
+                };
+                self.greet_and_serve(secured, peer).await
+            }
         };
         match served {
             Ok(()) => tracing::debug!(connection, "closed"),
@@ -86,44 +120,84 @@ impl<S: ConnectionService> Connector<S> {
         }
     }
 
-    /// `secured` becomes the connection once TLS, if any, is agreed on.
+    /// `secured` becomes the connection once TLS, if any, is agreed on, and who is at its other end.
     async fn greet_and_serve<IO>(
         &self,
-        secured: impl Future<Output = io::Result<IO>>,
+        secured: impl Future<Output = io::Result<(IO, FarEnd)>>,
         peer: Arc<Peer>,
     ) -> Result<(), String>
     where
         IO: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let greeting = time::timeout(self.handshake_timeout, async { greeted(secured.await?).await });
+        let greeting = time::timeout(self.handshake_timeout, async {
+            let (io, end) = secured.await?;
+            Ok::<_, io::Error>((greeted(io).await?, end))
+        });
         let greeted = tokio::select! {
             greeted = greeting => greeted,
             () = peer.leave.cancelled() => return Err("told to leave before its handshake was over".to_owned()),
         };
         match greeted {
-            Ok(Ok(io)) => self.serve_http2(io, peer).await,
+            Ok(Ok((Greeted { io, speaks_http2: true, .. }, end))) => self.serve_http2(io, end, peer).await,
+            Ok(Ok((Greeted { io, said, .. }, end))) => match &self.http1 {
+                Some(http1) => self.serve_http1(http1, io, end, peer).await,
+                None => Err(format!("handshake: HTTP/2 was expected, found {}", said.escape_ascii())),
+            },
             Ok(Err(error)) => Err(format!("handshake: {error}")),
             Err(_) => Err(format!("no handshake within {:?}", self.handshake_timeout)),
         }
     }
 
-    async fn serve_http2<IO>(&self, io: IO, peer: Arc<Peer>) -> Result<(), String>
+    async fn serve_http2<IO>(&self, io: IO, end: FarEnd, peer: Arc<Peer>) -> Result<(), String>
     where
         IO: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let service = Counted { inner: self.service.clone(), peer: peer.clone() };
-        let connection = self.http2.serve_connection(TokioIo::new(io), TowerToHyperService::new(service));
+        let connection = self.http2.serve_connection(TokioIo::new(io), self.counted(end, &peer));
         tokio::pin!(connection);
         tokio::select! {
             ended = &mut connection => return ended.map_err(|error| error.to_string()),
+            () = self.has_to_leave(&peer) => {}
+        }
+        connection.as_mut().graceful_shutdown();
+        last_words(connection, &peer).await
+    }
+
+    async fn serve_http1<IO>(&self, http1: &Http1, io: IO, end: FarEnd, peer: Arc<Peer>) -> Result<(), String>
+    where
+        IO: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let (io, heads) = watched(io, peer.clone(), http1.stall_limit);
+        let connection = http1.builder.serve_connection(TokioIo::new(io), self.counted(end, &peer));
+        tokio::pin!(connection);
+        tokio::select! {
+            ended = &mut connection => return ended.map_err(|error| error.to_string()),
+            () = heads.too_slow(http1.head_timeout) => {
+                return Err(format!("no whole head of a request within {:?}", http1.head_timeout));
+            }
+            () = self.has_to_leave(&peer) => {}
+        }
+        connection.as_mut().graceful_shutdown();
+        last_words(connection, &peer).await
+    }
+
+    fn counted(&self, end: FarEnd, peer: &Arc<Peer>) -> TowerToHyperService<Counted<S>> {
+        TowerToHyperService::new(Counted { inner: self.service.clone(), end, peer: peer.clone() })
+    }
+
+    /// Waits until `peer` is told to leave, or has had no call for too long.
+    async fn has_to_leave(&self, peer: &Peer) {
+        tokio::select! {
             () = peer.leave.cancelled() => {}
             () = peer.quiet_for(self.idle_timeout, Instant::now()) => {}
         }
-        connection.as_mut().graceful_shutdown();
-        tokio::select! {
-            ended = connection => ended.map_err(|error| error.to_string()),
-            () = peer.quiet_for(GOODBYE, Instant::now()) => Err("did not leave when it was told to".to_owned()),
-        }
+    }
+}
+
+/// What is left of a connection that was told to end.
+async fn last_words<E: ToString>(ending: impl Future<Output = Result<(), E>>, peer: &Peer) -> Result<(), String> {
+    tokio::select! {
+        ended = ending => ended.map_err(|error| error.to_string()),
+        () = peer.quiet_for(GOODBYE, Instant::now()) => Err("did not leave when it was told to".to_owned()),
     }
 }
 
@@ -131,25 +205,52 @@ fn peer_address(stream: &TcpStream) -> String {
     stream.peer_addr().map_or_else(|error| error.to_string(), |address| address.to_string())
 }
 
-/// `io` once the client has said that it speaks HTTP/2. Read here, because hyper would wait for it without a limit.
-async fn greeted<IO>(mut io: IO) -> io::Result<impl AsyncRead + AsyncWrite + Send + Unpin>
+/// What the peer of a connection is called by the certificate that it showed, if any; an error if it must have one of
+/// `allowed` and has none of them.
+fn let_in(stream: &TlsStream<TcpStream>, allowed: &[NamePattern]) -> io::Result<Option<Arc<str>>> {
+    let certificate = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
+    let names = certificate.map_or_else(Vec::new, |certificate| certificate_names::names(certificate));
+    if allowed.is_empty() || names.iter().any(|name| allowed.iter().any(|allowed| allowed.matches(name))) {
+        return Ok(names.into_iter().next());
+    }
+    // Somebody whom our authority knows: a member with a wrong certificate, or no member.
+    tracing::warn!(
+        names = names.join(", "),
+        "a certificate of another name than those of --tls-client-names is refused"
+    );
+    Err(io::Error::new(io::ErrorKind::PermissionDenied, "its certificate has none of the names that are let in"))
+}
+
+/// A connection whose client has begun to speak.
+struct Greeted<IO> {
+    io: IO,
+    speaks_http2: bool,
+    /// Its first bytes.
+    said: Vec<u8>,
+}
+
+/// `io` once the client has said whether it speaks HTTP/2. Read here, because hyper would wait for it without a limit.
+async fn greeted<IO>(mut io: IO) -> io::Result<Greeted<impl AsyncRead + AsyncWrite + Send + Unpin>>
 where
     IO: AsyncRead + AsyncWrite + Send + Unpin,
 {
-    let mut said = [0; PREFACE.len()];
-    io.read_exact(&mut said).await?;
-    if said != PREFACE {
-        let said = said.escape_ascii();
-        return Err(io::Error::new(io::ErrorKind::InvalidData, format!("HTTP/2 was expected, found {said}")));
+    let mut said = Vec::with_capacity(PREFACE.len());
+    // A request of HTTP/1.1 may be shorter than the preface, so that no more is awaited than tells them apart.
+    while said.len() < PREFACE.len() && PREFACE.starts_with(&said) {
+        if (&mut io).take((PREFACE.len() - said.len()) as u64).read_buf(&mut said).await? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
     }
     let (reader, writer) = tokio::io::split(io);
-    Ok(tokio::io::join(Cursor::new(said).chain(reader), writer))
+    let io = tokio::io::join(Cursor::new(said.clone()).chain(reader), writer);
+    Ok(Greeted { io, speaks_http2: said == PREFACE, said })
 }
 
-/// A service whose calls are counted, each until the last byte of its answer.
+/// A service whose calls are counted, each until the last byte of its answer, and know where they came from.
 #[derive(Clone)]
 struct Counted<S> {
     inner: S,
+    end: FarEnd,
     peer: Arc<Peer>,
 }
 
@@ -162,7 +263,8 @@ impl<S: ConnectionService> Service<Request<Incoming>> for Counted<S> {
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, request: Request<Incoming>) -> Self::Future {
+    fn call(&mut self, mut request: Request<Incoming>) -> Self::Future {
+        request.extensions_mut().insert(self.end.clone());
         let call = self.peer.call();
         let answering = self.inner.call(request.map(Body::new));
         Box::pin(async move { Ok(answering.await?.map(|inner| CountedBody { inner, _call: call })) })

@@ -4,11 +4,16 @@
 //!
 //! In reading order: [`status`] (errors as gRPC statuses), `ending` (calls that end early), `watched_response` (how they end),
 //! [`outcome`], [`deadline`],
-//! [`drain`], `refusals`, [`trace`], [`request_id`], [`metadata`], [`health`] and `health_service`, [`tls`]; connections: `peer` (one,
+//! [`drain`], `refusals`, [`trace`], [`request_id`], [`metadata`], [`health`] and `health_service`; whom a node lets in:
+//! `reload` (files that change), [`keys`], [`caller`], [`authentication`], [`certificate_names`], [`tls`]; connections: `peer` (one,
 //! as its server sees it), `connections` (all), `accept` (how they come), `connection` (one, from its first byte to its
-//! last); [`server`] (puts them together), [`metrics_port`] (what is not gRPC), [`client`].
+//! last), `http1_limits`; [`server`] (puts them together), [`http_server`] and `http_trace` (for what is not gRPC),
+//! [`metrics_port`], [`client`].
 
 mod accept;
+pub mod authentication;
+pub mod caller;
+pub mod certificate_names;
 pub mod client;
 mod connection;
 mod connections;
@@ -17,11 +22,16 @@ pub mod drain;
 mod ending;
 pub mod health;
 mod health_service;
+mod http1_limits;
+pub mod http_server;
+mod http_trace;
+pub mod keys;
 pub mod metadata;
 pub mod metrics_port;
 pub mod outcome;
 mod peer;
 mod refusals;
+pub mod reload;
 pub mod request_id;
 pub mod server;
 pub mod status;
@@ -29,9 +39,13 @@ pub mod tls;
 pub mod trace;
 mod watched_response;
 
-pub use client::{ClientConfig, ClientError, connect, connect_lazy};
+pub use authentication::{AuthenticationLayer, Gate};
+pub use caller::Client;
+pub use certificate_names::NamePattern;
+pub use client::{Channel, ClientConfig, ClientError, connect, connect_lazy};
 pub use deadline::Deadline;
 pub use health::Readiness;
+pub use keys::{KeyError, KeyFile, OwnKey};
 pub use metadata::METADATA_BYTES_MAX;
 pub use outcome::Outcome;
 pub use request_id::RequestId;

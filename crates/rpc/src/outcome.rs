@@ -13,6 +13,7 @@ use tonic::{Code, body::Body};
 use tower::{Layer, Service};
 
 use crate::{
+    caller::{CallerSlot, Client},
     deadline,
     ending::ResponseFuture,
     watched_response::{Watcher, watched},
@@ -29,6 +30,8 @@ pub struct Outcome<'a> {
     /// How it ended. CANCELLED where its caller went away before the answer was whole, or DEADLINE_EXCEEDED if its time was
     /// up by then: a caller who waits no longer goes away, too.
     pub code: Code,
+    /// Whose call it was; `None` where that was not found out.
+    pub client: Option<&'a Client>,
     /// From when its head had come to the last byte of its answer.
     pub took: Duration,
 }
@@ -72,11 +75,13 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, request: Request<Body>) -> Self::Future {
+    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
         let Some(observer) = self.observer.clone() else { return Box::pin(self.inner.call(request)) };
         let since = Instant::now();
         let deadline = deadline::timeout(request.headers()).ok().flatten().map(|timeout| since + timeout);
-        let open = OpenCall { uri: request.uri().clone(), since, deadline, code: None, observer };
+        let caller = CallerSlot::default();
+        request.extensions_mut().insert(caller.clone());
+        let open = OpenCall { uri: request.uri().clone(), since, deadline, code: None, caller, observer };
         let response = self.inner.call(request);
         Box::pin(async move {
             let open = open;
@@ -92,6 +97,7 @@ struct OpenCall {
     deadline: Option<Instant>,
     /// `None` as long as there is no status.
     code: Option<Code>,
+    caller: CallerSlot,
     observer: Observer,
 }
 
@@ -107,7 +113,7 @@ impl Drop for OpenCall {
         let is_late = self.deadline.is_some_and(|deadline| now + CALLERS_LEAD >= deadline);
         let left = if is_late { Code::DeadlineExceeded } else { Code::Cancelled };
         let (path, code, took) = (self.uri.path(), self.code.unwrap_or(left), now - self.since);
-        (self.observer)(Outcome { path, code, took });
+        (self.observer)(Outcome { path, code, client: self.caller.client(), took });
     }
 }
 
@@ -131,7 +137,8 @@ mod tests {
         ] {
             let told = told.clone();
             let observer: Observer = Arc::new(move |outcome| told.lock().unwrap().push(outcome.code));
-            drop(OpenCall { uri: Uri::from_static("/a/B"), since: now, deadline, code, observer });
+            let caller = CallerSlot::default();
+            drop(OpenCall { uri: Uri::from_static("/a/B"), since: now, deadline, code, caller, observer });
         }
         let late = Code::DeadlineExceeded;
         let expected = [Code::Cancelled, late, late, Code::Cancelled, Code::Ok];

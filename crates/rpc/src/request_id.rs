@@ -94,9 +94,10 @@ where
         let trace =
             request.extensions().get::<TraceContext>().map(|context| tracing::field::display(context.trace_id()));
         let (method, request_id) = (request.uri().path(), id.as_str());
-        let span = tracing::info_span!("call", method, request_id, trace_id = trace);
+        let client = tracing::field::Empty;
+        let span = tracing::info_span!("call", method, request_id, trace_id = trace, client);
         request.extensions_mut().insert(id);
-        let response = self.inner.call(request).instrument(span);
+        let response = span.in_scope(|| self.inner.call(request)).instrument(span);
         Box::pin(async move {
             let mut response = response.await?;
             response.headers_mut().insert(HEADER, echo);

@@ -28,7 +28,7 @@ use hyper_util::rt::{TokioExecutor, TokioTimer};
 use thiserror::Error;
 use tokio::{net::TcpListener, time};
 use tokio_util::sync::CancellationToken;
-use tonic::{codec::CompressionEncoding, service::Routes};
+use tonic::{Status, codec::CompressionEncoding, service::Routes};
 use tonic_health::{
     pb::health_server::HealthServer,
     server::{HealthReporter, HealthService},
@@ -37,6 +37,7 @@ use tower::ServiceBuilder;
 
 use crate::{
     accept::accept,
+    authentication::{AuthenticationLayer, Gate, is_open_service},
     connection::{ConnectionService, Connector},
     deadline::DeadlineLayer,
     drain::DrainLayer,
@@ -45,8 +46,9 @@ use crate::{
     metadata::{HEADER_LIST_BYTES_MAX, MetadataLayer},
     outcome::{Observer, Outcome, OutcomeLayer},
     refusals::RefusalLayer,
+    reload::Reloading,
     request_id::RequestIdLayer,
-    tls::{ServerTls, TlsError},
+    tls::{HTTP2, PortTls, ServerTls, TlsError},
     trace::TraceLayer,
 };
 
@@ -55,7 +57,7 @@ use crate::{
 pub const MESSAGE_BYTES_MAX: usize = 64 << 20;
 
 /// What is left after the drain limit for the last statuses to go out before connections are dropped.
-const LAST_WORDS: Duration = Duration::from_millis(500);
+pub(crate) const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// Limits of a server. The default is right for traffic between nodes on one network.
 #[derive(Clone, Debug)]
@@ -88,6 +90,10 @@ pub struct ServerConfig {
     pub readiness: Readiness,
     /// TLS; `None`: plain text.
     pub tls: Option<ServerTls>,
+    /// Who may call what tells more than whether the node is well.
+    pub gate: Gate,
+    /// How often files of certificates and keys are looked at for changes.
+    pub reload_period: Duration,
 }
 
 impl Default for ServerConfig {
@@ -106,6 +112,8 @@ impl Default for ServerConfig {
             health_period: Duration::from_secs(5),
             readiness: Readiness::default(),
             tls: None,
+            gate: Gate::default(),
+            reload_period: Duration::from_secs(5),
         }
     }
 }
@@ -207,10 +215,14 @@ impl Server {
         let drain = DrainLayer { shutdown: CancellationToken::new(), limit: CancellationToken::new() };
         let services = health.checks.iter().map(|check| check.service);
         let routes = with_reflection(routes.add_service(health_service), &descriptors, services)?;
+        let port_tls = config.tls.clone().map(|tls| PortTls { tls, protocols: &[HTTP2] });
+        let tls = port_tls.map(Reloading::open).transpose()?;
         let connector = Arc::new(Connector {
-            service: layered(routes, observer, drain.clone()),
+            service: layered(routes, observer, config.gate.clone(), drain.clone()),
             http2: http2_builder(&config),
-            tls: config.tls.as_ref().map(ServerTls::acceptor).transpose()?,
+            http1: None,
+            tls: tls.clone(),
+            client_names: config.tls.clone().map_or_else(Vec::new, |tls| tls.client_names),
             handshake_timeout: config.handshake_timeout,
             idle_timeout: config.idle_timeout,
         });
@@ -224,8 +236,16 @@ impl Server {
             drain.limit.cancel();
             time::sleep(LAST_WORDS).await;
         };
+        let following = async {
+            match tls {
+                Some(tls) => match tls.follow(config.reload_period).await {},
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             () = serving => Ok(()),
+            () = following => Ok(()),
+            () = config.gate.follow(config.reload_period) => Ok(()),
             () = ending => {
                 tracing::warn!(limit = ?config.drain_limit, "connections were still open at the drain limit");
                 Ok(())
@@ -235,7 +255,8 @@ impl Server {
 }
 
 /// `routes` behind what every call goes through.
-fn layered(routes: Routes, observer: Option<Observer>, drain: DrainLayer) -> impl ConnectionService {
+fn layered(routes: Routes, observer: Option<Observer>, gate: Gate, drain: DrainLayer) -> impl ConnectionService {
+    let refuse = |fault| Status::from(fault).into_http();
     ServiceBuilder::new()
         // Outermost: a span is the whole call, and log lines within carry its trace.
         .layer(TraceLayer)
@@ -244,6 +265,8 @@ fn layered(routes: Routes, observer: Option<Observer>, drain: DrainLayer) -> imp
         // Counts what the layers below refuse, too.
         .layer(OutcomeLayer { observer })
         .layer(MetadataLayer)
+        // Whoever may not call learns no more than that.
+        .layer(AuthenticationLayer::new(gate, is_open_service, refuse))
         .layer(DeadlineLayer)
         // Handlers end by it, and the layers above still see a proper response.
         .layer(drain)
@@ -252,7 +275,7 @@ fn layered(routes: Routes, observer: Option<Observer>, drain: DrainLayer) -> imp
 }
 
 /// HTTP/2 with our limits.
-fn http2_builder(config: &ServerConfig) -> http2::Builder<TokioExecutor> {
+pub(crate) fn http2_builder(config: &ServerConfig) -> http2::Builder<TokioExecutor> {
     let mut builder = http2::Builder::new(TokioExecutor::new());
     builder
         .timer(TokioTimer::new())

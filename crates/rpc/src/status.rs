@@ -35,6 +35,8 @@ pub enum Reason {
     MalformedDeadline,
     /// The call's metadata is longer than this node takes.
     MetadataTooLarge,
+    /// The caller shows no key that this node knows.
+    Unauthenticated,
     /// The peer serves another model.
     ModelMismatch,
     /// The request needs a predictor and there is none.
@@ -43,6 +45,10 @@ pub enum Reason {
     Unsupported,
     /// As many requests wait as may.
     QueueFull,
+    /// Others wait, and the caller has its share of the queue.
+    ClientShare,
+    /// What waits ahead takes longer than the caller does.
+    NoTime,
     /// The caller's time is up.
     DeadlineExceeded,
     /// The caller has gone.
@@ -76,10 +82,13 @@ const TABLE: &[Row] = &[
     (Reason::MalformedMessage,     Code::InvalidArgument,    "MALFORMED_MESSAGE",     None),
     (Reason::MalformedDeadline,    Code::InvalidArgument,    "MALFORMED_DEADLINE",    None),
     (Reason::MetadataTooLarge,     Code::ResourceExhausted,  "METADATA_TOO_LARGE",    None),
+    (Reason::Unauthenticated,      Code::Unauthenticated,    "UNAUTHENTICATED",       None),
     (Reason::ModelMismatch,        Code::FailedPrecondition, "MODEL_MISMATCH",        None),
     (Reason::NoPredictor,          Code::FailedPrecondition, "NO_PREDICTOR",          None),
     (Reason::Unsupported,          Code::Unimplemented,      "UNSUPPORTED",           None),
     (Reason::QueueFull,            Code::ResourceExhausted,  "QUEUE_FULL",            Some(Duration::from_millis(100))),
+    (Reason::ClientShare,          Code::ResourceExhausted,  "CLIENT_SHARE",          Some(Duration::from_millis(100))),
+    (Reason::NoTime,               Code::ResourceExhausted,  "NO_TIME",               Some(Duration::from_millis(100))),
     (Reason::DeadlineExceeded,     Code::DeadlineExceeded,   "DEADLINE_EXCEEDED",     None),
     (Reason::Cancelled,            Code::Cancelled,          "CANCELLED",             None),
     (Reason::ExpertUnavailable,    Code::Unavailable,        "EXPERT_UNAVAILABLE",    Some(Duration::from_secs(1))),
@@ -157,6 +166,11 @@ impl Fault {
     /// What went wrong.
     pub fn reason(&self) -> Reason {
         self.reason
+    }
+
+    /// When a retry may help, if it may.
+    pub fn retry_hint(&self) -> Option<Duration> {
+        self.retry_after
     }
 
     /// The sentence.

@@ -1,8 +1,8 @@
-//! TLS and mutual TLS from PEM files. Read by [`crate::server`] and [`crate::client`] when they start.
+//! TLS and mutual TLS from PEM files. A server reads them when it starts and again when they change ([`crate::reload`]): who
+//! connects then sees the new certificate, and what is connected goes on. A client ([`crate::client`]) reads them for every
+//! connection that it asks for.
 
 use std::{
-    fs::File,
-    io::{self, Read},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -22,8 +22,10 @@ use tokio_rustls::{
 };
 use tonic::transport::{Certificate, ClientTlsConfig, Identity};
 
-/// The largest PEM file read: far above any chain.
-const PEM_BYTES_MAX: u64 = 1 << 20;
+use crate::{
+    certificate_names::NamePattern,
+    reload::{FileError, FromFiles, read},
+};
 
 /// How a server proves itself, and whom it lets in.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,6 +36,8 @@ pub struct ServerTls {
     pub key: PathBuf,
     /// PEM file of the authorities whose clients are let in (mutual TLS); `None`: anyone.
     pub client_authorities: Option<PathBuf>,
+    /// Of their clients, only those with such a name in their certificate; empty: all of them.
+    pub client_names: Vec<NamePattern>,
 }
 
 /// Whom a client trusts, and how it proves itself.
@@ -51,10 +55,8 @@ pub struct ClientTls {
 #[derive(Debug, Error)]
 #[allow(missing_docs)]
 pub enum TlsError {
-    #[error("cannot read {file}: {source}")]
-    Read { file: PathBuf, source: io::Error },
-    #[error("{file} is longer than {expected} bytes")]
-    Length { file: PathBuf, expected: u64 },
+    #[error(transparent)]
+    File(#[from] FileError),
     #[error("{file} does not begin with a certificate")]
     Certificate { file: PathBuf },
     #[error("{file} is not PEM of what it should be: {source}")]
@@ -65,32 +67,53 @@ pub enum TlsError {
     Authorities { file: PathBuf, source: VerifierBuilderError },
 }
 
-/// The protocol that TLS agrees on.
-const HTTP2: &[u8] = b"h2";
+/// The protocols that TLS agrees on: gRPC knows the first only.
+pub(crate) const HTTP2: &[u8] = b"h2";
+pub(crate) const HTTP1: &[u8] = b"http/1.1";
 
-impl ServerTls {
-    /// What makes connections secure.
-    pub(crate) fn acceptor(&self) -> Result<TlsAcceptor, TlsError> {
-        let chain = read(&self.certificate)?;
-        let not_after = not_after(&chain).ok_or_else(|| TlsError::Certificate { file: self.certificate.clone() })?;
-        gauge!(names::TLS_CERTIFICATE_NOT_AFTER_SECONDS).set(not_after as f64);
-        let chain = certificates(&self.certificate, &chain)?;
-        let not_key = |source| TlsError::Pem { file: self.key.clone(), source };
-        let key = PrivateKeyDer::from_pem_slice(&read(&self.key)?).map_err(not_key)?;
+/// How the connections to a port are made secure.
+#[derive(Clone, Debug)]
+pub(crate) struct PortTls {
+    pub(crate) tls: ServerTls,
+    /// What is spoken there, the best first.
+    pub(crate) protocols: &'static [&'static [u8]],
+}
+
+impl FromFiles for PortTls {
+    type Made = TlsAcceptor;
+    type Error = TlsError;
+    const NAME: &'static str = "certificates";
+    const RELOADS: &'static str = names::TLS_RELOADS_TOTAL;
+
+    fn files(&self) -> Vec<&Path> {
+        let ServerTls { certificate, key, client_authorities, .. } = &self.tls;
+        [certificate, key].into_iter().chain(client_authorities).map(PathBuf::as_path).collect()
+    }
+
+    fn make(&self, contents: &[Vec<u8>]) -> Result<TlsAcceptor, TlsError> {
+        let ServerTls { certificate, key: key_file, client_authorities, .. } = &self.tls;
+        let [chain, key, authorities @ ..] = contents else {
+            unreachable!("a certificate and its key are among the files")
+        };
+        let not_after = not_after(chain).ok_or_else(|| TlsError::Certificate { file: certificate.clone() })?;
+        let chain = certificates(certificate, chain)?;
+        let not_key = |source| TlsError::Pem { file: key_file.clone(), source };
+        let key = PrivateKeyDer::from_pem_slice(key).map_err(not_key)?;
         let builder = rustls::ServerConfig::builder();
-        let builder = match &self.client_authorities {
+        let builder = match client_authorities.iter().zip(authorities).next() {
             None => builder.with_no_client_auth(),
-            Some(file) => {
+            Some((file, authorities)) => {
                 let mut roots = RootCertStore::empty();
-                roots.add_parsable_certificates(certificates(file, &read(file)?)?);
+                roots.add_parsable_certificates(certificates(file, authorities)?);
                 let refused = |source| TlsError::Authorities { file: file.clone(), source };
                 builder.with_client_cert_verifier(WebPkiClientVerifier::builder(roots.into()).build().map_err(refused)?)
             }
         };
-        let files = || format!("{} and {}", self.certificate.display(), self.key.display());
+        let files = || format!("{} and {}", certificate.display(), key_file.display());
         let refused = |source| TlsError::Identity { files: files(), source };
         let mut config = builder.with_single_cert(chain, key).map_err(refused)?;
-        config.alpn_protocols.push(HTTP2.into());
+        config.alpn_protocols.extend(self.protocols.iter().map(|protocol| protocol.to_vec()));
+        gauge!(names::TLS_CERTIFICATE_NOT_AFTER_SECONDS).set(not_after as f64);
         Ok(TlsAcceptor::from(Arc::new(config)))
     }
 }
@@ -121,14 +144,4 @@ fn certificates(file: &Path, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>,
 fn not_after(chain: &[u8]) -> Option<i64> {
     let (_, first) = x509_parser::pem::parse_x509_pem(chain).ok()?;
     Some(first.parse_x509().ok()?.validity().not_after.timestamp())
-}
-
-fn read(file: &Path) -> Result<Vec<u8>, TlsError> {
-    let failed = |source| TlsError::Read { file: file.to_owned(), source };
-    let mut bytes = Vec::new();
-    File::open(file).map_err(failed)?.take(PEM_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(failed)?;
-    if bytes.len() as u64 > PEM_BYTES_MAX {
-        return Err(TlsError::Length { file: file.to_owned(), expected: PEM_BYTES_MAX });
-    }
-    Ok(bytes)
 }

@@ -1,14 +1,17 @@
-//! TLS and mutual TLS over real sockets, and what a person is told when they do not fit.
+//! TLS and mutual TLS over real sockets: who is let in, certificates that are renewed under load, and what a person is told
+//! when files do not fit.
 
 mod echo;
 
 use std::{
+    os::unix::fs::symlink,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
-use echo::{Running, unary};
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use echo::{Running, count, unary};
+use futures::StreamExt;
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, date_time_ymd};
 use sida_rpc::{ClientConfig, ClientError, ClientTls, Server, ServerConfig, ServerError, ServerTls};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -18,15 +21,18 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tonic::Request;
 
-/// Writes an authority and two certificates of it; both carry the name `node`.
+/// Writes an authority and certificates of it for the name `node`: a server's, a client's, and one that is over.
 fn certificates(dir: &Path) {
     let mut params = CertificateParams::new(Vec::<String>::new()).unwrap();
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let authority = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
     std::fs::write(dir.join("ca.pem"), authority.pem()).unwrap();
-    for name in ["server", "client"] {
+    for name in ["server", "client", "over"] {
         let key = KeyPair::generate().unwrap();
-        let params = CertificateParams::new(vec!["node".to_owned()]).unwrap();
+        let mut params = CertificateParams::new(vec!["node".to_owned()]).unwrap();
+        if name == "over" {
+            params.not_after = date_time_ymd(2001, 1, 1);
+        }
         let certificate = params.signed_by(&key, &authority).unwrap();
         std::fs::write(dir.join(format!("{name}.pem")), certificate.pem()).unwrap();
         std::fs::write(dir.join(format!("{name}.key")), key.serialize_pem()).unwrap();
@@ -38,6 +44,7 @@ fn server(dir: &Path) -> ServerTls {
         certificate: dir.join("server.pem"),
         key: dir.join("server.key"),
         client_authorities: Some(dir.join("ca.pem")),
+        client_names: Vec::new(),
     }
 }
 
@@ -61,6 +68,119 @@ async fn only_known_clients_are_let_in() {
     call(client(dir.path(), Some(identity))).await.unwrap();
     assert!(call(client(dir.path(), None)).await.is_err(), "a client without a certificate was let in");
     assert!(call(ClientConfig::default()).await.is_err(), "plain text was let in");
+    let over = (dir.path().join("over.pem"), dir.path().join("over.key"));
+    assert!(call(client(dir.path(), Some(over))).await.is_err(), "a certificate that is over was let in");
+    let other = tempfile::tempdir().unwrap();
+    certificates(other.path());
+    let of_another = (other.path().join("client.pem"), other.path().join("client.key"));
+    assert!(call(client(dir.path(), Some(of_another))).await.is_err(), "another authority's client was let in");
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn only_clients_of_these_names_are_let_in() {
+    // Would break: every certificate of an authority that also serves others is one of a member.
+    let dir = tempfile::tempdir().unwrap();
+    certificates(dir.path());
+    let identity = (dir.path().join("client.pem"), dir.path().join("client.key"));
+    for (names, is_let_in) in [(vec!["node"], true), (vec!["x", "*ode"], true), (vec!["*.node", "nod"], false)] {
+        let client_names = names.iter().map(|name| name.parse().unwrap()).collect();
+        let tls = Some(ServerTls { client_names, ..server(dir.path()) });
+        let running = Running::start(ServerConfig { tls, ..ServerConfig::default() }, |server| server).await;
+        let answer = ask(&running.address, &client(dir.path(), Some(identity.clone())), "client").await;
+        assert_eq!(answer.is_ok(), is_let_in, "{names:?}: {answer:?}");
+        if is_let_in {
+            assert_eq!(
+                answer.unwrap(),
+                "rcgen self signed cert false",
+                "whoever has no key is called by its certificate"
+            );
+        }
+        running.stop().await;
+    }
+}
+
+/// The answer to one call on a connection of its own.
+async fn ask(address: &str, config: &ClientConfig, what: &str) -> Result<String, String> {
+    let channel = sida_rpc::connect(address, config).await.map_err(|error| error.to_string())?;
+    let answer = unary(&channel, Request::new(what.into())).await.map_err(|status| status.to_string())?;
+    Ok(String::from_utf8(answer.into_inner()).unwrap())
+}
+
+/// A volume as Kubernetes mounts a secret: links over one link, which is swapped.
+fn swap(volume: &Path, version: &str) {
+    let new = volume.join("..new");
+    symlink(version, &new).unwrap();
+    std::fs::rename(new, volume.join("..data")).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn certificates_are_renewed_under_load_and_nothing_is_dropped() {
+    // Would break: a certificate that is renewed is served only after a restart, or costs calls that are under way.
+    let metrics = sida_telemetry::metrics::install().unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let volume = dir.path().to_owned();
+    for version in ["first", "second", "broken"] {
+        std::fs::create_dir(volume.join(version)).unwrap();
+        certificates(&volume.join(version));
+    }
+    std::fs::write(volume.join("broken/server.key"), "half a k").unwrap();
+    swap(&volume, "first");
+    let files = ["ca.pem", "server.pem", "server.key"];
+    files.iter().for_each(|file| symlink(Path::new("..data").join(file), volume.join(file)).unwrap());
+    let tls = Some(ServerTls { client_authorities: None, ..server(&volume) });
+    let reload_period = Duration::from_millis(20);
+    let running = Running::start(ServerConfig { tls, reload_period, ..ServerConfig::default() }, |server| server).await;
+    let both = ["first", "second"].map(|version| std::fs::read_to_string(volume.join(version).join("ca.pem")).unwrap());
+    std::fs::create_dir(volume.join("both")).unwrap();
+    std::fs::write(volume.join("both/ca.pem"), both.concat()).unwrap();
+    let trusting = |version: &str| client(&volume.join(version), None);
+
+    let old = sida_rpc::connect(&running.address, &trusting("first")).await.unwrap();
+    let mut numbers = count(&old, Request::new(Vec::new())).await;
+    let load_ends = CancellationToken::new();
+    let load = (0..3).map(|_| {
+        let (address, config, ends) = (running.address.clone(), trusting("both"), load_ends.clone());
+        tokio::spawn(async move {
+            let mut answered = 0;
+            while !ends.is_cancelled() {
+                ask(&address, &config, "x").await.unwrap();
+                answered += 1;
+            }
+            answered
+        })
+    });
+    let load: Vec<_> = load.collect();
+    let until_trusted = async |version: &str| {
+        let trusted = async {
+            while ask(&running.address, &trusting(version), "x").await.is_err() {
+                time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        time::timeout(Duration::from_secs(10), trusted).await.expect("new connections see the new certificate");
+    };
+    until_trusted("first").await;
+    let reloads = |outcome: &str| {
+        let line = format!("sida_tls_reloads_total{{outcome=\"{outcome}\"}} ");
+        metrics.render().lines().find_map(|found| found.strip_prefix(&line)?.parse::<u64>().ok()).unwrap()
+    };
+    let (loaded, refused) = (reloads("loaded"), reloads("refused"));
+    swap(&volume, "second");
+    until_trusted("second").await;
+    assert!(ask(&running.address, &trusting("first"), "x").await.is_err(), "the old one is not shown any more");
+    swap(&volume, "broken");
+    time::sleep(10 * reload_period).await;
+    ask(&running.address, &trusting("second"), "x").await.expect("a broken pair leaves the old one in service");
+    assert!(reloads("loaded") > loaded && reloads("refused") > refused);
+    swap(&volume, "first");
+    until_trusted("first").await;
+    load_ends.cancel();
+    for client in load {
+        assert!(client.await.expect("no call failed") > 0);
+    }
+    numbers.next().await.unwrap().expect("what is open goes on");
+    unary(&old, Request::new(b"x".to_vec())).await.expect("an old connection goes on");
+    drop(numbers);
     running.stop().await;
 }
 

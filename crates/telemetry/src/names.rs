@@ -9,7 +9,9 @@
 
 use ::metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 
-/// Label: the gRPC method, as `Generate`.
+/// Label: by which door a request came, `grpc` or `openai`.
+pub const DOOR: &str = "door";
+/// Label: the gRPC method, as `Generate`; of the door for OpenAI's clients the endpoint, as `completions`.
 pub const METHOD: &str = "method";
 /// Label: the gRPC status code, as `OK` or `DEADLINE_EXCEEDED`.
 pub const CODE: &str = "code";
@@ -29,6 +31,8 @@ pub const OUTCOME: &str = "outcome";
 pub const ROLE: &str = "role";
 /// Label: why.
 pub const REASON: &str = "reason";
+/// Label: a client, as the file of keys calls it; empty for those without a key.
+pub const CLIENT: &str = "client";
 /// Label: the version of the program.
 pub const VERSION: &str = "version";
 /// Label: the commit that it was built from.
@@ -62,6 +66,8 @@ pub enum On {
     Etcd,
     /// Every node that serves by TLS.
     Tls,
+    /// Every node that lets in by keys.
+    Keys,
 }
 
 impl On {
@@ -75,6 +81,7 @@ impl On {
             On::PredictorNode => "predictor-node",
             On::Etcd => "every node, with etcd",
             On::Tls => "every node, with TLS",
+            On::Keys => "every node, with keys",
         }
     }
 }
@@ -132,12 +139,13 @@ macro_rules! catalogue {
 
 #[rustfmt::skip] // One line a metric.
 catalogue! {
-    REQUESTS_TOTAL = "sida_requests_total", counter, [METHOD, CODE], Count, Coordinator, "Requests answered, by gRPC method and status code.";
+    REQUESTS_TOTAL = "sida_requests_total", counter, [DOOR, METHOD, CODE], Count, Coordinator, "Requests answered, by door (grpc or openai), method or endpoint, and gRPC status code.";
+    CLIENT_REQUESTS_TOTAL = "sida_client_requests_total", counter, [CLIENT, CODE], Count, Coordinator, "Requests answered, by client and status code; client is the name of its key, and empty for all without one.";
     REQUESTS_INFLIGHT = "sida_requests_inflight", gauge, [], Count, Coordinator, "Requests being worked on.";
     REQUESTS_QUEUED = "sida_requests_queued", gauge, [], Count, Coordinator, "Requests waiting for a place in a batch.";
     CACHE_RESERVED_BYTES = "sida_cache_reserved_bytes", gauge, [], Bytes, Coordinator, "Memory reserved for keys and values of the sequences that run.";
     CACHE_BUDGET_BYTES = "sida_cache_budget_bytes", gauge, [], Bytes, Coordinator, "Memory that keys and values of all running sequences may take (--cache-memory).";
-    REQUEST_DURATION_SECONDS = "sida_request_duration_seconds", histogram(WAITS), [METHOD], Seconds, Coordinator, "A request, from acceptance to its last byte.";
+    REQUEST_DURATION_SECONDS = "sida_request_duration_seconds", histogram(WAITS), [DOOR, METHOD], Seconds, Coordinator, "A request, from acceptance to its last byte.";
     TIME_TO_FIRST_TOKEN_SECONDS = "sida_time_to_first_token_seconds", histogram(WAITS), [], Seconds, Coordinator, "From acceptance to the first token.";
     TIME_PER_OUTPUT_TOKEN_SECONDS = "sida_time_per_output_token_seconds", histogram(WORK), [], Seconds, Coordinator, "Mean time between the tokens of a request after its first.";
     QUEUE_DURATION_SECONDS = "sida_queue_duration_seconds", histogram(WAITS), [], Seconds, Coordinator, "A request's wait for a place in a batch.";
@@ -177,6 +185,8 @@ catalogue! {
 
     BUILD_INFO = "sida_build_info", gauge, [VERSION, REVISION], Count, All, "1; the labels say what was built from what.";
     TLS_CERTIFICATE_NOT_AFTER_SECONDS = "sida_tls_certificate_not_after_seconds", gauge, [], Seconds, Tls, "When the certificate that this node serves with expires, as a Unix time.";
+    TLS_RELOADS_TOTAL = "sida_tls_reloads_total", counter, [OUTCOME], Count, Tls, "Changed certificates that a port took into service (outcome = loaded), or could not use and went on with the old ones (refused).";
+    KEY_RELOADS_TOTAL = "sida_key_reloads_total", counter, [OUTCOME], Count, Keys, "Changed files of keys that were taken into service (outcome = loaded), or could not be used and left the old ones in it (refused).";
     RUNTIME_WORKERS = "sida_runtime_workers", gauge, [], Count, All, "Threads that carry bytes and time (tokio's workers).";
     RUNTIME_BUSY_RATIO = "sida_runtime_busy_ratio", gauge, [], Count, All, "Share of time in which those threads were busy lately, 0 to 1 over all of them.";
     RUNTIME_TASKS = "sida_runtime_tasks", gauge, [], Count, All, "Tasks that they keep.";

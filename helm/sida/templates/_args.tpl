@@ -34,7 +34,10 @@ like sida.podTemplate, and with gpus. */}}
 {{- if $v.tls.enabled }}
 {{- $args = concat $args (list "--tls-cert=/etc/sida/tls/tls.crt" "--tls-key=/etc/sida/tls/tls.key" "--tls-ca=/etc/sida/tls/ca.crt" (printf "--tls-domain=%s" (include "sida.fullname" $root))) }}
 {{- if $v.tls.mutual }}{{ $args = append $args "--tls-client-ca=/etc/sida/tls/ca.crt" }}{{ end }}
+{{- if and $v.tls.mutual $v.tls.clientNames (ne .role "coordinator") }}{{ $args = append $args (printf "--tls-client-names=%s" (join "," $v.tls.clientNames)) }}{{ end }}
 {{- end }}
+{{- if and $v.apiKeys.existingSecret (eq .role "coordinator") }}{{ $args = append $args (printf "--api-keys=/etc/sida/api-keys/%s" $v.apiKeys.key) }}{{ end }}
+{{- if $v.clusterKey.existingSecret }}{{ $args = append $args (printf "--cluster-key=/etc/sida/cluster-key/%s" $v.clusterKey.key) }}{{ end }}
 {{- $args = concat $args .args }}
 {{- if .gpus }}
 {{- /* A container sees its own GPU only. */}}

@@ -111,6 +111,12 @@ app.kubernetes.io/component: {{ .role }}
 {{- if $v.tls.enabled }}
 - {name: tls, mountPath: /etc/sida/tls, readOnly: true}
 {{- end }}
+{{- if and $v.apiKeys.existingSecret (eq .role "coordinator") }}
+- {name: api-keys, mountPath: /etc/sida/api-keys, readOnly: true}
+{{- end }}
+{{- if $v.clusterKey.existingSecret }}
+- {name: cluster-key, mountPath: /etc/sida/cluster-key, readOnly: true}
+{{- end }}
 {{- if $v.etcd.tls.existingSecret }}
 - {name: etcd-tls, mountPath: /etc/sida/etcd, readOnly: true}
 {{- end }}
@@ -135,6 +141,14 @@ app.kubernetes.io/component: {{ .role }}
 {{- if $v.tls.enabled }}
 - name: tls
   secret: {secretName: {{ include "sida.tlsSecret" .root }}, defaultMode: 0440}
+{{- end }}
+{{- if and $v.apiKeys.existingSecret (eq .role "coordinator") }}
+- name: api-keys
+  secret: {secretName: {{ $v.apiKeys.existingSecret }}, defaultMode: 0440}
+{{- end }}
+{{- with $v.clusterKey.existingSecret }}
+- name: cluster-key
+  secret: {secretName: {{ . }}, defaultMode: 0440}
 {{- end }}
 {{- with $v.etcd.tls.existingSecret }}
 - name: etcd-tls

@@ -1,7 +1,7 @@
 //! How an answer is generated.
 
 use clap::Args;
-use sida_coordinator::{GenerateParams, Sampling};
+use sida_coordinator::{GenerateParams, Prompt, Sampling};
 
 use super::routing::RoutingArguments;
 
@@ -28,6 +28,20 @@ pub(crate) struct GenerationArguments {
     /// own, mostly 0]
     #[arg(long, value_name = "P")]
     top_p: Option<f32>,
+    /// Draw among the tokens that are at least P times as likely as the likeliest, 0 to 1; 0: among all [default: the model's
+    /// own, mostly 0]
+    #[arg(long, value_name = "P")]
+    min_p: Option<f32>,
+    /// Make tokens less likely that the answer has already, or that a decoder-only model has read: 1 changes nothing [default:
+    /// the model's own, mostly 1]
+    #[arg(long, value_name = "R")]
+    repetition_penalty: Option<f32>,
+    /// Take this off a token's score for each time that it was written, -2 to 2
+    #[arg(long, value_name = "F", default_value_t = 0.0)]
+    frequency_penalty: f32,
+    /// Take this off a token's score if it was written at all, -2 to 2
+    #[arg(long, value_name = "F", default_value_t = 0.0)]
+    presence_penalty: f32,
     /// Draw the same tokens again next time
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
@@ -37,18 +51,27 @@ pub(crate) struct GenerationArguments {
 }
 
 impl GenerationArguments {
-    /// The request that asks for `text` to be answered like this.
-    pub(crate) fn params(&self, text: String, routing: RoutingArguments) -> GenerateParams {
+    /// The request that asks for `prompt` to be answered like this.
+    pub(crate) fn params(&self, prompt: impl Into<Prompt>, routing: RoutingArguments) -> GenerateParams {
         GenerateParams {
-            text,
+            prompt: prompt.into(),
             routing: routing.into(),
             max_tokens: self.max_tokens.unwrap_or(0),
             min_tokens: self.min_tokens,
             ignore_eos: self.ignore_eos,
-            sampling: Sampling { temperature: self.temperature, top_k: self.top_k, top_p: self.top_p, seed: self.seed },
+            sampling: Sampling {
+                temperature: self.temperature,
+                top_k: self.top_k,
+                top_p: self.top_p,
+                min_p: self.min_p,
+                repetition_penalty: self.repetition_penalty,
+                frequency_penalty: self.frequency_penalty,
+                presence_penalty: self.presence_penalty,
+                seed: self.seed,
+                ..Sampling::default()
+            },
             stop: self.stop.clone(),
-            deadline: None,
-            trace: None,
+            ..GenerateParams::default()
         }
     }
 }
@@ -79,5 +102,15 @@ mod tests {
         assert_eq!((plain.max_tokens, plain.min_tokens), (0, None));
         let asked = params(&["ask", "--max-tokens", "9", "--min-tokens", "0"]);
         assert_eq!((asked.max_tokens, asked.min_tokens), (9, Some(0)));
+        assert_eq!(plain.sampling, Sampling::default());
+        let line = ["ask", "--min-p", "0.1", "--repetition-penalty", "1.2", "--frequency-penalty=-0.5"];
+        let expected = Sampling {
+            min_p: Some(0.1),
+            repetition_penalty: Some(1.2),
+            frequency_penalty: -0.5,
+            presence_penalty: 2.0,
+            ..Sampling::default()
+        };
+        assert_eq!(params(&[&line[..], &["--presence-penalty", "2"]].concat()).sampling, expected);
     }
 }

@@ -19,6 +19,13 @@ pub(crate) struct LimitArguments {
     /// Requests that wait at most; further ones are refused at once
     #[arg(long, value_name = "N", default_value_t = 1024)]
     queue_max: usize,
+    /// Tokens that wait at most, of prompts and of the longest answers to them
+    #[arg(long, value_name = "N", default_value_t = 2 << 20)]
+    queue_tokens_max: usize,
+    /// Part of the queue that one client may hold while others wait, as 50%; a client is who has a key, a certificate or an
+    /// address of its own
+    #[arg(long, value_name = "SHARE", default_value = "50%", value_parser = share)]
+    client_queue_share: f64,
     /// Tokens of a prompt at most
     #[arg(long, value_name = "N", default_value_t = 512)]
     prompt_tokens_max: usize,
@@ -45,6 +52,8 @@ impl LimitArguments {
         config.limits.tokens_max = self.batch_tokens_max.max(1);
         config.limits.sequences_max = self.sequences_max.max(1);
         config.limits.queue_max = self.queue_max.max(1);
+        config.limits.queue_tokens_max = self.queue_tokens_max.max(1);
+        config.limits.client_queue_share = self.client_queue_share;
         config.request_limits.prompt_tokens_max = self.prompt_tokens_max.max(1);
         config.request_limits.tokens_max = self.answer_tokens_max.max(1);
         config.request_limits.tokens_default = config.request_limits.tokens_default.min(self.answer_tokens_max.max(1));
@@ -52,5 +61,27 @@ impl LimitArguments {
         config.enforce_capacity = self.enforce_capacity;
         config.expert_call_timeout = self.expert_call_timeout;
         config.predict_timeout = self.predict_timeout;
+    }
+}
+
+/// A part of a whole, as 50%: above 0%, at most 100%.
+fn share(text: &str) -> Result<f64, String> {
+    let percent = text.strip_suffix('%').and_then(|number| number.trim().parse::<f64>().ok());
+    let share = percent.map(|percent| percent / 100.0).filter(|share| *share > 0.0 && *share <= 1.0);
+    share.ok_or_else(|| format!("{text:?} is no part, expected above 0% and at most 100%"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_share_is_a_part_of_the_whole() {
+        // Would break: a share of 50 is taken for fifty queues, or nobody may wait.
+        assert_eq!(share("50%"), Ok(0.5));
+        assert_eq!(share("100%"), Ok(1.0));
+        for wrong in ["0%", "101%", "50", "-1%", "NaN%", "%", ""] {
+            assert!(share(wrong).is_err(), "{wrong}");
+        }
     }
 }

@@ -1,5 +1,5 @@
 //! Flags that several commands share, one file per group: what the model is, how a request is routed and
-//! answered, how much memory the experts get, where a cluster listens and how one is reached.
+//! answered, how much memory the experts get, where a cluster listens, whom it lets in and how it is reached.
 
 pub(crate) mod cache;
 pub(crate) mod connection;
@@ -7,6 +7,7 @@ pub(crate) mod device;
 pub(crate) mod embedded;
 pub(crate) mod etcd;
 pub(crate) mod generation;
+pub(crate) mod keys;
 pub(crate) mod limits;
 pub(crate) mod membership;
 pub(crate) mod micro_batches;

@@ -8,7 +8,8 @@ use std::{
 };
 
 use clap::Args;
-use sida_rpc::{Readiness, ServerConfig, ServerTls, metrics_port};
+use sida_coordinator::Listeners;
+use sida_rpc::{Gate, NamePattern, Readiness, ServerConfig, ServerTls, metrics_port};
 use sida_telemetry::metrics;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -16,11 +17,37 @@ use tokio_util::sync::CancellationToken;
 use super::connection::ConnectionArguments;
 use crate::{bad_configuration::BadConfiguration, time_span};
 
-/// Says that no metrics are served.
-const METRICS_OFF: &str = "off";
+/// Says that a port is not served.
+const OFF: &str = "off";
 
 /// Where the nodes of a cluster serve metrics unless the flag says otherwise: Prometheus is elsewhere.
 pub(crate) const METRICS_OF_NODES: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 9090);
+
+/// Where a server for OpenAI's clients listens.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct HttpArguments {
+    /// Serve OpenAI's clients by HTTP at http://HOST:PORT/v1; off: nowhere [default: `up` 127.0.0.1:8000 if it is free,
+    /// `coordinator` nowhere]
+    #[arg(long, value_name = "HOST:PORT")]
+    http_listen: Option<String>,
+}
+
+impl HttpArguments {
+    /// The port of the flag, or `default` if that is free.
+    pub(crate) async fn bind(&self, default: Option<SocketAddr>) -> anyhow::Result<Option<TcpListener>> {
+        match (self.http_listen.as_deref(), default) {
+            (Some(OFF), _) | (None, None) => Ok(None),
+            (Some(address), _) => Ok(Some(bind(address).await?)),
+            (None, Some(default)) => match TcpListener::bind(default).await {
+                Ok(listener) => Ok(Some(listener)),
+                Err(error) => {
+                    tracing::warn!("HTTP is not served: {default}: {error}; name a port by --http-listen");
+                    Ok(None)
+                }
+            },
+        }
+    }
+}
 
 /// What every server has.
 #[derive(Args, Clone, Debug)]
@@ -31,6 +58,10 @@ pub(crate) struct ServerArguments {
     /// PEM file of the authorities whose clients are let in [default: all clients]
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
     tls_client_ca: Option<PathBuf>,
+    /// Of those, let in only clients with one of these names in their certificate (subject, DNS name or URI), with commas
+    /// between them; one that begins with * stands for all that end so [default: all of them]
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', requires = "tls_client_ca")]
+    tls_client_names: Vec<NamePattern>,
     /// How long requests may go on after Ctrl-C or SIGTERM
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = time_span::parse)]
     drain: Duration,
@@ -46,13 +77,14 @@ pub(crate) struct ServerArguments {
 }
 
 impl ServerArguments {
-    /// The gRPC server's settings; it tells `readiness` whether it serves.
-    pub(crate) fn server(&self, connection: &ConnectionArguments, readiness: Readiness) -> ServerConfig {
+    /// The gRPC server's settings; it lets in whom `gate` does and tells `readiness` whether it serves.
+    pub(crate) fn server(&self, connection: &ConnectionArguments, gate: Gate, readiness: Readiness) -> ServerConfig {
         let identity = connection.tls_cert.clone().zip(connection.tls_key.clone());
         let tls = identity.map(|(certificate, key)| ServerTls {
             certificate,
             key,
             client_authorities: self.tls_client_ca.clone(),
+            client_names: self.tls_client_names.clone(),
         });
         ServerConfig {
             drain_limit: self.drain,
@@ -60,6 +92,7 @@ impl ServerArguments {
             handshake_timeout: self.handshake_timeout,
             idle_timeout: self.idle_timeout,
             tls,
+            gate,
             readiness,
             ..ServerConfig::default()
         }
@@ -75,7 +108,7 @@ impl ServerArguments {
         shutdown: CancellationToken,
     ) -> anyhow::Result<()> {
         let listener = match self.metrics_listen.as_deref() {
-            Some(METRICS_OFF) => return Ok(()),
+            Some(OFF) => return Ok(()),
             Some(address) => bind(address).await?,
             None => match TcpListener::bind(default).await {
                 Ok(listener) => listener,
@@ -103,4 +136,12 @@ pub(crate) async fn bind(address: &str) -> Result<TcpListener, BadConfiguration>
 pub(crate) fn announce(listener: &TcpListener) -> anyhow::Result<()> {
     writeln!(io::stdout(), "listening on {}", listener.local_addr()?)?;
     Ok(())
+}
+
+/// The same of the doors of a coordinator.
+pub(crate) fn announce_doors(listeners: &Listeners) -> anyhow::Result<()> {
+    if let Some(http) = &listeners.http {
+        writeln!(io::stdout(), "listening for HTTP on {}", http.local_addr()?)?;
+    }
+    announce(&listeners.grpc)
 }

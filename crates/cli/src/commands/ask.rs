@@ -8,16 +8,17 @@ use std::{
 
 use clap::Args;
 use futures::TryStreamExt;
-use serde_json::{Value, json};
-use sida_model::tokenizer::TEXT_BYTES_MAX;
-use sida_proto::v1::{Finish, FinishReason, RoutingMode};
+use serde_json::{Map, Value, json};
+use sida_coordinator::{Coordinator, Prompt};
+use sida_model::{ChatMessage, ChatTemplate, tokenizer::TEXT_BYTES_MAX};
+use sida_proto::v1::{Finish, FinishReason, Logprobs, RoutingMode};
 use tonic::Status;
 
 use crate::{
     answer_report::{AnswerReport, routed_instead},
     arguments::{
-        connection::ConnectionArguments, embedded::EmbeddedArguments, generation::GenerationArguments,
-        model::ModelArguments, predictor::PredictorArguments, routing::RoutingArguments,
+        embedded::EmbeddedArguments, generation::GenerationArguments, keys::CallerArguments, model::ModelArguments,
+        predictor::PredictorArguments, routing::RoutingArguments,
     },
     bad_configuration::BadConfiguration,
     coordinator_client::{CoordinatorClient, ModelFacts},
@@ -39,7 +40,7 @@ pub(crate) struct AskArguments {
     #[arg(long, value_name = "URL")]
     endpoint: Option<String>,
     #[command(flatten)]
-    connection: ConnectionArguments,
+    caller: CallerArguments,
     #[command(flatten)]
     model: ModelArguments,
     #[command(flatten)]
@@ -50,6 +51,12 @@ pub(crate) struct AskArguments {
     routing: RoutingArguments,
     #[command(flatten)]
     generation: GenerationArguments,
+    /// Tell of each token how likely it was, and which N were the most likely, 0 to 20
+    #[arg(long, value_name = "N", requires = "json")]
+    logprobs: Option<usize>,
+    /// Say the text as a user, in the form of the model's chat template
+    #[arg(long, conflicts_with = "endpoint")]
+    chat: bool,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -71,7 +78,11 @@ pub(crate) fn run(arguments: AskArguments) -> anyhow::Result<ExitCode> {
     runtime::run(async {
         let answerer = answerer(&arguments).await?;
         let model = answerer.client.model().await?;
-        let answer = answer(&answerer.client, text, &arguments).await?;
+        let prompt = match &answerer.cluster {
+            Some(cluster) if arguments.chat => chat_prompt(cluster.coordinator(), text).await?,
+            _ => text.into(),
+        };
+        let answer = answer(&answerer.client, prompt, &arguments).await?;
         // Whoever reads a pipe wants the answer.
         if arguments.json || io::stdout().is_terminal() {
             let nodes = answerer.client.status().await?.nodes;
@@ -111,7 +122,7 @@ fn text(argument: &str, input: impl Read) -> Result<String, BadConfiguration> {
 async fn answerer(arguments: &AskArguments) -> anyhow::Result<Answerer> {
     let start = Instant::now();
     if let Some(endpoint) = &arguments.endpoint {
-        let client = CoordinatorClient::connect(endpoint, &arguments.connection).await?;
+        let client = CoordinatorClient::connect(endpoint, &arguments.caller).await?;
         return Ok(Answerer { client, cluster: None, ready_after: start.elapsed() });
     }
     let cluster =
@@ -119,19 +130,38 @@ async fn answerer(arguments: &AskArguments) -> anyhow::Result<Answerer> {
     Ok(Answerer { client: cluster.client(), cluster: Some(cluster), ready_after: start.elapsed() })
 }
 
+/// What a user says who says `text`, as the model's chat template writes it.
+async fn chat_prompt(coordinator: &Coordinator, text: String) -> anyhow::Result<Prompt> {
+    let dir = coordinator.checkpoint().dir();
+    let template = ChatTemplate::open(dir)?.ok_or_else(|| {
+        let dir = dir.display();
+        BadConfiguration::new(format!(
+            "{dir} has no chat template, neither as chat_template.jinja nor in tokenizer_config.json: ask without --chat"
+        ))
+    })?;
+    let message = ChatMessage { role: "user".to_owned(), content: Some(text), name: None };
+    let written = template.render(&[message], true, &Map::new())?;
+    // The template has written what a text begins with.
+    let tokens = coordinator.tokenize(&written, false).await?;
+    Ok(Prompt::Tokens(tokens))
+}
+
 /// The whole answer.
 struct Answer {
     text: String,
     token_ids: Vec<u32>,
+    /// One for each token, if they were asked for.
+    logprobs: Vec<Logprobs>,
     finish: Finish,
 }
 
-/// Asks for `text`; the answer is printed token by token unless JSON is wanted.
-async fn answer(client: &CoordinatorClient, text: String, arguments: &AskArguments) -> anyhow::Result<Answer> {
-    let params = arguments.generation.params(text, arguments.routing);
+/// Asks for `prompt` to be answered; the answer is printed token by token unless JSON is wanted.
+async fn answer(client: &CoordinatorClient, prompt: Prompt, arguments: &AskArguments) -> anyhow::Result<Answer> {
+    let mut params = arguments.generation.params(prompt, arguments.routing);
+    params.logprobs = arguments.logprobs;
     let refused = |error: Status| client.check_model().map_or_else(anyhow::Error::new, |()| error.into());
     let mut tokens = client.generate(params).await.map_err(refused)?;
-    let (mut text, mut token_ids, mut finish) = (String::new(), Vec::new(), None);
+    let (mut text, mut token_ids, mut logprobs, mut finish) = (String::new(), Vec::new(), Vec::new(), None);
     while let Some(token) = tokens.try_next().await.map_err(refused)? {
         if !arguments.json {
             write!(io::stdout(), "{}", token.text)?;
@@ -139,23 +169,24 @@ async fn answer(client: &CoordinatorClient, text: String, arguments: &AskArgumen
         }
         text.push_str(&token.text);
         token_ids.push(token.token_id);
+        logprobs.extend(token.logprobs);
         finish = token.finish;
     }
     if !arguments.json {
         writeln!(io::stdout())?;
     }
     let finish = finish.ok_or_else(|| Status::data_loss("the answer ended without its last message"))?;
-    Ok(Answer { text, token_ids, finish })
+    Ok(Answer { text, token_ids, logprobs, finish })
 }
 
 fn as_json(answer: &Answer, model: &ModelFacts, report: &AnswerReport<'_>, ready_after: Duration) -> Value {
-    let Answer { text, token_ids, finish } = answer;
+    let Answer { text, token_ids, logprobs, finish } = answer;
     let trace = finish.trace.clone().unwrap_or_default();
     let timings = trace.timings.unwrap_or_default();
     let (resident_bytes, budget_bytes) = report.resident_and_budget();
     let layers: Vec<_> =
         trace.layers.iter().map(|used| json!({"layer": used.layer, "experts": used.experts})).collect();
-    json!({
+    let mut answer = json!({
         "text": text,
         "token_ids": token_ids,
         "finish_reason": reason(finish.reason()),
@@ -184,7 +215,17 @@ fn as_json(answer: &Answer, model: &ModelFacts, report: &AnswerReport<'_>, ready
         "budget_bytes": budget_bytes,
         "experts_bytes": model.experts_bytes,
         "layers": layers,
-    })
+    });
+    if !logprobs.is_empty() {
+        answer["logprobs"] = logprobs.iter().map(logprobs_json).collect();
+    }
+    answer
+}
+
+/// How likely a token was, and what else was.
+fn logprobs_json(logprobs: &Logprobs) -> Value {
+    let top = logprobs.top.iter().map(|likely| json!({"token_id": likely.token_id, "logprob": likely.logprob}));
+    json!({"logprob": logprobs.logprob, "top": top.collect::<Vec<_>>()})
 }
 
 fn reason(reason: FinishReason) -> &'static str {

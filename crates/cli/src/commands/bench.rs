@@ -1,204 +1,213 @@
-//! `sida bench`: closed-loop load on a cluster: in this process, on expert-node processes of its own, or on a
-//! running coordinator.
+//! `sida bench`: load on a cluster, in this process, on expert-node processes of its own or on a running coordinator, or on any
+//! server that speaks OpenAI's protocol.
 //!
-//! In reading order: [`workload`] (what a request is), [`load`] (how they are sent), [`figures`] (what is
-//! measured), [`subject`] (what it is measured on), [`processes`] (one kind of that), [`budget`] (how much of what is used
-//! it may hold), [`report`] (how it is told).
+//! In reading order. What is asked: [`prompts`], [`workload`]. When: [`arrivals`], [`plan`], [`load`]. Whom: [`subject`],
+//! [`processes`], [`openai`] with [`url`], [`http_client`], [`url_tls`] and [`openai_answer`]. What comes of it: [`answer`],
+//! [`timings`], [`slo`], [`samples`], [`figures`], [`budget`]. How it is told: [`live_line`], [`report`], and as a page
+//! [`chart`], [`plots`], [`page`].
 
+mod answer;
+mod arrivals;
 mod budget;
+mod chart;
 mod figures;
+mod http_client;
+mod live_line;
 mod load;
+mod openai;
+mod openai_answer;
+#[cfg(test)]
+mod openai_tests;
+mod page;
+mod plan;
+mod plots;
 mod processes;
+mod prompts;
 mod report;
+mod samples;
+mod slo;
 mod subject;
+mod timings;
+mod url;
+mod url_tls;
 mod workload;
 
 use std::{
     io::{self, Write},
+    path::PathBuf,
     process::ExitCode,
     sync::Arc,
-    time::Duration,
 };
 
 use clap::Args;
 use futures::future::BoxFuture;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use self::{
+    answer::{Answer, Failure},
     budget::Budget,
-    figures::{Sample, Samples},
-    load::{Load, Until},
-    report::Measured,
+    figures::Figures,
+    live_line::LiveLine,
+    load::Load,
+    plan::{LoadArguments, Plan},
+    report::{Cluster, Measured},
+    samples::Samples,
     subject::{Subject, SubjectArguments},
     workload::{Workload, WorkloadArguments},
 };
-use crate::{
-    bad_configuration::BadConfiguration,
-    loading_bar::{LoadingBar, Unit},
-    runtime, time_span,
-};
+use crate::{bad_configuration::BadConfiguration, runtime};
 
-/// Measure throughput, latency and residency under closed-loop load
+/// Measure throughput, latency and residency under load
 #[derive(Args)]
 pub(crate) struct BenchArguments {
     #[command(flatten)]
     workload: WorkloadArguments,
     #[command(flatten)]
     subject: SubjectArguments,
-    /// Clients, each with one call under way
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    concurrency: usize,
-    /// Requests of a call: sent together, answered when all of them are
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    batch: usize,
-    /// Stop after so many requests, per subject and round
-    #[arg(long, value_name = "N", conflicts_with = "duration")]
-    requests: Option<u64>,
-    /// Stop after so much time, per subject and round [default: 5s]
-    #[arg(long, value_name = "TIME", value_parser = time_span::parse)]
-    duration: Option<Duration>,
-    /// Requests before the measurement, per subject [default: 4 calls per client, or every text once]
-    #[arg(long, value_name = "N")]
-    warmup: Option<u64>,
+    #[command(flatten)]
+    load: LoadArguments,
     /// How often each subject is measured; several subjects take turns [default: 1, or 5 with several]
     #[arg(long, value_name = "N")]
     rounds: Option<usize>,
     /// Print JSON with every sample
     #[arg(long)]
     json: bool,
+    /// Write a page with plots, which needs no other file, too
+    #[arg(long, value_name = "FILE.html")]
+    report: Option<PathBuf>,
 }
 
-/// The longest run: what its samples take stays well below what a model takes.
-const BATCH_MAX: usize = 4096;
 const ROUNDS_MAX: usize = 10_000;
 
 /// Starts the subjects, measures them in turn and prints.
 pub(crate) fn run(arguments: BenchArguments) -> anyhow::Result<ExitCode> {
-    let load = load_of(&arguments)?;
+    check(&arguments)?;
     let workload = Arc::new(Workload::open(arguments.workload.clone())?);
+    let plan = arguments.load.plan(arguments.subject.is_cluster().then(|| workload.texts()))?;
+    // Before the measurement, so that a wrong path is not found out after it.
+    let page = arguments.report.as_deref().map(page::create).transpose()?;
     arguments.subject.model.start_threads()?;
     runtime::run(async {
-        let subjects = subject::start(&arguments.subject, arguments.concurrency).await?;
+        let subjects = subject::start(&arguments.subject, plan.concurrency).await?;
         let rounds = arguments.rounds.unwrap_or(if subjects.len() > 1 { 5 } else { 1 });
-        let measured = measure(&subjects, load, rounds, warmup_requests(&arguments, &workload), &workload).await?;
+        let measured = measure(&subjects, &plan, rounds, &workload).await?;
         for subject in subjects {
             subject.stop().await;
         }
-        print(&arguments, rounds, &measured)?;
+        let parameters = parameters(&arguments, &plan, rounds);
+        if let Some(page) = page {
+            page.write(&parameters, &measured)?;
+        }
+        print(&arguments, parameters, &measured)?;
         let is_answered = measured.iter().all(|subject| subject.figures.requests > 0);
         Ok(if is_answered { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     })
 }
 
-fn load_of(arguments: &BenchArguments) -> Result<Load, BadConfiguration> {
-    for (name, value, most) in [
-        ("--concurrency", arguments.concurrency, BATCH_MAX),
-        ("--batch", arguments.batch, BATCH_MAX),
-        ("--rounds", arguments.rounds.unwrap_or(1), ROUNDS_MAX),
-    ] {
-        if !(1..=most).contains(&value) {
-            return Err(BadConfiguration::new(format!("{name} is {value}, expected 1 to {most}")));
-        }
+fn check(arguments: &BenchArguments) -> Result<(), BadConfiguration> {
+    let rounds = arguments.rounds.unwrap_or(1);
+    if !(1..=ROUNDS_MAX).contains(&rounds) {
+        return Err(BadConfiguration::new(format!("--rounds is {rounds}, expected 1 to {ROUNDS_MAX}")));
     }
-    if arguments.requests == Some(0) {
-        return Err(BadConfiguration::new("--requests is 0, expected 1 or more".to_owned()));
+    let method = arguments.workload.method;
+    if arguments.load.limits_tokens() && !method.generates() {
+        return Err(BadConfiguration::new("--slo limits ttft or tpot, which only requests that generate tokens have"));
     }
-    if arguments.duration == Some(Duration::ZERO) {
-        return Err(BadConfiguration::new("--duration is 0s, expected more".to_owned()));
-    }
-    let until = match (arguments.requests, arguments.duration) {
-        (Some(requests), _) => Until::Requests(requests),
-        (None, Some(duration)) => Until::Elapsed(duration),
-        (None, None) => Until::Elapsed(Duration::from_secs(5)),
-    };
-    Ok(Load { concurrency: arguments.concurrency, batch: arguments.batch, until })
-}
-
-/// Enough to touch every text, so that the measurement starts in the steady state.
-fn warmup_requests(arguments: &BenchArguments, workload: &Workload) -> u64 {
-    let calls = 4 * (arguments.concurrency * arguments.batch) as u64;
-    arguments.warmup.unwrap_or(calls.max(workload.texts().min(1024) as u64))
+    arguments.subject.check(method)
 }
 
 /// Warms every subject up, then measures them one after another, round by round: what the machine does
 /// meanwhile hits all of them alike.
 async fn measure(
     subjects: &[Subject],
-    load: Load,
+    plan: &Plan,
     rounds: usize,
-    warmup: u64,
     workload: &Arc<Workload>,
 ) -> anyhow::Result<Vec<Measured>> {
-    let bar = LoadingBar::new("warming up", Unit::Steps);
-    let warming = Load { until: Until::Requests(warmup), ..load };
+    let line = LiveLine::new();
     let mut next = vec![0; subjects.len()];
     for (subject, next) in subjects.iter().zip(&mut next) {
-        (_, *next) = load::run(warming, 0, request_of(subject, workload)).await;
-        subject.clients[0].check_model()?;
+        if let Some(warming) = &plan.warming {
+            (_, *next) = send(warming, 0, subject, workload, &line, "warming up").await;
+            subject.check_model()?;
+        }
     }
     let mut before = Vec::new();
     for subject in subjects {
         before.push(subject.node_state().await?);
     }
-    let mut samples: Vec<Samples> = subjects.iter().map(|_| Samples::default()).collect();
+    let mut samples = vec![Samples::new(plan.load.slo); subjects.len()];
     let mut rounds_per_s = vec![Vec::new(); subjects.len()];
-    for round in 0..rounds {
+    for round in 1..=rounds {
         for (index, subject) in subjects.iter().enumerate() {
-            bar.describe(format!("measuring {}", subject.label));
-            bar.advance((round * subjects.len() + index) as u64, (rounds * subjects.len()) as u64);
-            let (seen, after) = load::run(load, next[index], request_of(subject, workload)).await;
+            let doing = if rounds > 1 { format!("{} {round}/{rounds}", subject.label) } else { subject.label.clone() };
+            let (seen, after) = send(&plan.load, next[index], subject, workload, &line, &doing).await;
             next[index] = after;
-            rounds_per_s[index].push(seen.figures().requests_per_s);
+            rounds_per_s[index].push(figures::per_second(&seen, seen.requests));
             samples[index].merge(seen);
         }
     }
-    drop(bar);
+    drop(line);
     let mut measured = Vec::new();
     for (index, (subject, samples)) in subjects.iter().zip(samples).enumerate() {
-        subject.clients[0].check_model()?;
-        let state = subject.node_state().await?;
-        let model = subject.clients[0].model().await?;
-        measured.push(Measured {
-            label: subject.label.clone(),
-            figures: samples.figures(),
-            rounds_per_s: std::mem::take(&mut rounds_per_s[index]),
+        subject.check_model()?;
+        let (state, model) = (subject.node_state().await?, subject.model().await?);
+        let cluster = model.map(|model| Cluster {
             resident_bytes: state.resident_bytes,
             budget: Budget::of(workload.method(), &model, state.budget_bytes, state.slots),
             loads: state.loads.since(before[index].loads),
         });
+        let rounds_per_s = std::mem::take(&mut rounds_per_s[index]);
+        let figures = Figures::of(&samples);
+        measured.push(Measured { label: subject.label.clone(), figures, samples, rounds_per_s, cluster });
     }
     Ok(measured)
 }
 
-/// An answer's measure, or its failure as code and message.
-type Answering = BoxFuture<'static, Result<Sample, String>>;
+/// What became of a request.
+type Answering = BoxFuture<'static, Result<Answer, Failure>>;
 
-/// What [`load::run`] calls: a client's request of a number.
-fn request_of(subject: &Subject, workload: &Arc<Workload>) -> Arc<impl Fn(usize, u64) -> Answering + use<>> {
+/// Runs a load on a subject.
+async fn send(
+    load: &Load,
+    first: u64,
+    subject: &Subject,
+    workload: &Arc<Workload>,
+    line: &LiveLine,
+    doing: &str,
+) -> (Samples, u64) {
     let (clients, workload) = (subject.clients.clone(), workload.clone());
-    Arc::new(move |client: usize, number| {
+    let request = Arc::new(move |client: usize, number| -> Answering {
         let (client, workload) = (clients[client % clients.len()].clone(), workload.clone());
-        let answer = async move { workload.ask(&client, number).await };
-        Box::pin(async { answer.await.map_err(|status| format!("{:?}: {}", status.code(), status.message())) }) as _
-    })
+        Box::pin(async move { workload.ask(&client, number).await })
+    });
+    let tell = |samples: &Samples, under_way, elapsed| line.show(doing, samples, under_way, elapsed);
+    load::run(load, first, request, tell).await
 }
 
-fn print(arguments: &BenchArguments, rounds: usize, measured: &[Measured]) -> io::Result<()> {
-    let latency_of = match arguments.batch {
+/// What was asked for, as `--json` tells it.
+fn parameters(arguments: &BenchArguments, plan: &Plan, rounds: usize) -> Value {
+    let mut parameters = plan.parameters.clone();
+    parameters["method"] = json!(arguments.workload.method);
+    parameters["rounds"] = json!(rounds);
+    parameters["latency_of"] = json!(latency_of(arguments));
+    parameters["threads"] = json!(arguments.subject.model.threads());
+    parameters
+}
+
+fn latency_of(arguments: &BenchArguments) -> String {
+    match arguments.load.batch {
         1 => "a request".to_owned(),
         batch => format!("a batch of {batch}"),
-    };
-    if !arguments.json {
-        write!(io::stdout(), "{}", report::as_table(measured, &latency_of))?;
-        return Ok(());
     }
-    let parameters = json!({
-        "method": arguments.workload.method,
-        "concurrency": arguments.concurrency,
-        "batch": arguments.batch,
-        "rounds": rounds,
-        "latency_of": latency_of,
-        "threads": arguments.subject.model.threads(),
-    });
-    writeln!(io::stdout(), "{}", report::as_json(parameters, measured))
+}
+
+fn print(arguments: &BenchArguments, parameters: Value, measured: &[Measured]) -> anyhow::Result<()> {
+    let mut output = io::stdout().lock();
+    if arguments.json {
+        serde_json::to_writer(io::BufWriter::new(&mut output), &report::as_json(parameters, measured))
+            .map_err(io::Error::from)?;
+        return Ok(writeln!(output)?);
+    }
+    Ok(write!(output, "{}", report::as_text(measured, &parameters))?)
 }

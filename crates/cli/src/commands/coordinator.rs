@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 use sida_cluster::Role;
-use sida_coordinator::{Coordinator, CoordinatorConfig, CoordinatorError};
+use sida_coordinator::{Coordinator, CoordinatorConfig, CoordinatorError, Listeners};
 use sida_rpc::Readiness;
 
 use crate::{
@@ -12,12 +12,13 @@ use crate::{
         cache::CacheArguments,
         connection::ConnectionArguments,
         device::{self, DeviceArguments},
+        keys::{ApiKeysArguments, ClusterKeyArguments},
         limits::LimitArguments,
         membership::MembershipArguments,
         micro_batches::MicroBatchArguments,
         model::ModelArguments,
         predictor::PredictorArguments,
-        server::{self, METRICS_OF_NODES, ServerArguments},
+        server::{self, HttpArguments, METRICS_OF_NODES, ServerArguments},
     },
     bad_configuration::BadConfiguration,
     loading_bar, runtime, shutdown,
@@ -28,6 +29,8 @@ use crate::{
 pub(crate) struct CoordinatorArguments {
     #[command(flatten)]
     membership: MembershipArguments,
+    #[command(flatten)]
+    http: HttpArguments,
     #[command(flatten)]
     model: ModelArguments,
     #[command(flatten)]
@@ -47,6 +50,10 @@ pub(crate) struct CoordinatorArguments {
     server: ServerArguments,
     #[command(flatten)]
     connection: ConnectionArguments,
+    #[command(flatten)]
+    api_keys: ApiKeysArguments,
+    #[command(flatten)]
+    cluster_key: ClusterKeyArguments,
 }
 
 impl CoordinatorArguments {
@@ -64,11 +71,14 @@ pub(crate) fn run(arguments: CoordinatorArguments) -> anyhow::Result<ExitCode> {
         let member = arguments.membership.member(Role::Coordinator)?;
         let checkpoint = arguments.model.open()?;
         // The port before the cluster, whose members are told of it.
-        let listener = server::bind(&member.address).await?;
+        let grpc = server::bind(&member.address).await?;
+        // Nowhere by default: a node that others can reach opens no port that its operator did not name.
+        let listeners = Listeners { grpc, http: arguments.http.bind(None).await? };
+        let gate = arguments.api_keys.gate()?;
         let readiness = Readiness::default();
         arguments.server.serve_metrics(METRICS_OF_NODES, readiness.clone(), shutdown.clone()).await?;
         let model = (checkpoint.config(), checkpoint.digest());
-        let cluster = arguments.membership.cluster(&member, listener.local_addr()?, model, 1.0)?;
+        let cluster = arguments.membership.cluster(&member, listeners.grpc.local_addr()?, model, 1.0)?;
         let predictor = arguments.predictor.source(&checkpoint, &cluster)?;
         let mut config = CoordinatorConfig::new(member.node, checkpoint, predictor);
         arguments.limits.apply(&mut config);
@@ -77,11 +87,12 @@ pub(crate) fn run(arguments: CoordinatorArguments) -> anyhow::Result<ExitCode> {
         config.share_rows = !arguments.send_rows;
         config.micro_batching = arguments.micro_batches.wanted();
         config.client = arguments.connection.client();
-        config.server = arguments.server.server(&arguments.connection, readiness);
+        arguments.cluster_key.apply(&mut config.client)?;
+        config.server = arguments.server.server(&arguments.connection, gate, readiness);
         config.on_load = Some(loading_bar::of_model(&config.checkpoint));
         let coordinator = Coordinator::start(config, cluster).await.map_err(refused)?;
-        server::announce(&listener)?;
-        sida_coordinator::serve(coordinator, listener, shutdown).await?;
+        server::announce_doors(&listeners)?;
+        sida_coordinator::serve(coordinator, listeners, shutdown).await?;
         Ok(ExitCode::SUCCESS)
     })
 }

@@ -12,6 +12,7 @@ use crate::{
     arguments::{
         connection::ConnectionArguments,
         device::{self, DeviceArguments},
+        keys::ClusterKeyArguments,
         membership::MembershipArguments,
         model::ModelArguments,
         server::{self, METRICS_OF_NODES, ServerArguments},
@@ -46,6 +47,8 @@ pub(crate) struct ExpertNodeArguments {
     server: ServerArguments,
     #[command(flatten)]
     connection: ConnectionArguments,
+    #[command(flatten)]
+    cluster_key: ClusterKeyArguments,
 }
 
 impl ExpertNodeArguments {
@@ -65,6 +68,7 @@ pub(crate) fn run(arguments: ExpertNodeArguments) -> anyhow::Result<ExitCode> {
         let checkpoint = arguments.model.open()?;
         // The port before the cluster, whose members are told of it.
         let listener = server::bind(&member.address).await?;
+        let gate = arguments.cluster_key.gate()?;
         let readiness = Readiness::default();
         arguments.server.serve_metrics(METRICS_OF_NODES, readiness.clone(), shutdown.clone()).await?;
         let model = (checkpoint.config(), checkpoint.digest());
@@ -77,7 +81,7 @@ pub(crate) fn run(arguments: ExpertNodeArguments) -> anyhow::Result<ExitCode> {
             device: arguments.device.device,
             precision: arguments.device.precision,
             threads: arguments.model.threads(),
-            server: arguments.server.server(&arguments.connection, readiness),
+            server: arguments.server.server(&arguments.connection, gate, readiness),
             ..ExpertNodeConfig::new(member.node, model_dir)
         };
         server::announce(&listener)?;

@@ -10,6 +10,7 @@ use sida_rpc::Readiness;
 use crate::{
     arguments::{
         connection::ConnectionArguments,
+        keys::ClusterKeyArguments,
         membership::MembershipArguments,
         model::ModelArguments,
         predictor::{self, default_file},
@@ -32,6 +33,8 @@ pub(crate) struct PredictorNodeArguments {
     server: ServerArguments,
     #[command(flatten)]
     connection: ConnectionArguments,
+    #[command(flatten)]
+    cluster_key: ClusterKeyArguments,
 }
 
 impl PredictorNodeArguments {
@@ -51,6 +54,7 @@ pub(crate) fn run(arguments: PredictorNodeArguments) -> anyhow::Result<ExitCode>
         let model = checkpoint.config();
         // The port before the cluster, whose members are told of it.
         let listener = server::bind(&member.address).await?;
+        let gate = arguments.cluster_key.gate()?;
         let readiness = Readiness::default();
         arguments.server.serve_metrics(METRICS_OF_NODES, readiness.clone(), shutdown.clone()).await?;
         let facts = (model, checkpoint.digest());
@@ -60,7 +64,7 @@ pub(crate) fn run(arguments: PredictorNodeArguments) -> anyhow::Result<ExitCode>
         let threads = arguments.model.threads();
         let config = PredictorNodeConfig {
             limits: PredictorLimits { threads, ..PredictorLimits::default() },
-            server: arguments.server.server(&arguments.connection, readiness),
+            server: arguments.server.server(&arguments.connection, gate, readiness),
             ..PredictorNodeConfig::new(member.node, model, predictor)
         };
         server::announce(&listener)?;

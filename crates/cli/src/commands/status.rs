@@ -13,7 +13,7 @@ use sida_proto::v1::StatusResponse;
 use tonic::Status;
 
 use crate::{
-    arguments::connection::ConnectionArguments,
+    arguments::keys::CallerArguments,
     coordinator_client::CoordinatorClient,
     expert_picture::Style,
     runtime, status_table, time_span,
@@ -28,7 +28,7 @@ pub(crate) struct StatusArguments {
     #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:50051")]
     endpoint: String,
     #[command(flatten)]
-    connection: ConnectionArguments,
+    caller: CallerArguments,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -45,12 +45,12 @@ pub(crate) struct StatusArguments {
 pub(crate) fn run(arguments: StatusArguments) -> anyhow::Result<ExitCode> {
     runtime::run(async {
         if !arguments.watch {
-            let client = CoordinatorClient::connect(&arguments.endpoint, &arguments.connection).await?;
+            let client = CoordinatorClient::connect(&arguments.endpoint, &arguments.caller).await?;
             print(&client.status().await.context(FirstCall)?, &arguments)?;
             return Ok(ExitCode::SUCCESS);
         }
         // A coordinator that is not there yet, or not for a moment, is no reason to end.
-        let client = CoordinatorClient::connect_lazy(&arguments.endpoint, &arguments.connection)?;
+        let client = CoordinatorClient::connect_lazy(&arguments.endpoint, &arguments.caller)?;
         let interval = arguments.interval.max(Duration::from_millis(50));
         if arguments.json || !io::stdout().is_terminal() {
             loop {

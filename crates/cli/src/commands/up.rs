@@ -6,16 +6,18 @@ use std::{
 };
 
 use clap::Args;
+use sida_coordinator::Listeners;
 use sida_rpc::Readiness;
 
 use crate::{
     arguments::{
         connection::ConnectionArguments,
         embedded::EmbeddedArguments,
+        keys::ApiKeysArguments,
         limits::LimitArguments,
         model::ModelArguments,
         predictor::PredictorArguments,
-        server::{self, ServerArguments},
+        server::{self, HttpArguments, ServerArguments},
     },
     embedded::EmbeddedCluster,
     runtime, shutdown,
@@ -24,12 +26,17 @@ use crate::{
 /// Where metrics are served unless the flag says otherwise: for this machine only, as is the service.
 const METRICS_DEFAULT: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9090);
 
+/// The same of OpenAI's clients.
+const HTTP_DEFAULT: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 8000);
+
 /// Serve a whole cluster from this process: coordinator, predictor and expert-nodes
 #[derive(Args)]
 pub(crate) struct UpArguments {
     /// Where requests are taken (gRPC); port 0 takes any that is free
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:50051")]
     listen: String,
+    #[command(flatten)]
+    http: HttpArguments,
     #[command(flatten)]
     model: ModelArguments,
     #[command(flatten)]
@@ -42,6 +49,8 @@ pub(crate) struct UpArguments {
     server: ServerArguments,
     #[command(flatten)]
     connection: ConnectionArguments,
+    #[command(flatten)]
+    api_keys: ApiKeysArguments,
 }
 
 /// Serves until Ctrl-C or SIGTERM, then drains.
@@ -50,18 +59,20 @@ pub(crate) fn run(arguments: UpArguments) -> anyhow::Result<ExitCode> {
     runtime::run(async {
         let shutdown = shutdown::on_signal()?;
         // The ports first: a taken one is told before the model is loaded.
-        let listener = server::bind(&arguments.listen).await?;
+        let grpc = server::bind(&arguments.listen).await?;
+        let listeners = Listeners { grpc, http: arguments.http.bind(Some(HTTP_DEFAULT)).await? };
+        let gate = arguments.api_keys.gate()?;
         let readiness = Readiness::default();
         arguments.server.serve_metrics(METRICS_DEFAULT, readiness.clone(), shutdown.clone()).await?;
-        let address = Some(listener.local_addr()?);
+        let address = Some(listeners.grpc.local_addr()?);
         let cluster =
             EmbeddedCluster::start(&arguments.model, &arguments.predictor, &arguments.embedded, address, |config| {
                 arguments.limits.apply(config);
-                config.server = arguments.server.server(&arguments.connection, readiness);
+                config.server = arguments.server.server(&arguments.connection, gate, readiness);
             })
             .await?;
-        server::announce(&listener)?;
-        sida_coordinator::serve(cluster.coordinator().clone(), listener, shutdown).await?;
+        server::announce_doors(&listeners)?;
+        sida_coordinator::serve(cluster.coordinator().clone(), listeners, shutdown).await?;
         cluster.stop().await;
         Ok(ExitCode::SUCCESS)
     })

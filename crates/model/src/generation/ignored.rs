@@ -21,13 +21,11 @@ const UNSERVED: &[(&str, Option<f64>)] = &[
     ("forced_decoder_ids", None),
     ("guidance_scale", Some(1.0)),
     ("max_time", None),
-    ("min_p", Some(0.0)),
     ("no_repeat_ngram_size", Some(0.0)),
     ("num_beam_groups", Some(1.0)),
     ("num_beams", Some(1.0)),
     ("num_return_sequences", Some(1.0)),
     ("penalty_alpha", Some(0.0)),
-    ("repetition_penalty", Some(1.0)),
     ("sequence_bias", None),
     ("stop_strings", None),
     ("token_healing", None),
@@ -49,6 +47,8 @@ const SERVED: &[&str] = &[
     "max_new_tokens",
     "min_length",
     "min_new_tokens",
+    "min_p",
+    "repetition_penalty",
     "suppress_tokens",
     "temperature",
     "top_k",
@@ -138,11 +138,15 @@ mod tests {
         });
         assert!(found(neutral, true).is_empty());
         let unserved = json!({
-            "num_beams": 4, "repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "bad_words_ids": [[7]],
-            "stop_strings": ["\n"], "unheard_of": 1,
+            "num_beams": 4, "encoder_repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "bad_words_ids": [[7]],
+            "stop_strings": ["\n"], "unheard_of": 1, "repetition_penalty": 1.2, "min_p": 0.1,
         });
-        let named =
-            ["bad_words_ids is [[7]]", "no_repeat_ngram_size is 3", "num_beams is 4", "repetition_penalty is 1.2"];
+        let named = [
+            "bad_words_ids is [[7]]",
+            "encoder_repetition_penalty is 1.2",
+            "no_repeat_ngram_size is 3",
+            "num_beams is 4",
+        ];
         let named = [&named[..], &["stop_strings is [\"\\n\"]"]].concat();
         assert_eq!(found(unserved.clone(), false), named, "config.json has other fields");
         assert_eq!(found(unserved, true), [&named[..], &["unheard_of is 1"]].concat());

@@ -13,10 +13,12 @@ use std::{
 
 use futures::{Stream, StreamExt, stream};
 use http::uri::PathAndQuery;
-use sida_rpc::{ClientConfig, Deadline, MESSAGE_BYTES_MAX, RequestId, Server, ServerConfig, ServerError};
+use sida_rpc::{
+    Channel, Client, ClientConfig, Deadline, MESSAGE_BYTES_MAX, RequestId, Server, ServerConfig, ServerError,
+};
 use tokio::{net::TcpListener, sync::mpsc, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
-use tonic::{Request, Response, Status, body::Body, server::NamedService, service::Routes, transport::Channel};
+use tonic::{Request, Response, Status, body::Body, server::NamedService, service::Routes};
 use tonic_prost::ProstCodec;
 use tower::{Service, service_fn};
 
@@ -43,11 +45,14 @@ impl NamedService for Echo {
 }
 
 impl Echo {
-    /// `sleep N`: answers after N ms. `who`: the request's name and time left. `fail`: INTERNAL. Else: echoes.
+    /// `sleep N`: answers after N ms. `who`: the request's name and time left. `client`: whose it is. `fail`: INTERNAL. Else:
+    /// echoes.
     async fn unary(self, request: Request<Bytes>) -> Result<Response<Bytes>, Status> {
         let _guard = OnDrop("unary", self.dropped.clone());
         let id = RequestId::of(&request).expect("the stack names every request");
         let deadline = Deadline::of(&request).map(Deadline::remaining);
+        let client = Client::of(&request);
+        let has_key = request.metadata().contains_key("authorization");
         let message = request.into_inner();
         let text = String::from_utf8_lossy(&message).into_owned();
         if let Some(delay_ms) = text.strip_prefix("sleep ") {
@@ -55,6 +60,7 @@ impl Echo {
         }
         match text.as_str() {
             "who" => Ok(Response::new(format!("{id} {deadline:?}").into_bytes())),
+            "client" => Ok(Response::new(format!("{} {has_key}", client.expect("a client")).into_bytes())),
             "fail" => Err(Status::internal("as asked")),
             _ => Ok(Response::new(message)),
         }

@@ -30,7 +30,7 @@ impl Budget {
             // Without an encoder the decoder makes the states.
             Method::Encode if model.encoder_moe_layers > 0 => model.encoder_moe_layers,
             Method::Encode => model.moe_layers,
-            Method::Generate | Method::Score => model.moe_layers,
+            Method::Generate | Method::Chat | Method::Score => model.moe_layers,
         } as u64;
         let used_experts = layers * model.num_experts as u64;
         let used_bytes = model.experts_bytes / (model.moe_layers as u64).max(1) * layers;

@@ -1,142 +1,93 @@
-//! What a measurement yields: samples in, throughput and latency percentiles out. Made by [`super::load`],
-//! printed by [`super::report`].
+//! What a measurement yields: throughput, goodput, percentiles. Made from [`super::samples`], printed by [`super::report`].
 
-use std::{collections::BTreeMap, time::Duration};
+use std::collections::BTreeMap;
 
-use hdrhistogram::Histogram;
 use serde::Serialize;
 
-/// Latencies are kept in microseconds up to an hour, to three digits.
-const LATENCY_US_MAX: u64 = 3_600_000_000;
+use super::{samples::Samples, timings::Percentiles};
 
-/// One request that was answered.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Sample {
-    /// Tokens it generated, or tokens of its text where nothing is generated.
-    pub(crate) tokens: u64,
-    /// What its passes through the model took, all sequences of their batches together.
-    pub(crate) forward: Duration,
-    pub(crate) hash_hits: u64,
-    pub(crate) hash_misses: u64,
-}
-
-/// Collects while the load runs.
-#[derive(Default)]
-pub(crate) struct Samples {
-    /// One per request, or one per batch where requests are sent together. Milliseconds.
-    pub(crate) latencies_ms: Vec<f64>,
-    /// The forward of each request that was answered. Milliseconds.
-    pub(crate) forwards_ms: Vec<f64>,
-    pub(crate) requests: u64,
-    pub(crate) total: Sample,
-    /// By gRPC status code.
-    pub(crate) failures: BTreeMap<String, u64>,
-    /// Wall time of the measured part.
-    pub(crate) wall: Duration,
-}
-
-/// The figures of one measurement, as `--json` prints them.
+/// The figures of one measurement, as `--json` prints them. Times are milliseconds; `null` where there is nothing to time.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Figures {
+    /// Answered requests.
     pub(crate) requests: u64,
+    /// Failed ones, by code.
     pub(crate) failures: BTreeMap<String, u64>,
+    /// What was said the first time, by code.
+    pub(crate) failure_examples: BTreeMap<String, String>,
     pub(crate) wall_s: f64,
     pub(crate) requests_per_s: f64,
     pub(crate) tokens_per_s: f64,
-    pub(crate) latency_ms: Latency,
+    /// Requests a second that kept the limits of `--slo`, and their share of all that were due, failed ones among them. Without
+    /// limits every answer keeps them.
+    pub(crate) goodput_per_s: f64,
+    pub(crate) good_share: f64,
+    /// Of a call: a request, or all requests of a batch.
+    pub(crate) latency_ms: Percentiles,
+    /// Until the first token.
+    pub(crate) ttft_ms: Option<Percentiles>,
+    /// Per token after the first, of each answer.
+    pub(crate) tpot_ms: Option<Percentiles>,
+    /// Between messages with tokens.
+    pub(crate) itl_ms: Option<Percentiles>,
+    /// Of a request, from when it was due to its end.
+    pub(crate) e2e_ms: Option<Percentiles>,
+    /// By how much requests were sent later than they were due.
+    pub(crate) late_ms: Option<Percentiles>,
     /// The forward alone, within the same runs: what the passes through the model took that a request was in.
-    pub(crate) forward_ms: Latency,
+    pub(crate) forward_ms: Option<Percentiles>,
     /// Of the (token, layer) pairs, the share whose expert was in the hash table; none without a predictor.
     pub(crate) hash_hit_rate: Option<f64>,
-    pub(crate) latencies_ms: Vec<f64>,
 }
 
-/// Milliseconds of a request, or of a whole batch.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
-pub(crate) struct Latency {
-    pub(crate) min: f64,
-    pub(crate) mean: f64,
-    pub(crate) p50: f64,
-    pub(crate) p90: f64,
-    pub(crate) p95: f64,
-    pub(crate) p99: f64,
-    pub(crate) max: f64,
-}
-
-impl Samples {
-    /// One answered call: `samples` of it, which took `latency` together.
-    pub(crate) fn answered(&mut self, latency: Duration, samples: &[Sample]) {
-        self.latencies_ms.push(latency.as_secs_f64() * 1e3);
-        self.requests += samples.len() as u64;
-        for sample in samples {
-            self.forwards_ms.push(sample.forward.as_secs_f64() * 1e3);
-            self.total.tokens += sample.tokens;
-            self.total.hash_hits += sample.hash_hits;
-            self.total.hash_misses += sample.hash_misses;
-        }
-    }
-
-    /// One refused call.
-    pub(crate) fn failed(&mut self, code: String) {
-        *self.failures.entry(code).or_default() += 1;
-    }
-
-    /// Adds what another client or an earlier round saw. Walls add up: rounds follow each other.
-    pub(crate) fn merge(&mut self, other: Self) {
-        self.latencies_ms.extend(other.latencies_ms);
-        self.forwards_ms.extend(other.forwards_ms);
-        self.requests += other.requests;
-        self.total.tokens += other.total.tokens;
-        self.total.hash_hits += other.total.hash_hits;
-        self.total.hash_misses += other.total.hash_misses;
-        for (code, count) in other.failures {
-            *self.failures.entry(code).or_default() += count;
-        }
-        self.wall += other.wall;
-    }
-
+impl Figures {
     /// The figures of everything collected.
-    pub(crate) fn figures(&self) -> Figures {
-        let wall_s = self.wall.as_secs_f64();
-        let per_second = |count: u64| if wall_s > 0.0 { count as f64 / wall_s } else { 0.0 };
-        let predicted = self.total.hash_hits + self.total.hash_misses;
-        Figures {
-            requests: self.requests,
-            failures: self.failures.clone(),
-            wall_s,
-            requests_per_s: per_second(self.requests),
-            tokens_per_s: per_second(self.total.tokens),
-            latency_ms: Latency::of(&self.latencies_ms),
-            forward_ms: Latency::of(&self.forwards_ms),
-            hash_hit_rate: (predicted > 0).then(|| self.total.hash_hits as f64 / predicted as f64),
-            latencies_ms: self.latencies_ms.clone(),
+    pub(crate) fn of(samples: &Samples) -> Self {
+        let per_second = |count| per_second(samples, count);
+        let share = |part: u64, whole: u64| (whole > 0).then(|| part as f64 / whole as f64);
+        let failures = samples.failures.iter();
+        Self {
+            requests: samples.requests,
+            failures: failures.clone().map(|(code, failures)| (code.clone(), failures.count)).collect(),
+            failure_examples: failures.map(|(code, failures)| (code.clone(), failures.example.clone())).collect(),
+            wall_s: samples.wall.as_secs_f64(),
+            requests_per_s: per_second(samples.requests),
+            tokens_per_s: per_second(samples.tokens),
+            goodput_per_s: per_second(samples.good),
+            good_share: share(samples.good, samples.requests + samples.failed_requests()).unwrap_or(0.0),
+            latency_ms: samples.calls.percentiles().unwrap_or_default(),
+            ttft_ms: samples.ttft.percentiles(),
+            tpot_ms: samples.tpot.percentiles(),
+            itl_ms: samples.gaps.percentiles(),
+            e2e_ms: samples.e2e.percentiles(),
+            late_ms: samples.late.percentiles(),
+            forward_ms: samples.forward.percentiles(),
+            hash_hit_rate: share(samples.hash_hits, samples.hash_hits + samples.hash_misses),
         }
+    }
+
+    /// The times of requests under the names that people know, as far as there are any.
+    pub(crate) fn times(&self) -> impl Iterator<Item = (&'static str, Percentiles)> {
+        let times = [
+            ("time to first token", self.ttft_ms),
+            ("time per token after it", self.tpot_ms),
+            ("gap between messages", self.itl_ms),
+            ("end to end", self.e2e_ms),
+            ("sent late by", self.late_ms),
+        ];
+        times.into_iter().filter_map(|(name, percentiles)| Some((name, percentiles?)))
+    }
+
+    /// Requests that were due.
+    pub(crate) fn due(&self) -> u64 {
+        self.requests + self.failures.values().sum::<u64>()
     }
 }
 
-impl Latency {
-    /// Of latencies in milliseconds; all zero without any.
-    fn of(latencies_ms: &[f64]) -> Self {
-        let Ok(mut histogram) = Histogram::<u64>::new_with_bounds(1, LATENCY_US_MAX, 3) else {
-            return Self::default();
-        };
-        for latency in latencies_ms {
-            histogram.saturating_record((latency * 1e3).round() as u64);
-        }
-        if histogram.is_empty() {
-            return Self::default();
-        }
-        let quantile = |q| histogram.value_at_quantile(q) as f64 / 1e3;
-        Self {
-            min: latencies_ms.iter().copied().fold(f64::INFINITY, f64::min),
-            mean: latencies_ms.iter().sum::<f64>() / latencies_ms.len() as f64,
-            p50: quantile(0.5),
-            p90: quantile(0.9),
-            p95: quantile(0.95),
-            p99: quantile(0.99),
-            max: latencies_ms.iter().copied().fold(0.0, f64::max),
-        }
-    }
+/// Of what a run saw, so many a second.
+pub(crate) fn per_second(samples: &Samples, count: u64) -> f64 {
+    let wall_s = samples.wall.as_secs_f64();
+    if wall_s > 0.0 { count as f64 / wall_s } else { 0.0 }
 }
 
 /// The middle of `values` (the mean of the two in the middle); `None` without any.
@@ -153,38 +104,49 @@ pub(crate) fn median(values: &[f64]) -> Option<f64> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::time::{Duration, Instant};
+
+    use super::{
+        super::{
+            samples::tests::{call, failure},
+            slo::Slo,
+        },
+        *,
+    };
 
     #[test]
-    fn percentiles_and_rates() {
+    fn rates_are_of_the_wall() {
         // Broken: the benchmark would report other numbers than it measured.
-        let mut samples = Samples { wall: Duration::from_secs(2), ..Default::default() };
-        for ms in 1..=100 {
-            let forward = Duration::from_micros(500 * ms);
-            let sample = Sample { tokens: 3, forward, hash_hits: 9, hash_misses: 1 };
-            samples.answered(Duration::from_millis(ms), &[sample, sample]);
+        let start = Instant::now();
+        let mut samples = Samples::new(Slo { ttft: Some(Duration::from_millis(50)), ..Slo::default() });
+        for first in 1..=100 {
+            samples.add(&call(start, 0, first), start);
         }
-        let figures = samples.figures();
-        assert_eq!(figures.requests, 200);
-        assert_eq!(figures.requests_per_s, 100.0);
-        assert_eq!(figures.tokens_per_s, 300.0);
-        assert_eq!(figures.hash_hit_rate, Some(0.9));
-        let latency = figures.latency_ms;
-        for (found, expected) in [(latency.p50, 50.0), (latency.p90, 90.0), (latency.p99, 99.0), (latency.max, 100.0)] {
-            assert!((found - expected).abs() <= expected * 1e-3, "{found} {expected}");
+        for _ in 0..25 {
+            samples.add(&failure(start, 0, "429"), start);
         }
-        assert_eq!(latency.mean, 50.5);
-        assert!((figures.forward_ms.p50 - 25.0).abs() < 0.1 && figures.forward_ms.max == 50.0);
+        samples.wall = Duration::from_secs(2);
+        let figures = Figures::of(&samples);
+        assert_eq!(
+            (figures.requests, figures.due(), figures.requests_per_s, figures.tokens_per_s),
+            (100, 125, 50.0, 150.0)
+        );
+        assert_eq!((figures.goodput_per_s, figures.good_share), (25.0, 0.4));
+        assert_eq!((figures.hash_hit_rate, figures.failures["429"]), (Some(0.9), 25));
+        assert_eq!(figures.ttft_ms.map(|ttft| (ttft.mean, ttft.max)), Some((50.5, 100.0)));
     }
 
     #[test]
     fn nothing_measured_is_no_panic() {
-        // Broken: a benchmark whose every request fails would panic instead of saying so.
+        // Broken: a benchmark whose every request fails would panic instead of saying so, or print NaN, which is no JSON.
+        let start = Instant::now();
         let mut samples = Samples::default();
-        samples.failed("Unavailable".into());
-        let figures = samples.figures();
-        assert_eq!((figures.requests, figures.requests_per_s, figures.latency_ms), (0, 0.0, Latency::default()));
-        assert_eq!(figures.failures["Unavailable"], 1);
+        samples.add(&failure(start, 0, "Unavailable"), start);
+        let figures = Figures::of(&samples);
+        assert_eq!((figures.requests, figures.requests_per_s, figures.good_share), (0, 0.0, 0.0));
+        assert_eq!((figures.latency_ms, figures.ttft_ms), (Percentiles::default(), None));
+        assert_eq!(figures.failure_examples["Unavailable"], "Unavailable was said");
+        assert!(!serde_json::to_string(&Figures::of(&Samples::default())).unwrap().contains("NaN"));
     }
 
     #[test]

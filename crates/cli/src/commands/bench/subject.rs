@@ -1,21 +1,25 @@
-//! What is measured: clusters in this process (one per budget), one over expert-node processes, or one that
-//! runs already. Started by `bench`.
+//! What is measured: clusters in this process (one per budget), one over expert-node processes, one that runs already, or any
+//! server that speaks OpenAI's protocol. Started by `bench`.
+
+use std::sync::Arc;
 
 use clap::Args;
 use futures::future::try_join_all;
 use sida_expert_node::ExpertMemory;
 
 use super::{
+    openai::OpenAi,
     processes::{self, ProcessCluster},
     report::NodeLoads,
+    url::BaseUrl,
+    workload::Method,
 };
 use crate::{
     arguments::{
-        connection::ConnectionArguments, embedded::EmbeddedArguments, model::ModelArguments,
-        predictor::PredictorArguments,
+        embedded::EmbeddedArguments, keys::CallerArguments, model::ModelArguments, predictor::PredictorArguments,
     },
     bad_configuration::BadConfiguration,
-    coordinator_client::CoordinatorClient,
+    coordinator_client::{CoordinatorClient, ModelFacts},
     embedded::EmbeddedCluster,
 };
 
@@ -25,8 +29,12 @@ pub(crate) struct SubjectArguments {
     /// Measure this coordinator, as http://127.0.0.1:50051, instead of a cluster in this process
     #[arg(long, value_name = "URL", conflicts_with_all = ["processes", "budgets"])]
     endpoint: Option<String>,
+    /// Measure this server that speaks OpenAI's protocol, as http://127.0.0.1:8000/v1: its completions, with --method chat its
+    /// chat completions, with --method encode its embeddings. The model is --model-name, or the first that it lists
+    #[arg(long, value_name = "URL", conflicts_with_all = ["endpoint", "processes", "budgets"])]
+    url: Option<String>,
     #[command(flatten)]
-    connection: ConnectionArguments,
+    caller: CallerArguments,
     #[command(flatten)]
     pub(crate) model: ModelArguments,
     #[command(flatten)]
@@ -49,12 +57,21 @@ pub(crate) struct SubjectArguments {
     budgets: Vec<ExpertMemory>,
 }
 
-/// A cluster under measurement.
+/// A cluster or a server under measurement.
 pub(crate) struct Subject {
     pub(crate) label: String,
     /// For each client to have its own; at least one, which may be shared.
-    pub(crate) clients: Vec<CoordinatorClient>,
+    pub(crate) clients: Vec<Asked>,
     cluster: Running,
+}
+
+/// Whom requests are sent to.
+#[derive(Clone)]
+pub(crate) enum Asked {
+    /// A coordinator, called or by gRPC.
+    Cluster(CoordinatorClient),
+    /// A server behind a URL.
+    Url(Arc<OpenAi>),
 }
 
 /// Sums over the expert-nodes of a subject.
@@ -82,12 +99,43 @@ const BUDGETS_MAX: usize = 16;
 /// Connections to a coordinator elsewhere at most; more clients than that share them.
 const CONNECTIONS_MAX: usize = 64;
 
+impl SubjectArguments {
+    /// Whether a cluster is measured.
+    pub(crate) fn is_cluster(&self) -> bool {
+        self.url.is_none()
+    }
+
+    /// Refuses what is served elsewhere only, and what cannot be reached.
+    pub(crate) fn check(&self, method: Method) -> Result<(), BadConfiguration> {
+        self.base_url()?;
+        match method {
+            Method::Chat if self.is_cluster() => Err(BadConfiguration::new("--method chat needs --url")),
+            Method::Score if !self.is_cluster() => {
+                Err(BadConfiguration::new("--method score is not for --url: OpenAI's protocol has no such request"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Read here and not with the flags, whose errors repeat what they refuse: it may hold a password.
+    fn base_url(&self) -> Result<Option<BaseUrl>, BadConfiguration> {
+        let parsed = self.url.as_deref().map(str::parse).transpose();
+        parsed.map_err(|problem: String| BadConfiguration::new(format!("--url: {problem}")))
+    }
+}
+
 /// Starts what the flags describe. Each of so many clients has a connection of its own, as callers elsewhere have.
 pub(crate) async fn start(arguments: &SubjectArguments, clients: usize) -> anyhow::Result<Vec<Subject>> {
+    if let Some(base) = arguments.base_url()? {
+        let model = arguments.model.model_name.as_deref();
+        let server = OpenAi::open(&base, arguments.caller.api_key()?, arguments.caller.client().tls, model).await?;
+        let (label, clients) = (base.to_string(), vec![Asked::Url(Arc::new(server))]);
+        return Ok(vec![Subject { label, clients, cluster: Running::Elsewhere }]);
+    }
     if let Some(endpoint) = &arguments.endpoint {
         let connections = clients.clamp(1, CONNECTIONS_MAX);
-        let connect = (0..connections).map(|_| CoordinatorClient::connect(endpoint, &arguments.connection));
-        let clients = try_join_all(connect).await?;
+        let connect = (0..connections).map(|_| CoordinatorClient::connect(endpoint, &arguments.caller));
+        let clients = try_join_all(connect).await?.into_iter().map(Asked::Cluster).collect();
         return Ok(vec![Subject { label: endpoint.clone(), clients, cluster: Running::Elsewhere }]);
     }
     if arguments.budgets.len() > BUDGETS_MAX {
@@ -119,21 +167,42 @@ pub(crate) async fn start(arguments: &SubjectArguments, clients: usize) -> anyho
 async fn embedded(arguments: &SubjectArguments, budget: ExpertMemory, label: String) -> anyhow::Result<Subject> {
     let shape = EmbeddedArguments { expert_memory: budget, ..arguments.embedded.clone() };
     let cluster = EmbeddedCluster::start(&arguments.model, &arguments.predictor, &shape, None, |_| {}).await?;
-    Ok(Subject { label, clients: vec![cluster.client()], cluster: Running::Embedded(cluster) })
+    Ok(Subject { label, clients: vec![Asked::Cluster(cluster.client())], cluster: Running::Embedded(cluster) })
 }
 
 async fn over_processes(arguments: &SubjectArguments, share_rows: bool) -> anyhow::Result<Subject> {
     let shape = EmbeddedArguments { expert_nodes: Some(arguments.processes), ..arguments.embedded.clone() };
     let cluster = processes::start(&arguments.model, &arguments.predictor, &shape, share_rows).await?;
     let label = format!("{} processes{}", arguments.processes, if share_rows { "" } else { ", rows sent" });
-    Ok(Subject { label, clients: vec![cluster.client()], cluster: Running::Processes(cluster) })
+    Ok(Subject { label, clients: vec![Asked::Cluster(cluster.client())], cluster: Running::Processes(cluster) })
 }
 
 impl Subject {
+    fn coordinator(&self) -> Option<&CoordinatorClient> {
+        match &self.clients[0] {
+            Asked::Cluster(client) => Some(client),
+            Asked::Url(_) => None,
+        }
+    }
+
+    /// Refuses to go on with files of a model in this process that were found to be damaged.
+    pub(crate) fn check_model(&self) -> anyhow::Result<()> {
+        Ok(self.coordinator().map_or(Ok(()), CoordinatorClient::check_model)?)
+    }
+
+    /// The cluster's model; `None` of a server behind a URL.
+    pub(crate) async fn model(&self) -> anyhow::Result<Option<ModelFacts>> {
+        match self.coordinator() {
+            Some(coordinator) => Ok(Some(coordinator.model().await?)),
+            None => Ok(None),
+        }
+    }
+
     /// What its nodes hold and have loaded so far.
     pub(crate) async fn node_state(&self) -> anyhow::Result<NodeState> {
         let mut state = NodeState::default();
-        for node in self.clients[0].status().await?.nodes.into_iter().filter_map(|node| node.residency) {
+        let Some(coordinator) = self.coordinator() else { return Ok(state) };
+        for node in coordinator.status().await?.nodes.into_iter().filter_map(|node| node.residency) {
             state.resident_bytes += node.resident_bytes;
             state.budget_bytes += node.budget_bytes;
             state.slots += node.slots;

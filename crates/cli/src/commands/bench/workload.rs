@@ -3,43 +3,47 @@
 use std::{
     path::PathBuf,
     sync::atomic::{AtomicBool, Ordering},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use clap::{Args, ValueEnum};
 use futures::TryStreamExt;
 use serde::Serialize;
-use sida_coordinator::{EncodeParams, Pooling, ScoreParams};
+use sida_coordinator::{EncodeParams, GenerateParams, Pooling, ScoreParams};
 use sida_proto::v1::Trace;
 use tonic::Status;
 
-use super::figures::Sample;
+use super::{
+    answer::{Answer, Failure, Pace},
+    prompts::{self, Prompt},
+    subject::Asked,
+};
 use crate::{
     answer_report::routed_instead,
     arguments::{generation::GenerationArguments, routing::RoutingArguments},
     bad_configuration::BadConfiguration,
     coordinator_client::CoordinatorClient,
-    text_file,
 };
-
-/// What is asked when no file is given: sentences of the length of film reviews.
-const BUILT_IN_TEXTS: [&str; 4] = [
-    "sst2 sentence: a quiet film that stays with you long after the lights come up .",
-    "sst2 sentence: the plot is thin and the jokes are thinner .",
-    "sst2 sentence: two hours of noise without a single idea .",
-    "sst2 sentence: warm , clever and beautifully played .",
-];
 
 /// What a request asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Method {
-    /// Encoder states, pooled
+    /// Encoder states, pooled; with --url an embedding
     Encode,
     /// An answer, token by token
     Generate,
+    /// With --url: the same, asked as a chat
+    Chat,
     /// The likelihood of each of --targets
     Score,
+}
+
+impl Method {
+    /// Whether tokens come one after another.
+    pub(crate) fn generates(self) -> bool {
+        matches!(self, Self::Generate | Self::Chat)
+    }
 }
 
 /// What is asked of which texts.
@@ -48,9 +52,10 @@ pub(crate) struct WorkloadArguments {
     /// What a request asks for
     #[arg(long, value_enum, default_value_t = Method::Generate)]
     pub(crate) method: Method,
-    /// Texts, one per line [default: four built-in sentences]
-    #[arg(long, value_name = "FILE")]
-    file: Option<PathBuf>,
+    /// Texts: a line each, or JSON, an object a line with `prompt` or `text`, and `max_tokens` for an answer of its own length
+    /// [default: four built-in sentences]
+    #[arg(long, value_name = "FILE", visible_alias = "file")]
+    prompts: Option<PathBuf>,
     /// Use only so many texts from the beginning of the file; 0: all
     #[arg(long, value_name = "N", default_value_t = 0)]
     texts: usize,
@@ -67,7 +72,7 @@ pub(crate) struct WorkloadArguments {
 pub(crate) struct Workload {
     arguments: WorkloadArguments,
     /// Invariant: not empty.
-    texts: Vec<String>,
+    prompts: Vec<Prompt>,
     /// Whether it was said that answers had no hash table.
     is_told: AtomicBool,
 }
@@ -75,14 +80,14 @@ pub(crate) struct Workload {
 impl Workload {
     /// Reads the texts.
     pub(crate) fn open(arguments: WorkloadArguments) -> Result<Self, BadConfiguration> {
-        let mut texts = match &arguments.file {
-            None => BUILT_IN_TEXTS.map(str::to_owned).to_vec(),
-            Some(file) => text_file::lines(file)?,
+        let mut prompts = match &arguments.prompts {
+            None => prompts::built_in(),
+            Some(file) => prompts::of_file(file)?,
         };
         if arguments.texts > 0 {
-            texts.truncate(arguments.texts);
+            prompts.truncate(arguments.texts);
         }
-        Ok(Self { arguments, texts, is_told: AtomicBool::new(false) })
+        Ok(Self { arguments, prompts, is_told: AtomicBool::new(false) })
     }
 
     /// What its requests ask for.
@@ -92,39 +97,55 @@ impl Workload {
 
     /// How many different texts there are.
     pub(crate) fn texts(&self) -> usize {
-        self.texts.len()
+        self.prompts.len()
     }
 
     /// Asks the request of a number: texts are taken in turn.
-    pub(crate) async fn ask(&self, client: &CoordinatorClient, number: u64) -> Result<Sample, Status> {
-        let text = self.texts[(number % self.texts.len() as u64) as usize].clone();
-        let routing = self.arguments.routing.into();
+    pub(crate) async fn ask(&self, asked: &Asked, number: u64) -> Result<Answer, Failure> {
+        let prompt = &self.prompts[(number % self.prompts.len() as u64) as usize];
+        let mut params = self.arguments.generation.params(prompt.text.clone(), self.arguments.routing);
+        params.max_tokens = prompt.max_tokens.unwrap_or(params.max_tokens);
+        match asked {
+            Asked::Cluster(client) => Ok(self.ask_cluster(client, prompt.text.clone(), params).await?),
+            Asked::Url(server) => server.ask(self.arguments.method, &prompt.text, &params).await,
+        }
+    }
+
+    async fn ask_cluster(
+        &self,
+        client: &CoordinatorClient,
+        text: String,
+        params: GenerateParams,
+    ) -> Result<Answer, Status> {
+        let routing = params.routing;
         match self.arguments.method {
             Method::Encode => {
-                let params = EncodeParams { text, routing, pooling: Pooling::Mean, ..EncodeParams::default() };
+                let (prompt, pooling) = (text.into(), Pooling::Mean);
+                let params = EncodeParams { prompt, routing, pooling, ..EncodeParams::default() };
                 let answer = client.encode(params).await?;
-                Ok(self.sample(answer.prompt_tokens.into(), answer.trace))
+                Ok(self.answer(answer.prompt_tokens.into(), Pace::default(), answer.trace))
             }
             Method::Score => {
                 let targets = self.arguments.targets.clone();
-                let answer = client.score(ScoreParams { text, targets, routing, ..ScoreParams::default() }).await?;
+                let params = ScoreParams { prompt: text.into(), targets, routing, ..ScoreParams::default() };
+                let answer = client.score(params).await?;
                 let tokens = answer.scores.iter().map(|score| u64::from(score.tokens)).sum();
-                Ok(self.sample(tokens, answer.trace))
+                Ok(self.answer(tokens, Pace::default(), answer.trace))
             }
-            Method::Generate => {
-                let request = self.arguments.generation.params(text, self.arguments.routing);
-                let mut tokens = client.generate(request).await?;
-                let mut finish = None;
+            Method::Generate | Method::Chat => {
+                let mut tokens = client.generate(params).await?;
+                let (mut pace, mut finish) = (Pace::default(), None);
                 while let Some(token) = tokens.try_next().await? {
+                    pace.came(Instant::now());
                     finish = token.finish;
                 }
                 let finish = finish.ok_or_else(|| Status::data_loss("the answer ended without its last message"))?;
-                Ok(self.sample(finish.generated_tokens.into(), finish.trace))
+                Ok(self.answer(finish.generated_tokens.into(), pace, finish.trace))
             }
         }
     }
 
-    fn sample(&self, tokens: u64, trace: Option<Trace>) -> Sample {
+    fn answer(&self, tokens: u64, pace: Pace, trace: Option<Trace>) -> Answer {
         let trace = trace.unwrap_or_default();
         if let Some(instead) = routed_instead(&trace)
             && !self.is_told.swap(true, Ordering::Relaxed)
@@ -133,6 +154,6 @@ impl Workload {
         }
         let timings = trace.timings.unwrap_or_default();
         let forward = Duration::from_micros(timings.backbone_us + timings.experts_us + timings.load_us);
-        Sample { tokens, forward, hash_hits: trace.hash_hits, hash_misses: trace.hash_misses }
+        Answer { tokens, pace, forward: Some(forward), hash_hits: trace.hash_hits, hash_misses: trace.hash_misses }
     }
 }

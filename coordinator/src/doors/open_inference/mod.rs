@@ -1,0 +1,15 @@
+//! The Open Inference Protocol, version 2, by which clients of KServe and Triton ask: its messages become requests of the
+//! [`crate::coordinator::Coordinator`], and answers become its tensors.
+//!
+//! In reading order: `service` (by gRPC), `question` (what is asked for), `parameters`, `tensor`, `whole` (one response),
+//! `response`, `about` (server and model), `http` and `json_form` (the same by HTTP).
+
+mod about;
+pub(crate) mod http;
+mod json_form;
+mod parameters;
+mod question;
+mod response;
+pub(crate) mod service;
+mod tensor;
+mod whole;

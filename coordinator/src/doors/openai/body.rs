@@ -1,0 +1,71 @@
+//! The JSON body of a request: of the right type, within a limit of bytes and of time, and UTF-8.
+
+use std::time::Duration;
+
+use axum::{
+    body::Body,
+    extract::Request,
+    http::{HeaderMap, StatusCode, header},
+};
+use futures::TryStreamExt;
+use tokio::time;
+
+use crate::doors::openai::{error::ApiError, fields::Fields};
+
+/// The longest body. A prompt has kilobytes; a request may have many of them.
+pub(crate) const BODY_BYTES_MAX: usize = 8 << 20;
+/// How long a body may take from its first byte to its last.
+const BODY_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// The fields of the request's object.
+pub(crate) async fn fields(request: Request) -> Result<Fields, ApiError> {
+    let (head, body) = request.into_parts();
+    check_type(&head.headers)?;
+    let bytes = bytes(&head.headers, body).await?;
+    let not_utf8 = |error| ApiError::invalid("invalid_json", format!("the body is not UTF-8: {error}"));
+    let text = std::str::from_utf8(&bytes).map_err(not_utf8)?;
+    let not_json = |error| ApiError::invalid("invalid_json", format!("the body is not JSON: {error}"));
+    Fields::of(serde_json::from_str(text).map_err(not_json)?, "")
+}
+
+/// All of a body, within its limits.
+pub(crate) async fn bytes(headers: &HeaderMap, body: Body) -> Result<Vec<u8>, ApiError> {
+    let announced = headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
+    if announced.is_some_and(|bytes: u64| bytes > BODY_BYTES_MAX as u64) {
+        return Err(too_long());
+    }
+    let late = |_| {
+        let message = format!("the body did not come within {BODY_TIMEOUT:?}");
+        ApiError::http(StatusCode::REQUEST_TIMEOUT, "request_timeout", message)
+    };
+    time::timeout(BODY_TIMEOUT, collect(body)).await.map_err(late)?
+}
+
+fn check_type(headers: &HeaderMap) -> Result<(), ApiError> {
+    let found = headers.get(header::CONTENT_TYPE).map(|value| String::from_utf8_lossy(value.as_bytes()));
+    let essence = found.as_deref().unwrap_or("missing").split(';').next().unwrap_or_default().trim();
+    if essence.eq_ignore_ascii_case("application/json") {
+        return Ok(());
+    }
+    let message = format!("content-type is {essence}, expected application/json");
+    Err(ApiError::http(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", message))
+}
+
+/// All bytes of `body`. Its memory grows with what has come, not with what was announced.
+async fn collect(body: Body) -> Result<Vec<u8>, ApiError> {
+    let mut stream = body.into_data_stream();
+    let mut bytes = Vec::new();
+    let broken = |error| ApiError::invalid("invalid_body", format!("the body broke off: {error}"));
+    while let Some(more) = stream.try_next().await.map_err(broken)? {
+        if bytes.len() + more.len() > BODY_BYTES_MAX {
+            return Err(too_long());
+        }
+        bytes.extend_from_slice(&more);
+    }
+    Ok(bytes)
+}
+
+fn too_long() -> ApiError {
+    let message = format!("the body has more than the {BODY_BYTES_MAX} bytes allowed");
+    ApiError::http(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message)
+}

@@ -1,0 +1,153 @@
+//! The messages of a conversation, as `/v1/chat/completions` and `/tokenize` take them: texts, or lists of text parts, each said
+//! in a role. What this door cannot read to a model (images, tools) is refused by name.
+
+use serde_json::Value;
+use sida_model::ChatMessage;
+
+use crate::doors::openai::{door::Door, error::ApiError, fields::Fields};
+
+/// Messages of one conversation at most.
+const MESSAGES_MAX: usize = 4096;
+/// Who may speak. What a template makes of them is up to it.
+const ROLES: [&str; 4] = ["system", "developer", "user", "assistant"];
+const ROLES_EXPECTED: &str = "system, developer, user or assistant";
+const TOOLS_NOT_SERVED: &str = "tools are not served";
+/// What an assistant's message may carry that says nothing.
+const EMPTY_EXTRAS: [&str; 4] = ["refusal", "annotations", "audio", "reasoning_content"];
+
+/// A conversation, and what its template is told beside it.
+pub(crate) struct Conversation {
+    messages: Vec<ChatMessage>,
+    add_generation_prompt: bool,
+    variables: serde_json::Map<String, Value>,
+}
+
+impl Conversation {
+    /// Takes the fields that a conversation has; `None` if there are no messages.
+    pub(crate) fn read(fields: &mut Fields) -> Result<Option<Self>, ApiError> {
+        let variables =
+            fields.read("chat_template_kwargs", "an object", |value| value.as_object().cloned())?.unwrap_or_default();
+        let add_generation_prompt = fields.flag("add_generation_prompt")?.unwrap_or(true);
+        let Some(messages) = fields.read("messages", "a list of messages", |value| value.as_array().cloned())? else {
+            return Ok(None);
+        };
+        if !(1..=MESSAGES_MAX).contains(&messages.len()) {
+            let found = format!("a list of {}", messages.len());
+            return Err(ApiError::field("messages", found, format!("1 to {MESSAGES_MAX}")));
+        }
+        let message = |(number, value): (usize, Value)| message(Fields::of(value, &format!("messages[{number}]"))?);
+        let messages = messages.into_iter().enumerate().map(message).collect::<Result<_, _>>()?;
+        Ok(Some(Self { messages, add_generation_prompt, variables }))
+    }
+
+    /// The text that the model is to read, as its template writes it.
+    pub(crate) fn written(&self, door: &Door) -> Result<String, ApiError> {
+        let template = match &door.template {
+            Ok(Some(template)) => template,
+            Ok(None) => {
+                let message = format!(
+                    "the model {} has no chat template: neither chat_template.jinja nor chat_template in \
+                     tokenizer_config.json is among its files; ask /v1/completions",
+                    door.model()
+                );
+                return Err(ApiError::unable("no_chat_template", message));
+            }
+            Err(error) => return Err(ApiError::unable("chat_template_unusable", error.clone())),
+        };
+        let written = template.render(&self.messages, self.add_generation_prompt, &self.variables);
+        // Even one that fails may have others: it is these messages that it cannot write.
+        written.map_err(|error| ApiError::field_because("messages", error.to_string()))
+    }
+}
+
+fn message(mut fields: Fields) -> Result<ChatMessage, ApiError> {
+    let role = fields.text("role")?.ok_or_else(|| ApiError::missing(fields.name("role"), ROLES_EXPECTED))?;
+    match role.as_str() {
+        "tool" | "function" => return Err(ApiError::unsupported(fields.name("role"), TOOLS_NOT_SERVED)),
+        known if ROLES.contains(&known) => {}
+        other => return Err(ApiError::field(fields.name("role"), other, ROLES_EXPECTED)),
+    }
+    for field in ["tool_calls", "function_call", "tool_call_id"] {
+        fields.refuse(field, TOOLS_NOT_SERVED, |value| value.as_array().is_some_and(Vec::is_empty))?;
+    }
+    for field in EMPTY_EXTRAS {
+        fields
+            .refuse(field, "only texts are read", |value| value == "" || value.as_array().is_some_and(Vec::is_empty))?;
+    }
+    let (name, at) = (fields.text("name")?, fields.name("content"));
+    let content = match fields.value("content") {
+        Some(content) => Some(text(content, &at)?),
+        None if role == "assistant" => None,
+        None => return Err(ApiError::missing(at, "a text or a list of text parts")),
+    };
+    fields.end()?;
+    Ok(ChatMessage { role, content, name })
+}
+
+/// A text, or the texts of its parts, a line each.
+fn text(content: Value, at: &str) -> Result<String, ApiError> {
+    let parts = match content {
+        Value::String(text) => return Ok(text),
+        Value::Array(parts) => parts,
+        other => return Err(ApiError::field(at, other, "a text or a list of text parts")),
+    };
+    let part = |(number, part): (usize, Value)| {
+        let mut fields = Fields::of(part, &format!("{at}[{number}]"))?;
+        let kind = fields.text("type")?.ok_or_else(|| ApiError::missing(fields.name("type"), "text"))?;
+        if kind != "text" {
+            return Err(ApiError::unsupported(fields.name("type"), format!("{kind}: only texts are read")));
+        }
+        let text = fields.text("text")?.ok_or_else(|| ApiError::missing(fields.name("text"), "a text"))?;
+        fields.end()?;
+        Ok(text)
+    };
+    Ok(parts.into_iter().enumerate().map(part).collect::<Result<Vec<_>, _>>()?.join("\n"))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn read(messages: Value) -> Result<Vec<ChatMessage>, ApiError> {
+        let mut fields = Fields::of(json!({"messages": messages}), "")?;
+        Ok(Conversation::read(&mut fields)?.expect("messages").messages)
+    }
+
+    #[test]
+    fn contents_are_texts_or_text_parts() {
+        // Would break: what an application says in parts is not said to the model, or only its first part is.
+        let parts = json!([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]);
+        let messages = read(json!([
+            {"role": "user", "content": parts, "name": "Ada"},
+            {"role": "assistant", "content": null, "refusal": null, "tool_calls": [], "annotations": []},
+        ]))
+        .unwrap();
+        assert_eq!(messages[0].content.as_deref(), Some("a\nb"));
+        assert_eq!((messages[0].name.as_deref(), messages[1].content.as_deref()), (Some("Ada"), None));
+    }
+
+    #[test]
+    fn what_cannot_be_read_to_the_model_is_refused_by_its_place() {
+        // Would break: an image is left out of what the model sees, and the answer is about nothing.
+        let user = |content: Value| json!([{"role": "user", "content": content}]);
+        for (messages, param) in [
+            (json!([]), "messages"),
+            (json!("Hi"), "messages"),
+            (json!(["Hi"]), "messages[0]"),
+            (json!([{"content": "Hi"}]), "messages[0].role"),
+            (json!([{"role": "owner", "content": "Hi"}]), "messages[0].role"),
+            (json!([{"role": "tool", "content": "7", "tool_call_id": "1"}]), "messages[0].role"),
+            (json!([{"role": "assistant", "tool_calls": [{"id": "1"}]}]), "messages[0].tool_calls"),
+            (json!([{"role": "user"}]), "messages[0].content"),
+            (user(json!(7)), "messages[0].content"),
+            (user(json!([{"type": "image_url", "image_url": {"url": "x"}}])), "messages[0].content[0].type"),
+            (user(json!([{"type": "text"}])), "messages[0].content[0].text"),
+            (user(json!([{"type": "text", "text": "a", "mood": "b"}])), "messages[0].content[0].mood"),
+            (json!([{"role": "user", "content": "a", "weight": 1}]), "messages[0].weight"),
+        ] {
+            assert_eq!(read(messages.clone()).unwrap_err().json()["error"]["param"], param, "{messages}");
+        }
+    }
+}

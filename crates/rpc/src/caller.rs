@@ -1,0 +1,84 @@
+//! Who makes a call: by its key, else by the certificate of its connection, else by where that comes from. Found by
+//! [`crate::authentication`] for every call of a server; handlers read it as they read a deadline.
+
+use std::{
+    fmt,
+    net::IpAddr,
+    sync::{Arc, OnceLock},
+};
+
+/// What calls are called that nobody with a key made: a label of metrics must not grow with every address.
+const WITHOUT_KEY: &str = "";
+
+/// A client, as an extension of its requests. Two calls of one client have equal ones.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Client(Arc<Known>);
+
+#[derive(Debug, PartialEq, Eq, Hash)]
+enum Known {
+    /// By its key: as the file of keys calls it.
+    Key(Arc<str>),
+    /// By its certificate: the first name of it.
+    Certificate(Arc<str>),
+    /// By the address of its connection.
+    Address(IpAddr),
+}
+
+impl Client {
+    /// The client of a request that came through the server stack.
+    pub fn of<T>(request: &tonic::Request<T>) -> Option<Self> {
+        request.extensions().get().cloned()
+    }
+
+    /// The client whose key is called so.
+    pub fn of_key(name: impl Into<Arc<str>>) -> Self {
+        Self(Arc::new(Known::Key(name.into())))
+    }
+
+    /// Whoever is at the other end of a connection, as far as that is known.
+    pub(crate) fn of_connection(end: &FarEnd) -> Option<Self> {
+        let certificate = end.certificate_name.clone().map(Known::Certificate);
+        certificate.or_else(|| end.address.map(Known::Address)).map(|known| Self(Arc::new(known)))
+    }
+
+    /// The label of metrics: names of keys, which are few; the same for all others.
+    pub fn label(&self) -> Arc<str> {
+        match &*self.0 {
+            Known::Key(name) => name.clone(),
+            Known::Certificate(_) | Known::Address(_) => WITHOUT_KEY.into(),
+        }
+    }
+}
+
+impl fmt::Display for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &*self.0 {
+            Known::Key(name) | Known::Certificate(name) => f.write_str(name),
+            Known::Address(address) => address.fmt(f),
+        }
+    }
+}
+
+/// The other end of a connection: an extension of every request on it.
+#[derive(Clone, Debug, Default)]
+pub struct FarEnd {
+    /// Where it is.
+    pub address: Option<IpAddr>,
+    /// The first name in its certificate, where it had to show one.
+    pub certificate_name: Option<Arc<str>>,
+}
+
+/// Where [`crate::outcome`] learns who made a call: it sees a request before its caller is known, and may see no response.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct CallerSlot(Arc<OnceLock<Client>>);
+
+impl CallerSlot {
+    pub(crate) fn fill(&self, client: &Client) {
+        // A call has one caller, whichever layer asks first.
+        let _ = self.0.set(client.clone());
+    }
+
+    pub(crate) fn client(&self) -> Option<&Client> {
+        self.0.get()
+    }
+}
