@@ -211,6 +211,24 @@ class Networks(unittest.TestCase):
         self.assertEqual(found["HTTPRoute", "sida"]["spec"]["rules"][0]["timeouts"], {"request": "600s"})
         self.assertIn("gateway.parentRefs", rendered({"gateway": {"grpcRoute": {"enabled": True}}}).stderr)
 
+    def test_http(self):
+        """Broken: the port of OpenAI's clients would lead nowhere, or be open although it was not wanted."""
+        parent = {"parentRefs": [{"name": "public"}]}
+        found = template({"coordinator": {"http": {"port": 80}}, "gateway": parent | {"openaiRoute": {"enabled": True}}, "ingress": {"enabled": True, "port": "http"}})
+        container = pod(found[COORDINATOR])["containers"][0]
+        self.assertIn("--http-listen=0.0.0.0:8000", container["args"])
+        ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+        service = {port["name"]: port for port in found["Service", "sida"]["spec"]["ports"]}
+        self.assertEqual((ports["http"], service["http"]["port"], service["http"]["targetPort"]), (8000, 80, "http"))
+        self.assertEqual(found["HTTPRoute", "sida-openai"]["spec"]["rules"][0]["backendRefs"], [{"name": "sida", "port": 80}])
+        self.assertEqual(found["Ingress", "sida"]["spec"]["rules"][0]["http"]["paths"][0]["backend"]["service"]["port"], {"name": "http"})
+        allowed = found["NetworkPolicy", "sida-coordinator"]["spec"]["ingress"][0]["ports"]
+        self.assertIn({"port": "http", "protocol": "TCP"}, allowed)
+        without = {"coordinator": {"http": {"enabled": False}}}
+        self.assertNotIn("http", str(pod(template(without)[COORDINATOR])["containers"][0]["ports"]))
+        for values in ({"gateway": parent | {"openaiRoute": {"enabled": True}}}, {"ingress": {"enabled": True, "port": "http"}}):
+            self.assertIn("coordinator.http.enabled", rendered(without | values).stderr)
+
     def test_who_speaks_tls_says_so(self):
         """Broken: a gateway would speak plain HTTP/2 to coordinators that want TLS."""
         protocol = lambda values: template(values)["Service", "sida"]["spec"]["ports"][0]["appProtocol"]

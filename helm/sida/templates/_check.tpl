@@ -9,7 +9,8 @@
 {{- range prepend $v.expertNode.pools $v.coordinator -}}
 {{- if and .autoscaling.enabled .keda.enabled }}{{ fail "coordinator and expertNode: autoscaling or keda, not both" }}{{ end -}}
 {{- end -}}
-{{- if and (or $v.gateway.grpcRoute.enabled $v.gateway.httpRoute.enabled) (not $v.gateway.parentRefs) }}{{ fail "gateway.parentRefs: name the gateway of the routes" }}{{ end -}}
+{{- if and (not $v.coordinator.http.enabled) (or $v.gateway.openaiRoute.enabled (and $v.ingress.enabled (eq $v.ingress.port "http"))) }}{{ fail "coordinator.http.enabled: a route or an Ingress leads to this port" }}{{ end -}}
+{{- if and (or $v.gateway.grpcRoute.enabled $v.gateway.httpRoute.enabled $v.gateway.openaiRoute.enabled) (not $v.gateway.parentRefs) }}{{ fail "gateway.parentRefs: name the gateway of the routes" }}{{ end -}}
 {{- end }}
 
 {{- define "sida.checkWeights" -}}

@@ -54,6 +54,9 @@ spec:
       ports:
         - {name: grpc, containerPort: 50051, protocol: TCP}
         - {name: metrics, containerPort: 9090, protocol: TCP}
+        {{- if and (eq .role "coordinator") $role.http.enabled }}
+        - {name: http, containerPort: 8000, protocol: TCP}
+        {{- end }}
         {{- with $role.extraPorts }}
         {{- toYaml . | nindent 8 }}
         {{- end }}

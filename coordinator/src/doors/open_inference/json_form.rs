@@ -133,11 +133,12 @@ fn read_input(input: JsonInput, raw: &mut Bytes) -> Result<(InferInputTensor, Op
 /// The elements of `data`, which may be nested as its shape is; `None` where one is neither text nor flag.
 fn flatten(data: &Value, contents: &mut InferTensorContents) -> Option<()> {
     match data {
-        Value::Array(elements) => elements.iter().try_for_each(|element| flatten(element, contents)),
-        Value::String(text) => Some(contents.bytes_contents.push(text.clone().into())),
-        Value::Bool(flag) => Some(contents.bool_contents.push(*flag)),
-        _ => None,
+        Value::Array(elements) => return elements.iter().try_for_each(|element| flatten(element, contents)),
+        Value::String(text) => contents.bytes_contents.push(text.clone().into()),
+        Value::Bool(flag) => contents.bool_contents.push(*flag),
+        _ => return None,
     }
+    Some(())
 }
 
 fn parameter((name, value): (String, Value)) -> Result<(String, InferParameter), ApiError> {
