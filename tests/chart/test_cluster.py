@@ -244,7 +244,7 @@ class Running(unittest.TestCase):
         self.assertEqual(load.failures(), [])
         victim.remove()
         self.cluster.start(self.owners["expert-node"], victim.name).wait_until_ready()
-        lines = [json.loads(line) for pod in self.cluster.of("coordinator") for line in pod.log().splitlines() if not line.startswith("listening on")]
+        lines = [json.loads(line) for pod in self.cluster.of("coordinator") for line in pod.log().splitlines() if not line.startswith("listening ")]
         failed = [line for line in lines if line["message"] == "an expert call failed" and line.get("trace_id") == trace]
         self.assertTrue(failed, lines[-20:])
         self.assertEqual({line["node"] for line in failed}, {"sida-expert-node-1"})

@@ -4,8 +4,8 @@ use serde_json::{Value, json};
 use sida_proto::inference::{ModelMetadataResponse, ServerMetadataResponse, model_metadata_response::TensorMetadata};
 use tonic::Status;
 
-use super::question::{EMBEDDING, FINISH_REASON, TEXT_OUTPUT, VERSION};
 use crate::coordinator::Coordinator;
+use crate::doors::open_inference::question::{EMBEDDING, FINISH_REASON, TEXT_OUTPUT, VERSION};
 
 /// The server.
 pub(crate) fn server_message() -> ServerMetadataResponse {

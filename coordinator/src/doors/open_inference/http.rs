@@ -13,7 +13,7 @@ use axum::{
 };
 use serde_json::{Value, json};
 
-use super::{
+use crate::doors::open_inference::{
     about::{self, is_ours},
     json_form,
     question::Question,

@@ -13,7 +13,7 @@ use sida_proto::inference::{
     model_infer_response::InferOutputTensor,
 };
 
-use super::tensor;
+use crate::doors::open_inference::tensor;
 use crate::doors::openai::error::ApiError;
 
 /// The parameter of an input that says how many raw bytes of it follow.
@@ -64,7 +64,7 @@ pub(crate) fn request(body: Bytes, json_bytes: usize) -> Result<(ModelInferReque
     let mut raw = body;
     if json_bytes > raw.len() {
         let expected = format!("at most the {} bytes of the body", raw.len());
-        return Err(ApiError::field(super::http::JSON_LENGTH, json_bytes, expected));
+        return Err(ApiError::field(crate::doors::open_inference::http::JSON_LENGTH, json_bytes, expected));
     }
     let text = raw.split_to(json_bytes);
     let not_json = |error| ApiError::invalid("invalid_json", format!("the body is no inference request: {error}"));

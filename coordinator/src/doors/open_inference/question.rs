@@ -11,7 +11,7 @@ use sida_proto::inference::{
     model_infer_request::InferRequestedOutputTensor,
 };
 
-use super::{
+use crate::doors::open_inference::{
     parameters,
     tensor::{Elements, elements, wrong},
 };

@@ -11,11 +11,11 @@ use sida_proto::{
     wire::rows,
 };
 
-use super::{
+use crate::answer::output::{Encoding, FinishReason};
+use crate::doors::open_inference::{
     question::{EMBEDDING, TEXT_OUTPUT, VERSION},
     tensor::{output, text_output},
 };
-use crate::answer::output::{Encoding, FinishReason};
 
 /// What every response to a request carries.
 #[derive(Clone, Debug)]

@@ -13,7 +13,7 @@ use sida_proto::inference::{
 use sida_rpc::Fault;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{
+use crate::doors::open_inference::{
     about,
     question::Question,
     response::{Envelope, Generated, streamed},

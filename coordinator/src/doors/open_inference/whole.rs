@@ -5,7 +5,7 @@ use std::time::Instant;
 use futures::{StreamExt, future};
 use sida_proto::inference::ModelInferResponse;
 
-use super::{
+use crate::doors::open_inference::{
     parameters,
     question::Question,
     response::{Envelope, Generated},
