@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
 
@@ -131,10 +132,21 @@ async fn a_full_queue_has_room_for_another_client() {
     // Would break: whoever fills the queue first keeps everybody else out.
     let cluster = one_at_a_time(|config| config.limits.queue_max = 8).await;
     let order = Mutex::new(Vec::new());
-    let flood = ask(&cluster, "flood", 30, &order);
+    // Some leave the queue to be prepared: who is refused asks again until it is full.
+    let full = AtomicBool::new(false);
+    let ask_until_full = async || {
+        loop {
+            let answer = ask(&cluster, "flood", 1, &order).await.remove(0);
+            if !matches!(answer, Err(RequestError::QueueFull { .. })) || full.load(Ordering::Relaxed) {
+                return answer;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    let flood = join_all((0..30).map(|_| ask_until_full()));
     let others = async {
-        // One may have left the full queue when no more came.
-        until_queued(&cluster, 6).await;
+        until_queued(&cluster, 8).await;
+        full.store(true, Ordering::Relaxed);
         let release = async {
             tokio::time::sleep(Duration::from_millis(300)).await;
             cluster.nodes[0].behave(Behaviour::Works);
