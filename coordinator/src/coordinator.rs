@@ -314,7 +314,8 @@ impl Coordinator {
         let cache_bytes = self.acceptance().cache_bytes(tokens.len(), &work)?;
         let readings = self.acceptance().readings(&work);
         let (accepted, span) = (request_span.begun, request_span.span);
-        let request = Request { tokens, readings, mode, work, cache_bytes, accepted, deadline, client, span };
+        let request =
+            Request { tokens, readings, mode, work, cache_bytes, accepted, deadline, client, begun: None, span };
         inner.requests.push(request)?;
         inner.statistics.requests.fetch_add(1, Ordering::Relaxed);
         inner.metrics.prompt_tokens.increment(prompt_tokens);

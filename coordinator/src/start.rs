@@ -30,7 +30,7 @@ use crate::{
         remote::{clock::Clock, lane::LaneConfig, lane_connection::Connector},
     },
     forward::forward::Forward,
-    intake::{queue::Queue, request_queue::RequestQueue},
+    intake::{queue::Queue, request_queue::RequestQueue, workload::Workload},
     measures::{metrics::Metrics, statistics::Statistics},
     predict::{
         beside::beside,
@@ -138,7 +138,9 @@ impl Coordinator {
             let rows_max = (CALL_BYTES_MAX / (model.d_model * size_of::<f32>())).clamp(1, CALL_ROWS_MAX);
             Dispatch::new(nodes.clone(), model.d_model, rows_max, patience)
         };
-        let (requests, prepared) = (Arc::new(RequestQueue::new(config.limits)), Arc::new(Queue::new()));
+        let workload = Arc::new(Workload::new(config.limits));
+        let requests = Arc::new(RequestQueue::new(config.limits, workload.clone()));
+        let prepared = Arc::new(Queue::new());
         let cache_size = backend.cache_size();
         metrics.cache_budget_bytes.set(config.limits.cache_bytes_max as f64);
         let (predict_beside, predict_thread) = beside(predict.clone(), preload.clone());
@@ -155,6 +157,7 @@ impl Coordinator {
         };
         let scheduler = Scheduler {
             limits: config.limits,
+            workload,
             prepared: prepared.clone(),
             forward,
             predict: predict.clone(),

@@ -34,8 +34,8 @@ impl From<RequestError> for Fault {
             E::ClientShare { share, retry_after } => {
                 fault(Reason::ClientShare).with("share", share).retry_after(*retry_after)
             }
-            E::NoTime { wait, left, retry_after } => fault(Reason::NoTime)
-                .with("wait_ms", wait.as_millis())
+            E::NoTime { time, left, retry_after } => fault(Reason::NoTime)
+                .with("time_ms", time.as_millis())
                 .with("left_ms", left.as_millis())
                 .retry_after(*retry_after),
             E::DeadlineExceeded => fault(Reason::DeadlineExceeded),

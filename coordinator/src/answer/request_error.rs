@@ -34,8 +34,10 @@ pub enum RequestError {
     QueueTokens { limit: usize, retry_after: Duration },
     #[error("others wait, and this client has its share of {share} of the queue")]
     ClientShare { share: f64, retry_after: Duration },
-    #[error("what waits ahead takes about {wait:?}, and {left:?} are left until the deadline")]
-    NoTime { wait: Duration, left: Duration, retry_after: Duration },
+    #[error(
+        "with what is running and waiting the answer takes about {time:?}, and {left:?} are left until the deadline"
+    )]
+    NoTime { time: Duration, left: Duration, retry_after: Duration },
     #[error("the deadline passed before the answer was complete")]
     DeadlineExceeded,
     #[error("the caller went away")]

@@ -1,7 +1,8 @@
 //! From what a caller asks for to a checked request that waits for its turn.
 //!
 //! In reading order: `prompt` is what is asked about; `accept` checks and tokenizes, with `generation_check` for how tokens
-//! are chosen; `request` is what comes of it; `request_span` describes it in a trace; `queue` is where it waits.
+//! are chosen; `request` is what comes of it; `request_span` describes it in a trace; `queue` is where it waits, and `workload` says
+//! whether it can be in time.
 
 pub(crate) mod accept;
 pub(crate) mod generation_check;
@@ -10,3 +11,4 @@ pub(crate) mod queue;
 pub(crate) mod request;
 pub(crate) mod request_queue;
 pub(crate) mod request_span;
+pub(crate) mod workload;

@@ -7,11 +7,14 @@ use sida_rpc::Client;
 use sida_telemetry::Span;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::answer::{
-    output::{Encoding, Pooling, Scores, Token},
-    request_error::RequestError,
-    routing_mode::RoutingMode,
-    sampling::SamplerSettings,
+use crate::{
+    answer::{
+        output::{Encoding, Pooling, Scores, Token},
+        request_error::RequestError,
+        routing_mode::RoutingMode,
+        sampling::SamplerSettings,
+    },
+    intake::workload::Begun,
 };
 
 /// A request that was checked and tokenized.
@@ -32,6 +35,8 @@ pub(crate) struct Request {
     pub(crate) deadline: Option<Instant>,
     /// Who asks: those who ask much take turns with the others.
     pub(crate) client: Option<Client>,
+    /// Counts it as begun, from when it leaves the queue until it is over.
+    pub(crate) begun: Option<Begun>,
     /// The span from the request's coming in to its answer; ends with the request.
     pub(crate) span: Span,
 }
@@ -85,6 +90,14 @@ impl Work {
         }
     }
 
+    /// How many steps it takes at most.
+    pub(crate) fn steps_max(&self) -> usize {
+        match self {
+            Work::Encode { .. } | Work::Score { .. } => 1,
+            Work::Generate { options, .. } => options.tokens_max,
+        }
+    }
+
     /// The most tokens that each of these sequences has in the decoder, beside a prompt that it reads: the start token, or the
     /// prompt's last, stands in the place of the last one, which is not fed.
     pub(crate) fn decoded_tokens_max(&self) -> usize {
@@ -107,6 +120,19 @@ impl Request {
         };
         let (tokens, sequences) = (self.tokens.len() * self.readings + decoded, self.work.sequences());
         Cost { tokens, sequences, cache_bytes: self.cache_bytes }
+    }
+
+    /// How many sequences it counts as among those that are computed at the same time. A prompt whose states are asked for is one
+    /// as well.
+    pub(crate) fn places(&self) -> usize {
+        self.work.sequences().max(1)
+    }
+
+    /// Notes that the answer is complete, after so many steps.
+    pub(crate) fn answered(&self, steps: usize) {
+        if let Some(begun) = &self.begun {
+            begun.answered(steps, self.work.steps_max());
+        }
     }
 
     /// The most tokens that it takes: those that it brings, and those that may be generated.

@@ -10,7 +10,7 @@ use std::{
 use parking_lot::Mutex;
 use sida_routing::{
     admission::Limits,
-    fairness::{DrainRate, Entry, Load, Turns},
+    fairness::{Entry, Load, Turns},
 };
 use sida_rpc::Client;
 
@@ -19,25 +19,21 @@ use crate::{
     intake::{
         queue::{Announcement, Queue, Wait},
         request::Request,
+        workload::Workload,
     },
 };
 
-/// Bounds of how long callers are asked to stay away; the first also while nothing was measured.
-const RETRY_AFTER_MIN: Duration = Duration::from_millis(100);
-const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
-
-/// A request is refused for its deadline only if what waits before it takes so many times as long as it has left: what was
-/// measured lately may be slower than what comes.
-const HASTE: u32 = 2;
+/// A request waits only if its answer is expected within this share of the time that it has: what is measured is not exact.
+const SHARE_OF_TIME: f64 = 0.8;
 
 /// The queue.
-/// Invariant: nobody asks the queue for anything while holding `turns` or `drain`. Whoever enters it holds its lock already
-/// when these are locked.
+/// Invariant: nobody asks the queue for anything while holding `turns`. Whoever enters it holds its lock already when these
+/// are locked.
 pub(crate) struct RequestQueue {
     queue: Arc<Queue<Waiting>>,
     limits: Limits,
     turns: Mutex<Turns<Option<Client>>>,
-    drain: Mutex<Drain>,
+    workload: Arc<Workload>,
 }
 
 /// A request with its turn.
@@ -53,18 +49,10 @@ impl Waiting {
     }
 }
 
-/// How fast requests leave.
-#[derive(Default)]
-struct Drain {
-    rate: DrainRate,
-    /// When the last ones left, if others stayed.
-    since: Option<Instant>,
-}
-
 impl RequestQueue {
     /// An empty queue.
-    pub(crate) fn new(limits: Limits) -> Self {
-        Self { queue: Arc::new(Queue::new()), limits, turns: Mutex::default(), drain: Mutex::default() }
+    pub(crate) fn new(limits: Limits, workload: Arc<Workload>) -> Self {
+        Self { queue: Arc::new(Queue::new()), limits, turns: Mutex::default(), workload }
     }
 
     /// A request is going to be pushed soon: what arrives meanwhile waits for it.
@@ -90,15 +78,18 @@ impl RequestQueue {
         displaced: &mut Vec<(Waiting, Duration)>,
     ) -> Result<(), RequestError> {
         let asks = Load { requests: 1, tokens: request.tokens_max() };
-        let retry_after = self.retry_after(waiting);
+        let begun = self.workload.begun();
+        // Until half of what waits is begun there is room for more than one of those who ask again.
+        let retry_after = self.workload.retry_after(&request, begun + sequences(waiting.iter()) / 2);
         let mut turns = self.turns.lock();
         if waiting.is_empty() {
             turns.rest();
         }
         let mut after = turns.clone();
         let turn = after.comes(request.client.clone(), asks.tokens);
-        let ahead = waiting.iter().take_while(|waiting| waiting.turn <= turn).map(|waiting| waiting.tokens).sum();
-        self.check_deadline(&request, ahead, retry_after)?;
+        let ahead = begun + sequences(waiting.iter().take_while(|waiting| waiting.turn <= turn));
+        let no_time = self.workload.no_time(&request, ahead, SHARE_OF_TIME, Instant::now());
+        no_time.map_or(Ok(()), Err)?;
         self.make_room(waiting, &request, asks, retry_after, displaced)?;
         *turns = after;
         let at = waiting.partition_point(|waiting| waiting.turn <= turn);
@@ -129,32 +120,26 @@ impl RequestQueue {
         }
     }
 
-    /// Refuses what cannot be begun before its deadline, as far as was measured. What finds nobody waiting is never refused.
-    fn check_deadline(&self, request: &Request, ahead: usize, retry_after: Duration) -> Result<(), RequestError> {
-        let Some(deadline) = request.deadline.filter(|_| ahead > 0) else { return Ok(()) };
-        let left = deadline.saturating_duration_since(Instant::now());
-        match self.drain.lock().rate.time_for(ahead) {
-            Some(wait) if wait / HASTE > left => Err(RequestError::NoTime { wait, left, retry_after }),
-            _ => Ok(()),
-        }
-    }
-
-    /// How long callers should stay away: until half of what waits has left, so that there is room for more than one of them.
-    fn retry_after(&self, waiting: &VecDeque<Waiting>) -> Duration {
-        let half = waiting.iter().map(|waiting| waiting.tokens).sum::<usize>() / 2;
-        let time = self.drain.lock().rate.time_for(half);
-        time.map_or(RETRY_AFTER_MIN, |time| time.clamp(RETRY_AFTER_MIN, RETRY_AFTER_MAX))
-    }
-
-    /// Takes the first `choose(waiting)` requests, waiting for one. `None`: the queue is closed and empty.
+    /// Takes the first `choose(waiting)` requests, waiting for one, and begins them; none of them where the time that is left
+    /// is too short for all. `None`: the queue is closed and empty.
     pub(crate) fn take(&self, choose: impl Fn(&VecDeque<Waiting>) -> usize) -> Option<Vec<Request>> {
         let taken = self.queue.take(Wait::Block, choose)?;
         if let Some(last) = taken.last() {
-            let (tokens, stay) = (taken.iter().map(|waiting| waiting.tokens).sum(), self.queue.len());
             self.turns.lock().taken(last.turn);
-            self.drain.lock().left(tokens, stay, Instant::now());
         }
-        Some(taken.into_iter().map(|waiting| waiting.request).collect())
+        let now = Instant::now();
+        Some(taken.into_iter().filter_map(|waiting| self.begin(waiting.request, now)).collect())
+    }
+
+    /// Counts a request as begun, unless nobody waits for its answer or it would come too late.
+    fn begin(&self, mut request: Request, now: Instant) -> Option<Request> {
+        let no_time = || self.workload.no_time(&request, self.workload.begun(), 1.0, now);
+        if let Some(reason) = request.over(now).or_else(no_time) {
+            request.fail(reason);
+            return None;
+        }
+        self.workload.begin(&mut request);
+        Some(request)
     }
 
     /// How many wait.
@@ -168,15 +153,9 @@ impl RequestQueue {
     }
 }
 
-impl Drain {
-    /// Requests of so many tokens left, and so many others stay.
-    fn left(&mut self, tokens: usize, stay: usize, now: Instant) {
-        if let Some(since) = self.since {
-            self.rate.note(tokens, now.saturating_duration_since(since));
-        }
-        // While nobody waits, what passes until the next leaves says nothing of how fast they can.
-        self.since = (stay > 0).then_some(now);
-    }
+/// How many sequences those have.
+fn sequences<'w>(waiting: impl Iterator<Item = &'w Waiting>) -> usize {
+    waiting.map(|waiting| waiting.request.places()).sum()
 }
 
 /// What each client has waiting.
@@ -210,6 +189,7 @@ mod tests {
             mode: RoutingMode::Exact,
             work: Work::Encode { options: EncodeOptions::default(), reply },
             cache_bytes: 0,
+            begun: None,
             accepted: Instant::now(),
             deadline: None,
             client: None,
@@ -229,7 +209,7 @@ mod tests {
             queue_tokens_max: REQUESTS,
             client_queue_share: 1.0,
         };
-        let queue = Arc::new(RequestQueue::new(limits));
+        let queue = Arc::new(RequestQueue::new(limits, Arc::new(Workload::new(limits))));
         let (done, all_taken) = mpsc::channel();
         let taking = queue.clone();
         thread::spawn(move || {

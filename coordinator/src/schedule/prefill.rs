@@ -40,10 +40,22 @@ struct Joining {
 
 impl<B: Backend> Scheduler<B> {
     /// Computes the prompts of requests that join, answers those that asked for states, and starts the sequences of the
-    /// others.
-    pub(crate) fn prefill(&mut self, joining: Vec<Prepared>) {
+    /// others. Says how many sequences have joined.
+    pub(crate) fn prefill(&mut self, joining: Vec<Prepared>) -> usize {
         let now = Instant::now();
-        let joining = self.in_shares(joining).into_iter().filter_map(|prepared| self.join(prepared, now)).collect();
+        let joining = self.in_shares(joining);
+        let (mut sequences, running) = (0, self.places());
+        let mut join = |prepared| {
+            let joining = self.join(prepared, running + sequences, now)?;
+            sequences += joining.request.places();
+            Some(joining)
+        };
+        let joining = joining.into_iter().filter_map(&mut join).collect();
+        self.compute(joining);
+        sequences
+    }
+
+    fn compute(&mut self, joining: Vec<Joining>) {
         if self.forward.config().has_encoder() {
             return self.compute_prompts(joining);
         }
@@ -53,9 +65,10 @@ impl<B: Backend> Scheduler<B> {
         others.into_iter().for_each(|joining| self.start_with_prompt(joining));
     }
 
-    /// Notes that a request joins, unless nobody waits for it any more.
-    fn join(&self, Prepared { mut request, table, hint, at, predict }: Prepared, now: Instant) -> Option<Joining> {
-        if let Some(reason) = request.over(now) {
+    /// Notes that a request joins so many sequences, unless nobody waits for it any more or it would come too late.
+    fn join(&self, prepared: Prepared, sequences: usize, now: Instant) -> Option<Joining> {
+        let Prepared { mut request, table, hint, at, predict } = prepared;
+        if let Some(reason) = request.over(now).or_else(|| self.workload.no_time(&request, sequences, 1.0, now)) {
             request.fail(reason);
             return None;
         }
@@ -247,7 +260,10 @@ impl<B: Backend> Scheduler<B> {
         let tokens = EncodedTokens { prompt_tokens: request.tokens.len(), truncated_tokens };
         let encoding = catch_panic(|| encoding::encoding(states.to_vec(), d_model, tokens, normalize, trace));
         match &encoding {
-            Ok(_) => self.statistics.outcomes.answered(),
+            Ok(_) => {
+                self.statistics.outcomes.answered();
+                request.answered(1);
+            }
             Err(error) => self.note_failure(error),
         }
         encoding

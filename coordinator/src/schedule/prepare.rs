@@ -64,6 +64,9 @@ impl Prepare {
         };
         while let Some(batch) = self.requests.take(choose) {
             self.metrics.requests_queued.set(self.requests.len() as f64);
+            if batch.is_empty() {
+                continue;
+            }
             // The callers of requests that are lost in a panic see their channels end.
             match catch_unwind(AssertUnwindSafe(|| self.prepare(batch))) {
                 Ok(batch) => self.hand_over(batch),
@@ -75,11 +78,6 @@ impl Prepare {
 
     fn prepare(&self, batch: Vec<Request>) -> Vec<Prepared> {
         let start = Instant::now();
-        let (over, batch): (Vec<_>, Vec<_>) = batch.into_iter().partition(|request| request.over(start).is_some());
-        for request in over {
-            let reason = request.over(start).unwrap_or(RequestError::Cancelled);
-            request.fail(reason);
-        }
         for request in &batch {
             spans::record(request.span.context(), "queue", request.accepted, start);
         }

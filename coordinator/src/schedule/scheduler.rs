@@ -32,6 +32,7 @@ use crate::{
     intake::{
         queue::{Queue, Wait},
         request::Request,
+        workload::Workload,
     },
     measures::{metrics::Metrics, statistics::Statistics},
     predict::{
@@ -50,6 +51,7 @@ use crate::{
 /// Everything that the forward thread works with.
 pub(crate) struct Scheduler<B: Backend> {
     pub(crate) limits: Limits,
+    pub(crate) workload: Arc<Workload>,
     pub(crate) prepared: Arc<Queue<Prepared>>,
     pub(crate) forward: Forward<B>,
     pub(crate) predict: Arc<Predict>,
@@ -82,11 +84,15 @@ impl<B: Backend> Scheduler<B> {
             }
             self.note_inflight(&joining);
             self.statistics.step_begins();
+            let (begun, mut sequences) = (Instant::now(), self.places());
             let outcome = catch_panic(|| {
-                self.prefill(joining);
+                sequences += self.prefill(joining);
                 self.step();
                 Ok(())
             });
+            if sequences > 0 {
+                self.workload.step(sequences, begun.elapsed());
+            }
             // The callers of requests that were joining see their channels end.
             if let Err(error) = outcome {
                 self.fail_running(&error);
@@ -104,7 +110,7 @@ impl<B: Backend> Scheduler<B> {
     fn schedule(&self) -> Option<Vec<Prepared>> {
         let running = Cost {
             tokens: self.running.iter().flat_map(|s| &s.branches).map(|branch| branch.feed.len()).sum(),
-            sequences: self.running.iter().map(Sequence::places).sum(),
+            sequences: self.places(),
             cache_bytes: self.running.iter().map(|s| s.request.cache_bytes).sum(),
         };
         let limits = self.limits;
@@ -119,6 +125,11 @@ impl<B: Backend> Scheduler<B> {
             None if self.running.is_empty() => None,
             None => Some(Vec::new()),
         }
+    }
+
+    /// Places that the running sequences take.
+    pub(crate) fn places(&self) -> usize {
+        self.running.iter().map(Sequence::places).sum()
     }
 
     /// How long a batch whose first request this is has waited for others, since nothing runs any more.

@@ -139,6 +139,7 @@ impl<B: Backend> Sequence<B> {
         generation.choices = going;
         let is_over = generation.choices.is_empty();
         if is_over {
+            self.request.answered(generation.generated);
             request_span::describe_answer(&mut self.request.span, generation.ended_tokens, &generation.ended);
         }
         self.feed(fed);
@@ -198,6 +199,9 @@ impl<B: Backend> Sequence<B> {
             scores.push(TargetScore { log_likelihood: log_likelihood as f32, tokens: target.len() });
         }
         self.trace.timings.total = self.request.accepted.elapsed();
+        if let Some(begun) = &self.request.begun {
+            begun.answered(1, 1);
+        }
         if let Some(reply) = reply.take() {
             // The caller may have gone, which is no error.
             drop(reply.send(Ok(Scores { targets: scores, trace: self.trace.clone() })));

@@ -190,7 +190,7 @@ async fn what_cannot_be_in_time_is_told_at_once() {
         }
         let start = Instant::now();
         let error = encode(Duration::from_secs(1)).await.expect_err("it cannot be in time");
-        assert!(matches!(error, RequestError::NoTime { wait, left, .. } if wait > left), "{error}");
+        assert!(matches!(error, RequestError::NoTime { time, left, .. } if time > left), "{error}");
         assert!(start.elapsed() < Duration::from_millis(900), "not at the deadline: {:?}", start.elapsed());
         cluster.nodes[0].behave(Behaviour::Works);
         encode(Duration::from_secs(60)).await.expect("in time");

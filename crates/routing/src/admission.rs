@@ -69,6 +69,18 @@ impl Limits {
         joined
     }
 
+    /// How many sequences can run at the same time where all are of requests like this, each of so many steps: an answer of
+    /// one step is gone with its pass, so that only the rows of a pass bound them.
+    pub fn places(&self, request: Cost, steps: usize) -> usize {
+        let own = request.sequences.max(1);
+        let of_rows = (self.tokens_max / request.tokens.max(1)).saturating_mul(steps).saturating_mul(own);
+        if request.sequences == 0 {
+            return of_rows.max(1);
+        }
+        let bytes = self.cache_bytes_max.saturating_mul(own as u64) / request.cache_bytes.max(1);
+        of_rows.min(self.sequences_max).min(usize::try_from(bytes).unwrap_or(usize::MAX)).max(own)
+    }
+
     /// Whether a batch of all `together` is within the limits; those of what the last of them does not take do not
     /// count.
     fn allow(&self, together: Cost, last: Cost) -> bool {
@@ -128,6 +140,18 @@ mod tests {
         assert_eq!(LIMITS.joining(caching(400), [caching(300), caching(300), caching(1)]), 2);
         assert_eq!(LIMITS.joining(caching(400), [caching(601)]), 0);
         assert_eq!(LIMITS.joining(caching(400), [caching(u64::MAX)]), 0);
+    }
+
+    #[test]
+    fn what_bounds_those_that_run_together() {
+        // Would break: how long a request waits is told by a bound that is not its own.
+        assert_eq!(LIMITS.places(cost(10, 0), 1), 10);
+        assert_eq!(LIMITS.places(cost(500, 0), 1), 1);
+        assert_eq!(LIMITS.places(cost(10, 1), 1), 4);
+        assert_eq!(LIMITS.places(cost(50, 1), 1), 2);
+        assert_eq!(LIMITS.places(cost(50, 1), 100), 4);
+        assert_eq!(LIMITS.places(caching(400), 100), 2);
+        assert_eq!(LIMITS.places(cost(10, 9), 1), 9, "larger than the limits by itself");
     }
 
     fn costs(most: usize) -> impl Strategy<Value = Vec<Cost>> {

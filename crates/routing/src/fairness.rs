@@ -1,4 +1,4 @@
-//! Whose request is next, who may still wait, and when to come back: how clients share a queue. Nothing here knows what a
+//! Whose request is next, and who may still wait: how clients share a queue. Nothing here knows what a
 //! client is: two requests are of one client if what stands for it is equal.
 //!
 //! Requests have turns, in which they are taken. A client's request gets the turn behind its own last one, as many tokens
@@ -6,12 +6,9 @@
 //! that sends a thousand requests has turns far ahead, one that sends its first is taken next, and as long as several wait, each gets
 //! about as many tokens as another. One client alone is served in order of arrival.
 
-use std::{collections::HashMap, hash::Hash, iter::Sum, time::Duration};
+use std::{collections::HashMap, hash::Hash, iter::Sum};
 
 use crate::admission::Limits;
-
-/// What is kept of the sums of a rate when another span is noted: what was long ago is forgotten.
-const KEPT: f64 = 0.9;
 
 /// What waits, or asks to: requests, and the tokens that they bring and may be given.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -125,29 +122,6 @@ impl<C: Eq + Hash> Turns<C> {
     }
 }
 
-/// How fast a queue drains, as measured lately.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct DrainRate {
-    tokens: f64,
-    seconds: f64,
-}
-
-impl DrainRate {
-    /// Requests of so many tokens left, in a span at whose begin others waited already.
-    pub fn note(&mut self, tokens: usize, span: Duration) {
-        self.tokens = KEPT * self.tokens + tokens as f64;
-        self.seconds = KEPT * self.seconds + span.as_secs_f64();
-    }
-
-    /// How long it takes until so many tokens have left; `None` where nothing was measured.
-    pub fn time_for(&self, tokens: usize) -> Option<Duration> {
-        let is_known = self.tokens > 0.0 && self.seconds > 0.0;
-        // A time that no clock can tell is the longest of all.
-        is_known
-            .then(|| Duration::try_from_secs_f64(tokens as f64 * self.seconds / self.tokens).unwrap_or(Duration::MAX))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
@@ -250,18 +224,6 @@ mod tests {
         assert_eq!(LIMITS.enters(&two, 2, load(1, 1)), Entry::Full);
         let whole = Limits { client_queue_share: 1.0, ..LIMITS };
         assert_eq!(whole.enters(&full, 1, load(1, 10)), Entry::Full);
-    }
-
-    #[test]
-    fn the_rate_is_that_of_lately() {
-        // Would break: callers are told to come back when the queue is still full, or long after it is empty.
-        let mut rate = DrainRate::default();
-        assert_eq!(rate.time_for(100), None);
-        (0..100).for_each(|_| rate.note(1000, Duration::from_secs(1)));
-        assert_eq!(rate.time_for(500).unwrap().as_millis(), 500);
-        (0..100).for_each(|_| rate.note(100, Duration::from_secs(1)));
-        assert_eq!(rate.time_for(500).unwrap().as_secs_f64().round(), 5.0);
-        assert_eq!(rate.time_for(0), Some(Duration::ZERO));
     }
 
     proptest! {

@@ -18,6 +18,7 @@ pub mod hash_table;
 pub mod ids;
 pub mod membership;
 pub mod micro_batches;
+pub mod pace;
 pub mod placement;
 pub mod plan;
 pub mod residency;
