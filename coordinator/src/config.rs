@@ -125,6 +125,7 @@ impl CoordinatorConfig {
             predictor,
             limits: Limits {
                 tokens_max: 8192,
+                prefill_tokens_max: 512,
                 sequences_max: 256,
                 cache_bytes_max: 2 << 30,
                 queue_max: 1024,

@@ -312,10 +312,8 @@ impl Coordinator {
         let TokenizedPrompt { request_span, tokens: PromptTokens { ids: tokens, .. }, announced: _announced } = prompt;
         let prompt_tokens = tokens.len() as u64;
         let cache_bytes = self.acceptance().cache_bytes(tokens.len(), &work)?;
-        let readings = self.acceptance().readings(&work);
         let (accepted, span) = (request_span.begun, request_span.span);
-        let request =
-            Request { tokens, readings, mode, work, cache_bytes, accepted, deadline, client, begun: None, span };
+        let request = Request { tokens, mode, work, cache_bytes, accepted, deadline, client, begun: None, span };
         inner.requests.push(request)?;
         inner.statistics.requests.fetch_add(1, Ordering::Relaxed);
         inner.metrics.prompt_tokens.increment(prompt_tokens);

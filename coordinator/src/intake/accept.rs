@@ -149,8 +149,7 @@ impl Acceptance<'_> {
         if targets.iter().any(Vec::is_empty) {
             return Err(refused("targets", "a text without tokens", "texts with tokens"));
         }
-        let tokens =
-            targets.iter().map(Vec::len).sum::<usize>() + prompt_tokens * self.readings_of_targets(targets.len());
+        let tokens = targets.iter().map(Vec::len).sum::<usize>() + prompt_tokens;
         within("tokens of text and targets", tokens, 1, self.batch.tokens_max)?;
         Ok(targets)
     }
@@ -209,18 +208,6 @@ impl Acceptance<'_> {
     pub(crate) fn cache_bytes(&self, prompt_tokens: usize, work: &Work) -> Result<u64, RequestError> {
         let (needed, limit) = (self.needed_cache_bytes(prompt_tokens, work), self.batch.cache_bytes_max);
         if needed > limit { Err(RequestError::CacheTooSmall { needed, limit }) } else { Ok(needed) }
-    }
-
-    /// How often the prompt of a request is computed: a decoder that reads it does so for each target. Choices share it.
-    pub(crate) fn readings(&self, work: &Work) -> usize {
-        match work {
-            Work::Score { targets, .. } => self.readings_of_targets(targets.len()),
-            Work::Generate { .. } | Work::Encode { .. } => 1,
-        }
-    }
-
-    fn readings_of_targets(&self, targets: usize) -> usize {
-        if self.has_encoder() { 1 } else { targets.max(1) }
     }
 
     fn has_encoder(&self) -> bool {

@@ -21,8 +21,6 @@ use crate::{
 pub(crate) struct Request {
     /// The prompt. Invariant: not empty, every id within the vocabulary.
     pub(crate) tokens: Vec<u32>,
-    /// How often it is computed: once, or, by a decoder that reads it, for each target.
-    pub(crate) readings: usize,
     /// Who chooses the experts of its tokens.
     pub(crate) mode: RoutingMode,
     /// What is asked for, and where the answer goes.
@@ -118,7 +116,7 @@ impl Request {
             // All choices begin with one row.
             Work::Generate { .. } => 1,
         };
-        let (tokens, sequences) = (self.tokens.len() * self.readings + decoded, self.work.sequences());
+        let (tokens, sequences) = (self.tokens.len() + decoded, self.work.sequences());
         Cost { tokens, sequences, cache_bytes: self.cache_bytes }
     }
 

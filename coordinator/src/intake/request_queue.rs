@@ -185,7 +185,6 @@ mod tests {
         let (reply, _) = oneshot::channel();
         Request {
             tokens: vec![1],
-            readings: 1,
             mode: RoutingMode::Exact,
             work: Work::Encode { options: EncodeOptions::default(), reply },
             cache_bytes: 0,
@@ -203,6 +202,7 @@ mod tests {
         const REQUESTS: usize = 10_000;
         let limits = Limits {
             tokens_max: 1,
+            prefill_tokens_max: 1,
             sequences_max: 1,
             cache_bytes_max: 0,
             queue_max: REQUESTS,

@@ -26,7 +26,7 @@ use crate::{
         batch_span::BatchSpan,
         prepare::Prepared,
         scheduler::{Scheduler, describe},
-        sequence::{self, Branch, Sequence},
+        sequence::{self, Branch, Sequence, scored_tokens},
     },
 };
 
@@ -83,17 +83,25 @@ impl<B: Backend> Scheduler<B> {
         Some(Joining { request, trace, routing, hint })
     }
 
-    /// Starts the sequences of a request whose prompt the decoder reads.
+    /// Starts the sequence of a request whose prompt the decoder reads, in the steps that follow.
     fn start_with_prompt(&mut self, Joining { request, trace, .. }: Joining) {
-        let tokens_max = request.tokens.len() + request.work.decoded_tokens_max();
+        let (tokens, is_scored) = (request.tokens.len(), matches!(request.work, Work::Score { .. }));
+        let tokens_max = tokens + request.work.decoded_tokens_max();
         let started = start_all(self.forward.backend(), None, &[NewSequence { rows: 0..0, tokens_max }]);
-        let started = started.into_iter().next().expect("one for each");
-        match started.and_then(|state| self.branches(&request, state)) {
-            Ok(branches) => self.running.push(Sequence::new(request, trace, branches)),
+        let state = match started.into_iter().next().expect("one for each") {
+            Ok(state) => state,
             Err(error) => {
                 self.note_failure(&error);
-                request.fail(error);
+                return request.fail(error);
             }
+        };
+        // Targets branch off the last token.
+        let feed = request.tokens[..tokens - usize::from(is_scored)].to_vec();
+        let branch = Branch::new(state, self.predict.start(), feed);
+        match is_scored {
+            // A prompt of one token is read already.
+            true => self.go_on(Sequence::reading_prompt(request, trace, branch), Sequence::read_on),
+            false => self.running.push(Sequence::new(request, trace, vec![branch])),
         }
     }
 
@@ -269,25 +277,21 @@ impl<B: Backend> Scheduler<B> {
         encoding
     }
 
-    /// The branches of a sequence. Each begins with the decoder's start token, or where there is no encoder with the prompt, and
-    /// goes on with all of its target but the last token where one is scored. All share the keys and values of the
-    /// encoder's output. A text that is generated begins with one branch, however many choices it has.
+    /// The branches of a sequence behind an encoder. Each begins with the decoder's start token, and goes on with all of its target
+    /// but the last token where one is scored. All share the keys and values of the encoder's output. A text that is
+    /// generated begins with one branch, however many choices it has.
     fn branches(&mut self, request: &Request, state: B::Sequence) -> Result<Vec<Branch<B>>, RequestError> {
-        let config = self.forward.config();
-        let start = [config.generation.decoder_start_token_id];
-        let first = if config.has_encoder() { &start[..] } else { &request.tokens };
-        let fed: Vec<&[u32]> = match &request.work {
-            Work::Score { targets, .. } => targets.iter().map(|target| &target[..target.len() - 1]).collect(),
-            Work::Generate { .. } | Work::Encode { .. } => vec![&[]],
+        let start = self.forward.config().generation.decoder_start_token_id;
+        let feeds = match &request.work {
+            Work::Score { targets, .. } => targets.iter().map(|target| scored_tokens(Some(start), target)).collect(),
+            Work::Generate { .. } | Work::Encode { .. } => vec![vec![start]],
         };
-        let feeds: Vec<Vec<u32>> = fed.into_iter().map(|tokens| [first, tokens].concat()).collect();
         let backend = self.forward.backend();
         let mut states =
             catch_panic(|| Ok((1..feeds.len()).map(|_| backend.fork(&state)).collect::<Result<Vec<_>, _>>()?))?;
         states.push(state);
-        let branch =
-            |(state, feed): (B::Sequence, Vec<u32>)| Branch { state, progress: Arc::new(self.predict.start()), feed };
-        Ok(states.into_iter().zip(feeds).map(branch).collect())
+        let branches = states.into_iter().zip(feeds);
+        Ok(branches.map(|(state, feed)| Branch::new(state, self.predict.start(), feed)).collect())
     }
 }
 

@@ -16,6 +16,7 @@ use sida_model::{Backend, Spans, Stack, Tokenizer, Wanted};
 use sida_routing::{
     admission::{Cost, Limits},
     gathering::Gathering,
+    prefill::Feed,
 };
 use sida_telemetry::{Span, TraceContext};
 use tokio::runtime::Handle;
@@ -108,15 +109,11 @@ impl<B: Backend> Scheduler<B> {
 
     /// The requests that join now. Waits while there is nothing to do; `None` ends the thread.
     fn schedule(&self) -> Option<Vec<Prepared>> {
-        let running = Cost {
-            tokens: self.running.iter().flat_map(|s| &s.branches).map(|branch| branch.feed.len()).sum(),
-            sequences: self.places(),
-            cache_bytes: self.running.iter().map(|s| s.request.cache_bytes).sum(),
-        };
+        let running: Cost = self.running.iter().map(Sequence::cost).sum();
         let limits = self.limits;
         let choose = |waiting: &VecDeque<Prepared>| {
             let now = Instant::now();
-            limits.joining(running, waiting.iter().map(|prepared| prepared.request.cost_at(now)))
+            limits.joining_step(running, waiting.iter().map(|prepared| prepared.request.cost_at(now)))
         };
         let wait = if self.running.is_empty() { Wait::Block } else { Wait::Poll };
         let patience = |waiting: &VecDeque<Prepared>| self.gathering.wait(waiting.len(), self.waited(waiting.front()));
@@ -155,12 +152,9 @@ impl<B: Backend> Scheduler<B> {
         if self.running.is_empty() {
             return;
         }
+        self.share_rows();
         let mut span = BatchSpan::begin("decode", self.running.iter().map(|sequence| sequence.request.span.context()));
-        describe(
-            &mut span,
-            self.running.len(),
-            self.running.iter().flat_map(|s| &s.branches).map(|b| b.feed.len()).sum(),
-        );
+        describe(&mut span, self.running.len(), self.running.iter().flat_map(|s| &s.branches).map(|b| b.rows).sum());
         let within = span.as_ref().map(BatchSpan::context);
         let mut routings = self.routings();
         let patience = match self.running.iter().all(|sequence| sequence.request.mode == RoutingMode::Exact) {
@@ -186,6 +180,29 @@ impl<B: Backend> Scheduler<B> {
         }
     }
 
+    /// Says how many rows of each branch this step computes.
+    fn share_rows(&mut self) {
+        let feeds: Vec<Feed> = self.running.iter().flat_map(Sequence::feeds).collect();
+        let rows = self.limits.step_rows(&feeds);
+        let branches = self.running.iter_mut().flat_map(|sequence| &mut sequence.branches);
+        branches.zip(rows).for_each(|(branch, rows)| branch.rows = rows);
+    }
+
+    /// Lets a sequence take part in the next step once `then` is done, or answers it with the error of that.
+    pub(crate) fn go_on(
+        &mut self,
+        mut sequence: Sequence<B>,
+        then: impl FnOnce(&mut Sequence<B>, &B) -> Result<(), RequestError>,
+    ) {
+        match catch_panic(|| then(&mut sequence, self.forward.backend())) {
+            Ok(()) => self.running.push(sequence),
+            Err(error) => {
+                self.note_failure(&error);
+                sequence.request.fail(error);
+            }
+        }
+    }
+
     fn fail_running(&mut self, error: &RequestError) {
         self.note_failure(error);
         self.running.drain(..).for_each(|sequence| sequence.request.fail_with_batch(error));
@@ -201,7 +218,7 @@ impl<B: Backend> Scheduler<B> {
     /// How the rows of every branch are routed in this step's batch.
     fn routings(&self) -> Vec<SequenceRouting> {
         let of = |sequence: &Sequence<B>| {
-            let routing = |branch: &Branch<B>| self.routing(&sequence.request, branch.feed.len());
+            let routing = |branch: &Branch<B>| self.routing(&sequence.request, branch.rows);
             sequence.branches.iter().map(routing).collect::<Vec<_>>()
         };
         self.running.iter().flat_map(of).collect()
@@ -211,7 +228,7 @@ impl<B: Backend> Scheduler<B> {
     fn begin_prediction(&mut self, patience: Patience, within: Option<TraceContext>) {
         let mut sequences = Vec::new();
         for branch in self.running.iter().flat_map(|sequence| &sequence.branches) {
-            branch.progress.feed(&branch.feed);
+            branch.progress.feed(branch.fed());
             sequences.push(branch.progress.clone());
         }
         self.predict_beside.begin(sequences, patience, within);
@@ -234,8 +251,8 @@ impl<B: Backend> Scheduler<B> {
         self.metrics.predictions_missing.increment(missing as u64);
     }
 
-    /// One pass of the decoder over the new tokens of every branch. For sequences that generate, the next token where
-    /// the device chooses it, or else its logits.
+    /// One pass of the decoder over the new tokens of every branch. For sequences that generate and whose prompts are read, the
+    /// next token where the device chooses it, or else its logits.
     fn decode(&mut self, routings: &mut [SequenceRouting], costs: &mut Costs) -> Result<StepOutput<B>, RequestError> {
         let (forward, running, metrics) = (&mut self.forward, &mut self.running, &self.metrics);
         catch_panic(|| {
@@ -246,12 +263,14 @@ impl<B: Backend> Scheduler<B> {
             let (mut last_rows, mut greedy, mut other_rows) = <(Vec<_>, Vec<_>, Vec<_>)>::default();
             for sequence in running.iter_mut() {
                 let best_but = match &sequence.decoding {
-                    Decoding::Generate(generation) => Some(generation.best_but(&forward.config().generation)),
-                    Decoding::Score => None,
+                    Decoding::Generate(generation) if sequence.is_fed_whole() => {
+                        Some(generation.best_but(&forward.config().generation))
+                    }
+                    Decoding::Generate(_) | Decoding::ReadPrompt | Decoding::Score => None,
                 };
                 for branch in &mut sequence.branches {
-                    ids.extend_from_slice(&branch.feed);
-                    lengths.push(branch.feed.len());
+                    ids.extend_from_slice(branch.fed());
+                    lengths.push(branch.rows);
                     sequences.push(&mut branch.state);
                     requests.push(&sequence.request);
                     let Some(best_but) = best_but else { continue };
@@ -301,6 +320,8 @@ impl<B: Backend> Scheduler<B> {
                 failure = failure.or(routing.failure.take());
             }
             match &sequence.decoding {
+                Decoding::ReadPrompt => self.read_on(sequence, failure),
+                Decoding::Generate(_) if !sequence.is_fed_whole() => self.read_on(sequence, failure),
                 Decoding::Generate(generation) => {
                     let next = match &mut tokens {
                         Some(tokens) if generation.best_but(&self.forward.config().generation).is_some() => {
@@ -353,20 +374,17 @@ impl<B: Backend> Scheduler<B> {
             false => texts.into_iter().map(advance).collect(),
         };
         let (running, texts): (Vec<_>, Vec<_>) = advanced.into_iter().unzip();
-        for mut sequence in running.into_iter().flatten() {
-            match catch_panic(|| sequence.branch_out(self.forward.backend())) {
-                Ok(()) => self.running.push(sequence),
-                Err(error) => {
-                    self.note_failure(&error);
-                    sequence.request.fail(error);
-                }
-            }
-        }
+        running.into_iter().flatten().for_each(|sequence| self.go_on(sequence, Sequence::branch_out));
         if let Some(thread) = &self.texts {
             // It ends after this one does.
             drop(thread.send(texts.into_iter().flatten().collect()));
         }
         self.metrics.phases.output.record(start.elapsed());
+    }
+
+    /// Goes on with a prompt some of whose rows are computed, unless that failed.
+    fn read_on(&mut self, sequence: Sequence<B>, failure: Option<RequestError>) {
+        self.go_on(sequence, |sequence, backend| failure.map_or_else(|| sequence.read_on(backend), Err));
     }
 
     /// How so many rows of a request are routed.

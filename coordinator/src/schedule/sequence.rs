@@ -1,7 +1,7 @@
 //! A sequence: one request between its prefill and its answer, with the decoder's caches, what was generated, and how
 //! it ends. A generated text has one branch for each of its choices, and one for all of them until the first token is
-//! chosen; a scored request has one per target. All share the cross-attention keys and values of the prompt. Kept and
-//! stepped by the scheduler.
+//! chosen; a scored request has one per target, and where the decoder reads the prompt itself, one for all of them until it
+//! is read. All share the cross-attention keys and values of the prompt. Kept and stepped by the scheduler.
 
 use std::{
     ops::Range,
@@ -10,6 +10,7 @@ use std::{
 };
 
 use sida_model::Backend;
+use sida_routing::{admission::Cost, prefill::Feed};
 use sida_telemetry::spans;
 
 use crate::{
@@ -44,14 +45,18 @@ pub(crate) struct Branch<B: Backend> {
     pub(crate) state: B::Sequence,
     /// What the predictor knows of the branch, and has yet to see.
     pub(crate) progress: Arc<Progress>,
-    /// The tokens that the next step computes.
+    /// The tokens that the next steps compute.
     pub(crate) feed: Vec<u32>,
+    /// How many of them the next one does, or the last one did.
+    pub(crate) rows: usize,
 }
 
 /// What is done with the decoder's output.
 pub(crate) enum Decoding {
     /// The next token of each choice is chosen, step after step.
     Generate(Box<Generation>),
+    /// The prompt of a scored request is read, but for its last token; then its targets branch off.
+    ReadPrompt,
     /// The likelihood of the targets, one per branch, is read off a single step.
     Score,
 }
@@ -63,6 +68,23 @@ pub(crate) enum SequenceStatus {
     Running,
     /// The request was answered.
     Finished,
+}
+
+impl<B: Backend> Branch<B> {
+    /// A branch with the tokens that it begins with.
+    pub(crate) fn new(state: B::Sequence, progress: Progress, feed: Vec<u32>) -> Self {
+        Self { state, progress: Arc::new(progress), feed, rows: 0 }
+    }
+
+    /// The same past, with other tokens to come.
+    fn fork(&self, backend: &B, feed: Vec<u32>) -> Result<Self, RequestError> {
+        Ok(Self::new(backend.fork(&self.state)?, self.progress.fork(), feed))
+    }
+
+    /// The tokens that the next step computes.
+    pub(crate) fn fed(&self) -> &[u32] {
+        &self.feed[..self.rows]
+    }
 }
 
 impl<B: Backend> Sequence<B> {
@@ -79,10 +101,53 @@ impl<B: Backend> Sequence<B> {
         Self { request, trace, branches, decoding }
     }
 
+    /// A scored request whose prompt the decoder reads: the targets branch off this one, which feeds all of the prompt but its
+    /// last token.
+    pub(crate) fn reading_prompt(request: Request, trace: Trace, branch: Branch<B>) -> Self {
+        Self { request, trace, branches: vec![branch], decoding: Decoding::ReadPrompt }
+    }
+
+    /// What each branch has to feed.
+    pub(crate) fn feeds(&self) -> impl Iterator<Item = Feed> {
+        let reads_prompt = match &self.decoding {
+            Decoding::Generate(generation) => generation.generated == 0,
+            Decoding::ReadPrompt => true,
+            Decoding::Score => false,
+        };
+        let feed = move |branch: &Branch<B>| match branch.feed.len() {
+            rows if reads_prompt => Feed::Prompt(rows),
+            rows => Feed::Whole(rows),
+        };
+        self.branches.iter().map(feed)
+    }
+
+    /// What it takes of the next step beside the rows of its prompt, and of the memory.
+    pub(crate) fn cost(&self) -> Cost {
+        let tokens = match (&self.decoding, &self.request.work) {
+            (Decoding::ReadPrompt, Work::Score { targets, .. }) => targets.iter().map(Vec::len).sum(),
+            (Decoding::Score, _) => self.branches.iter().map(|branch| branch.feed.len()).sum(),
+            _ => self.branches.len(),
+        };
+        Cost { tokens, sequences: self.places(), cache_bytes: self.request.cache_bytes }
+    }
+
+    /// Whether the step computes all that its branches feed.
+    pub(crate) fn is_fed_whole(&self) -> bool {
+        self.branches.iter().all(|branch| branch.rows == branch.feed.len())
+    }
+
+    /// Takes note that a step has computed some rows of the prompt, of which nothing was asked yet. Where it is read, targets
+    /// branch off.
+    pub(crate) fn read_on(&mut self, backend: &B) -> Result<(), RequestError> {
+        self.branches.iter_mut().for_each(|branch| drop(branch.feed.drain(..branch.rows)));
+        if self.branches.iter().all(|branch| branch.feed.is_empty()) { self.branch_out(backend) } else { Ok(()) }
+    }
+
     /// How many places it takes among the running sequences: also for choices that have no branch of their own yet.
     pub(crate) fn places(&self) -> usize {
         match &self.decoding {
             Decoding::Generate(generation) => generation.choices.len().max(self.branches.len()),
+            Decoding::ReadPrompt => self.request.places(),
             Decoding::Score => self.branches.len(),
         }
     }
@@ -164,20 +229,27 @@ impl<B: Backend> Sequence<B> {
         });
     }
 
-    /// Gives each choice a branch of its own, once the first tokens are chosen.
+    /// Gives each choice a branch of its own, once the first tokens are chosen, and each target, once the prompt is read.
     pub(crate) fn branch_out(&mut self, backend: &B) -> Result<(), RequestError> {
-        let choices = self.places();
-        let [first] = &mut self.branches[..] else { return Ok(()) };
-        if choices < 2 {
-            return Ok(());
-        }
-        let others = first.feed.split_off(1);
-        let fork = |token| {
-            let state = backend.fork(&first.state)?;
-            Ok(Branch { state, progress: Arc::new(first.progress.fork()), feed: vec![token] })
+        let Self { request, branches, decoding, .. } = self;
+        let [first] = &mut branches[..] else { return Ok(()) };
+        let mut feeds: Vec<Vec<u32>> = match (&decoding, &request.work) {
+            (Decoding::ReadPrompt, Work::Score { targets, .. }) => {
+                let last = request.tokens.last().copied();
+                targets.iter().map(|target| scored_tokens(last, target)).collect()
+            }
+            (Decoding::Generate(generation), _) if generation.choices.len() > 1 => {
+                first.feed.iter().map(|&token| vec![token]).collect()
+            }
+            _ => return Ok(()),
         };
-        let others = others.into_iter().map(fork).collect::<Result<Vec<_>, RequestError>>()?;
-        self.branches.extend(others);
+        let others = feeds.split_off(1).into_iter().map(|feed| first.fork(backend, feed));
+        let others = others.collect::<Result<Vec<_>, _>>()?;
+        first.feed = feeds.remove(0);
+        branches.extend(others);
+        if let Decoding::ReadPrompt = decoding {
+            *decoding = Decoding::Score;
+        }
         Ok(())
     }
 
@@ -208,6 +280,11 @@ impl<B: Backend> Sequence<B> {
         }
         Ok(())
     }
+}
+
+/// What is fed so that a target can be scored: the token before it, and all of it but its last.
+pub(crate) fn scored_tokens(before: Option<u32>, target: &[u32]) -> Vec<u32> {
+    before.into_iter().chain(target[..target.len() - 1].iter().copied()).collect()
 }
 
 /// Notes how fast the tokens behind the first came.

@@ -21,6 +21,8 @@ pub struct Cost {
 pub struct Limits {
     /// Rows of one pass through the model.
     pub tokens_max: usize,
+    /// Rows of prompts in one step, where others are decoding and wait for its end.
+    pub prefill_tokens_max: usize,
     /// Sequences that run at the same time.
     pub sequences_max: usize,
     /// Memory for keys and values of all sequences that run at the same time.
@@ -98,6 +100,7 @@ mod tests {
 
     const LIMITS: Limits = Limits {
         tokens_max: 100,
+        prefill_tokens_max: 100,
         sequences_max: 4,
         cache_bytes_max: 1000,
         queue_max: 2,

@@ -132,6 +132,7 @@ mod tests {
 
     const LIMITS: Limits = Limits {
         tokens_max: 100,
+        prefill_tokens_max: 100,
         sequences_max: 4,
         cache_bytes_max: 1000,
         queue_max: 10,

@@ -21,6 +21,7 @@ pub mod micro_batches;
 pub mod pace;
 pub mod placement;
 pub mod plan;
+pub mod prefill;
 pub mod residency;
 pub mod routes;
 

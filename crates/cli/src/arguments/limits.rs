@@ -13,6 +13,10 @@ pub(crate) struct LimitArguments {
     /// Tokens of one batch at most
     #[arg(long, value_name = "N", default_value_t = 8192)]
     batch_tokens_max: usize,
+    /// Tokens of prompts that one step computes at most, where others are decoding: fewer keep their pace, more begin answers
+    /// sooner
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    prefill_tokens_max: usize,
     /// Sequences that are generated at the same time at most
     #[arg(long, value_name = "N", default_value_t = 256)]
     sequences_max: usize,
@@ -50,6 +54,7 @@ impl LimitArguments {
     /// Puts them into a coordinator's settings. A limit of 0, which nothing would pass, is taken as 1.
     pub(crate) fn apply(&self, config: &mut CoordinatorConfig) {
         config.limits.tokens_max = self.batch_tokens_max.max(1);
+        config.limits.prefill_tokens_max = self.prefill_tokens_max.max(1);
         config.limits.sequences_max = self.sequences_max.max(1);
         config.limits.queue_max = self.queue_max.max(1);
         config.limits.queue_tokens_max = self.queue_tokens_max.max(1);
