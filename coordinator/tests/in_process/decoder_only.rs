@@ -1,12 +1,15 @@
 //! A model whose decoder reads the prompt: answers, scores and states are the reference's, whatever the cluster looks like,
 //! whoever shares a batch, and whatever was predicted.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use futures::{StreamExt, future::join_all};
 use sida_coordinator::{
-    Alpha, Coordinator, EncodeParams, GenerateParams, MicroBatching, Pooling, PredictorSource, RequestError,
-    RoutingMode, Sampling, ScoreParams, Token,
+    Alpha, Coordinator, CoordinatorConfig, EncodeParams, GenerateParams, MicroBatching, Pooling, PredictorSource,
+    RequestError, RoutingMode, Sampling, ScoreParams, Token,
 };
 use sida_model::{Reference, Tokenizer};
 use sida_predictor::{HashPredictor, HitRate, PredictorError, PredictorState};
@@ -114,7 +117,14 @@ async fn answers_are_the_references() {
         let noise = PredictorSource::Local(Arc::new(NoisePredictor::of(&dir, 7)));
         for predictor in [PredictorSource::Off, noise] {
             let micro_batching = if nodes == 2 { MicroBatching::Always } else { MicroBatching::Never };
-            let cluster = start_model(&dir, nodes, predictor, |config| config.micro_batching = micro_batching).await;
+            let cluster = start_model(&dir, nodes, predictor, |config| {
+                config.micro_batching = micro_batching;
+                if nodes == 3 {
+                    // Prompts are read in chunks, by themselves and beside others.
+                    (config.limits.tokens_max, config.limits.prefill_tokens_max) = (5, 2);
+                }
+            })
+            .await;
             let answers = join_all(texts.clone().map(|text| generate(&cluster.coordinator, text))).await;
             for (text, answer) in texts.clone().zip(answers) {
                 let (ids, answer) = answer.expect("an answer");
@@ -146,22 +156,51 @@ async fn scores_go_on_from_the_prompt() {
     let oracle = Oracle::open();
     let cluster = start_model(&decoder_only_dir(), 2, PredictorSource::Off, |_| ()).await;
     let targets = ["s", " of the layer", "é"];
-    let params =
-        ScoreParams { prompt: TEXTS[0].into(), targets: targets.map(String::from).to_vec(), ..Default::default() };
-    let scores = cluster.coordinator.score(params).await.expect("scored");
-    let (prompt, vocab) = (oracle.ids(TEXTS[0]), oracle.reference.config().vocab_size);
-    for (target, found) in targets.iter().zip(&scores.targets) {
-        let target = oracle.tokenizer.encode_answer(target).expect("ids");
-        let (logits, _) = oracle.reference.decode_forced(&[], &[&prompt[..], &target].concat()).expect("logits");
-        let rows = logits.chunks_exact(vocab).skip(prompt.len() - 1);
-        let log_p = |(row, &token): (&[f32], &u32)| {
-            let sum: f64 = row.iter().map(|&logit| f64::from(logit).exp()).sum();
-            f64::from(row[token as usize]) - sum.ln()
-        };
-        let expected: f64 = rows.zip(&target).map(log_p).sum();
-        assert!((f64::from(found.log_likelihood) - expected).abs() < 1e-4, "{target:?}");
-        assert_eq!(found.tokens, target.len());
+    for text in &TEXTS[..2] {
+        let params =
+            ScoreParams { prompt: (*text).into(), targets: targets.map(String::from).to_vec(), ..Default::default() };
+        let scores = cluster.coordinator.score(params).await.expect("scored");
+        let (prompt, vocab) = (oracle.ids(text), oracle.reference.config().vocab_size);
+        for (target, found) in targets.iter().zip(&scores.targets) {
+            let target = oracle.tokenizer.encode_answer(target).expect("ids");
+            let (logits, _) = oracle.reference.decode_forced(&[], &[&prompt[..], &target].concat()).expect("logits");
+            let rows = logits.chunks_exact(vocab).skip(prompt.len() - 1);
+            let log_p = |(row, &token): (&[f32], &u32)| {
+                let sum: f64 = row.iter().map(|&logit| f64::from(logit).exp()).sum();
+                f64::from(row[token as usize]) - sum.ln()
+            };
+            let expected: f64 = rows.zip(&target).map(log_p).sum();
+            assert!((f64::from(found.log_likelihood) - expected).abs() < 1e-4, "{target:?}");
+            assert_eq!(found.tokens, target.len());
+        }
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_long_prompt_is_read_beside_those_that_decode() {
+    // Would break: all who decode wait until a long prompt is read; or what is read in chunks is answered otherwise.
+    let oracle = Oracle::open();
+    let one_row = |config: &mut CoordinatorConfig| config.limits.prefill_tokens_max = 1;
+    let cluster = start_model(&decoder_only_dir(), 1, PredictorSource::Off, one_row).await;
+    cluster.nodes[0].behave(Behaviour::Slow(Duration::from_millis(5)));
+    let params = GenerateParams { prompt: TEXTS[0].into(), max_tokens: 1000, ignore_eos: true, ..Default::default() };
+    let mut decoding = cluster.coordinator.generate(params).await.expect("accepted");
+    decoding.next().await.expect("a token").expect("no error");
+    let mut meanwhile = 0;
+    let count = async {
+        while decoding.next().await.expect("it goes on").is_ok() {
+            meanwhile += 1;
+        }
+    };
+    let answered = tokio::select! {
+        answered = generate(&cluster.coordinator, TEXTS[3]) => answered,
+        () = count => panic!("it failed"),
+    };
+    let prompt = oracle.ids(TEXTS[3]);
+    let expected = oracle.reference.generate_greedy(&prompt, TOKENS).expect("answer");
+    assert_eq!(answered.expect("answered").0, expected);
+    let steps = prompt.len() + expected.len() - 1;
+    assert!(meanwhile >= steps - 2, "{meanwhile} tokens in the {steps} steps that it took");
 }
 
 #[tokio::test(flavor = "multi_thread")]
