@@ -96,6 +96,8 @@ pub struct RequestLimits {
     pub stops_max: usize,
     /// Bytes of a stop text.
     pub stop_bytes_max: usize,
+    /// How long a request may take that brings no deadline; `None`: as long as it takes.
+    pub timeout: Option<Duration>,
 }
 
 impl Default for RequestLimits {
@@ -110,6 +112,7 @@ impl Default for RequestLimits {
             texts_max: 256,
             stops_max: 16,
             stop_bytes_max: 256,
+            timeout: None,
         }
     }
 }

@@ -82,12 +82,12 @@ impl Coordinator {
     /// The encoder's states of a text.
     pub async fn encode(&self, mut params: EncodeParams) -> Result<Encoding, RequestError> {
         let request_span = self.begin_span("embeddings", params.trace, params.client.as_ref());
-        let deadline = params.deadline;
+        let deadline = self.deadline(params.deadline);
         let asked = Asked { prompt: std::mem::take(&mut params.prompt), truncates: params.truncate, target_bytes: 0 };
         let (reply, answer) = oneshot::channel();
         let queue = move |this: &Self, prompt: TokenizedPrompt| {
             let options = this.acceptance().encoding(&params, prompt.tokens.truncated)?;
-            this.submit(prompt, params.routing, params.deadline, params.client, Work::Encode { options, reply })
+            this.submit(prompt, params.routing, deadline, params.client, Work::Encode { options, reply })
         };
         let answered = async {
             self.tokenize_then(request_span, asked, queue).await?;
@@ -111,6 +111,7 @@ impl Coordinator {
     pub async fn score(&self, params: ScoreParams) -> Result<Scores, RequestError> {
         let request_span = self.begin_span("score", params.trace, params.client.as_ref());
         let ScoreParams { prompt, targets, routing, deadline, client, .. } = params;
+        let deadline = self.deadline(deadline);
         let target_bytes = targets.iter().map(String::len).sum::<usize>();
         let asked = Asked { prompt, truncates: false, target_bytes };
         let (reply, answer) = oneshot::channel();
@@ -128,14 +129,14 @@ impl Coordinator {
     /// Generates text: one answer, or as many as there are choices.
     pub async fn generate(&self, mut params: GenerateParams) -> Result<TokenStream, RequestError> {
         let request_span = self.begin_span("text_completion", params.trace, params.client.as_ref());
-        let deadline = params.deadline;
+        let deadline = self.deadline(params.deadline);
         let unfinished = params.choices.max(1);
         let asked = Asked { prompt: std::mem::take(&mut params.prompt), truncates: false, target_bytes: 0 };
         let (reply, answer) = mpsc::unbounded_channel();
         let queue = move |this: &Self, mut prompt: TokenizedPrompt| {
             let options = this.acceptance().options(&mut params)?;
             prompt.request_span.describe(&options);
-            this.submit(prompt, params.routing, params.deadline, params.client, Work::Generate { options, reply })
+            this.submit(prompt, params.routing, deadline, params.client, Work::Generate { options, reply })
         };
         until(deadline, self.tokenize_then(request_span, asked, queue)).await?;
         let deadline = deadline.map(|deadline| Box::pin(tokio::time::sleep_until(deadline.into())));
@@ -284,6 +285,11 @@ impl Coordinator {
             false => drop(tokio::task::spawn_blocking(read)),
         }
         queued.await.unwrap_or(Err(RequestError::Panicked))
+    }
+
+    /// Until when an answer is of use: what the caller says, or else what is set for those who say nothing.
+    fn deadline(&self, given: Option<Instant>) -> Option<Instant> {
+        given.or_else(|| Some(Instant::now() + self.config().request_limits.timeout?))
     }
 
     /// Begins the span of a `client`'s request for an `operation`.

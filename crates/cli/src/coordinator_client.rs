@@ -1,6 +1,8 @@
 //! A client of a coordinator, whether that runs in this process or behind an address. Used by the commands that ask:
 //! `ask`, `bench` and `status`.
 
+use std::time::Instant;
+
 use anyhow::Context;
 use futures::{StreamExt, stream::BoxStream};
 use sida_coordinator::{
@@ -81,7 +83,7 @@ impl CoordinatorClient {
                 Ok(tokens.map(|token| token.map(v1::GenerateResponse::from).map_err(status)).boxed())
             }
             Self::Remote(clients) => {
-                let (span, request) = traced("sida.v1.Inference/Generate", generate_request(params));
+                let (span, request) = traced("sida.v1.Inference/Generate", params.deadline, generate_request(params));
                 let tokens = clients.inference.clone().generate(request).await?.into_inner();
                 // The call ends with its last token.
                 Ok(tokens.inspect(move |_| _ = &span).boxed())
@@ -109,7 +111,7 @@ impl CoordinatorClient {
                     normalize: params.normalize,
                     ..Default::default()
                 };
-                let (_span, request) = traced("sida.v1.Inference/Encode", request);
+                let (_span, request) = traced("sida.v1.Inference/Encode", params.deadline, request);
                 Ok(clients.inference.clone().encode(request).await?.into_inner())
             }
         }
@@ -123,7 +125,7 @@ impl CoordinatorClient {
                 let routing = Some(routing_options(params.routing));
                 let (text, tokens) = text_or_tokens(params.prompt);
                 let request = v1::ScoreRequest { text, tokens, targets: params.targets, routing };
-                let (_span, request) = traced("sida.v1.Inference/Score", request);
+                let (_span, request) = traced("sida.v1.Inference/Score", params.deadline, request);
                 Ok(clients.inference.clone().score(request).await?.into_inner())
             }
         }
@@ -162,9 +164,12 @@ impl CoordinatorClient {
 }
 
 /// A call in a trace of its own, which the server goes on with.
-fn traced<M>(name: &'static str, message: M) -> (Span, Request<M>) {
+fn traced<M>(name: &'static str, deadline: Option<Instant>, message: M) -> (Span, Request<M>) {
     let span = Span::of_caller(None, || name.into()).as_client();
     let mut request = Request::new(message);
+    if let Some(deadline) = deadline {
+        request.set_timeout(deadline.saturating_duration_since(Instant::now()));
+    }
     if span.is_recorded() {
         trace::pass_on(span.context(), request.metadata_mut());
     }

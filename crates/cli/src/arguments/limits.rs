@@ -36,6 +36,9 @@ pub(crate) struct LimitArguments {
     /// Tokens of an answer at most
     #[arg(long, value_name = "N", default_value_t = 1024)]
     answer_tokens_max: usize,
+    /// How long a request may take whose caller gives no deadline [default: as long as it takes]
+    #[arg(long, value_name = "TIME", value_parser = time_span::parse)]
+    request_timeout: Option<Duration>,
     /// Predicted experts per token and layer that are loaded ahead; 0: none
     #[arg(long, value_name = "K", default_value_t = 1)]
     preload_depth: usize,
@@ -62,6 +65,7 @@ impl LimitArguments {
         config.request_limits.prompt_tokens_max = self.prompt_tokens_max.max(1);
         config.request_limits.tokens_max = self.answer_tokens_max.max(1);
         config.request_limits.tokens_default = config.request_limits.tokens_default.min(self.answer_tokens_max.max(1));
+        config.request_limits.timeout = self.request_timeout;
         config.preload_depth = self.preload_depth;
         config.enforce_capacity = self.enforce_capacity;
         config.expert_call_timeout = self.expert_call_timeout;

@@ -177,9 +177,10 @@ async fn send(
     doing: &str,
 ) -> (Samples, u64) {
     let (clients, workload) = (subject.clients.clone(), workload.clone());
+    let timeout = load.timeout;
     let request = Arc::new(move |client: usize, number| -> Answering {
         let (client, workload) = (clients[client % clients.len()].clone(), workload.clone());
-        Box::pin(async move { workload.ask(&client, number).await })
+        Box::pin(async move { workload.ask(&client, number, timeout).await })
     });
     let tell = |samples: &Samples, under_way, elapsed| line.show(doing, samples, under_way, elapsed);
     load::run(load, first, request, tell).await

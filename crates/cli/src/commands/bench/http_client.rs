@@ -1,7 +1,10 @@
 //! An HTTP client for one server: connections that are kept, answers that are bounded, and a code for whatever goes wrong. Used
 //! by [`super::openai`].
 
-use std::{error::Error, time::Duration};
+use std::{
+    error::Error,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
@@ -26,6 +29,9 @@ use crate::{api_key::ApiKey, bad_configuration::BadConfiguration, told};
 /// Bytes of an answer at most, and of one that tells an error.
 pub(crate) const BODY_BYTES_MAX: usize = 64 << 20;
 const ERROR_BYTES_MAX: usize = 64 << 10;
+
+/// The header that tells a server how many seconds its caller waits.
+const TIMEOUT: &str = "x-request-timeout";
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -65,14 +71,24 @@ impl HttpClient {
         Ok(Self { client: client.build(connector), base, key, authorization })
     }
 
-    /// The answer to a GET or, with a body of JSON, a POST; an answer that tells an error is one.
-    pub(crate) async fn send(&self, path: &str, body: Option<&Value>) -> Result<Response<Incoming>, Failure> {
+    /// The answer to a GET or, with a body of JSON, a POST, which is of use until a deadline; an answer that tells an error is
+    /// one.
+    pub(crate) async fn send(
+        &self,
+        path: &str,
+        body: Option<&Value>,
+        deadline: Option<Instant>,
+    ) -> Result<Response<Incoming>, Failure> {
         let method = if body.is_some() { Method::POST } else { Method::GET };
         let mut request = Request::builder().method(method).uri(self.base.endpoint(path));
         request = request.header(USER_AGENT, concat!("sida/", env!("CARGO_PKG_VERSION")));
         request = request.header(ACCEPT, "application/json, text/event-stream");
         if body.is_some() {
             request = request.header(CONTENT_TYPE, "application/json");
+        }
+        if let Some(deadline) = deadline {
+            let left = deadline.saturating_duration_since(Instant::now());
+            request = request.header(TIMEOUT, left.as_secs_f64().to_string());
         }
         if let Some(authorization) = &self.authorization {
             request = request.header(AUTHORIZATION, authorization);

@@ -45,7 +45,8 @@ impl OpenAi {
 
     /// Asks for a text to be answered as `params` say, or to be embedded.
     pub(crate) async fn ask(&self, method: Method, text: &str, params: &GenerateParams) -> Result<Answer, Failure> {
-        let response = self.client.send(endpoint(method), Some(&body(method, &self.model, text, params))).await?;
+        let body = body(method, &self.model, text, params);
+        let response = self.client.send(endpoint(method), Some(&body), params.deadline).await?;
         let answer = match method {
             Method::Encode => openai_answer::embedding(http_client::json(response.into_body()).await?),
             _ => openai_answer::streamed(method, response).await,
@@ -55,7 +56,7 @@ impl OpenAi {
 }
 
 async fn first_model(client: &HttpClient) -> Result<String, Failure> {
-    let response: Response<Incoming> = client.send("/models", None).await?;
+    let response: Response<Incoming> = client.send("/models", None, None).await?;
     let models = http_client::json(response.into_body()).await?;
     let first = models["data"][0]["id"].as_str().filter(|id| !id.is_empty());
     first.map(str::to_owned).ok_or_else(|| client.failure("malformed", "it lists no model"))

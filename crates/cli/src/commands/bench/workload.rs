@@ -100,10 +100,12 @@ impl Workload {
         self.prompts.len()
     }
 
-    /// Asks the request of a number: texts are taken in turn.
-    pub(crate) async fn ask(&self, asked: &Asked, number: u64) -> Result<Answer, Failure> {
+    /// Asks the request of a number, which is given up after `timeout`: texts are taken in turn.
+    pub(crate) async fn ask(&self, asked: &Asked, number: u64, timeout: Duration) -> Result<Answer, Failure> {
         let prompt = &self.prompts[(number % self.prompts.len() as u64) as usize];
         let mut params = self.arguments.generation.params(prompt.text.clone(), self.arguments.routing);
+        // Servers are told, so that they do not work for nobody, as clients of gRPC do.
+        params.deadline = Some(Instant::now() + timeout);
         params.max_tokens = prompt.max_tokens.unwrap_or(params.max_tokens);
         match asked {
             Asked::Cluster(client) => Ok(self.ask_cluster(client, prompt.text.clone(), params).await?),
@@ -117,17 +119,18 @@ impl Workload {
         text: String,
         params: GenerateParams,
     ) -> Result<Answer, Status> {
-        let routing = params.routing;
+        let (routing, deadline) = (params.routing, params.deadline);
         match self.arguments.method {
             Method::Encode => {
                 let (prompt, pooling) = (text.into(), Pooling::Mean);
-                let params = EncodeParams { prompt, routing, pooling, ..EncodeParams::default() };
+                let params = EncodeParams { prompt, routing, pooling, deadline, ..EncodeParams::default() };
                 let answer = client.encode(params).await?;
                 Ok(self.answer(answer.prompt_tokens.into(), Pace::default(), answer.trace))
             }
             Method::Score => {
                 let targets = self.arguments.targets.clone();
-                let params = ScoreParams { prompt: text.into(), targets, routing, ..ScoreParams::default() };
+                let prompt = text.into();
+                let params = ScoreParams { prompt, targets, routing, deadline, ..ScoreParams::default() };
                 let answer = client.score(params).await?;
                 let tokens = answer.scores.iter().map(|score| u64::from(score.tokens)).sum();
                 Ok(self.answer(tokens, Pace::default(), answer.trace))
