@@ -104,6 +104,8 @@ fn seconds(seconds: f64) -> Duration {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::VecDeque;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -159,6 +161,83 @@ mod tests {
         assert_eq!(milliseconds(pace.time_for(full)), (2.0 * 10.0 + 2.5) * 12.0);
         // What is larger than everything has a place of its own.
         assert_eq!(milliseconds(pace.time_for(Ahead { sequences: 0, own: 20, places: 10, steps: 2 })), 22.0);
+    }
+
+    /// What becomes of requests that come evenly, `rate` a second, each of `STEPS` steps and of use for so long, where nothing is
+    /// begun that is expected to be late: how many a second are answered in time, and begun in vain.
+    fn overloaded(rate: f64, patience: Duration) -> (f64, f64) {
+        const STEPS: usize = 8;
+        const PLACES: usize = 64;
+        const SECONDS: f64 = 20.0;
+        let (mut pace, mut now, mut arrival) = (Pace::default(), 0.0, 0.0);
+        let mut waiting = VecDeque::new();
+        let mut running = Vec::<(f64, usize)>::new();
+        let (mut in_time, mut in_vain) = (0, 0);
+        for step in 0.. {
+            while arrival < now {
+                let (deadline, sequences) = (arrival + patience.as_secs_f64(), running.len() + waiting.len());
+                let time = pace.time_for(Ahead { sequences, own: 1, places: PLACES, steps: STEPS });
+                let is_in_time = time.is_none_or(|time| time.as_secs_f64() <= 0.8 * (deadline - now));
+                if sequences == 0 || is_in_time {
+                    waiting.push_back(deadline);
+                }
+                arrival += 1.0 / rate;
+            }
+            while running.len() < PLACES
+                && let Some(deadline) = waiting.pop_front()
+            {
+                let ahead = Ahead { sequences: running.len(), own: 1, places: PLACES, steps: STEPS };
+                if pace.time_for(ahead).is_none_or(|time| now + time.as_secs_f64() <= deadline) {
+                    running.push((deadline, 0));
+                }
+            }
+            // A fifth more or less, as no two steps are equal.
+            let noise = 0.8 + 0.4 * f64::from(step * 7 % 11) / 10.0;
+            let took = match running.len() {
+                0 => 0.001,
+                running => (0.002 + 0.0001 * running as f64) * noise,
+            };
+            if !running.is_empty() {
+                pace.step(running.len(), seconds(took));
+            }
+            now += took;
+            running.retain_mut(|(deadline, done)| {
+                *done += 1;
+                let is_over = *done == STEPS || now > *deadline;
+                match is_over && now <= *deadline {
+                    true => in_time += 1,
+                    false => in_vain += usize::from(is_over),
+                }
+                if is_over && now <= *deadline {
+                    pace.answered(STEPS, STEPS);
+                }
+                !is_over
+            });
+            if now > SECONDS {
+                break;
+            }
+        }
+        (f64::from(in_time) / SECONDS, in_vain as f64 / SECONDS)
+    }
+
+    #[test]
+    fn answers_keep_coming_however_many_ask() {
+        // Would break: the more ask, the more requests are begun that end without an answer, until none is answered.
+        for (patience, capacity) in
+            [(5000, 64.0 / (8.0 * 0.0084)), (500, 64.0 / (8.0 * 0.0084)), (50, 25.0 / (8.0 * 0.0045))]
+        {
+            for times in [1.0, 2.0, 5.0, 50.0] {
+                let (in_time, in_vain) = overloaded(times * capacity, MS * patience);
+                assert!(
+                    in_time >= 0.9 * capacity,
+                    "{in_time} of {capacity} within {patience} ms at {times} times as many"
+                );
+                assert!(in_vain <= 0.02 * capacity, "{in_vain} in vain");
+            }
+        }
+        // Nobody is refused where there is room for all.
+        let (in_time, _) = overloaded(500.0, MS * 500);
+        assert!((499.0..=501.0).contains(&in_time), "{in_time}");
     }
 
     proptest! {
