@@ -87,7 +87,8 @@ impl Coordinator {
         let (reply, answer) = oneshot::channel();
         let queue = move |this: &Self, prompt: TokenizedPrompt| {
             let options = this.acceptance().encoding(&params, prompt.tokens.truncated)?;
-            this.submit(prompt, params.routing, deadline, params.client, Work::Encode { options, reply })
+            let EncodeParams { routing: mode, client, priority, .. } = params;
+            this.submit(prompt, Terms { mode, deadline, client, priority }, Work::Encode { options, reply })
         };
         let answered = async {
             self.tokenize_then(request_span, asked, queue).await?;
@@ -110,14 +111,14 @@ impl Coordinator {
     /// The likelihood of each target given a text.
     pub async fn score(&self, params: ScoreParams) -> Result<Scores, RequestError> {
         let request_span = self.begin_span("score", params.trace, params.client.as_ref());
-        let ScoreParams { prompt, targets, routing, deadline, client, .. } = params;
+        let ScoreParams { prompt, targets, routing: mode, deadline, client, priority, .. } = params;
         let deadline = self.deadline(deadline);
         let target_bytes = targets.iter().map(String::len).sum::<usize>();
         let asked = Asked { prompt, truncates: false, target_bytes };
         let (reply, answer) = oneshot::channel();
         let queue = move |this: &Self, prompt: TokenizedPrompt| {
             let targets = this.acceptance().targets(prompt.tokens.ids.len(), &targets)?;
-            this.submit(prompt, routing, deadline, client, Work::Score { targets, reply: Some(reply) })
+            this.submit(prompt, Terms { mode, deadline, client, priority }, Work::Score { targets, reply: Some(reply) })
         };
         let answered = async {
             self.tokenize_then(request_span, asked, queue).await?;
@@ -136,7 +137,8 @@ impl Coordinator {
         let queue = move |this: &Self, mut prompt: TokenizedPrompt| {
             let options = this.acceptance().options(&mut params)?;
             prompt.request_span.describe(&options);
-            this.submit(prompt, params.routing, deadline, params.client, Work::Generate { options, reply })
+            let GenerateParams { routing: mode, client, priority, .. } = params;
+            this.submit(prompt, Terms { mode, deadline, client, priority }, Work::Generate { options, reply })
         };
         until(deadline, self.tokenize_then(request_span, asked, queue)).await?;
         let deadline = deadline.map(|deadline| Box::pin(tokio::time::sleep_until(deadline.into())));
@@ -305,9 +307,7 @@ impl Coordinator {
     fn submit(
         &self,
         prompt: TokenizedPrompt,
-        mode: RoutingMode,
-        deadline: Option<Instant>,
-        client: Option<Client>,
+        Terms { mode, deadline, client, priority }: Terms,
         work: Work,
     ) -> Result<(), RequestError> {
         let inner = &self.inner;
@@ -319,7 +319,8 @@ impl Coordinator {
         let prompt_tokens = tokens.len() as u64;
         let cache_bytes = self.acceptance().cache_bytes(tokens.len(), &work)?;
         let (accepted, span) = (request_span.begun, request_span.span);
-        let request = Request { tokens, mode, work, cache_bytes, accepted, deadline, client, begun: None, span };
+        let request =
+            Request { tokens, mode, work, cache_bytes, accepted, deadline, client, priority, begun: None, span };
         inner.requests.push(request)?;
         inner.statistics.requests.fetch_add(1, Ordering::Relaxed);
         inner.metrics.prompt_tokens.increment(prompt_tokens);
@@ -340,6 +341,14 @@ async fn until<T>(
             answer.unwrap_or(Err(RequestError::DeadlineExceeded))
         }
     }
+}
+
+/// How a request is computed, for whom, and until when.
+struct Terms {
+    mode: RoutingMode,
+    deadline: Option<Instant>,
+    client: Option<Client>,
+    priority: i32,
 }
 
 /// What is to be tokenized for a request.

@@ -46,11 +46,11 @@ pub(crate) fn encode_call(message: v1::EncodeRequest, caller: CallMetadata) -> R
         Ok(v1::Pooling::None) => Pooling::None,
         Err(_) => return Err(unknown("pooling", message.pooling)),
     };
-    let v1::EncodeRequest { text, tokens, texts, truncate, normalize, .. } = message;
+    let v1::EncodeRequest { text, tokens, texts, truncate, normalize, priority, .. } = message;
     let (CallMetadata { deadline, trace, client }, routing) = (caller, routing(message.routing)?);
     let params = |prompt| {
         let client = client.clone();
-        EncodeParams { prompt, routing, pooling, truncate, normalize, deadline, trace, client }
+        EncodeParams { prompt, routing, pooling, truncate, normalize, deadline, trace, client, priority }
     };
     if texts.is_empty() {
         return Ok(EncodeCall::One(params(prompt(text, tokens)?)));
@@ -66,7 +66,8 @@ pub(crate) fn score_params(message: v1::ScoreRequest, caller: CallMetadata) -> R
     let CallMetadata { deadline, trace, client } = caller;
     let routing = routing(message.routing)?;
     let prompt = prompt(message.text, message.tokens)?;
-    Ok(ScoreParams { prompt, targets: message.targets, routing, deadline, trace, client })
+    let v1::ScoreRequest { targets, priority, .. } = message;
+    Ok(ScoreParams { prompt, targets, routing, deadline, trace, client, priority })
 }
 
 /// The request behind a message.
@@ -97,6 +98,7 @@ pub(crate) fn generate_params(
         deadline: caller.deadline,
         trace: caller.trace,
         client: caller.client,
+        priority: message.priority,
     })
 }
 

@@ -42,6 +42,8 @@ pub struct EncodeParams {
     pub trace: Option<TraceContext>,
     /// Who asks, as far as that is known: those who ask much take turns with the others.
     pub client: Option<Client>,
+    /// The lower, the sooner it is its turn among those of the same client; 0 is as good as any.
+    pub priority: i32,
 }
 
 /// A request for the likelihood of targets.
@@ -59,6 +61,8 @@ pub struct ScoreParams {
     pub trace: Option<TraceContext>,
     /// Who asks, as far as that is known: those who ask much take turns with the others.
     pub client: Option<Client>,
+    /// The lower, the sooner it is its turn among those of the same client; 0 is as good as any.
+    pub priority: i32,
 }
 
 /// A request to generate text.
@@ -89,6 +93,8 @@ pub struct GenerateParams {
     pub trace: Option<TraceContext>,
     /// Who asks, as far as that is known: those who ask much take turns with the others.
     pub client: Option<Client>,
+    /// The lower, the sooner it is its turn among those of the same client; 0 is as good as any.
+    pub priority: i32,
 }
 
 /// The limits that requests are held to, and the tokenizer that measures them.

@@ -33,6 +33,8 @@ pub(crate) struct Request {
     pub(crate) deadline: Option<Instant>,
     /// Who asks: those who ask much take turns with the others.
     pub(crate) client: Option<Client>,
+    /// The lower, the sooner it is its turn among those of the same client.
+    pub(crate) priority: i32,
     /// Counts it as begun, from when it leaves the queue until it is over.
     pub(crate) begun: Option<Begun>,
     /// The span from the request's coming in to its answer; ends with the request.

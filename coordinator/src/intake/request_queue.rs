@@ -10,7 +10,7 @@ use std::{
 use parking_lot::Mutex;
 use sida_routing::{
     admission::Limits,
-    fairness::{Entry, Load, Turns},
+    fairness::{self, Entry, Load, Turns},
 };
 use sida_rpc::Client;
 
@@ -87,13 +87,13 @@ impl RequestQueue {
         }
         let mut after = turns.clone();
         let turn = after.comes(request.client.clone(), asks.tokens);
-        let ahead = begun + sequences(waiting.iter().take_while(|waiting| waiting.turn <= turn));
+        let place = places(waiting, &request, turn)[0];
+        let ahead = begun + sequences(waiting.iter().take(place));
         let no_time = self.workload.no_time(&request, ahead, SHARE_OF_TIME, Instant::now());
         no_time.map_or(Ok(()), Err)?;
         self.make_room(waiting, &request, asks, retry_after, displaced)?;
         *turns = after;
-        let at = waiting.partition_point(|waiting| waiting.turn <= turn);
-        waiting.insert(at, Waiting { request, turn, tokens: asks.tokens });
+        insert(waiting, Waiting { request, turn, tokens: asks.tokens });
         Ok(())
     }
 
@@ -153,6 +153,29 @@ impl RequestQueue {
     }
 }
 
+/// Lets a request wait in the place that it gets. Those of its client that it goes before get one later each, with the turns
+/// of these places.
+fn insert(waiting: &mut VecDeque<Waiting>, request: Waiting) {
+    let places = places(waiting, &request.request, request.turn);
+    waiting.insert(places[places.len() - 1], request);
+    for pair in places.windows(2).rev() {
+        waiting.swap(pair[0], pair[1]);
+        let turn = waiting[pair[0]].turn;
+        waiting[pair[0]].turn = std::mem::replace(&mut waiting[pair[1]].turn, turn);
+    }
+}
+
+/// The place that a request gets, with those behind it of its client's requests that are less urgent, and the one that its turn
+/// adds, which is the last.
+fn places(waiting: &VecDeque<Waiting>, request: &Request, turn: u64) -> Vec<usize> {
+    let is_own = |at: &usize| waiting[*at].request.client == request.client;
+    let mut own: Vec<usize> = (0..waiting.len()).filter(is_own).collect();
+    let place = fairness::place(own.iter().map(|&at| waiting[at].request.priority), request.priority);
+    own.drain(..place);
+    own.push(waiting.partition_point(|waiting| waiting.turn <= turn));
+    own
+}
+
 /// How many sequences those have.
 fn sequences<'w>(waiting: impl Iterator<Item = &'w Waiting>) -> usize {
     waiting.map(|waiting| waiting.request.places()).sum()
@@ -192,8 +215,34 @@ mod tests {
             accepted: Instant::now(),
             deadline: None,
             client: None,
+            priority: 0,
             span: Span::of_caller(None, || Cow::Borrowed("test")),
         }
+    }
+
+    #[test]
+    fn urgent_requests_go_first_among_their_clients_own() {
+        // Would break: a client's urgent request waits for its batch job, or keeps another client's request from its turn.
+        let waiting = |turn, client: &'static str, priority, tokens| Waiting {
+            request: Request { client: Some(Client::of_key(client)), priority, tokens: vec![1; tokens], ..request() },
+            turn,
+            tokens,
+        };
+        let mut all = VecDeque::new();
+        for (turn, client, priority, tokens) in [
+            (0, "a", 0, 1),
+            (0, "b", 0, 2),
+            (1, "a", 0, 3),
+            (2, "b", 0, 4),
+            (4, "a", -1, 5),
+            (9, "a", 7, 6),
+            (9, "a", 0, 7),
+        ] {
+            insert(&mut all, waiting(turn, client, priority, tokens));
+        }
+        let found: Vec<_> = all.iter().map(|one| (one.turn, one.tokens, one.request.tokens.len())).collect();
+        assert_eq!(found, [(0, 5, 5), (0, 2, 2), (1, 1, 1), (2, 4, 4), (4, 3, 3), (9, 7, 7), (9, 6, 6)]);
+        assert_eq!(places(&all, &waiting(20, "c", -9, 1).request, 20), [7]);
     }
 
     #[test]

@@ -109,6 +109,7 @@ impl CoordinatorClient {
                     pooling: pooling.into(),
                     truncate: params.truncate,
                     normalize: params.normalize,
+                    priority: params.priority,
                     ..Default::default()
                 };
                 let (_span, request) = traced("sida.v1.Inference/Encode", params.deadline, request);
@@ -124,7 +125,8 @@ impl CoordinatorClient {
             Self::Remote(clients) => {
                 let routing = Some(routing_options(params.routing));
                 let (text, tokens) = text_or_tokens(params.prompt);
-                let request = v1::ScoreRequest { text, tokens, targets: params.targets, routing };
+                let ScoreParams { targets, priority, .. } = params;
+                let request = v1::ScoreRequest { text, tokens, targets, routing, priority };
                 let (_span, request) = traced("sida.v1.Inference/Score", params.deadline, request);
                 Ok(clients.inference.clone().score(request).await?.into_inner())
             }
@@ -221,6 +223,7 @@ fn generate_request(params: GenerateParams) -> v1::GenerateRequest {
         logit_bias: sampling.logit_bias.into_iter().collect(),
         seed: sampling.seed,
         stop: params.stop,
+        priority: params.priority,
     }
 }
 

@@ -85,6 +85,12 @@ impl Limits {
     }
 }
 
+/// Which of its client's places a request gets, among those whose priorities are `own`, in order: before all that are less urgent, and
+/// behind all others. The lower a priority, the more urgent. What a client calls urgent delays nobody but itself.
+pub fn place(own: impl IntoIterator<Item = i32>, priority: i32) -> usize {
+    own.into_iter().take_while(|own| *own <= priority).count()
+}
+
 /// The turns of a queue's requests.
 #[derive(Clone, Debug)]
 pub struct Turns<C> {
@@ -185,6 +191,15 @@ mod tests {
         (0..3).for_each(|_| queue.push(2, 100));
         let order: Vec<u8> = (0..6).filter_map(|_| queue.take()).map(|taken| taken.0).collect();
         assert!(order[..2].contains(&2) && order.iter().filter(|client| **client == 2).count() == 3, "{order:?}");
+    }
+
+    #[test]
+    fn urgent_requests_go_before_their_clients_others() {
+        // Would break: what is urgent waits for a batch job; or requests of one priority overtake each other.
+        assert_eq!(place([0, 0, 0], 0), 3);
+        assert_eq!(place([0, 0, 0], -1), 0);
+        assert_eq!(place([-5, -1, 0, 7], 0), 3);
+        assert_eq!(place([], i32::MAX), 0);
     }
 
     #[test]

@@ -64,6 +64,7 @@ fn encodings(question: &Question, caller: CallMetadata) -> Vec<EncodeParams> {
     let params = |text: &String| EncodeParams {
         prompt: text.clone().into(),
         routing: question.wanted.routing,
+        priority: question.wanted.priority,
         pooling: Pooling::Mean,
         deadline,
         trace,

@@ -37,6 +37,7 @@ pub(crate) struct EmbeddingRequest {
     truncate: bool,
     normalize: bool,
     routing: RoutingMode,
+    priority: i32,
 }
 
 impl EmbeddingRequest {
@@ -62,6 +63,7 @@ impl EmbeddingRequest {
             truncate: fields.flag("truncate")?.unwrap_or(false),
             normalize: fields.flag("normalize")?.unwrap_or(true),
             routing: sampling::routing(fields)?,
+            priority: sampling::priority(fields)?,
         })
     }
 }
@@ -75,7 +77,7 @@ pub(crate) async fn embeddings(
     let mut fields = body::fields(request).await?;
     door.check_model(&mut fields)?;
     let width = door.coordinator.checkpoint().config().d_model;
-    let EmbeddingRequest { inputs, in_base64, truncate, normalize, routing } =
+    let EmbeddingRequest { inputs, in_base64, truncate, normalize, routing, priority } =
         EmbeddingRequest::read(&mut fields, width)?;
     fields.end()?;
     let params = inputs.into_iter().map(|prompt| EncodeParams {
@@ -87,6 +89,7 @@ pub(crate) async fn embeddings(
         deadline: call.deadline,
         trace: call.trace,
         client: call.client(),
+        priority,
     });
     let encodings = door.coordinator.encode_all(params.collect()).await;
     let encodings = encodings.map_err(|error| call.refused(&error, "input"))?;

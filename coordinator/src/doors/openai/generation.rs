@@ -133,6 +133,7 @@ fn params(prompt: Prompt, wanted: &Wanted, logprobs: Option<usize>, call: &Call)
         deadline: call.deadline,
         trace: call.trace,
         client: call.client(),
+        priority: wanted.priority,
     }
 }
 

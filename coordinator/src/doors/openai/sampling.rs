@@ -31,6 +31,8 @@ pub(crate) struct Wanted {
     pub(crate) sampling: Sampling,
     pub(crate) stop: Vec<String>,
     pub(crate) routing: RoutingMode,
+    /// The lower, the sooner it is its turn among those of the same client.
+    pub(crate) priority: i32,
     /// `None`: the answer comes whole.
     pub(crate) events: Option<EventOptions>,
 }
@@ -60,9 +62,16 @@ impl Wanted {
             sampling: sampling(fields)?,
             stop: fields.read("stop", "a text or a list of texts", texts)?.unwrap_or_default(),
             routing: routing(fields)?,
+            priority: priority(fields)?,
             events: events(fields)?,
         })
     }
+}
+
+/// Takes the field that says how urgent a request is among those of the same client: the lower, the more.
+pub(crate) fn priority(fields: &mut Fields) -> Result<i32, ApiError> {
+    let number = |value: &Value| i32::try_from(whole(value)?).ok();
+    Ok(fields.read("priority", "a whole number of 32 bits", number)?.unwrap_or(0))
 }
 
 /// Takes a field that says how many tokens there may be: at least one.
@@ -162,6 +171,7 @@ mod tests {
             "n": 2, "best_of": 2, "temperature": 0, "top_p": 0.5, "top_k": -1, "seed": -1, "stop": "x", "min_p": 0.1,
             "frequency_penalty": 1, "presence_penalty": -1, "repetition_penalty": 1.5, "logit_bias": {"7": -100},
             "routing": {"mode": "hash", "alpha": "predicted"}, "stream": true, "stream_options": {"include_usage": true},
+            "priority": -3,
         }))
         .unwrap();
         let sampling = &wanted.sampling;
@@ -169,7 +179,7 @@ mod tests {
         assert_eq!((sampling.top_k, sampling.seed, wanted.stop), (Some(0), Some(u64::MAX), vec!["x".to_owned()]));
         assert_eq!((sampling.frequency_penalty, sampling.presence_penalty), (1.0, -1.0));
         assert_eq!((sampling.repetition_penalty, &sampling.logit_bias), (Some(1.5), &BTreeMap::from([(7, -100.0)])));
-        assert_eq!(wanted.routing, RoutingMode::Hash { alpha: Alpha::Predicted });
+        assert_eq!((wanted.routing, wanted.priority), (RoutingMode::Hash { alpha: Alpha::Predicted }, -3));
         assert_eq!(wanted.events, Some(EventOptions { include_usage: true }));
         let plain = read(json!({"stop": ["a", "b"], "stream": false})).unwrap();
         assert_eq!((plain.choices, plain.stop.len(), plain.routing, plain.events), (1, 2, RoutingMode::Exact, None));
@@ -184,6 +194,7 @@ mod tests {
             (json!({"best_of": 4}), "best_of"),
             (json!({"top_k": -2}), "top_k"),
             (json!({"seed": 1.5}), "seed"),
+            (json!({"priority": 1u64 << 31}), "priority"),
             (json!({"stop": [1]}), "stop"),
             (json!({"logit_bias": {"a": 1}}), "logit_bias"),
             (json!({"logit_bias": [1]}), "logit_bias"),
