@@ -205,7 +205,9 @@ mod tests {
     };
 
     fn request() -> Request {
-        let (reply, _) = oneshot::channel();
+        let (reply, answer) = oneshot::channel();
+        // Somebody waits for the answer until the test is over.
+        std::mem::forget(answer);
         Request {
             tokens: vec![1],
             mode: RoutingMode::Exact,

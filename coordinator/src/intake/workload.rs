@@ -71,8 +71,9 @@ impl Workload {
         self.pace.lock().step(sequences, took);
     }
 
-    /// Says that a request's answer would take more than `share` of the time that is left for it, behind so many sequences. Never
-    /// of one that is alone.
+    /// Says that a request's answer would take more than `share` of the time that is left for it, behind so many sequences. Not of
+    /// one that is alone, nor of one that would take longer than it was given if it were: the load is not to blame, and its
+    /// caller may be content with what comes until then.
     pub(crate) fn no_time(
         &self,
         request: &Request,
@@ -82,8 +83,9 @@ impl Workload {
     ) -> Option<RequestError> {
         let deadline = request.deadline.filter(|_| sequences > 0)?;
         let left = deadline.saturating_duration_since(now);
-        let time = self.time_for(request, sequences)?;
-        (time > left.mul_f64(share)).then(|| {
+        let (time, alone) = (self.time_for(request, sequences)?, self.time_for(request, 0)?);
+        let given = deadline.saturating_duration_since(request.accepted);
+        (alone <= given && time > left.mul_f64(share)).then(|| {
             let retry_after = self.retry_after(request, sequences);
             RequestError::NoTime { time, left, retry_after }
         })

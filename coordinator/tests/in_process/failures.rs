@@ -167,10 +167,11 @@ async fn a_pass_for_nobody_is_given_up_between_layers() {
     let (layer, short) = (Duration::from_millis(300), Some(Duration::from_millis(100)));
     for micro_batching in [MicroBatching::Never, MicroBatching::Always] {
         let cluster = start(1, PredictorSource::Off, |config| config.micro_batching = micro_batching).await;
+        // From the beginning, so that nobody expects it to be in time.
+        cluster.nodes[0].behave(Behaviour::Slow(layer));
         let expected = encode(&cluster, TEXT).await.expect("works").states;
         let layers = || cluster.nodes[0].rows_most.lock().len();
         cluster.nodes[0].rows_most.lock().clear();
-        cluster.nodes[0].behave(Behaviour::Slow(layer));
         for (answer, took) in together(&cluster, [short, short]).await {
             assert!(matches!(answer, Err(RequestError::DeadlineExceeded)), "{answer:?}");
             assert!(took < layer, "told after {took:?}");

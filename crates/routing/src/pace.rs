@@ -7,6 +7,9 @@ use std::time::Duration;
 /// What is kept of all sums when another step is noted, or another answer: what was long ago is forgotten.
 const KEPT: f64 = 0.98;
 
+/// A step that took longer than so many times what was expected hung, which says little of the next.
+const HUNG: u32 = 8;
+
 /// What a model's answers take.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Pace {
@@ -38,6 +41,7 @@ pub struct Ahead {
 impl Pace {
     /// A step of so many sequences took so long.
     pub fn step(&mut self, sequences: usize, took: Duration) {
+        let took = self.step_time(sequences).map_or(took, |expected| took.min(expected.saturating_mul(HUNG)));
         let (n, t) = (sequences as f64, took.as_secs_f64());
         let sums = [
             (&mut self.steps, 1.0),
@@ -136,6 +140,17 @@ mod tests {
         let mut odd = Pace::default();
         [(1, 50), (10, 5)].into_iter().for_each(|(size, time)| odd.step(size, MS * time));
         assert!(odd.step_time(20) >= odd.step_time(1));
+    }
+
+    #[test]
+    fn a_step_that_hung_is_soon_forgotten() {
+        // Would break: one expert-node that dies makes requests be refused for as long as it takes to forget ten seconds.
+        let mut pace = measured([1, 8, 3, 20]);
+        pace.step(8, MS * 10_000);
+        assert!(pace.step_time(8) < Some(MS * 30));
+        // What stays slow is known to be soon.
+        (0..100).for_each(|_| pace.step(8, MS * 1000));
+        assert!(pace.step_time(8) > Some(MS * 500));
     }
 
     #[test]

@@ -114,7 +114,7 @@ mod tests {
         for (sampling, named) in [
             (r#"{"best_of": 3}"#, "best_of"),
             (r#"{"n": 2}"#, "n"),
-            (r#"{"priority": 2}"#, "priority"),
+            (r#"{"priority": "high"}"#, "priority"),
             (r#"{"max_tokens": -1}"#, "max_tokens"),
             (r#"{"max_tokens": 1e99}"#, "max_tokens"),
             (r#"{"routing_mode": "guided"}"#, "routing.mode"),
