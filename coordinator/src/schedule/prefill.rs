@@ -101,7 +101,7 @@ impl<B: Backend> Scheduler<B> {
         let within = span.as_ref().map(BatchSpan::context);
         let hint = {
             let _span = within.map(|within| Span::below(within, "preload"));
-            self.preload.begin(routings.iter().filter_map(SequenceRouting::table))
+            self.preload.begin(routings.iter().filter_map(SequenceRouting::planned))
         };
         drop(announced);
         let spans = Spans::new(requests.iter().map(|(request, _)| request.tokens.len()));
@@ -269,8 +269,10 @@ impl<B: Backend> Scheduler<B> {
         let mut states =
             catch_panic(|| Ok((1..feeds.len()).map(|_| backend.fork(&state)).collect::<Result<Vec<_>, _>>()?))?;
         states.push(state);
-        let branch =
-            |(state, feed): (B::Sequence, Vec<u32>)| Branch { state, progress: Arc::new(self.predict.start()), feed };
+        let branch = |(state, feed): (B::Sequence, Vec<u32>)| {
+            let progress = Arc::new(self.predict.start(request.mode));
+            Branch { state, progress, feed }
+        };
         Ok(states.into_iter().zip(feeds).map(branch).collect())
     }
 }

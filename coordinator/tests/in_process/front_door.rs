@@ -68,10 +68,16 @@ async fn answers() {
     let scores = client.score(request).await.expect("scored").into_inner().scores;
     assert!(scores.len() == 2 && scores[0].log_likelihood > scores[1].log_likelihood);
 
+    // Would break: a client asks for a routing mode and is answered in another, or is not told that it was.
+    let guided = Some(RoutingOptions { mode: v1::RoutingMode::Guided.into(), ..Default::default() });
+    let request = EncodeRequest { text: TEXT.into(), routing: guided, ..Default::default() };
+    let trace = client.encode(request).await.expect("encoded").into_inner().trace.expect("trace");
+    assert_eq!((trace.mode(), trace.unpredicted, trace.rerouted), (v1::RoutingMode::Guided, true, 0));
+
     let model = client.model(v1::ModelRequest {}).await.expect("model").into_inner();
     assert_eq!((model.num_experts, model.moe_layers, model.encoder_moe_layers), (64, 6, 3));
     let status = ClusterClient::new(served.channel).status(v1::StatusRequest {}).await.expect("status").into_inner();
-    assert_eq!((status.nodes.len(), status.requests_total), (2, 3));
+    assert_eq!((status.nodes.len(), status.requests_total), (2, 4));
     assert_eq!(status.nodes.iter().map(|node| node.experts_placed).sum::<u64>(), 6 * 64);
 }
 
@@ -80,17 +86,11 @@ async fn statuses() {
     // Would break: clients cannot tell what was wrong with a request, or retry what can never work.
     let served = served().await;
     let mut client = InferenceClient::new(served.channel.clone());
-    let routing = |mode: v1::RoutingMode| Some(RoutingOptions { mode: mode.into(), ..Default::default() });
     let unknown = Some(RoutingOptions { mode: 99, ..Default::default() });
     let text = TEXT.to_owned();
     let cases = [
         (EncodeRequest::default(), Code::InvalidArgument, Reason::EmptyText),
         (EncodeRequest { text: "good ".repeat(600), ..Default::default() }, Code::InvalidArgument, Reason::TextTooLong),
-        (
-            EncodeRequest { text: text.clone(), routing: routing(v1::RoutingMode::Guided), ..Default::default() },
-            Code::Unimplemented,
-            Reason::Unsupported,
-        ),
         (
             EncodeRequest { text: text.clone(), routing: unknown, ..Default::default() },
             Code::InvalidArgument,

@@ -4,9 +4,9 @@
 //! Invariant: no clock, no network, no threads, no files, no tensor library. What is decided comes from
 //! here; what is done comes from the nodes.
 //!
-//! In reading order: [`ids`], [`hash_table`], [`plan`], [`routes`], [`grouping`], [`placement`],
-//! [`membership`], [`failover`], [`dispatch`], [`residency`], [`admission`], [`fairness`], [`gathering`],
-//! [`micro_batches`].
+//! In reading order: [`ids`], [`hash_table`], [`plan`], [`permitted`], [`routes`], [`grouping`],
+//! [`placement`], [`membership`], [`failover`], [`dispatch`], [`residency`], [`admission`], [`fairness`],
+//! [`gathering`], [`micro_batches`].
 
 pub mod admission;
 pub mod dispatch;
@@ -18,6 +18,7 @@ pub mod hash_table;
 pub mod ids;
 pub mod membership;
 pub mod micro_batches;
+pub mod permitted;
 pub mod placement;
 pub mod plan;
 pub mod residency;
@@ -26,6 +27,7 @@ pub mod routes;
 pub use grouping::{Group, Grouping, PlacedGroup};
 pub use hash_table::{HashTable, HashTableError};
 pub use ids::{Digest, ExpertId, ExpertKey, LayerId, NodeId};
+pub use permitted::Permitted;
 pub use placement::{Candidate, Demand, Extent, Placement, PlacementError, Policy};
 pub use plan::{Plan, PlanId};
 pub use routes::Routes;

@@ -32,7 +32,7 @@ pub(crate) struct LimitArguments {
     /// Tokens of an answer at most
     #[arg(long, value_name = "N", default_value_t = 1024)]
     answer_tokens_max: usize,
-    /// Predicted experts per token and layer that are loaded ahead; 0: none
+    /// Predicted experts per token and layer that are loaded ahead, 0: none; in mode guided all that are predicted
     #[arg(long, value_name = "K", default_value_t = 1)]
     preload_depth: usize,
     /// Drop tokens beyond an expert's capacity, per sequence, as transformers does
