@@ -68,17 +68,33 @@ async fn answers() {
     let scores = client.score(request).await.expect("scored").into_inner().scores;
     assert!(scores.len() == 2 && scores[0].log_likelihood > scores[1].log_likelihood);
 
-    // Would break: a client asks for a routing mode and is answered in another, or is not told that it was.
-    let guided = Some(RoutingOptions { mode: v1::RoutingMode::Guided.into(), ..Default::default() });
-    let request = EncodeRequest { text: TEXT.into(), routing: guided, ..Default::default() };
-    let trace = client.encode(request).await.expect("encoded").into_inner().trace.expect("trace");
-    assert_eq!((trace.mode(), trace.unpredicted, trace.rerouted), (v1::RoutingMode::Guided, true, 0));
-
     let model = client.model(v1::ModelRequest {}).await.expect("model").into_inner();
     assert_eq!((model.num_experts, model.moe_layers, model.encoder_moe_layers), (64, 6, 3));
     let status = ClusterClient::new(served.channel).status(v1::StatusRequest {}).await.expect("status").into_inner();
-    assert_eq!((status.nodes.len(), status.requests_total), (2, 4));
+    assert_eq!((status.nodes.len(), status.requests_total), (2, 3));
     assert_eq!(status.nodes.iter().map(|node| node.experts_placed).sum::<u64>(), 6 * 64);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_answer_says_how_it_was_routed() {
+    // Would break: a client asks for a routing mode and is answered in another, or is not told that nothing was predicted.
+    let served = served().await;
+    let mut client = InferenceClient::new(served.channel.clone());
+    for mode in [v1::RoutingMode::Exact, v1::RoutingMode::Guided, v1::RoutingMode::Hash] {
+        let (text, routing) = (TEXT.to_owned(), Some(RoutingOptions { mode: mode.into(), ..Default::default() }));
+        let request = EncodeRequest { text: text.clone(), routing, ..Default::default() };
+        let encoded = client.encode(request).await.expect("encoded").into_inner().trace;
+        let targets = vec!["positive".to_owned()];
+        let request = ScoreRequest { text: text.clone(), targets, routing, ..Default::default() };
+        let scored = client.score(request).await.expect("scored").into_inner().trace;
+        let request = GenerateRequest { text, max_tokens: 1, routing, ..Default::default() };
+        let mut stream = client.generate(request).await.expect("accepted").into_inner();
+        let token = stream.message().await.expect("a token").expect("the only one");
+        for trace in [encoded, scored, token.finish.expect("it is the last").trace] {
+            let trace = trace.expect("a trace");
+            assert_eq!((trace.mode(), trace.unpredicted, trace.rerouted), (mode, true, 0));
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
