@@ -40,9 +40,9 @@ impl NoisePredictor {
         Self { by_place: false, ..self }
     }
 
-    /// The same, but it names one expert for each token.
-    pub(crate) fn narrow(self) -> Self {
-        Self { top_k: 1, ..self }
+    /// The same, but it names so many experts for each token, some of them more than once.
+    pub(crate) fn naming(self, top_k: usize) -> Self {
+        Self { top_k, ..self }
     }
 
     /// The encoder's tables.
