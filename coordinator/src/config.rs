@@ -24,7 +24,8 @@ pub struct CoordinatorConfig {
     pub limits: Limits,
     /// Bounds of one request.
     pub request_limits: RequestLimits,
-    /// How many experts per token and layer are hinted to expert-nodes; 0 gives no hints.
+    /// How many experts per token and layer are hinted to expert-nodes; 0 gives no hints. Of requests in `guided` mode all
+    /// that are predicted are hinted, whatever this is.
     pub preload_depth: usize,
     /// Drops tokens beyond the model's `expert_capacity`, per sequence, as transformers 4.x and 5.2x do.
     pub enforce_capacity: bool,

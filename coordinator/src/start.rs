@@ -240,7 +240,7 @@ fn check(config: &CoordinatorConfig, cluster: &Cluster) -> Result<(), Coordinato
         tracing::warn!(
             predicted,
             needed,
-            "the predictor names fewer experts than routers choose: `hash` will be `exact`"
+            "the predictor names fewer experts than routers choose: `guided` and `hash` will be `exact`"
         );
     }
     let placement = cluster.placement();

@@ -51,9 +51,6 @@ async fn requests_out_of_range() {
         let shown = format!("{request:?}").chars().take(300).collect::<String>();
         assert_eq!(refused(&channel, request).await, invalid(Reason::InvalidRequest), "{shown}");
     }
-    let guided = Some(v1::RoutingOptions { mode: v1::RoutingMode::Guided.into(), alpha: 0 });
-    let unsupported = (Code::Unimplemented, Some(Reason::Unsupported));
-    assert_eq!(refused(&channel, v1::GenerateRequest { routing: guided, ..plain.clone() }).await, unsupported);
 
     let mut client = InferenceClient::new(channel.clone());
     for targets in [vec![], vec!["a".to_owned(); 65], vec![" ".to_owned()]] {

@@ -56,9 +56,11 @@ fn what_is_not_asked_for_is_as_the_model_says() {
 #[test]
 fn an_answer_without_a_hash_table_is_told_apart() {
     let asked = |more: &[&str]| run(&[&["ask", "--predictor", "off"], more, &["x"]].concat());
-    let output = asked(&["--mode", "hash"]);
-    assert!(output.status.success());
-    assert!(String::from_utf8_lossy(&output.stderr).contains("the trained router chose experts"));
+    for mode in ["guided", "hash"] {
+        let output = asked(&["--mode", mode]);
+        assert!(output.status.success());
+        assert!(String::from_utf8_lossy(&output.stderr).contains("the trained router chose experts"), "{mode}");
+    }
     assert!(asked(&[]).stderr.is_empty());
 }
 

@@ -139,11 +139,12 @@ def run(args, directory, log):
     up = [args.sida, "up", "--listen", "127.0.0.1:0", "--metrics-listen", "off", "--model", args.model]
     processor = Process(up, log)
     expected = answers(args.sida, processor.address)
-    hashed = answers(args.sida, processor.address, "--mode", "hash")
+    modes = {mode: answers(args.sida, processor.address, "--mode", mode) for mode in ["guided", "hash"]}
     processor.end()
     whole = Process([*up, "--device", "cuda:0", "--precision", "f32", "--expert-memory", args.expert_memory], log)
     check("one process on a GPU answers as the processor does", answers(args.sida, whole.address), expected)
-    check("and in hash mode", answers(args.sida, whole.address, "--mode", "hash"), hashed)
+    for mode, answered in modes.items():
+        check(f"and in mode {mode}", answers(args.sida, whole.address, "--mode", mode), answered)
     whole.end()
     for precision in ["f32", "bf16"]:
         processes = started_cluster(args, directory, log, precision)

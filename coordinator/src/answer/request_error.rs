@@ -24,10 +24,6 @@ pub enum RequestError {
     CacheTooSmall { needed: u64, limit: u64 },
     #[error("{field} is {found}, expected {expected}")]
     Argument { field: &'static str, found: String, expected: String },
-    #[error(
-        "routing mode GUIDED is not served by this version: ask for EXACT, where the trained router chooses experts, or HASH, where the hash table does"
-    )]
-    GuidedMode,
     #[error("{limit} requests are waiting already")]
     QueueFull { limit: usize, retry_after: Duration },
     #[error("requests of {limit} tokens are waiting already")]

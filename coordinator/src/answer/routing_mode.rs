@@ -7,6 +7,9 @@ pub enum RoutingMode {
     /// The trained router: the model's own output.
     #[default]
     Exact,
+    /// The trained router, among the experts that the hash table of the request's own sequence names: nearly the model's
+    /// own output, by experts that were planned. The factor is the router's probability over all experts.
+    Guided,
     /// The hash table's first choices: approximate.
     Hash {
         /// Where the factors come from.

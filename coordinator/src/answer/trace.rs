@@ -19,6 +19,8 @@ pub struct Trace {
     /// (token, layer) pairs whose routed expert was in the hash table's top k, and those that were not. The
     /// routed expert is the router's; where no router runs (`hash` with predicted alphas) nothing is counted.
     pub hash: HashCounts,
+    /// Experts in (token, layer) pairs that the router would not have chosen, had it been free: in `guided` mode only.
+    pub rerouted: u64,
     /// Experts that had to be loaded while a step of this request waited.
     pub demand_loads: u64,
     /// Calls that went to another holder after a failure.
@@ -35,6 +37,7 @@ impl Trace {
             unpredicted: false,
             timings: Timings::default(),
             hash: HashCounts::default(),
+            rerouted: 0,
             demand_loads: 0,
             failovers: 0,
             experts: ExpertSets::new(moe_layers, num_experts),

@@ -121,7 +121,7 @@ fn routing(options: Option<v1::RoutingOptions>) -> Result<RoutingMode, RequestEr
     match v1::RoutingMode::try_from(mode) {
         Ok(v1::RoutingMode::Unspecified | v1::RoutingMode::Exact) => Ok(RoutingMode::Exact),
         Ok(v1::RoutingMode::Hash) => Ok(RoutingMode::Hash { alpha }),
-        Ok(v1::RoutingMode::Guided) => Err(RequestError::GuidedMode),
+        Ok(v1::RoutingMode::Guided) => Ok(RoutingMode::Guided),
         Err(_) => Err(unknown("routing.mode", mode)),
     }
 }
@@ -193,6 +193,7 @@ impl From<&Trace> for v1::Trace {
     fn from(trace: &Trace) -> Self {
         let mode = match trace.mode {
             RoutingMode::Exact => v1::RoutingMode::Exact,
+            RoutingMode::Guided => v1::RoutingMode::Guided,
             RoutingMode::Hash { .. } => v1::RoutingMode::Hash,
         };
         let microseconds = |duration: Duration| u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
@@ -215,6 +216,7 @@ impl From<&Trace> for v1::Trace {
             hash_hits: trace.hash.hits,
             hash_misses: trace.hash.misses,
             hash_top1_hits: trace.hash.top1_hits,
+            rerouted: trace.rerouted,
             demand_loads: trace.demand_loads,
             layers: layers.collect(),
             failovers: trace.failovers,

@@ -1,14 +1,18 @@
 //! Which experts the rows of a batch go to at an MoE layer. A batch mixes requests of different routing modes, so the
-//! choice is made row by row: first the router chooses for all rows that want it, then the rows of `hash` requests are
-//! overwritten from their hash tables.
+//! choice is made row by row: first the router chooses for all rows that want it, then rows of `guided` requests whose
+//! experts were not planned choose again among those that were, and the rows of `hash` requests are overwritten from their
+//! hash tables.
 
-use sida_model::{Backend, ModelError, Spans, router};
+use sida_model::{Backend, ModelError, Spans, Stack, router};
 use sida_routing::{ExpertId, HashTable, LayerId, Routes};
 
-use crate::answer::{
-    request_error::RequestError,
-    routing_mode::{Alpha, RoutingMode},
-    trace::{ExpertSets, HashCounts},
+use crate::{
+    answer::{
+        request_error::RequestError,
+        routing_mode::{Alpha, RoutingMode},
+        trace::{ExpertSets, HashCounts},
+    },
+    forward::guided_choice::GuidedRows,
 };
 
 /// How the rows that one sequence (or one target of a scored request) has in a batch are routed, and what came of it.
@@ -25,6 +29,8 @@ pub(crate) struct SequenceRouting {
     pub(crate) experts: ExpertSets,
     /// How often the table named the experts that the router chose.
     pub(crate) hash: HashCounts,
+    /// How many experts of `guided` rows are not those that the router chose freely.
+    pub(crate) rerouted: u64,
     /// Why the result of these rows cannot be used. The rest of the batch is sound.
     pub(crate) failure: Option<RequestError>,
 }
@@ -32,8 +38,8 @@ pub(crate) struct SequenceRouting {
 impl SequenceRouting {
     /// So many rows of a request in `mode`.
     pub(crate) fn new(mode: RoutingMode, rows: usize, experts: ExpertSets) -> Self {
-        let (table, chosen, hash, failure) = Default::default();
-        Self { mode, table, rows, chosen, experts, hash, failure }
+        let (table, chosen, hash, rerouted, failure) = Default::default();
+        Self { mode, table, rows, chosen, experts, hash, rerouted, failure }
     }
 
     /// Takes the prediction for the rows, before the pass or after it. A table that names fewer experts per token than
@@ -48,6 +54,11 @@ impl SequenceRouting {
         self.table.as_ref()
     }
 
+    /// The prediction, if it was made, and the mode that says how much of it is planned.
+    pub(crate) fn planned(&self) -> Option<(RoutingMode, &HashTable)> {
+        Some((self.mode, self.table.as_ref()?))
+    }
+
     /// Compares the table, if there is one by now, with what the router chose; what came of it at each layer.
     pub(crate) fn compare(&mut self) -> Vec<(LayerId, HashCounts)> {
         let chosen = std::mem::take(&mut self.chosen);
@@ -60,34 +71,53 @@ impl SequenceRouting {
         counts
     }
 
-    /// Whether the router chooses the experts of these rows.
+    /// Whether the router chooses the experts of these rows among all.
     pub(crate) fn is_routed(&self) -> bool {
-        self.hash_alpha().is_none()
+        matches!(self.chooser(), Chooser::Router)
     }
 
     /// Whether the router chooses the experts of these rows, or gives their factors.
     fn wants_router(&self) -> bool {
-        self.hash_alpha() != Some(Alpha::Predicted)
+        !matches!(self.chooser(), Chooser::Table(_, Alpha::Predicted))
     }
 
-    /// Where the factors come from, if the hash table chooses the experts.
-    fn hash_alpha(&self) -> Option<Alpha> {
+    fn chooser(&self) -> Chooser<'_> {
         match (self.mode, &self.table) {
-            (RoutingMode::Hash { alpha }, Some(_)) => Some(alpha),
-            _ => None,
+            (RoutingMode::Guided, Some(table)) => Chooser::RouterAmong(table),
+            (RoutingMode::Hash { alpha }, Some(table)) => Chooser::Table(table, alpha),
+            (RoutingMode::Exact, _) | (_, None) => Chooser::Router,
         }
     }
 }
 
-/// The routes of all rows at the MoE layer that a pass has come to; `spans` has the rows of each of `routings`. Notes
-/// in each routing what the router chose.
+/// Who chooses the experts of some rows.
+enum Chooser<'t> {
+    /// The router, among all of the layer.
+    Router,
+    /// The router, among those that this table names.
+    RouterAmong(&'t HashTable),
+    /// The table. The factors come from there.
+    Table(&'t HashTable, Alpha),
+}
+
+/// The rows of a pass at an MoE layer.
+#[derive(Clone, Copy)]
+pub(crate) struct MoeLayerRows<'p> {
+    pub(crate) stack: Stack,
+    pub(crate) layer: LayerId,
+    /// The rows of each sequence.
+    pub(crate) spans: &'p Spans,
+}
+
+/// The routes of all rows at the MoE layer that a pass has come to, with a routing for each sequence. Notes in each
+/// routing what the router chose.
 pub(crate) fn routes<B: Backend>(
     backend: &mut B,
     pass: &mut B::Pass<'_>,
-    layer: LayerId,
-    spans: &Spans,
+    at: MoeLayerRows<'_>,
     routings: &mut [SequenceRouting],
 ) -> Result<Routes, ModelError> {
+    let MoeLayerRows { stack, layer, spans } = at;
     let (top_k, num_experts, is_normalised) =
         (backend.config().top_k, backend.config().num_experts, backend.config().is_normalised());
     let mut routes = match routings.iter().any(SequenceRouting::wants_router) {
@@ -96,19 +126,27 @@ pub(crate) fn routes<B: Backend>(
     };
     note_choice(layer, &routes, spans, routings);
     for (routing, rows) in routings.iter_mut().zip(spans.ranges()) {
-        let (Some(alpha), Some(table)) = (routing.hash_alpha(), &routing.table) else { continue };
-        let probabilities = match alpha {
-            Alpha::Router => Some(backend.probabilities(pass)?),
-            Alpha::Predicted => None,
-        };
-        let first_token = table.shape().tokens - routing.rows;
-        for (token, row) in rows.enumerate() {
-            let row_probabilities = probabilities.map(|all| &all[row * num_experts..][..num_experts]);
-            let at = row * top_k..(row + 1) * top_k;
-            let (experts, weights) = (&mut routes.experts[at.clone()], &mut routes.weights[at]);
-            predicted(table, layer, first_token + token, row_probabilities, experts, weights);
-            if is_normalised {
-                router::normalise(weights);
+        match routing.chooser() {
+            Chooser::Router => {}
+            Chooser::RouterAmong(table) => {
+                let guided = GuidedRows { stack, layer, table, rows };
+                routing.rerouted += guided.route(backend.probabilities(pass)?, is_normalised, &mut routes);
+            }
+            Chooser::Table(table, alpha) => {
+                let probabilities = match alpha {
+                    Alpha::Router => Some(backend.probabilities(pass)?),
+                    Alpha::Predicted => None,
+                };
+                let first_token = table.shape().tokens - routing.rows;
+                for (token, row) in (first_token..).zip(rows) {
+                    let row_probabilities = probabilities.map(|all| &all[row * num_experts..][..num_experts]);
+                    let at = row * top_k..(row + 1) * top_k;
+                    let (experts, weights) = (&mut routes.experts[at.clone()], &mut routes.weights[at]);
+                    predicted(table, layer, token, row_probabilities, experts, weights);
+                    if is_normalised {
+                        router::normalise(weights);
+                    }
+                }
             }
         }
     }

@@ -26,7 +26,7 @@ use crate::{
     forward::{
         batch::Batch,
         costs::Costs,
-        expert_choice::{self, SequenceRouting},
+        expert_choice::{self, MoeLayerRows, SequenceRouting},
         route_measures::RouteMeasures,
     },
     intake::request::Request,
@@ -111,8 +111,8 @@ impl<B: Backend> PassRunner<B> {
         running.into_iter().map(|one| Ok(self.finish(one)?)).collect()
     }
 
-    /// Experts on the device of the pass: with them it goes through MoE layers by itself, if the router decides over all rows
-    /// and no token is dropped.
+    /// Experts on the device of the pass: with them it goes through MoE layers by itself, if the router decides freely
+    /// over all rows and no token is dropped.
     fn experts_beside(&mut self, batch: &Batch<'_, B>) -> Option<Arc<dyn ResidentExperts>> {
         let is_routed = !self.enforce_capacity && batch.routings.iter().all(SequenceRouting::is_routed);
         self.backend.device().filter(|_| is_routed).and_then(|device| self.dispatch.resident_beside(&device))
@@ -121,7 +121,8 @@ impl<B: Backend> PassRunner<B> {
     /// `h += sum over its experts of weight * expert(x)`, row by row: x leaves for the experts.
     fn begin_moe(&mut self, one: &mut Running<'_, B>, layer: LayerId, costs: &mut Costs) -> Result<(), ModelError> {
         let Running { batch, pass, moe } = one;
-        let mut routes = expert_choice::routes(&mut self.backend, pass, layer, &batch.spans, batch.routings)?;
+        let at = MoeLayerRows { stack: batch.stack, layer, spans: &batch.spans };
+        let mut routes = expert_choice::routes(&mut self.backend, pass, at, batch.routings)?;
         if self.enforce_capacity {
             router::enforce_capacity(&mut routes, &batch.spans, self.backend.config().expert_capacity);
         }

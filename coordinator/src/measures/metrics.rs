@@ -21,6 +21,7 @@ pub(crate) struct Metrics {
     pub(crate) prompt_tokens: Counter,
     pub(crate) generated_tokens: Counter,
     pub(crate) predictions_missing: Counter,
+    pub(crate) rerouted_experts: Counter,
     pub(crate) phases: Phases,
 }
 
@@ -52,6 +53,7 @@ impl Metrics {
             prompt_tokens: tokens("prompt"),
             generated_tokens: tokens("generated"),
             predictions_missing: counter!(names::PREDICTIONS_MISSING_TOTAL),
+            rerouted_experts: counter!(names::REROUTED_EXPERTS_TOTAL),
             phases: Phases {
                 predict: phase("predict"),
                 load: phase("load"),

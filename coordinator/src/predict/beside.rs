@@ -1,7 +1,7 @@
 //! Predictions for the steps of the decoder, beside the steps: while one thread computes a step, another predicts which
 //! experts it will use and hints them to expert-nodes, which load what the later layers need. A step in `exact` asks for
-//! its prediction only when it is over, to see how it fared, and does not wait long; one in `hash` waits for it before it
-//! begins. Called by the scheduler.
+//! its prediction only when it is over, to see how it fared, and does not wait long; one in `guided` or `hash` waits for it
+//! before it begins. Called by the scheduler.
 //!
 //! What is predicted sooner than a thread is woken is predicted by the scheduler's own.
 
@@ -175,7 +175,8 @@ impl Predictor {
         let took = start.elapsed();
         let _span = trace.map(|trace| Span::below(trace, "preload"));
         self.preload.note_demand(tables.iter().flatten());
-        let hint = self.preload.begin(tables.iter().flatten());
+        let modes = sequences.iter().map(|progress| progress.mode);
+        let hint = self.preload.begin(modes.zip(&tables).filter_map(|(mode, table)| Some((mode, table.as_ref()?))));
         Predicted { tables, _hint: hint, took }
     }
 }

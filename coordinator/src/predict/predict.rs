@@ -16,7 +16,7 @@ use sida_predictor::{HashPredictor, PredictorState};
 use sida_routing::{Digest, HashTable, LayerId};
 use sida_telemetry::TraceContext;
 
-use crate::predict::remote_predictor::RemotePredictor;
+use crate::{answer::routing_mode::RoutingMode, predict::remote_predictor::RemotePredictor};
 
 /// The source of hash tables.
 pub(crate) struct Predict {
@@ -38,6 +38,8 @@ pub(crate) enum Source {
 
 /// What a predictor knows of one decoding sequence. Shared by the scheduler, which feeds it, and by who predicts.
 pub(crate) struct Progress {
+    /// How its request is routed, on which it depends how much of what is predicted is hinted.
+    pub(crate) mode: RoutingMode,
     state: Mutex<ProgressState>,
     /// Tokens the state has not seen: those of the next step, and others before them whose prediction failed.
     unseen: Mutex<Vec<u32>>,
@@ -55,7 +57,7 @@ impl Progress {
             ProgressState::Local(state) => ProgressState::Local(state.clone()),
             ProgressState::Remote(state) => ProgressState::Remote(state.clone()),
         };
-        Self { state: Mutex::new(state), unseen: Mutex::new(self.unseen.lock().clone()) }
+        Self { mode: self.mode, state: Mutex::new(state), unseen: Mutex::new(self.unseen.lock().clone()) }
     }
 }
 
@@ -91,13 +93,13 @@ impl Predict {
         self.usable(tables, &self.encoder_layers, &lengths)
     }
 
-    /// What is known of a sequence before its first token.
-    pub(crate) fn start(&self) -> Progress {
+    /// What is known, before its first token, of a sequence whose request is in `mode`.
+    pub(crate) fn start(&self, mode: RoutingMode) -> Progress {
         let state = match &self.source {
             Source::Remote(_) => ProgressState::Remote(Bytes::new()),
             Source::Local(_) | Source::Off => ProgressState::Local(PredictorState::default()),
         };
-        Progress { state: Mutex::new(state), unseen: Mutex::default() }
+        Progress { mode, state: Mutex::new(state), unseen: Mutex::default() }
     }
 
     /// A table of the decoder's layers for the tokens that were fed to each sequence, or none for any. A table may begin

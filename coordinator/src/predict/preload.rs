@@ -1,6 +1,9 @@
 //! Preload: hints to expert-nodes, ahead of the rows, which of their experts the hash tables of a batch name. A hint is
 //! taken back when its batch is done. Losing a hint costs time, never correctness, so nothing here waits and nothing
 //! here fails.
+//!
+//! Of most requests the likeliest experts of each token are named, so many as the coordinator is told. Of a request in
+//! `guided` mode all that its tables name are, since those are what its router may choose.
 
 use std::sync::{
     Arc,
@@ -10,14 +13,17 @@ use std::sync::{
 use sida_cluster::Cluster;
 use sida_routing::{ExpertKey, HashTable, Plan, PlanId};
 
-use crate::dispatch::nodes::{Link, Nodes};
+use crate::{
+    answer::routing_mode::RoutingMode,
+    dispatch::nodes::{Link, Nodes},
+};
 
 /// Gives hints.
 pub(crate) struct Preload {
     nodes: Arc<Nodes>,
     /// Keeps count of which experts are wanted: the writer of the placement gives more holders to those wanted most.
     cluster: Cluster,
-    /// How many experts per token and layer are hinted.
+    /// How many experts per token and layer are hinted of what is not `guided`.
     depth: usize,
     next_id: AtomicU64,
 }
@@ -39,17 +45,18 @@ impl Preload {
         Self { nodes, cluster, depth, next_id: AtomicU64::new(1) }
     }
 
-    /// Tells every node which of its experts the tokens of `tables` will use when their batch begins.
-    pub(crate) fn announce<'a>(&self, tables: impl IntoIterator<Item = &'a HashTable>) -> Hint {
-        let tables: Vec<&HashTable> = tables.into_iter().collect();
-        self.cluster.note_demand(tables.iter().copied());
-        self.hint(&tables, false)
+    /// Tells every node which of its experts the tokens of `tables`, each with the mode of its request, will use when their
+    /// batch begins.
+    pub(crate) fn announce<'a>(&self, tables: impl IntoIterator<Item = (RoutingMode, &'a HashTable)>) -> Hint {
+        let tables: Vec<_> = tables.into_iter().collect();
+        self.note_demand(tables.iter().map(|&(_, table)| table));
+        self.hint(tables, false)
     }
 
     /// Tells every node which of its experts the batch of `tables` uses, which begins now. This hint replaces those
     /// that were announced for its requests: only all tables together say in which order the experts are used.
-    pub(crate) fn begin<'a>(&self, tables: impl IntoIterator<Item = &'a HashTable>) -> Hint {
-        self.hint(&tables.into_iter().collect::<Vec<_>>(), true)
+    pub(crate) fn begin<'a>(&self, tables: impl IntoIterator<Item = (RoutingMode, &'a HashTable)>) -> Hint {
+        self.hint(tables, true)
     }
 
     /// Counts towards the demand for experts what was never announced.
@@ -57,12 +64,14 @@ impl Preload {
         self.cluster.note_demand(tables);
     }
 
-    fn hint(&self, tables: &[&HashTable], begins: bool) -> Hint {
+    fn hint<'a>(&self, tables: impl IntoIterator<Item = (RoutingMode, &'a HashTable)>, begins: bool) -> Hint {
         let id = PlanId(self.next_id.fetch_add(1, Ordering::Relaxed));
-        if tables.is_empty() || self.depth == 0 {
+        let tables = tables.into_iter().map(|(mode, table)| (table, self.depth_of(mode)));
+        let tables: Vec<(&HashTable, usize)> = tables.filter(|&(_, depth)| depth > 0).collect();
+        if tables.is_empty() {
             return Hint { id, links: Vec::new() };
         }
-        let plan = Plan::from_tables(id, tables, self.depth);
+        let plan = Plan::from_tables(id, &tables);
         let roster = self.nodes.roster();
         let now = self.nodes.clock().now();
         let mut shares: Vec<Vec<ExpertKey>> = vec![Vec::new(); roster.links.len()];
@@ -77,5 +86,13 @@ impl Preload {
             links.push(link.clone());
         }
         Hint { id, links }
+    }
+
+    /// How many experts per token and layer are named of a request in `mode`.
+    fn depth_of(&self, mode: RoutingMode) -> usize {
+        match mode {
+            RoutingMode::Guided => usize::MAX,
+            RoutingMode::Exact | RoutingMode::Hash { .. } => self.depth,
+        }
     }
 }

@@ -97,7 +97,7 @@ impl<B: Backend> Scheduler<B> {
         };
         // Targets branch off the last token.
         let feed = request.tokens[..tokens - usize::from(is_scored)].to_vec();
-        let branch = Branch::new(state, self.predict.start(), feed);
+        let branch = Branch::new(state, self.predict.start(request.mode), feed);
         match is_scored {
             // A prompt of one token is read already.
             true => self.go_on(Sequence::reading_prompt(request, trace, branch), Sequence::read_on),
@@ -122,7 +122,7 @@ impl<B: Backend> Scheduler<B> {
         let within = span.as_ref().map(BatchSpan::context);
         let hint = {
             let _span = within.map(|within| Span::below(within, "preload"));
-            self.preload.begin(routings.iter().filter_map(SequenceRouting::table))
+            self.preload.begin(routings.iter().filter_map(SequenceRouting::planned))
         };
         drop(announced);
         let spans = Spans::new(requests.iter().map(|(request, _)| request.tokens.len()));
@@ -291,7 +291,7 @@ impl<B: Backend> Scheduler<B> {
             catch_panic(|| Ok((1..feeds.len()).map(|_| backend.fork(&state)).collect::<Result<Vec<_>, _>>()?))?;
         states.push(state);
         let branches = states.into_iter().zip(feeds);
-        Ok(branches.map(|(state, feed)| Branch::new(state, self.predict.start(), feed)).collect())
+        Ok(branches.map(|(state, feed)| Branch::new(state, self.predict.start(request.mode), feed)).collect())
     }
 }
 

@@ -89,7 +89,8 @@ impl Prepare {
         let predict = start.elapsed();
         self.metrics.phases.predict.record(predict);
         let preloading = BatchSpan::begin("preload", contexts());
-        let hint = Arc::new(self.preload.announce(tables.iter().flatten()));
+        let planned = batch.iter().zip(&tables).filter_map(|(request, table)| Some((request.mode, table.as_ref()?)));
+        let hint = Arc::new(self.preload.announce(planned));
         drop(preloading);
         let at = Instant::now();
         let together = |(request, table)| Prepared { request, table, hint: hint.clone(), at, predict };

@@ -249,6 +249,7 @@ impl<B: Backend> Scheduler<B> {
         self.forward.note_predictions(routings);
         let missing = routings.iter().filter(|routing| routing.table().is_none()).count();
         self.metrics.predictions_missing.increment(missing as u64);
+        self.metrics.rerouted_experts.increment(routings.iter().map(|routing| routing.rerouted).sum());
     }
 
     /// One pass of the decoder over the new tokens of every branch. For sequences that generate and whose prompts are read, the

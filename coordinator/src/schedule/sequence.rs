@@ -298,6 +298,7 @@ fn record_pace(since_first: Duration, generated: usize, metrics: &Metrics) {
 pub(crate) fn absorb(trace: &mut Trace, routing: &SequenceRouting) {
     trace.unpredicted |= routing.table().is_none();
     trace.hash.add(routing.hash);
+    trace.rerouted += routing.rerouted;
     trace.experts.union(&routing.experts);
 }
 

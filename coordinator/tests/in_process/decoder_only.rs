@@ -225,12 +225,12 @@ async fn a_table_that_is_right_gives_the_models_own_tokens() {
     let right = RightPredictor(Reference::open(&decoder_only_dir()).expect("reference"));
     let cluster = start_model(&decoder_only_dir(), 2, PredictorSource::Local(Arc::new(right)), |_| ()).await;
     let expected = oracle.reference.generate_greedy(&oracle.ids(TEXTS[3]), TOKENS).expect("answer");
-    for alpha in [Alpha::Router, Alpha::Predicted] {
-        let routing = RoutingMode::Hash { alpha };
+    let by_table = [Alpha::Router, Alpha::Predicted].map(|alpha| RoutingMode::Hash { alpha });
+    for routing in by_table.into_iter().chain([RoutingMode::Guided]) {
         let params = GenerateParams { prompt: TEXTS[3].into(), max_tokens: TOKENS, routing, ..Default::default() };
         let tokens: Vec<_> = cluster.coordinator.generate(params).await.expect("accepted").collect().await;
         let ids: Vec<u32> = tokens.into_iter().map(|token| token.expect("token").id).collect();
-        assert_eq!(ids, expected, "{alpha:?}");
+        assert_eq!(ids, expected, "{routing:?}");
         // Choices go on from what the predictor knows of the prompt, each from its own tokens.
         let sampling = Sampling { temperature: Some(1.0), seed: Some(4), ..Default::default() };
         let drawn = |routing| {
@@ -243,7 +243,7 @@ async fn a_table_that_is_right_gives_the_models_own_tokens() {
         let ids = |tokens: Vec<Result<Token, RequestError>>| -> Vec<(usize, u32)> {
             tokens.into_iter().map(|token| token.expect("token")).map(|token| (token.choice, token.id)).collect()
         };
-        assert_eq!(ids(drawn(routing).await), ids(drawn(RoutingMode::Exact).await), "{alpha:?}");
+        assert_eq!(ids(drawn(routing).await), ids(drawn(RoutingMode::Exact).await), "{routing:?}");
     }
 }
 
@@ -255,12 +255,12 @@ async fn the_table_may_choose_several_experts() {
     let cluster = start_model(&decoder_only_dir(), 2, PredictorSource::Local(Arc::new(noise)), |_| ()).await;
     let expected = oracle.reference.generate_greedy(&oracle.ids(TEXTS[3]), TOKENS).expect("answer");
     let mut differ = 0;
-    for alpha in [Alpha::Router, Alpha::Predicted] {
-        let routing = RoutingMode::Hash { alpha };
+    let by_table = [Alpha::Router, Alpha::Predicted].map(|alpha| RoutingMode::Hash { alpha });
+    for routing in by_table.into_iter().chain([RoutingMode::Guided]) {
         let params = GenerateParams { prompt: TEXTS[3].into(), max_tokens: TOKENS, routing, ..Default::default() };
         let tokens: Vec<_> = cluster.coordinator.generate(params).await.expect("accepted").collect().await;
         let ids: Vec<u32> = tokens.into_iter().map(|token| token.expect("token").id).collect();
         differ += usize::from(ids != expected);
     }
-    assert_eq!(differ, 2, "a table of noise gives other answers");
+    assert_eq!(differ, 3, "a table of noise gives other answers");
 }

@@ -76,21 +76,37 @@ async fn answers() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn every_answer_says_how_it_was_routed() {
+    // Would break: a client asks for a routing mode and is answered in another, or is not told that nothing was predicted.
+    let served = served().await;
+    let mut client = InferenceClient::new(served.channel.clone());
+    for mode in [v1::RoutingMode::Exact, v1::RoutingMode::Guided, v1::RoutingMode::Hash] {
+        let (text, routing) = (TEXT.to_owned(), Some(RoutingOptions { mode: mode.into(), ..Default::default() }));
+        let request = EncodeRequest { text: text.clone(), routing, ..Default::default() };
+        let encoded = client.encode(request).await.expect("encoded").into_inner().trace;
+        let targets = vec!["positive".to_owned()];
+        let request = ScoreRequest { text: text.clone(), targets, routing, ..Default::default() };
+        let scored = client.score(request).await.expect("scored").into_inner().trace;
+        let request = GenerateRequest { text, max_tokens: 1, routing, ..Default::default() };
+        let mut stream = client.generate(request).await.expect("accepted").into_inner();
+        let token = stream.message().await.expect("a token").expect("the only one");
+        for trace in [encoded, scored, token.finish.expect("it is the last").trace] {
+            let trace = trace.expect("a trace");
+            assert_eq!((trace.mode(), trace.unpredicted, trace.rerouted), (mode, true, 0));
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn statuses() {
     // Would break: clients cannot tell what was wrong with a request, or retry what can never work.
     let served = served().await;
     let mut client = InferenceClient::new(served.channel.clone());
-    let routing = |mode: v1::RoutingMode| Some(RoutingOptions { mode: mode.into(), ..Default::default() });
     let unknown = Some(RoutingOptions { mode: 99, ..Default::default() });
     let text = TEXT.to_owned();
     let cases = [
         (EncodeRequest::default(), Code::InvalidArgument, Reason::EmptyText),
         (EncodeRequest { text: "good ".repeat(600), ..Default::default() }, Code::InvalidArgument, Reason::TextTooLong),
-        (
-            EncodeRequest { text: text.clone(), routing: routing(v1::RoutingMode::Guided), ..Default::default() },
-            Code::Unimplemented,
-            Reason::Unsupported,
-        ),
         (
             EncodeRequest { text: text.clone(), routing: unknown, ..Default::default() },
             Code::InvalidArgument,

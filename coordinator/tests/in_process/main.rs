@@ -1,5 +1,5 @@
 //! A coordinator with expert-nodes in this process: what it answers ([`exactness`], [`decoder_only`], [`generation_config`],
-//! [`choices`]) to prompts of all kinds ([`prompts`]), what it survives ([`failures`]), how it reaches nodes behind sockets
+//! [`choices`]) to prompts of all kinds ([`prompts`]) and in mode `guided` ([`guided`]), what it survives ([`failures`]), how it reaches nodes behind sockets
 //! ([`lanes`], [`epochs`]), what it refuses ([`limits`]), how sequences share their memory ([`cache_memory`]), what
 //! predictions cost ([`prediction`]), whom it knows ([`clients`]), and how that looks by gRPC ([`front_door`],
 //! [`open_inference`], [`our_faults`]) and by HTTP ([`openai_door`]). Whole clusters of real nodes are tested in the `tests`
@@ -14,6 +14,7 @@ mod exactness;
 mod failures;
 mod front_door;
 mod generation_config;
+mod guided;
 mod lanes;
 mod limits;
 mod noise_predictor;
@@ -25,3 +26,4 @@ mod plain_http;
 mod plain_nodes;
 mod prediction;
 mod prompts;
+mod small_experts;

@@ -14,6 +14,10 @@ pub(crate) struct NoisePredictor {
     shape: PredictorShape,
     model: Digest,
     seed: u64,
+    /// Whether what it says of a token depends on the token's place among those that are fed with it.
+    by_place: bool,
+    /// How many experts it names for a token.
+    top_k: usize,
     /// How long it takes over a step of the decoder.
     delay: Duration,
 }
@@ -22,12 +26,23 @@ impl NoisePredictor {
     /// For the model in `dir`.
     pub(crate) fn of(dir: &Path, seed: u64) -> Self {
         let checkpoint = Checkpoint::open(dir).expect("model");
-        Self { shape: PredictorShape::of(checkpoint.config()), model: checkpoint.digest(), seed, delay: Duration::ZERO }
+        let (shape, model) = (PredictorShape::of(checkpoint.config()), checkpoint.digest());
+        Self { shape, model, seed, by_place: true, top_k: TOP_K, delay: Duration::ZERO }
     }
 
     /// The same, but slow.
     pub(crate) fn slow(self, delay: Duration) -> Self {
         Self { delay, ..self }
+    }
+
+    /// The same, but what it says of a token depends on the token alone.
+    pub(crate) fn wherever(self) -> Self {
+        Self { by_place: false, ..self }
+    }
+
+    /// The same, but it names so many experts for each token, some of them more than once.
+    pub(crate) fn naming(self, top_k: usize) -> Self {
+        Self { top_k, ..self }
     }
 
     /// The encoder's tables.
@@ -39,7 +54,8 @@ impl NoisePredictor {
         let (mut experts, mut alphas) = (Vec::new(), Vec::new());
         for layer in layers.clone() {
             for (place, &token) in tokens.iter().enumerate() {
-                for k in 0..TOP_K as u64 {
+                let place = if self.by_place { place } else { 0 };
+                for k in 0..self.top_k as u64 {
                     let x = self.seed ^ u64::from(token) << 32 ^ (place as u64) << 16 ^ u64::from(layer) << 8 ^ k;
                     let x = x.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29).wrapping_mul(0xbf58_476d_1ce4_e5b9);
                     experts.push(ExpertId((x >> 40) as u16 % self.shape.num_experts as u16));
@@ -47,8 +63,8 @@ impl NoisePredictor {
                 }
             }
         }
-        let shape =
-            Shape { first_layer: LayerId(layers.start), layers: layers.len(), tokens: tokens.len(), top_k: TOP_K };
+        let (first_layer, top_k) = (LayerId(layers.start), self.top_k);
+        let shape = Shape { first_layer, layers: layers.len(), tokens: tokens.len(), top_k };
         HashTable::new(self.model, self.digest(), shape, self.shape.num_experts, experts, alphas)
             .expect("a valid table")
     }
@@ -64,7 +80,7 @@ impl HashPredictor for NoisePredictor {
     }
 
     fn top_k(&self) -> usize {
-        TOP_K
+        self.top_k
     }
 
     fn model_digest(&self) -> Digest {

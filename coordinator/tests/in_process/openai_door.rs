@@ -84,6 +84,11 @@ async fn completions() {
     assert_eq!(whole["usage"]["sida"]["routing"]["mode"], "exact");
     assert!(whole["usage"]["sida"]["timings_us"]["total"].as_u64() > Some(0));
 
+    let guided = json!({"prompt": TEXT, "max_tokens": 2, "routing": {"mode": "guided"}});
+    let cost = post(served.http, "/v1/completions", &guided).await.json()["usage"]["sida"].take();
+    assert_eq!((&cost["routing"], &cost["rerouted"]), (&json!({"mode": "guided", "alpha": null}), &json!(0)));
+    assert_eq!(cost["unpredicted"], true, "nothing predicts here");
+
     request["stream"] = true.into();
     request["stream_options"] = json!({"include_usage": true});
     request["echo"] = true.into();

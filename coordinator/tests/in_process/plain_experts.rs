@@ -57,6 +57,8 @@ pub(crate) struct PlainExperts {
     /// Plans given and not yet released.
     pub(crate) plans: Mutex<Vec<Plan>>,
     pub(crate) plans_total: AtomicU64,
+    /// Experts that a call asked for and no plan of that moment named.
+    pub(crate) unplanned: AtomicU64,
     /// The placement that the node knows, and what it sends to those who know an older one.
     pub(crate) newer: Mutex<(u64, bytes::Bytes)>,
 }
@@ -64,6 +66,16 @@ pub(crate) struct PlainExperts {
 impl PlainExperts {
     pub(crate) fn behave(&self, behaviour: Behaviour) {
         *self.behaviour.lock() = behaviour;
+    }
+
+    fn note_unplanned(&self, call: &ExpertCall<'_>) {
+        let plans = self.plans.lock();
+        let is_planned = |expert| {
+            let key = ExpertKey { layer: call.layer, expert };
+            plans.iter().any(|plan| plan.experts.contains(&key))
+        };
+        let unplanned = call.groups.iter().filter(|group| !is_planned(group.expert)).count();
+        self.unplanned.fetch_add(unplanned as u64, Ordering::Relaxed);
     }
 
     fn await_another(&self, layer: LayerId) {
@@ -99,6 +111,7 @@ impl LocalExperts for PlainExperts {
             Behaviour::AwaitsAnother => self.await_another(call.layer),
             _ => {}
         }
+        self.note_unplanned(&call);
         let shape = *self.store.shape();
         let (mut slot, mut scratch) = (vec![0; shape.bytes()], ExpertScratch::default());
         let mut from = 0;
@@ -178,6 +191,7 @@ fn experts_of(model: &Path) -> Arc<PlainExperts> {
         rows_most: Mutex::default(),
         plans: Mutex::new(Vec::new()),
         plans_total: AtomicU64::new(0),
+        unplanned: AtomicU64::new(0),
         newer: Mutex::default(),
     })
 }

@@ -17,6 +17,7 @@ use crate::{
 
 const TOKENS: usize = 24;
 const HASH: RoutingMode = RoutingMode::Hash { alpha: Alpha::Router };
+const GUIDED: RoutingMode = RoutingMode::Guided;
 
 async fn generate(coordinator: &Coordinator, routing: RoutingMode) -> Vec<Token> {
     let prompt = "sst2 sentence: a gorgeous , witty , seductive movie .".into();
@@ -43,7 +44,7 @@ async fn what_takes_long_is_predicted_beside_the_step() {
     let local = |predictor| PredictorSource::Local(Arc::new(predictor));
     let quick = start(2, local(noise()), |_| ()).await;
     let slow = start(2, local(noise().slow(Duration::from_millis(2))), |_| ()).await;
-    for routing in [RoutingMode::Exact, HASH] {
+    for routing in [RoutingMode::Exact, GUIDED, HASH] {
         let (quick, slow) = (generate(&quick.coordinator, routing).await, generate(&slow.coordinator, routing).await);
         assert_eq!(ids(&slow), ids(&quick));
         let trace = |tokens: &[Token]| tokens[TOKENS - 1].finish.as_ref().expect("the last").trace.clone();
@@ -72,10 +73,19 @@ async fn a_slow_predictor_node_keeps_no_step() {
     assert_eq!(ids(&exact), ids(&generate(&quick.coordinator, RoutingMode::Exact).await));
     assert!(exact[TOKENS - 1].finish.as_ref().expect("the last").trace.unpredicted);
     // Also while a prediction that came too late for somebody else's step is still under way.
-    let (_, hash) = futures::join!(generate(&coordinator, RoutingMode::Exact), async {
-        tokio::time::sleep(DELAY / 4).await;
-        generate(&coordinator, HASH).await
-    });
-    assert_eq!(ids(&hash), ids(&generate(&quick.coordinator, HASH).await));
-    assert!(!hash[TOKENS - 1].finish.as_ref().expect("the last").trace.unpredicted);
+    let (_, guided, hash) = futures::join!(
+        generate(&coordinator, RoutingMode::Exact),
+        async {
+            tokio::time::sleep(DELAY / 4).await;
+            generate(&coordinator, GUIDED).await
+        },
+        async {
+            tokio::time::sleep(DELAY / 4).await;
+            generate(&coordinator, HASH).await
+        }
+    );
+    for (routing, answer) in [(GUIDED, guided), (HASH, hash)] {
+        assert_eq!(ids(&answer), ids(&generate(&quick.coordinator, routing).await), "{routing:?}");
+        assert!(!answer[TOKENS - 1].finish.as_ref().expect("the last").trace.unpredicted);
+    }
 }

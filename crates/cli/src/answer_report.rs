@@ -77,10 +77,10 @@ impl AnswerReport<'_> {
     }
 }
 
-/// What is to be said of an answer in mode `hash` that had no hash table.
+/// What is to be said of an answer in mode `guided` or `hash` that had no hash table.
 pub(crate) fn routed_instead(trace: &Trace) -> Option<&'static str> {
-    let is_hash = trace.mode() == RoutingMode::Hash;
-    (is_hash && trace.unpredicted).then_some("no hash table: the trained router chose experts, as in mode exact")
+    let needs_table = matches!(trace.mode(), RoutingMode::Guided | RoutingMode::Hash);
+    (needs_table && trace.unpredicted).then_some("no hash table: the trained router chose experts, as in mode exact")
 }
 
 fn hits_line(trace: &Trace) -> String {
@@ -92,11 +92,15 @@ fn hits_line(trace: &Trace) -> String {
     } else {
         format!("hash hits {} of {predicted}, {} first choices", trace.hash_hits, trace.hash_top1_hits)
     };
+    let rerouted = match trace.mode() {
+        RoutingMode::Guided => format!(" · {} rerouted to planned experts", trace.rerouted),
+        RoutingMode::Unspecified | RoutingMode::Exact | RoutingMode::Hash => String::new(),
+    };
     let failovers = match trace.failovers {
         0 => String::new(),
         count => format!(" · {count} calls went to another node"),
     };
-    format!("{hits} · {} loads waited for{failovers}", trace.demand_loads)
+    format!("{hits}{rerouted} · {} loads waited for{failovers}", trace.demand_loads)
 }
 
 fn times_line(trace: &Trace) -> String {
@@ -160,12 +164,23 @@ decoder 1  ···█   1
         let finish = Finish { trace: Some(Trace { unpredicted: true, ..Default::default() }), ..Default::default() };
         let block = AnswerReport { model: &model(), finish: &finish, nodes: &[] }.draw(Style::Ascii);
         assert!(block.contains("no hash table: experts were loaded") && block.contains("no timings"), "{block}");
-        let trace = Trace { mode: RoutingMode::Hash.into(), unpredicted: true, ..Default::default() };
+        for mode in [RoutingMode::Guided, RoutingMode::Hash] {
+            let trace = Trace { mode: mode.into(), unpredicted: true, ..Default::default() };
+            let finish = Finish { trace: Some(trace), ..Default::default() };
+            let block = AnswerReport { model: &model(), finish: &finish, nodes: &[] }.draw(Style::Ascii);
+            assert!(
+                block.contains("the trained router chose experts"),
+                "who asked for mode {mode:?} was answered otherwise: {block}"
+            );
+        }
+    }
+
+    #[test]
+    fn of_a_guided_answer() {
+        // Broken: a person would not see how far an answer may be from the model's own.
+        let trace = Trace { mode: RoutingMode::Guided.into(), hash_hits: 5, rerouted: 2, ..Default::default() };
         let finish = Finish { trace: Some(trace), ..Default::default() };
         let block = AnswerReport { model: &model(), finish: &finish, nodes: &[] }.draw(Style::Ascii);
-        assert!(
-            block.contains("the trained router chose experts"),
-            "who asked for mode hash was answered otherwise: {block}"
-        );
+        assert!(block.contains(" · 2 rerouted to planned experts · 0 loads"), "{block}");
     }
 }

@@ -238,6 +238,7 @@ fn text_or_tokens(prompt: Prompt) -> (String, Vec<u32>) {
 fn routing_options(mode: RoutingMode) -> v1::RoutingOptions {
     let (mode, alpha) = match mode {
         RoutingMode::Exact => (v1::RoutingMode::Exact, v1::AlphaSource::Unspecified),
+        RoutingMode::Guided => (v1::RoutingMode::Guided, v1::AlphaSource::Unspecified),
         RoutingMode::Hash { alpha: Alpha::Router } => (v1::RoutingMode::Hash, v1::AlphaSource::Router),
         RoutingMode::Hash { alpha: Alpha::Predicted } => (v1::RoutingMode::Hash, v1::AlphaSource::Predicted),
     };

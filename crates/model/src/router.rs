@@ -27,17 +27,33 @@ pub fn routes(top_k: usize, is_normalised: bool, probabilities: &[f32], num_expe
         Routes { top_k, experts: Vec::with_capacity(tokens * top_k), weights: Vec::with_capacity(tokens * top_k) };
     for row in probabilities.chunks_exact(num_experts.max(1)) {
         let first = routes.experts.len();
-        for _ in 0..top_k {
-            let taken = &routes.experts[first..];
-            let best = most_probable(row, |expert| taken.contains(&Some(expert)));
-            routes.experts.push(Some(best));
-            routes.weights.push(row[usize::from(best.0)]);
-        }
+        routes.experts.resize(first + top_k, None);
+        routes.weights.resize(first + top_k, 0.0);
+        choose_among(row, |_| true, &mut routes.experts[first..], &mut routes.weights[first..]);
         if is_normalised {
             normalise(&mut routes.weights[first..]);
         }
     }
     routes
+}
+
+/// Chooses the experts of one token by its `probabilities`, as [`routes`] does, but among those that `permits`
+/// allows. Where those are fewer than are to be chosen, the most probable of the others come behind them.
+/// The weights are the probabilities of the chosen, over all experts.
+pub fn choose_among(
+    probabilities: &[f32],
+    permits: impl Fn(ExpertId) -> bool,
+    experts: &mut [Option<ExpertId>],
+    weights: &mut [f32],
+) {
+    for (at, weight) in weights.iter_mut().enumerate() {
+        let (taken, free) = experts.split_at_mut(at);
+        let is_free = |expert| !taken.contains(&Some(expert));
+        let best = most_probable(probabilities, |expert| is_free(expert) && permits(expert))
+            .or_else(|| most_probable(probabilities, is_free));
+        free[0] = best;
+        *weight = best.map_or(0.0, |best| probabilities[usize::from(best.0)]);
+    }
 }
 
 /// The weights of a row's experts, divided by their sum.
@@ -46,15 +62,16 @@ pub fn normalise(weights: &mut [f32]) {
     weights.iter_mut().for_each(|weight| *weight /= sum);
 }
 
-fn most_probable(row: &[f32], is_taken: impl Fn(ExpertId) -> bool) -> ExpertId {
-    let mut best: Option<(usize, f32)> = None;
+/// The most probable expert that `may_be` chosen, the lowest of equal ones. `None`: no expert may be.
+fn most_probable(row: &[f32], may_be: impl Fn(ExpertId) -> bool) -> Option<ExpertId> {
+    let mut best: Option<(ExpertId, f32)> = None;
     for (expert, &probability) in row.iter().enumerate() {
-        let better = best.is_none_or(|(_, most)| probability > most);
-        if better && !is_taken(ExpertId(expert as u16)) {
+        let expert = ExpertId(expert as u16);
+        if best.is_none_or(|(_, most)| probability > most) && may_be(expert) {
             best = Some((expert, probability));
         }
     }
-    ExpertId(best.map_or(0, |(expert, _)| expert) as u16)
+    best.map(|(expert, _)| expert)
 }
 
 /// Drops what is beyond an expert's capacity: the first `capacity` tokens of each sequence that chose an expert
@@ -78,6 +95,10 @@ pub fn enforce_capacity(routes: &mut Routes, spans: &Spans, capacity: usize) {
 
 #[cfg(test)]
 mod tests {
+    use std::cmp::Reverse;
+
+    use proptest::prelude::*;
+
     use super::*;
 
     fn ids(routes: &Routes) -> Vec<Option<u16>> {
@@ -96,6 +117,60 @@ mod tests {
         assert_eq!(routes(2, true, &[0.5, 0.25, 0.25], 3).weights, [0.5 / 0.75, 0.25 / 0.75]);
         let nan = routes(2, false, &[f32::NAN; 3], 3);
         assert_eq!(ids(&nan), [Some(0), Some(1)]);
+    }
+
+    fn chosen(probabilities: &[f32], permitted: &[u16], top_k: usize) -> (Vec<u16>, Vec<f32>) {
+        let (mut experts, mut weights) = (vec![None; top_k], vec![0.0; top_k]);
+        choose_among(probabilities, |expert| permitted.contains(&expert.0), &mut experts, &mut weights);
+        (experts.into_iter().map(|expert| expert.expect("one is chosen").0).collect(), weights)
+    }
+
+    #[test]
+    fn the_best_of_those_that_are_permitted() {
+        // Would break: a guided token goes to an expert that nobody planned, or is scaled as if there were no others.
+        let row = [0.1, 0.4, 0.2, 0.3];
+        assert_eq!(chosen(&row, &[0, 2, 3], 1), (vec![3], vec![0.3]));
+        assert_eq!(chosen(&row, &[0], 1), (vec![0], vec![0.1]));
+        assert_eq!(chosen(&row, &[0, 2, 3], 2), (vec![3, 2], vec![0.3, 0.2]));
+        // Would break: of two equal ones another is taken than the router takes.
+        assert_eq!(chosen(&[0.1, 0.3, 0.3, 0.3], &[2, 3], 1), (vec![2], vec![0.3]));
+        // Would break: a token gets fewer experts than the model gives it, because a plan is too short.
+        assert_eq!(chosen(&row, &[0], 3), (vec![0, 1, 3], vec![0.1, 0.4, 0.3]));
+        assert_eq!(chosen(&row, &[], 1), (vec![1], vec![0.4]));
+        // Would break: what is not a number leaves the permitted ones.
+        assert_eq!(chosen(&[f32::NAN; 4], &[2, 3], 1).0, [2]);
+    }
+
+    proptest! {
+        #[test]
+        fn never_an_expert_outside(
+            row in prop::collection::vec((0..6_u8).prop_map(|tenths| f32::from(tenths) / 10.0), 1..9),
+            mask in any::<u8>(),
+            top_k in 1_usize..4,
+        ) {
+            // Would break: an expert outside is chosen while one inside is free, one is chosen twice, or a better one inside
+            // is passed over. Probabilities of few values make many equal.
+            let all: Vec<u16> = (0..row.len() as u16).collect();
+            let permitted: Vec<u16> = all.iter().copied().filter(|expert| mask >> expert & 1 == 1).collect();
+            let top_k = top_k.min(row.len());
+            let (experts, weights) = chosen(&row, &permitted, top_k);
+            let mut expected = all.clone();
+            let outside_then_unlikely = |expert: &u16| (!permitted.contains(expert), Reverse(tenths(row[usize::from(*expert)])));
+            expected.sort_by_key(outside_then_unlikely);
+            expected.truncate(top_k);
+            prop_assert_eq!(&experts, &expected);
+            let probabilities: Vec<f32> = experts.iter().map(|&expert| row[usize::from(expert)]).collect();
+            prop_assert_eq!(weights, probabilities);
+            // All permitted: the router's own choice.
+            let own = routes(top_k, false, &row, row.len());
+            let (experts, weights) = chosen(&row, &all, top_k);
+            prop_assert_eq!(experts.into_iter().map(Some).collect::<Vec<_>>(), ids(&own));
+            prop_assert_eq!(weights, own.weights);
+        }
+    }
+
+    fn tenths(probability: f32) -> u8 {
+        (probability * 10.0).round() as u8
     }
 
     /// Tokens would be dropped for what other sequences chose, or the wrong ones would be.

@@ -4,9 +4,9 @@
 //! Invariant: no clock, no network, no threads, no files, no tensor library. What is decided comes from
 //! here; what is done comes from the nodes.
 //!
-//! In reading order: [`ids`], [`hash_table`], [`plan`], [`routes`], [`grouping`], [`placement`],
-//! [`membership`], [`failover`], [`dispatch`], [`residency`], [`admission`], [`fairness`], [`gathering`],
-//! [`micro_batches`].
+//! In reading order: [`ids`], [`hash_table`], [`plan`], [`permitted`], [`routes`], [`grouping`],
+//! [`placement`], [`membership`], [`failover`], [`dispatch`], [`residency`], [`admission`], [`fairness`],
+//! [`gathering`], [`micro_batches`].
 
 pub mod admission;
 pub mod dispatch;
@@ -19,6 +19,7 @@ pub mod ids;
 pub mod membership;
 pub mod micro_batches;
 pub mod pace;
+pub mod permitted;
 pub mod placement;
 pub mod plan;
 pub mod prefill;
@@ -28,6 +29,7 @@ pub mod routes;
 pub use grouping::{Group, Grouping, PlacedGroup};
 pub use hash_table::{HashTable, HashTableError};
 pub use ids::{Digest, ExpertId, ExpertKey, LayerId, NodeId};
+pub use permitted::Permitted;
 pub use placement::{Candidate, Demand, Extent, Placement, PlacementError, Policy};
 pub use plan::{Plan, PlanId};
 pub use routes::Routes;

@@ -31,15 +31,17 @@ struct Want {
 }
 
 impl Plan {
-    /// The distinct experts that `tables` (one per sequence of the batch) predict for the batch, layer by
-    /// layer, the most wanted first: with `depth` 1 only each token's likeliest, and so on up to the table's k.
-    pub fn from_tables(id: PlanId, tables: &[&HashTable], depth: usize) -> Self {
+    /// The distinct experts that `tables` (one per sequence of the batch, with its depth) predict for the batch,
+    /// layer by layer, the most wanted first. With a depth of 1 it is only each token's likeliest, and so on up to
+    /// the table's k.
+    pub fn from_tables(id: PlanId, tables: &[(&HashTable, usize)]) -> Self {
         let mut experts = Vec::new();
-        let experts_max = tables.iter().flat_map(|t| t.all_experts()).map(|e| usize::from(e.0) + 1).max().unwrap_or(0);
-        let layers: BTreeSet<LayerId> = tables.iter().flat_map(|t| t.layers()).collect();
+        let all = tables.iter().flat_map(|(table, _)| table.all_experts());
+        let experts_max = all.map(|expert| usize::from(expert.0) + 1).max().unwrap_or(0);
+        let layers: BTreeSet<LayerId> = tables.iter().flat_map(|(table, _)| table.layers()).collect();
         for layer in layers {
             let mut wants = vec![Want { rank: usize::MAX, rows: 0 }; experts_max];
-            for table in tables.iter().filter(|t| t.layers().any(|l| l == layer)) {
+            for &(table, depth) in tables.iter().filter(|(table, _)| table.layers().any(|l| l == layer)) {
                 for token in 0..table.shape().tokens {
                     for (rank, expert) in table.experts(layer, token).iter().take(depth).enumerate() {
                         let want = &mut wants[usize::from(expert.0)];
@@ -73,10 +75,14 @@ mod tests {
         let a = table(0, 2, &[5, 1, 5, 2, 7, 5, 3, 7]);
         let b = table(0, 2, &[1, 5, 3, 9]);
         let keys = |plan: &Plan| -> Vec<_> { plan.experts.iter().map(|k| (k.layer.0, k.expert.0)).collect() };
-        let firsts = Plan::from_tables(PlanId(1), &[&a, &b], 1);
+        let firsts = Plan::from_tables(PlanId(1), &[(&a, 1), (&b, 1)]);
         assert_eq!(keys(&firsts), [(0, 5), (0, 1), (1, 3), (1, 7)]);
-        let both = Plan::from_tables(PlanId(1), &[&a, &b], 2);
+        let both = Plan::from_tables(PlanId(1), &[(&a, 2), (&b, 2)]);
         assert_eq!(keys(&both), [(0, 5), (0, 1), (0, 2), (1, 3), (1, 7), (1, 5), (1, 9)]);
+        // Would break: a sequence whose whole table is planned is planned no deeper than those beside it.
+        let one = Plan::from_tables(PlanId(1), &[(&a, 1), (&b, 2)]);
+        assert_eq!(keys(&one), [(0, 5), (0, 1), (1, 3), (1, 7), (1, 9)]);
+        assert_eq!(Plan::from_tables(PlanId(1), &[(&a, usize::MAX), (&b, usize::MAX)]), both);
     }
 
     /// Sequences that are encoded would be hinted as if they were decoded too, or a batch of both would end a node.
@@ -84,7 +90,8 @@ mod tests {
     fn a_table_speaks_of_its_own_layers_only() {
         let (encoder, decoder) = (table(0, 1, &[5, 1]), table(1, 1, &[4, 2]));
         let keys = |tables: &[&HashTable]| -> Vec<_> {
-            Plan::from_tables(PlanId(1), tables, 2).experts.iter().map(|k| (k.layer.0, k.expert.0)).collect()
+            let tables: Vec<_> = tables.iter().map(|&table| (table, 2)).collect();
+            Plan::from_tables(PlanId(1), &tables).experts.iter().map(|k| (k.layer.0, k.expert.0)).collect()
         };
         assert_eq!(keys(&[&encoder, &decoder]), [(0, 5), (0, 1), (1, 4), (1, 2)]);
         assert_eq!(keys(&[&decoder]), [(1, 4), (1, 2)]);

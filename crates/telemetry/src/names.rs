@@ -154,6 +154,7 @@ catalogue! {
     PHASE_DURATION_SECONDS = "sida_phase_duration_seconds", histogram(WORK), [PHASE], Seconds, Coordinator, "One step in each phase: predict (waiting for a prediction), load (waiting for experts), backbone, experts, output.";
     HASH_PREDICTIONS_TOTAL = "sida_hash_predictions_total", counter, [LAYER, OUTCOME], Count, Coordinator, "Routed experts that were the hash table's first choice (outcome = top1), another of its k (hit), or none (miss).";
     PREDICTIONS_MISSING_TOTAL = "sida_predictions_missing_total", counter, [], Count, Coordinator, "Sequences of a step that ran without a hash table, since no predictor answered.";
+    REROUTED_EXPERTS_TOTAL = "sida_rerouted_experts_total", counter, [], Count, Coordinator, "Experts of tokens in mode guided that the router would not have chosen, had it been free.";
     ROUTED_ROWS_TOTAL = "sida_routed_rows_total", counter, [LAYER, EXPERT], Count, Coordinator, "Rows that each expert was given; only for models of at most 4,096 experts in all layers.";
     MODEL_EXPERT_BYTES = "sida_model_expert_bytes", gauge, [], Bytes, Coordinator, "What all experts of the model would take if they were resident at once.";
     DISPATCH_DURATION_SECONDS = "sida_dispatch_duration_seconds", histogram(WORK), [NODE], Seconds, Coordinator, "One call to an expert-node, as the coordinator sees it.";

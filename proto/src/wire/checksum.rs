@@ -1,7 +1,7 @@
 //! A checksum over calls and their answers. Made and read by [`super::call`] and [`super::predict`], on both sides.
 //!
 //! A wrong bit in a row is a wrong token that nobody would ever notice: it decodes. (So is one in a prediction, where that
-//! decides: mode `hash`.) TCP's own sum misses about
+//! decides: modes `guided` and `hash`.) TCP's own sum misses about
 //! one damaged segment in 65,536, and what changes a message in a proxy or in memory it does not see at all;
 //! TLS would, but clusters run without it. CRC-32 takes about a tenth of a nanosecond per byte.
 //!

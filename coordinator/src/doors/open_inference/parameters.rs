@@ -106,6 +106,8 @@ mod tests {
         assert_eq!((sampling.temperature, sampling.top_k, sampling.seed), (Some(0.25), Some(4), Some(3)));
         assert_eq!(asked.stop, ["7"]);
         assert_eq!(asked.routing, RoutingMode::Hash { alpha: Alpha::Router });
+        let guided = generation(&read(HashMap::new(), Some(r#"{"routing_mode": "guided"}"#)).expect("served"), "text");
+        assert_eq!(guided.routing, RoutingMode::Guided);
     }
 
     #[test]
@@ -117,7 +119,7 @@ mod tests {
             (r#"{"priority": "high"}"#, "priority"),
             (r#"{"max_tokens": -1}"#, "max_tokens"),
             (r#"{"max_tokens": 1e99}"#, "max_tokens"),
-            (r#"{"routing_mode": "guided"}"#, "routing.mode"),
+            (r#"{"routing_mode": "fast"}"#, "routing.mode"),
             (r#"{"temperature": "warm"}"#, "temperature"),
             ("[]", "sampling_parameters"),
             ("{", "sampling_parameters"),

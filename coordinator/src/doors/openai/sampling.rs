@@ -132,8 +132,9 @@ pub(crate) fn routing(fields: &mut Fields) -> Result<RoutingMode, ApiError> {
     };
     match mode.as_deref() {
         None | Some("exact") => Ok(RoutingMode::Exact),
+        Some("guided") => Ok(RoutingMode::Guided),
         Some("hash") => Ok(RoutingMode::Hash { alpha }),
-        Some(other) => Err(ApiError::field("routing.mode", other, "exact or hash")),
+        Some(other) => Err(ApiError::field("routing.mode", other, "exact, guided or hash")),
     }
 }
 
@@ -199,6 +200,7 @@ mod tests {
             (json!({"logit_bias": {"a": 1}}), "logit_bias"),
             (json!({"logit_bias": [1]}), "logit_bias"),
             (json!({"routing": {"mode": "fast"}}), "routing.mode"),
+            (json!({"routing": {"mode": "Guided"}}), "routing.mode"),
             (json!({"routing": {"alpha": "none"}}), "routing.alpha"),
             (json!({"routing": {"beta": 1}}), "routing.beta"),
             (json!({"routing": "hash"}), "routing"),

@@ -18,6 +18,7 @@ pub(crate) struct Usage {
     mode: RoutingMode,
     unpredicted: bool,
     hash: HashCounts,
+    rerouted: u64,
     demand_loads: u64,
     failovers: u64,
     timings: Timings,
@@ -29,6 +30,7 @@ impl Usage {
         self.mode = trace.mode;
         self.unpredicted |= trace.unpredicted;
         self.hash.add(trace.hash);
+        self.rerouted += trace.rerouted;
         self.demand_loads += trace.demand_loads;
         self.failovers += trace.failovers;
         let (all, one) = (self.timings, trace.timings);
@@ -60,6 +62,7 @@ impl Usage {
     fn on_the_way(&self) -> Value {
         let (mode, alpha) = match self.mode {
             RoutingMode::Exact => ("exact", None),
+            RoutingMode::Guided => ("guided", None),
             RoutingMode::Hash { alpha } => ("hash", Some(alpha_name(alpha))),
         };
         let microseconds = |duration: Duration| u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
@@ -69,6 +72,7 @@ impl Usage {
             "hash_hits": self.hash.hits,
             "hash_top1_hits": self.hash.top1_hits,
             "hash_misses": self.hash.misses,
+            "rerouted": self.rerouted,
             "demand_loads": self.demand_loads,
             "failovers": self.failovers,
             "timings_us": {

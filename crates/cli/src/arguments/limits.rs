@@ -39,7 +39,7 @@ pub(crate) struct LimitArguments {
     /// How long a request may take whose caller gives no deadline [default: as long as it takes]
     #[arg(long, value_name = "TIME", value_parser = time_span::parse)]
     request_timeout: Option<Duration>,
-    /// Predicted experts per token and layer that are loaded ahead; 0: none
+    /// Predicted experts per token and layer that are loaded ahead, 0: none; in mode guided all that are predicted
     #[arg(long, value_name = "K", default_value_t = 1)]
     preload_depth: usize,
     /// Drop tokens beyond an expert's capacity, per sequence, as transformers does

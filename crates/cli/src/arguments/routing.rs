@@ -19,6 +19,8 @@ pub(crate) struct RoutingArguments {
 enum Mode {
     /// The trained router: the model's own output
     Exact,
+    /// The trained router, among the predicted experts: nearly the model's own output
+    Guided,
     /// The predicted expert: approximate
     Hash,
 }
@@ -40,6 +42,7 @@ impl From<RoutingArguments> for RoutingMode {
         };
         match arguments.mode {
             Mode::Exact => Self::Exact,
+            Mode::Guided => Self::Guided,
             Mode::Hash => Self::Hash { alpha },
         }
     }

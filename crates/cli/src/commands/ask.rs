@@ -207,6 +207,7 @@ fn as_json(answer: &Answer, model: &ModelFacts, report: &AnswerReport<'_>, ready
         "hash_hits": trace.hash_hits,
         "hash_top1_hits": trace.hash_top1_hits,
         "hash_misses": trace.hash_misses,
+        "rerouted": trace.rerouted,
         "demand_loads": trace.demand_loads,
         "failovers": trace.failovers,
         "experts_touched": trace.layers.iter().map(|used| used.experts.len()).sum::<usize>(),

@@ -107,6 +107,7 @@ fn body(method: Method, model: &str, text: &str, params: &GenerateParams) -> Val
 fn routing(mode: RoutingMode) -> Option<Value> {
     match mode {
         RoutingMode::Exact => None,
+        RoutingMode::Guided => Some(json!({"mode": "guided"})),
         RoutingMode::Hash { alpha: Alpha::Router } => Some(json!({"mode": "hash", "alpha": "router"})),
         RoutingMode::Hash { alpha: Alpha::Predicted } => Some(json!({"mode": "hash", "alpha": "predicted"})),
     }

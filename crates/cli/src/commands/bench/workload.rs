@@ -153,7 +153,7 @@ impl Workload {
         if let Some(instead) = routed_instead(&trace)
             && !self.is_told.swap(true, Ordering::Relaxed)
         {
-            tracing::warn!("what is measured is not mode hash: {instead}");
+            tracing::warn!("what is measured is not the mode that was asked for: {instead}");
         }
         let timings = trace.timings.unwrap_or_default();
         let forward = Duration::from_micros(timings.backbone_us + timings.experts_us + timings.load_us);
