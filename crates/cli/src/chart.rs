@@ -1,4 +1,4 @@
-//! Draws one chart as SVG, which a page can hold as it is. What is drawn is decided by [`super::plots`].
+//! Draws one chart as SVG, which a page can hold as it is. What is drawn is decided by the `plots` of `bench` and of `eval`.
 
 use plotters::{coord::Shift, prelude::*, style::Color as _};
 use thiserror::Error;
@@ -35,7 +35,7 @@ pub(crate) enum Scale {
 
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Series {
-    pub(crate) name: &'static str,
+    pub(crate) name: String,
     pub(crate) mark: Mark,
     pub(crate) color: Color,
     /// By x, finite.
@@ -111,7 +111,7 @@ impl Chart {
                 )?,
             };
             drawn
-                .label(series.name)
+                .label(series.name.clone())
                 .legend(move |(x, y)| Rectangle::new([(x, y - 4), (x + 12, y + 4)], color.filled()));
         }
         let position = SeriesLabelPosition::UpperLeft;
@@ -163,7 +163,7 @@ mod tests {
 
     fn chart(points: Vec<(f64, f64)>) -> Chart {
         let axis = |scale| Axis { name: "seconds", scale };
-        let series = |mark| Series { name: "p50 <ms>", mark, color: Color::Blue, points: points.clone() };
+        let series = |mark| Series { name: "p50 <ms>".into(), mark, color: Color::Blue, points: points.clone() };
         let series = [Mark::Line, Mark::Dots, Mark::Bars(0.5)].map(series).to_vec();
         Chart { title: "a & b".into(), x: axis(Scale::Linear), y: axis(Scale::Linear), series }
     }
