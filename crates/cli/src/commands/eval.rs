@@ -96,6 +96,7 @@ pub(crate) fn run(arguments: EvalArguments) -> anyhow::Result<ExitCode> {
     check(&arguments)?;
     let task = arguments.task.task()?;
     let examples = arguments.task.examples(&task)?;
+    check_model(&arguments.model)?;
     // Before anything is measured, so that a wrong path is not found out after it.
     let page = arguments.report.as_deref().map(Page::at).transpose()?;
     arguments.model.start_threads()?;
@@ -125,6 +126,17 @@ fn check(arguments: &EvalArguments) -> Result<(), BadConfiguration> {
         Some(_) => refused("--batches names 0, expected 1 or more".to_owned()),
         None => Ok(()),
     }
+}
+
+/// Refuses a model of which there is nothing to tell, before any of it is loaded.
+fn check_model(model: &ModelArguments) -> anyhow::Result<()> {
+    let checkpoint = model.open()?;
+    if checkpoint.config().moe_layer_count() > 0 {
+        return Ok(());
+    }
+    let name = checkpoint.name();
+    Err(BadConfiguration::new(format!("model {name} has no MoE layers, so that there are no experts to tell of"))
+        .into())
 }
 
 fn print(arguments: &EvalArguments, evaluation: &Evaluation, parameters: &Value) -> anyhow::Result<()> {
@@ -263,12 +275,6 @@ impl Evaluating<'_> {
 async fn moe_layers(coordinator: &Coordinator, client: &CoordinatorClient) -> anyhow::Result<MoeLayers> {
     let config = coordinator.checkpoint().config();
     let experts = config.moe_layer_count() * config.num_experts;
-    if experts == 0 {
-        let name = coordinator.checkpoint().name();
-        return Err(
-            BadConfiguration::new(format!("model {name} has no MoE layers: there are no experts to tell of")).into()
-        );
-    }
     Ok(MoeLayers::of(config, client.model().await?.experts_bytes / experts as u64))
 }
 

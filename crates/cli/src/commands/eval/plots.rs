@@ -48,13 +48,13 @@ fn by_batch(rows: &[MemoryRow], point: impl Fn(&MemoryRow) -> (f64, f64)) -> Vec
     let planned = |batch| rows.iter().filter(move |row| row.batch == batch && depths(rows).contains(&row.depth));
     let name = |batch: &usize| if *batch == 1 { "one example".to_owned() } else { format!("batches of {batch}") };
     let lines = batches.iter().zip(COLORS.iter().cycle());
-    lines.flat_map(|(batch, &color)| line(name(batch), color, planned(*batch).map(&point).collect())).collect()
+    lines.map(|(batch, &color)| line(name(batch), color, planned(*batch).map(&point).collect())).collect()
 }
 
 fn throughput(evaluation: &Evaluation) -> Chart {
     let mut modes: Vec<&str> = evaluation.modes.iter().map(|mode| mode.mode).collect();
     modes.dedup();
-    let series = modes.iter().zip(COLORS.iter().cycle()).flat_map(|(&name, &color)| {
+    let series = modes.iter().zip(COLORS.iter().cycle()).map(|(&name, &color)| {
         let of_mode = evaluation.budgets.iter().flat_map(|budget| {
             let of_mode = budget.modes.iter().filter(|of| of.mode == name);
             of_mode.map(|of| (100.0 * budget.share, of.examples_per_s))
@@ -71,10 +71,9 @@ fn throughput(evaluation: &Evaluation) -> Chart {
     }
 }
 
-/// A line and its points, of which there may be a single one.
-fn line(name: String, color: Color, points: Vec<(f64, f64)>) -> [Series; 2] {
-    let dots = Series { name: name.clone(), mark: Mark::Dots, color, points: points.clone() };
-    [Series { name, mark: Mark::Line, color, points }, dots]
+/// A line through points, of which there may be a single one.
+fn line(name: String, color: Color, points: Vec<(f64, f64)>) -> Series {
+    Series { name, mark: Mark::Joined, color, points }
 }
 
 #[cfg(test)]
@@ -93,13 +92,13 @@ mod tests {
             ["Memory saved against set recall, encoder", "Set recall against what is planned, encoder"]
         );
         let points = |chart: usize, name: &str| {
-            let series = charts[chart].series.iter().find(|series| series.name == name && series.mark == Mark::Line);
+            let series = charts[chart].series.iter().find(|series| series.name == name);
             series.unwrap().points.clone()
         };
         assert_eq!(points(0, "one example"), [(50.0, 50.0), (50.0, 25.0)]);
         assert_eq!(points(1, "batches of 2"), [(0.5, 50.0), (1.0, 50.0)]);
         assert_eq!(points(6, "exact"), [(50.0, 4.0), (100.0, 4.0)]);
-        assert_eq!(charts[6].series.iter().filter(|series| !series.points.is_empty()).count(), 4);
+        assert_eq!(charts[6].series.iter().filter(|series| !series.points.is_empty()).count(), 2);
         assert!(charts.iter().all(|chart| chart.svg().is_ok()));
     }
 }
