@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 
 use crate::{
     bad_configuration::BadConfiguration,
-    commands::eval::record::{Place, Record},
+    commands::eval::record::{EXAMPLES_MAX, Place, Record},
     text_file,
 };
 
@@ -44,7 +44,11 @@ fn records(file: &str, content: &str, paths: &[&str], most: usize) -> Result<Vec
             Some(names) => row(&place, names, line)?,
             None => object(&place, line)?,
         };
-        records.extend(Record::expand(place, object, paths));
+        records.extend(Record::expand(place, object, paths)?);
+        if records.len().min(most) > EXAMPLES_MAX {
+            let message = format!("{file} has more than {EXAMPLES_MAX} examples: ask for fewer by --examples");
+            return Err(BadConfiguration::new(message));
+        }
     }
     records.truncate(most);
     if records.is_empty() {

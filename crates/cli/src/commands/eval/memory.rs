@@ -117,7 +117,7 @@ impl Sets {
     }
 }
 
-/// The rows of some layers and depth, by size of batch.
+/// Depths of the plans that rows tell of.
 pub(crate) fn depths(rows: &[MemoryRow]) -> Range<usize> {
     1..rows.iter().map(|row| row.depth + 1).max().unwrap_or(1)
 }

@@ -10,6 +10,9 @@ use serde_json::{Map, Value};
 
 use crate::bad_configuration::BadConfiguration;
 
+/// More examples than this are a mistake: their answers would not fit beside the model.
+pub(crate) const EXAMPLES_MAX: usize = 1 << 20;
+
 /// Where something stands in the data.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Place {
@@ -48,29 +51,39 @@ impl Place {
 
 impl Record {
     /// The examples of an object: one, or one for each item of the lists that `paths` lead through, in the order of the file.
-    pub(crate) fn expand(place: Place, object: Map<String, Value>, paths: &[&str]) -> Vec<Self> {
-        let mut records = vec![Self { place, object: Arc::new(object), items: BTreeMap::new() }];
-        for path in paths {
-            for (at, _) in path.match_indices('.') {
-                records = records.into_iter().flat_map(|record| record.of_items(&path[..at])).collect();
+    pub(crate) fn expand(
+        place: Place,
+        object: Map<String, Value>,
+        paths: &[&str],
+    ) -> Result<Vec<Self>, BadConfiguration> {
+        let first = Self { place: place.clone(), object: Arc::new(object), items: BTreeMap::new() };
+        let mut records = vec![first];
+        let lists = paths.iter().flat_map(|path| path.match_indices('.').map(|(at, _)| &path[..at]));
+        for list in lists {
+            let examples = records.iter().map(|record| record.items_of(list).unwrap_or(1)).sum::<usize>();
+            if examples > EXAMPLES_MAX {
+                return Err(place.refuse(list, format!("{examples} examples"), format!("{EXAMPLES_MAX} at most")));
             }
+            records = records.into_iter().flat_map(|record| record.each_of(list)).collect();
         }
-        records
+        Ok(records)
     }
 
-    /// A record for each item of a list that is not chosen from yet; this one where there is none.
-    fn of_items(self, path: &str) -> Vec<Self> {
-        match self.find(path) {
-            Some(Value::Array(list)) => {
-                let chosen = |item| {
-                    let mut record = self.clone();
-                    record.items.insert(path.to_owned(), item);
-                    record
-                };
-                (0..list.len()).map(chosen).collect()
-            }
-            _ => vec![self],
-        }
+    /// How many items a list has that is not chosen from yet; `None` where there is no such list.
+    fn items_of(&self, path: &str) -> Option<usize> {
+        let is_chosen = self.items.contains_key(path);
+        self.find(path).filter(|_| !is_chosen)?.as_array().map(Vec::len)
+    }
+
+    /// A record for each item of such a list; this one where there is none.
+    fn each_of(self, path: &str) -> Vec<Self> {
+        let Some(items) = self.items_of(path) else { return vec![self] };
+        let chosen = |item| {
+            let mut record = self.clone();
+            record.items.insert(path.to_owned(), item);
+            record
+        };
+        (0..items).map(chosen).collect()
     }
 
     /// What a path leads to. A field that is called like the whole path goes before the path.
@@ -153,7 +166,7 @@ pub(crate) mod tests {
     pub(crate) fn expand(value: Value, paths: &[&str]) -> Vec<Record> {
         let place = Place { file: "data.jsonl".into(), line: 3 };
         let Value::Object(object) = value else { panic!("no object") };
-        Record::expand(place, object, paths)
+        Record::expand(place, object, paths).unwrap()
     }
 
     #[test]
@@ -180,6 +193,16 @@ pub(crate) mod tests {
         assert_eq!(records[0].texts("a.b").unwrap(), ["x", "y"]);
         assert_eq!(records[0].text("t").unwrap(), "true");
         assert!(records[0].has("t") && !records[0].has("n") && !records[0].has("a"));
+    }
+
+    #[test]
+    fn lists_of_lists_are_bounded() {
+        // Would break: a small file whose lists multiply takes all memory.
+        let list: Vec<_> = (0..1500).map(|number| json!({"t": number})).collect();
+        let Value::Object(object) = json!({"a": list, "b": list}) else { panic!("no object") };
+        let place = Place { file: "data.jsonl".into(), line: 3 };
+        let refused = Record::expand(place, object, &["a.t", "b.t"]).unwrap_err().to_string();
+        assert_eq!(refused, "data.jsonl line 3, field b: found 2250000 examples, expected 1048576 at most");
     }
 
     #[test]
