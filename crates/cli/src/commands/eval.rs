@@ -2,14 +2,15 @@
 //! Everything is asked as users ask it, of a cluster in this process.
 //!
 //! In reading order. What is asked: [`template`], [`record`], [`data_file`], [`span_corruption`], [`task`]. How: [`modes`],
-//! [`ask`]. What comes of it: [`answered`], [`moe_layers`], [`quality`], [`hit_rates`], [`memory`], [`evaluation`]. How it is
-//! told: [`report`], and as a page [`plots`], [`page`].
+//! [`ask`]. What comes of it: [`answered`], [`moe_layers`], [`quality`], [`hit_rates`], [`memory`], [`lengths`],
+//! [`evaluation`]. How it is told: [`report`], and as a page [`plots`], [`page`].
 
 mod answered;
 mod ask;
 mod data_file;
 mod evaluation;
 mod hit_rates;
+mod lengths;
 mod memory;
 mod modes;
 mod moe_layers;

@@ -8,6 +8,8 @@ use sida_coordinator::{HashCounts, Scores};
 /// An example's answer.
 #[derive(Clone, Debug)]
 pub(crate) struct Answered {
+    /// Tokens of the prompt.
+    pub(crate) prompt_tokens: usize,
     /// One per target.
     pub(crate) scores: Vec<Score>,
     /// Whether a part of it had no hash table.
@@ -47,10 +49,9 @@ impl Answered {
         };
         (0..self.scores.len()).fold(0, better)
     }
-}
 
-impl From<Scores> for Answered {
-    fn from(Scores { targets, trace }: Scores) -> Self {
+    /// Of what the coordinator answered to a prompt of so many tokens.
+    pub(crate) fn of(prompt_tokens: usize, Scores { targets, trace }: Scores) -> Self {
         let scores =
             targets.iter().map(|target| Score { log_likelihood: target.log_likelihood.into(), tokens: target.tokens });
         let layers = trace.experts.layers().zip(trace.hash_layers.counts()).map(|((layer, used), counts)| Layer {
@@ -59,6 +60,7 @@ impl From<Scores> for Answered {
             named: trace.hash_layers.named(layer).map(|(expert, place)| (expert.0, place)).collect(),
         });
         Self {
+            prompt_tokens,
             scores: scores.collect(),
             unpredicted: trace.unpredicted,
             total: trace.timings.total,
@@ -76,7 +78,14 @@ pub(crate) mod tests {
     pub(crate) fn answered(log_likelihoods: &[f64]) -> Answered {
         let score = |&log_likelihood: &f64| Score { log_likelihood, tokens: 2 };
         let scores = log_likelihoods.iter().map(score).collect();
-        Answered { scores, unpredicted: false, total: Duration::ZERO, load: Duration::ZERO, layers: Vec::new() }
+        Answered {
+            prompt_tokens: 1,
+            scores,
+            unpredicted: false,
+            total: Duration::ZERO,
+            load: Duration::ZERO,
+            layers: Vec::new(),
+        }
     }
 
     #[test]

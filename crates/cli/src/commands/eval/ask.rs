@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use futures::{StreamExt, TryStreamExt, stream};
-use sida_coordinator::{Coordinator, Prompt, PromptTokens, RequestError, ScoreParams, cut_prompt};
+use sida_coordinator::{Coordinator, PromptTokens, RequestError, ScoreParams, cut_prompt};
 use sida_rpc::{Fault, Reason};
 use tonic::{Code, Status};
 
@@ -15,7 +15,7 @@ use crate::{
 /// An example, ready to be asked.
 pub(crate) struct Question<'e> {
     pub(crate) example: &'e Example,
-    prompt: Prompt,
+    tokens: Vec<u32>,
     /// Tokens that were cut off the prompt.
     pub(crate) cut_tokens: usize,
 }
@@ -28,7 +28,7 @@ pub(crate) enum Asked {
     NotServed(String),
 }
 
-/// Makes questions of examples: where prompts are to be cut, tokens of texts.
+/// Makes questions of examples: tokens of texts, not more than there may be.
 pub(crate) async fn questions<'e>(
     coordinator: &Coordinator,
     examples: &'e [Example],
@@ -37,16 +37,11 @@ pub(crate) async fn questions<'e>(
     let generation = &coordinator.checkpoint().config().generation;
     let mut questions = Vec::with_capacity(examples.len());
     for example in examples {
-        let (prompt, cut_tokens) = match prompt_tokens_max {
-            None => (example.prompt.clone().into(), 0),
-            Some(limit) => {
-                let tokens = coordinator.tokenize(&example.prompt, true).await;
-                let tokens = tokens.map_err(|error| refused(example, error))?;
-                let PromptTokens { ids, truncated } = cut_prompt(tokens, limit, |id| generation.is_end(id));
-                (ids.into(), truncated)
-            }
-        };
-        questions.push(Question { example, prompt, cut_tokens });
+        let tokens = coordinator.tokenize(&example.prompt, true).await;
+        let tokens = tokens.map_err(|error| refused(example, error))?;
+        let PromptTokens { ids, truncated } =
+            cut_prompt(tokens, prompt_tokens_max.unwrap_or(usize::MAX), |id| generation.is_end(id));
+        questions.push(Question { example, tokens: ids, cut_tokens: truncated });
     }
     Ok(questions)
 }
@@ -63,15 +58,20 @@ pub(crate) async fn all<'q>(
     let start = Instant::now();
     let ask = |question: &'q Question<'q>| {
         let params = ScoreParams {
-            prompt: question.prompt.clone(),
+            prompt: question.tokens.clone().into(),
             targets: question.example.wanted.targets(),
             routing: mode.routing,
             ..ScoreParams::default()
         };
-        async move { coordinator.score(params).await.map_err(|error| (question.example, error)) }
+        async move {
+            match coordinator.score(params).await {
+                Ok(scores) => Ok(Answered::of(question.tokens.len(), scores)),
+                Err(error) => Err((question.example, error)),
+            }
+        }
     };
     let answers = stream::iter(questions.iter().map(ask)).buffered(concurrency).inspect_ok(|_| answered());
-    match answers.map_ok(Answered::from).try_collect().await {
+    match answers.try_collect().await {
         Ok(answers) => Ok(Asked::Answers(answers, start.elapsed())),
         Err((_, error)) if is_unserved(&error) => Ok(Asked::NotServed(error.to_string())),
         Err((example, error)) => Err(refused(example, error)),

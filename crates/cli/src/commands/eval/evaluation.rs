@@ -3,12 +3,13 @@
 
 use std::time::Duration;
 
-use serde::{Serialize, Serializer};
+use serde::Serialize;
 
 use crate::{
     commands::eval::{
         answered::Answered,
         hit_rates::{self, HitRate},
+        lengths::{self, LengthRow},
         memory::{self, MemoryRow},
         moe_layers::{GroupName, MoeLayers},
         quality::Quality,
@@ -74,8 +75,8 @@ pub(crate) struct Figures {
     /// Answers of which a part had no hash table.
     pub(crate) unpredicted: usize,
     pub(crate) hit_rates: Vec<HitRate>,
-    #[serde(serialize_with = "with_shares")]
     pub(crate) memory: Vec<MemoryRow>,
+    pub(crate) lengths: Vec<LengthRow>,
 }
 
 /// A budget.
@@ -116,6 +117,7 @@ impl Evaluation {
                 unpredicted: served.answers.iter().filter(|answer| answer.unpredicted).count(),
                 hit_rates: hit_rates::of(&served.answers, layers),
                 memory: memory::of(&served.answers, layers, batches),
+                lengths: lengths::of(&served.answers, layers),
             });
             ModeFigures { mode: run.mode, not_served: run.served.as_ref().err().cloned(), figures }
         };
@@ -153,24 +155,6 @@ fn budget_mode(run: &ModeRun, first: &ModeRun) -> Option<BudgetMode> {
         resident_bytes: served.resident_bytes,
         changed: changed.count(),
     })
-}
-
-/// Rows with what follows from them, so that nobody has to divide.
-fn with_shares<S: Serializer>(rows: &[MemoryRow], serializer: S) -> Result<S::Ok, S::Error> {
-    #[derive(Serialize)]
-    struct Row<'r> {
-        #[serde(flatten)]
-        row: &'r MemoryRow,
-        saved: f64,
-        saved_peak: f64,
-        planned_over_needed: f64,
-    }
-    serializer.collect_seq(rows.iter().map(|row| Row {
-        row,
-        saved: row.saved(),
-        saved_peak: row.saved_peak(),
-        planned_over_needed: row.planned_over_needed(),
-    }))
 }
 
 #[cfg(test)]

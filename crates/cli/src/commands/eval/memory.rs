@@ -33,25 +33,13 @@ pub(crate) struct MemoryRow {
     /// Bytes of both together, on average, and of the batch that has most.
     pub(crate) resident_bytes: f64,
     pub(crate) resident_bytes_peak: u64,
+    /// The share of all experts' bytes that is not resident, on average, and in the batch that has most.
+    pub(crate) saved: f64,
+    pub(crate) saved_peak: f64,
     /// Of the experts that batches needed, the share that was planned.
     pub(crate) set_recall: f64,
-}
-
-impl MemoryRow {
-    /// The share of all experts' bytes that need not be resident, on average.
-    pub(crate) fn saved(&self) -> f64 {
-        1.0 - self.resident_bytes / self.all_bytes as f64
-    }
-
-    /// As [`MemoryRow::saved`], in the batch that has most.
-    pub(crate) fn saved_peak(&self) -> f64 {
-        1.0 - self.resident_bytes_peak as f64 / self.all_bytes as f64
-    }
-
     /// Bytes planned over bytes needed.
-    pub(crate) fn planned_over_needed(&self) -> f64 {
-        self.planned_bytes / self.needed_bytes
-    }
+    pub(crate) planned_over_needed: f64,
 }
 
 /// For each group of layers, size of a batch and depth of a plan. A batch that would not be full is left out, and so is a size
@@ -86,17 +74,22 @@ fn row(answers: &[Answered], layers: &MoeLayers, group: &Group, batch: usize, de
         peak = peak.max(resident);
     }
     let mean = |experts: usize| experts as f64 * layers.expert_bytes as f64 / batches as f64;
+    let (all_bytes, resident_bytes) = (layers.bytes(&group.layers), mean(both));
+    let resident_bytes_peak = peak as u64 * layers.expert_bytes;
     MemoryRow {
         layers: group.name,
         batch,
         depth,
         batches,
-        all_bytes: layers.bytes(&group.layers),
+        all_bytes,
         needed_bytes: mean(needed),
         planned_bytes: mean(planned),
-        resident_bytes: mean(both),
-        resident_bytes_peak: peak as u64 * layers.expert_bytes,
+        resident_bytes,
+        resident_bytes_peak,
+        saved: 1.0 - resident_bytes / all_bytes as f64,
+        saved_peak: 1.0 - resident_bytes_peak as f64 / all_bytes as f64,
         set_recall: foretold as f64 / needed.max(1) as f64,
+        planned_over_needed: planned as f64 / needed.max(1) as f64,
     }
 }
 
@@ -168,12 +161,14 @@ mod tests {
             planned_bytes: 20.0,
             resident_bytes: 20.0,
             resident_bytes_peak: 20,
+            saved: 0.5,
+            saved_peak: 0.5,
             set_recall: 1.0,
+            planned_over_needed: 1.0,
         };
         assert_eq!(row, expected);
-        assert_eq!((row.saved(), row.saved_peak(), row.planned_over_needed()), (0.5, 0.5, 1.0));
         let deeper = found(GroupName::Encoder, 2, 2);
-        assert_eq!((deeper.resident_bytes, deeper.planned_over_needed()), (40.0, 2.0));
+        assert_eq!((deeper.resident_bytes, deeper.saved, deeper.planned_over_needed), (40.0, 0.0, 2.0));
     }
 
     #[test]

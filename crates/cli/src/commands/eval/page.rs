@@ -70,7 +70,7 @@ mod tests {
         let path = directory.path().join("eval.html");
         Page::at(&path).unwrap().write(&evaluation(), &json!({"model": "<script>m</script>"})).unwrap();
         let html = fs::read_to_string(&path).unwrap();
-        assert_eq!((html.matches("<svg").count(), html.matches("</svg>").count()), (7, 7));
+        assert_eq!((html.matches("<svg").count(), html.matches("</svg>").count()), (8, 8));
         for told in ["Resident experts", "not served by this version", "50.0%", "&lt;script&gt;"] {
             assert!(html.contains(told), "{told}");
         }

@@ -1,4 +1,5 @@
-//! What the page shows: memory saved against set recall, set recall against what is planned, throughput against budget.
+//! What the page shows: memory saved against set recall and by length of prompts, set recall against what is planned,
+//! throughput against budget.
 //! Drawn by `crate::chart`.
 
 use crate::{
@@ -27,17 +28,17 @@ pub(crate) fn of(evaluation: &Evaluation) -> Vec<Chart> {
                 title: format!("Memory saved against set recall, {name}"),
                 x: recall,
                 y: saved,
-                series: by_batch(&rows, |row| (100.0 * row.set_recall, 100.0 * row.saved())),
+                series: by_batch(&rows, |row| (100.0 * row.set_recall, 100.0 * row.saved)),
             },
             Chart {
                 title: format!("Set recall against what is planned, {name}"),
                 x: planned,
                 y: recall,
-                series: by_batch(&rows, |row| (row.planned_over_needed(), 100.0 * row.set_recall)),
+                series: by_batch(&rows, |row| (row.planned_over_needed, 100.0 * row.set_recall)),
             },
         ]
     });
-    let charts: Vec<_> = by_layers.chain([throughput(evaluation)]).collect();
+    let charts: Vec<_> = by_layers.chain([by_length(evaluation), throughput(evaluation)]).collect();
     charts.into_iter().filter(|chart| chart.series.iter().any(|series| !series.points.is_empty())).collect()
 }
 
@@ -49,6 +50,22 @@ fn by_batch(rows: &[MemoryRow], point: impl Fn(&MemoryRow) -> (f64, f64)) -> Vec
     let name = |batch: &usize| if *batch == 1 { "one example".to_owned() } else { format!("batches of {batch}") };
     let lines = batches.iter().zip(COLORS.iter().cycle());
     lines.map(|(batch, &color)| line(name(batch), color, planned(*batch).map(&point).collect())).collect()
+}
+
+/// What single examples would save if all that they need were foreseen, a line for each stack.
+fn by_length(evaluation: &Evaluation) -> Chart {
+    let figures = evaluation.modes.first().and_then(|mode| mode.figures.as_ref());
+    let rows = figures.map(|figures| &figures.lengths[..]).unwrap_or_default();
+    let series = evaluation.experts_bytes.iter().zip(COLORS.iter().cycle()).map(|(&(layers, _), &color)| {
+        let foreseen = rows.iter().filter(|of| of.row.layers == layers && of.row.depth == 0);
+        line(layers.as_str().to_owned(), color, foreseen.map(|of| (of.tokens_mean, 100.0 * of.row.saved)).collect())
+    });
+    Chart {
+        title: "Memory saved by length of prompts, one example at a time".to_owned(),
+        x: Axis { name: "tokens", scale: Scale::Linear },
+        y: Axis { name: "% of bytes saved", scale: Scale::Linear },
+        series: series.collect(),
+    }
 }
 
 fn throughput(evaluation: &Evaluation) -> Chart {
@@ -86,7 +103,7 @@ mod tests {
         // Would break: a page shows other figures than the tables, or a line joins points of different batches.
         let charts = of(&evaluation());
         let titles: Vec<_> = charts.iter().map(|chart| chart.title.as_str()).collect();
-        assert_eq!(titles.len(), 7);
+        assert_eq!(titles.len(), 8);
         assert_eq!(
             titles[..2],
             ["Memory saved against set recall, encoder", "Set recall against what is planned, encoder"]
@@ -97,8 +114,9 @@ mod tests {
         };
         assert_eq!(points(0, "one example"), [(50.0, 50.0), (50.0, 25.0)]);
         assert_eq!(points(1, "batches of 2"), [(0.5, 50.0), (1.0, 50.0)]);
-        assert_eq!(points(6, "exact"), [(50.0, 4.0), (100.0, 4.0)]);
-        assert_eq!(charts[6].series.iter().filter(|series| !series.points.is_empty()).count(), 2);
+        assert_eq!(points(6, "decoder"), [(1.0, 50.0)]);
+        assert_eq!(points(7, "exact"), [(50.0, 4.0), (100.0, 4.0)]);
+        assert_eq!(charts[7].series.iter().filter(|series| !series.points.is_empty()).count(), 2);
         assert!(charts.iter().all(|chart| chart.svg().is_ok()));
     }
 }

@@ -7,6 +7,7 @@ use crate::{
     commands::eval::{
         evaluation::{BudgetMode, Evaluation, Figures},
         hit_rates::HitRate,
+        lengths::LengthRow,
         memory::MemoryRow,
     },
     plain_table::PlainTable,
@@ -50,7 +51,8 @@ pub(crate) fn summary(evaluation: &Evaluation, parameters: &Value) -> String {
 
 /// All tables that have rows.
 pub(crate) fn tables(evaluation: &Evaluation) -> Vec<ReportTable> {
-    let all = [answers(evaluation), hit_rates(evaluation), memory(evaluation), budgets(evaluation)];
+    let all =
+        [answers(evaluation), hit_rates(evaluation), memory(evaluation), lengths(evaluation), budgets(evaluation)];
     all.into_iter().filter(|table| !table.rows.is_empty()).collect()
 }
 
@@ -93,7 +95,7 @@ fn memory(evaluation: &Evaluation) -> ReportTable {
         let MemoryRow { layers, batch, depth, resident_bytes, resident_bytes_peak, set_recall, .. } = *row;
         let (plan, recall, over) = match depth {
             0 => ("what is needed".to_owned(), String::new(), String::new()),
-            depth => (format!("top {depth}"), percent(set_recall), format!("{:.2}", row.planned_over_needed())),
+            depth => (format!("top {depth}"), percent(set_recall), format!("{:.2}", row.planned_over_needed)),
         };
         vec![
             layers.as_str().to_owned(),
@@ -101,8 +103,8 @@ fn memory(evaluation: &Evaluation) -> ReportTable {
             plan,
             byte_size::shown(resident_bytes.round() as u64),
             byte_size::shown(resident_bytes_peak),
-            percent(row.saved()),
-            percent(row.saved_peak()),
+            percent(row.saved),
+            percent(row.saved_peak),
             recall,
             over,
         ]
@@ -110,6 +112,30 @@ fn memory(evaluation: &Evaluation) -> ReportTable {
     let header =
         vec!["layers", "batch", "plan", "resident", "peak", "saved", "at peak", "set recall", "planned/needed"];
     ReportTable { title: "Resident experts, by size of batch and depth of the plan", header, rows: rows.collect() }
+}
+
+/// Of single examples, as far as they need experts and as the shallowest plan would have them resident.
+fn lengths(evaluation: &Evaluation) -> ReportTable {
+    let all = || exact(evaluation).into_iter().flat_map(|figures| &figures.lengths);
+    let rows = all().filter(|of| of.row.depth == 0).map(|needed| {
+        let is_planned =
+            |of: &&LengthRow| (of.row.layers, of.tokens_max, of.row.depth) == (needed.row.layers, needed.tokens_max, 1);
+        let planned = all().find(is_planned).map(|of| of.row);
+        vec![
+            needed.row.layers.as_str().to_owned(),
+            needed.tokens_max.to_string(),
+            needed.row.batches.to_string(),
+            byte_size::shown(needed.row.needed_bytes.round() as u64),
+            percent(needed.row.saved),
+            planned.map(|planned| percent(planned.saved)).unwrap_or_default(),
+            planned.map(|planned| percent(planned.set_recall)).unwrap_or_default(),
+        ]
+    });
+    let mut rows: Vec<_> = rows.collect();
+    // By stack first, as in the other tables; those of a stack stay by length.
+    rows.sort_by_key(|row| evaluation.experts_bytes.iter().position(|(name, _)| name.as_str() == row[0]));
+    let header = vec!["layers", "tokens up to", "examples", "needed", "saved", "saved by top 1", "set recall of top 1"];
+    ReportTable { title: "Resident experts of single examples, by length of the prompt", header, rows }
 }
 
 fn budgets(evaluation: &Evaluation) -> ReportTable {
@@ -178,6 +204,7 @@ all              16       25.0%  50.0%
             "encoder 1 what is needed 20 B 20 B 50.0% 50.0%",
             "encoder 1 top 2 30 B 30 B 25.0% 25.0% 50.0% 1.00",
             "all 2 top 1 40 B 40 B 50.0% 50.0% 50.0% 0.50",
+            "decoder 1 2 20 B 50.0% 50.0% 50.0%",
             "100% exact 4.0 10.00 0.000 1.50 40 B 0",
             "50% hash 4.0 10.00 2.000 0.00 40 B 1",
         ] {
