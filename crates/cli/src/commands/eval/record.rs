@@ -193,6 +193,8 @@ pub(crate) mod tests {
         assert_eq!(records[0].texts("a.b").unwrap(), ["x", "y"]);
         assert_eq!(records[0].text("t").unwrap(), "true");
         assert!(records[0].has("t") && !records[0].has("n") && !records[0].has("a"));
+        // Items are chosen once of each list, also if they are lists.
+        assert_eq!(expand(json!({"a": [[1, 2, 3]]}), &["a.t", "a.u"]).len(), 1);
     }
 
     #[test]
