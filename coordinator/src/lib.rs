@@ -40,6 +40,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{codec::CompressionEncoding, service::Routes};
 
 pub use answer::{
+    hash_layers::HashLayers,
     output::{Encoding, Finish, FinishReason, Pooling, Scores, TargetScore, Token, TokenLogprob, TokenLogprobs},
     request_error::{RequestError, TextOf},
     routing_mode::{Alpha, RoutingMode},
@@ -50,7 +51,7 @@ pub use config::{CoordinatorConfig, MicroBatching, PredictorSource, RequestLimit
 pub use coordinator::{Coordinator, TokenStream};
 pub use intake::{
     accept::{EncodeParams, GenerateParams, ScoreParams},
-    prompt::Prompt,
+    prompt::{Prompt, PromptTokens, cut as cut_prompt},
 };
 pub use sida_routing::admission::Limits;
 pub use start::CoordinatorError;

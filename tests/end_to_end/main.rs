@@ -3,14 +3,16 @@
 //!
 //! In reading order: [`client`] (asking), [`golden`] (the answers are the model's own), [`service`] (health,
 //! reflection, deadlines, the end), [`bad_input`], [`failure`] (nodes that die),
-//! [`members`] (whom ports let in), [`faults`] (everything that goes wrong under load), [`etcd`] (nodes that come and go), [`commands`] (what needs no
-//! cluster), [`bad_models`] (files that are not what they should be).
+//! [`members`] (whom ports let in), [`faults`] (everything that goes wrong under load), [`etcd`] (nodes that come and go),
+//! [`eval`] (its figures are those of answers), [`commands`] (what needs no cluster), [`bad_models`] (files that are not
+//! what they should be).
 
 mod bad_input;
 mod bad_models;
 mod client;
 mod commands;
 mod etcd;
+mod eval;
 mod failure;
 mod faults;
 mod golden;

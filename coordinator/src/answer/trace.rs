@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use sida_routing::{ExpertId, LayerId};
 
-use crate::answer::routing_mode::RoutingMode;
+use crate::answer::{hash_layers::HashLayers, routing_mode::RoutingMode};
 
 /// The trace of one request.
 #[derive(Clone, Debug)]
@@ -21,6 +21,8 @@ pub struct Trace {
     pub hash: HashCounts,
     /// Experts in (token, layer) pairs that the router would not have chosen, had it been free: in `guided` mode only.
     pub rerouted: u64,
+    /// The same layer by layer, and which experts the tables named.
+    pub hash_layers: HashLayers,
     /// Experts that had to be loaded while a step of this request waited.
     pub demand_loads: u64,
     /// Calls that went to another holder after a failure.
@@ -38,6 +40,7 @@ impl Trace {
             timings: Timings::default(),
             hash: HashCounts::default(),
             rerouted: 0,
+            hash_layers: HashLayers::new(moe_layers, num_experts),
             demand_loads: 0,
             failovers: 0,
             experts: ExpertSets::new(moe_layers, num_experts),
@@ -69,6 +72,8 @@ pub struct HashCounts {
     pub hits: u64,
     /// Hits whose routed expert was the table's first choice.
     pub top1_hits: u64,
+    /// Hits whose routed expert was among the table's first three.
+    pub top3_hits: u64,
     /// The routed expert was not among the table's k.
     pub misses: u64,
 }
@@ -78,6 +83,7 @@ impl HashCounts {
     pub(crate) fn add(&mut self, other: HashCounts) {
         self.hits += other.hits;
         self.top1_hits += other.top1_hits;
+        self.top3_hits += other.top3_hits;
         self.misses += other.misses;
     }
 }

@@ -27,8 +27,8 @@ pub(crate) struct SequenceRouting {
     chosen: Vec<(LayerId, Vec<Option<ExpertId>>)>,
     /// The experts that the rows went to.
     pub(crate) experts: ExpertSets,
-    /// How often the table named the experts that the router chose.
-    pub(crate) hash: HashCounts,
+    /// How often the table named the experts that the router chose, at each MoE layer.
+    pub(crate) hash: Vec<(LayerId, HashCounts)>,
     /// How many experts of `guided` rows are not those that the router chose freely.
     pub(crate) rerouted: u64,
     /// Why the result of these rows cannot be used. The rest of the batch is sound.
@@ -60,15 +60,15 @@ impl SequenceRouting {
     }
 
     /// Compares the table, if there is one by now, with what the router chose; what came of it at each layer.
-    pub(crate) fn compare(&mut self) -> Vec<(LayerId, HashCounts)> {
+    pub(crate) fn compare(&mut self) -> &[(LayerId, HashCounts)] {
         let chosen = std::mem::take(&mut self.chosen);
-        let Some(table) = &self.table else { return Vec::new() };
+        let Some(table) = &self.table else { return &[] };
         let first_token = table.shape().tokens - self.rows;
         let compare =
             |(layer, chosen): (LayerId, Vec<_>)| (layer, count(table, layer, first_token, self.rows, &chosen));
-        let counts: Vec<(LayerId, HashCounts)> = chosen.into_iter().map(compare).collect();
-        counts.iter().for_each(|(_, counts)| self.hash.add(*counts));
-        counts
+        let before = self.hash.len();
+        self.hash.extend(chosen.into_iter().map(compare));
+        &self.hash[before..]
     }
 
     /// Whether the router chooses the experts of these rows among all.
@@ -196,6 +196,7 @@ fn count(
             Some(rank) => {
                 counts.hits += 1;
                 counts.top1_hits += u64::from(rank == 0);
+                counts.top3_hits += u64::from(rank < 3);
             }
             None => counts.misses += 1,
         }
@@ -220,7 +221,7 @@ mod tests {
         // Would break: the reported hit rate is not that of the routed experts.
         let routed = [Some(ExpertId(1)), Some(ExpertId(0))];
         let counts = count(&table(), LayerId(2), 0, 2, &routed);
-        assert_eq!(counts, HashCounts { hits: 2, top1_hits: 1, misses: 0 });
+        assert_eq!(counts, HashCounts { hits: 2, top1_hits: 1, top3_hits: 2, misses: 0 });
         assert_eq!(count(&table(), LayerId(2), 1, 1, &[Some(ExpertId(3))]).misses, 1);
     }
 

@@ -50,7 +50,7 @@ impl RouteMeasures {
     pub(crate) fn note_predictions(&self, parts: &mut [SequenceRouting]) {
         let mut sums = vec![HashCounts::default(); self.predictions.len()];
         for (layer, counts) in parts.iter_mut().flat_map(SequenceRouting::compare) {
-            sums[usize::from(layer.0)].add(counts);
+            sums[usize::from(layer.0)].add(*counts);
         }
         for (sum, counters) in sums.iter().zip(&self.predictions) {
             let counts = [sum.top1_hits, sum.hits - sum.top1_hits, sum.misses];

@@ -45,15 +45,15 @@ impl From<Vec<u32>> for Prompt {
 
 /// The tokens of a prompt, within the limits.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct PromptTokens {
+pub struct PromptTokens {
     /// Invariant: not empty, every id within the vocabulary.
-    pub(crate) ids: Vec<u32>,
+    pub ids: Vec<u32>,
     /// How many there were beyond the limit, which were cut off.
-    pub(crate) truncated: usize,
+    pub truncated: usize,
 }
 
 /// Cuts tokens to a limit of at least one. An end of sequence, which an encoder's texts have, stays the last.
-pub(crate) fn cut(mut ids: Vec<u32>, limit: usize, is_end: impl Fn(u32) -> bool) -> PromptTokens {
+pub fn cut(mut ids: Vec<u32>, limit: usize, is_end: impl Fn(u32) -> bool) -> PromptTokens {
     let truncated = ids.len().saturating_sub(limit);
     let end = ids.last().copied().filter(|&last| truncated > 0 && is_end(last));
     ids.truncate(limit);

@@ -297,7 +297,13 @@ fn record_pace(since_first: Duration, generated: usize, metrics: &Metrics) {
 /// Notes in a request's trace how a pass routed its rows.
 pub(crate) fn absorb(trace: &mut Trace, routing: &SequenceRouting) {
     trace.unpredicted |= routing.table().is_none();
-    trace.hash.add(routing.hash);
+    for &(layer, counts) in &routing.hash {
+        trace.hash.add(counts);
+        trace.hash_layers.add(layer, counts);
+    }
+    if let Some(table) = routing.table() {
+        trace.hash_layers.note(table);
+    }
     trace.rerouted += routing.rerouted;
     trace.experts.union(&routing.experts);
 }

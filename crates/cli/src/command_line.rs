@@ -74,6 +74,7 @@ enum Command {
     PredictorNode(commands::predictor_node::PredictorNodeArguments),
     Status(commands::status::StatusArguments),
     TrainPredictor(commands::train_predictor::TrainPredictorArguments),
+    Eval(commands::eval::EvalArguments),
     Bench(commands::bench::BenchArguments),
     Inspect(commands::inspect::InspectArguments),
     Convert(commands::convert::ConvertArguments),
@@ -162,6 +163,7 @@ impl CommandLine {
             Command::PredictorNode(arguments) => commands::predictor_node::run(arguments),
             Command::Status(arguments) => commands::status::run(arguments),
             Command::TrainPredictor(arguments) => commands::train_predictor::run(arguments),
+            Command::Eval(arguments) => commands::eval::run(arguments),
             Command::Bench(arguments) => commands::bench::run(arguments),
             Command::Inspect(arguments) => commands::inspect::run(arguments),
             Command::Convert(arguments) => commands::convert::run(arguments),
@@ -224,7 +226,7 @@ mod tests {
         let mut command = command();
         command.build();
         let commands: Vec<_> = command.get_subcommands().filter(|sub| sub.get_name() != "help").collect();
-        assert_eq!(commands.len(), 14);
+        assert_eq!(commands.len(), 15);
         for sub in commands {
             for arg in sub.get_arguments().filter(|arg| !["help", "version"].contains(&arg.get_id().as_str())) {
                 let Some(long) = arg.get_long() else { continue };

@@ -1,5 +1,5 @@
 //! A client of a coordinator, whether that runs in this process or behind an address. Used by the commands that ask:
-//! `ask`, `bench` and `status`.
+//! `ask`, `bench`, `eval` and `status`.
 
 use std::time::Instant;
 

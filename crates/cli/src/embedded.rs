@@ -1,5 +1,5 @@
 //! A whole cluster in this process: a coordinator with its predictor, and expert-nodes that it calls directly.
-//! Started by `ask`, `up` and `bench`.
+//! Started by `ask`, `up`, `bench` and `eval`.
 
 use std::{net::SocketAddr, path::Path, sync::Arc};
 

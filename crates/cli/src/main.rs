@@ -2,8 +2,9 @@
 //!
 //! In reading order. What can be said on the command line: [`command_line`], [`environment`], [`negative_values`],
 //! [`settings_file`], [`arguments`], [`time_span`], [`bad_configuration`]. What it does: [`commands`]. What the commands
-//! share: [`model_dir`], [`model_check`], [`text_file`], [`embedded`], [`coordinator_client`], [`runtime`], [`shutdown`].
-//! What a person sees: [`loading_bar`], [`byte_size`], [`plain_table`], [`expert_picture`], [`answer_report`],
+//! share: [`model_dir`], [`model_check`], [`text_file`], [`embedded`], [`coordinator_client`], [`node_state`], [`runtime`],
+//! [`shutdown`].
+//! What a person sees: [`loading_bar`], [`byte_size`], [`plain_table`], [`chart`], [`expert_picture`], [`answer_report`],
 //! [`status_table`], [`watch_screen`], [`told`].
 
 mod answer_report;
@@ -11,6 +12,7 @@ mod api_key;
 mod arguments;
 mod bad_configuration;
 mod byte_size;
+mod chart;
 mod command_line;
 mod commands;
 mod coordinator_client;
@@ -22,6 +24,7 @@ mod machine_memory;
 mod model_check;
 mod model_dir;
 mod negative_values;
+mod node_state;
 mod plain_table;
 mod runtime;
 mod settings_file;

@@ -1,5 +1,5 @@
 //! A table without lines, as a person reads it and a script can split it. Printed by `status`, `bench`,
-//! `inspect` and `train-predictor`.
+//! `eval`, `inspect` and `train-predictor`.
 
 use comfy_table::{Cell, Row, Table, presets};
 

@@ -1,5 +1,5 @@
 //! When a server ends: the first Ctrl-C or SIGTERM asks it to drain, a second one ends it at once. Used by
-//! `up` and the roles.
+//! `up`, the roles and `eval`.
 
 use std::process;
 

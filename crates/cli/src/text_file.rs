@@ -1,4 +1,4 @@
-//! Reads a file of text, under a limit. Used by `bench` and `train-predictor`.
+//! Reads a file of text, under a limit. Used by `bench`, `eval` and `train-predictor`.
 
 use std::{fs::File, io::Read, path::Path};
 

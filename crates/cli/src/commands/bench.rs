@@ -4,12 +4,11 @@
 //! In reading order. What is asked: [`prompts`], [`workload`]. When: [`arrivals`], [`plan`], [`load`]. Whom: [`subject`],
 //! [`processes`], [`openai`] with [`url`], [`http_client`], [`url_tls`] and [`openai_answer`]. What comes of it: [`answer`],
 //! [`timings`], [`slo`], [`samples`], [`figures`], [`budget`]. How it is told: [`live_line`], [`report`], and as a page
-//! [`chart`], [`plots`], [`page`].
+//! [`plots`], [`page`], with the charts of `crate::chart`.
 
 mod answer;
 mod arrivals;
 mod budget;
-mod chart;
 mod figures;
 mod http_client;
 mod live_line;

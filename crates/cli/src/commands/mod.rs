@@ -6,6 +6,7 @@ pub(crate) mod completions;
 pub(crate) mod convert;
 pub(crate) mod coordinator;
 pub(crate) mod doctor;
+pub(crate) mod eval;
 pub(crate) mod expert_node;
 pub(crate) mod inspect;
 pub(crate) mod predictor_node;

@@ -1,11 +1,11 @@
-//! What the page shows of a measurement: charts, made of what was collected. Drawn by [`super::chart`], put together by
+//! What the page shows of a measurement: charts, made of what was collected. Drawn by `crate::chart`, put together by
 //! [`super::page`].
 
 use super::{
-    chart::{Axis, Chart, Color, Mark, Scale, Series},
     samples::{Samples, Seen},
     timings::Timings,
 };
+use crate::chart::{Axis, Chart, Color, Mark, Scale, Series};
 
 /// Parts that the run is cut into, and bars of a histogram.
 const PARTS: usize = 60;
@@ -41,20 +41,20 @@ fn over_time(title: &str, samples: &Samples, time: impl Fn(&Seen) -> Option<f32>
     for (x, y) in &points {
         parts[part(*x, width)].push(*y);
     }
-    let quantile = |share: f64, name, color| {
+    let quantile = |share: f64, name: &str, color| {
         let mut line = Vec::new();
         for (number, part) in parts.iter_mut().map(|part| &mut *part).enumerate().filter(|(_, part)| !part.is_empty()) {
             part.sort_by(f64::total_cmp);
             let rank = (share * part.len() as f64).ceil() as usize;
             line.push(((number as f64 + 0.5) * width, part[rank.clamp(1, part.len()) - 1]));
         }
-        Series { name, mark: Mark::Line, color, points: line }
+        Series { name: name.to_owned(), mark: Mark::Line, color, points: line }
     };
     let mut quantile = quantile;
     let lines = [quantile(0.5, "p50", Color::Green), quantile(0.99, "p99", Color::Orange)];
     let every = points.len().div_ceil(DOTS_MAX).max(1);
     let dots = Series {
-        name: "a request",
+        name: "a request".to_owned(),
         mark: Mark::Dots,
         color: Color::Blue,
         points: points.into_iter().step_by(every).collect(),
@@ -76,7 +76,7 @@ fn percentiles(samples: &Samples) -> Chart {
             let nines = step as f64 * NINES_MAX / 200.0;
             (nines, timings.quantile_ms(1.0 - 10f64.powf(-nines)))
         };
-        Series { name, mark: Mark::Line, color, points: (0..=200).map(at).collect() }
+        Series { name: name.to_owned(), mark: Mark::Line, color, points: (0..=200).map(at).collect() }
     });
     let x = Axis { name: "share of requests", scale: Scale::Nines };
     Chart { title: "Percentiles".into(), x, y: MS, series: series.collect() }
@@ -95,7 +95,12 @@ fn histogram(timings: &Timings) -> Chart {
         counts[part(log(ms) - low, width)] += count;
     }
     let bars = counts.iter().enumerate().map(|(number, count)| (low + number as f64 * width, *count as f64));
-    let series = vec![Series { name: "requests", mark: Mark::Bars(width), color: Color::Blue, points: bars.collect() }];
+    let series = vec![Series {
+        name: "requests".to_owned(),
+        mark: Mark::Bars(width),
+        color: Color::Blue,
+        points: bars.collect(),
+    }];
     Chart { title: "Histogram, end to end".into(), x, y, series }
 }
 
@@ -125,19 +130,14 @@ fn tokens(samples: &Samples) -> Chart {
     Chart { title, x: TIME, y: Axis { name: "a second", scale: Scale::Linear }, series }
 }
 
-fn per_second(
-    name: &'static str,
-    color: Color,
-    samples: &Samples,
-    counted: impl Iterator<Item = (f64, f64)>,
-) -> Series {
+fn per_second(name: &str, color: Color, samples: &Samples, counted: impl Iterator<Item = (f64, f64)>) -> Series {
     let width = part_s(samples);
     let mut sums = vec![0.0; PARTS];
     for (time, count) in counted {
         sums[part(time, width)] += count;
     }
     let points = sums.into_iter().enumerate().map(|(number, sum)| (number as f64 * width, sum / width));
-    Series { name, mark: Mark::Bars(width), color, points: points.collect() }
+    Series { name: name.to_owned(), mark: Mark::Bars(width), color, points: points.collect() }
 }
 
 /// How long a part of the run is.

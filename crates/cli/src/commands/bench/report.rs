@@ -10,7 +10,7 @@ use super::{
     figures::{Figures, median},
     samples::{Samples, Seen},
 };
-use crate::{byte_size, plain_table::PlainTable};
+use crate::{byte_size, node_state::NodeLoads, plain_table::PlainTable};
 
 /// One measured subject: a cluster with its budget, or a server.
 #[derive(Clone, Debug, Serialize)]
@@ -48,28 +48,6 @@ fn each<S: Serializer>(samples: &Samples, serializer: S) -> Result<S::Ok, S::Err
         samples: &'a [Seen],
     }
     Each { latencies_ms: &samples.calls_ms, samples: &samples.seen }.serialize(serializer)
-}
-
-/// Loads and evictions, summed over expert-nodes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub(crate) struct NodeLoads {
-    /// Ahead of their use.
-    pub(crate) prefetched: u64,
-    /// While a call waited.
-    pub(crate) demanded: u64,
-    /// Experts dropped for another.
-    pub(crate) evicted: u64,
-}
-
-impl NodeLoads {
-    /// What was added since `earlier`.
-    pub(crate) fn since(self, earlier: Self) -> Self {
-        Self {
-            prefetched: self.prefetched.saturating_sub(earlier.prefetched),
-            demanded: self.demanded.saturating_sub(earlier.demanded),
-            evicted: self.evicted.saturating_sub(earlier.evicted),
-        }
-    }
 }
 
 impl Measured {

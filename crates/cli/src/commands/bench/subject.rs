@@ -10,7 +10,6 @@ use sida_expert_node::ExpertMemory;
 use super::{
     openai::OpenAi,
     processes::{self, ProcessCluster},
-    report::NodeLoads,
     url::BaseUrl,
     workload::Method,
 };
@@ -21,6 +20,7 @@ use crate::{
     bad_configuration::BadConfiguration,
     coordinator_client::{CoordinatorClient, ModelFacts},
     embedded::EmbeddedCluster,
+    node_state::NodeState,
 };
 
 /// What is measured.
@@ -72,17 +72,6 @@ pub(crate) enum Asked {
     Cluster(CoordinatorClient),
     /// A server behind a URL.
     Url(Arc<OpenAi>),
-}
-
-/// Sums over the expert-nodes of a subject.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct NodeState {
-    pub(crate) resident_bytes: u64,
-    pub(crate) budget_bytes: u64,
-    /// Experts that fit into it.
-    pub(crate) slots: u64,
-    /// Since the nodes started.
-    pub(crate) loads: NodeLoads,
 }
 
 /// What was started for it.
@@ -200,17 +189,10 @@ impl Subject {
 
     /// What its nodes hold and have loaded so far.
     pub(crate) async fn node_state(&self) -> anyhow::Result<NodeState> {
-        let mut state = NodeState::default();
-        let Some(coordinator) = self.coordinator() else { return Ok(state) };
-        for node in coordinator.status().await?.nodes.into_iter().filter_map(|node| node.residency) {
-            state.resident_bytes += node.resident_bytes;
-            state.budget_bytes += node.budget_bytes;
-            state.slots += node.slots;
-            state.loads.prefetched += node.prefetch_loads;
-            state.loads.demanded += node.demand_loads;
-            state.loads.evicted += node.evictions;
+        match self.coordinator() {
+            Some(coordinator) => Ok(NodeState::of(&coordinator.status().await?)),
+            None => Ok(NodeState::default()),
         }
-        Ok(state)
     }
 
     /// Ends what was started for it.

@@ -1,4 +1,4 @@
-//! Draws one chart as SVG, which a page can hold as it is. What is drawn is decided by [`super::plots`].
+//! Draws one chart as SVG, which a page can hold as it is. What is drawn is decided by the `plots` of `bench` and of `eval`.
 
 use plotters::{coord::Shift, prelude::*, style::Color as _};
 use thiserror::Error;
@@ -35,7 +35,7 @@ pub(crate) enum Scale {
 
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Series {
-    pub(crate) name: &'static str,
+    pub(crate) name: String,
     pub(crate) mark: Mark,
     pub(crate) color: Color,
     /// By x, finite.
@@ -45,6 +45,8 @@ pub(crate) struct Series {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Mark {
     Line,
+    /// A line with a dot at each point.
+    Joined,
     Dots,
     /// From 0 to each point, so wide.
     Bars(f64),
@@ -105,13 +107,17 @@ impl Chart {
             let points = series.points.iter().copied();
             let drawn = match series.mark {
                 Mark::Line => chart.draw_series(LineSeries::new(points, color.stroke_width(2)))?,
+                Mark::Joined => {
+                    chart.draw_series(points.clone().map(|point| Circle::new(point, 4, color.filled())))?;
+                    chart.draw_series(LineSeries::new(points, color.stroke_width(2)))?
+                }
                 Mark::Dots => chart.draw_series(points.map(|point| Circle::new(point, 2, color.mix(0.4).filled())))?,
                 Mark::Bars(width) => chart.draw_series(
                     points.map(|(x, y)| Rectangle::new([(x, 0.0), (x + width, y)], color.mix(0.6).filled())),
                 )?,
             };
             drawn
-                .label(series.name)
+                .label(series.name.clone())
                 .legend(move |(x, y)| Rectangle::new([(x, y - 4), (x + 12, y + 4)], color.filled()));
         }
         let position = SeriesLabelPosition::UpperLeft;
@@ -163,8 +169,8 @@ mod tests {
 
     fn chart(points: Vec<(f64, f64)>) -> Chart {
         let axis = |scale| Axis { name: "seconds", scale };
-        let series = |mark| Series { name: "p50 <ms>", mark, color: Color::Blue, points: points.clone() };
-        let series = [Mark::Line, Mark::Dots, Mark::Bars(0.5)].map(series).to_vec();
+        let series = |mark| Series { name: "p50 <ms>".into(), mark, color: Color::Blue, points: points.clone() };
+        let series = [Mark::Line, Mark::Joined, Mark::Dots, Mark::Bars(0.5)].map(series).to_vec();
         Chart { title: "a & b".into(), x: axis(Scale::Linear), y: axis(Scale::Linear), series }
     }
 
@@ -173,7 +179,7 @@ mod tests {
         // Broken: a browser would show no chart, or one of something else.
         let svg = chart(vec![(0.0, 1.0), (1.0, 5.0), (2.0, 3.0)]).svg().unwrap();
         assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"), "{svg}");
-        assert_eq!((svg.matches("<circle").count(), svg.matches("<polyline").count() > 0), (3, true));
+        assert_eq!((svg.matches("<circle").count(), svg.matches("<polyline").count() > 1), (6, true));
         assert!(svg.contains("a &amp; b") && svg.contains("p50 &lt;ms&gt;"), "{svg}");
         assert!(!svg.contains("NaN") && !svg.contains("inf"), "{svg}");
     }
