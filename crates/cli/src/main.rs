@@ -22,6 +22,7 @@ mod machine_memory;
 mod model_check;
 mod model_dir;
 mod negative_values;
+mod open_files;
 mod plain_table;
 mod runtime;
 mod settings_file;
