@@ -7,6 +7,9 @@ use sida_predictor::HashPredictor;
 use sida_routing::{NodeId, admission::Limits};
 use sida_rpc::{ClientConfig, ServerConfig};
 
+/// The longest request of a caller, by any door. A prompt has kilobytes; a request may have many of them.
+pub const REQUEST_BYTES_MAX: usize = 8 << 20;
+
 /// Everything a coordinator needs to know at its start.
 #[derive(Clone)]
 pub struct CoordinatorConfig {

@@ -34,7 +34,7 @@ use sida_proto::{
     inference::grpc_inference_service_server::GrpcInferenceServiceServer,
     v1::{cluster_server::ClusterServer, inference_server::InferenceServer},
 };
-use sida_rpc::{MESSAGE_BYTES_MAX, Server, ServerError, http_server};
+use sida_rpc::{MESSAGE_BYTES_MAX, Server, ServerConfig, ServerError, http_server};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tonic::{codec::CompressionEncoding, service::Routes};
@@ -47,7 +47,7 @@ pub use answer::{
     sampling::Sampling,
     trace::{ExpertSets, HashCounts, Timings, Trace},
 };
-pub use config::{CoordinatorConfig, MicroBatching, PredictorSource, RequestLimits};
+pub use config::{CoordinatorConfig, MicroBatching, PredictorSource, REQUEST_BYTES_MAX, RequestLimits};
 pub use coordinator::{Coordinator, TokenStream};
 pub use intake::{
     accept::{EncodeParams, GenerateParams, ScoreParams},
@@ -94,14 +94,14 @@ pub async fn serve(
 ) -> Result<(), CoordinatorError> {
     let Listeners { grpc, http } = listeners.into();
     let inference = InferenceServer::new(doors::inference_service::InferenceService::new(coordinator.clone())?)
-        .max_decoding_message_size(MESSAGE_BYTES_MAX)
+        .max_decoding_message_size(REQUEST_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX)
         .accept_compressed(CompressionEncoding::Gzip);
     let status = ClusterServer::new(doors::cluster_service::ClusterService { coordinator: coordinator.clone() })
         .accept_compressed(CompressionEncoding::Gzip);
     let open_inference = doors::open_inference::service::OpenInferenceService { coordinator: coordinator.clone() };
     let open_inference = GrpcInferenceServiceServer::new(open_inference)
-        .max_decoding_message_size(MESSAGE_BYTES_MAX)
+        .max_decoding_message_size(REQUEST_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX)
         .accept_compressed(CompressionEncoding::Gzip);
     let probe = |coordinator: &Coordinator| {
@@ -112,7 +112,7 @@ pub async fn serve(
         }
     };
     let left = coordinator.cluster().left_after(shutdown.clone(), LEAVE_PATIENCE);
-    let server = Server::new(coordinator.config().server.clone())
+    let server = Server::new(of_callers(&coordinator))
         .routes(Routes::new(inference).add_service(status).add_service(open_inference))
         .descriptors(sida_proto::DESCRIPTORS)
         .check("sida.v1.Inference", probe(&coordinator))
@@ -131,6 +131,17 @@ pub async fn serve(
     Ok(())
 }
 
+/// A server's settings where callers come in: what they send is small, and there may be many of them.
+fn of_callers(coordinator: &Coordinator) -> ServerConfig {
+    ServerConfig {
+        stream_window_bytes: 512 << 10,
+        connection_window_bytes: 1 << 20,
+        frame_bytes_max: 64 << 10,
+        receiving_bytes_max: 256 << 20,
+        ..coordinator.config().server.clone()
+    }
+}
+
 /// Serves OpenAI's clients on `listener`, if there is one.
 async fn serve_http(
     coordinator: &Coordinator,
@@ -141,5 +152,5 @@ async fn serve_http(
     doors::request_count::register_http();
     let late = CancellationToken::new();
     let routes = doors::openai::routes::routes(coordinator.clone(), late.clone());
-    http_server::serve(&coordinator.config().server, routes, listener, shutdown, late).await
+    http_server::serve(&of_callers(coordinator), routes, listener, shutdown, late).await
 }

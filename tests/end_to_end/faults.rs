@@ -31,7 +31,7 @@ const STALL_MAX: Duration = Duration::from_millis(300);
 const STALL_MAX_SHARED: Duration = Duration::from_secs(5);
 
 /// Whether there is time, and a machine for this test alone.
-fn is_long() -> bool {
+pub(crate) fn is_long() -> bool {
     env::var_os("SIDA_LONG_TESTS").is_some_and(|value| value == "1")
 }
 

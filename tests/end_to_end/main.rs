@@ -3,10 +3,11 @@
 //!
 //! In reading order: [`client`] (asking), [`golden`] (the answers are the model's own), [`service`] (health,
 //! reflection, deadlines, the end), [`bad_input`], [`failure`] (nodes that die),
-//! [`members`] (whom ports let in), [`faults`] (everything that goes wrong under load), [`etcd`] (nodes that come and go),
-//! [`eval`] (its figures are those of answers), [`commands`] (what needs no cluster), [`bad_models`] (files that are not
-//! what they should be).
+//! [`https`] and [`members`] (whom ports let in), [`abuse`] (connections that do harm), [`faults`] (everything that goes wrong under
+//! load), [`etcd`] (nodes that come and go), [`eval`] (its figures are those of answers), [`commands`] (what needs no
+//! cluster), [`bad_models`] (files that are not what they should be).
 
+mod abuse;
 mod bad_input;
 mod bad_models;
 mod client;
@@ -16,5 +17,6 @@ mod eval;
 mod failure;
 mod faults;
 mod golden;
+mod https;
 mod members;
 mod service;

@@ -23,6 +23,7 @@ pub struct Process {
     name: String,
     child: Child,
     address: String,
+    http_address: Option<String>,
     log: PathBuf,
 }
 
@@ -45,20 +46,25 @@ impl Process {
             .stderr(log_file.expect("a log file"))
             .spawn()
             .expect("sida starts");
-        let mut process = Self { name: name.to_owned(), child, address: String::new(), log };
-        process.address = process.announced_address();
+        let mut process = Self { name: name.to_owned(), child, address: String::new(), http_address: None, log };
+        process.read_addresses();
         process
     }
 
-    fn announced_address(&mut self) -> String {
+    fn read_addresses(&mut self) {
         let stdout = BufReader::new(self.child.stdout.take().expect("a pipe"));
         let (sender, lines) = mpsc::channel();
         // Read to its end, so that the node never waits for a reader.
         thread::spawn(move || stdout.lines().map_while(Result::ok).for_each(|line| drop(sender.send(line))));
         let started = Instant::now();
         while let Ok(line) = lines.recv_timeout(START_LIMIT.saturating_sub(started.elapsed())) {
+            if let Some(address) = line.strip_prefix("listening for HTTP on ") {
+                self.http_address = Some(address.to_owned());
+            }
+            // The last that it says.
             if let Some(address) = line.strip_prefix("listening on ") {
-                return address.to_owned();
+                self.address = address.to_owned();
+                return;
             }
         }
         panic!("{} does not listen", self.name);
@@ -67,6 +73,11 @@ impl Process {
     /// `host:port` of its gRPC server.
     pub fn address(&self) -> &str {
         &self.address
+    }
+
+    /// `host:port` of its HTTP server, if it says that it has one.
+    pub fn http_address(&self) -> Option<&str> {
+        self.http_address.as_deref()
     }
 
     /// What it has logged so far.

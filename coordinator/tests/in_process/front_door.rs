@@ -2,12 +2,12 @@
 
 use std::{net::SocketAddr, time::Duration};
 
-use sida_coordinator::{PredictorSource, serve};
+use sida_coordinator::{PredictorSource, REQUEST_BYTES_MAX, serve};
 use sida_proto::v1::{
     self, EncodeRequest, GenerateRequest, RoutingOptions, ScoreRequest, cluster_client::ClusterClient,
     inference_client::InferenceClient,
 };
-use sida_rpc::{Channel, ClientConfig, MESSAGE_BYTES_MAX, Reason, client::deadline_status, connect};
+use sida_rpc::{Channel, ClientConfig, Reason, client::deadline_status, connect};
 use tokio::{net::TcpListener, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, codec::CompressionEncoding};
@@ -136,9 +136,9 @@ async fn compressed_requests() {
     let request = |text: String| EncodeRequest { text, ..Default::default() };
     let expected = plain.clone().encode(request(TEXT.into())).await.expect("encoded").into_inner().states;
     assert_eq!(gzip.encode(request(TEXT.into())).await.expect("encoded").into_inner().states, expected);
-    let bomb = gzip.encode(request("a".repeat(MESSAGE_BYTES_MAX + 1))).await.expect_err("refused");
+    let bomb = gzip.encode(request("a".repeat(REQUEST_BYTES_MAX + 1))).await.expect_err("refused");
     assert_eq!(bomb.code(), Code::ResourceExhausted, "{bomb}");
-    assert!(bomb.message().contains(&MESSAGE_BYTES_MAX.to_string()), "{bomb}");
+    assert!(bomb.message().contains(&REQUEST_BYTES_MAX.to_string()), "{bomb}");
     gzip.encode(request(TEXT.into())).await.expect("the connection lives on");
 }
 

@@ -25,6 +25,7 @@ mod model_check;
 mod model_dir;
 mod negative_values;
 mod node_state;
+mod open_files;
 mod plain_table;
 mod runtime;
 mod settings_file;

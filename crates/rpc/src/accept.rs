@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     connections::{Connections, Place},
     peer::Peer,
+    who_leaves::Origin,
 };
 
 /// How long to wait after the system refused to accept: what it lacks does not come back at once.
@@ -34,9 +35,16 @@ where
     let accepting = async {
         let mut failures = Failures { are_told: false };
         loop {
-            let stream = next(&listener, &connections, &mut failures).await;
+            let (stream, origin) = tokio::select! {
+                next = next(&listener, &connections, &mut failures) => next,
+                short = connections.shortage_over() => {
+                    let lasted = short.last - short.since;
+                    tracing::info!(limit, waited = short.waited, closed = short.closed, ?lasted, "places for connections are free again");
+                    continue;
+                }
+            };
             // The newcomer is there already, so that nobody has to leave for one that may never come.
-            let place = connections.place().await;
+            let place = connections.place(origin).await;
             let served = serve(stream, place.peer.clone());
             while let Some(ended) = tasks.try_join_next() {
                 told(ended);
@@ -68,13 +76,13 @@ async fn hold(place: Place, served: impl Future<Output = ()>) {
     drop(place);
 }
 
-/// The next connection.
-async fn next(listener: &TcpListener, connections: &Connections, failures: &mut Failures) -> TcpStream {
+/// The next connection, and whom it is of.
+async fn next(listener: &TcpListener, connections: &Connections, failures: &mut Failures) -> (TcpStream, Origin) {
     loop {
         match listener.accept().await {
-            Ok((stream, _)) => {
+            Ok((stream, address)) => {
                 failures.over();
-                return stream;
+                return (stream, address.ip().into());
             }
             Err(error) if is_of_one_connection(&error) => tracing::debug!(%error, "a connection was gone at once"),
             Err(error) => {

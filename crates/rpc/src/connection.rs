@@ -7,6 +7,7 @@
 //! it is told (GOAWAY), so that a call which is on its way at that moment is answered still.
 
 use std::{
+    collections::HashSet,
     convert::Infallible,
     io::{self, Cursor},
     pin::Pin,
@@ -15,32 +16,31 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
 use http::{Request, Response};
-use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::{
     body::Incoming,
     server::conn::{http1, http2},
 };
-use hyper_util::{
-    rt::{TokioExecutor, TokioIo},
-    service::TowerToHyperService,
-};
+use hyper_util::{rt::TokioIo, service::TowerToHyperService};
+use socket2::{SockRef, TcpKeepalive};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite},
     net::TcpStream,
     time::{self, Instant},
 };
 use tokio_rustls::server::TlsStream;
-use tonic::{Status, body::Body};
+use tonic::body::Body;
 use tower::Service;
 
 use crate::{
+    answer_body::{AnswerBody, AnswerExecutor},
     caller::FarEnd,
     certificate_names::{self, NamePattern},
     http1_limits::watched,
-    peer::{OpenCall, Peer},
+    peer::Peer,
+    receiving::Receiving,
     reload::Reloading,
+    request_body::{Messages, RequestBody, Unit},
     tls::PortTls,
 };
 
@@ -50,10 +50,16 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// How long a peer that was told to leave may take for that after its last call.
 const GOODBYE: Duration = Duration::from_secs(3);
 
+/// How long the calls may go on of a peer that was told to leave for another.
+const DISPLACED_CALLS: Duration = Duration::from_secs(30);
+
+/// Why a connection is ended without a farewell.
+const EXPELLED: &str = "it cuts off its calls faster than any client loses patience";
+
 /// How to serve a connection.
 pub(crate) struct Connector<S> {
     pub(crate) service: S,
-    pub(crate) http2: http2::Builder<TokioExecutor>,
+    pub(crate) http2: http2::Builder<AnswerExecutor>,
     /// `None`: who does not speak HTTP/2 is refused.
     pub(crate) http1: Option<Http1>,
     /// `None`: plain text.
@@ -62,6 +68,30 @@ pub(crate) struct Connector<S> {
     pub(crate) client_names: Vec<NamePattern>,
     pub(crate) handshake_timeout: Duration,
     pub(crate) idle_timeout: Duration,
+    /// How long a peer may be silent until it is asked whether it is there, and how long it may take to say so. Whole seconds.
+    pub(crate) keepalive: (Duration, Duration),
+    pub(crate) limits: Arc<CallLimits>,
+}
+
+/// Limits of calls.
+#[derive(Debug)]
+pub(crate) struct CallLimits {
+    /// How long the peer may take for a request, and take nothing of an answer.
+    pub(crate) stall_timeout: Duration,
+    /// The memory of requests that come.
+    pub(crate) receiving: Arc<Receiving>,
+    /// Of gRPC: paths of calls that are streams of messages from the client. `None`: a request is a whole body.
+    pub(crate) streams: Option<HashSet<String>>,
+}
+
+impl CallLimits {
+    fn unit(&self, path: &str) -> Unit {
+        match &self.streams {
+            None => Unit::Body { bytes: 0 },
+            Some(streams) if streams.contains(path) => Unit::Messages(Messages::default()),
+            Some(_) => Unit::Message(Messages::default()),
+        }
+    }
 }
 
 /// How HTTP/1.1 is served.
@@ -69,8 +99,6 @@ pub(crate) struct Http1 {
     pub(crate) builder: http1::Builder,
     /// How long the head of a request may take from its first byte.
     pub(crate) head_timeout: Duration,
-    /// How long a peer may take nothing of what is to be sent.
-    pub(crate) stall_limit: Duration,
 }
 
 /// What answers the calls of connections.
@@ -99,6 +127,11 @@ impl<S: ConnectionService> Connector<S> {
         // A decoding step is many small messages: none may wait for the next to fill a packet.
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(connection, %error, "small messages may wait");
+        }
+        // HTTP/2 pings by itself; whoever speaks HTTP/1.1 and is gone without a word is found by this alone.
+        let keepalive = TcpKeepalive::new().with_time(self.keepalive.0).with_interval(self.keepalive.1).with_retries(1);
+        if let Err(error) = SockRef::from(&stream).set_tcp_keepalive(&keepalive) {
+            tracing::debug!(connection, %error, "a peer that is gone may be kept");
         }
         let address = stream.peer_addr().ok().map(|address| address.ip());
         let end = FarEnd { address, certificate_name: None };
@@ -156,6 +189,7 @@ impl<S: ConnectionService> Connector<S> {
         tokio::pin!(connection);
         tokio::select! {
             ended = &mut connection => return ended.map_err(|error| error.to_string()),
+            () = peer.expelled.cancelled() => return Err(EXPELLED.to_owned()),
             () = self.has_to_leave(&peer) => {}
         }
         connection.as_mut().graceful_shutdown();
@@ -166,7 +200,7 @@ impl<S: ConnectionService> Connector<S> {
     where
         IO: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let (io, heads) = watched(io, peer.clone(), http1.stall_limit);
+        let (io, heads) = watched(io, peer.clone(), self.limits.stall_timeout);
         let connection = http1.builder.serve_connection(TokioIo::new(io), self.counted(end, &peer));
         tokio::pin!(connection);
         tokio::select! {
@@ -181,7 +215,8 @@ impl<S: ConnectionService> Connector<S> {
     }
 
     fn counted(&self, end: FarEnd, peer: &Arc<Peer>) -> TowerToHyperService<Counted<S>> {
-        TowerToHyperService::new(Counted { inner: self.service.clone(), end, peer: peer.clone() })
+        let (inner, limits) = (self.service.clone(), self.limits.clone());
+        TowerToHyperService::new(Counted { inner, end, peer: peer.clone(), limits })
     }
 
     /// Waits until `peer` is told to leave, or has had no call for too long.
@@ -195,9 +230,15 @@ impl<S: ConnectionService> Connector<S> {
 
 /// What is left of a connection that was told to end.
 async fn last_words<E: ToString>(ending: impl Future<Output = Result<(), E>>, peer: &Peer) -> Result<(), String> {
+    let displaced = async {
+        peer.displaced.cancelled().await;
+        time::sleep(DISPLACED_CALLS).await;
+    };
     tokio::select! {
         ended = ending => ended.map_err(|error| error.to_string()),
         () = peer.quiet_for(GOODBYE, Instant::now()) => Err("did not leave when it was told to".to_owned()),
+        () = peer.expelled.cancelled() => Err(EXPELLED.to_owned()),
+        () = displaced => Err("its calls did not end when its place was needed".to_owned()),
     }
 }
 
@@ -252,10 +293,11 @@ struct Counted<S> {
     inner: S,
     end: FarEnd,
     peer: Arc<Peer>,
+    limits: Arc<CallLimits>,
 }
 
 impl<S: ConnectionService> Service<Request<Incoming>> for Counted<S> {
-    type Response = Response<CountedBody>;
+    type Response = Response<AnswerBody>;
     type Error = Infallible;
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
 
@@ -266,30 +308,9 @@ impl<S: ConnectionService> Service<Request<Incoming>> for Counted<S> {
     fn call(&mut self, mut request: Request<Incoming>) -> Self::Future {
         request.extensions_mut().insert(self.end.clone());
         let call = self.peer.call();
-        let answering = self.inner.call(request.map(Body::new));
-        Box::pin(async move { Ok(answering.await?.map(|inner| CountedBody { inner, _call: call })) })
-    }
-}
-
-/// The body of an answer, while whose bytes come the call is open.
-struct CountedBody {
-    inner: Body,
-    _call: OpenCall,
-}
-
-impl HttpBody for CountedBody {
-    type Data = Bytes;
-    type Error = Status;
-
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        Pin::new(&mut self.inner).poll_frame(cx)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.inner.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.inner.size_hint()
+        let (unit, limit, share) =
+            (self.limits.unit(request.uri().path()), self.limits.stall_timeout, self.limits.receiving.share());
+        let answering = self.inner.call(request.map(|body| Body::new(RequestBody::new(body, unit, limit, share))));
+        Box::pin(async move { Ok(answering.await?.map(|inner| AnswerBody::new(inner, call))) })
     }
 }

@@ -1,20 +1,29 @@
-//! The connections of a server: never more than its limit, and none keeps others out by being silent. When all places
-//! are taken and another connection comes, the one without a call for the longest time has to leave. Filled by
-//! [`crate::accept`].
+//! The connections of a server: never more than its limit and an eighth of it that are on their way out, and none keeps
+//! others out by being silent. When all places are taken and another connection comes, [`who_leaves`] says who has to go.
+//! Filled by [`crate::accept`].
 
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use tokio::{sync::Notify, time::Instant};
+use tokio::{
+    sync::Notify,
+    time::{self, Instant},
+};
 
-use crate::peer::Peer;
+use crate::{
+    peer::Peer,
+    shortage::{Short, Shortage},
+    who_leaves::{Origin, Staying, idlest, who_leaves},
+};
 
 /// Everybody who is connected.
 #[derive(Debug)]
 pub(crate) struct Connections {
     limit: usize,
+    /// How many may be on their way out beside as many as the limit: who takes time for a farewell shall not hold up others.
+    leaving_max: usize,
     open: Mutex<Open>,
     /// Told when a connection goes or its last call ends. One waits for it: whoever accepts.
     changed: Arc<Notify>,
@@ -24,6 +33,7 @@ pub(crate) struct Connections {
 struct Open {
     peers: HashMap<u64, Arc<Peer>>,
     next: u64,
+    shortage: Shortage,
 }
 
 /// The place of one connection; free again when this is dropped.
@@ -35,48 +45,77 @@ pub(crate) struct Place {
 }
 
 impl Connections {
-    /// None yet, and never more than `limit`.
+    /// None yet, and never more than `limit` that stay.
     pub(crate) fn new(limit: usize) -> Arc<Self> {
-        Arc::new(Self { limit, open: Mutex::default(), changed: Arc::default() })
+        let leaving_max = (limit / 8).max(1);
+        Arc::new(Self { limit, leaving_max, open: Mutex::default(), changed: Arc::default() })
     }
 
-    /// A place for one more. Waits for it while all are taken.
-    pub(crate) async fn place(self: &Arc<Self>) -> Place {
-        let mut told = false;
+    /// A place for one more, which comes from `origin`. Waits for it while all are taken.
+    pub(crate) async fn place(self: &Arc<Self>, origin: Origin) -> Place {
+        let mut waits = false;
         loop {
-            if let Some(place) = self.free_place() {
+            if let Some(place) = self.try_place(origin) {
                 return place;
             }
-            if !self.make_room() && !told {
-                tracing::warn!(limit = self.limit, "connections wait: all places are taken, each with an open call");
-                told = true;
+            if !waits {
+                self.open().shortage.waits();
+                waits = true;
             }
             self.changed.notified().await;
         }
     }
 
-    fn free_place(self: &Arc<Self>) -> Option<Place> {
+    /// A place, if one is free or somebody leaves for it.
+    fn try_place(self: &Arc<Self>, origin: Origin) -> Option<Place> {
         let mut open = self.open();
-        if open.peers.len() >= self.limit {
+        let staying = open.staying();
+        if staying.len() >= self.limit {
+            if open.shortage.begins(Instant::now()) {
+                tracing::warn!(
+                    limit = self.limit,
+                    "all places for connections are taken: those without a call are asked to leave, and further ones wait while all have one"
+                );
+            }
+            // As many as may are on their way out: one of them is gone soon.
+            if open.peers.len() - staying.len() < self.leaving_max {
+                let (seen, keys): (Vec<Staying>, Vec<u64>) = staying.into_iter().unzip();
+                let leaving = who_leaves(&seen, origin)?;
+                open.asked_to_leave(keys[leaving]);
+            } else {
+                return None;
+            }
+        }
+        if open.peers.len() >= self.limit + self.leaving_max {
             return None;
         }
-        let (key, peer) = (open.next, Arc::new(Peer::new(self.changed.clone())));
+        let (key, peer) = (open.next, Arc::new(Peer::new(origin, self.changed.clone())));
         open.next += 1;
         open.peers.insert(key, peer.clone());
         Some(Place { peer, key, connections: self.clone() })
     }
 
-    /// Asks the connection that has been without a call for the longest time to leave, unless one that was asked is
-    /// still on its way out. False if there is neither.
-    pub(crate) fn make_room(&self) -> bool {
-        let open = self.open();
-        let quiet = |peer: &Arc<Peer>| Some((peer.quiet_since()?, peer.leave.clone()));
-        let quiet: Vec<_> = open.peers.values().filter_map(quiet).collect();
-        let Some(longest) = longest_quiet(quiet.iter().map(|(since, leave)| (*since, leave.is_cancelled()))) else {
-            return !quiet.is_empty();
-        };
-        quiet[longest].1.cancel();
-        true
+    /// Asks a connection that can be spared to leave, unless one that was asked is still on its way out.
+    pub(crate) fn make_room(&self) {
+        let mut open = self.open();
+        let (seen, keys): (Vec<Staying>, Vec<u64>) = open.staying().into_iter().unzip();
+        if let Some(leaving) = idlest(&seen).filter(|_| seen.len() == open.peers.len()) {
+            open.asked_to_leave(keys[leaving]);
+        }
+    }
+
+    /// Waits until a shortage of places is over, and tells what it has cost. Never ends while there is none.
+    pub(crate) async fn shortage_over(&self) -> Short {
+        loop {
+            let over_at = self.open().shortage.over_at();
+            match over_at {
+                Some(over_at) => time::sleep_until(over_at).await,
+                None => std::future::pending().await,
+            }
+            if let Some(short) = self.open().shortage.over(Instant::now()) {
+                return short;
+            }
+        }
     }
 
     /// Asks all of them to leave.
@@ -90,6 +129,19 @@ impl Connections {
     }
 }
 
+impl Open {
+    /// Everybody who was not asked to leave, by key.
+    fn staying(&self) -> Vec<(Staying, u64)> {
+        let peers = self.peers.iter().filter(|(_, peer)| !peer.leave.is_cancelled());
+        peers.map(|(key, peer)| (peer.seen(), *key)).collect()
+    }
+
+    fn asked_to_leave(&mut self, key: u64) {
+        self.peers[&key].displace();
+        self.shortage.closes();
+    }
+}
+
 impl Drop for Place {
     fn drop(&mut self) {
         self.connections.open().peers.remove(&self.key);
@@ -97,56 +149,76 @@ impl Drop for Place {
     }
 }
 
-/// Of connections without a call, each with the time since when and whether it is leaving already: which has to leave.
-/// None while one is leaving, since its place is free soon.
-fn longest_quiet(quiet: impl Iterator<Item = (Instant, bool)> + Clone) -> Option<usize> {
-    if quiet.clone().any(|(_, is_leaving)| is_leaving) {
-        return None;
-    }
-    quiet.enumerate().min_by_key(|(_, (since, _))| *since).map(|(index, _)| index)
-}
-
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
-    use tokio::time;
+    use std::{net::IpAddr, time::Duration};
 
     use super::*;
 
-    #[test]
-    fn who_was_silent_for_the_longest_time_leaves() {
-        // Broken: a connection that is used would be closed for one that is not, or many for one newcomer.
-        let start = Instant::now();
-        let at = |seconds| start + Duration::from_secs(seconds);
-        assert_eq!(longest_quiet([(at(5), false), (at(3), false), (at(9), false)].into_iter()), Some(1));
-        assert_eq!(longest_quiet([(at(5), false), (at(3), true)].into_iter()), None);
-        assert_eq!(longest_quiet([].into_iter()), None);
+    fn here(last: u8) -> Origin {
+        IpAddr::from([127, 0, 0, last]).into()
+    }
+
+    async fn is_pending<T>(future: impl Future<Output = T>) -> bool {
+        tokio::select! {
+            biased;
+            _ = future => false,
+            () = std::future::ready(()) => true,
+        }
     }
 
     #[tokio::test]
     async fn no_more_than_the_limit_and_silent_ones_make_room() {
-        // Broken: memory and descriptors would have no bound, or a few silent peers would keep everybody out.
+        // Would break: memory and descriptors have no bound, or a few silent peers keep everybody out.
         let connections = Connections::new(2);
-        let (silent, busy) = (connections.place().await, connections.place().await);
+        let (silent, busy) = (connections.place(here(1)).await, connections.place(here(1)).await);
         let call = busy.peer.call();
-        let third = connections.place();
-        tokio::pin!(third);
-        let short = Duration::from_millis(30);
-        assert!(time::timeout(short, &mut third).await.is_err(), "three places of two");
-        assert!(silent.peer.leave.is_cancelled() && !busy.peer.leave.is_cancelled());
-        drop(silent);
-        let third = time::timeout(short, third).await.expect("its place is free");
+        let third = connections.place(here(1)).await;
+        assert!(
+            silent.peer.leave.is_cancelled() && !busy.peer.leave.is_cancelled(),
+            "its place is the third's at once"
+        );
         let third_call = third.peer.call();
-        let fourth = connections.place();
+        let fourth = connections.place(here(1));
         tokio::pin!(fourth);
-        assert!(time::timeout(short, &mut fourth).await.is_err());
-        assert!(!busy.peer.leave.is_cancelled() && !third.peer.leave.is_cancelled(), "both have a call");
+        assert!(is_pending(&mut fourth).await, "one is on its way out, and no more may be");
+        drop(silent);
+        assert!(is_pending(&mut fourth).await, "all who stay have a call");
+        assert!(!busy.peer.leave.is_cancelled() && !third.peer.leave.is_cancelled());
         drop(call);
-        assert!(time::timeout(short, &mut fourth).await.is_err());
-        assert!(busy.peer.leave.is_cancelled(), "its call has ended while another waits");
+        let fourth = fourth.await;
+        assert!(busy.peer.leave.is_cancelled(), "its call has ended while another waited");
         connections.close();
-        assert!(third.peer.leave.is_cancelled());
+        assert!(third.peer.leave.is_cancelled() && fourth.peer.leave.is_cancelled());
         drop(third_call);
+    }
+
+    #[tokio::test]
+    async fn who_has_most_places_with_calls_leaves_one_to_another() {
+        // Would break: a machine that opens calls on every connection and never ends them keeps all others out.
+        let connections = Connections::new(8);
+        let mut greedy = Vec::new();
+        for _ in 0..8 {
+            let place = connections.place(here(1)).await;
+            greedy.push((place.peer.call(), place));
+        }
+        assert!(is_pending(connections.place(here(1))).await, "for one more of its own it waits");
+        connections.place(here(2)).await;
+        let leaving = |(_, place): &&(_, Place)| place.peer.leave.is_cancelled();
+        assert_eq!(greedy.iter().filter(leaving).count(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_shortage_is_told_of_when_it_is_over() {
+        // Would break: the log never says that a shortage has ended, or how many it has cost.
+        let connections = Connections::new(1);
+        connections.open().shortage = Shortage::new(Duration::from_millis(50));
+        assert!(is_pending(connections.shortage_over()).await);
+        let mut places = vec![connections.place(here(1)).await];
+        places.push(connections.place(here(1)).await);
+        assert!(is_pending(connections.place(here(1))).await, "one is leaving, which is all that may");
+        let short = connections.shortage_over().await;
+        assert_eq!((short.waited, short.closed), (1, 1));
+        assert!(is_pending(connections.shortage_over()).await, "it is told once");
     }
 }

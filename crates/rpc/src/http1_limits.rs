@@ -146,18 +146,24 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for Watched<IO> {
 
 #[cfg(test)]
 mod tests {
+    use std::net::IpAddr;
+
     use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 
     use super::*;
 
     const LIMIT: Duration = Duration::from_millis(60);
 
+    fn peer() -> Arc<Peer> {
+        Arc::new(Peer::new(IpAddr::from([127, 0, 0, 1]).into(), Arc::default()))
+    }
+
     #[tokio::test]
     async fn a_head_that_does_not_end_is_late_and_a_pause_between_requests_is_not() {
         // Broken: whoever sends a byte now and then keeps a connection for ever, or one that is kept for the next request is
         // closed before it comes.
         let (mut client, server) = duplex(64);
-        let peer = Arc::new(Peer::new(Arc::default()));
+        let peer = peer();
         let (mut io, heads) = watched(server, peer.clone(), LIMIT);
         let late = heads.too_slow(LIMIT);
         tokio::pin!(late);
@@ -180,7 +186,7 @@ mod tests {
     async fn who_takes_nothing_is_left() {
         // Broken: a reader who stops keeps an answer in memory, and its connection, for ever.
         let (_client, server) = duplex(4);
-        let (mut io, _heads) = watched(server, Arc::new(Peer::new(Arc::default())), LIMIT);
+        let (mut io, _heads) = watched(server, peer(), LIMIT);
         let error = time::timeout(10 * LIMIT, io.write_all(b"more than four")).await.expect("it ends").unwrap_err();
         assert_eq!(error.kind(), ErrorKind::TimedOut);
     }

@@ -17,7 +17,7 @@
 //! # }
 //! ```
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use axum::Router;
 use http::Response;
@@ -30,17 +30,15 @@ use tower::ServiceBuilder;
 
 use crate::{
     accept::accept,
-    connection::{ConnectionService, Connector, Http1},
+    connection::{CallLimits, ConnectionService, Connector, Http1},
     http_trace::HttpTraceLayer,
     metadata::HEADER_LIST_BYTES_MAX,
+    receiving::Receiving,
     reload::Reloading,
     request_id::RequestIdLayer,
     server::{LAST_WORDS, ServerConfig, ServerError, http2_builder},
     tls::{HTTP1, HTTP2, PortTls},
 };
-
-/// How long an HTTP/1.1 peer may take nothing of its answer: longer than a network is out of order that comes back.
-const STALL_LIMIT: Duration = Duration::from_secs(60);
 
 /// Serves `routes` on `listener` until `shutdown`. Then no connection is accepted and requests in flight may finish; at the
 /// drain limit `late` is cancelled, by which the routes end what is left with an error, and soon after connections are
@@ -62,6 +60,13 @@ pub async fn serve(
         client_names: config.tls.clone().map_or_else(Vec::new, |tls| tls.client_names),
         handshake_timeout: config.handshake_timeout,
         idle_timeout: config.idle_timeout,
+        keepalive: (config.keepalive_interval, config.keepalive_timeout),
+        // A request is its whole body here.
+        limits: Arc::new(CallLimits {
+            stall_timeout: config.stall_timeout,
+            receiving: Receiving::new(config.receiving_bytes_max),
+            streams: None,
+        }),
     });
     let serving =
         accept(listener, config.connections_max, &shutdown, |stream, peer| connector.clone().serve(stream, peer));
@@ -101,5 +106,5 @@ fn http1_of(config: &ServerConfig) -> Http1 {
         // Counted by ourselves, from the first byte of a head.
         .header_read_timeout(None)
         .max_buf_size(HEADER_LIST_BYTES_MAX as usize);
-    Http1 { builder, head_timeout: config.handshake_timeout, stall_limit: STALL_LIMIT }
+    Http1 { builder, head_timeout: config.handshake_timeout }
 }

@@ -6,17 +6,20 @@
 //! [`outcome`], [`deadline`],
 //! [`drain`], `refusals`, [`trace`], [`request_id`], [`metadata`], [`health`] and `health_service`; whom a node lets in:
 //! `reload` (files that change), [`keys`], [`caller`], [`authentication`], [`certificate_names`], [`tls`]; connections: `peer` (one,
-//! as its server sees it), `connections` (all), `accept` (how they come), `connection` (one, from its first byte to its
-//! last), `http1_limits`; [`server`] (puts them together), [`http_server`] and `http_trace` (for what is not gRPC),
+//! as its server sees it), `cut_off` (of whose calls), `who_leaves`, `shortage`, `connections` (all), `accept` (how they come), `connection` (one,
+//! from its first byte to its last), `client_streams`, `receiving`, `request_body`, `answer_body`, `http1_limits`; [`server`] (puts them together), [`http_server`] and `http_trace` (for what is not gRPC),
 //! [`metrics_port`], [`client`].
 
 mod accept;
+mod answer_body;
 pub mod authentication;
 pub mod caller;
 pub mod certificate_names;
 pub mod client;
+mod client_streams;
 mod connection;
 mod connections;
+mod cut_off;
 pub mod deadline;
 pub mod drain;
 mod ending;
@@ -30,14 +33,18 @@ pub mod metadata;
 pub mod metrics_port;
 pub mod outcome;
 mod peer;
+mod receiving;
 mod refusals;
 pub mod reload;
+mod request_body;
 pub mod request_id;
 pub mod server;
+mod shortage;
 pub mod status;
 pub mod tls;
 pub mod trace;
 mod watched_response;
+mod who_leaves;
 
 pub use authentication::{AuthenticationLayer, Gate};
 pub use caller::Client;
@@ -48,6 +55,7 @@ pub use health::Readiness;
 pub use keys::{KeyError, KeyFile, OwnKey};
 pub use metadata::METADATA_BYTES_MAX;
 pub use outcome::Outcome;
+pub use request_body::why_unread;
 pub use request_id::RequestId;
 pub use server::{MESSAGE_BYTES_MAX, Server, ServerConfig, ServerError};
 pub use status::{Fault, Reason};

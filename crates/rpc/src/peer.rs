@@ -1,7 +1,10 @@
 //! One connection as its server sees it: how many calls are open on it, since when none is, and whether it was asked to
 //! leave. What [`crate::connections`] chooses by, and [`crate::connection`] waits for.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use tokio::{
     sync::{Notify, watch},
@@ -9,12 +12,23 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+use crate::{
+    cut_off::CutOff,
+    who_leaves::{Origin, Staying},
+};
+
 /// A connection from when it was accepted.
 #[derive(Debug)]
 pub(crate) struct Peer {
+    origin: Origin,
     calls: watch::Sender<Calls>,
     /// Cancelled when this connection has to go: its server ends, or another needs its place.
     pub(crate) leave: CancellationToken,
+    /// Cancelled where another needs its place, so that its calls may not go on for ever.
+    pub(crate) displaced: CancellationToken,
+    /// Cancelled when it does harm, and is ended without a farewell.
+    pub(crate) expelled: CancellationToken,
+    cut_off: Mutex<CutOff>,
     /// Told when the last open call ends.
     quieter: Arc<Notify>,
 }
@@ -22,7 +36,7 @@ pub(crate) struct Peer {
 #[derive(Clone, Copy, Debug)]
 struct Calls {
     open: usize,
-    /// When the last call ended, or the connection came. Tells nothing while a call is open.
+    /// When the last call ended, or the connection came.
     last: Instant,
 }
 
@@ -30,19 +44,49 @@ struct Calls {
 #[derive(Debug)]
 pub(crate) struct OpenCall {
     peer: Arc<Peer>,
+    /// Whether all of its answer was handed out. If this is dropped before, the call was cut off.
+    pub(crate) is_answered: bool,
 }
 
 impl Peer {
-    /// A connection that has just come. `quieter` is told whenever its last call ends.
-    pub(crate) fn new(quieter: Arc<Notify>) -> Self {
-        let calls = watch::Sender::new(Calls { open: 0, last: Instant::now() });
-        Self { calls, leave: CancellationToken::new(), quieter }
+    /// A connection that has just come from `origin`. `quieter` is told whenever its last call ends.
+    pub(crate) fn new(origin: Origin, quieter: Arc<Notify>) -> Self {
+        let now = Instant::now();
+        Self {
+            origin,
+            calls: watch::Sender::new(Calls { open: 0, last: now }),
+            leave: CancellationToken::new(),
+            displaced: CancellationToken::new(),
+            expelled: CancellationToken::new(),
+            cut_off: Mutex::new(CutOff::new(now)),
+            quieter,
+        }
+    }
+
+    /// As [`crate::who_leaves`] looks at it.
+    pub(crate) fn seen(&self) -> Staying {
+        let Calls { open, last } = *self.calls.borrow();
+        Staying { origin: self.origin, is_busy: open > 0, last }
+    }
+
+    /// Has to leave, since another needs its place.
+    pub(crate) fn displace(&self) {
+        self.displaced.cancel();
+        self.leave.cancel();
+    }
+
+    /// The peer cut a call off. One that does nothing else is ended.
+    pub(crate) fn cuts_off(&self) {
+        let mut cut_off = self.cut_off.lock().unwrap_or_else(PoisonError::into_inner);
+        if !cut_off.is_borne(Instant::now()) {
+            self.expelled.cancel();
+        }
     }
 
     /// A call begins.
     pub(crate) fn call(self: &Arc<Self>) -> OpenCall {
         self.calls.send_modify(|calls| calls.open += 1);
-        OpenCall { peer: self.clone() }
+        OpenCall { peer: self.clone(), is_answered: false }
     }
 
     /// Since when no call is open; `None` while one is.
@@ -80,6 +124,9 @@ impl Drop for OpenCall {
             calls.last = Instant::now();
             is_last = calls.open == 0;
         });
+        if !self.is_answered {
+            self.peer.cuts_off();
+        }
         if is_last {
             self.peer.quieter.notify_one();
         }
@@ -88,13 +135,15 @@ impl Drop for OpenCall {
 
 #[cfg(test)]
 mod tests {
+    use std::net::IpAddr;
+
     use super::*;
 
     #[tokio::test]
     async fn a_connection_is_quiet_when_its_last_call_has_ended() {
         // Broken: a connection would be closed under a call, or never.
         let span = Duration::from_millis(60);
-        let peer = Arc::new(Peer::new(Arc::default()));
+        let peer = Arc::new(Peer::new(IpAddr::from([127, 0, 0, 1]).into(), Arc::default()));
         let start = Instant::now();
         assert!(peer.quiet_since().is_some_and(|since| since <= start));
         let (first, second) = (peer.call(), peer.call());

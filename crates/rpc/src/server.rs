@@ -24,7 +24,7 @@
 use std::{future::Future, sync::Arc, time::Duration};
 
 use hyper::server::conn::http2;
-use hyper_util::rt::{TokioExecutor, TokioTimer};
+use hyper_util::rt::TokioTimer;
 use thiserror::Error;
 use tokio::{net::TcpListener, time};
 use tokio_util::sync::CancellationToken;
@@ -37,14 +37,17 @@ use tower::ServiceBuilder;
 
 use crate::{
     accept::accept,
+    answer_body::AnswerExecutor,
     authentication::{AuthenticationLayer, Gate, is_open_service},
-    connection::{ConnectionService, Connector},
+    client_streams::client_streams,
+    connection::{CallLimits, ConnectionService, Connector},
     deadline::DeadlineLayer,
     drain::DrainLayer,
     health::{Alive, Check, CheckResult, Health, Readiness},
     health_service::NodeHealth,
     metadata::{HEADER_LIST_BYTES_MAX, MetadataLayer},
     outcome::{Observer, Outcome, OutcomeLayer},
+    receiving::Receiving,
     refusals::RefusalLayer,
     reload::Reloading,
     request_id::RequestIdLayer,
@@ -78,6 +81,11 @@ pub struct ServerConfig {
     pub handshake_timeout: Duration,
     /// How long a connection may be without a call before it is told to leave. Clients connect again when they call.
     pub idle_timeout: Duration,
+    /// How long a peer may take for a request, or for one message of a stream, from its first byte to its last; and how long
+    /// it may take nothing of an answer.
+    pub stall_timeout: Duration,
+    /// Memory of all requests that are being received, as far as they are large. The largest of them ends when it is exceeded.
+    pub receiving_bytes_max: usize,
     /// How often a silent connection is pinged, to find peers that are gone without a word.
     pub keepalive_interval: Duration,
     /// How long such a ping may take.
@@ -106,6 +114,8 @@ impl Default for ServerConfig {
             connections_max: 1024,
             handshake_timeout: Duration::from_secs(10),
             idle_timeout: Duration::from_secs(30 * 60),
+            stall_timeout: Duration::from_secs(60),
+            receiving_bytes_max: 1 << 30,
             keepalive_interval: Duration::from_secs(20),
             keepalive_timeout: Duration::from_secs(10),
             drain_limit: Duration::from_secs(30),
@@ -126,6 +136,8 @@ pub enum ServerError {
     Tls(#[from] TlsError),
     #[error("reflection: {0}")]
     Reflection(#[from] tonic_reflection::server::Error),
+    #[error("descriptors: {0}")]
+    Descriptors(#[from] prost::DecodeError),
 }
 
 /// A server that is being put together.
@@ -225,6 +237,12 @@ impl Server {
             client_names: config.tls.clone().map_or_else(Vec::new, |tls| tls.client_names),
             handshake_timeout: config.handshake_timeout,
             idle_timeout: config.idle_timeout,
+            keepalive: (config.keepalive_interval, config.keepalive_timeout),
+            limits: Arc::new(CallLimits {
+                stall_timeout: config.stall_timeout,
+                receiving: Receiving::new(config.receiving_bytes_max),
+                streams: Some(client_streams(&descriptors)?),
+            }),
         });
         let serve = |stream, peer| connector.clone().serve(stream, peer);
         let serving = accept(listener, config.connections_max, &drain.shutdown, serve);
@@ -275,8 +293,8 @@ fn layered(routes: Routes, observer: Option<Observer>, gate: Gate, drain: DrainL
 }
 
 /// HTTP/2 with our limits.
-pub(crate) fn http2_builder(config: &ServerConfig) -> http2::Builder<TokioExecutor> {
-    let mut builder = http2::Builder::new(TokioExecutor::new());
+pub(crate) fn http2_builder(config: &ServerConfig) -> http2::Builder<AnswerExecutor> {
+    let mut builder = http2::Builder::new(AnswerExecutor { stall_timeout: config.stall_timeout });
     builder
         .timer(TokioTimer::new())
         .initial_stream_window_size(config.stream_window_bytes)

@@ -21,15 +21,17 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tonic::Request;
 
-/// Writes an authority and certificates of it for the name `node`: a server's, a client's, and one that is over.
+/// Writes an authority and certificates of it for the name `node`: a server's, a client's, one that is over, and one for
+/// another name.
 fn certificates(dir: &Path) {
     let mut params = CertificateParams::new(Vec::<String>::new()).unwrap();
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let authority = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
     std::fs::write(dir.join("ca.pem"), authority.pem()).unwrap();
-    for name in ["server", "client", "over"] {
+    for name in ["server", "client", "over", "elsewhere"] {
         let key = KeyPair::generate().unwrap();
-        let mut params = CertificateParams::new(vec!["node".to_owned()]).unwrap();
+        let called = if name == "elsewhere" { name } else { "node" };
+        let mut params = CertificateParams::new(vec![called.to_owned()]).unwrap();
         if name == "over" {
             params.not_after = date_time_ymd(2001, 1, 1);
         }
@@ -96,6 +98,35 @@ async fn only_clients_of_these_names_are_let_in() {
                 "whoever has no key is called by its certificate"
             );
         }
+        running.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn only_the_right_server_is_trusted() {
+    // Would break: whoever takes a node's address gets the activations of its callers, or their keys.
+    let (dir, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    certificates(dir.path());
+    certificates(other.path());
+    let trusting = client(dir.path(), None);
+    let shown = |dir: &Path, name: &str| {
+        Some(ServerTls {
+            certificate: dir.join(format!("{name}.pem")),
+            key: dir.join(format!("{name}.key")),
+            client_authorities: None,
+            client_names: Vec::new(),
+        })
+    };
+    for (what, tls, is_trusted) in [
+        ("the right one", shown(dir.path(), "server"), true),
+        ("one that is over", shown(dir.path(), "over"), false),
+        ("one for another name", shown(dir.path(), "elsewhere"), false),
+        ("one of another authority", shown(other.path(), "server"), false),
+        ("none", None, false),
+    ] {
+        let running = Running::start(ServerConfig { tls, ..ServerConfig::default() }, |server| server).await;
+        let answer = ask(&running.address, &trusting, "x").await;
+        assert_eq!(answer.is_ok(), is_trusted, "a server shows {what}: {answer:?}");
         running.stop().await;
     }
 }

@@ -1,6 +1,4 @@
-//! The JSON body of a request: of the right type, within a limit of bytes and of time, and UTF-8.
-
-use std::time::Duration;
+//! The JSON body of a request: of the right type, within a limit of bytes, and UTF-8. The limit of time is the connection's.
 
 use axum::{
     body::Body,
@@ -8,14 +6,12 @@ use axum::{
     http::{HeaderMap, StatusCode, header},
 };
 use futures::TryStreamExt;
-use tokio::time;
+use sida_rpc::{Reason, why_unread};
 
-use crate::doors::openai::{error::ApiError, fields::Fields};
-
-/// The longest body. A prompt has kilobytes; a request may have many of them.
-pub(crate) const BODY_BYTES_MAX: usize = 8 << 20;
-/// How long a body may take from its first byte to its last.
-const BODY_TIMEOUT: Duration = Duration::from_secs(60);
+use crate::{
+    config::REQUEST_BYTES_MAX,
+    doors::openai::{error::ApiError, fields::Fields},
+};
 
 /// The fields of the request's object.
 pub(crate) async fn fields(request: Request) -> Result<Fields, ApiError> {
@@ -31,14 +27,10 @@ pub(crate) async fn fields(request: Request) -> Result<Fields, ApiError> {
 /// All of a body, within its limits.
 pub(crate) async fn bytes(headers: &HeaderMap, body: Body) -> Result<Vec<u8>, ApiError> {
     let announced = headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
-    if announced.is_some_and(|bytes: u64| bytes > BODY_BYTES_MAX as u64) {
+    if announced.is_some_and(|bytes: u64| bytes > REQUEST_BYTES_MAX as u64) {
         return Err(too_long());
     }
-    let late = |_| {
-        let message = format!("the body did not come within {BODY_TIMEOUT:?}");
-        ApiError::http(StatusCode::REQUEST_TIMEOUT, "request_timeout", message)
-    };
-    time::timeout(BODY_TIMEOUT, collect(body)).await.map_err(late)?
+    collect(body).await
 }
 
 fn check_type(headers: &HeaderMap) -> Result<(), ApiError> {
@@ -55,9 +47,8 @@ fn check_type(headers: &HeaderMap) -> Result<(), ApiError> {
 async fn collect(body: Body) -> Result<Vec<u8>, ApiError> {
     let mut stream = body.into_data_stream();
     let mut bytes = Vec::new();
-    let broken = |error| ApiError::invalid("invalid_body", format!("the body broke off: {error}"));
-    while let Some(more) = stream.try_next().await.map_err(broken)? {
-        if bytes.len() + more.len() > BODY_BYTES_MAX {
+    while let Some(more) = stream.try_next().await.map_err(|error| unread(&error))? {
+        if bytes.len() + more.len() > REQUEST_BYTES_MAX {
             return Err(too_long());
         }
         bytes.extend_from_slice(&more);
@@ -65,7 +56,18 @@ async fn collect(body: Body) -> Result<Vec<u8>, ApiError> {
     Ok(bytes)
 }
 
+/// Why a body was not read to its end.
+fn unread(error: &axum::Error) -> ApiError {
+    match why_unread(error) {
+        Some(fault) if fault.reason() == Reason::DeadlineExceeded => {
+            ApiError::http(StatusCode::REQUEST_TIMEOUT, "request_timeout", fault.message())
+        }
+        Some(fault) => ApiError::of_fault(fault),
+        None => ApiError::invalid("invalid_body", format!("the body broke off: {error}")),
+    }
+}
+
 fn too_long() -> ApiError {
-    let message = format!("the body has more than the {BODY_BYTES_MAX} bytes allowed");
+    let message = format!("the body has more than the {REQUEST_BYTES_MAX} bytes allowed");
     ApiError::http(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message)
 }

@@ -15,7 +15,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use super::connection::ConnectionArguments;
-use crate::{bad_configuration::BadConfiguration, time_span};
+use crate::{bad_configuration::BadConfiguration, open_files, time_span};
 
 /// Says that a port is not served.
 const OFF: &str = "off";
@@ -74,11 +74,21 @@ pub(crate) struct ServerArguments {
     /// How long a client may stay connected without a request; it connects again for its next
     #[arg(long, value_name = "TIME", default_value = "30m", value_parser = time_span::parse)]
     idle_timeout: Duration,
+    /// How long a client may take to send a request, or a message of a stream, and may take nothing of its answer
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = time_span::parse)]
+    stall_timeout: Duration,
+    /// How long a client may be silent before it is asked whether it is still there
+    #[arg(long, value_name = "TIME", default_value = "20s", value_parser = time_span::parse)]
+    keepalive_interval: Duration,
+    /// How long it may take to say so
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = time_span::parse)]
+    keepalive_timeout: Duration,
 }
 
 impl ServerArguments {
     /// The gRPC server's settings; it lets in whom `gate` does and tells `readiness` whether it serves.
     pub(crate) fn server(&self, connection: &ConnectionArguments, gate: Gate, readiness: Readiness) -> ServerConfig {
+        open_files::allow(self.connections_max);
         let identity = connection.tls_cert.clone().zip(connection.tls_key.clone());
         let tls = identity.map(|(certificate, key)| ServerTls {
             certificate,
@@ -91,6 +101,9 @@ impl ServerArguments {
             connections_max: self.connections_max as usize,
             handshake_timeout: self.handshake_timeout,
             idle_timeout: self.idle_timeout,
+            stall_timeout: self.stall_timeout,
+            keepalive_interval: self.keepalive_interval,
+            keepalive_timeout: self.keepalive_timeout,
             tls,
             gate,
             readiness,

@@ -1,0 +1,142 @@
+//! Who has to leave when all places of a server are taken and one more comes. A decision without a clock or a socket; acted
+//! on by [`crate::connections`].
+
+use std::{
+    collections::HashMap,
+    net::{IpAddr, Ipv6Addr},
+};
+
+use tokio::time::Instant;
+
+/// Whom a connection comes from, as far as addresses tell: one address, or one network of IPv6, of which a single customer
+/// has all addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Origin(IpAddr);
+
+impl From<IpAddr> for Origin {
+    fn from(address: IpAddr) -> Self {
+        Self(match address.to_canonical() {
+            IpAddr::V6(address) => {
+                let [a, b, c, d, ..] = address.segments();
+                Ipv6Addr::new(a, b, c, d, 0, 0, 0, 0).into()
+            }
+            address @ IpAddr::V4(_) => address,
+        })
+    }
+}
+
+/// A connection that stays, which is one that was not asked to leave yet.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Staying {
+    pub(crate) origin: Origin,
+    /// Whether a call is open.
+    pub(crate) is_busy: bool,
+    /// When its last call ended, or it came.
+    pub(crate) last: Instant,
+}
+
+/// Which of `staying`, who have all places, leaves for a newcomer: somebody [without a call](idlest). If all have calls: of an
+/// origin that has more than half of the places, the one that has had its calls for the longest time, for a newcomer of
+/// another origin. `None`: the newcomer waits.
+pub(crate) fn who_leaves(staying: &[Staying], newcomer: Origin) -> Option<usize> {
+    idlest(staying).or_else(|| {
+        let places = count(staying, |_| true);
+        // No more than one can have more than half.
+        let greedy = places.iter().find(|(origin, places)| **origin != newcomer && **places * 2 > staying.len())?;
+        longest(staying, |staying| staying.origin == *greedy.0)
+    })
+}
+
+/// The connection that can be spared most: of the origin that has most connections without a call, the one that has been so
+/// for the longest time. A flood of connections from one machine so makes room for itself, and not at the cost of one that
+/// has just come to ask something. `None`: all have calls.
+pub(crate) fn idlest(staying: &[Staying]) -> Option<usize> {
+    let quiet = count(staying, |staying| !staying.is_busy);
+    let most = quiet.values().max()?;
+    longest(staying, |staying| !staying.is_busy && quiet.get(&staying.origin) == Some(most))
+}
+
+/// How many there are of each origin that are `counted`.
+fn count(staying: &[Staying], counted: impl Fn(&Staying) -> bool) -> HashMap<Origin, usize> {
+    let mut counts = HashMap::new();
+    for staying in staying.iter().filter(|staying| counted(staying)) {
+        *counts.entry(staying.origin).or_default() += 1;
+    }
+    counts
+}
+
+/// The one that has been as it is for the longest time.
+fn longest(staying: &[Staying], chosen: impl Fn(&Staying) -> bool) -> Option<usize> {
+    let chosen = staying.iter().enumerate().filter(|(_, staying)| chosen(staying));
+    chosen.min_by_key(|(_, staying)| staying.last).map(|(index, _)| index)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn origin(text: &str) -> Origin {
+        text.parse::<IpAddr>().unwrap().into()
+    }
+
+    /// Connections as (origin, busy, seconds).
+    fn leaves(staying: &[(&str, bool, u64)], newcomer: &str) -> Option<usize> {
+        let start = Instant::now();
+        let staying = staying.iter().map(|&(from, is_busy, second)| Staying {
+            origin: origin(from),
+            is_busy,
+            last: start + Duration::from_secs(second),
+        });
+        who_leaves(&staying.collect::<Vec<_>>(), origin(newcomer))
+    }
+
+    #[test]
+    fn who_was_silent_for_the_longest_time_leaves() {
+        // Would break: a connection that is used is closed for one that is not.
+        assert_eq!(
+            leaves(&[("10.0.0.1", false, 5), ("10.0.0.2", false, 3), ("10.0.0.2", true, 1)], "10.0.0.3"),
+            Some(1)
+        );
+        assert_eq!(
+            leaves(&[("10.0.0.1", true, 1), ("10.0.0.1", true, 2), ("10.0.0.2", false, 9)], "10.0.0.3"),
+            Some(2)
+        );
+        assert_eq!(leaves(&[], "10.0.0.3"), None);
+    }
+
+    #[test]
+    fn who_has_most_silent_ones_makes_room_for_others() {
+        // Would break: a machine that connects again and again has others closed that have just come, before they could ask.
+        let (flood, a, b) = ("10.0.0.1", "10.0.0.2", "10.0.0.3");
+        assert_eq!(leaves(&[(a, false, 1), (flood, false, 7), (flood, false, 5), (b, false, 3)], b), Some(2));
+        assert_eq!(
+            leaves(&[(a, false, 1), (flood, true, 7), (flood, true, 5), (b, false, 3)], b),
+            Some(0),
+            "silent ones count"
+        );
+    }
+
+    #[test]
+    fn who_has_most_places_gives_one_to_others() {
+        // Would break: one machine that keeps calls open on every connection keeps all others out; or two that share a
+        // server take each other's places in turns.
+        let busy = |from| (from, true, 0);
+        let (a, b, c) = ("10.0.0.1", "10.0.0.2", "10.0.0.3");
+        assert_eq!(leaves(&[busy(b), (a, true, 4), (a, true, 2)], c), Some(2));
+        assert_eq!(leaves(&[busy(a), busy(a), busy(b)], b), Some(0));
+        assert_eq!(leaves(&[busy(a), busy(a), busy(a)], a), None, "the greedy one waits for itself");
+        assert_eq!(leaves(&[busy(a), busy(a), busy(b), busy(b)], c), None, "half is no more than half");
+        assert_eq!(leaves(&[busy(a), busy(b), busy(c)], c), None);
+    }
+
+    #[test]
+    fn a_network_of_version_6_is_one_origin() {
+        // Would break: one customer comes as four billion, or a machine as two for its two kinds of address.
+        assert_eq!(origin("2001:db8:1:2::1"), origin("2001:db8:1:2:ffff::9"));
+        assert_ne!(origin("2001:db8:1:2::1"), origin("2001:db8:1:3::1"));
+        assert_eq!(origin("::ffff:10.0.0.1"), origin("10.0.0.1"));
+        assert_ne!(origin("10.0.0.1"), origin("10.0.0.2"));
+    }
+}
