@@ -43,6 +43,8 @@ use crate::{
     predict::predict::Predict,
 };
 
+pub(crate) mod read_prompt;
+
 /// A step that takes longer hangs: the expert calls in it end well before.
 const STUCK_LIMIT: Duration = Duration::from_secs(600);
 /// Requests that arrive together run together, unless the text of one takes longer to tokenize than this much does: a
@@ -116,7 +118,7 @@ impl Coordinator {
         let (reply, answer) = oneshot::channel();
         let queue = move |this: &Self, prompt: TokenizedPrompt| {
             let targets = this.acceptance().targets(prompt.tokens.ids.len(), &targets)?;
-            this.submit(prompt, routing, deadline, client, Work::Score { targets, reply: Some(reply) })
+            this.submit(prompt, routing, deadline, client, Work::Score { targets, top_count: None, reply: Some(reply) })
         };
         let answered = async {
             self.tokenize_then(request_span, asked, queue).await?;

@@ -8,7 +8,7 @@ use sida_telemetry::TraceContext;
 
 use crate::{
     answer::{
-        output::{Encoding, Finish, FinishReason, Pooling, Scores, Token, TokenLogprob, TokenLogprobs},
+        output::{Encoding, Finish, FinishReason, Pooling, Scores, TargetScore, Token, TokenLogprob, TokenLogprobs},
         request_error::RequestError,
         routing_mode::{Alpha, RoutingMode},
         sampling::Sampling,
@@ -165,10 +165,8 @@ impl From<Finish> for v1::Finish {
 
 impl From<Scores> for v1::ScoreResponse {
     fn from(scores: Scores) -> Self {
-        let target = |score: &crate::answer::output::TargetScore| v1::TargetScore {
-            log_likelihood: score.log_likelihood,
-            tokens: score.tokens as u32,
-        };
+        let target =
+            |score: &TargetScore| v1::TargetScore { log_likelihood: score.log_likelihood, tokens: score.tokens as u32 };
         Self { scores: scores.targets.iter().map(target).collect(), trace: Some((&scores.trace).into()) }
     }
 }

@@ -9,6 +9,7 @@ mod cache_memory;
 mod choices;
 mod clients;
 mod decoder_only;
+mod echo;
 mod epochs;
 mod exactness;
 mod failures;

@@ -21,16 +21,16 @@ use crate::{
     plain_http::{JSON, ask, parsed, post, send},
 };
 
-const TEXT: &str = "sst2 sentence: a gorgeous , witty , seductive movie .";
+pub(crate) const TEXT: &str = "sst2 sentence: a gorgeous , witty , seductive movie .";
 
-struct Served {
-    cluster: PlainCluster,
-    http: SocketAddr,
+pub(crate) struct Served {
+    pub(crate) cluster: PlainCluster,
+    pub(crate) http: SocketAddr,
     shutdown: CancellationToken,
     server: JoinHandle<()>,
 }
 
-async fn served(model: &Path, configure: impl FnOnce(&mut CoordinatorConfig)) -> Served {
+pub(crate) async fn served(model: &Path, configure: impl FnOnce(&mut CoordinatorConfig)) -> Served {
     let cluster = start_model(model, 2, PredictorSource::Off, |config| {
         config.server.health_period = Duration::from_millis(50);
         configure(config);
@@ -46,7 +46,7 @@ async fn served(model: &Path, configure: impl FnOnce(&mut CoordinatorConfig)) ->
 }
 
 /// The decoder-only model with a chat template.
-fn chat_model() -> TempDir {
+pub(crate) fn chat_model() -> TempDir {
     let dir = tempfile::tempdir().expect("a folder");
     for entry in fs::read_dir(decoder_only_dir()).expect("model") {
         let path = entry.expect("a file").path();
@@ -58,7 +58,7 @@ fn chat_model() -> TempDir {
     dir
 }
 
-fn chunks(events: &[&str]) -> Vec<Value> {
+pub(crate) fn chunks(events: &[&str]) -> Vec<Value> {
     assert_eq!(events.last(), Some(&"[DONE]"), "{events:?}");
     events[..events.len() - 1].iter().map(|event| serde_json::from_str(event).expect("JSON")).collect()
 }

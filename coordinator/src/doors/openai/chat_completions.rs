@@ -21,6 +21,7 @@ use crate::{
         generation::{Form, Generation, finish_reason},
         log_probabilities::chat_logprobs,
         sampling::{Wanted, tokens_max},
+        usage::Usage,
     },
     intake::prompt::Prompt,
 };
@@ -90,7 +91,8 @@ pub(crate) async fn chat_completions(
     let tokens = tokens.map_err(|error| call.refused(&error, "messages"))?;
     let prompts = vec![Prompt::Tokens(tokens)];
     let form = ChatForm { door: logprobs.is_some().then(|| door.clone()) };
-    let generation = Generation { prompts, prompt_field: "messages", wanted, logprobs };
+    let usage = Usage::default();
+    let generation = Generation { prompts, prompt_field: "messages", wanted, logprobs, generates: true, usage };
     generation.answer(door, call, form).await
 }
 

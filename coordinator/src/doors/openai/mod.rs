@@ -4,7 +4,7 @@
 //! In reading order: `error` (how a refusal looks), `call` (what every request gets: a deadline, an end, a count), `fields` and
 //! `body` (how a request's JSON is read), `door` (what the endpoints share), `routes` (who answers which path). Generation:
 //! `sampling` (how an answer is to be made), `generation` (several sequences as one answer), `usage` (what it took),
-//! `log_probabilities`, `events` (answers as they come), `completions`, `chat_messages`, `chat_completions`. The others:
+//! `log_probabilities`, `echo` (prompts before their answers), `events` (answers as they come), `completions`, `chat_messages`, `chat_completions`. The others:
 //! `embeddings`, `models`, `tokens`, `about`.
 
 mod about;
@@ -14,6 +14,7 @@ mod chat_completions;
 mod chat_messages;
 mod completions;
 pub(crate) mod door;
+mod echo;
 mod embeddings;
 pub(crate) mod error;
 mod events;
