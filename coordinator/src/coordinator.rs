@@ -33,6 +33,7 @@ use crate::{
     dispatch::{nodes::Nodes, probe::Probe},
     intake::{
         accept::{Acceptance, EncodeParams, GenerateParams, ScoreParams, within},
+        grammars::Grammars,
         prompt::{Prompt, PromptTokens},
         queue::Announcement,
         request::{Request, Work},
@@ -62,6 +63,7 @@ pub(crate) struct Inner {
     pub(crate) config: CoordinatorConfig,
     pub(crate) cluster: Cluster,
     pub(crate) tokenizer: Arc<Tokenizer>,
+    pub(crate) grammars: Grammars,
     /// What sequences take of the memory of what computes.
     pub(crate) cache_size: CacheSize,
     pub(crate) nodes: Arc<Nodes>,
@@ -133,9 +135,13 @@ impl Coordinator {
         let deadline = params.deadline;
         let unfinished = params.choices.max(1);
         let asked = Asked { prompt: std::mem::take(&mut params.prompt), truncates: false, target_bytes: 0 };
+        let grammar = match params.json_schema.take() {
+            Some(schema) => Some(until(deadline, self.inner.grammars.of(&schema)).await?),
+            None => None,
+        };
         let (reply, answer) = mpsc::unbounded_channel();
         let queue = move |this: &Self, mut prompt: TokenizedPrompt| {
-            let options = this.acceptance().options(&mut params)?;
+            let options = this.acceptance().options(&mut params, grammar)?;
             prompt.request_span.describe(&options);
             this.submit(prompt, params.routing, params.deadline, params.client, Work::Generate { options, reply })
         };

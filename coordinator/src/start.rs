@@ -30,7 +30,7 @@ use crate::{
         remote::{clock::Clock, lane::LaneConfig, lane_connection::Connector},
     },
     forward::forward::Forward,
-    intake::{queue::Queue, request_queue::RequestQueue},
+    intake::{grammars::Grammars, queue::Queue, request_queue::RequestQueue},
     measures::{metrics::Metrics, statistics::Statistics},
     predict::{
         beside::beside,
@@ -191,6 +191,7 @@ impl Coordinator {
         let inner = Inner {
             config,
             cluster,
+            grammars: Grammars::new(tokenizer.clone(), &model),
             tokenizer,
             cache_size,
             nodes,

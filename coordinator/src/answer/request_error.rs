@@ -24,6 +24,8 @@ pub enum RequestError {
     CacheTooSmall { needed: u64, limit: u64 },
     #[error("{field} is {found}, expected {expected}")]
     Argument { field: &'static str, found: String, expected: String },
+    #[error("json_schema cannot be followed: {reason}")]
+    JsonSchema { reason: String },
     #[error(
         "routing mode GUIDED is not served by this version: ask for EXACT, where the trained router chooses experts, or HASH, where the hash table does"
     )]

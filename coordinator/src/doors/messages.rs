@@ -94,6 +94,7 @@ pub(crate) fn generate_params(
             seed: message.seed,
         },
         stop: message.stop,
+        json_schema: (!message.json_schema.is_empty()).then_some(message.json_schema),
         deadline: caller.deadline,
         trace: caller.trace,
         client: caller.client,

@@ -8,6 +8,7 @@ use sida_telemetry::Span;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::answer::{
+    grammar::Grammar,
     output::{Encoding, Pooling, Scores, Token},
     request_error::RequestError,
     routing_mode::RoutingMode,
@@ -76,6 +77,8 @@ pub(crate) struct GenerateOptions {
     /// How many of the most likely tokens are told with each token, if its log-probability is.
     pub(crate) logprobs: Option<usize>,
     pub(crate) sampling: SamplerSettings,
+    /// What the answer is held to.
+    pub(crate) grammar: Option<Grammar>,
     pub(crate) stop: Vec<String>,
 }
 

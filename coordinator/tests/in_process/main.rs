@@ -26,3 +26,4 @@ mod plain_http;
 mod plain_nodes;
 mod prediction;
 mod prompts;
+mod response_format;

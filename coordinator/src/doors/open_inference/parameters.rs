@@ -58,6 +58,7 @@ pub(crate) fn generation(wanted: &Wanted, text: &str) -> GenerateParams {
         ignore_eos: wanted.ignore_eos,
         sampling: wanted.sampling.clone(),
         stop: wanted.stop.clone(),
+        json_schema: wanted.json_schema.clone(),
         ..GenerateParams::default()
     }
 }

@@ -193,6 +193,7 @@ fn field_of(error: &RequestError, text_field: &str) -> Option<String> {
             // What follows the name says what of it was measured.
             field => field.to_owned(),
         },
+        RequestError::JsonSchema { .. } => "response_format".to_owned(),
         RequestError::GuidedMode => "routing.mode".to_owned(),
         RequestError::EmptyText => text_field.to_owned(),
         RequestError::TextTooLong { of, .. }

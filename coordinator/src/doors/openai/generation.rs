@@ -133,6 +133,7 @@ fn params(prompt: Prompt, wanted: &Wanted, logprobs: Option<usize>, call: &Call)
         ignore_eos: wanted.ignore_eos,
         sampling: wanted.sampling.clone(),
         stop: wanted.stop.clone(),
+        json_schema: wanted.json_schema.clone(),
         choices: wanted.choices,
         logprobs,
         deadline: call.deadline,

@@ -3,7 +3,7 @@
 //!
 //! In reading order: `error` (how a refusal looks), `call` (what every request gets: a deadline, an end, a count), `fields` and
 //! `body` (how a request's JSON is read), `door` (what the endpoints share), `routes` (who answers which path). Generation:
-//! `sampling` (how an answer is to be made), `generation` (several sequences as one answer), `usage` (what it took),
+//! `sampling` (how an answer is to be made), `response_format` (what it follows), `generation` (several sequences as one answer), `usage` (what it took),
 //! `log_probabilities`, `echo` (prompts before their answers), `events` (answers as they come), `completions`, `chat_messages`, `chat_completions`. The others:
 //! `embeddings`, `models`, `tokens`, `about`.
 
@@ -22,6 +22,7 @@ pub(crate) mod fields;
 mod generation;
 mod log_probabilities;
 mod models;
+mod response_format;
 pub(crate) mod routes;
 pub(crate) mod sampling;
 mod tokens;
