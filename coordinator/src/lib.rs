@@ -46,7 +46,7 @@ pub use answer::{
     sampling::Sampling,
     trace::{ExpertSets, HashCounts, Timings, Trace},
 };
-pub use config::{CoordinatorConfig, MicroBatching, PredictorSource, RequestLimits};
+pub use config::{CoordinatorConfig, CorsOrigin, CorsOriginError, MicroBatching, PredictorSource, RequestLimits};
 pub use coordinator::{Coordinator, TokenStream};
 pub use intake::{
     accept::{EncodeParams, GenerateParams, ScoreParams},

@@ -8,6 +8,7 @@
 mod cache_memory;
 mod choices;
 mod clients;
+mod cors;
 mod decoder_only;
 mod echo;
 mod epochs;

@@ -40,6 +40,7 @@ use crate::{
     certificate_names::{self, NamePattern},
     http1_limits::watched,
     peer::{OpenCall, Peer},
+    plain_text,
     reload::Reloading,
     tls::PortTls,
 };
@@ -107,6 +108,10 @@ impl<S: ConnectionService> Connector<S> {
             Some(tls) => {
                 let acceptor = tls.current();
                 let secured = async {
+                    let mut stream = stream;
+                    if self.http1.is_some() {
+                        plain_text::refuse(&mut stream).await?;
+                    }
                     let stream = acceptor.accept(stream).await?;
                     let certificate_name = let_in(&stream, &self.client_names)?;
                     Ok((stream, FarEnd { certificate_name, ..end }))

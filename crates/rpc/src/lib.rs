@@ -30,6 +30,7 @@ pub mod metadata;
 pub mod metrics_port;
 pub mod outcome;
 mod peer;
+mod plain_text;
 mod refusals;
 pub mod reload;
 pub mod request_id;

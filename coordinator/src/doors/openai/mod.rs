@@ -2,7 +2,7 @@
 //! endpoint takes, refuses and adds is in docs/openai.md, and for programs in `openapi.json`.
 //!
 //! In reading order: `error` (how a refusal looks), `call` (what every request gets: a deadline, an end, a count), `fields` and
-//! `body` (how a request's JSON is read), `door` (what the endpoints share), `routes` (who answers which path). Generation:
+//! `body` (how a request's JSON is read), `door` (what the endpoints share), `routes` (who answers which path), `cors` (which web pages may ask). Generation:
 //! `sampling` (how an answer is to be made), `response_format` (what it follows), `generation` (several sequences as one answer), `usage` (what it took),
 //! `log_probabilities`, `echo` (prompts before their answers), `events` (answers as they come), `completions`, `chat_messages`, `chat_completions`. The others:
 //! `embeddings`, `models`, `tokens`, `about`.
@@ -13,6 +13,7 @@ pub(crate) mod call;
 mod chat_completions;
 mod chat_messages;
 mod completions;
+mod cors;
 pub(crate) mod door;
 mod echo;
 mod embeddings;
