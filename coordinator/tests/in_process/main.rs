@@ -20,6 +20,7 @@ mod lanes;
 mod limits;
 mod noise_predictor;
 mod open_inference;
+mod open_inference_http;
 mod openai_door;
 mod our_faults;
 mod plain_experts;

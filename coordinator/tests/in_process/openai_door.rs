@@ -203,7 +203,7 @@ async fn refusals() {
     let cases: [Case<'_>; 16] = [
         ("POST", completions, JSON, br#"{"model": "gpt-4", "prompt": "a"}"#, 404, "model_not_found", json!("model")),
         ("GET", "/v1/models/gpt-4/x", "", b"", 404, "model_not_found", json!("model")),
-        ("GET", "/v2/models", "", b"", 404, "not_found", Value::Null),
+        ("GET", "/v3/models", "", b"", 404, "not_found", Value::Null),
         ("GET", completions, "", b"", 405, "method_not_allowed", Value::Null),
         ("POST", completions, "content-type: text/plain\r\n", b"{}", 415, "unsupported_media_type", Value::Null),
         ("POST", completions, "", b"{}", 415, "unsupported_media_type", Value::Null),

@@ -151,6 +151,8 @@ impl IntoResponse for ApiError {
             headers.insert("retry-after-ms", HeaderValue::from(delay.as_millis() as u64));
         }
         response.extensions_mut().insert(self.counted_as);
+        // Another protocol on this port writes it anew.
+        response.extensions_mut().insert(self);
         response
     }
 }

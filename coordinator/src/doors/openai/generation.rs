@@ -20,7 +20,7 @@ use crate::{
         call::Call,
         door::{self, Door},
         error::ApiError,
-        events::events,
+        events::{EventForm, events},
         sampling::{EventOptions, Wanted},
         usage::Usage,
     },
@@ -97,7 +97,7 @@ impl Generation {
                 let refusing = call.clone();
                 let parts = Parts { envelope, form, options, usage, choices, count, ended };
                 let chunks = parts.of(pieces).map(move |chunk| chunk.map_err(|error| refusing.refused(&error, field)));
-                Ok(events(chunks, &door, call))
+                Ok(events(chunks, &door, call, EventForm::OPENAI))
             }
         }
     }

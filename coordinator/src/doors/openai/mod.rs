@@ -18,7 +18,7 @@ pub(crate) mod door;
 mod echo;
 mod embeddings;
 pub(crate) mod error;
-mod events;
+pub(crate) mod events;
 pub(crate) mod fields;
 mod generation;
 mod log_probabilities;

@@ -60,6 +60,7 @@ pub(crate) fn routes(coordinator: Coordinator, late: CancellationToken) -> Route
         .layer(AuthenticationLayer::new(gate, is_open, refuse))
         .layer(middleware::from_fn_with_state(door.clone(), call::answer))
         .with_state(door);
+    let routes = routes.layer(middleware::from_fn(open_inference::http::in_own_form));
     match cors {
         // Outermost: what a browser asks before a page may has no key, and a refusal is for the page to read.
         Some(cors) => routes.layer(cors),
