@@ -48,6 +48,8 @@ pub use answer::{
 };
 pub use config::{CoordinatorConfig, CorsOrigin, CorsOriginError, MicroBatching, PredictorSource, RequestLimits};
 pub use coordinator::{Coordinator, TokenStream};
+#[doc(hidden)]
+pub use doors::readers;
 pub use intake::{
     accept::{EncodeParams, GenerateParams, ScoreParams},
     prompt::Prompt,

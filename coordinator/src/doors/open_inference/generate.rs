@@ -33,7 +33,7 @@ const EVENTS: EventForm = EventForm { done: None, error: |error| json!({"error":
 const EMPTY: [&str; 2] = ["bad_words", "stop_words"];
 
 /// What is asked for, and the id of the request.
-struct Asked {
+pub(crate) struct Asked {
     id: String,
     question: Question,
     /// Whether tokens are to come one by one, if it says.
@@ -84,9 +84,13 @@ fn caller(call: &Call) -> CallMetadata {
 
 async fn read(request: Request) -> Result<Asked, ApiError> {
     let (head, body) = request.into_parts();
-    let bytes = body::bytes(&head.headers, body).await?;
+    parsed(&body::bytes(&head.headers, body).await?)
+}
+
+/// What the body of a request asks for.
+pub(crate) fn parsed(bytes: &[u8]) -> Result<Asked, ApiError> {
     let not_json = |error| ApiError::invalid("invalid_json", format!("the body is no JSON object: {error}"));
-    asked(serde_json::from_slice(&bytes).map_err(not_json)?)
+    asked(serde_json::from_slice(bytes).map_err(not_json)?)
 }
 
 fn asked(mut all: Map<String, Value>) -> Result<Asked, ApiError> {

@@ -6,11 +6,11 @@
 //! words).
 
 mod about;
-mod generate;
+pub(crate) mod generate;
 pub(crate) mod http;
-mod json_form;
+pub(crate) mod json_form;
 mod parameters;
-mod question;
+pub(crate) mod question;
 mod response;
 pub(crate) mod service;
 mod statistics;
