@@ -26,11 +26,12 @@ const TELEMETRY: &str = "sida-telemetry";
 const NOTHING_ELSE: [(&str, &[&str]); 1] = [("sida-routing", &["serde", "thiserror", "proptest"])];
 
 /// Outside crates that only these of ours use. A name also covers what begins with it and a `-`.
-const ONLY_IN: [(&str, &[&str]); 15] = [
+const ONLY_IN: [(&str, &[&str]); 16] = [
     ("candle", &["sida-model", "sida-predictor"]),
     ("cudarc", &["sida-model"]),
     ("safetensors", &["sida-model", "sida-predictor"]),
     ("tokenizers", &["sida-model"]),
+    ("llguidance", &["sida-coordinator"]),
     ("etcd", &["sida-cluster"]),
     // The coordinator says what its HTTP routes answer; how their connections are served is `sida-rpc`'s.
     ("axum", &["sida-rpc", "sida-coordinator"]),

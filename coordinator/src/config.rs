@@ -1,11 +1,15 @@
 //! The configuration of a coordinator: set by the command line, by the embedded cluster and by tests.
 
+mod cors_origin;
+
 use std::{fmt, sync::Arc, time::Duration};
 
 use sida_model::{Checkpoint, DeviceName, Precision};
 use sida_predictor::HashPredictor;
 use sida_routing::{NodeId, admission::Limits};
 use sida_rpc::{ClientConfig, ServerConfig};
+
+pub use cors_origin::{CorsOrigin, CorsOriginError};
 
 /// The longest request of a caller, by any door. A prompt has kilobytes; a request may have many of them.
 pub const REQUEST_BYTES_MAX: usize = 8 << 20;
@@ -49,6 +53,8 @@ pub struct CoordinatorConfig {
     pub client: ClientConfig,
     /// How this node serves.
     pub server: ServerConfig,
+    /// Web pages that may ask by HTTP from a browser; none: no page may.
+    pub http_cors_origins: Vec<CorsOrigin>,
     /// Called while the backbone loads, with the bytes done and the bytes in all.
     pub on_load: Option<OnLoad>,
 }
@@ -149,6 +155,7 @@ impl CoordinatorConfig {
             predict_timeout: Duration::from_millis(200),
             client: ClientConfig::default(),
             server: ServerConfig::default(),
+            http_cors_origins: Vec::new(),
             on_load: None,
         }
     }

@@ -33,6 +33,7 @@ use crate::{
     dispatch::{nodes::Nodes, probe::Probe},
     intake::{
         accept::{Acceptance, EncodeParams, GenerateParams, ScoreParams, within},
+        grammars::Grammars,
         prompt::{Prompt, PromptTokens},
         queue::Announcement,
         request::{Request, Work},
@@ -42,6 +43,8 @@ use crate::{
     measures::{metrics::Metrics, statistics::Statistics},
     predict::predict::Predict,
 };
+
+pub(crate) mod read_prompt;
 
 /// A step that takes longer hangs: the expert calls in it end well before.
 const STUCK_LIMIT: Duration = Duration::from_secs(600);
@@ -60,6 +63,7 @@ pub(crate) struct Inner {
     pub(crate) config: CoordinatorConfig,
     pub(crate) cluster: Cluster,
     pub(crate) tokenizer: Arc<Tokenizer>,
+    pub(crate) grammars: Grammars,
     /// What sequences take of the memory of what computes.
     pub(crate) cache_size: CacheSize,
     pub(crate) nodes: Arc<Nodes>,
@@ -118,7 +122,8 @@ impl Coordinator {
         let (reply, answer) = oneshot::channel();
         let queue = move |this: &Self, prompt: TokenizedPrompt| {
             let targets = this.acceptance().targets(prompt.tokens.ids.len(), &targets)?;
-            this.submit(prompt, Terms { mode, deadline, client, priority }, Work::Score { targets, reply: Some(reply) })
+            let work = Work::Score { targets, top_count: None, reply: Some(reply) };
+            this.submit(prompt, Terms { mode, deadline, client, priority }, work)
         };
         let answered = async {
             self.tokenize_then(request_span, asked, queue).await?;
@@ -133,9 +138,13 @@ impl Coordinator {
         let deadline = self.deadline(params.deadline);
         let unfinished = params.choices.max(1);
         let asked = Asked { prompt: std::mem::take(&mut params.prompt), truncates: false, target_bytes: 0 };
+        let grammar = match params.json_schema.take() {
+            Some(schema) => Some(until(deadline, self.inner.grammars.of(&schema)).await?),
+            None => None,
+        };
         let (reply, answer) = mpsc::unbounded_channel();
         let queue = move |this: &Self, mut prompt: TokenizedPrompt| {
-            let options = this.acceptance().options(&mut params)?;
+            let options = this.acceptance().options(&mut params, grammar)?;
             prompt.request_span.describe(&options);
             let GenerateParams { routing: mode, client, priority, .. } = params;
             this.submit(prompt, Terms { mode, deadline, client, priority }, Work::Generate { options, reply })

@@ -47,8 +47,12 @@ pub use answer::{
     sampling::Sampling,
     trace::{ExpertSets, HashCounts, Timings, Trace},
 };
-pub use config::{CoordinatorConfig, MicroBatching, PredictorSource, REQUEST_BYTES_MAX, RequestLimits};
+pub use config::{
+    CoordinatorConfig, CorsOrigin, CorsOriginError, MicroBatching, PredictorSource, REQUEST_BYTES_MAX, RequestLimits,
+};
 pub use coordinator::{Coordinator, TokenStream};
+#[doc(hidden)]
+pub use doors::readers;
 pub use intake::{
     accept::{EncodeParams, GenerateParams, ScoreParams},
     prompt::{Prompt, PromptTokens, cut as cut_prompt},

@@ -30,7 +30,7 @@ use crate::{
         remote::{clock::Clock, lane::LaneConfig, lane_connection::Connector},
     },
     forward::forward::Forward,
-    intake::{queue::Queue, request_queue::RequestQueue, workload::Workload},
+    intake::{grammars::Grammars, queue::Queue, request_queue::RequestQueue, workload::Workload},
     measures::{metrics::Metrics, statistics::Statistics},
     predict::{
         beside::beside,
@@ -194,6 +194,7 @@ impl Coordinator {
         let inner = Inner {
             config,
             cluster,
+            grammars: Grammars::new(tokenizer.clone(), &model),
             tokenizer,
             cache_size,
             nodes,

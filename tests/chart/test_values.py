@@ -214,9 +214,11 @@ class Networks(unittest.TestCase):
     def test_http(self):
         """Broken: the port of OpenAI's clients would lead nowhere, or be open although it was not wanted."""
         parent = {"parentRefs": [{"name": "public"}]}
-        found = template({"coordinator": {"http": {"port": 80}}, "gateway": parent | {"openaiRoute": {"enabled": True}}, "ingress": {"enabled": True, "port": "http"}})
+        pages = ["https://chat.example.org", "http://localhost:3000"]
+        found = template({"coordinator": {"http": {"port": 80, "corsOrigins": pages}}, "gateway": parent | {"openaiRoute": {"enabled": True}}, "ingress": {"enabled": True, "port": "http"}})
         container = pod(found[COORDINATOR])["containers"][0]
         self.assertIn("--http-listen=0.0.0.0:8000", container["args"])
+        self.assertIn("--http-cors-origins=" + ",".join(pages), container["args"])
         ports = {port["name"]: port["containerPort"] for port in container["ports"]}
         service = {port["name"]: port for port in found["Service", "sida"]["spec"]["ports"]}
         self.assertEqual((ports["http"], service["http"]["port"], service["http"]["targetPort"]), (8000, 80, "http"))

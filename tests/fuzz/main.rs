@@ -6,7 +6,7 @@
 //! corpus and its crashes under `fuzz/__fuzz__`.
 //!
 //! In reading order: [`allocation`] and [`damage`] (what the targets share), [`wire`], [`model_files`],
-//! [`checkpoint`], [`pickle`], [`predictor`], [`cluster_file`].
+//! [`checkpoint`], [`pickle`], [`predictor`], [`cluster_file`], [`requests`].
 
 mod allocation;
 mod checkpoint;
@@ -15,6 +15,7 @@ mod damage;
 mod model_files;
 mod pickle;
 mod predictor;
+mod requests;
 mod wire;
 
 use std::time::Duration;

@@ -56,11 +56,17 @@ def check(client):
     assert client.is_model_ready(MODEL) and not client.is_model_ready("another")
     metadata = client.get_model_metadata(MODEL)
     assert metadata.name == MODEL and [tensor.name for tensor in metadata.inputs][0] == "text_input"
+    config = client.get_model_config(MODEL).config
+    assert config.name == MODEL and config.input[0].name == "text_input" and config.model_transaction_policy.decoupled
+    before = client.get_inference_statistics(MODEL).model_stats[0].inference_stats.success.count
 
     result = client.infer(MODEL, [texts("text_input", [TEXT, TEXT])], request_id="1", parameters={"max_tokens": 8})
     first, second = result.as_numpy("text_output")
     assert first == second == b"positive", (first, second)
     assert list(result.as_numpy("finish_reason")) == [b"stop", b"stop"]
+
+    stats = client.get_inference_statistics().model_stats[0]
+    assert stats.inference_stats.success.count == before + 1 and stats.inference_stats.success.ns > 0 and stats.last_inference > 0
 
     embedding = triton.InferRequestedOutput("embedding")
     rows = client.infer(MODEL, [texts("text_input", [TEXT, "another text"])], outputs=[embedding]).as_numpy("embedding")
@@ -91,6 +97,10 @@ def check_http(client):
     assert client.is_server_live() and client.is_server_ready()
     assert client.is_model_ready(MODEL, "1") and not client.is_model_ready("another")
     assert client.get_server_metadata()["name"] == "sida" and client.get_model_metadata(MODEL)["name"] == MODEL
+    assert client.get_model_config(MODEL)["input"][0]["data_type"] == "TYPE_STRING"
+    mixed = [texts("text_input", [TEXT], triton_http, binary_data=True), texts("sampling_parameters", ['{"max_tokens": 8}'], triton_http, binary_data=False)]
+    assert list(client.infer(MODEL, mixed).as_numpy("text_output")) == [b"positive"]
+    assert client.get_inference_statistics(MODEL)["model_stats"][0]["inference_stats"]["success"]["count"] > 0
     embedding = [triton_http.InferRequestedOutput("embedding")]
     for is_binary in (True, False):
         inputs = [texts("text_input", [TEXT, TEXT], triton_http, binary_data=is_binary)]

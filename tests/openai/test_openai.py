@@ -165,7 +165,13 @@ def test_chat(served):
     assert parts[0].choices[0].delta.role == "assistant" and parts[-1].choices[0].finish_reason == "length"
     assert "".join(part.choices[0].delta.content or "" for part in parts) == whole.choices[0].message.content
     refused(openai.BadRequestError, "tools", lambda: create(model=model, messages=messages, tools=[{"type": "function", "function": {"name": "f"}}]))
-    refused(openai.BadRequestError, "response_format", lambda: create(model=model, messages=messages, response_format={"type": "json_object"}))
+    schema = {"type": "object", "properties": {"seen": {"type": "boolean"}}, "required": ["seen"], "additionalProperties": False}
+    response_format = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
+    for seed in range(3):
+        answer = create(model=model, messages=messages, max_tokens=300, seed=seed, temperature=1.5, response_format=response_format)
+        assert type(json.loads(answer.choices[0].message.content)["seen"]) is bool, answer
+    unknown = {"type": "json_schema", "json_schema": {"name": "answer", "schema": {"type": "text"}}}
+    refused(openai.BadRequestError, "response_format", lambda: create(model=model, messages=messages, response_format=unknown))
 
 
 def chat_model(directory):

@@ -24,6 +24,7 @@ impl From<RequestError> for Fault {
                 fault(Reason::InvalidRequest).with("needed_bytes", needed).with("limit", limit)
             }
             E::Argument { field, .. } => fault(Reason::InvalidRequest).with("field", field),
+            E::JsonSchema { .. } => fault(Reason::InvalidRequest).with("field", "json_schema"),
             E::QueueFull { limit, retry_after } => {
                 fault(Reason::QueueFull).with("limit", limit).retry_after(*retry_after)
             }

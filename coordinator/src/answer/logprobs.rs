@@ -34,16 +34,29 @@ impl Logprobs {
     /// With those of the `top_count` most likely tokens.
     pub(crate) fn new(logits: &[f32], top_count: usize) -> Self {
         let softmax = LogSoftmax::new(logits);
-        let logprob = |id: u32| TokenLogprob { id, logprob: softmax.of(logits[id as usize]) as f32 };
-        let top = most_likely(logits, top_count).into_iter().map(logprob).collect();
-        Self { logits: logits.to_vec(), softmax, top }
+        Self { logits: logits.to_vec(), top: top(&softmax, logits, top_count), softmax }
     }
 
     /// What is told with a token that was chosen. None where the model's output is not a number.
     pub(crate) fn of(&self, token: u32) -> Option<TokenLogprobs> {
-        let logprob = self.softmax.of(*self.logits.get(token as usize)?) as f32;
-        (!logprob.is_nan()).then(|| TokenLogprobs { logprob, top: self.top.clone() })
+        told(&self.softmax, *self.logits.get(token as usize)?, &self.top)
     }
+}
+
+/// What is told with a token that was there already, by the logits in its place. None where they are not a number.
+pub(crate) fn of_token(logits: &[f32], token: u32, top_count: usize) -> Option<TokenLogprobs> {
+    let softmax = LogSoftmax::new(logits);
+    told(&softmax, *logits.get(token as usize)?, &top(&softmax, logits, top_count))
+}
+
+fn told(softmax: &LogSoftmax, logit: f32, top: &[TokenLogprob]) -> Option<TokenLogprobs> {
+    let logprob = softmax.of(logit) as f32;
+    (!logprob.is_nan()).then(|| TokenLogprobs { logprob, top: top.to_vec() })
+}
+
+fn top(softmax: &LogSoftmax, logits: &[f32], count: usize) -> Vec<TokenLogprob> {
+    let logprob = |id: u32| TokenLogprob { id, logprob: softmax.of(logits[id as usize]) as f32 };
+    most_likely(logits, count).into_iter().map(logprob).collect()
 }
 
 /// The tokens with the largest logits, the largest first, of equal ones the lower id first. Only what is finite counts.
@@ -79,6 +92,7 @@ mod tests {
         let logits = probabilities.map(|p| p.ln() + 7.0);
         for count in 0..=6 {
             let found = Logprobs::new(&logits, count).of(3).expect("a number");
+            assert_eq!(of_token(&logits, 3, count).as_ref(), Some(&found), "a token that was there is told of alike");
             let top: Vec<u32> = found.top.iter().map(|entry| entry.id).collect();
             assert_eq!(top, [1, 4, 2, 0, 3][..count.min(5)]);
             assert!((found.logprob - 0.05f32.ln()).abs() < 1e-6, "{}", found.logprob);
@@ -88,5 +102,6 @@ mod tests {
         }
         assert_eq!(most_likely(&[1.0, 3.0, 3.0, f32::NAN, 1.0, f32::NEG_INFINITY], 3), [1, 2, 0]);
         assert!(Logprobs::new(&[f32::NAN, 1.0], 2).of(1).is_none());
+        assert!(of_token(&[f32::NAN, 1.0], 1, 2).is_none());
     }
 }

@@ -98,10 +98,12 @@ pub struct Scores {
 }
 
 /// The likelihood of one target.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct TargetScore {
     /// Sum over its tokens of ln p(token).
     pub log_likelihood: f32,
     /// Tokens of the target, its end of sequence included where an encoder reads.
     pub tokens: usize,
+    /// How likely each of them was, where that is asked for; otherwise none.
+    pub logprobs: Vec<TokenLogprobs>,
 }

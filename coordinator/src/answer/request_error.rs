@@ -24,6 +24,8 @@ pub enum RequestError {
     CacheTooSmall { needed: u64, limit: u64 },
     #[error("{field} is {found}, expected {expected}")]
     Argument { field: &'static str, found: String, expected: String },
+    #[error("json_schema cannot be followed: {reason}")]
+    JsonSchema { reason: String },
     #[error("{limit} requests are waiting already")]
     QueueFull { limit: usize, retry_after: Duration },
     #[error("requests of {limit} tokens are waiting already")]

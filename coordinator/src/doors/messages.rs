@@ -8,7 +8,7 @@ use sida_telemetry::TraceContext;
 
 use crate::{
     answer::{
-        output::{Encoding, Finish, FinishReason, Pooling, Scores, Token, TokenLogprob, TokenLogprobs},
+        output::{Encoding, Finish, FinishReason, Pooling, Scores, TargetScore, Token, TokenLogprob, TokenLogprobs},
         request_error::RequestError,
         routing_mode::{Alpha, RoutingMode},
         sampling::Sampling,
@@ -95,6 +95,7 @@ pub(crate) fn generate_params(
             seed: message.seed,
         },
         stop: message.stop,
+        json_schema: (!message.json_schema.is_empty()).then_some(message.json_schema),
         deadline: caller.deadline,
         trace: caller.trace,
         client: caller.client,
@@ -167,10 +168,8 @@ impl From<Finish> for v1::Finish {
 
 impl From<Scores> for v1::ScoreResponse {
     fn from(scores: Scores) -> Self {
-        let target = |score: &crate::answer::output::TargetScore| v1::TargetScore {
-            log_likelihood: score.log_likelihood,
-            tokens: score.tokens as u32,
-        };
+        let target =
+            |score: &TargetScore| v1::TargetScore { log_likelihood: score.log_likelihood, tokens: score.tokens as u32 };
         Self { scores: scores.targets.iter().map(target).collect(), trace: Some((&scores.trace).into()) }
     }
 }

@@ -19,8 +19,8 @@ const HTTP_METHODS: [(&str, &str); 3] = [
     ("/v1/chat/completions", "chat/completions"),
     ("/v1/embeddings", "embeddings"),
 ];
-/// What a request of the Open Inference Protocol is counted as that comes by HTTP.
-const INFER: &str = "infer";
+/// What requests of the Open Inference Protocol are counted as that come by HTTP, which is what their paths end with.
+const OPEN_INFERENCE_METHODS: [&str; 3] = ["infer", "generate", "generate_stream"];
 /// Values of the label that says by which door a request came.
 const GRPC: &str = "grpc";
 const OPENAI: &str = "openai";
@@ -44,7 +44,7 @@ pub(crate) fn register() {
 /// Exports the metrics of the HTTP door before anything is counted.
 pub(crate) fn register_http() {
     HTTP_METHODS.iter().for_each(|(_, method)| register_method(OPENAI, method));
-    register_method(OPEN_INFERENCE, INFER);
+    OPEN_INFERENCE_METHODS.iter().for_each(|method| register_method(OPEN_INFERENCE, method));
 }
 
 fn register_method(door: &'static str, method: &'static str) {
@@ -64,7 +64,7 @@ pub(crate) fn count(outcome: Outcome<'_>) {
 
 /// Counts a request of the HTTP door that has ended.
 pub(crate) fn count_http(method: &'static str, code: Code, took: Duration, client: Option<&Client>) {
-    let door = if method == INFER { OPEN_INFERENCE } else { OPENAI };
+    let door = if OPEN_INFERENCE_METHODS.contains(&method) { OPEN_INFERENCE } else { OPENAI };
     count_as(door, method, code, took, client);
 }
 
@@ -82,8 +82,8 @@ pub(crate) fn http_method(method: &Method, path: &str) -> Option<&'static str> {
     if method != Method::POST {
         return None;
     }
-    if path.starts_with("/v2/models/") && path.ends_with("/infer") {
-        return Some(INFER);
+    if let Some((_, ending)) = path.strip_prefix("/v2/models/").and_then(|path| path.rsplit_once('/')) {
+        return OPEN_INFERENCE_METHODS.into_iter().find(|method| *method == ending);
     }
     HTTP_METHODS.into_iter().find(|(counted, _)| *counted == path).map(|(_, name)| name)
 }
@@ -133,6 +133,8 @@ mod tests {
         }
         assert_eq!(http_method(&Method::POST, "/v1/chat/completions"), Some("chat/completions"));
         assert_eq!(http_method(&Method::POST, "/v2/models/org/m/versions/1/infer"), Some("infer"));
+        assert_eq!(http_method(&Method::POST, "/v2/models/m/generate"), Some("generate"));
+        assert_eq!(http_method(&Method::POST, "/v2/models/m/config"), None);
         for (method, path) in [(Method::GET, "/v1/completions"), (Method::POST, "/tokenize"), (Method::POST, "/v1/x")] {
             assert_eq!(http_method(&method, path), None, "{method} {path}");
         }

@@ -10,6 +10,7 @@ use sida_telemetry::TraceContext;
 
 use crate::{
     answer::{
+        grammar::Grammar,
         output::Pooling,
         request_error::{RequestError, TextOf},
         routing_mode::RoutingMode,
@@ -85,6 +86,9 @@ pub struct GenerateParams {
     pub ignore_eos: bool,
     /// How tokens are chosen.
     pub sampling: Sampling,
+    /// The answer is JSON that follows this JSON Schema, unless it ends at `max_tokens`. What a text may be begins and ends
+    /// with it: `min_tokens` and `ignore_eos` are refused beside it.
+    pub json_schema: Option<String>,
     /// The answer ends before one of these.
     pub stop: Vec<String>,
     /// Until when the answer is of use.
@@ -173,14 +177,20 @@ impl Acceptance<'_> {
         Ok(EncodeOptions { pooling, normalize, truncated_tokens })
     }
 
-    /// The checked options of a generation.
-    pub(crate) fn options(&self, params: &mut GenerateParams) -> Result<GenerateOptions, RequestError> {
+    /// The checked options of a generation that follows its schema's `grammar`, if it has one.
+    pub(crate) fn options(
+        &self,
+        params: &mut GenerateParams,
+        grammar: Option<Grammar>,
+    ) -> Result<GenerateOptions, RequestError> {
         let (limits, model) = (self.limits, &self.model.generation);
         let tokens_max = match params.max_tokens {
             0 => model.tokens_max.unwrap_or(limits.tokens_default).min(limits.tokens_max),
             tokens => within("max_tokens", tokens, 1, limits.tokens_max)?,
         };
         let tokens_min = match params.min_tokens {
+            // A grammar says when its text may end.
+            None if grammar.is_some() => 0,
             None => model.tokens_min.min(tokens_max),
             Some(tokens) if tokens <= tokens_max => tokens,
             Some(tokens) => {
@@ -189,6 +199,7 @@ impl Acceptance<'_> {
                 return Err(refused("min_tokens", tokens, expected));
             }
         };
+        generation_check::beside_grammar(grammar.as_ref(), tokens_min, params.ignore_eos)?;
         let sampling = params.sampling.settings(model.sampling);
         generation_check::sampling(&sampling, self.model.vocab_size)?;
         let logprobs = generation_check::logprobs(params.logprobs)?;
@@ -205,6 +216,7 @@ impl Acceptance<'_> {
             choices,
             logprobs,
             sampling,
+            grammar,
             stop: std::mem::take(&mut params.stop),
         })
     }

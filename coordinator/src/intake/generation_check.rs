@@ -6,7 +6,7 @@ use std::ops::RangeInclusive;
 use sida_model::generation::{REPETITION_PENALTY_MAX, REPETITION_PENALTY_MIN};
 
 use crate::{
-    answer::{request_error::RequestError, sampling::SamplerSettings},
+    answer::{grammar::Grammar, request_error::RequestError, sampling::SamplerSettings},
     intake::accept::{refused, within},
 };
 
@@ -36,6 +36,19 @@ pub(crate) fn sampling(settings: &SamplerSettings, vocab_size: usize) -> Result<
 /// How many most likely tokens are told with each token, if any are.
 pub(crate) fn logprobs(asked: Option<usize>) -> Result<Option<usize>, RequestError> {
     asked.map(|count| within("logprobs", count, 0, LOGPROBS_MAX)).transpose()
+}
+
+/// Refuses what would go on where a grammar ends.
+pub(crate) fn beside_grammar(
+    grammar: Option<&Grammar>,
+    tokens_min: usize,
+    ignore_eos: bool,
+) -> Result<(), RequestError> {
+    match grammar {
+        Some(_) if tokens_min > 0 => Err(refused("min_tokens", tokens_min, "0 where an answer follows a schema")),
+        Some(_) if ignore_eos => Err(refused("ignore_eos", ignore_eos, "false where an answer follows a schema")),
+        _ => Ok(()),
+    }
 }
 
 /// What ids of a vocabulary are, for errors.

@@ -9,6 +9,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::{
     answer::{
+        grammar::Grammar,
         output::{Encoding, Pooling, Scores, Token},
         request_error::RequestError,
         routing_mode::RoutingMode,
@@ -46,8 +47,12 @@ pub(crate) enum Work {
     /// States: the encoder's, or without one the last hidden states.
     Encode { options: EncodeOptions, reply: oneshot::Sender<Result<Encoding, RequestError>> },
     /// The likelihood of each target (token ids, the end included where an encoder reads, never empty).
-    /// The sender is taken when it is used.
-    Score { targets: Vec<Vec<u32>>, reply: Option<oneshot::Sender<Result<Scores, RequestError>>> },
+    /// With how many of the most likely tokens each of its tokens is told, if it is. The sender is taken when it is used.
+    Score {
+        targets: Vec<Vec<u32>>,
+        top_count: Option<usize>,
+        reply: Option<oneshot::Sender<Result<Scores, RequestError>>>,
+    },
     /// Tokens, one message each. Unbounded, so that a slow client never holds up the scheduler; `tokens_max` and the number
     /// of choices bound it.
     Generate { options: GenerateOptions, reply: mpsc::UnboundedSender<Result<Token, RequestError>> },
@@ -77,6 +82,8 @@ pub(crate) struct GenerateOptions {
     /// How many of the most likely tokens are told with each token, if its log-probability is.
     pub(crate) logprobs: Option<usize>,
     pub(crate) sampling: SamplerSettings,
+    /// What the answer is held to.
+    pub(crate) grammar: Option<Grammar>,
     pub(crate) stop: Vec<String>,
 }
 

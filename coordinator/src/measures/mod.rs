@@ -1,5 +1,6 @@
 //! What a coordinator counts: `metrics` for Prometheus, `statistics` for its own status, `step_outcomes` for its health.
 
+pub(crate) mod inference_counts;
 pub(crate) mod metrics;
 pub(crate) mod statistics;
 pub(crate) mod step_outcomes;

@@ -5,7 +5,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::measures::step_outcomes::StepOutcomes;
+use parking_lot::Mutex;
+
+use crate::measures::{inference_counts::InferenceCounts, step_outcomes::StepOutcomes};
 
 /// Counters that several threads add to.
 #[derive(Debug)]
@@ -24,6 +26,8 @@ pub(crate) struct Statistics {
     pub(crate) is_device_lost: AtomicBool,
     /// Whether steps answer anybody.
     pub(crate) outcomes: StepOutcomes,
+    /// What came by the Open Inference Protocol.
+    pub(crate) open_inference: Mutex<InferenceCounts>,
     origin: Instant,
     /// Milliseconds from `origin` to the beginning of the scheduler's step; 0 between steps.
     step_began: AtomicU64,
@@ -32,8 +36,19 @@ pub(crate) struct Statistics {
 impl Default for Statistics {
     fn default() -> Self {
         let (requests, inflight, hash_hits, hash_misses, failovers, is_device_lost, step_began) = Default::default();
-        let (outcomes, origin) = (StepOutcomes::default(), Instant::now());
-        Self { requests, inflight, hash_hits, hash_misses, failovers, is_device_lost, outcomes, origin, step_began }
+        let (outcomes, open_inference, origin) = (StepOutcomes::default(), Mutex::default(), Instant::now());
+        Self {
+            requests,
+            inflight,
+            hash_hits,
+            hash_misses,
+            failovers,
+            is_device_lost,
+            outcomes,
+            open_inference,
+            origin,
+            step_began,
+        }
     }
 }
 

@@ -10,6 +10,7 @@ use sida_model::{GenerationConfig, ModelConfig, TokenRule, Tokenizer};
 use crate::{
     answer::{
         answer_text::AnswerText,
+        grammar::{Grammar, GrammarPlace},
         logprobs::Logprobs,
         output::{FinishReason, TokenLogprobs},
         request_error::RequestError,
@@ -40,6 +41,7 @@ pub(crate) struct Choice {
     /// Its number among all that were asked for.
     pub(crate) index: usize,
     sampler: Sampler,
+    grammar: Option<GrammarPlace>,
     pub(crate) text: Arc<Mutex<AnswerText>>,
 }
 
@@ -77,6 +79,7 @@ impl Generation {
         let choice = |index| Choice {
             index,
             sampler: Sampler::new(options.sampling.of_choice(index), decoder_tokens),
+            grammar: options.grammar.as_ref().map(Grammar::begin),
             text: Arc::new(Mutex::new(AnswerText::new(options.stop.clone()))),
         };
         Self {
@@ -97,7 +100,8 @@ impl Generation {
     /// Whether the next token of each choice is the most likely one but for at most one, and which that is: then a device can
     /// choose it. `None`: it is chosen from the logits.
     pub(crate) fn best_but(&self, model: &GenerationConfig) -> Option<Option<u32>> {
-        let is_best = self.options.logprobs.is_none() && self.choices.first()?.sampler.is_greedy();
+        let is_free = self.options.logprobs.is_none() && self.options.grammar.is_none();
+        let is_best = is_free && self.choices.first()?.sampler.is_greedy();
         if is_best { self.rule(model).banned() } else { None }
     }
 
@@ -118,13 +122,13 @@ impl Generation {
             }
             // Before the first token the same is asked of all choices, so that they share what becomes of the logits.
             NextTokens::Logits(row) if row.len() == vocab_size => {
-                let logprobs = step.adjust(self.choices.first(), row);
+                let logprobs = step.adjust(self.choices.first_mut(), row)?;
                 let draw = |choice: &mut Choice| step.draw(choice, row, logprobs.as_ref());
                 each(self.choices.iter_mut().collect(), draw).into_iter().collect()
             }
             NextTokens::Logits(logits) => {
                 let draw = |(choice, row): (&mut Choice, &mut [f32])| {
-                    let logprobs = step.adjust(Some(choice), row);
+                    let logprobs = step.adjust(Some(choice), row)?;
                     step.draw(choice, row, logprobs.as_ref())
                 };
                 each(choices.zip(logits.chunks_exact_mut(vocab_size)).collect(), draw).into_iter().collect()
@@ -147,15 +151,23 @@ struct Step<'a> {
 impl Step<'_> {
     /// Makes of a row of logits what the tokens of this choice, and of all that are at the same place, are drawn from; gives
     /// back the log-probabilities that it had before, if they are asked for.
-    fn adjust(&self, choice: Option<&Choice>, row: &mut [f32]) -> Option<Logprobs> {
+    fn adjust(&self, choice: Option<&mut Choice>, row: &mut [f32]) -> Result<Option<Logprobs>, RequestError> {
         let logprobs = self.options.logprobs.map(|top_count| Logprobs::new(row, top_count));
-        choice?.sampler.adjust(row);
-        self.rule.apply(row);
-        logprobs
+        let Some(choice) = choice else { return Ok(logprobs) };
+        choice.sampler.adjust(row);
+        match &mut choice.grammar {
+            // It says all that a token may be: one that the model's rule forces may be none of them.
+            Some(grammar) => grammar.apply(row)?,
+            None => self.rule.apply(row),
+        }
+        Ok(logprobs)
     }
 
     fn draw(&self, choice: &mut Choice, row: &[f32], logprobs: Option<&Logprobs>) -> Result<Chosen, RequestError> {
         let token = choice.sampler.next(row);
+        if let (Some(grammar), Some(token)) = (&mut choice.grammar, token) {
+            grammar.note(token)?;
+        }
         self.settle(choice, token, logprobs)
     }
 

@@ -16,7 +16,7 @@ use sida_telemetry::spans;
 use crate::{
     answer::{
         answer_text::TokenText,
-        output::{Finish, Scores, TargetScore, Token},
+        output::{Finish, Scores, Token},
         request_error::RequestError,
         score,
         trace::Trace,
@@ -260,15 +260,11 @@ impl<B: Backend> Sequence<B> {
         states: &B::States,
         rows: impl Iterator<Item = Range<usize>>,
     ) -> Result<(), RequestError> {
-        let Work::Score { targets, reply } = &mut self.request.work else { return Ok(()) };
+        let Work::Score { targets, top_count, reply } = &mut self.request.work else { return Ok(()) };
         let mut scores = Vec::with_capacity(targets.len());
         for (target, rows) in targets.iter().zip(rows) {
             // The last tokens that were fed are the target's but for its own last, behind what comes before it.
-            let log_likelihood = score::log_likelihood(backend, states, rows.end - target.len(), target)?;
-            if log_likelihood.is_nan() {
-                return Err(RequestError::NotANumber);
-            }
-            scores.push(TargetScore { log_likelihood: log_likelihood as f32, tokens: target.len() });
+            scores.push(score::score(backend, states, rows.end - target.len(), target, *top_count)?);
         }
         self.trace.timings.total = self.request.accepted.elapsed();
         if let Some(begun) = &self.request.begun {

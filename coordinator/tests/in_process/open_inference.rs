@@ -4,8 +4,9 @@ use bytes::{Buf, Bytes};
 use futures::{StreamExt, stream};
 use sida_coordinator::{GenerateParams, Sampling};
 use sida_proto::inference::{
-    InferParameter, InferTensorContents, ModelInferRequest, ModelInferResponse, ModelMetadataRequest,
-    ModelReadyRequest, ModelStreamInferResponse, ServerLiveRequest, ServerReadyRequest,
+    DataType, InferParameter, InferTensorContents, ModelConfigRequest, ModelInferRequest, ModelInferResponse,
+    ModelMetadataRequest, ModelReadyRequest, ModelStatisticsRequest, ModelStreamInferResponse, ServerLiveRequest,
+    ServerReadyRequest,
     grpc_inference_service_client::GrpcInferenceServiceClient,
     infer_parameter::ParameterChoice,
     model_infer_request::{InferInputTensor, InferRequestedOutputTensor},
@@ -88,6 +89,16 @@ async fn answers_are_the_models_own() {
         let request = ModelReadyRequest { name, version: version.to_owned() };
         assert_eq!(client.model_ready(request).await.expect("answered").into_inner().ready, expected, "{version}");
     }
+    let config =
+        client.model_config(ModelConfigRequest { name: name.clone(), ..Default::default() }).await.expect("config");
+    let config = config.into_inner().config.expect("a config");
+    assert_eq!((config.input.len(), config.input[0].data_type()), (3, DataType::TypeString));
+    let statistics = async |client: &mut Client| {
+        let all = client.model_statistics(ModelStatisticsRequest::default()).await.expect("statistics").into_inner();
+        let success = all.model_stats[0].inference_stats.expect("they are there").success.expect("a count");
+        (all.model_stats[0].inference_count, success.count)
+    };
+    assert_eq!(statistics(&mut client).await, (0, 0));
     let metadata = client.model_metadata(ModelMetadataRequest { name, ..Default::default() }).await.expect("metadata");
     let metadata = metadata.into_inner();
     assert_eq!((metadata.inputs[0].name.as_str(), metadata.outputs[2].name.as_str()), ("text_input", "embedding"));
@@ -110,6 +121,7 @@ async fn answers_are_the_models_own() {
     let d_model = served.cluster.coordinator.checkpoint().config().d_model;
     assert_eq!(response.outputs[0].shape, [2, d_model as i64]);
     let raw = &response.raw_output_contents[0];
+    assert_eq!(statistics(&mut client).await, (4, 2), "texts, and requests");
     assert_eq!(raw.len(), 2 * d_model * 4);
     assert_eq!(raw[..d_model * 4], raw[d_model * 4..]);
 }

@@ -21,16 +21,16 @@ use crate::{
     plain_http::{JSON, ask, parsed, post, send},
 };
 
-const TEXT: &str = "sst2 sentence: a gorgeous , witty , seductive movie .";
+pub(crate) const TEXT: &str = "sst2 sentence: a gorgeous , witty , seductive movie .";
 
-struct Served {
-    cluster: PlainCluster,
-    http: SocketAddr,
+pub(crate) struct Served {
+    pub(crate) cluster: PlainCluster,
+    pub(crate) http: SocketAddr,
     shutdown: CancellationToken,
     server: JoinHandle<()>,
 }
 
-async fn served(model: &Path, configure: impl FnOnce(&mut CoordinatorConfig)) -> Served {
+pub(crate) async fn served(model: &Path, configure: impl FnOnce(&mut CoordinatorConfig)) -> Served {
     let cluster = start_model(model, 2, PredictorSource::Off, |config| {
         config.server.health_period = Duration::from_millis(50);
         configure(config);
@@ -46,7 +46,7 @@ async fn served(model: &Path, configure: impl FnOnce(&mut CoordinatorConfig)) ->
 }
 
 /// The decoder-only model with a chat template.
-fn chat_model() -> TempDir {
+pub(crate) fn chat_model() -> TempDir {
     let dir = tempfile::tempdir().expect("a folder");
     for entry in fs::read_dir(decoder_only_dir()).expect("model") {
         let path = entry.expect("a file").path();
@@ -58,7 +58,7 @@ fn chat_model() -> TempDir {
     dir
 }
 
-fn chunks(events: &[&str]) -> Vec<Value> {
+pub(crate) fn chunks(events: &[&str]) -> Vec<Value> {
     assert_eq!(events.last(), Some(&"[DONE]"), "{events:?}");
     events[..events.len() - 1].iter().map(|event| serde_json::from_str(event).expect("JSON")).collect()
 }
@@ -208,7 +208,7 @@ async fn refusals() {
     let cases: [Case<'_>; 16] = [
         ("POST", completions, JSON, br#"{"model": "gpt-4", "prompt": "a"}"#, 404, "model_not_found", json!("model")),
         ("GET", "/v1/models/gpt-4/x", "", b"", 404, "model_not_found", json!("model")),
-        ("GET", "/v2/models", "", b"", 404, "not_found", Value::Null),
+        ("GET", "/v3/models", "", b"", 404, "not_found", Value::Null),
         ("GET", completions, "", b"", 405, "method_not_allowed", Value::Null),
         ("POST", completions, "content-type: text/plain\r\n", b"{}", 415, "unsupported_media_type", Value::Null),
         ("POST", completions, "", b"{}", 415, "unsupported_media_type", Value::Null),

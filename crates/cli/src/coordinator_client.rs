@@ -223,6 +223,7 @@ fn generate_request(params: GenerateParams) -> v1::GenerateRequest {
         logit_bias: sampling.logit_bias.into_iter().collect(),
         seed: sampling.seed,
         stop: params.stop,
+        json_schema: params.json_schema.unwrap_or_default(),
         priority: params.priority,
     }
 }

@@ -1,6 +1,8 @@
 //! Text to token ids and back, by the model's own tokenizer.json. Used by the front door and the predictor's
 //! training.
 
+mod token_bytes;
+
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     path::Path,

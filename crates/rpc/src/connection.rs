@@ -38,6 +38,7 @@ use crate::{
     certificate_names::{self, NamePattern},
     http1_limits::watched,
     peer::Peer,
+    plain_text,
     receiving::Receiving,
     reload::Reloading,
     request_body::{Messages, RequestBody, Unit},
@@ -140,6 +141,10 @@ impl<S: ConnectionService> Connector<S> {
             Some(tls) => {
                 let acceptor = tls.current();
                 let secured = async {
+                    let mut stream = stream;
+                    if self.http1.is_some() {
+                        plain_text::refuse(&mut stream).await?;
+                    }
                     let stream = acceptor.accept(stream).await?;
                     let certificate_name = let_in(&stream, &self.client_names)?;
                     Ok((stream, FarEnd { certificate_name, ..end }))

@@ -33,6 +33,7 @@ pub mod metadata;
 pub mod metrics_port;
 pub mod outcome;
 mod peer;
+mod plain_text;
 mod receiving;
 mod refusals;
 pub mod reload;

@@ -4,19 +4,30 @@
 mod echo;
 
 use std::{
+    net::SocketAddr,
     os::unix::fs::symlink,
     path::{Path, PathBuf},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
+use axum::{Router, routing::get};
 use echo::{Running, count, unary};
 use futures::StreamExt;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, date_time_ymd};
-use sida_rpc::{ClientConfig, ClientError, ClientTls, Server, ServerConfig, ServerError, ServerTls};
+use sida_rpc::{ClientConfig, ClientError, ClientTls, Server, ServerConfig, ServerError, ServerTls, http_server};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     time,
+};
+use tokio_rustls::{
+    TlsConnector,
+    client::TlsStream,
+    rustls::{
+        RootCertStore,
+        pki_types::{CertificateDer, pem::PemObject},
+    },
 };
 use tokio_util::sync::CancellationToken;
 use tonic::Request;
@@ -276,4 +287,80 @@ async fn a_missing_file_is_named() {
     }
     let error = sida_rpc::connect("127.0.0.1:1", &ClientConfig::default()).await.unwrap_err().to_string();
     assert!(error.contains("refused"), "{error}");
+}
+
+/// A client that trusts the authority in `dir`, and offers these protocols.
+fn rustls_client(dir: &Path, protocols: &[&str]) -> TlsConnector {
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_file(dir.join("ca.pem")).unwrap()).unwrap();
+    let mut config = tokio_rustls::rustls::ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
+    config.alpn_protocols = protocols.iter().map(|protocol| protocol.as_bytes().to_vec()).collect();
+    TlsConnector::from(Arc::new(config))
+}
+
+/// A connection to `node`, secured by this client.
+async fn secured(client: &TlsConnector, address: SocketAddr) -> TlsStream<TcpStream> {
+    let stream = TcpStream::connect(address).await.unwrap();
+    client.connect("node".try_into().unwrap(), stream).await.unwrap()
+}
+
+#[tokio::test]
+async fn http_by_tls_speaks_both_versions_and_follows_its_certificate() {
+    // Would break: a browser, curl or a proxy cannot agree on a version of HTTP, a renewed certificate needs a restart, or who
+    // forgot the s of https sees a connection that ends without a word.
+    let dir = tempfile::tempdir().unwrap();
+    certificates(dir.path());
+    let tls = ServerTls { client_authorities: None, ..server(dir.path()) };
+    let config = ServerConfig { tls: Some(tls), reload_period: Duration::from_millis(20), ..ServerConfig::default() };
+    let routes = Router::new().route("/", get(|| async { "well" }));
+    let (listener, shutdown) = (TcpListener::bind("127.0.0.1:0").await.unwrap(), CancellationToken::new());
+    let (address, until) = (listener.local_addr().unwrap(), shutdown.clone());
+    let serving = async move { http_server::serve(&config, routes, listener, until, CancellationToken::new()).await };
+    let serving = tokio::spawn(serving);
+
+    for protocols in [&["http/1.1"][..], &[]] {
+        let mut stream = secured(&rustls_client(dir.path(), protocols), address).await;
+        assert_eq!(stream.get_ref().1.alpn_protocol(), protocols.first().map(|protocol| protocol.as_bytes()));
+        stream.write_all(b"GET / HTTP/1.1\r\nhost: node\r\nconnection: close\r\n\r\n").await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200 OK") && answer.ends_with("well"), "{answer}");
+    }
+    let both = rustls_client(dir.path(), &["http/1.1", "h2"]);
+    let stream = secured(&both, address).await;
+    assert_eq!(stream.get_ref().1.alpn_protocol(), Some(&b"h2"[..]), "the better one");
+    let served_with = stream.get_ref().1.peer_certificates().unwrap()[0].clone();
+    let (mut client, connection) = h2::client::handshake(stream).await.unwrap();
+    tokio::spawn(connection);
+    let asked = http::Request::get("https://node/").body(()).unwrap();
+    assert_eq!(client.send_request(asked, true).unwrap().0.await.unwrap().status(), 200);
+    let other = rustls_client(dir.path(), &["imap"]);
+    let stream = TcpStream::connect(address).await.unwrap();
+    assert!(other.connect("node".try_into().unwrap(), stream).await.is_err(), "nothing to agree on");
+
+    let mut plain = TcpStream::connect(address).await.unwrap();
+    plain.write_all(b"GET / HTTP/1.1\r\nhost: node\r\n\r\n").await.unwrap();
+    let mut answer = String::new();
+    plain.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 400 ") && answer.ends_with("ask it by https:\n"), "{answer}");
+
+    // All files anew, as when an authority is renewed, too. A server may read them while half of them are there.
+    certificates(dir.path());
+    let renewed = rustls_client(dir.path(), &[]);
+    let new = async {
+        loop {
+            let stream = TcpStream::connect(address).await.unwrap();
+            if let Ok(stream) = renewed.connect("node".try_into().unwrap(), stream).await {
+                return stream.get_ref().1.peer_certificates().unwrap()[0].clone();
+            }
+            time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let new = time::timeout(Duration::from_secs(30), new).await.expect("it is followed");
+    assert_ne!(new, served_with);
+    let asked = http::Request::get("https://node/").body(()).unwrap();
+    assert_eq!(client.send_request(asked, true).unwrap().0.await.unwrap().status(), 200, "what is connected goes on");
+    shutdown.cancel();
+    drop(client);
+    serving.await.unwrap().unwrap();
 }

@@ -36,7 +36,9 @@ like sida.podTemplate, and with gpus. */}}
 {{- if $v.tls.mutual }}{{ $args = append $args "--tls-client-ca=/etc/sida/tls/ca.crt" }}{{ end }}
 {{- if and $v.tls.mutual $v.tls.clientNames (ne .role "coordinator") }}{{ $args = append $args (printf "--tls-client-names=%s" (join "," $v.tls.clientNames)) }}{{ end }}
 {{- end }}
-{{- if and (eq .role "coordinator") $v.coordinator.http.enabled }}{{ $args = append $args (printf "--http-listen=%s:8000" $any) }}{{ end }}
+{{- if and (eq .role "coordinator") $v.coordinator.http.enabled }}{{ $args = append $args (printf "--http-listen=%s:8000" $any) }}
+{{- with $v.coordinator.http.corsOrigins }}{{ $args = append $args (printf "--http-cors-origins=%s" (join "," .)) }}{{ end }}
+{{- end }}
 {{- if and $v.apiKeys.existingSecret (eq .role "coordinator") }}{{ $args = append $args (printf "--api-keys=/etc/sida/api-keys/%s" $v.apiKeys.key) }}{{ end }}
 {{- if $v.clusterKey.existingSecret }}{{ $args = append $args (printf "--cluster-key=/etc/sida/cluster-key/%s" $v.clusterKey.key) }}{{ end }}
 {{- $args = concat $args .args }}

@@ -8,6 +8,7 @@ use axum::{
     body::Body,
     extract::{Path, Request, State},
     http::{HeaderMap, HeaderValue, Method, StatusCode, header},
+    middleware::Next,
     response::{IntoResponse, Response},
     routing::{any, get},
 };
@@ -15,7 +16,7 @@ use serde_json::{Value, json};
 
 use crate::doors::open_inference::{
     about::{self, is_ours},
-    json_form,
+    generate, json_form,
     question::Question,
     response::Envelope,
     whole::whole,
@@ -34,24 +35,51 @@ pub(crate) fn routes() -> Router<Arc<Door>> {
         .route("/v2", get(server))
         .route("/v2/health/live", get(live))
         .route("/v2/health/ready", get(ready))
+        // Of every model.
+        .route("/v2/models/stats", get(statistics))
         .route("/v2/models/{*path}", any(model))
 }
+
+/// Writes refusals of this protocol's paths as it writes them, wherever on the way they come from.
+pub(crate) async fn in_own_form(request: Request, next: Next) -> Response {
+    let rest = request.uri().path().strip_prefix(ROOT);
+    let is_ours = rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+    let mut response = next.run(request).await;
+    if let Some(refusal) = response.extensions_mut().remove::<ApiError>().filter(|_| is_ours) {
+        *response.body_mut() = Body::from(json!({"error": refusal.message()}).to_string());
+    }
+    response
+}
+
+/// What paths of this protocol begin with.
+const ROOT: &str = "/v2";
 
 /// What is asked of a model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Asked {
     Metadata,
     Ready,
+    Config,
+    Statistics,
     Infer,
+    Generate,
+    GenerateStream,
 }
+
+/// What stands behind the name of a model.
+const ENDINGS: [(&str, Asked); 6] = [
+    ("ready", Asked::Ready),
+    ("config", Asked::Config),
+    ("stats", Asked::Statistics),
+    ("infer", Asked::Infer),
+    ("generate", Asked::Generate),
+    ("generate_stream", Asked::GenerateStream),
+];
 
 /// What a path behind `/v2/models/` asks of which model and version.
 fn parse(path: &str) -> (&str, &str, Asked) {
-    let (path, asked) = match path.rsplit_once('/') {
-        Some((model, "infer")) => (model, Asked::Infer),
-        Some((model, "ready")) => (model, Asked::Ready),
-        _ => (path, Asked::Metadata),
-    };
+    let ending = |(model, ending)| Some((model, ENDINGS.into_iter().find(|(name, _)| *name == ending)?.1));
+    let (path, asked) = path.rsplit_once('/').and_then(ending).unwrap_or((path, Asked::Metadata));
     let (model, version) = path.rsplit_once("/versions/").unwrap_or((path, ""));
     (model, version, asked)
 }
@@ -73,25 +101,31 @@ async fn model(
     Path(path): Path<String>,
     Extension(call): Extension<Call>,
     request: Request,
-) -> Response {
+) -> Result<Response, ApiError> {
     let (name, version, asked) = parse(&path);
-    let expected = if asked == Asked::Infer { Method::POST } else { Method::GET };
+    let expected = match asked {
+        Asked::Infer | Asked::Generate | Asked::GenerateStream => Method::POST,
+        Asked::Metadata | Asked::Ready | Asked::Config | Asked::Statistics => Method::GET,
+    };
     if request.method() != expected {
-        return error(StatusCode::METHOD_NOT_ALLOWED, &format!("{} is not a method of this path", request.method()));
+        let message = format!("{} is not a method of this path, expected {expected}", request.method());
+        return Err(ApiError::http(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message));
     }
-    if let Err(status) = is_ours(&door.coordinator, name, version) {
-        return error(StatusCode::NOT_FOUND, status.message());
-    }
+    is_ours(&door.coordinator, name, version)
+        .map_err(|status| ApiError::http(StatusCode::NOT_FOUND, "model_not_found", status.message()))?;
     match asked {
-        Asked::Ready => ready(State(door)).await.into_response(),
-        Asked::Metadata => answer(&about::model(&door.coordinator)),
-        Asked::Infer => infer(&door, &call, request).await.unwrap_or_else(|refusal| {
-            let mut response = error(refusal.status, refusal.message());
-            // It is counted by this.
-            response.extensions_mut().insert(refusal.counted_as);
-            response
-        }),
+        Asked::Ready => Ok(ready(State(door)).await.into_response()),
+        Asked::Metadata => Ok(answer(&about::model(&door.coordinator))),
+        Asked::Config => Ok(answer(&about::config(&door.coordinator))),
+        Asked::Statistics => Ok(statistics(State(door)).await),
+        Asked::Infer => infer(&door, &call, request).await,
+        Asked::Generate => generate::generate(&door, &call, request).await,
+        Asked::GenerateStream => generate::generate_stream(&door, &call, request).await,
     }
+}
+
+async fn statistics(State(door): State<Arc<Door>>) -> Response {
+    answer(&crate::doors::open_inference::statistics::json(&door.coordinator))
 }
 
 async fn infer(door: &Door, call: &Call, request: Request) -> Result<Response, ApiError> {
@@ -130,11 +164,6 @@ fn answer(value: &Value) -> Response {
     crate::doors::openai::door::json(value)
 }
 
-/// An error as this protocol writes it.
-fn error(status: StatusCode, message: &str) -> Response {
-    (status, answer(&json!({"error": message}))).into_response()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -149,6 +178,10 @@ mod tests {
             ("org/m/versions/1/infer", ("org/m", "1", Asked::Infer)),
             ("m/versions/2", ("m", "2", Asked::Metadata)),
             ("infer", ("infer", "", Asked::Metadata)),
+            ("org/m/generate", ("org/m", "", Asked::Generate)),
+            ("m/versions/1/generate_stream", ("m", "1", Asked::GenerateStream)),
+            ("m/config", ("m", "", Asked::Config)),
+            ("m/stats", ("m", "", Asked::Statistics)),
         ] {
             assert_eq!(parse(path), expected, "{path}");
         }

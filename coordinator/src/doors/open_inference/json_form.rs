@@ -72,16 +72,19 @@ pub(crate) fn request(body: Bytes, json_bytes: usize) -> Result<(ModelInferReque
     let all = parameters.remove(RAW_OUTPUTS).is_some_and(|value| value == true);
     let is_raw = |output: &&JsonOutput| output.parameters.get(RAW_OUTPUT).is_some_and(|value| *value == true);
     let names = outputs.iter().filter(is_raw).map(|output| output.name.clone()).collect();
-    let (mut tensors, mut raw_input_contents) = (Vec::new(), Vec::new());
+    let (mut tensors, mut contents) = (Vec::new(), Vec::new());
     for input in inputs {
-        let (tensor, contents) = read_input(input, &mut raw)?;
+        let (tensor, raw) = read_input(input, &mut raw)?;
         tensors.push(tensor);
-        raw_input_contents.extend(contents);
+        contents.push(raw);
     }
     // Where some come as raw bytes all are made so, as gRPC wants it.
-    if !raw_input_contents.is_empty() && raw_input_contents.len() != tensors.len() {
-        return Err(ApiError::field("inputs", "in part raw bytes, in part data", "all of one kind"));
-    }
+    let raw_input_contents: Vec<Bytes> = match contents.iter().any(Option::is_some) {
+        true => {
+            tensors.iter_mut().zip(contents).map(|(tensor, raw)| raw.unwrap_or_else(|| tensor::raw(tensor))).collect()
+        }
+        false => Vec::new(),
+    };
     if !raw.is_empty() {
         return Err(ApiError::field(
             "inputs",

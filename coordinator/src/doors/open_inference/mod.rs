@@ -2,14 +2,17 @@
 //! [`crate::coordinator::Coordinator`], and answers become its tensors.
 //!
 //! In reading order: `service` (by gRPC), `question` (what is asked for), `parameters`, `tensor`, `whole` (one response),
-//! `response`, `about` (server and model), `http` and `json_form` (the same by HTTP).
+//! `response`, `about` (server and model), `statistics`, `http` and `json_form` (the same by HTTP), `generate` (by HTTP in fewer
+//! words).
 
 mod about;
+pub(crate) mod generate;
 pub(crate) mod http;
-mod json_form;
+pub(crate) mod json_form;
 mod parameters;
-mod question;
+pub(crate) mod question;
 mod response;
 pub(crate) mod service;
+mod statistics;
 mod tensor;
 mod whole;

@@ -21,7 +21,11 @@ pub(crate) fn read(
     parameters: HashMap<String, InferParameter>,
     sampling_parameters: Option<&str>,
 ) -> Result<Wanted, ApiError> {
-    let mut all: Map<String, Value> = parameters.into_iter().map(|(name, value)| (name, json(value))).collect();
+    with(parameters.into_iter().map(|(name, value)| (name, json(value))).collect(), sampling_parameters)
+}
+
+/// The same where the request's own are JSON already.
+pub(crate) fn with(mut all: Map<String, Value>, sampling_parameters: Option<&str>) -> Result<Wanted, ApiError> {
     if let Some(text) = sampling_parameters {
         let object = |error| ApiError::field("sampling_parameters", error, "a JSON object");
         let more: Map<String, Value> = serde_json::from_str(text).map_err(object)?;
@@ -58,6 +62,7 @@ pub(crate) fn generation(wanted: &Wanted, text: &str) -> GenerateParams {
         ignore_eos: wanted.ignore_eos,
         sampling: wanted.sampling.clone(),
         stop: wanted.stop.clone(),
+        json_schema: wanted.json_schema.clone(),
         priority: wanted.priority,
         ..GenerateParams::default()
     }

@@ -19,6 +19,8 @@ use crate::doors::openai::{error::ApiError, sampling::Wanted};
 
 /// Texts of one request at most.
 const TEXTS_MAX: usize = 64;
+/// The input that is answered.
+pub(crate) const TEXT_INPUT: &str = "text_input";
 /// Outputs of a generation, and that of an encoding.
 pub(crate) const TEXT_OUTPUT: &str = "text_output";
 pub(crate) const FINISH_REASON: &str = "finish_reason";
@@ -53,7 +55,7 @@ impl Question {
         let (mut texts, mut sampling, mut streams) = (None, None, false);
         for (place, input) in request.inputs.iter().enumerate() {
             match (input.name.as_str(), elements(input, request.raw_input_contents.get(place))?) {
-                ("text_input", Elements::Texts(found)) if texts.is_none() => texts = Some(found),
+                (TEXT_INPUT, Elements::Texts(found)) if texts.is_none() => texts = Some(found),
                 ("sampling_parameters", Elements::Texts(found)) if sampling.is_none() => {
                     sampling = Some(one(found).ok_or_else(|| wrong(input, "no single element", "one"))?);
                 }

@@ -5,10 +5,10 @@ use std::pin::Pin;
 
 use futures::{Stream, StreamExt, future, stream};
 use sida_proto::inference::{
-    ModelInferRequest, ModelInferResponse, ModelMetadataRequest, ModelMetadataResponse, ModelReadyRequest,
-    ModelReadyResponse, ModelStreamInferResponse, ServerLiveRequest, ServerLiveResponse, ServerMetadataRequest,
-    ServerMetadataResponse, ServerReadyRequest, ServerReadyResponse,
-    grpc_inference_service_server::GrpcInferenceService,
+    ModelConfigRequest, ModelConfigResponse, ModelInferRequest, ModelInferResponse, ModelMetadataRequest,
+    ModelMetadataResponse, ModelReadyRequest, ModelReadyResponse, ModelStatisticsRequest, ModelStatisticsResponse,
+    ModelStreamInferResponse, ServerLiveRequest, ServerLiveResponse, ServerMetadataRequest, ServerMetadataResponse,
+    ServerReadyRequest, ServerReadyResponse, grpc_inference_service_server::GrpcInferenceService,
 };
 use sida_rpc::Fault;
 use tonic::{Request, Response, Status, Streaming};
@@ -17,7 +17,8 @@ use crate::doors::open_inference::{
     about,
     question::Question,
     response::{Envelope, Generated, streamed},
-    whole::{generations, whole},
+    statistics,
+    whole::{generations, tokens, whole},
 };
 use crate::{
     coordinator::Coordinator,
@@ -71,6 +72,26 @@ impl GrpcInferenceService for OpenInferenceService {
         let ModelMetadataRequest { name, version } = request.into_inner();
         self.is_ours(&name, &version)?;
         Ok(Response::new(about::model_message(&self.coordinator)))
+    }
+
+    async fn model_config(
+        &self,
+        request: Request<ModelConfigRequest>,
+    ) -> Result<Response<ModelConfigResponse>, Status> {
+        let ModelConfigRequest { name, version } = request.into_inner();
+        self.is_ours(&name, &version)?;
+        Ok(Response::new(ModelConfigResponse { config: Some(about::config_message(&self.coordinator)) }))
+    }
+
+    async fn model_statistics(
+        &self,
+        request: Request<ModelStatisticsRequest>,
+    ) -> Result<Response<ModelStatisticsResponse>, Status> {
+        let ModelStatisticsRequest { name, version } = request.into_inner();
+        if !name.is_empty() {
+            self.is_ours(&name, &version)?;
+        }
+        Ok(Response::new(ModelStatisticsResponse { model_stats: vec![statistics::message(&self.coordinator)] }))
     }
 
     async fn model_infer(&self, request: Request<ModelInferRequest>) -> Result<Response<ModelInferResponse>, Status> {
@@ -144,7 +165,7 @@ async fn begin(
     let texts = question.texts.len();
     let [params] = <[GenerateParams; 1]>::try_from(generations(&question, caller))
         .map_err(|_| refused(ApiError::field("text_input (its elements)", texts, "1 where stream is true")))?;
-    let tokens = coordinator.generate(params).await.map_err(|error| asked.fail(&error))?;
+    let tokens = tokens(&coordinator, params).await.map_err(|error| asked.fail(&error))?;
     let envelope = envelope.clone();
     Ok(Box::pin(tokens.map(move |token| match token {
         Ok(token) => {

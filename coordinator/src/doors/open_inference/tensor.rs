@@ -73,6 +73,27 @@ fn split(input: &InferInputTensor, mut raw: Bytes) -> Result<Vec<Bytes>, ApiErro
     Ok(elements)
 }
 
+/// The contents of an input as raw bytes, in whose place they come.
+pub(crate) fn raw(input: &mut InferInputTensor) -> Bytes {
+    let InferTensorContents { bytes_contents, bool_contents, .. } = input.contents.take().unwrap_or_default();
+    match input.datatype.as_str() {
+        "BOOL" => bool_contents.into_iter().map(u8::from).collect(),
+        _ => raw_texts(bytes_contents.iter().map(|bytes| &bytes[..])).1,
+    }
+}
+
+/// How many elements of BYTES there are, and all of them as raw bytes.
+fn raw_texts<'a>(texts: impl Iterator<Item = &'a [u8]>) -> (i64, Bytes) {
+    let (mut raw, mut count) = (BytesMut::new(), 0);
+    for text in texts {
+        // A message is smaller than 4 GiB.
+        raw.put_u32_le(text.len() as u32);
+        raw.put_slice(text);
+        count += 1;
+    }
+    (count, raw.freeze())
+}
+
 /// An error of an input.
 pub(crate) fn wrong(
     input: &InferInputTensor,
@@ -84,15 +105,8 @@ pub(crate) fn wrong(
 
 /// An output of BYTES with one element per text, and its raw bytes.
 pub(crate) fn text_output<'a>(name: &str, texts: impl IntoIterator<Item = &'a str>) -> (InferOutputTensor, Bytes) {
-    let mut raw = BytesMut::new();
-    let mut count = 0;
-    for text in texts {
-        // A message is smaller than 4 GiB.
-        raw.put_u32_le(text.len() as u32);
-        raw.put_slice(text.as_bytes());
-        count += 1;
-    }
-    (output(name, "BYTES", vec![count]), raw.freeze())
+    let (count, raw) = raw_texts(texts.into_iter().map(str::as_bytes));
+    (output(name, "BYTES", vec![count]), raw)
 }
 
 /// The elements of an output, as JSON has them.

@@ -2,16 +2,21 @@
 
 use std::time::Instant;
 
-use futures::{StreamExt, future};
+use futures::{Stream, StreamExt, future};
 use sida_proto::inference::ModelInferResponse;
 
 use crate::doors::open_inference::{
     parameters,
     question::Question,
     response::{Envelope, Generated},
+    statistics,
 };
 use crate::{
-    answer::{output::Pooling, request_error::RequestError},
+    answer::{
+        output::{Pooling, Token},
+        request_error::RequestError,
+        trace::Timings,
+    },
     coordinator::{Coordinator, TokenStream},
     doors::messages::CallMetadata,
     intake::accept::{EncodeParams, GenerateParams},
@@ -24,25 +29,62 @@ pub(crate) async fn whole(
     question: Question,
     caller: CallMetadata,
 ) -> Result<ModelInferResponse, RequestError> {
+    let begun = Instant::now();
+    match answer(coordinator, envelope, question, caller).await {
+        Ok((response, timings)) => {
+            statistics::answered(coordinator, begun, &timings);
+            Ok(response)
+        }
+        Err(error) => {
+            statistics::failed(coordinator, begun);
+            Err(error)
+        }
+    }
+}
+
+/// The same, with what each of its texts took.
+async fn answer(
+    coordinator: &Coordinator,
+    envelope: &Envelope,
+    question: Question,
+    caller: CallMetadata,
+) -> Result<(ModelInferResponse, Vec<Timings>), RequestError> {
     if question.embeds() {
         let encodings = coordinator.encode_all(encodings(&question, caller)).await?;
-        return Ok(envelope.embeddings(encodings));
+        let timings = encodings.iter().map(|encoding| encoding.trace.timings).collect();
+        return Ok((envelope.embeddings(encodings), timings));
     }
     let texts = generations(&question, caller)
         .into_iter()
         .map(|params| async { collected(coordinator.generate(params).await?).await });
-    Ok(envelope.generation(&question.outputs, &future::try_join_all(texts).await?))
+    let (texts, timings): (Vec<_>, Vec<_>) = future::try_join_all(texts).await?.into_iter().unzip();
+    Ok((envelope.generation(&question.outputs, &texts), timings))
 }
 
-/// The text of all tokens.
-async fn collected(mut tokens: TokenStream) -> Result<Generated, RequestError> {
-    let mut all = Generated { text: String::new(), finish: None };
+/// The tokens of one text, which are noted in the statistics when they end.
+pub(crate) async fn tokens(
+    coordinator: &Coordinator,
+    params: GenerateParams,
+) -> Result<impl Stream<Item = Result<Token, RequestError>> + Send + use<>, RequestError> {
+    let (begun, coordinator) = (Instant::now(), coordinator.clone());
+    let tokens = coordinator.generate(params).await.inspect_err(|_| statistics::failed(&coordinator, begun))?;
+    Ok(tokens.inspect(move |token| match token {
+        Ok(Token { finish: Some(finish), .. }) => statistics::answered(&coordinator, begun, &[finish.trace.timings]),
+        Ok(_) => {}
+        Err(_) => statistics::failed(&coordinator, begun),
+    }))
+}
+
+/// The text of all tokens, and what it took.
+async fn collected(mut tokens: TokenStream) -> Result<(Generated, Timings), RequestError> {
+    let (mut all, mut timings) = (Generated { text: String::new(), finish: None }, Timings::default());
     while let Some(token) = tokens.next().await {
         let token = token?;
         all.text.push_str(&token.text);
-        all.finish = token.finish.map(|finish| finish.reason);
+        all.finish = token.finish.as_ref().map(|finish| finish.reason);
+        timings = token.finish.map_or(timings, |finish| finish.trace.timings);
     }
-    Ok(all)
+    Ok((all, timings))
 }
 
 /// The requests for the texts of a generation.

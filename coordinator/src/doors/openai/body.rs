@@ -17,9 +17,13 @@ use crate::{
 pub(crate) async fn fields(request: Request) -> Result<Fields, ApiError> {
     let (head, body) = request.into_parts();
     check_type(&head.headers)?;
-    let bytes = bytes(&head.headers, body).await?;
+    parsed(&bytes(&head.headers, body).await?)
+}
+
+/// The fields of an object in JSON.
+pub(crate) fn parsed(bytes: &[u8]) -> Result<Fields, ApiError> {
     let not_utf8 = |error| ApiError::invalid("invalid_json", format!("the body is not UTF-8: {error}"));
-    let text = std::str::from_utf8(&bytes).map_err(not_utf8)?;
+    let text = std::str::from_utf8(bytes).map_err(not_utf8)?;
     let not_json = |error| ApiError::invalid("invalid_json", format!("the body is not JSON: {error}"));
     Fields::of(serde_json::from_str(text).map_err(not_json)?, "")
 }

@@ -21,6 +21,7 @@ use crate::{
         generation::{Form, Generation, finish_reason},
         log_probabilities::chat_logprobs,
         sampling::{Wanted, tokens_max},
+        usage::Usage,
     },
     intake::prompt::Prompt,
 };
@@ -65,7 +66,6 @@ fn refuse_others(fields: &mut Fields) -> Result<(), ApiError> {
     }
     // It speaks of tools, of which there are none.
     fields.flag("parallel_tool_calls")?;
-    fields.refuse("response_format", "answers are texts", |value| value["type"] == "text")?;
     fields.refuse("modalities", "answers are texts", |value| *value == json!(["text"]))?;
     fields.refuse("audio", "answers are texts", |_| false)?;
     fields.refuse("prediction", "no text is taken for an answer before it is generated", |_| false)?;
@@ -90,7 +90,8 @@ pub(crate) async fn chat_completions(
     let tokens = tokens.map_err(|error| call.refused(&error, "messages"))?;
     let prompts = vec![Prompt::Tokens(tokens)];
     let form = ChatForm { door: logprobs.is_some().then(|| door.clone()) };
-    let generation = Generation { prompts, prompt_field: "messages", wanted, logprobs };
+    let usage = Usage::default();
+    let generation = Generation { prompts, prompt_field: "messages", wanted, logprobs, generates: true, usage };
     generation.answer(door, call, form).await
 }
 
@@ -149,8 +150,6 @@ mod tests {
         for (field, value) in [
             ("tools", json!([{"type": "function"}])),
             ("tool_choice", json!("required")),
-            ("response_format", json!({"type": "json_object"})),
-            ("response_format", json!({"type": "json_schema", "json_schema": {}})),
             ("modalities", json!(["text", "audio"])),
             ("reasoning_effort", json!("low")),
             ("top_logprobs", json!(3)),
@@ -161,7 +160,7 @@ mod tests {
         for (field, value) in [
             ("tools", json!([])),
             ("tool_choice", json!("none")),
-            ("response_format", json!({"type": "text"})),
+            ("response_format", json!({"type": "json_object"})),
             ("modalities", json!(["text"])),
             ("parallel_tool_calls", json!(true)),
             ("top_logprobs", json!(0)),

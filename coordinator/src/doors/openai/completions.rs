@@ -15,11 +15,13 @@ use crate::{
         body,
         call::Call,
         door::Door,
+        echo::{self, Echo},
         error::ApiError,
         fields::{Fields, token_id, whole},
         generation::{Form, Generation, finish_reason},
-        log_probabilities::CompletionLogprobs,
+        log_probabilities::{CompletionLogprobs, joined},
         sampling::{Wanted, tokens_max},
+        usage::Usage,
     },
     intake::prompt::Prompt,
 };
@@ -37,6 +39,8 @@ const PROMPT_EXPECTED: &str = "a text, a list of texts, a list of token ids, or 
 pub(crate) struct CompletionRequest {
     prompts: Vec<Prompt>,
     echo: bool,
+    /// Whether there is an answer behind the echo.
+    generates: bool,
     logprobs: Option<usize>,
     wanted: Wanted,
 }
@@ -57,17 +61,16 @@ impl CompletionRequest {
         let echo = fields.flag("echo")?.unwrap_or(false);
         let logprobs =
             fields.read("logprobs", "0 to 20", |value| whole(value).filter(|top| (0..=LOGPROBS_MAX).contains(top)))?;
-        if echo && logprobs.is_some() {
-            return Err(ApiError::unsupported("logprobs", "with echo: those of a prompt are not computed"));
-        }
-        let max_tokens = tokens_max(fields, "max_tokens")?;
+        // Nothing but the prompt itself is an answer, too: it is asked for to have how likely its tokens are.
+        let max_tokens = if echo { fields.count("max_tokens")? } else { tokens_max(fields, "max_tokens")? };
+        let generates = max_tokens != Some(0);
         let wanted = Wanted::read(fields, max_tokens)?;
         let sequences = prompts.len() * wanted.choices;
         if sequences > SEQUENCES_MAX {
             let expected = format!("at most {SEQUENCES_MAX} answers of all {} prompts", prompts.len());
             return Err(ApiError::field("n", wanted.choices, expected));
         }
-        Ok(Self { prompts, echo, logprobs: logprobs.map(|top| top as usize), wanted })
+        Ok(Self { prompts, echo, generates, logprobs: logprobs.map(|top| top as usize), wanted })
     }
 }
 
@@ -79,22 +82,22 @@ pub(crate) async fn completions(
 ) -> Result<Response, ApiError> {
     let mut fields = body::fields(request).await?;
     door.check_model(&mut fields)?;
-    let CompletionRequest { prompts, echo, logprobs, wanted } = CompletionRequest::read(&mut fields)?;
+    let CompletionRequest { prompts, echo, generates, logprobs, wanted } = CompletionRequest::read(&mut fields)?;
     fields.end()?;
-    let mut echoes = Vec::new();
-    for prompt in prompts.iter().filter(|_| echo) {
-        echoes.push(match prompt {
-            Prompt::Text(text) => text.clone(),
-            Prompt::Tokens(tokens) => {
-                let text = door.coordinator.detokenize(tokens).await;
-                text.map_err(|error| call.refused(&error, "prompt"))?
-            }
-        });
+    let (mut echoes, mut usage) = (Vec::new(), Usage::default());
+    if echo {
+        let echoed = echo::echoes(&door, &call, &prompts, logprobs, &wanted).await?;
+        echoed.iter().for_each(|echo| echo.add_usage(&mut usage, !generates));
+        echoes = echoed;
     }
-    let sequences = prompts.len() * wanted.choices;
-    let logprobs_of = logprobs.is_some().then(|| CompletionLogprobs::new(door.clone(), sequences));
-    let form = CompletionForm { echoes, choices: wanted.choices, logprobs: logprobs_of };
-    let generation = Generation { prompts, prompt_field: "prompt", wanted, logprobs };
+    let offsets: Vec<usize> = match echoes.is_empty() {
+        true => vec![0; prompts.len()],
+        false => echoes.iter().map(|echo| echo.text.chars().count()).collect(),
+    };
+    let choices = wanted.choices;
+    let logprobs_of = logprobs.is_some().then(|| CompletionLogprobs::new(door.clone(), &offsets, choices));
+    let form = CompletionForm { echoes, choices, generates, logprobs: logprobs_of };
+    let generation = Generation { prompts, prompt_field: "prompt", wanted, logprobs, generates, usage };
     generation.answer(door, call, form).await
 }
 
@@ -121,14 +124,25 @@ fn tokens(value: &Value) -> Option<Prompt> {
 
 /// How completions are written.
 struct CompletionForm {
-    /// The prompts' texts, where they stand before their answers; otherwise none.
-    echoes: Vec<String>,
+    /// The prompts, where they stand before their answers; otherwise none.
+    echoes: Vec<Echo>,
     choices: usize,
+    /// Whether anything comes behind the echoes.
+    generates: bool,
     logprobs: Option<CompletionLogprobs>,
 }
 
 impl CompletionForm {
-    fn echo(&self, index: usize) -> Option<&String> {
+    /// Why a sequence ended with this token: one of nothing but its echo has the length that it was to have.
+    fn reason(&self, last: Option<&Token>) -> Value {
+        match (last, self.generates) {
+            (Some(token), _) => finish_reason(token),
+            (None, true) => Value::Null,
+            (None, false) => "length".into(),
+        }
+    }
+
+    fn echo(&self, index: usize) -> Option<&Echo> {
         self.echoes.get(index / self.choices)
     }
 }
@@ -139,8 +153,9 @@ impl Form for CompletionForm {
     const PART: &'static str = "text_completion";
 
     fn opening(&mut self, index: usize) -> Option<Value> {
-        let text = self.echo(index)?;
-        Some(json!({"index": index, "text": text, "logprobs": null, "finish_reason": null}))
+        let Echo { text, logprobs, .. } = self.echo(index)?;
+        let reason = self.reason(None);
+        Some(json!({"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}))
     }
 
     fn part(&mut self, index: usize, token: &Token) -> Option<Value> {
@@ -154,9 +169,11 @@ impl Form for CompletionForm {
 
     fn whole(&mut self, index: usize, tokens: &[Token]) -> Value {
         let answer = tokens.iter().map(|token| token.text.as_str());
-        let text: String = self.echo(index).map(String::as_str).into_iter().chain(answer).collect();
-        let logprobs = self.logprobs.as_mut().map(|logprobs| logprobs.of(index, tokens));
-        let reason = tokens.last().map_or(Value::Null, finish_reason);
+        let echo = self.echo(index);
+        let text: String = echo.map(|echo| echo.text.as_str()).into_iter().chain(answer).collect();
+        let before = echo.and_then(|echo| echo.logprobs.clone());
+        let logprobs = self.logprobs.as_mut().map(|logprobs| joined(before, logprobs.of(index, tokens)));
+        let reason = self.reason(tokens.last());
         json!({"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason})
     }
 }
@@ -189,7 +206,8 @@ mod tests {
         assert_eq!(refused(json!({})), "prompt");
         assert_eq!(refused(json!({"prompt": []})), "prompt");
         assert_eq!(refused(json!({"prompt": "a", "suffix": "b"})), "suffix");
-        assert_eq!(refused(json!({"prompt": "a", "echo": true, "logprobs": 1})), "logprobs");
+        assert_eq!(refused(json!({"prompt": "a", "max_tokens": 0})), "max_tokens");
+        assert_eq!(refused(json!({"prompt": "a", "max_tokens": -1, "echo": true})), "max_tokens");
         assert_eq!(refused(json!({"prompt": "a", "logprobs": 21})), "logprobs");
         assert_eq!(refused(json!({"prompt": ["a", "b"], "n": 65})), "n");
     }

@@ -151,6 +151,8 @@ impl IntoResponse for ApiError {
             headers.insert("retry-after-ms", HeaderValue::from(delay.as_millis() as u64));
         }
         response.extensions_mut().insert(self.counted_as);
+        // Another protocol on this port writes it anew.
+        response.extensions_mut().insert(self);
         response
     }
 }
@@ -193,6 +195,7 @@ fn field_of(error: &RequestError, text_field: &str) -> Option<String> {
             // What follows the name says what of it was measured.
             field => field.to_owned(),
         },
+        RequestError::JsonSchema { .. } => "response_format".to_owned(),
         RequestError::EmptyText => text_field.to_owned(),
         RequestError::TextTooLong { of, .. }
         | RequestError::TooManyTokens { of, .. }

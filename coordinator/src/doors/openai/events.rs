@@ -1,4 +1,4 @@
-//! An answer as it comes: server-sent events, `data: {...}` each, and `data: [DONE]` at the end. An error ends them in its
+//! An answer as it comes: server-sent events, `data: {...}` each, and OpenAI's `data: [DONE]` at the end. An error ends them in its
 //! place, since the head has gone out already.
 
 use std::{convert::Infallible, time::Duration};
@@ -15,8 +15,20 @@ use serde_json::Value;
 
 use crate::doors::openai::{call::Call, door::Door, error::ApiError};
 
-/// What says that the answer is whole.
-const DONE: &str = "[DONE]";
+/// How a protocol writes its events.
+#[derive(Clone, Copy)]
+pub(crate) struct EventForm {
+    /// What says that the answer is whole; `None`: nothing does.
+    pub(crate) done: Option<&'static str>,
+    /// What ends the answer in its place.
+    pub(crate) error: fn(&ApiError) -> Value,
+}
+
+impl EventForm {
+    /// OpenAI's.
+    pub(crate) const OPENAI: Self = Self { done: Some("[DONE]"), error: ApiError::json };
+}
+
 /// How often a silent stream says that it lives: proxies close those that do not.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(15);
 
@@ -25,6 +37,7 @@ pub(crate) fn events(
     chunks: impl Stream<Item = Result<Value, ApiError>> + Send + 'static,
     door: &Door,
     call: Call,
+    form: EventForm,
 ) -> Response {
     let (late, ending) = (door.late.clone(), door.ending());
     let events = stream::unfold(Some(chunks.boxed()), move |chunks| {
@@ -40,9 +53,9 @@ pub(crate) fn events(
                 Some(Ok(chunk)) => (data(chunk.to_string()), Some(chunks)),
                 Some(Err(error)) => {
                     call.broke_off(&error);
-                    (data(error.json().to_string()), None)
+                    (data((form.error)(&error).to_string()), None)
                 }
-                None => (data(DONE), None),
+                None => (data(form.done?), None),
             })
         }
     });

@@ -20,7 +20,7 @@ use crate::{
         call::Call,
         door::{self, Door},
         error::ApiError,
-        events::events,
+        events::{EventForm, events},
         sampling::{EventOptions, Wanted},
         usage::Usage,
     },
@@ -52,6 +52,10 @@ pub(crate) struct Generation {
     pub(crate) wanted: Wanted,
     /// How many likely tokens are told beside each, if any are.
     pub(crate) logprobs: Option<usize>,
+    /// Whether there is anything to generate: otherwise what opens a sequence is all of it.
+    pub(crate) generates: bool,
+    /// What was taken before.
+    pub(crate) usage: Usage,
 }
 
 /// A token of one of the sequences.
@@ -81,18 +85,19 @@ impl Generation {
             Envelope { id: format!("{}{}", F::ID, call.id), created: door::now(), model: door.model().to_owned() };
         let (field, choices, options) = (self.prompt_field, self.wanted.choices, self.wanted.events);
         let count = self.prompts.len() * choices;
-        let begun = self.begin(&door, &call).await;
+        let (usage, ended) = (self.usage.clone(), if self.generates { 0 } else { count });
+        let begun = if self.generates { self.begin(&door, &call).await } else { Ok(stream::empty().boxed()) };
         let pieces = begun.map_err(|error| call.refused(&error, field))?;
         match options {
             None => {
-                let whole = whole(pieces, choices, count, &envelope, form).await;
+                let whole = whole(pieces, choices, count, usage, &envelope, form).await;
                 whole.map(|answer| door::json(&answer)).map_err(|error| call.refused(&error, field))
             }
             Some(options) => {
                 let refusing = call.clone();
-                let parts = Parts { envelope, form, options, usage: Usage::default(), choices, count, ended: 0 };
+                let parts = Parts { envelope, form, options, usage, choices, count, ended };
                 let chunks = parts.of(pieces).map(move |chunk| chunk.map_err(|error| refusing.refused(&error, field)));
-                Ok(events(chunks, &door, call))
+                Ok(events(chunks, &door, call, EventForm::OPENAI))
             }
         }
     }
@@ -128,6 +133,7 @@ fn params(prompt: Prompt, wanted: &Wanted, logprobs: Option<usize>, call: &Call)
         ignore_eos: wanted.ignore_eos,
         sampling: wanted.sampling.clone(),
         stop: wanted.stop.clone(),
+        json_schema: wanted.json_schema.clone(),
         choices: wanted.choices,
         logprobs,
         deadline: call.deadline,
@@ -152,10 +158,11 @@ async fn whole<F: Form>(
     mut pieces: BoxStream<'static, Result<Piece, RequestError>>,
     choices: usize,
     count: usize,
+    mut usage: Usage,
     envelope: &Envelope,
     mut form: F,
 ) -> Result<Value, RequestError> {
-    let (mut usage, mut sequences) = (Usage::default(), vec![Vec::new(); count]);
+    let mut sequences = vec![Vec::new(); count];
     while let Some(piece) = pieces.next().await {
         let Piece { index, token } = piece?;
         add_usage(&mut usage, index, choices, &token);
@@ -185,7 +192,8 @@ impl<F: Form> Parts<F> {
         pieces: BoxStream<'static, Result<Piece, RequestError>>,
     ) -> impl Stream<Item = Result<Value, RequestError>> + Send + 'static {
         let openings = (0..self.count).filter_map(|index| self.form.opening(index)).collect::<Vec<_>>();
-        let openings = openings.into_iter().map(|choice| Ok(self.chunk(vec![choice]))).collect::<Vec<_>>();
+        let openings = openings.into_iter().map(|choice| self.chunk(vec![choice]));
+        let openings: Vec<_> = openings.chain(self.last()).map(Ok).collect();
         let parts = pieces.flat_map(move |piece| {
             stream::iter(match piece {
                 Ok(piece) => self.parts(&piece).into_iter().map(Ok).collect(),
@@ -200,13 +208,18 @@ impl<F: Form> Parts<F> {
         let mut chunks: Vec<Value> = part.map(|choice| self.chunk(vec![choice])).into_iter().collect();
         if add_usage(&mut self.usage, piece.index, self.choices, &piece.token) {
             self.ended += 1;
-            if self.ended == self.count && self.options.include_usage {
-                let mut last = self.envelope.around(F::PART, Vec::new());
-                last["usage"] = self.usage.of_generation();
-                chunks.push(last);
-            }
+            chunks.extend(self.last());
         }
         chunks
+    }
+
+    /// What ends the answer, if it is over and its usage is asked for.
+    fn last(&self) -> Option<Value> {
+        (self.ended == self.count && self.options.include_usage).then(|| {
+            let mut last = self.envelope.around(F::PART, Vec::new());
+            last["usage"] = self.usage.of_generation();
+            last
+        })
     }
 
     fn chunk(&self, choices: Vec<Value>) -> Value {

@@ -1,10 +1,13 @@
 //! How likely tokens were, as OpenAI's two endpoints that generate write it.
 
-use std::sync::Arc;
+use std::{iter::repeat_n, sync::Arc};
 
 use serde_json::{Map, Value, json};
 
-use crate::{answer::output::Token, doors::openai::door::Door};
+use crate::{
+    answer::output::{Token, TokenLogprobs},
+    doors::openai::door::Door,
+};
 
 /// Those of completions: lists over the tokens of a choice, or of a part of it.
 pub(crate) struct CompletionLogprobs {
@@ -14,31 +17,55 @@ pub(crate) struct CompletionLogprobs {
 }
 
 impl CompletionLogprobs {
-    /// Of so many sequences.
-    pub(crate) fn new(door: Arc<Door>, sequences: usize) -> Self {
-        Self { door, offsets: vec![0; sequences] }
+    /// Of so many `choices` of each prompt, which begin behind as many characters as `offsets` has for it.
+    pub(crate) fn new(door: Arc<Door>, offsets: &[usize], choices: usize) -> Self {
+        Self { door, offsets: offsets.iter().flat_map(|&offset| repeat_n(offset, choices)).collect() }
     }
 
     /// Those of the next tokens of the sequence at `index`.
     pub(crate) fn of(&mut self, index: usize, tokens: &[Token]) -> Value {
         let offset = &mut self.offsets[index];
-        let (mut texts, mut logprobs, mut tops, mut offsets) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        for token in tokens {
-            let Some(found) = &token.logprobs else { continue };
-            // Several tokens may have the same text, such as a part of a character: the likeliest of them is told.
-            let mut top = Map::new();
-            for likely in &found.top {
-                top.entry(text(&self.door, likely.id)).or_insert_with(|| number(likely.logprob));
-            }
-            texts.push(text(&self.door, token.id));
-            logprobs.push(number(found.logprob));
-            tops.push((!top.is_empty()).then_some(top));
-            offsets.push(*offset);
+        let told = tokens.iter().filter_map(|token| {
+            let found = token.logprobs.as_ref()?;
+            let at = *offset;
             *offset += token.text.chars().count();
-        }
-        let tops = tops.iter().any(Option::is_some).then_some(tops);
-        json!({"tokens": texts, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets})
+            Some((token.id, at, Some(found)))
+        });
+        lists(&self.door, told)
     }
+}
+
+/// The four lists over tokens: of each its id, the characters before it, and how likely it was, unless it is the first of a
+/// prompt.
+pub(crate) fn lists<'a>(door: &Door, tokens: impl Iterator<Item = (u32, usize, Option<&'a TokenLogprobs>)>) -> Value {
+    let (mut texts, mut logprobs, mut tops, mut offsets) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for (id, offset, found) in tokens {
+        // Several tokens may have the same text, such as a part of a character: the likeliest of them is told.
+        let mut top = Map::new();
+        for likely in found.map_or(&[][..], |found| &found.top) {
+            top.entry(text(door, likely.id)).or_insert_with(|| number(likely.logprob));
+        }
+        texts.push(text(door, id));
+        logprobs.push(found.map(|found| number(found.logprob)));
+        tops.push((!top.is_empty()).then_some(top));
+        offsets.push(offset);
+    }
+    let tops = tops.iter().any(Option::is_some).then_some(tops);
+    json!({"tokens": texts, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets})
+}
+
+/// The lists of an answer behind those of its prompt, if it has some.
+pub(crate) fn joined(before: Option<Value>, answer: Value) -> Value {
+    let (Some(Value::Object(mut all)), Value::Object(answer)) = (before, answer.clone()) else { return answer };
+    for (name, list) in answer {
+        match (all.get_mut(&name), list) {
+            (Some(Value::Array(before)), Value::Array(mut list)) => before.append(&mut list),
+            // Nobody told of others: neither for the prompt, of one token, nor for the answer.
+            (Some(before), list) if before.is_null() => *before = list,
+            _ => {}
+        }
+    }
+    Value::Object(all)
 }
 
 /// Those of a chat: an entry a token.

@@ -2,26 +2,29 @@
 //! endpoint takes, refuses and adds is in docs/openai.md, and for programs in `openapi.json`.
 //!
 //! In reading order: `error` (how a refusal looks), `call` (what every request gets: a deadline, an end, a count), `fields` and
-//! `body` (how a request's JSON is read), `door` (what the endpoints share), `routes` (who answers which path). Generation:
-//! `sampling` (how an answer is to be made), `generation` (several sequences as one answer), `usage` (what it took),
-//! `log_probabilities`, `events` (answers as they come), `completions`, `chat_messages`, `chat_completions`. The others:
+//! `body` (how a request's JSON is read), `door` (what the endpoints share), `routes` (who answers which path), `cors` (which web pages may ask). Generation:
+//! `sampling` (how an answer is to be made), `response_format` (what it follows), `generation` (several sequences as one answer), `usage` (what it took),
+//! `log_probabilities`, `echo` (prompts before their answers), `events` (answers as they come), `completions`, `chat_messages`, `chat_completions`. The others:
 //! `embeddings`, `models`, `tokens`, `about`.
 
 mod about;
 pub(crate) mod body;
 pub(crate) mod call;
-mod chat_completions;
+pub(crate) mod chat_completions;
 mod chat_messages;
-mod completions;
+pub(crate) mod completions;
+mod cors;
 pub(crate) mod door;
-mod embeddings;
+mod echo;
+pub(crate) mod embeddings;
 pub(crate) mod error;
-mod events;
+pub(crate) mod events;
 pub(crate) mod fields;
 mod generation;
 mod log_probabilities;
 mod models;
+mod response_format;
 pub(crate) mod routes;
 pub(crate) mod sampling;
-mod tokens;
+pub(crate) mod tokens;
 mod usage;

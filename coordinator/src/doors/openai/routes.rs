@@ -17,7 +17,9 @@ use crate::{
     coordinator::Coordinator,
     doors::{
         open_inference,
-        openai::{about, call, chat_completions, completions, door::Door, embeddings, error::ApiError, models, tokens},
+        openai::{
+            about, call, chat_completions, completions, cors, door::Door, embeddings, error::ApiError, models, tokens,
+        },
     },
 };
 
@@ -37,9 +39,10 @@ pub(crate) const PATHS: [&str; 9] = [
 /// All endpoints over `coordinator`. What is in flight when `late` is cancelled is ended.
 pub(crate) fn routes(coordinator: Coordinator, late: CancellationToken) -> Router {
     let gate = coordinator.config().server.gate.clone();
+    let cors = cors::layer(&coordinator.config().http_cors_origins);
     let door = Arc::new(Door::new(coordinator, late));
     let [completions, chat_completions, embeddings, models, model, tokenize, detokenize, health, openapi] = PATHS;
-    Router::new()
+    let routes = Router::new()
         .route(completions, post(completions::completions))
         .route(chat_completions, post(chat_completions::chat_completions))
         .route(embeddings, post(embeddings::embeddings))
@@ -56,7 +59,13 @@ pub(crate) fn routes(coordinator: Coordinator, late: CancellationToken) -> Route
         // Whoever may not call learns no more than that.
         .layer(AuthenticationLayer::new(gate, is_open, refuse))
         .layer(middleware::from_fn_with_state(door.clone(), call::answer))
-        .with_state(door)
+        .with_state(door);
+    let routes = routes.layer(middleware::from_fn(open_inference::http::in_own_form));
+    match cors {
+        // Outermost: what a browser asks before a page may has no key, and a refusal is for the page to read.
+        Some(cors) => routes.layer(cors),
+        None => routes,
+    }
 }
 
 /// Whether a path is answered to callers without a key: probes have none, and the description tells nothing of this node.

@@ -13,6 +13,7 @@ use crate::{
     doors::openai::{
         error::ApiError,
         fields::{Fields, whole},
+        response_format,
     },
 };
 
@@ -30,6 +31,8 @@ pub(crate) struct Wanted {
     pub(crate) ignore_eos: bool,
     pub(crate) sampling: Sampling,
     pub(crate) stop: Vec<String>,
+    /// What an answer follows, if it is to be more than a text.
+    pub(crate) json_schema: Option<String>,
     pub(crate) routing: RoutingMode,
     /// The lower, the sooner it is its turn among those of the same client.
     pub(crate) priority: i32,
@@ -61,6 +64,7 @@ impl Wanted {
             ignore_eos: fields.flag("ignore_eos")?.unwrap_or(false),
             sampling: sampling(fields)?,
             stop: fields.read("stop", "a text or a list of texts", texts)?.unwrap_or_default(),
+            json_schema: response_format::read(fields)?,
             routing: routing(fields)?,
             priority: priority(fields)?,
             events: events(fields)?,

@@ -8,7 +8,7 @@ use std::{
 };
 
 use clap::Args;
-use sida_coordinator::Listeners;
+use sida_coordinator::{CoordinatorConfig, CorsOrigin, Listeners};
 use sida_rpc::{Gate, NamePattern, Readiness, ServerConfig, ServerTls, metrics_port};
 use sida_telemetry::metrics;
 use tokio::net::TcpListener;
@@ -30,9 +30,18 @@ pub(crate) struct HttpArguments {
     /// `coordinator` nowhere]
     #[arg(long, value_name = "HOST:PORT")]
     http_listen: Option<String>,
+    /// Let web pages of these origins ask that port from browsers, as https://chat.example.org, with commas between them; *
+    /// stands for all [default: none]
+    #[arg(long, value_name = "ORIGINS", value_delimiter = ',')]
+    http_cors_origins: Vec<CorsOrigin>,
 }
 
 impl HttpArguments {
+    /// Which pages may ask.
+    pub(crate) fn apply(&self, config: &mut CoordinatorConfig) {
+        config.http_cors_origins = self.http_cors_origins.clone();
+    }
+
     /// The port of the flag, or `default` if that is free.
     pub(crate) async fn bind(&self, default: Option<SocketAddr>) -> anyhow::Result<Option<TcpListener>> {
         match (self.http_listen.as_deref(), default) {

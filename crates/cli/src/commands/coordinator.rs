@@ -82,6 +82,7 @@ pub(crate) fn run(arguments: CoordinatorArguments) -> anyhow::Result<ExitCode> {
         let predictor = arguments.predictor.source(&checkpoint, &cluster)?;
         let mut config = CoordinatorConfig::new(member.node, checkpoint, predictor);
         arguments.limits.apply(&mut config);
+        arguments.http.apply(&mut config);
         (config.device, config.precision) = (arguments.device.device, arguments.device.precision);
         arguments.cache.apply(&mut config)?;
         config.share_rows = !arguments.send_rows;

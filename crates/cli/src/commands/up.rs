@@ -68,6 +68,7 @@ pub(crate) fn run(arguments: UpArguments) -> anyhow::Result<ExitCode> {
         let cluster =
             EmbeddedCluster::start(&arguments.model, &arguments.predictor, &arguments.embedded, address, |config| {
                 arguments.limits.apply(config);
+                arguments.http.apply(config);
                 config.server = arguments.server.server(&arguments.connection, gate, readiness);
             })
             .await?;

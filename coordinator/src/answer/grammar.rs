@@ -1,0 +1,248 @@
+//! Answers that follow a JSON Schema. The schema becomes a grammar over bytes, and the grammar says before each token which
+//! may be next: all that lead to a text of it, and an end where the text is complete. What a grammar may cost is bounded, when it
+//! is made and at each token, so that no schema holds up what others wait for.
+
+use std::{
+    collections::BTreeSet,
+    fmt::{self, Debug, Formatter},
+    sync::Arc,
+};
+
+use llguidance::{
+    Matcher, ParserFactory,
+    api::{ParserLimits, TopLevelGrammar},
+    toktrie::{ApproximateTokEnv, TokEnv, TokRxInfo, TokTrie},
+};
+use parking_lot::Mutex;
+use serde_json::{Value, json};
+
+use crate::answer::{catch_panic::catch_panic, request_error::RequestError};
+
+/// The longest schema. Those of whole APIs have less.
+pub(crate) const SCHEMA_BYTES_MAX: usize = 64 << 10;
+/// What a grammar may cost. At the crate's pace the lexer's fuel of a token is 14 ms and its items are 3 ms, which is reached by
+/// schemas that are made for it; states have 2 KiB at most.
+const LIMITS: ParserLimits = ParserLimits {
+    max_items_in_row: 2_000,
+    initial_lexer_fuel: 1_000_000,
+    step_lexer_fuel: 200_000,
+    step_max_items: 50_000,
+    max_lexer_states: 20_000,
+    max_grammar_size: 100_000,
+    precompute_large_lexemes: true,
+    // They would tell the log and the caller of the answer so far.
+    verbose_errors: false,
+};
+/// Remainders by all divisors of a schema together.
+const REMAINDERS_MAX: u64 = 10_000;
+/// Blanks between the parts of a text. Models that have lost their way go on with blanks for ever.
+const BLANKS: &str = r"[\x20\x0A\x0D\x09]{1,64}";
+
+/// Makes grammars for one tokenizer.
+pub(crate) struct GrammarMaker(ParserFactory);
+
+/// A schema as a grammar, before its first token. Clones share it.
+#[derive(Clone)]
+pub(crate) struct Grammar(Arc<Mutex<Matcher>>);
+
+/// How far the answer of one choice is in its grammar.
+pub(crate) struct GrammarPlace(Matcher);
+
+impl GrammarMaker {
+    /// For tokens of these bytes, of which some end an answer.
+    pub(crate) fn new(token_bytes: &[Vec<u8>], ends: &[u32]) -> Result<Self, String> {
+        let vocab_size = u32::try_from(token_bytes.len()).map_err(|error| error.to_string())?;
+        let ends: Vec<u32> = ends.iter().copied().filter(|&end| end < vocab_size).collect();
+        let first = *ends.first().ok_or("the model has no token that ends an answer")?;
+        let trie = TokTrie::from(&TokRxInfo::new(vocab_size, first), token_bytes).with_eos_tokens(&ends);
+        let environment: TokEnv = Arc::new(ApproximateTokEnv::new(trie));
+        let mut factory = ParserFactory::new_simple(&environment).map_err(|error| error.to_string())?;
+        *factory.limits_mut() = LIMITS;
+        factory.quiet();
+        Ok(Self(factory))
+    }
+
+    /// The grammar of a schema. This may take long, but ends: not for a thread that others wait for.
+    pub(crate) fn make(&self, schema: &str) -> Result<Grammar, RequestError> {
+        let schema = parsed(schema)?;
+        catch_panic(|| {
+            let mut matcher = Matcher::new(self.0.create_parser(TopLevelGrammar::from_json_schema(schema)));
+            // Whether there is any text, and whether the vocabulary has tokens to begin it.
+            matcher.compute_mask_or_eos().map_err(stopped)?;
+            Ok(Grammar(Arc::new(Mutex::new(matcher))))
+        })
+    }
+}
+
+/// The schema of a text, with what is ours to say about how it is followed.
+fn parsed(text: &str) -> Result<Value, RequestError> {
+    if text.len() > SCHEMA_BYTES_MAX {
+        return Err(refused(format!("it has {} bytes, more than the {SCHEMA_BYTES_MAX} allowed", text.len())));
+    }
+    match serde_json::from_str(text).map_err(|error| refused(format!("it is not JSON: {error}")))? {
+        Value::Object(mut schema) => {
+            // Callers may not switch off what keeps an answer to the schema.
+            schema.insert("x-guidance".to_owned(), json!({"whitespace_pattern": BLANKS}));
+            let schema = Value::Object(schema);
+            check_divisors(&schema)?;
+            Ok(schema)
+        }
+        _ => Err(refused("it is not an object")),
+    }
+}
+
+/// Why a grammar goes no further.
+fn stopped(error: impl ToString) -> RequestError {
+    let error = error.to_string();
+    // It says in a line of its own that it could say more.
+    match error.lines().next().unwrap_or_default() {
+        reason if reason.contains("NoExtensionBias") => refused("no token of the model goes on from here"),
+        reason => refused(reason),
+    }
+}
+
+/// Refuses divisors whose grammar has a state for each remainder that numbers may leave, which no limit of the crate bounds.
+fn check_divisors(schema: &Value) -> Result<(), RequestError> {
+    let mut divisors = BTreeSet::new();
+    find_divisors(schema, &mut divisors);
+    let states = divisors.iter().fold(1_u64, |states, &divisor| states.saturating_mul(divisor));
+    match states > REMAINDERS_MAX {
+        true => Err(refused(format!("multipleOf has {states} remainders, more than the {REMAINDERS_MAX} allowed"))),
+        false => Ok(()),
+    }
+}
+
+/// Every `multipleOf`, without its point.
+fn find_divisors(schema: &Value, found: &mut BTreeSet<u64>) {
+    match schema {
+        Value::Array(list) => list.iter().for_each(|within| find_divisors(within, found)),
+        Value::Object(fields) => fields.iter().for_each(|(name, value)| match value {
+            Value::Number(number) if name == "multipleOf" => {
+                let digits: String = number.to_string().chars().take_while(|c| !"eE".contains(*c)).collect();
+                found.insert(digits.replace(['.', '-'], "").parse().unwrap_or(u64::MAX));
+            }
+            within => find_divisors(within, found),
+        }),
+        _ => {}
+    }
+}
+
+fn refused(reason: impl ToString) -> RequestError {
+    RequestError::JsonSchema { reason: reason.to_string() }
+}
+
+impl Grammar {
+    /// The place before the first token, for one choice.
+    pub(crate) fn begin(&self) -> GrammarPlace {
+        GrammarPlace(self.0.lock().deep_clone())
+    }
+}
+
+impl GrammarPlace {
+    /// Makes impossible what may not be next: (vocab_size).
+    pub(crate) fn apply(&mut self, logits: &mut [f32]) -> Result<(), RequestError> {
+        let allowed = self.0.compute_mask_or_eos().map_err(stopped)?;
+        for (token, logit) in logits.iter_mut().enumerate() {
+            if token >= allowed.len() || !allowed.get(token) {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
+        Ok(())
+    }
+
+    /// A token was chosen.
+    pub(crate) fn note(&mut self, token: u32) -> Result<(), RequestError> {
+        // A text that nothing may follow has no place behind its end.
+        if self.0.is_stopped() { Ok(()) } else { self.0.consume_token(token).map_err(stopped) }
+    }
+}
+
+impl PartialEq for Grammar {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Debug for Grammar {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        f.write_str("Grammar")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every byte but the last four is a token; 252 and 253 are words, 254 and 255 end an answer.
+    fn maker() -> GrammarMaker {
+        let mut tokens: Vec<Vec<u8>> = (0..252u8).map(|byte| vec![byte]).collect();
+        tokens.extend([b"\": ".to_vec(), b"true".to_vec(), Vec::new(), Vec::new()]);
+        GrammarMaker::new(&tokens, &[254, 255]).expect("a maker")
+    }
+
+    fn allowed(place: &mut GrammarPlace) -> Vec<u32> {
+        let mut logits = [0.0; 256];
+        place.apply(&mut logits).expect("a mask");
+        (0..256).filter(|&token| logits[token as usize] == 0.0).collect()
+    }
+
+    #[test]
+    fn a_text_leads_to_its_end() {
+        // Would break: an answer goes on behind its JSON, ends within it, or cannot take a token that fits.
+        let schema = r#"{"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": false}"#;
+        let grammar = maker().make(schema).expect("a grammar");
+        let mut place = grammar.begin();
+        assert_eq!(allowed(&mut place), [u32::from(b'{')]);
+        for &byte in b"{\"a" {
+            place.note(byte.into()).expect("it fits");
+        }
+        assert_eq!(allowed(&mut place), [u32::from(b'"'), 252]);
+        place.note(252).expect("it fits");
+        assert!(allowed(&mut place).contains(&253));
+        place.note(253).expect("it fits");
+        assert!(allowed(&mut place).contains(&u32::from(b'}')) && !allowed(&mut place).contains(&254));
+        place.note(b'}'.into()).expect("it fits");
+        assert_eq!(allowed(&mut place), [254, 255], "nothing but an end");
+        place.note(255).expect("it ends");
+        assert_eq!(allowed(&mut grammar.begin()), [u32::from(b'{')], "another choice begins at the beginning");
+    }
+
+    #[test]
+    fn what_cannot_be_followed_is_refused_with_its_reason() {
+        // Would break: an application believes that its answers follow a schema that nobody has understood.
+        let reason = |schema: &str| match maker().make(schema) {
+            Err(RequestError::JsonSchema { reason }) => reason,
+            other => panic!("{schema}: {other:?}"),
+        };
+        assert!(reason("{").contains("JSON"));
+        assert!(reason("[]").contains("object"));
+        assert!(reason(&format!("{{\"const\": \"{}\"}}", "a".repeat(SCHEMA_BYTES_MAX))).contains("bytes"));
+        assert!(reason(r#"{"type": "text"}"#).contains("text"));
+        assert!(reason(r#"{"not": {"type": "null"}}"#).contains("not"));
+        assert!(reason(r##"{"$ref": "https://example.org/schema"}"##).to_lowercase().contains("ref"));
+        assert!(!reason(r#"{"type": "string", "maxLength": -1}"#).is_empty());
+        assert!(reason(r#"{"type": "integer", "multipleOf": 99999937}"#).contains("multipleOf"));
+        assert!(reason(r#"{"anyOf": [{"multipleOf": 1.01}, {"multipleOf": 103}]}"#).contains("multipleOf"));
+        assert!(reason(r##"{"$ref": "#"}"##).contains("no token"), "there is no such text");
+        let letters: Vec<Vec<u8>> = (b'a'..=b'z').map(|letter| vec![letter]).chain([Vec::new()]).collect();
+        let unable = GrammarMaker::new(&letters, &[26]).expect("a maker").make("{\"type\": \"object\"}");
+        assert!(
+            matches!(&unable, Err(RequestError::JsonSchema { reason }) if reason.contains("no token")),
+            "{unable:?}"
+        );
+    }
+
+    #[test]
+    fn what_costs_too_much_ends() {
+        // Would break: one schema keeps the step of all for ever, or all of the memory.
+        let schema = r#"{"type": "string", "pattern": "^(\\p{L}{1,1000}){1,1000}$"}"#;
+        let mut place = maker().make(schema).expect("it costs only later").begin();
+        place.note(b'"'.into()).expect("it fits");
+        let went_on =
+            (0..1000).take_while(|_| place.note(b'a'.into()).and_then(|()| place.apply(&mut [0.0; 256])).is_ok());
+        assert!(went_on.count() < 1000);
+        // Long, and no dearer for it.
+        let long = r#"{"type": "array", "items": {"type": "integer"}, "minItems": 1000000000}"#;
+        assert_eq!(allowed(&mut maker().make(long).expect("a grammar").begin()), [u32::from(b'[')]);
+    }
+}
