@@ -5,19 +5,21 @@ use std::ops::Range;
 use sida_model::cpu::norm::softmax;
 use sida_routing::{Digest, ExpertId, HashTable, LayerId, hash_table::Shape};
 
-use crate::PredictorError;
+use crate::{PredictorError, calibration::Calibration};
 
 /// What tables are made for: one stack of one model by one predictor.
 #[derive(Clone, Debug)]
-pub(crate) struct Entries {
+pub(crate) struct Entries<'a> {
     pub(crate) model: Digest,
     pub(crate) predictor: Digest,
     pub(crate) layers: Range<u16>,
     pub(crate) num_experts: usize,
     pub(crate) top_k: usize,
+    /// One per layer, in order.
+    pub(crate) calibration: &'a [Calibration],
 }
 
-impl Entries {
+impl Entries<'_> {
     /// One table per sequence. `entry(row, layer)` gives the experts and alphas of one token in the n-th MoE
     /// layer of the stack; rows are the sequences' tokens one after another.
     pub(crate) fn tables<'a>(
@@ -31,11 +33,11 @@ impl Entries {
             .map(|tokens| {
                 let mut experts = Vec::with_capacity(layers * tokens * self.top_k);
                 let mut alphas = Vec::with_capacity(layers * tokens * self.top_k);
-                for layer in 0..layers {
+                for (layer, calibration) in self.calibration.iter().enumerate() {
                     for row in first..first + tokens {
                         let (e, a) = entry(row, layer);
                         experts.extend_from_slice(e);
-                        alphas.extend_from_slice(a);
+                        alphas.extend(a.iter().map(|&alpha| calibration.alpha(alpha)));
                     }
                 }
                 first += tokens;
@@ -102,7 +104,15 @@ mod tests {
     #[test]
     fn tables_hold_probabilities_by_layer_and_token() {
         let digest = Digest([0; 32]);
-        let entries = Entries { model: digest, predictor: digest, layers: 3..5, num_experts: 2, top_k: 1 };
+        let calibration = [3, 4].map(|layer| Calibration::none(LayerId(layer)));
+        let entries = Entries {
+            model: digest,
+            predictor: digest,
+            layers: 3..5,
+            num_experts: 2,
+            top_k: 1,
+            calibration: &calibration,
+        };
         // Three tokens in sequences of 1 and 2; token r prefers expert (r + layer) mod 2.
         let logits: Vec<f32> = (0..12).map(|i| if (i / 4 + i / 2 % 2) % 2 == i % 2 { 2.0 } else { -1.0 }).collect();
         let tables = entries.tables_from_logits([1, 2].into_iter(), logits).unwrap();

@@ -11,14 +11,14 @@ use half::f16;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde::{Deserialize, Serialize};
 use sida_model::{
-    StoredDType, bounded_file,
+    Stack, StoredDType, bounded_file,
     cpu::matmul::MatrixRef,
     manifest::{parse_hex, sha256},
     mistaken_file,
 };
 use sida_routing::{Digest, LayerId};
 
-use crate::{PredictorError, PredictorShape};
+use crate::{PredictorError, PredictorShape, calibration::Calibration};
 
 /// A larger file is refused. A net for 32,128 tokens and 256 experts in 12 layers has 50 MB.
 const FILE_BYTES_MAX: u64 = 1 << 30;
@@ -75,6 +75,8 @@ pub struct Metadata {
     pub top_k: usize,
     /// One entry per MoE layer.
     pub hit_rates: Vec<HitRate>,
+    /// What the net's confidence is worth, one entry per MoE layer.
+    pub calibration: Vec<Calibration>,
 }
 
 /// A predictor file in memory, its metadata checked against the model's shape.
@@ -169,6 +171,12 @@ impl PredictorFile {
         Ok(bytes.as_chunks().0.iter().map(|&value| u16::from_le_bytes(value)).collect())
     }
 
+    /// The tensors, to be written again.
+    pub(crate) fn into_tensors(self) -> Tensors {
+        let tensors = self.tensors.into_iter();
+        Tensors(tensors.map(|(name, stored)| (name, (stored.dtype, stored.shape, stored.bytes))).collect())
+    }
+
     /// Refuses tensors that nobody took: they belong to another net.
     pub(crate) fn finish(&self) -> Result<(), PredictorError> {
         match self.tensors.keys().min() {
@@ -197,6 +205,15 @@ impl PredictorFile {
 }
 
 impl Metadata {
+    /// What the net's confidence is worth in each MoE layer of a stack.
+    pub(crate) fn calibration_of(&self, shape: &PredictorShape, stack: Stack) -> &[Calibration] {
+        let encoder = shape.encoder_layers.len();
+        match stack {
+            Stack::Encoder => &self.calibration[..encoder],
+            Stack::Decoder => &self.calibration[encoder..],
+        }
+    }
+
     fn parse(stored: Option<&HashMap<String, String>>, shape: &PredictorShape) -> Result<Self, String> {
         let empty = HashMap::new();
         let stored = stored.unwrap_or(&empty);
@@ -219,17 +236,30 @@ impl Metadata {
         if layers != expected {
             return Err(format!("hit_rates speak of layers {layers:?}, the model has {expected:?}"));
         }
-        Ok(Self { net, model, top_k, hit_rates })
+        let calibration: Vec<Calibration> = match stored.get("calibration") {
+            Some(calibration) => serde_json::from_str(calibration).map_err(|error| format!("calibration: {error}"))?,
+            // Files that were written before there was any.
+            None => layers.iter().map(|&layer| Calibration::none(LayerId(layer))).collect(),
+        };
+        if !calibration.iter().map(|calibration| calibration.layer.0).eq(layers) {
+            return Err("calibration speaks of other layers than hit_rates".to_owned());
+        }
+        if let Some(fault) = calibration.iter().find_map(Calibration::fault) {
+            return Err(format!("calibration: {fault}"));
+        }
+        Ok(Self { net, model, top_k, hit_rates, calibration })
     }
 
     fn to_map(&self) -> HashMap<String, String> {
         let hit_rates = serde_json::to_string(&self.hit_rates).expect("numbers are valid JSON");
+        let calibration = serde_json::to_string(&self.calibration).expect("numbers are valid JSON");
         HashMap::from([
             ("format".to_owned(), FORMAT.to_owned()),
             ("net".to_owned(), self.net.name().to_owned()),
             ("model".to_owned(), self.model.to_string()),
             ("top_k".to_owned(), self.top_k.to_string()),
             ("hit_rates".to_owned(), hit_rates),
+            ("calibration".to_owned(), calibration),
         ])
     }
 }

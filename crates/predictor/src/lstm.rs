@@ -58,6 +58,7 @@ impl LstmPredictor {
             layers: self.shape.layers(stack),
             num_experts: self.shape.num_experts,
             top_k: self.metadata.top_k,
+            calibration: self.metadata.calibration_of(&self.shape, stack),
         };
         entries.tables_from_logits(sequences.iter().map(|tokens| tokens.len()), logits)
     }

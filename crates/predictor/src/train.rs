@@ -25,7 +25,7 @@ use sida_model::Stack;
 
 use crate::{
     HitRate, Net, PredictorError,
-    file::{Metadata, TOP_K_MAX, Tensors},
+    file::{Metadata, PredictorFile, TOP_K_MAX, Tensors},
 };
 
 pub use self::{
@@ -119,13 +119,33 @@ pub fn train(
         }
     }
     let layers = train.shape.encoder_layers.start..train.shape.decoder_layers.end;
-    let mut metadata =
-        Metadata { net: options.net, model: train.model, top_k: options.top_k, hit_rates: measure::unmeasured(layers) };
+    let metadata = Metadata {
+        net: options.net,
+        model: train.model,
+        top_k: options.top_k,
+        hit_rates: measure::unmeasured(layers.clone()),
+        calibration: measure::uncalibrated(layers),
+    };
+    tensors.write(&metadata, path)?;
+    calibrate(path, held_out, path)
+}
+
+/// Measures the predictor in the file `from` on text that it has not seen, and writes it with what was measured to `to`: its hit
+/// rates, and what its confidence is worth. Returns the hit rate of each MoE layer.
+pub fn calibrate(from: &Path, held_out: &Recording, to: &Path) -> Result<Vec<HitRate>, PredictorError> {
+    // What is refused is refused before anything is written.
+    crate::open_shape(from, held_out.shape.clone(), held_out.model)?;
+    let file = PredictorFile::read(from, held_out.shape.clone())?;
+    let mut metadata = file.metadata.clone();
+    let tensors = file.into_tensors();
+    metadata.calibration =
+        measure::uncalibrated(held_out.shape.encoder_layers.start..held_out.shape.decoder_layers.end);
     // What is measured is what will be served: the file, opened as any other.
-    tensors.write(&metadata, path)?;
-    let predictor = crate::open_shape(path, train.shape.clone(), train.model)?;
+    tensors.write(&metadata, to)?;
+    let predictor = crate::open_shape(to, held_out.shape.clone(), held_out.model)?;
     metadata.hit_rates = measure::hit_rates(&*predictor, held_out)?;
-    tensors.write(&metadata, path)?;
+    metadata.calibration = measure::calibration(&*predictor, held_out)?;
+    tensors.write(&metadata, to)?;
     Ok(metadata.hit_rates)
 }
 

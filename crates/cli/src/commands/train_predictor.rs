@@ -35,10 +35,13 @@ pub(crate) struct TrainPredictorArguments {
     /// Texts to measure with [default: every tenth of --file]
     #[arg(long, value_name = "FILE")]
     held_out: Option<PathBuf>,
+    /// Train nothing: calibrate this predictor with the held-out texts, and measure it
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["net", "predicted", "epochs", "width", "seed"])]
+    calibrate: Option<PathBuf>,
     /// Which net
     #[arg(long, value_enum, default_value_t = NetKind::Lstm)]
     net: NetKind,
-    /// Where the predictor goes [default: predictor.safetensors beside the model]
+    /// Where the predictor goes [default: the file of --calibrate, or predictor.safetensors beside the model]
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
     /// Experts predicted per token and layer [default: 3, or as many as the model's routers choose]
@@ -87,22 +90,19 @@ pub(crate) fn run(arguments: TrainPredictorArguments) -> anyhow::Result<ExitCode
         seed: arguments.seed,
         ..TrainOptions::default()
     };
-    let out = arguments.out.clone().unwrap_or_else(|| default_file(&checkpoint));
+    let out = arguments.out.as_ref().or(arguments.calibrate.as_ref()).cloned();
+    let out = out.unwrap_or_else(|| default_file(&checkpoint));
     // Before the model runs over the texts, which may take hours.
     options.check(checkpoint.config().num_experts)?;
     check_out(&out)?;
-    let learnt_from = record(&checkpoint, &texts.train, "recording")?;
     let measured_with = record(&checkpoint, &texts.held_out, "recording held-out text")?;
-    let bar = LoadingBar::new("training", Unit::Steps);
-    let hit_rates = train::train(&learnt_from, &measured_with, &options, &out, &mut |progress| {
-        let stack = match progress.stack {
-            Stack::Encoder => "encoder",
-            Stack::Decoder => "decoder",
-        };
-        bar.advance(progress.tokens_done, progress.tokens_total);
-        bar.describe(format!("training {stack}, loss {:.3}", progress.loss));
-    })?;
-    drop(bar);
+    let hit_rates = match &arguments.calibrate {
+        Some(file) => train::calibrate(file, &measured_with, &out)?,
+        None => {
+            let learnt_from = record(&checkpoint, &texts.train, "recording")?;
+            train(&learnt_from, &measured_with, &options, &out)?
+        }
+    };
     if arguments.json {
         writeln!(io::stdout(), "{}", as_json(&hit_rates, &out))?;
         return Ok(ExitCode::SUCCESS);
@@ -112,11 +112,29 @@ pub(crate) fn run(arguments: TrainPredictorArguments) -> anyhow::Result<ExitCode
         io::stdout(),
         "{} learnt from {} texts, measured with {} others, in {:.0} s",
         out.display(),
-        texts.train.len(),
+        if arguments.calibrate.is_some() { 0 } else { texts.train.len() },
         texts.held_out.len(),
         start.elapsed().as_secs_f64()
     )?;
     Ok(ExitCode::SUCCESS)
+}
+
+fn train(
+    learnt_from: &Recording,
+    measured_with: &Recording,
+    options: &TrainOptions,
+    out: &Path,
+) -> anyhow::Result<Vec<HitRate>> {
+    let bar = LoadingBar::new("training", Unit::Steps);
+    let hit_rates = train::train(learnt_from, measured_with, options, out, &mut |progress| {
+        let stack = match progress.stack {
+            Stack::Encoder => "encoder",
+            Stack::Decoder => "decoder",
+        };
+        bar.advance(progress.tokens_done, progress.tokens_total);
+        bar.describe(format!("training {stack}, loss {:.3}", progress.loss));
+    })?;
+    Ok(hit_rates)
 }
 
 /// Refuses a place where no file can be written.

@@ -125,8 +125,8 @@ fn what_is_stored_computes_what_was_trained() {
         let net = LstmNet::new(recorded, stack, layers, EXPERTS, 32, &mut StdRng::seed_from_u64(1)).unwrap();
         let mut tensors = Tensors::default();
         net.store(&mut tensors).unwrap();
-        let hit_rates = measure::unmeasured(0..3);
-        tensors.write(&Metadata { net: Net::Lstm, model: MODEL, top_k: 3, hit_rates }, &path).unwrap();
+        let (hit_rates, calibration) = (measure::unmeasured(0..3), measure::uncalibrated(0..3));
+        tensors.write(&Metadata { net: Net::Lstm, model: MODEL, top_k: 3, hit_rates, calibration }, &path).unwrap();
         let served = StackNet::from_file(&mut PredictorFile::read(&path, shape()).unwrap(), stack).unwrap().unwrap();
         let found = match stack {
             Stack::Encoder => served.encode(&tokens),

@@ -1,0 +1,144 @@
+//! What a net's confidence is worth. A net is trained to find the expert, and to be surer of it than the router is: so the probability
+//! that it gives an expert is not the one that the router would give, which `hash` scales the expert's output by. Measured on held-out
+//! text, a line from the one to the other mends that, in each MoE layer.
+
+use serde::{Deserialize, Serialize};
+use sida_routing::LayerId;
+
+/// Points of a line, at most.
+pub const POINTS_MAX: usize = 32;
+/// Entries that a point is the mean of, at least.
+const ENTRIES_MIN: usize = 64;
+
+/// From a net's probabilities to the router's, in one MoE layer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Calibration {
+    /// Which layer.
+    pub layer: LayerId,
+    /// Points (the net's probability, the router's mean there), both rising. Between them the line is straight, and outside it is level.
+    /// Without points the net's probability is taken as it is.
+    points: Vec<(f32, f32)>,
+}
+
+/// Some of the entries, next to each other in order of the net's probability.
+#[derive(Clone, Copy)]
+struct Bin {
+    entries: f64,
+    predicted: f64,
+    routed: f64,
+}
+
+impl Calibration {
+    /// Of a layer of whose entries nothing is known.
+    pub(crate) fn none(layer: LayerId) -> Self {
+        Self { layer, points: Vec::new() }
+    }
+
+    /// Learnt from pairs of the net's probability of an expert and the router's.
+    pub(crate) fn fit(layer: LayerId, mut pairs: Vec<(f32, f32)>) -> Self {
+        pairs.sort_by(|(a, _), (b, _)| a.total_cmp(b));
+        let entries = pairs.len().div_ceil(POINTS_MAX).max(ENTRIES_MIN);
+        let bin = |pairs: &[(f32, f32)]| {
+            let mean = |of: fn(&(f32, f32)) -> f32| {
+                pairs.iter().map(|pair| f64::from(of(pair))).sum::<f64>() / pairs.len() as f64
+            };
+            Bin { entries: pairs.len() as f64, predicted: mean(|pair| pair.0), routed: mean(|pair| pair.1) }
+        };
+        // A bin below the one before it is made one with it, until all rise (pool adjacent violators).
+        let mut bins: Vec<Bin> = Vec::new();
+        for mut next in pairs.chunks(entries).map(bin) {
+            while let Some(last) = bins.pop_if(|last| last.routed >= next.routed || last.predicted >= next.predicted) {
+                next = last.with(next);
+            }
+            bins.push(next);
+        }
+        Self { layer, points: bins.into_iter().map(|bin| (bin.predicted as f32, bin.routed as f32)).collect() }
+    }
+
+    /// The router's probability, as far as the net's tells it.
+    pub(crate) fn alpha(&self, predicted: f32) -> f32 {
+        let after = self.points.partition_point(|point| point.0 <= predicted);
+        match (after.checked_sub(1).map(|before| self.points[before]), self.points.get(after)) {
+            (None, None) => predicted,
+            (Some(end), None) | (None, Some(&end)) => end.1,
+            (Some((x0, y0)), Some(&(x1, y1))) => y0 + (y1 - y0) * (predicted - x0) / (x1 - x0),
+        }
+    }
+
+    /// Why the points cannot be ones that were learnt, if so.
+    pub(crate) fn fault(&self) -> Option<String> {
+        let layer = self.layer;
+        let is_probability = |value: f32| (0.0..=1.0).contains(&value);
+        if self.points.len() > POINTS_MAX {
+            return Some(format!("layer {layer} has {} points, at most {POINTS_MAX} are allowed", self.points.len()));
+        }
+        if let Some(point) = self.points.iter().find(|point| !is_probability(point.0) || !is_probability(point.1)) {
+            return Some(format!("layer {layer} has a point {point:?}, expected probabilities"));
+        }
+        let rises = self.points.windows(2).all(|pair| pair[0].0 < pair[1].0 && pair[0].1 <= pair[1].1);
+        (!rises).then(|| format!("the points of layer {layer} do not rise"))
+    }
+}
+
+impl Bin {
+    fn with(self, other: Self) -> Self {
+        let entries = self.entries + other.entries;
+        let mean = |of: fn(&Self) -> f64| (of(&self) * self.entries + of(&other) * other.entries) / entries;
+        Self { entries, predicted: mean(|bin| bin.predicted), routed: mean(|bin| bin.routed) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const LAYER: LayerId = LayerId(3);
+
+    #[test]
+    fn the_routers_probability_is_found_again() {
+        // Would break: `hash` scales the outputs of experts by what the net believes, and its answers stray.
+        let routed = |predicted: f32| 0.1 + predicted * predicted / 2.0;
+        let pairs = (0..10_000).map(|i| i as f32 / 10_000.0).map(|predicted| (predicted, routed(predicted))).collect();
+        let calibration = Calibration::fit(LAYER, pairs);
+        assert!(calibration.fault().is_none() && calibration.points.len() == POINTS_MAX);
+        for predicted in [0.05, 0.3, 0.5, 0.77, 0.95] {
+            assert!((calibration.alpha(predicted) - routed(predicted)).abs() < 0.01, "{predicted}");
+        }
+        assert_eq!(Calibration::none(LAYER).alpha(0.25), 0.25);
+        assert_eq!(Calibration::fit(LAYER, Vec::new()).alpha(0.25), 0.25);
+        assert_eq!(
+            Calibration::fit(LAYER, vec![(0.5, 0.2), (0.7, 0.4)]).alpha(0.01),
+            0.3,
+            "too few for a second point"
+        );
+    }
+
+    #[test]
+    fn points_that_were_not_learnt_are_refused() {
+        // Would break: a damaged file scales outputs by what is no probability.
+        let calibration = |points: &[(f32, f32)]| Calibration { layer: LAYER, points: points.to_vec() };
+        assert!(calibration(&[(0.1, 0.1), (0.2, 0.1)]).fault().is_none());
+        for points in [&[(0.1, f32::NAN)][..], &[(0.1, 1.5)], &[(0.2, 0.1), (0.1, 0.2)], &[(0.1, 0.2), (0.2, 0.1)]] {
+            assert!(calibration(points).fault().is_some(), "{points:?}");
+        }
+        assert!(calibration(&[(0.5, 0.5); 33]).fault().is_some());
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_learnt_is_a_rising_line_of_probabilities(
+            pairs in prop::collection::vec((0f32..=1.0, 0f32..=1.0), 0..2000),
+            asked in prop::collection::vec(0f32..=1.0, 2..20),
+        ) {
+            // Would break: the order of a token's experts changes, or an alpha is no probability.
+            let calibration = Calibration::fit(LAYER, pairs);
+            prop_assert_eq!(calibration.fault(), None);
+            let mut asked = asked;
+            asked.sort_by(f32::total_cmp);
+            let alphas: Vec<f32> = asked.iter().map(|&predicted| calibration.alpha(predicted)).collect();
+            prop_assert!(alphas.is_sorted() && alphas.iter().all(|alpha| (0.0..=1.0).contains(alpha)), "{:?}", alphas);
+        }
+    }
+}
