@@ -54,6 +54,7 @@ pub use intake::{
     accept::{EncodeParams, GenerateParams, ScoreParams},
     prompt::Prompt,
 };
+pub use measures::door::Door;
 pub use sida_routing::admission::Limits;
 pub use start::CoordinatorError;
 

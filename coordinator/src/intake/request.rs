@@ -7,12 +7,15 @@ use sida_rpc::Client;
 use sida_telemetry::Span;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::answer::{
-    grammar::Grammar,
-    output::{Encoding, Pooling, Scores, Token},
-    request_error::RequestError,
-    routing_mode::RoutingMode,
-    sampling::SamplerSettings,
+use crate::{
+    answer::{
+        grammar::Grammar,
+        output::{Encoding, Pooling, Scores, Token},
+        request_error::RequestError,
+        routing_mode::RoutingMode,
+        sampling::SamplerSettings,
+    },
+    measures::door::Door,
 };
 
 /// A request that was checked and tokenized.
@@ -79,6 +82,8 @@ pub(crate) struct GenerateOptions {
     pub(crate) sampling: SamplerSettings,
     /// What the answer is held to.
     pub(crate) grammar: Option<Grammar>,
+    /// By which door it came.
+    pub(crate) door: Door,
     pub(crate) stop: Vec<String>,
 }
 

@@ -25,6 +25,7 @@ use crate::{
         usage::Usage,
     },
     intake::{accept::GenerateParams, prompt::Prompt},
+    measures,
 };
 
 /// How an endpoint writes an answer.
@@ -139,6 +140,7 @@ fn params(prompt: Prompt, wanted: &Wanted, logprobs: Option<usize>, call: &Call)
         deadline: call.deadline,
         trace: call.trace,
         client: call.client(),
+        door: measures::door::Door::OpenAi,
     }
 }
 
