@@ -57,6 +57,7 @@ pub use intake::{
     accept::{EncodeParams, GenerateParams, ScoreParams},
     prompt::{Prompt, PromptTokens, cut as cut_prompt},
 };
+pub use measures::door::Door;
 pub use sida_routing::admission::Limits;
 pub use start::CoordinatorError;
 

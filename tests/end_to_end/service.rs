@@ -106,6 +106,20 @@ async fn sigterm_drains() {
     assert_eq!(refused.code(), Code::Unavailable, "{:?}", Reason::of(&refused));
 }
 
+/// A cluster that nobody asks for a minute would lose its lanes: streams that are silent are no requests that are late.
+#[tokio::test(flavor = "multi_thread")]
+async fn idle_lanes_stay() {
+    let limit = Duration::from_secs(2);
+    let flags = vec![format!("--stall-timeout={}s", limit.as_secs())];
+    let sandbox = Sandbox::start(SandboxConfig { flags, ..SandboxConfig::default() }).await;
+    for _ in 0..2 {
+        generate(&sandbox.channel(), greedy(TEXT, 4)).await.expect("an answer");
+        tokio::time::sleep(2 * limit).await;
+    }
+    let log = sandbox.process("coordinator-0").log();
+    assert!(!log.contains("lost the lane"), "{log}");
+}
+
 /// The load generator would measure another thing than a coordinator serves, or lose what it measured.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_coordinator_is_measured_under_an_open_loop() {

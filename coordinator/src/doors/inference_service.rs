@@ -21,6 +21,7 @@ use crate::{
         request_count,
     },
     intake::accept::{EncodeParams, refused},
+    measures::door::Door,
     start::CoordinatorError,
 };
 
@@ -149,6 +150,7 @@ pub(crate) fn caller<T>(request: &Request<T>) -> CallMetadata {
         deadline: Deadline::of(request).map(|deadline| deadline.0.into_std()),
         trace: trace::context_of(request),
         client: Client::of(request),
+        door: Door::Grpc,
     }
 }
 

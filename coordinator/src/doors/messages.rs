@@ -18,6 +18,7 @@ use crate::{
         accept::{EncodeParams, GenerateParams, ScoreParams, refused},
         prompt::Prompt,
     },
+    measures::door::Door,
 };
 
 /// What a gRPC call carries beside its message.
@@ -29,6 +30,8 @@ pub(crate) struct CallMetadata {
     pub(crate) trace: Option<TraceContext>,
     /// Whose call it is.
     pub(crate) client: Option<Client>,
+    /// By which door it came.
+    pub(crate) door: Door,
 }
 
 /// What a message asks to be encoded.
@@ -47,7 +50,7 @@ pub(crate) fn encode_call(message: v1::EncodeRequest, caller: CallMetadata) -> R
         Err(_) => return Err(unknown("pooling", message.pooling)),
     };
     let v1::EncodeRequest { text, tokens, texts, truncate, normalize, priority, .. } = message;
-    let (CallMetadata { deadline, trace, client }, routing) = (caller, routing(message.routing)?);
+    let (CallMetadata { deadline, trace, client, .. }, routing) = (caller, routing(message.routing)?);
     let params = |prompt| {
         let client = client.clone();
         EncodeParams { prompt, routing, pooling, truncate, normalize, deadline, trace, client, priority }
@@ -63,7 +66,7 @@ pub(crate) fn encode_call(message: v1::EncodeRequest, caller: CallMetadata) -> R
 
 /// The request behind a message.
 pub(crate) fn score_params(message: v1::ScoreRequest, caller: CallMetadata) -> Result<ScoreParams, RequestError> {
-    let CallMetadata { deadline, trace, client } = caller;
+    let CallMetadata { deadline, trace, client, .. } = caller;
     let routing = routing(message.routing)?;
     let prompt = prompt(message.text, message.tokens)?;
     let v1::ScoreRequest { targets, priority, .. } = message;
@@ -100,6 +103,7 @@ pub(crate) fn generate_params(
         trace: caller.trace,
         client: caller.client,
         priority: message.priority,
+        door: caller.door,
     })
 }
 

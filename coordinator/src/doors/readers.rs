@@ -20,6 +20,7 @@ use crate::{
             tokens::{TokenizeRequest, read_tokens},
         },
     },
+    measures::door::Door,
 };
 
 /// The body of a request to a path of OpenAI's, or of vLLM's.
@@ -59,7 +60,7 @@ pub fn infer_message(message: &[u8]) -> bool {
 
 /// A message of `sida.v1.Inference`, of the method of this name.
 pub fn message(method: &str, message: &[u8]) -> bool {
-    let caller = CallMetadata { deadline: None, trace: None, client: None };
+    let caller = CallMetadata { deadline: None, trace: None, client: None, door: Door::Grpc };
     match method {
         "Generate" => {
             v1::GenerateRequest::decode(message).is_ok_and(|request| messages::generate_params(request, caller).is_ok())

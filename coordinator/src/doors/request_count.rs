@@ -8,6 +8,8 @@ use sida_rpc::{Client, Outcome};
 use sida_telemetry::{counter, histogram, names};
 use tonic::Code;
 
+use crate::measures::door::Door;
+
 /// The services whose requests are counted, as paths begin, and the methods of each.
 const METHODS: [(&str, &[&str]); 2] = [
     ("/sida.v1.Inference/", &["Generate", "Score", "Encode"]),
@@ -21,10 +23,6 @@ const HTTP_METHODS: [(&str, &str); 3] = [
 ];
 /// What requests of the Open Inference Protocol are counted as that come by HTTP, which is what their paths end with.
 const OPEN_INFERENCE_METHODS: [&str; 3] = ["infer", "generate", "generate_stream"];
-/// Values of the label that says by which door a request came.
-const GRPC: &str = "grpc";
-const OPENAI: &str = "openai";
-const OPEN_INFERENCE: &str = "open_inference";
 /// Codes whose counts are exported from the start, since alerts ask for their rates.
 const COUNTED_CODES: [Code; 7] = [
     Code::Ok,
@@ -38,13 +36,13 @@ const COUNTED_CODES: [Code; 7] = [
 
 /// Exports the metrics of gRPC before anything is counted.
 pub(crate) fn register() {
-    METHODS.iter().flat_map(|(_, methods)| *methods).for_each(|method| register_method(GRPC, method));
+    METHODS.iter().flat_map(|(_, methods)| *methods).for_each(|method| register_method(Door::GRPC, method));
 }
 
 /// Exports the metrics of the HTTP door before anything is counted.
 pub(crate) fn register_http() {
-    HTTP_METHODS.iter().for_each(|(_, method)| register_method(OPENAI, method));
-    OPEN_INFERENCE_METHODS.iter().for_each(|method| register_method(OPEN_INFERENCE, method));
+    HTTP_METHODS.iter().for_each(|(_, method)| register_method(Door::OPENAI, method));
+    OPEN_INFERENCE_METHODS.iter().for_each(|method| register_method(Door::OPEN_INFERENCE, method));
 }
 
 fn register_method(door: &'static str, method: &'static str) {
@@ -58,13 +56,13 @@ fn register_method(door: &'static str, method: &'static str) {
 /// Counts a call that has ended.
 pub(crate) fn count(outcome: Outcome<'_>) {
     if let Some(method) = method(outcome.path) {
-        count_as(GRPC, method, outcome.code, outcome.took, outcome.client);
+        count_as(Door::GRPC, method, outcome.code, outcome.took, outcome.client);
     }
 }
 
 /// Counts a request of the HTTP door that has ended.
 pub(crate) fn count_http(method: &'static str, code: Code, took: Duration, client: Option<&Client>) {
-    let door = if OPEN_INFERENCE_METHODS.contains(&method) { OPEN_INFERENCE } else { OPENAI };
+    let door = if OPEN_INFERENCE_METHODS.contains(&method) { Door::OPEN_INFERENCE } else { Door::OPENAI };
     count_as(door, method, code, took, client);
 }
 

@@ -22,6 +22,7 @@ use crate::{
         prompt::{self, Prompt, PromptTokens},
         request::{EncodeOptions, GenerateOptions, Work},
     },
+    measures::door::Door,
 };
 
 /// A request for encoder states.
@@ -91,6 +92,8 @@ pub struct GenerateParams {
     pub json_schema: Option<String>,
     /// The answer ends before one of these.
     pub stop: Vec<String>,
+    /// By which door it came.
+    pub door: Door,
     /// Until when the answer is of use.
     pub deadline: Option<Instant>,
     /// The trace that the request is part of; `None` begins one.
@@ -217,6 +220,7 @@ impl Acceptance<'_> {
             logprobs,
             sampling,
             grammar,
+            door: params.door,
             stop: std::mem::take(&mut params.stop),
         })
     }

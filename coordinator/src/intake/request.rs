@@ -16,6 +16,7 @@ use crate::{
         sampling::SamplerSettings,
     },
     intake::workload::Begun,
+    measures::door::Door,
 };
 
 /// A request that was checked and tokenized.
@@ -84,6 +85,8 @@ pub(crate) struct GenerateOptions {
     pub(crate) sampling: SamplerSettings,
     /// What the answer is held to.
     pub(crate) grammar: Option<Grammar>,
+    /// By which door it came.
+    pub(crate) door: Door,
     pub(crate) stop: Vec<String>,
 }
 

@@ -8,6 +8,8 @@ use sida_telemetry::{
     names::{self, On},
 };
 
+use crate::measures::door::ByDoor;
+
 /// The handles. Made once, after the recorder is installed.
 pub(crate) struct Metrics {
     pub(crate) requests_queued: Gauge,
@@ -15,8 +17,8 @@ pub(crate) struct Metrics {
     pub(crate) cache_reserved_bytes: Gauge,
     pub(crate) cache_budget_bytes: Gauge,
     pub(crate) queue_seconds: Histogram,
-    pub(crate) time_to_first_token_seconds: Histogram,
-    pub(crate) time_per_output_token_seconds: Histogram,
+    pub(crate) time_to_first_token_seconds: ByDoor<Histogram>,
+    pub(crate) time_per_output_token_seconds: ByDoor<Histogram>,
     pub(crate) batch_tokens: Histogram,
     pub(crate) prompt_tokens: Counter,
     pub(crate) generated_tokens: Counter,
@@ -47,8 +49,12 @@ impl Metrics {
             cache_reserved_bytes: gauge!(names::CACHE_RESERVED_BYTES),
             cache_budget_bytes: gauge!(names::CACHE_BUDGET_BYTES),
             queue_seconds: histogram!(names::QUEUE_DURATION_SECONDS),
-            time_to_first_token_seconds: histogram!(names::TIME_TO_FIRST_TOKEN_SECONDS),
-            time_per_output_token_seconds: histogram!(names::TIME_PER_OUTPUT_TOKEN_SECONDS),
+            time_to_first_token_seconds: ByDoor::new(
+                |door| histogram!(names::TIME_TO_FIRST_TOKEN_SECONDS, names::DOOR => door.label()),
+            ),
+            time_per_output_token_seconds: ByDoor::new(
+                |door| histogram!(names::TIME_PER_OUTPUT_TOKEN_SECONDS, names::DOOR => door.label()),
+            ),
             batch_tokens: histogram!(names::BATCH_TOKENS),
             prompt_tokens: tokens("prompt"),
             generated_tokens: tokens("generated"),

@@ -170,7 +170,7 @@ impl<B: Backend> Sequence<B> {
         let now = Instant::now();
         let first_token_at = *generation.first_token_at.get_or_insert_with(|| {
             let waited = now - self.request.accepted;
-            metrics.time_to_first_token_seconds.record(waited);
+            metrics.time_to_first_token_seconds.of(generation.options.door).record(waited);
             self.request.span.set("sida.time_to_first_token_us", spans::microseconds(waited));
             now
         });
@@ -178,7 +178,7 @@ impl<B: Backend> Sequence<B> {
         let choices = std::mem::take(&mut generation.choices);
         for (choice, Chosen { id, logprobs, text, reason }) in choices.into_iter().zip(chosen) {
             let finish = reason.map(|reason| {
-                record_pace(now - first_token_at, generation.generated, metrics);
+                record_pace(now - first_token_at, generation, metrics);
                 self.trace.timings.total = now - self.request.accepted;
                 generation.ended_tokens += generation.generated;
                 generation.ended.push(reason);
@@ -284,9 +284,9 @@ pub(crate) fn scored_tokens(before: Option<u32>, target: &[u32]) -> Vec<u32> {
 }
 
 /// Notes how fast the tokens behind the first came.
-fn record_pace(since_first: Duration, generated: usize, metrics: &Metrics) {
-    if let Some(others) = generated.checked_sub(1).filter(|&others| others > 0) {
-        metrics.time_per_output_token_seconds.record(since_first / others as u32);
+fn record_pace(since_first: Duration, generation: &Generation, metrics: &Metrics) {
+    if let Some(others) = generation.generated.checked_sub(1).filter(|&others| others > 0) {
+        metrics.time_per_output_token_seconds.of(generation.options.door).record(since_first / others as u32);
     }
 }
 

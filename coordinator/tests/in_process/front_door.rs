@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, time::Duration};
 
-use sida_coordinator::{PredictorSource, REQUEST_BYTES_MAX, serve};
+use sida_coordinator::{Listeners, PredictorSource, REQUEST_BYTES_MAX, serve};
 use sida_proto::v1::{
     self, EncodeRequest, GenerateRequest, RoutingOptions, ScoreRequest, cluster_client::ClusterClient,
     inference_client::InferenceClient,
@@ -17,10 +17,11 @@ use crate::plain_experts::{Behaviour, PlainCluster, start};
 
 pub(crate) const TEXT: &str = "sst2 sentence: a gorgeous , witty , seductive movie .";
 
-/// A coordinator that is asked by gRPC.
+/// A coordinator that is asked by gRPC, or by HTTP.
 pub(crate) struct Served {
     pub(crate) cluster: PlainCluster,
     pub(crate) channel: Channel,
+    pub(crate) http: SocketAddr,
     shutdown: CancellationToken,
     server: JoinHandle<()>,
 }
@@ -28,13 +29,16 @@ pub(crate) struct Served {
 pub(crate) async fn served() -> Served {
     let cluster =
         start(2, PredictorSource::Off, |config| config.server.health_period = Duration::from_millis(50)).await;
-    let listener = TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], 0))).await.expect("a port");
-    let address = listener.local_addr().expect("address").to_string();
+    let listen = || TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], 0)));
+    let (grpc, http) = (listen().await.expect("a port"), listen().await.expect("a port"));
+    let address = grpc.local_addr().expect("address").to_string();
+    let http_address = http.local_addr().expect("address");
     let shutdown = CancellationToken::new();
-    let serving = serve(cluster.coordinator.clone(), listener, shutdown.clone());
+    let listeners = Listeners { grpc, http: Some(http) };
+    let serving = serve(cluster.coordinator.clone(), listeners, shutdown.clone());
     let server = tokio::spawn(async { serving.await.expect("served") });
     let channel = connect(&address, &ClientConfig::default()).await.expect("connected");
-    Served { cluster, channel, shutdown, server }
+    Served { cluster, channel, http: http_address, shutdown, server }
 }
 
 async fn health(channel: &Channel, service: &str) -> ServingStatus {

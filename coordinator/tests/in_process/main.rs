@@ -2,7 +2,8 @@
 //! [`choices`]) to prompts of all kinds ([`prompts`]) and in mode `guided` ([`guided`]), what it survives ([`failures`]), how it reaches nodes behind sockets
 //! ([`lanes`], [`epochs`]), what it refuses ([`limits`]), how sequences share their memory ([`cache_memory`]), what
 //! predictions cost ([`prediction`]), whom it knows ([`clients`]), and how that looks by gRPC ([`front_door`],
-//! [`open_inference`], [`our_faults`]) and by HTTP ([`openai_door`]). Whole clusters of real nodes are tested in the `tests`
+//! [`open_inference`], [`our_faults`]) and by HTTP ([`openai_door`]), and by [all](`every_door`) of them
+//! at once. Whole clusters of real nodes are tested in the `tests`
 //! crate.
 
 mod cache_memory;
@@ -12,6 +13,7 @@ mod cors;
 mod decoder_only;
 mod echo;
 mod epochs;
+mod every_door;
 mod exactness;
 mod failures;
 mod front_door;

@@ -16,10 +16,10 @@ use tonic::Code;
 
 use crate::front_door::{Served, TEXT, served};
 
-type Client = GrpcInferenceServiceClient<Channel>;
+pub(crate) type Client = GrpcInferenceServiceClient<Channel>;
 
 /// A request to go on from `texts`.
-fn asking(served: &Served, texts: &[&str]) -> ModelInferRequest {
+pub(crate) fn asking(served: &Served, texts: &[&str]) -> ModelInferRequest {
     let bytes_contents = texts.iter().map(|text| Bytes::copy_from_slice(text.as_bytes())).collect();
     ModelInferRequest {
         model_name: served.cluster.coordinator.checkpoint().name().to_owned(),
@@ -35,13 +35,13 @@ fn asking(served: &Served, texts: &[&str]) -> ModelInferRequest {
     }
 }
 
-fn with(mut request: ModelInferRequest, name: &str, choice: ParameterChoice) -> ModelInferRequest {
+pub(crate) fn with(mut request: ModelInferRequest, name: &str, choice: ParameterChoice) -> ModelInferRequest {
     request.parameters.insert(name.to_owned(), InferParameter { parameter_choice: Some(choice) });
     request
 }
 
 /// The same, token by token.
-fn streamed(mut request: ModelInferRequest) -> ModelInferRequest {
+pub(crate) fn streamed(mut request: ModelInferRequest) -> ModelInferRequest {
     request.inputs.push(InferInputTensor {
         name: "stream".to_owned(),
         datatype: "BOOL".to_owned(),
@@ -53,7 +53,7 @@ fn streamed(mut request: ModelInferRequest) -> ModelInferRequest {
 }
 
 /// The elements of an output of BYTES.
-fn texts(response: &ModelInferResponse, name: &str) -> Vec<String> {
+pub(crate) fn texts(response: &ModelInferResponse, name: &str) -> Vec<String> {
     let place = response.outputs.iter().position(|output| output.name == name).expect(name);
     let mut raw = response.raw_output_contents[place].clone();
     let mut elements = Vec::new();
@@ -70,7 +70,7 @@ async fn text_of(served: &Served, params: GenerateParams) -> String {
     tokens.map(|token| token.expect("generated").text).collect().await
 }
 
-async fn all(client: &mut Client, requests: Vec<ModelInferRequest>) -> Vec<ModelStreamInferResponse> {
+pub(crate) async fn all(client: &mut Client, requests: Vec<ModelInferRequest>) -> Vec<ModelStreamInferResponse> {
     let responses = client.model_stream_infer(stream::iter(requests)).await.expect("accepted").into_inner();
     responses.map(|response| response.expect("the stream goes on")).collect().await
 }

@@ -362,3 +362,34 @@ async fn the_end_of_a_node() {
         tokio::time::timeout(Duration::from_secs(10), served.server).await.expect("it ended").expect("no panic");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn times_are_told_by_door() {
+    // Would break: a dashboard shows the time to the first token of one door as that of another, or of none.
+    let metrics = sida_telemetry::metrics::install().expect("a recorder");
+    let served = served(&model_dir(), |_| ()).await;
+    let requests = [
+        ("openai", "/v1/completions", json!({"prompt": TEXT, "max_tokens": 3, "ignore_eos": true})),
+        (
+            "open_inference",
+            "/v2/models/switch-tiny-64/generate",
+            json!({"text_input": TEXT, "max_tokens": 3, "ignore_eos": true}),
+        ),
+    ];
+    for (door, path, request) in requests {
+        let counts = || {
+            ["sida_time_to_first_token_seconds", "sida_time_per_output_token_seconds"].map(|name| {
+                let (line, text) = (format!("{name}_count{{door=\"{door}\"}} "), metrics.render());
+                text.lines().find_map(|found| found.strip_prefix(&line)?.parse::<u64>().ok()).unwrap_or(0)
+            })
+        };
+        let before = counts();
+        assert_eq!(post(served.http, path, &request).await.status, 200);
+        // Other tests of this process may have added to it, too.
+        assert!(
+            counts().iter().zip(before).all(|(&after, before)| after > before),
+            "{door}: {before:?}, {:?}",
+            counts()
+        );
+    }
+}

@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     connections::{Connections, Place},
     peer::Peer,
+    shortage::Short,
     who_leaves::Origin,
 };
 
@@ -38,13 +39,12 @@ where
             let (stream, origin) = tokio::select! {
                 next = next(&listener, &connections, &mut failures) => next,
                 short = connections.shortage_over() => {
-                    let lasted = short.last - short.since;
-                    tracing::info!(limit, waited = short.waited, closed = short.closed, ?lasted, "places for connections are free again");
+                    over(limit, &short);
                     continue;
                 }
             };
             // The newcomer is there already, so that nobody has to leave for one that may never come.
-            let place = connections.place(origin).await;
+            let Some(place) = connections.place(origin).await else { continue };
             let served = serve(stream, place.peer.clone());
             while let Some(ended) = tasks.try_join_next() {
                 told(ended);
@@ -62,6 +62,12 @@ where
     while let Some(ended) = tasks.join_next().await {
         told(ended);
     }
+}
+
+fn over(limit: usize, short: &Short) {
+    let Short { waited, closed, refused, .. } = *short;
+    let lasted = short.last - short.since;
+    tracing::info!(limit, waited, closed, refused, ?lasted, "places for connections are free again");
 }
 
 /// A panic is a broken invariant of ours. It costs its own connection, and is told.

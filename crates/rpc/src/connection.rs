@@ -55,7 +55,7 @@ const GOODBYE: Duration = Duration::from_secs(3);
 const DISPLACED_CALLS: Duration = Duration::from_secs(30);
 
 /// Why a connection is ended without a farewell.
-const EXPELLED: &str = "it cuts off its calls faster than any client loses patience";
+const EXPELLED: &str = "it does harm, or did not leave while many others came";
 
 /// How to serve a connection.
 pub(crate) struct Connector<S> {

@@ -1,9 +1,9 @@
 //! The connections of a server: never more than its limit and an eighth of it that are on their way out, and none keeps
-//! others out by being silent. When all places are taken and another connection comes, [`who_leaves`] says who has to go.
+//! others out by being silent. When all places are taken and another connection comes, [`room`] says who has to go.
 //! Filled by [`crate::accept`].
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -15,7 +15,7 @@ use tokio::{
 use crate::{
     peer::Peer,
     shortage::{Short, Shortage},
-    who_leaves::{Origin, Staying, idlest, who_leaves},
+    who_leaves::{Origin, Room, Staying, idlest, room},
 };
 
 /// Everybody who is connected.
@@ -33,6 +33,8 @@ pub(crate) struct Connections {
 struct Open {
     peers: HashMap<u64, Arc<Peer>>,
     next: u64,
+    /// Those that were asked to leave for others and are there still, in the order in which they were.
+    leaving: VecDeque<u64>,
     shortage: Shortage,
 }
 
@@ -44,6 +46,13 @@ pub(crate) struct Place {
     connections: Arc<Connections>,
 }
 
+/// What became of trying to take a place.
+enum Try {
+    Taken(Place),
+    Refused,
+    Later,
+}
+
 impl Connections {
     /// None yet, and never more than `limit` that stay.
     pub(crate) fn new(limit: usize) -> Arc<Self> {
@@ -51,23 +60,25 @@ impl Connections {
         Arc::new(Self { limit, leaving_max, open: Mutex::default(), changed: Arc::default() })
     }
 
-    /// A place for one more, which comes from `origin`. Waits for it while all are taken.
-    pub(crate) async fn place(self: &Arc<Self>, origin: Origin) -> Place {
+    /// A place for one more, which comes from `origin`. Waits for it while all are taken; `None`: it is refused.
+    pub(crate) async fn place(self: &Arc<Self>, origin: Origin) -> Option<Place> {
         let mut waits = false;
         loop {
-            if let Some(place) = self.try_place(origin) {
-                return place;
-            }
-            if !waits {
-                self.open().shortage.waits();
-                waits = true;
+            match self.try_place(origin) {
+                Try::Taken(place) => return Some(place),
+                Try::Refused => return None,
+                Try::Later if !waits => {
+                    self.open().shortage.waits();
+                    waits = true;
+                }
+                Try::Later => {}
             }
             self.changed.notified().await;
         }
     }
 
     /// A place, if one is free or somebody leaves for it.
-    fn try_place(self: &Arc<Self>, origin: Origin) -> Option<Place> {
+    fn try_place(self: &Arc<Self>, origin: Origin) -> Try {
         let mut open = self.open();
         let staying = open.staying();
         if staying.len() >= self.limit {
@@ -77,22 +88,28 @@ impl Connections {
                     "all places for connections are taken: those without a call are asked to leave, and further ones wait while all have one"
                 );
             }
-            // As many as may are on their way out: one of them is gone soon.
-            if open.peers.len() - staying.len() < self.leaving_max {
-                let (seen, keys): (Vec<Staying>, Vec<u64>) = staying.into_iter().unzip();
-                let leaving = who_leaves(&seen, origin)?;
-                open.asked_to_leave(keys[leaving]);
-            } else {
-                return None;
+            let leaving = open.peers.len() - staying.len();
+            let (seen, keys): (Vec<Staying>, Vec<u64>) = staying.into_iter().unzip();
+            match room(&seen, origin) {
+                Room::Of(_) if leaving >= self.leaving_max => {
+                    open.cut_a_farewell_short();
+                    return Try::Later;
+                }
+                Room::Of(index) => open.asked_to_leave(keys[index]),
+                Room::None => {
+                    open.shortage.refuses();
+                    return Try::Refused;
+                }
+                Room::Later => return Try::Later,
             }
         }
         if open.peers.len() >= self.limit + self.leaving_max {
-            return None;
+            return Try::Later;
         }
         let (key, peer) = (open.next, Arc::new(Peer::new(origin, self.changed.clone())));
         open.next += 1;
         open.peers.insert(key, peer.clone());
-        Some(Place { peer, key, connections: self.clone() })
+        Try::Taken(Place { peer, key, connections: self.clone() })
     }
 
     /// Asks a connection that can be spared to leave, unless one that was asked is still on its way out.
@@ -138,13 +155,29 @@ impl Open {
 
     fn asked_to_leave(&mut self, key: u64) {
         self.peers[&key].displace();
+        self.leaving.push_back(key);
         self.shortage.closes();
+    }
+
+    /// Ends one of those that leave, unless one that was ended is about to go: whoever has no call any more, else whoever was
+    /// asked first. So their farewells are the shorter the more others come.
+    fn cut_a_farewell_short(&mut self) {
+        let leaving = || self.leaving.iter().map(|key| &self.peers[key]);
+        if leaving().any(|peer| peer.expelled.is_cancelled()) {
+            return;
+        }
+        if let Some(peer) = leaving().find(|peer| !peer.seen().is_busy).or_else(|| leaving().next()) {
+            peer.expelled.cancel();
+        }
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.connections.open().peers.remove(&self.key);
+        let mut open = self.connections.open();
+        open.peers.remove(&self.key);
+        open.leaving.retain(|key| *key != self.key);
+        drop(open);
         self.connections.changed.notify_one();
     }
 }
@@ -171,22 +204,22 @@ mod tests {
     async fn no_more_than_the_limit_and_silent_ones_make_room() {
         // Would break: memory and descriptors have no bound, or a few silent peers keep everybody out.
         let connections = Connections::new(2);
-        let (silent, busy) = (connections.place(here(1)).await, connections.place(here(1)).await);
+        let (silent, busy) = (connections.place(here(1)).await.unwrap(), connections.place(here(2)).await.unwrap());
         let call = busy.peer.call();
-        let third = connections.place(here(1)).await;
+        let third = connections.place(here(3)).await.unwrap();
         assert!(
             silent.peer.leave.is_cancelled() && !busy.peer.leave.is_cancelled(),
             "its place is the third's at once"
         );
         let third_call = third.peer.call();
-        let fourth = connections.place(here(1));
+        let fourth = connections.place(here(4));
         tokio::pin!(fourth);
         assert!(is_pending(&mut fourth).await, "one is on its way out, and no more may be");
         drop(silent);
         assert!(is_pending(&mut fourth).await, "all who stay have a call");
         assert!(!busy.peer.leave.is_cancelled() && !third.peer.leave.is_cancelled());
         drop(call);
-        let fourth = fourth.await;
+        let fourth = fourth.await.unwrap();
         assert!(busy.peer.leave.is_cancelled(), "its call has ended while another waited");
         connections.close();
         assert!(third.peer.leave.is_cancelled() && fourth.peer.leave.is_cancelled());
@@ -199,13 +232,39 @@ mod tests {
         let connections = Connections::new(8);
         let mut greedy = Vec::new();
         for _ in 0..8 {
-            let place = connections.place(here(1)).await;
+            let place = connections.place(here(1)).await.unwrap();
             greedy.push((place.peer.call(), place));
         }
-        assert!(is_pending(connections.place(here(1))).await, "for one more of its own it waits");
-        connections.place(here(2)).await;
+        assert!(connections.place(here(1)).await.is_none(), "one more of its own would keep others waiting");
+        connections.place(here(2)).await.unwrap();
         let leaving = |(_, place): &&(_, Place)| place.peer.leave.is_cancelled();
         assert_eq!(greedy.iter().filter(leaving).count(), 1);
+    }
+
+    #[tokio::test]
+    async fn farewells_are_short_while_many_come() {
+        // Would break: peers that do not leave when they are asked to hold up everybody who comes after them.
+        let connections = Connections::new(8 * 2);
+        let mut places = Vec::new();
+        for _ in 0..18 {
+            places.push(connections.place(here(1)).await.unwrap());
+        }
+        let late_call = places[0].peer.call();
+        let cut = |places: &[Place]| -> Vec<usize> {
+            let cut = places.iter().enumerate().filter(|(_, place)| place.peer.expelled.is_cancelled());
+            cut.map(|(index, _)| index).collect()
+        };
+        assert_eq!(cut(&places), Vec::<usize>::new(), "the first two have time to leave");
+        for _ in 0..2 {
+            assert!(is_pending(connections.place(here(1))).await);
+            assert_eq!(cut(&places), [1], "the first has a call, and one place is enough");
+        }
+        places.remove(1);
+        places.push(connections.place(here(1)).await.unwrap());
+        let call = places[1].peer.call();
+        assert!(is_pending(connections.place(here(1))).await);
+        assert_eq!(cut(&places), [0], "all who leave have calls, and it was asked first");
+        drop((late_call, call));
     }
 
     #[tokio::test]
@@ -214,11 +273,11 @@ mod tests {
         let connections = Connections::new(1);
         connections.open().shortage = Shortage::new(Duration::from_millis(50));
         assert!(is_pending(connections.shortage_over()).await);
-        let mut places = vec![connections.place(here(1)).await];
-        places.push(connections.place(here(1)).await);
+        let mut places = vec![connections.place(here(1)).await.unwrap()];
+        places.push(connections.place(here(1)).await.unwrap());
         assert!(is_pending(connections.place(here(1))).await, "one is leaving, which is all that may");
         let short = connections.shortage_over().await;
-        assert_eq!((short.waited, short.closed), (1, 1));
+        assert_eq!((short.waited, short.closed, short.refused), (1, 1, 0));
         assert!(is_pending(connections.shortage_over()).await, "it is told once");
     }
 }

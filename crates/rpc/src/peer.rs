@@ -26,7 +26,7 @@ pub(crate) struct Peer {
     pub(crate) leave: CancellationToken,
     /// Cancelled where another needs its place, so that its calls may not go on for ever.
     pub(crate) displaced: CancellationToken,
-    /// Cancelled when it does harm, and is ended without a farewell.
+    /// Cancelled when it does harm, or takes too long to leave; it is ended without a farewell.
     pub(crate) expelled: CancellationToken,
     cut_off: Mutex<CutOff>,
     /// Told when the last open call ends.
@@ -79,6 +79,7 @@ impl Peer {
     pub(crate) fn cuts_off(&self) {
         let mut cut_off = self.cut_off.lock().unwrap_or_else(PoisonError::into_inner);
         if !cut_off.is_borne(Instant::now()) {
+            tracing::debug!("a peer cuts off its calls faster than any client loses patience");
             self.expelled.cancel();
         }
     }

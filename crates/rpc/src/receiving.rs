@@ -30,6 +30,7 @@ struct Held {
 pub(crate) struct Share {
     receiving: Arc<Receiving>,
     counted_as: Option<u64>,
+    bytes: usize,
     /// Cancelled when this request has to end for others.
     pub(crate) ended: CancellationToken,
 }
@@ -42,7 +43,7 @@ impl Receiving {
 
     /// The share of a request of which nothing has come.
     pub(crate) fn share(self: &Arc<Self>) -> Share {
-        Share { receiving: self.clone(), counted_as: None, ended: CancellationToken::new() }
+        Share { receiving: self.clone(), counted_as: None, bytes: 0, ended: CancellationToken::new() }
     }
 
     fn held(&self) -> MutexGuard<'_, Held> {
@@ -75,9 +76,10 @@ impl Held {
 impl Share {
     /// This request takes so many bytes now.
     pub(crate) fn takes(&mut self, bytes: usize) {
-        if self.counted_as.is_none() && bytes <= SMALL_BYTES {
+        if bytes == self.bytes || self.counted_as.is_none() && bytes <= SMALL_BYTES {
             return;
         }
+        self.bytes = bytes;
         let mut held = self.receiving.held();
         let request = *self.counted_as.get_or_insert_with(|| {
             held.next += 1;

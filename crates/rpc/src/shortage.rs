@@ -32,6 +32,8 @@ pub(crate) struct Short {
     pub(crate) waited: u64,
     /// Connections that were asked to leave for others.
     pub(crate) closed: u64,
+    /// Connections that got no place.
+    pub(crate) refused: u64,
 }
 
 impl Shortage {
@@ -43,7 +45,7 @@ impl Shortage {
     /// A connection found all places taken at `now`. True if nobody did before: then a shortage begins.
     pub(crate) fn begins(&mut self, now: Instant) -> bool {
         let is_new = self.now.is_none();
-        self.now.get_or_insert(Short { since: now, last: now, waited: 0, closed: 0 }).last = now;
+        self.now.get_or_insert(Short { since: now, last: now, waited: 0, closed: 0, refused: 0 }).last = now;
         is_new
     }
 
@@ -58,6 +60,13 @@ impl Shortage {
     pub(crate) fn closes(&mut self) {
         if let Some(short) = &mut self.now {
             short.closed += 1;
+        }
+    }
+
+    /// A connection got no place.
+    pub(crate) fn refuses(&mut self) {
+        if let Some(short) = &mut self.now {
+            short.refused += 1;
         }
     }
 
@@ -88,8 +97,9 @@ mod tests {
         assert_eq!(begun, [true, false, false, false, false, false]);
         shortage.waits();
         (0..2).for_each(|_| shortage.closes());
+        (0..3).for_each(|_| shortage.refuses());
         assert_eq!((shortage.over_at(), shortage.over(at(36))), (Some(at(37)), None));
-        assert_eq!(shortage.over(at(37)), Some(Short { since: start, last: at(27), waited: 1, closed: 2 }));
+        assert_eq!(shortage.over(at(37)), Some(Short { since: start, last: at(27), waited: 1, closed: 2, refused: 3 }));
         assert_eq!(shortage.over(at(38)), None, "it is told once");
         assert!(shortage.begins(at(40)), "the next is another");
     }

@@ -35,16 +35,29 @@ pub(crate) struct Staying {
     pub(crate) last: Instant,
 }
 
-/// Which of `staying`, who have all places, leaves for a newcomer: somebody [without a call](idlest). If all have calls: of an
-/// origin that has more than half of the places, the one that has had its calls for the longest time, for a newcomer of
-/// another origin. `None`: the newcomer waits.
-pub(crate) fn who_leaves(staying: &[Staying], newcomer: Origin) -> Option<usize> {
-    idlest(staying).or_else(|| {
-        let places = count(staying, |_| true);
-        // No more than one can have more than half.
-        let greedy = places.iter().find(|(origin, places)| **origin != newcomer && **places * 2 > staying.len())?;
-        longest(staying, |staying| staying.origin == *greedy.0)
-    })
+/// What becomes of a newcomer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Room {
+    /// It has the place of this one, who leaves.
+    Of(usize),
+    /// It has none: its own origin has more than its share, and others shall not wait behind it.
+    None,
+    /// Somebody's calls have to end first.
+    Later,
+}
+
+/// What becomes of a `newcomer` when `staying` have all places. Somebody [without a call](idlest) leaves for it. If all have
+/// calls, an origin that has more than half of the places gives one to another: of those it has had for the longest time.
+pub(crate) fn room(staying: &[Staying], newcomer: Origin) -> Room {
+    if let Some(idlest) = idlest(staying) {
+        return Room::Of(idlest);
+    }
+    // No more than one can have more than half.
+    match count(staying, |_| true).into_iter().find(|(_, places)| *places * 2 > staying.len()) {
+        Some((greedy, _)) if greedy == newcomer => Room::None,
+        Some((greedy, _)) => longest(staying, |staying| staying.origin == greedy).map_or(Room::Later, Room::Of),
+        None => Room::Later,
+    }
 }
 
 /// The connection that can be spared most: of the origin that has most connections without a call, the one that has been so
@@ -82,38 +95,38 @@ mod tests {
     }
 
     /// Connections as (origin, busy, seconds).
-    fn leaves(staying: &[(&str, bool, u64)], newcomer: &str) -> Option<usize> {
+    fn room_for(staying: &[(&str, bool, u64)], newcomer: &str) -> Room {
         let start = Instant::now();
         let staying = staying.iter().map(|&(from, is_busy, second)| Staying {
             origin: origin(from),
             is_busy,
             last: start + Duration::from_secs(second),
         });
-        who_leaves(&staying.collect::<Vec<_>>(), origin(newcomer))
+        room(&staying.collect::<Vec<_>>(), origin(newcomer))
     }
 
     #[test]
     fn who_was_silent_for_the_longest_time_leaves() {
         // Would break: a connection that is used is closed for one that is not.
         assert_eq!(
-            leaves(&[("10.0.0.1", false, 5), ("10.0.0.2", false, 3), ("10.0.0.2", true, 1)], "10.0.0.3"),
-            Some(1)
+            room_for(&[("10.0.0.1", false, 5), ("10.0.0.2", false, 3), ("10.0.0.2", true, 1)], "10.0.0.3"),
+            Room::Of(1)
         );
         assert_eq!(
-            leaves(&[("10.0.0.1", true, 1), ("10.0.0.1", true, 2), ("10.0.0.2", false, 9)], "10.0.0.3"),
-            Some(2)
+            room_for(&[("10.0.0.1", true, 1), ("10.0.0.1", true, 2), ("10.0.0.2", false, 9)], "10.0.0.3"),
+            Room::Of(2)
         );
-        assert_eq!(leaves(&[], "10.0.0.3"), None);
+        assert_eq!(room_for(&[], "10.0.0.3"), Room::Later);
     }
 
     #[test]
     fn who_has_most_silent_ones_makes_room_for_others() {
         // Would break: a machine that connects again and again has others closed that have just come, before they could ask.
         let (flood, a, b) = ("10.0.0.1", "10.0.0.2", "10.0.0.3");
-        assert_eq!(leaves(&[(a, false, 1), (flood, false, 7), (flood, false, 5), (b, false, 3)], b), Some(2));
+        assert_eq!(room_for(&[(a, false, 1), (flood, false, 7), (flood, false, 5), (b, false, 3)], b), Room::Of(2));
         assert_eq!(
-            leaves(&[(a, false, 1), (flood, true, 7), (flood, true, 5), (b, false, 3)], b),
-            Some(0),
+            room_for(&[(a, false, 1), (flood, true, 7), (flood, true, 5), (b, false, 3)], b),
+            Room::Of(0),
             "silent ones count"
         );
     }
@@ -124,11 +137,11 @@ mod tests {
         // server take each other's places in turns.
         let busy = |from| (from, true, 0);
         let (a, b, c) = ("10.0.0.1", "10.0.0.2", "10.0.0.3");
-        assert_eq!(leaves(&[busy(b), (a, true, 4), (a, true, 2)], c), Some(2));
-        assert_eq!(leaves(&[busy(a), busy(a), busy(b)], b), Some(0));
-        assert_eq!(leaves(&[busy(a), busy(a), busy(a)], a), None, "the greedy one waits for itself");
-        assert_eq!(leaves(&[busy(a), busy(a), busy(b), busy(b)], c), None, "half is no more than half");
-        assert_eq!(leaves(&[busy(a), busy(b), busy(c)], c), None);
+        assert_eq!(room_for(&[busy(b), (a, true, 4), (a, true, 2)], c), Room::Of(2));
+        assert_eq!(room_for(&[busy(a), busy(a), busy(b)], b), Room::Of(0));
+        assert_eq!(room_for(&[busy(a), busy(a), busy(a)], a), Room::None, "nobody waits behind the greedy one's own");
+        assert_eq!(room_for(&[busy(a), busy(a), busy(b), busy(b)], c), Room::Later, "half is no more than half");
+        assert_eq!(room_for(&[busy(a), busy(b), busy(c)], c), Room::Later);
     }
 
     #[test]

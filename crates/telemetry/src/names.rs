@@ -9,7 +9,7 @@
 
 use ::metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 
-/// Label: by which door a request came, `grpc` or `openai`.
+/// Label: by which door a request came: `grpc`, `openai`, `open_inference`, or `process` of requests of the node's own process.
 pub const DOOR: &str = "door";
 /// Label: the gRPC method, as `Generate`; of the door for OpenAI's clients the endpoint, as `completions`.
 pub const METHOD: &str = "method";
@@ -139,15 +139,15 @@ macro_rules! catalogue {
 
 #[rustfmt::skip] // One line a metric.
 catalogue! {
-    REQUESTS_TOTAL = "sida_requests_total", counter, [DOOR, METHOD, CODE], Count, Coordinator, "Requests answered, by door (grpc or openai), method or endpoint, and gRPC status code.";
+    REQUESTS_TOTAL = "sida_requests_total", counter, [DOOR, METHOD, CODE], Count, Coordinator, "Requests answered, by door (grpc, openai or open_inference), method or endpoint, and gRPC status code.";
     CLIENT_REQUESTS_TOTAL = "sida_client_requests_total", counter, [CLIENT, CODE], Count, Coordinator, "Requests answered, by client and status code; client is the name of its key, and empty for all without one.";
     REQUESTS_INFLIGHT = "sida_requests_inflight", gauge, [], Count, Coordinator, "Requests being worked on.";
     REQUESTS_QUEUED = "sida_requests_queued", gauge, [], Count, Coordinator, "Requests waiting for a place in a batch.";
     CACHE_RESERVED_BYTES = "sida_cache_reserved_bytes", gauge, [], Bytes, Coordinator, "Memory reserved for keys and values of the sequences that run.";
     CACHE_BUDGET_BYTES = "sida_cache_budget_bytes", gauge, [], Bytes, Coordinator, "Memory that keys and values of all running sequences may take (--cache-memory).";
     REQUEST_DURATION_SECONDS = "sida_request_duration_seconds", histogram(WAITS), [DOOR, METHOD], Seconds, Coordinator, "A request, from acceptance to its last byte.";
-    TIME_TO_FIRST_TOKEN_SECONDS = "sida_time_to_first_token_seconds", histogram(WAITS), [], Seconds, Coordinator, "From acceptance to the first token.";
-    TIME_PER_OUTPUT_TOKEN_SECONDS = "sida_time_per_output_token_seconds", histogram(WORK), [], Seconds, Coordinator, "Mean time between the tokens of a request after its first.";
+    TIME_TO_FIRST_TOKEN_SECONDS = "sida_time_to_first_token_seconds", histogram(WAITS), [DOOR], Seconds, Coordinator, "From acceptance to the first token.";
+    TIME_PER_OUTPUT_TOKEN_SECONDS = "sida_time_per_output_token_seconds", histogram(WORK), [DOOR], Seconds, Coordinator, "Mean time between the tokens of a request after its first.";
     QUEUE_DURATION_SECONDS = "sida_queue_duration_seconds", histogram(WAITS), [], Seconds, Coordinator, "A request's wait for a place in a batch.";
     TOKENS_TOTAL = "sida_tokens_total", counter, [KIND], Count, Coordinator, "Tokens read (kind = prompt) and written (generated).";
     BATCH_TOKENS = "sida_batch_tokens", histogram(TOKENS), [], Count, Coordinator, "Tokens per step of the forward loop.";

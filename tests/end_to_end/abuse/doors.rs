@@ -33,7 +33,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A way into a coordinator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Door {
+pub(crate) enum Door {
     Grpc,
     Http,
 }
@@ -62,12 +62,38 @@ impl Doors {
 
     /// Begins to ask, at both doors.
     pub(super) fn honest(&self) -> Honest {
+        Honest::start([Door::Grpc, Door::Http].map(|door| (door, self.address(door))))
+    }
+}
+
+/// One honest request.
+#[derive(Clone, Debug)]
+pub(crate) struct Asked {
+    pub(super) door: Door,
+    /// Whether it came on a new connection.
+    pub(super) is_new: bool,
+    pub(super) latency: Duration,
+    /// Whether a connection that was kept was closed before it, so that it was sent again: as every client does.
+    pub(super) again: bool,
+    pub(crate) outcome: Result<(), String>,
+}
+
+/// Honest clients at work.
+pub(crate) struct Honest {
+    workers: Vec<JoinHandle<()>>,
+    stop: Arc<AtomicBool>,
+    asked: Arc<Mutex<Vec<Asked>>>,
+}
+
+impl Honest {
+    /// Begins to ask at these doors.
+    pub(crate) fn start(doors: [(Door, SocketAddr); 2]) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let asked = Arc::new(Mutex::new(Vec::new()));
-        let workers = [Door::Grpc, Door::Http].into_iter().flat_map(|door| [door; WORKERS]).map(|door| {
-            let (to, stop, asked) = (self.address(door), stop.clone(), asked.clone());
+        let workers = doors.into_iter().flat_map(|door| [door; WORKERS]).map(|(door, to)| {
+            let (stop, asked) = (stop.clone(), asked.clone());
             tokio::spawn(async move {
-                let mut client = Client { door, to, grpc: None, http: None };
+                let mut client = Client::new(door, to);
                 let mut number = 0;
                 while !stop.load(Ordering::Relaxed) {
                     number += 1;
@@ -76,37 +102,16 @@ impl Doors {
                 }
             })
         });
-        Honest { workers: workers.collect(), stop, asked }
+        Self { workers: workers.collect(), stop, asked }
     }
-}
 
-/// One honest request.
-#[derive(Clone, Debug)]
-pub(super) struct Asked {
-    pub(super) door: Door,
-    /// Whether it came on a new connection.
-    pub(super) is_new: bool,
-    pub(super) latency: Duration,
-    /// Whether a connection that was kept was closed before it, so that it was sent again: as every client does.
-    pub(super) again: bool,
-    pub(super) outcome: Result<(), String>,
-}
-
-/// Honest clients at work.
-pub(super) struct Honest {
-    workers: Vec<JoinHandle<()>>,
-    stop: Arc<AtomicBool>,
-    asked: Arc<Mutex<Vec<Asked>>>,
-}
-
-impl Honest {
     /// How many were answered, or not, so far.
     pub(super) fn count(&self) -> usize {
         self.asked.lock().len()
     }
 
     /// Asks no more, and tells of all.
-    pub(super) async fn stop(self) -> Vec<Asked> {
+    pub(crate) async fn stop(self) -> Vec<Asked> {
         self.stop.store(true, Ordering::Relaxed);
         for worker in self.workers {
             worker.await.expect("a client does not panic");

@@ -27,7 +27,7 @@ const DESCRIPTION: &[u8] = b"GET /openapi.json HTTP/1.1\r\nhost: sida\r\n\r\n";
 const MIB: usize = 1 << 20;
 
 /// How the server ended an offender.
-pub(super) type Ended = io::Result<&'static str>;
+pub(crate) type Ended = io::Result<&'static str>;
 
 /// How a connection ended that a frame or an error is the last of.
 fn ended(last: io::Result<Frame>) -> Ended {
@@ -41,7 +41,8 @@ fn ended(last: io::Result<Frame>) -> Ended {
     }
 }
 
-fn closed(error: &io::Error) -> Ended {
+/// The end of a connection, if an error is no more than that.
+pub(super) fn closed(error: &io::Error) -> Ended {
     use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
     match error.kind() {
         UnexpectedEof => Ok("closed"),
@@ -73,13 +74,14 @@ fn message(bytes: &[u8]) -> Vec<u8> {
     [&[0], &length[..], bytes].concat()
 }
 
+/// A request that costs little: what is looked at here is connections.
 fn generate() -> Vec<u8> {
     let text = "sst2 sentence: a fine film .".to_owned();
-    GenerateRequest { text, max_tokens: 64, ignore_eos: true, ..Default::default() }.encode_to_vec()
+    GenerateRequest { text, max_tokens: 2, ignore_eos: true, ..Default::default() }.encode_to_vec()
 }
 
 /// Speaks, answers pings, asks nothing, and does not go when it is told to.
-pub(super) async fn idle(to: SocketAddr, _: Door) -> Ended {
+pub(crate) async fn idle(to: SocketAddr, _: Door) -> Ended {
     let mut stream = greet(to, 65_535).await?;
     ended(until(&mut stream, |_| false).await)
 }
@@ -114,7 +116,7 @@ fn asked(door: Door) -> Vec<u8> {
 }
 
 /// Asks, answers pings, and takes nothing of the answer.
-pub(super) async fn slow_reader(to: SocketAddr, door: Door) -> Ended {
+pub(crate) async fn slow_reader(to: SocketAddr, door: Door) -> Ended {
     let mut stream = greet(to, 0).await?;
     stream.write_all(&asked(door)).await?;
     ended(until(&mut stream, ends(1)).await)
@@ -132,7 +134,7 @@ pub(super) async fn slow_reader_of_http1(to: SocketAddr, stall_timeout: Duration
         // The other half of the connection is kept open.
         Ok::<_, io::Error>(writer)
     });
-    time::sleep(stall_timeout * 4).await;
+    time::sleep(stall_timeout * 2).await;
     let read = reader.read_to_end(&mut Vec::new()).await;
     asking.abort();
     match read {
@@ -142,7 +144,7 @@ pub(super) async fn slow_reader_of_http1(to: SocketAddr, stall_timeout: Duration
 }
 
 /// Sends its message a byte at a time.
-pub(super) async fn slow_sender(to: SocketAddr, door: Door) -> Ended {
+pub(crate) async fn slow_sender(to: SocketAddr, door: Door) -> Ended {
     let mut stream = greet(to, 65_535).await?;
     stream.write_all(&[opened(door, 1), frame(DATA, 0, 1, b"\0\0\0\x10\0")].concat()).await?;
     let (mut reader, mut writer) = stream.split();
@@ -213,7 +215,7 @@ async fn bytewise(to: SocketAddr, at_once: &[u8], slowly: &[u8]) -> Ended {
 }
 
 /// Opens calls and resets them, as fast as it can.
-pub(super) async fn rapid_resets(to: SocketAddr, door: Door) -> Ended {
+pub(crate) async fn rapid_resets(to: SocketAddr, door: Door) -> Ended {
     let stream = greet(to, 65_535).await?;
     let cancel = 8u32.to_be_bytes();
     flood(stream, |stream| [opened(door, stream), frame(RST_STREAM, 0, stream, &cancel)].concat(), 2).await
@@ -231,9 +233,8 @@ pub(super) async fn resets_in_turns(to: SocketAddr, door: Door) -> Ended {
 }
 
 /// Begins the head of a request and goes on with it for ever.
-pub(super) async fn continuations(to: SocketAddr, door: Door) -> Ended {
+pub(crate) async fn continuations(to: SocketAddr, _: Door) -> Ended {
     let mut stream = greet(to, 65_535).await?;
-    let _ = door;
     stream.write_all(&frame(HEADERS, 0, 1, &request("POST", GENERATE, "application/grpc"))).await?;
     flood(stream, |_| frame(CONTINUATION, 0, 1, &literal("x", &"y".repeat(100))), 0).await
 }
@@ -274,7 +275,7 @@ async fn flood(mut stream: TcpStream, next_bytes: impl Fn(u32) -> Vec<u8>, step:
 }
 
 /// Sends a message, or body, of 64 MiB.
-pub(super) async fn large(to: SocketAddr, door: Door) -> Ended {
+pub(crate) async fn large(to: SocketAddr, door: Door) -> Ended {
     match door {
         Door::Grpc => {
             // As much of it as may be on its way before anybody has read any.
@@ -331,7 +332,7 @@ pub(super) async fn announced(to: SocketAddr, door: Door) -> Ended {
 }
 
 /// Keeps a call open for ever: a stream to which it sends nothing, which is allowed.
-pub(super) async fn holds_a_call(to: SocketAddr, _: Door) -> Ended {
+pub(crate) async fn holds_a_call(to: SocketAddr, _: Door) -> Ended {
     let mut stream = greet(to, 65_535).await?;
     let block = request("POST", STREAM_INFER, "application/grpc");
     stream.write_all(&frame(HEADERS, END_HEADERS, 1, &block)).await?;

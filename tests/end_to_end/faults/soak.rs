@@ -1,5 +1,5 @@
-//! Load with random faults for as long as `SIDA_SOAK_SECONDS` says: memory and descriptors of every process stay as
-//! they are. Without that variable it is skipped.
+//! Load at both doors, with random faults and random abuse, for as long as `SIDA_SOAK_SECONDS` says: memory and descriptors
+//! of every process stay as they are. Without that variable it is skipped.
 
 use std::{collections::BTreeMap, env, time::Duration};
 
@@ -8,9 +8,16 @@ use sida_tests::{
     Sandbox, SandboxConfig,
     fault_proxy::{Direction, Link},
 };
-use tokio::time::{Instant, sleep};
+use tokio::{
+    task::JoinSet,
+    time::{Instant, sleep},
+};
 
 use super::{fault_free, load, random};
+use crate::abuse::{
+    doors::{Door, Honest},
+    offenders,
+};
 
 /// What a process may hold beyond what it held when it was warm.
 const BYTES_MORE_MAX: u64 = 32 << 20;
@@ -30,6 +37,10 @@ async fn nothing_grows() {
         replicas: 2,
         expert_memory: "50%".into(),
         proxies: true,
+        // Low, so that whoever does harm is ended before the next does.
+        coordinator_flags: ["--http-listen=127.0.0.1:0", "--stall-timeout=5s", "--connections-max=64"]
+            .map(String::from)
+            .into(),
         ..Default::default()
     };
     let mut sandbox = Sandbox::start(config).await;
@@ -43,6 +54,11 @@ async fn nothing_grows() {
     };
     let (mut warm, start) = (None, Instant::now());
     let running = load.start();
+    let coordinator = sandbox.process("coordinator-0");
+    let addresses = [(Door::Grpc, Some(coordinator.address())), (Door::Http, coordinator.http_address())];
+    let doors = addresses.map(|(door, address)| (door, address.expect("it serves it").parse().expect("an address")));
+    let honest = Honest::start(doors);
+    let mut abuse = JoinSet::new();
     let names = ["expert-node-0", "expert-node-1", "expert-node-2", "predictor-node-0"];
     let (mut faults, mut told) = (0, Duration::ZERO);
     while start.elapsed() < Duration::from_secs(seconds) {
@@ -63,6 +79,15 @@ async fn nothing_grows() {
                 sandbox.process(&name).signal("CONT");
             }
         }
+        let (door, to) = *doors.choose(&mut random).expect("a door");
+        match random.random_range(0..6) {
+            0 => (0..80).for_each(|_| drop(abuse.spawn(offenders::idle(to, door)))),
+            1 => drop(abuse.spawn(offenders::slow_reader(to, door))),
+            2 => drop(abuse.spawn(offenders::slow_sender(to, door))),
+            3 => drop(abuse.spawn(offenders::rapid_resets(to, door))),
+            4 => drop(abuse.spawn(offenders::continuations(to, door))),
+            _ => drop(abuse.spawn(offenders::large(to, door))),
+        }
         faults += 1;
         sleep(Duration::from_millis(random.random_range(50..1500))).await;
         sandbox.proxy(&name).set(Link::Good);
@@ -78,6 +103,8 @@ async fn nothing_grows() {
         }
         // One fault at a time: whoever was cut off is back before the next.
         sleep(Duration::from_millis(700)).await;
+        // Whoever is idle stays as long as its place is not needed.
+        abuse.abort_all();
         if start.elapsed() > told + Duration::from_secs(300) {
             told = start.elapsed();
             println!("after {:.0?}: {faults} faults, {} requests", told, running.count());
@@ -87,6 +114,10 @@ async fn nothing_grows() {
         }
     }
     let report = running.stop().await;
+    let asked = honest.stop().await;
+    let failed: Vec<_> = asked.iter().filter(|asked| asked.outcome.is_err()).collect();
+    println!("{} requests at both doors, {} failed", asked.len(), failed.len());
+    assert!(failed.is_empty(), "first {:?}", failed[0]);
     // What is held is told in any case.
     sleep(Duration::from_secs(6)).await;
     let (warm, end) = (warm.expect("it was warm"), held(&sandbox));

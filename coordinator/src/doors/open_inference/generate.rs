@@ -8,23 +8,26 @@ use futures::{StreamExt, stream};
 use serde_json::{Map, Value, json};
 use sida_proto::inference::ModelInferResponse;
 
-use crate::doors::{
-    messages::CallMetadata,
-    open_inference::{
-        parameters,
-        question::{FINISH_REASON, Question, TEXT_INPUT, TEXT_OUTPUT},
-        response::{Envelope, Generated},
-        tensor,
-        whole::{generations, tokens, whole},
+use crate::{
+    doors::{
+        messages::CallMetadata,
+        open_inference::{
+            parameters,
+            question::{FINISH_REASON, Question, TEXT_INPUT, TEXT_OUTPUT},
+            response::{Envelope, Generated},
+            tensor,
+            whole::{generations, tokens, whole},
+        },
+        openai::{
+            body,
+            call::Call,
+            door::{self, Door},
+            error::ApiError,
+            events::{EventForm, events},
+            fields::whole as whole_number,
+        },
     },
-    openai::{
-        body,
-        call::Call,
-        door::{self, Door},
-        error::ApiError,
-        events::{EventForm, events},
-        fields::whole as whole_number,
-    },
+    measures,
 };
 
 /// How events look: they end with the last, and an error is this protocol's.
@@ -78,8 +81,10 @@ fn envelope(door: &Door, id: String) -> Envelope {
     Envelope { model: door.model().to_owned(), id }
 }
 
-fn caller(call: &Call) -> CallMetadata {
-    CallMetadata { deadline: call.deadline, trace: call.trace, client: call.client() }
+/// Who asks by HTTP.
+pub(crate) fn caller(call: &Call) -> CallMetadata {
+    let Call { deadline, trace, .. } = *call;
+    CallMetadata { deadline, trace, client: call.client(), door: measures::door::Door::OpenInference }
 }
 
 async fn read(request: Request) -> Result<Asked, ApiError> {

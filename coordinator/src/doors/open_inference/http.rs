@@ -21,10 +21,7 @@ use crate::doors::open_inference::{
     response::Envelope,
     whole::whole,
 };
-use crate::doors::{
-    messages::CallMetadata,
-    openai::{body, call::Call, door::Door, error::ApiError},
-};
+use crate::doors::openai::{body, call::Call, door::Door, error::ApiError};
 
 /// The header that says how many bytes of a body are JSON, where raw tensors follow.
 pub(crate) const JSON_LENGTH: &str = "inference-header-content-length";
@@ -139,8 +136,7 @@ async fn infer(door: &Door, call: &Call, request: Request) -> Result<Response, A
     if question.streams {
         return Err(ApiError::field("stream", true, "false: a response by HTTP is whole"));
     }
-    let caller = CallMetadata { deadline: call.deadline, trace: call.trace, client: call.client() };
-    let answered = whole(&door.coordinator, &envelope, question, caller).await;
+    let answered = whole(&door.coordinator, &envelope, question, generate::caller(call)).await;
     let (json, behind) = json_form::response(&answered.map_err(|error| call.refused(&error, "text_input"))?, &raw);
     if behind.is_empty() {
         return Ok(answer(&json));

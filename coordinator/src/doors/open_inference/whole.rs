@@ -89,11 +89,12 @@ async fn collected(mut tokens: TokenStream) -> Result<(Generated, Timings), Requ
 
 /// The requests for the texts of a generation.
 pub(crate) fn generations(question: &Question, caller: CallMetadata) -> Vec<GenerateParams> {
-    let CallMetadata { deadline, trace, client } = caller;
+    let CallMetadata { deadline, trace, client, door } = caller;
     let deadline = question.deadline(deadline, Instant::now());
     let params = |text: &String| GenerateParams {
         deadline,
         trace,
+        door,
         client: client.clone(),
         ..parameters::generation(&question.wanted, text)
     };
@@ -101,7 +102,7 @@ pub(crate) fn generations(question: &Question, caller: CallMetadata) -> Vec<Gene
 }
 
 fn encodings(question: &Question, caller: CallMetadata) -> Vec<EncodeParams> {
-    let CallMetadata { deadline, trace, client } = caller;
+    let CallMetadata { deadline, trace, client, .. } = caller;
     let deadline = question.deadline(deadline, Instant::now());
     let params = |text: &String| EncodeParams {
         prompt: text.clone().into(),

@@ -25,6 +25,7 @@ use crate::{
         usage::Usage,
     },
     intake::{accept::GenerateParams, prompt::Prompt},
+    measures,
 };
 
 /// How an endpoint writes an answer.
@@ -140,6 +141,7 @@ fn params(prompt: Prompt, wanted: &Wanted, logprobs: Option<usize>, call: &Call)
         trace: call.trace,
         client: call.client(),
         priority: wanted.priority,
+        door: measures::door::Door::OpenAi,
     }
 }
 
