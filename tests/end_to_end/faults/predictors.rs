@@ -33,13 +33,18 @@ async fn a_bad_predictor_costs_hints_only() {
 
     // Slow: it answers after the coordinator's patience, if at all.
     sandbox.process(predictor).signal("STOP");
-    let slow = load.run(Duration::from_secs(2)).await;
-    slow.assert_as(&expected);
-    println!("paused: {slow} {} unpredicted", unpredicted(&slow));
-    assert!(unpredicted(&slow) > 0);
+    let (mut asked, mut waited) = (0, 0);
+    // Several for each client, however slow the machine is.
+    while asked < 64 {
+        let slow = load.run(Duration::from_secs(2)).await;
+        slow.assert_as(&expected);
+        println!("paused: {slow} {} unpredicted", unpredicted(&slow));
+        assert!(unpredicted(&slow) > 0);
+        asked += slow.asked.len();
+        waited += slow.asked.iter().filter(|asked| asked.latency > Duration::from_millis(600)).count();
+    }
     // One timeout for whoever finds out, not one for every step.
-    let waited = slow.asked.iter().filter(|asked| asked.latency > Duration::from_millis(600)).count();
-    assert!(waited * 2 < slow.asked.len(), "{waited} of {} requests waited for it", slow.asked.len());
+    assert!(waited * 2 < asked, "{waited} of {asked} requests waited for it");
 
     sandbox.process(predictor).signal("CONT");
     sleep(Duration::from_secs(2)).await;
