@@ -205,6 +205,6 @@ fn modes_that_need_a_predictor_are_told_apart() {
     let output = eval(&data);
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    assert_eq!(text.matches("not served: there is no hash table").count(), 2, "{text}");
+    assert_eq!(text.matches("not served: there is no hash table").count(), 3, "{text}");
     assert!(text.contains("predictor none") && text.contains("100.0%"), "{text}");
 }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use sida_model::{ModelConfig, Tokenizer};
+use sida_model::{GenerationConfig, ModelConfig, Tokenizer};
 use tokio::{sync::Semaphore, task, time};
 
 use crate::answer::{
@@ -30,7 +30,8 @@ pub(crate) struct Grammars(Arc<Inner>);
 struct Inner {
     tokenizer: Arc<Tokenizer>,
     vocab_size: usize,
-    ends: Vec<u32>,
+    /// Which tokens end an answer, and which none has.
+    generation: GenerationConfig,
     /// Made for the first schema: it takes a vocabulary's bytes apart.
     maker: OnceLock<Result<GrammarMaker, String>>,
     /// Those that were asked for last, with their schemas.
@@ -44,20 +45,21 @@ impl Grammars {
         Self(Arc::new(Inner {
             tokenizer,
             vocab_size: model.vocab_size,
-            ends: model.generation.eos_token_ids.clone(),
+            generation: model.generation.clone(),
             maker: OnceLock::new(),
             kept: Mutex::default(),
             turns: Arc::new(Semaphore::new(MAKERS_MAX)),
         }))
     }
 
-    /// The grammar of a schema.
+    /// The grammar of a schema, for one request.
     pub(crate) async fn of(&self, schema: &str) -> Result<Grammar, RequestError> {
         if let Some(grammar) = self.0.kept(schema) {
-            return Ok(grammar);
+            return Ok(grammar.apart());
         }
         let late = |_| RequestError::JsonSchema { reason: format!("it was not understood within {PATIENCE:?}") };
-        time::timeout(PATIENCE, self.make(schema)).await.map_err(late)?
+        let made = time::timeout(PATIENCE, self.make(schema)).await.map_err(late)?;
+        made.map(|grammar| grammar.apart())
     }
 
     async fn make(&self, schema: &str) -> Result<Grammar, RequestError> {
@@ -86,7 +88,13 @@ impl Inner {
     fn make(&self, schema: Arc<str>) -> Result<Grammar, RequestError> {
         let maker = self.maker.get_or_init(|| {
             let bytes = self.tokenizer.token_bytes(self.vocab_size);
-            GrammarMaker::new(&bytes.ok_or("the tokens of this model do not spell JSON")?, &self.ends)
+            let mut bytes = bytes.ok_or("the tokens of this model do not spell JSON")?;
+            let GenerationConfig { suppress_tokens, eos_token_ids, .. } = &self.generation;
+            // A token without bytes is never chosen.
+            for &suppressed in suppress_tokens {
+                bytes[suppressed as usize].clear();
+            }
+            GrammarMaker::new(&bytes, eos_token_ids)
         });
         let maker = maker.as_ref().map_err(|reason| RequestError::JsonSchema { reason: reason.clone() })?;
         let grammar = maker.make(&schema)?;

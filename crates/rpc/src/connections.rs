@@ -276,7 +276,7 @@ mod tests {
         let mut places = vec![connections.place(here(1)).await.unwrap()];
         places.push(connections.place(here(1)).await.unwrap());
         assert!(is_pending(connections.place(here(1))).await, "one is leaving, which is all that may");
-        let short = connections.shortage_over().await;
+        let short = time::timeout(Duration::from_secs(60), connections.shortage_over()).await.expect("it is over");
         assert_eq!((short.waited, short.closed, short.refused), (1, 1, 0));
         assert!(is_pending(connections.shortage_over()).await, "it is told once");
     }

@@ -246,7 +246,7 @@ mod tests {
     async fn read(inner: Bytewise, unit: Unit, limit: Duration) -> Result<usize, usize> {
         let share = Receiving::new(usize::MAX).share();
         let (mut body, mut bytes) = (RequestBody::new(inner, unit, limit, share), 0);
-        while let Some(frame) = body.frame().await {
+        while let Some(frame) = time::timeout(LONG, body.frame()).await.expect("it ends") {
             match frame {
                 Ok(frame) => bytes += frame.data_ref().unwrap().len(),
                 Err(error) => {
@@ -304,7 +304,7 @@ mod tests {
         assert!(large.frame().await.unwrap().is_ok());
         let mut other = receiving.share();
         other.takes(3 * MIB / 2);
-        let error = large.frame().await.unwrap().unwrap_err();
+        let error = time::timeout(LONG, large.frame()).await.expect("it ends").unwrap().unwrap_err();
         assert_eq!(why_unread(&*error).map(Fault::reason), Some(Reason::QueueFull), "{error}");
         let status = error.downcast::<Status>().unwrap();
         assert_eq!((Reason::of(&status), other.ended.is_cancelled()), (Some(Reason::QueueFull), false));

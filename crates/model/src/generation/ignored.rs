@@ -107,7 +107,11 @@ pub(super) fn ignored(json: &Map<String, Value>, is_all_of_generation: bool) -> 
         }
     };
     let said = json.iter().filter(says_something).map(|(name, value)| format!("{name} is {}", shown(value)));
-    said.take(NAMED_MAX).collect()
+    let mut said: Vec<String> = said.collect();
+    // A file has its fields in any order.
+    said.sort();
+    said.truncate(NAMED_MAX);
+    said
 }
 
 fn is_empty(value: &Value) -> bool {

@@ -4,7 +4,11 @@
 //! A field within an object is named by a path, `passage.text`. Where a path leads through a list, each of its items is an
 //! example of its own: `passage.questions.question` makes one of every question.
 
-use std::{collections::BTreeMap, fmt, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    sync::Arc,
+};
 
 use serde_json::{Map, Value};
 
@@ -140,7 +144,8 @@ impl Record {
 
     fn value(&self, field: &str) -> Result<&Value, BadConfiguration> {
         self.find(field).ok_or_else(|| {
-            let names: Vec<_> = self.object.keys().map(String::as_str).collect();
+            let names: BTreeSet<_> = self.object.keys().map(String::as_str).collect();
+            let names: Vec<_> = names.into_iter().collect();
             self.place.refuse(field, "no such field", format!("one of {}", names.join(", ")))
         })
     }
