@@ -92,7 +92,7 @@ impl Connections {
             let (seen, keys): (Vec<Staying>, Vec<u64>) = staying.into_iter().unzip();
             match room(&seen, origin) {
                 Room::Of(_) if leaving >= self.leaving_max => {
-                    open.cut_a_farewell_short();
+                    open.cut_farewells_short();
                     return Try::Later;
                 }
                 Room::Of(index) => open.asked_to_leave(keys[index]),
@@ -159,16 +159,17 @@ impl Open {
         self.shortage.closes();
     }
 
-    /// Ends one of those that leave, unless one that was ended is about to go: whoever has no call any more, else whoever was
-    /// asked first. So their farewells are the shorter the more others come.
-    fn cut_a_farewell_short(&mut self) {
+    /// Ends half of those that leave, those that were asked first, unless some that were ended are about to go: whoever has no
+    /// call any more, else one that has. So farewells are the shorter the more others come, and not each of those waits.
+    fn cut_farewells_short(&mut self) {
         let leaving = || self.leaving.iter().map(|key| &self.peers[key]);
         if leaving().any(|peer| peer.expelled.is_cancelled()) {
             return;
         }
-        if let Some(peer) = leaving().find(|peer| !peer.seen().is_busy).or_else(|| leaving().next()) {
-            peer.expelled.cancel();
-        }
+        let half = self.leaving.len().div_ceil(2);
+        let quiet: Vec<_> = leaving().filter(|peer| !peer.seen().is_busy).take(half).collect();
+        let cut = if quiet.is_empty() { leaving().take(1).collect() } else { quiet };
+        cut.into_iter().for_each(|peer| peer.expelled.cancel());
     }
 }
 
