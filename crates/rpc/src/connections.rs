@@ -80,22 +80,24 @@ impl Connections {
     /// A place, if one is free or somebody leaves for it.
     fn try_place(self: &Arc<Self>, origin: Origin) -> Try {
         let mut open = self.open();
-        let staying = open.staying();
-        if staying.len() >= self.limit {
+        let leaving = open.leaving.len();
+        if open.peers.len() - leaving >= self.limit {
             if open.shortage.begins(Instant::now()) {
                 tracing::warn!(
                     limit = self.limit,
                     "all places for connections are taken: those without a call are asked to leave, and further ones wait while all have one"
                 );
             }
-            let leaving = open.peers.len() - staying.len();
-            let (seen, keys): (Vec<Staying>, Vec<u64>) = staying.into_iter().unzip();
-            match room(&seen, origin) {
+            // As many again as are leaving, so that not every one of many newcomers has to look at everybody.
+            let more = leaving.min(self.leaving_max - leaving);
+            let (seen, keys): (Vec<Staying>, Vec<u64>) = open.staying().into_iter().unzip();
+            match room(&seen, origin, more) {
+                // As many as may are on their way out: some of them are gone soon.
                 Room::Of(_) if leaving >= self.leaving_max => {
                     open.cut_farewells_short();
                     return Try::Later;
                 }
-                Room::Of(index) => open.asked_to_leave(keys[index]),
+                Room::Of(spared) => spared.into_iter().for_each(|index| open.asked_to_leave(keys[index])),
                 Room::None => {
                     open.shortage.refuses();
                     return Try::Refused;
@@ -116,8 +118,8 @@ impl Connections {
     pub(crate) fn make_room(&self) {
         let mut open = self.open();
         let (seen, keys): (Vec<Staying>, Vec<u64>) = open.staying().into_iter().unzip();
-        if let Some(leaving) = idlest(&seen).filter(|_| seen.len() == open.peers.len()) {
-            open.asked_to_leave(keys[leaving]);
+        if open.leaving.is_empty() {
+            idlest(&seen, 1).into_iter().for_each(|index| open.asked_to_leave(keys[index]));
         }
     }
 
