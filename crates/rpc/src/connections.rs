@@ -80,22 +80,24 @@ impl Connections {
     /// A place, if one is free or somebody leaves for it.
     fn try_place(self: &Arc<Self>, origin: Origin) -> Try {
         let mut open = self.open();
-        let staying = open.staying();
-        if staying.len() >= self.limit {
+        let leaving = open.leaving.len();
+        if open.peers.len() - leaving >= self.limit {
             if open.shortage.begins(Instant::now()) {
                 tracing::warn!(
                     limit = self.limit,
                     "all places for connections are taken: those without a call are asked to leave, and further ones wait while all have one"
                 );
             }
-            let leaving = open.peers.len() - staying.len();
-            let (seen, keys): (Vec<Staying>, Vec<u64>) = staying.into_iter().unzip();
-            match room(&seen, origin) {
+            // As many again as are leaving, so that not every one of many newcomers has to look at everybody.
+            let more = leaving.min(self.leaving_max - leaving);
+            let (seen, keys): (Vec<Staying>, Vec<u64>) = open.staying().into_iter().unzip();
+            match room(&seen, origin, more) {
+                // As many as may are on their way out: some of them are gone soon.
                 Room::Of(_) if leaving >= self.leaving_max => {
-                    open.cut_a_farewell_short();
+                    open.cut_farewells_short();
                     return Try::Later;
                 }
-                Room::Of(index) => open.asked_to_leave(keys[index]),
+                Room::Of(spared) => spared.into_iter().for_each(|index| open.asked_to_leave(keys[index])),
                 Room::None => {
                     open.shortage.refuses();
                     return Try::Refused;
@@ -116,8 +118,8 @@ impl Connections {
     pub(crate) fn make_room(&self) {
         let mut open = self.open();
         let (seen, keys): (Vec<Staying>, Vec<u64>) = open.staying().into_iter().unzip();
-        if let Some(leaving) = idlest(&seen).filter(|_| seen.len() == open.peers.len()) {
-            open.asked_to_leave(keys[leaving]);
+        if open.leaving.is_empty() {
+            idlest(&seen, 1).into_iter().for_each(|index| open.asked_to_leave(keys[index]));
         }
     }
 
@@ -159,16 +161,17 @@ impl Open {
         self.shortage.closes();
     }
 
-    /// Ends one of those that leave, unless one that was ended is about to go: whoever has no call any more, else whoever was
-    /// asked first. So their farewells are the shorter the more others come.
-    fn cut_a_farewell_short(&mut self) {
+    /// Ends half of those that leave, those that were asked first, unless some that were ended are about to go: whoever has no
+    /// call any more, else one that has. So farewells are the shorter the more others come, and not each of those waits.
+    fn cut_farewells_short(&mut self) {
         let leaving = || self.leaving.iter().map(|key| &self.peers[key]);
         if leaving().any(|peer| peer.expelled.is_cancelled()) {
             return;
         }
-        if let Some(peer) = leaving().find(|peer| !peer.seen().is_busy).or_else(|| leaving().next()) {
-            peer.expelled.cancel();
-        }
+        let half = self.leaving.len().div_ceil(2);
+        let quiet: Vec<_> = leaving().filter(|peer| !peer.seen().is_busy).take(half).collect();
+        let cut = if quiet.is_empty() { leaving().take(1).collect() } else { quiet };
+        cut.into_iter().for_each(|peer| peer.expelled.cancel());
     }
 }
 

@@ -36,37 +36,40 @@ pub(crate) struct Staying {
 }
 
 /// What becomes of a newcomer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Room {
-    /// It has the place of this one, who leaves.
-    Of(usize),
+    /// It has the place of the first of these, who leave; the others leave for those behind it.
+    Of(Vec<usize>),
     /// It has none: its own origin has more than its share, and others shall not wait behind it.
     None,
     /// Somebody's calls have to end first.
     Later,
 }
 
-/// What becomes of a `newcomer` when `staying` have all places. Somebody [without a call](idlest) leaves for it. If all have
-/// calls, an origin that has more than half of the places gives one to another: of those it has had for the longest time.
-pub(crate) fn room(staying: &[Staying], newcomer: Origin) -> Room {
-    if let Some(idlest) = idlest(staying) {
+/// What becomes of a `newcomer` when `staying` have all places. Somebody [without a call](idlest) leaves for it, up to `more`
+/// of them. If all have calls, an origin that has more than half of the places gives one to another: of those it has had for
+/// the longest time.
+pub(crate) fn room(staying: &[Staying], newcomer: Origin, more: usize) -> Room {
+    let idlest = idlest(staying, more);
+    if !idlest.is_empty() {
         return Room::Of(idlest);
     }
     // No more than one can have more than half.
     match count(staying, |_| true).into_iter().find(|(_, places)| *places * 2 > staying.len()) {
         Some((greedy, _)) if greedy == newcomer => Room::None,
-        Some((greedy, _)) => longest(staying, |staying| staying.origin == greedy).map_or(Room::Later, Room::Of),
+        Some((greedy, _)) => Room::Of(longest(staying, 1, |staying| staying.origin == greedy)),
         None => Room::Later,
     }
 }
 
-/// The connection that can be spared most: of the origin that has most connections without a call, the one that has been so
-/// for the longest time. A flood of connections from one machine so makes room for itself, and not at the cost of one that
-/// has just come to ask something. `None`: all have calls.
-pub(crate) fn idlest(staying: &[Staying]) -> Option<usize> {
+/// The connections that can be spared most, `count_max` of them: of the origin that has most connections without a call, those
+/// that have been so for the longest time, and no more than half of what it has. A flood of connections from one machine so
+/// makes room for itself, and not at the cost of one that has just come to ask something. None if all have calls.
+pub(crate) fn idlest(staying: &[Staying], count_max: usize) -> Vec<usize> {
     let quiet = count(staying, |staying| !staying.is_busy);
-    let most = quiet.values().max()?;
-    longest(staying, |staying| !staying.is_busy && quiet.get(&staying.origin) == Some(most))
+    let Some(most) = quiet.values().copied().max() else { return Vec::new() };
+    let count_max = count_max.min(most / 2).max(1);
+    longest(staying, count_max, |staying| !staying.is_busy && quiet.get(&staying.origin) == Some(&most))
 }
 
 /// How many there are of each origin that are `counted`.
@@ -78,10 +81,12 @@ fn count(staying: &[Staying], counted: impl Fn(&Staying) -> bool) -> HashMap<Ori
     counts
 }
 
-/// The one that has been as it is for the longest time.
-fn longest(staying: &[Staying], chosen: impl Fn(&Staying) -> bool) -> Option<usize> {
-    let chosen = staying.iter().enumerate().filter(|(_, staying)| chosen(staying));
-    chosen.min_by_key(|(_, staying)| staying.last).map(|(index, _)| index)
+/// Those that have been as they are for the longest time, the longest first.
+fn longest(staying: &[Staying], count_max: usize, chosen: impl Fn(&Staying) -> bool) -> Vec<usize> {
+    let mut chosen: Vec<usize> = (0..staying.len()).filter(|index| chosen(&staying[*index])).collect();
+    chosen.sort_by_key(|index| staying[*index].last);
+    chosen.truncate(count_max);
+    chosen
 }
 
 #[cfg(test)]
@@ -96,13 +101,17 @@ mod tests {
 
     /// Connections as (origin, busy, seconds).
     fn room_for(staying: &[(&str, bool, u64)], newcomer: &str) -> Room {
+        room_for_more(staying, newcomer, 1)
+    }
+
+    fn room_for_more(staying: &[(&str, bool, u64)], newcomer: &str, more: usize) -> Room {
         let start = Instant::now();
         let staying = staying.iter().map(|&(from, is_busy, second)| Staying {
             origin: origin(from),
             is_busy,
             last: start + Duration::from_secs(second),
         });
-        room(&staying.collect::<Vec<_>>(), origin(newcomer))
+        room(&staying.collect::<Vec<_>>(), origin(newcomer), more)
     }
 
     #[test]
@@ -110,11 +119,11 @@ mod tests {
         // Would break: a connection that is used is closed for one that is not.
         assert_eq!(
             room_for(&[("10.0.0.1", false, 5), ("10.0.0.2", false, 3), ("10.0.0.2", true, 1)], "10.0.0.3"),
-            Room::Of(1)
+            Room::Of(vec![1])
         );
         assert_eq!(
             room_for(&[("10.0.0.1", true, 1), ("10.0.0.1", true, 2), ("10.0.0.2", false, 9)], "10.0.0.3"),
-            Room::Of(2)
+            Room::Of(vec![2])
         );
         assert_eq!(room_for(&[], "10.0.0.3"), Room::Later);
     }
@@ -123,12 +132,24 @@ mod tests {
     fn who_has_most_silent_ones_makes_room_for_others() {
         // Would break: a machine that connects again and again has others closed that have just come, before they could ask.
         let (flood, a, b) = ("10.0.0.1", "10.0.0.2", "10.0.0.3");
-        assert_eq!(room_for(&[(a, false, 1), (flood, false, 7), (flood, false, 5), (b, false, 3)], b), Room::Of(2));
+        assert_eq!(
+            room_for(&[(a, false, 1), (flood, false, 7), (flood, false, 5), (b, false, 3)], b),
+            Room::Of(vec![2])
+        );
         assert_eq!(
             room_for(&[(a, false, 1), (flood, true, 7), (flood, true, 5), (b, false, 3)], b),
-            Room::Of(0),
+            Room::Of(vec![0]),
             "silent ones count"
         );
+    }
+
+    #[test]
+    fn several_leave_while_many_come() {
+        // Would break: each of ten thousand newcomers looks at everybody; or one of them costs an origin all it has.
+        let flood: Vec<_> = [7, 5, 3, 9, 1].map(|second| ("10.0.0.1", false, second)).into();
+        for (more, expected) in [(1, vec![4]), (2, vec![4, 2]), (5, vec![4, 2])] {
+            assert_eq!(room_for_more(&flood, "10.0.0.2", more), Room::Of(expected), "{more}");
+        }
     }
 
     #[test]
@@ -137,8 +158,8 @@ mod tests {
         // server take each other's places in turns.
         let busy = |from| (from, true, 0);
         let (a, b, c) = ("10.0.0.1", "10.0.0.2", "10.0.0.3");
-        assert_eq!(room_for(&[busy(b), (a, true, 4), (a, true, 2)], c), Room::Of(2));
-        assert_eq!(room_for(&[busy(a), busy(a), busy(b)], b), Room::Of(0));
+        assert_eq!(room_for(&[busy(b), (a, true, 4), (a, true, 2)], c), Room::Of(vec![2]));
+        assert_eq!(room_for(&[busy(a), busy(a), busy(b)], b), Room::Of(vec![0]));
         assert_eq!(room_for(&[busy(a), busy(a), busy(a)], a), Room::None, "nobody waits behind the greedy one's own");
         assert_eq!(room_for(&[busy(a), busy(a), busy(b), busy(b)], c), Room::Later, "half is no more than half");
         assert_eq!(room_for(&[busy(a), busy(b), busy(c)], c), Room::Later);
