@@ -139,7 +139,8 @@ async fn figures_are_those_of_the_answers() {
     assert_eq!(["choices", "top1", "top3", "named"].map(|name| rate[name].clone()), expected);
     assert_eq!(figures["hit_rates"].as_array().expect("rows").len(), 2 * (STACK_LAYERS + 1) + 1);
 
-    // All experts are resident once they were asked for. Room for a tenth is less than the examples need, and no answer changes.
+    // All experts are resident once they were asked for. Room for a tenth is less than the examples need, and no answer
+    // changes.
     for (budget, is_short) in [("100%", false), ("10%", true)] {
         let budget = row(&found["budgets"], &json!({"budget": budget}));
         for mode in ["exact", "hash, router's alpha"] {

@@ -21,7 +21,8 @@ const DECODER_LAYERS: [&str; 3] = ["3", "4", "5"];
 const CONTAINERS: [&str; 4] = ["sida.v1.Inference/Generate", "text_completion switch-tiny-64", "encode", "decode"];
 /// Clocks of two processes are read at different moments.
 const SLACK_NANOS: u64 = 2_000_000;
-/// An answer is sent before the spans of its work are closed, and their thread may be kept waiting for a processor meanwhile.
+/// An answer is sent before the spans of its work are closed, and their thread may be kept waiting for a processor
+/// meanwhile.
 const LATE_NANOS: u64 = 500_000_000;
 
 /// The spans of one trace.

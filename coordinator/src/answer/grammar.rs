@@ -1,6 +1,6 @@
-//! Answers that follow a JSON Schema. The schema becomes a grammar over bytes, and the grammar says before each token which
-//! may be next: all that lead to a text of it, and an end where the text is complete. What a grammar may cost is bounded, when it
-//! is made and at each token, so that no schema holds up what others wait for.
+//! Answers that follow a JSON Schema. The schema becomes a grammar over bytes, and the grammar says before each token
+//! which may be next: all that lead to a text of it, and an end where the text is complete. What a grammar may cost is
+//! bounded, when it is made and at each token, so that no schema holds up what others wait for.
 
 use std::{
     collections::BTreeSet,
@@ -20,8 +20,9 @@ use crate::answer::{catch_panic::catch_panic, request_error::RequestError};
 
 /// The longest schema. Those of whole APIs have less.
 pub(crate) const SCHEMA_BYTES_MAX: usize = 64 << 10;
-/// What a grammar may cost. At the crate's pace the lexer's fuel of a token is 14 ms and its items are 3 ms, which is reached by
-/// schemas that are made for it. One of 40 properties has 100 states and takes 300 KiB; 4,000 take 20 MiB at most.
+/// What a grammar may cost. At the crate's pace the lexer's fuel of a token is 14 ms and its items are 3 ms, which is
+/// reached by schemas that are made for it. One of 40 properties has 100 states and takes 300 KiB; 4,000 take 20 MiB at
+/// most.
 const LIMITS: ParserLimits = ParserLimits {
     max_items_in_row: 2_000,
     initial_lexer_fuel: 1_000_000,
@@ -101,7 +102,8 @@ fn stopped(error: impl ToString) -> RequestError {
     }
 }
 
-/// Refuses divisors whose grammar has a state for each remainder that numbers may leave, which no limit of the crate bounds.
+/// Refuses divisors whose grammar has a state for each remainder that numbers may leave, which no limit of the crate
+/// bounds.
 fn check_divisors(schema: &Value) -> Result<(), RequestError> {
     let mut divisors = BTreeSet::new();
     find_divisors(schema, &mut divisors);

@@ -1,11 +1,11 @@
 //! What an answer is made of. Everything above names these types; they name nothing above them.
 //!
 //! In reading order: `output` lists the answers, `trace` what happened on the way to one, `hash_layers` how it was
-//! predicted, `routing_mode` who chose its experts; `request_error` says why there is none, `fault` how that looks on the wire, and `catch_panic` makes a panic one
-//! of these reasons. `sampling` says how the next token is to be chosen, `adjustments` changes its logits, `grammar` holds it
-//! to a schema, `sampler` picks it, and `logprobs` tells how likely it was. `detokenize` makes text of it, `stop_text` ends
-//! the text, and `answer_text` is all of it, on a thread of its own where that pays; `score` and `encoding` answer requests
-//! that generate nothing.
+//! predicted, `routing_mode` who chose its experts; `request_error` says why there is none, `fault` how that looks on
+//! the wire, and `catch_panic` makes a panic one of these reasons. `sampling` says how the next token is to be chosen,
+//! `adjustments` changes its logits, `grammar` holds it to a schema, `sampler` picks it, and `logprobs` tells how
+//! likely it was. `detokenize` makes text of it, `stop_text` ends the text, and `answer_text` is all of it, on a thread
+//! of its own where that pays; `score` and `encoding` answer requests that generate nothing.
 
 pub(crate) mod adjustments;
 pub(crate) mod answer_text;

@@ -12,8 +12,8 @@ use crate::answer::{
 /// Rows whose logits are held at a time; for a vocabulary of 32,000 they take 32 MiB.
 const ROWS_MAX: usize = 256;
 
-/// The sum of ln p over `target`, whose tokens follow the rows of `states` from `first_row` on; and of each token how likely
-/// it was, with so many most likely ones in its place, where that is asked for.
+/// The sum of ln p over `target`, whose tokens follow the rows of `states` from `first_row` on; and of each token how
+/// likely it was, with so many most likely ones in its place, where that is asked for.
 pub(crate) fn score<B: Backend>(
     backend: &mut B,
     states: &B::States,

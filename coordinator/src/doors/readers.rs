@@ -1,5 +1,5 @@
-//! What the doors read of bytes from outside before anything is computed, by itself: for tests that give them bytes of every
-//! kind. Each tells whether the bytes were taken for a request.
+//! What the doors read of bytes from outside before anything is computed, by itself: for tests that give them bytes of
+//! every kind. Each tells whether the bytes were taken for a request.
 
 use bytes::Bytes;
 use prost::Message;

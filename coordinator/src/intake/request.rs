@@ -132,8 +132,8 @@ impl Request {
         Cost { tokens, sequences, cache_bytes: self.cache_bytes }
     }
 
-    /// How many sequences it counts as among those that are computed at the same time. A prompt whose states are asked for is one
-    /// as well.
+    /// How many sequences it counts as among those that are computed at the same time. A prompt whose states are asked
+    /// for is one as well.
     pub(crate) fn places(&self) -> usize {
         self.work.sequences().max(1)
     }

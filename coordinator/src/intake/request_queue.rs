@@ -120,8 +120,8 @@ impl RequestQueue {
         }
     }
 
-    /// Takes the first `choose(waiting)` requests, waiting for one, and begins them; none of them where the time that is left
-    /// is too short for all. `None`: the queue is closed and empty.
+    /// Takes the first `choose(waiting)` requests, waiting for one, and begins them; none of them where the time that
+    /// is left is too short for all. `None`: the queue is closed and empty.
     pub(crate) fn take(&self, choose: impl Fn(&VecDeque<Waiting>) -> usize) -> Option<Vec<Request>> {
         let taken = self.queue.take(Wait::Block, choose)?;
         if let Some(last) = taken.last() {
@@ -153,8 +153,8 @@ impl RequestQueue {
     }
 }
 
-/// Lets a request wait in the place that it gets. Those of its client that it goes before get one later each, with the turns
-/// of these places.
+/// Lets a request wait in the place that it gets. Those of its client that it goes before get one later each, with the
+/// turns of these places.
 fn insert(waiting: &mut VecDeque<Waiting>, request: Waiting) {
     let places = places(waiting, &request.request, request.turn);
     waiting.insert(places[places.len() - 1], request);
@@ -165,8 +165,8 @@ fn insert(waiting: &mut VecDeque<Waiting>, request: Waiting) {
     }
 }
 
-/// The place that a request gets, with those behind it of its client's requests that are less urgent, and the one that its turn
-/// adds, which is the last.
+/// The place that a request gets, with those behind it of its client's requests that are less urgent, and the one that
+/// its turn adds, which is the last.
 fn places(waiting: &VecDeque<Waiting>, request: &Request, turn: u64) -> Vec<usize> {
     let is_own = |at: &usize| waiting[*at].request.client == request.client;
     let mut own: Vec<usize> = (0..waiting.len()).filter(is_own).collect();

@@ -71,9 +71,9 @@ impl Workload {
         self.pace.lock().step(sequences, took);
     }
 
-    /// Says that a request's answer would take more than `share` of the time that is left for it, behind so many sequences. Not of
-    /// one that is alone, nor of one that would take longer than it was given if it were: the load is not to blame, and its
-    /// caller may be content with what comes until then.
+    /// Says that a request's answer would take more than `share` of the time that is left for it, behind so many
+    /// sequences. Not of one that is alone, nor of one that would take longer than it was given if it were: the load is
+    /// not to blame, and its caller may be content with what comes until then.
     pub(crate) fn no_time(
         &self,
         request: &Request,

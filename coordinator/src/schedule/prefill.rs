@@ -277,9 +277,9 @@ impl<B: Backend> Scheduler<B> {
         encoding
     }
 
-    /// The branches of a sequence behind an encoder. Each begins with the decoder's start token, and goes on with all of its target
-    /// but the last token where one is scored. All share the keys and values of the encoder's output. A text that is
-    /// generated begins with one branch, however many choices it has.
+    /// The branches of a sequence behind an encoder. Each begins with the decoder's start token, and goes on with all
+    /// of its target but the last token where one is scored. All share the keys and values of the encoder's output. A
+    /// text that is generated begins with one branch, however many choices it has.
     fn branches(&mut self, request: &Request, state: B::Sequence) -> Result<Vec<Branch<B>>, RequestError> {
         let start = self.forward.config().generation.decoder_start_token_id;
         let feeds = match &request.work {

@@ -252,8 +252,8 @@ impl<B: Backend> Scheduler<B> {
         self.metrics.rerouted_experts.increment(routings.iter().map(|routing| routing.rerouted).sum());
     }
 
-    /// One pass of the decoder over the new tokens of every branch. For sequences that generate and whose prompts are read, the
-    /// next token where the device chooses it, or else its logits.
+    /// One pass of the decoder over the new tokens of every branch. For sequences that generate and whose prompts are
+    /// read, the next token where the device chooses it, or else its logits.
     fn decode(&mut self, routings: &mut [SequenceRouting], costs: &mut Costs) -> Result<StepOutput<B>, RequestError> {
         let (forward, running, metrics) = (&mut self.forward, &mut self.running, &self.metrics);
         catch_panic(|| {

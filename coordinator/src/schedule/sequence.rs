@@ -101,8 +101,8 @@ impl<B: Backend> Sequence<B> {
         Self { request, trace, branches, decoding }
     }
 
-    /// A scored request whose prompt the decoder reads: the targets branch off this one, which feeds all of the prompt but its
-    /// last token.
+    /// A scored request whose prompt the decoder reads: the targets branch off this one, which feeds all of the prompt
+    /// but its last token.
     pub(crate) fn reading_prompt(request: Request, trace: Trace, branch: Branch<B>) -> Self {
         Self { request, trace, branches: vec![branch], decoding: Decoding::ReadPrompt }
     }
@@ -136,8 +136,8 @@ impl<B: Backend> Sequence<B> {
         self.branches.iter().all(|branch| branch.rows == branch.feed.len())
     }
 
-    /// Takes note that a step has computed some rows of the prompt, of which nothing was asked yet. Where it is read, targets
-    /// branch off.
+    /// Takes note that a step has computed some rows of the prompt, of which nothing was asked yet. Where it is read,
+    /// targets branch off.
     pub(crate) fn read_on(&mut self, backend: &B) -> Result<(), RequestError> {
         self.branches.iter_mut().for_each(|branch| drop(branch.feed.drain(..branch.rows)));
         if self.branches.iter().all(|branch| branch.feed.is_empty()) { self.branch_out(backend) } else { Ok(()) }

@@ -1,5 +1,5 @@
-//! `guided`: the router chooses among the experts that were planned for its own sequence, whoever shares the batch, and asks
-//! expert-nodes for no other. Without a prediction it is `exact`, and says so.
+//! `guided`: the router chooses among the experts that were planned for its own sequence, whoever shares the batch, and
+//! asks expert-nodes for no other. Without a prediction it is `exact`, and says so.
 
 use std::sync::{Arc, atomic::Ordering};
 
@@ -113,8 +113,8 @@ async fn no_expert_is_asked_for_that_was_not_planned() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn half_of_the_memory_is_enough_to_wait_for_no_load() {
-    // Would break: with less memory than the model has experts, a guided request waits for one that was not loaded ahead, or
-    // its answer does not say that it did.
+    // Would break: with less memory than the model has experts, a guided request waits for one that was not loaded
+    // ahead, or its answer does not say that it did.
     for (routing, waits) in [(RoutingMode::Guided, false), (RoutingMode::Exact, true)] {
         let node = SmallExperts::new(192);
         let address = vec![Address::Local(node.clone())];

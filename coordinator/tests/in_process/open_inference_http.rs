@@ -1,5 +1,5 @@
-//! The Open Inference Protocol by HTTP: tensors in JSON and behind it, Triton's generate, what the model is and was asked, and
-//! refusals in this protocol's own form.
+//! The Open Inference Protocol by HTTP: tensors in JSON and behind it, Triton's generate, what the model is and was
+//! asked, and refusals in this protocol's own form.
 
 use std::fs;
 

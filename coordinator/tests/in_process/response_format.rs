@@ -1,5 +1,5 @@
-//! Answers that follow a schema: by both doors, drawn and greedy, whole and as they come, of models that have learnt nothing of
-//! JSON.
+//! Answers that follow a schema: by both doors, drawn and greedy, whole and as they come, of models that have learnt
+//! nothing of JSON.
 
 use futures::StreamExt;
 use serde::Deserialize;

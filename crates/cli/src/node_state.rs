@@ -1,5 +1,5 @@
-//! What the expert-nodes of a cluster hold and have loaded, all of them together. Read by `bench` and `eval` before and after
-//! what they measure.
+//! What the expert-nodes of a cluster hold and have loaded, all of them together. Read by `bench` and `eval` before and
+//! after what they measure.
 
 use serde::Serialize;
 use sida_proto::v1::StatusResponse;

@@ -1,5 +1,5 @@
-//! How many files this process may open. Each connection is one, and what systems allow by default (1,024) is less than what a
-//! server with two doors may have to hold; so a server takes as many as its user may have.
+//! How many files this process may open. Each connection is one, and what systems allow by default (1,024) is less than
+//! what a server with two doors may have to hold; so a server takes as many as its user may have.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 

@@ -148,8 +148,8 @@ mod tests {
             mask in any::<u8>(),
             top_k in 1_usize..4,
         ) {
-            // Would break: an expert outside is chosen while one inside is free, one is chosen twice, or a better one inside
-            // is passed over. Probabilities of few values make many equal.
+            // Would break: an expert outside is chosen while one inside is free, one is chosen twice, or a better one
+            // inside is passed over. Probabilities of few values make many equal.
             let all: Vec<u16> = (0..row.len() as u16).collect();
             let permitted: Vec<u16> = all.iter().copied().filter(|expert| mask >> expert & 1 == 1).collect();
             let top_k = top_k.min(row.len());

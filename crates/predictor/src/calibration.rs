@@ -1,6 +1,6 @@
-//! What a net's confidence is worth. A net is trained to find the expert, and to be surer of it than the router is: so the probability
-//! that it gives an expert is not the one that the router would give, which `hash` scales the expert's output by. Measured on held-out
-//! text, a line from the one to the other mends that, in each MoE layer.
+//! What a net's confidence is worth. A net is trained to find the expert, and to be surer of it than the router is: so
+//! the probability that it gives an expert is not the one that the router would give, which `hash` scales the expert's
+//! output by. Measured on held-out text, a line from the one to the other mends that, in each MoE layer.
 
 use serde::{Deserialize, Serialize};
 use sida_routing::LayerId;
@@ -15,8 +15,8 @@ const ENTRIES_MIN: usize = 64;
 pub struct Calibration {
     /// Which layer.
     pub layer: LayerId,
-    /// Points (the net's probability, the router's mean there), both rising. Between them the line is straight, and outside it is level.
-    /// Without points the net's probability is taken as it is.
+    /// Points (the net's probability, the router's mean there), both rising. Between them the line is straight, and
+    /// outside it is level. Without points the net's probability is taken as it is.
     points: Vec<(f32, f32)>,
 }
 

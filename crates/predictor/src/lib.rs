@@ -7,8 +7,8 @@
 //! made of the row-wise kernels of [`sida_model::cpu`] and know no padding.
 //!
 //! In reading order: [`file`](mod@file) (what is stored, checked), [`state`] (a decoder's memory of its sequence),
-//! [`entries`] (from logits to hash tables), [`calibration`] (what a net's confidence is worth), [`table`] (a predefined hash), [`lstm`] (the paper's net),
-//! [`train`] (record routing, learn it, measure).
+//! [`entries`] (from logits to hash tables), [`calibration`] (what a net's confidence is worth), [`table`] (a
+//! predefined hash), [`lstm`] (the paper's net), [`train`] (record routing, learn it, measure).
 
 pub mod calibration;
 pub mod entries;

@@ -130,8 +130,8 @@ pub fn train(
     calibrate(path, held_out, path)
 }
 
-/// Measures the predictor in the file `from` on text that it has not seen, and writes it with what was measured to `to`: its hit
-/// rates, and what its confidence is worth. Returns the hit rate of each MoE layer.
+/// Measures the predictor in the file `from` on text that it has not seen, and writes it with what was measured to
+/// `to`: its hit rates, and what its confidence is worth. Returns the hit rate of each MoE layer.
 pub fn calibrate(from: &Path, held_out: &Recording, to: &Path) -> Result<Vec<HitRate>, PredictorError> {
     // What is refused is refused before anything is written.
     crate::open_shape(from, held_out.shape.clone(), held_out.model)?;

@@ -85,8 +85,9 @@ impl Limits {
     }
 }
 
-/// Which of its client's places a request gets, among those whose priorities are `own`, in order: before all that are less urgent, and
-/// behind all others. The lower a priority, the more urgent. What a client calls urgent delays nobody but itself.
+/// Which of its client's places a request gets, among those whose priorities are `own`, in order: before all that are
+/// less urgent, and behind all others. The lower a priority, the more urgent. What a client calls urgent delays nobody
+/// but itself.
 pub fn place(own: impl IntoIterator<Item = i32>, priority: i32) -> usize {
     own.into_iter().take_while(|own| *own <= priority).count()
 }

@@ -1,6 +1,6 @@
-//! How long an answer takes, from what was measured of the steps and of the answers before it: so that what cannot be in time
-//! is not begun. Under a load that nobody can bear this is what keeps the answers coming: a model that works on requests which
-//! are over before they end answers nobody.
+//! How long an answer takes, from what was measured of the steps and of the answers before it: so that what cannot be
+//! in time is not begun. Under a load that nobody can bear this is what keeps the answers coming: a model that works on
+//! requests which are over before they end answers nobody.
 
 use std::time::Duration;
 
@@ -81,7 +81,8 @@ impl Pace {
         Some(seconds(t + each * (sequences as f64 - n)))
     }
 
-    /// How long it takes until a request is answered, if the requests behind it change nothing; `None` before anything was measured.
+    /// How long it takes until a request is answered, if the requests behind it change nothing; `None` before anything
+    /// was measured.
     pub fn time_for(&self, ahead: Ahead) -> Option<Duration> {
         let places = ahead.places.max(ahead.own).max(1);
         let together = ahead.sequences.saturating_add(ahead.own);
@@ -178,8 +179,8 @@ mod tests {
         assert_eq!(milliseconds(pace.time_for(Ahead { sequences: 0, own: 20, places: 10, steps: 2 })), 22.0);
     }
 
-    /// What becomes of requests that come evenly, `rate` a second, each of `STEPS` steps and of use for so long, where nothing is
-    /// begun that is expected to be late: how many a second are answered in time, and begun in vain.
+    /// What becomes of requests that come evenly, `rate` a second, each of `STEPS` steps and of use for so long, where
+    /// nothing is begun that is expected to be late: how many a second are answered in time, and begun in vain.
     fn overloaded(rate: f64, patience: Duration) -> (f64, f64) {
         const STEPS: usize = 8;
         const PLACES: usize = 64;

@@ -1,6 +1,7 @@
-//! How many rows of a step are prompts'. A decoder that reads its prompt itself can read it in chunks, and those that are
-//! decoding get their next token at each step: so a long prompt is read beside them, some rows at a step, and they keep their
-//! pace. Prompts that are read at the same time share these rows equally, so that a short one is not kept by a long one.
+//! How many rows of a step are prompts'. A decoder that reads its prompt itself can read it in chunks, and those that
+//! are decoding get their next token at each step: so a long prompt is read beside them, some rows at a step, and they
+//! keep their pace. Prompts that are read at the same time share these rows equally, so that a short one is not kept by
+//! a long one.
 
 use crate::admission::{Cost, Limits};
 
@@ -23,14 +24,14 @@ impl Feed {
 }
 
 impl Limits {
-    /// How many tokens of prompts may be computed in one step: as many as a batch has room for, or, where others are decoding, as
-    /// keep their pace.
+    /// How many tokens of prompts may be computed in one step: as many as a batch has room for, or, where others are
+    /// decoding, as keep their pace.
     pub fn prompt_rows_max(&self, is_decoding: bool) -> usize {
         if is_decoding { self.prefill_tokens_max.min(self.tokens_max) } else { self.tokens_max }
     }
 
-    /// How many of `waiting`, in their order, join those that are `running` at a step: as [`Limits::joining`], but that prompts
-    /// beyond those that one step computes wait for the next. A longer one joins by itself.
+    /// How many of `waiting`, in their order, join those that are `running` at a step: as [`Limits::joining`], but that
+    /// prompts beyond those that one step computes wait for the next. A longer one joins by itself.
     pub fn joining_step(&self, running: Cost, waiting: impl Iterator<Item = Cost> + Clone) -> usize {
         let rows_max = running.tokens.saturating_add(self.prompt_rows_max(running.sequences > 0));
         let step = Limits { tokens_max: rows_max.min(self.tokens_max), ..*self };

@@ -1,6 +1,6 @@
-//! The body of an answer, on its way to a peer who may take it slowly, or not at all. It goes out in pieces, and a piece that
-//! is not taken in time ends the answer: HTTP/2 lets a peer answer pings and take nothing for ever, while the answer lies in
-//! memory and its connection has a call. Put around every answer by [`crate::connection`].
+//! The body of an answer, on its way to a peer who may take it slowly, or not at all. It goes out in pieces, and a
+//! piece that is not taken in time ends the answer: HTTP/2 lets a peer answer pings and take nothing for ever, while
+//! the answer lies in memory and its connection has a call. Put around every answer by [`crate::connection`].
 //!
 //! Whoever writes to a connection asks a body for more when it has room for more. So a peer is slow from when a piece was
 //! handed out until the next is asked for, and not while the body itself waits for what is computed.
@@ -32,8 +32,8 @@ tokio::task_local! {
     static PROGRESS: Arc<Progress>;
 }
 
-/// How often a body was asked for more, and handed something out. While the second is behind the first, or nothing was asked
-/// yet, nobody waits for the peer.
+/// How often a body was asked for more, and handed something out. While the second is behind the first, or nothing was
+/// asked yet, nobody waits for the peer.
 #[derive(Debug, Default)]
 struct Progress {
     asked: AtomicU64,
@@ -189,8 +189,8 @@ mod tests {
 
     #[tokio::test]
     async fn an_answer_is_whole_in_pieces() {
-        // Would break: a large answer loses its order or its end, or is handed out at once, so that nobody sees whether it is
-        // taken.
+        // Would break: a large answer loses its order or its end, or is handed out at once, so that nobody sees whether
+        // it is taken.
         let bytes: Bytes = (0..3 * PIECE_BYTES + 5).map(|byte| byte as u8).collect();
         let (mut body, peer) = answer(bytes.clone());
         assert_eq!(body.size_hint().exact(), Some(bytes.len() as u64));

@@ -69,7 +69,8 @@ pub(crate) struct Connector<S> {
     pub(crate) client_names: Vec<NamePattern>,
     pub(crate) handshake_timeout: Duration,
     pub(crate) idle_timeout: Duration,
-    /// How long a peer may be silent until it is asked whether it is there, and how long it may take to say so. Whole seconds.
+    /// How long a peer may be silent until it is asked whether it is there, and how long it may take to say so. Whole
+    /// seconds.
     pub(crate) keepalive: (Duration, Duration),
     pub(crate) limits: Arc<CallLimits>,
 }

@@ -22,7 +22,8 @@ use crate::{
 #[derive(Debug)]
 pub(crate) struct Connections {
     limit: usize,
-    /// How many may be on their way out beside as many as the limit: who takes time for a farewell shall not hold up others.
+    /// How many may be on their way out beside as many as the limit: who takes time for a farewell shall not hold up
+    /// others.
     leaving_max: usize,
     open: Mutex<Open>,
     /// Told when a connection goes or its last call ends. One waits for it: whoever accepts.
@@ -161,8 +162,9 @@ impl Open {
         self.shortage.closes();
     }
 
-    /// Ends half of those that leave, those that were asked first, unless some that were ended are about to go: whoever has no
-    /// call any more, else one that has. So farewells are the shorter the more others come, and not each of those waits.
+    /// Ends half of those that leave, those that were asked first, unless some that were ended are about to go: whoever
+    /// has no call any more, else one that has. So farewells are the shorter the more others come, and not each of
+    /// those waits.
     fn cut_farewells_short(&mut self) {
         let leaving = || self.leaving.iter().map(|key| &self.peers[key]);
         if leaving().any(|peer| peer.expelled.is_cancelled()) {

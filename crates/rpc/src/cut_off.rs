@@ -1,6 +1,6 @@
-//! How many of its calls a peer may cut off. A call that is reset costs the server its beginning, and the peer two frames; so
-//! HTTP/2's limit of open streams does not hold up one that resets each as soon as it has opened it. Counted by
-//! [`crate::peer`].
+//! How many of its calls a peer may cut off. A call that is reset costs the server its beginning, and the peer two
+//! frames; so HTTP/2's limit of open streams does not hold up one that resets each as soon as it has opened it. Counted
+//! by [`crate::peer`].
 
 use std::time::Duration;
 
@@ -43,8 +43,8 @@ mod tests {
 
     #[test]
     fn who_only_cuts_off_is_not_borne_and_who_loses_patience_is() {
-        // Would break: a peer that opens and resets calls as fast as it can takes a processor; or a proxy whose callers time
-        // out, a hundred a second, loses its connection.
+        // Would break: a peer that opens and resets calls as fast as it can takes a processor; or a proxy whose callers
+        // time out, a hundred a second, loses its connection.
         let start = Instant::now();
         let mut cut_off = CutOff::new(start);
         assert_eq!((0..3 * BURST).take_while(|_| cut_off.is_borne(start)).count(), BURST as usize);

@@ -2,13 +2,13 @@
 //! that deadlines, limits, health, shutdown and error details behave alike everywhere. Used by the nodes, by
 //! the command line's client commands and by the tests.
 //!
-//! In reading order: [`status`] (errors as gRPC statuses), `ending` (calls that end early), `watched_response` (how they end),
-//! [`outcome`], [`deadline`],
-//! [`drain`], `refusals`, [`trace`], [`request_id`], [`metadata`], [`health`] and `health_service`; whom a node lets in:
-//! `reload` (files that change), [`keys`], [`caller`], [`authentication`], [`certificate_names`], [`tls`]; connections: `peer` (one,
-//! as its server sees it), `cut_off` (of whose calls), `who_leaves`, `shortage`, `connections` (all), `accept` (how they come), `connection` (one,
-//! from its first byte to its last), `client_streams`, `receiving`, `request_body`, `answer_body`, `http1_limits`; [`server`] (puts them together), [`http_server`] and `http_trace` (for what is not gRPC),
-//! [`metrics_port`], [`client`].
+//! In reading order: [`status`] (errors as gRPC statuses), `ending` (calls that end early), `watched_response` (how
+//! they end), [`outcome`], [`deadline`], [`drain`], `refusals`, [`trace`], [`request_id`], [`metadata`], [`health`] and
+//! `health_service`; whom a node lets in: `reload` (files that change), [`keys`], [`caller`], [`authentication`],
+//! [`certificate_names`], [`tls`]; connections: `peer` (one, as its server sees it), `cut_off` (of whose calls),
+//! `who_leaves`, `shortage`, `connections` (all), `accept` (how they come), `connection` (one, from its first byte to
+//! its last), `client_streams`, `receiving`, `request_body`, `answer_body`, `http1_limits`; [`server`] (puts them
+//! together), [`http_server`] and `http_trace` (for what is not gRPC), [`metrics_port`], [`client`].
 
 mod accept;
 mod answer_body;

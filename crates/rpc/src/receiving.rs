@@ -1,5 +1,6 @@
-//! The memory of requests that are coming: a limit for all of a server. Where it is exceeded, the request that takes most of it
-//! ends, so that a few large ones which come slowly keep no small one out. Charged by [`crate::request_body`].
+//! The memory of requests that are coming: a limit for all of a server. Where it is exceeded, the request that takes
+//! most of it ends, so that a few large ones which come slowly keep no small one out. Charged by
+//! [`crate::request_body`].
 
 use std::{
     collections::HashMap,

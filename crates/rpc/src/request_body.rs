@@ -1,9 +1,10 @@
-//! The body of a request, from a peer who may send it slowly: as long as one waits for it, there is a limit, and its memory
-//! counts as soon as it is announced. What counts as slow is the time in which nothing is there to be read although somebody
-//! wants to read, so that a node which is busy blames nobody. Put around every request by [`crate::connection`].
+//! The body of a request, from a peer who may send it slowly: as long as one waits for it, there is a limit, and its
+//! memory counts as soon as it is announced. What counts as slow is the time in which nothing is there to be read
+//! although somebody wants to read, so that a node which is busy blames nobody. Put around every request by
+//! [`crate::connection`].
 //!
-//! A stream of gRPC messages may be silent between two of them for as long as it likes, and each has the limit for itself. Its
-//! messages are told apart by the five bytes before each: whether it is compressed, and its length.
+//! A stream of gRPC messages may be silent between two of them for as long as it likes, and each has the limit for
+//! itself. Its messages are told apart by the five bytes before each: whether it is compressed, and its length.
 
 use std::{
     error::Error,
@@ -260,8 +261,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_body_comes_in_time_or_is_late() {
-        // Would break: whoever sends a byte now and then holds a call, and its place, for ever; or an upload is cut off that
-        // comes in time.
+        // Would break: whoever sends a byte now and then holds a call, and its place, for ever; or an upload is cut off
+        // that comes in time.
         let bytewise = |bytes| slow(SHORT, vec![Some(&b"a"[..]); bytes]);
         assert_eq!(read(bytewise(3), Unit::Body { bytes: 0 }, LONG).await, Ok(3));
         let came = read(bytewise(1000), Unit::Body { bytes: 0 }, 5 * SHORT).await.unwrap_err();
@@ -295,8 +296,8 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_announced_counts_before_it_comes() {
-        // Would break: heads of five bytes, each of which makes its reader take 64 MiB, fill all memory; or who is crowded out
-        // by others waits on.
+        // Would break: heads of five bytes, each of which makes its reader take 64 MiB, fill all memory; or who is
+        // crowded out by others waits on.
         const MIB: usize = 1 << 20;
         let receiving = Receiving::new(3 * MIB);
         let large = slow(Duration::ZERO, vec![Some(b"\0\0\x20\0\0"), None]);

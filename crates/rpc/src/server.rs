@@ -81,10 +81,11 @@ pub struct ServerConfig {
     pub handshake_timeout: Duration,
     /// How long a connection may be without a call before it is told to leave. Clients connect again when they call.
     pub idle_timeout: Duration,
-    /// How long a peer may take for a request, or for one message of a stream, from its first byte to its last; and how long
-    /// it may take nothing of an answer.
+    /// How long a peer may take for a request, or for one message of a stream, from its first byte to its last; and how
+    /// long it may take nothing of an answer.
     pub stall_timeout: Duration,
-    /// Memory of all requests that are being received, as far as they are large. The largest of them ends when it is exceeded.
+    /// Memory of all requests that are being received, as far as they are large. The largest of them ends when it is
+    /// exceeded.
     pub receiving_bytes_max: usize,
     /// How often a silent connection is pinged, to find peers that are gone without a word.
     pub keepalive_interval: Duration,

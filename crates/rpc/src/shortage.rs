@@ -87,8 +87,8 @@ mod tests {
 
     #[test]
     fn a_shortage_begins_once_and_ends_once() {
-        // Would break: ten thousand connections write ten thousand lines into the log, or a shortage that goes on is told as
-        // many short ones.
+        // Would break: ten thousand connections write ten thousand lines into the log, or a shortage that goes on is
+        // told as many short ones.
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
         let mut shortage = Shortage::default();

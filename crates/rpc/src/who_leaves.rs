@@ -46,9 +46,9 @@ pub(crate) enum Room {
     Later,
 }
 
-/// What becomes of a `newcomer` when `staying` have all places. Somebody [without a call](idlest) leaves for it, up to `more`
-/// of them. If all have calls, an origin that has more than half of the places gives one to another: of those it has had for
-/// the longest time.
+/// What becomes of a `newcomer` when `staying` have all places. Somebody [without a call](idlest) leaves for it, up to
+/// `more` of them. If all have calls, an origin that has more than half of the places gives one to another: of those it
+/// has had for the longest time.
 pub(crate) fn room(staying: &[Staying], newcomer: Origin, more: usize) -> Room {
     let idlest = idlest(staying, more);
     if !idlest.is_empty() {
@@ -62,9 +62,10 @@ pub(crate) fn room(staying: &[Staying], newcomer: Origin, more: usize) -> Room {
     }
 }
 
-/// The connections that can be spared most, `count_max` of them: of the origin that has most connections without a call, those
-/// that have been so for the longest time, and no more than half of what it has. A flood of connections from one machine so
-/// makes room for itself, and not at the cost of one that has just come to ask something. None if all have calls.
+/// The connections that can be spared most, `count_max` of them: of the origin that has most connections without a
+/// call, those that have been so for the longest time, and no more than half of what it has. A flood of connections
+/// from one machine so makes room for itself, and not at the cost of one that has just come to ask something. None if
+/// all have calls.
 pub(crate) fn idlest(staying: &[Staying], count_max: usize) -> Vec<usize> {
     let quiet = count(staying, |staying| !staying.is_busy);
     let Some(most) = quiet.values().copied().max() else { return Vec::new() };
@@ -130,7 +131,8 @@ mod tests {
 
     #[test]
     fn who_has_most_silent_ones_makes_room_for_others() {
-        // Would break: a machine that connects again and again has others closed that have just come, before they could ask.
+        // Would break: a machine that connects again and again has others closed that have just come, before they could
+        // ask.
         let (flood, a, b) = ("10.0.0.1", "10.0.0.2", "10.0.0.3");
         assert_eq!(
             room_for(&[(a, false, 1), (flood, false, 7), (flood, false, 5), (b, false, 3)], b),

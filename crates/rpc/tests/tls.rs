@@ -306,8 +306,8 @@ async fn secured(client: &TlsConnector, address: SocketAddr) -> TlsStream<TcpStr
 
 #[tokio::test]
 async fn http_by_tls_speaks_both_versions_and_follows_its_certificate() {
-    // Would break: a browser, curl or a proxy cannot agree on a version of HTTP, a renewed certificate needs a restart, or who
-    // forgot the s of https sees a connection that ends without a word.
+    // Would break: a browser, curl or a proxy cannot agree on a version of HTTP, a renewed certificate needs a restart,
+    // or who forgot the s of https sees a connection that ends without a word.
     let dir = tempfile::tempdir().unwrap();
     certificates(dir.path());
     let tls = ServerTls { client_authorities: None, ..server(dir.path()) };

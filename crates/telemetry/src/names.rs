@@ -9,7 +9,8 @@
 
 use ::metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 
-/// Label: by which door a request came: `grpc`, `openai`, `open_inference`, or `process` of requests of the node's own process.
+/// Label: by which door a request came: `grpc`, `openai`, `open_inference`, or `process` of requests of the node's own
+/// process.
 pub const DOOR: &str = "door";
 /// Label: the gRPC method, as `Generate`; of the door for OpenAI's clients the endpoint, as `completions`.
 pub const METHOD: &str = "method";

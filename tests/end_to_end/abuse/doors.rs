@@ -1,5 +1,5 @@
-//! A `sida up` with both doors, and honest clients of each: they ask again as soon as they are answered, mostly on a connection
-//! that they keep, and now and then on a new one.
+//! A `sida up` with both doors, and honest clients of each: they ask again as soon as they are answered, mostly on a
+//! connection that they keep, and now and then on a new one.
 
 use std::{
     io,

@@ -2,8 +2,8 @@
 //! honest are all answered, offenders are ended, and descriptors and memory stay within bounds.
 //!
 //! What CI runs is short: tens of offenders, limits set low. The long form has the limits that users have, 10,000 idle
-//! connections and 1,000 silent ones, and holds the honest clients' p99 under abuse against twice what it was before. It wants
-//! a machine of its own:
+//! connections and 1,000 silent ones, and holds the honest clients' p99 under abuse against twice what it was before.
+//! It wants a machine of its own:
 //!
 //! ```text
 //! SIDA_LONG_TESTS=1 cargo test --release -p sida-cli --features etcd --test end_to_end -- abuse --nocapture
@@ -217,8 +217,8 @@ async fn honest_clients_are_answered_and_offenders_are_ended() {
     assert!(doors.process.terminate().success());
 }
 
-/// Threads of the offenders. They mostly give way to the server and to its honest clients: other machines would not take their
-/// processors.
+/// Threads of the offenders. They mostly give way to the server and to its honest clients: other machines would not
+/// take their processors.
 fn offenders_runtime() -> Runtime {
     const LATER: i32 = 10;
     let mut builder = runtime::Builder::new_multi_thread();

@@ -122,8 +122,8 @@ pub(crate) async fn slow_reader(to: SocketAddr, door: Door) -> Ended {
     ended(until(&mut stream, ends(1)).await)
 }
 
-/// The same by HTTP/1.1, for more than any buffer holds. It reads at last, to see whether it was given up: then nothing more
-/// comes than had been sent.
+/// The same by HTTP/1.1, for more than any buffer holds. It reads at last, to see whether it was given up: then nothing
+/// more comes than had been sent.
 pub(super) async fn slow_reader_of_http1(to: SocketAddr, stall_timeout: Duration) -> Ended {
     let (mut reader, mut writer) = connect(to).await?.into_split();
     let asking = tokio::spawn(async move {

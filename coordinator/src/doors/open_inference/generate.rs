@@ -1,5 +1,5 @@
-//! The same in fewer words, as Triton's `generate` and `generate_stream` have it: one text as a field of a JSON object, its parameters
-//! beside it or in `parameters`, and the outputs as fields of the answer.
+//! The same in fewer words, as Triton's `generate` and `generate_stream` have it: one text as a field of a JSON object,
+//! its parameters beside it or in `parameters`, and the outputs as fields of the answer.
 
 use std::{sync::Arc, time::Duration};
 

@@ -1,4 +1,5 @@
-//! The JSON body of a request: of the right type, within a limit of bytes, and UTF-8. The limit of time is the connection's.
+//! The JSON body of a request: of the right type, within a limit of bytes, and UTF-8. The limit of time is the
+//! connection's.
 
 use axum::{
     body::Body,

@@ -1,5 +1,5 @@
-//! Which web pages may ask this door from a browser. A browser asks for that first (CORS), without a key; what the page itself
-//! asks needs the key that everybody needs.
+//! Which web pages may ask this door from a browser. A browser asks for that first (CORS), without a key; what the page
+//! itself asks needs the key that everybody needs.
 
 use std::time::Duration;
 

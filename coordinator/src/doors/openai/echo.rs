@@ -1,5 +1,5 @@
-//! Prompts as they stand before their answers: their texts, and how likely each of their tokens was where that is asked for.
-//! Those who compare models ask for nothing else, with `max_tokens` of 0 or 1.
+//! Prompts as they stand before their answers: their texts, and how likely each of their tokens was where that is asked
+//! for. Those who compare models ask for nothing else, with `max_tokens` of 0 or 1.
 
 use std::sync::Arc;
 

@@ -1,5 +1,5 @@
-//! An answer as it comes: server-sent events, `data: {...}` each, and OpenAI's `data: [DONE]` at the end. An error ends them in its
-//! place, since the head has gone out already.
+//! An answer as it comes: server-sent events, `data: {...}` each, and OpenAI's `data: [DONE]` at the end. An error ends
+//! them in its place, since the head has gone out already.
 
 use std::{convert::Infallible, time::Duration};
 

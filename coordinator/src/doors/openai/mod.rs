@@ -1,12 +1,12 @@
 //! The OpenAI-compatible door: HTTP on a port of its own, for applications that speak to OpenAI's API already. What each
 //! endpoint takes, refuses and adds is in docs/openai.md, and for programs in `openapi.json`.
 //!
-//! In reading order: `error` (how a refusal looks), `call` (what every request gets: a deadline, an end, a count), `fields`
-//! and `body` (how a request's JSON is read), `door` (what the endpoints share), `routes` (who answers which path), `cors`
-//! (which web pages may ask). Generation: `sampling` (how an answer is to be made), `response_format` (what it follows),
-//! `generation` (several sequences as one answer), `usage` (what it took), `log_probabilities`, `echo` (prompts before their
-//! answers), `events` (answers as they come), `completions`, `chat_messages`, `chat_completions`. The others: `embeddings`,
-//! `models`, `tokens`, `about`.
+//! In reading order: `error` (how a refusal looks), `call` (what every request gets: a deadline, an end, a count),
+//! `fields` and `body` (how a request's JSON is read), `door` (what the endpoints share), `routes` (who answers which
+//! path), `cors` (which web pages may ask). Generation: `sampling` (how an answer is to be made), `response_format`
+//! (what it follows), `generation` (several sequences as one answer), `usage` (what it took), `log_probabilities`,
+//! `echo` (prompts before their answers), `events` (answers as they come), `completions`, `chat_messages`,
+//! `chat_completions`. The others: `embeddings`, `models`, `tokens`, `about`.
 
 mod about;
 pub(crate) mod body;

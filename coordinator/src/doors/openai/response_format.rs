@@ -1,4 +1,5 @@
-//! The field `response_format`: that an answer is JSON, or JSON of a schema. Other servers' fields for the same are not known.
+//! The field `response_format`: that an answer is JSON, or JSON of a schema. Other servers' fields for the same are not
+//! known.
 
 use serde_json::{Value, json};
 
@@ -27,7 +28,8 @@ fn schema(format: &mut Fields) -> Result<Value, ApiError> {
     const WITHIN: &str = "response_format.json_schema";
     let value = format.value("json_schema").ok_or_else(|| ApiError::missing(WITHIN, "an object"))?;
     let mut named = Fields::of(value, WITHIN)?;
-    // A name and a description tell the model of OpenAI what the schema is for; strict or not, it is followed to the letter.
+    // A name and a description tell the model of OpenAI what the schema is for; strict or not, it is followed to the
+    // letter.
     named.text("name")?;
     named.text("description")?;
     named.flag("strict")?;

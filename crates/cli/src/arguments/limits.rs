@@ -13,8 +13,8 @@ pub(crate) struct LimitArguments {
     /// Tokens of one batch at most
     #[arg(long, value_name = "N", default_value_t = 8192)]
     batch_tokens_max: usize,
-    /// Tokens of prompts that one step computes at most, where others are decoding: fewer keep their pace, more begin answers
-    /// sooner
+    /// Tokens of prompts that one step computes at most, where others are decoding: fewer keep their pace, more begin
+    /// answers sooner
     #[arg(long, value_name = "N", default_value_t = 512)]
     prefill_tokens_max: usize,
     /// Sequences that are generated at the same time at most

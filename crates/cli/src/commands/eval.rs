@@ -1,5 +1,5 @@
-//! `sida eval`: what a model, its predictor and labelled data give in every routing mode, in figures that the paper has, too.
-//! Everything is asked as users ask it, of a cluster in this process.
+//! `sida eval`: what a model, its predictor and labelled data give in every routing mode, in figures that the paper
+//! has, too. Everything is asked as users ask it, of a cluster in this process.
 //!
 //! In reading order. What is asked: [`template`], [`record`], [`data_file`], [`span_corruption`], [`task`]. How: [`modes`],
 //! [`ask`]. What comes of it: [`answered`], [`moe_layers`], [`quality`], [`hit_rates`], [`memory`], [`lengths`],
@@ -69,7 +69,8 @@ pub(crate) struct EvalArguments {
     /// Sizes of batches whose resident experts are told
     #[arg(long, value_name = "SIZES", value_delimiter = ',', default_value = "1,8,32")]
     batches: Vec<usize>,
-    /// Measure throughput and waiting with these budgets, as 100%,25%; all else is told of the first [default: --expert-memory]
+    /// Measure throughput and waiting with these budgets, as 100%,25%; all else is told of the first [default:
+    /// --expert-memory]
     #[arg(long, value_name = "SIZES", value_delimiter = ',')]
     budgets: Vec<ExpertMemory>,
     /// Examples that are asked at a time; answers do not depend on it

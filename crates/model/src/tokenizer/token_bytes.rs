@@ -1,6 +1,6 @@
-//! The bytes that each token adds to a text: what decides by text which tokens may be next needs them, and a tokenizer has
-//! them only by the way it decodes. Two ways are known, which nearly all models have: bytes written as characters (GPT-2's),
-//! and pieces of text with a mark for a blank (SentencePiece's), some of whose tokens are bytes.
+//! The bytes that each token adds to a text: what decides by text which tokens may be next needs them, and a tokenizer
+//! has them only by the way it decodes. Two ways are known, which nearly all models have: bytes written as characters
+//! (GPT-2's), and pieces of text with a mark for a blank (SentencePiece's), some of whose tokens are bytes.
 
 use std::{char, collections::HashMap};
 
@@ -21,8 +21,8 @@ enum Spelling {
 }
 
 impl Tokenizer {
-    /// The bytes of each of `vocab_size` tokens, none of those that have no text of their own and of special ones. `None`: the
-    /// tokenizer decodes in a way that is not known here, or cannot spell JSON.
+    /// The bytes of each of `vocab_size` tokens, none of those that have no text of their own and of special ones.
+    /// `None`: the tokenizer decodes in a way that is not known here, or cannot spell JSON.
     pub fn token_bytes(&self, vocab_size: usize) -> Option<Vec<Vec<u8>>> {
         let spelling = spelling(&serde_json::to_value(self.inner.get_decoder()?).ok()?)?;
         let added = self.inner.get_added_tokens_decoder();

@@ -71,8 +71,8 @@ impl HttpClient {
         Ok(Self { client: client.build(connector), base, key, authorization })
     }
 
-    /// The answer to a GET or, with a body of JSON, a POST, which is of use until a deadline; an answer that tells an error is
-    /// one.
+    /// The answer to a GET or, with a body of JSON, a POST, which is of use until a deadline; an answer that tells an
+    /// error is one.
     pub(crate) async fn send(
         &self,
         path: &str,

@@ -1,5 +1,5 @@
-//! What came back for one example: how likely its texts were, which experts they used, and which the hash tables named. Made
-//! of an answer of the coordinator; all figures are made of these.
+//! What came back for one example: how likely its texts were, which experts they used, and which the hash tables named.
+//! Made of an answer of the coordinator; all figures are made of these.
 
 use std::time::Duration;
 

@@ -42,8 +42,8 @@ pub(crate) struct MemoryRow {
     pub(crate) planned_over_needed: f64,
 }
 
-/// For each group of layers, size of a batch and depth of a plan. A batch that would not be full is left out, and so is a size
-/// that no batch reaches.
+/// For each group of layers, size of a batch and depth of a plan. A batch that would not be full is left out, and so is
+/// a size that no batch reaches.
 pub(crate) fn of(answers: &[Answered], layers: &MoeLayers, batches: &[usize]) -> Vec<MemoryRow> {
     let depth_max = answers.iter().flat_map(|answer| &answer.layers).flat_map(|layer| &layer.named);
     let depth_max = depth_max.map(|&(_, place)| place + 1).max().unwrap_or(0);

@@ -1,5 +1,5 @@
-//! An evaluation as one page of HTML: tables and charts, without script and without anything from elsewhere. Written by `eval`
-//! with `--report`.
+//! An evaluation as one page of HTML: tables and charts, without script and without anything from elsewhere. Written by
+//! `eval` with `--report`.
 
 use std::{
     fs,

@@ -54,7 +54,8 @@ impl Place {
 }
 
 impl Record {
-    /// The examples of an object: one, or one for each item of the lists that `paths` lead through, in the order of the file.
+    /// The examples of an object: one, or one for each item of the lists that `paths` lead through, in the order of the
+    /// file.
     pub(crate) fn expand(
         place: Place,
         object: Map<String, Value>,

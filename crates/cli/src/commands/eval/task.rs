@@ -278,8 +278,8 @@ mod tests {
 
     #[test]
     fn the_papers_tasks_are_known_by_name() {
-        // Would break: a data set as it is published needs work before it can be asked, or is asked otherwise than the model
-        // was trained.
+        // Would break: a data set as it is published needs work before it can be asked, or is asked otherwise than the
+        // model was trained.
         let sst2 = examples("sentence\tlabel\na fine film . \t1\ndull\t0\n", &["--task", "sst2"]);
         let sentiment = |right| choice(["negative", "positive"], right);
         let expected = [("sst2 sentence: a fine film .", sentiment(1)), ("sst2 sentence: dull", sentiment(0))];
