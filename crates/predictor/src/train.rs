@@ -140,9 +140,15 @@ pub fn calibrate(from: &Path, held_out: &Recording, to: &Path) -> Result<Vec<Hit
     let tensors = file.into_tensors();
     metadata.calibration =
         measure::uncalibrated(held_out.shape.encoder_layers.start..held_out.shape.decoder_layers.end);
-    // What is measured is what will be served: the file, opened as any other.
-    tensors.write(&metadata, to)?;
-    let predictor = crate::open_shape(to, held_out.shape.clone(), held_out.model)?;
+    // What is measured is what will be served: a file, opened as any other. Until it is measured the one that may be
+    // there stays.
+    let name = to.file_name().unwrap_or_default().to_string_lossy();
+    let unmeasured = to.with_file_name(format!(".{name}.{}.unmeasured", std::process::id()));
+    tensors.write(&metadata, &unmeasured)?;
+    let predictor = crate::open_shape(&unmeasured, held_out.shape.clone(), held_out.model);
+    let removed = std::fs::remove_file(&unmeasured);
+    removed.map_err(|source| PredictorError::Write { path: unmeasured, source })?;
+    let predictor = predictor?;
     metadata.hit_rates = measure::hit_rates(&*predictor, held_out)?;
     metadata.calibration = measure::calibration(&*predictor, held_out)?;
     tensors.write(&metadata, to)?;

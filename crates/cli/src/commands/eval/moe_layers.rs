@@ -18,7 +18,7 @@ pub(crate) struct Group {
 pub(crate) enum GroupName {
     Encoder,
     Decoder,
-    /// Both.
+    /// Those of the encoder and of the decoder.
     All,
 }
 
