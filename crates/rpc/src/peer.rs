@@ -17,10 +17,14 @@ use crate::{
     who_leaves::{Origin, Staying},
 };
 
+/// How long a client may take from connecting to its first call: handshakes over a long way.
+const FRESH_FOR: Duration = Duration::from_secs(2);
+
 /// A connection from when it was accepted.
 #[derive(Debug)]
 pub(crate) struct Peer {
     origin: Origin,
+    came: Instant,
     calls: watch::Sender<Calls>,
     /// Cancelled when this connection has to go: its server ends, or another needs its place.
     pub(crate) leave: CancellationToken,
@@ -54,6 +58,7 @@ impl Peer {
         let now = Instant::now();
         Self {
             origin,
+            came: now,
             calls: watch::Sender::new(Calls { open: 0, last: now }),
             leave: CancellationToken::new(),
             displaced: CancellationToken::new(),
@@ -66,7 +71,8 @@ impl Peer {
     /// As [`crate::who_leaves`] looks at it.
     pub(crate) fn seen(&self) -> Staying {
         let Calls { open, last } = *self.calls.borrow();
-        Staying { origin: self.origin, is_busy: open > 0, last }
+        let is_fresh = open == 0 && last == self.came && self.came.elapsed() < FRESH_FOR;
+        Staying { origin: self.origin, is_busy: open > 0, is_fresh, last }
     }
 
     /// Has to leave, since another needs its place.

@@ -31,6 +31,8 @@ pub(crate) struct Staying {
     pub(crate) origin: Origin,
     /// Whether a call is open.
     pub(crate) is_busy: bool,
+    /// Whether it has only just come and had no time for its first call.
+    pub(crate) is_fresh: bool,
     /// When its last call ended, or it came.
     pub(crate) last: Instant,
 }
@@ -48,16 +50,19 @@ pub(crate) enum Room {
 
 /// What becomes of a `newcomer` when `staying` have all places. Somebody [without a call](idlest) leaves for it, up to
 /// `more` of them. If all have calls, an origin that has more than half of the places gives one to another: of those it
-/// has had for the longest time.
+/// has had for the longest time. While there is such an origin, nobody else who has only just come has to leave.
 pub(crate) fn room(staying: &[Staying], newcomer: Origin, more: usize) -> Room {
-    let idlest = idlest(staying, more);
+    // No more than one can have more than half.
+    let places = count(staying, |_| true);
+    let greedy = places.into_iter().find_map(|(origin, places)| (places * 2 > staying.len()).then_some(origin));
+    let is_spared = |staying: &Staying| staying.is_fresh && greedy.is_some_and(|greedy| staying.origin != greedy);
+    let idlest = quietest(staying, more, |staying| !staying.is_busy && !is_spared(staying));
     if !idlest.is_empty() {
         return Room::Of(idlest);
     }
-    // No more than one can have more than half.
-    match count(staying, |_| true).into_iter().find(|(_, places)| *places * 2 > staying.len()) {
-        Some((greedy, _)) if greedy == newcomer => Room::None,
-        Some((greedy, _)) => Room::Of(longest(staying, 1, |staying| staying.origin == greedy)),
+    match greedy {
+        Some(greedy) if greedy == newcomer => Room::None,
+        Some(greedy) => Room::Of(longest(staying, 1, |staying| staying.origin == greedy)),
         None => Room::Later,
     }
 }
@@ -67,10 +72,15 @@ pub(crate) fn room(staying: &[Staying], newcomer: Origin, more: usize) -> Room {
 /// from one machine so makes room for itself, and not at the cost of one that has just come to ask something. None if
 /// all have calls.
 pub(crate) fn idlest(staying: &[Staying], count_max: usize) -> Vec<usize> {
-    let quiet = count(staying, |staying| !staying.is_busy);
-    let Some(most) = quiet.values().copied().max() else { return Vec::new() };
+    quietest(staying, count_max, |staying| !staying.is_busy)
+}
+
+/// As [`idlest`], of those that are `quiet`.
+fn quietest(staying: &[Staying], count_max: usize, quiet: impl Fn(&Staying) -> bool) -> Vec<usize> {
+    let counts = count(staying, &quiet);
+    let Some(most) = counts.values().copied().max() else { return Vec::new() };
     let count_max = count_max.min(most / 2).max(1);
-    longest(staying, count_max, |staying| !staying.is_busy && quiet.get(&staying.origin) == Some(&most))
+    longest(staying, count_max, |staying| quiet(staying) && counts.get(&staying.origin) == Some(&most))
 }
 
 /// How many there are of each origin that are `counted`.
@@ -110,6 +120,7 @@ mod tests {
         let staying = staying.iter().map(|&(from, is_busy, second)| Staying {
             origin: origin(from),
             is_busy,
+            is_fresh: false,
             last: start + Duration::from_secs(second),
         });
         room(&staying.collect::<Vec<_>>(), origin(newcomer), more)
@@ -165,6 +176,22 @@ mod tests {
         assert_eq!(room_for(&[busy(a), busy(a), busy(a)], a), Room::None, "nobody waits behind the greedy one's own");
         assert_eq!(room_for(&[busy(a), busy(a), busy(b), busy(b)], c), Room::Later, "half is no more than half");
         assert_eq!(room_for(&[busy(a), busy(b), busy(c)], c), Room::Later);
+    }
+
+    #[test]
+    fn who_has_just_come_to_ask_is_not_the_greedy_ones_room() {
+        // Would break: a machine that holds calls on nearly all connections has every other closed that comes, before its
+        // first call can arrive.
+        let (flood, a) = (origin("10.0.0.1"), origin("10.0.0.2"));
+        let last = Instant::now();
+        let staying = |origin, is_busy, is_fresh| Staying { origin, is_busy, is_fresh, last };
+        let held = staying(flood, true, false);
+        assert_eq!(room(&[held, held, staying(a, false, true)], flood, 1), Room::None);
+        assert_eq!(room(&[held, held, staying(a, false, true)], a, 1), Room::Of(vec![0]), "the greedy one's place");
+        assert_eq!(room(&[held, held, staying(a, false, false)], flood, 1), Room::Of(vec![2]), "it had its time");
+        let own = staying(flood, false, true);
+        assert_eq!(room(&[held, own, staying(a, false, true)], flood, 1), Room::Of(vec![1]));
+        assert_eq!(room(&[staying(a, false, true), own], a, 1), Room::Of(vec![0]), "nobody is greedy");
     }
 
     #[test]
