@@ -15,7 +15,7 @@ use super::{
 use crate::Precision;
 
 /// In the order in which they build on each other.
-const SOURCES: [(&str, &str); 11] = [
+const SOURCES: [(&str, &str); 12] = [
     ("numbers.cu", include_str!("kernels/numbers.cu")),
     ("rows.cu", include_str!("kernels/rows.cu")),
     ("product.cu", include_str!("kernels/product.cu")),
@@ -24,6 +24,7 @@ const SOURCES: [(&str, &str); 11] = [
     ("product_packed.cu", include_str!("kernels/product_packed.cu")),
     ("routing.cu", include_str!("kernels/routing.cu")),
     ("attention.cu", include_str!("kernels/attention.cu")),
+    ("heads.cu", include_str!("kernels/heads.cu")),
     ("attention_scalar.cu", include_str!("kernels/attention_scalar.cu")),
     ("attention_tensor.cu", include_str!("kernels/attention_tensor.cu")),
     ("mean.cu", include_str!("kernels/mean.cu")),
@@ -45,9 +46,12 @@ pub(super) struct Kernel {
 pub(super) struct ProductKernels {
     pub(super) store: Kernel,
     pub(super) relu: Kernel,
+    pub(super) gate: Kernel,
     pub(super) add: Kernel,
     pub(super) logits: Kernel,
     pub(super) experts: ExpertKernels,
+    /// In place of `gather` where experts are gated.
+    pub(super) gather_gate: Kernel,
     /// For bf16 only.
     pub(super) packed_experts: Option<ExpertKernels>,
     pub(super) threads: u32,
@@ -55,11 +59,12 @@ pub(super) struct ProductKernels {
     pub(super) tile: (usize, usize),
 }
 
-/// Both products of experts.
+/// Both products of experts, and the two ways back.
 #[derive(Debug)]
 pub(super) struct ExpertKernels {
     pub(super) gather: Kernel,
     pub(super) scatter: Kernel,
+    pub(super) each: Kernel,
 }
 
 /// Everything that runs on the device.
@@ -70,6 +75,8 @@ pub(super) struct Kernels {
     pub(super) add_rows: Kernel,
     pub(super) fetch_rows: Kernel,
     pub(super) take_rows: Kernel,
+    pub(super) combine_rows: Kernel,
+    pub(super) add_share: Kernel,
     pub(super) best: Kernel,
     pub(super) mean: Kernel,
     pub(super) router_logits: Kernel,
@@ -81,7 +88,7 @@ pub(super) struct Kernels {
     pub(super) attend_input: Kernel,
     /// Queries of a block of the three above.
     pub(super) queries: usize,
-    pub(super) write_cache: Kernel,
+    pub(super) place_heads: Kernel,
     pub(super) few: ProductKernels,
     /// For bf16 only: with float32 `few` multiplies any number of rows.
     pub(super) many: Option<ProductKernels>,
@@ -111,6 +118,8 @@ impl Kernels {
             add_rows: function("add_rows")?,
             fetch_rows: function("fetch_rows")?,
             take_rows: function("take_rows")?,
+            combine_rows: function("combine_rows")?,
+            add_share: function("add_share")?,
             best: function("best_tokens")?,
             mean: function("mean_rows")?,
             router_logits: function("router_logits")?,
@@ -121,7 +130,7 @@ impl Kernels {
             attend_cache: function("attend_cache")?,
             attend_input: function("attend_input")?,
             queries: if is_bf16 { 64 } else { 8 },
-            write_cache: function("write_cache")?,
+            place_heads: function("place_heads")?,
             few: ProductKernels::load(&module, "few", is_bf16, 128, (16, if is_bf16 { 32 } else { 8 }), 0)?,
             many: is_bf16
                 .then(|| ProductKernels::load(&module, "many", true, 256, (64, 64), MANY_SHARED_BYTES))
@@ -131,6 +140,11 @@ impl Kernels {
 }
 
 impl ProductKernels {
+    /// Outputs of a block of a gated product: it multiplies two rows for each.
+    pub(super) fn gated_outputs(&self) -> usize {
+        self.tile.0 / 2
+    }
+
     fn load(
         module: &Arc<CudaModule>,
         name: &str,
@@ -142,14 +156,17 @@ impl ProductKernels {
         let of = |name: &str, kind: &str| load(module, &format!("{name}_{kind}"), shared_bytes);
         let kind = |kind: &str| of(name, kind);
         let experts = |name: &str| {
-            Ok::<_, CudaError>(ExpertKernels { gather: of(name, "gather")?, scatter: of(name, "scatter")? })
+            let (gather, scatter, each) = (of(name, "gather")?, of(name, "scatter")?, of(name, "each")?);
+            Ok::<_, CudaError>(ExpertKernels { gather, scatter, each })
         };
         Ok(Self {
             store: kind("store")?,
             relu: kind("relu")?,
+            gate: kind("gate")?,
             add: kind("add")?,
             logits: kind("logits")?,
             experts: experts(name)?,
+            gather_gate: kind("gather_gate")?,
             packed_experts: is_bf16.then(|| experts(&format!("{name}_packed"))).transpose()?,
             threads,
             tile,

@@ -42,10 +42,10 @@ template <int KEYS> __device__ __forceinline__ void attend(const Attention &a) {
     }
     const float *bias = a.bias + head * (2 * a.reach + 1) + a.reach;
     float most[2] = {-INFINITY, -INFINITY}, total[2] = {}, sums[D_KV / 8][4] = {};
-    for (int row = 0; row < seen.end; row += 32) {
+    for (int row = seen.begin; row < seen.end; row += 32) {
         __syncthreads();
         load_rows(seen.keys, seen.stride, row, seen.end, ks);
-        load_rows(seen.keys + a.inner, seen.stride, row, seen.end, vs);
+        load_rows(seen.keys + a.kv_inner, seen.stride, row, seen.end, vs);
         __syncthreads();
         float scores[4][4] = {};
         float now[2] = {most[0], most[1]};
@@ -58,7 +58,7 @@ template <int KEYS> __device__ __forceinline__ void attend(const Attention &a) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 int key = row + n * 8 + t * 2 + i % 2, position = s.position + query + i / 2 * 8;
-                scores[n][i] = biased<KEYS>(scores[n][i], bias, a.reach, key, position, seen.end);
+                scores[n][i] = biased<KEYS>(scores[n][i], a, bias, key, position, seen.end);
                 now[i / 2] = fmaxf(now[i / 2], scores[n][i]);
             }
         }

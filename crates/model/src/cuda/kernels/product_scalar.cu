@@ -1,10 +1,11 @@
 // Products in float32 arithmetic without tensor cores: all of a float32 model, and the routers of any.
-// A block is 4 warps; a warp makes 4 outputs of 8 rows, its lanes share k. k is a multiple of 128, outputs of 4.
+// A block is 4 warps; a warp makes 4 outputs of 8 rows, or 2 gated ones; its lanes share k. k is a multiple of 128, outputs of 4.
 
 template <int KIND, typename X, typename W> __device__ __forceinline__ void scalar(const Product &a) {
     Rows<KIND> rows;
     if (!rows.template find<W>(a, 8)) return;
-    int lane = threadIdx.x % 32, o = blockIdx.x * 16 + threadIdx.x / 32 * 4;
+    const bool IS_GATED = Rows<KIND>::IS_GATED;
+    int lane = threadIdx.x % 32, o = (blockIdx.x * 16 + threadIdx.x / 32 * 4) / (IS_GATED ? 2 : 1);
     if (o >= a.outputs) return;
     const W *w = static_cast<const W *>(rows.w) + u64(o) * a.k + lane * 4;
     const X *x[8];
@@ -12,7 +13,7 @@ template <int KIND, typename X, typename W> __device__ __forceinline__ void scal
     float sums[4][8] = {};
     for (int k = 0; k < a.k; k += 128) {
         float4 ws[4];
-        for (int j = 0; j < 4; ++j) ws[j] = wide4(w + u64(j) * a.k + k);
+        for (int j = 0; j < 4; ++j) ws[j] = wide4(w + u64(IS_GATED && j > 1 ? a.outputs + j - 2 : j) * a.k + k);
         for (int r = 0; r < 8; ++r) {
             float4 v = wide4(x[r] + k);
             for (int j = 0; j < 4; ++j)
@@ -27,7 +28,8 @@ template <int KIND, typename X, typename W> __device__ __forceinline__ void scal
     }
     if (lane >= min(rows.count, 8)) return;
     int row = rows.output(a, lane);
-    rows.put(a, row, o, own, rows.before(a, row, o));
+    if (IS_GATED) rows.put_gated(a, row, o, make_float2(gated(own.x, own.z), gated(own.y, own.w)));
+    else rows.put(a, row, o, own, rows.before(a, row, o));
 }
 
 #if BF16
