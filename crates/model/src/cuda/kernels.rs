@@ -33,6 +33,9 @@ const SOURCES: [(&str, &str); 12] = [
 /// What a block of `many` is given: what product_tensor.cu cuts into stages.
 const MANY_SHARED_BYTES: u32 = 96 << 10;
 
+/// `KEY_STAGES` of attention_tensor.cu.
+const KEY_STAGES: usize = 4;
+
 /// A kernel that is loaded.
 #[derive(Debug)]
 pub(super) struct Kernel {
@@ -98,6 +101,7 @@ impl Kernels {
     /// Compiles them; takes a few seconds.
     pub(super) fn compile(gpu: &Gpu, precision: Precision, d_kv: usize) -> Result<Self, CudaError> {
         let (major, minor) = gpu.description().capability;
+        let attention_bytes = (KEY_STAGES * 2 * 32 * (d_kv + 8) * precision.size()) as u32;
         let options = [
             format!("--gpu-architecture=sm_{major}{minor}"),
             "--std=c++17".to_owned(),
@@ -105,6 +109,7 @@ impl Kernels {
             format!("-DD_KV={d_kv}"),
             format!("-DMULTIPROCESSORS={}", gpu.description().multiprocessors),
             format!("-DMANY_SHARED_BYTES={MANY_SHARED_BYTES}"),
+            format!("-DATTENTION_SHARED_BYTES={attention_bytes}"),
             "-DINFINITY=__int_as_float(0x7f800000)".to_owned(),
         ];
         let sources: Vec<String> = SOURCES.iter().map(|(name, text)| format!("#line 1 \"{name}\"\n{text}")).collect();
@@ -112,6 +117,7 @@ impl Kernels {
         let module = gpu.context().load_module(Ptx::from_binary(cubin)).map_err(failed("cuModuleLoadData"))?;
         let function = |name: &str| load(&module, name, 0);
         let is_bf16 = precision == Precision::Bf16;
+        let attend = |name: &str| load(&module, name, if is_bf16 { attention_bytes } else { 0 });
         Ok(Self {
             embed: function("embed_rows")?,
             norm: function("rms_norm")?,
@@ -126,9 +132,9 @@ impl Kernels {
             choose_experts: function("choose_experts")?,
             group_rows: function("group_rows")?,
             choose_and_group: function("choose_and_group")?,
-            attend_own_rows: function("attend_own_rows")?,
-            attend_cache: function("attend_cache")?,
-            attend_input: function("attend_input")?,
+            attend_own_rows: attend("attend_own_rows")?,
+            attend_cache: attend("attend_cache")?,
+            attend_input: attend("attend_input")?,
             queries: if is_bf16 { 64 } else { 8 },
             place_heads: function("place_heads")?,
             few: ProductKernels::load(&module, "few", is_bf16, 128, (16, if is_bf16 { 32 } else { 8 }), 0)?,

@@ -28,6 +28,9 @@ use crate::{
 /// Up to so many rows one block chooses and groups; with more, choosing is spread over the device.
 const FUSED_ROUTE_ROWS_MAX: usize = 256;
 
+/// `HEAD_WARPS` of heads.cu.
+const HEADS_AT_ONCE: usize = 8;
+
 /// What every pass of a model works with.
 #[derive(Clone, Copy)]
 pub(super) struct Machine<'m> {
@@ -185,7 +188,8 @@ impl<'m> Pass<'m> {
             pass: self.guard,
         };
         let count = if rows.is_some() { self.shape.wanted } else { self.shape.rows };
-        self.machine.launch(&kernels.norm, (count, 1, 1), 128, &arguments)
+        let threads = (config.d_model / 4).min(1024) as u32;
+        self.machine.launch(&kernels.norm, (count, 1, 1), threads, &arguments)
     }
 
     fn router_logits(&self, router: &Matrix) -> Result<(), CudaError> {
@@ -202,7 +206,7 @@ impl<'m> Pass<'m> {
             pass: self.guard,
             ..Product::default()
         };
-        self.machine.launch(&kernels.router_logits, (router.outputs.div_ceil(16), rows.div_ceil(8), 1), 128, &logits)
+        self.machine.launch(&kernels.router_logits, (router.outputs / 4, rows.div_ceil(8), 1), 128, &logits)
     }
 
     /// What choosing and grouping the rows of the next MoE layer takes. `slots`: the layer's table, 0 where its experts
@@ -298,7 +302,8 @@ impl<'m> Pass<'m> {
             layers: self.layers as i32,
             pass: self.guard,
         };
-        self.machine.launch(&kernels.combine_rows, (self.shape.rows, 1, 1), 256, &arguments)
+        let threads = (config.d_model / 4).min(1024) as u32;
+        self.machine.launch(&kernels.combine_rows, (self.shape.rows, 1, 1), threads, &arguments)
     }
 
     /// out = silu(x Wg^T) * (x Wu^T), or relu(x Wi^T), (rows, d_ff), between the matrices of a feed-forward.
@@ -418,8 +423,13 @@ impl Operations for Pass<'_> {
                     pass: self.guard,
                     ..self.heads
                 };
-                let grid = (self.shape.sequences, self.shape.longest.min(512), 1);
-                self.machine.launch(&kernels.place_heads, grid, 256, &heads)?;
+                // A row whose heads are normed together is one block's: others would read what it has normed.
+                let blocks = match self.heads.together {
+                    0 => (spec.heads + 2 * spec.kv_heads).div_ceil(HEADS_AT_ONCE),
+                    _ => 1,
+                };
+                let grid = (self.shape.sequences, self.shape.longest.min(512), blocks);
+                self.machine.launch(&kernels.place_heads, grid, 32 * HEADS_AT_ONCE as u32, &heads)?;
             }
             Keys::Rows | Keys::Input if self.heads.queries == 0 => {}
             Keys::Rows | Keys::Input => return unsupported("heads that are normed or turned, without a cache"),

@@ -45,7 +45,7 @@ __device__ __forceinline__ float row_factor(const Heads &a, const T *row, int fr
     return rsqrtf(sum / width + a.epsilon);
 }
 
-// A block per sequence and row of it, a warp per head.
+// Blocks per sequence and row of it, a warp per head. Of a row whose heads are normed together there is one.
 extern "C" __global__ void __launch_bounds__(32 * HEAD_WARPS) place_heads(Heads a) {
     begin();
     if (ended(a.pass, a.layers)) return;
@@ -60,7 +60,8 @@ extern "C" __global__ void __launch_bounds__(32 * HEAD_WARPS) place_heads(Heads 
             __syncthreads(); // queries are written below
         }
         T *cache = s.cache + (u64(a.block) * s.capacity + s.position + r) * 2 * kv_inner;
-        for (int head = (a.queries ? 0 : a.heads) + warp; head < a.heads + 2 * a.kv_heads; head += HEAD_WARPS) {
+        for (int head = (a.queries ? 0 : a.heads) + blockIdx.z * HEAD_WARPS + warp; head < a.heads + 2 * a.kv_heads;
+             head += gridDim.z * HEAD_WARPS) {
             bool is_query = head < a.heads, is_value = head >= a.heads + a.kv_heads;
             float low[PAIRS] = {}, high[PAIRS] = {}, sum = 0;
             for (int j = 0; j < PAIRS; ++j) {

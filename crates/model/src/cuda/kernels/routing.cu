@@ -85,23 +85,26 @@ __device__ __forceinline__ void group(const Route &a) {
     __shared__ u32 counts[1024];
     __shared__ u32 taken[1024];
     __shared__ u64 sums[1024];
-    int e = threadIdx.x;
+    __shared__ u64 warps[32];
+    int e = threadIdx.x, lane = e % 32;
     counts[e] = 0, taken[e] = 0;
     __syncthreads();
     int choices = a.rows * a.top_k;
     for (int c = e; c < choices; c += 1024) atomicAdd(&counts[a.chosen[c]], 1);
     __syncthreads();
-    u64 own = counts[e] + tiles_of(a, counts[e]);
-    sums[e] = own;
-    for (int offset = 1; offset < 1024; offset <<= 1) {
-        __syncthreads();
-        u64 before = e >= offset ? sums[e - offset] : 0;
-        __syncthreads();
-        sums[e] += before;
+    u64 own = counts[e] + tiles_of(a, counts[e]), sum = own;
+    for (int offset = 1; offset < 32; offset <<= 1) {
+        u64 before = __shfl_up_sync(~0u, sum, offset);
+        if (lane >= offset) sum += before;
     }
+    if (lane == 31) warps[e / 32] = sum;
     __syncthreads();
-    if (e == 1023) a.counts[0] = sums[e] >> 20 & 0xfffff, a.counts[1] = sums[e] >> 40;
-    u64 before = sums[e] - own;
+    u64 before_warp = lane < e / 32 ? warps[lane] : 0;
+    for (int offset = 16; offset; offset >>= 1) before_warp += __shfl_xor_sync(~0u, before_warp, offset);
+    sums[e] = sum += before_warp;
+    __syncthreads();
+    if (e == 1023) a.counts[0] = sum >> 20 & 0xfffff, a.counts[1] = sum >> 40;
+    u64 before = sum - own;
     int first = before & 0xfffff, rows = counts[e];
     if (rows > 0) {
         bool is_few = rows <= a.few_rows;

@@ -26,23 +26,36 @@ struct Norm {
     const Pass *pass;
 };
 
-// x = w * h / sqrt(mean(h^2) + epsilon) * scale, a block of 128 per row
-extern "C" __global__ void rms_norm(Norm a) {
-    __shared__ float sums[4];
-    begin();
-    if (ended(a.pass, a.layers)) return;
-    const float *h = a.h + u64(a.rows ? a.rows[blockIdx.x] : blockIdx.x) * a.d;
-    float sum = 0;
-    for (int i = threadIdx.x * 4; i < a.d; i += 512) {
-        float4 v = wide4(h + i);
-        sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-    }
+// The sum of all threads of a block, for each of them, in an order that depends on how many there are.
+__device__ __forceinline__ float block_sum(float sum) {
+    __shared__ float sums[32];
+    int warps = blockDim.x / 32;
     sum = warp_sum(sum);
     if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
     __syncthreads();
-    float factor = rsqrtf((sums[0] + sums[1] + sums[2] + sums[3]) / a.d + a.epsilon);
-    for (int i = threadIdx.x; i < a.d; i += 128)
-        narrow(h[i] * factor * a.weight[i] * a.scale, a.x + u64(blockIdx.x) * a.d + i);
+    return warp_sum(threadIdx.x % 32 < warps ? sums[threadIdx.x % 32] : 0.f);
+}
+
+// x = w * h / sqrt(mean(h^2) + epsilon) * scale, a block per row, four values a thread up to 4096
+extern "C" __global__ void __launch_bounds__(1024) rms_norm(Norm a) {
+    begin();
+    if (ended(a.pass, a.layers)) return;
+    const float *h = a.h + u64(a.rows ? a.rows[blockIdx.x] : blockIdx.x) * a.d;
+    T *x = a.x + u64(blockIdx.x) * a.d;
+    float sum = 0;
+    int own = threadIdx.x * 4, step = blockDim.x * 4;
+    float4 first = wide4(h + own), weight = wide4(a.weight + own);
+    for (int i = own; i < a.d; i += step) {
+        float4 v = i == own ? first : wide4(h + i);
+        sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+    }
+    float factor = rsqrtf(block_sum(sum) / a.d + a.epsilon);
+    for (int i = own; i < a.d; i += step) {
+        float4 v = i == own ? first : wide4(h + i), w = i == own ? weight : wide4(a.weight + i);
+        narrow4(make_float4(v.x * factor * w.x * a.scale, v.y * factor * w.y * a.scale, v.z * factor * w.z * a.scale,
+                            v.w * factor * w.w * a.scale),
+                x + i);
+    }
 }
 
 struct Add {
@@ -120,7 +133,7 @@ struct Combine {
 };
 
 // h += the sum of alpha * each over a row's choices, which are added by ascending expert, as the processor adds: a block per row
-extern "C" __global__ void combine_rows(Combine a) {
+extern "C" __global__ void __launch_bounds__(1024) combine_rows(Combine a) {
     __shared__ int by_expert[32];
     begin();
     if (ended(a.pass, a.layers)) return;
@@ -137,12 +150,24 @@ extern "C" __global__ void combine_rows(Combine a) {
     float *h = a.h + u64(blockIdx.x) * a.d;
     for (int i = threadIdx.x * 4; i < a.d; i += blockDim.x * 4) {
         float4 sum = make_float4(0, 0, 0, 0);
-        for (int j = 0; j < a.top_k; ++j) {
-            float alpha = a.alpha[by_expert[j]];
-            float4 y = wide4(a.each + u64(by_expert[j]) * a.d + i);
-            // Not fused: on the processor the product is rounded, too.
-            sum = make_float4(__fadd_rn(sum.x, __fmul_rn(alpha, y.x)), __fadd_rn(sum.y, __fmul_rn(alpha, y.y)),
-                              __fadd_rn(sum.z, __fmul_rn(alpha, y.z)), __fadd_rn(sum.w, __fmul_rn(alpha, y.w)));
+        for (int j = 0; j < a.top_k; j += 4) {
+            // Read before any is added, so that nobody waits for one after another.
+            float4 ys[4];
+            float alphas[4];
+#pragma unroll
+            for (int n = 0; n < 4; ++n) {
+                int choice = by_expert[min(j + n, a.top_k - 1)];
+                ys[n] = wide4(a.each + u64(choice) * a.d + i), alphas[n] = a.alpha[choice];
+            }
+#pragma unroll
+            for (int n = 0; n < 4; ++n) {
+                if (j + n >= a.top_k) break;
+                float4 y = ys[n];
+                float alpha = alphas[n];
+                // Not fused: on the processor the product is rounded, too.
+                sum = make_float4(__fadd_rn(sum.x, __fmul_rn(alpha, y.x)), __fadd_rn(sum.y, __fmul_rn(alpha, y.y)),
+                                  __fadd_rn(sum.z, __fmul_rn(alpha, y.z)), __fadd_rn(sum.w, __fmul_rn(alpha, y.w)));
+            }
         }
         float4 before = wide4(h + i);
         *reinterpret_cast<float4 *>(h + i) =
