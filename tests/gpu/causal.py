@@ -54,10 +54,8 @@ def prompts(directory, model, tokens):
     tokenizer = Tokenizer.from_file(f"{model}/tokenizer.json")
     lines = []
     for _ in range(64):
-        words = [chooser.choice(WORDS) for _ in range(tokens)]
-        while len(tokenizer.encode(" ".join(words)).ids) > tokens:
-            words.pop()
-        lines.append(" ".join(words))
+        text = " ".join(chooser.choice(WORDS) for _ in range(tokens))
+        lines.append(text[: tokenizer.encode(text).offsets[tokens - 1][1]])
     path.write_text("\n".join(lines) + "\n")
     return str(path)
 
