@@ -34,10 +34,14 @@ class Process:
 
     def __init__(self, arguments, log):
         self.process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=log, text=True)
-        line = self.process.stdout.readline().strip()
-        if not line.startswith("listening on "):
-            raise SystemExit(f"{' '.join(arguments)} said {line!r}; see {log.name}")
-        self.address = line.removeprefix("listening on ")
+        said = []
+        # A coordinator says, too, where it speaks HTTP.
+        while not said or not said[-1].startswith("listening on "):
+            line = self.process.stdout.readline()
+            if not line:
+                raise SystemExit(f"{' '.join(arguments)} said {said!r}; see {log.name}")
+            said.append(line.strip())
+        self.address = said[-1].removeprefix("listening on ")
 
     def end(self):
         if self.process.poll() is None:

@@ -77,20 +77,19 @@ impl<'a> Activations<'a> {
         results: Option<&[f32]>,
         d_model: usize,
     ) -> Result<Option<Vec<f32>>, ModelError> {
-        let combined = |x: &[f32], results| {
-            let mut out = vec![0.0; x.len()];
-            grouping.combine(0, results, d_model, &mut out);
-            out
-        };
-        match (self, results) {
-            (Self::Host(x), Some(results)) => Ok(Some(combined(x, results))),
-            (Self::Host(x), None) => Ok(Some(vec![0.0; x.len()])),
-            (Self::Device(DeviceRows { mut rows, fetched, .. }), results) => {
-                rows.add_computed()?;
+        match self {
+            Self::Host(x) => {
+                let mut out = vec![0.0; x.len()];
                 if let Some(results) = results {
-                    let x = fetched.expect("results came to this memory, so rows went from it");
-                    rows.add(&combined(&x, results))?;
+                    grouping.combine(0, results, d_model, &mut out);
                 }
+                Ok(Some(out))
+            }
+            Self::Device(DeviceRows { mut rows, .. }) => {
+                if let Some(results) = results {
+                    rows.put(results)?;
+                }
+                rows.add_computed()?;
                 Ok(None)
             }
         }

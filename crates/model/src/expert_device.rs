@@ -92,8 +92,8 @@ pub struct RowsOnDevice<'w> {
 
 #[cfg(feature = "cuda")]
 impl RowsOnDevice<'_> {
-    /// Tells the device how the rows are grouped: the token at each place, and the factor of its expert. What experts make
-    /// of them is summed from 0. To be called before anything is computed of a layer.
+    /// Tells the device how the rows are grouped: the token at each place, and the factor of its expert. To be called before
+    /// anything is computed of a layer.
     pub fn group(&mut self, grouping: &Grouping) -> Result<(), ModelError> {
         Ok(self.dense.group(grouping)?)
     }
@@ -103,7 +103,7 @@ impl RowsOnDevice<'_> {
         Ok(self.dense.settle()?)
     }
 
-    /// Starts taking over the results of these places, each times its factor.
+    /// Starts taking over the results of these places.
     pub fn take(&mut self, from: &ResultsWindow, places: &[u32]) -> Result<(), ModelError> {
         Ok(self.dense.take(Some(&from.mapped), places)?)
     }
@@ -118,14 +118,15 @@ impl RowsOnDevice<'_> {
         Ok(self.dense.fetch()?)
     }
 
-    /// h += what experts on devices made of the rows.
-    pub fn add_computed(&mut self) -> Result<(), ModelError> {
-        Ok(self.dense.add_computed()?)
+    /// Adds the results of experts that have no part in the device, (places, d_model), to those of the others: each place is 0
+    /// on one side.
+    pub fn put(&mut self, results: &[f32]) -> Result<(), ModelError> {
+        Ok(self.dense.put(results)?)
     }
 
-    /// h += out (tokens, d_model).
-    pub fn add(&mut self, out: &[f32]) -> Result<(), ModelError> {
-        Ok(self.dense.add_rows(out)?)
+    /// h += the sum of what experts made of a row's places, each times its factor.
+    pub fn add_computed(&mut self) -> Result<(), ModelError> {
+        Ok(self.dense.add_computed()?)
     }
 }
 
@@ -152,11 +153,11 @@ impl RowsOnDevice<'_> {
         match self.never.0 {}
     }
 
-    pub fn add_computed(&mut self) -> Result<(), ModelError> {
+    pub fn put(&mut self, _: &[f32]) -> Result<(), ModelError> {
         match self.never.0 {}
     }
 
-    pub fn add(&mut self, _: &[f32]) -> Result<(), ModelError> {
+    pub fn add_computed(&mut self) -> Result<(), ModelError> {
         match self.never.0 {}
     }
 }

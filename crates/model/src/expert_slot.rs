@@ -59,9 +59,9 @@ impl ExpertSlot {
         }
     }
 
-    /// Where its second matrix begins.
-    pub fn second_at(&self) -> usize {
-        if self.is_packed { self.packed_bytes()[0] } else { self.shape.matrix_bytes() }
+    /// Where its last matrix begins, which leads back to `d_model`.
+    pub fn output_at(&self) -> usize {
+        if self.is_packed { self.packed_bytes()[0] } else { self.shape.bytes() - self.shape.matrix_bytes() }
     }
 
     /// From one slot to the next, as kernels count: bytes of packed ones, else values.
@@ -88,7 +88,7 @@ impl ExpertSlot {
         }
         let ExpertShape { d_model, d_ff, .. } = self.shape;
         let (wi, wo) = read.split_at(self.shape.matrix_bytes());
-        let (wi_packed, wo_packed) = slot.split_at_mut(self.second_at());
+        let (wi_packed, wo_packed) = slot.split_at_mut(self.output_at());
         match packed::pack(wi, d_model, wi_packed) && packed::pack(wo, d_ff, wo_packed) {
             true => Ok(()),
             false => Err(ModelError::NotPacked { key }),
@@ -125,7 +125,7 @@ mod tests {
             for (precision, packs) in [(Precision::Bf16, false), (Precision::F32, true)] {
                 let plain = ExpertSlot::choose(&store, precision, packs).unwrap();
                 assert!(!plain.is_packed() && plain.bytes() == plain.shape().bytes());
-                assert_eq!(plain.second_at() * 2, plain.bytes());
+                assert_eq!(plain.output_at() * 2, plain.bytes());
             }
         }
     }

@@ -17,11 +17,7 @@ pub(crate) struct Turns {
 impl Turns {
     /// Of these positions, in this order, for heads of so many values.
     pub(crate) fn of(rotary: &Rotary, head_dim: usize, positions: impl Iterator<Item = usize>) -> Self {
-        let frequencies = frequencies(rotary, head_dim);
-        let factor = match rotary.scaling {
-            RotaryScaling::Yarn { attention_factor, .. } => attention_factor as f32,
-            _ => 1.0,
-        };
+        let (frequencies, factor) = (frequencies(rotary, head_dim), factor(rotary));
         let turn = |position: usize, frequency: f32| {
             let angle = f64::from(position as f32 * frequency);
             (angle.cos() as f32 * factor, angle.sin() as f32 * factor)
@@ -43,8 +39,16 @@ impl Turns {
     }
 }
 
+/// What cosines and sines are multiplied by.
+pub(crate) fn factor(rotary: &Rotary) -> f32 {
+    match rotary.scaling {
+        RotaryScaling::Yarn { attention_factor, .. } => attention_factor as f32,
+        _ => 1.0,
+    }
+}
+
 /// How far a pair is turned from one position to the next, pair by pair.
-fn frequencies(rotary: &Rotary, dims: usize) -> Vec<f32> {
+pub(crate) fn frequencies(rotary: &Rotary, dims: usize) -> Vec<f32> {
     let Rotary { theta, scaling } = *rotary;
     let half = dims / 2;
     let plain = |pair: usize| 1.0 / theta.powf((2 * pair) as f64 / dims as f64);

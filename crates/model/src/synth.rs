@@ -2,9 +2,10 @@
 //! but they load, route and compute as the real ones do. Called by `sida synth` and by tests, which make
 //! small shapes of their own.
 //!
-//! In reading order: `shape` (what tensors there are), `random` (seeded normal values, fast), `vocabulary` (a tokenizer that
+//! In reading order: `shape` (what tensors there are), `causal` (the same of decoder-only models), `random` (seeded normal values, fast), `vocabulary` (a tokenizer that
 //! fits), `zipf` (what makes some experts hot).
 
+mod causal;
 mod random;
 mod shape;
 mod vocabulary;
@@ -17,7 +18,10 @@ use std::{
 
 use thiserror::Error;
 
-pub use self::shape::{PUBLISHED, SynthShape};
+pub use self::{
+    causal::CausalShape,
+    shape::{SwitchShape, SynthShape, published},
+};
 use self::{
     random::{Normal, Signs, StreamSeed},
     shape::Fill,
@@ -35,8 +39,14 @@ use crate::{
 pub enum SynthError {
     #[error(transparent)]
     Model(#[from] ModelError),
-    #[error("{found} is no known shape, expected one of {}", PUBLISHED.join(", "))]
+    #[error("{found} is no known shape, expected one of {}", published().collect::<Vec<_>>().join(", "))]
     Shape { found: String },
+    #[error("experts of decoder-only shapes are chosen evenly: a skew can be had of Switch Transformers only")]
+    NoSkew,
+    #[error(
+        "Switch Transformers have the blocks of their shape: a number of them can be had of decoder-only models only"
+    )]
+    NoBlocks,
     #[error("a vocabulary of {found} is outside {min} to {max}")]
     Vocabulary { found: usize, min: usize, max: usize },
     #[error("skew is {found}, expected 0 to {max}")]
@@ -62,11 +72,14 @@ pub fn synth(
     if !(0.0..=SKEW_MAX).contains(&skew) {
         return Err(SynthError::Skew { found: skew, max: SKEW_MAX });
     }
-    let tokenizer = vocabulary::tokenizer(shape.vocab_size)?;
-    let (weights, biases) = match skew {
-        0.0 => (shape.weights(), Vec::new()),
-        skew => (zipf::adapted(shape.weights()), zipf::biases(shape.num_experts, skew)),
+    let (weights, biases) = match shape {
+        SynthShape::Switch(switch) if skew > 0.0 => {
+            (zipf::adapted(shape.weights()), zipf::biases(switch.num_experts, skew))
+        }
+        SynthShape::Causal(_) if skew > 0.0 => return Err(SynthError::NoSkew),
+        _ => (shape.weights(), Vec::new()),
     };
+    let tokenizer = vocabulary::tokenizer(shape.vocab_size(), matches!(shape, SynthShape::Switch(_)))?;
     let specs: Vec<TensorSpec> = weights.iter().map(|weight| weight.spec.clone()).collect();
     let fills: std::collections::HashMap<&str, Fill> =
         weights.iter().map(|weight| (weight.spec.name.as_str(), weight.fill)).collect();
@@ -108,13 +121,14 @@ mod tests {
     use std::{collections::BTreeMap, fs};
 
     use safetensors::SafeTensors;
+    use serde_json::json;
     use sida_routing::{LayerId, Routes};
 
     use super::*;
     use crate::{ModelConfig, Reference};
 
-    fn small() -> SynthShape {
-        SynthShape {
+    fn small() -> SwitchShape {
+        SwitchShape {
             d_model: 32,
             d_kv: 8,
             d_ff: 48,
@@ -140,7 +154,7 @@ mod tests {
         let make = |name: &str, seed, threads| {
             let out = dir.path().join(name);
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| synth(&small(), &out, seed, Some(1.0), &mut |_, _| ())).unwrap();
+            pool.install(|| synth(&SynthShape::Switch(small()), &out, seed, Some(1.0), &mut |_, _| ())).unwrap();
             files(&out)
         };
         let one = make("one", 7, 1);
@@ -154,8 +168,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("model");
         let mut last = (0, 0);
-        synth(&small(), &out, 1, None, &mut |done, total| last = (done, total)).unwrap();
-        assert_eq!(last, (small().bytes(), small().bytes()));
+        let shape = SynthShape::Switch(small());
+        synth(&shape, &out, 1, None, &mut |done, total| last = (done, total)).unwrap();
+        assert_eq!(last, (shape.bytes(), shape.bytes()));
         let config = ModelConfig::open(&out).unwrap();
         assert_eq!((config.d_ff, config.encoder_sparse, config.decoder_sparse.len()), (48, vec![false, true], 4));
         let bytes = fs::read(out.join("model.safetensors")).unwrap();
@@ -169,13 +184,58 @@ mod tests {
     /// Load tests would not be of the size their name says.
     #[test]
     fn published_shapes_have_the_published_sizes() {
-        // Parameters as published: 7.4 billion for base-128, 26 billion for large-128, at two bytes each.
-        for (name, giga) in [("switch-base-8", 1.24), ("switch-base-128", 14.8), ("switch-large-128", 52.7)] {
+        // Parameters as published, in billions at two bytes each: 7.4, 26, 6.92, 30.5, 46.7, 57.4.
+        for (name, giga) in [
+            ("switch-base-8", 1.24),
+            ("switch-base-128", 14.8),
+            ("switch-large-128", 52.7),
+            ("olmoe-1b-7b", 13.84),
+            ("qwen3-30b-a3b", 61.1),
+            ("mixtral-8x7b", 93.4),
+            ("qwen2-57b-a14b", 114.8),
+        ] {
             let found = SynthShape::published(name).unwrap().bytes() as f64 / 1e9;
             assert!((found / giga - 1.0).abs() < 0.02, "{name} has {found} GB");
         }
-        assert!(PUBLISHED.iter().all(|name| SynthShape::published(name).is_ok()));
+        assert!(published().all(|name| SynthShape::published(name).is_ok()));
         assert!(matches!(SynthShape::published("switch-base-9"), Err(SynthError::Shape { .. })));
+    }
+
+    /// A decoder-only shape would not be read again, or lack a tensor of what it says it is.
+    #[test]
+    fn decoder_only_shapes_are_models() {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, config) in [
+            (
+                "qwen3",
+                json!({"architectures": ["Qwen3MoeForCausalLM"], "attention_bias": true, "head_dim": 6,
+                             "moe_intermediate_size": 5, "num_experts": 3, "decoder_sparse_step": 2}),
+            ),
+            (
+                "qwen2",
+                json!({"architectures": ["Qwen2MoeForCausalLM"], "moe_intermediate_size": 5, "num_experts": 3,
+                             "shared_expert_intermediate_size": 7}),
+            ),
+            ("olmoe", json!({"architectures": ["OlmoeForCausalLM"], "num_experts": 3, "tie_word_embeddings": true})),
+            ("mixtral", json!({"architectures": ["MixtralForCausalLM"], "num_local_experts": 3})),
+        ] {
+            let mut json = json!({"vocab_size": 128, "hidden_size": 8, "intermediate_size": 9, "num_hidden_layers": 2,
+                                  "num_attention_heads": 2, "num_key_value_heads": 1, "num_experts_per_tok": 2});
+            json.as_object_mut().unwrap().extend(config.as_object().unwrap().clone());
+            let shape = SynthShape::Causal(Box::new(CausalShape::of_config(json).unwrap()));
+            let out = dir.path().join(name);
+            synth(&shape, &out, 3, None, &mut |_, _| ()).unwrap();
+            let model = Reference::open(&out).unwrap();
+            let answer = model.generate_greedy(&[5, 9, 70], 4).unwrap();
+            assert!(!answer.is_empty() && answer.iter().all(|&token| token < 128), "{name}: {answer:?}");
+            assert!(matches!(
+                synth(&shape, &dir.path().join("no"), 3, Some(1.0), &mut |_, _| ()),
+                Err(SynthError::NoSkew)
+            ));
+        }
+        assert!(matches!(CausalShape::of_config(SynthShape::Switch(small()).config()), Err(SynthError::Shape { .. })));
+        let one_block = SynthShape::published("olmoe-1b-7b").unwrap().with_blocks(1).unwrap();
+        assert!(one_block.bytes() * 10 < SynthShape::published("olmoe-1b-7b").unwrap().bytes());
     }
 
     /// Where a model's MoE layers send the tokens of random sentences, whose tokens are drawn log-uniformly.
@@ -217,7 +277,7 @@ mod tests {
     /// Experts would be hot by another law than `--skew` names, so that load tests of residency would test another load.
     #[test]
     fn skew_makes_experts_hot() {
-        let shape = SynthShape {
+        let shape = SwitchShape {
             d_model: 256,
             d_kv: 32,
             d_ff: 128,
@@ -230,7 +290,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         for skew in [0.5, 1.5, 3.0] {
             let (out, law) = (dir.path().join(skew.to_string()), zipf::shares(shape.num_experts, skew));
-            synth(&shape, &out, 0, Some(skew), &mut |_, _| ()).unwrap();
+            synth(&SynthShape::Switch(shape.clone()), &out, 0, Some(skew), &mut |_, _| ()).unwrap();
             let routed = routed(&out, 150);
             assert_eq!(routed.len(), 4);
             for (layer, Routes { experts, weights, .. }) in routed {

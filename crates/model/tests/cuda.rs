@@ -6,6 +6,7 @@
 #[allow(dead_code)] // parity.rs reads the rest.
 mod golden;
 
+mod causal_on_device;
 mod exceptions;
 mod experts_elsewhere;
 mod on_device;
@@ -21,7 +22,7 @@ use on_device::{OnDevice, Options, ROWS_MAX, plan};
 use rand::{Rng, SeedableRng};
 use sida_model::{
     Backend, Beside, Checkpoint, DeviceError, ExpertDevice, ExpertScratch, ExpertSlot, ExpertStore, ModelError,
-    MoeRows, NewSequence, Precision, Reference, SlotRows, Spans, Stack, Urgency, Wanted,
+    MoeRows, NewSequence, Precision, Reference, SlotRows, SlotRun, Spans, Stack, Urgency, Wanted,
     cuda::{CudaError, DeviceDense, DeviceSequence, DeviceSlab, DeviceStates, Gpu},
     reference::greedy,
 };

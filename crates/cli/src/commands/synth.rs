@@ -7,7 +7,10 @@ use std::{
 };
 
 use clap::Args;
-use sida_model::synth::{self, SynthError, SynthShape};
+use sida_model::{
+    ModelError,
+    synth::{self, SynthError, SynthShape},
+};
 
 use crate::{
     bad_configuration::BadConfiguration,
@@ -18,23 +21,31 @@ use crate::{
 /// Write a checkpoint of a published shape with seeded random weights, for load and speed tests
 #[derive(Args)]
 pub(crate) struct SynthArguments {
-    /// The shape: switch-base-8, -16, -32, -64, -128, -256 or switch-large-128
+    /// The shape: switch-base-8, -16, -32, -64, -128, -256, switch-large-128, olmoe-1b-7b, qwen3-30b-a3b, mixtral-8x7b or
+    /// qwen2-57b-a14b
     #[arg(long, value_name = "SHAPE")]
     like: String,
     /// Where it goes; must not exist or be empty
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
+    /// So many blocks of a decoder-only shape, and not all of them
+    #[arg(long, value_name = "N")]
+    blocks: Option<usize>,
     /// The same seed gives the same weights
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// How unevenly tokens choose the experts of each layer: as 1 / rank^S (Zipf's law), up to 4; 0: evenly
+    /// How unevenly tokens choose the experts of each layer of a Switch Transformer: as 1 / rank^S (Zipf's law), up to 4; 0:
+    /// evenly
     #[arg(long, value_name = "S", default_value_t = 0.0)]
     skew: f64,
 }
 
 /// Writes, with a bar.
 pub(crate) fn run(arguments: SynthArguments) -> anyhow::Result<ExitCode> {
-    let shape = SynthShape::published(&arguments.like).map_err(refused)?;
+    let mut shape = SynthShape::published(&arguments.like).map_err(refused)?;
+    if let Some(blocks) = arguments.blocks {
+        shape = shape.with_blocks(blocks).map_err(refused)?;
+    }
     let bar = LoadingBar::new("writing", Unit::Bytes);
     let skew = Some(arguments.skew).filter(|&skew| skew != 0.0);
     synth::synth(&shape, &arguments.out, arguments.seed, skew, &mut |done, total| bar.advance(done, total))
@@ -47,7 +58,11 @@ pub(crate) fn run(arguments: SynthArguments) -> anyhow::Result<ExitCode> {
 /// A shape or a skew that cannot be is the caller's mistake; a disk that is full is not.
 fn refused(error: SynthError) -> anyhow::Error {
     match error {
-        SynthError::Shape { .. } | SynthError::Skew { .. } => {
+        SynthError::Shape { .. }
+        | SynthError::Skew { .. }
+        | SynthError::NoSkew
+        | SynthError::NoBlocks
+        | SynthError::Model(ModelError::Config { .. }) => {
             BadConfiguration::because("no such checkpoint can be written", error).into()
         }
         error => error.into(),

@@ -45,7 +45,6 @@ pub(super) struct Fetch {
     pub(super) order: u64,
     pub(super) places: u64,
     pub(super) out: u64,
-    pub(super) results: u64,
     pub(super) rows: i32,
     pub(super) d: i32,
 }
@@ -56,10 +55,38 @@ pub(super) struct Fetch {
 pub(super) struct Take {
     pub(super) results: u64,
     pub(super) places: u64,
-    pub(super) order: u64,
-    pub(super) alpha: u64,
+    pub(super) to: u64,
     pub(super) out: u64,
     pub(super) d: i32,
+    pub(super) first: i32,
+    pub(super) adds: i32,
+}
+
+/// `Combine` of rows.cu.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(super) struct Combine {
+    pub(super) h: u64,
+    pub(super) each: u64,
+    pub(super) alpha: u64,
+    pub(super) chosen: u64,
+    pub(super) top_k: i32,
+    pub(super) d: i32,
+    pub(super) layers: i32,
+    pub(super) pass: u64,
+}
+
+/// `Share` of rows.cu.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(super) struct Share {
+    pub(super) h: u64,
+    pub(super) y: u64,
+    pub(super) x: u64,
+    pub(super) gate: u64,
+    pub(super) d: i32,
+    pub(super) layers: i32,
+    pub(super) pass: u64,
 }
 
 /// `Tile` of product.cu.
@@ -97,6 +124,7 @@ pub(super) struct Product {
     pub(super) tiles: u64,
     pub(super) tile_count: u64,
     pub(super) order: u64,
+    pub(super) to: u64,
     pub(super) alpha: u64,
     pub(super) slot_stride: u64,
 }
@@ -114,7 +142,10 @@ pub(super) struct Route {
     pub(super) many: u64,
     pub(super) counts: u64,
     pub(super) order: u64,
+    pub(super) to: u64,
     pub(super) rows: i32,
+    pub(super) top_k: i32,
+    pub(super) is_normalised: i32,
     pub(super) experts: i32,
     pub(super) layer: i32,
     pub(super) few_rows: i32,
@@ -157,7 +188,34 @@ pub(super) struct Attention {
     pub(super) bias: u64,
     pub(super) q_stride: i32,
     pub(super) inner: i32,
+    pub(super) kv_inner: i32,
+    pub(super) group: i32,
+    pub(super) scale: f32,
+    pub(super) window: i32,
     pub(super) reach: i32,
+    pub(super) block: i32,
+    pub(super) layers: i32,
+    pub(super) pass: u64,
+}
+
+/// `Heads` of heads.cu.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+pub(super) struct Heads {
+    pub(super) rows: u64,
+    pub(super) sequences: u64,
+    pub(super) bias: u64,
+    pub(super) q_norm: u64,
+    pub(super) k_norm: u64,
+    pub(super) frequencies: u64,
+    pub(super) factor: f32,
+    pub(super) limit: f32,
+    pub(super) epsilon: f32,
+    pub(super) stride: i32,
+    pub(super) heads: i32,
+    pub(super) kv_heads: i32,
+    pub(super) together: i32,
+    pub(super) queries: i32,
     pub(super) block: i32,
     pub(super) layers: i32,
     pub(super) pass: u64,
@@ -174,12 +232,15 @@ mod tests {
     fn layouts_are_those_of_the_kernels() {
         assert_eq!((size_of::<Embed>(), size_of::<Norm>(), size_of::<Best>()), (32, 56, 32));
         assert_eq!((size_of::<Add>(), size_of::<Tile>()), (24, 16));
-        assert_eq!((size_of::<Fetch>(), offset_of!(Fetch, rows)), (48, 40));
-        assert_eq!((size_of::<Take>(), offset_of!(Take, d)), (48, 40));
-        assert_eq!((size_of::<Product>(), offset_of!(Product, pass), offset_of!(Product, slot_stride)), (88, 40, 80));
-        assert_eq!((size_of::<Route>(), offset_of!(Route, rows)), (96, 72));
+        assert_eq!((size_of::<Fetch>(), offset_of!(Fetch, rows)), (40, 32));
+        assert_eq!((size_of::<Take>(), offset_of!(Take, adds)), (48, 40));
+        assert_eq!((size_of::<Combine>(), offset_of!(Combine, pass)), (56, 48));
+        assert_eq!((size_of::<Share>(), offset_of!(Share, pass)), (48, 40));
+        assert_eq!((size_of::<Product>(), offset_of!(Product, pass), offset_of!(Product, slot_stride)), (96, 40, 88));
+        assert_eq!((size_of::<Route>(), offset_of!(Route, rows), offset_of!(Route, many_tile)), (112, 80, 108));
         assert_eq!((size_of::<Mean>(), offset_of!(Mean, d)), (32, 24));
         assert_eq!((size_of::<Sequence>(), offset_of!(Sequence, capacity)), (48, 24));
-        assert_eq!((size_of::<Attention>(), offset_of!(Attention, pass)), (64, 56));
+        assert_eq!((size_of::<Attention>(), offset_of!(Attention, pass)), (80, 72));
+        assert_eq!((size_of::<Heads>(), offset_of!(Heads, factor), offset_of!(Heads, pass)), (104, 48, 96));
     }
 }

@@ -22,7 +22,7 @@ use super::{
     error::{CudaError, failed},
     grouped::Tiles,
     kernels::Kernels,
-    pass::{BatchShape, Machine, Pass},
+    pass::{BatchShape, Machine, Pass, Turns},
     recorded::Recordings,
     scratch::{LOGIT_ROWS_MAX, Packet, Report, Scratch},
     weights::{self, Device},
@@ -41,6 +41,7 @@ pub struct DeviceDense {
     pub(super) kernels: Kernels,
     pub(super) backbone: Backbone<Device>,
     backbone_bytes: u64,
+    turns: Vec<Turns>,
     pub(super) scratch: Scratch,
     exchange: Exchange,
     through: Through,
@@ -54,7 +55,7 @@ pub struct DeviceDense {
 #[derive(Debug)]
 struct Exchange {
     host: PinnedHostSlice<u8>,
-    /// (rows, d_model): what experts made of the rows.
+    /// (rows, d_model): what comes from the host and is about to be added.
     added: DeviceBuffer<f32>,
     /// How many tiles of both ways there are, and those, where experts are on this device.
     tiles: DeviceBuffer<u8>,
@@ -71,11 +72,13 @@ struct Current {
 
 impl Exchange {
     fn new(gpu: &Gpu, config: &ModelConfig, rows: usize) -> Result<Self, CudaError> {
+        let choices = rows * config.top_k;
+        let read = Report::bytes(config.moe_layer_count(), choices).max(choices * (4 + 2));
         Ok(Self {
-            host: gpu.pinned(Report::bytes(config.moe_layer_count(), rows).max(rows * (config.d_model * 4 + 4 + 2)))?,
+            host: gpu.pinned(read.max(rows * config.d_model * 4))?,
             added: gpu.allocate("activations", rows * config.d_model)?,
-            tiles: gpu.allocate("activations", Tiles::bytes_max(rows))?,
-            places: gpu.allocate("activations", rows)?,
+            tiles: gpu.allocate("activations", Tiles::bytes_max(choices))?,
+            places: gpu.allocate("activations", choices)?,
         })
     }
 
@@ -93,6 +96,7 @@ impl DeviceDense {
         gpu.enter()?;
         let kernels = Kernels::compile(&gpu, precision, config.d_kv)?;
         let (backbone, backbone_bytes) = weights::load(&gpu, checkpoint, precision)?;
+        let turns = Turns::of(&gpu, &config)?;
         let scratch = Scratch::new(&gpu, &config, precision, rows_max)?;
         let exchange = Exchange::new(&gpu, &config, rows_max)?;
         let current = Current { shape: BatchShape::default(), packet: Packet::plan(&scratch, 0, 0, 0) };
@@ -104,6 +108,7 @@ impl DeviceDense {
             kernels,
             backbone,
             backbone_bytes,
+            turns,
             scratch,
             exchange,
             through,
@@ -129,20 +134,21 @@ impl DeviceDense {
         (self.backbone_bytes, self.scratch.bytes() + self.exchange.added.bytes())
     }
 
-    /// The router's choice at MoE layer number `layer` of the report: the expert of each row, and its
-    /// probability. Waits for the device.
+    /// The router's choice at MoE layer number `layer` of the report: the experts of each row, and their
+    /// probabilities. Waits for the device.
     fn choice(&mut self, layer: usize) -> Result<Routes, CudaError> {
         self.gpu.enter()?;
-        let rows = self.current.shape.rows;
-        let (alpha, chosen) = self.exchange.host()?[..rows * 6].split_at_mut(rows * 4);
+        let top_k = self.config.top_k;
+        let choices = self.current.shape.rows * top_k;
+        let (alpha, chosen) = self.exchange.host()?[..choices * 6].split_at_mut(choices * 4);
         let (alpha, chosen): (&mut [f32], &mut [u16]) = (cast_slice_mut(alpha), cast_slice_mut(chosen));
         // SAFETY: the buffer is this object's, and is touched again after `finish` below only.
         unsafe { self.gpu.start_reading(self.scratch.alpha.all(), alpha) }?;
         // SAFETY: as above.
-        unsafe { self.gpu.start_reading(self.scratch.chosen(layer, rows), chosen) }?;
+        unsafe { self.gpu.start_reading(self.scratch.chosen(layer, choices), chosen) }?;
         self.gpu.finish()?;
         let experts = chosen.iter().map(|&expert| Some(ExpertId(expert))).collect();
-        Ok(Routes { top_k: 1, experts, weights: alpha.to_vec() })
+        Ok(Routes { top_k, experts, weights: alpha.to_vec() })
     }
 
     /// Starts computing logits and best tokens of at most [`LOGIT_ROWS_MAX`] rows, and no fewer than one.
@@ -212,8 +218,8 @@ impl DeviceDense {
 
     /// What a pass works with, without experts.
     pub(super) fn machine(&self) -> Machine<'_> {
-        let Self { gpu, kernels, scratch, config, .. } = self;
-        Machine { gpu, kernels, scratch, config, experts: None }
+        let Self { gpu, kernels, scratch, config, turns, .. } = self;
+        Machine { gpu, kernels, scratch, config, turns, experts: None }
     }
 
     /// The current pass, from where its rows leave for their experts.

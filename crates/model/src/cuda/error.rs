@@ -44,12 +44,6 @@ pub enum CudaError {
 }
 
 impl CudaError {
-    /// Of a model whose decoder reads the input.
-    pub(super) fn without_encoder() -> Self {
-        let expected = "one: models without an encoder are computed by the processor (--device cpu)";
-        Self::Unsupported { what: "encoder", found: "none".to_owned(), expected }
-    }
-
     /// Whether the machine, not the model or the request, is why: what a command line reports as a bad configuration.
     pub fn is_missing_device(&self) -> bool {
         matches!(

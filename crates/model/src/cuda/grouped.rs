@@ -1,6 +1,5 @@
-//! out += alpha * relu(x Wi^T) Wo^T by the expert of each row: two products over tiles, each a run of rows for one expert,
-//! groups with few rows and those with many each in their own way. Started by a `pass` through the model, and by a
-//! `slab` that computes for others.
+//! expert(x) by the experts of each row: two products over tiles, each a run of rows for one expert, groups with few rows and
+//! those with many each in their own way. Started by a `pass` through the model, and by a `slab` that computes for others.
 
 use bytemuck::cast_slice;
 
@@ -10,7 +9,7 @@ use super::{
     error::CudaError,
     kernels::{Kernels, ProductKernels},
 };
-use crate::{ExpertSlot, SlotRun};
+use crate::{ExpertSlot, SlotRun, spec::Activation};
 
 /// Up to so many rows at once all groups are tiles of `few`: two kernels less, and their blocks are shorter. Measured on an H200, a
 /// layer's experts, four tenths of the rows being of one: 93 instead of 107 us at 224 rows, no difference at 640, 222 instead of
@@ -24,24 +23,36 @@ pub(super) fn few_group_rows_max(rows: usize) -> usize {
     if rows <= ALL_FEW_ROWS_MAX { ALL_FEW_ROWS_MAX } else { FEW_GROUP_ROWS_MAX }
 }
 
+/// What becomes of an expert's output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Results {
+    /// out\[token\] += alpha\[token\] * y, where a token has one choice.
+    Added {
+        /// The factor of each token.
+        alpha: u64,
+    },
+    /// out\[choice\] = y
+    Each,
+}
+
 /// Rows, their experts, and where results go. Addresses are the device's.
 #[derive(Clone, Copy)]
 pub(super) struct Grouped<'m> {
     pub(super) gpu: &'m Gpu,
     pub(super) kernels: &'m Kernels,
-    pub(super) rows: usize,
     pub(super) d_model: usize,
     pub(super) d_ff: usize,
     /// (rows, d_model) by token.
     pub(super) x: u64,
-    /// (rows, d_ff) by place.
+    /// (places, d_ff)
     pub(super) hidden: u64,
-    /// (rows, d_model) by token, float32.
+    /// (rows, d_model) by token or by choice, float32.
     pub(super) out: u64,
+    pub(super) results: Results,
     /// The token of each place.
     pub(super) order: u64,
-    /// The factor of each token.
-    pub(super) alpha: u64,
+    /// Where in `out` the result of each place goes.
+    pub(super) to: u64,
     pub(super) slots: Slots,
     /// `Tile`s of product.cu of both ways; then how many there are of each, as i32.
     pub(super) few: u64,
@@ -60,13 +71,15 @@ pub(crate) struct Slots {
     /// From one slot to the next, in values, of packed ones in bytes.
     stride: u64,
     are_packed: bool,
+    are_gated: bool,
 }
 
 impl Slots {
     /// Slots from `at` on.
     pub(super) fn new(at: u64, slot: &ExpertSlot) -> Self {
-        let matrices = [at, at + slot.second_at() as u64];
-        Self { matrices, stride: slot.stride(), are_packed: slot.is_packed() }
+        let matrices = [at, at + slot.output_at() as u64];
+        let are_gated = slot.shape().activation == Activation::GatedSilu;
+        Self { matrices, stride: slot.stride(), are_packed: slot.is_packed(), are_gated }
     }
 }
 
@@ -106,7 +119,6 @@ impl Grouped<'_> {
             x: self.x,
             w: self.slots.matrices[0],
             out: self.hidden,
-            rows: self.rows as i32,
             k: self.d_model as i32,
             outputs: self.d_ff as i32,
             layers: self.layers as i32,
@@ -114,11 +126,24 @@ impl Grouped<'_> {
             tiles: list,
             tile_count,
             order: self.order,
-            alpha: self.alpha,
+            to: self.to,
+            alpha: match self.results {
+                Results::Added { alpha } => alpha,
+                Results::Each => 0,
+            },
             slot_stride: self.slots.stride,
+            ..Product::default()
+        };
+        let (gather, outputs) = match self.slots.are_gated {
+            true => (&kernels.gather_gate, kernels.gated_outputs()),
+            false => (&experts.gather, kernels.tile.0),
+        };
+        let back = match self.results {
+            Results::Added { .. } => &experts.scatter,
+            Results::Each => &experts.each,
         };
         // SAFETY: both kernels take a `Product`; the rest by the caller's promise.
-        unsafe { self.gpu.launch(&experts.gather, (self.d_ff / kernels.tile.0, tiles, 1), kernels.threads, &wi) }?;
+        unsafe { self.gpu.launch(gather, (self.d_ff / outputs, tiles, 1), kernels.threads, &wi) }?;
         let wo = Product {
             x: self.hidden,
             w: self.slots.matrices[1],
@@ -128,7 +153,7 @@ impl Grouped<'_> {
             ..wi
         };
         // SAFETY: both kernels take a `Product`; the rest by the caller's promise.
-        unsafe { self.gpu.launch(&experts.scatter, (self.d_model / kernels.tile.0, tiles, 1), kernels.threads, &wo) }
+        unsafe { self.gpu.launch(back, (self.d_model / kernels.tile.0, tiles, 1), kernels.threads, &wo) }
     }
 }
 

@@ -15,7 +15,7 @@ use super::{
 use crate::Precision;
 
 /// In the order in which they build on each other.
-const SOURCES: [(&str, &str); 11] = [
+const SOURCES: [(&str, &str); 12] = [
     ("numbers.cu", include_str!("kernels/numbers.cu")),
     ("rows.cu", include_str!("kernels/rows.cu")),
     ("product.cu", include_str!("kernels/product.cu")),
@@ -24,6 +24,7 @@ const SOURCES: [(&str, &str); 11] = [
     ("product_packed.cu", include_str!("kernels/product_packed.cu")),
     ("routing.cu", include_str!("kernels/routing.cu")),
     ("attention.cu", include_str!("kernels/attention.cu")),
+    ("heads.cu", include_str!("kernels/heads.cu")),
     ("attention_scalar.cu", include_str!("kernels/attention_scalar.cu")),
     ("attention_tensor.cu", include_str!("kernels/attention_tensor.cu")),
     ("mean.cu", include_str!("kernels/mean.cu")),
@@ -31,6 +32,9 @@ const SOURCES: [(&str, &str); 11] = [
 
 /// What a block of `many` is given: what product_tensor.cu cuts into stages.
 const MANY_SHARED_BYTES: u32 = 96 << 10;
+
+/// `KEY_STAGES` of attention_tensor.cu.
+const KEY_STAGES: usize = 4;
 
 /// A kernel that is loaded.
 #[derive(Debug)]
@@ -45,9 +49,12 @@ pub(super) struct Kernel {
 pub(super) struct ProductKernels {
     pub(super) store: Kernel,
     pub(super) relu: Kernel,
+    pub(super) gate: Kernel,
     pub(super) add: Kernel,
     pub(super) logits: Kernel,
     pub(super) experts: ExpertKernels,
+    /// In place of `gather` where experts are gated.
+    pub(super) gather_gate: Kernel,
     /// For bf16 only.
     pub(super) packed_experts: Option<ExpertKernels>,
     pub(super) threads: u32,
@@ -55,11 +62,12 @@ pub(super) struct ProductKernels {
     pub(super) tile: (usize, usize),
 }
 
-/// Both products of experts.
+/// Both products of experts, and the two ways back.
 #[derive(Debug)]
 pub(super) struct ExpertKernels {
     pub(super) gather: Kernel,
     pub(super) scatter: Kernel,
+    pub(super) each: Kernel,
 }
 
 /// Everything that runs on the device.
@@ -70,6 +78,8 @@ pub(super) struct Kernels {
     pub(super) add_rows: Kernel,
     pub(super) fetch_rows: Kernel,
     pub(super) take_rows: Kernel,
+    pub(super) combine_rows: Kernel,
+    pub(super) add_share: Kernel,
     pub(super) best: Kernel,
     pub(super) mean: Kernel,
     pub(super) router_logits: Kernel,
@@ -81,7 +91,7 @@ pub(super) struct Kernels {
     pub(super) attend_input: Kernel,
     /// Queries of a block of the three above.
     pub(super) queries: usize,
-    pub(super) write_cache: Kernel,
+    pub(super) place_heads: Kernel,
     pub(super) few: ProductKernels,
     /// For bf16 only: with float32 `few` multiplies any number of rows.
     pub(super) many: Option<ProductKernels>,
@@ -91,6 +101,7 @@ impl Kernels {
     /// Compiles them; takes a few seconds.
     pub(super) fn compile(gpu: &Gpu, precision: Precision, d_kv: usize) -> Result<Self, CudaError> {
         let (major, minor) = gpu.description().capability;
+        let attention_bytes = (KEY_STAGES * 2 * 32 * (d_kv + 8) * precision.size()) as u32;
         let options = [
             format!("--gpu-architecture=sm_{major}{minor}"),
             "--std=c++17".to_owned(),
@@ -98,6 +109,7 @@ impl Kernels {
             format!("-DD_KV={d_kv}"),
             format!("-DMULTIPROCESSORS={}", gpu.description().multiprocessors),
             format!("-DMANY_SHARED_BYTES={MANY_SHARED_BYTES}"),
+            format!("-DATTENTION_SHARED_BYTES={attention_bytes}"),
             "-DINFINITY=__int_as_float(0x7f800000)".to_owned(),
         ];
         let sources: Vec<String> = SOURCES.iter().map(|(name, text)| format!("#line 1 \"{name}\"\n{text}")).collect();
@@ -105,23 +117,26 @@ impl Kernels {
         let module = gpu.context().load_module(Ptx::from_binary(cubin)).map_err(failed("cuModuleLoadData"))?;
         let function = |name: &str| load(&module, name, 0);
         let is_bf16 = precision == Precision::Bf16;
+        let attend = |name: &str| load(&module, name, if is_bf16 { attention_bytes } else { 0 });
         Ok(Self {
             embed: function("embed_rows")?,
             norm: function("rms_norm")?,
             add_rows: function("add_rows")?,
             fetch_rows: function("fetch_rows")?,
             take_rows: function("take_rows")?,
+            combine_rows: function("combine_rows")?,
+            add_share: function("add_share")?,
             best: function("best_tokens")?,
             mean: function("mean_rows")?,
             router_logits: function("router_logits")?,
             choose_experts: function("choose_experts")?,
             group_rows: function("group_rows")?,
             choose_and_group: function("choose_and_group")?,
-            attend_own_rows: function("attend_own_rows")?,
-            attend_cache: function("attend_cache")?,
-            attend_input: function("attend_input")?,
+            attend_own_rows: attend("attend_own_rows")?,
+            attend_cache: attend("attend_cache")?,
+            attend_input: attend("attend_input")?,
             queries: if is_bf16 { 64 } else { 8 },
-            write_cache: function("write_cache")?,
+            place_heads: function("place_heads")?,
             few: ProductKernels::load(&module, "few", is_bf16, 128, (16, if is_bf16 { 32 } else { 8 }), 0)?,
             many: is_bf16
                 .then(|| ProductKernels::load(&module, "many", true, 256, (64, 64), MANY_SHARED_BYTES))
@@ -131,6 +146,11 @@ impl Kernels {
 }
 
 impl ProductKernels {
+    /// Outputs of a block of a gated product: it multiplies two rows for each.
+    pub(super) fn gated_outputs(&self) -> usize {
+        self.tile.0 / 2
+    }
+
     fn load(
         module: &Arc<CudaModule>,
         name: &str,
@@ -142,14 +162,17 @@ impl ProductKernels {
         let of = |name: &str, kind: &str| load(module, &format!("{name}_{kind}"), shared_bytes);
         let kind = |kind: &str| of(name, kind);
         let experts = |name: &str| {
-            Ok::<_, CudaError>(ExpertKernels { gather: of(name, "gather")?, scatter: of(name, "scatter")? })
+            let (gather, scatter, each) = (of(name, "gather")?, of(name, "scatter")?, of(name, "each")?);
+            Ok::<_, CudaError>(ExpertKernels { gather, scatter, each })
         };
         Ok(Self {
             store: kind("store")?,
             relu: kind("relu")?,
+            gate: kind("gate")?,
             add: kind("add")?,
             logits: kind("logits")?,
             experts: experts(name)?,
+            gather_gate: kind("gather_gate")?,
             packed_experts: is_bf16.then(|| experts(&format!("{name}_packed"))).transpose()?,
             threads,
             tile,

@@ -8,10 +8,11 @@
 use sida_routing::LayerId;
 
 use super::{
-    arguments::{Add, Attention, Best, Embed, Norm, Product, Route},
+    arguments::{Add, Attention, Best, Combine, Embed, Heads, Norm, Product, Route, Share},
+    buffer::DeviceBuffer,
     device::Gpu,
     error::CudaError,
-    grouped::{Grouped, Slots, few_group_rows_max},
+    grouped::{Grouped, Results, Slots, few_group_rows_max},
     kernels::{Kernel, Kernels, ProductKernels},
     scratch::{Packet, Scratch},
     weights::{Device, Matrix, Vector},
@@ -20,11 +21,15 @@ use crate::{
     ModelConfig, Spans,
     backbone::{Matrices, Router, Shared},
     forward::{Operations, Rows},
-    spec::{Activation, AttentionSpec, Keys, Rotary},
+    rotary,
+    spec::{Activation, AttentionSpec, Keys, QkNorm, Rotary},
 };
 
 /// Up to so many rows one block chooses and groups; with more, choosing is spread over the device.
 const FUSED_ROUTE_ROWS_MAX: usize = 256;
+
+/// `HEAD_WARPS` of heads.cu.
+const HEADS_AT_ONCE: usize = 8;
 
 /// What every pass of a model works with.
 #[derive(Clone, Copy)]
@@ -33,8 +38,31 @@ pub(super) struct Machine<'m> {
     pub(super) kernels: &'m Kernels,
     pub(super) scratch: &'m Scratch,
     pub(super) config: &'m ModelConfig,
+    pub(super) turns: &'m [Turns],
     /// `None`: they are elsewhere, and rows leave for them at every MoE layer.
     pub(super) experts: Option<ExpertPlaces>,
+}
+
+/// Rotary positions, as kernels are told of them.
+#[derive(Debug)]
+pub(super) struct Turns {
+    rotary: Rotary,
+    /// (d_kv / 2)
+    frequencies: DeviceBuffer<f32>,
+}
+
+impl Turns {
+    /// Of all blocks of a model: those of most are the same.
+    pub(super) fn of(gpu: &Gpu, config: &ModelConfig) -> Result<Vec<Self>, CudaError> {
+        let mut all: Vec<Self> = Vec::new();
+        for rotary in config.spec().decoder.blocks.iter().filter_map(|block| block.attention.rotary) {
+            if !all.iter().any(|turns| turns.rotary == rotary) {
+                let frequencies = gpu.allocate_with("positions", &rotary::frequencies(&rotary, config.d_kv))?;
+                all.push(Self { rotary, frequencies });
+            }
+        }
+        Ok(all)
+    }
 }
 
 /// Experts on the device, as a pass is told of them.
@@ -101,6 +129,8 @@ pub(super) struct Pass<'m> {
     guard: u64,
     /// MoE layers behind which it pauses.
     pause: Option<usize>,
+    /// What is done to the heads that were projected last, all at once by the operation that attends.
+    heads: Heads,
 }
 
 /// What becomes of a product's results.
@@ -109,6 +139,8 @@ enum Become {
     Store,
     /// relu(y)
     Relu,
+    /// silu(gate) * y
+    Gate,
     /// h + y
     Add,
     /// y in float32
@@ -120,7 +152,7 @@ impl<'m> Pass<'m> {
     pub(super) fn new(machine: Machine<'m>, shape: BatchShape, packet: Packet, layers: usize) -> Self {
         let may_miss = machine.experts.is_some_and(|experts| experts.may_miss);
         let guard = if may_miss { machine.scratch.guard() } else { 0 };
-        Self { machine, shape, packet, layers, guard, pause: None }
+        Self { machine, shape, packet, layers, guard, pause: None, heads: Heads::default() }
     }
 
     /// As it is, up to where `layers` MoE layers are behind it.
@@ -156,7 +188,8 @@ impl<'m> Pass<'m> {
             pass: self.guard,
         };
         let count = if rows.is_some() { self.shape.wanted } else { self.shape.rows };
-        self.machine.launch(&kernels.norm, (count, 1, 1), 128, &arguments)
+        let threads = (config.d_model / 4).min(1024) as u32;
+        self.machine.launch(&kernels.norm, (count, 1, 1), threads, &arguments)
     }
 
     fn router_logits(&self, router: &Matrix) -> Result<(), CudaError> {
@@ -173,7 +206,7 @@ impl<'m> Pass<'m> {
             pass: self.guard,
             ..Product::default()
         };
-        self.machine.launch(&kernels.router_logits, (router.outputs.div_ceil(16), rows.div_ceil(8), 1), 128, &logits)
+        self.machine.launch(&kernels.router_logits, (router.outputs / 4, rows.div_ceil(8), 1), 128, &logits)
     }
 
     /// What choosing and grouping the rows of the next MoE layer takes. `slots`: the layer's table, 0 where its experts
@@ -184,7 +217,7 @@ impl<'m> Pass<'m> {
         let has_many = kernels.many.is_some();
         Route {
             logits: scratch.router_logits.address(),
-            chosen: scratch.chosen(self.layers, rows).address(),
+            chosen: scratch.chosen(self.layers, rows * config.top_k).address(),
             alpha: scratch.alpha.address(),
             slots,
             pass: self.guard,
@@ -192,19 +225,28 @@ impl<'m> Pass<'m> {
             many: scratch.many_tiles.address(),
             counts: scratch.tile_counts.address(),
             order: scratch.order.address(),
+            to: self.to(),
             rows: rows as i32,
+            top_k: config.top_k as i32,
+            is_normalised: i32::from(config.is_normalised()),
             experts: config.num_experts as i32,
             layer: self.layers as i32,
-            few_rows: if has_many { few_group_rows_max(rows) as i32 } else { i32::MAX },
+            few_rows: if has_many { few_group_rows_max(rows * config.top_k) as i32 } else { i32::MAX },
             few_tile: kernels.few.tile.1 as i32,
             many_tile: kernels.many.as_ref().map_or(1, |many| many.tile.1 as i32),
         }
     }
 
-    /// h += alpha * relu(x Wi^T) Wo^T by each row's expert, as they were grouped.
-    pub(super) fn start_experts(&self, experts: &ExpertPlaces) -> Result<(), CudaError> {
+    /// Which choice the row at each place is: where rows have one each, the row.
+    fn to(&self) -> u64 {
+        let Machine { scratch, config, .. } = self.machine;
+        if config.top_k == 1 { scratch.order.address() } else { scratch.to.address() }
+    }
+
+    /// h += the sum of alpha * expert(x) over each row's experts, as they were grouped.
+    fn start_experts(&self, experts: &ExpertPlaces) -> Result<(), CudaError> {
         let Machine { gpu, kernels, scratch, config, .. } = self.machine;
-        let rows = self.shape.rows;
+        let rows = self.shape.rows * config.top_k;
         let groups = rows.min(config.num_experts);
         // How many tiles there are only the device knows; so many at most.
         let few = groups + rows / kernels.few.tile.1;
@@ -214,17 +256,21 @@ impl<'m> Pass<'m> {
             }
             _ => 0,
         };
+        let (out, results) = match config.top_k {
+            1 => (scratch.h.address(), Results::Added { alpha: scratch.alpha.address() }),
+            _ => (scratch.each.address(), Results::Each),
+        };
         let grouped = Grouped {
             gpu,
             kernels,
-            rows,
             d_model: config.d_model,
             d_ff: config.d_ff,
             x: scratch.x.address(),
             hidden: scratch.hidden.address(),
-            out: scratch.h.address(),
+            out,
+            results,
             order: scratch.order.address(),
-            alpha: scratch.alpha.address(),
+            to: self.to(),
             slots: experts.slots,
             few: scratch.few_tiles.address(),
             many: scratch.many_tiles.address(),
@@ -234,7 +280,40 @@ impl<'m> Pass<'m> {
         };
         // SAFETY: the memory is as in `launch`. The router's kernel has made tiles only of rows of this pass for experts that
         // its table has in slots, and layers of that table are held until the pass is over.
-        unsafe { grouped.start(few, many) }
+        unsafe { grouped.start(few, many) }?;
+        match results {
+            Results::Added { .. } => Ok(()),
+            // The layer that chose is the one before what comes next.
+            Results::Each => self.combine(scratch.chosen(self.layers - 1, rows).address()),
+        }
+    }
+
+    /// h += the sum of alpha * y over each row's choices. `chosen`: their experts, by whose order they are added; 0: in their own
+    /// order.
+    pub(super) fn combine(&self, chosen: u64) -> Result<(), CudaError> {
+        let Machine { kernels, scratch, config, .. } = self.machine;
+        let arguments = Combine {
+            h: scratch.h.address(),
+            each: scratch.each.address(),
+            alpha: scratch.alpha.address(),
+            chosen,
+            top_k: config.top_k as i32,
+            d: config.d_model as i32,
+            layers: self.layers as i32,
+            pass: self.guard,
+        };
+        let threads = (config.d_model / 4).min(1024) as u32;
+        self.machine.launch(&kernels.combine_rows, (self.shape.rows, 1, 1), threads, &arguments)
+    }
+
+    /// out = silu(x Wg^T) * (x Wu^T), or relu(x Wi^T), (rows, d_ff), between the matrices of a feed-forward.
+    fn start_hidden(&self, Matrices { activation, wi, .. }: &Matrices<Device>) -> Result<(), CudaError> {
+        let scratch = self.machine.scratch;
+        let become_ = match activation {
+            Activation::Relu => Become::Relu,
+            Activation::GatedSilu => Become::Gate,
+        };
+        self.product(scratch.x.address(), wi, scratch.hidden.address(), become_)
     }
 
     /// y = x W^T of all rows of the batch.
@@ -244,6 +323,8 @@ impl<'m> Pass<'m> {
 
     fn product_of(&self, rows: usize, x: u64, w: &Matrix, out: u64, become_: Become) -> Result<(), CudaError> {
         let Machine { gpu, kernels, .. } = self.machine;
+        // Of a gated one W has two rows for each output.
+        let outputs = if matches!(become_, Become::Gate) { w.outputs / 2 } else { w.outputs };
         // Where one tile of `few` has all rows, it reads the matrix once. Where tiles of `many` would keep less than half of the
         // device busy, those of `few` are quicker: encodings of eight took 1.84 ms with them, and 1.57 without.
         let is_wide = |many: &ProductKernels| {
@@ -257,7 +338,7 @@ impl<'m> Pass<'m> {
             out,
             rows: rows as i32,
             k: w.inputs as i32,
-            outputs: w.outputs as i32,
+            outputs: outputs as i32,
             layers: self.layers as i32,
             pass: self.guard,
             ..Product::default()
@@ -265,6 +346,7 @@ impl<'m> Pass<'m> {
         let function = match become_ {
             Become::Store => &kernels.store,
             Become::Relu => &kernels.relu,
+            Become::Gate => &kernels.gate,
             Become::Add => &kernels.add,
             Become::Logits => &kernels.logits,
         };
@@ -276,10 +358,6 @@ impl<'m> Pass<'m> {
 /// What no model has that was let onto a device (see `weights::check`).
 fn unsupported<T>(what: &'static str) -> Result<T, CudaError> {
     Err(CudaError::Unsupported { what, found: "one".to_owned(), expected: "none" })
-}
-
-fn without(bias: Option<&Vector>) -> Result<(), CudaError> {
-    bias.map_or(Ok(()), |_| unsupported("a bias of a product"))
 }
 
 impl Operations for Pass<'_> {
@@ -298,68 +376,115 @@ impl Operations for Pass<'_> {
     }
 
     fn project(&mut self, weight: &Matrix, bias: Option<&Vector>) -> Result<(), CudaError> {
-        without(bias)?;
-        let scratch = self.machine.scratch;
+        let (scratch, bias) = (self.machine.scratch, bias.map_or(0, Vector::address));
+        self.heads = Heads { bias, queries: i32::from(bias != 0), limit: f32::INFINITY, ..Heads::default() };
         self.product(scratch.x.address(), weight, scratch.qkv.address(), Become::Store)
     }
 
-    fn norm_heads(&mut self, _: &AttentionSpec, _: &[Vector; 2]) -> Result<(), CudaError> {
-        unsupported("norms of heads")
+    fn norm_heads(&mut self, spec: &AttentionSpec, [q, k]: &[Vector; 2]) -> Result<(), CudaError> {
+        let together = i32::from(spec.qk_norm == QkNorm::Rows);
+        self.heads = Heads { q_norm: q.address(), k_norm: k.address(), together, queries: 1, ..self.heads };
+        Ok(())
     }
 
-    fn clip(&mut self, _: f32) -> Result<(), CudaError> {
-        unsupported("limits of queries, keys and values")
+    fn clip(&mut self, limit: f32) -> Result<(), CudaError> {
+        self.heads = Heads { limit, queries: 1, ..self.heads };
+        Ok(())
     }
 
-    fn rotate(&mut self, _: &AttentionSpec, _: &Rotary) -> Result<(), CudaError> {
-        unsupported("rotary positions")
+    fn rotate(&mut self, _: &AttentionSpec, rotary: &Rotary) -> Result<(), CudaError> {
+        let turns = self.machine.turns.iter().find(|turns| turns.rotary == *rotary);
+        let turns = turns.expect("those of all blocks were put on the device");
+        let (frequencies, factor) = (turns.frequencies.address(), rotary::factor(rotary));
+        self.heads = Heads { frequencies, factor, queries: 1, ..self.heads };
+        Ok(())
     }
 
     fn attend(&mut self, spec: &AttentionSpec, block: usize, bias: Option<&Vector>) -> Result<(), CudaError> {
         let Machine { kernels, scratch, config, .. } = self.machine;
-        // The row of q in heads' widths, 3 where keys and values follow.
+        let (q, sequences) = (scratch.qkv.address(), self.packet.sequences());
+        let with_keys = spec.inner() + 2 * spec.kv_inner();
         let (function, width, bias) = match spec.keys {
-            Keys::Rows => (&kernels.attend_own_rows, 3, bias.map_or(0, Vector::address)),
-            Keys::Cache => (&kernels.attend_cache, 3, bias.map_or(0, Vector::address)),
-            Keys::Input => (&kernels.attend_input, 1, 0),
+            Keys::Rows => (&kernels.attend_own_rows, with_keys, bias.map_or(0, Vector::address)),
+            Keys::Cache => (&kernels.attend_cache, with_keys, bias.map_or(0, Vector::address)),
+            Keys::Input => (&kernels.attend_input, spec.inner(), 0),
         };
+        match spec.keys {
+            Keys::Cache => {
+                let heads = Heads {
+                    rows: q,
+                    sequences,
+                    epsilon: config.layer_norm_epsilon as f32,
+                    stride: width as i32,
+                    heads: spec.heads as i32,
+                    kv_heads: spec.kv_heads as i32,
+                    block: block as i32,
+                    layers: self.layers as i32,
+                    pass: self.guard,
+                    ..self.heads
+                };
+                // A row whose heads are normed together is one block's: others would read what it has normed.
+                let blocks = match self.heads.together {
+                    0 => (spec.heads + 2 * spec.kv_heads).div_ceil(HEADS_AT_ONCE),
+                    _ => 1,
+                };
+                let grid = (self.shape.sequences, self.shape.longest.min(512), blocks);
+                self.machine.launch(&kernels.place_heads, grid, 32 * HEADS_AT_ONCE as u32, &heads)?;
+            }
+            Keys::Rows | Keys::Input if self.heads.queries == 0 => {}
+            Keys::Rows | Keys::Input => return unsupported("heads that are normed or turned, without a cache"),
+        }
         let arguments = Attention {
-            q: scratch.qkv.address(),
+            q,
             out: scratch.attended.address(),
-            sequences: self.packet.sequences(),
+            sequences,
             bias,
-            q_stride: (width * spec.inner()) as i32,
+            q_stride: width as i32,
             inner: spec.inner() as i32,
+            kv_inner: spec.kv_inner() as i32,
+            group: (spec.heads / spec.kv_heads) as i32,
+            scale: spec.scale,
+            window: spec.window.and_then(|window| i32::try_from(window).ok()).unwrap_or(i32::MAX),
             reach: config.relative_attention_max_distance as i32,
             block: block as i32,
             layers: self.layers as i32,
             pass: self.guard,
         };
-        if spec.keys == Keys::Cache {
-            let grid = (self.shape.sequences, self.shape.longest.min(64), 1);
-            self.machine.launch(&kernels.write_cache, grid, 256, &arguments)?;
-        }
         let grid = (spec.heads, self.shape.sequences, self.shape.longest.div_ceil(kernels.queries));
         self.machine.launch(function, grid, 128, &arguments)
     }
 
     fn add_output(&mut self, weight: &Matrix, bias: Option<&Vector>) -> Result<(), CudaError> {
-        without(bias)?;
+        if bias.is_some() {
+            return unsupported("a bias of attention's output");
+        }
         let scratch = self.machine.scratch;
         self.product(scratch.attended.address(), weight, scratch.h.address(), Become::Add)
     }
 
-    fn feed_forward(&mut self, Matrices { activation, wi, wo }: &Matrices<Device>) -> Result<(), CudaError> {
-        if *activation != Activation::Relu {
-            return unsupported("a gated feed-forward");
-        }
+    fn feed_forward(&mut self, matrices: &Matrices<Device>) -> Result<(), CudaError> {
         let scratch = self.machine.scratch;
-        self.product(scratch.x.address(), wi, scratch.hidden.address(), Become::Relu)?;
-        self.product(scratch.hidden.address(), wo, scratch.h.address(), Become::Add)
+        self.start_hidden(matrices)?;
+        self.product(scratch.hidden.address(), &matrices.wo, scratch.h.address(), Become::Add)
     }
 
-    fn shared(&mut self, _: &Shared<Device>) -> Result<(), CudaError> {
-        unsupported("an expert for all rows")
+    fn shared(&mut self, Shared { matrices, gate }: &Shared<Device>) -> Result<(), CudaError> {
+        let Some(gate) = gate else { return self.feed_forward(matrices) };
+        let Machine { kernels, scratch, config, .. } = self.machine;
+        // No expert has made anything of this layer yet.
+        let y = scratch.each.address();
+        self.start_hidden(matrices)?;
+        self.product(scratch.hidden.address(), &matrices.wo, y, Become::Logits)?;
+        let arguments = Share {
+            h: scratch.h.address(),
+            y,
+            x: scratch.x.address(),
+            gate: gate.address(),
+            d: config.d_model as i32,
+            layers: self.layers as i32,
+            pass: self.guard,
+        };
+        self.machine.launch(&kernels.add_share, (self.shape.rows, 1, 1), 128, &arguments)
     }
 
     /// With experts beside the pass the rows are also grouped, and what is nowhere is noted in the guard.

@@ -12,7 +12,10 @@ use super::{
     error::CudaError,
     window::{RowsLayout, Shareable},
 };
-use crate::{ModelConfig, Precision, Wanted};
+use crate::{
+    ModelConfig, Precision, Wanted,
+    spec::{BlockSpec, FeedForwardSpec},
+};
 
 /// No token: of a row without a number among its logits, and where none is banned.
 pub(super) const NO_TOKEN: u32 = u32::MAX;
@@ -33,18 +36,22 @@ pub(super) struct Scratch {
     pub(super) layout: RowsLayout,
     /// (rows, d_model): what a norm made of it.
     pub(super) x: DeviceBuffer<u8>,
-    /// (rows, 3 * inner)
+    /// (rows, inner + 2 * kv_inner)
     pub(super) qkv: DeviceBuffer<u8>,
     /// (rows, inner)
     pub(super) attended: DeviceBuffer<u8>,
-    /// (rows, d_ff), of a dense block by row, of experts in grouped order.
+    /// (rows, d_ff) of a dense block by row, (choices, d_ff) of experts in grouped order.
     pub(super) hidden: DeviceBuffer<u8>,
     /// (rows, experts)
     pub(super) router_logits: DeviceBuffer<f32>,
-    /// (rows): the factor of each row's expert.
+    /// (choices): the factor of each. A row has top_k choices.
     pub(super) alpha: DeviceBuffer<f32>,
-    /// (rows): the token of each place in grouped order.
+    /// (choices): the token of each place in grouped order.
     pub(super) order: DeviceBuffer<u32>,
+    /// (choices): which choice each place is.
+    pub(super) to: DeviceBuffer<u32>,
+    /// (choices, d_model): what experts made of each.
+    pub(super) each: DeviceBuffer<f32>,
     /// Tiles of groups with few rows, and of the others; then how many there are of each.
     pub(super) few_tiles: DeviceBuffer<Tile>,
     pub(super) many_tiles: DeviceBuffer<Tile>,
@@ -62,8 +69,9 @@ impl Scratch {
         precision: Precision,
         rows_max: usize,
     ) -> Result<Self, CudaError> {
+        let Widths { choices, qkv, inner, hidden } = Widths::of(config);
         // Kernels count the bytes of a batch's rows in 32 bits.
-        let widest = config.d_model.max(config.d_ff).max(config.inner_dim());
+        let widest = config.d_model.max(hidden).max(qkv);
         if rows_max.saturating_mul(widest) >= 1 << 31 {
             let (what, found) = ("rows * width", format!("{rows_max} * {widest}"));
             return Err(CudaError::Unsupported { what, found, expected: "less than 2^31" });
@@ -72,37 +80,44 @@ impl Scratch {
         let values = |width: usize| gpu.allocate::<u8>("activations", rows_max * width * precision.size());
         let tiles = |count: usize| gpu.allocate::<Tile>("activations", count);
         let experts = config.num_experts;
-        let layout = RowsLayout::new(rows_max, config.d_model, precision);
+        let layout = RowsLayout::new(rows_max, choices, config.d_model, precision);
         let shared = Arc::new(Shareable::take(gpu, "activations", layout.bytes())?);
         Ok(Self {
             rows_max,
             h: numbers(config.d_model)?,
             x: DeviceBuffer::part_of(&shared, 0, layout.x_bytes()),
-            order: DeviceBuffer::part_of(&shared, layout.order_at(), layout.rows),
+            order: DeviceBuffer::part_of(&shared, layout.order_at(), layout.places()),
             shared,
             layout,
-            qkv: values(3 * config.inner_dim())?,
-            attended: values(config.inner_dim())?,
-            hidden: values(config.d_ff)?,
+            qkv: values(qkv)?,
+            attended: values(inner)?,
+            hidden: values(hidden)?,
             router_logits: numbers(experts)?,
-            alpha: numbers(1)?,
-            few_tiles: tiles(experts + rows_max / 8 + 1)?,
-            many_tiles: tiles(experts + rows_max / 64 + 1)?,
+            alpha: numbers(choices)?,
+            to: gpu.allocate("activations", rows_max * choices)?,
+            each: numbers(choices * config.d_model)?,
+            few_tiles: tiles(experts + rows_max * choices / 8 + 1)?,
+            many_tiles: tiles(experts + rows_max * choices / 64 + 1)?,
             tile_counts: gpu.allocate("activations", 2)?,
             logits: gpu.allocate("logits", LOGIT_ROWS_MAX * config.vocab_size)?,
             packet: gpu.allocate("activations", Packet::bytes_max(rows_max))?,
-            report: gpu.allocate("activations", CHOSEN_AT + config.moe_layer_count() * rows_max * 2)?,
+            report: gpu.allocate("activations", Report::bytes(config.moe_layer_count(), rows_max * choices))?,
         })
     }
 
     /// Bytes of all of it.
     pub(super) fn bytes(&self) -> u64 {
-        let numbers = [&self.h, &self.router_logits, &self.alpha, &self.logits];
+        let numbers = [&self.h, &self.router_logits, &self.alpha, &self.each, &self.logits];
         let values = [&self.qkv, &self.attended, &self.hidden, &self.packet, &self.report];
         let tiles = self.few_tiles.bytes() + self.many_tiles.bytes() + self.tile_counts.bytes();
         let numbers: u64 = numbers.into_iter().map(DeviceBuffer::bytes).sum();
         let values: u64 = values.into_iter().map(DeviceBuffer::bytes).sum();
-        numbers + values + tiles + self.shared.bytes() as u64
+        numbers + values + tiles + self.to.bytes() + self.shared.bytes() as u64
+    }
+
+    /// Choices of the largest batch.
+    pub(super) fn choices_max(&self) -> usize {
+        self.layout.places()
     }
 
     /// Where the guard of the pass is (`Pass` of numbers.cu).
@@ -115,10 +130,39 @@ impl Scratch {
         self.report.slice(TOKENS_AT..CHOSEN_AT).cast()
     }
 
-    /// Where the experts go that layer `index` of the pass chose for its rows.
-    pub(super) fn chosen(&self, index: usize, rows: usize) -> DeviceSlice<'_, u16> {
-        let at = CHOSEN_AT + index * rows * 2;
-        self.report.slice(at..at + rows * 2).cast()
+    /// Where the experts of so many choices go that layer `index` of the pass makes.
+    pub(super) fn chosen(&self, index: usize, choices: usize) -> DeviceSlice<'_, u16> {
+        let at = CHOSEN_AT + index * choices * 2;
+        self.report.slice(at..at + choices * 2).cast()
+    }
+}
+
+/// What a row takes of the memory of a pass, in values.
+struct Widths {
+    /// Experts that a router chooses for it.
+    choices: usize,
+    qkv: usize,
+    inner: usize,
+    /// Between the matrices of a feed-forward: of its choices together, or of a dense one.
+    hidden: usize,
+}
+
+impl Widths {
+    fn of(config: &ModelConfig) -> Self {
+        let spec = config.spec();
+        let blocks = || spec.encoder.blocks.iter().chain(&spec.decoder.blocks);
+        let most = |width: fn(&BlockSpec) -> usize| blocks().map(width).max().unwrap_or(0);
+        let dense = most(|block| match block.feed_forward {
+            FeedForwardSpec::Dense { d_ff, .. } => d_ff,
+            FeedForwardSpec::Moe { shared, .. } => shared.map_or(0, |shared| shared.d_ff),
+        });
+        Self {
+            choices: config.top_k,
+            // Of an attention to the input, keys and values alone lie there too.
+            qkv: most(|block| block.attention.inner() + 2 * block.attention.kv_inner()),
+            inner: most(|block| block.attention.inner()),
+            hidden: dense.max(config.top_k * config.d_ff),
+        }
     }
 }
 
@@ -194,17 +238,19 @@ fn put<V: Pod>(to: &mut [u8], values: &[V]) {
 #[derive(Debug)]
 pub(super) struct Report {
     bytes: Vec<u8>,
+    /// The first MoE layer whose choices it has.
+    first: usize,
 }
 
 impl Report {
-    /// Of bytes that were read.
-    pub(super) fn of(bytes: Vec<u8>) -> Self {
-        Self { bytes }
+    /// Of bytes that were read, with the choices of MoE layers from `first` on.
+    pub(super) fn of(bytes: Vec<u8>, first: usize) -> Self {
+        Self { bytes, first }
     }
 
-    /// How many there are, up to what `layers` MoE layers of `rows` rows chose.
-    pub(super) fn bytes(layers: usize, rows: usize) -> usize {
-        CHOSEN_AT + layers * rows * 2
+    /// How many there are, with what `layers` MoE layers chose, so many choices each.
+    pub(super) fn bytes(layers: usize, choices: usize) -> usize {
+        CHOSEN_AT + layers * choices * 2
     }
 
     /// The first MoE layer of which an expert was missing, if any was: what follows was not computed.
@@ -219,9 +265,9 @@ impl Report {
         bytes.as_chunks().0.iter().map(|&token| u32::from_le_bytes(token)).collect()
     }
 
-    /// The expert of each row in layer `index` of the pass.
-    pub(super) fn chosen(&self, index: usize, rows: usize) -> Vec<u16> {
-        let bytes = &self.bytes[CHOSEN_AT + index * rows * 2..][..rows * 2];
+    /// The expert of each of so many choices in layer `index` of the pass.
+    pub(super) fn chosen(&self, index: usize, choices: usize) -> Vec<u16> {
+        let bytes = &self.bytes[CHOSEN_AT + (index - self.first) * choices * 2..][..choices * 2];
         bytes.as_chunks().0.iter().map(|&expert| u16::from_le_bytes(expert)).collect()
     }
 }

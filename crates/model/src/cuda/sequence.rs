@@ -17,7 +17,7 @@ use crate::{Backend, ModelError, NewSequence, Spans, cache_size::room};
 /// started.
 #[derive(Debug)]
 pub struct DeviceSequence {
-    /// (blocks, capacity, 2 * inner)
+    /// (blocks, capacity, 2 * kv_inner)
     cache: DeviceBuffer<u8>,
     capacity: usize,
     position: usize,
@@ -39,7 +39,7 @@ impl DeviceSequence {
 }
 
 impl DeviceDense {
-    /// As [`Backend::start`], of the `rows` that the last encoding left.
+    /// As [`Backend::start`], of the `rows` that the last encoding left, none where there is no encoder.
     pub(super) fn start_sequences(
         &self,
         rows: usize,

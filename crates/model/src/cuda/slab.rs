@@ -18,7 +18,7 @@ use super::{
     dense::DeviceDense,
     device::Gpu,
     error::{CudaError, failed},
-    grouped::{Grouped, Slots, Tiles},
+    grouped::{Grouped, Results, Slots, Tiles},
     host_tier::{Found, HostTier},
     kernels::Kernels,
     uploads::Uploads,
@@ -42,6 +42,8 @@ pub struct DeviceSlab {
     kernels: Kernels,
     shape: ExpertShape,
     precision: Precision,
+    /// Experts of each row of the model.
+    choices: usize,
     /// Has the memory of the slots.
     loads: Uploads,
     slots: Slots,
@@ -58,9 +60,8 @@ struct Work {
     hidden: DeviceBuffer<u8>,
     /// (rows, d_model)
     out: DeviceBuffer<f32>,
-    /// Rows come grouped, and their factors are the coordinator's: place i is row i, times one.
+    /// Rows come grouped: place i is row i.
     order: DeviceBuffer<u32>,
-    alpha: DeviceBuffer<f32>,
     /// The packet on its way there, the results on their way back.
     staging: PinnedHostSlice<u8>,
 }
@@ -78,7 +79,7 @@ impl DeviceSlab {
         weights::check(store.config())?;
         gpu.enter()?;
         let kernels = Kernels::compile(&gpu, precision, D_KV)?;
-        let shape = *slot.shape();
+        let (shape, choices) = (*slot.shape(), store.config().top_k);
         let memory = gpu.allocate("experts", slots * slot.bytes())?;
         let slots = Slots::new(memory.address(), &slot);
         let loads = Uploads::new(&gpu, memory, slot.bytes())?;
@@ -86,7 +87,7 @@ impl DeviceSlab {
         let host = HostTier::open(&gpu, store, slot, host_bytes)?;
         gpu.finish()?;
         let (host, work) = (Mutex::new(host), Mutex::new(work));
-        Ok(Self { gpu, kernels, shape, precision, loads, slots, host, work })
+        Ok(Self { gpu, kernels, shape, precision, choices, loads, slots, host, work })
     }
 
     fn begin(&self, key: ExpertKey, slot: usize, urgency: Urgency) -> Result<(), CudaError> {
@@ -133,16 +134,14 @@ impl DeviceSlab {
         // stream orders the rest.
         unsafe { self.gpu.upload(&self.gpu.compute, &staging[..at], work.packet.all()) }?;
         let out = work.out.first(rows * d_model);
-        self.gpu.fill(out, 0)?;
         let memory = Memory {
             x: base + packet.len() as u64,
             out: out.address(),
             order: work.order.address(),
-            alpha: work.alpha.address(),
             hidden: work.hidden.address(),
         };
         // SAFETY: `work` has room for so many rows, and is locked until the stream is done.
-        unsafe { self.start(&tiles, base, rows, memory) }?;
+        unsafe { self.start(&tiles, base, memory) }?;
         let mut from: &mut [f32] = cast_slice_mut(&mut staging[..out.len() * 4]);
         self.gpu.read(out, from)?;
         for part in groups {
@@ -174,22 +173,16 @@ impl DeviceSlab {
             order: peer.rows.address() + peer.layout.order_at() as u64,
             places: places_at,
             out: peer.x.address(),
-            results: peer.out.address(),
             rows: peer.layout.rows as i32,
             d: self.shape.d_model as i32,
         };
-        // SAFETY: the kernel reads rows of the window only, of which the packet has the places, and writes as many of x and
-        // of the results, which have room for all of them.
+        // SAFETY: the kernel reads rows of the window only, of which the packet has the places, and writes as many of x, which
+        // has room for all of them.
         unsafe { self.gpu.launch(&self.kernels.fetch_rows, (places.len(), 1, 1), 128, &fetch) }?;
-        let memory = Memory {
-            x: peer.x.address(),
-            out: peer.out.address(),
-            order: places_at,
-            alpha: peer.ones.address(),
-            hidden: work.hidden.address(),
-        };
+        let memory =
+            Memory { x: peer.x.address(), out: peer.out.address(), order: places_at, hidden: work.hidden.address() };
         // SAFETY: `peer` has room for so many rows, and it and `work` stay until the stream is done.
-        unsafe { self.start(&tiles, base, places.len(), memory) }?;
+        unsafe { self.start(&tiles, base, memory) }?;
         self.gpu.finish()
     }
 
@@ -197,20 +190,20 @@ impl DeviceSlab {
     ///
     /// # Safety
     /// `memory` has room for so many rows, and lives until the stream is done with it.
-    unsafe fn start(&self, tiles: &Tiles, packet: u64, rows: usize, memory: Memory) -> Result<(), CudaError> {
+    unsafe fn start(&self, tiles: &Tiles, packet: u64, memory: Memory) -> Result<(), CudaError> {
         let (counts, few, many) = tiles.addresses(packet);
-        let Memory { x, out, order, alpha, hidden } = memory;
+        let Memory { x, out, order, hidden } = memory;
         let grouped = Grouped {
             gpu: &self.gpu,
             kernels: &self.kernels,
-            rows,
             d_model: self.shape.d_model,
             d_ff: self.shape.d_ff,
             x,
             hidden,
             out,
+            results: Results::Each,
             order,
-            alpha,
+            to: order,
             slots: self.slots,
             few,
             many,
@@ -224,12 +217,11 @@ impl DeviceSlab {
     }
 }
 
-/// Where rows, factors and results of a computation are on the device; see [`Grouped`].
+/// Where rows and results of a computation are on the device; see [`Grouped`].
 struct Memory {
     x: u64,
     out: u64,
     order: u64,
-    alpha: u64,
     hidden: u64,
 }
 
@@ -308,7 +300,7 @@ impl ExpertDevice for DeviceSlab {
     }
 
     fn open_window(self: Arc<Self>, rows: &WindowHandle) -> Result<Arc<dyn ExpertWindow>, ModelError> {
-        let peer = PeerRows::open(&self.gpu, rows, self.shape.d_model, self.precision)?;
+        let peer = PeerRows::open(&self.gpu, rows, self.choices, self.shape.d_model, self.precision)?;
         Ok(Arc::new(SlabWindow { peer, slab: self }))
     }
 }
@@ -321,7 +313,7 @@ struct SlabWindow {
 
 impl ExpertWindow for SlabWindow {
     fn rows(&self) -> usize {
-        self.peer.layout.rows
+        self.peer.layout.places()
     }
 
     fn results(&self) -> &WindowHandle {
@@ -353,13 +345,11 @@ impl Work {
     fn new(gpu: &Gpu, shape: &ExpertShape) -> Result<Self, CudaError> {
         let packet = Tiles::bytes_max(ROWS_MAX) + ROWS_MAX * shape.d_model * shape.dtype.size();
         let order: Vec<u32> = (0..ROWS_MAX as u32).collect();
-        let alpha = vec![1.0_f32; ROWS_MAX];
         Ok(Self {
             packet: gpu.allocate("activations", packet)?,
             hidden: gpu.allocate("activations", ROWS_MAX * shape.d_ff * shape.dtype.size())?,
             out: gpu.allocate("activations", ROWS_MAX * shape.d_model)?,
             order: gpu.allocate_with("activations", &order)?,
-            alpha: gpu.allocate_with("activations", &alpha)?,
             staging: gpu.pinned(packet.max(ROWS_MAX * shape.d_model * 4))?,
         })
     }

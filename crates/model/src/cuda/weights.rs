@@ -9,7 +9,11 @@ use crate::{
     Backbone, Checkpoint, ModelConfig, Precision, StoredDType,
     backbone::{Load, Memory},
     position_bias::PositionBias,
+    spec::{BlockSpec, FeedForwardSpec},
 };
+
+/// A warp chooses them, a lane each.
+const TOP_K_MAX: usize = 32;
 
 /// The memory of a GPU.
 #[derive(Debug)]
@@ -141,29 +145,43 @@ pub(super) fn convert(dtype: StoredDType, bytes: &[u8], precision: Precision, to
 
 /// Refuses a model whose shapes the kernels do not take.
 pub(super) fn check(config: &ModelConfig) -> Result<(), CudaError> {
-    if !config.has_encoder() {
-        return Err(CudaError::without_encoder());
-    }
     let multiple = |what, value: usize, of: usize, expected| match value.is_multiple_of(of) && value > 0 {
         true => Ok(()),
         false => Err(CudaError::Unsupported { what, found: value.to_string(), expected }),
     };
     multiple("d_model", config.d_model, 128, "a multiple of 128")?;
     multiple("d_ff", config.d_ff, 128, "a multiple of 128")?;
-    multiple("num_heads * d_kv", config.inner_dim(), 128, "a multiple of 128")?;
-    multiple("d_kv", config.d_kv, 32, "a multiple of 32")?;
-    multiple("vocab_size", config.vocab_size, 128, "a multiple of 128")?;
+    multiple("vocab_size", config.vocab_size, 64, "a multiple of 64")?;
     multiple("num_experts", config.num_experts, 4, "a multiple of 4")?;
     let unsupported = |what, found: String, expected| Err(CudaError::Unsupported { what, found, expected });
+    let spec = config.spec();
+    for BlockSpec { attention, cross, feed_forward } in spec.encoder.blocks.iter().chain(&spec.decoder.blocks) {
+        for attention in std::iter::once(attention).chain(cross) {
+            multiple("heads * width of a head", attention.inner(), 128, "a multiple of 128")?;
+            multiple("width of a head", attention.head_dim, 32, "a multiple of 32")?;
+            if attention.has_output_bias {
+                return unsupported("bias of attention's output", "one".to_owned(), "none");
+            }
+        }
+        let width = match feed_forward {
+            FeedForwardSpec::Dense { d_ff, .. } => Some(*d_ff),
+            FeedForwardSpec::Moe { shared, .. } => shared.map(|shared| shared.d_ff),
+        };
+        if let Some(width) = width {
+            multiple("width of a dense feed-forward", width, 128, "a multiple of 128")?;
+        }
+    }
     if config.d_kv > 128 {
         return unsupported("d_kv", config.d_kv.to_string(), "at most 128");
     }
     if config.num_experts > 1024 {
         return unsupported("num_experts", config.num_experts.to_string(), "at most 1024");
     }
-    if config.top_k != 1 || config.router_bias {
-        let found = format!("top {}, bias {}", config.top_k, config.router_bias);
-        return unsupported("router", found, "top 1 without a bias");
+    if config.top_k > TOP_K_MAX {
+        return unsupported("experts of a token", config.top_k.to_string(), "at most 32");
+    }
+    if config.router_bias {
+        return unsupported("bias of the router", "one".to_owned(), "none");
     }
     Ok(())
 }

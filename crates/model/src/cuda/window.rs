@@ -39,6 +39,8 @@ pub struct Mapped {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct RowsLayout {
     pub(super) rows: usize,
+    /// Experts of each row.
+    choices: usize,
     row_bytes: usize,
 }
 
@@ -46,7 +48,8 @@ pub(super) struct RowsLayout {
 #[derive(Debug)]
 pub struct SharedRows {
     handle: WindowHandle,
-    d_model: usize,
+    /// Bytes of the results of all places.
+    results_bytes: usize,
     memory: Arc<Shareable>,
 }
 
@@ -55,13 +58,11 @@ pub struct SharedRows {
 pub(super) struct PeerRows {
     pub(super) layout: RowsLayout,
     pub(super) rows: Mapped,
-    /// (rows, d_model), float32, by place.
+    /// (places, d_model), float32.
     pub(super) out: Shareable,
     pub(super) results: WindowHandle,
-    /// (rows, d_model) by place: the rows of a call, brought here.
+    /// (places, d_model): the rows of a call, brought here.
     pub(super) x: DeviceBuffer<u8>,
-    /// (rows): the factor of each place, which is the coordinator's to apply: one.
-    pub(super) ones: DeviceBuffer<f32>,
 }
 
 impl Shareable {
@@ -149,8 +150,13 @@ impl Drop for Mapped {
 }
 
 impl RowsLayout {
-    pub(super) fn new(rows: usize, d_model: usize, precision: Precision) -> Self {
-        Self { rows, row_bytes: d_model * precision.size() }
+    pub(super) fn new(rows: usize, choices: usize, d_model: usize, precision: Precision) -> Self {
+        Self { rows, choices, row_bytes: d_model * precision.size() }
+    }
+
+    /// Of all rows in grouped order.
+    pub(super) fn places(self) -> usize {
+        self.rows * self.choices
     }
 
     pub(super) fn x_bytes(self) -> usize {
@@ -162,7 +168,7 @@ impl RowsLayout {
     }
 
     pub(super) fn order_bytes(self) -> usize {
-        self.rows * 4
+        self.places() * 4
     }
 
     pub(super) fn bytes(self) -> usize {
@@ -179,7 +185,7 @@ impl SharedRows {
         precision: Precision,
     ) -> Result<Self, CudaError> {
         let handle = memory.handle(layout.rows, precision.stored())?;
-        Ok(Self { handle, d_model, memory: memory.clone() })
+        Ok(Self { handle, results_bytes: layout.places() * d_model * 4, memory: memory.clone() })
     }
 
     pub(crate) fn handle(&self) -> &WindowHandle {
@@ -191,7 +197,7 @@ impl SharedRows {
         if found != expected {
             return Err(CudaError::Window { reason: format!("results are {found:?}, expected {expected:?}") });
         }
-        Mapped::open(&self.memory.context, results, results.rows * self.d_model * 4)
+        Mapped::open(&self.memory.context, results, self.results_bytes)
     }
 }
 
@@ -200,6 +206,7 @@ impl PeerRows {
     pub(super) fn open(
         gpu: &Gpu,
         offered: &WindowHandle,
+        choices: usize,
         d_model: usize,
         precision: Precision,
     ) -> Result<Self, CudaError> {
@@ -209,14 +216,13 @@ impl PeerRows {
                 reason: format!("its rows are {found:?}, this node computes in {expected:?}"),
             });
         }
-        let layout = RowsLayout::new(offered.rows, d_model, precision);
+        let layout = RowsLayout::new(offered.rows, choices, d_model, precision);
         let rows = Mapped::open(gpu.context(), offered, layout.bytes())?;
-        let out = Shareable::take(gpu, "results", layout.rows * d_model * 4)?;
+        let out = Shareable::take(gpu, "results", layout.places() * d_model * 4)?;
         let results = out.handle(layout.rows, StoredDType::F32)?;
-        let x = gpu.allocate("activations", layout.x_bytes())?;
-        let ones = gpu.allocate_with("activations", &vec![1.0; layout.rows])?;
+        let x = gpu.allocate("activations", layout.places() * d_model * precision.size())?;
         gpu.finish()?;
-        Ok(Self { layout, rows, out, results, x, ones })
+        Ok(Self { layout, rows, out, results, x })
     }
 }
 

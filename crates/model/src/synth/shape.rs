@@ -1,15 +1,27 @@
-//! What a Switch Transformer of a given shape consists of: its config and every tensor, with the scale
+//! What a model of a given shape consists of: its config and every tensor, of a Switch Transformer with the scale
 //! transformers initialises it by. Called by [`super::synth`].
 
 use serde_json::json;
 
-use super::{SynthError, random::Signs};
+use super::{
+    SynthError,
+    causal::{self, CausalShape},
+    random::Signs,
+};
 use crate::{StoredDType, shards::TensorSpec};
+
+/// The shape of a model.
+#[derive(Clone, Debug, PartialEq)]
+#[allow(missing_docs)]
+pub enum SynthShape {
+    Switch(SwitchShape),
+    Causal(Box<CausalShape>),
+}
 
 /// The shape of a Switch Transformer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
-pub struct SynthShape {
+pub struct SwitchShape {
     pub d_model: usize,
     pub d_kv: usize,
     pub d_ff: usize,
@@ -23,8 +35,8 @@ pub struct SynthShape {
     pub vocab_size: usize,
 }
 
-/// The published shapes, without Google's prefix.
-pub const PUBLISHED: [&str; 7] = [
+/// The published shapes of Switch Transformers, without Google's prefix.
+const SWITCH: [&str; 7] = [
     "switch-base-8",
     "switch-base-16",
     "switch-base-32",
@@ -34,14 +46,60 @@ pub const PUBLISHED: [&str; 7] = [
     "switch-large-128",
 ];
 
+/// All published shapes.
+pub fn published() -> impl Iterator<Item = &'static str> {
+    SWITCH.into_iter().chain(causal::PUBLISHED)
+}
+
 impl SynthShape {
-    /// One of [`PUBLISHED`] (the config.json of google/switch-base-* and google/switch-large-128).
+    /// One of [`published`].
     pub fn published(name: &str) -> Result<Self, SynthError> {
-        let unknown = || SynthError::Shape { found: name.to_owned() };
-        if !PUBLISHED.contains(&name) {
-            return Err(unknown());
+        if let Some(causal) = CausalShape::published(name) {
+            return Ok(Self::Causal(Box::new(causal?)));
         }
-        let (size, experts) = name.rsplit_once('-').ok_or_else(unknown)?;
+        let switch = SwitchShape::published(name).ok_or_else(|| SynthError::Shape { found: name.to_owned() })?;
+        Ok(Self::Switch(switch))
+    }
+
+    /// The same with so many blocks, of a decoder-only model: what of a large one fits a small machine.
+    pub fn with_blocks(self, blocks: usize) -> Result<Self, SynthError> {
+        match self {
+            Self::Causal(shape) => Ok(Self::Causal(Box::new(shape.with_blocks(blocks)?))),
+            Self::Switch(_) => Err(SynthError::NoBlocks),
+        }
+    }
+
+    /// Bytes of all weights.
+    pub fn bytes(&self) -> u64 {
+        self.weights().iter().map(|weight| weight.spec.bytes()).sum()
+    }
+
+    pub(super) fn weights(&self) -> Vec<Weight> {
+        match self {
+            Self::Switch(shape) => shape.weights(),
+            Self::Causal(shape) => shape.weights(),
+        }
+    }
+
+    pub(super) fn config(&self) -> serde_json::Value {
+        match self {
+            Self::Switch(shape) => shape.config(),
+            Self::Causal(shape) => shape.json(),
+        }
+    }
+
+    pub(super) fn vocab_size(&self) -> usize {
+        match self {
+            Self::Switch(shape) => shape.vocab_size,
+            Self::Causal(shape) => shape.vocab_size(),
+        }
+    }
+}
+
+impl SwitchShape {
+    /// One of [`SWITCH`] (the config.json of google/switch-base-* and google/switch-large-128).
+    fn published(name: &str) -> Option<Self> {
+        let (size, experts) = name.rsplit_once('-').filter(|_| SWITCH.contains(&name))?;
         let base = Self {
             d_model: 768,
             d_kv: 64,
@@ -50,11 +108,11 @@ impl SynthShape {
             encoder_layers: 12,
             decoder_layers: 12,
             sparse_step: 2,
-            num_experts: experts.parse().map_err(|_| unknown())?,
+            num_experts: experts.parse().ok()?,
             expert_capacity: 64,
             vocab_size: 32128,
         };
-        Ok(match size {
+        Some(match size {
             "switch-base" => base,
             _ => Self { d_model: 1024, d_ff: 4096, num_heads: 16, encoder_layers: 24, decoder_layers: 24, ..base },
         })
@@ -65,12 +123,7 @@ impl SynthShape {
         self.sparse_step == 1 || self.sparse_step > 1 && block % self.sparse_step == 1
     }
 
-    /// Bytes of all weights.
-    pub fn bytes(&self) -> u64 {
-        self.weights().iter().map(|weight| weight.spec.bytes()).sum()
-    }
-
-    pub(super) fn config(&self) -> serde_json::Value {
+    fn config(&self) -> serde_json::Value {
         let sparse = |layers: usize| (0..layers).filter(|&block| self.is_sparse(block)).count();
         json!({
             "architectures": ["SwitchTransformersForConditionalGeneration"],
@@ -107,7 +160,7 @@ impl SynthShape {
 
     /// Every tensor, and how transformers would initialise it (SwitchTransformersPreTrainedModel,
     /// `_init_weights`, factor 1).
-    pub(super) fn weights(&self) -> Vec<Weight> {
+    fn weights(&self) -> Vec<Weight> {
         let mut weights = vec![Weight::normal("shared.weight".to_owned(), [self.vocab_size, self.d_model], 1.0)];
         for (stack, layers, attentions) in [
             ("encoder", self.encoder_layers, &["SelfAttention"][..]),
@@ -190,13 +243,17 @@ pub(super) enum Fill {
 }
 
 impl Weight {
-    fn normal(name: String, shape: [usize; 2], deviation: f64) -> Self {
+    pub(super) fn normal(name: String, shape: [usize; 2], deviation: f64) -> Self {
         let spec = TensorSpec { name, dtype: StoredDType::BF16, shape: shape.to_vec() };
         Self { spec, fill: Fill::Normal(deviation) }
     }
 
-    fn ones(name: String, len: usize) -> Self {
+    pub(super) fn ones(name: String, len: usize) -> Self {
         Self { spec: TensorSpec { name, dtype: StoredDType::BF16, shape: vec![len] }, fill: Fill::Ones }
+    }
+
+    pub(super) fn bias(name: String, len: usize) -> Self {
+        Self { spec: TensorSpec { name, dtype: StoredDType::BF16, shape: vec![len] }, fill: Fill::Normal(0.1) }
     }
 
     fn router(name: String, shape: [usize; 2]) -> Self {

@@ -21,8 +21,8 @@ const PIECE_SCORE: f64 = -10.0;
 
 /// `tokenizer.json` of exactly `vocab_size` tokens: `<pad>`, `</s>`, `<unk>`, printable ASCII, the 256
 /// bytes, runs of one to four letters with and without a space before them, and, at the end as T5 has them,
-/// `<extra_id_99>` to `<extra_id_0>`. Every text ends with `</s>`.
-pub(super) fn tokenizer(vocab_size: usize) -> Result<Value, SynthError> {
+/// `<extra_id_99>` to `<extra_id_0>`. Every text ends with `</s>` if `has_end`.
+pub(super) fn tokenizer(vocab_size: usize, has_end: bool) -> Result<Value, SynthError> {
     if !(VOCAB_MIN..=VOCAB_MAX).contains(&vocab_size) {
         return Err(SynthError::Vocabulary { found: vocab_size, min: VOCAB_MIN, max: VOCAB_MAX });
     }
@@ -48,18 +48,23 @@ pub(super) fn tokenizer(vocab_size: usize) -> Result<Value, SynthError> {
         "added_tokens": added,
         "normalizer": null,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, metaspace]},
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}],
-            "pair": [
-                {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}},
-                {"Sequence": {"id": "B", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}},
-            ],
-            "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}},
-        },
+        "post_processor": if has_end { end() } else { Value::Null },
         "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, metaspace]},
         "model": {"type": "Unigram", "unk_id": 2, "byte_fallback": byte_fallback, "vocab": vocab},
     }))
+}
+
+/// Puts `</s>` behind every text.
+fn end() -> Value {
+    json!({
+        "type": "TemplateProcessing",
+        "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}],
+        "pair": [
+            {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}},
+            {"Sequence": {"id": "B", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}},
+        ],
+        "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}},
+    })
 }
 
 /// Distinct pieces, the most needed first.
@@ -92,7 +97,7 @@ mod tests {
     use super::*;
 
     fn open(vocab_size: usize) -> Tokenizer {
-        tokenizer(vocab_size).unwrap().to_string().parse().unwrap()
+        tokenizer(vocab_size, true).unwrap().to_string().parse().unwrap()
     }
 
     /// A text would become tokens that the model does not have, or the same token over and over.

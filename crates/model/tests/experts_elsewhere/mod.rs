@@ -3,7 +3,7 @@
 use super::*;
 
 /// Rows for experts of a slab: (slot, rows), computed together.
-fn on_slab(slab: &DeviceSlab, groups: &[(usize, Vec<f32>)]) -> Vec<Vec<f32>> {
+pub(super) fn on_slab(slab: &DeviceSlab, groups: &[(usize, Vec<f32>)]) -> Vec<Vec<f32>> {
     let mut outs: Vec<Vec<f32>> = groups.iter().map(|(_, x)| vec![f32::NAN; x.len()]).collect();
     let rows = groups.iter().zip(&mut outs).map(|((slot, x), out)| SlotRows { slot: *slot, x, out });
     slab.compute(&mut rows.collect::<Vec<_>>()).unwrap();
@@ -17,7 +17,8 @@ fn a_slab_computes_what_the_processor_does() {
     let seed = rand::rng().random();
     println!("seed {seed}");
     let mut random = rand::rngs::StdRng::seed_from_u64(seed);
-    for dir in models() {
+    let into = tempfile::tempdir().unwrap();
+    for dir in models().into_iter().chain(causal_on_device::written(into.path())) {
         let checkpoint = Checkpoint::open(&dir).unwrap();
         let store = ExpertStore::open(checkpoint.clone()).unwrap();
         let (layers, experts) = (store.config().moe_layer_count() as u16, store.config().num_experts as u16);
@@ -58,6 +59,20 @@ fn a_slab_computes_what_the_processor_does() {
             }
         }
     }
+}
+
+/// A slab with all experts: slot = layer * experts + expert.
+pub(super) fn full_slab(ordinal: usize, store: ExpertStore, precision: Precision) -> DeviceSlab {
+    let experts = store.config().num_experts;
+    let slots = store.config().moe_layer_count() * experts;
+    let slot = ExpertSlot::choose(&store, precision, true).unwrap();
+    let slab = DeviceSlab::open(Gpu::open(ordinal).unwrap(), store, slot, slots, u64::MAX).unwrap();
+    for slot in 0..slots {
+        let (layer, expert) = (LayerId((slot / experts) as u16), ExpertId((slot % experts) as u16));
+        slab.begin_load(ExpertKey { layer, expert }, slot, Urgency::Ahead).unwrap();
+        slab.finish_load(slot).unwrap();
+    }
+    slab
 }
 
 /// One pass through a stack whose experts are in a slab: slot = layer * experts + expert.
@@ -109,15 +124,7 @@ fn experts_elsewhere_give_the_same_bits() {
         for precision in [Precision::Bf16, Precision::F32] {
             let checkpoint = Checkpoint::open(&dir).unwrap();
             let store = ExpertStore::open(checkpoint.clone()).unwrap();
-            let experts = store.config().num_experts;
-            let slots = store.config().moe_layer_count() * experts;
-            let slot = ExpertSlot::choose(&store, precision, true).unwrap();
-            let slab = DeviceSlab::open(Gpu::open(ordinal).unwrap(), store, slot, slots, u64::MAX).unwrap();
-            for slot in 0..slots {
-                let (layer, expert) = (LayerId((slot / experts) as u16), ExpertId((slot % experts) as u16));
-                slab.begin_load(ExpertKey { layer, expert }, slot, Urgency::Ahead).unwrap();
-                slab.finish_load(slot).unwrap();
-            }
+            let slab = full_slab(ordinal, store, precision);
             let gpu = Gpu::open(ordinal).unwrap();
             let mut dense = DeviceDense::open(gpu, &checkpoint, precision, ROWS_MAX).unwrap();
             let mut whole = open(&dir, ordinal, precision, 1.0, 0);

@@ -147,6 +147,17 @@ impl OnDevice {
         self.dense.logits(self.states.as_ref().unwrap(), &rows).unwrap()
     }
 
+    /// What the last norm makes of the states of the last pass, which is over with it.
+    pub(crate) fn last_hidden(&mut self) -> Vec<f32> {
+        let states = self.dense.last_hidden(self.states.take().unwrap()).unwrap();
+        self.dense.values(&states, &mut Vec::new()).unwrap().to_vec()
+    }
+
+    /// Sequences before their first token, of a model whose decoder reads the input.
+    pub(crate) fn start_empty(&mut self, count: usize) -> Vec<DeviceSequence> {
+        start_empty(&mut self.dense, count)
+    }
+
     /// Sequences before their first token, of the last encoding.
     pub(crate) fn start(&mut self, spans: &Spans) -> Vec<DeviceSequence> {
         start(&mut self.dense, self.states.as_ref().unwrap(), spans)
@@ -196,6 +207,12 @@ impl OnDevice {
         let ids = |(_, experts): (LayerId, Vec<ExpertId>)| experts.into_iter().map(|expert| expert.0).collect();
         Seen { experts: by_layer.into_iter().map(ids).collect(), demand_loads, tokens }
     }
+}
+
+/// Sequences before their first token, of a model whose decoder reads the input.
+pub(crate) fn start_empty(dense: &mut DeviceDense, count: usize) -> Vec<DeviceSequence> {
+    let new = vec![NewSequence { rows: 0..0, tokens_max: TOKENS_MAX }; count];
+    dense.start(None, &new).unwrap().into_iter().map(Result::unwrap).collect()
 }
 
 /// Sequences of all prompts of an encoding, with room for the longest answer of these tests.

@@ -10,7 +10,6 @@ use crate::{
     backend::{Backend, Beside, MoeRows, NewSequence, Passed, Wanted},
     cpu::norm::softmax,
     cuda::{
-        error::CudaError,
         pass::BatchShape,
         recorded::Recordings,
         scratch::{LOGIT_ROWS_MAX, NO_TOKEN, Packet},
@@ -90,7 +89,7 @@ impl Backend for DeviceDense {
             sequences,
             experts,
             layers: Vec::new(),
-            choice: Routes { top_k: 1, experts: Vec::new(), weights: Vec::new() },
+            choice: Routes { top_k: self.config.top_k, experts: Vec::new(), weights: Vec::new() },
             is_finished: false,
             tokens: None,
             probabilities: Vec::new(),
@@ -190,8 +189,11 @@ impl Backend for DeviceDense {
         Ok(self.read_means(spans.len())?)
     }
 
-    fn last_hidden(&mut self, _: DeviceStates) -> Result<DeviceStates, ModelError> {
-        Err(CudaError::without_encoder().into())
+    fn last_hidden(&mut self, states: DeviceStates) -> Result<DeviceStates, ModelError> {
+        self.gpu.enter()?;
+        forward::finish(&mut self.pass(), &self.backbone.decoder)?;
+        self.gpu.finish()?;
+        Ok(states)
     }
 
     fn start(
@@ -199,8 +201,7 @@ impl Backend for DeviceDense {
         states: Option<&DeviceStates>,
         sequences: &[NewSequence],
     ) -> Result<Vec<Result<DeviceSequence, ModelError>>, ModelError> {
-        let Some(states) = states else { return Err(CudaError::without_encoder().into()) };
-        let started = self.start_sequences(states.rows, sequences)?;
+        let started = self.start_sequences(states.map_or(0, |states| states.rows), sequences)?;
         Ok(started.into_iter().map(|sequence| sequence.map_err(ModelError::from)).collect())
     }
 

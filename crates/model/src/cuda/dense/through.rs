@@ -4,9 +4,9 @@
 //! the device notes the layer in the pass's guard, and everything that was started after it does nothing: the pass stands at
 //! that layer with its rows as they are before their experts, and the caller has them computed wherever that is possible.
 //!
-//! An encoding goes through each layer once. So where not all experts fit, its layers are started one by one, each when the one
-//! before it runs. Experts of layers that are done are not held any more, so they may leave for experts of later layers; and
-//! each layer is told of the experts that came while the ones before it ran.
+//! Prompts are many rows, which choose most experts of a layer. So where not all fit, their layers are started one by one, each
+//! when the one before it runs. Experts of layers that are done are not held any more, so they may leave for experts of later
+//! layers; and each layer is told of the experts that came while the ones before it ran.
 
 use std::{ops::Range, sync::Arc};
 
@@ -40,8 +40,8 @@ pub(super) struct Through {
     known: Option<Known>,
     progress: Progress,
     /// Whole passes by shape, and whether they are guarded. Prompts have many shapes, which must not push out those of steps.
-    prompts: Recordings<(BatchShape, bool)>,
-    steps: Recordings<(BatchShape, bool)>,
+    prompts: Recordings<(Stack, BatchShape, bool)>,
+    steps: Recordings<(Stack, BatchShape, bool)>,
 }
 
 /// What the table says.
@@ -68,10 +68,11 @@ impl Drop for Held<'_> {
 
 impl Through {
     pub(super) fn new(gpu: &Gpu, config: &ModelConfig, scratch: &Scratch) -> Result<Self, CudaError> {
+        let layers = [Stack::Encoder, Stack::Decoder].into_iter().map(|stack| config.moe_layers(stack).len());
         Ok(Self {
             table: gpu.allocate("experts", config.moe_layer_count() * config.num_experts)?,
             known: None,
-            progress: Progress::new(gpu, scratch, config.moe_layers(Stack::Encoder).len())?,
+            progress: Progress::new(gpu, scratch, layers.max().unwrap_or(0))?,
             prompts: Recordings::new(PROMPT_STARTS),
             steps: Recordings::new(1),
         })
@@ -98,11 +99,8 @@ impl Through {
         self.known.expect("known once layers are held")
     }
 
-    fn graphs(&mut self, stack: Stack) -> &mut Recordings<(BatchShape, bool)> {
-        match stack {
-            Stack::Encoder => &mut self.prompts,
-            Stack::Decoder => &mut self.steps,
-        }
+    fn graphs(&mut self, are_prompts: bool) -> &mut Recordings<(Stack, BatchShape, bool)> {
+        if are_prompts { &mut self.prompts } else { &mut self.steps }
     }
 }
 
@@ -118,9 +116,9 @@ impl DeviceDense {
         let sparse = self.sparse_blocks(pass.stack);
         let first = sparse.iter().filter(|&&block| block < pass.next).count();
         let held = Held { experts, compute: self.gpu.compute.clone() };
-        let ended = match pass.stack {
-            Stack::Encoder => self.encode_through(pass, first, &sparse, experts),
-            Stack::Decoder => {
+        let ended = match self.are_prompts(pass.stack) {
+            true => self.read_through(pass, first, &sparse, experts),
+            false => {
                 let is_complete = self.hold(pass.stack, experts, 0..sparse.len())?;
                 self.start_at_once(pass, first, &sparse, experts, !is_complete)
             }
@@ -139,8 +137,14 @@ impl DeviceDense {
         }
     }
 
-    /// All at once where every expert is resident, else layer by layer. Returns the MoE layer of the stack that it stopped at.
-    fn encode_through(
+    /// Whether the current pass reads prompts, and is not a step that adds a token to each of its sequences.
+    fn are_prompts(&self, stack: Stack) -> bool {
+        stack == Stack::Encoder || self.current.shape.longest > 1
+    }
+
+    /// Prompts: all at once where every expert is resident, else layer by layer. Returns the MoE layer of the stack that they
+    /// stopped at.
+    fn read_through(
         &mut self,
         pass: &mut DevicePass<'_>,
         first: usize,
@@ -167,10 +171,11 @@ impl DeviceDense {
         }
         let (stack, from) = (pass.stack, pass.next);
         if from == 0 {
-            let mut graphs = std::mem::replace(self.through.graphs(stack), Recordings::new(0));
-            let key = (self.current.shape, is_guarded);
+            let are_prompts = self.are_prompts(stack);
+            let mut graphs = std::mem::replace(self.through.graphs(are_prompts), Recordings::new(0));
+            let key = (stack, self.current.shape, is_guarded);
             let started = graphs.start(&self.gpu, key, || self.start_rest(stack, 0, 0, is_guarded));
-            *self.through.graphs(stack) = graphs;
+            *self.through.graphs(are_prompts) = graphs;
             started?;
         } else {
             self.start_rest(stack, from, first, is_guarded)?;
@@ -195,7 +200,7 @@ impl DeviceDense {
         experts: &dyn ResidentExperts,
     ) -> Result<Option<usize>, CudaError> {
         self.clear_guard()?;
-        let (stack, rows) = (pass.stack, self.current.shape.rows);
+        let (stack, choices) = (pass.stack, self.choices());
         let (mut from, mut done) = (pass.next, first);
         for (layer, &block) in sparse.iter().enumerate().skip(first) {
             if layer > first {
@@ -203,9 +208,9 @@ impl DeviceDense {
             }
             self.start_blocks(stack, from, layer, Some(layer + 1), true)?;
             from = block + 1;
-            self.through.progress.tell(&self.gpu, &self.scratch, layer, rows)?;
+            self.through.progress.tell(&self.gpu, &self.scratch, layer, choices)?;
             if layer > first {
-                let report = self.through.progress.wait(done, rows)?;
+                let report = self.through.progress.wait(done, choices)?;
                 if report.stopped_at().is_some() {
                     // What was started meanwhile must not run on while experts move.
                     self.gpu.finish()?;
@@ -218,6 +223,7 @@ impl DeviceDense {
         self.start_rest(stack, from, sparse.len(), true)?;
         let report = self.read_report(sparse.len())?;
         let stopped = report.stopped_at();
+        pass.tokens = stopped.is_none().then(|| report.tokens(self.current.shape.wanted));
         for layer in done..stopped.unwrap_or(sparse.len()) {
             self.note_passed(pass, layer, &report, experts);
         }
@@ -262,7 +268,7 @@ impl DeviceDense {
     }
 
     fn note_passed(&self, pass: &mut DevicePass<'_>, layer: usize, report: &Report, experts: &dyn ResidentExperts) {
-        let chosen = report.chosen(layer, self.current.shape.rows).into_iter().map(ExpertId).collect();
+        let chosen = report.chosen(layer, self.choices()).into_iter().map(ExpertId).collect();
         let passed = PassedLayer { layer: self.layer_of(pass.stack, layer), experts: chosen };
         experts.used(passed.layer, &passed.groups());
         pass.layers.push(passed);
@@ -270,12 +276,17 @@ impl DeviceDense {
 
     /// Reads the report after all that was started, through page-locked memory.
     fn read_report(&mut self, layers: usize) -> Result<Report, CudaError> {
-        let bytes = Report::bytes(layers, self.current.shape.rows);
+        let bytes = Report::bytes(layers, self.choices());
         let host = &mut self.exchange.host()?[..bytes];
         // SAFETY: the buffer is this object's, and is touched again after `finish` below only.
         unsafe { self.gpu.start_reading(self.scratch.report.all(), host) }?;
         self.gpu.finish()?;
-        Ok(Report::of(host.to_vec()))
+        Ok(Report::of(host.to_vec(), 0))
+    }
+
+    /// Of all rows of the current pass.
+    fn choices(&self) -> usize {
+        self.current.shape.rows * self.config.top_k
     }
 
     fn clear_guard(&self) -> Result<(), CudaError> {

@@ -29,10 +29,10 @@ template <int KEYS> __device__ __forceinline__ void attend(const Attention &a) {
     }
     float most[2] = {-INFINITY, -INFINITY}, total[2] = {}, sums[2][LANE_VALUES] = {};
     const float *bias = a.bias + head * (2 * a.reach + 1) + a.reach;
-    for (int row = 0; row < end; row += 32) {
+    for (int row = seen.begin; row < end; row += 32) {
         __syncthreads();
         load_rows(seen.keys, seen.stride, row, end, ks, D_KV + 1);
-        load_rows(seen.keys + a.inner, seen.stride, row, end, vs, D_KV);
+        load_rows(seen.keys + a.kv_inner, seen.stride, row, end, vs, D_KV);
         __syncthreads();
         int key = row + lane;
 #pragma unroll
@@ -42,7 +42,7 @@ template <int KEYS> __device__ __forceinline__ void attend(const Attention &a) {
             float score = 0;
 #pragma unroll 16
             for (int d = 0; d < D_KV; ++d) score += q[d] * k[d];
-            score = biased<KEYS>(score, bias, a.reach, key, position, end);
+            score = biased<KEYS>(score, a, bias, key, position, end);
             float now = fmaxf(most[i], warp_max(score));
             float before = most[i] == -INFINITY ? 0.f : expf(most[i] - now);
             float p = score == -INFINITY ? 0.f : expf(score - now);

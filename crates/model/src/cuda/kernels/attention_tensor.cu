@@ -1,5 +1,5 @@
 // Attention in bf16 by tensor cores, with float32 sums: 64 queries a block, 16 a warp; keys come by 32 through shared
-// memory. Scores are the products of product_tensor.cu, operands laid out as there: queries on the left, keys on the
+// memory, some stages ahead of those that are multiplied. Scores are the products of product_tensor.cu, operands laid out as there: queries on the left, keys on the
 // right. Shares of keys, rounded to bf16, are the left operand of the product with the values.
 
 #if BF16
@@ -7,13 +7,15 @@
 const int QUERIES = 64;
 const int WIDTH = D_KV + 8; // of a row in shared memory: 16 bytes more, so that banks differ
 
-// Loads 32 rows of a head from `row` on, those from `end` on as zero.
+const int KEY_STAGES = 4;
+
+// Starts loading 32 rows of a head from `row` on, those from `end` on as zero.
 __device__ __forceinline__ void load_rows(const T *from, u64 stride, int row, int end, T *to) {
     for (int at = threadIdx.x; at < 32 * D_KV / 8; at += 128) {
         int r = at / (D_KV / 8), d = at % (D_KV / 8) * 8;
-        uint4 v = make_uint4(0, 0, 0, 0);
-        if (row + r < end) v = *reinterpret_cast<const uint4 *>(from + (row + r) * stride + d);
-        *reinterpret_cast<uint4 *>(to + r * WIDTH + d) = v;
+        T *place = to + r * WIDTH + d;
+        if (row + r < end) copy_ahead(place, from + (row + r) * stride + d);
+        else *reinterpret_cast<uint4 *>(place) = make_uint4(0, 0, 0, 0);
     }
 }
 
@@ -25,7 +27,8 @@ __device__ __forceinline__ void load_values(const T *from, u32 (&b)[4]) {
 }
 
 template <int KEYS> __device__ __forceinline__ void attend(const Attention &a) {
-    __shared__ __align__(16) T ks[32 * WIDTH], vs[32 * WIDTH];
+    extern __shared__ __align__(128) unsigned char memory[]; // (stages, keys and values, 32, WIDTH)
+    static_assert(KEY_STAGES * 2 * 32 * WIDTH * sizeof(T) <= ATTENTION_SHARED_BYTES, "stages need more room");
     begin();
     if (ended(a.pass, a.layers)) return;
     Sequence s = a.sequences[blockIdx.y];
@@ -42,11 +45,23 @@ template <int KEYS> __device__ __forceinline__ void attend(const Attention &a) {
     }
     const float *bias = a.bias + head * (2 * a.reach + 1) + a.reach;
     float most[2] = {-INFINITY, -INFINITY}, total[2] = {}, sums[D_KV / 8][4] = {};
-    for (int row = 0; row < seen.end; row += 32) {
+    int next = seen.begin;
+    auto fetch = [&]() {
+        if (next < seen.end) {
+            T *to = reinterpret_cast<T *>(memory) + (next - seen.begin) / 32 % KEY_STAGES * 2 * 32 * WIDTH;
+            load_rows(seen.keys, seen.stride, next, seen.end, to);
+            load_rows(seen.keys + a.kv_inner, seen.stride, next, seen.end, to + 32 * WIDTH);
+            next += 32;
+        }
+        asm volatile("cp.async.commit_group;");
+    };
+    for (int stage = 0; stage < KEY_STAGES - 1; ++stage) fetch();
+    for (int row = seen.begin; row < seen.end; row += 32) {
+        asm volatile("cp.async.wait_group %0;" ::"n"(KEY_STAGES - 2));
         __syncthreads();
-        load_rows(seen.keys, seen.stride, row, seen.end, ks);
-        load_rows(seen.keys + a.inner, seen.stride, row, seen.end, vs);
-        __syncthreads();
+        fetch();
+        const T *ks = reinterpret_cast<const T *>(memory) + (row - seen.begin) / 32 % KEY_STAGES * 2 * 32 * WIDTH;
+        const T *vs = ks + 32 * WIDTH;
         float scores[4][4] = {};
         float now[2] = {most[0], most[1]};
 #pragma unroll
@@ -58,7 +73,7 @@ template <int KEYS> __device__ __forceinline__ void attend(const Attention &a) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 int key = row + n * 8 + t * 2 + i % 2, position = s.position + query + i / 2 * 8;
-                scores[n][i] = biased<KEYS>(scores[n][i], bias, a.reach, key, position, seen.end);
+                scores[n][i] = biased<KEYS>(scores[n][i], a, bias, key, position, seen.end);
                 now[i / 2] = fmaxf(now[i / 2], scores[n][i]);
             }
         }

@@ -37,6 +37,12 @@ __device__ __forceinline__ void narrow4(float4 v, float *to) { *reinterpret_cast
 
 __device__ __forceinline__ float relu(float y) { return y < 0 ? 0.f : y; } // a NaN stays
 
+// silu(gate) * up, with silu(x) = x / (1 + e^-x)
+__device__ __forceinline__ float gated(float gate, float up) { return gate / (1 + expf(-gate)) * up; }
+__device__ __forceinline__ float4 gated(float4 gate, float4 up) {
+    return make_float4(gated(gate.x, up.x), gated(gate.y, up.y), gated(gate.z, up.z), gated(gate.w, up.w));
+}
+
 // Four neighbours as float.
 __device__ __forceinline__ float4 wide4(const float *from) { return *reinterpret_cast<const float4 *>(from); }
 __device__ __forceinline__ float4 wide4(const bf16 *from) {

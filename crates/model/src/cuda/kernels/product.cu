@@ -11,7 +11,7 @@ struct Tile {
 
 struct Product {
     const void *x;
-    const void *w; // (outputs, k); of experts: slot 0's
+    const void *w; // (outputs, k), of a gated product (2 * outputs, k), the gate first; of experts: slot 0's
     void *out;     // (rows, outputs)
     int rows;
     int k;
@@ -22,14 +22,19 @@ struct Product {
     const Tile *tiles;
     const int *tile_count;
     const u32 *order;   // the token of each place
-    const float *alpha; // of each token
+    const u32 *to;      // which choice each place is, counted over all tokens
+    const float *alpha; // of each choice
     u64 slot_stride;    // in elements, of packed ones in bytes
 };
 
-// What becomes of a result. Of experts are GATHER (x by token, result by place) and SCATTER (the way back).
-enum Kind { STORE, RELU, ADD, LOGITS, GATHER, SCATTER };
+// What becomes of a result. Of experts are GATHER and GATHER_GATE (x by token, result by place), and the ways back: SCATTER to
+// tokens that have one choice each, EACH to every choice by itself.
+enum Kind { STORE, RELU, GATE, ADD, LOGITS, GATHER, GATHER_GATE, SCATTER, EACH };
 
 template <int KIND> struct Rows {
+    static const bool OF_EXPERTS = KIND >= GATHER;
+    // Half of the rows of W that a block multiplies are of the gate, half of what it gates.
+    static const bool IS_GATED = KIND == GATE || KIND == GATHER_GATE;
     int first, count;
     const void *w;
 
@@ -37,7 +42,7 @@ template <int KIND> struct Rows {
     template <typename W> __device__ bool find(const Product &a, int tile) {
         begin();
         if (ended(a.pass, a.layers)) return false;
-        if (KIND == GATHER || KIND == SCATTER) {
+        if (OF_EXPERTS) {
             if (int(blockIdx.y) >= *a.tile_count) return false;
             Tile own = a.tiles[blockIdx.y];
             first = own.first, count = own.rows;
@@ -52,12 +57,12 @@ template <int KIND> struct Rows {
     // The row of x that is row r of this block; beyond the end the last one, whose result nobody takes.
     __device__ int input(const Product &a, int r) const {
         int place = first + min(r, count - 1);
-        return KIND == GATHER ? a.order[place] : place;
+        return KIND == GATHER || KIND == GATHER_GATE ? a.order[place] : place;
     }
 
     // The row that the results of row r of this block go to.
     __device__ int output(const Product &a, int r) const {
-        return KIND == SCATTER ? a.order[first + r] : first + r;
+        return KIND == SCATTER || KIND == EACH ? a.to[first + r] : first + r;
     }
 
     // What four results of that row, from output o on, are added to. Read for several rows before any is written, so that
@@ -69,7 +74,7 @@ template <int KIND> struct Rows {
 
     __device__ void put(const Product &a, int row, int o, float4 y, float4 before) const {
         u64 at = u64(row) * a.outputs + o;
-        if (KIND == STORE) narrow4(y, static_cast<T *>(a.out) + at);
+        if (KIND == STORE || IS_GATED) narrow4(y, static_cast<T *>(a.out) + at);
         if (KIND == RELU || KIND == GATHER) narrow4(make_float4(relu(y.x), relu(y.y), relu(y.z), relu(y.w)), static_cast<T *>(a.out) + at);
         if (KIND == ADD) y = make_float4(before.x + y.x, before.y + y.y, before.z + y.z, before.w + y.w);
         if (KIND == SCATTER) {
@@ -78,8 +83,14 @@ template <int KIND> struct Rows {
             y = make_float4(__fadd_rn(before.x, __fmul_rn(alpha, y.x)), __fadd_rn(before.y, __fmul_rn(alpha, y.y)),
                             __fadd_rn(before.z, __fmul_rn(alpha, y.z)), __fadd_rn(before.w, __fmul_rn(alpha, y.w)));
         }
-        if (KIND == ADD || KIND == LOGITS || KIND == SCATTER)
+        if (KIND == ADD || KIND == LOGITS || KIND == SCATTER || KIND == EACH)
             *reinterpret_cast<float4 *>(static_cast<float *>(a.out) + at) = y;
+    }
+
+    // Two results of a gated product.
+    __device__ void put_gated(const Product &a, int row, int o, float2 y) const {
+        T *to = static_cast<T *>(a.out) + u64(row) * a.outputs + o;
+        narrow(y.x, to), narrow(y.y, to + 1);
     }
 };
 
@@ -88,10 +99,13 @@ template <int KIND> struct Rows {
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(Product a) { BODY<KIND>(a); }
 #define EXPERT_KINDS(NAME, BODY, THREADS, BLOCKS)                                                                      \
     KIND_OF(NAME##_gather, BODY, GATHER, THREADS, BLOCKS)                                                              \
-    KIND_OF(NAME##_scatter, BODY, SCATTER, THREADS, BLOCKS)
+    KIND_OF(NAME##_scatter, BODY, SCATTER, THREADS, BLOCKS)                                                            \
+    KIND_OF(NAME##_each, BODY, EACH, THREADS, BLOCKS)
 #define KINDS(NAME, BODY, THREADS, BLOCKS)                                                                             \
     KIND_OF(NAME##_store, BODY, STORE, THREADS, BLOCKS)                                                                \
     KIND_OF(NAME##_relu, BODY, RELU, THREADS, BLOCKS)                                                                  \
+    KIND_OF(NAME##_gate, BODY, GATE, THREADS, BLOCKS)                                                                  \
+    KIND_OF(NAME##_gather_gate, BODY, GATHER_GATE, THREADS, BLOCKS)                                                    \
     KIND_OF(NAME##_add, BODY, ADD, THREADS, BLOCKS)                                                                    \
     KIND_OF(NAME##_logits, BODY, LOGITS, THREADS, BLOCKS)                                                              \
     EXPERT_KINDS(NAME, BODY, THREADS, BLOCKS)

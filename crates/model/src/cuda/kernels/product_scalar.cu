@@ -1,10 +1,11 @@
-// Products in float32 arithmetic without tensor cores: all of a float32 model, and the routers of any.
-// A block is 4 warps; a warp makes 4 outputs of 8 rows, its lanes share k. k is a multiple of 128, outputs of 4.
+// Products in float32 arithmetic without tensor cores: all of a float32 model, and the logits of any router.
+// A block is 4 warps; a warp makes 4 outputs of 8 rows, or 2 gated ones; its lanes share k. k is a multiple of 128, outputs of 4.
 
 template <int KIND, typename X, typename W> __device__ __forceinline__ void scalar(const Product &a) {
     Rows<KIND> rows;
     if (!rows.template find<W>(a, 8)) return;
-    int lane = threadIdx.x % 32, o = blockIdx.x * 16 + threadIdx.x / 32 * 4;
+    const bool IS_GATED = Rows<KIND>::IS_GATED;
+    int lane = threadIdx.x % 32, o = (blockIdx.x * 16 + threadIdx.x / 32 * 4) / (IS_GATED ? 2 : 1);
     if (o >= a.outputs) return;
     const W *w = static_cast<const W *>(rows.w) + u64(o) * a.k + lane * 4;
     const X *x[8];
@@ -12,7 +13,7 @@ template <int KIND, typename X, typename W> __device__ __forceinline__ void scal
     float sums[4][8] = {};
     for (int k = 0; k < a.k; k += 128) {
         float4 ws[4];
-        for (int j = 0; j < 4; ++j) ws[j] = wide4(w + u64(j) * a.k + k);
+        for (int j = 0; j < 4; ++j) ws[j] = wide4(w + u64(IS_GATED && j > 1 ? a.outputs + j - 2 : j) * a.k + k);
         for (int r = 0; r < 8; ++r) {
             float4 v = wide4(x[r] + k);
             for (int j = 0; j < 4; ++j)
@@ -27,13 +28,50 @@ template <int KIND, typename X, typename W> __device__ __forceinline__ void scal
     }
     if (lane >= min(rows.count, 8)) return;
     int row = rows.output(a, lane);
-    rows.put(a, row, o, own, rows.before(a, row, o));
+    if (IS_GATED) rows.put_gated(a, row, o, make_float2(gated(own.x, own.z), gated(own.y, own.w)));
+    else rows.put(a, row, o, own, rows.before(a, row, o));
 }
 
-#if BF16
-extern "C" __global__ void __launch_bounds__(128) router_logits(Product a) { scalar<LOGITS, T, float>(a); }
-#else
+#if !BF16
 template <int KIND> __device__ __forceinline__ void scalar_f32(const Product &a) { scalar<KIND, float, float>(a); }
 KINDS(few, scalar_f32, 128, 1)
-extern "C" __global__ void __launch_bounds__(128) router_logits(Product a) { scalar<LOGITS, float, float>(a); }
 #endif
+
+// The logits of a router: few outputs, which are waited for. A block makes 4 outputs of 8 rows; its warps share k, so that little of
+// it comes one after another.
+extern "C" __global__ void __launch_bounds__(128) router_logits(Product a) {
+    __shared__ float parts[4][32];
+    Rows<LOGITS> rows;
+    if (!rows.find<float>(a, 8)) return;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, o = blockIdx.x * 4, count = min(rows.count, 8);
+    const float *w = static_cast<const float *>(rows.w) + u64(o) * a.k + lane * 4;
+    const T *x = static_cast<const T *>(a.x) + u64(rows.first) * a.k + lane * 4;
+    float sums[8][4] = {};
+    for (int k = warp * 128; k < a.k; k += 512) {
+        float4 ws[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) ws[j] = wide4(w + u64(j) * a.k + k);
+#pragma unroll
+        for (int r = 0; r < 8; ++r) {
+            if (r >= count) continue;
+            float4 v = wide4(x + u64(r) * a.k + k);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) sums[r][j] += v.x * ws[j].x + v.y * ws[j].y + v.z * ws[j].z + v.w * ws[j].w;
+        }
+    }
+    float own = 0; // of lane 4 * r + j: row r, output j
+#pragma unroll
+    for (int r = 0; r < 8; ++r) {
+        if (r >= count) continue;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            float sum = warp_sum(sums[r][j]);
+            if (lane == r * 4 + j) own = sum;
+        }
+    }
+    parts[warp][lane] = own;
+    __syncthreads();
+    if (warp || lane / 4 >= count) return;
+    float sum = parts[0][lane] + parts[1][lane] + parts[2][lane] + parts[3][lane];
+    static_cast<float *>(a.out)[u64(rows.first + lane / 4) * a.outputs + o + lane % 4] = sum;
+}

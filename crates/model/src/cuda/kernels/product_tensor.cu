@@ -7,7 +7,8 @@
 //
 // k is cut into 4 runs that are summed by themselves and then added in order. `few` gives each run to a warp, `many` to two;
 // so both give the same bits, and a row's do not depend on which was chosen.
-// k is a multiple of 128, outputs of 16 (few) or 64.
+// k is a multiple of 128, outputs of 16 (few) or 64, gated ones of half as many: a block multiplies as many rows of the gate as of
+// what it gates.
 
 #if BF16
 
@@ -55,8 +56,9 @@ __device__ __forceinline__ float4 sum_of_runs(const float *parts, int apart) {
 template <int KIND, typename Row, int TILES, int AHEAD>
 __device__ __forceinline__ void few_rows(const Product &a, const Rows<KIND> &rows, float *partial) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    int run = a.k / 4, o = blockIdx.x * 16;
-    Row upper(a, rows.w, o + g, t), lower(a, rows.w, o + g + 8, t);
+    const bool IS_GATED = Rows<KIND>::IS_GATED;
+    int run = a.k / 4, o = blockIdx.x * (IS_GATED ? 8 : 16);
+    Row upper(a, rows.w, o + g, t), lower(a, rows.w, o + g + (IS_GATED ? a.outputs : 8), t);
     const T *x[TILES];
     for (int j = 0; j < TILES; ++j)
         x[j] = static_cast<const T *>(a.x) + u64(rows.input(a, j * 8 + g)) * a.k + t * 8;
@@ -91,9 +93,11 @@ __device__ __forceinline__ void few_rows(const Product &a, const Rows<KIND> &row
     // A thread puts four outputs of one of 32 rows.
     int r = threadIdx.x / 4, at = threadIdx.x % 4 * 4;
     if (r >= rows.count) return;
+    if (IS_GATED && at >= 8) return;
     int row = rows.output(a, r);
-    float4 before = rows.before(a, row, o + at);
-    rows.put(a, row, o + at, sum_of_runs(partial + r * 20 + at, 640), before);
+    float4 before = rows.before(a, row, o + at), y = sum_of_runs(partial + r * 20 + at, 640);
+    if (IS_GATED) y = gated(y, sum_of_runs(partial + r * 20 + 8 + at, 640));
+    rows.put(a, row, o + at, y, before);
 }
 
 template <int KIND, typename Row> __device__ __forceinline__ void few_of(const Product &a) {
@@ -117,20 +121,22 @@ __device__ __forceinline__ void copy_ahead(void *to, const void *from) {
 // multiply comes to shared memory by stages of 32 of k, STAGES of them under way.
 const int SIDE = 64, STAGES = 3, SUMS_WIDTH = SIDE + 4; // a row of sums is 4 wider, so that banks differ
 
-// SIDE rows of W. A thread takes from shared memory what PlainRow takes.
-struct PlainTile {
+// SIDE rows of W, of a gated one half of the gate and half of what it gates. A thread takes from shared memory what PlainRow
+// takes.
+template <bool IS_GATED> struct PlainTile {
     typedef T Element;
     static const int BYTES = SIDE * 64; // of a stage
     static const int HEADS = 0;
     const T *from;
-    u64 apart;
+    u64 apart, second; // from the first half of the rows to the second
 
     // From output o and from `k` on; `thread` is of a run's. `heads` is for packed ones.
     __device__ PlainTile(const Product &a, const void *w, int o, int k, int thread, uint4 *)
-        : from(static_cast<const T *>(w) + u64(o + thread / 4) * a.k + k + thread % 4 * 8), apart(u64(SIDE / 4) * a.k) {}
+        : from(static_cast<const T *>(w) + u64(o + thread / 4) * a.k + k + thread % 4 * 8), apart(u64(SIDE / 4) * a.k),
+          second(u64(IS_GATED ? a.outputs : SIDE / 2) * a.k) {}
     // The next stage.
     __device__ void copy(unsigned char *to, int thread) {
-        for (int i = 0; i < 4; ++i) copy_ahead(to + (thread + i * SIDE) * 16, from + i * apart);
+        for (int i = 0; i < 4; ++i) copy_ahead(to + (thread + i * SIDE) * 16, from + i / 2 * second + i % 2 * apart);
         from += 32;
     }
     __device__ uint4 weights(const unsigned char *tile, int at, int t) const {
@@ -146,7 +152,8 @@ template <int KIND, typename W> __device__ __forceinline__ void many_of(const Pr
     Rows<KIND> rows;
     if (!rows.template find<typename W::Element>(a, SIDE)) return;
     int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, run = threadIdx.x / SIDE, thread = threadIdx.x % SIDE;
-    int o = blockIdx.x * SIDE, outputs_at = thread / 32 * 32, steps = a.k / 128;
+    const bool IS_GATED = Rows<KIND>::IS_GATED;
+    int o = blockIdx.x * (IS_GATED ? SIDE / 2 : SIDE), outputs_at = thread / 32 * 32, steps = a.k / 128;
     unsigned char *stages = memory + run * (STAGES * STAGE_BYTES);
     W w(a, rows.w, o, run * (a.k / 4), thread, reinterpret_cast<uint4 *>(memory + 4 * STAGES * STAGE_BYTES));
     const unsigned char *x = static_cast<const unsigned char *>(a.x) + (run * (a.k / 4) + thread % 4 * 8) * sizeof(T);
@@ -208,6 +215,7 @@ template <int KIND, typename W> __device__ __forceinline__ void many_of(const Pr
     // A thread puts four outputs of four rows.
     float4 before[4];
     int r = threadIdx.x / 16, at = threadIdx.x % 16 * 4, to[4];
+    if (IS_GATED && at >= SIDE / 2) return;
 #pragma unroll
     for (int i = 0; i < 4; ++i)
         if (r + i * 16 < rows.count) {
@@ -216,11 +224,17 @@ template <int KIND, typename W> __device__ __forceinline__ void many_of(const Pr
         }
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-        if (r + i * 16 < rows.count)
-            rows.put(a, to[i], o + at, sum_of_runs(partial + (r + i * 16) * SUMS_WIDTH + at, SIDE * SUMS_WIDTH), before[i]);
+        if (r + i * 16 < rows.count) {
+            const float *own = partial + (r + i * 16) * SUMS_WIDTH + at;
+            float4 y = sum_of_runs(own, SIDE * SUMS_WIDTH);
+            if (IS_GATED) y = gated(y, sum_of_runs(own + SIDE / 2, SIDE * SUMS_WIDTH));
+            rows.put(a, to[i], o + at, y, before[i]);
+        }
 }
 
-template <int KIND> __device__ __forceinline__ void many(const Product &a) { many_of<KIND, PlainTile>(a); }
+template <int KIND> __device__ __forceinline__ void many(const Product &a) {
+    many_of<KIND, PlainTile<Rows<KIND>::IS_GATED>>(a);
+}
 
 KINDS(many, many, 4 * SIDE, 2)
 

@@ -1,16 +1,20 @@
-// Which expert each token of an MoE layer goes to, whether it is there, and the rows grouped by expert.
+// Which experts each token of an MoE layer goes to, whether they are there, and the rows grouped by expert. A token has top_k
+// choices; choice c, counted over all tokens, is of token c / top_k.
 
 struct Route {
     const float *logits; // (rows, experts)
-    unsigned short *chosen; // (rows)
-    float *alpha;           // (rows): the factor of the expert's output, its probability
+    unsigned short *chosen; // (rows, top_k), the most probable first
+    float *alpha;           // (rows, top_k): the factor of the expert's output, its probability
     const int *slots;       // (experts): where each expert of the layer is, -1: nowhere; null: nobody asks
     Pass *pass;
     Tile *few;  // groups of at most few_rows rows in one tile each, or all in tiles of few_tile
     Tile *many; // the others, in tiles of many_tile
     int *counts; // how many tiles of both
-    u32 *order;
+    u32 *order; // the token of each place
+    u32 *to;    // which choice it is; the same as order where a token has one
     int rows;
+    int top_k; // at most 32
+    int is_normalised; // the factors of a token add up to 1
     int experts;
     int layer;
     int few_rows;
@@ -18,26 +22,45 @@ struct Route {
     int many_tile;
 };
 
-// The most probable expert of one token, the lowest where two are equal. A warp; lanes share the experts.
+// The most probable experts of one token, the lowest where two are equal. A warp; lanes share the experts, and lane j keeps
+// choice j.
 __device__ __forceinline__ void choose(const Route &a, int token) {
     const float *logits = a.logits + u64(token) * a.experts;
-    int lane = threadIdx.x % 32, best = 0x7fffffff;
-    float most = -INFINITY;
-    for (int e = lane; e < a.experts; e += 32)
-        if (logits[e] > most) most = logits[e], best = e;
-    for (int offset = 16; offset; offset >>= 1) {
-        float other = __shfl_xor_sync(~0u, most, offset);
-        int other_best = __shfl_xor_sync(~0u, best, offset);
-        if (other > most || (other == most && other_best < best)) most = other, best = other_best;
+    int lane = threadIdx.x % 32, expert = 0;
+    u32 taken = 0; // bit i: the expert lane + 32 * i
+    float first = 0, own = 0;
+    for (int j = 0; j < a.top_k; ++j) {
+        int best = 0x7fffffff, free = 0x7fffffff;
+        float most = -INFINITY;
+        for (int e = lane, i = 0; e < a.experts; e += 32, ++i) {
+            if (taken >> i & 1) continue;
+            free = min(free, e);
+            if (logits[e] > most) most = logits[e], best = e;
+        }
+        for (int offset = 16; offset; offset >>= 1) {
+            float other = __shfl_xor_sync(~0u, most, offset);
+            int other_best = __shfl_xor_sync(~0u, best, offset);
+            if (other > most || (other == most && other_best < best)) most = other, best = other_best;
+            free = min(free, __shfl_xor_sync(~0u, free, offset));
+        }
+        if (best == 0x7fffffff) best = free; // of a row of NaN, or what has no probability at all
+        if (lane == best % 32) taken |= 1u << best / 32;
+        if (j == 0) first = most;
+        if (lane == j) expert = best, own = logits[best];
     }
-    if (best == 0x7fffffff) best = 0; // a row of NaN
     float sum = 0;
-    for (int e = lane; e < a.experts; e += 32) sum += expf(logits[e] - most);
+    for (int e = lane; e < a.experts; e += 32) sum += expf(logits[e] - first);
     sum = warp_sum(sum);
-    if (lane == 0) {
-        a.chosen[token] = best;
-        a.alpha[token] = 1 / sum;
-        if (a.slots && a.slots[best] < 0) atomicMin(&a.pass->stop, a.layer);
+    float alpha = expf(own - first) / sum;
+    if (a.is_normalised) {
+        float total = 0;
+        for (int j = 0; j < a.top_k; ++j) total += __shfl_sync(~0u, alpha, j);
+        alpha /= total;
+    }
+    if (lane < a.top_k) {
+        a.chosen[token * a.top_k + lane] = expert;
+        a.alpha[token * a.top_k + lane] = alpha;
+        if (a.slots && a.slots[expert] < 0) atomicMin(&a.pass->stop, a.layer);
     }
 }
 
@@ -62,22 +85,26 @@ __device__ __forceinline__ void group(const Route &a) {
     __shared__ u32 counts[1024];
     __shared__ u32 taken[1024];
     __shared__ u64 sums[1024];
-    int e = threadIdx.x;
+    __shared__ u64 warps[32];
+    int e = threadIdx.x, lane = e % 32;
     counts[e] = 0, taken[e] = 0;
     __syncthreads();
-    for (int token = e; token < a.rows; token += 1024) atomicAdd(&counts[a.chosen[token]], 1);
+    int choices = a.rows * a.top_k;
+    for (int c = e; c < choices; c += 1024) atomicAdd(&counts[a.chosen[c]], 1);
     __syncthreads();
-    u64 own = counts[e] + tiles_of(a, counts[e]);
-    sums[e] = own;
-    for (int offset = 1; offset < 1024; offset <<= 1) {
-        __syncthreads();
-        u64 before = e >= offset ? sums[e - offset] : 0;
-        __syncthreads();
-        sums[e] += before;
+    u64 own = counts[e] + tiles_of(a, counts[e]), sum = own;
+    for (int offset = 1; offset < 32; offset <<= 1) {
+        u64 before = __shfl_up_sync(~0u, sum, offset);
+        if (lane >= offset) sum += before;
     }
+    if (lane == 31) warps[e / 32] = sum;
     __syncthreads();
-    if (e == 1023) a.counts[0] = sums[e] >> 20 & 0xfffff, a.counts[1] = sums[e] >> 40;
-    u64 before = sums[e] - own;
+    u64 before_warp = lane < e / 32 ? warps[lane] : 0;
+    for (int offset = 16; offset; offset >>= 1) before_warp += __shfl_xor_sync(~0u, before_warp, offset);
+    sums[e] = sum += before_warp;
+    __syncthreads();
+    if (e == 1023) a.counts[0] = sum >> 20 & 0xfffff, a.counts[1] = sum >> 40;
+    u64 before = sum - own;
     int first = before & 0xfffff, rows = counts[e];
     if (rows > 0) {
         bool is_few = rows <= a.few_rows;
@@ -86,10 +113,11 @@ __device__ __forceinline__ void group(const Route &a) {
         for (int done = 0; done < rows; done += tile)
             *to++ = Tile{a.slots[e], first + done, min(tile, rows - done), 0};
     }
-    for (int token = e; token < a.rows; token += 1024) {
-        int expert = a.chosen[token];
+    for (int c = e; c < choices; c += 1024) {
+        int expert = a.chosen[c];
         u32 place = (expert ? sums[expert - 1] & 0xfffff : 0) + atomicAdd(&taken[expert], 1);
-        a.order[place] = token;
+        a.order[place] = c / a.top_k;
+        a.to[place] = c;
     }
 }
 

@@ -1,4 +1,4 @@
-// What is done to single rows: embedding, norm, a sum, and the best token of a row of logits.
+// What is done to single rows: embedding, norm, sums, and the best token of a row of logits.
 
 struct Embed {
     const T *table;
@@ -26,23 +26,36 @@ struct Norm {
     const Pass *pass;
 };
 
-// x = w * h / sqrt(mean(h^2) + epsilon) * scale, a block of 128 per row
-extern "C" __global__ void rms_norm(Norm a) {
-    __shared__ float sums[4];
-    begin();
-    if (ended(a.pass, a.layers)) return;
-    const float *h = a.h + u64(a.rows ? a.rows[blockIdx.x] : blockIdx.x) * a.d;
-    float sum = 0;
-    for (int i = threadIdx.x * 4; i < a.d; i += 512) {
-        float4 v = wide4(h + i);
-        sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-    }
+// The sum of all threads of a block, for each of them, in an order that depends on how many there are.
+__device__ __forceinline__ float block_sum(float sum) {
+    __shared__ float sums[32];
+    int warps = blockDim.x / 32;
     sum = warp_sum(sum);
     if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
     __syncthreads();
-    float factor = rsqrtf((sums[0] + sums[1] + sums[2] + sums[3]) / a.d + a.epsilon);
-    for (int i = threadIdx.x; i < a.d; i += 128)
-        narrow(h[i] * factor * a.weight[i] * a.scale, a.x + u64(blockIdx.x) * a.d + i);
+    return warp_sum(threadIdx.x % 32 < warps ? sums[threadIdx.x % 32] : 0.f);
+}
+
+// x = w * h / sqrt(mean(h^2) + epsilon) * scale, a block per row, four values a thread up to 4096
+extern "C" __global__ void __launch_bounds__(1024) rms_norm(Norm a) {
+    begin();
+    if (ended(a.pass, a.layers)) return;
+    const float *h = a.h + u64(a.rows ? a.rows[blockIdx.x] : blockIdx.x) * a.d;
+    T *x = a.x + u64(blockIdx.x) * a.d;
+    float sum = 0;
+    int own = threadIdx.x * 4, step = blockDim.x * 4;
+    float4 first = wide4(h + own), weight = wide4(a.weight + own);
+    for (int i = own; i < a.d; i += step) {
+        float4 v = i == own ? first : wide4(h + i);
+        sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+    }
+    float factor = rsqrtf(block_sum(sum) / a.d + a.epsilon);
+    for (int i = own; i < a.d; i += step) {
+        float4 v = i == own ? first : wide4(h + i), w = i == own ? weight : wide4(a.weight + i);
+        narrow4(make_float4(v.x * factor * w.x * a.scale, v.y * factor * w.y * a.scale, v.z * factor * w.z * a.scale,
+                            v.w * factor * w.w * a.scale),
+                x + i);
+    }
 }
 
 struct Add {
@@ -64,8 +77,7 @@ struct Fetch {
     const T *x;       // (rows, d), perhaps of another device
     const u32 *order; // the token of each place, there
     const u32 *places;
-    T *out;         // (rows, d) by place
-    float *results; // (rows, d) by place: what is summed from 0
+    T *out;         // (places, d)
     int rows;
     int d; // a multiple of 8
 };
@@ -81,34 +93,114 @@ extern "C" __global__ void fetch_rows(Fetch a) {
     const int step = 16 / sizeof(T);
     for (int i = threadIdx.x * step; i < a.d; i += blockDim.x * step)
         *reinterpret_cast<uint4 *>(to + i) = *reinterpret_cast<const uint4 *>(from + i);
-    float *sums = a.results + u64(place) * a.d;
-    for (int i = threadIdx.x * 4; i < a.d; i += blockDim.x * 4)
-        *reinterpret_cast<float4 *>(sums + i) = make_float4(0, 0, 0, 0);
 }
 
 struct Take {
-    const float *results; // (rows, d) by place, perhaps of another device; null: zeros
+    const float *results; // (places, d) from place `first` on, perhaps of another device; null: zeros
     const u32 *places;
-    const u32 *order;
-    const float *alpha; // of each token
-    float *out;         // (rows, d) by token
-    int d;              // a multiple of 4
+    const u32 *to; // which choice each place is
+    float *out;    // (choices, d)
+    int d;         // a multiple of 4
+    int first;
+    int adds; // to what is there
 };
 
-// out[token] = alpha[token] * results[place], a block per place
+// out[to[place]] = results[place], or += it, a block per place
 extern "C" __global__ void take_rows(Take a) {
     begin();
-    u32 place = a.places[blockIdx.x], token = a.order[place];
-    float alpha = a.alpha[token];
-    float *to = a.out + u64(token) * a.d;
+    u32 place = a.places[blockIdx.x];
+    float *to = a.out + u64(a.to[place]) * a.d;
     for (int i = threadIdx.x * 4; i < a.d; i += blockDim.x * 4) {
         float4 y = make_float4(0, 0, 0, 0);
-        if (a.results) {
-            y = wide4(a.results + u64(place) * a.d + i);
-            y = make_float4(__fmul_rn(alpha, y.x), __fmul_rn(alpha, y.y), __fmul_rn(alpha, y.z), __fmul_rn(alpha, y.w));
+        if (a.results) y = wide4(a.results + u64(place - a.first) * a.d + i);
+        if (a.adds) {
+            float4 before = wide4(to + i);
+            y = make_float4(before.x + y.x, before.y + y.y, before.z + y.z, before.w + y.w);
         }
         *reinterpret_cast<float4 *>(to + i) = y;
     }
+}
+
+struct Combine {
+    float *h;           // (rows, d)
+    const float *each;  // (rows, top_k, d): what experts made of each choice
+    const float *alpha; // (rows, top_k)
+    const unsigned short *chosen; // (rows, top_k): their experts; null: choices are in the order of these
+    int top_k;          // at most 32
+    int d;              // a multiple of 4
+    int layers;
+    const Pass *pass;
+};
+
+// h += the sum of alpha * each over a row's choices, which are added by ascending expert, as the processor adds: a block per row
+extern "C" __global__ void __launch_bounds__(1024) combine_rows(Combine a) {
+    __shared__ int by_expert[32];
+    begin();
+    if (ended(a.pass, a.layers)) return;
+    int first = blockIdx.x * a.top_k, own = threadIdx.x;
+    if (own < a.top_k) {
+        int rank = own;
+        if (a.chosen) {
+            rank = 0;
+            for (int j = 0; j < a.top_k; ++j) rank += a.chosen[first + j] < a.chosen[first + own];
+        }
+        by_expert[rank] = first + own;
+    }
+    __syncthreads();
+    float *h = a.h + u64(blockIdx.x) * a.d;
+    for (int i = threadIdx.x * 4; i < a.d; i += blockDim.x * 4) {
+        float4 sum = make_float4(0, 0, 0, 0);
+        for (int j = 0; j < a.top_k; j += 4) {
+            // Read before any is added, so that nobody waits for one after another.
+            float4 ys[4];
+            float alphas[4];
+#pragma unroll
+            for (int n = 0; n < 4; ++n) {
+                int choice = by_expert[min(j + n, a.top_k - 1)];
+                ys[n] = wide4(a.each + u64(choice) * a.d + i), alphas[n] = a.alpha[choice];
+            }
+#pragma unroll
+            for (int n = 0; n < 4; ++n) {
+                if (j + n >= a.top_k) break;
+                float4 y = ys[n];
+                float alpha = alphas[n];
+                // Not fused: on the processor the product is rounded, too.
+                sum = make_float4(__fadd_rn(sum.x, __fmul_rn(alpha, y.x)), __fadd_rn(sum.y, __fmul_rn(alpha, y.y)),
+                                  __fadd_rn(sum.z, __fmul_rn(alpha, y.z)), __fadd_rn(sum.w, __fmul_rn(alpha, y.w)));
+            }
+        }
+        float4 before = wide4(h + i);
+        *reinterpret_cast<float4 *>(h + i) =
+            make_float4(before.x + sum.x, before.y + sum.y, before.z + sum.z, before.w + sum.w);
+    }
+}
+
+struct Share {
+    float *h;
+    const float *y;
+    const T *x;
+    const T *gate; // (d)
+    int d;         // a multiple of 4
+    int layers;
+    const Pass *pass;
+};
+
+// h += sigmoid(x . gate) * y, a block of 128 per row
+extern "C" __global__ void add_share(Share a) {
+    __shared__ float sums[4];
+    begin();
+    if (ended(a.pass, a.layers)) return;
+    u64 row = u64(blockIdx.x) * a.d;
+    float sum = 0;
+    for (int i = threadIdx.x * 4; i < a.d; i += 512) {
+        float4 x = wide4(a.x + row + i), w = wide4(a.gate + i);
+        sum += x.x * w.x + x.y * w.y + x.z * w.z + x.w * w.w;
+    }
+    sum = warp_sum(sum);
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
+    __syncthreads();
+    float share = 1 / (1 + expf(-(sums[0] + sums[1] + sums[2] + sums[3])));
+    for (int i = threadIdx.x; i < a.d; i += 128) a.h[row + i] += share * a.y[row + i];
 }
 
 struct Best {
