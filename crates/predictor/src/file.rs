@@ -106,6 +106,11 @@ pub(crate) struct Matrix {
 }
 
 impl Matrix {
+    /// Row by row.
+    pub(crate) fn values(&self) -> &[f32] {
+        &self.values
+    }
+
     pub(crate) fn by_ref(&self) -> MatrixRef<'_> {
         matrix(&self.values, self.rows, self.cols)
     }
@@ -143,6 +148,23 @@ impl PredictorFile {
     /// The dimensions of a tensor; an error if it is missing.
     pub(crate) fn dimensions(&self, tensor: &str) -> Result<&[usize], PredictorError> {
         Ok(&self.stored(tensor)?.shape)
+    }
+
+    /// Whether it has a tensor of this name that nobody took.
+    pub(crate) fn has(&self, tensor: &str) -> bool {
+        self.tensors.contains_key(tensor)
+    }
+
+    /// Takes several matrices of float16 that lie one after another in one tensor, every value finite.
+    pub(crate) fn take_matrices(
+        &mut self,
+        tensor: &str,
+        count: usize,
+        rows: usize,
+        cols: usize,
+    ) -> Result<Vec<Matrix>, PredictorError> {
+        let values = self.floats(tensor, &[count, rows, cols])?;
+        Ok(values.chunks_exact(rows * cols).map(|values| Matrix { values: values.to_vec(), rows, cols }).collect())
     }
 
     /// Takes a matrix of float16, every value finite.

@@ -6,7 +6,7 @@
 //! its own output must not depend on the batch it was computed in, as `guided` and `hash` route by it: the nets are
 //! made of the row-wise kernels of [`sida_model::cpu`] and know no padding.
 //!
-//! In reading order: [`file`](mod@file) (what is stored, checked), [`state`] (a decoder's memory of its sequence),
+//! In reading order: [`file`](mod@file) (what is stored, checked), [`state`] (a decoder's memory of its sequence and input),
 //! [`entries`] (from logits to hash tables), [`calibration`] (what a net's confidence is worth), [`table`] (a
 //! predefined hash), [`lstm`] (the paper's net), [`train`] (record routing, learn it, measure).
 
@@ -48,6 +48,16 @@ pub trait HashPredictor: Send + Sync {
     fn hit_rates(&self) -> &[HitRate];
     /// One table per sequence for the encoder's MoE layers; the whole input is known, so it may look both ways.
     fn encode(&self, sequences: &[&[u32]]) -> Result<Vec<HashTable>, PredictorError>;
+    /// Whether [`HashPredictor::decode`] reads the model's input: then the state of each sequence has to come from
+    /// [`HashPredictor::start`], or from a state that did.
+    fn reads_input(&self) -> bool {
+        false
+    }
+    /// The state, before its first token, of a sequence of whose input the encoder has made `states` (tokens, d_model).
+    /// Takes a small part of the time that the encoder took for them.
+    fn start(&self, _states: &[f32]) -> Result<PredictorState, PredictorError> {
+        Ok(PredictorState::default())
+    }
     /// One table per sequence for the decoder's MoE layers and the new tokens of that sequence, of which there
     /// is at least one. Advances the states; `states[i]` belongs to `tokens[i]`. On an error no state is changed.
     fn decode(&self, states: &mut [&mut PredictorState], tokens: &[&[u32]]) -> Result<Vec<HashTable>, PredictorError>;
@@ -82,6 +92,8 @@ pub struct PredictorShape {
     pub encoder_layers: Range<u16>,
     /// The decoder's MoE layers.
     pub decoder_layers: Range<u16>,
+    /// Width of the encoder's states, which a decoder's net may read. None where there is no encoder.
+    pub encoder_width: Option<usize>,
 }
 
 impl PredictorShape {
@@ -92,6 +104,7 @@ impl PredictorShape {
             num_experts: config.num_experts,
             encoder_layers: config.moe_layers(Stack::Encoder),
             decoder_layers: config.moe_layers(Stack::Decoder),
+            encoder_width: config.has_encoder().then_some(config.d_model),
         }
     }
 

@@ -5,12 +5,16 @@
 //! The decoder's runs forward and attends to the last [`ATTENTION_WINDOW`] tokens, so its state is bounded.
 //! The paper's attention has no scale; with one (width^-0.5) scores stay of a size that sparsemax spreads over
 //! several tokens. The embedding with its linear layer and ReLU depends on the token alone: the file holds its
-//! result for each token.
+//! result for each token, which may be narrower than the net.
+//!
+//! A decoder behind an encoder attends to the encoder's output, too, which the paper's does not
+//! (docs/decisions/0026).
 //!
 //! In reading order: `activation`, `sparsemax`, `recurrence` (LSTM layers over sequences of different
-//! lengths without padding), `stack_net` (the whole net of one stack).
+//! lengths without padding), `input_attention`, `stack_net` (the whole net of one stack).
 
 pub(crate) mod activation;
+pub(crate) mod input_attention;
 pub(crate) mod recurrence;
 pub(crate) mod sparsemax;
 pub(crate) mod stack_net;
@@ -83,6 +87,14 @@ impl HashPredictor for LstmPredictor {
 
     fn hit_rates(&self) -> &[HitRate] {
         &self.metadata.hit_rates
+    }
+
+    fn reads_input(&self) -> bool {
+        self.decoder.as_ref().is_some_and(StackNet::reads_input)
+    }
+
+    fn start(&self, states: &[f32]) -> Result<PredictorState, PredictorError> {
+        self.decoder.as_ref().map_or_else(|| Ok(PredictorState::default()), |net| net.start(states))
     }
 
     fn encode(&self, sequences: &[&[u32]]) -> Result<Vec<HashTable>, PredictorError> {

@@ -2,7 +2,7 @@
 //! that was held out. Called by `sida train-predictor`; CPU only, a few minutes for a small model.
 //!
 //! In reading order: `texts` (what to learn from), `record` (what the routers do with it), `table_net`
-//! (counting); `linear`, `recurrence`, `lstm_layer`, `attention`, `distillation` and `lstm_net` (what is learnt, on tensors whose
+//! (counting); `linear`, `recurrence`, `lstm_layer`, `attention`, `input_attention`, `distillation` and `lstm_net` (what is learnt, on tensors whose
 //! gradients candle finds), `descent` (learning it); `measure`.
 
 mod attention;
@@ -10,6 +10,7 @@ mod descent;
 mod distillation;
 #[cfg(test)]
 mod finite_differences;
+mod input_attention;
 mod linear;
 mod lstm_layer;
 mod lstm_net;
@@ -42,6 +43,8 @@ pub struct TrainOptions {
     pub top_k: usize,
     /// Width of the LSTM net, even.
     pub width: usize,
+    /// Width of what the LSTM net knows of a token by itself.
+    pub token_width: usize,
     /// Passes of the LSTM net over the recorded tokens.
     pub epochs: usize,
     /// Tokens of one batch, at most; a step takes a batch for each thread.
@@ -54,7 +57,16 @@ pub struct TrainOptions {
 
 impl Default for TrainOptions {
     fn default() -> Self {
-        Self { net: Net::Lstm, top_k: 3, width: 128, epochs: 6, batch_tokens: 2048, learning_rate: 4e-3, seed: 0 }
+        Self {
+            net: Net::Lstm,
+            top_k: 3,
+            width: 128,
+            token_width: 48,
+            epochs: 6,
+            batch_tokens: 2048,
+            learning_rate: 4e-3,
+            seed: 0,
+        }
     }
 }
 
@@ -71,6 +83,9 @@ impl TrainOptions {
         let width_max = crate::lstm::stack_net::WIDTH_MAX;
         if !(2..=width_max).contains(&self.width) || !self.width.is_multiple_of(2) {
             return refuse("width", self.width, format!("an even number up to {width_max}"));
+        }
+        if !(1..=width_max).contains(&self.token_width) {
+            return refuse("token_width", self.token_width, format!("1 to {width_max}"));
         }
         if self.epochs == 0 || self.batch_tokens == 0 {
             return refuse("epochs and batch_tokens", self.epochs.min(self.batch_tokens), "at least 1".to_owned());

@@ -36,7 +36,7 @@ pub(crate) struct TrainPredictorArguments {
     #[arg(long, value_name = "FILE")]
     held_out: Option<PathBuf>,
     /// Train nothing: calibrate this predictor with the held-out texts, and measure it
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["net", "predicted", "epochs", "width", "seed"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["net", "predicted", "epochs", "width", "token_width", "seed"])]
     calibrate: Option<PathBuf>,
     /// Which net
     #[arg(long, value_enum, default_value_t = NetKind::Lstm)]
@@ -53,6 +53,9 @@ pub(crate) struct TrainPredictorArguments {
     /// Width of the lstm net
     #[arg(long, value_name = "N", default_value_t = TrainOptions::default().width)]
     width: usize,
+    /// Width of what the lstm net knows of each token by itself: most of the predictor's file
+    #[arg(long, value_name = "N", default_value_t = TrainOptions::default().token_width)]
+    token_width: usize,
     /// The same seed trains the same predictor
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
@@ -87,6 +90,7 @@ pub(crate) fn run(arguments: TrainPredictorArguments) -> anyhow::Result<ExitCode
         top_k: arguments.predicted.unwrap_or(TrainOptions::default().top_k.max(checkpoint.config().top_k)),
         epochs: arguments.epochs,
         width: arguments.width,
+        token_width: arguments.token_width,
         seed: arguments.seed,
         ..TrainOptions::default()
     };

@@ -18,7 +18,7 @@ const GRADIENT_NORM_MAX: f64 = 1.0;
 /// Batches become smaller where an epoch would be fewer steps: with few of them nothing is learnt.
 const STEPS_PER_EPOCH_MIN: usize = 300;
 /// Threads that train, at most: each adds a batch to every step, and larger steps learn less per token.
-const WORKERS_MAX: usize = 8;
+const WORKERS_MAX: usize = 16;
 
 /// Trains a stack's LSTM net and adds it to a file that is about to be written.
 pub(super) fn learn(
@@ -31,7 +31,14 @@ pub(super) fn learn(
     let recorded = recording.of_stack(stack);
     let layers = recording.shape.layers(stack).len();
     let mut random = StdRng::seed_from_u64(options.seed);
-    let net = LstmNet::new(recorded, stack, layers, recording.shape.num_experts, options.width, &mut random)?;
+    let net = LstmNet::new(
+        recorded,
+        stack,
+        layers,
+        recording.shape.num_experts,
+        (options.width, options.token_width),
+        &mut random,
+    )?;
     let weights = net.weights();
     let settings = ParamsAdamW { beta2: 0.98, weight_decay: 0.01, ..ParamsAdamW::default() };
     let mut optimizer = AdamW::new(weights.clone(), settings)?;
