@@ -33,7 +33,7 @@ fn trained(model: &ModelDirectory, net: Net) -> Vec<u8> {
 fn file() {
     let model = model();
     let checkpoint = Checkpoint::open(model.path()).expect("a checkpoint");
-    let seeds = [Net::Table, Net::Lstm].map(|net| trained(&model, net));
+    let seeds = [Net::Table, Net::Lstm, Net::Transformer].map(|net| trained(&model, net));
     fuzz!(seeds, |bytes| {
         model.write(sida_predictor::FILE_NAME, bytes);
         let path = model.path().join(sida_predictor::FILE_NAME);

@@ -34,6 +34,8 @@ pub enum Net {
     Table,
     /// SiDA's LSTM with sparsemax attention.
     Lstm,
+    /// A transformer for the encoder, and the LSTM for the decoder.
+    Transformer,
 }
 
 impl Net {
@@ -42,12 +44,13 @@ impl Net {
         match self {
             Self::Table => "table",
             Self::Lstm => "lstm",
+            Self::Transformer => "transformer",
         }
     }
 
     /// The net of a name.
     pub fn from_name(name: &str) -> Option<Self> {
-        [Self::Table, Self::Lstm].into_iter().find(|net| net.name() == name)
+        [Self::Table, Self::Lstm, Self::Transformer].into_iter().find(|net| net.name() == name)
     }
 }
 
@@ -245,7 +248,8 @@ impl Metadata {
             return Err(format!("format is {format:?}, expected {FORMAT:?}"));
         }
         let net = field("net")?;
-        let net = Net::from_name(net).ok_or_else(|| format!("net is {net:?}, expected \"table\" or \"lstm\""))?;
+        let net = Net::from_name(net)
+            .ok_or_else(|| format!("net is {net:?}, expected \"table\", \"lstm\" or \"transformer\""))?;
         let model = parse_hex(field("model")?).ok_or("model is not 64 hex digits")?;
         let top_k_max = TOP_K_MAX.min(shape.num_experts);
         let top_k = field("top_k")?;

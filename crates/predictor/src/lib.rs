@@ -8,7 +8,7 @@
 //!
 //! In reading order: [`file`](mod@file) (what is stored, checked), [`state`] (a decoder's memory of its sequence and input),
 //! [`entries`] (from logits to hash tables), [`calibration`] (what a net's confidence is worth), [`table`] (a
-//! predefined hash), [`lstm`] (the paper's net), [`train`] (record routing, learn it, measure).
+//! predefined hash), [`lstm`] (the paper's net), `transformer` (another one for the encoder), [`train`] (record routing, learn it, measure).
 
 pub mod calibration;
 pub mod entries;
@@ -18,6 +18,7 @@ pub mod lstm;
 pub mod state;
 pub mod table;
 pub mod train;
+pub(crate) mod transformer;
 
 use std::{ops::Range, path::Path, sync::Arc};
 
@@ -36,7 +37,7 @@ pub const FILE_NAME: &str = "predictor.safetensors";
 
 /// Predicts hash tables for one model. Cheap to share; every call works on its own memory.
 pub trait HashPredictor: Send + Sync {
-    /// Which net it is: `lstm` or `table`.
+    /// Which net it is: `transformer`, `lstm` or `table`.
     fn net(&self) -> &str;
     /// SHA-256 of its file.
     fn digest(&self) -> Digest;
@@ -77,7 +78,7 @@ fn open_shape(path: &Path, shape: PredictorShape, model: Digest) -> Result<Arc<d
     }
     Ok(match file.metadata.net {
         Net::Table => Arc::new(TablePredictor::from_file(file)?),
-        Net::Lstm => Arc::new(LstmPredictor::from_file(file)?),
+        Net::Lstm | Net::Transformer => Arc::new(LstmPredictor::from_file(file)?),
     })
 }
 

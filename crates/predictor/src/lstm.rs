@@ -30,6 +30,7 @@ use crate::{
 };
 
 use self::stack_net::StackNet;
+use crate::transformer::TransformerNet;
 
 /// How many outputs the decoder's attention sees, the newest among them.
 pub const ATTENTION_WINDOW: usize = 32;
@@ -37,19 +38,37 @@ pub const ATTENTION_WINDOW: usize = 32;
 /// Batches below this are predicted on the calling thread: waking another costs more than it saves.
 const PARALLEL_TOKENS_MIN: usize = 96;
 
-/// The nets of both stacks; a stack without MoE layers has none.
+/// The nets of both stacks, the decoder's an LSTM; a stack without MoE layers has none.
 pub struct LstmPredictor {
     digest: Digest,
     metadata: Metadata,
     shape: PredictorShape,
-    encoder: Option<StackNet>,
+    encoder: Option<EncoderNet>,
     decoder: Option<StackNet>,
+}
+
+/// The encoder's net, as the file says.
+enum EncoderNet {
+    Lstm(StackNet),
+    Transformer(TransformerNet),
+}
+
+impl EncoderNet {
+    fn encode(&self, sequences: &[&[u32]]) -> Vec<f32> {
+        match self {
+            Self::Lstm(net) => net.encode(sequences),
+            Self::Transformer(net) => net.encode(sequences),
+        }
+    }
 }
 
 impl LstmPredictor {
     /// Takes the nets out of a file; checks the shape of every tensor and every value.
     pub fn from_file(mut file: PredictorFile) -> Result<Self, PredictorError> {
-        let encoder = StackNet::from_file(&mut file, Stack::Encoder)?;
+        let encoder = match file.metadata.net {
+            Net::Transformer => TransformerNet::from_file(&mut file)?.map(EncoderNet::Transformer),
+            Net::Lstm | Net::Table => StackNet::from_file(&mut file, Stack::Encoder)?.map(EncoderNet::Lstm),
+        };
         let decoder = StackNet::from_file(&mut file, Stack::Decoder)?;
         file.finish()?;
         Ok(Self { digest: file.digest, metadata: file.metadata, shape: file.shape, encoder, decoder })
@@ -70,7 +89,7 @@ impl LstmPredictor {
 
 impl HashPredictor for LstmPredictor {
     fn net(&self) -> &str {
-        Net::Lstm.name()
+        self.metadata.net.name()
     }
 
     fn digest(&self) -> Digest {

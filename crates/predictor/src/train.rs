@@ -2,7 +2,7 @@
 //! that was held out. Called by `sida train-predictor`; CPU only, a few minutes for a small model.
 //!
 //! In reading order: `texts` (what to learn from), `record` (what the routers do with it), `table_net`
-//! (counting); `linear`, `recurrence`, `lstm_layer`, `attention`, `input_attention`, `distillation` and `lstm_net` (what is learnt, on tensors whose
+//! (counting); `linear`, `recurrence`, `lstm_layer`, `attention`, `input_attention`, `distillation`, `lstm_net` and `transformer_net` (what is learnt, on tensors whose
 //! gradients candle finds), `descent` (learning it); `measure`.
 
 mod attention;
@@ -19,6 +19,7 @@ mod record;
 mod recurrence;
 mod table_net;
 mod texts;
+mod transformer_net;
 
 use std::path::Path;
 
@@ -41,11 +42,11 @@ pub struct TrainOptions {
     pub net: Net,
     /// Experts per token and layer that it will predict.
     pub top_k: usize,
-    /// Width of the LSTM net, even.
+    /// Width of the net, even.
     pub width: usize,
-    /// Width of what the LSTM net knows of a token by itself.
+    /// Width of what the net knows of a token by itself.
     pub token_width: usize,
-    /// Passes of the LSTM net over the recorded tokens.
+    /// Passes of the net over the recorded tokens.
     pub epochs: usize,
     /// Tokens of one batch, at most; a step takes a batch for each thread.
     pub batch_tokens: usize,
@@ -58,7 +59,7 @@ pub struct TrainOptions {
 impl Default for TrainOptions {
     fn default() -> Self {
         Self {
-            net: Net::Lstm,
+            net: Net::Transformer,
             top_k: 3,
             width: 128,
             token_width: 48,
@@ -130,7 +131,7 @@ pub fn train(
             Net::Table => {
                 table_net::learn(train, stack, options.top_k).store(stack, &train.shape, options.top_k, &mut tensors)
             }
-            Net::Lstm => descent::learn(train, stack, options, &mut tensors, on_progress)?,
+            Net::Lstm | Net::Transformer => descent::learn(train, stack, options, &mut tensors, on_progress)?,
         }
     }
     let layers = train.shape.encoder_layers.start..train.shape.decoder_layers.end;

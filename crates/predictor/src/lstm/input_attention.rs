@@ -145,7 +145,7 @@ impl InputAttention {
 }
 
 /// How many heads a tensor (heads, head width, `inputs`) has, and how wide they are.
-fn head_extent(file: &PredictorFile, tensor: &str, inputs: usize) -> Result<(usize, usize), PredictorError> {
+pub(crate) fn head_extent(file: &PredictorFile, tensor: &str, inputs: usize) -> Result<(usize, usize), PredictorError> {
     match *file.dimensions(tensor)? {
         [heads, width, found]
             if (1..=HEADS_MAX).contains(&heads) && (1..=HEAD_WIDTH_MAX).contains(&width) && found == inputs =>

@@ -1,4 +1,4 @@
-//! The LSTM net of one stack in training: its weights, the loss of a batch, and the file's tensors. A batch
+//! The LSTM net of one stack in training: its weights, its pass forward, and the file's tensors. A batch
 //! holds sequences of one length, so there is no padding to mask, and what is learnt is what `StackNet`
 //! computes.
 
@@ -8,11 +8,7 @@ use rand::{Rng, rngs::StdRng};
 use sida_model::Stack;
 
 use super::{
-    attention::attend,
-    distillation::{distillation, targets},
-    input_attention::InputAttention,
-    linear::Linear,
-    lstm_layer::LstmLayer,
+    attention::attend, descent::Learnt, input_attention::InputAttention, linear::Linear, lstm_layer::LstmLayer,
     record::StackRecording,
 };
 use crate::{
@@ -28,7 +24,6 @@ use crate::{
 /// A net whose weights are variables.
 pub(super) struct LstmNet {
     stack: Stack,
-    num_experts: usize,
     /// (vocabulary, d_model), of root mean square 1; not trained.
     embedding: Tensor,
     token: Linear,
@@ -47,15 +42,12 @@ impl LstmNet {
     pub(super) fn new(
         recorded: &StackRecording,
         stack: Stack,
-        layers: usize,
-        num_experts: usize,
+        outputs: usize,
         (width, token_width): (usize, usize),
         random: &mut StdRng,
     ) -> Result<Self> {
         let d_model = recorded.d_model;
-        let embedding = Tensor::from_slice(&recorded.embedding, ((), d_model), &Device::Cpu)?;
-        let size = embedding.sqr()?.mean_all()?.to_scalar::<f32>()?.sqrt().max(1e-9);
-        let (directions, outputs) = (directions(stack).len(), layers * num_experts);
+        let directions = directions(stack).len();
         let side = width / directions;
         let mut layer = |inputs: usize| {
             let input = Linear {
@@ -66,8 +58,7 @@ impl LstmNet {
         };
         Ok(Self {
             stack,
-            num_experts,
-            embedding: (embedding / f64::from(size))?,
+            embedding: embedding(recorded)?,
             layers: (0..LSTM_LAYERS).map(|n| layer(if n == 0 { token_width } else { width })).collect::<Result<_>>()?,
             token: Linear { weights: uniform(&[d_model, token_width], d_model, random)?, bias: zeros(token_width)? },
             residual: uniform(&[token_width, width], token_width, random)?,
@@ -75,27 +66,17 @@ impl LstmNet {
             head: Linear { weights: uniform(&[width, outputs], width, random)?, bias: zeros(outputs)? },
         })
     }
+}
 
-    /// All that is trained.
-    pub(super) fn weights(&self) -> Vec<Var> {
+impl Learnt for LstmNet {
+    fn weights(&self) -> Vec<Var> {
         let layers = self.layers.iter().flat_map(|layer| [&layer.input.weights, &layer.input.bias, &layer.hidden]);
         let others = [&self.token.weights, &self.token.bias, &self.residual, &self.head.weights, &self.head.bias];
         let input = self.input.iter().flat_map(InputAttention::weights);
         layers.chain(others).chain(input).cloned().collect()
     }
 
-    /// The summed loss of sequences of one length, in nats.
-    pub(super) fn loss(&self, recorded: &StackRecording, batch: &[usize]) -> Result<Tensor> {
-        let sequences: Vec<&[u32]> = batch.iter().map(|&index| &recorded.sequences[index][..]).collect();
-        let inputs: Vec<&[f16]> =
-            batch.iter().filter_map(|&index| recorded.inputs.get(index).map(Vec::as_slice)).collect();
-        let logits = self.logits(&sequences, &inputs)?.reshape(((), self.num_experts))?;
-        distillation(&logits, &targets(recorded, batch, self.num_experts)?)
-    }
-
-    /// Logits (tokens, MoE layers x experts) of sequences of one length; of a decoder behind an encoder, with the encoder's
-    /// states of each.
-    pub(super) fn logits(&self, sequences: &[&[u32]], inputs: &[&[f16]]) -> Result<Tensor> {
+    fn logits(&self, sequences: &[&[u32]], inputs: &[&[f16]]) -> Result<Tensor> {
         let (count, steps) = (sequences.len(), sequences[0].len());
         let ids: Vec<u32> = (0..steps).flat_map(|step| sequences.iter().map(move |tokens| tokens[step])).collect();
         let embedded = self.embedding.index_select(&Tensor::from_vec(ids, steps * count, &Device::Cpu)?, 0)?;
@@ -119,8 +100,7 @@ impl LstmNet {
         self.head.forward(&attended)
     }
 
-    /// Adds what `StackNet` reads.
-    pub(super) fn store(&self, tensors: &mut Tensors) -> Result<()> {
+    fn store(&self, tensors: &mut Tensors) -> Result<()> {
         let name = stack_name(self.stack);
         let mut floats = |part: &str, tensor: &Tensor| -> Result<()> {
             tensors.floats(&format!("{name}.{part}"), tensor.dims(), &values(tensor)?);
@@ -162,8 +142,15 @@ pub(super) fn uniform(shape: &[usize], inputs: usize, random: &mut StdRng) -> Re
     Var::from_vec(values, shape, &Device::Cpu)
 }
 
+/// What the tokens of a stack are to the model, scaled to a root mean square of 1: (vocabulary, d_model).
+pub(super) fn embedding(recorded: &StackRecording) -> Result<Tensor> {
+    let embedding = Tensor::from_slice(&recorded.embedding, ((), recorded.d_model), &Device::Cpu)?;
+    let size = embedding.sqr()?.mean_all()?.to_scalar::<f32>()?.sqrt().max(1e-9);
+    embedding / f64::from(size)
+}
+
 /// A bias (1, outputs).
-fn zeros(outputs: usize) -> Result<Var> {
+pub(super) fn zeros(outputs: usize) -> Result<Var> {
     Var::zeros((1, outputs), candle_core::DType::F32, &Device::Cpu)
 }
 

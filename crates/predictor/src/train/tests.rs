@@ -10,10 +10,10 @@ use half::f16;
 use rand::{SeedableRng, rngs::StdRng};
 use sida_routing::{Digest, ExpertId, LayerId};
 
-use super::{lstm_net::LstmNet, record::StackRecording, *};
+use super::{descent::Learnt, record::StackRecording, *};
 use crate::{
     FILE_NAME, HashPredictor, PredictorShape, PredictorState, file::PredictorFile, lstm::stack_net::StackNet,
-    open_shape,
+    open_shape, transformer::TransformerNet,
 };
 
 const VOCAB: usize = 24;
@@ -84,15 +84,15 @@ fn recording(sequences: usize, seed: u64) -> Recording {
 
 /// A trained file and what was measured; training takes seconds, so each net is trained once for all tests.
 fn trained(net: Net) -> (tempfile::TempDir, PathBuf, Vec<HitRate>) {
-    static TRAINED: [OnceLock<(Vec<u8>, Vec<HitRate>)>; 2] = [const { OnceLock::new() }; 2];
+    static TRAINED: [OnceLock<(Vec<u8>, Vec<HitRate>)>; 3] = [const { OnceLock::new() }; 3];
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join(FILE_NAME);
-    let (file, rates) = TRAINED[usize::from(net == Net::Lstm)].get_or_init(|| {
+    let (file, rates) = TRAINED[net as usize].get_or_init(|| {
         let options = TrainOptions {
             net,
             width: 32,
             token_width: 32,
-            epochs: 8,
+            epochs: 3,
             batch_tokens: 256,
             learning_rate: 0.01,
             seed: 1,
@@ -106,25 +106,26 @@ fn trained(net: Net) -> (tempfile::TempDir, PathBuf, Vec<HitRate>) {
 }
 
 /// A file of a net of which nothing is trained.
-fn untrained(recording: &Recording) -> (tempfile::TempDir, PathBuf) {
+fn untrained(net: Net, recording: &Recording) -> (tempfile::TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join(FILE_NAME);
     let mut tensors = Tensors::default();
     for stack in [Stack::Encoder, Stack::Decoder] {
-        net(recording, stack).store(&mut tensors).unwrap();
+        fresh(net, recording, stack).store(&mut tensors).unwrap();
     }
-    tensors.write(&unmeasured(), &path).unwrap();
+    tensors.write(&unmeasured(net), &path).unwrap();
     (dir, path)
 }
 
-fn net(recording: &Recording, stack: Stack) -> LstmNet {
+fn fresh(net: Net, recording: &Recording, stack: Stack) -> Box<dyn Learnt> {
     let (recorded, layers) = (recording.of_stack(stack), shape().layers(stack).len());
-    LstmNet::new(recorded, stack, layers, EXPERTS, (32, 24), &mut StdRng::seed_from_u64(1)).unwrap()
+    let random = &mut StdRng::seed_from_u64(1);
+    descent::fresh(net, recorded, stack, layers * EXPERTS, (32, 24), random).unwrap()
 }
 
-fn unmeasured() -> Metadata {
+fn unmeasured(net: Net) -> Metadata {
     let (hit_rates, calibration) = (measure::unmeasured(0..3), measure::uncalibrated(0..3));
-    Metadata { net: Net::Lstm, model: MODEL, top_k: 3, hit_rates, calibration }
+    Metadata { net, model: MODEL, top_k: 3, hit_rates, calibration }
 }
 
 /// As of a model without an encoder.
@@ -147,20 +148,22 @@ fn open(path: &std::path::Path) -> Arc<dyn HashPredictor> {
     open_shape(path, shape(), MODEL).unwrap()
 }
 
-/// A predictor would not learn, or not what its net can express: the table knows the token, the LSTM also its
-/// neighbours on the side it may look at.
+/// A predictor would not learn, or not what its net can express: the table knows the token, the others also its
+/// neighbours on the side they may look at.
 #[test]
 fn nets_learn_what_they_can_see() {
     let (_dir, path, table) = trained(Net::Table);
     assert!(table[0].top1 < 0.75 && table[1].top1 > 0.99 && table[2].top1 < 0.75, "{table:?}");
     assert_eq!(open(&path).hit_rates(), table);
-    let (_dir, path, lstm) = trained(Net::Lstm);
-    assert!(lstm.iter().all(|rate| rate.top1 > 0.95 && rate.top3 >= rate.top1), "{lstm:?}");
-    let predictor = open(&path);
-    let tables = predictor.encode(&[&[3, 20, 5]]).unwrap();
-    assert_eq!(tables[0].experts(LayerId(0), 0)[0], ExpertId(0));
-    let alpha = tables[0].alphas(LayerId(0), 0)[0];
-    assert!((0.5..1.0).contains(&alpha), "distillation teaches the probability, too: {alpha}");
+    for net in [Net::Lstm, Net::Transformer] {
+        let (_dir, path, rates) = trained(net);
+        assert!(rates.iter().all(|rate| rate.top1 > 0.95 && rate.top3 >= rate.top1), "{net:?}: {rates:?}");
+        let predictor = open(&path);
+        let tables = predictor.encode(&[&[3, 20, 5]]).unwrap();
+        assert_eq!(tables[0].experts(LayerId(0), 0)[0], ExpertId(0));
+        let alpha = tables[0].alphas(LayerId(0), 0)[0];
+        assert!((0.5..1.0).contains(&alpha), "distillation teaches the probability, too: {alpha}");
+    }
 }
 
 /// The same texts and seed would give another predictor each time.
@@ -186,28 +189,35 @@ fn what_is_stored_computes_what_was_trained() {
     let sequences: Vec<Vec<u32>> = (1..4).map(|n| (0..40).map(|i| i * n % VOCAB as u32).collect()).collect();
     let tokens: Vec<&[u32]> = sequences.iter().map(Vec::as_slice).collect();
     let inputs = inputs();
-    for (recording, stack) in
-        [(recording(1, 1), Stack::Encoder), (recording(1, 1), Stack::Decoder), (without_inputs(), Stack::Decoder)]
-    {
-        let (_dir, path) = untrained(&recording);
-        let served = StackNet::from_file(&mut PredictorFile::read(&path, shape()).unwrap(), stack).unwrap().unwrap();
+    for (net, recording, stack) in [
+        (Net::Lstm, recording(1, 1), Stack::Encoder),
+        (Net::Transformer, recording(1, 1), Stack::Encoder),
+        (Net::Transformer, recording(1, 1), Stack::Decoder),
+        (Net::Lstm, without_inputs(), Stack::Decoder),
+    ] {
+        let (_dir, path) = untrained(net, &recording);
+        let mut file = PredictorFile::read(&path, shape()).unwrap();
         let reads_input = !recording.of_stack(stack).inputs.is_empty();
-        assert_eq!(served.reads_input(), reads_input);
         let read: Vec<&[f16]> = inputs[..3].iter().filter(|_| reads_input).map(Vec::as_slice).collect();
-        let found = match stack {
-            Stack::Encoder => served.encode(&tokens),
-            Stack::Decoder => {
+        let found = match (stack, net) {
+            (Stack::Encoder, Net::Transformer) => {
+                TransformerNet::from_file(&mut file).unwrap().unwrap().encode(&tokens)
+            }
+            (Stack::Encoder, _) => StackNet::from_file(&mut file, stack).unwrap().unwrap().encode(&tokens),
+            (Stack::Decoder, _) => {
+                let served = StackNet::from_file(&mut file, stack).unwrap().unwrap();
+                assert_eq!(served.reads_input(), reads_input);
                 let mut states: Vec<_> =
                     inputs[..3].iter().map(|input| served.start(&widened(input)).unwrap()).collect();
                 served.decode(&mut states.iter_mut().collect::<Vec<_>>(), &tokens).unwrap()
             }
         };
-        let expected = net(&recording, stack).logits(&tokens, &read).unwrap();
+        let expected = fresh(net, &recording, stack).logits(&tokens, &read).unwrap();
         let expected: Vec<f32> = expected.flatten_all().unwrap().to_vec1().unwrap();
         assert_eq!(found.len(), expected.len());
         for (found, expected) in found.iter().zip(expected) {
             // The file holds float16.
-            assert!((found - expected).abs() < 5e-3, "{stack:?}, {reads_input}: {found}, not {expected}");
+            assert!((found - expected).abs() < 5e-3, "{net:?} {stack:?}, {reads_input}: {found}, not {expected}");
         }
     }
 }
@@ -215,9 +225,12 @@ fn what_is_stored_computes_what_was_trained() {
 /// A prediction would depend on what else is in the batch, or on how a sequence is cut into steps.
 #[test]
 fn predictions_do_not_depend_on_batch_or_steps() {
-    for (_dir, path) in
-        [without_rates(trained(Net::Table)), without_rates(trained(Net::Lstm)), untrained(&without_inputs())]
-    {
+    for (_dir, path) in [
+        without_rates(trained(Net::Table)),
+        without_rates(trained(Net::Lstm)),
+        without_rates(trained(Net::Transformer)),
+        untrained(Net::Lstm, &without_inputs()),
+    ] {
         let predictor = open(&path);
         let (net, reads_input) = (predictor.net().to_owned(), predictor.reads_input());
         let sequences: Vec<Vec<u32>> = vec![vec![1, 2, 3], vec![9], (0..90).map(|i| i * 5 % 24).collect(), vec![4, 4]];
@@ -276,33 +289,40 @@ fn a_net_that_reads_the_input_wants_it() {
 /// A file that a newer or a broken program wrote would end whoever opens it, or attend to the wrong places.
 #[test]
 fn refuses_heads_that_do_not_fit() {
-    let (dir, path) = untrained(&recording(1, 1));
+    let (dir, path) = untrained(Net::Transformer, &recording(1, 1));
     let other = dir.path().join("other.safetensors");
-    let refused = |part: &str, dimensions: &[usize], of: PredictorShape| {
+    let refused = |tensor: &str, dimensions: &[usize], of: PredictorShape| {
         let mut tensors = PredictorFile::read(&path, shape()).unwrap().into_tensors();
-        let tensor = format!("decoder.{part}");
-        tensors.floats(&tensor, dimensions, &vec![0.0; dimensions.iter().product()]);
-        tensors.write(&unmeasured(), &other).unwrap();
+        tensors.floats(tensor, dimensions, &vec![0.0; dimensions.iter().product()]);
+        tensors.write(&unmeasured(Net::Transformer), &other).unwrap();
         match open_shape(&other, of, MODEL) {
             Err(PredictorError::Tensor { tensor, reason, .. }) => format!("{tensor} {reason}"),
             _ => panic!("{tensor} {dimensions:?} is not refused"),
         }
     };
     for (part, dimensions, expected) in [
-        ("input.query", &[4, 16][..], "expected (heads, head width, 32)"),
-        ("input.query", &[0, 16, 32], "at most 64 heads"),
-        ("input.query", &[65, 16, 32], "at most 64 heads"),
-        ("input.query", &[4, 257, 32], "of at most 256"),
-        ("input.values", &[2, 16, 8], "has 2 heads, and decoder.input.query has 4"),
-        ("input.keys", &[4, 8, 8], "expected F16 [4, 16, 8]"),
-        ("input.output", &[32, 32], "expected F16 [32, 64]"),
-        ("input.query2", &[1], "is not part of this net"),
+        ("decoder.input.query", &[4, 16][..], "expected (heads, head width, 32)"),
+        ("decoder.input.query", &[0, 16, 32], "at most 64 heads"),
+        ("decoder.input.query", &[65, 16, 32], "at most 64 heads"),
+        ("decoder.input.query", &[4, 257, 32], "of at most 256"),
+        ("decoder.input.values", &[2, 16, 8], "has 2 heads, and decoder.input.query has 4"),
+        ("decoder.input.keys", &[4, 8, 8], "expected F16 [4, 16, 8]"),
+        ("decoder.input.output", &[32, 32], "expected F16 [32, 64]"),
+        ("decoder.input.query2", &[1], "is not part of this net"),
+        ("encoder.input", &[32], "expected a width"),
+        ("encoder.block.0.query", &[4, 8, 16], "expected (heads, head width, 32)"),
+        ("encoder.block.0.values", &[2, 16, 32], "has 2 heads, and encoder.block.0.query has 4"),
+        ("encoder.block.1.distances", &[4, 128], "expected (4, an odd number"),
+        ("encoder.block.1.distances", &[4, 4097], "expected (4, an odd number"),
+        ("encoder.block.1.up", &[9000, 32], "expected (at most"),
+        ("encoder.block.1.down", &[32, 63], "expected F16 [32, 64]"),
+        ("encoder.block.2.norm", &[1], "is not part of this net"),
     ] {
         let found = refused(part, dimensions, shape());
-        assert!(found.contains(&format!("decoder.{part}")) && found.contains(expected), "{found}");
+        assert!(found.contains(part) && found.contains(expected), "{found}");
     }
     let decoder_only = PredictorShape { encoder_width: None, ..shape() };
-    assert!(refused("input.query", &[4, 16, 32], decoder_only).contains("no encoder"));
+    assert!(refused("decoder.input.query", &[4, 16, 32], decoder_only).contains("no encoder"));
 }
 
 /// A wrong state, token or file would panic, or be taken for the right one.
