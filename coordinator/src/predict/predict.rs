@@ -3,7 +3,7 @@
 //!
 //! Steps of a net that reads the model's input are predicted in this process, also where predictor-nodes serve the
 //! encoder: what the net keeps of each input would have to travel with every step, which costs more than the step's
-//! prediction ([0026](../../../docs/decisions/0026-the-decoders-net-reads-the-input.md)).
+//! prediction ([0026](../../../docs/decisions/0026-nets-that-see-the-whole-input.md)).
 //!
 //! A prediction that cannot be had is never an error: the request runs `exact` without hints and says so in
 //! its trace.

@@ -24,6 +24,9 @@ use crate::{PredictorError, PredictorShape, calibration::Calibration};
 const FILE_BYTES_MAX: u64 = 1 << 30;
 /// The layout that this code writes and reads.
 const FORMAT: &str = "sida-predictor-1";
+/// A net of more heads of attention, or of wider ones, is refused.
+const HEADS_MAX: usize = 64;
+const HEAD_WIDTH_MAX: usize = 256;
 /// Experts per token and layer, at most.
 pub const TOP_K_MAX: usize = 16;
 
@@ -156,6 +159,21 @@ impl PredictorFile {
     /// Whether it has a tensor of this name that nobody took.
     pub(crate) fn has(&self, tensor: &str) -> bool {
         self.tensors.contains_key(tensor)
+    }
+
+    /// How many heads of attention a tensor (heads, head width, `inputs`) has, and how wide they are.
+    pub(crate) fn head_extent(&self, tensor: &str, inputs: usize) -> Result<(usize, usize), PredictorError> {
+        match *self.dimensions(tensor)? {
+            [heads, width, found]
+                if (1..=HEADS_MAX).contains(&heads) && (1..=HEAD_WIDTH_MAX).contains(&width) && found == inputs =>
+            {
+                Ok((heads, width))
+            }
+            ref found => {
+                let most = format!("at most {HEADS_MAX} heads of at most {HEAD_WIDTH_MAX}");
+                Err(self.refuse(tensor, format!("is {found:?}, expected (heads, head width, {inputs}), {most}")))
+            }
+        }
     }
 
     /// Takes several matrices of float16 that lie one after another in one tensor, every value finite.

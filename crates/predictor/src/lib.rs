@@ -6,14 +6,16 @@
 //! its own output must not depend on the batch it was computed in, as `guided` and `hash` route by it: the nets are
 //! made of the row-wise kernels of [`sida_model::cpu`] and know no padding.
 //!
-//! In reading order: [`file`](mod@file) (what is stored, checked), [`state`] (a decoder's memory of its sequence and input),
-//! [`entries`] (from logits to hash tables), [`calibration`] (what a net's confidence is worth), [`table`] (a
-//! predefined hash), [`lstm`] (the paper's net), `transformer` (another one for the encoder), [`train`] (record routing, learn it, measure).
+//! In reading order: [`file`](mod@file) (what is stored, checked), [`state`] (a decoder's memory of its sequence and
+//! input), [`entries`] (from logits to hash tables), [`calibration`] (what a net's confidence is worth), [`table`] (a
+//! predefined hash), `learnt` (the nets that are trained), [`lstm`] (the paper's), `transformer` (another one for the
+//! encoder), [`train`] (record routing, learn it, measure).
 
 pub mod calibration;
 pub mod entries;
 mod error;
 pub mod file;
+mod learnt;
 pub mod lstm;
 pub mod state;
 pub mod table;
@@ -30,7 +32,7 @@ pub use self::{
     file::{HitRate, Net},
     state::PredictorState,
 };
-use self::{file::PredictorFile, lstm::LstmPredictor, table::TablePredictor};
+use self::{file::PredictorFile, learnt::LearntPredictor, table::TablePredictor};
 
 /// The name of a model's predictor within the model's directory.
 pub const FILE_NAME: &str = "predictor.safetensors";
@@ -78,7 +80,7 @@ fn open_shape(path: &Path, shape: PredictorShape, model: Digest) -> Result<Arc<d
     }
     Ok(match file.metadata.net {
         Net::Table => Arc::new(TablePredictor::from_file(file)?),
-        Net::Lstm | Net::Transformer => Arc::new(LstmPredictor::from_file(file)?),
+        Net::Lstm | Net::Transformer => Arc::new(LearntPredictor::from_file(file)?),
     })
 }
 
@@ -147,7 +149,7 @@ mod tests {
         let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/switch-tiny-64");
         let checkpoint = Checkpoint::open(&model).unwrap();
         let predictor = open(&model.join(FILE_NAME), checkpoint.config(), checkpoint.digest()).unwrap();
-        assert_eq!(predictor.net(), "lstm");
+        assert_eq!((predictor.net(), predictor.reads_input()), ("transformer", true));
         assert!(predictor.hit_rates().iter().all(|rate| rate.top3 > 0.6 && rate.tokens > 0));
         let table = &predictor.encode(&[&[5, 6, 7, 1]]).unwrap()[0];
         assert_eq!((table.shape().layers, table.shape().tokens, table.shape().top_k), (3, 4, 3));

@@ -20,7 +20,7 @@ use sida_model::{
 use crate::{
     PredictorError,
     file::{Matrix, PredictorFile, matrix},
-    lstm::{input_attention::head_extent, stack_net::WIDTH_MAX},
+    lstm::stack_net::WIDTH_MAX,
     stack_name,
 };
 
@@ -138,8 +138,8 @@ impl TransformerNet {
 impl Block {
     fn from_file(file: &mut PredictorFile, block: usize, width: usize) -> Result<Self, PredictorError> {
         let part = |name: &str| block_part(block, name);
-        let (heads, key_width) = head_extent(file, &part("query"), width)?;
-        let (value_heads, value_width) = head_extent(file, &part("values"), width)?;
+        let (heads, key_width) = file.head_extent(&part("query"), width)?;
+        let (value_heads, value_width) = file.head_extent(&part("values"), width)?;
         if value_heads != heads {
             let reason = format!("has {value_heads} heads, and {} has {heads}", part("query"));
             return Err(file.refuse(&part("values"), reason));

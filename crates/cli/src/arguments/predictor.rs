@@ -98,3 +98,36 @@ fn nodes(file: Option<&Path>, checkpoint: &Arc<Checkpoint>) -> anyhow::Result<Pr
 fn local(file: &Path, checkpoint: &Arc<Checkpoint>) -> anyhow::Result<PredictorSource> {
     Ok(PredictorSource::Local(open(file, checkpoint)?))
 }
+
+#[cfg(test)]
+mod tests {
+    use sida_cluster::{Address, Member};
+
+    use super::*;
+
+    #[test]
+    fn steps_that_nodes_cannot_predict_are_predicted_here() {
+        // Would break: in a cluster with predictor-nodes the decoder's steps have no hints; or a file that was named is left out,
+        // and one that nobody named keeps a coordinator from starting.
+        let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/switch-tiny-64");
+        let checkpoint = Checkpoint::open(&model).expect("a model");
+        let (layers, experts) = (checkpoint.config().moe_layer_count(), checkpoint.config().num_experts);
+        let member = |node: &str, role| {
+            let address = Address::Grpc("127.0.0.1:1".to_owned());
+            Member { node: node.into(), role, address, weight: 1.0 }
+        };
+        let members = vec![member("e", Role::ExpertNode), member("p", Role::PredictorNode)];
+        let cluster = Cluster::fixed(members, layers, experts, 1).expect("a cluster");
+        let source = |predictor: Option<&str>| {
+            PredictorArguments { predictor: predictor.map(str::to_owned) }.source(&checkpoint, &cluster)
+        };
+        let file = default_file(&checkpoint);
+        let (shown, named) = (file.display().to_string(), format!("nodes:{}", file.display()));
+        for predictor in [None, Some("nodes"), Some(&named)] {
+            assert!(matches!(source(predictor), Ok(PredictorSource::NodesForPrompts(_))), "{predictor:?}");
+        }
+        assert!(matches!(source(Some("off")), Ok(PredictorSource::Off)));
+        assert!(matches!(source(Some(&shown)), Ok(PredictorSource::Local(_))));
+        assert!(source(Some("nodes:no/such/file")).is_err());
+    }
+}

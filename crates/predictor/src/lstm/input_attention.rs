@@ -14,10 +14,6 @@ use crate::{
     file::{Matrix, PredictorFile, matrix},
 };
 
-/// A net of more heads, or of wider ones, is refused.
-const HEADS_MAX: usize = 64;
-const HEAD_WIDTH_MAX: usize = 256;
-
 /// The names of its tensors, after the stack's.
 pub(crate) const QUERY: &str = "input.query";
 pub(crate) const KEYS: &str = "input.keys";
@@ -73,8 +69,8 @@ impl InputAttention {
         let Some(d_model) = file.shape.encoder_width else {
             return Err(file.refuse(&query, "reads an encoder's states, and the model has no encoder".to_owned()));
         };
-        let (heads, key_width) = head_extent(file, &query, width)?;
-        let (value_heads, value_width) = head_extent(file, &values, d_model)?;
+        let (heads, key_width) = file.head_extent(&query, width)?;
+        let (value_heads, value_width) = file.head_extent(&values, d_model)?;
         if value_heads != heads {
             return Err(file.refuse(&values, format!("has {value_heads} heads, and {query} has {heads}")));
         }
@@ -141,20 +137,5 @@ impl InputAttention {
         let mut out = vec![0.0; rows.len()];
         matmul(&found, self.output.by_ref(), &mut out);
         rows.iter_mut().zip(&out).for_each(|(row, out)| *row += out);
-    }
-}
-
-/// How many heads a tensor (heads, head width, `inputs`) has, and how wide they are.
-pub(crate) fn head_extent(file: &PredictorFile, tensor: &str, inputs: usize) -> Result<(usize, usize), PredictorError> {
-    match *file.dimensions(tensor)? {
-        [heads, width, found]
-            if (1..=HEADS_MAX).contains(&heads) && (1..=HEAD_WIDTH_MAX).contains(&width) && found == inputs =>
-        {
-            Ok((heads, width))
-        }
-        ref found => {
-            let most = format!("at most {HEADS_MAX} heads of at most {HEAD_WIDTH_MAX}");
-            Err(file.refuse(tensor, format!("is {found:?}, expected (heads, head width, {inputs}), {most}")))
-        }
     }
 }
