@@ -222,7 +222,7 @@ mod tests {
         }
     }
 
-    /// The one gradient that is written by hand would differ from the automatic one, in any place of any weight.
+    /// A gradient that is written by hand would differ from the automatic one, in any place of any weight.
     #[test]
     fn agrees_with_automatic_gradients() {
         let (gates, weights) = (values(&[2, 9, 5, 64], 1), values(&[2, 64, 16], 2));
