@@ -81,6 +81,9 @@ pub enum PredictorSource {
     Local(Arc<dyn HashPredictor>),
     /// The predictor-nodes of the cluster.
     Nodes,
+    /// The predictor-nodes for prompts, and a predictor in this process for the steps of the decoder, whose net reads the
+    /// encoder's output.
+    NodesForPrompts(Arc<dyn HashPredictor>),
     /// Nowhere: every request runs `exact`, without hints.
     Off,
 }
@@ -161,11 +164,24 @@ impl CoordinatorConfig {
     }
 }
 
+impl PredictorSource {
+    /// The predictor in this process, if there is one.
+    pub(crate) fn local(&self) -> Option<&Arc<dyn HashPredictor>> {
+        match self {
+            Self::Local(predictor) | Self::NodesForPrompts(predictor) => Some(predictor),
+            Self::Nodes | Self::Off => None,
+        }
+    }
+}
+
 impl fmt::Debug for PredictorSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Local(predictor) => write!(f, "Local({} {})", predictor.net(), predictor.digest()),
             Self::Nodes => f.write_str("Nodes"),
+            Self::NodesForPrompts(predictor) => {
+                write!(f, "NodesForPrompts({} {})", predictor.net(), predictor.digest())
+            }
             Self::Off => f.write_str("Off"),
         }
     }

@@ -225,7 +225,7 @@ fn warn_of_other_answers(checkpoint: &Checkpoint) -> Result<(), ModelError> {
 /// Refuses a predictor of another model, a cluster laid out for another model, and a model that is not served yet.
 fn check(config: &CoordinatorConfig, cluster: &Cluster) -> Result<(), CoordinatorError> {
     let model = config.checkpoint.config();
-    if let PredictorSource::Local(predictor) = &config.predictor
+    if let Some(predictor) = config.predictor.local()
         && predictor.model_digest() != config.checkpoint.digest()
     {
         let (expected, found) = (config.checkpoint.digest(), predictor.model_digest());
@@ -234,7 +234,7 @@ fn check(config: &CoordinatorConfig, cluster: &Cluster) -> Result<(), Coordinato
     if config.enforce_capacity && !model.has_encoder() {
         return Err(CoordinatorError::NoCapacity { family: model.family });
     }
-    if let PredictorSource::Local(predictor) = &config.predictor
+    if let Some(predictor) = config.predictor.local()
         && predictor.top_k() < model.top_k
     {
         let (predicted, needed) = (predictor.top_k(), model.top_k);
@@ -281,7 +281,7 @@ fn source(config: &CoordinatorConfig, cluster: &Cluster, model: &ModelConfig, ru
     match &config.predictor {
         PredictorSource::Local(predictor) => Source::Local(predictor.clone()),
         PredictorSource::Off => Source::Off,
-        PredictorSource::Nodes => {
+        PredictorSource::Nodes | PredictorSource::NodesForPrompts(_) => {
             let bounds = Bounds {
                 moe_layers: model.moe_layers(Stack::Decoder).end.into(),
                 num_experts: model.num_experts,
@@ -292,14 +292,15 @@ fn source(config: &CoordinatorConfig, cluster: &Cluster, model: &ModelConfig, ru
                 sequences_max: config.limits.sequences_max,
             };
             let client = config.client.clone();
-            Source::Remote(Box::new(RemotePredictor::new(
+            let nodes = RemotePredictor::new(
                 cluster.clone(),
                 client,
                 runtime,
                 config.checkpoint.digest(),
                 bounds,
                 config.predict_timeout,
-            )))
+            );
+            Source::Remote(Box::new(nodes), config.predictor.local().cloned())
         }
     }
 }

@@ -58,6 +58,9 @@ impl PredictorService {
     pub(crate) async fn check(self) -> Result<(), String> {
         let shape = &self.inner.shape;
         let stack = if shape.encoder_layers.is_empty() { Stack::Decoder } else { Stack::Encoder };
+        if stack == Stack::Decoder && self.inner.predictor.reads_input() {
+            return Ok(()); // There is nothing that this node may be asked for.
+        }
         let states = if stack == Stack::Decoder { vec![Bytes::new()] } else { Vec::new() };
         let model = self.inner.predictor.model_digest();
         let request = PredictionRequest { model, stack, sequences: vec![vec![0]], states };
@@ -75,6 +78,11 @@ impl PredictorService {
         if shape.layers(model_stack(request.stack)).is_empty() {
             let message = format!("the model has no MoE layer in its {:?}", request.stack);
             return Err(Fault::new(Reason::InvalidRequest, message));
+        }
+        if request.stack == Stack::Decoder && predictor.reads_input() {
+            let message = "this node's predictor reads the encoder's output, which calls do not carry: steps of the decoder \
+                           are for the coordinator to predict, by a predictor's file of its own";
+            return Err(Fault::new(Reason::Unsupported, message));
         }
         let tokens: usize = request.sequences.iter().map(Vec::len).sum();
         if tokens > limits.call_tokens_max {

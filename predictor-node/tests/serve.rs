@@ -31,7 +31,10 @@ const BOUNDS: Bounds = Bounds {
 const POISON: u32 = 99;
 
 /// Predicts the expert `token % EXPERTS`; its state counts the tokens it has seen.
-struct Modulo;
+#[derive(Default)]
+struct Modulo {
+    reads_input: bool,
+}
 
 impl Modulo {
     fn table(first_layer: u16, layers: usize, tokens: &[u32]) -> HashTable {
@@ -59,6 +62,9 @@ impl HashPredictor for Modulo {
     fn hit_rates(&self) -> &[HitRate] {
         &[]
     }
+    fn reads_input(&self) -> bool {
+        self.reads_input
+    }
     fn encode(&self, sequences: &[&[u32]]) -> Result<Vec<HashTable>, PredictorError> {
         Ok(sequences.iter().map(|tokens| Self::table(0, 2, tokens)).collect())
     }
@@ -79,8 +85,9 @@ fn config(limits: PredictorLimits) -> PredictorNodeConfig {
             num_experts: EXPERTS,
             encoder_layers: 0..2,
             decoder_layers: 2..3,
+            encoder_width: Some(4),
         },
-        predictor: Arc::new(Modulo),
+        predictor: Arc::new(Modulo::default()),
         limits,
         server: ServerConfig { health_period: Duration::from_millis(50), ..ServerConfig::default() },
     }
@@ -92,10 +99,16 @@ fn cluster(name: &str, role: Role) -> Cluster {
 }
 
 async fn start(limits: PredictorLimits) -> (Channel, CancellationToken, JoinHandle<Result<(), PredictorNodeError>>) {
+    start_with(config(limits)).await
+}
+
+async fn start_with(
+    config: PredictorNodeConfig,
+) -> (Channel, CancellationToken, JoinHandle<Result<(), PredictorNodeError>>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let shutdown = CancellationToken::new();
-    let node = tokio::spawn(run(config(limits), listener, cluster("p0", Role::PredictorNode), shutdown.clone()));
+    let node = tokio::spawn(run(config, listener, cluster("p0", Role::PredictorNode), shutdown.clone()));
     (connect(&address, &ClientConfig::default()).await.unwrap(), shutdown, node)
 }
 
@@ -155,6 +168,25 @@ async fn bad_calls_are_told_what_is_bad_and_nothing_else_suffers() {
         assert_eq!((status.code(), Reason::of(&status)), (code, Some(reason)), "{status}");
     }
     assert!(client.predict(encode(MODEL, &[&[1]])).await.is_ok());
+    shutdown.cancel();
+    node.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_net_that_reads_the_input_predicts_prompts_only() {
+    // Broken: steps would be predicted from nothing; or coordinators could not tell a node that predicts no steps from one
+    // that is broken, and would have no hints for prompts either.
+    let predictor = Arc::new(Modulo { reads_input: true });
+    let (channel, shutdown, node) = start_with(PredictorNodeConfig { predictor, ..config(Default::default()) }).await;
+    let mut client = PredictorClient::new(channel);
+    let step = v1::PredictRequest::new(MODEL, Stack::Decoder, &[&[1]], &[Bytes::new()]);
+    let refused = client.predict(step).await.unwrap_err();
+    assert_eq!((refused.code(), Reason::of(&refused)), (Code::Unimplemented, Some(Reason::Unsupported)));
+    assert!(refused.message().contains("encoder's output"), "{}", refused.message());
+    let prompt = v1::PredictRequest::new(MODEL, Stack::Encoder, &[&[9]], &[]);
+    let answer = client.predict(prompt).await.unwrap().into_inner();
+    let answer = answer.check(&BOUNDS, MODEL, Stack::Encoder, 0..2, &[1]).unwrap();
+    assert_eq!(answer.tables[0].experts(LayerId(0), 0), [ExpertId(1)]);
     shutdown.cancel();
     node.await.unwrap().unwrap();
 }

@@ -33,23 +33,25 @@ fn trained(model: &ModelDirectory, net: Net) -> Vec<u8> {
 fn file() {
     let model = model();
     let checkpoint = Checkpoint::open(model.path()).expect("a checkpoint");
-    let seeds = [Net::Table, Net::Lstm].map(|net| trained(&model, net));
+    let seeds = [Net::Table, Net::Lstm, Net::Transformer].map(|net| trained(&model, net));
     fuzz!(seeds, |bytes| {
         model.write(sida_predictor::FILE_NAME, bytes);
         let path = model.path().join(sida_predictor::FILE_NAME);
         let Ok(opened) = sida_predictor::open(&path, checkpoint.config(), checkpoint.digest()) else { return false };
         let Ok(tables) = opened.encode(&[&[3, 4, 5], &[6]]) else { return false };
-        let Ok(decoded) = opened.decode(&mut [&mut PredictorState::default()], &[&[5, 7]]) else { return false };
+        let Ok(mut state) = opened.start(&vec![0.5; 3 * checkpoint.config().d_model]) else { return false };
+        let Ok(decoded) = opened.decode(&mut [&mut state], &[&[5, 7]]) else { return false };
         let exists = |expert: &sida_routing::ExpertId| usize::from(expert.0) < checkpoint.config().num_experts;
         assert!(tables.iter().chain(&decoded).all(|table| table.all_experts().iter().all(exists)));
         true
     });
 }
 
-/// A state from another node could end this one, or poison every later token of its sequence.
+/// A state from another node could end this one, or poison every later token of its sequence. Such states come of nets that
+/// read no input.
 #[test]
 fn state() {
-    let model = model();
+    let model = ModelDirectory::copy_of("tests/data/parity/causal-text");
     let checkpoint = Checkpoint::open(model.path()).expect("a checkpoint");
     trained(&model, Net::Lstm);
     let path = model.path().join(sida_predictor::FILE_NAME);

@@ -1,6 +1,10 @@
 //! Fills hash tables: by a predictor in this process, by predictor-nodes, or not at all. Called by `prepare` for the
 //! encoder and by `beside` for each decode step.
 //!
+//! Steps of a net that reads the model's input are predicted in this process, also where predictor-nodes serve the
+//! encoder: what the net keeps of each input would have to travel with every step, which costs more than the step's
+//! prediction ([0026](../../../docs/decisions/0026-nets-that-see-the-whole-input.md)).
+//!
 //! A prediction that cannot be had is never an error: the request runs `exact` without hints and says so in
 //! its trace.
 
@@ -30,8 +34,8 @@ pub(crate) struct Predict {
 pub(crate) enum Source {
     /// In this process.
     Local(Arc<dyn HashPredictor>),
-    /// On predictor-nodes.
-    Remote(Box<RemotePredictor>),
+    /// On predictor-nodes; steps of the decoder by the predictor here, if there is one.
+    Remote(Box<RemotePredictor>, Option<Arc<dyn HashPredictor>>),
     /// Nowhere: every request runs unpredicted.
     Off,
 }
@@ -77,8 +81,21 @@ impl Predict {
     pub(crate) fn digest(&self) -> Option<Digest> {
         match &self.source {
             Source::Local(predictor) => Some(predictor.digest()),
-            Source::Remote(_) | Source::Off => None,
+            Source::Remote(..) | Source::Off => None,
         }
+    }
+
+    /// The predictor in this process that predicts the steps of the decoder.
+    fn of_steps(&self) -> Option<&dyn HashPredictor> {
+        match &self.source {
+            Source::Local(predictor) | Source::Remote(_, Some(predictor)) => Some(&**predictor),
+            Source::Remote(_, None) | Source::Off => None,
+        }
+    }
+
+    /// Whether sequences begin by what the encoder made of their inputs.
+    pub(crate) fn reads_input(&self) -> bool {
+        self.of_steps().is_some_and(HashPredictor::reads_input)
     }
 
     /// A table of the encoder's layers for each sequence, or none for any.
@@ -87,17 +104,23 @@ impl Predict {
         let tables = match &self.source {
             _ if self.encoder_layers.is_empty() => None,
             Source::Local(predictor) => guarded(|| predictor.encode(sequences).map_err(|e| e.to_string())),
-            Source::Remote(nodes) => nodes.encode(sequences, self.encoder_layers.clone(), trace),
+            Source::Remote(nodes, _) => nodes.encode(sequences, self.encoder_layers.clone(), trace),
             Source::Off => None,
         };
         self.usable(tables, &self.encoder_layers, &lengths)
     }
 
-    /// What is known, before its first token, of a sequence whose request is in `mode`.
-    pub(crate) fn start(&self, mode: RoutingMode) -> Progress {
-        let state = match &self.source {
-            Source::Remote(_) => ProgressState::Remote(Bytes::new()),
-            Source::Local(_) | Source::Off => ProgressState::Local(PredictorState::default()),
+    /// What is known, before its first token, of a sequence whose request is in `mode` and of whose input the encoder made
+    /// `states` (tokens, d_model); they matter only where [`Predict::reads_input`].
+    pub(crate) fn start(&self, mode: RoutingMode, states: Option<&[f32]>) -> Progress {
+        let begun = |predictor: &dyn HashPredictor| {
+            let states = states.filter(|_| predictor.reads_input())?;
+            guarded(|| predictor.start(states).map_err(|e| e.to_string()))
+        };
+        let state = match (self.of_steps(), &self.source) {
+            (None, Source::Remote(..)) => ProgressState::Remote(Bytes::new()),
+            // Without its input, a sequence of a net that reads it runs without hints.
+            (predictor, _) => ProgressState::Local(predictor.and_then(begun).unwrap_or_default()),
         };
         Progress { mode, state: Mutex::new(state), unseen: Mutex::default() }
     }
@@ -121,9 +144,9 @@ impl Predict {
         self.usable(tables, &self.decoder_layers, &lengths)
     }
 
-    /// Where predictions are made by others, who may not answer.
+    /// Where steps are predicted by others, who may not answer.
     pub(crate) fn is_remote(&self) -> bool {
-        matches!(self.source, Source::Remote(_))
+        matches!(self.source, Source::Remote(_, None))
     }
 
     /// Predicts, and advances the states if that succeeds.
@@ -135,7 +158,7 @@ impl Predict {
     ) -> Option<Vec<HashTable>> {
         let mut states: Vec<_> = sequences.iter().map(|progress| progress.state.lock()).collect();
         match &self.source {
-            Source::Local(predictor) => {
+            Source::Local(predictor) | Source::Remote(_, Some(predictor)) => {
                 let local = states.iter_mut().map(|state| match &mut **state {
                     ProgressState::Local(state) => Some(state),
                     ProgressState::Remote(_) => None,
@@ -143,7 +166,7 @@ impl Predict {
                 let mut local: Vec<&mut PredictorState> = local.collect::<Option<_>>()?;
                 guarded(|| predictor.decode(&mut local, tokens).map_err(|e| e.to_string()))
             }
-            Source::Remote(nodes) => {
+            Source::Remote(nodes, None) => {
                 let before = states.iter().map(|state| match &**state {
                     ProgressState::Remote(state) => state.clone(),
                     ProgressState::Local(_) => Bytes::new(),

@@ -3,7 +3,8 @@
 //!
 //! A predictor-node that hangs must not cost every request its timeout. So a node that failed gets no calls while its
 //! breaker is open (`sida_routing::failover`), and no request is spent on finding out whether it is back: a task of its
-//! own asks the node to describe itself, and calls go to the node again once it answers.
+//! own asks the node to describe itself, and calls go to the node again once it answers. A node whose net reads the model's
+//! input predicts prompts only, which is not held against it.
 
 use std::{
     ops::Range,
@@ -28,12 +29,15 @@ use sida_routing::{Digest, HashTable, NodeId, failover::Breaker};
 use sida_rpc::{Channel, ClientConfig, MESSAGE_BYTES_MAX, trace};
 use sida_telemetry::{Span, TraceContext};
 use tokio::runtime::Handle;
-use tonic::Request;
+use tonic::{Code, Request};
 
 /// How often a node that failed is asked whether it is back.
 const ASK_PERIOD: Duration = Duration::from_millis(250);
 /// Nodes that are asked for one prediction at most.
 const ATTEMPTS_MAX: usize = 2;
+/// How long a node whose net reads the model's input, and so predicts no steps, is not asked for them. By then it may
+/// have been started with another predictor.
+const STEPS_REFUSED: Duration = Duration::from_secs(60);
 /// Sequences of one call.
 const SEQUENCES_MAX: usize = 64;
 
@@ -67,6 +71,22 @@ struct LinkState {
     breaker: Breaker,
     /// The node failed and has not answered since.
     is_away: bool,
+    /// When, after the origin, it said that it predicts no steps.
+    refused_steps: Option<Duration>,
+}
+
+/// Why a node gave no prediction.
+enum Failure {
+    /// It is sound, and its net reads what calls do not carry.
+    NoSteps(String),
+    /// Anything else.
+    Failed(String),
+}
+
+impl From<String> for Failure {
+    fn from(reason: String) -> Self {
+        Self::Failed(reason)
+    }
 }
 
 /// What is asked for: tables of `layers` for `sequences`.
@@ -120,13 +140,20 @@ impl RemotePredictor {
     fn predict(&self, ask: &Ask<'_>) -> Option<Prediction> {
         let deadline = Instant::now() + self.timeout;
         for _ in 0..ATTEMPTS_MAX {
-            let link = self.choose()?;
+            let link = self.choose(ask.stack)?;
             match self.ask(&link, ask, deadline) {
                 Ok(prediction) => {
                     link.state.lock().breaker.succeeded(self.origin.elapsed());
                     return Some(prediction);
                 }
-                Err(reason) => {
+                Err(Failure::NoSteps(reason)) => {
+                    tracing::warn!(node = %link.node, reason, "a predictor-node predicts no steps of the decoder");
+                    let now = self.origin.elapsed();
+                    let mut state = link.state.lock();
+                    state.breaker.succeeded(now);
+                    state.refused_steps = Some(now);
+                }
+                Err(Failure::Failed(reason)) => {
                     tracing::warn!(node = %link.node, reason, "a predictor-node failed");
                     self.failed(link);
                 }
@@ -140,7 +167,7 @@ impl RemotePredictor {
     }
 
     /// Asks one node, until `deadline`.
-    fn ask(&self, link: &Link, ask: &Ask<'_>, deadline: Instant) -> Result<Prediction, String> {
+    fn ask(&self, link: &Link, ask: &Ask<'_>, deadline: Instant) -> Result<Prediction, Failure> {
         let Ask { sequences, states, .. } = ask;
         link.state.lock().breaker.begin(self.origin.elapsed());
         let calls = sequences.chunks(SEQUENCES_MAX).enumerate().map(|(chunk, sequences)| {
@@ -154,7 +181,7 @@ impl RemotePredictor {
         let mut prediction = Prediction { tables: Vec::new(), states: Vec::new() };
         // Blocking is allowed: this runs on the threads of `prepare` and the scheduler, never on the runtime's own.
         for part in self.runtime.block_on(all) {
-            let part = part.unwrap_or_else(|_| Err(format!("no answer within {:?}", self.timeout)))?;
+            let part = part.unwrap_or_else(|_| Err(format!("no answer within {:?}", self.timeout).into()))?;
             prediction.tables.extend(part.tables);
             prediction.states.extend(part.states);
         }
@@ -186,7 +213,7 @@ impl RemotePredictor {
         });
     }
 
-    async fn call(&self, link: &Link, ask: Ask<'_>) -> Result<Prediction, String> {
+    async fn call(&self, link: &Link, ask: Ask<'_>) -> Result<Prediction, Failure> {
         let Ask { stack, sequences, states, layers, trace } = ask;
         let span = trace.map(|trace| Span::below(trace, "sida.v1.Predictor/Predict").as_client());
         let mut client = PredictorClient::new(link.channel.lock().clone()).max_decoding_message_size(MESSAGE_BYTES_MAX);
@@ -195,15 +222,22 @@ impl RemotePredictor {
             trace::pass_on(span.context(), request.metadata_mut());
         }
         let response = client.predict(request).await;
-        let response = response.map_err(|status| format!("{:?}: {}", status.code(), status.message()))?;
+        let response = response.map_err(|status| {
+            let reason = format!("{:?}: {}", status.code(), status.message());
+            match (stack, status.code()) {
+                (Stack::Decoder, Code::Unimplemented) => Failure::NoSteps(reason),
+                _ => Failure::Failed(reason),
+            }
+        })?;
         drop(span);
         let lengths: Vec<usize> = sequences.iter().map(|tokens| tokens.len()).collect();
         let response = response.into_inner();
-        response.check(&self.bounds, self.model, stack, layers, &lengths).map_err(|error| error.to_string())
+        let checked = response.check(&self.bounds, self.model, stack, layers, &lengths);
+        checked.map_err(|error| error.to_string().into())
     }
 
-    /// The next node in turn that may be asked.
-    fn choose(&self) -> Option<Arc<Link>> {
+    /// The next node in turn that may be asked for predictions of a stack.
+    fn choose(&self, stack: Stack) -> Option<Arc<Link>> {
         let mut links = self.links.lock();
         let members = self.cluster.members_of(Role::PredictorNode);
         links.retain(|link| members.iter().any(|member| leads_to(link, member)));
@@ -215,7 +249,8 @@ impl RemotePredictor {
         let now = self.origin.elapsed();
         let may_be_asked = |link: &&Arc<Link>| {
             let state = link.state.lock();
-            !state.is_away && state.breaker.allows(now)
+            let refuses = |refused: Duration| stack == Stack::Decoder && now < refused + STEPS_REFUSED;
+            !state.is_away && state.breaker.allows(now) && !state.refused_steps.is_some_and(refuses)
         };
         let up: Vec<&Arc<Link>> = links.iter().filter(may_be_asked).collect();
         let turn = self.next.fetch_add(1, Ordering::Relaxed);

@@ -21,7 +21,7 @@ use crate::{
         request::{EncodeOptions, Request, Work},
         request_span,
     },
-    predict::preload::Hint,
+    predict::{predict::Progress, preload::Hint},
     schedule::{
         batch_span::BatchSpan,
         prepare::Prepared,
@@ -97,7 +97,7 @@ impl<B: Backend> Scheduler<B> {
         };
         // Targets branch off the last token.
         let feed = request.tokens[..tokens - usize::from(is_scored)].to_vec();
-        let branch = Branch::new(state, self.predict.start(request.mode), feed);
+        let branch = Branch::new(state, self.predict.start(request.mode, None), feed);
         match is_scored {
             // A prompt of one token is read already.
             true => self.go_on(Sequence::reading_prompt(request, trace, branch), Sequence::read_on),
@@ -200,9 +200,10 @@ impl<B: Backend> Scheduler<B> {
         let sequences: Vec<NewSequence> = sequences.collect();
         let mut buffer = std::mem::take(&mut self.values);
         let start = Instant::now();
+        let wants_inputs = self.predict.reads_input() && !sequences.is_empty();
         let backend = self.forward.backend();
         let read = catch_panic(|| {
-            let rows = if wants_rows { backend.values(states, &mut buffer)? } else { &[] };
+            let rows = if wants_rows || wants_inputs { backend.values(states, &mut buffer)? } else { &[] };
             let means = if wants_means { backend.means(states, spans)? } else { Vec::new() };
             Ok((rows, means))
         });
@@ -234,13 +235,20 @@ impl<B: Backend> Scheduler<B> {
                         request.fail(error.clone());
                     }
                 },
-                (None, _) => match started.next().expect("one for each").and_then(|one| self.branches(&request, one)) {
-                    Ok(branches) => self.running.push(Sequence::new(request, trace, branches)),
-                    Err(error) => {
-                        self.note_failure(&error);
-                        request.fail(error);
+                (None, _) => {
+                    let rows = spans.range(at);
+                    let input = read.as_ref().ok().filter(|_| wants_inputs);
+                    let input = input.map(|(states, _)| &states[rows.start * d_model..rows.end * d_model]);
+                    let progress = self.predict.start(request.mode, input);
+                    let state = started.next().expect("one for each");
+                    match state.and_then(|state| self.branches(&request, state, &progress)) {
+                        Ok(branches) => self.running.push(Sequence::new(request, trace, branches)),
+                        Err(error) => {
+                            self.note_failure(&error);
+                            request.fail(error);
+                        }
                     }
-                },
+                }
             }
         }
         self.values = buffer;
@@ -278,9 +286,14 @@ impl<B: Backend> Scheduler<B> {
     }
 
     /// The branches of a sequence behind an encoder. Each begins with the decoder's start token, and goes on with all
-    /// of its target but the last token where one is scored. All share the keys and values of the encoder's output. A
-    /// text that is generated begins with one branch, however many choices it has.
-    fn branches(&mut self, request: &Request, state: B::Sequence) -> Result<Vec<Branch<B>>, RequestError> {
+    /// of its target but the last token where one is scored. All share the keys and values of the encoder's output, and what
+    /// the predictor knows of it. A text that is generated begins with one branch, however many choices it has.
+    fn branches(
+        &mut self,
+        request: &Request,
+        state: B::Sequence,
+        progress: &Progress,
+    ) -> Result<Vec<Branch<B>>, RequestError> {
         let start = self.forward.config().generation.decoder_start_token_id;
         let feeds = match &request.work {
             Work::Score { targets, .. } => targets.iter().map(|target| scored_tokens(Some(start), target)).collect(),
@@ -291,7 +304,7 @@ impl<B: Backend> Scheduler<B> {
             catch_panic(|| Ok((1..feeds.len()).map(|_| backend.fork(&state)).collect::<Result<Vec<_>, _>>()?))?;
         states.push(state);
         let branches = states.into_iter().zip(feeds);
-        Ok(branches.map(|(state, feed)| Branch::new(state, self.predict.start(request.mode), feed)).collect())
+        Ok(branches.map(|(state, feed)| Branch::new(state, progress.fork(), feed)).collect())
     }
 }
 

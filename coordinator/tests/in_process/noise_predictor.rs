@@ -45,6 +45,16 @@ impl NoisePredictor {
         Self { top_k, ..self }
     }
 
+    /// The same, but what it says depends on this number, too.
+    pub(crate) fn behind(self, number: u64) -> Self {
+        Self { seed: self.seed ^ number.rotate_left(40), ..self }
+    }
+
+    /// The table of new tokens of the decoder.
+    pub(crate) fn decoder_table(&self, tokens: &[u32]) -> HashTable {
+        self.table(&self.shape.decoder_layers, tokens)
+    }
+
     /// The encoder's tables.
     pub(crate) fn tables(&self, sequences: &[&[u32]]) -> Vec<HashTable> {
         sequences.iter().map(|tokens| self.table(&self.shape.encoder_layers, tokens)).collect()

@@ -1,7 +1,15 @@
 //! Expert-nodes and a predictor-node behind real sockets, at their plainest: the wire's other side, without
 //! what real nodes do about memory and limits.
 
-use std::{net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use futures::{Stream, StreamExt};
 use sida_cluster::experts::{ExpertCall, LocalExperts};
@@ -96,7 +104,15 @@ pub(crate) async fn serve_experts(experts: Arc<PlainExperts>, address: SocketAdd
 
 /// Serves `predictor` on a free port.
 pub(crate) async fn serve_predictor(predictor: NoisePredictor) -> PlainNode {
-    PlainNode::serve(Routes::new(PredictorServer::new(PlainPredictor(predictor))), any_port()).await
+    let predictor = PlainPredictor { predictor, refused_steps: None };
+    PlainNode::serve(Routes::new(PredictorServer::new(predictor)), any_port()).await
+}
+
+/// The same, but it refuses steps of the decoder, as a node whose net reads the input. Counts how many it has refused.
+pub(crate) async fn serve_predictor_of_prompts(predictor: NoisePredictor) -> (PlainNode, Arc<AtomicUsize>) {
+    let refused = Arc::<AtomicUsize>::default();
+    let predictor = PlainPredictor { predictor, refused_steps: Some(refused.clone()) };
+    (PlainNode::serve(Routes::new(PredictorServer::new(predictor)), any_port()).await, refused)
 }
 
 struct PlainService(Arc<PlainExperts>);
@@ -159,17 +175,25 @@ fn compute(experts: &PlainExperts, activations: v1::Activations) -> v1::Results 
     }
 }
 
-struct PlainPredictor(NoisePredictor);
+struct PlainPredictor {
+    predictor: NoisePredictor,
+    /// Where steps are refused: how many were.
+    refused_steps: Option<Arc<AtomicUsize>>,
+}
 
 #[tonic::async_trait]
 impl Predictor for PlainPredictor {
     async fn predict(&self, request: Request<v1::PredictRequest>) -> Result<Response<v1::PredictResponse>, Status> {
         let request = request.into_inner().check(&BOUNDS).expect("a sound request");
         let tokens: Vec<&[u32]> = request.sequences.iter().map(Vec::as_slice).collect();
+        if let (Stack::Decoder, Some(refused)) = (request.stack, &self.refused_steps) {
+            refused.fetch_add(1, Ordering::Relaxed);
+            return Err(Status::unimplemented("steps are for the coordinator to predict"));
+        }
         let mut states = vec![PredictorState::default(); tokens.len()];
         let mut states: Vec<&mut PredictorState> = states.iter_mut().collect();
         Ok(Response::new(match request.stack {
-            Stack::Encoder => v1::PredictResponse::new(&self.0.encode(&tokens).expect("tables"), Vec::new()),
+            Stack::Encoder => v1::PredictResponse::new(&self.predictor.encode(&tokens).expect("tables"), Vec::new()),
             Stack::Decoder => {
                 // The state counts the sequence's tokens, so that a test can see that it travels.
                 let seen = |(state, tokens): (&bytes::Bytes, &&[u32])| {
@@ -177,7 +201,7 @@ impl Predictor for PlainPredictor {
                     (before + tokens.len() as u32).to_le_bytes().to_vec().into()
                 };
                 let after = request.states.iter().zip(&tokens).map(seen).collect();
-                v1::PredictResponse::new(&self.0.decode(&mut states, &tokens).expect("tables"), after)
+                v1::PredictResponse::new(&self.predictor.decode(&mut states, &tokens).expect("tables"), after)
             }
         }))
     }

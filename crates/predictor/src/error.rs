@@ -29,6 +29,8 @@ pub enum PredictorError {
     States { states: usize, sequences: usize },
     #[error("predictor state {reason}")]
     State { reason: String },
+    #[error("the encoder's output {reason}")]
+    Input { reason: String },
     #[error("no text to learn from: {reason}")]
     Texts { reason: String },
     #[error("{field} is {found}, expected {expected}")]

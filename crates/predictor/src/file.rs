@@ -24,6 +24,9 @@ use crate::{PredictorError, PredictorShape, calibration::Calibration};
 const FILE_BYTES_MAX: u64 = 1 << 30;
 /// The layout that this code writes and reads.
 const FORMAT: &str = "sida-predictor-1";
+/// A net of more heads of attention, or of wider ones, is refused.
+const HEADS_MAX: usize = 64;
+const HEAD_WIDTH_MAX: usize = 256;
 /// Experts per token and layer, at most.
 pub const TOP_K_MAX: usize = 16;
 
@@ -34,6 +37,8 @@ pub enum Net {
     Table,
     /// SiDA's LSTM with sparsemax attention.
     Lstm,
+    /// A transformer for the encoder, and the LSTM for the decoder.
+    Transformer,
 }
 
 impl Net {
@@ -42,12 +47,13 @@ impl Net {
         match self {
             Self::Table => "table",
             Self::Lstm => "lstm",
+            Self::Transformer => "transformer",
         }
     }
 
     /// The net of a name.
     pub fn from_name(name: &str) -> Option<Self> {
-        [Self::Table, Self::Lstm].into_iter().find(|net| net.name() == name)
+        [Self::Table, Self::Lstm, Self::Transformer].into_iter().find(|net| net.name() == name)
     }
 }
 
@@ -106,6 +112,11 @@ pub(crate) struct Matrix {
 }
 
 impl Matrix {
+    /// Row by row.
+    pub(crate) fn values(&self) -> &[f32] {
+        &self.values
+    }
+
     pub(crate) fn by_ref(&self) -> MatrixRef<'_> {
         matrix(&self.values, self.rows, self.cols)
     }
@@ -143,6 +154,38 @@ impl PredictorFile {
     /// The dimensions of a tensor; an error if it is missing.
     pub(crate) fn dimensions(&self, tensor: &str) -> Result<&[usize], PredictorError> {
         Ok(&self.stored(tensor)?.shape)
+    }
+
+    /// Whether it has a tensor of this name that nobody took.
+    pub(crate) fn has(&self, tensor: &str) -> bool {
+        self.tensors.contains_key(tensor)
+    }
+
+    /// How many heads of attention a tensor (heads, head width, `inputs`) has, and how wide they are.
+    pub(crate) fn head_extent(&self, tensor: &str, inputs: usize) -> Result<(usize, usize), PredictorError> {
+        match *self.dimensions(tensor)? {
+            [heads, width, found]
+                if (1..=HEADS_MAX).contains(&heads) && (1..=HEAD_WIDTH_MAX).contains(&width) && found == inputs =>
+            {
+                Ok((heads, width))
+            }
+            ref found => {
+                let most = format!("at most {HEADS_MAX} heads of at most {HEAD_WIDTH_MAX}");
+                Err(self.refuse(tensor, format!("is {found:?}, expected (heads, head width, {inputs}), {most}")))
+            }
+        }
+    }
+
+    /// Takes several matrices of float16 that lie one after another in one tensor, every value finite.
+    pub(crate) fn take_matrices(
+        &mut self,
+        tensor: &str,
+        count: usize,
+        rows: usize,
+        cols: usize,
+    ) -> Result<Vec<Matrix>, PredictorError> {
+        let values = self.floats(tensor, &[count, rows, cols])?;
+        Ok(values.chunks_exact(rows * cols).map(|values| Matrix { values: values.to_vec(), rows, cols }).collect())
     }
 
     /// Takes a matrix of float16, every value finite.
@@ -223,7 +266,8 @@ impl Metadata {
             return Err(format!("format is {format:?}, expected {FORMAT:?}"));
         }
         let net = field("net")?;
-        let net = Net::from_name(net).ok_or_else(|| format!("net is {net:?}, expected \"table\" or \"lstm\""))?;
+        let net = Net::from_name(net)
+            .ok_or_else(|| format!("net is {net:?}, expected \"table\", \"lstm\" or \"transformer\""))?;
         let model = parse_hex(field("model")?).ok_or("model is not 64 hex digits")?;
         let top_k_max = TOP_K_MAX.min(shape.num_experts);
         let top_k = field("top_k")?;

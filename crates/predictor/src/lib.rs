@@ -6,18 +6,21 @@
 //! its own output must not depend on the batch it was computed in, as `guided` and `hash` route by it: the nets are
 //! made of the row-wise kernels of [`sida_model::cpu`] and know no padding.
 //!
-//! In reading order: [`file`](mod@file) (what is stored, checked), [`state`] (a decoder's memory of its sequence),
-//! [`entries`] (from logits to hash tables), [`calibration`] (what a net's confidence is worth), [`table`] (a
-//! predefined hash), [`lstm`] (the paper's net), [`train`] (record routing, learn it, measure).
+//! In reading order: [`file`](mod@file) (what is stored, checked), [`state`] (a decoder's memory of its sequence and
+//! input), [`entries`] (from logits to hash tables), [`calibration`] (what a net's confidence is worth), [`table`] (a
+//! predefined hash), `learnt` (the nets that are trained), [`lstm`] (the paper's), `transformer` (another one for the
+//! encoder), [`train`] (record routing, learn it, measure).
 
 pub mod calibration;
 pub mod entries;
 mod error;
 pub mod file;
+mod learnt;
 pub mod lstm;
 pub mod state;
 pub mod table;
 pub mod train;
+pub(crate) mod transformer;
 
 use std::{ops::Range, path::Path, sync::Arc};
 
@@ -29,14 +32,14 @@ pub use self::{
     file::{HitRate, Net},
     state::PredictorState,
 };
-use self::{file::PredictorFile, lstm::LstmPredictor, table::TablePredictor};
+use self::{file::PredictorFile, learnt::LearntPredictor, table::TablePredictor};
 
 /// The name of a model's predictor within the model's directory.
 pub const FILE_NAME: &str = "predictor.safetensors";
 
 /// Predicts hash tables for one model. Cheap to share; every call works on its own memory.
 pub trait HashPredictor: Send + Sync {
-    /// Which net it is: `lstm` or `table`.
+    /// Which net it is: `transformer`, `lstm` or `table`.
     fn net(&self) -> &str;
     /// SHA-256 of its file.
     fn digest(&self) -> Digest;
@@ -48,6 +51,16 @@ pub trait HashPredictor: Send + Sync {
     fn hit_rates(&self) -> &[HitRate];
     /// One table per sequence for the encoder's MoE layers; the whole input is known, so it may look both ways.
     fn encode(&self, sequences: &[&[u32]]) -> Result<Vec<HashTable>, PredictorError>;
+    /// Whether [`HashPredictor::decode`] reads the model's input: then the state of each sequence has to come from
+    /// [`HashPredictor::start`], or from a state that did.
+    fn reads_input(&self) -> bool {
+        false
+    }
+    /// The state, before its first token, of a sequence of whose input the encoder has made `states` (tokens, d_model).
+    /// Takes a small part of the time that the encoder took for them.
+    fn start(&self, _states: &[f32]) -> Result<PredictorState, PredictorError> {
+        Ok(PredictorState::default())
+    }
     /// One table per sequence for the decoder's MoE layers and the new tokens of that sequence, of which there
     /// is at least one. Advances the states; `states[i]` belongs to `tokens[i]`. On an error no state is changed.
     fn decode(&self, states: &mut [&mut PredictorState], tokens: &[&[u32]]) -> Result<Vec<HashTable>, PredictorError>;
@@ -67,7 +80,7 @@ fn open_shape(path: &Path, shape: PredictorShape, model: Digest) -> Result<Arc<d
     }
     Ok(match file.metadata.net {
         Net::Table => Arc::new(TablePredictor::from_file(file)?),
-        Net::Lstm => Arc::new(LstmPredictor::from_file(file)?),
+        Net::Lstm | Net::Transformer => Arc::new(LearntPredictor::from_file(file)?),
     })
 }
 
@@ -82,6 +95,8 @@ pub struct PredictorShape {
     pub encoder_layers: Range<u16>,
     /// The decoder's MoE layers.
     pub decoder_layers: Range<u16>,
+    /// Width of the encoder's states, which a decoder's net may read. None where there is no encoder.
+    pub encoder_width: Option<usize>,
 }
 
 impl PredictorShape {
@@ -92,6 +107,7 @@ impl PredictorShape {
             num_experts: config.num_experts,
             encoder_layers: config.moe_layers(Stack::Encoder),
             decoder_layers: config.moe_layers(Stack::Decoder),
+            encoder_width: config.has_encoder().then_some(config.d_model),
         }
     }
 
@@ -133,7 +149,7 @@ mod tests {
         let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/switch-tiny-64");
         let checkpoint = Checkpoint::open(&model).unwrap();
         let predictor = open(&model.join(FILE_NAME), checkpoint.config(), checkpoint.digest()).unwrap();
-        assert_eq!(predictor.net(), "lstm");
+        assert_eq!((predictor.net(), predictor.reads_input()), ("transformer", true));
         assert!(predictor.hit_rates().iter().all(|rate| rate.top3 > 0.6 && rate.tokens > 0));
         let table = &predictor.encode(&[&[5, 6, 7, 1]]).unwrap()[0];
         assert_eq!((table.shape().layers, table.shape().tokens, table.shape().top_k), (3, 4, 3));

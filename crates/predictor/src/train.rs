@@ -2,7 +2,7 @@
 //! that was held out. Called by `sida train-predictor`; CPU only, a few minutes for a small model.
 //!
 //! In reading order: `texts` (what to learn from), `record` (what the routers do with it), `table_net`
-//! (counting); `linear`, `recurrence`, `lstm_layer`, `attention`, `distillation` and `lstm_net` (what is learnt, on tensors whose
+//! (counting); `linear`, `recurrence`, `lstm_layer`, `attention`, `input_attention`, `distillation`, `lstm_net` and `transformer_net` (what is learnt, on tensors whose
 //! gradients candle finds), `descent` (learning it); `measure`.
 
 mod attention;
@@ -10,6 +10,7 @@ mod descent;
 mod distillation;
 #[cfg(test)]
 mod finite_differences;
+mod input_attention;
 mod linear;
 mod lstm_layer;
 mod lstm_net;
@@ -18,6 +19,7 @@ mod record;
 mod recurrence;
 mod table_net;
 mod texts;
+mod transformer_net;
 
 use std::path::Path;
 
@@ -40,9 +42,11 @@ pub struct TrainOptions {
     pub net: Net,
     /// Experts per token and layer that it will predict.
     pub top_k: usize,
-    /// Width of the LSTM net, even.
+    /// Width of the net, even.
     pub width: usize,
-    /// Passes of the LSTM net over the recorded tokens.
+    /// Width of what the net knows of a token by itself.
+    pub token_width: usize,
+    /// Passes of the net over the recorded tokens.
     pub epochs: usize,
     /// Tokens of one batch, at most; a step takes a batch for each thread.
     pub batch_tokens: usize,
@@ -54,7 +58,16 @@ pub struct TrainOptions {
 
 impl Default for TrainOptions {
     fn default() -> Self {
-        Self { net: Net::Lstm, top_k: 3, width: 128, epochs: 6, batch_tokens: 2048, learning_rate: 4e-3, seed: 0 }
+        Self {
+            net: Net::Transformer,
+            top_k: 3,
+            width: 128,
+            token_width: 48,
+            epochs: 6,
+            batch_tokens: 2048,
+            learning_rate: 4e-3,
+            seed: 0,
+        }
     }
 }
 
@@ -71,6 +84,9 @@ impl TrainOptions {
         let width_max = crate::lstm::stack_net::WIDTH_MAX;
         if !(2..=width_max).contains(&self.width) || !self.width.is_multiple_of(2) {
             return refuse("width", self.width, format!("an even number up to {width_max}"));
+        }
+        if !(1..=width_max).contains(&self.token_width) {
+            return refuse("token_width", self.token_width, format!("1 to {width_max}"));
         }
         if self.epochs == 0 || self.batch_tokens == 0 {
             return refuse("epochs and batch_tokens", self.epochs.min(self.batch_tokens), "at least 1".to_owned());
@@ -115,7 +131,7 @@ pub fn train(
             Net::Table => {
                 table_net::learn(train, stack, options.top_k).store(stack, &train.shape, options.top_k, &mut tensors)
             }
-            Net::Lstm => descent::learn(train, stack, options, &mut tensors, on_progress)?,
+            Net::Lstm | Net::Transformer => descent::learn(train, stack, options, &mut tensors, on_progress)?,
         }
     }
     let layers = train.shape.encoder_layers.start..train.shape.decoder_layers.end;

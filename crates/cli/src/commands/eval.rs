@@ -263,7 +263,7 @@ impl Evaluating<'_> {
         parameters["model"] = json!(coordinator.checkpoint().name());
         parameters["predictor"] = match &coordinator.config().predictor {
             PredictorSource::Local(predictor) => json!(format!("{}, top {}", predictor.net(), predictor.top_k())),
-            PredictorSource::Nodes | PredictorSource::Off => Value::Null,
+            PredictorSource::Nodes | PredictorSource::NodesForPrompts(_) | PredictorSource::Off => Value::Null,
         };
         parameters["cut_prompts"] = json!(questions.iter().filter(|question| question.cut_tokens > 0).count());
         parameters["concurrency"] = json!(self.arguments.concurrency);

@@ -36,10 +36,10 @@ pub(crate) struct TrainPredictorArguments {
     #[arg(long, value_name = "FILE")]
     held_out: Option<PathBuf>,
     /// Train nothing: calibrate this predictor with the held-out texts, and measure it
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["net", "predicted", "epochs", "width", "seed"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["net", "predicted", "epochs", "width", "token_width", "seed"])]
     calibrate: Option<PathBuf>,
     /// Which net
-    #[arg(long, value_enum, default_value_t = NetKind::Lstm)]
+    #[arg(long, value_enum, default_value_t = NetKind::Transformer)]
     net: NetKind,
     /// Where the predictor goes [default: the file of --calibrate, or predictor.safetensors beside the model]
     #[arg(long, value_name = "FILE")]
@@ -50,9 +50,12 @@ pub(crate) struct TrainPredictorArguments {
     /// Passes over the texts
     #[arg(long, value_name = "N", default_value_t = TrainOptions::default().epochs)]
     epochs: usize,
-    /// Width of the lstm net
+    /// Width of the net
     #[arg(long, value_name = "N", default_value_t = TrainOptions::default().width)]
     width: usize,
+    /// Width of what the net knows of each token by itself: most of the predictor's file
+    #[arg(long, value_name = "N", default_value_t = TrainOptions::default().token_width)]
+    token_width: usize,
     /// The same seed trains the same predictor
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
@@ -64,7 +67,9 @@ pub(crate) struct TrainPredictorArguments {
 /// The nets that can be trained.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum NetKind {
-    /// The paper's: a recurrent net over the text
+    /// A transformer for the encoder; a recurrent net that reads the encoder's output for the decoder
+    Transformer,
+    /// As the paper's for the encoder, too: a recurrent net over the text
     Lstm,
     /// The most frequent experts of each token
     Table,
@@ -81,12 +86,14 @@ pub(crate) fn run(arguments: TrainPredictorArguments) -> anyhow::Result<ExitCode
     let texts = texts(&arguments)?;
     let options = TrainOptions {
         net: match arguments.net {
+            NetKind::Transformer => Net::Transformer,
             NetKind::Lstm => Net::Lstm,
             NetKind::Table => Net::Table,
         },
         top_k: arguments.predicted.unwrap_or(TrainOptions::default().top_k.max(checkpoint.config().top_k)),
         epochs: arguments.epochs,
         width: arguments.width,
+        token_width: arguments.token_width,
         seed: arguments.seed,
         ..TrainOptions::default()
     };

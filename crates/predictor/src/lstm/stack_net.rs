@@ -1,12 +1,13 @@
 //! The net of one stack, from token ids to logits.
 
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
 use half::f16;
 use sida_model::{Stack, cpu::matmul::matmul};
 
 use super::{
     ATTENTION_WINDOW,
+    input_attention::{InputAttention, InputMemory},
     recurrence::{Columns, Direction, Memory, Sequences},
     sparsemax::sparsemax,
 };
@@ -23,14 +24,18 @@ pub(crate) const WIDTH_MAX: usize = 2048;
 
 /// Weights of one stack's net.
 pub(crate) struct StackNet {
-    /// Width of everything between embedding and head.
-    width: usize,
-    /// (vocabulary, width): ReLU(linear(embedding)) of each token.
+    /// Width of what is known of a token by itself.
+    token_width: usize,
+    /// (vocabulary, token width): ReLU(linear(embedding)) of each token.
     tokens: Vec<f16>,
+    /// Width of everything else between embedding and head. Apart from that of tokens, which make up most of a file.
+    width: usize,
     /// For each LSTM layer, forward and, in the encoder, backward.
     layers: Vec<Vec<Direction>>,
-    /// (width, width)
+    /// (width, token width)
     residual: Matrix,
+    /// Of a decoder's net that reads the input.
+    input: Option<InputAttention>,
     /// (MoE layers x experts, width)
     head: Matrix,
     head_bias: Vec<f32>,
@@ -52,30 +57,58 @@ impl StackNet {
             return Ok(None);
         }
         let (name, directions) = (stack_name(stack), directions(stack));
-        let tokens = format!("{name}.tokens");
-        let width = match *file.dimensions(&tokens)? {
-            [_, width] if (1..=WIDTH_MAX).contains(&width) && width % directions.len() == 0 => width,
+        let residual = format!("{name}.residual");
+        let is_width = |width: usize| (1..=WIDTH_MAX).contains(&width);
+        let (width, token_width) = match *file.dimensions(&residual)? {
+            [width, token_width]
+                if is_width(width) && is_width(token_width) && width.is_multiple_of(directions.len()) =>
+            {
+                (width, token_width)
+            }
             ref found => {
-                let reason = format!("is {found:?}, expected an even width of at most {WIDTH_MAX}");
-                return Err(file.refuse(&tokens, reason));
+                let reason = format!("is {found:?}, expected an even width, and one of tokens, of at most {WIDTH_MAX}");
+                return Err(file.refuse(&residual, reason));
             }
         };
-        let tokens = file.halves(&tokens, &[file.shape.vocab_size, width])?;
+        let tokens = file.halves(&format!("{name}.tokens"), &[file.shape.vocab_size, token_width])?;
         let mut layers = Vec::with_capacity(LSTM_LAYERS);
         for layer in 0..LSTM_LAYERS {
+            let inputs = if layer == 0 { token_width } else { width };
             let read = |direction: &&str| {
-                Direction::from_file(file, &format!("{name}.lstm.{layer}.{direction}"), width, width / directions.len())
+                Direction::from_file(
+                    file,
+                    &format!("{name}.lstm.{layer}.{direction}"),
+                    inputs,
+                    width / directions.len(),
+                )
             };
             layers.push(directions.iter().map(read).collect::<Result<_, _>>()?);
         }
+        let input = match stack {
+            Stack::Encoder => None,
+            Stack::Decoder => InputAttention::from_file(file, name, width)?,
+        };
         Ok(Some(Self {
+            token_width,
             width,
+            input,
             tokens,
             layers,
-            residual: file.take_matrix(&format!("{name}.residual"), width, width)?,
+            residual: file.take_matrix(&residual, width, token_width)?,
             head: file.take_matrix(&format!("{name}.head"), outputs, width)?,
             head_bias: file.floats(&format!("{name}.head_bias"), &[outputs])?,
         }))
+    }
+
+    /// Whether it reads the model's input.
+    pub(crate) fn reads_input(&self) -> bool {
+        self.input.is_some()
+    }
+
+    /// The state of a sequence before its first token; see [`HashPredictor::start`](crate::HashPredictor::start).
+    pub(crate) fn start(&self, states: &[f32]) -> Result<PredictorState, PredictorError> {
+        let memory = self.input.as_ref().map(|input| input.remember(states)).transpose()?;
+        Ok(PredictorState { values: Vec::new(), input: memory.map(Arc::new) })
     }
 
     /// Logits (rows, MoE layers, experts) of whole sequences. Ids must be within the vocabulary.
@@ -89,7 +122,8 @@ impl StackNet {
             let keys = &outputs[rows.start * self.width..rows.end * self.width];
             self.attend(keys, rows.len(), |_| 0..rows.len(), &mut attended[rows.start * self.width..][..keys.len()]);
         }
-        self.head(&x, attended)
+        self.add_residual(&x, &mut attended);
+        self.head(&attended)
     }
 
     /// Logits (rows, MoE layers, experts) of the next tokens of sequences; advances their states.
@@ -100,6 +134,7 @@ impl StackNet {
         sequences: &[&[u32]],
     ) -> Result<Vec<f32>, PredictorError> {
         let spans = Sequences::new(sequences.iter().map(|tokens| tokens.len()));
+        let inputs = self.inputs(states, &spans)?;
         let mut memories = self.fresh_memories(spans.rows.len());
         let mut windows: Vec<Vec<f32>> = Vec::with_capacity(states.len());
         for (slot, &sequence) in spans.order.iter().enumerate() {
@@ -121,20 +156,42 @@ impl StackNet {
         for (slot, &sequence) in spans.order.iter().enumerate() {
             states[sequence].values = self.save(slot, &memories, &windows[slot]);
         }
-        Ok(self.head(&x, attended))
+        self.add_residual(&x, &mut attended);
+        if let Some(input) = &self.input {
+            let queries: Vec<f32> = outputs.iter().zip(&attended).map(|(output, attended)| output + attended).collect();
+            let inputs: Vec<_> = spans.rows.iter().cloned().zip(inputs.iter().map(|memory| &**memory)).collect();
+            input.add(&queries, &inputs, &mut attended);
+        }
+        Ok(self.head(&attended))
     }
 
-    /// (rows, width)
+    /// What is kept of the input of each sequence, in the order of the spans; none where the net reads no input.
+    fn inputs(
+        &self,
+        states: &[&mut PredictorState],
+        spans: &Sequences,
+    ) -> Result<Vec<Arc<InputMemory>>, PredictorError> {
+        if self.input.is_none() {
+            return Ok(Vec::new());
+        }
+        let unknown =
+            || PredictorError::Input { reason: "is read by this net, and the state of a sequence has none".to_owned() };
+        let of_sequence = |&sequence: &usize| states[sequence].input.clone().ok_or_else(unknown);
+        spans.order.iter().map(of_sequence).collect()
+    }
+
+    /// (rows, token width)
     fn embed(&self, sequences: &[&[u32]]) -> Vec<f32> {
         let ids = sequences.iter().flat_map(|tokens| tokens.iter());
-        ids.flat_map(|&id| &self.tokens[id as usize * self.width..][..self.width]).map(|value| value.to_f32()).collect()
+        let tokens = ids.flat_map(|&id| &self.tokens[id as usize * self.token_width..][..self.token_width]);
+        tokens.map(|value| value.to_f32()).collect()
     }
 
-    /// The LSTM layers: x (rows, width) -> (rows, width).
+    /// The LSTM layers: x (rows, token width) -> (rows, width).
     fn recur(&self, x: &[f32], spans: &Sequences, memories: &mut [Vec<Memory>]) -> Vec<f32> {
         let mut x = std::borrow::Cow::Borrowed(x);
         for (directions, memories) in self.layers.iter().zip(memories) {
-            let mut out = vec![0.0; x.len()];
+            let mut out = vec![0.0; spans.total * self.width];
             for (n, (direction, memory)) in directions.iter().zip(memories).enumerate() {
                 let columns = Columns { values: &mut out, width: self.width, first: n * direction.width() };
                 direction.scan(&x, spans, n == 1, memory, columns);
@@ -165,13 +222,17 @@ impl StackNet {
         }
     }
 
-    /// `head (attended + residual x)`: x and attended (rows, width) -> (rows, MoE layers x experts).
-    fn head(&self, x: &[f32], mut attended: Vec<f32>) -> Vec<f32> {
-        let mut residual = vec![0.0; x.len()];
+    /// `attended += residual x`: x (rows, token width), attended (rows, width).
+    fn add_residual(&self, x: &[f32], attended: &mut [f32]) {
+        let mut residual = vec![0.0; attended.len()];
         matmul(x, self.residual.by_ref(), &mut residual);
         attended.iter_mut().zip(&residual).for_each(|(attended, residual)| *attended += residual);
-        let mut logits = vec![0.0; x.len() / self.width * self.head.rows];
-        matmul(&attended, self.head.by_ref(), &mut logits);
+    }
+
+    /// (rows, width) -> logits (rows, MoE layers x experts).
+    fn head(&self, rows: &[f32]) -> Vec<f32> {
+        let mut logits = vec![0.0; rows.len() / self.width * self.head.rows];
+        matmul(rows, self.head.by_ref(), &mut logits);
         for row in logits.chunks_exact_mut(self.head.rows) {
             row.iter_mut().zip(&self.head_bias).for_each(|(logit, bias)| *logit += bias);
         }

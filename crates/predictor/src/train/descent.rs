@@ -2,14 +2,21 @@
 
 use std::{collections::BTreeMap, panic::resume_unwind};
 
-use candle_core::{Result, Var, backprop::GradStore};
+use candle_core::{Result, Tensor, Var, backprop::GradStore};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW};
+use half::f16;
 use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use sida_model::Stack;
 
-use super::{Recording, TrainOptions, TrainProgress, lstm_net::LstmNet, record::StackRecording};
-use crate::{PredictorError, file::Tensors};
+use super::{
+    Recording, TrainOptions, TrainProgress,
+    distillation::{distillation, targets},
+    lstm_net::LstmNet,
+    record::StackRecording,
+    transformer_net::TransformerInTraining,
+};
+use crate::{Net, PredictorError, file::Tensors};
 
 /// Share of all steps over which the learning rate rises.
 const WARM_UP: f64 = 0.05;
@@ -18,9 +25,20 @@ const GRADIENT_NORM_MAX: f64 = 1.0;
 /// Batches become smaller where an epoch would be fewer steps: with few of them nothing is learnt.
 const STEPS_PER_EPOCH_MIN: usize = 300;
 /// Threads that train, at most: each adds a batch to every step, and larger steps learn less per token.
-const WORKERS_MAX: usize = 8;
+const WORKERS_MAX: usize = 16;
 
-/// Trains a stack's LSTM net and adds it to a file that is about to be written.
+/// A net in training.
+pub(super) trait Learnt: Sync {
+    /// All that is trained.
+    fn weights(&self) -> Vec<Var>;
+    /// Logits (tokens, MoE layers x experts) of sequences of one length, one after another; of a decoder behind an encoder,
+    /// with the encoder's states of each.
+    fn logits(&self, sequences: &[&[u32]], inputs: &[&[f16]]) -> Result<Tensor>;
+    /// Adds what the net that serves reads.
+    fn store(&self, tensors: &mut Tensors) -> Result<()>;
+}
+
+/// Trains a stack's net and adds it to a file that is about to be written.
 pub(super) fn learn(
     recording: &Recording,
     stack: Stack,
@@ -31,7 +49,9 @@ pub(super) fn learn(
     let recorded = recording.of_stack(stack);
     let layers = recording.shape.layers(stack).len();
     let mut random = StdRng::seed_from_u64(options.seed);
-    let net = LstmNet::new(recorded, stack, layers, recording.shape.num_experts, options.width, &mut random)?;
+    let outputs = layers * recording.shape.num_experts;
+    let widths = (options.width, options.token_width);
+    let net = fresh(options.net, recorded, stack, outputs, widths, &mut random)?;
     let weights = net.weights();
     let settings = ParamsAdamW { beta2: 0.98, weight_decay: 0.01, ..ParamsAdamW::default() };
     let mut optimizer = AdamW::new(weights.clone(), settings)?;
@@ -42,7 +62,8 @@ pub(super) fn learn(
     for _ in 0..options.epochs {
         for batches in batches(recorded, batch_tokens, &mut random).chunks(workers.len()) {
             let tokens = tokens(recorded, batches);
-            let (loss, mut gradients) = gradients(&net, recorded, batches, tokens * layers, &workers)?;
+            let (loss, mut gradients) =
+                gradients(&*net, recorded, recording.shape.num_experts, batches, tokens * layers, &workers)?;
             clip(&weights, &mut gradients)?;
             let progress = tokens_done as f64 / tokens_total as f64;
             optimizer.set_learning_rate(options.learning_rate * schedule(progress));
@@ -53,6 +74,29 @@ pub(super) fn learn(
     }
     net.store(tensors)?;
     Ok(())
+}
+
+/// A net of these outputs, width and token width of which nothing is trained.
+pub(super) fn fresh(
+    net: Net,
+    recorded: &StackRecording,
+    stack: Stack,
+    outputs: usize,
+    widths: (usize, usize),
+    random: &mut StdRng,
+) -> Result<Box<dyn Learnt>> {
+    Ok(match (stack, net) {
+        (Stack::Encoder, Net::Transformer) => Box::new(TransformerInTraining::new(recorded, outputs, widths, random)?),
+        _ => Box::new(LstmNet::new(recorded, stack, outputs, widths, random)?),
+    })
+}
+
+/// The summed loss of sequences of one length, in nats.
+fn loss(net: &dyn Learnt, recorded: &StackRecording, num_experts: usize, batch: &[usize]) -> Result<Tensor> {
+    let sequences: Vec<&[u32]> = batch.iter().map(|&index| &recorded.sequences[index][..]).collect();
+    let inputs = batch.iter().filter_map(|&index| recorded.inputs.get(index).map(Vec::as_slice));
+    let logits = net.logits(&sequences, &inputs.collect::<Vec<_>>())?.reshape(((), num_experts))?;
+    distillation(&logits, &targets(recorded, batch, num_experts)?)
 }
 
 /// One pool of one thread for each thread there is. The products of such a net are too small to be cut up:
@@ -67,14 +111,15 @@ fn workers() -> std::result::Result<Vec<ThreadPool>, PredictorError> {
 
 /// The mean loss of a step's `entries` (tokens in layers) and its gradients, one batch a worker.
 fn gradients(
-    net: &LstmNet,
+    net: &dyn Learnt,
     recorded: &StackRecording,
+    num_experts: usize,
     batches: &[Vec<usize>],
     entries: usize,
     workers: &[ThreadPool],
 ) -> Result<(f32, GradStore)> {
     let of_batch = |batch: &[usize]| {
-        let loss = (net.loss(recorded, batch)? / entries as f64)?;
+        let loss = (loss(net, recorded, num_experts, batch)? / entries as f64)?;
         Ok((loss.to_scalar::<f32>()?, loss.backward()?))
     };
     let results: Vec<Result<(f32, GradStore)>> = std::thread::scope(|scope| {

@@ -46,6 +46,7 @@ mod tests {
             sequences: vec![vec![0], vec![0, 0]],
             experts: vec![[2, 0].map(ExpertId).to_vec(), [3, 1, 1, 0].map(ExpertId).to_vec()],
             probabilities: vec![vec![0.6, 0.3], vec![0.5, 0.2, 0.9, 0.1]],
+            inputs: Vec::new(),
         };
         let logits = values(&[3, 4], 1);
         // The second sequence first.

@@ -1,16 +1,14 @@
-//! The LSTM net of one stack in training: its weights, the loss of a batch, and the file's tensors. A batch
+//! The LSTM net of one stack in training: its weights, its pass forward, and the file's tensors. A batch
 //! holds sequences of one length, so there is no padding to mask, and what is learnt is what `StackNet`
 //! computes.
 
 use candle_core::{Device, Result, Tensor, Var};
+use half::f16;
 use rand::{Rng, rngs::StdRng};
 use sida_model::Stack;
 
 use super::{
-    attention::attend,
-    distillation::{distillation, targets},
-    linear::Linear,
-    lstm_layer::LstmLayer,
+    attention::attend, descent::Learnt, input_attention::InputAttention, linear::Linear, lstm_layer::LstmLayer,
     record::StackRecording,
 };
 use crate::{
@@ -26,13 +24,14 @@ use crate::{
 /// A net whose weights are variables.
 pub(super) struct LstmNet {
     stack: Stack,
-    num_experts: usize,
     /// (vocabulary, d_model), of root mean square 1; not trained.
     embedding: Tensor,
     token: Linear,
     layers: Vec<LstmLayer>,
-    /// (width, width)
+    /// (token width, width)
     residual: Var,
+    /// Of a decoder behind an encoder.
+    input: Option<InputAttention>,
     /// Its outputs are MoE layers x experts.
     head: Linear,
 }
@@ -43,54 +42,45 @@ impl LstmNet {
     pub(super) fn new(
         recorded: &StackRecording,
         stack: Stack,
-        layers: usize,
-        num_experts: usize,
-        width: usize,
+        outputs: usize,
+        (width, token_width): (usize, usize),
         random: &mut StdRng,
     ) -> Result<Self> {
         let d_model = recorded.d_model;
-        let embedding = Tensor::from_slice(&recorded.embedding, ((), d_model), &Device::Cpu)?;
-        let size = embedding.sqr()?.mean_all()?.to_scalar::<f32>()?.sqrt().max(1e-9);
-        let (directions, outputs) = (directions(stack).len(), layers * num_experts);
+        let directions = directions(stack).len();
         let side = width / directions;
-        let mut layer = || {
+        let mut layer = |inputs: usize| {
             let input = Linear {
-                weights: uniform(&[directions, width, 4 * side], width, random)?,
+                weights: uniform(&[directions, inputs, 4 * side], inputs, random)?,
                 bias: Var::from_tensor(&open_forget_gates(directions, side)?)?,
             };
             Ok(LstmLayer { input, hidden: uniform(&[directions, 4 * side, side], side, random)? })
         };
         Ok(Self {
             stack,
-            num_experts,
-            embedding: (embedding / f64::from(size))?,
-            layers: (0..LSTM_LAYERS).map(|_| layer()).collect::<Result<_>>()?,
-            token: Linear { weights: uniform(&[d_model, width], d_model, random)?, bias: zeros(width)? },
-            residual: uniform(&[width, width], width, random)?,
+            embedding: embedding(recorded)?,
+            layers: (0..LSTM_LAYERS).map(|n| layer(if n == 0 { token_width } else { width })).collect::<Result<_>>()?,
+            token: Linear { weights: uniform(&[d_model, token_width], d_model, random)?, bias: zeros(token_width)? },
+            residual: uniform(&[token_width, width], token_width, random)?,
+            input: input(recorded, width, random)?,
             head: Linear { weights: uniform(&[width, outputs], width, random)?, bias: zeros(outputs)? },
         })
     }
+}
 
-    /// All that is trained.
-    pub(super) fn weights(&self) -> Vec<Var> {
+impl Learnt for LstmNet {
+    fn weights(&self) -> Vec<Var> {
         let layers = self.layers.iter().flat_map(|layer| [&layer.input.weights, &layer.input.bias, &layer.hidden]);
         let others = [&self.token.weights, &self.token.bias, &self.residual, &self.head.weights, &self.head.bias];
-        layers.chain(others).cloned().collect()
+        let input = self.input.iter().flat_map(InputAttention::weights);
+        layers.chain(others).chain(input).cloned().collect()
     }
 
-    /// The summed loss of sequences of one length, in nats.
-    pub(super) fn loss(&self, recorded: &StackRecording, batch: &[usize]) -> Result<Tensor> {
-        let sequences: Vec<&[u32]> = batch.iter().map(|&index| &recorded.sequences[index][..]).collect();
-        let logits = self.logits(&sequences)?.reshape(((), self.num_experts))?;
-        distillation(&logits, &targets(recorded, batch, self.num_experts)?)
-    }
-
-    /// Logits (tokens, MoE layers x experts) of sequences of one length.
-    pub(super) fn logits(&self, sequences: &[&[u32]]) -> Result<Tensor> {
+    fn logits(&self, sequences: &[&[u32]], inputs: &[&[f16]]) -> Result<Tensor> {
         let (count, steps) = (sequences.len(), sequences[0].len());
         let ids: Vec<u32> = (0..steps).flat_map(|step| sequences.iter().map(move |tokens| tokens[step])).collect();
         let embedded = self.embedding.index_select(&Tensor::from_vec(ids, steps * count, &Device::Cpu)?, 0)?;
-        let x = self.token.forward(&embedded)?.relu()?; // (steps x sequences, width)
+        let x = self.token.forward(&embedded)?.relu()?; // (steps x sequences, token width)
         let residual = x.matmul(&self.residual)?;
         let mut outputs = x.reshape((steps, count, ()))?;
         for layer in &self.layers {
@@ -100,13 +90,17 @@ impl LstmNet {
             Stack::Encoder => None,
             Stack::Decoder => Some(ATTENTION_WINDOW),
         };
-        let attended = attend(&outputs.transpose(0, 1)?.contiguous()?, window)?; // (sequences, steps, width)
+        let outputs = outputs.transpose(0, 1)?.contiguous()?; // (sequences, steps, width)
         let residual = residual.reshape((steps, count, ()))?.transpose(0, 1)?.contiguous()?;
-        self.head.forward(&(attended + residual)?.flatten_to(1)?)
+        let mut attended = (attend(&outputs, window)? + residual)?.flatten_to(1)?;
+        if let Some(input) = &self.input {
+            let queries = (outputs.flatten_to(1)? + &attended)?;
+            attended = (input.forward(&queries, inputs)? + attended)?;
+        }
+        self.head.forward(&attended)
     }
 
-    /// Adds what `StackNet` reads.
-    pub(super) fn store(&self, tensors: &mut Tensors) -> Result<()> {
+    fn store(&self, tensors: &mut Tensors) -> Result<()> {
         let name = stack_name(self.stack);
         let mut floats = |part: &str, tensor: &Tensor| -> Result<()> {
             tensors.floats(&format!("{name}.{part}"), tensor.dims(), &values(tensor)?);
@@ -116,6 +110,9 @@ impl LstmNet {
         floats("residual", &self.residual.t()?)?;
         floats("head", &self.head.weights.t()?)?;
         floats("head_bias", &self.head.bias.flatten_all()?)?;
+        if let Some(input) = &self.input {
+            input.store(name, tensors)?;
+        }
         for (n, layer) in self.layers.iter().enumerate() {
             for (d, direction) in directions(self.stack).iter().enumerate() {
                 let input = values(&layer.input.weights.get(d)?.t()?)?;
@@ -127,15 +124,33 @@ impl LstmNet {
     }
 }
 
+/// What attends to the inputs, if there are any.
+fn input(recorded: &StackRecording, width: usize, random: &mut StdRng) -> Result<Option<InputAttention>> {
+    let (mut squares, mut count) = (0.0, 0usize);
+    for state in recorded.inputs.iter().flatten() {
+        squares += f64::from(state.to_f32().powi(2));
+        count += 1;
+    }
+    let size = (squares / count.max(1) as f64).sqrt();
+    (count > 0).then(|| InputAttention::new(width, recorded.d_model, size, random)).transpose()
+}
+
 /// Weights of so many inputs.
-fn uniform(shape: &[usize], inputs: usize, random: &mut StdRng) -> Result<Var> {
+pub(super) fn uniform(shape: &[usize], inputs: usize, random: &mut StdRng) -> Result<Var> {
     let bound = (inputs as f32).powf(-0.5);
     let values = (0..shape.iter().product()).map(|_| random.random_range(-bound..bound)).collect::<Vec<f32>>();
     Var::from_vec(values, shape, &Device::Cpu)
 }
 
+/// What the tokens of a stack are to the model, scaled to a root mean square of 1: (vocabulary, d_model).
+pub(super) fn embedding(recorded: &StackRecording) -> Result<Tensor> {
+    let embedding = Tensor::from_slice(&recorded.embedding, ((), recorded.d_model), &Device::Cpu)?;
+    let size = embedding.sqr()?.mean_all()?.to_scalar::<f32>()?.sqrt().max(1e-9);
+    embedding / f64::from(size)
+}
+
 /// A bias (1, outputs).
-fn zeros(outputs: usize) -> Result<Var> {
+pub(super) fn zeros(outputs: usize) -> Result<Var> {
     Var::zeros((1, outputs), candle_core::DType::F32, &Device::Cpu)
 }
 
@@ -146,6 +161,6 @@ fn open_forget_gates(directions: usize, side: usize) -> Result<Tensor> {
 }
 
 /// Row by row.
-fn values(tensor: &Tensor) -> Result<Vec<f32>> {
+pub(super) fn values(tensor: &Tensor) -> Result<Vec<f32>> {
     tensor.flatten_all()?.to_vec1()
 }

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use half::f16;
 use sida_model::Stack;
 use sida_routing::{ExpertId, HashTable, LayerId};
 
@@ -78,8 +79,9 @@ fn each_entry(
     for stack in [Stack::Encoder, Stack::Decoder] {
         let (of_stack, recorded) = (recording.shape.layers(stack), recording.of_stack(stack));
         let routed = recorded.experts.chunks(BATCH).zip(recorded.probabilities.chunks(BATCH));
-        for (sequences, (experts, probabilities)) in recorded.sequences.chunks(BATCH).zip(routed) {
-            let tables = predict(predictor, stack, sequences)?;
+        for (n, (sequences, (experts, probabilities))) in recorded.sequences.chunks(BATCH).zip(routed).enumerate() {
+            let inputs = recorded.inputs.get(n * BATCH..n * BATCH + sequences.len()).unwrap_or_default();
+            let tables = predict(predictor, stack, sequences, inputs)?;
             for (table, (experts, probabilities)) in tables.iter().zip(experts.iter().zip(probabilities)) {
                 let entries = experts.chunks_exact(recorded.kept).zip(probabilities.chunks_exact(recorded.kept));
                 for (at, (routed, probabilities)) in entries.enumerate() {
@@ -97,12 +99,17 @@ fn predict(
     predictor: &dyn HashPredictor,
     stack: Stack,
     sequences: &[Vec<u32>],
+    inputs: &[Vec<f16>],
 ) -> Result<Vec<HashTable>, PredictorError> {
     let tokens: Vec<&[u32]> = sequences.iter().map(Vec::as_slice).collect();
     match stack {
         Stack::Encoder => predictor.encode(&tokens),
         Stack::Decoder => {
-            let mut states = vec![PredictorState::default(); tokens.len()];
+            let started =
+                |input: &Vec<f16>| predictor.start(&input.iter().map(|state| state.to_f32()).collect::<Vec<_>>());
+            let mut states = inputs.iter().map(started).collect::<Result<Vec<_>, _>>()?;
+            // Where there is no encoder there are no inputs.
+            states.resize(tokens.len(), PredictorState::default());
             predictor.decode(&mut states.iter_mut().collect::<Vec<_>>(), &tokens)
         }
     }

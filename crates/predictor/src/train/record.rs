@@ -4,6 +4,7 @@
 
 use std::path::Path;
 
+use half::f16;
 use rayon::prelude::*;
 use sida_model::{Backbone, Checkpoint, Reference, RoutedLayer, Stack, Tokenizer, reference::greedy};
 use sida_routing::{Digest, ExpertId};
@@ -53,6 +54,8 @@ pub struct StackRecording {
     pub(super) experts: Vec<Vec<ExpertId>>,
     /// Parallel to `experts`.
     pub(super) probabilities: Vec<Vec<f32>>,
+    /// Of a decoder behind an encoder: what the encoder made of the input of each sequence, (tokens, d_model).
+    pub(super) inputs: Vec<Vec<f16>>,
 }
 
 impl StackRecording {
@@ -62,13 +65,15 @@ impl StackRecording {
     }
 
     fn new(embedding: Vec<f32>, d_model: usize, kept: usize) -> Self {
-        Self { embedding, d_model, kept, sequences: Vec::new(), experts: Vec::new(), probabilities: Vec::new() }
+        let (sequences, experts, probabilities, inputs) = Default::default();
+        Self { embedding, d_model, kept, sequences, experts, probabilities, inputs }
     }
 
     fn push(&mut self, routed: Routed) {
         self.sequences.push(routed.tokens);
         self.experts.push(routed.experts);
         self.probabilities.push(routed.probabilities);
+        self.inputs.extend(routed.input);
     }
 }
 
@@ -77,6 +82,7 @@ struct Routed {
     tokens: Vec<u32>,
     experts: Vec<ExpertId>,
     probabilities: Vec<f32>,
+    input: Option<Vec<f16>>,
 }
 
 impl Recording {
@@ -153,10 +159,11 @@ impl Recorder<'_> {
         }
         let (states, routing) = self.model.encode(&input)?;
         let encoder = self.keep(input, &[routing]);
-        let decoder = match &text.target {
+        let mut decoder = match &text.target {
             Some(target) => self.force(&states, target)?,
             None => self.answer(&states)?,
         };
+        decoder.input = Some(states.iter().map(|&state| f16::from_f32(state)).collect());
         Ok((encoder, decoder))
     }
 
@@ -171,7 +178,7 @@ impl Recorder<'_> {
         }
         tokens.pop();
         let (_, routing) = self.model.decode_forced(&[], &tokens)?;
-        let nothing = Routed { tokens: Vec::new(), experts: Vec::new(), probabilities: Vec::new() };
+        let nothing = self.keep(Vec::new(), &[]);
         Ok((nothing, self.keep(tokens, &[routing])))
     }
 
@@ -218,6 +225,6 @@ impl Recorder<'_> {
                 }
             }
         }
-        Routed { tokens, experts, probabilities }
+        Routed { tokens, experts, probabilities, input: None }
     }
 }

@@ -39,7 +39,7 @@ impl CustomOp2 for Recurrence {
         weights: &CpuStorage,
         of_weights: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (gates, weights) = (values(gates, of_gates)?, values(weights, of_weights)?);
+        let (gates, weights) = (values_of(gates, of_gates)?, values_of(weights, of_weights)?);
         let (directions, steps, sequences, _) = of_gates.shape().dims4()?;
         let sides = gates.chunks_exact(gates.len() / directions).zip(weights.chunks_exact(weights.len() / directions));
         let (hidden, passed): (Vec<_>, Vec<_>) =
@@ -174,7 +174,7 @@ impl Kernel for CellsBackward<'_> {
 }
 
 /// The values of a contiguous float32 tensor.
-fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+pub(super) fn values_of<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     match (storage, layout.contiguous_offsets()) {
         (CpuStorage::F32(values), Some((from, to))) => Ok(&values[from..to]),
         _ => bail!("expected contiguous float32 values, found strides {:?}", layout.stride()),
@@ -222,7 +222,7 @@ mod tests {
         }
     }
 
-    /// The one gradient that is written by hand would differ from the automatic one, in any place of any weight.
+    /// A gradient that is written by hand would differ from the automatic one, in any place of any weight.
     #[test]
     fn agrees_with_automatic_gradients() {
         let (gates, weights) = (values(&[2, 9, 5, 64], 1), values(&[2, 64, 16], 2));

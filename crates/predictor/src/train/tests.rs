@@ -6,47 +6,73 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
+use half::f16;
 use rand::{SeedableRng, rngs::StdRng};
 use sida_routing::{Digest, ExpertId, LayerId};
 
-use super::{lstm_net::LstmNet, record::StackRecording, *};
+use super::{descent::Learnt, record::StackRecording, *};
 use crate::{
     FILE_NAME, HashPredictor, PredictorShape, PredictorState, file::PredictorFile, lstm::stack_net::StackNet,
-    open_shape,
+    open_shape, transformer::TransformerNet,
 };
 
 const VOCAB: usize = 24;
 const EXPERTS: usize = 4;
+const D_MODEL: usize = 8;
 const MODEL: Digest = Digest([7; 32]);
 
 fn shape() -> PredictorShape {
-    PredictorShape { vocab_size: VOCAB, num_experts: EXPERTS, encoder_layers: 0..2, decoder_layers: 2..3 }
+    let encoder_width = Some(D_MODEL);
+    PredictorShape {
+        vocab_size: VOCAB,
+        num_experts: EXPERTS,
+        encoder_layers: 0..2,
+        decoder_layers: 2..3,
+        encoder_width,
+    }
 }
 
 /// Sequences of random lengths whose experts depend on the token and, in every other layer, on its neighbour:
-/// the next token in the encoder, the last one in the decoder.
+/// the next token in the encoder, the last one in the decoder. Those of the decoder also depend on which of two kinds one
+/// token of the input is, where the others say something else.
 fn recording(sequences: usize, seed: u64) -> Recording {
     let mut state = seed;
     let mut random = move |below: usize| {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (state >> 33) as usize % below
     };
-    let mut stack = |layers: usize, neighbour: isize| {
+    let mut stack = |layers: usize, neighbour: isize, reads_input: bool| {
         let mut recorded = StackRecording {
-            embedding: (0..VOCAB * 8).map(|i| ((i * 7919) % 101) as f32 / 50.0 - 1.0).collect(),
-            d_model: 8,
+            embedding: (0..VOCAB * D_MODEL).map(|i| ((i * 7919) % 101) as f32 / 50.0 - 1.0).collect(),
+            d_model: D_MODEL,
             kept: 2,
             sequences: Vec::new(),
             experts: Vec::new(),
             probabilities: Vec::new(),
+            inputs: Vec::new(),
         };
         for _ in 0..sequences {
             let tokens: Vec<u32> = (0..2 + random(9)).map(|_| random(VOCAB) as u32).collect();
-            let mut experts = Vec::new();
+            let (mut experts, mut kind) = (Vec::new(), 0);
+            if reads_input {
+                kind = random(2);
+                let tokens = 1 + random(6);
+                let mut states = vec![f16::ZERO; tokens * D_MODEL];
+                states.chunks_exact_mut(D_MODEL).for_each(|state| state[1 + random(2)] = f16::ONE);
+                let said = random(tokens) * D_MODEL;
+                states[said..said + 3].copy_from_slice(&[2.0, 0.0, 0.0].map(f16::from_f32));
+                states[said + 1 + kind] = f16::ONE;
+                recorded.inputs.push(states);
+            }
             for at in 0..tokens.len() {
                 let other = tokens.get((at as isize + neighbour) as usize).copied().unwrap_or(0);
                 for layer in 0..layers {
-                    let expert = (tokens[at] + if layer == 0 { other / 12 } else { 0 }) as usize % EXPERTS;
+                    let (token, other) = (tokens[at] as usize, other as usize / 12);
+                    let expert = match (reads_input, layer) {
+                        (true, _) => 2 * kind + other,
+                        (false, 0) => 2 * other + token % 2,
+                        (false, _) => token % EXPERTS,
+                    };
                     experts.extend([expert, (expert + 1) % EXPERTS].map(|e| ExpertId(e as u16)));
                 }
             }
@@ -56,18 +82,26 @@ fn recording(sequences: usize, seed: u64) -> Recording {
         }
         recorded
     };
-    let (encoder, decoder) = (stack(2, 1), stack(1, -1));
+    let (encoder, decoder) = (stack(2, 1, false), stack(1, -1, true));
     Recording { model: MODEL, shape: shape(), encoder, decoder }
 }
 
 /// A trained file and what was measured; training takes seconds, so each net is trained once for all tests.
 fn trained(net: Net) -> (tempfile::TempDir, PathBuf, Vec<HitRate>) {
-    static TRAINED: [OnceLock<(Vec<u8>, Vec<HitRate>)>; 2] = [const { OnceLock::new() }; 2];
+    static TRAINED: [OnceLock<(Vec<u8>, Vec<HitRate>)>; 3] = [const { OnceLock::new() }; 3];
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join(FILE_NAME);
-    let (file, rates) = TRAINED[usize::from(net == Net::Lstm)].get_or_init(|| {
-        let options =
-            TrainOptions { net, top_k: 3, width: 32, epochs: 8, batch_tokens: 256, learning_rate: 0.01, seed: 1 };
+    let (file, rates) = TRAINED[net as usize].get_or_init(|| {
+        let options = TrainOptions {
+            net,
+            width: 32,
+            token_width: 32,
+            epochs: 3,
+            batch_tokens: 256,
+            learning_rate: 0.01,
+            seed: 1,
+            ..TrainOptions::default()
+        };
         let rates = train(&recording(1500, 1), &recording(100, 2), &options, &path, &mut |_| ()).unwrap();
         (fs::read(&path).unwrap(), rates)
     });
@@ -75,24 +109,65 @@ fn trained(net: Net) -> (tempfile::TempDir, PathBuf, Vec<HitRate>) {
     (dir, path, rates.clone())
 }
 
+/// A file of a net of which nothing is trained.
+fn untrained(net: Net, recording: &Recording) -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join(FILE_NAME);
+    let mut tensors = Tensors::default();
+    for stack in [Stack::Encoder, Stack::Decoder] {
+        fresh(net, recording, stack).store(&mut tensors).unwrap();
+    }
+    tensors.write(&unmeasured(net), &path).unwrap();
+    (dir, path)
+}
+
+fn fresh(net: Net, recording: &Recording, stack: Stack) -> Box<dyn Learnt> {
+    let (recorded, layers) = (recording.of_stack(stack), shape().layers(stack).len());
+    let random = &mut StdRng::seed_from_u64(1);
+    descent::fresh(net, recorded, stack, layers * EXPERTS, (32, 24), random).unwrap()
+}
+
+fn unmeasured(net: Net) -> Metadata {
+    let (hit_rates, calibration) = (measure::unmeasured(0..3), measure::uncalibrated(0..3));
+    Metadata { net, model: MODEL, top_k: 3, hit_rates, calibration }
+}
+
+/// As of a model without an encoder.
+fn without_inputs() -> Recording {
+    let mut recording = recording(1, 1);
+    recording.decoder.inputs.clear();
+    recording
+}
+
+/// Inputs of some lengths.
+fn inputs() -> Vec<Vec<f16>> {
+    recording(4, 3).decoder.inputs
+}
+
+fn widened(input: &[f16]) -> Vec<f32> {
+    input.iter().map(|state| state.to_f32()).collect()
+}
+
 fn open(path: &std::path::Path) -> Arc<dyn HashPredictor> {
     open_shape(path, shape(), MODEL).unwrap()
 }
 
-/// A predictor would not learn, or not what its net can express: the table knows the token, the LSTM also its
-/// neighbours on the side it may look at.
+/// A predictor would not learn, or not what its net can express: the table knows the token, the others also its
+/// neighbours on the side they may look at.
 #[test]
 fn nets_learn_what_they_can_see() {
     let (_dir, path, table) = trained(Net::Table);
     assert!(table[0].top1 < 0.75 && table[1].top1 > 0.99 && table[2].top1 < 0.75, "{table:?}");
     assert_eq!(open(&path).hit_rates(), table);
-    let (_dir, path, lstm) = trained(Net::Lstm);
-    assert!(lstm.iter().all(|rate| rate.top1 > 0.95 && rate.top3 >= rate.top1), "{lstm:?}");
-    let predictor = open(&path);
-    let tables = predictor.encode(&[&[3, 20, 5]]).unwrap();
-    assert_eq!(tables[0].experts(LayerId(0), 0)[0], ExpertId(0));
-    let alpha = tables[0].alphas(LayerId(0), 0)[0];
-    assert!((0.5..1.0).contains(&alpha), "distillation teaches the probability, too: {alpha}");
+    for net in [Net::Lstm, Net::Transformer] {
+        let (_dir, path, rates) = trained(net);
+        assert!(rates.iter().all(|rate| rate.top1 > 0.95 && rate.top3 >= rate.top1), "{net:?}: {rates:?}");
+        let predictor = open(&path);
+        let tables = predictor.encode(&[&[3, 20, 5]]).unwrap();
+        assert_eq!(tables[0].experts(LayerId(0), 0)[0], ExpertId(3));
+        let alpha = tables[0].alphas(LayerId(0), 0)[0];
+        assert!((0.5..1.0).contains(&alpha), "distillation teaches the probability, too: {alpha}");
+    }
 }
 
 /// The same texts and seed would give another predictor each time.
@@ -115,31 +190,38 @@ fn a_seed_gives_the_same_net() {
 /// What serves would be another net than what was trained.
 #[test]
 fn what_is_stored_computes_what_was_trained() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join(FILE_NAME);
-    let recording = recording(1, 1);
     let sequences: Vec<Vec<u32>> = (1..4).map(|n| (0..40).map(|i| i * n % VOCAB as u32).collect()).collect();
     let tokens: Vec<&[u32]> = sequences.iter().map(Vec::as_slice).collect();
-    for stack in [Stack::Encoder, Stack::Decoder] {
-        let (recorded, layers) = (recording.of_stack(stack), shape().layers(stack).len());
-        let net = LstmNet::new(recorded, stack, layers, EXPERTS, 32, &mut StdRng::seed_from_u64(1)).unwrap();
-        let mut tensors = Tensors::default();
-        net.store(&mut tensors).unwrap();
-        let (hit_rates, calibration) = (measure::unmeasured(0..3), measure::uncalibrated(0..3));
-        tensors.write(&Metadata { net: Net::Lstm, model: MODEL, top_k: 3, hit_rates, calibration }, &path).unwrap();
-        let served = StackNet::from_file(&mut PredictorFile::read(&path, shape()).unwrap(), stack).unwrap().unwrap();
-        let found = match stack {
-            Stack::Encoder => served.encode(&tokens),
-            Stack::Decoder => {
-                let mut states = vec![PredictorState::default(); tokens.len()];
+    let inputs = inputs();
+    for (net, recording, stack) in [
+        (Net::Lstm, recording(1, 1), Stack::Encoder),
+        (Net::Transformer, recording(1, 1), Stack::Encoder),
+        (Net::Transformer, recording(1, 1), Stack::Decoder),
+        (Net::Lstm, without_inputs(), Stack::Decoder),
+    ] {
+        let (_dir, path) = untrained(net, &recording);
+        let mut file = PredictorFile::read(&path, shape()).unwrap();
+        let reads_input = !recording.of_stack(stack).inputs.is_empty();
+        let read: Vec<&[f16]> = inputs[..3].iter().filter(|_| reads_input).map(Vec::as_slice).collect();
+        let found = match (stack, net) {
+            (Stack::Encoder, Net::Transformer) => {
+                TransformerNet::from_file(&mut file).unwrap().unwrap().encode(&tokens)
+            }
+            (Stack::Encoder, _) => StackNet::from_file(&mut file, stack).unwrap().unwrap().encode(&tokens),
+            (Stack::Decoder, _) => {
+                let served = StackNet::from_file(&mut file, stack).unwrap().unwrap();
+                assert_eq!(served.reads_input(), reads_input);
+                let mut states: Vec<_> =
+                    inputs[..3].iter().map(|input| served.start(&widened(input)).unwrap()).collect();
                 served.decode(&mut states.iter_mut().collect::<Vec<_>>(), &tokens).unwrap()
             }
         };
-        let expected: Vec<f32> = net.logits(&tokens).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+        let expected = fresh(net, &recording, stack).logits(&tokens, &read).unwrap();
+        let expected: Vec<f32> = expected.flatten_all().unwrap().to_vec1().unwrap();
         assert_eq!(found.len(), expected.len());
         for (found, expected) in found.iter().zip(expected) {
             // The file holds float16.
-            assert!((found - expected).abs() < 5e-3, "{stack:?}: {found}, not {expected}");
+            assert!((found - expected).abs() < 5e-3, "{net:?} {stack:?}, {reads_input}: {found}, not {expected}");
         }
     }
 }
@@ -147,27 +229,104 @@ fn what_is_stored_computes_what_was_trained() {
 /// A prediction would depend on what else is in the batch, or on how a sequence is cut into steps.
 #[test]
 fn predictions_do_not_depend_on_batch_or_steps() {
-    for net in [Net::Table, Net::Lstm] {
-        let (_dir, path, _) = trained(net);
+    for (_dir, path) in [
+        without_rates(trained(Net::Table)),
+        without_rates(trained(Net::Lstm)),
+        without_rates(trained(Net::Transformer)),
+        untrained(Net::Lstm, &without_inputs()),
+    ] {
         let predictor = open(&path);
+        let (net, reads_input) = (predictor.net().to_owned(), predictor.reads_input());
         let sequences: Vec<Vec<u32>> = vec![vec![1, 2, 3], vec![9], (0..90).map(|i| i * 5 % 24).collect(), vec![4, 4]];
         let tokens: Vec<&[u32]> = sequences.iter().map(Vec::as_slice).collect();
+        let started: Vec<_> = inputs().iter().map(|input| predictor.start(&widened(input)).unwrap()).collect();
         let together = predictor.encode(&tokens).unwrap();
-        let mut states = vec![PredictorState::default(); 4];
+        let mut states = started.clone();
         let decoded = predictor.decode(&mut states.iter_mut().collect::<Vec<_>>(), &tokens).unwrap();
         for (n, tokens) in tokens.iter().enumerate() {
-            assert_eq!(predictor.encode(&[tokens]).unwrap()[0], together[n], "{net:?}");
-            let mut state = PredictorState::default();
+            assert_eq!(predictor.encode(&[tokens]).unwrap()[0], together[n], "{net}");
+            let mut state = started[n].clone();
             for (at, token) in tokens.iter().enumerate() {
                 let step = predictor.decode(&mut [&mut state], &[&[*token]]).unwrap();
                 let layer = LayerId(2);
-                assert_eq!(step[0].experts(layer, 0), decoded[n].experts(layer, at), "{net:?} step {at}");
-                assert_eq!(step[0].alphas(layer, 0), decoded[n].alphas(layer, at), "{net:?} step {at}");
-                state = PredictorState::from_bytes(&state.to_bytes()).unwrap();
+                assert_eq!(step[0].experts(layer, 0), decoded[n].experts(layer, at), "{net} step {at}");
+                assert_eq!(step[0].alphas(layer, 0), decoded[n].alphas(layer, at), "{net} step {at}");
+                if !reads_input {
+                    state = PredictorState::from_bytes(&state.to_bytes()).unwrap();
+                }
             }
             assert_eq!(state, states[n]);
         }
     }
+}
+
+fn without_rates((dir, path, _): (tempfile::TempDir, PathBuf, Vec<HitRate>)) -> (tempfile::TempDir, PathBuf) {
+    (dir, path)
+}
+
+/// A decoder's prediction would be made of nothing where the input is what it depends on, or of what is no input.
+#[test]
+fn a_net_that_reads_the_input_wants_it() {
+    let (_dir, path, _) = trained(Net::Lstm);
+    let predictor = open(&path);
+    assert!(predictor.reads_input());
+    let refused = |error: Result<_, PredictorError>| match error {
+        Err(PredictorError::Input { reason }) => reason,
+        _ => panic!("not refused for its input"),
+    };
+    for states in [&[][..], &[0.5; 7], &[f32::NAN; 8]] {
+        refused(predictor.start(states));
+    }
+    let mut state = PredictorState::default();
+    let without = predictor.decode(&mut [&mut state], &[&[1]]).map(|_| PredictorState::default());
+    assert!(refused(without).contains("read by this net"));
+    // The same tokens behind other inputs.
+    let expert = |kind: usize| {
+        let mut input = [2.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0];
+        input[1 + kind] = 1.0;
+        let mut state = predictor.start(&input).unwrap();
+        predictor.decode(&mut [&mut state], &[&[4]]).unwrap()[0].experts(LayerId(2), 0)[0]
+    };
+    assert_eq!([expert(0), expert(1)], [ExpertId(0), ExpertId(2)]);
+}
+
+/// A file that a newer or a broken program wrote would end whoever opens it, or attend to the wrong places.
+#[test]
+fn refuses_heads_that_do_not_fit() {
+    let (dir, path) = untrained(Net::Transformer, &recording(1, 1));
+    let other = dir.path().join("other.safetensors");
+    let refused = |tensor: &str, dimensions: &[usize], of: PredictorShape| {
+        let mut tensors = PredictorFile::read(&path, shape()).unwrap().into_tensors();
+        tensors.floats(tensor, dimensions, &vec![0.0; dimensions.iter().product()]);
+        tensors.write(&unmeasured(Net::Transformer), &other).unwrap();
+        match open_shape(&other, of, MODEL) {
+            Err(PredictorError::Tensor { tensor, reason, .. }) => format!("{tensor} {reason}"),
+            _ => panic!("{tensor} {dimensions:?} is not refused"),
+        }
+    };
+    for (part, dimensions, expected) in [
+        ("decoder.input.query", &[4, 16][..], "expected (heads, head width, 32)"),
+        ("decoder.input.query", &[0, 16, 32], "at most 64 heads"),
+        ("decoder.input.query", &[65, 16, 32], "at most 64 heads"),
+        ("decoder.input.query", &[4, 257, 32], "of at most 256"),
+        ("decoder.input.values", &[2, 16, 8], "has 2 heads, and decoder.input.query has 4"),
+        ("decoder.input.keys", &[4, 8, 8], "expected F16 [4, 16, 8]"),
+        ("decoder.input.output", &[32, 32], "expected F16 [32, 64]"),
+        ("decoder.input.query2", &[1], "is not part of this net"),
+        ("encoder.input", &[32], "expected a width"),
+        ("encoder.block.0.query", &[4, 8, 16], "expected (heads, head width, 32)"),
+        ("encoder.block.0.values", &[2, 16, 32], "has 2 heads, and encoder.block.0.query has 4"),
+        ("encoder.block.1.distances", &[4, 128], "expected (4, an odd number"),
+        ("encoder.block.1.distances", &[4, 4097], "expected (4, an odd number"),
+        ("encoder.block.1.up", &[9000, 32], "expected (at most"),
+        ("encoder.block.1.down", &[32, 63], "expected F16 [32, 64]"),
+        ("encoder.block.2.norm", &[1], "is not part of this net"),
+    ] {
+        let found = refused(part, dimensions, shape());
+        assert!(found.contains(part) && found.contains(expected), "{found}");
+    }
+    let decoder_only = PredictorShape { encoder_width: None, ..shape() };
+    assert!(refused("decoder.input.query", &[4, 16, 32], decoder_only).contains("no encoder"));
 }
 
 /// A wrong state, token or file would panic, or be taken for the right one.
@@ -176,7 +335,8 @@ fn refuses_what_does_not_fit() {
     let (dir, path, _) = trained(Net::Lstm);
     let predictor = open(&path);
     assert!(matches!(predictor.encode(&[&[24]]), Err(PredictorError::Token { id: 24, .. })));
-    let mut foreign = PredictorState { values: vec![0.5; 7] };
+    let mut foreign = predictor.start(&[0.5; D_MODEL]).unwrap();
+    foreign.values = vec![0.5; 7];
     assert!(matches!(predictor.decode(&mut [&mut foreign], &[&[1]]), Err(PredictorError::State { .. })));
     assert!(matches!(predictor.decode(&mut [], &[&[1]]), Err(PredictorError::States { .. })));
     let other = Digest([8; 32]);
