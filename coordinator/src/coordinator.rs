@@ -14,7 +14,7 @@ use futures::{Stream, future::try_join_all};
 use parking_lot::Mutex;
 use sida_cluster::Cluster;
 use sida_model::{CacheSize, Checkpoint, DeviceName, ModelError, Tokenizer};
-use sida_routing::Digest;
+use sida_routing::{Digest, client_limits::Standing};
 use sida_rpc::Client;
 use sida_telemetry::{Span, TraceContext};
 use tokio::{
@@ -33,6 +33,7 @@ use crate::{
     dispatch::{nodes::Nodes, probe::Probe},
     intake::{
         accept::{Acceptance, EncodeParams, GenerateParams, ScoreParams, within},
+        client_uses::ClientUses,
         grammars::Grammars,
         prompt::{Prompt, PromptTokens},
         queue::Announcement,
@@ -70,6 +71,7 @@ pub(crate) struct Inner {
     pub(crate) predict: Arc<Predict>,
     pub(crate) probe: Arc<Probe>,
     pub(crate) requests: Arc<RequestQueue>,
+    pub(crate) client_uses: Arc<ClientUses>,
     pub(crate) statistics: Arc<Statistics>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) threads: Mutex<Vec<JoinHandle<()>>>,
@@ -85,6 +87,7 @@ impl Drop for Inner {
 impl Coordinator {
     /// The encoder's states of a text.
     pub async fn encode(&self, mut params: EncodeParams) -> Result<Encoding, RequestError> {
+        self.inner.client_uses.may_come(params.client.as_ref())?;
         let request_span = self.begin_span("embeddings", params.trace, params.client.as_ref());
         let deadline = self.deadline(params.deadline);
         let asked = Asked { prompt: std::mem::take(&mut params.prompt), truncates: params.truncate, target_bytes: 0 };
@@ -114,6 +117,7 @@ impl Coordinator {
 
     /// The likelihood of each target given a text.
     pub async fn score(&self, params: ScoreParams) -> Result<Scores, RequestError> {
+        self.inner.client_uses.may_come(params.client.as_ref())?;
         let request_span = self.begin_span("score", params.trace, params.client.as_ref());
         let ScoreParams { prompt, targets, routing: mode, deadline, client, priority, .. } = params;
         let deadline = self.deadline(deadline);
@@ -134,6 +138,7 @@ impl Coordinator {
 
     /// Generates text: one answer, or as many as there are choices.
     pub async fn generate(&self, mut params: GenerateParams) -> Result<TokenStream, RequestError> {
+        self.inner.client_uses.may_come(params.client.as_ref())?;
         let request_span = self.begin_span("text_completion", params.trace, params.client.as_ref());
         let deadline = self.deadline(params.deadline);
         let unfinished = params.choices.max(1);
@@ -234,6 +239,11 @@ impl Coordinator {
         self.inner.predict.digest()
     }
 
+    /// What a client may still have in this minute, of requests and of tokens, where these are limited.
+    pub(crate) fn standing(&self, client: &Client) -> [Option<Standing>; 2] {
+        self.inner.client_uses.standing(client)
+    }
+
     pub(crate) fn statistics(&self) -> &Statistics {
         &self.inner.statistics
     }
@@ -328,8 +338,10 @@ impl Coordinator {
         let prompt_tokens = tokens.len() as u64;
         let cache_bytes = self.acceptance().cache_bytes(tokens.len(), &work)?;
         let (accepted, span) = (request_span.begun, request_span.span);
-        let request =
-            Request { tokens, mode, work, cache_bytes, accepted, deadline, client, priority, begun: None, span };
+        let (begun, let_in) = (None, None);
+        let mut request =
+            Request { tokens, mode, work, cache_bytes, accepted, deadline, client, priority, begun, let_in, span };
+        request.let_in = inner.client_uses.comes(request.client.as_ref(), request.tokens_max())?;
         inner.requests.push(request)?;
         inner.statistics.requests.fetch_add(1, Ordering::Relaxed);
         inner.metrics.prompt_tokens.increment(prompt_tokens);

@@ -30,7 +30,9 @@ use crate::{
         remote::{clock::Clock, lane::LaneConfig, lane_connection::Connector},
     },
     forward::forward::Forward,
-    intake::{grammars::Grammars, queue::Queue, request_queue::RequestQueue, workload::Workload},
+    intake::{
+        client_uses::ClientUses, grammars::Grammars, queue::Queue, request_queue::RequestQueue, workload::Workload,
+    },
     measures::{metrics::Metrics, statistics::Statistics},
     predict::{
         beside::beside,
@@ -192,6 +194,7 @@ impl Coordinator {
         let probe = Arc::new(Probe::new(dispatch(config.server.health_period.min(config.expert_call_timeout)), &model));
         let threads = Mutex::new(threads);
         let inner = Inner {
+            client_uses: ClientUses::new(config.server.gate.clone(), config.client_limits),
             config,
             cluster,
             grammars: Grammars::new(tokenizer.clone(), &model),

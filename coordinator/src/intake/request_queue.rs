@@ -139,6 +139,9 @@ impl RequestQueue {
             return None;
         }
         self.workload.begin(&mut request);
+        if let Some(let_in) = &mut request.let_in {
+            let_in.begins();
+        }
         Some(request)
     }
 
@@ -214,6 +217,7 @@ mod tests {
             work: Work::Encode { options: EncodeOptions::default(), reply },
             cache_bytes: 0,
             begun: None,
+            let_in: None,
             accepted: Instant::now(),
             deadline: None,
             client: None,

@@ -28,6 +28,7 @@ mod health_service;
 mod http1_limits;
 pub mod http_server;
 mod http_trace;
+mod key_taken_away;
 pub mod keys;
 pub mod metadata;
 pub mod metrics_port;
@@ -47,7 +48,7 @@ pub mod trace;
 mod watched_response;
 mod who_leaves;
 
-pub use authentication::{AuthenticationLayer, Gate};
+pub use authentication::{AuthenticationLayer, Gate, KeyTakenAway};
 pub use caller::Client;
 pub use certificate_names::NamePattern;
 pub use client::{Channel, ClientConfig, ClientError, connect, connect_lazy};

@@ -2,6 +2,7 @@
 //! endpoint takes, refuses and adds is in docs/openai.md, and for programs in `openapi.json`.
 //!
 //! In reading order: `error` (how a refusal looks), `call` (what every request gets: a deadline, an end, a count),
+//! `rate_limits` (what its client may still have),
 //! `fields` and `body` (how a request's JSON is read), `door` (what the endpoints share), `routes` (who answers which
 //! path), `cors` (which web pages may ask). Generation: `sampling` (how an answer is to be made), `response_format`
 //! (what it follows), `generation` (several sequences as one answer), `usage` (what it took), `log_probabilities`,
@@ -24,6 +25,7 @@ pub(crate) mod fields;
 mod generation;
 mod log_probabilities;
 mod models;
+mod rate_limits;
 mod response_format;
 pub(crate) mod routes;
 pub(crate) mod sampling;
