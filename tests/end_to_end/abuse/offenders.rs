@@ -14,8 +14,8 @@ use tokio::{
 use super::{
     doors::Door,
     frames::{
-        CONTINUATION, DATA, END_HEADERS, END_STREAM, Frame, GOAWAY, HEADERS, PREFACE, RST_STREAM, connect, ends, frame,
-        greet, literal, next, request, until,
+        ACK, CONTINUATION, DATA, END_HEADERS, END_STREAM, Frame, GOAWAY, HEADERS, PING, PREFACE, PRIORITY, RST_STREAM,
+        SETTINGS, WINDOW_UPDATE, connect, ends, frame, greet, literal, next, request, until,
     },
 };
 
@@ -244,6 +244,43 @@ pub(super) async fn empty_continuations(to: SocketAddr, _: Door) -> Ended {
     let mut stream = greet(to, 65_535).await?;
     stream.write_all(&frame(HEADERS, 0, 1, &request("POST", GENERATE, "application/grpc"))).await?;
     flood(stream, |_| frame(CONTINUATION, 0, 1, b""), 0).await
+}
+
+/// Asks again and again whether the server is there.
+pub(super) async fn pings(to: SocketAddr, _: Door) -> Ended {
+    flood(greet(to, 65_535).await?, |_| frame(PING, 0, 0, &[0; 8]), 0).await
+}
+
+/// Says again and again that it is there, which nobody asked.
+pub(super) async fn pongs(to: SocketAddr, _: Door) -> Ended {
+    flood(greet(to, 65_535).await?, |_| frame(PING, ACK, 0, &[0; 8]), 0).await
+}
+
+/// Sets the same again and again.
+pub(super) async fn settings(to: SocketAddr, _: Door) -> Ended {
+    flood(greet(to, 65_535).await?, |_| frame(SETTINGS, 0, 0, &[]), 0).await
+}
+
+/// Gives the server a byte more to send, again and again.
+pub(super) async fn window_updates(to: SocketAddr, _: Door) -> Ended {
+    flood(greet(to, 65_535).await?, |_| frame(WINDOW_UPDATE, 0, 0, &1u32.to_be_bytes()), 0).await
+}
+
+/// Says which of its calls go before others, of which it has none.
+pub(super) async fn priorities(to: SocketAddr, _: Door) -> Ended {
+    flood(greet(to, 65_535).await?, |stream| frame(PRIORITY, 0, stream, &[0, 0, 0, 0, 7]), 2).await
+}
+
+/// Goes on with a message by nothing.
+pub(super) async fn empty_data(to: SocketAddr, door: Door) -> Ended {
+    let mut stream = greet(to, 65_535).await?;
+    stream.write_all(&opened(door, 1)).await?;
+    flood(stream, |_| frame(DATA, 0, 1, &[]), 0).await
+}
+
+/// Sends frames of a kind that nobody knows, which HTTP/2 has every server pass over.
+pub(super) async fn unknown_frames(to: SocketAddr, _: Door) -> Ended {
+    flood(greet(to, 65_535).await?, |_| frame(0xf0, 0, 0, &[]), 0).await
 }
 
 /// Writes what `next` makes of a stream's number, which grows by `step`, until the server ends the connection.
