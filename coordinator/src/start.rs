@@ -115,7 +115,12 @@ impl Coordinator {
             inflight_bytes_max: config.lane_inflight_bytes_max,
             d_model: model.d_model,
             clock: Clock::start(),
-            connector: Arc::new(Connector::new(&config.client, config.checkpoint.digest(), rows)),
+            connector: Arc::new(Connector::new(
+                &config.client,
+                config.checkpoint.digest(),
+                config.checkpoint.experts_digest(),
+                rows,
+            )),
         };
         let nodes = Nodes::follow(&cluster, lanes, &runtime);
         runtime.spawn(experts_without_holder::watch(Arc::downgrade(&nodes)));
