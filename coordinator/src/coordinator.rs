@@ -14,7 +14,7 @@ use futures::{Stream, future::try_join_all};
 use parking_lot::Mutex;
 use sida_cluster::Cluster;
 use sida_model::{CacheSize, Checkpoint, DeviceName, ModelError, Tokenizer};
-use sida_routing::{Digest, client_limits::Standing};
+use sida_routing::Digest;
 use sida_rpc::Client;
 use sida_telemetry::{Span, TraceContext};
 use tokio::{
@@ -25,6 +25,7 @@ use tokio::{
 use crate::{
     answer::{
         catch_panic::catch_panic,
+        grammar::Followed,
         output::{Encoding, Scores, Token},
         request_error::{RequestError, TextOf},
         routing_mode::RoutingMode,
@@ -87,8 +88,7 @@ impl Drop for Inner {
 impl Coordinator {
     /// The encoder's states of a text.
     pub async fn encode(&self, mut params: EncodeParams) -> Result<Encoding, RequestError> {
-        self.inner.client_uses.may_come(params.client.as_ref())?;
-        let request_span = self.begin_span("embeddings", params.trace, params.client.as_ref());
+        let request_span = self.begin_span("embeddings", params.trace, params.client.as_ref())?;
         let deadline = self.deadline(params.deadline);
         let asked = Asked { prompt: std::mem::take(&mut params.prompt), truncates: params.truncate, target_bytes: 0 };
         let (reply, answer) = oneshot::channel();
@@ -117,8 +117,7 @@ impl Coordinator {
 
     /// The likelihood of each target given a text.
     pub async fn score(&self, params: ScoreParams) -> Result<Scores, RequestError> {
-        self.inner.client_uses.may_come(params.client.as_ref())?;
-        let request_span = self.begin_span("score", params.trace, params.client.as_ref());
+        let request_span = self.begin_span("score", params.trace, params.client.as_ref())?;
         let ScoreParams { prompt, targets, routing: mode, deadline, client, priority, .. } = params;
         let deadline = self.deadline(deadline);
         let target_bytes = targets.iter().map(String::len).sum::<usize>();
@@ -138,13 +137,13 @@ impl Coordinator {
 
     /// Generates text: one answer, or as many as there are choices.
     pub async fn generate(&self, mut params: GenerateParams) -> Result<TokenStream, RequestError> {
-        self.inner.client_uses.may_come(params.client.as_ref())?;
-        let request_span = self.begin_span("text_completion", params.trace, params.client.as_ref());
+        let request_span = self.begin_span("text_completion", params.trace, params.client.as_ref())?;
         let deadline = self.deadline(params.deadline);
         let unfinished = params.choices.max(1);
         let asked = Asked { prompt: std::mem::take(&mut params.prompt), truncates: false, target_bytes: 0 };
-        let grammar = match params.json_schema.take() {
-            Some(schema) => Some(until(deadline, self.inner.grammars.of(&schema)).await?),
+        let followed = params.json_schema.take().map(Followed::JsonSchema);
+        let grammar = match followed.or_else(|| params.tool_calls.take().map(Followed::ToolCalls)) {
+            Some(followed) => Some(until(deadline, self.inner.grammars.of(followed)).await?),
             None => None,
         };
         let (reply, answer) = mpsc::unbounded_channel();
@@ -239,11 +238,6 @@ impl Coordinator {
         self.inner.predict.digest()
     }
 
-    /// What a client may still have in this minute, of requests and of tokens, where these are limited.
-    pub(crate) fn standing(&self, client: &Client) -> [Option<Standing>; 2] {
-        self.inner.client_uses.standing(client)
-    }
-
     pub(crate) fn statistics(&self) -> &Statistics {
         &self.inner.statistics
     }
@@ -313,14 +307,15 @@ impl Coordinator {
         given.or_else(|| Some(Instant::now() + self.config().request_limits.timeout?))
     }
 
-    /// Begins the span of a `client`'s request for an `operation`.
+    /// Begins the span of a `client`'s request for an `operation`, if it may have one more.
     fn begin_span(
         &self,
         operation: &'static str,
         caller: Option<TraceContext>,
         client: Option<&Client>,
-    ) -> RequestSpan {
-        RequestSpan::begin(operation, self.checkpoint().name(), caller, client)
+    ) -> Result<RequestSpan, RequestError> {
+        self.inner.client_uses.may_come(client)?;
+        Ok(RequestSpan::begin(operation, self.checkpoint().name(), caller, client))
     }
 
     fn submit(

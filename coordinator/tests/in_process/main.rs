@@ -34,3 +34,4 @@ mod prediction;
 mod prompts;
 mod response_format;
 mod small_experts;
+mod tools;

@@ -5,9 +5,9 @@
 //! In reading order: [`status`] (errors as gRPC statuses), `ending` (calls that end early), `watched_response` (how
 //! they end), [`outcome`], [`deadline`], [`drain`], `refusals`, [`trace`], [`request_id`], [`metadata`], [`health`] and
 //! `health_service`; whom a node lets in: `reload` (files that change), [`keys`], [`caller`], [`authentication`],
-//! [`certificate_names`], [`tls`]; connections: `peer` (one, as its server sees it), `allowance` (of what it may do often),
+//! `key_taken_away` (what ends then), [`certificate_names`], [`tls`]; connections: `peer` (one, as its server sees it), `allowance` (of what it may do often),
 //! `who_leaves`, `shortage`, `connections` (all), `accept` (how they come), `connection` (one, from its first byte to
-//! its last), `client_streams`, `receiving`, `request_body`, `answer_body`, `http1_limits`; [`server`] (puts them
+//! its last), `client_streams`, `receiving`, `request_body`, `answer_body`, `control_frames`, `http1_limits`; [`server`] (puts them
 //! together), [`http_server`] and `http_trace` (for what is not gRPC), [`metrics_port`], [`client`].
 
 mod accept;

@@ -129,7 +129,7 @@ pub(crate) async fn introduced(
         refusal = call.loses_its_key() => refusal.into_response(),
     };
     if let Some(client) = call.client.get().filter(|_| call.path != NOT_COUNTED) {
-        rate_limits::tell(door.coordinator.standing(client), response.headers_mut());
+        rate_limits::tell(door.coordinator.inner.client_uses.standing(client), response.headers_mut());
     }
     response
 }

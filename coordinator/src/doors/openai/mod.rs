@@ -7,7 +7,7 @@
 //! path), `cors` (which web pages may ask). Generation: `sampling` (how an answer is to be made), `response_format`
 //! (what it follows), `generation` (several sequences as one answer), `usage` (what it took), `log_probabilities`,
 //! `echo` (prompts before their answers), `events` (answers as they come), `completions`, `chat_messages`,
-//! `chat_completions`. The others: `embeddings`, `models`, `tokens`, `about`.
+//! `tools` and `tool_calls` (what a model may call, and does), `chat_completions`. The others: `embeddings`, `models`, `tokens`, `about`.
 
 mod about;
 pub(crate) mod body;
@@ -30,4 +30,6 @@ mod response_format;
 pub(crate) mod routes;
 pub(crate) mod sampling;
 pub(crate) mod tokens;
+mod tool_calls;
+mod tools;
 mod usage;
