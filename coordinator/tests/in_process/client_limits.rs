@@ -52,6 +52,7 @@ async fn each_client_has_limits_of_its_own_which_change_with_the_file() {
     assert_eq!(told(&first, "limit-tokens"), None);
     let second = complete(&served, CAROL, 2).await;
     assert_eq!((second.status, &second.json()["error"]["code"]), (429, &json!("rate_limit_exceeded")), "{second:?}");
+    assert_eq!(second.json()["error"]["param"], "requests-per-minute");
     let seconds: u64 = second.header("retry-after").and_then(|after| after.parse().ok()).expect("when to come back");
     assert!((1..=60).contains(&seconds), "{seconds}");
 

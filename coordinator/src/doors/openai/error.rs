@@ -197,6 +197,8 @@ fn field_of(error: &RequestError, text_field: &str) -> Option<String> {
             field => field.to_owned(),
         },
         RequestError::JsonSchema { .. } => "response_format".to_owned(),
+        // What the operator calls it: no field of the request is wrong.
+        RequestError::ClientLimit { limit, .. } | RequestError::ClientLimitBelow { limit, .. } => (*limit).to_owned(),
         RequestError::EmptyText => text_field.to_owned(),
         RequestError::TextTooLong { of, .. }
         | RequestError::TooManyTokens { of, .. }
