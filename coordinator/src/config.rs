@@ -6,7 +6,7 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use sida_model::{Checkpoint, DeviceName, Precision};
 use sida_predictor::HashPredictor;
-use sida_routing::{NodeId, admission::Limits};
+use sida_routing::{NodeId, admission::Limits, client_limits::ClientLimits};
 use sida_rpc::{ClientConfig, ServerConfig};
 
 pub use cors_origin::{CorsOrigin, CorsOriginError};
@@ -31,6 +31,8 @@ pub struct CoordinatorConfig {
     pub limits: Limits,
     /// Bounds of one request.
     pub request_limits: RequestLimits,
+    /// What each client may use whose key says nothing else.
+    pub client_limits: ClientLimits,
     /// How many experts per token and layer are hinted to expert-nodes; 0 gives no hints. Of requests in `guided` mode all
     /// that are predicted are hinted, whatever this is.
     pub preload_depth: usize,
@@ -149,6 +151,7 @@ impl CoordinatorConfig {
                 client_queue_share: 0.5,
             },
             request_limits: RequestLimits::default(),
+            client_limits: ClientLimits::default(),
             preload_depth: 1,
             enforce_capacity: false,
             expert_call_timeout: Duration::from_secs(30),

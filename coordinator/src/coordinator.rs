@@ -25,6 +25,7 @@ use tokio::{
 use crate::{
     answer::{
         catch_panic::catch_panic,
+        grammar::Followed,
         output::{Encoding, Scores, Token},
         request_error::{RequestError, TextOf},
         routing_mode::RoutingMode,
@@ -33,6 +34,7 @@ use crate::{
     dispatch::{nodes::Nodes, probe::Probe},
     intake::{
         accept::{Acceptance, EncodeParams, GenerateParams, ScoreParams, within},
+        client_uses::ClientUses,
         grammars::Grammars,
         prompt::{Prompt, PromptTokens},
         queue::Announcement,
@@ -70,6 +72,7 @@ pub(crate) struct Inner {
     pub(crate) predict: Arc<Predict>,
     pub(crate) probe: Arc<Probe>,
     pub(crate) requests: Arc<RequestQueue>,
+    pub(crate) client_uses: Arc<ClientUses>,
     pub(crate) statistics: Arc<Statistics>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) threads: Mutex<Vec<JoinHandle<()>>>,
@@ -85,7 +88,7 @@ impl Drop for Inner {
 impl Coordinator {
     /// The encoder's states of a text.
     pub async fn encode(&self, mut params: EncodeParams) -> Result<Encoding, RequestError> {
-        let request_span = self.begin_span("embeddings", params.trace, params.client.as_ref());
+        let request_span = self.begin_span("embeddings", params.trace, params.client.as_ref())?;
         let deadline = self.deadline(params.deadline);
         let asked = Asked { prompt: std::mem::take(&mut params.prompt), truncates: params.truncate, target_bytes: 0 };
         let (reply, answer) = oneshot::channel();
@@ -114,7 +117,7 @@ impl Coordinator {
 
     /// The likelihood of each target given a text.
     pub async fn score(&self, params: ScoreParams) -> Result<Scores, RequestError> {
-        let request_span = self.begin_span("score", params.trace, params.client.as_ref());
+        let request_span = self.begin_span("score", params.trace, params.client.as_ref())?;
         let ScoreParams { prompt, targets, routing: mode, deadline, client, priority, .. } = params;
         let deadline = self.deadline(deadline);
         let target_bytes = targets.iter().map(String::len).sum::<usize>();
@@ -134,12 +137,13 @@ impl Coordinator {
 
     /// Generates text: one answer, or as many as there are choices.
     pub async fn generate(&self, mut params: GenerateParams) -> Result<TokenStream, RequestError> {
-        let request_span = self.begin_span("text_completion", params.trace, params.client.as_ref());
+        let request_span = self.begin_span("text_completion", params.trace, params.client.as_ref())?;
         let deadline = self.deadline(params.deadline);
         let unfinished = params.choices.max(1);
         let asked = Asked { prompt: std::mem::take(&mut params.prompt), truncates: false, target_bytes: 0 };
-        let grammar = match params.json_schema.take() {
-            Some(schema) => Some(until(deadline, self.inner.grammars.of(&schema)).await?),
+        let followed = params.json_schema.take().map(Followed::JsonSchema);
+        let grammar = match followed.or_else(|| params.tool_calls.take().map(Followed::ToolCalls)) {
+            Some(followed) => Some(until(deadline, self.inner.grammars.of(followed)).await?),
             None => None,
         };
         let (reply, answer) = mpsc::unbounded_channel();
@@ -303,14 +307,15 @@ impl Coordinator {
         given.or_else(|| Some(Instant::now() + self.config().request_limits.timeout?))
     }
 
-    /// Begins the span of a `client`'s request for an `operation`.
+    /// Begins the span of a `client`'s request for an `operation`, if it may have one more.
     fn begin_span(
         &self,
         operation: &'static str,
         caller: Option<TraceContext>,
         client: Option<&Client>,
-    ) -> RequestSpan {
-        RequestSpan::begin(operation, self.checkpoint().name(), caller, client)
+    ) -> Result<RequestSpan, RequestError> {
+        self.inner.client_uses.may_come(client)?;
+        Ok(RequestSpan::begin(operation, self.checkpoint().name(), caller, client))
     }
 
     fn submit(
@@ -328,8 +333,10 @@ impl Coordinator {
         let prompt_tokens = tokens.len() as u64;
         let cache_bytes = self.acceptance().cache_bytes(tokens.len(), &work)?;
         let (accepted, span) = (request_span.begun, request_span.span);
-        let request =
-            Request { tokens, mode, work, cache_bytes, accepted, deadline, client, priority, begun: None, span };
+        let (begun, let_in) = (None, None);
+        let mut request =
+            Request { tokens, mode, work, cache_bytes, accepted, deadline, client, priority, begun, let_in, span };
+        request.let_in = inner.client_uses.comes(request.client.as_ref(), request.tokens_max())?;
         inner.requests.push(request)?;
         inner.statistics.requests.fetch_add(1, Ordering::Relaxed);
         inner.metrics.prompt_tokens.increment(prompt_tokens);

@@ -40,6 +40,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{codec::CompressionEncoding, service::Routes};
 
 pub use answer::{
+    grammar::ToolCalls,
     hash_layers::HashLayers,
     output::{Encoding, Finish, FinishReason, Pooling, Scores, TargetScore, Token, TokenLogprob, TokenLogprobs},
     request_error::{RequestError, TextOf},

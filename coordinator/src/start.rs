@@ -30,7 +30,9 @@ use crate::{
         remote::{clock::Clock, lane::LaneConfig, lane_connection::Connector},
     },
     forward::forward::Forward,
-    intake::{grammars::Grammars, queue::Queue, request_queue::RequestQueue, workload::Workload},
+    intake::{
+        client_uses::ClientUses, grammars::Grammars, queue::Queue, request_queue::RequestQueue, workload::Workload,
+    },
     measures::{metrics::Metrics, statistics::Statistics},
     predict::{
         beside::beside,
@@ -113,7 +115,12 @@ impl Coordinator {
             inflight_bytes_max: config.lane_inflight_bytes_max,
             d_model: model.d_model,
             clock: Clock::start(),
-            connector: Arc::new(Connector::new(&config.client, config.checkpoint.digest(), rows)),
+            connector: Arc::new(Connector::new(
+                &config.client,
+                config.checkpoint.digest(),
+                config.checkpoint.experts_digest(),
+                rows,
+            )),
         };
         let nodes = Nodes::follow(&cluster, lanes, &runtime);
         runtime.spawn(experts_without_holder::watch(Arc::downgrade(&nodes)));
@@ -192,6 +199,7 @@ impl Coordinator {
         let probe = Arc::new(Probe::new(dispatch(config.server.health_period.min(config.expert_call_timeout)), &model));
         let threads = Mutex::new(threads);
         let inner = Inner {
+            client_uses: ClientUses::new(config.server.gate.clone(), config.client_limits),
             config,
             cluster,
             grammars: Grammars::new(tokenizer.clone(), &model),

@@ -130,6 +130,11 @@ impl Engine {
         self.cache.source().model()
     }
 
+    /// Which experts of that model they are, if that is known.
+    pub fn experts(&self) -> Option<Digest> {
+        self.cache.source().experts()
+    }
+
     /// Its expert memory.
     pub(crate) fn cache(&self) -> &ExpertCache {
         &self.cache

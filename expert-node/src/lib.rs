@@ -56,7 +56,7 @@ use tonic::{codec::CompressionEncoding, service::Routes};
 pub use config::{ExpertMemory, ExpertMemoryError, ExpertNodeConfig, ExpertNodeLimits};
 pub use engine::Engine;
 pub use error::ExpertNodeError;
-pub use service::MODEL_DIGEST_METADATA;
+pub use service::{EXPERTS_DIGEST_METADATA, MODEL_DIGEST_METADATA};
 
 use crate::{call_queue::Job, epochs::Epochs, lane::Lanes, service::ExpertsService};
 

@@ -15,6 +15,8 @@ use crate::lane::{self, Lanes};
 
 /// Names the model that a lane is for, in hex.
 pub const MODEL_DIGEST_METADATA: &str = "sida-model-digest";
+/// Metadata of a lane: the digest of the experts that its rows are for. A coordinator of an older version sends none.
+pub const EXPERTS_DIGEST_METADATA: &str = "sida-experts-digest";
 
 /// The service.
 pub(crate) struct ExpertsService {
@@ -34,6 +36,16 @@ impl Experts for ExpertsService {
             let fault = Fault::new(Reason::ModelMismatch, message);
             return Err(fault.with("node", self.lanes.engine.node()).with("expected", expected).into());
         }
+        let wanted = request.metadata().get(EXPERTS_DIGEST_METADATA).and_then(|value| value.to_str().ok());
+        if let Some((wanted, own)) = wanted.zip(self.lanes.engine.experts())
+            && wanted != own.to_string()
+        {
+            let message = format!(
+                "this node has other experts of model {expected} than the coordinator: theirs are {wanted}, these {own}"
+            );
+            let fault = Fault::new(Reason::ModelMismatch, message);
+            return Err(fault.with("node", self.lanes.engine.node()).with("expected_experts", own).into());
+        }
         if self.lanes.shutdown.is_cancelled() {
             return Err(Fault::new(Reason::ShuttingDown, "this node is shutting down").into());
         }
@@ -46,6 +58,7 @@ impl Experts for ExpertsService {
         let residency = wire::Residency {
             node: engine.node().clone(),
             model: engine.model(),
+            experts: engine.experts(),
             resident_bytes: report.resident_bytes,
             budget_bytes: report.budget_bytes,
             slots: report.slots,

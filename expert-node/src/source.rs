@@ -12,6 +12,10 @@ pub trait ExpertSource: Send + Sync {
     fn layers(&self) -> usize;
     /// The model they are of.
     fn model(&self) -> Digest;
+    /// Which experts of that model they are, where several are known that differ in them alone.
+    fn experts(&self) -> Option<Digest> {
+        None
+    }
     /// Experts per layer.
     fn num_experts(&self) -> usize;
     /// Fills `slot`, which has the bytes of one expert.
@@ -29,6 +33,10 @@ impl ExpertSource for ExpertStore {
 
     fn model(&self) -> Digest {
         self.digest()
+    }
+
+    fn experts(&self) -> Option<Digest> {
+        Some(self.experts_digest())
     }
 
     fn num_experts(&self) -> usize {

@@ -9,7 +9,9 @@ use std::{
 };
 
 use sida_cluster::Cluster;
-use sida_expert_node::{Engine, ExpertMemory, ExpertNodeConfig, ExpertNodeError, MODEL_DIGEST_METADATA};
+use sida_expert_node::{
+    EXPERTS_DIGEST_METADATA, Engine, ExpertMemory, ExpertNodeConfig, ExpertNodeError, MODEL_DIGEST_METADATA,
+};
 use sida_proto::{
     v1::{
         self, LaneRequest, LaneResponse, experts_client::ExpertsClient, lane_request::Kind,
@@ -87,8 +89,18 @@ impl Node {
         outgoing: tokio::sync::mpsc::UnboundedReceiver<LaneRequest>,
         model: String,
     ) -> Result<Streaming<LaneResponse>, Status> {
+        self.open_with(outgoing, &[(MODEL_DIGEST_METADATA, model)]).await
+    }
+
+    async fn open_with(
+        &self,
+        outgoing: tokio::sync::mpsc::UnboundedReceiver<LaneRequest>,
+        metadata: &[(&'static str, String)],
+    ) -> Result<Streaming<LaneResponse>, Status> {
         let mut request = Request::new(UnboundedReceiverStream::new(outgoing));
-        request.metadata_mut().insert(MODEL_DIGEST_METADATA, model.parse().unwrap());
+        for (name, value) in metadata {
+            request.metadata_mut().insert(*name, value.parse().unwrap());
+        }
         Ok(ExpertsClient::new(self.channel.clone()).lane(request).await?.into_inner())
     }
 
@@ -229,6 +241,24 @@ async fn a_lane_for_another_model_is_refused() {
         let status = node.open(outgoing, model).await.unwrap_err();
         assert_eq!((status.code(), Reason::of(&status)), (Code::FailedPrecondition, Some(Reason::ModelMismatch)));
     }
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lane_for_other_experts_is_refused() {
+    // Broken: a node with experts of another training answers a part of the rows, and nobody notices.
+    let node = Node::start(|_| {}).await;
+    let open = async |experts: Digest| {
+        let (_requests, outgoing) = unbounded_channel();
+        let metadata =
+            [(MODEL_DIGEST_METADATA, Digest([7; 32]).to_string()), (EXPERTS_DIGEST_METADATA, experts.to_string())];
+        node.open_with(outgoing, &metadata).await
+    };
+    let status = open(Digest([8; 32])).await.unwrap_err();
+    assert_eq!((status.code(), Reason::of(&status)), (Code::FailedPrecondition, Some(Reason::ModelMismatch)));
+    assert!(status.message().contains("other experts"), "{status}");
+    open(Digest([9; 32])).await.expect("the same experts");
+    assert_eq!(*node.residency().await.experts_digest, [9; 32], "as `sida status` compares it");
     node.stop().await;
 }
 

@@ -10,7 +10,9 @@ import unittest
 import yaml
 
 from releases import COORDINATOR, EXPERT_NODE, OPERATORS, PREDICTOR_NODE, arguments_of, fetching, flag, pod, template
-from test_chart import CHART, rendered
+from test_chart import CASES, CHART, flags_of_commands, pods, rendered
+
+FLAGS = {command: flags for command, flags in flags_of_commands().items() if command in ("coordinator", "expert-node", "predictor-node")}
 
 
 class Templates(unittest.TestCase):
@@ -102,6 +104,41 @@ class Arguments(unittest.TestCase):
             names = [argument.split("=")[0] for argument in arguments if argument.startswith("--")]
             self.assertEqual(len(names), len(set(names)))
             self.assertIn("--log-format=json", arguments)
+
+    def test_extra_environment_overrides(self):
+        """Broken: a variable that a values file sets for a flag would do nothing, since the chart's argument goes before it."""
+        found = template({"coordinator": {"extraEnv": [{"name": "SIDA_QUEUE_MAX", "value": "9"}]}})
+        self.assertEqual(flag(found[COORDINATOR], "queue-max"), [])
+        self.assertEqual(flag(found[COORDINATOR], "queue-tokens-max"), ["2097152"])
+
+    def test_every_flag_can_be_set(self):
+        """Broken: an operator could not set a flag of a node without knowing that extraArgs takes it. Each is set in one of the
+        cases that are rendered, by a value or by the chart itself, or it is in this list."""
+        left_to_extra_args = {
+            "--static": "members are in etcd",
+            "--config": "its keys are flags, each of which has a value",
+            "--send-rows": "pods do not see each other's memory, so they send rows anyway",
+            "--tls-client-names": "of a coordinator: apiKeys and the network policy say who may call",
+        }
+        for role, flags in FLAGS.items():
+            containers = [spec["containers"][0] for name in CASES for _, spec in pods(name)]
+            rendered = {argument.split("=")[0] for c in containers if c.get("args", [None])[0] == role for argument in c["args"]}
+            self.assertEqual(sorted(flags.keys() - rendered - left_to_extra_args.keys()), [], role)
+
+    def test_defaults_are_those_of_the_flags(self):
+        """Broken: the chart would change what a flag is that nobody set, and its page would be all that tells."""
+        documented = json.loads((CHART / "files/defaults.json").read_text())
+        compared = set()
+        own = {"--expert-memory": "half of the experts, since two nodes are the least", "--host-memory": "it counts towards the memory of a pod", "--predictor": "the value says from where, the flag which", "--replicas": "the value counts pods"}
+        for role, values in (("coordinator", "coordinator"), ("expert-node", "expertNode"), ("predictor-node", "predictorNode"), (None, None)):
+            for name, default in FLAGS[role or "coordinator"].items():
+                first, *others = name.lstrip("-").split("-")
+                path = ".".join(filter(None, (values, first + "".join(word.capitalize() for word in others))))
+                if path in documented and name not in own:
+                    said = documented[path]
+                    self.assertEqual(json.dumps(said) if isinstance(said, bool) else str(said), default, path)
+                    compared.add(path)
+        self.assertGreater(len(compared), 35)
 
 
 class Pools(unittest.TestCase):

@@ -12,6 +12,7 @@ mod coordinators;
 mod kills;
 mod lost_holders;
 mod network;
+mod one_expert;
 mod outages;
 mod partition;
 mod pauses;

@@ -116,6 +116,7 @@ fn residency() {
     let held = Residency {
         node: "expert-node-0".into(),
         model: Digest([1; 32]),
+        experts: Some(Digest([2; 32])),
         resident_bytes: 1,
         budget_bytes: 2,
         slots: 3,

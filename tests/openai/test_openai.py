@@ -22,6 +22,7 @@ TEXT = "sst2 sentence: a gorgeous , witty , seductive movie ."
 KEY = "a-key-of-the-openai-test"
 # As models write them: who speaks, and where the answer begins.
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+TOOL_TEMPLATE = (REPOSITORY / "tests/parity/chat/tools.jinja").read_text()
 
 
 class Served:
@@ -164,7 +165,6 @@ def test_chat(served):
     parts = list(create(model=model, messages=messages, max_completion_tokens=8, seed=3, temperature=1, stream=True))
     assert parts[0].choices[0].delta.role == "assistant" and parts[-1].choices[0].finish_reason == "length"
     assert "".join(part.choices[0].delta.content or "" for part in parts) == whole.choices[0].message.content
-    refused(openai.BadRequestError, "tools", lambda: create(model=model, messages=messages, tools=[{"type": "function", "function": {"name": "f"}}]))
     schema = {"type": "object", "properties": {"seen": {"type": "boolean"}}, "required": ["seen"], "additionalProperties": False}
     response_format = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
     for seed in range(3):
@@ -174,13 +174,37 @@ def test_chat(served):
     refused(openai.BadRequestError, "response_format", lambda: create(model=model, messages=messages, response_format=unknown))
 
 
-def chat_model(directory):
+def test_tools(served):
+    """Would break: an agent by OpenAI's client has no tools, or cannot tell what they answered."""
+    client = served.client()
+    model = client.models.list().data[0].id
+    create = client.chat.completions.create
+    parameters = {"type": "object", "properties": {"city": {"enum": ["Rom", "Wien"]}}, "required": ["city"], "additionalProperties": False}
+    tools = [{"type": "function", "function": {"name": "weather", "description": "Tells it.", "parameters": parameters}}]
+    messages = [{"role": "user", "content": "Is it raining in Rom?"}]
+    asked = {"model": model, "messages": messages, "tools": tools, "max_tokens": 900, "seed": 1, "temperature": 1, "parallel_tool_calls": False}
+    for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
+        answer = create(**asked, tool_choice=choice).choices[0]
+        [call] = answer.message.tool_calls
+        assert answer.finish_reason == "tool_calls" and call.function.name == "weather" and answer.message.content is None, answer
+        assert json.loads(call.function.arguments)["city"] in ("Rom", "Wien"), call
+        with client.chat.completions.stream(**asked, tool_choice=choice) as stream:
+            final = stream.get_final_completion().choices[0]
+        assert final.finish_reason == "tool_calls" and final.message.tool_calls[0].function.arguments == call.function.arguments, final
+    # What the client gives back is read as it was written.
+    told = [*messages, answer.message.model_dump(exclude_none=True), {"role": "tool", "tool_call_id": call.id, "content": "It is."}]
+    freely = create(model=model, messages=told, tools=tools, max_tokens=8, extra_body={"ignore_eos": True}).choices[0]
+    assert freely.finish_reason == "length" and isinstance(freely.message.content, str), freely
+    refused(openai.BadRequestError, "tool_choice", lambda: create(**{**asked, "tool_choice": {"type": "function", "function": {"name": "other"}}}))
+
+
+def chat_model(directory, template=TEMPLATE, name="chat"):
     """The small decoder-only model with a chat template."""
-    model = pathlib.Path(directory) / "chat"
+    model = pathlib.Path(directory) / name
     model.mkdir()
     for file in (REPOSITORY / "tests/data/parity/causal-text").iterdir():
         (model / file.name).symlink_to(file)
-    (model / "chat_template.jinja").write_text(TEMPLATE)
+    (model / "chat_template.jinja").write_text(template)
     return model
 
 
@@ -195,6 +219,8 @@ def main():
         keys.write_text(f"test:{KEY}\n")
         with Served(chat_model(directory), "--api-keys", keys) as served:
             test_chat(served)
+        with Served(chat_model(directory, TOOL_TEMPLATE, "tools"), "--prompt-tokens-max", "1024") as served:
+            test_tools(served)
     print("openai", openai.__version__, "is served")
 
 

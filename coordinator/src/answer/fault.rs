@@ -34,6 +34,14 @@ impl From<RequestError> for Fault {
             E::ClientShare { share, retry_after } => {
                 fault(Reason::ClientShare).with("share", share).retry_after(*retry_after)
             }
+            E::ClientLimit { limit, allowed, retry_after } => {
+                let fault = fault(Reason::ClientLimit).with("limit", limit).with("allowed", allowed);
+                retry_after.iter().fold(fault, |fault, after| fault.retry_after(*after))
+            }
+            // It would be refused again, whenever it came.
+            E::ClientLimitBelow { limit, allowed, .. } => {
+                fault(Reason::InvalidRequest).with("limit", limit).with("allowed", allowed)
+            }
             E::NoTime { time, left, retry_after } => fault(Reason::NoTime)
                 .with("time_ms", time.as_millis())
                 .with("left_ms", left.as_millis())

@@ -1,4 +1,4 @@
-//! Answers that follow a JSON Schema. The schema becomes a grammar over bytes, and the grammar says before each token
+//! Answers that follow a JSON Schema, or call tools. The schema becomes a grammar over bytes, and the grammar says before each token
 //! which may be next: all that lead to a text of it, and an end where the text is complete. What a grammar may cost is
 //! bounded, when it is made and at each token, so that no schema holds up what others wait for.
 
@@ -15,6 +15,7 @@ use llguidance::{
 };
 use parking_lot::Mutex;
 use serde_json::{Value, json};
+use sida_model::chat_template::TOOL_CALL;
 
 use crate::answer::{catch_panic::catch_panic, request_error::RequestError};
 
@@ -42,6 +43,24 @@ const BLANKS: &str = r"[\x20\x0A\x0D\x09]{1,64}";
 /// Makes grammars for one tokenizer.
 pub(crate) struct GrammarMaker(ParserFactory);
 
+/// What an answer follows.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Followed {
+    /// JSON of this JSON Schema.
+    JsonSchema(String),
+    /// One or more calls of tools and nothing else.
+    ToolCalls(ToolCalls),
+}
+
+/// The tools that may be called.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ToolCalls {
+    /// The name of each, and the JSON Schema of its arguments.
+    pub tools: Vec<(String, Value)>,
+    /// Whether several may be called.
+    pub several: bool,
+}
+
 /// A schema as a grammar, before its first token. Clones share what was found out about it so far, and its limits.
 #[derive(Clone)]
 pub(crate) struct Grammar(Arc<Mutex<Matcher>>);
@@ -63,11 +82,20 @@ impl GrammarMaker {
         Ok(Self(factory))
     }
 
-    /// The grammar of a schema. This may take long, but ends: not for a thread that others wait for.
-    pub(crate) fn make(&self, schema: &str) -> Result<Grammar, RequestError> {
-        let schema = parsed(schema)?;
+    /// The grammar of what is followed. This may take long, but ends: not for a thread that others wait for.
+    pub(crate) fn make(&self, followed: &Followed) -> Result<Grammar, RequestError> {
+        match followed {
+            Followed::JsonSchema(schema) => self.of(TopLevelGrammar::from_json_schema(parsed(schema)?)),
+            Followed::ToolCalls(calls) => {
+                let made = calls.grammar().and_then(|grammar| self.of(TopLevelGrammar::from_lark(grammar)));
+                made.map_err(of_tools)
+            }
+        }
+    }
+
+    fn of(&self, grammar: TopLevelGrammar) -> Result<Grammar, RequestError> {
         catch_panic(|| {
-            let mut matcher = Matcher::new(self.0.create_parser(TopLevelGrammar::from_json_schema(schema)));
+            let mut matcher = Matcher::new(self.0.create_parser(grammar));
             // Whether there is any text, and whether the vocabulary has tokens to begin it.
             matcher.compute_mask_or_eos().map_err(stopped)?;
             Ok(Grammar(Arc::new(Mutex::new(matcher))))
@@ -89,6 +117,56 @@ fn parsed(text: &str) -> Result<Value, RequestError> {
             Ok(schema)
         }
         _ => Err(refused("it is not an object")),
+    }
+}
+
+impl ToolCalls {
+    /// In the notation of Lark, as the crate takes it.
+    fn grammar(&self) -> Result<String, RequestError> {
+        let [begins, ends] = TOOL_CALL;
+        let more = if self.several { r#"("\n" call)*"# } else { "" };
+        let numbers = 0..self.tools.len();
+        let any = numbers.map(|number| format!("tool_{number}")).collect::<Vec<_>>().join(" | ");
+        let mut grammar = format!("start: call {more}\ncall: \"{begins}\\n\" ({any}) \"\\n{ends}\"\n");
+        for (number, (name, arguments)) in self.tools.iter().enumerate() {
+            let schema = parsed(&call_schema(name, arguments)?.to_string())?;
+            grammar += &format!("tool_{number}: %json {schema}\n");
+        }
+        let bytes = grammar.len();
+        if bytes > SCHEMA_BYTES_MAX {
+            return Err(refused(format!(
+                "those of all tools have {bytes} bytes, more than the {SCHEMA_BYTES_MAX} allowed"
+            )));
+        }
+        Ok(grammar)
+    }
+}
+
+/// The schema of a call. What the arguments' schema defines for itself it refers to from its root, so it stays there.
+fn call_schema(name: &str, arguments: &Value) -> Result<Value, RequestError> {
+    let Value::Object(arguments) = arguments else { return Err(refused("the parameters of a tool are no object")) };
+    let mut schema = json!({
+        "type": "object",
+        "properties": {"name": {"const": name}, "arguments": arguments},
+        "required": ["name", "arguments"],
+        "additionalProperties": false,
+    });
+    for definitions in ["$defs", "definitions"] {
+        if let Some(defined) = arguments.get(definitions) {
+            schema[definitions] = defined.clone();
+        }
+    }
+    Ok(schema)
+}
+
+/// The same of what was not given as a schema, but as tools.
+fn of_tools(error: RequestError) -> RequestError {
+    match error {
+        RequestError::JsonSchema { reason: found } => {
+            let expected = "parameters by which calls can be written".to_owned();
+            RequestError::Argument { field: "tools", found, expected }
+        }
+        other => other,
     }
 }
 
@@ -187,6 +265,10 @@ mod tests {
         GrammarMaker::new(&tokens, &[254, 255]).expect("a maker")
     }
 
+    fn made(schema: &str) -> Result<Grammar, RequestError> {
+        maker().make(&Followed::JsonSchema(schema.to_owned()))
+    }
+
     fn allowed(place: &mut GrammarPlace) -> Vec<u32> {
         let mut logits = [0.0; 256];
         place.apply(&mut logits).expect("a mask");
@@ -197,7 +279,7 @@ mod tests {
     fn a_text_leads_to_its_end() {
         // Would break: an answer goes on behind its JSON, ends within it, or cannot take a token that fits.
         let schema = r#"{"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": false}"#;
-        let grammar = maker().make(schema).expect("a grammar");
+        let grammar = made(schema).expect("a grammar");
         let mut place = grammar.begin();
         assert_eq!(allowed(&mut place), [u32::from(b'{')]);
         for &byte in b"{\"a" {
@@ -217,7 +299,7 @@ mod tests {
     #[test]
     fn what_cannot_be_followed_is_refused_with_its_reason() {
         // Would break: an application believes that its answers follow a schema that nobody has understood.
-        let reason = |schema: &str| match maker().make(schema) {
+        let reason = |schema: &str| match made(schema) {
             Err(RequestError::JsonSchema { reason }) => reason,
             other => panic!("{schema}: {other:?}"),
         };
@@ -232,7 +314,9 @@ mod tests {
         assert!(reason(r#"{"anyOf": [{"multipleOf": 1.01}, {"multipleOf": 103}]}"#).contains("multipleOf"));
         assert!(reason(r##"{"$ref": "#"}"##).contains("no token"), "there is no such text");
         let letters: Vec<Vec<u8>> = (b'a'..=b'z').map(|letter| vec![letter]).chain([Vec::new()]).collect();
-        let unable = GrammarMaker::new(&letters, &[26]).expect("a maker").make("{\"type\": \"object\"}");
+        let unable = GrammarMaker::new(&letters, &[26])
+            .expect("a maker")
+            .make(&Followed::JsonSchema("{\"type\": \"object\"}".to_owned()));
         assert!(
             matches!(&unable, Err(RequestError::JsonSchema { reason }) if reason.contains("no token")),
             "{unable:?}"
@@ -243,13 +327,43 @@ mod tests {
     fn what_costs_too_much_ends() {
         // Would break: one schema keeps the step of all for ever, or all of the memory.
         let schema = r#"{"type": "string", "pattern": "^(\\p{L}{1,1000}){1,1000}$"}"#;
-        let mut place = maker().make(schema).expect("it costs only later").begin();
+        let mut place = made(schema).expect("it costs only later").begin();
         place.note(b'"'.into()).expect("it fits");
         let went_on =
             (0..1000).take_while(|_| place.note(b'a'.into()).and_then(|()| place.apply(&mut [0.0; 256])).is_ok());
         assert!(went_on.count() < 1000);
         // Long, and no dearer for it.
         let long = r#"{"type": "array", "items": {"type": "integer"}, "minItems": 1000000000}"#;
-        assert_eq!(allowed(&mut maker().make(long).expect("a grammar").begin()), [u32::from(b'[')]);
+        assert_eq!(allowed(&mut made(long).expect("a grammar").begin()), [u32::from(b'[')]);
+    }
+
+    #[test]
+    fn calls_of_tools_are_followed_to_their_end() {
+        // Would break: an agent that asked for a call gets a text, a tool that it does not have, or arguments that it cannot read.
+        let weather = json!({"type": "object", "properties": {"at": {"$ref": "#/$defs/hour"}}, "required": ["at"],
+            "additionalProperties": false, "$defs": {"hour": {"type": "integer"}}});
+        let tools = vec![("weather".to_owned(), weather), ("stop".to_owned(), json!({"type": "object"}))];
+        let call = "<tool_call>\n{\"name\":\"weather\",\"arguments\":{\"at\":7}}\n</tool_call>";
+        for several in [false, true] {
+            let grammar =
+                maker().make(&Followed::ToolCalls(ToolCalls { tools: tools.clone(), several })).expect("a grammar");
+            let mut place = grammar.begin();
+            for (at, &byte) in call.as_bytes().iter().enumerate() {
+                assert!(allowed(&mut place).contains(&u32::from(byte)), "at {at}");
+                place.note(byte.into()).expect("it fits");
+            }
+            let next = allowed(&mut place);
+            assert_eq!((next.contains(&254), next.contains(&u32::from(b'\n'))), (true, several));
+        }
+        let first = |text: &str| {
+            let mut place = maker()
+                .make(&Followed::ToolCalls(ToolCalls { tools: tools.clone(), several: true }))
+                .expect("made")
+                .begin();
+            text.bytes().all(|byte| allowed(&mut place).contains(&u32::from(byte)) && place.note(byte.into()).is_ok())
+        };
+        assert!(first("<tool_call>\n{\"name\": \"st") && !first("<tool_call>\n{\"name\": \"sleep"));
+        let wrong = vec![("weather".to_owned(), json!({"type": "text"}))];
+        assert!(maker().make(&Followed::ToolCalls(ToolCalls { tools: wrong, several: true })).is_err());
     }
 }

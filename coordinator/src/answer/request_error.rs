@@ -32,6 +32,15 @@ pub enum RequestError {
     QueueTokens { limit: usize, retry_after: Duration },
     #[error("others wait, and this client has its share of {share} of the queue")]
     ClientShare { share: f64, retry_after: Duration },
+    #[error("{limit} of this client is {allowed}, and it has had as much")]
+    ClientLimit {
+        limit: &'static str,
+        allowed: u64,
+        /// `None`: when others of its requests end.
+        retry_after: Option<Duration>,
+    },
+    #[error("{limit} of this client is {allowed}, and this request alone may take {tokens} tokens")]
+    ClientLimitBelow { limit: &'static str, allowed: u64, tokens: usize },
     #[error(
         "with what is running and waiting the answer takes about {time:?}, and {left:?} are left until the deadline"
     )]

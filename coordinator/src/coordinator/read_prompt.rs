@@ -57,7 +57,7 @@ impl Coordinator {
         let ReadPromptParams { prompt, routing: mode, logprobs, deadline, trace, client, priority } = params;
         let deadline = self.deadline(deadline);
         let top_count = generation_check::logprobs(logprobs)?;
-        let request_span = self.begin_span("score", trace, client.as_ref());
+        let request_span = self.begin_span("score", trace, client.as_ref())?;
         let asked = Asked { prompt, truncates: false, target_bytes: 0 };
         let (tokens_reply, tokens) = oneshot::channel();
         let (reply, scores) = oneshot::channel();

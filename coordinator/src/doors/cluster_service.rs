@@ -2,6 +2,7 @@
 
 use std::{sync::atomic::Ordering, time::Duration};
 
+use bytes::Bytes;
 use futures::future::join_all;
 use sida_cluster::{
     experts::ResidencyReport,
@@ -62,7 +63,7 @@ impl Coordinator {
 
     async fn node_status(&self, member: &Member) -> v1::NodeStatus {
         let client = &self.config().client;
-        let mut residency = None;
+        let (mut residency, mut model) = (None, None);
         let healthy = match (member.role, &member.address) {
             (Role::Coordinator, _) if member.node == self.config().node => true,
             (Role::Coordinator, Address::Grpc(address)) => within_patience(serves(address, client)).await == Some(true),
@@ -73,24 +74,39 @@ impl Coordinator {
             }
             (Role::ExpertNode, Address::Grpc(address)) => {
                 residency = within_patience(remote_residency(address, client)).await;
+                model = residency.as_ref().map(|held| (held.model_digest.clone(), held.experts_digest.clone()));
                 residency.is_some()
             }
             (Role::PredictorNode, Address::Grpc(address)) => {
-                within_patience(describes_predictor(address, client)).await.is_some()
+                let described = within_patience(describes_predictor(address, client)).await;
+                model = described.map(|described| (described.model_digest, Bytes::new()));
+                model.is_some()
             }
             (Role::PredictorNode, Address::Local(_)) => false,
         };
+        let problem = model.and_then(|(model, experts)| self.differs(&model, &experts)).unwrap_or_default();
         let placement = self.cluster().placement();
         v1::NodeStatus {
             node: member.node.to_string(),
             role: member.role.to_string(),
             address: member.address.to_string(),
-            healthy,
+            healthy: healthy && problem.is_empty(),
             experts_placed: placement.experts_of(&member.node).count() as u64,
             experts_held: placement.held_by(&member.node).count() as u64,
             ready_epoch: 0,
             weight: member.weight,
             residency,
+            problem: problem.to_owned(),
+        }
+    }
+
+    /// In what a node of this model and these experts, as far as it says, is of no use here.
+    fn differs(&self, model: &[u8], experts: &[u8]) -> Option<&'static str> {
+        let checkpoint = self.checkpoint();
+        let has_other_experts = || !experts.is_empty() && experts != checkpoint.experts_digest().0;
+        match model == checkpoint.digest().0 {
+            false => Some("serves another model"),
+            true => has_other_experts().then_some("has other experts"),
         }
     }
 
@@ -98,6 +114,7 @@ impl Coordinator {
         v1::ResidencyResponse::from(&Residency {
             node: member.node.clone(),
             model: self.checkpoint().digest(),
+            experts: None,
             resident_bytes: report.resident_bytes,
             budget_bytes: report.budget_bytes,
             slots: report.slots,
@@ -126,7 +143,7 @@ async fn remote_residency(address: &str, client: &ClientConfig) -> Option<v1::Re
     Some(ExpertsClient::new(channel).residency(v1::ResidencyRequest {}).await.ok()?.into_inner())
 }
 
-async fn describes_predictor(address: &str, client: &ClientConfig) -> Option<()> {
+async fn describes_predictor(address: &str, client: &ClientConfig) -> Option<v1::DescribePredictorResponse> {
     let channel = sida_rpc::connect(address, client).await.ok()?;
-    PredictorClient::new(channel).describe(v1::DescribePredictorRequest {}).await.ok().map(drop)
+    Some(PredictorClient::new(channel).describe(v1::DescribePredictorRequest {}).await.ok()?.into_inner())
 }

@@ -99,6 +99,7 @@ pub(crate) fn generate_params(
         },
         stop: message.stop,
         json_schema: (!message.json_schema.is_empty()).then_some(message.json_schema),
+        tool_calls: None,
         deadline: caller.deadline,
         trace: caller.trace,
         client: caller.client,

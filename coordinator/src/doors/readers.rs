@@ -6,7 +6,7 @@ use prost::Message;
 use sida_proto::{inference::ModelInferRequest, v1};
 
 use crate::{
-    answer::grammar::{Grammar, GrammarMaker},
+    answer::grammar::{Followed, Grammar, GrammarMaker},
     doors::{
         messages::{self, CallMetadata},
         open_inference::{generate, json_form, question::Question},
@@ -25,18 +25,18 @@ use crate::{
 
 /// The body of a request to a path of OpenAI's, or of vLLM's.
 pub fn openai(path: &str, body: &[u8]) -> bool {
-    type Read = fn(&mut Fields) -> Result<(), ApiError>;
+    type Read = fn(&mut Fields, &[u8]) -> Result<(), ApiError>;
     let read: Read = match path {
-        "/v1/completions" => |fields| CompletionRequest::read(fields).map(drop),
-        "/v1/chat/completions" => |fields| ChatRequest::read(fields).map(drop),
-        "/v1/embeddings" => |fields| EmbeddingRequest::read(fields, 8).map(drop),
-        "/tokenize" => |fields| TokenizeRequest::read(fields).map(drop),
-        "/detokenize" => |fields| read_tokens(fields).map(drop),
+        "/v1/completions" => |fields, _| CompletionRequest::read(fields).map(drop),
+        "/v1/chat/completions" => |fields, body| ChatRequest::read(fields, body).map(drop),
+        "/v1/embeddings" => |fields, _| EmbeddingRequest::read(fields, 8).map(drop),
+        "/tokenize" => |fields, _| TokenizeRequest::read(fields).map(drop),
+        "/detokenize" => |fields, _| read_tokens(fields).map(drop),
         _ => return false,
     };
     let taken = body::parsed(body).and_then(|mut fields| {
         fields.text("model")?;
-        read(&mut fields)?;
+        read(&mut fields, body)?;
         fields.end()
     });
     taken.is_ok()
@@ -87,7 +87,8 @@ impl SchemaReader {
 
     /// A schema, of which the first tokens are asked for.
     pub fn read(&self, schema: &[u8]) -> bool {
-        let grammar = str::from_utf8(schema).ok().and_then(|schema| self.0.make(schema).ok());
+        let grammar = str::from_utf8(schema).ok().map(|schema| Followed::JsonSchema(schema.to_owned()));
+        let grammar = grammar.and_then(|followed| self.0.make(&followed).ok());
         grammar.is_some_and(|grammar: Grammar| grammar.begin().apply(&mut [0.0; 257]).is_ok())
     }
 }

@@ -10,7 +10,7 @@ use sida_telemetry::TraceContext;
 
 use crate::{
     answer::{
-        grammar::Grammar,
+        grammar::{Grammar, ToolCalls},
         output::Pooling,
         request_error::{RequestError, TextOf},
         routing_mode::RoutingMode,
@@ -90,6 +90,8 @@ pub struct GenerateParams {
     /// The answer is JSON that follows this JSON Schema, unless it ends at `max_tokens`. What a text may be begins and ends
     /// with it: `min_tokens` and `ignore_eos` are refused beside it.
     pub json_schema: Option<String>,
+    /// The answer calls tools, as models do that write calls between `<tool_call>` and `</tool_call>`; not beside a schema.
+    pub tool_calls: Option<ToolCalls>,
     /// The answer ends before one of these.
     pub stop: Vec<String>,
     /// By which door it came.

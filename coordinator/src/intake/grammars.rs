@@ -12,7 +12,7 @@ use sida_model::{GenerationConfig, ModelConfig, Tokenizer};
 use tokio::{sync::Semaphore, task, time};
 
 use crate::answer::{
-    grammar::{Grammar, GrammarMaker},
+    grammar::{Followed, Grammar, GrammarMaker},
     request_error::RequestError,
 };
 
@@ -34,8 +34,8 @@ struct Inner {
     generation: GenerationConfig,
     /// Made for the first schema: it takes a vocabulary's bytes apart.
     maker: OnceLock<Result<GrammarMaker, String>>,
-    /// Those that were asked for last, with their schemas.
-    kept: Mutex<VecDeque<(Arc<str>, Grammar)>>,
+    /// Those that were asked for last, with what they are of.
+    kept: Mutex<VecDeque<(Arc<Followed>, Grammar)>>,
     turns: Arc<Semaphore>,
 }
 
@@ -52,23 +52,23 @@ impl Grammars {
         }))
     }
 
-    /// The grammar of a schema, for one request.
-    pub(crate) async fn of(&self, schema: &str) -> Result<Grammar, RequestError> {
-        if let Some(grammar) = self.0.kept(schema) {
+    /// The grammar of what an answer follows, for one request.
+    pub(crate) async fn of(&self, followed: Followed) -> Result<Grammar, RequestError> {
+        if let Some(grammar) = self.0.kept(&followed) {
             return Ok(grammar.apart());
         }
         let late = |_| RequestError::JsonSchema { reason: format!("it was not understood within {PATIENCE:?}") };
-        let made = time::timeout(PATIENCE, self.make(schema)).await.map_err(late)?;
+        let made = time::timeout(PATIENCE, self.make(followed)).await.map_err(late)?;
         made.map(|grammar| grammar.apart())
     }
 
-    async fn make(&self, schema: &str) -> Result<Grammar, RequestError> {
+    async fn make(&self, followed: Followed) -> Result<Grammar, RequestError> {
         // The turn lasts as long as the work does, although its caller may have gone.
         let turn = self.0.turns.clone().acquire_owned().await.map_err(|_| RequestError::Panicked)?;
-        let (inner, schema) = (self.0.clone(), Arc::<str>::from(schema));
+        let inner = self.0.clone();
         let made = task::spawn_blocking(move || {
             let _turn = turn;
-            inner.kept(&schema).map_or_else(|| inner.make(schema), Ok)
+            inner.kept(&followed).map_or_else(|| inner.make(followed), Ok)
         });
         made.await.unwrap_or(Err(RequestError::Panicked))
     }
@@ -76,16 +76,16 @@ impl Grammars {
 
 impl Inner {
     /// A grammar that was made, which is kept the longer for being asked for.
-    fn kept(&self, schema: &str) -> Option<Grammar> {
+    fn kept(&self, followed: &Followed) -> Option<Grammar> {
         let mut kept = self.kept.lock();
-        let place = kept.iter().position(|(of, _)| **of == *schema)?;
+        let place = kept.iter().position(|(of, _)| **of == *followed)?;
         let entry = kept.remove(place)?;
         let grammar = entry.1.clone();
         kept.push_back(entry);
         Some(grammar)
     }
 
-    fn make(&self, schema: Arc<str>) -> Result<Grammar, RequestError> {
+    fn make(&self, followed: Followed) -> Result<Grammar, RequestError> {
         let maker = self.maker.get_or_init(|| {
             let bytes = self.tokenizer.token_bytes(self.vocab_size);
             let mut bytes = bytes.ok_or("the tokens of this model do not spell JSON")?;
@@ -97,12 +97,12 @@ impl Inner {
             GrammarMaker::new(&bytes, eos_token_ids)
         });
         let maker = maker.as_ref().map_err(|reason| RequestError::JsonSchema { reason: reason.clone() })?;
-        let grammar = maker.make(&schema)?;
+        let grammar = maker.make(&followed)?;
         let mut kept = self.kept.lock();
         if kept.len() == KEPT_MAX {
             kept.pop_front();
         }
-        kept.push_back((schema, grammar.clone()));
+        kept.push_back((Arc::new(followed), grammar.clone()));
         Ok(grammar)
     }
 }

@@ -1,10 +1,11 @@
 //! From what a caller asks for to a checked request that waits for its turn.
 //!
-//! In reading order: `prompt` is what is asked about; `accept` checks and tokenizes, with `generation_check` for how tokens
+//! In reading order: `client_uses` says whether its client may ask for more; `prompt` is what is asked about; `accept` checks and tokenizes, with `generation_check` for how tokens
 //! are chosen and `grammars` for what they are held to; `request` is what comes of it; `request_span` describes it in a
 //! trace; `queue` is where it waits, and `workload` says whether it can be in time.
 
 pub(crate) mod accept;
+pub(crate) mod client_uses;
 pub(crate) mod generation_check;
 pub(crate) mod grammars;
 pub(crate) mod prompt;

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use sida_routing::admission::Cost;
 use sida_rpc::Client;
-use sida_telemetry::Span;
+use sida_telemetry::{Span, counter, names};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::{
@@ -15,7 +15,7 @@ use crate::{
         routing_mode::RoutingMode,
         sampling::SamplerSettings,
     },
-    intake::workload::Begun,
+    intake::{client_uses::LetIn, workload::Begun},
     measures::door::Door,
 };
 
@@ -39,6 +39,9 @@ pub(crate) struct Request {
     pub(crate) priority: i32,
     /// Counts it as begun, from when it leaves the queue until it is over.
     pub(crate) begun: Option<Begun>,
+    /// What its client's limits let it have; `None` of one without limits. Given up before its caller learns that it is over,
+    /// who may ask again at once.
+    pub(crate) let_in: Option<LetIn>,
     /// The span from the request's coming in to its answer; ends with the request.
     pub(crate) span: Span,
 }
@@ -138,10 +141,14 @@ impl Request {
         self.work.sequences().max(1)
     }
 
-    /// Notes that the answer is complete, after so many steps.
-    pub(crate) fn answered(&self, steps: usize) {
+    /// Notes that the answer is complete, after so many steps and of so many tokens.
+    pub(crate) fn answered(&self, steps: usize, generated: usize) {
         if let Some(begun) = &self.begun {
             begun.answered(steps, self.work.steps_max());
+        }
+        if let Some(client) = &self.client {
+            let tokens = self.cost().tokens + generated;
+            counter!(names::CLIENT_TOKENS_TOTAL, names::CLIENT => client.label().to_string()).increment(tokens as u64);
         }
     }
 
@@ -189,6 +196,7 @@ impl Request {
     /// Answers with an error. The caller may have gone, which is no error.
     pub(crate) fn fail(mut self, error: RequestError) {
         self.span.fail(&error);
+        self.let_in = None;
         match self.work {
             Work::Encode { reply, .. } => drop(reply.send(Err(error))),
             Work::Score { reply, .. } => {

@@ -78,23 +78,26 @@ impl RequestQueue {
         displaced: &mut Vec<(Waiting, Duration)>,
     ) -> Result<(), RequestError> {
         let asks = Load { requests: 1, tokens: request.tokens_max() };
-        let begun = self.workload.begun();
-        // Until half of what waits is begun there is room for more than one of those who ask again.
-        let retry_after = self.workload.retry_after(&request, begun + sequences(waiting.iter()) / 2);
         let mut turns = self.turns.lock();
         if waiting.is_empty() {
             turns.rest();
         }
-        let mut after = turns.clone();
-        let turn = after.comes(request.client.clone(), asks.tokens);
-        let place = places(waiting, &request, turn)[0];
-        let ahead = begun + sequences(waiting.iter().take(place));
-        let no_time = self.workload.no_time(&request, ahead, SHARE_OF_TIME, Instant::now());
-        no_time.map_or(Ok(()), Err)?;
-        self.make_room(waiting, &request, asks, retry_after, displaced)?;
-        *turns = after;
+        if request.deadline.is_some() {
+            let place = places(waiting, &request, turns.turn(&request.client))[0];
+            let ahead = self.workload.begun() + sequences(waiting.iter().take(place));
+            let no_time = self.workload.no_time(&request, ahead, SHARE_OF_TIME, Instant::now());
+            no_time.map_or(Ok(()), Err)?;
+        }
+        self.make_room(waiting, &request, asks, displaced)?;
+        let turn = turns.comes(request.client.clone(), asks.tokens);
         insert(waiting, Waiting { request, turn, tokens: asks.tokens });
         Ok(())
+    }
+
+    /// When somebody whose request is refused should come back: until half of what waits is begun there is room for more than one of
+    /// those who ask again. All that wait are looked at, so this is asked of refusals only.
+    fn retry_after(&self, waiting: &VecDeque<Waiting>, request: &Request) -> Duration {
+        self.workload.retry_after(request, self.workload.begun() + sequences(waiting.iter()) / 2)
     }
 
     /// Sees to it that one more request may wait, or says why not.
@@ -103,18 +106,21 @@ impl RequestQueue {
         waiting: &mut VecDeque<Waiting>,
         request: &Request,
         asks: Load,
-        retry_after: Duration,
         displaced: &mut Vec<(Waiting, Duration)>,
     ) -> Result<(), RequestError> {
         let Limits { queue_max, queue_tokens_max, client_queue_share: share, .. } = self.limits;
         loop {
+            let retry_after = || self.retry_after(waiting, request);
             let of = match self.limits.enters(&loads(waiting), &request.client, asks) {
                 Entry::Waits => return Ok(()),
                 Entry::Displaces(of) => of.clone(),
-                Entry::OverShare => return Err(RequestError::ClientShare { share, retry_after }),
-                Entry::Full => return Err(RequestError::QueueFull { limit: queue_max, retry_after }),
-                Entry::FullOfTokens => return Err(RequestError::QueueTokens { limit: queue_tokens_max, retry_after }),
+                Entry::OverShare => return Err(RequestError::ClientShare { share, retry_after: retry_after() }),
+                Entry::Full => return Err(RequestError::QueueFull { limit: queue_max, retry_after: retry_after() }),
+                Entry::FullOfTokens => {
+                    return Err(RequestError::QueueTokens { limit: queue_tokens_max, retry_after: retry_after() });
+                }
             };
+            let retry_after = retry_after();
             let newest = waiting.iter().rposition(|waiting| waiting.request.client == of);
             displaced.extend(newest.and_then(|at| waiting.remove(at)).map(|waiting| (waiting, retry_after)));
         }
@@ -139,6 +145,9 @@ impl RequestQueue {
             return None;
         }
         self.workload.begin(&mut request);
+        if let Some(let_in) = &mut request.let_in {
+            let_in.begins();
+        }
         Some(request)
     }
 
@@ -214,6 +223,7 @@ mod tests {
             work: Work::Encode { options: EncodeOptions::default(), reply },
             cache_bytes: 0,
             begun: None,
+            let_in: None,
             accepted: Instant::now(),
             deadline: None,
             client: None,

@@ -278,7 +278,7 @@ impl<B: Backend> Scheduler<B> {
         match &encoding {
             Ok(_) => {
                 self.statistics.outcomes.answered();
-                request.answered(1);
+                request.answered(1, 0);
             }
             Err(error) => self.note_failure(error),
         }
@@ -326,7 +326,10 @@ fn start_all<B: Backend>(
 /// Answers a request for encoder states. The caller may have gone, which is no error.
 fn answer_encoding(request: Request, encoding: Result<Encoding, RequestError>) {
     match (encoding, request) {
-        (Ok(encoding), Request { work: Work::Encode { reply, .. }, .. }) => drop(reply.send(Ok(encoding))),
+        (Ok(encoding), Request { work: Work::Encode { reply, .. }, let_in, .. }) => {
+            drop(let_in);
+            drop(reply.send(Ok(encoding)));
+        }
         (Ok(_), _) => {}
         (Err(error), request) => request.fail(error),
     }

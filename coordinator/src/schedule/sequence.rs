@@ -175,6 +175,12 @@ impl<B: Backend> Sequence<B> {
             now
         });
         let (mut texts, mut going, mut fed, mut is_gone) = (Vec::new(), Vec::new(), Vec::new(), false);
+        if chosen.iter().all(|chosen| chosen.reason.is_some())
+            && let Some(let_in) = self.request.let_in.take()
+        {
+            let generated = generation.ended_tokens + chosen.len() * generation.generated;
+            let_in.ends(self.request.cost().tokens + generated);
+        }
         let choices = std::mem::take(&mut generation.choices);
         for (choice, Chosen { id, logprobs, text, reason }) in choices.into_iter().zip(chosen) {
             let finish = reason.map(|reason| {
@@ -204,7 +210,7 @@ impl<B: Backend> Sequence<B> {
         generation.choices = going;
         let is_over = generation.choices.is_empty();
         if is_over {
-            self.request.answered(generation.generated);
+            self.request.answered(generation.generated, generation.ended_tokens);
             request_span::describe_answer(&mut self.request.span, generation.ended_tokens, &generation.ended);
         }
         self.feed(fed);
@@ -267,10 +273,10 @@ impl<B: Backend> Sequence<B> {
             scores.push(score::score(backend, states, rows.end - target.len(), target, *top_count)?);
         }
         self.trace.timings.total = self.request.accepted.elapsed();
-        if let Some(begun) = &self.request.begun {
-            begun.answered(1, 1);
-        }
-        if let Some(reply) = reply.take() {
+        let reply = reply.take();
+        self.request.answered(1, 0);
+        self.request.let_in = None;
+        if let Some(reply) = reply {
             // The caller may have gone, which is no error.
             drop(reply.send(Ok(Scores { targets: scores, trace: self.trace.clone() })));
         }

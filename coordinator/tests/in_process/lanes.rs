@@ -46,6 +46,21 @@ fn ids(tokens: &[Token]) -> Vec<u32> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn who_serves_something_else_is_told() {
+    // Would break: `sida status` shows a node as serving that no coordinator can use, and nobody finds out why it has no work.
+    let (experts, nodes) = nodes(4).await;
+    let coordinator = start_over(addresses(&nodes), Vec::new(), PredictorSource::Off, |_| ()).await;
+    experts[1].described.lock().model_digest = vec![1; 32].into();
+    experts[2].described.lock().experts_digest = vec![1; 32].into();
+    experts[3].described.lock().experts_digest = Default::default();
+    let status = coordinator.status().await;
+    let nodes = status.nodes.iter().filter(|node| node.role == "expert-node");
+    let told: Vec<_> = nodes.map(|node| (node.healthy, &*node.problem)).collect();
+    let expected = [(true, ""), (false, "serves another model"), (false, "has other experts"), (true, "")];
+    assert_eq!(told, expected, "who does not say which experts it has is of an older version");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn remote_and_local_answer_alike() {
     // Would break: an answer depends on where its experts live, or hints are lost on their way.
     let here = start(1, PredictorSource::Off, |_| ()).await;

@@ -2,12 +2,14 @@
 //! [`generation_config`], [`choices`]) to prompts of all kinds ([`prompts`]) and in mode `guided` ([`guided`]), what it
 //! survives ([`failures`]), how it reaches nodes behind sockets ([`lanes`], [`epochs`]), what it refuses ([`limits`]),
 //! how sequences share their memory ([`cache_memory`]), what predictions cost ([`prediction`]) and what they know of the
-//! input ([`reading_input`]), whom it knows ([`clients`]), and how that looks by gRPC ([`front_door`], [`open_inference`], [`our_faults`]) and by HTTP
+//! input ([`reading_input`]), whom it knows ([`clients`]) and what it gives each ([`client_limits`]), and how that looks by
+//! gRPC ([`front_door`], [`open_inference`], [`our_faults`]) and by HTTP
 //! ([`openai_door`]), and by [all](`every_door`) of them at once. Whole clusters of real nodes are tested in the
 //! `tests` crate.
 
 mod cache_memory;
 mod choices;
+mod client_limits;
 mod clients;
 mod cors;
 mod decoder_only;
@@ -34,3 +36,4 @@ mod prompts;
 mod reading_input;
 mod response_format;
 mod small_experts;
+mod tools;

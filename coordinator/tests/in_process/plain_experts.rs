@@ -20,6 +20,7 @@ use sida_cluster::{
 };
 use sida_coordinator::{Coordinator, CoordinatorConfig, PredictorSource};
 use sida_model::{Checkpoint, ExpertScratch, ExpertStore};
+use sida_proto::v1::ResidencyResponse;
 use sida_routing::{ExpertKey, LayerId, Plan, PlanId};
 use tempfile::TempDir;
 
@@ -61,6 +62,8 @@ pub(crate) struct PlainExperts {
     pub(crate) unplanned: AtomicU64,
     /// The placement that the node knows, and what it sends to those who know an older one.
     pub(crate) newer: Mutex<(u64, bytes::Bytes)>,
+    /// What the node says of itself.
+    pub(crate) described: Mutex<ResidencyResponse>,
 }
 
 impl PlainExperts {
@@ -182,7 +185,13 @@ pub(crate) fn experts() -> Arc<PlainExperts> {
 /// Plain experts of a model.
 fn experts_of(model: &Path) -> Arc<PlainExperts> {
     let checkpoint = Checkpoint::open(model).expect("model");
+    let described = ResidencyResponse {
+        model_digest: checkpoint.digest().0.to_vec().into(),
+        experts_digest: checkpoint.experts_digest().0.to_vec().into(),
+        ..Default::default()
+    };
     Arc::new(PlainExperts {
+        described: Mutex::new(described),
         store: ExpertStore::open(checkpoint).expect("experts"),
         behaviour: Mutex::new(Behaviour::Works),
         calls: Mutex::default(),

@@ -124,7 +124,9 @@ impl Experts for PlainService {
     type LaneStream = LaneStream;
 
     async fn lane(&self, request: Request<Streaming<v1::LaneRequest>>) -> Result<Response<LaneStream>, Status> {
-        assert!(request.metadata().get("sida-model-digest").is_some(), "a lane names its model");
+        for named in ["sida-model-digest", "sida-experts-digest"] {
+            assert!(request.metadata().get(named).is_some(), "a lane names its model and the experts of it");
+        }
         let experts = self.0.clone();
         let responses = request.into_inner().map(move |request| {
             let experts = experts.clone();
@@ -147,7 +149,7 @@ impl Experts for PlainService {
     }
 
     async fn residency(&self, _: Request<v1::ResidencyRequest>) -> Result<Response<v1::ResidencyResponse>, Status> {
-        Err(Status::unimplemented("nobody asks here"))
+        Ok(Response::new(self.0.described.lock().clone()))
     }
 }
 

@@ -98,7 +98,11 @@ fn held(nodes: &[NodeStatus]) -> PlainTable {
 }
 
 fn member(node: &NodeStatus, style: Style) -> Vec<Cell> {
-    let (health, colour) = if node.healthy { ("serving", Color::Green) } else { ("down", Color::Red) };
+    let (health, colour) = match node.healthy {
+        true => ("serving", Color::Green),
+        false if node.problem.is_empty() => ("down", Color::Red),
+        false => (&*node.problem, Color::Red),
+    };
     let health = if style == Style::Colour { Cell::new(health).fg(colour) } else { Cell::new(health) };
     vec![Cell::new(&node.node), Cell::new(&node.role), Cell::new(&node.address), health]
 }

@@ -36,16 +36,25 @@ const NAME: &str = "chat";
 /// The special tokens that transformers gives a template.
 const TOKENS: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
+/// What templates are given that is more than a text: JSON whose fields keep their order, which is that of the prompts that
+/// models were trained on.
+pub type TemplateValue = minijinja::Value;
+pub use minijinja::value::ValueKind;
+
+/// How models of one form call a tool: its name and its arguments in JSON, between these.
+pub const TOOL_CALL: [&str; 2] = ["<tool_call>", "</tool_call>"];
+
 /// The template of a checkpoint.
 #[derive(Debug)]
 pub struct ChatTemplate {
     environment: Environment<'static>,
     /// The special tokens by their names.
     tokens: BTreeMap<String, String>,
+    calls_tools: bool,
 }
 
 /// One message of a conversation.
-#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
 pub struct ChatMessage {
     /// Who speaks, as `user`; which roles there are is up to the template.
     pub role: String,
@@ -54,6 +63,12 @@ pub struct ChatMessage {
     /// Which of several that have the role.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
+    /// The tools that an assistant called: a list of `{"type": "function", "function": {"name": .., "arguments": {..}}}`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tool_calls: Option<TemplateValue>,
+    /// Which of these calls a message of a tool answers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tool_call_id: Option<String>,
 }
 
 /// Why a conversation cannot be written.
@@ -102,15 +117,24 @@ impl ChatTemplate {
         environment.set_fuel(Some(STEPS_MAX));
         template_functions::add_to(&mut environment);
         environment.add_template_owned(NAME, without_generation_tags(&source))?;
-        Ok(Self { environment, tokens })
+        let is_told_of_tools = environment.get_template(NAME)?.undeclared_variables(false).contains("tools");
+        // Another form writes functions as elements between the same marks.
+        let calls_tools = is_told_of_tools && source.contains(TOOL_CALL[0]) && !source.contains("<function=");
+        Ok(Self { environment, tokens, calls_tools })
     }
 
-    /// `messages` as the model's prompt. It ends where the model's answer begins if `add_generation_prompt`. `variables` are
-    /// what a request says to the template itself, as `enable_thinking`; they do not overrule what is passed here.
+    /// Whether the model is told of tools, and calls them by [`TOOL_CALL`].
+    pub fn calls_tools(&self) -> bool {
+        self.calls_tools
+    }
+
+    /// `messages` as the model's prompt, which is told of `tools` if there are any. It ends where the model's answer begins if
+    /// `add_generation_prompt`. `variables` are what a request says to the template itself, as `enable_thinking`; they do not overrule what is passed here.
     pub fn render(
         &self,
         messages: &[ChatMessage],
         add_generation_prompt: bool,
+        tools: &[TemplateValue],
         variables: &Map<String, Value>,
     ) -> Result<String, ChatError> {
         let theirs = variables.iter().map(|(name, value)| (name.as_str(), minijinja::Value::from_serialize(value)));
@@ -118,7 +142,7 @@ impl ChatTemplate {
         let ours = [
             ("messages", minijinja::Value::from_serialize(messages)),
             ("add_generation_prompt", add_generation_prompt.into()),
-            ("tools", ().into()),
+            ("tools", if tools.is_empty() { ().into() } else { tools.to_vec().into() }),
             ("documents", ().into()),
         ];
         let context: BTreeMap<&str, minijinja::Value> = theirs.chain(tokens).chain(ours).collect();

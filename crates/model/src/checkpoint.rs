@@ -19,6 +19,12 @@ use crate::{
 /// Tensors up to this many bytes are part of the digest (norms, routers, biases, small projections).
 const DIGEST_TENSOR_BYTES_MAX: usize = 1 << 20;
 
+/// So many of the experts' tensors at most, evenly among their names, and so many places in each are looked at to tell
+/// experts apart: a few hundred pages of the largest model.
+const SAMPLED_TENSORS_MAX: usize = 64;
+const SAMPLED_PLACES: usize = 4;
+const SAMPLE_BYTES: usize = 64;
+
 /// A model on disk.
 #[derive(Debug)]
 pub struct Checkpoint {
@@ -28,6 +34,8 @@ pub struct Checkpoint {
     files: WeightFiles,
     manifest: Option<Manifest>,
     digest: Digest,
+    /// Made when it is asked for.
+    experts_digest: OnceLock<Digest>,
     /// The first tensor that was found to be damaged.
     damaged: OnceLock<String>,
 }
@@ -73,8 +81,9 @@ impl Checkpoint {
         let config = ModelConfig::open_checked(dir, check)?;
         let files = WeightFiles::open(dir)?;
         let name = name.map_or_else(|| model_name::of_directory(dir), str::to_owned);
-        let (dir, damaged) = (dir.to_owned(), OnceLock::new());
-        let mut checkpoint = Self { dir, name, config, files, manifest, digest: Digest([0; 32]), damaged };
+        let (dir, damaged, experts_digest) = (dir.to_owned(), OnceLock::new(), OnceLock::new());
+        let mut checkpoint =
+            Self { dir, name, config, files, manifest, digest: Digest([0; 32]), experts_digest, damaged };
         checkpoint.digest = checkpoint.identify()?;
         Ok(Arc::new(checkpoint))
     }
@@ -91,6 +100,26 @@ impl Checkpoint {
     /// need not know.
     pub fn digest(&self) -> Digest {
         self.digest
+    }
+
+    /// Tells models apart that have the same [`Checkpoint::digest`] and other experts: SHA-256 of samples of these. Any training
+    /// of the experts changes them all; that each is whole is for a manifest to say.
+    pub fn experts_digest(&self) -> Digest {
+        *self.experts_digest.get_or_init(|| {
+            let mut names: Vec<&str> = self.names().filter(|name| names::is_expert(name)).collect();
+            names.sort_unstable();
+            let every = names.len().div_ceil(SAMPLED_TENSORS_MAX).max(1);
+            let mut hash = Sha256::new();
+            for stored in names.into_iter().step_by(every).filter_map(|name| self.files.get(name)) {
+                let bytes = self.files.bytes(stored);
+                let room = bytes.len().saturating_sub(SAMPLE_BYTES);
+                for place in 0..SAMPLED_PLACES {
+                    let start = room * place / (SAMPLED_PLACES - 1);
+                    hash.update(&bytes[start..bytes.len().min(start + SAMPLE_BYTES)]);
+                }
+            }
+            Digest(hash.finalize().into())
+        })
     }
 
     /// Where it was opened.

@@ -58,6 +58,11 @@ impl ExpertStore {
         self.checkpoint.digest()
     }
 
+    /// Which experts these are: [`Checkpoint::experts_digest`].
+    pub fn experts_digest(&self) -> Digest {
+        self.checkpoint.experts_digest()
+    }
+
     /// Asks for an expert to be read from disk ahead of [`ExpertStore::load`]. Only a hint.
     pub fn will_need(&self, key: ExpertKey) {
         if self.check(key).is_ok() {

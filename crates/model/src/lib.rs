@@ -71,7 +71,7 @@ pub mod window;
 pub use backbone::Backbone;
 pub use backend::{Backend, Beside, MoeRows, NewSequence, Passed, PassedLayer, Wanted};
 pub use cache_size::CacheSize;
-pub use chat_template::{ChatError, ChatMessage, ChatTemplate};
+pub use chat_template::{ChatError, ChatMessage, ChatTemplate, TemplateValue};
 pub use checkpoint::{Checkpoint, TensorBytes};
 pub use config::{ModelConfig, Stack};
 pub use cpu_backend::CpuBackend;

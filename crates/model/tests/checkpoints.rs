@@ -88,6 +88,34 @@ fn copies_that_differ_are_used_each_in_its_place() {
     assert_eq!(forced(&reference), forced(&Reference::open(&source()).unwrap()));
 }
 
+/// A node with experts of another training would answer a part of the rows, and nobody would notice.
+#[test]
+fn models_that_differ_in_their_experts_are_told_apart() {
+    let dir = model();
+    let path = dir.path().join("model.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    let experts: Vec<_> = {
+        let tensors = SafeTensors::deserialize(&bytes).unwrap();
+        let of_experts = tensors.iter().filter(|(name, _)| name.contains(".experts."));
+        of_experts
+            .map(|(_, tensor)| (tensor.data().as_ptr() as usize - bytes.as_ptr() as usize, tensor.data().len()))
+            .collect()
+    };
+    assert!(!experts.is_empty());
+    for (start, length) in experts {
+        bytes[start..start + length].iter_mut().for_each(|byte| *byte ^= 1);
+    }
+    fs::write(&path, bytes).unwrap();
+    let digests = |dir: &Path| {
+        let checkpoint = Checkpoint::open(dir).unwrap();
+        (checkpoint.digest(), checkpoint.experts_digest())
+    };
+    let (other, own) = (digests(dir.path()), digests(&source()));
+    assert_eq!(other.0, own.0);
+    assert_ne!(other.1, own.1);
+    assert_eq!(digests(model().path()), own, "the same files elsewhere");
+}
+
 /// Nodes that hold one model would take it for two, or two models for one.
 #[test]
 fn the_digest_is_of_what_the_config_means() {

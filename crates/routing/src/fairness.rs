@@ -108,12 +108,16 @@ impl<C> Default for Turns<C> {
 }
 
 impl<C: Eq + Hash> Turns<C> {
+    /// The turn that a request of this client would get now.
+    pub fn turn(&self, client: &C) -> u64 {
+        self.next.get(client).map_or(self.now, |next| self.now.max(*next))
+    }
+
     /// The turn of a request that comes now and asks for so many tokens. Requests are taken in order of their turns, and of
     /// their arrival where these are equal.
     pub fn comes(&mut self, client: C, tokens: usize) -> u64 {
-        let next = self.next.entry(client).or_insert(self.now);
-        let turn = self.now.max(*next);
-        *next = turn.saturating_add(tokens.max(1) as u64);
+        let turn = self.turn(&client);
+        self.next.insert(client, turn.saturating_add(tokens.max(1) as u64));
         turn
     }
 
@@ -165,7 +169,9 @@ mod tests {
             if self.waiting.is_empty() {
                 self.turns.rest();
             }
+            let expected = self.turns.turn(&client);
             let turn = self.turns.comes(client, tokens);
+            assert_eq!(turn, expected, "asking takes nothing");
             let at = self.waiting.partition_point(|waiting| waiting.0 <= turn);
             self.waiting.insert(at, (turn, client, self.arrived, tokens));
             self.arrived += 1;

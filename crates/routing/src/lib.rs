@@ -6,9 +6,10 @@
 //!
 //! In reading order: [`ids`], [`hash_table`], [`plan`], [`permitted`], [`routes`], [`grouping`],
 //! [`placement`], [`membership`], [`failover`], [`dispatch`], [`residency`], [`admission`], [`fairness`],
-//! [`gathering`], [`micro_batches`].
+//! [`client_limits`], [`gathering`], [`micro_batches`].
 
 pub mod admission;
+pub mod client_limits;
 pub mod dispatch;
 pub mod failover;
 pub mod fairness;

@@ -146,6 +146,7 @@ impl HttpBody for AnswerBody {
         match &piece {
             Poll::Ready(Some(Ok(frame))) if frame.is_data() => {
                 let _ = PROGRESS.try_with(|progress| progress.hand_out());
+                self.call.hands_out(frame.data_ref().map_or(0, Bytes::len));
                 self.call.is_answered = self.is_end_stream();
             }
             Poll::Ready(_) => self.call.is_answered = true,

@@ -1,5 +1,5 @@
 //! Who may call, and who calls: a layer that lets in whoever has a key of the server's file, where there is one, and tells
-//! handlers the [`Client`]. For every door, whatever its responses are made of: how a refusal looks, and which paths are
+//! handlers the [`Client`], and by [`KeyTakenAway`] when its key lets in no more. For every door, whatever its responses are made of: how a refusal looks, and which paths are
 //! open to all, is given to the layer. Put in place by [`crate::server`] for gRPC.
 //!
 //! Invariant: a key goes no further than this. The header is taken off the request, and nothing here prints it.
@@ -13,6 +13,8 @@ use std::{
 };
 
 use http::{HeaderMap, Request, Response, header::AUTHORIZATION};
+use sida_routing::client_limits::ClientLimits;
+use tokio_util::sync::CancellationToken;
 use tower::{Layer, Service};
 
 use crate::{
@@ -46,14 +48,44 @@ impl Gate {
         }
     }
 
+    /// What the keys' file says that a client may use. Of one without a key it says nothing.
+    pub fn limits(&self, client: &Client) -> ClientLimits {
+        let keys = self.0.as_ref().zip(client.key_name());
+        keys.map_or_else(ClientLimits::default, |(keys, name)| keys.current().limits(name))
+    }
+
     /// Whose call it is that has these headers and came from there; the fault of one who has no key that is known.
-    fn client(&self, headers: &HeaderMap, end: Option<&FarEnd>) -> Result<Option<Client>, Fault> {
-        let Some(keys) = &self.0 else { return Ok(end.and_then(Client::of_connection)) };
+    fn caller(&self, headers: &HeaderMap, end: Option<&FarEnd>) -> Result<Caller, Fault> {
+        let Some(keys) = &self.0 else {
+            return Ok(Caller { client: end.and_then(Client::of_connection), key_taken_away: None });
+        };
         let refused = |message| Fault::new(Reason::Unauthenticated, message);
         let header = headers.get(AUTHORIZATION).ok_or_else(|| refused("a key is needed: authorization: Bearer KEY"))?;
         let key = key(header.as_bytes()).ok_or_else(|| refused("authorization holds no key, expected Bearer KEY"))?;
-        let name = keys.current().client(key).ok_or_else(|| refused("the key is not known here"))?;
-        Ok(Some(Client::of_key(name)))
+        let known = keys.current().known(key).ok_or_else(|| refused("the key is not known here"))?;
+        Ok(Caller { client: Some(Client::of_key(known.name)), key_taken_away: Some(KeyTakenAway(known.taken_away)) })
+    }
+}
+
+/// Whose call it is.
+struct Caller {
+    client: Option<Client>,
+    key_taken_away: Option<KeyTakenAway>,
+}
+
+/// Tells when the key of a call lets in no more: an extension of its request. Absent where no key was asked for.
+#[derive(Clone, Debug)]
+pub struct KeyTakenAway(CancellationToken);
+
+impl KeyTakenAway {
+    /// Completes when that is so.
+    pub async fn happens(&self) {
+        self.0.cancelled().await;
+    }
+
+    /// What the call is told then.
+    pub fn fault(&self) -> Fault {
+        Fault::new(Reason::Unauthenticated, "the key that this call came by was taken away")
     }
 }
 
@@ -136,8 +168,11 @@ where
     fn call(&mut self, mut request: Request<Q>) -> Self::Future {
         let AuthenticationLayer { gate, is_open, refuse } = &self.layer;
         if !is_open(request.uri().path()) {
-            match gate.client(request.headers(), request.extensions().get()) {
-                Ok(client) => introduce(client, &mut request),
+            match gate.caller(request.headers(), request.extensions().get()) {
+                Ok(Caller { client, key_taken_away }) => {
+                    introduce(client, &mut request);
+                    key_taken_away.and_then(|event| request.extensions_mut().insert(event));
+                }
                 Err(fault) => {
                     let response = refuse(fault);
                     return Box::pin(std::future::ready(Ok(response)));

@@ -7,6 +7,8 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
+use crate::who_leaves::Origin;
+
 /// What calls are called that nobody with a key made: a label of metrics must not grow with every address.
 const WITHOUT_KEY: &str = "";
 
@@ -39,6 +41,23 @@ impl Client {
     pub(crate) fn of_connection(end: &FarEnd) -> Option<Self> {
         let certificate = end.certificate_name.clone().map(Known::Certificate);
         certificate.or_else(|| end.address.map(Known::Address)).map(|known| Self(Arc::new(known)))
+    }
+
+    /// The name of its key, if it has one.
+    pub(crate) fn key_name(&self) -> Option<&str> {
+        match &*self.0 {
+            Known::Key(name) => Some(name),
+            Known::Certificate(_) | Known::Address(_) => None,
+        }
+    }
+
+    /// Who it is where what clients use is counted: of IPv6 a whole network, of which one customer has all addresses.
+    #[must_use]
+    pub fn counted_as(&self) -> Self {
+        match &*self.0 {
+            Known::Address(address) => Self(Arc::new(Known::Address(Origin::from(*address).address()))),
+            Known::Key(_) | Known::Certificate(_) => self.clone(),
+        }
     }
 
     /// The label of metrics: names of keys, which are few; the same for all others.

@@ -36,6 +36,7 @@ use crate::{
     answer_body::{AnswerBody, AnswerExecutor},
     caller::FarEnd,
     certificate_names::{self, NamePattern},
+    control_frames,
     http1_limits::watched,
     peer::Peer,
     plain_text,
@@ -191,6 +192,7 @@ impl<S: ConnectionService> Connector<S> {
     where
         IO: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
+        let io = control_frames::Counted::new(io, peer.clone(), PREFACE.len());
         let connection = self.http2.serve_connection(TokioIo::new(io), self.counted(end, &peer));
         tokio::pin!(connection);
         tokio::select! {

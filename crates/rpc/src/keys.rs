@@ -1,6 +1,7 @@
 //! Keys that callers prove themselves with: the files that a server checks them against, and the one key that a client
 //! sends. A server keeps digests only, so that neither its memory nor the time of a comparison tells a key, and no error
-//! or log line here quotes one. Read by [`crate::authentication`] and [`crate::client`].
+//! or log line here quotes one. What a client may use stands behind its key. Read by [`crate::authentication`] and
+//! [`crate::client`].
 
 use std::{
     collections::{HashMap, HashSet},
@@ -11,8 +12,10 @@ use std::{
 
 use http::HeaderValue;
 use sha2::{Digest, Sha256};
+use sida_routing::client_limits::{ClientLimit, ClientLimits};
 use sida_telemetry::names;
 use thiserror::Error;
+use tokio_util::sync::CancellationToken;
 
 use crate::reload::{self, FileError, FromFiles};
 
@@ -30,7 +33,7 @@ const CLUSTER: &str = "cluster";
 /// A file of the keys that a server lets in. Lines that are empty or begin with `#` say nothing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum KeyFile {
-    /// `name:key` a line, of clients.
+    /// `name:key` a line, of clients; behind it what the client may use, as `requests-per-minute=60`.
     Clients(PathBuf),
     /// A key a line, of one cluster: nodes send the first and let in whoever has any of them.
     Cluster(PathBuf),
@@ -79,17 +82,37 @@ pub enum Problem {
     KeyAgain,
     #[error("one key more than the {KEYS_MAX} that are read")]
     TooMany,
+    #[error("behind the key expected limits as requests-per-minute=N, each once: {}", limit_names())]
+    LimitName,
+    #[error("{} has to be a whole number from 1", .0.name())]
+    LimitValue(ClientLimit),
 }
 
 /// The keys of a file, by their digests.
 pub(crate) struct Keys {
-    names: HashMap<[u8; 32], Arc<str>>,
+    known: HashMap<[u8; 32], KnownKey>,
+    /// What clients may use, by their names.
+    limits: HashMap<Arc<str>, ClientLimits>,
+}
+
+/// A key that lets in.
+#[derive(Clone)]
+pub(crate) struct KnownKey {
+    /// Whose it is.
+    pub(crate) name: Arc<str>,
+    /// Cancelled when the key is no longer in the file.
+    pub(crate) taken_away: CancellationToken,
 }
 
 impl Keys {
-    /// The name of the client whose key this is. What is looked up is a digest: how long it takes says nothing of the keys.
-    pub(crate) fn client(&self, key: &[u8]) -> Option<Arc<str>> {
-        self.names.get(&digest(key)).cloned()
+    /// The key, if it is one of the file. What is looked up is a digest: how long it takes says nothing of the keys.
+    pub(crate) fn known(&self, key: &[u8]) -> Option<KnownKey> {
+        self.known.get(&digest(key)).cloned()
+    }
+
+    /// What the client of this name may use, as far as the file says.
+    pub(crate) fn limits(&self, name: &str) -> ClientLimits {
+        self.limits.get(name).copied().unwrap_or_default()
     }
 }
 
@@ -100,15 +123,16 @@ impl KeyFile {
         }
     }
 
-    /// The name and the key of a line.
-    fn entry<'a>(&self, line: &'a str) -> Result<(&'a str, &'a str), Problem> {
+    /// The name, the key and the limits of a line.
+    fn entry<'a>(&self, line: &'a str) -> Result<(&'a str, &'a str, ClientLimits), Problem> {
         match self {
-            Self::Cluster(_) => Ok((CLUSTER, line)),
+            Self::Cluster(_) => Ok((CLUSTER, line, ClientLimits::default())),
             Self::Clients(_) => {
-                let (name, key) = line.split_once(':').ok_or(Problem::NoColon)?;
+                let (name, rest) = line.split_once(':').ok_or(Problem::NoColon)?;
                 let is_fit = |byte: u8| byte.is_ascii_alphanumeric() || b".-_".contains(&byte);
                 let is_name = (1..=NAME_BYTES_MAX).contains(&name.len()) && name.bytes().all(is_fit);
-                if is_name { Ok((name, key)) } else { Err(Problem::Name) }
+                let (key, said) = rest.split_once([' ', '\t']).unwrap_or((rest, ""));
+                if is_name { Ok((name, key, limits(said)?)) } else { Err(Problem::Name) }
             }
         }
     }
@@ -125,22 +149,40 @@ impl FromFiles for KeyFile {
     }
 
     fn make(&self, contents: &[Vec<u8>]) -> Result<Keys, KeyError> {
-        let (mut names, mut taken) = (HashMap::new(), HashSet::new());
+        let (mut known, mut all_limits, mut taken) = (HashMap::new(), HashMap::new(), HashSet::new());
         for (number, line) in lines(&contents[0]) {
             let at = |problem| KeyError::Line { file: self.path().to_owned(), line: number, problem };
-            let (name, key) = line.and_then(|line| self.entry(line)).map_err(at)?;
+            let (name, key, limits) = line.and_then(|line| self.entry(line)).map_err(at)?;
             check(key).map_err(at)?;
-            if names.len() == KEYS_MAX {
+            if known.len() == KEYS_MAX {
                 return Err(at(Problem::TooMany));
             }
             if matches!(self, Self::Clients(_)) && !taken.insert(name) {
                 return Err(at(Problem::NameAgain));
             }
-            if names.insert(digest(key.as_bytes()), name.into()).is_some() {
+            let name = Arc::<str>::from(name);
+            all_limits.insert(name.clone(), limits);
+            let key_of_name = KnownKey { name, taken_away: CancellationToken::new() };
+            if known.insert(digest(key.as_bytes()), key_of_name).is_some() {
                 return Err(at(Problem::KeyAgain));
             }
         }
-        if names.is_empty() { Err(KeyError::NoKey { file: self.path().to_owned() }) } else { Ok(Keys { names }) }
+        match known.is_empty() {
+            true => Err(KeyError::NoKey { file: self.path().to_owned() }),
+            false => Ok(Keys { known, limits: all_limits }),
+        }
+    }
+
+    /// Calls of clients whose keys stay go on, and those of others are told.
+    fn succeed(&self, made: &mut Keys, before: &Keys) {
+        for (digest, key) in &before.known {
+            match made.known.get_mut(digest) {
+                Some(same) => same.taken_away = key.taken_away.clone(),
+                // Nodes may call on by the key that their lanes were opened with: it is renewed while they run.
+                None if matches!(self, Self::Cluster(_)) => {}
+                None => key.taken_away.cancel(),
+            }
+        }
     }
 }
 
@@ -173,6 +215,24 @@ impl fmt::Debug for OwnKey {
 fn bearer(key: &str) -> Result<HeaderValue, Problem> {
     check(key)?;
     HeaderValue::try_from(format!("Bearer {key}")).map_err(|_| Problem::Characters)
+}
+
+/// The limits that stand behind a key.
+fn limits(said: &str) -> Result<ClientLimits, Problem> {
+    let mut limits = ClientLimits::default();
+    for said in said.split_ascii_whitespace() {
+        let (name, value) = said.split_once('=').ok_or(Problem::LimitName)?;
+        let limit = ClientLimit::ALL.into_iter().find(|limit| limit.name() == name).ok_or(Problem::LimitName)?;
+        let value = value.parse().ok().filter(|value| *value > 0).ok_or(Problem::LimitValue(limit))?;
+        if limits.limit(limit).replace(value).is_some() {
+            return Err(Problem::LimitName);
+        }
+    }
+    Ok(limits)
+}
+
+fn limit_names() -> String {
+    ClientLimit::ALL.map(ClientLimit::name).join(", ")
 }
 
 fn check(key: &str) -> Result<(), Problem> {
@@ -210,14 +270,50 @@ mod tests {
     fn a_key_tells_its_client() {
         // Would break: a client is taken for another, or a part of a key is enough.
         let keys = clients(&format!("# who may ask\r\n\n  alice:{ALICE}\r\nbob:{BOB}")).unwrap();
-        assert_eq!(keys.client(ALICE.as_bytes()).as_deref(), Some("alice"));
-        assert_eq!(keys.client(BOB.as_bytes()).as_deref(), Some("bob"));
+        let client = |keys: &Keys, key: &str| keys.known(key.as_bytes()).map(|key| key.name.to_string());
+        assert_eq!(client(&keys, ALICE).as_deref(), Some("alice"));
+        assert_eq!(client(&keys, BOB).as_deref(), Some("bob"));
         for other in ["", "alice", &ALICE[1..], &ALICE.to_uppercase(), &format!("{ALICE} "), &format!("alice:{ALICE}")]
         {
-            assert_eq!(keys.client(other.as_bytes()), None, "{other}");
+            assert_eq!(client(&keys, other), None, "{other}");
         }
         let both = KeyFile::Cluster("keys".into()).make(&[format!("{ALICE}\n# older\n{BOB}\n").into()]).unwrap();
-        assert!([ALICE, BOB].iter().all(|key| both.client(key.as_bytes()).as_deref() == Some(CLUSTER)));
+        assert!([ALICE, BOB].iter().all(|key| client(&both, key).as_deref() == Some(CLUSTER)));
+    }
+
+    #[test]
+    fn what_a_client_may_use_stands_behind_its_key() {
+        // Would break: an operator's limit is not read, is another client's, or is taken for a part of the key.
+        let keys =
+            clients(&format!("alice:{ALICE}  requests-per-minute=60\ttokens-per-minute=9000 \nbob:{BOB}")).unwrap();
+        let [requests_per_minute, tokens_per_minute] = [Some(60), Some(9000)];
+        let expected = ClientLimits { requests_per_minute, tokens_per_minute, ..ClientLimits::default() };
+        assert_eq!(keys.limits("alice"), expected);
+        assert_eq!((keys.limits("bob"), keys.limits("carol")), Default::default());
+        assert!(keys.known(ALICE.as_bytes()).is_some());
+        let all: String = ClientLimit::ALL.map(|limit| format!(" {}=7", limit.name())).concat();
+        let mut found = clients(&format!("alice:{ALICE}{all}")).unwrap().limits("alice");
+        assert!(ClientLimit::ALL.into_iter().all(|limit| *found.limit(limit) == Some(7)));
+    }
+
+    #[test]
+    fn keys_that_are_gone_are_told_of() {
+        // Would break: calls by a key that was taken away go on, or those by a key that stayed are ended.
+        let file = KeyFile::Clients("keys".into());
+        let made = |text: String| file.make(&[text.into_bytes()]).unwrap();
+        let before = made(format!("alice:{ALICE}\nbob:{BOB}"));
+        let of = |keys: &Keys, key: &str| keys.known(key.as_bytes()).unwrap().taken_away;
+        let (alice, bob) = (of(&before, ALICE), of(&before, BOB));
+        let mut second = made(format!("bob:{BOB} requests-max=1\n"));
+        file.succeed(&mut second, &before);
+        assert!(alice.is_cancelled() && !bob.is_cancelled());
+        let mut third = made(format!("alice:{ALICE}"));
+        file.succeed(&mut third, &second);
+        assert!(bob.is_cancelled() && !of(&third, ALICE).is_cancelled());
+        let cluster = KeyFile::Cluster("keys".into());
+        let before = cluster.make(&[ALICE.into()]).unwrap();
+        cluster.succeed(&mut cluster.make(&[BOB.into()]).unwrap(), &before);
+        assert!(!of(&before, ALICE).is_cancelled(), "lanes between nodes stay while their key is renewed");
     }
 
     #[test]
@@ -232,7 +328,11 @@ mod tests {
             (format!("{}:{ALICE}", "n".repeat(NAME_BYTES_MAX + 1)), 1, Problem::Name),
             ("\nalice:secret-but-shrt".replace("-shrt", ""), 2, Problem::Length(10)),
             (format!("alice:{}", "k".repeat(KEY_BYTES_MAX + 1)), 1, Problem::Length(KEY_BYTES_MAX + 1)),
-            (format!("alice:{ALICE} secret"), 1, Problem::Characters),
+            (format!("alice:{ALICE} secret"), 1, Problem::LimitName),
+            (format!("alice:{ALICE} secret=1"), 1, Problem::LimitName),
+            (format!("alice:{ALICE} queue-max=1 queue-max=2"), 1, Problem::LimitName),
+            (format!("alice:{ALICE} queue-max=0"), 1, Problem::LimitValue(ClientLimit::Queue)),
+            (format!("alice:{ALICE} queue-max=secret"), 1, Problem::LimitValue(ClientLimit::Queue)),
             (format!("alice:{ALICE}é"), 1, Problem::Characters),
             (format!("alice:{ALICE}\nalice:{BOB}"), 2, Problem::NameAgain),
             (format!("alice:{ALICE}\nbob:{ALICE}"), 2, Problem::KeyAgain),

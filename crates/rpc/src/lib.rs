@@ -5,12 +5,13 @@
 //! In reading order: [`status`] (errors as gRPC statuses), `ending` (calls that end early), `watched_response` (how
 //! they end), [`outcome`], [`deadline`], [`drain`], `refusals`, [`trace`], [`request_id`], [`metadata`], [`health`] and
 //! `health_service`; whom a node lets in: `reload` (files that change), [`keys`], [`caller`], [`authentication`],
-//! [`certificate_names`], [`tls`]; connections: `peer` (one, as its server sees it), `cut_off` (of whose calls),
+//! `key_taken_away` (what ends then), [`certificate_names`], [`tls`]; connections: `peer` (one, as its server sees it), `allowance` (of what it may do often),
 //! `who_leaves`, `shortage`, `connections` (all), `accept` (how they come), `connection` (one, from its first byte to
-//! its last), `client_streams`, `receiving`, `request_body`, `answer_body`, `http1_limits`; [`server`] (puts them
+//! its last), `client_streams`, `receiving`, `request_body`, `answer_body`, `control_frames`, `http1_limits`; [`server`] (puts them
 //! together), [`http_server`] and `http_trace` (for what is not gRPC), [`metrics_port`], [`client`].
 
 mod accept;
+mod allowance;
 mod answer_body;
 pub mod authentication;
 pub mod caller;
@@ -19,7 +20,7 @@ pub mod client;
 mod client_streams;
 mod connection;
 mod connections;
-mod cut_off;
+mod control_frames;
 pub mod deadline;
 pub mod drain;
 mod ending;
@@ -28,6 +29,7 @@ mod health_service;
 mod http1_limits;
 pub mod http_server;
 mod http_trace;
+mod key_taken_away;
 pub mod keys;
 pub mod metadata;
 pub mod metrics_port;
@@ -47,7 +49,7 @@ pub mod trace;
 mod watched_response;
 mod who_leaves;
 
-pub use authentication::{AuthenticationLayer, Gate};
+pub use authentication::{AuthenticationLayer, Gate, KeyTakenAway};
 pub use caller::Client;
 pub use certificate_names::NamePattern;
 pub use client::{Channel, ClientConfig, ClientError, connect, connect_lazy};

@@ -13,9 +13,14 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    cut_off::CutOff,
+    allowance::Allowance,
     who_leaves::{Origin, Staying},
 };
+
+/// Frames beside its calls that a client may need for one of an answer, which is of so many bytes at most where the client
+/// has not said otherwise: it tells its windows, of the call and of the connection, and asks how far it is away.
+const FRAMES_FOR_ONE: u32 = 4;
+const FRAME_BYTES: usize = 16 << 10;
 
 /// How long a client may take from connecting to its first call: handshakes over a long way.
 const FRESH_FOR: Duration = Duration::from_secs(2);
@@ -32,7 +37,8 @@ pub(crate) struct Peer {
     pub(crate) displaced: CancellationToken,
     /// Cancelled when it does harm, or takes too long to leave; it is ended without a farewell.
     pub(crate) expelled: CancellationToken,
-    cut_off: Mutex<CutOff>,
+    cut_off: Mutex<Allowance>,
+    idle_frames: Mutex<Allowance>,
     /// Told when the last open call ends.
     quieter: Arc<Notify>,
 }
@@ -63,7 +69,8 @@ impl Peer {
             leave: CancellationToken::new(),
             displaced: CancellationToken::new(),
             expelled: CancellationToken::new(),
-            cut_off: Mutex::new(CutOff::new(now)),
+            cut_off: Mutex::new(Allowance::new(now)),
+            idle_frames: Mutex::new(Allowance::new(now)),
             quieter,
         }
     }
@@ -84,10 +91,15 @@ impl Peer {
     /// The peer cut a call off. One that does nothing else is ended.
     pub(crate) fn cuts_off(&self) {
         let mut cut_off = self.cut_off.lock().unwrap_or_else(PoisonError::into_inner);
-        if !cut_off.is_borne(Instant::now()) {
+        if !cut_off.is_borne(1, Instant::now()) {
             tracing::debug!("a peer cuts off its calls faster than any client loses patience");
             self.expelled.cancel();
         }
+    }
+
+    /// The peer sent so many frames that do nothing for a call: whether that is borne.
+    pub(crate) fn sends_idle_frames(&self, frames: u32) -> bool {
+        self.idle_frames.lock().unwrap_or_else(PoisonError::into_inner).is_borne(frames, Instant::now())
     }
 
     /// A call begins.
@@ -120,6 +132,15 @@ impl Peer {
                 _ = calls.changed() => {}
             }
         }
+    }
+}
+
+impl OpenCall {
+    /// So many bytes of its answer go out.
+    pub(crate) fn hands_out(&self, bytes: usize) {
+        let frames = u32::try_from(bytes.div_ceil(FRAME_BYTES)).unwrap_or(u32::MAX);
+        let earned = FRAMES_FOR_ONE.saturating_mul(frames);
+        self.peer.idle_frames.lock().unwrap_or_else(PoisonError::into_inner).earn(earned);
     }
 }
 

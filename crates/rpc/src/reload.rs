@@ -51,6 +51,9 @@ pub(crate) trait FromFiles: Send + Sync + 'static {
 
     /// Makes it of what the files hold, in their order.
     fn make(&self, contents: &[Vec<u8>]) -> Result<Self::Made, Self::Error>;
+
+    /// Has what was `made` take the place of what was there `before`.
+    fn succeed(&self, _made: &mut Self::Made, _before: &Self::Made) {}
 }
 
 /// What is made of files, as they were when they were last whole.
@@ -104,7 +107,8 @@ impl<S: FromFiles> Reloading<S> {
         let made = contents.map_err(S::Error::from).and_then(|contents| self.source.make(&contents));
         let [loaded, refused] = OUTCOMES;
         let outcome = match made {
-            Ok(made) => {
+            Ok(mut made) => {
+                self.source.succeed(&mut made, &self.current());
                 *self.current.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(made);
                 tracing::info!(what = S::NAME, "changed files were read and are in service");
                 loaded

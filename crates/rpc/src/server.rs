@@ -45,6 +45,7 @@ use crate::{
     drain::DrainLayer,
     health::{Alive, Check, CheckResult, Health, Readiness},
     health_service::NodeHealth,
+    key_taken_away::KeyTakenAwayLayer,
     metadata::{HEADER_LIST_BYTES_MAX, MetadataLayer},
     outcome::{Observer, Outcome, OutcomeLayer},
     receiving::Receiving,
@@ -287,6 +288,7 @@ fn layered(routes: Routes, observer: Option<Observer>, gate: Gate, drain: DrainL
         // Whoever may not call learns no more than that.
         .layer(AuthenticationLayer::new(gate, is_open_service, refuse))
         .layer(DeadlineLayer)
+        .layer(KeyTakenAwayLayer)
         // Handlers end by it, and the layers above still see a proper response.
         .layer(drain)
         .layer(RefusalLayer)

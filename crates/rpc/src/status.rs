@@ -47,6 +47,8 @@ pub enum Reason {
     QueueFull,
     /// Others wait, and the caller has its share of the queue.
     ClientShare,
+    /// The caller has what its operator lets it have.
+    ClientLimit,
     /// What waits ahead takes longer than the caller does.
     NoTime,
     /// The caller's time is up.
@@ -88,6 +90,7 @@ const TABLE: &[Row] = &[
     (Reason::Unsupported,          Code::Unimplemented,      "UNSUPPORTED",           None),
     (Reason::QueueFull,            Code::ResourceExhausted,  "QUEUE_FULL",            Some(Duration::from_millis(100))),
     (Reason::ClientShare,          Code::ResourceExhausted,  "CLIENT_SHARE",          Some(Duration::from_millis(100))),
+    (Reason::ClientLimit,          Code::ResourceExhausted,  "CLIENT_LIMIT",          Some(Duration::from_secs(1))),
     (Reason::NoTime,               Code::ResourceExhausted,  "NO_TIME",               Some(Duration::from_millis(100))),
     (Reason::DeadlineExceeded,     Code::DeadlineExceeded,   "DEADLINE_EXCEEDED",     None),
     (Reason::Cancelled,            Code::Cancelled,          "CANCELLED",             None),

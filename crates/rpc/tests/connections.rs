@@ -124,3 +124,40 @@ async fn silent_peers_keep_nobody_out() {
     drop((numbers, peers));
     running.stop().await;
 }
+
+#[tokio::test]
+async fn who_sends_little_but_control_frames_is_ended() {
+    // Broken: a peer that pings as fast as it can, or sets the same again and again, takes a processor for as long as it likes.
+    let hour = Duration::from_secs(3600);
+    let config = ServerConfig { keepalive_interval: hour, keepalive_timeout: hour, ..plain() };
+    let running = Running::start(config, |server| server).await;
+    let (ping, settings, window) =
+        (b"\0\0\x08\x06\0\0\0\0\0pingping", b"\0\0\0\x04\0\0\0\0\0", b"\0\0\x04\x08\0\0\0\0\0\0\0\0\x01");
+    let frames: [(&str, &[u8]); 4] =
+        [("PING", ping), ("SETTINGS", settings), ("WINDOW_UPDATE", window), ("of no kind", b"\0\0\0\xf0\0\0\0\0\0")];
+    for (kind, frame) in frames {
+        let (mut reader, mut writer) = silent(&running, GREETING).await.into_split();
+        let flooding = async {
+            let many = frame.repeat(256);
+            // An error is the end.
+            while writer.write_all(&many).await.is_ok() {}
+        };
+        let answers = async {
+            let mut said = vec![0; 64 << 10];
+            while reader.read(&mut said).await.is_ok_and(|bytes| bytes > 0) {}
+        };
+        let ended = async {
+            tokio::select! {
+                () = flooding => {}
+                () = answers => {}
+            }
+        };
+        time::timeout(Duration::from_secs(60), ended).await.unwrap_or_else(|_| panic!("{kind} goes on"));
+    }
+    // Whoever asks for something is answered as ever.
+    let channel = running.channel().await;
+    for _ in 0..100 {
+        unary(&channel, Request::new(b"asks".to_vec())).await.unwrap();
+    }
+    running.stop().await;
+}

@@ -10,7 +10,8 @@ use std::{
     time::Duration,
 };
 
-use echo::{Running, unary};
+use echo::{Running, count, unary};
+use futures::StreamExt;
 use sida_rpc::{ClientConfig, ClientError, Gate, KeyFile, OwnKey, Reason, ServerConfig};
 use tokio::time;
 use tonic::{Code, Request, Status};
@@ -135,6 +136,36 @@ async fn changed_keys_need_no_restart() {
     fs::write(&file, format!("alice:{ALICE}\n")).unwrap();
     until(ALICE, true).await;
     assert!(!is_let_in(BOB).await);
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn calls_end_with_their_key() {
+    // Would break: whoever was locked out keeps what it has open for as long as it likes; or others lose theirs.
+    log();
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("keys");
+    let running = Running::start(with_keys(&file), |server| server).await;
+    let stream = async |key| {
+        let config = ClientConfig { key: text(key), ..ClientConfig::default() };
+        let channel = sida_rpc::connect(&running.address, &config).await.unwrap();
+        count(&channel, Request::new(Vec::new())).await
+    };
+    let (mut alice, mut bob) = (stream(ALICE).await, stream(BOB).await);
+    fs::write(&file, format!("bob:{BOB} requests-max=1\n")).unwrap();
+    let ended = async {
+        loop {
+            if let Err(status) = alice.next().await.expect("a status") {
+                return status;
+            }
+        }
+    };
+    let status = time::timeout(Duration::from_secs(30), ended).await.expect("it ends");
+    assert_eq!((status.code(), Reason::of(&status)), (Code::Unauthenticated, Some(Reason::Unauthenticated)));
+    for _ in 0..5 {
+        bob.next().await.unwrap().expect("it goes on");
+    }
+    drop(bob);
     running.stop().await;
 }
 

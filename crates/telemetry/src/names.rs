@@ -34,6 +34,8 @@ pub const ROLE: &str = "role";
 pub const REASON: &str = "reason";
 /// Label: a client, as the file of keys calls it; empty for those without a key.
 pub const CLIENT: &str = "client";
+/// Label: which of a client's limits, as `tokens-per-minute`.
+pub const LIMIT: &str = "limit";
 /// Label: the version of the program.
 pub const VERSION: &str = "version";
 /// Label: the commit that it was built from.
@@ -142,6 +144,8 @@ macro_rules! catalogue {
 catalogue! {
     REQUESTS_TOTAL = "sida_requests_total", counter, [DOOR, METHOD, CODE], Count, Coordinator, "Requests answered, by door (grpc, openai or open_inference), method or endpoint, and gRPC status code.";
     CLIENT_REQUESTS_TOTAL = "sida_client_requests_total", counter, [CLIENT, CODE], Count, Coordinator, "Requests answered, by client and status code; client is the name of its key, and empty for all without one.";
+    CLIENT_TOKENS_TOTAL = "sida_client_tokens_total", counter, [CLIENT], Count, Coordinator, "Tokens of answered requests, of their prompts and of their answers, by client.";
+    CLIENT_LIMITED_TOTAL = "sida_client_limited_total", counter, [CLIENT, LIMIT], Count, Coordinator, "Requests refused because their client had all that it may have, by client and by the limit.";
     REQUESTS_INFLIGHT = "sida_requests_inflight", gauge, [], Count, Coordinator, "Requests being worked on.";
     REQUESTS_QUEUED = "sida_requests_queued", gauge, [], Count, Coordinator, "Requests waiting for a place in a batch.";
     CACHE_RESERVED_BYTES = "sida_cache_reserved_bytes", gauge, [], Bytes, Coordinator, "Memory reserved for keys and values of the sequences that run.";

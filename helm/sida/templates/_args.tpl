@@ -1,5 +1,5 @@
-{{/* The arguments of a node, and of the role those that it is given; a flag that `extraArgs` names is left to them. Called
-like sida.podTemplate, and with gpus. */}}
+{{/* The arguments of a node, and of the role those that it is given; a flag that `extraArgs` names, or `extraEnv` as SIDA_...,
+is left to them. Called like sida.podTemplate, and with gpus. */}}
 {{- define "sida.args" -}}
 {{- $root := .root }}
 {{- $v := $root.Values }}
@@ -16,6 +16,7 @@ like sida.podTemplate, and with gpus. */}}
   (printf "--threads=%v" $role.threads)
   (printf "--drain=%vs" $role.drainSeconds)
   (printf "--lease-ttl=%s" $v.leaseTtl)
+  (printf "--relist-interval=%s" $v.relistInterval)
   (printf "--moves-per-minute=%v" $v.movesPerMinute)
   (printf "--replicas=%v" $v.replicasPerExpert)
   (printf "--log=%s" $v.log.filter)
@@ -42,6 +43,13 @@ like sida.podTemplate, and with gpus. */}}
 {{- if and $v.apiKeys.existingSecret (eq .role "coordinator") }}{{ $args = append $args (printf "--api-keys=/etc/sida/api-keys/%s" $v.apiKeys.key) }}{{ end }}
 {{- if $v.clusterKey.existingSecret }}{{ $args = append $args (printf "--cluster-key=/etc/sida/cluster-key/%s" $v.clusterKey.key) }}{{ end }}
 {{- $args = concat $args .args }}
+{{- with $v.weights.name }}{{ $args = append $args (printf "--model-name=%s" .) }}{{ end }}
+{{- range include "sida.valuesOfFlags" .role | fromJsonArray }}
+{{- $value := get $role . }}
+{{- if kindIs "bool" $value }}
+{{- if $value }}{{ $args = append $args (printf "--%s" (kebabcase .)) }}{{ end }}
+{{- else if ne (toString $value) "" }}{{ $args = append $args (printf "--%s=%v" (kebabcase .) $value) }}{{ end }}
+{{- end }}
 {{- if .gpus }}
 {{- /* A container sees its own GPU only. */}}
 {{- $args = append $args "--device=cuda:0" }}
@@ -49,6 +57,9 @@ like sida.podTemplate, and with gpus. */}}
 {{- end }}
 {{- $overridden := list }}
 {{- range $role.extraArgs }}{{ $overridden = append $overridden (splitList "=" (toString .) | first) }}{{ end }}
+{{- range $role.extraEnv }}
+{{- if hasPrefix "SIDA_" .name }}{{ $overridden = append $overridden (printf "--%s" (trimPrefix "SIDA_" .name | lower | replace "_" "-")) }}{{ end }}
+{{- end }}
 {{- range $args }}
 {{- if not (has (splitList "=" . | first) $overridden) }}
 - {{ . | quote }}
@@ -57,4 +68,15 @@ like sida.podTemplate, and with gpus. */}}
 {{- range $role.extraArgs }}
 - {{ toString . | quote }}
 {{- end }}
+{{- end }}
+
+{{/* The values of a role that are flags of its command, as they are: `queueMax` is `--queue-max`. An empty one is left to the
+node. Called with the role. */}}
+{{- define "sida.valuesOfFlags" -}}
+{{- $own := dict
+  "coordinator" (list "cacheMemory" "batchTokensMax" "prefillTokensMax" "sequencesMax" "microBatches" "queueMax" "queueTokensMax" "clientQueueShare" "clientRequestsPerMinute" "clientTokensPerMinute" "clientRequestsMax" "clientQueueMax" "clientQueueTokensMax" "promptTokensMax" "answerTokensMax" "requestTimeout" "preloadDepth" "predictTimeout" "expertCallTimeout" "enforceCapacity")
+  "expert-node" (list "nodeWeight" "noPacking")
+  "predictor-node" (list)
+}}
+{{- concat (get $own .) (list "connectionsMax" "handshakeTimeout" "idleTimeout" "stallTimeout" "keepaliveInterval" "keepaliveTimeout") | toJson }}
 {{- end }}

@@ -122,7 +122,7 @@ mod tests {
             }
 
             let held = Residency {
-                node: "e0".into(), model: Digest([1; 32]), resident_bytes: 1, budget_bytes: 2, slots: 3,
+                node: "e0".into(), model: Digest([1; 32]), experts: Some(Digest([2; 32])), resident_bytes: 1, budget_bytes: 2, slots: 3,
                 demand_loads: 4, prefetch_loads: 5, evictions: 6, rows: 7, resident: keys.into_iter().collect(),
             };
             let bytes = v1::ResidencyResponse::from(&held).encode_to_vec();

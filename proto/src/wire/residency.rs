@@ -17,6 +17,8 @@ pub const NODE_NAME_BYTES_MAX: usize = 260;
 pub struct Residency {
     pub node: NodeId,
     pub model: Digest,
+    /// Which experts of it they are, if that is known.
+    pub experts: Option<Digest>,
     pub resident_bytes: u64,
     pub budget_bytes: u64,
     pub slots: u64,
@@ -45,6 +47,10 @@ impl v1::ResidencyResponse {
         Ok(Residency {
             node: self.node.into(),
             model: digest("ResidencyResponse.model_digest", &self.model_digest)?,
+            experts: match self.experts_digest.is_empty() {
+                true => None,
+                false => Some(digest("ResidencyResponse.experts_digest", &self.experts_digest)?),
+            },
             resident_bytes: self.resident_bytes,
             budget_bytes: self.budget_bytes,
             slots: self.slots,
@@ -66,6 +72,7 @@ impl From<&Residency> for v1::ResidencyResponse {
         Self {
             node: residency.node.to_string(),
             model_digest: residency.model.0.to_vec().into(),
+            experts_digest: residency.experts.map(|digest| digest.0.to_vec().into()).unwrap_or_default(),
             resident_bytes: residency.resident_bytes,
             budget_bytes: residency.budget_bytes,
             slots: residency.slots,

@@ -155,6 +155,13 @@ fn abuses(scale: &Scale) -> Vec<Vec<Abuse>> {
         abuse("resets of calls that were seen", BOTH, floods, offenders::resets_in_turns),
         abuse("CONTINUATION floods", BOTH, floods, offenders::continuations),
         abuse("empty CONTINUATION floods", BOTH, floods, offenders::empty_continuations),
+        abuse("PING floods", BOTH, floods, offenders::pings),
+        abuse("PING ACK floods", BOTH, floods, offenders::pongs),
+        abuse("SETTINGS floods", BOTH, floods, offenders::settings),
+        abuse("WINDOW_UPDATE floods", BOTH, floods, offenders::window_updates),
+        abuse("PRIORITY floods", BOTH, floods, offenders::priorities),
+        abuse("floods of empty DATA", BOTH, floods, offenders::empty_data),
+        abuse("floods of unknown frames", BOTH, floods, offenders::unknown_frames),
         abuse("64 MiB", BOTH, floods, offenders::large),
         abuse("64 x 8 MiB that are announced", GRPC, floods, offenders::announced),
         // Whoever comes when its own has most places is refused.

@@ -3,6 +3,7 @@
 
 use std::{io, net::SocketAddr, time::Duration};
 
+use parking_lot::Mutex;
 use prost::Message;
 use sida_proto::v1::GenerateRequest;
 use tokio::{
@@ -14,8 +15,8 @@ use tokio::{
 use super::{
     doors::Door,
     frames::{
-        CONTINUATION, DATA, END_HEADERS, END_STREAM, Frame, GOAWAY, HEADERS, PREFACE, RST_STREAM, connect, ends, frame,
-        greet, literal, next, request, until,
+        ACK, CONTINUATION, DATA, END_HEADERS, END_STREAM, Frame, GOAWAY, HEADERS, PING, PREFACE, PRIORITY, RST_STREAM,
+        SETTINGS, WINDOW_UPDATE, connect, ends, frame, greet, literal, next, request, until,
     },
 };
 
@@ -246,14 +247,62 @@ pub(super) async fn empty_continuations(to: SocketAddr, _: Door) -> Ended {
     flood(stream, |_| frame(CONTINUATION, 0, 1, b""), 0).await
 }
 
+/// Asks again and again whether the server is there.
+pub(super) async fn pings(to: SocketAddr, _: Door) -> Ended {
+    lively_flood(greet(to, 65_535).await?, |_| frame(PING, 0, 0, &[0; 8]), 0).await
+}
+
+/// Says again and again that it is there, which nobody asked.
+pub(super) async fn pongs(to: SocketAddr, _: Door) -> Ended {
+    lively_flood(greet(to, 65_535).await?, |_| frame(PING, ACK, 0, &[0; 8]), 0).await
+}
+
+/// Sets the same again and again.
+pub(super) async fn settings(to: SocketAddr, _: Door) -> Ended {
+    lively_flood(greet(to, 65_535).await?, |_| frame(SETTINGS, 0, 0, &[]), 0).await
+}
+
+/// Gives the server a byte more to send, again and again.
+pub(super) async fn window_updates(to: SocketAddr, _: Door) -> Ended {
+    lively_flood(greet(to, 65_535).await?, |_| frame(WINDOW_UPDATE, 0, 0, &1u32.to_be_bytes()), 0).await
+}
+
+/// Says which of its calls go before others, of which it has none.
+pub(super) async fn priorities(to: SocketAddr, _: Door) -> Ended {
+    lively_flood(greet(to, 65_535).await?, |stream| frame(PRIORITY, 0, stream, &[0, 0, 0, 0, 7]), 2).await
+}
+
+/// Goes on with a message by nothing.
+pub(super) async fn empty_data(to: SocketAddr, door: Door) -> Ended {
+    let mut stream = greet(to, 65_535).await?;
+    stream.write_all(&opened(door, 1)).await?;
+    lively_flood(stream, |_| frame(DATA, 0, 1, &[]), 0).await
+}
+
+/// Sends frames of a kind that nobody knows, which HTTP/2 has every server pass over.
+pub(super) async fn unknown_frames(to: SocketAddr, _: Door) -> Ended {
+    lively_flood(greet(to, 65_535).await?, |_| frame(0xf0, 0, 0, &[]), 0).await
+}
+
 /// Writes what `next` makes of a stream's number, which grows by `step`, until the server ends the connection.
-async fn flood(mut stream: TcpStream, next_bytes: impl Fn(u32) -> Vec<u8>, step: u32) -> Ended {
+async fn flood(stream: TcpStream, next_bytes: impl Fn(u32) -> Vec<u8>, step: u32) -> Ended {
+    flooded(stream, next_bytes, step, false).await
+}
+
+/// The same by one that answers pings, as if it were alive and well: it is not ended for being gone.
+async fn lively_flood(stream: TcpStream, next_bytes: impl Fn(u32) -> Vec<u8>, step: u32) -> Ended {
+    flooded(stream, next_bytes, step, true).await
+}
+
+async fn flooded(mut stream: TcpStream, next_bytes: impl Fn(u32) -> Vec<u8>, step: u32, answers_pings: bool) -> Ended {
     const AT_ONCE: u32 = 64;
     let (mut reader, mut writer) = stream.split();
+    let answers = Mutex::new(Vec::new());
     let writing = async {
         let mut number = 1;
         loop {
-            let bytes: Vec<u8> = (0..AT_ONCE).flat_map(|index| next_bytes(number + index * step)).collect();
+            let mut bytes = std::mem::take(&mut *answers.lock());
+            bytes.extend((0..AT_ONCE).flat_map(|index| next_bytes(number + index * step)));
             if let Err(error) = writer.write_all(&bytes).await {
                 return closed(&error);
             }
@@ -263,6 +312,9 @@ async fn flood(mut stream: TcpStream, next_bytes: impl Fn(u32) -> Vec<u8>, step:
     let told = async {
         loop {
             match next(&mut reader).await {
+                Ok(Frame { kind: PING, flags: 0, payload, .. }) if answers_pings => {
+                    answers.lock().extend(frame(PING, ACK, 0, &payload));
+                }
                 Ok(frame) if frame.kind != GOAWAY => {}
                 last => return ended(last),
             }

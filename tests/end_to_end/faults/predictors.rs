@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use sida_proto::v1::{StatusRequest, cluster_client::ClusterClient};
 use sida_tests::{
     Load, Sandbox, SandboxConfig,
     binary::repository,
@@ -82,4 +83,8 @@ async fn a_predictor_of_another_model_is_not_used() {
     let report = load(&sandbox).run(Duration::from_secs(1)).await;
     report.assert_as(&expected);
     assert_eq!(unpredicted(&report), report.asked.len());
+    let status = ClusterClient::new(sandbox.channel()).status(StatusRequest {}).await.expect("answered").into_inner();
+    let told: Vec<_> = status.nodes.iter().map(|node| (&*node.role, node.healthy, &*node.problem)).collect();
+    assert!(told.contains(&("predictor-node", false, "serves another model")), "{told:?}");
+    assert_eq!(told.iter().filter(|node| node.1).count(), told.len() - 1, "{told:?}");
 }

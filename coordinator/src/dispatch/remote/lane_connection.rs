@@ -15,7 +15,7 @@ use sida_proto::{
     wire,
 };
 use sida_routing::{Digest, failover::lane_health::SUSPECT_LIMIT};
-use sida_rpc::{ClientConfig, MESSAGE_BYTES_MAX};
+use sida_rpc::{ClientConfig, MESSAGE_BYTES_MAX, Reason};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -34,36 +34,39 @@ const PING_PERIOD: Duration = Duration::from_secs(1);
 const LOOK_PERIOD: Duration = Duration::from_millis(500);
 /// The metadata that names the model a lane is for.
 const MODEL_DIGEST: &str = "sida-model-digest";
+/// And which experts of it.
+const EXPERTS_DIGEST: &str = "sida-experts-digest";
 
 /// How lanes connect.
 #[derive(Debug)]
 pub(crate) struct Connector {
     /// Timeouts, windows, TLS.
     client: ClientConfig,
-    /// The model that the node must hold; it refuses a lane for another.
+    /// The model that the node must hold, and its experts; it refuses a lane for others.
     model: Digest,
+    experts: Digest,
     /// Where the coordinator's rows are, if nodes of this machine may read them there.
     rows: Option<RowsWindow>,
 }
 
 impl Connector {
-    /// Lanes of nodes with `model`. They connect as `client` says, but find out sooner that a node is gone.
-    pub(crate) fn new(client: &ClientConfig, model: Digest, rows: Option<RowsWindow>) -> Self {
+    /// Lanes of nodes with `experts` of `model`. They connect as `client` says, but find out sooner that a node is gone.
+    pub(crate) fn new(client: &ClientConfig, model: Digest, experts: Digest, rows: Option<RowsWindow>) -> Self {
         let client = ClientConfig {
             connect_timeout: client.connect_timeout.min(OPEN_LIMIT),
             keepalive_interval: client.keepalive_interval.min(PING_PERIOD),
             keepalive_timeout: client.keepalive_timeout.min(PING_PERIOD),
             ..client.clone()
         };
-        Self { client, model, rows }
+        Self { client, model, experts, rows }
     }
 }
 
 /// Keeps `lane` connected until it is dropped or `shutdown`.
 pub(crate) async fn keep(lane: Weak<Lane>, connector: Arc<Connector>, shutdown: CancellationToken) {
-    let mut pause = PAUSE_MIN;
+    let (mut pause, mut told) = (PAUSE_MIN, false);
     loop {
-        let connected = shutdown.run_until_cancelled(connect_and_serve(&lane, &connector)).await;
+        let connected = shutdown.run_until_cancelled(connect_and_serve(&lane, &connector, &mut told)).await;
         let (Some(Connected { lasted, reason }), Some(lane)) = (connected, lane.upgrade()) else { return };
         lane.disconnected(&reason);
         if lasted {
@@ -89,16 +92,17 @@ struct Connected {
     reason: String,
 }
 
-async fn connect_and_serve(lane: &Weak<Lane>, connector: &Connector) -> Connected {
+/// `told`: whether the log has it that the node serves something else.
+async fn connect_and_serve(lane: &Weak<Lane>, connector: &Connector, told: &mut bool) -> Connected {
     let mut lasted = false;
-    let reason = match serve(lane, connector, &mut lasted).await {
+    let reason = match serve(lane, connector, &mut lasted, told).await {
         Ok(()) => "the node closed the lane".to_owned(),
         Err(reason) => reason,
     };
     Connected { lasted, reason }
 }
 
-async fn serve(lane: &Weak<Lane>, connector: &Connector, lasted: &mut bool) -> Result<(), String> {
+async fn serve(lane: &Weak<Lane>, connector: &Connector, lasted: &mut bool, told: &mut bool) -> Result<(), String> {
     let Some(address) = lane.upgrade().map(|lane| lane.address().to_owned()) else { return Ok(()) };
     let channel = sida_rpc::connect(&address, &connector.client).await.map_err(|error| error.to_string())?;
     let mut client = ExpertsClient::new(channel)
@@ -106,11 +110,21 @@ async fn serve(lane: &Weak<Lane>, connector: &Connector, lasted: &mut bool) -> R
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
     let (outgoing, requests) = mpsc::unbounded_channel::<LaneRequest>();
     let mut request = Request::new(UnboundedReceiverStream::new(requests));
-    let digest = MetadataValue::try_from(connector.model.to_string()).expect("hexadecimal digits are metadata");
-    request.metadata_mut().insert(MODEL_DIGEST, digest);
+    for (name, digest) in [(MODEL_DIGEST, connector.model), (EXPERTS_DIGEST, connector.experts)] {
+        let digest = MetadataValue::try_from(digest.to_string()).expect("hexadecimal digits are metadata");
+        request.metadata_mut().insert(name, digest);
+    }
     let opened = tokio::time::timeout(OPEN_LIMIT, client.lane(request)).await;
     let opened = opened.map_err(|_| format!("no consent to a lane within {OPEN_LIMIT:?}"))?;
+    let opened = opened.inspect_err(|status| {
+        // It will be asked again and again, until somebody mends it.
+        if Reason::of(status) == Some(Reason::ModelMismatch) && !std::mem::replace(told, true) {
+            let told = "an expert-node serves another model or has other experts, and is not asked for any";
+            tracing::error!(%address, reason = status.message(), "{told}");
+        }
+    });
     let mut responses = opened.map_err(refused)?.into_inner();
+    *told = false;
     if let Some(rows) = &connector.rows {
         // An error says that the connection is lost already, which is seen below.
         let _ = outgoing.send(LaneRequest { kind: Some(lane_request::Kind::Window(offer(rows.handle()))) });

@@ -76,7 +76,7 @@ mod tests {
         };
         let messages = json!({"messages": [{"role": "user", "content": "Hi"}]});
         check("CompletionRequest", json!({"prompt": "a"}), true, &|fields| drop(CompletionRequest::read(fields)));
-        check("ChatCompletionRequest", messages.clone(), true, &|fields| drop(ChatRequest::read(fields)));
+        check("ChatCompletionRequest", messages.clone(), true, &|fields| drop(ChatRequest::read(fields, b"{}")));
         check("EmbeddingRequest", json!({"input": "a"}), true, &|fields| drop(EmbeddingRequest::read(fields, 1)));
         check("TokenizeRequest", messages, false, &|fields| drop(TokenizeRequest::read(fields)));
         check("DetokenizeRequest", json!({"tokens": []}), false, &|fields| drop(read_tokens(fields)));

@@ -16,9 +16,14 @@ use crate::{
 
 /// The fields of the request's object.
 pub(crate) async fn fields(request: Request) -> Result<Fields, ApiError> {
+    parsed(&text(request).await?)
+}
+
+/// The text of that object.
+pub(crate) async fn text(request: Request) -> Result<Vec<u8>, ApiError> {
     let (head, body) = request.into_parts();
     check_type(&head.headers)?;
-    parsed(&bytes(&head.headers, body).await?)
+    bytes(&head.headers, body).await
 }
 
 /// The fields of an object in JSON.

@@ -17,20 +17,22 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use http_body::{Frame, SizeHint};
-use sida_rpc::{Client, RequestId};
+use sida_rpc::{Client, KeyTakenAway, RequestId};
 use sida_telemetry::TraceContext;
 use tonic::Code;
 
 use crate::{
     answer::request_error::RequestError,
     doors::{
-        openai::{door::Door, error::ApiError},
+        openai::{door::Door, error::ApiError, rate_limits},
         request_count,
     },
 };
 
 /// How long the caller waits, in seconds.
 const TIMEOUT: &str = "x-request-timeout";
+/// What paths are called that are no requests to the model.
+const NOT_COUNTED: &str = "others";
 /// A day: nobody waits for longer.
 const TIMEOUT_MAX: Duration = Duration::from_secs(86_400);
 
@@ -42,6 +44,8 @@ pub(crate) struct Call {
     pub(crate) trace: Option<TraceContext>,
     /// Whose it is, once that is known.
     client: Arc<OnceLock<Client>>,
+    /// Tells when its key lets in no more, if it came by one.
+    key_taken_away: Arc<OnceLock<KeyTakenAway>>,
     /// Its id, which the answer's is made of.
     pub(crate) id: Arc<str>,
     path: &'static str,
@@ -52,6 +56,17 @@ impl Call {
     /// Whose it is, as far as that is known.
     pub(crate) fn client(&self) -> Option<Client> {
         self.client.get().cloned()
+    }
+
+    /// Completes when its key lets in no more, with what it is told then; never of a call without one.
+    pub(crate) async fn loses_its_key(&self) -> ApiError {
+        match self.key_taken_away.get() {
+            Some(event) => {
+                event.happens().await;
+                ApiError::of_fault(&event.fault())
+            }
+            None => std::future::pending().await,
+        }
     }
 
     /// The refusal that an `error` of the coordinator is told as. One that is a fault of ours is logged: its caller can do
@@ -84,9 +99,9 @@ pub(crate) async fn answer(State(door): State<Arc<Door>>, mut request: Request, 
     };
     let extensions = request.extensions_mut();
     let id = extensions.get().map(|id: &RequestId| id.as_str().into()).unwrap_or_default();
-    let (trace, path) = (extensions.get().copied(), method.unwrap_or("others"));
+    let (trace, path) = (extensions.get().copied(), method.unwrap_or(NOT_COUNTED));
     let (end, client) = (open.end.clone(), open.client.clone());
-    extensions.insert(Call { deadline, trace, client, id, path, end });
+    extensions.insert(Call { deadline, trace, client, key_taken_away: Arc::default(), id, path, end });
     let response = tokio::select! {
         response = next.run(request) => response,
         () = door.late.cancelled() => door.ending().into_response(),
@@ -94,13 +109,29 @@ pub(crate) async fn answer(State(door): State<Arc<Door>>, mut request: Request, 
     counted(response, open)
 }
 
-/// Notes whose `request` it is: behind what lets it in, which is within what counts it.
-pub(crate) async fn introduced(Extension(call): Extension<Call>, request: Request, next: Next) -> Response {
+/// Notes whose `request` it is: behind what lets it in, which is within what counts it. Its answer tells what the client
+/// may still have.
+pub(crate) async fn introduced(
+    State(door): State<Arc<Door>>,
+    Extension(call): Extension<Call>,
+    request: Request,
+    next: Next,
+) -> Response {
+    // A call has one client and one key, and comes by here once.
     if let Some(client) = request.extensions().get::<Client>() {
-        // A call has one client, and comes by here once.
         let _ = call.client.set(client.clone());
     }
-    next.run(request).await
+    if let Some(event) = request.extensions().get::<KeyTakenAway>() {
+        let _ = call.key_taken_away.set(event.clone());
+    }
+    let mut response = tokio::select! {
+        response = next.run(request) => response,
+        refusal = call.loses_its_key() => refusal.into_response(),
+    };
+    if let Some(client) = call.client.get().filter(|_| call.path != NOT_COUNTED) {
+        rate_limits::tell(door.coordinator.inner.client_uses.standing(client), response.headers_mut());
+    }
+    response
 }
 
 /// When the caller stops to wait, if it says.

@@ -1,17 +1,18 @@
 //! The messages of a conversation, as `/v1/chat/completions` and `/tokenize` take them: texts, or lists of text parts, each said
-//! in a role. What this door cannot read to a model (images, tools) is refused by name.
+//! in a role; calls of tools, and what these answered. What this door cannot read to a model (images) is refused by name.
 
+use serde::Serialize;
 use serde_json::Value;
-use sida_model::ChatMessage;
+use sida_model::{ChatMessage, TemplateValue, chat_template::ValueKind};
 
 use crate::doors::openai::{door::Door, error::ApiError, fields::Fields};
 
 /// Messages of one conversation at most.
 const MESSAGES_MAX: usize = 4096;
 /// Who may speak. What a template makes of them is up to it.
-const ROLES: [&str; 4] = ["system", "developer", "user", "assistant"];
-const ROLES_EXPECTED: &str = "system, developer, user or assistant";
-const TOOLS_NOT_SERVED: &str = "tools are not served";
+const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
+const ROLES_EXPECTED: &str = "system, developer, user, assistant or tool";
+const OLD_FUNCTIONS: &str = "it is the older form of tools: say tools and tool_calls";
 /// What an assistant's message may carry that says nothing.
 const EMPTY_EXTRAS: [&str; 4] = ["refusal", "annotations", "audio", "reasoning_content"];
 
@@ -40,8 +41,8 @@ impl Conversation {
         Ok(Some(Self { messages, add_generation_prompt, variables }))
     }
 
-    /// The text that the model is to read, as its template writes it.
-    pub(crate) fn written(&self, door: &Door) -> Result<String, ApiError> {
+    /// The text that the model is to read, as its template writes it with what it tells of `tools`.
+    pub(crate) fn written(&self, door: &Door, tools: &[TemplateValue]) -> Result<String, ApiError> {
         let template = match &door.template {
             Ok(Some(template)) => template,
             Ok(None) => {
@@ -54,7 +55,7 @@ impl Conversation {
             }
             Err(error) => return Err(ApiError::unable("chat_template_unusable", error.clone())),
         };
-        let written = template.render(&self.messages, self.add_generation_prompt, &self.variables);
+        let written = template.render(&self.messages, self.add_generation_prompt, tools, &self.variables);
         // Even one that fails may have others: it is these messages that it cannot write.
         written.map_err(|error| ApiError::field_because("messages", error.to_string()))
     }
@@ -63,13 +64,19 @@ impl Conversation {
 fn message(mut fields: Fields) -> Result<ChatMessage, ApiError> {
     let role = fields.text("role")?.ok_or_else(|| ApiError::missing(fields.name("role"), ROLES_EXPECTED))?;
     match role.as_str() {
-        "tool" | "function" => return Err(ApiError::unsupported(fields.name("role"), TOOLS_NOT_SERVED)),
+        "function" => return Err(ApiError::unsupported(fields.name("role"), OLD_FUNCTIONS)),
         known if ROLES.contains(&known) => {}
         other => return Err(ApiError::field(fields.name("role"), other, ROLES_EXPECTED)),
     }
-    for field in ["tool_calls", "function_call", "tool_call_id"] {
-        fields.refuse(field, TOOLS_NOT_SERVED, |value| value.as_array().is_some_and(Vec::is_empty))?;
-    }
+    fields.refuse("function_call", OLD_FUNCTIONS, |_| false)?;
+    let tool_calls = match role.as_str() {
+        "assistant" => called(&mut fields)?,
+        _ => None,
+    };
+    let tool_call_id = match role.as_str() {
+        "tool" => fields.text("tool_call_id")?,
+        _ => None,
+    };
     for field in EMPTY_EXTRAS {
         fields
             .refuse(field, "only texts are read", |value| value == "" || value.as_array().is_some_and(Vec::is_empty))?;
@@ -81,7 +88,48 @@ fn message(mut fields: Fields) -> Result<ChatMessage, ApiError> {
         None => return Err(ApiError::missing(at, "a text or a list of text parts")),
     };
     fields.end()?;
-    Ok(ChatMessage { role, content, name })
+    Ok(ChatMessage { role, content, name, tool_calls, tool_call_id })
+}
+
+/// A call of a tool, as templates know it.
+#[derive(Serialize)]
+struct Call {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<String>,
+    #[serde(rename = "type")]
+    kind: &'static str,
+    function: Function,
+}
+
+#[derive(Serialize)]
+struct Function {
+    name: String,
+    /// The object that was written, in the order of its fields; or the text, where it is none.
+    arguments: TemplateValue,
+}
+
+/// Takes what an assistant has called; `None` if nothing.
+fn called(fields: &mut Fields) -> Result<Option<TemplateValue>, ApiError> {
+    let at = fields.name("tool_calls");
+    let calls = fields.read("tool_calls", "a list of calls", |value| value.as_array().cloned())?.unwrap_or_default();
+    let call = |(number, value): (usize, Value)| {
+        let mut call = Fields::of(value, &format!("{at}[{number}]"))?;
+        let (id, kind) = (call.text("id")?, call.text("type")?);
+        if kind.as_deref().is_some_and(|kind| kind != "function") {
+            return Err(ApiError::unsupported(call.name("type"), "only functions are called"));
+        }
+        let function = call.value("function").ok_or_else(|| ApiError::missing(call.name("function"), "an object"))?;
+        let mut function = Fields::of(function, &call.name("function"))?;
+        call.end()?;
+        let name = function.text("name")?.ok_or_else(|| ApiError::missing(function.name("name"), "a name"))?;
+        let text = function.text("arguments")?.unwrap_or_else(|| "{}".to_owned());
+        function.end()?;
+        let read = serde_json::from_str::<TemplateValue>(&text).ok();
+        let arguments = read.filter(|value| value.kind() == ValueKind::Map).unwrap_or_else(|| text.into());
+        Ok(Call { id, kind: "function", function: Function { name, arguments } })
+    };
+    let calls = calls.into_iter().enumerate().map(call).collect::<Result<Vec<_>, _>>()?;
+    Ok((!calls.is_empty()).then(|| TemplateValue::from_serialize(&calls)))
 }
 
 /// A text, or the texts of its parts, a line each.
@@ -129,6 +177,25 @@ mod tests {
     }
 
     #[test]
+    fn calls_are_given_to_templates_as_transformers_does() {
+        // Would break: what a model called before is shown to it in another form than it was trained on.
+        let function = json!({"name": "f", "arguments": "{\"z\": 1, \"a\": [2]}"});
+        let messages = read(json!([
+            {"role": "assistant", "content": null, "tool_calls": [{"id": "1", "type": "function", "function": function}]},
+            {"role": "tool", "content": "7", "tool_call_id": "1"},
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "not JSON"}}]},
+        ]))
+        .unwrap();
+        let call = |message: &ChatMessage| serde_json::to_string(message.tool_calls.as_ref().unwrap()).unwrap();
+        assert_eq!(
+            call(&messages[0]),
+            r#"[{"id":"1","type":"function","function":{"name":"f","arguments":{"z":1,"a":[2]}}}]"#
+        );
+        assert_eq!(messages[1].tool_call_id.as_deref(), Some("1"));
+        assert_eq!(call(&messages[2]), r#"[{"type":"function","function":{"name":"f","arguments":"not JSON"}}]"#);
+    }
+
+    #[test]
     fn what_cannot_be_read_to_the_model_is_refused_by_its_place() {
         // Would break: an image is left out of what the model sees, and the answer is about nothing.
         let user = |content: Value| json!([{"role": "user", "content": content}]);
@@ -138,8 +205,10 @@ mod tests {
             (json!(["Hi"]), "messages[0]"),
             (json!([{"content": "Hi"}]), "messages[0].role"),
             (json!([{"role": "owner", "content": "Hi"}]), "messages[0].role"),
-            (json!([{"role": "tool", "content": "7", "tool_call_id": "1"}]), "messages[0].role"),
-            (json!([{"role": "assistant", "tool_calls": [{"id": "1"}]}]), "messages[0].tool_calls"),
+            (json!([{"role": "function", "content": "7", "name": "f"}]), "messages[0].role"),
+            (json!([{"role": "tool", "tool_call_id": "1"}]), "messages[0].content"),
+            (json!([{"role": "user", "content": "a", "tool_call_id": "1"}]), "messages[0].tool_call_id"),
+            (json!([{"role": "assistant", "tool_calls": [{"id": "1"}]}]), "messages[0].tool_calls[0].function"),
             (json!([{"role": "user"}]), "messages[0].content"),
             (user(json!(7)), "messages[0].content"),
             (user(json!([{"type": "image_url", "image_url": {"url": "x"}}])), "messages[0].content[0].type"),

@@ -172,6 +172,7 @@ fn told_as(reason: Reason) -> (StatusCode, &'static str, &'static str) {
         R::Unsupported => (StatusCode::BAD_REQUEST, INVALID_REQUEST, "unsupported_value"),
         R::QueueFull => (StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "queue_full"),
         R::ClientShare => (StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "client_share"),
+        R::ClientLimit => (StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "rate_limit_exceeded"),
         R::NoTime => (StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "no_time"),
         R::DeadlineExceeded => (StatusCode::GATEWAY_TIMEOUT, SERVER_ERROR, "deadline_exceeded"),
         R::Cancelled => (StatusCode::SERVICE_UNAVAILABLE, SERVER_ERROR, "cancelled"),
@@ -196,6 +197,8 @@ fn field_of(error: &RequestError, text_field: &str) -> Option<String> {
             field => field.to_owned(),
         },
         RequestError::JsonSchema { .. } => "response_format".to_owned(),
+        // What the operator calls it: no field of the request is wrong.
+        RequestError::ClientLimit { limit, .. } | RequestError::ClientLimitBelow { limit, .. } => (*limit).to_owned(),
         RequestError::EmptyText => text_field.to_owned(),
         RequestError::TextTooLong { of, .. }
         | RequestError::TooManyTokens { of, .. }

@@ -32,7 +32,7 @@ impl EventForm {
 /// How often a silent stream says that it lives: proxies close those that do not.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(15);
 
-/// `chunks` as events, until the node waits no longer for them.
+/// `chunks` as events, until the node waits no longer for them or the call's key is taken away.
 pub(crate) fn events(
     chunks: impl Stream<Item = Result<Value, ApiError>> + Send + 'static,
     door: &Door,
@@ -48,6 +48,7 @@ pub(crate) fn events(
                 biased;
                 next = chunks.next() => next,
                 () = late.cancelled() => Some(Err(ending)),
+                refusal = call.loses_its_key() => Some(Err(refusal)),
             };
             Some(match next {
                 Some(Ok(chunk)) => (data(chunk.to_string()), Some(chunks)),

@@ -135,6 +135,7 @@ fn params(prompt: Prompt, wanted: &Wanted, logprobs: Option<usize>, call: &Call)
         sampling: wanted.sampling.clone(),
         stop: wanted.stop.clone(),
         json_schema: wanted.json_schema.clone(),
+        tool_calls: wanted.tool_calls.clone(),
         choices: wanted.choices,
         logprobs,
         deadline: call.deadline,

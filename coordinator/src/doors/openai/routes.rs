@@ -55,7 +55,7 @@ pub(crate) fn routes(coordinator: Coordinator, late: CancellationToken) -> Route
         .merge(open_inference::http::routes())
         .fallback(nowhere)
         .method_not_allowed_fallback(other_method)
-        .layer(middleware::from_fn(call::introduced))
+        .layer(middleware::from_fn_with_state(door.clone(), call::introduced))
         // Whoever may not call learns no more than that.
         .layer(AuthenticationLayer::new(gate, is_open, refuse))
         .layer(middleware::from_fn_with_state(door.clone(), call::answer))

@@ -7,6 +7,7 @@ use serde_json::Value;
 
 use crate::{
     answer::{
+        grammar::ToolCalls,
         routing_mode::{Alpha, RoutingMode},
         sampling::Sampling,
     },
@@ -33,6 +34,8 @@ pub(crate) struct Wanted {
     pub(crate) stop: Vec<String>,
     /// What an answer follows, if it is to be more than a text.
     pub(crate) json_schema: Option<String>,
+    /// The tools that it has to call instead.
+    pub(crate) tool_calls: Option<ToolCalls>,
     pub(crate) routing: RoutingMode,
     /// The lower, the sooner it is its turn among those of the same client.
     pub(crate) priority: i32,
@@ -65,6 +68,7 @@ impl Wanted {
             sampling: sampling(fields)?,
             stop: fields.read("stop", "a text or a list of texts", texts)?.unwrap_or_default(),
             json_schema: response_format::read(fields)?,
+            tool_calls: None,
             routing: routing(fields)?,
             priority: priority(fields)?,
             events: events(fields)?,

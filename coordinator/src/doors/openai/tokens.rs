@@ -52,7 +52,7 @@ pub(crate) async fn tokenize(
     fields.end()?;
     let (text, special_tokens, field) = match asked {
         TokenizeRequest::Text { text, special_tokens } => (text, special_tokens, "prompt"),
-        TokenizeRequest::Conversation(conversation) => (conversation.written(&door)?, false, "messages"),
+        TokenizeRequest::Conversation(conversation) => (conversation.written(&door, &[])?, false, "messages"),
     };
     let tokens = door.coordinator.tokenize(&text, special_tokens).await;
     let tokens = tokens.map_err(|error| call.refused(&error, field))?;

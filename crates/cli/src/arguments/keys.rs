@@ -11,7 +11,8 @@ use crate::{api_key::ApiKey, bad_configuration::BadConfiguration, text_file};
 /// Who may use a coordinator.
 #[derive(Args, Clone, Debug, Default)]
 pub(crate) struct ApiKeysArguments {
-    /// File of the clients that are let in, NAME:KEY a line; read again when it changes [default: all clients]
+    /// File of the clients that are let in, NAME:KEY a line, behind it limits as requests-per-minute=60; read again when it
+    /// changes [default: all clients]
     #[arg(long, value_name = "FILE")]
     api_keys: Option<PathBuf>,
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 use clap::Args;
 use sida_coordinator::CoordinatorConfig;
 
+use super::client_limits::ClientLimitArguments;
 use crate::time_span;
 
 /// Bounds of batches and requests; the defaults are those of the design.
@@ -30,6 +31,8 @@ pub(crate) struct LimitArguments {
     /// address of its own
     #[arg(long, value_name = "SHARE", default_value = "50%", value_parser = share)]
     client_queue_share: f64,
+    #[command(flatten)]
+    clients: ClientLimitArguments,
     /// Tokens of a prompt at most
     #[arg(long, value_name = "N", default_value_t = 512)]
     prompt_tokens_max: usize,
@@ -62,6 +65,7 @@ impl LimitArguments {
         config.limits.queue_max = self.queue_max.max(1);
         config.limits.queue_tokens_max = self.queue_tokens_max.max(1);
         config.limits.client_queue_share = self.client_queue_share;
+        config.client_limits = self.clients.limits();
         config.request_limits.prompt_tokens_max = self.prompt_tokens_max.max(1);
         config.request_limits.tokens_max = self.answer_tokens_max.max(1);
         config.request_limits.tokens_default = config.request_limits.tokens_default.min(self.answer_tokens_max.max(1));

@@ -2,6 +2,7 @@
 //! answered, how much memory the experts get, where a cluster listens, whom it lets in and how it is reached.
 
 pub(crate) mod cache;
+pub(crate) mod client_limits;
 pub(crate) mod connection;
 pub(crate) mod device;
 pub(crate) mod embedded;

@@ -139,8 +139,8 @@ async fn chat_prompt(coordinator: &Coordinator, text: String) -> anyhow::Result<
             "{dir} has no chat template, neither as chat_template.jinja nor in tokenizer_config.json: ask without --chat"
         ))
     })?;
-    let message = ChatMessage { role: "user".to_owned(), content: Some(text), name: None };
-    let written = template.render(&[message], true, &Map::new())?;
+    let message = ChatMessage { role: "user".to_owned(), content: Some(text), ..Default::default() };
+    let written = template.render(&[message], true, &[], &Map::new())?;
     // The template has written what a text begins with.
     let tokens = coordinator.tokenize(&written, false).await?;
     Ok(Prompt::Tokens(tokens))

@@ -136,6 +136,7 @@ fn as_json(status: &StatusResponse) -> serde_json::Value {
                 "role": node.role,
                 "address": node.address,
                 "healthy": node.healthy,
+                "problem": node.problem,
                 "experts_placed": node.experts_placed,
                 "experts_held": node.experts_held,
                 "ready_epoch": node.ready_epoch,

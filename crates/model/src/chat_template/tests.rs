@@ -11,6 +11,8 @@ struct Case {
     template: String,
     messages: Vec<ChatMessage>,
     add_generation_prompt: bool,
+    #[serde(default)]
+    tools: Vec<TemplateValue>,
     variables: Map<String, Value>,
     text: Option<String>,
     error: Option<String>,
@@ -25,7 +27,7 @@ fn template(source: &str) -> ChatTemplate {
 }
 
 fn user(content: &str) -> ChatMessage {
-    ChatMessage { role: "user".to_owned(), content: Some(content.to_owned()), name: None }
+    ChatMessage { role: "user".to_owned(), content: Some(content.to_owned()), ..Default::default() }
 }
 
 #[test]
@@ -38,7 +40,7 @@ fn conversations_are_written_as_transformers_writes_them() {
     for (number, case) in cases.iter().enumerate() {
         let path = tests.join("parity/chat").join(format!("{}.jinja", case.template));
         let template = template(&fs::read_to_string(path).expect("a template"));
-        let written = template.render(&case.messages, case.add_generation_prompt, &case.variables);
+        let written = template.render(&case.messages, case.add_generation_prompt, &case.tools, &case.variables);
         let expected = match (&case.text, &case.error) {
             (Some(text), _) => Ok(text.clone()),
             (None, error) => Err(ChatError::Refused(error.clone().expect("a text or an error"))),
@@ -54,7 +56,7 @@ fn a_template_is_found_where_checkpoints_have_it() {
     let write = |file: &str, content: &str| fs::write(dir.path().join(file), content).unwrap();
     let rendered = || {
         let template = ChatTemplate::open(dir.path()).unwrap()?;
-        Some(template.render(&[user("Hi")], true, &Map::new()).unwrap())
+        Some(template.render(&[user("Hi")], true, &[], &Map::new()).unwrap())
     };
     assert_eq!(rendered(), None);
     write("tokenizer_config.json", r#"{"eos_token": "<e>", "model_max_length": 512}"#);
@@ -92,7 +94,7 @@ fn templates_that_cannot_be_used_are_told() {
 #[test]
 fn a_template_has_bounds() {
     // Would break: a model's file keeps a thread for ever, or takes all memory.
-    let failure = |source: &str| template(source).render(&[user("Hi")], true, &Map::new()).unwrap_err();
+    let failure = |source: &str| template(source).render(&[user("Hi")], true, &[], &Map::new()).unwrap_err();
     let endless = "{% for a in range(9999) %}{% for b in range(9999) %}{{ '' }}{% endfor %}{% endfor %}";
     assert_eq!(failure(endless), ChatError::TooManySteps);
     let long = "{% set text = 'x' * 10000 %}{% for a in range(1000) %}{{ text }}{% endfor %}";
@@ -107,13 +109,13 @@ fn what_a_request_says_overrules_nothing_of_ours() {
     let variables = serde_json::json!({"messages": "m", "bos_token": "b", "add_generation_prompt": "a", "x": "y"});
     let Value::Object(variables) = variables else { unreachable!("an object") };
     let written = template("{{ bos_token }}{{ messages[0].content }}{{ add_generation_prompt }}{{ x }}");
-    assert_eq!(written.render(&[user("Hi")], false, &variables).unwrap(), "<s>HiFalsey");
+    assert_eq!(written.render(&[user("Hi")], false, &[], &variables).unwrap(), "<s>HiFalsey");
 }
 
 #[test]
 fn the_day_is_written_as_strftime_writes_it() {
     // Would break: a prompt that tells the day fails, or tells it in another form than the model knows.
-    let written = template("{{ strftime_now('%d %b %Y') }}").render(&[user("Hi")], false, &Map::new()).unwrap();
+    let written = template("{{ strftime_now('%d %b %Y') }}").render(&[user("Hi")], false, &[], &Map::new()).unwrap();
     let words: Vec<&str> = written.split(' ').collect();
     assert!(words.len() == 3 && words[0].len() == 2 && words[1].len() == 3 && words[2].starts_with("20"), "{written}");
 }

@@ -1,0 +1,200 @@
+//! How a model's text becomes calls of tools: what stands between `<tool_call>` and `</tool_call>` is a name and arguments in
+//! JSON. Read as the text comes, so that a stream says what is text at once, and a call when it is whole. What looks like a
+//! call and is none stays text: nothing that the model said is lost.
+
+use serde_json::Value;
+use sida_model::chat_template::TOOL_CALL;
+
+/// What a model said.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Said {
+    Text(String),
+    Call {
+        name: String,
+        /// In JSON.
+        arguments: String,
+    },
+}
+
+/// Reads one answer.
+pub(crate) struct Reader {
+    /// The names of the tools that there are.
+    names: Vec<String>,
+    /// What is not told yet: the beginning of a call, or what may be one.
+    rest: String,
+    is_in_call: bool,
+    calls: usize,
+}
+
+impl Reader {
+    /// Of an answer that may call tools of these names.
+    pub(crate) fn new(names: Vec<String>) -> Self {
+        Self { names, rest: String::new(), is_in_call: false, calls: 0 }
+    }
+
+    /// How many calls there were.
+    pub(crate) fn calls(&self) -> usize {
+        self.calls
+    }
+
+    /// What is told once `text` has come, too; of the last text everything.
+    pub(crate) fn read(&mut self, text: &str, is_last: bool) -> Vec<Said> {
+        let [begins, ends] = TOOL_CALL;
+        let mut said = Vec::new();
+        self.rest += text;
+        loop {
+            let mark = if self.is_in_call { ends } else { begins };
+            let Some(at) = self.rest.find(mark) else { break };
+            let after = self.rest.split_off(at + mark.len());
+            let mut before = std::mem::replace(&mut self.rest, after);
+            before.truncate(at);
+            if self.is_in_call {
+                said.push(self.call(&before, true));
+            } else {
+                // Blanks before a call belong to it.
+                self.text(before.trim_end(), &mut said);
+            }
+            self.is_in_call = !self.is_in_call;
+        }
+        if is_last && self.is_in_call {
+            // An end stands in the place of the mark, or a stop text did.
+            let rest = std::mem::take(&mut self.rest);
+            said.push(self.call(&rest, false));
+        } else if !self.is_in_call {
+            let told = if is_last { self.rest.len() } else { self.rest.len() - held_back(&self.rest, begins) };
+            let text: String = self.rest.drain(..told).collect();
+            self.text(if is_last && self.calls > 0 { text.trim_end() } else { &text }, &mut said);
+        }
+        said
+    }
+
+    fn text(&self, text: &str, said: &mut Vec<Said>) {
+        // Between calls stand blanks that say nothing.
+        let text = if self.calls > 0 { text.trim_start() } else { text };
+        if !text.is_empty() {
+            said.push(Said::Text(text.to_owned()));
+        }
+    }
+
+    /// The call that `written` is; or the text, as it stood there.
+    fn call(&mut self, written: &str, is_ended: bool) -> Said {
+        match parsed(written) {
+            Some((name, arguments)) if self.names.contains(&name) => {
+                self.calls += 1;
+                Said::Call { name, arguments }
+            }
+            _ => {
+                let [begins, ends] = TOOL_CALL;
+                Said::Text(format!("{begins}{written}{}", if is_ended { ends } else { "" }))
+            }
+        }
+    }
+}
+
+fn parsed(written: &str) -> Option<(String, String)> {
+    let call: Value = serde_json::from_str(written.trim()).ok()?;
+    let name = call["name"].as_str()?.to_owned();
+    match &call["arguments"] {
+        Value::Null => Some((name, "{}".to_owned())),
+        arguments @ Value::Object(_) => Some((name, arguments.to_string())),
+        _ => None,
+    }
+}
+
+/// How many bytes at the end of a text may be the beginning of `mark`, with the blanks before it.
+fn held_back(text: &str, mark: &str) -> usize {
+    let begun = (1..mark.len()).rev().find(|&length| text.ends_with(&mark[..length])).unwrap_or(0);
+    let before = &text[..text.len() - begun];
+    begun + (before.len() - before.trim_end().len())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn call(name: &str, arguments: &str) -> Said {
+        Said::Call { name: name.to_owned(), arguments: arguments.to_owned() }
+    }
+
+    fn text(text: &str) -> Said {
+        Said::Text(text.to_owned())
+    }
+
+    /// What is said of an answer that comes in these pieces, with neighbouring texts as one.
+    fn read(pieces: &[&str]) -> Vec<Said> {
+        let mut reader = Reader::new(vec!["a".to_owned(), "b".to_owned()]);
+        let mut all: Vec<Said> = Vec::new();
+        for (number, piece) in pieces.iter().enumerate() {
+            for said in reader.read(piece, number + 1 == pieces.len()) {
+                match (all.last_mut(), said) {
+                    (Some(Said::Text(before)), Said::Text(more)) => before.push_str(&more),
+                    (_, said) => all.push(said),
+                }
+            }
+        }
+        all
+    }
+
+    const CASES: [&str; 9] = [
+        "Hello <b> there.\n",
+        "I look.\n<tool_call>\n{\"name\": \"a\", \"arguments\": {\"x\": \"</t\"}}\n</tool_call>",
+        "<tool_call>{\"name\": \"a\"}</tool_call>\n<tool_call>\n{\"name\": \"b\", \"arguments\": {}}\n</tool_call>\n",
+        "<tool_call>\n{\"name\": \"a\", \"arguments\": {}}",
+        "<tool_call>{\"name\": \"c\", \"arguments\": {}}</tool_call>",
+        "<tool_call>not JSON</tool_call> and more",
+        "<tool_call>{\"name\": \"a\", \"argu",
+        "<tool_call>{\"name\": \"a\", \"arguments\": [1]}</tool_call>",
+        "a < b <tool",
+    ];
+
+    fn expected() -> [Vec<Said>; 9] {
+        [
+            vec![text(CASES[0])],
+            vec![text("I look."), call("a", "{\"x\":\"</t\"}")],
+            vec![call("a", "{}"), call("b", "{}")],
+            vec![call("a", "{}")],
+            vec![text(CASES[4])],
+            vec![text(CASES[5])],
+            vec![text(CASES[6])],
+            vec![text(CASES[7])],
+            vec![text(CASES[8])],
+        ]
+    }
+
+    #[test]
+    fn calls_are_told_from_text() {
+        // Would break: an agent does not see a call, sees one of a tool that it does not have, or misses what the model said.
+        for (case, expected) in CASES.iter().zip(expected()) {
+            assert_eq!(read(&[case]), expected, "{case}");
+        }
+    }
+
+    #[test]
+    fn text_is_told_as_soon_as_it_is_no_call() {
+        // Would break: a streamed answer comes only when it is whole.
+        let mut reader = Reader::new(vec!["a".to_owned()]);
+        assert_eq!(reader.read("Hello", false), [text("Hello")]);
+        assert_eq!(reader.read(" <", false), []);
+        assert_eq!(reader.read("b", false), [text(" <b")]);
+        assert_eq!(reader.read(" <tool_call>{\"name\": \"a\"}</tool_call>", false), [call("a", "{}")]);
+        assert_eq!((reader.read("\n", true), reader.calls()), (vec![], 1));
+    }
+
+    proptest! {
+        #[test]
+        fn pieces_make_no_difference(case in 0usize..CASES.len(), cuts in prop::collection::btree_set(0usize..90, 0..12)) {
+            // Would break: whether a call is seen depends on how the model's tokens cut it.
+            let whole = CASES[case];
+            let mut pieces = Vec::new();
+            let mut from = 0;
+            for cut in cuts.into_iter().filter(|cut| *cut < whole.len() && whole.is_char_boundary(*cut)) {
+                pieces.push(&whole[from..cut]);
+                from = cut;
+            }
+            pieces.push(&whole[from..]);
+            prop_assert_eq!(read(&pieces), expected()[case].clone(), "{:?}", pieces);
+        }
+    }
+}

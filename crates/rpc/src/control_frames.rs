@@ -1,0 +1,159 @@
+//! What a peer of HTTP/2 sends beside its calls: pings, settings, priorities, windows, resets, frames with nothing in them.
+//! Each costs the peer some bytes and the server a look, and HTTP/2 itself bounds none. So they are counted as they come,
+//! and a connection that has little else is ended. A client needs some of them for what it is answered, which earns it
+//! more. Put around a connection by [`crate::connection`], which has it end by an error of what is read.
+
+use std::{
+    io::{self, IoSlice},
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use crate::peer::Peer;
+
+/// Of a frame: three bytes of its length, its kind, its flags, and its stream.
+const HEAD_BYTES: usize = 9;
+const DATA: u8 = 0;
+const HEADERS: u8 = 1;
+const CONTINUATION: u8 = 9;
+const END_STREAM: u8 = 1;
+const PADDED: u8 = 8;
+
+/// A connection whose frames are looked at as they are read.
+pub(crate) struct Counted<IO> {
+    io: IO,
+    peer: Arc<Peer>,
+    frames: Frames,
+}
+
+impl<IO> Counted<IO> {
+    /// `io`, of which a client's first bytes, so many, are no frames.
+    pub(crate) fn new(io: IO, peer: Arc<Peer>, preface_bytes: usize) -> Self {
+        Self { io, peer, frames: Frames { to_skip: preface_bytes, head: [0; HEAD_BYTES], head_bytes: 0 } }
+    }
+}
+
+/// Where in the frames of a connection its bytes are.
+struct Frames {
+    /// Bytes until the next head.
+    to_skip: usize,
+    /// The head that has come in part.
+    head: [u8; HEAD_BYTES],
+    head_bytes: usize,
+}
+
+impl Frames {
+    /// How many frames that do nothing for a call begin within `bytes`, which are the next that came.
+    fn idle_in(&mut self, mut bytes: &[u8]) -> u32 {
+        let mut idle = 0;
+        loop {
+            let skipped = self.to_skip.min(bytes.len());
+            self.to_skip -= skipped;
+            bytes = &bytes[skipped..];
+            if bytes.is_empty() {
+                return idle;
+            }
+            let taken = (HEAD_BYTES - self.head_bytes).min(bytes.len());
+            self.head[self.head_bytes..][..taken].copy_from_slice(&bytes[..taken]);
+            self.head_bytes += taken;
+            bytes = &bytes[taken..];
+            if self.head_bytes == HEAD_BYTES {
+                let [a, b, c, kind, flags, ..] = self.head;
+                let length = u32::from_be_bytes([0, a, b, c]);
+                idle += u32::from(is_idle(length, kind, flags));
+                self.to_skip = length as usize;
+                self.head_bytes = 0;
+            }
+        }
+    }
+}
+
+/// Whether a frame does nothing for a call. Heads of calls, and what goes on with them, have limits of their own.
+fn is_idle(length: u32, kind: u8, flags: u8) -> bool {
+    match kind {
+        HEADERS | CONTINUATION => false,
+        // Padding may be all that there is.
+        DATA => flags & END_STREAM == 0 && (length == 0 || flags & PADDED != 0),
+        _ => true,
+    }
+}
+
+impl<IO: AsyncRead + Unpin> AsyncRead for Counted<IO> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = into.filled().len();
+        std::task::ready!(Pin::new(&mut self.io).poll_read(cx, into))?;
+        let idle = self.frames.idle_in(&into.filled()[before..]);
+        if idle > 0 && !self.peer.sends_idle_frames(idle) {
+            let told = "more frames that do nothing for a call than any client needs";
+            return Poll::Ready(Err(io::Error::other(told)));
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<IO: AsyncWrite + Unpin> AsyncWrite for Counted<IO> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write_vectored(cx, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn frame(length: usize, kind: u8, flags: u8) -> Vec<u8> {
+        let [_, a, b, c] = u32::try_from(length).unwrap().to_be_bytes();
+        [&[a, b, c, kind, flags, 0, 0, 0, 1][..], &vec![0; length]].concat()
+    }
+
+    #[test]
+    fn frames_are_told_apart_however_they_come() {
+        // Would break: a payload is taken for frames, so that an honest client is ended; or a flood that comes in odd pieces is
+        // not seen.
+        let sent = [
+            b"preface".to_vec(),
+            frame(6, 4, 0),
+            frame(40, HEADERS, 4),
+            frame(300, DATA, 0),
+            frame(0, DATA, 0),
+            frame(0, CONTINUATION, 0),
+            frame(8, 6, 0),
+            frame(8, 6, 1),
+            frame(4, 8, 0),
+            frame(5, 2, 0),
+            frame(4, 3, 0),
+            frame(20, DATA, PADDED),
+            frame(0, DATA, END_STREAM),
+            frame(3, 77, 0),
+        ];
+        let bytes = sent.concat();
+        for piece in [1, 2, 7, 9, 10, 100, bytes.len()] {
+            let mut frames = Frames { to_skip: 7, head: [0; HEAD_BYTES], head_bytes: 0 };
+            let found: u32 = bytes.chunks(piece).map(|piece| frames.idle_in(piece)).sum();
+            assert_eq!(found, 9, "in pieces of {piece}");
+        }
+    }
+}
