@@ -152,19 +152,22 @@ impl<B: Backend> Scheduler<B> {
         if self.running.is_empty() {
             return;
         }
-        self.share_rows();
         let mut span = BatchSpan::begin("decode", self.running.iter().map(|sequence| sequence.request.span.context()));
-        describe(&mut span, self.running.len(), self.running.iter().flat_map(|s| &s.branches).map(|b| b.rows).sum());
         let within = span.as_ref().map(BatchSpan::context);
+        let scheduling = within.map(|within| Span::below(within, "schedule"));
+        self.share_rows();
+        describe(&mut span, self.running.len(), self.running.iter().flat_map(|s| &s.branches).map(|b| b.rows).sum());
         let mut routings = self.routings();
         let patience = match self.running.iter().all(|sequence| sequence.request.mode == RoutingMode::Exact) {
             true => Patience::Short,
             false => Patience::Long,
         };
         self.begin_prediction(patience, within);
+        drop(scheduling);
         let before = (patience == Patience::Long).then(|| self.take_prediction(patience, &mut routings));
         let mut costs = Costs::of_pass(within);
         let outcome = self.decode(&mut routings, &mut costs);
+        let _settling = within.map(|within| Span::below(within, "output"));
         costs.record(&self.metrics.phases);
         let after = self.take_prediction(Patience::Short, &mut routings);
         let waited = self.predict_beside.waited();
@@ -173,7 +176,6 @@ impl<B: Backend> Scheduler<B> {
         self.note_predictions(&mut routings);
         // The hints are taken back: the step is over.
         drop((before, after));
-        let _settling = within.map(|within| Span::below(within, "output"));
         match outcome {
             Ok(output) => self.postprocess(routings, output, &costs),
             Err(error) => self.fail_running(&error),
