@@ -241,6 +241,6 @@ mod tests {
         assert_eq!((size_of::<Mean>(), offset_of!(Mean, d)), (32, 24));
         assert_eq!((size_of::<Sequence>(), offset_of!(Sequence, capacity)), (48, 24));
         assert_eq!((size_of::<Attention>(), offset_of!(Attention, pass)), (80, 72));
-        assert_eq!((size_of::<Heads>(), offset_of!(Heads, factor), offset_of!(Heads, pass)), (104, 48, 96));
+        assert_eq!((size_of::<Heads>(), offset_of!(Heads, factor), offset_of!(Heads, pass)), (96, 48, 88));
     }
 }
