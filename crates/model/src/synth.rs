@@ -47,6 +47,8 @@ pub enum SynthError {
         "Switch Transformers have the blocks of their shape: a number of them can be had of decoder-only models only"
     )]
     NoBlocks,
+    #[error("{found} blocks, expected 1 to the {max} of the shape")]
+    Blocks { found: usize, max: usize },
     #[error("a vocabulary of {found} is outside {min} to {max}")]
     Vocabulary { found: usize, min: usize, max: usize },
     #[error("skew is {found}, expected 0 to {max}")]
@@ -234,7 +236,11 @@ mod tests {
             ));
         }
         assert!(matches!(CausalShape::of_config(SynthShape::Switch(small()).config()), Err(SynthError::Shape { .. })));
-        let one_block = SynthShape::published("olmoe-1b-7b").unwrap().with_blocks(1).unwrap();
+        let blocks = |count| SynthShape::published("olmoe-1b-7b").unwrap().with_blocks(count);
+        for count in [0, 17] {
+            assert!(matches!(blocks(count), Err(SynthError::Blocks { max: 16, .. })), "{count}");
+        }
+        let one_block = blocks(1).unwrap();
         assert!(one_block.bytes() * 10 < SynthShape::published("olmoe-1b-7b").unwrap().bytes());
     }
 

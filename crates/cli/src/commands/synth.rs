@@ -62,6 +62,7 @@ fn refused(error: SynthError) -> anyhow::Error {
         | SynthError::Skew { .. }
         | SynthError::NoSkew
         | SynthError::NoBlocks
+        | SynthError::Blocks { .. }
         | SynthError::Model(ModelError::Config { .. }) => {
             BadConfiguration::because("no such checkpoint can be written", error).into()
         }

@@ -102,6 +102,9 @@ pub(crate) fn run(arguments: TrainPredictorArguments) -> anyhow::Result<ExitCode
     // Before the model runs over the texts, which may take hours.
     options.check(checkpoint.config().num_experts)?;
     check_out(&out)?;
+    for read in std::iter::once(&arguments.file).chain(&arguments.held_out) {
+        check_other(&out, read)?;
+    }
     let measured_with = record(&checkpoint, &texts.held_out, "recording held-out text")?;
     let hit_rates = match &arguments.calibrate {
         Some(file) => train::calibrate(file, &measured_with, &out)?,
@@ -155,6 +158,17 @@ fn check_out(out: &Path) -> Result<(), BadConfiguration> {
     tempfile::tempfile_in(directory).map(drop).map_err(refused)
 }
 
+/// Refuses to write over what is read. Of a file that is not there yet, nothing can be.
+fn check_other(out: &Path, read: &Path) -> Result<(), BadConfiguration> {
+    match (out.canonicalize(), read.canonicalize()) {
+        (Ok(written), Ok(same)) if written == same => {
+            let (out, read) = (out.display(), read.display());
+            Err(BadConfiguration::new(format!("--out {out} would replace the texts of {read}, expected another file")))
+        }
+        _ => Ok(()),
+    }
+}
+
 fn texts(arguments: &TrainPredictorArguments) -> Result<Texts, BadConfiguration> {
     let lines = text_file::read(&arguments.file)?;
     let texts = match &arguments.held_out {
@@ -201,4 +215,19 @@ fn as_json(hit_rates: &[HitRate], out: &Path) -> serde_json::Value {
         .map(|rate| json!({"layer": rate.layer.0, "tokens": rate.tokens, "top1": rate.top1, "top3": rate.top3}))
         .collect();
     json!({"predictor": out.display().to_string(), "hit_rates": layers})
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn texts_are_not_written_over() {
+        // Would break: whoever mistypes --out loses the texts.
+        let dir = tempfile::tempdir().expect("a directory");
+        let texts = dir.path().join("texts.txt");
+        std::fs::write(&texts, "a").expect("a file");
+        assert!(check_other(&dir.path().join("./texts.txt"), &texts).is_err());
+        assert!(check_other(&dir.path().join("predictor.safetensors"), &texts).is_ok());
+    }
 }

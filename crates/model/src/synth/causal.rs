@@ -78,6 +78,10 @@ impl CausalShape {
 
     /// The same with so many blocks, all as the published ones are: what of a large shape fits a small machine.
     pub(super) fn with_blocks(mut self, blocks: usize) -> Result<Self, SynthError> {
+        let max = self.config.decoder_layers;
+        if !(1..=max).contains(&blocks) {
+            return Err(SynthError::Blocks { found: blocks, max });
+        }
         self.json["num_hidden_layers"] = json!(blocks);
         Self::of_config(self.json)
     }
