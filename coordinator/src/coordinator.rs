@@ -108,6 +108,7 @@ impl Coordinator {
     /// pass. All are answered or none: the first that fails is named, and the others are cancelled.
     pub async fn encode_all(&self, all: Vec<EncodeParams>) -> Result<Vec<Encoding>, RequestError> {
         within("texts (their number)", all.len(), 1, self.config().request_limits.texts_max)?;
+        self.may_ask(all.first().and_then(|params| params.client.as_ref()), all.len())?;
         let encoded = all
             .into_iter()
             .zip(1..)
@@ -307,6 +308,11 @@ impl Coordinator {
         given.or_else(|| Some(Instant::now() + self.config().request_limits.timeout?))
     }
 
+    /// Refuses a call of so many requests of a `client` that its limits do not allow together: none of them is begun.
+    pub(crate) fn may_ask(&self, client: Option<&Client>, requests: usize) -> Result<(), RequestError> {
+        self.inner.client_uses.may_come(client, requests)
+    }
+
     /// Begins the span of a `client`'s request for an `operation`, if it may have one more.
     fn begin_span(
         &self,
@@ -314,7 +320,7 @@ impl Coordinator {
         caller: Option<TraceContext>,
         client: Option<&Client>,
     ) -> Result<RequestSpan, RequestError> {
-        self.inner.client_uses.may_come(client)?;
+        self.may_ask(client, 1)?;
         Ok(RequestSpan::begin(operation, self.checkpoint().name(), caller, client))
     }
 

@@ -39,8 +39,8 @@ pub enum RequestError {
         /// `None`: when others of its requests end.
         retry_after: Option<Duration>,
     },
-    #[error("{limit} of this client is {allowed}, and this request alone may take {tokens} tokens")]
-    ClientLimitBelow { limit: &'static str, allowed: u64, tokens: usize },
+    #[error("{limit} of this client is {allowed}, and this request alone may take {asks}")]
+    ClientLimitBelow { limit: &'static str, allowed: u64, asks: usize },
     #[error(
         "with what is running and waiting the answer takes about {time:?}, and {left:?} are left until the deadline"
     )]

@@ -10,7 +10,7 @@ use std::{
 
 use parking_lot::Mutex;
 use sida_routing::{
-    client_limits::{Charge, ClientLimits, ClientUse, Exceeded, Standing, Within},
+    client_limits::{Charge, ClientLimit, ClientLimits, ClientUse, Exceeded, Standing, Within},
     fairness::Load,
 };
 use sida_rpc::{Client, Gate};
@@ -61,10 +61,10 @@ impl ClientUses {
         Arc::new(Self { gate, limits, start: Instant::now(), uses })
     }
 
-    /// Says why a client's request cannot be let in, whatever it asks for: before it is read.
-    pub(crate) fn may_come(&self, client: Option<&Client>) -> Result<(), RequestError> {
+    /// Says why so many requests of a client cannot be let in, whatever they ask for: before they are read.
+    pub(crate) fn may_come(&self, client: Option<&Client>, requests: usize) -> Result<(), RequestError> {
         let Some((client, limits)) = self.limited(client) else { return Ok(()) };
-        let asks = Load { requests: 1, tokens: 0 };
+        let asks = Load { requests, tokens: 0 };
         let known = self.uses.lock().of.get(&client).copied().unwrap_or_default();
         known.may_come(&limits, asks, self.now()).map(drop).map_err(|exceeded| refused(&client, exceeded, asks))
     }
@@ -150,11 +150,15 @@ impl Drop for LetIn {
 fn refused(client: &Client, Exceeded { limit, allowed, within }: Exceeded, asks: Load) -> RequestError {
     let labels = [(names::CLIENT, client.label().to_string()), (names::LIMIT, limit.name().to_owned())];
     counter!(names::CLIENT_LIMITED_TOTAL, &labels).increment(1);
+    let asks = match limit {
+        ClientLimit::RequestsPerMinute | ClientLimit::Requests | ClientLimit::Queue => asks.requests,
+        ClientLimit::TokensPerMinute | ClientLimit::QueueTokens => asks.tokens,
+    };
     let limit = limit.name();
     match within {
         Within::After(after) => RequestError::ClientLimit { limit, allowed, retry_after: Some(after) },
         Within::WhenOthersEnd => RequestError::ClientLimit { limit, allowed, retry_after: None },
-        Within::Never => RequestError::ClientLimitBelow { limit, allowed, tokens: asks.tokens },
+        Within::Never => RequestError::ClientLimitBelow { limit, allowed, asks },
     }
 }
 

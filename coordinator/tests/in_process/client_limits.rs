@@ -60,6 +60,13 @@ async fn each_client_has_limits_of_its_own_which_change_with_the_file() {
     assert_eq!((dave.status, told(&dave, "limit-tokens").as_deref()), (200, Some("50")), "{dave:?}");
     let never = complete(&served, DAVE, 1000).await;
     assert_eq!(never.status, 400, "no minute has so many tokens: {never:?}");
+    for (path, body) in [
+        ("/v1/completions", json!({"prompt": [TEXT, TEXT], "max_tokens": 2})),
+        ("/v1/embeddings", json!({"input": [TEXT, TEXT]})),
+    ] {
+        let never = ask(served.http, "POST", path, &headers(CAROL), body.to_string().as_bytes()).await;
+        assert_eq!(never.status, 400, "no minute has so many requests: {never:?}");
+    }
 
     fs::write(&keys, format!("carol:{CAROL} requests-per-minute=1000\n")).expect("written");
     let changed = async {

@@ -110,6 +110,7 @@ impl Generation {
         call: &Call,
     ) -> Result<BoxStream<'static, Result<Piece, RequestError>>, RequestError> {
         let Self { prompts, wanted, logprobs, .. } = self;
+        door.coordinator.may_ask(call.client().as_ref(), prompts.len())?;
         let choices = wanted.choices;
         let params = prompts.into_iter().map(|prompt| params(prompt, &wanted, logprobs, call));
         let streams = try_join_all(params.map(|params| door.coordinator.generate(params))).await?;
