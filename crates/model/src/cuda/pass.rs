@@ -1,14 +1,16 @@
-//! The operations of a pass on a GPU: each is a kernel that is started. What is computed by whom is in
-//! [`super::kernels`], where things lie in [`super::scratch`].
+//! A pass on a GPU: what it works with, and the kernels that it starts, for the `operations` of a forward among others. What
+//! is computed by whom is in [`super::kernels`], where things lie in [`super::scratch`].
 //!
 //! A pass with experts may end early: where an expert is missing that a router chose, the device notes the MoE layer in the
 //! pass's guard, and everything that was started after it does nothing (see `dense::through`). So the host never waits inside
 //! a pass, and a pass that has all it needs never notices.
 
+mod operations;
+
 use sida_routing::LayerId;
 
 use super::{
-    arguments::{Add, Attention, Best, Combine, Embed, Heads, Norm, Product, Route, Share},
+    arguments::{Add, Combine, Heads, Norm, Product, Route},
     buffer::DeviceBuffer,
     device::Gpu,
     error::CudaError,
@@ -19,17 +21,10 @@ use super::{
 };
 use crate::{
     ModelConfig, Spans,
-    backbone::{Matrices, Router, Shared},
-    forward::{Operations, Rows},
+    backbone::Matrices,
     rotary,
-    spec::{Activation, AttentionSpec, Keys, QkNorm, Rotary},
+    spec::{Activation, Rotary},
 };
-
-/// Up to so many rows one block chooses and groups; with more, choosing is spread over the device.
-const FUSED_ROUTE_ROWS_MAX: usize = 256;
-
-/// `HEAD_WARPS` of heads.cu.
-const HEADS_AT_ONCE: usize = 8;
 
 /// What every pass of a model works with.
 #[derive(Clone, Copy)]
@@ -352,175 +347,5 @@ impl<'m> Pass<'m> {
         };
         let grid = (w.outputs / kernels.tile.0, rows.div_ceil(kernels.tile.1), 1);
         self.machine.launch(function, grid, kernels.threads, &arguments)
-    }
-}
-
-/// What no model has that was let onto a device (see `weights::check`).
-fn unsupported<T>(what: &'static str) -> Result<T, CudaError> {
-    Err(CudaError::Unsupported { what, found: "one".to_owned(), expected: "none" })
-}
-
-impl Operations for Pass<'_> {
-    type Memory = Device;
-    type Error = CudaError;
-
-    fn embed(&mut self, embedding: &Matrix) -> Result<(), CudaError> {
-        let Machine { kernels, scratch, .. } = self.machine;
-        let (table, d) = (embedding.address(), embedding.inputs as i32);
-        let arguments = Embed { table, ids: self.packet.ids(), h: scratch.h.address(), d };
-        self.machine.launch(&kernels.embed, (self.shape.rows, 1, 1), 256, &arguments)
-    }
-
-    fn norm(&mut self, weight: &Vector) -> Result<(), CudaError> {
-        self.norm_rows(weight, None, 1.0)
-    }
-
-    fn project(&mut self, weight: &Matrix, bias: Option<&Vector>) -> Result<(), CudaError> {
-        let (scratch, bias) = (self.machine.scratch, bias.map_or(0, Vector::address));
-        self.heads = Heads { bias, queries: i32::from(bias != 0), limit: f32::INFINITY, ..Heads::default() };
-        self.product(scratch.x.address(), weight, scratch.qkv.address(), Become::Store)
-    }
-
-    fn norm_heads(&mut self, spec: &AttentionSpec, [q, k]: &[Vector; 2]) -> Result<(), CudaError> {
-        let together = i32::from(spec.qk_norm == QkNorm::Rows);
-        self.heads = Heads { q_norm: q.address(), k_norm: k.address(), together, queries: 1, ..self.heads };
-        Ok(())
-    }
-
-    fn clip(&mut self, limit: f32) -> Result<(), CudaError> {
-        self.heads = Heads { limit, queries: 1, ..self.heads };
-        Ok(())
-    }
-
-    fn rotate(&mut self, _: &AttentionSpec, rotary: &Rotary) -> Result<(), CudaError> {
-        let turns = self.machine.turns.iter().find(|turns| turns.rotary == *rotary);
-        let turns = turns.expect("those of all blocks were put on the device");
-        let (frequencies, factor) = (turns.frequencies.address(), rotary::factor(rotary));
-        self.heads = Heads { frequencies, factor, queries: 1, ..self.heads };
-        Ok(())
-    }
-
-    fn attend(&mut self, spec: &AttentionSpec, block: usize, bias: Option<&Vector>) -> Result<(), CudaError> {
-        let Machine { kernels, scratch, config, .. } = self.machine;
-        let (q, sequences) = (scratch.qkv.address(), self.packet.sequences());
-        let with_keys = spec.inner() + 2 * spec.kv_inner();
-        let (function, width, bias) = match spec.keys {
-            Keys::Rows => (&kernels.attend_own_rows, with_keys, bias.map_or(0, Vector::address)),
-            Keys::Cache => (&kernels.attend_cache, with_keys, bias.map_or(0, Vector::address)),
-            Keys::Input => (&kernels.attend_input, spec.inner(), 0),
-        };
-        match spec.keys {
-            Keys::Cache => {
-                let heads = Heads {
-                    rows: q,
-                    sequences,
-                    epsilon: config.layer_norm_epsilon as f32,
-                    stride: width as i32,
-                    heads: spec.heads as i32,
-                    kv_heads: spec.kv_heads as i32,
-                    block: block as i32,
-                    layers: self.layers as i32,
-                    pass: self.guard,
-                    ..self.heads
-                };
-                // A row whose heads are normed together is one block's: others would read what it has normed.
-                let blocks = match self.heads.together {
-                    0 => (spec.heads + 2 * spec.kv_heads).div_ceil(HEADS_AT_ONCE),
-                    _ => 1,
-                };
-                let grid = (self.shape.sequences, self.shape.longest.min(512), blocks);
-                self.machine.launch(&kernels.place_heads, grid, 32 * HEADS_AT_ONCE as u32, &heads)?;
-            }
-            Keys::Rows | Keys::Input if self.heads.queries == 0 => {}
-            Keys::Rows | Keys::Input => return unsupported("heads that are normed or turned, without a cache"),
-        }
-        let arguments = Attention {
-            q,
-            out: scratch.attended.address(),
-            sequences,
-            bias,
-            q_stride: width as i32,
-            inner: spec.inner() as i32,
-            kv_inner: spec.kv_inner() as i32,
-            group: (spec.heads / spec.kv_heads) as i32,
-            scale: spec.scale,
-            window: spec.window.and_then(|window| i32::try_from(window).ok()).unwrap_or(i32::MAX),
-            reach: config.relative_attention_max_distance as i32,
-            block: block as i32,
-            layers: self.layers as i32,
-            pass: self.guard,
-        };
-        let grid = (spec.heads, self.shape.sequences, self.shape.longest.div_ceil(kernels.queries));
-        self.machine.launch(function, grid, 128, &arguments)
-    }
-
-    fn add_output(&mut self, weight: &Matrix, bias: Option<&Vector>) -> Result<(), CudaError> {
-        if bias.is_some() {
-            return unsupported("a bias of attention's output");
-        }
-        let scratch = self.machine.scratch;
-        self.product(scratch.attended.address(), weight, scratch.h.address(), Become::Add)
-    }
-
-    fn feed_forward(&mut self, matrices: &Matrices<Device>) -> Result<(), CudaError> {
-        let scratch = self.machine.scratch;
-        self.start_hidden(matrices)?;
-        self.product(scratch.hidden.address(), &matrices.wo, scratch.h.address(), Become::Add)
-    }
-
-    fn shared(&mut self, Shared { matrices, gate }: &Shared<Device>) -> Result<(), CudaError> {
-        let Some(gate) = gate else { return self.feed_forward(matrices) };
-        let Machine { kernels, scratch, config, .. } = self.machine;
-        // No expert has made anything of this layer yet.
-        let y = scratch.each.address();
-        self.start_hidden(matrices)?;
-        self.product(scratch.hidden.address(), &matrices.wo, y, Become::Logits)?;
-        let arguments = Share {
-            h: scratch.h.address(),
-            y,
-            x: scratch.x.address(),
-            gate: gate.address(),
-            d: config.d_model as i32,
-            layers: self.layers as i32,
-            pass: self.guard,
-        };
-        self.machine.launch(&kernels.add_share, (self.shape.rows, 1, 1), 128, &arguments)
-    }
-
-    /// With experts beside the pass the rows are also grouped, and what is nowhere is noted in the guard.
-    fn route(&mut self, layer: LayerId, router: &Router<Device>) -> Result<(), CudaError> {
-        let Machine { kernels, experts, .. } = self.machine;
-        let rows = self.shape.rows;
-        self.router_logits(&router.classifier)?;
-        let route = self.route_of(experts.map_or(0, |experts| experts.table_of(layer)));
-        if experts.is_some() && rows <= FUSED_ROUTE_ROWS_MAX {
-            return self.machine.launch(&kernels.choose_and_group, (1, 1, 1), 1024, &route);
-        }
-        self.machine.launch(&kernels.choose_experts, (rows.div_ceil(4), 1, 1), 128, &route)?;
-        match experts {
-            Some(_) => self.machine.launch(&kernels.group_rows, (1, 1, 1), 1024, &route),
-            None => Ok(()),
-        }
-    }
-
-    fn experts(&mut self, _: LayerId) -> Result<Rows, CudaError> {
-        let Some(experts) = self.machine.experts else { return Ok(Rows::Leave) };
-        self.layers += 1;
-        self.start_experts(&experts)?;
-        // The host looks at the layer before it goes on, as if rows had left.
-        Ok(if self.pause == Some(self.layers) { Rows::Leave } else { Rows::Stay })
-    }
-
-    fn norm_wanted(&mut self, weight: &Vector, scale: f32) -> Result<(), CudaError> {
-        self.norm_rows(weight, Some(self.packet.wanted()), scale)
-    }
-
-    /// And the best token of each row, but for the one that is banned for it.
-    fn logits(&mut self, weight: &Matrix) -> Result<(), CudaError> {
-        let Machine { kernels, scratch, .. } = self.machine;
-        let (x, logits, tokens) = (scratch.x.address(), scratch.logits.address(), scratch.tokens().address());
-        self.product_of(self.shape.wanted, x, weight, logits, Become::Logits)?;
-        let arguments = Best { logits, tokens, banned: self.packet.banned(), vocab: weight.outputs as i32 };
-        self.machine.launch(&kernels.best, (self.shape.wanted, 1, 1), 1024, &arguments)
     }
 }
