@@ -22,7 +22,7 @@ use std::{
 use crossbeam_channel::Sender;
 use futures::{Stream, stream};
 use sida_cluster::experts::LocalExperts;
-use sida_model::{ExpertWindow, StoredDType, WindowHandle};
+use sida_model::{ExpertWindow, Precision, WindowHandle};
 use sida_proto::{
     v1::{self, LaneRequest, LaneResponse, lane_request::Kind},
     wire::{self, Bounds},
@@ -164,8 +164,8 @@ impl Lane {
         let opened = match offered.check(WINDOW_ROWS_MAX) {
             _ if self.window.is_some() => Err("the lane has a window".to_owned()),
             Ok(Ok(offered)) => {
-                let opened = tokio::task::spawn_blocking(move || engine.open_window(&handle(offered))).await;
-                opened.map_err(|error| error.to_string()).and_then(|opened| opened.map_err(|error| error.to_string()))
+                let open = move || engine.open_window(&handle(offered)?).map_err(|error| error.to_string());
+                tokio::task::spawn_blocking(open).await.unwrap_or_else(|error| Err(error.to_string()))
             }
             Ok(Err(refusal)) => Err(format!("an offer cannot be a refusal: {refusal}")),
             Err(error) => Err(error.to_string()),
@@ -226,14 +226,14 @@ impl Lane {
 }
 
 /// The handle of an offered window, as devices know it.
-fn handle(offered: wire::Window) -> WindowHandle {
+fn handle(offered: wire::Window) -> Result<WindowHandle, String> {
     let wire::Window { machine, handle, rows, dtype } = offered;
-    let dtype = match dtype {
-        v1::DType::DtypeBf16 => StoredDType::BF16,
-        v1::DType::DtypeF16 => StoredDType::F16,
-        v1::DType::DtypeF32 | v1::DType::DtypeUnspecified => StoredDType::F32,
+    let precision = match dtype {
+        v1::DType::DtypeBf16 => Precision::Bf16,
+        v1::DType::DtypeF32 | v1::DType::DtypeUnspecified => Precision::F32,
+        v1::DType::DtypeF16 => return Err("its rows are float16, expected float32 or bfloat16".to_owned()),
     };
-    WindowHandle { machine, memory: handle, rows, dtype }
+    Ok(WindowHandle { machine, memory: handle, rows, precision })
 }
 
 fn answer_of(results: &WindowHandle) -> v1::Window {

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use sida_cluster::{Cluster, experts::ExpertCall};
 use sida_expert_node::{Engine, ExpertNodeConfig, MODEL_DIGEST_METADATA, source::ExpertSource};
 use sida_model::{
-    DeviceError, ExpertDevice, ExpertScratch, ExpertShape, ExpertWindow, ModelError, SlotRows, SlotRun, StoredDType,
+    DeviceError, ExpertDevice, ExpertScratch, ExpertShape, ExpertWindow, ModelError, Precision, SlotRows, SlotRun,
     Urgency, WindowHandle,
 };
 use sida_proto::{
@@ -67,7 +67,7 @@ impl ExpertDevice for SharedMemory {
         if rows.machine != MACHINE {
             return Err(DeviceError::Refused("it is of another machine".to_owned()).into());
         }
-        let results = WindowHandle { memory: [2; 64], dtype: StoredDType::F32, ..rows.clone() };
+        let results = WindowHandle { memory: [2; 64], precision: Precision::F32, ..rows.clone() };
         Ok(Arc::new(Window { results, of: self }))
     }
 }

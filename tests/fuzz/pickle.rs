@@ -1,12 +1,12 @@
 //! pytorch_model.bin: a zip archive with a pickle, read once by `sida convert`.
 
-use sida_model::convert;
+use sida_model::{BlockFormats, convert};
 
 use crate::{fuzz, model_files::ModelDirectory};
 
 fn converts(model: &ModelDirectory) -> bool {
     let out = tempfile::tempdir().expect("a temporary directory");
-    convert::convert(model.path(), &out.path().join("out"), &mut |_, _| {}).is_ok()
+    convert::convert(model.path(), &out.path().join("out"), BlockFormats::NONE, &mut |_, _| {}).is_ok()
 }
 
 /// A pickle could run code, end the converter, or make it read outside the archive.

@@ -142,10 +142,15 @@ impl Checkpoint {
         self.files.get(name).is_some()
     }
 
-    /// Dtype (as safetensors calls it), shape and bytes of a tensor as its header says; reads no weights.
-    pub fn describe(&self, name: &str) -> Result<(safetensors::Dtype, &[usize], usize), ModelError> {
+    /// Dtype (as safetensors calls it, or the format of its blocks), shape and bytes of a tensor as its header says; reads
+    /// no weights.
+    pub fn describe(&self, name: &str) -> Result<(String, &[usize], usize), ModelError> {
         let stored = self.stored(name)?;
-        Ok((stored.dtype, &stored.shape, stored.bytes()))
+        let dtype = match stored.weights {
+            Some(blocks) if blocks.is_blocks() => blocks.to_string(),
+            _ => format!("{:?}", stored.dtype),
+        };
+        Ok((dtype, &stored.shape, stored.bytes()))
     }
 
     /// A tensor's bytes, compared with the manifest on first use where there is one.
@@ -191,7 +196,7 @@ impl Checkpoint {
     /// A tensor's stored dtype; refuses one that holds no weights.
     pub fn dtype(&self, name: &str) -> Result<StoredDType, ModelError> {
         let stored = self.stored(name)?;
-        StoredDType::from_safetensors(stored.dtype).ok_or_else(|| ModelError::TensorDType {
+        stored.weights.ok_or_else(|| ModelError::TensorDType {
             tensor: name.to_owned(),
             expected: "F32, BF16 or F16".to_owned(),
             found: format!("{:?}", stored.dtype),
@@ -243,7 +248,7 @@ impl Checkpoint {
         hash.update(Sha256::digest(self.config.canonical()));
         for name in names {
             let (dtype, shape, bytes) = self.describe(name)?;
-            hash.update(format!("{name} {dtype:?} {shape:?}\n"));
+            hash.update(format!("{name} {dtype} {shape:?}\n"));
             if bytes <= DIGEST_TENSOR_BYTES_MAX && !names::is_expert(name) && self.dtype(name).is_ok() {
                 hash.update(self.tensor(name)?.bytes);
             }

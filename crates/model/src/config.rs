@@ -11,6 +11,10 @@ use crate::{
     spec::Activation,
 };
 
+/// The field of a config that says how weights are stored, if not one by one, and what ours is called there: see
+/// [`crate::dtype`].
+pub(crate) const QUANTIZATION: &str = "quantization_config";
+pub(crate) const QUANT_METHOD: &str = "sida";
 /// The config's name in a model directory.
 pub(crate) const CONFIG: &str = "config.json";
 /// The longest config.json that is read, and the longest generation_config.json.

@@ -1,10 +1,22 @@
-//! How a weight is stored on disk and in an expert's slot. Computation is in float32 whatever this says.
+//! How weights are stored on disk and in an expert's slot. Computation is in float32 whatever this says.
+//!
+//! Values stand alone, or in blocks of 32 neighbours of a row that share a scale: the formats that ggml calls Q8_0 and
+//! Q4_0 (`ggml-common.h`), byte for byte. A value of a block is its integer times the scale, which float32 holds exactly:
+//! so a model of blocks computes, to the bit, what its values in float32 would.
 
 use std::fmt;
 
+use half::f16;
 use safetensors::Dtype;
 
-/// A dtype that checkpoints of the supported families store weights in; little-endian.
+/// Values of a block that share a scale.
+pub(crate) const BLOCK: usize = 32;
+/// Bytes of a block's scale, a binary16, which comes first.
+pub(crate) const SCALE_BYTES: usize = 2;
+/// Added to the integers of a Q4_0 block, so that they are none below 0.
+pub(crate) const Q4_ZERO: i8 = 8;
+
+/// How checkpoints of the supported families store weights; little-endian.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum StoredDType {
     /// IEEE 754 binary32.
@@ -13,18 +25,46 @@ pub enum StoredDType {
     BF16,
     /// IEEE 754 binary16.
     F16,
+    /// Blocks of 32 values: a scale and 32 integers of 8 bits.
+    Q8_0,
+    /// Blocks of 32 values: a scale and 16 bytes. Byte `i` holds value `i` in its low half and value `i + 16` in its high
+    /// half, each with 8 added.
+    Q4_0,
 }
 
 impl StoredDType {
-    /// Bytes of one value.
-    pub fn size(self) -> usize {
+    /// All that store values in blocks.
+    pub const BLOCKS: [Self; 2] = [Self::Q8_0, Self::Q4_0];
+
+    /// How many values stand together, and the bytes that they take.
+    pub(crate) fn block(self) -> (usize, usize) {
         match self {
-            Self::F32 => 4,
-            Self::BF16 | Self::F16 => 2,
+            Self::F32 => (1, 4),
+            Self::BF16 | Self::F16 => (1, 2),
+            Self::Q8_0 => (BLOCK, SCALE_BYTES + BLOCK),
+            Self::Q4_0 => (BLOCK, SCALE_BYTES + BLOCK / 2),
         }
     }
 
-    /// The stored dtype of a safetensors dtype; `None` for one that holds no weights of ours (integers, FP8).
+    /// Whether values share scales.
+    pub fn is_blocks(self) -> bool {
+        self.block().0 > 1
+    }
+
+    /// Bytes of so many values, which are whole blocks: checkpoints are refused where a row of a matrix is not.
+    pub fn bytes(self, values: usize) -> usize {
+        let (block_values, block_bytes) = self.block();
+        values / block_values * block_bytes
+    }
+
+    /// How many values so many bytes hold.
+    pub fn values(self, bytes: usize) -> usize {
+        let (block_values, block_bytes) = self.block();
+        bytes / block_bytes * block_values
+    }
+
+    /// The stored dtype of a safetensors dtype; `None` for one that holds no weights of ours (integers, FP8), or that does
+    /// not say alone what it holds (bytes).
     pub fn from_safetensors(dtype: Dtype) -> Option<Self> {
         match dtype {
             Dtype::F32 => Some(Self::F32),
@@ -34,55 +74,65 @@ impl StoredDType {
         }
     }
 
-    /// The way back.
+    /// What safetensors calls it. Blocks are bytes there.
     pub fn to_safetensors(self) -> Dtype {
         match self {
             Self::F32 => Dtype::F32,
             Self::BF16 => Dtype::BF16,
             Self::F16 => Dtype::F16,
+            Self::Q8_0 | Self::Q4_0 => Dtype::U8,
         }
     }
 
     /// Appends `bytes`, values of this dtype, to `values` as float32. Every value is exact.
-    /// Ignores an incomplete value at the end: lengths are checked where tensors are read.
+    /// Ignores an incomplete value or block at the end: lengths are checked where tensors are read.
     pub fn widen_into(self, bytes: &[u8], values: &mut Vec<f32>) {
-        match self {
-            Self::F32 => values.extend(bytes.as_chunks().0.iter().map(|&value| f32::from_le_bytes(value))),
-            Self::BF16 => {
-                // The upper half of a float32. As `half` does it but for signalling NaNs, and without its branch, so that a
-                // row takes a tenth of the time.
-                let widen = |&value: &[u8; 2]| f32::from_bits(u32::from(u16::from_le_bytes(value)) << 16);
-                values.extend(bytes.as_chunks().0.iter().map(widen))
-            }
-            Self::F16 => {
-                values.extend(bytes.as_chunks().0.iter().map(|&value| half::f16::from_le_bytes(value).to_f32()))
-            }
-        }
+        let held = values.len();
+        let count = self.values(bytes.len());
+        values.resize(held + count, 0.0);
+        self.widen_over(&bytes[..self.bytes(count)], &mut values[held..]);
     }
 
     /// As many values as `out` has room for, over what it holds. Panics unless `bytes` has exactly as many.
     pub fn widen_over(self, bytes: &[u8], out: &mut [f32]) {
-        assert_eq!(bytes.len(), out.len() * self.size(), "{self} values of another number");
+        assert_eq!(bytes.len(), self.bytes(out.len()), "{self} values of another number");
         match self {
-            Self::F32 => {
-                out.iter_mut().zip(bytes.as_chunks().0).for_each(|(out, &value)| *out = f32::from_le_bytes(value))
-            }
-            Self::BF16 => {
-                let widen = |value: [u8; 2]| f32::from_bits(u32::from(u16::from_le_bytes(value)) << 16);
-                out.iter_mut().zip(bytes.as_chunks().0).for_each(|(out, &value)| *out = widen(value))
-            }
-            Self::F16 => {
-                let widen = |value| half::f16::from_le_bytes(value).to_f32();
-                out.iter_mut().zip(bytes.as_chunks().0).for_each(|(out, &value)| *out = widen(value))
-            }
+            Self::F32 => each(bytes, out, f32::from_le_bytes),
+            // The upper half of a float32. As `half` does it but for signalling NaNs, and without its branch, so that a row
+            // takes a tenth of the time.
+            Self::BF16 => each(bytes, out, |value| f32::from_bits(u32::from(u16::from_le_bytes(value)) << 16)),
+            Self::F16 => each(bytes, out, |value| f16::from_le_bytes(value).to_f32()),
+            Self::Q8_0 => each_block(bytes, out, |scale, integers: &[u8; BLOCK], out| {
+                out.iter_mut().zip(integers).for_each(|(out, &integer)| *out = scale * f32::from(integer as i8));
+            }),
+            Self::Q4_0 => each_block(bytes, out, |scale, halves: &[u8; BLOCK / 2], out| {
+                let value = |half: u8| scale * f32::from(half as i8 - Q4_ZERO);
+                let (low, high) = out.split_at_mut(BLOCK / 2);
+                low.iter_mut().zip(halves).for_each(|(out, &byte)| *out = value(byte & 0xf));
+                high.iter_mut().zip(halves).for_each(|(out, &byte)| *out = value(byte >> 4));
+            }),
         }
     }
 
     /// [`StoredDType::widen_into`] a new vector.
     pub fn widen(self, bytes: &[u8]) -> Vec<f32> {
-        let mut values = Vec::with_capacity(bytes.len() / self.size());
+        let mut values = Vec::new();
         self.widen_into(bytes, &mut values);
         values
+    }
+}
+
+fn each<const SIZE: usize>(bytes: &[u8], out: &mut [f32], widen: impl Fn([u8; SIZE]) -> f32) {
+    out.iter_mut().zip(bytes.as_chunks().0).for_each(|(out, &value)| *out = widen(value));
+}
+
+/// Calls `widen` with the scale, the rest and the room of each block. A scale that is infinite or no number makes values that
+/// are none, as weights in float32 can be.
+fn each_block<const REST: usize>(bytes: &[u8], out: &mut [f32], widen: impl Fn(f32, &[u8; REST], &mut [f32; BLOCK])) {
+    let blocks = bytes.chunks_exact(SCALE_BYTES + REST);
+    for (block, out) in blocks.zip(out.as_chunks_mut().0) {
+        let (scale, rest) = block.split_first_chunk().expect("a block has a scale");
+        widen(f16::from_le_bytes(*scale).to_f32(), rest.try_into().expect("and the rest"), out);
     }
 }
 
@@ -92,6 +142,8 @@ impl fmt::Display for StoredDType {
             Self::F32 => "F32",
             Self::BF16 => "BF16",
             Self::F16 => "F16",
+            Self::Q8_0 => "Q8_0",
+            Self::Q4_0 => "Q4_0",
         })
     }
 }

@@ -30,7 +30,7 @@ pub struct ExpertScratch {
 impl ExpertShape {
     /// Bytes of one matrix as stored. All of them hold `d_model * d_ff` values.
     pub fn matrix_bytes(&self) -> usize {
-        self.d_model * self.d_ff * self.dtype.size()
+        self.dtype.bytes(self.d_model * self.d_ff)
     }
 
     /// Bytes of one expert as stored: its matrices one after another, input side first.

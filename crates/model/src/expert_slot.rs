@@ -66,7 +66,7 @@ impl ExpertSlot {
 
     /// From one slot to the next, as kernels count: bytes of packed ones, else values.
     pub fn stride(&self) -> u64 {
-        (if self.is_packed { self.bytes() } else { self.bytes() / self.shape.dtype.size() }) as u64
+        (if self.is_packed { self.bytes() } else { self.bytes() / self.precision().size() }) as u64
     }
 
     /// Reads an expert as it lies in a slot.

@@ -83,12 +83,12 @@ impl ExpertStore {
         let mut rest = slot;
         for part in parts(self.config(), self.is_stacked, key) {
             let matrix;
-            (matrix, rest) = rest.split_at_mut(part.values() * self.shape.dtype.size());
+            (matrix, rest) = rest.split_at_mut(self.shape.dtype.bytes(part.values()));
             let stored = self.checkpoint.dtype(&part.tensor)?;
             if stored == self.shape.dtype {
                 self.checkpoint.read(&part.tensor, part.share(), matrix)?;
             } else {
-                let mut narrow = vec![0; part.values() * stored.size()];
+                let mut narrow = vec![0; stored.bytes(part.values())];
                 self.checkpoint.read(&part.tensor, part.share(), &mut narrow)?;
                 let wide = stored.widen(&narrow);
                 matrix.as_chunks_mut().0.iter_mut().zip(wide).for_each(|(to, value)| *to = value.to_le_bytes());

@@ -19,6 +19,7 @@
 
 pub mod backbone;
 pub mod backend;
+pub mod blocks;
 pub mod bounded_file;
 pub mod cache_size;
 pub mod chat_template;
@@ -70,6 +71,7 @@ pub mod window;
 
 pub use backbone::Backbone;
 pub use backend::{Backend, Beside, MoeRows, NewSequence, Passed, PassedLayer, Wanted};
+pub use blocks::BlockFormats;
 pub use cache_size::CacheSize;
 pub use chat_template::{ChatError, ChatMessage, ChatTemplate, TemplateValue};
 pub use checkpoint::{Checkpoint, TensorBytes};

@@ -17,7 +17,7 @@ pub struct Linear {
 impl Linear {
     /// Takes the bytes of W (outputs, inputs). Panics when they do not fit: the checkpoint checked the shape.
     pub fn new(bytes: Vec<u8>, dtype: StoredDType, outputs: usize, inputs: usize) -> Self {
-        assert_eq!(bytes.len(), outputs * inputs * dtype.size(), "W is ({outputs}, {inputs}) {dtype:?}");
+        assert_eq!(bytes.len(), dtype.bytes(outputs * inputs), "W is ({outputs}, {inputs}) {dtype:?}");
         Self { bytes, dtype, outputs, inputs }
     }
 
@@ -33,7 +33,7 @@ impl Linear {
 
     /// Some of W's rows, widened, into `out` (rows.len(), inputs). Panics where there is no such row.
     pub fn gather(&self, rows: &[u32], out: &mut [f32]) {
-        let row_bytes = self.inputs * self.dtype.size();
+        let row_bytes = self.dtype.bytes(self.inputs);
         for (&row, out) in rows.iter().zip(out.chunks_exact_mut(self.inputs)) {
             self.dtype.widen_over(&self.bytes[row as usize * row_bytes..][..row_bytes], out);
         }

@@ -64,7 +64,7 @@ impl Load for HostLoader<'_> {
         let one = tensors[0].dtype;
         let dtype = if tensors.iter().all(|tensor| tensor.dtype == one) { one } else { StoredDType::F32 };
         let outputs: usize = parts.iter().map(|(_, outputs)| outputs).sum();
-        let mut bytes = Vec::with_capacity(outputs * inputs * dtype.size());
+        let mut bytes = Vec::with_capacity(dtype.bytes(outputs * inputs));
         for tensor in &tensors {
             tensor.append_to(dtype, &mut bytes);
         }

@@ -265,9 +265,14 @@ pub fn position_bias(stack: Stack) -> String {
     format!("{}.block.0.layer.0.SelfAttention.relative_attention_bias.weight", prefix(stack))
 }
 
-/// Whether a tensor is a router's.
+/// Whether a tensor is the table of a position bias.
+pub fn is_position_bias(name: &str) -> bool {
+    name.ends_with("relative_attention_bias.weight")
+}
+
+/// Whether a tensor is a router's, or the gate of a shared expert.
 pub fn is_router(name: &str) -> bool {
-    name.contains(".router.") || name.ends_with(".gate.weight")
+    name.contains(".router.") || name.ends_with(".gate.weight") || name.ends_with(".shared_expert_gate.weight")
 }
 
 /// Whether a tensor belongs to an expert and not to the backbone.

@@ -17,18 +17,24 @@ pub(crate) const SHARD_BYTES_MAX: u64 = 4_000_000_000;
 /// Data goes to the file in pieces of this size.
 const BUFFER_BYTES: usize = 1 << 20;
 
+/// What the metadata of a safetensors file calls the format of a tensor that is stored in blocks.
+pub(crate) fn blocks_key(tensor: &str) -> String {
+    format!("blocks.{tensor}")
+}
+
 /// A tensor that will be written.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct TensorSpec {
     pub(crate) name: String,
     pub(crate) dtype: StoredDType,
+    /// In values, whatever they are stored in.
     pub(crate) shape: Vec<usize>,
 }
 
 impl TensorSpec {
     /// Bytes of its data.
     pub(crate) fn bytes(&self) -> u64 {
-        self.shape.iter().product::<usize>() as u64 * self.dtype.size() as u64
+        self.dtype.bytes(self.shape.iter().product()) as u64
     }
 }
 
@@ -64,8 +70,8 @@ pub(crate) fn write_json(path: PathBuf, value: &Value) -> Result<(), ModelError>
     fs::write(&path, format!("{value:#}\n")).map_err(|source| ModelError::Write { path, source })
 }
 
-/// Cuts the tensors into shards in the order given. Wider values come first within a shard, so that every
-/// tensor is aligned to its values.
+/// Cuts the tensors into shards in the order given. Wider values come first within a shard, and
+/// blocks last, so that every tensor is aligned to its values.
 fn cut(specs: &[TensorSpec], shard_bytes_max: u64) -> Vec<Vec<&TensorSpec>> {
     let mut shards: Vec<Vec<&TensorSpec>> = vec![Vec::new()];
     let mut bytes = 0;
@@ -78,7 +84,7 @@ fn cut(specs: &[TensorSpec], shard_bytes_max: u64) -> Vec<Vec<&TensorSpec>> {
         shards.last_mut().expect("never empty").push(spec);
     }
     for shard in &mut shards {
-        shard.sort_by_key(|spec| std::cmp::Reverse(spec.dtype.size()));
+        shard.sort_by_key(|spec| (spec.dtype.is_blocks(), std::cmp::Reverse(spec.dtype.block().1)));
     }
     shards
 }
@@ -105,14 +111,23 @@ fn write_shard(
 /// The JSON header, padded with spaces so that the data starts at a multiple of 8.
 fn header(specs: &[&TensorSpec]) -> Vec<u8> {
     let mut tensors = Map::new();
-    tensors.insert("__metadata__".to_owned(), json!({"format": "pt"}));
+    let mut metadata = Map::new();
+    metadata.insert("format".to_owned(), "pt".into());
     let mut start = 0;
     for spec in specs {
         let end = start + spec.bytes();
-        let entry = json!({"dtype": spec.dtype.to_string(), "shape": spec.shape, "data_offsets": [start, end]});
+        let mut shape = spec.shape.clone();
+        if spec.dtype.is_blocks() {
+            // Which safetensors has no dtype for: they are bytes, and the metadata says of what.
+            metadata.insert(blocks_key(&spec.name), spec.dtype.to_string().into());
+            shape.last_mut().into_iter().for_each(|inputs| *inputs = spec.dtype.bytes(*inputs));
+        }
+        let dtype = format!("{:?}", spec.dtype.to_safetensors());
+        let entry = json!({"dtype": dtype, "shape": shape, "data_offsets": [start, end]});
         tensors.insert(spec.name.clone(), entry);
         start = end;
     }
+    tensors.insert("__metadata__".to_owned(), metadata.into());
     let mut header = Value::Object(tensors).to_string().into_bytes();
     header.resize(header.len().next_multiple_of(8), b' ');
     header

@@ -12,6 +12,7 @@ mod vocabulary;
 mod zipf;
 
 use std::{
+    collections::HashMap,
     io::{self, Write},
     path::Path,
 };
@@ -24,10 +25,11 @@ pub use self::{
 };
 use self::{
     random::{Normal, Signs, StreamSeed},
-    shape::Fill,
+    shape::{Fill, Weight},
 };
 use crate::{
-    ModelError,
+    BlockFormats, ModelError, blocks,
+    config::CONFIG,
     fresh_directory::FreshDirectory,
     shards::{self, TensorSpec},
 };
@@ -62,14 +64,15 @@ const SKEW_MAX: f64 = 4.0;
 /// and bf16 safetensors (routers in f32) of at most 4 GB each. The same shape, seed and skew give the same
 /// bytes, whatever the number of threads. With `skew` s, the experts of every MoE layer get tokens as 1 / rank^s
 /// (Zipf's law), each layer's in an order of their own; without, roughly evenly. Memory stays at a few MB.
-/// Reports (bytes written, bytes total).
+/// Reports (bytes written, bytes total), and returns the bytes of all tensors.
 pub fn synth(
     shape: &SynthShape,
     out: &Path,
     seed: u64,
     skew: Option<f64>,
+    formats: BlockFormats,
     on_progress: &mut dyn FnMut(u64, u64),
-) -> Result<(), SynthError> {
+) -> Result<u64, SynthError> {
     let skew = skew.unwrap_or(0.0);
     if !(0.0..=SKEW_MAX).contains(&skew) {
         return Err(SynthError::Skew { found: skew, max: SKEW_MAX });
@@ -82,30 +85,33 @@ pub fn synth(
         _ => (shape.weights(), Vec::new()),
     };
     let tokenizer = vocabulary::tokenizer(shape.vocab_size(), matches!(shape, SynthShape::Switch(_)))?;
-    let specs: Vec<TensorSpec> = weights.iter().map(|weight| weight.spec.clone()).collect();
-    let fills: std::collections::HashMap<&str, Fill> =
-        weights.iter().map(|weight| (weight.spec.name.as_str(), weight.fill)).collect();
+    let specs = weights.iter().map(|weight| formats.applied(&weight.spec)).collect::<Result<Vec<_>, _>>()?;
+    let of_name: HashMap<&str, &Weight> = weights.iter().map(|weight| (weight.spec.name.as_str(), weight)).collect();
     let directory = FreshDirectory::create(out)?;
-    shards::write_json(directory.path().join("config.json"), &shape.config())?;
+    let mut config = shape.config();
+    formats.tell(&mut config);
+    shards::write_json(directory.path().join(CONFIG), &config)?;
     shards::write_json(directory.path().join("tokenizer.json"), &tokenizer)?;
     let total: u64 = specs.iter().map(TensorSpec::bytes).sum();
     let mut done = 0;
     let normal = Normal::new();
     shards::write(directory.path(), &specs, shards::SHARD_BYTES_MAX, &mut |spec, file| {
+        let Weight { spec: whole, fill } = of_name[spec.name.as_str()];
         let stream = StreamSeed::new(seed, &spec.name);
-        match fills[spec.name.as_str()] {
-            Fill::Ones => file.write_all(&half::bf16::ONE.to_le_bytes().repeat(spec.shape[0]))?,
-            Fill::Normal(deviation) => normal.write_bf16(stream, deviation, Signs::Free, spec.bytes(), file)?,
-            Fill::Router => write_router(&normal, stream, &spec.shape, file)?,
-            Fill::Embedding => zipf::write_embeddings(&normal, stream, &spec.shape, file)?,
-            Fill::Output { deviation, signs } => zipf::write_output(&normal, stream, spec, (deviation, signs), file)?,
-            Fill::Biased { unit } => zipf::write_router(&normal, stream, &spec.shape, (&biases, unit), file)?,
-        }
+        blocks::write((whole.dtype, spec.dtype), file, |out| match *fill {
+            Fill::Ones => out.write_all(&half::bf16::ONE.to_le_bytes().repeat(whole.shape[0])),
+            Fill::Normal(deviation) => normal.write_bf16(stream, deviation, Signs::Free, whole.bytes(), out),
+            Fill::Router => write_router(&normal, stream, &whole.shape, out),
+            Fill::Embedding => zipf::write_embeddings(&normal, stream, &whole.shape, out),
+            Fill::Output { deviation, signs } => zipf::write_output(&normal, stream, whole, (deviation, signs), out),
+            Fill::Biased { unit } => zipf::write_router(&normal, stream, &whole.shape, (&biases, unit), out),
+        })?;
         done += spec.bytes();
         on_progress(done, total);
         Ok(())
     })?;
-    Ok(directory.finish()?)
+    directory.finish()?;
+    Ok(total)
 }
 
 /// Router weights (experts, d_model), standard normal as transformers initialises them.
@@ -156,7 +162,10 @@ mod tests {
         let make = |name: &str, seed, threads| {
             let out = dir.path().join(name);
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| synth(&SynthShape::Switch(small()), &out, seed, Some(1.0), &mut |_, _| ())).unwrap();
+            pool.install(|| {
+                synth(&SynthShape::Switch(small()), &out, seed, Some(1.0), BlockFormats::NONE, &mut |_, _| ())
+            })
+            .unwrap();
             files(&out)
         };
         let one = make("one", 7, 1);
@@ -171,7 +180,7 @@ mod tests {
         let out = dir.path().join("model");
         let mut last = (0, 0);
         let shape = SynthShape::Switch(small());
-        synth(&shape, &out, 1, None, &mut |done, total| last = (done, total)).unwrap();
+        synth(&shape, &out, 1, None, BlockFormats::NONE, &mut |done, total| last = (done, total)).unwrap();
         assert_eq!(last, (shape.bytes(), shape.bytes()));
         let config = ModelConfig::open(&out).unwrap();
         assert_eq!((config.d_ff, config.encoder_sparse, config.decoder_sparse.len()), (48, vec![false, true], 4));
@@ -226,12 +235,12 @@ mod tests {
             json.as_object_mut().unwrap().extend(config.as_object().unwrap().clone());
             let shape = SynthShape::Causal(Box::new(CausalShape::of_config(json).unwrap()));
             let out = dir.path().join(name);
-            synth(&shape, &out, 3, None, &mut |_, _| ()).unwrap();
+            synth(&shape, &out, 3, None, BlockFormats::NONE, &mut |_, _| ()).unwrap();
             let model = Reference::open(&out).unwrap();
             let answer = model.generate_greedy(&[5, 9, 70], 4).unwrap();
             assert!(!answer.is_empty() && answer.iter().all(|&token| token < 128), "{name}: {answer:?}");
             assert!(matches!(
-                synth(&shape, &dir.path().join("no"), 3, Some(1.0), &mut |_, _| ()),
+                synth(&shape, &dir.path().join("no"), 3, Some(1.0), BlockFormats::NONE, &mut |_, _| ()),
                 Err(SynthError::NoSkew)
             ));
         }
@@ -296,7 +305,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         for skew in [0.5, 1.5, 3.0] {
             let (out, law) = (dir.path().join(skew.to_string()), zipf::shares(shape.num_experts, skew));
-            synth(&SynthShape::Switch(shape.clone()), &out, 0, Some(skew), &mut |_, _| ()).unwrap();
+            synth(&SynthShape::Switch(shape.clone()), &out, 0, Some(skew), BlockFormats::NONE, &mut |_, _| ()).unwrap();
             let routed = routed(&out, 150);
             assert_eq!(routed.len(), 4);
             for (layer, Routes { experts, weights, .. }) in routed {

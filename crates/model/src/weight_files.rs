@@ -11,10 +11,10 @@ use std::{
 };
 
 use memmap2::{Advice, Mmap, UncheckedAdvice};
-use safetensors::{Dtype, SafeTensorError, SafeTensors};
+use safetensors::{Dtype, SafeTensorError, SafeTensors, tensor::TensorInfo};
 use serde::Deserialize;
 
-use crate::{ModelError, bounded_file, manifest::is_plain_file_name, mistaken_file};
+use crate::{ModelError, StoredDType, bounded_file, manifest::is_plain_file_name, mistaken_file, shards::blocks_key};
 
 /// The one file of a model that is not sharded.
 const SINGLE: &str = "model.safetensors";
@@ -44,9 +44,13 @@ struct MappedFile {
 #[derive(Debug)]
 pub(crate) struct StoredTensor {
     file: usize,
-    /// Invariant: within the file's map, and as long as dtype and shape say.
+    /// Invariant: within the file's map, and as long as `weights`, or else `dtype`, and shape say.
     range: Range<usize>,
+    /// As the header says.
     pub(crate) dtype: Dtype,
+    /// What its values are stored as; `None` where they are no weights.
+    pub(crate) weights: Option<StoredDType>,
+    /// In values.
     pub(crate) shape: Vec<usize>,
     /// Whether its bytes were compared with the manifest.
     pub(crate) verified: AtomicBool,
@@ -115,14 +119,24 @@ impl WeightFiles {
         let map = unsafe { Mmap::map(&file) }.map_err(failed)?;
         let (header, metadata) = SafeTensors::read_metadata(&map).map_err(|error| damaged(path, &map, &error))?;
         let data = 8 + header; // the header's length takes 8 bytes
-        let stored = |info: &safetensors::tensor::TensorInfo| StoredTensor {
-            file: self.files.len(),
-            range: data + info.data_offsets.0..data + info.data_offsets.1,
-            dtype: info.dtype,
-            shape: info.shape.clone(),
-            verified: AtomicBool::new(false),
-        };
-        let tensors = metadata.tensors().into_iter().map(|(name, info)| (name, stored(info))).collect();
+        let mut tensors = HashMap::new();
+        for (name, info) in metadata.tensors() {
+            let blocks = metadata.metadata().as_ref().and_then(|metadata| metadata.get(&blocks_key(&name)));
+            let (weights, shape) = match blocks {
+                Some(format) => {
+                    let of_blocks = of_blocks(format, info);
+                    let (blocks, shape) = of_blocks.map_err(|reason| ModelError::Header {
+                        file: path.to_owned(),
+                        reason: format!("tensor {name} {reason}"),
+                    })?;
+                    (Some(blocks), shape)
+                }
+                None => (StoredDType::from_safetensors(info.dtype), info.shape.clone()),
+            };
+            let range = data + info.data_offsets.0..data + info.data_offsets.1;
+            let (file, verified) = (self.files.len(), AtomicBool::new(false));
+            tensors.insert(name, StoredTensor { file, range, dtype: info.dtype, weights, shape, verified });
+        }
         self.files.push(MappedFile { path: path.to_owned(), file, map });
         Ok(tensors)
     }
@@ -163,6 +177,27 @@ impl WeightFiles {
                 tensor.range.len(),
             )
         };
+    }
+}
+
+/// The format and the shape, in values, of a tensor that a header says is stored in blocks; or what is wrong with it.
+fn of_blocks(format: &str, info: &TensorInfo) -> Result<(StoredDType, Vec<usize>), String> {
+    let all = StoredDType::BLOCKS;
+    let Some(blocks) = all.into_iter().find(|blocks| blocks.to_string() == format) else {
+        let known = all.map(|blocks| blocks.to_string()).join(" or ");
+        return Err(format!("is in blocks of {format:?}, expected {known}"));
+    };
+    let (_, block_bytes) = blocks.block();
+    match info.shape.split_last() {
+        Some((&row, outer)) if info.dtype == blocks.to_safetensors() && row.is_multiple_of(block_bytes) => {
+            Ok((blocks, [outer, &[blocks.values(row)]].concat()))
+        }
+        _ => {
+            let (dtype, shape) = (info.dtype, &info.shape);
+            Err(format!(
+                "is {dtype:?} {shape:?}, expected U8 and rows of {block_bytes} bytes for each block of {blocks}"
+            ))
+        }
     }
 }
 

@@ -8,7 +8,7 @@
 
 use std::sync::Arc;
 
-use crate::{DeviceError, ModelError, SlotRun, StoredDType};
+use crate::{DeviceError, ModelError, Precision, SlotRun};
 
 /// Bytes of a CUDA IPC handle.
 pub const HANDLE_BYTES: usize = 64;
@@ -22,8 +22,8 @@ pub struct WindowHandle {
     pub memory: [u8; HANDLE_BYTES],
     /// Rows that it has room for.
     pub rows: usize,
-    /// Of a row's values.
-    pub dtype: StoredDType,
+    /// What a row's values are in.
+    pub precision: Precision,
 }
 
 /// A node's view of a coordinator's rows, and its own memory for their results.

@@ -180,6 +180,34 @@ fn other_shapes_and_dtypes_name_the_tensor() {
     refused(dir.path(), |e| matches!(e, ModelError::TensorMissing { .. }), "encoder.final_layer_norm.weight");
 }
 
+/// Bytes would be taken for weights in blocks that they are not, or the error would not say what a file lacks.
+#[test]
+fn blocks_that_are_none_name_the_tensor() {
+    for (format, dtype, row, bytes, words) in [
+        ("Q5_K", "U8", 34, 34, "is in blocks of \"Q5_K\", expected Q8_0 or Q4_0"),
+        ("Q8_0", "U8", 33, 33, "is U8 [33], expected U8 and rows of 34 bytes for each block of Q8_0"),
+        ("Q4_0", "BF16", 18, 36, "is BF16 [18], expected U8"),
+    ] {
+        let model = model();
+        edit_header(model.path(), |header| {
+            // At the end, so that nothing else moves.
+            let end =
+                header.as_object().unwrap().values().filter_map(|tensor| tensor["data_offsets"][1].as_u64()).max();
+            let end = end.unwrap();
+            header["extra"] = json!({"dtype": dtype, "shape": [row], "data_offsets": [end, end + bytes]});
+            header["__metadata__"] = json!({"blocks.extra": format});
+        });
+        let path = model.path().join("model.safetensors");
+        let mut content = fs::read(&path).unwrap();
+        content.resize(content.len() + bytes as usize, 0);
+        fs::write(&path, content).unwrap();
+        refused(model.path(), |error| matches!(error, ModelError::Header { .. }), words);
+    }
+    let model = model();
+    edit_header(model.path(), |header| header["__metadata__"] = json!({"blocks.nothing": "Q9"}));
+    open(model.path()).unwrap();
+}
+
 /// The first expert matrix of a model.
 fn expert_tensor(dir: &Path) -> String {
     let checkpoint = Checkpoint::open(dir).unwrap();

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use sida_model::{ResultsWindow, RowsWindow, StoredDType, WindowHandle};
+use sida_model::{Precision, ResultsWindow, RowsWindow, WindowHandle};
 use sida_proto::{
     v1::{self, LaneRequest, experts_client::ExpertsClient, lane_request, lane_response::Kind},
     wire,
@@ -165,10 +165,9 @@ async fn serve(lane: &Weak<Lane>, connector: &Connector, lasted: &mut bool, told
 
 /// Where this coordinator's rows are, as the wire says it.
 fn offer(rows: &WindowHandle) -> v1::Window {
-    let dtype = match rows.dtype {
-        StoredDType::F32 => v1::DType::DtypeF32,
-        StoredDType::BF16 => v1::DType::DtypeBf16,
-        StoredDType::F16 => v1::DType::DtypeF16,
+    let dtype = match rows.precision {
+        Precision::F32 => v1::DType::DtypeF32,
+        Precision::Bf16 => v1::DType::DtypeBf16,
     };
     (&wire::Window { machine: rows.machine.clone(), handle: rows.memory, rows: rows.rows, dtype }).into()
 }
@@ -181,7 +180,7 @@ async fn open_results(connector: &Connector, window: v1::Window) -> Result<Resul
         let wire::Window { machine, handle, rows: places, dtype: _ } =
             window.check(rows.handle().rows).map_err(|error| error.to_string())??;
         // Results are float32, as on the wire.
-        let results = WindowHandle { machine, memory: handle, rows: places, dtype: StoredDType::F32 };
+        let results = WindowHandle { machine, memory: handle, rows: places, precision: Precision::F32 };
         rows.open_results(&results).map_err(|error| error.to_string())
     };
     // Mapping waits for the driver.

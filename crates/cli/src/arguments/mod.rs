@@ -1,6 +1,7 @@
 //! Flags that several commands share, one file per group: what the model is, how a request is routed and
 //! answered, how much memory the experts get, where a cluster listens, whom it lets in and how it is reached.
 
+pub(crate) mod block_formats;
 pub(crate) mod cache;
 pub(crate) mod client_limits;
 pub(crate) mod connection;

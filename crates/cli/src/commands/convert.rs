@@ -1,4 +1,5 @@
-//! `sida convert`: a checkpoint of pytorch_model.bin files becomes safetensors with a manifest.
+//! `sida convert`: a checkpoint of pytorch_model.bin files becomes safetensors with a manifest, and one of either kind a
+//! checkpoint with fewer bits.
 
 use std::{
     io::{self, Write},
@@ -10,14 +11,16 @@ use clap::Args;
 use sida_model::convert;
 
 use crate::{
+    arguments::block_formats::BlockFormatArguments,
     byte_size,
     loading_bar::{LoadingBar, Unit},
 };
 
-/// Turn pytorch_model.bin (one file or shards) into safetensors with a SHA-256 manifest
+/// Turn pytorch_model.bin (one file or shards) into safetensors with a SHA-256 manifest, and weights into fewer bits
 #[derive(Args)]
 pub(crate) struct ConvertArguments {
-    /// The checkpoint: config.json, pytorch_model.bin or its index and shards, tokenizer.json
+    /// The checkpoint: config.json, pytorch_model.bin or its index and shards, tokenizer.json; safetensors, too, if they are
+    /// to have fewer bits
     #[arg(value_name = "CHECKPOINT")]
     source: PathBuf,
     /// Where the new checkpoint goes; must not exist or be empty
@@ -26,6 +29,8 @@ pub(crate) struct ConvertArguments {
     /// Leave a directory that is there already as it is, and succeed
     #[arg(long)]
     if_missing: bool,
+    #[command(flatten)]
+    formats: BlockFormatArguments,
 }
 
 /// Converts, with a bar; prints what was written.
@@ -35,7 +40,10 @@ pub(crate) fn run(arguments: ConvertArguments) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let bar = LoadingBar::new("converting", Unit::Bytes);
-    let written = convert::convert(&arguments.source, &arguments.out, &mut |done, total| bar.advance(done, total))?;
+    let written =
+        convert::convert(&arguments.source, &arguments.out, arguments.formats.formats(), &mut |done, total| {
+            bar.advance(done, total);
+        })?;
     drop(bar);
     writeln!(
         io::stdout(),

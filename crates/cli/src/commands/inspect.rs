@@ -116,7 +116,7 @@ fn contents(checkpoint: &Checkpoint) -> anyhow::Result<Contents> {
         let part = contents.parts.entry(part_of(name)).or_default();
         part.tensors += 1;
         part.bytes += bytes as u64;
-        *contents.dtypes.entry(format!("{dtype:?}")).or_default() += 1;
+        *contents.dtypes.entry(dtype).or_default() += 1;
     }
     Ok(contents)
 }

@@ -13,6 +13,7 @@ use sida_model::{
 };
 
 use crate::{
+    arguments::block_formats::BlockFormatArguments,
     bad_configuration::BadConfiguration,
     byte_size,
     loading_bar::{LoadingBar, Unit},
@@ -38,6 +39,8 @@ pub(crate) struct SynthArguments {
     /// evenly
     #[arg(long, value_name = "S", default_value_t = 0.0)]
     skew: f64,
+    #[command(flatten)]
+    formats: BlockFormatArguments,
 }
 
 /// Writes, with a bar.
@@ -48,10 +51,13 @@ pub(crate) fn run(arguments: SynthArguments) -> anyhow::Result<ExitCode> {
     }
     let bar = LoadingBar::new("writing", Unit::Bytes);
     let skew = Some(arguments.skew).filter(|&skew| skew != 0.0);
-    synth::synth(&shape, &arguments.out, arguments.seed, skew, &mut |done, total| bar.advance(done, total))
-        .map_err(refused)?;
+    let formats = arguments.formats.formats();
+    let bytes = synth::synth(&shape, &arguments.out, arguments.seed, skew, formats, &mut |done, total| {
+        bar.advance(done, total);
+    })
+    .map_err(refused)?;
     drop(bar);
-    writeln!(io::stdout(), "{} of random weights in {}", byte_size::shown(shape.bytes()), arguments.out.display())?;
+    writeln!(io::stdout(), "{} of random weights in {}", byte_size::shown(bytes), arguments.out.display())?;
     Ok(ExitCode::SUCCESS)
 }
 

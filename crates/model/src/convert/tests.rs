@@ -1,11 +1,18 @@
 //! Checkpoints of PyTorch, whole, wrapped, broken and hostile, are converted.
 
-use std::io::{self, Read};
+use std::{
+    collections::BTreeMap,
+    io::{self, Read},
+};
 
 use safetensors::SafeTensors;
+use serde_json::json;
 
 use super::*;
-use crate::StoredDType;
+use crate::{
+    Checkpoint, Reference, RoutedLayer, StoredDType, names,
+    synth::{CausalShape, SwitchShape, SynthShape, synth},
+};
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
@@ -29,7 +36,8 @@ fn keeps_every_value_of_single_and_sharded_checkpoints() {
     for name in ["torch-single", "torch-sharded"] {
         let out = dir.path().join(name);
         let mut last = (0, 0);
-        let converted = convert(&fixture(name), &out, &mut |done, total| last = (done, total)).unwrap();
+        let converted =
+            convert(&fixture(name), &out, BlockFormats::NONE, &mut |done, total| last = (done, total)).unwrap();
         assert_eq!(converted.tied, ["decoder.embed_tokens.weight", "encoder.embed_tokens.weight", "lm_head.weight"]);
         assert_eq!(last, (converted.bytes, converted.bytes));
         let values = values(&out);
@@ -57,7 +65,7 @@ fn keeps_a_tied_tensor_that_differs() {
         let path = entry.unwrap().path();
         fs::copy(&path, source.join(path.file_name().unwrap())).unwrap();
     }
-    convert(&source, &out, &mut |_, _| ()).unwrap();
+    convert(&source, &out, BlockFormats::NONE, &mut |_, _| ()).unwrap();
     let converted = fs::read(out.join("model.safetensors")).unwrap();
     let shared = SafeTensors::deserialize(&converted).unwrap().tensor("shared.weight").unwrap().data().to_vec();
     // Another file, which has all tensors once more, is where one of the copies comes from.
@@ -70,7 +78,7 @@ fn keeps_a_tied_tensor_that_differs() {
     index["weight_map"]["lm_head.weight"] = other.into();
     fs::write(source.join(INDEX), index.to_string()).unwrap();
     fs::remove_dir_all(&out).unwrap();
-    let tied = convert(&source, &out, &mut |_, _| ()).unwrap().tied;
+    let tied = convert(&source, &out, BlockFormats::NONE, &mut |_, _| ()).unwrap().tied;
     assert_eq!(tied, ["decoder.embed_tokens.weight", "encoder.embed_tokens.weight"]);
     let values = values(&out);
     assert_ne!(values["lm_head.weight"], values["shared.weight"]);
@@ -81,7 +89,7 @@ fn keeps_a_tied_tensor_that_differs() {
 fn refuses_an_output_that_holds_something() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("thesis.tex"), "").unwrap();
-    let error = convert(&fixture("torch-single"), dir.path(), &mut |_, _| ()).unwrap_err();
+    let error = convert(&fixture("torch-single"), dir.path(), BlockFormats::NONE, &mut |_, _| ()).unwrap_err();
     assert!(matches!(error, ConvertError::Model(ModelError::NotEmpty { .. })), "{error}");
 }
 
@@ -95,7 +103,7 @@ fn refuses_broken_checkpoints_and_leaves_nothing() {
     let whole = fs::read(fixture("torch-single").join(SINGLE)).unwrap();
     let refused = |bytes: &[u8]| {
         fs::write(source.join(SINGLE), bytes).unwrap();
-        convert(&source, &out, &mut |_, _| ()).unwrap_err().to_string()
+        convert(&source, &out, BlockFormats::NONE, &mut |_, _| ()).unwrap_err().to_string()
     };
     for len in [0, 1, 100, whole.len() / 2, whole.len() - 1] {
         assert!(refused(&whole[..len]).contains(SINGLE));
@@ -159,6 +167,7 @@ fn rewritten(rename: impl Fn(&str) -> String, more: &[&str]) -> Vec<u8> {
                     pickle::Values::Weights(StoredDType::F32) => "FloatStorage",
                     pickle::Values::Weights(StoredDType::F16) => "HalfStorage",
                     pickle::Values::Weights(StoredDType::BF16) => "BFloat16Storage",
+                    pickle::Values::Weights(blocks) => panic!("{blocks}"),
                     pickle::Values::Other(other) => panic!("{other}"),
                 };
                 let (name, key) = (rename(&tensor.name), tensor.storage.key);
@@ -185,9 +194,10 @@ fn prefixes_and_buffers_of_a_training_run_are_left_out() {
     fs::copy(fixture("torch-single/config.json"), source.join("config.json")).unwrap();
     let convert_to = |out: &str, file: Vec<u8>| {
         fs::write(source.join(SINGLE), file).unwrap();
-        convert(&source, &dir.path().join(out), &mut |_, _| ())
+        convert(&source, &dir.path().join(out), BlockFormats::NONE, &mut |_, _| ())
     };
-    let plain = convert(&fixture("torch-single"), &dir.path().join("plain"), &mut |_, _| ()).unwrap();
+    let plain =
+        convert(&fixture("torch-single"), &dir.path().join("plain"), BlockFormats::NONE, &mut |_, _| ()).unwrap();
     let buffer = "module.encoder.embed_positions.position_ids";
     let file = rewritten(|name| format!("module.{name}"), &[buffer]);
     let converted = convert_to("wrapped", file).unwrap();
@@ -219,7 +229,8 @@ fn what_is_no_checkpoint_is_named() {
         ("", "is empty"),
     ] {
         fs::write(source.join(SINGLE), content).unwrap();
-        let error = convert(&source, &dir.path().join("out"), &mut |_, _| ()).unwrap_err().to_string();
+        let error =
+            convert(&source, &dir.path().join("out"), BlockFormats::NONE, &mut |_, _| ()).unwrap_err().to_string();
         assert!(error.contains(expected) && error.contains(SINGLE), "{error}");
     }
 }
@@ -240,7 +251,103 @@ fn refuses_hostile_indexes() {
     ] {
         let index = format!(r#"{{"weight_map": {{"no.such.tensor": "{shard}"}}}}"#);
         fs::write(source.join(INDEX), index).unwrap();
-        let error = convert(&source, &dir.path().join("out"), &mut |_, _| ()).unwrap_err().to_string();
+        let error =
+            convert(&source, &dir.path().join("out"), BlockFormats::NONE, &mut |_, _| ()).unwrap_err().to_string();
         assert!(error.contains(expected), "{error}");
     }
+}
+
+/// Writes the weights of a checkpoint again, all in float32.
+fn in_float32(dir: &Path, out: &Path) {
+    let checkpoint = Checkpoint::open(dir).unwrap();
+    fs::create_dir(out).unwrap();
+    fs::copy(dir.join(CONFIG), out.join(CONFIG)).unwrap();
+    let spec = |name: &str| {
+        let shape = checkpoint.describe(name).unwrap().1.to_vec();
+        TensorSpec { name: name.to_owned(), dtype: StoredDType::F32, shape }
+    };
+    let specs: Vec<TensorSpec> = checkpoint.names().map(spec).collect();
+    shards::write(out, &specs, u64::MAX, &mut |spec, file| {
+        let tensor = checkpoint.tensor(&spec.name).unwrap();
+        let values = tensor.dtype.widen(tensor.bytes);
+        file.write_all(&values.into_iter().flat_map(f32::to_le_bytes).collect::<Vec<_>>())
+    })
+    .unwrap();
+}
+
+/// The logits of a model after each of some tokens, and the experts that these went to.
+fn answers(dir: &Path) -> (Vec<u32>, Vec<RoutedLayer>) {
+    let model = Reference::open(dir).unwrap();
+    let ids: Vec<u32> = (2..40).collect();
+    let (states, mut routed) = match model.config().has_encoder() {
+        true => model.encode(&ids).unwrap(),
+        false => (Vec::new(), Vec::new()),
+    };
+    let (logits, of_decoder) = model.decode(&mut model.start(&states).unwrap(), &ids).unwrap();
+    routed.extend(of_decoder);
+    (logits.into_iter().map(f32::to_bits).collect(), routed)
+}
+
+/// A model of blocks would answer otherwise than its values in float32 do, or matrices would stay what they were.
+#[test]
+fn blocks_answer_as_their_values_do() {
+    let causal = json!({
+        "architectures": ["Qwen2MoeForCausalLM"], "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96,
+        "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 6, "num_experts_per_tok": 2,
+        "max_position_embeddings": 64, "tie_word_embeddings": false,
+    });
+    let switch = SwitchShape {
+        d_model: 32,
+        d_kv: 16,
+        d_ff: 64,
+        num_heads: 2,
+        encoder_layers: 2,
+        decoder_layers: 2,
+        sparse_step: 2,
+        num_experts: 4,
+        expert_capacity: 16,
+        vocab_size: 300,
+    };
+    let causal = SynthShape::Causal(Box::new(CausalShape::of_config(causal).unwrap()));
+    for (name, shape) in [("causal", causal), ("switch", SynthShape::Switch(switch))] {
+        let dir = tempfile::tempdir().unwrap();
+        let [plain, blocks, wide] = ["plain", "blocks", "wide"].map(|name| dir.path().join(name));
+        synth(&shape, &plain, 1, None, BlockFormats::NONE, &mut |_, _| ()).unwrap();
+        let formats = BlockFormats { experts: Some(StoredDType::Q4_0), dense: Some(StoredDType::Q8_0) };
+        let converted = convert(&plain, &blocks, formats, &mut |_, _| ()).unwrap();
+        Manifest::read(&blocks).unwrap().expect("a manifest").verify_directory(&mut |_, _| ()).unwrap();
+        let checkpoint = Checkpoint::open(&blocks).unwrap();
+        checkpoint.check_tensors().unwrap();
+        for tensor in checkpoint.names() {
+            let (dtype, shape, _) = checkpoint.describe(tensor).unwrap();
+            let expected = match tensor {
+                _ if tensor.contains(".experts.") => "Q4_0",
+                _ if names::is_router(tensor) || names::is_position_bias(tensor) || shape.len() == 1 => continue,
+                _ => "Q8_0",
+            };
+            assert_eq!(dtype, expected, "{name}: {tensor}");
+        }
+        in_float32(&blocks, &wide);
+        let found = answers(&blocks);
+        assert!(found == answers(&wide), "{name}");
+        assert!(found.0 != answers(&plain).0, "{name} has become nothing else");
+        // What is written at once is what is converted.
+        let synthesised = dir.path().join("synthesised");
+        assert_eq!(synth(&shape, &synthesised, 1, None, formats, &mut |_, _| ()).unwrap(), converted.bytes);
+        assert!(answers(&synthesised) == found, "{name}");
+        let again = convert(&blocks, &dir.path().join("again"), formats, &mut |_, _| ()).unwrap_err().to_string();
+        assert!(again.contains("blocks are made of whole values"), "{again}");
+    }
+}
+
+/// Rows that are no whole blocks would be cut, or the failure would not say which.
+#[test]
+fn refuses_rows_that_are_no_whole_blocks() {
+    let dir = tempfile::tempdir().unwrap();
+    let formats = BlockFormats { experts: Some(StoredDType::Q4_0), dense: None };
+    let error = convert(&fixture("torch-single"), &dir.path().join("out"), formats, &mut |_, _| ()).unwrap_err();
+    let error = error.to_string();
+    assert!(error.contains("mlp") && error.contains("whole blocks of 32 values"), "{error}");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
 }

@@ -121,7 +121,7 @@ impl TorchFile {
     /// Writes a tensor's values row-major. Panics if the file does not hold it.
     pub(super) fn write(&self, tensor: &str, out: &mut dyn Write) -> io::Result<()> {
         let Source { spec, bytes, stride } = &self.tensors[tensor];
-        let size = spec.dtype.size();
+        let size = spec.dtype.bytes(1);
         let storage = &self.map[bytes.clone()];
         if is_contiguous(&spec.shape, stride) {
             return out.write_all(&storage[..spec.bytes() as usize]);
@@ -204,7 +204,7 @@ impl<'a> Archive<'a> {
         let refuse = |reason| self.refuse(format!("tensor {}: {reason}", tensor.name));
         let storage = self.entry(&format!("data/{}", tensor.storage.key));
         let storage = storage.ok_or_else(|| refuse(format!("its storage {:?} is missing", tensor.storage.key)))?;
-        let size = dtype.size();
+        let size = dtype.bytes(1);
         let extents =
             |extents: &[u64]| extents.iter().map(|&extent| usize::try_from(extent).ok()).collect::<Option<Vec<_>>>();
         let spans = (extents(&tensor.shape).zip(extents(&tensor.stride)))

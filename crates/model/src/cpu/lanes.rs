@@ -5,6 +5,8 @@
 //! on its hot path must inline into `run`'s function, which alone is compiled for the features: loops, not
 //! closures handed to library functions.
 
+use super::block_loads::BlockLoads;
+
 /// How many floats a vector holds, on every machine.
 pub const LANES: usize = 16;
 
@@ -14,7 +16,7 @@ pub const LANES: usize = 16;
 /// Implementations may need CPU features. Methods are called only inside a function compiled for them, which
 /// [`run`] sees to; pointers must be valid for what is read or written.
 #[allow(clippy::missing_safety_doc)]
-pub unsafe trait Lanes: Copy {
+pub unsafe trait Lanes: Copy + BlockLoads {
     /// Rows and columns of a matmul tile whose accumulators fit the registers.
     const TILE_ROWS: usize;
     /// All lanes `value`.
@@ -89,13 +91,19 @@ pub fn run<K: Kernel>(kernel: K) -> K::Output {
             // SAFETY: AVX-512F was just detected.
             return unsafe { x86::run_avx512(kernel) };
         }
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-            // SAFETY: AVX2 and FMA were just detected.
+        if has_avx2() {
+            // SAFETY: just detected.
             return unsafe { x86::run_avx2(kernel) };
         }
     }
     // SAFETY: the portable lanes need no features.
     unsafe { kernel.run::<Portable>() }
+}
+
+/// AVX2 and what came with it.
+#[cfg(target_arch = "x86_64")]
+fn has_avx2() -> bool {
+    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
 }
 
 /// Runs a kernel once with each kind of vectors that this machine has.
@@ -104,8 +112,8 @@ pub(super) fn run_each<K: Kernel>(kernel: impl Fn() -> K) -> Vec<K::Output> {
     // SAFETY: the portable lanes need no features.
     let mut outputs = vec![unsafe { kernel().run::<Portable>() }];
     #[cfg(target_arch = "x86_64")]
-    if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-        // SAFETY: AVX2 and FMA were just detected.
+    if has_avx2() {
+        // SAFETY: just detected.
         outputs.push(unsafe { x86::run_avx2(kernel()) });
     }
     outputs.push(run(kernel()));
@@ -153,7 +161,7 @@ pub unsafe fn dot_lanes<L: Lanes>(a: *const f32, b: *const f32, len: usize) -> f
 
 /// The reference the others must agree with: an array.
 #[derive(Clone, Copy)]
-pub struct Portable([f32; LANES]);
+pub struct Portable(pub(super) [f32; LANES]);
 
 // SAFETY: needs no CPU features.
 unsafe impl Lanes for Portable {
@@ -214,6 +222,9 @@ unsafe impl Lanes for Portable {
 }
 
 #[cfg(target_arch = "x86_64")]
+pub(super) use x86::{Avx2, Avx512};
+
+#[cfg(target_arch = "x86_64")]
 mod x86 {
     //! SAFETY of this module: methods run inside `run_avx512` or `run_avx2`, after detection; pointers are
     //! the caller's promise.
@@ -223,18 +234,18 @@ mod x86 {
 
     use super::{Kernel, LANES, Lanes};
 
-    #[target_feature(enable = "avx512f,avx2,fma")]
+    #[target_feature(enable = "avx512f,avx2,fma,f16c")]
     pub(super) unsafe fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
         unsafe { kernel.run::<Avx512>() }
     }
 
-    #[target_feature(enable = "avx2,fma")]
+    #[target_feature(enable = "avx2,fma,f16c")]
     pub(super) unsafe fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
         unsafe { kernel.run::<Avx2>() }
     }
 
     #[derive(Clone, Copy)]
-    pub(super) struct Avx512(__m512);
+    pub(crate) struct Avx512(pub(crate) __m512);
 
     unsafe impl Lanes for Avx512 {
         const TILE_ROWS: usize = 4;
@@ -403,7 +414,7 @@ mod x86 {
     }
 
     #[derive(Clone, Copy)]
-    pub(super) struct Avx2(__m256, __m256);
+    pub(crate) struct Avx2(pub(crate) __m256, pub(crate) __m256);
 
     unsafe impl Lanes for Avx2 {
         const TILE_ROWS: usize = 2;

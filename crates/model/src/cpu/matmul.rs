@@ -1,10 +1,10 @@
-//! `out = x W^T` with W as checkpoints store it: row-major (out, in), in float32, bfloat16 or float16.
+//! `out = x W^T` with W as checkpoints store it: row-major (out, in), in float32, bfloat16, float16 or blocks.
 //!
 //! Libraries pack W, choose a kernel by the number of rows, and so change a row's bits with its company; and
 //! they read bf16 slower than f32 on a CPU. Here every output element is one dot product in one fixed order
 //! (see `lanes`), W is used where it lies, so making an expert resident is a copy and nothing else, and it is
 //! widened to f32 a few rows at a time on its way through the first-level cache. With few rows the product
-//! is bound by reading W, and bf16 halves that.
+//! is bound by reading W, and bf16 halves that, blocks of 4 bits take a seventh.
 //!
 //! Called by `Linear` for the backbone, by `ExpertShape` for experts, and by the predictor nets.
 
@@ -13,7 +13,10 @@ use std::{cell::RefCell, mem::MaybeUninit, ops::Range};
 use half::f16;
 use rayon::prelude::*;
 
-use super::lanes::{self, Kernel, Lanes};
+use super::{
+    lanes::{self, Kernel, Lanes},
+    stored_rows::{Bf16, F32, Q4, Q8, StoredRows, widen_blocks},
+};
 use crate::dtype::StoredDType;
 
 /// Rows of x per pass over W, so that they stay in the second-level cache: so many where rows are long, and as many
@@ -32,7 +35,7 @@ const WIDENED_ROWS_MAX: usize = 4;
 /// A weight matrix where it lies.
 #[derive(Clone, Copy, Debug)]
 pub struct MatrixRef<'a> {
-    /// (rows, cols) values in `dtype`, row-major, little-endian. Any alignment.
+    /// (rows, cols) values in `dtype`, row-major, little-endian. Any alignment; a row is whole blocks.
     pub bytes: &'a [u8],
     /// How a value is stored.
     pub dtype: StoredDType,
@@ -70,7 +73,7 @@ fn write_product(x: &[f32], w: MatrixRef<'_>, out: &mut [MaybeUninit<f32>]) {
     let n = x.len() / w.cols;
     assert_eq!(x.len(), n * w.cols, "x is (n, {})", w.cols);
     assert_eq!(out.len(), n * w.rows, "out is ({n}, {})", w.rows);
-    assert_eq!(w.bytes.len(), w.rows * w.cols * w.dtype.size(), "W is ({}, {}) {:?}", w.rows, w.cols, w.dtype);
+    assert_eq!(w.bytes.len(), w.dtype.bytes(w.rows * w.cols), "W is ({}, {}) {:?}", w.rows, w.cols, w.dtype);
     let out = OutPointer(out.as_mut_ptr().cast());
     let small = n * w.rows * w.cols < PARALLEL_MACS_MIN && w.bytes.len() < PARALLEL_BYTES_MIN;
     let threads = if small { 1 } else { rayon::current_num_threads() };
@@ -135,7 +138,7 @@ impl Columns<'_> {
             return;
         }
         self.widened.resize(self.widened.len().max(WIDENED_ROWS_MAX * self.w.cols), 0.0);
-        let straight = self.n <= R && self.w.dtype == StoredDType::BF16 && self.w.cols.is_multiple_of(lanes::LANES);
+        let straight = self.n <= R;
         // Blocks of about one size: a last one of a row or two would cost as much reading of W as a whole one.
         let blocks = self.n.div_ceil(ROW_BLOCK.max(ROW_BLOCK_FLOATS / self.w.cols));
         let row_block = self.n.div_ceil(blocks).next_multiple_of(R);
@@ -147,13 +150,22 @@ impl Columns<'_> {
                 let columns = C.min(self.columns.end - column);
                 // SAFETY: the widened or stored rows of W hold k values each, x and out as `matmul` checked.
                 unsafe {
-                    if straight {
-                        let w = self.stored(column, columns).as_ptr().cast();
-                        self.column_tiles::<L, Bf16, R, C>(rows.clone(), column, columns, w, &[]);
-                    } else {
-                        let w = self.widen(column, columns);
-                        let soon = self.stored(column + C, C);
-                        self.column_tiles::<L, F32, R, C>(rows.clone(), column, columns, w, soon);
+                    let stored = self.stored(column, columns).as_ptr();
+                    match self.w.dtype {
+                        StoredDType::BF16 if straight && self.w.cols.is_multiple_of(lanes::LANES) => {
+                            self.column_tiles::<L, Bf16, R, C>(rows.clone(), column, columns, stored, &[]);
+                        }
+                        StoredDType::Q8_0 if straight => {
+                            self.column_tiles::<L, Q8, R, C>(rows.clone(), column, columns, stored, &[]);
+                        }
+                        StoredDType::Q4_0 if straight => {
+                            self.column_tiles::<L, Q4, R, C>(rows.clone(), column, columns, stored, &[]);
+                        }
+                        _ => {
+                            let w = self.widen::<L>(column, columns);
+                            let soon = self.stored(column + C, C);
+                            self.column_tiles::<L, F32, R, C>(rows.clone(), column, columns, w, soon);
+                        }
                     }
                 }
                 column += C;
@@ -165,19 +177,19 @@ impl Columns<'_> {
     /// The bytes of `columns` rows of W from `column` on, as far as they are ours.
     #[inline(always)]
     fn stored(&self, column: usize, columns: usize) -> &[u8] {
-        let row_bytes = self.w.cols * self.w.dtype.size();
+        let row_bytes = self.w.dtype.bytes(self.w.cols);
         let (from, to) = (column.min(self.columns.end), (column + columns).min(self.columns.end));
         &self.w.bytes[from * row_bytes..to * row_bytes]
     }
 
     /// `columns` rows of W from `column` on as float32.
     #[inline(always)]
-    fn widen(&mut self, column: usize, columns: usize) -> *const f32 {
-        let (k, size) = (self.w.cols, self.w.dtype.size());
-        let bytes = &self.w.bytes[column * k * size..(column + columns) * k * size];
+    unsafe fn widen<L: Lanes>(&mut self, column: usize, columns: usize) -> *const u8 {
+        let (k, row_bytes) = (self.w.cols, self.w.dtype.bytes(self.w.cols));
+        let bytes = &self.w.bytes[column * row_bytes..(column + columns) * row_bytes];
         let widened = &mut self.widened[..columns * k];
         match self.w.dtype {
-            StoredDType::F32 => return bytes.as_ptr().cast(),
+            StoredDType::F32 => return bytes.as_ptr(),
             StoredDType::BF16 => {
                 for (wide, narrow) in widened.iter_mut().zip(bytes.chunks_exact(2)) {
                     *wide = f32::from_bits(u32::from(u16::from_le_bytes([narrow[0], narrow[1]])) << 16);
@@ -188,18 +200,22 @@ impl Columns<'_> {
                     *wide = f16::from_le_bytes([narrow[0], narrow[1]]).to_f32();
                 }
             }
+            // SAFETY: rows are whole blocks, one after another.
+            StoredDType::Q8_0 => unsafe { widen_blocks::<L, Q8>(bytes, widened) },
+            // SAFETY: as above.
+            StoredDType::Q4_0 => unsafe { widen_blocks::<L, Q4>(bytes, widened) },
         }
-        widened.as_ptr()
+        widened.as_ptr().cast()
     }
 
     /// All tiles of some rows and `columns` columns; columns that do not fill a tile go one by one.
     #[inline(always)]
-    unsafe fn column_tiles<L: Lanes, W: Stored, const R: usize, const C: usize>(
+    unsafe fn column_tiles<L: Lanes, W: StoredRows, const R: usize, const C: usize>(
         &self,
         rows: Range<usize>,
         column: usize,
         columns: usize,
-        w: *const W::Value,
+        w: *const u8,
         soon: &[u8],
     ) {
         // SAFETY: rows and columns are within x, `w` and out.
@@ -209,7 +225,12 @@ impl Columns<'_> {
             }
             let mut last = 0;
             while last < columns {
-                self.row_tiles::<L, W, R, 1>(rows.clone(), column + last, w.add(last * self.w.cols), soon);
+                self.row_tiles::<L, W, R, 1>(
+                    rows.clone(),
+                    column + last,
+                    w.add(last * W::row_bytes(self.w.cols)),
+                    soon,
+                );
                 last += 1;
             }
         }
@@ -217,11 +238,11 @@ impl Columns<'_> {
 
     /// All tiles of some rows and C columns; the last one has as many rows as are left, at most 3.
     #[inline(always)]
-    unsafe fn row_tiles<L: Lanes, W: Stored, const R: usize, const C: usize>(
+    unsafe fn row_tiles<L: Lanes, W: StoredRows, const R: usize, const C: usize>(
         &self,
         rows: Range<usize>,
         column: usize,
-        w: *const W::Value,
+        w: *const u8,
         mut soon: &[u8],
     ) {
         let mut row = rows.start;
@@ -249,13 +270,13 @@ impl Columns<'_> {
     /// R x C dot products at once, each in the order of `dot_lanes`.
     #[inline(always)]
     #[allow(clippy::needless_range_loop)] // Iterators would be library calls, which need not inline.
-    unsafe fn tile<L: Lanes, W: Stored, const R: usize, const C: usize>(
+    unsafe fn tile<L: Lanes, W: StoredRows, const R: usize, const C: usize>(
         &self,
         row: usize,
         column: usize,
-        w: *const W::Value,
+        w: *const u8,
     ) {
-        let k = self.w.cols;
+        let (k, row_bytes) = (self.w.cols, W::row_bytes(self.w.cols));
         // SAFETY: R rows of x and C rows of `w` hold k values each; out holds (n, W rows).
         unsafe {
             let x = self.x.as_ptr().add(row * k);
@@ -263,25 +284,30 @@ impl Columns<'_> {
             let whole = k / lanes::LANES * lanes::LANES;
             let mut at = 0;
             while at < whole {
-                let mut xs = [L::splat(0.0); R];
-                for r in 0..R {
-                    xs[r] = L::load(x.add(r * k + at));
-                }
+                let mut ws = [[L::splat(0.0); 2]; C];
                 for c in 0..C {
-                    let wc = W::load::<L>(w.add(c * k + at));
-                    for r in 0..R {
-                        sums[r][c] = sums[r][c].fma(xs[r], wc);
-                    }
+                    ws[c] = W::load::<L>(w.add(c * row_bytes), at);
                 }
-                at += lanes::LANES;
+                let mut v = 0;
+                while v < W::VECTORS {
+                    for r in 0..R {
+                        let xr = L::load(x.add(r * k + at + v * lanes::LANES));
+                        for c in 0..C {
+                            sums[r][c] = sums[r][c].fma(xr, ws[c][v]);
+                        }
+                    }
+                    v += 1;
+                }
+                at += W::VECTORS * lanes::LANES;
             }
-            if whole < k {
+            if W::VECTORS == 1 && whole < k {
+                // Only of float32: other rows that do not fill vectors are widened first.
                 let mut xs = [L::splat(0.0); R];
                 for r in 0..R {
                     xs[r] = L::load_partial(x.add(r * k + whole), k - whole);
                 }
                 for c in 0..C {
-                    let wc = W::load_partial::<L>(w.add(c * k + whole), k - whole);
+                    let wc = L::load_partial(w.add(c * row_bytes).cast::<f32>().add(whole), k - whole);
                     for r in 0..R {
                         sums[r][c] = sums[r][c].fma(xs[r], wc);
                     }
@@ -296,62 +322,43 @@ impl Columns<'_> {
     }
 }
 
-/// How the tile reads W.
-trait Stored {
-    /// One stored value.
-    type Value;
-    /// 16 values as float32.
-    unsafe fn load<L: Lanes>(from: *const Self::Value) -> L;
-    /// `n < 16` values as float32, the rest 0.
-    unsafe fn load_partial<L: Lanes>(from: *const Self::Value, n: usize) -> L;
-}
-
-/// Float32, as stored or as widened.
-struct F32;
-
-impl Stored for F32 {
-    type Value = f32;
-
-    #[inline(always)]
-    unsafe fn load<L: Lanes>(from: *const f32) -> L {
-        // SAFETY: the caller's.
-        unsafe { L::load(from) }
-    }
-
-    #[inline(always)]
-    unsafe fn load_partial<L: Lanes>(from: *const f32, n: usize) -> L {
-        // SAFETY: the caller's.
-        unsafe { L::load_partial(from, n) }
-    }
-}
-
-/// Bfloat16 as stored, in whole vectors only.
-struct Bf16;
-
-impl Stored for Bf16 {
-    type Value = u16;
-
-    #[inline(always)]
-    unsafe fn load<L: Lanes>(from: *const u16) -> L {
-        // SAFETY: the caller's.
-        unsafe { L::load_bf16(from) }
-    }
-
-    #[inline(always)]
-    unsafe fn load_partial<L: Lanes>(_: *const u16, _: usize) -> L {
-        unreachable!("rows that do not fill vectors are widened first")
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use half::bf16;
 
     use super::*;
-    use crate::cpu::lanes::dot;
+    use crate::{blocks, cpu::lanes::dot};
 
     fn values(n: usize, seed: usize) -> Vec<f32> {
         (0..n).map(|i| ((i * 7919 + seed * 104_729) % 1009) as f32 / 504.0 - 1.0).collect()
+    }
+
+    /// The product by vectors of every kind.
+    fn by_each_kind(x: &[f32], n: usize, w: MatrixRef<'_>) -> Vec<Vec<f32>> {
+        let outs = RefCell::new(vec![]);
+        lanes::run_each(|| {
+            let mut out = vec![f32::NAN; n * w.rows];
+            let (out_at, widened) = (OutPointer(out.as_mut_ptr()), Box::leak(Box::default()));
+            outs.borrow_mut().push(out);
+            Columns { x, n, w, columns: 0..w.rows, out: out_at, widened }
+        });
+        outs.into_inner()
+    }
+
+    /// A model of blocks would compute something else than its values in float32 would.
+    #[test]
+    fn blocks_are_their_values() {
+        for (n, k, m) in [(1, 32, 1), (1, 64, 301), (2, 96, 7), (3, 128, 40), (4, 32, 65), (9, 256, 33), (70, 64, 50)] {
+            for dtype in StoredDType::BLOCKS {
+                let (x, bytes) = (values(n * k, 7), blocks::quantized(&values(m * k, 8), dtype).unwrap());
+                let wide: Vec<u8> = dtype.widen(&bytes).iter().flat_map(|value| value.to_le_bytes()).collect();
+                let mut expected = vec![0.0; n * m];
+                matmul(&x, MatrixRef { bytes: &wide, dtype: StoredDType::F32, rows: m, cols: k }, &mut expected);
+                for out in by_each_kind(&x, n, MatrixRef { bytes: &bytes, dtype, rows: m, cols: k }) {
+                    assert!(out.iter().zip(&expected).all(|(a, b)| a.to_bits() == b.to_bits()), "{dtype} {n} {k} {m}");
+                }
+            }
+        }
     }
 
     /// A row's result would depend on its batch, on the tile it falls in, or on the number of threads.
@@ -376,21 +383,7 @@ mod tests {
             let (x, w) = (values(n * k, 5), values(m * k, 6));
             let bytes: Vec<u8> = w.iter().flat_map(|v| v.to_le_bytes()).collect();
             let w_ref = MatrixRef { bytes: &bytes, dtype: StoredDType::F32, rows: m, cols: k };
-            let outs = RefCell::new(vec![]);
-            lanes::run_each(|| {
-                let mut out = vec![f32::NAN; n * m];
-                let columns = Columns {
-                    x: &x,
-                    n,
-                    w: w_ref,
-                    columns: 0..m,
-                    out: OutPointer(out.as_mut_ptr()),
-                    widened: Box::leak(Box::default()),
-                };
-                outs.borrow_mut().push(out);
-                columns
-            });
-            for out in outs.into_inner() {
+            for out in by_each_kind(&x, n, w_ref) {
                 for (i, out) in out.iter().enumerate() {
                     assert_eq!(out.to_bits(), dot(&x[i / m * k..][..k], &w[i % m * k..][..k]).to_bits(), "{n} {k} {m}");
                 }

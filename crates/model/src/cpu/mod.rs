@@ -5,11 +5,13 @@
 //! threads work, on whichever node and whichever x86 or other machine: this is what lets rows move between
 //! nodes and batches without changing a token (docs/decisions/0002).
 //!
-//! In reading order: [`lanes`] (16 floats at a time), [`matmul`], [`panel`], [`exp`], [`norm`], [`attention`].
+//! In reading order: [`lanes`] (16 floats at a time), [`block_loads`] (the same out of few bits), [`stored_rows`] (a weight matrix where it lies), [`matmul`], [`panel`], [`exp`], [`norm`], [`attention`].
 
 pub mod attention;
+mod block_loads;
 pub mod exp;
 pub mod lanes;
 pub mod matmul;
 pub mod norm;
 mod panel;
+mod stored_rows;

@@ -186,9 +186,9 @@ impl DeviceDense {
         self.check_rows(out.len() / self.config.d_model)?;
         self.gpu.enter()?;
         let stored = self.precision.stored();
-        let host = &mut self.exchange.host()?[..out.len() * stored.size()];
+        let host = &mut self.exchange.host()?[..stored.bytes(out.len())];
         self.gpu.read(self.scratch.x.all(), host)?;
-        let pieces = host.par_chunks(PIECE_VALUES * stored.size()).zip(out.par_chunks_mut(PIECE_VALUES));
+        let pieces = host.par_chunks(stored.bytes(PIECE_VALUES)).zip(out.par_chunks_mut(PIECE_VALUES));
         pieces.for_each(|(bytes, values)| stored.widen_over(bytes, values));
         Ok(())
     }

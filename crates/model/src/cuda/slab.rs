@@ -343,11 +343,11 @@ impl ExpertWindow for SlabWindow {
 
 impl Work {
     fn new(gpu: &Gpu, shape: &ExpertShape) -> Result<Self, CudaError> {
-        let packet = Tiles::bytes_max(ROWS_MAX) + ROWS_MAX * shape.d_model * shape.dtype.size();
+        let packet = Tiles::bytes_max(ROWS_MAX) + shape.dtype.bytes(ROWS_MAX * shape.d_model);
         let order: Vec<u32> = (0..ROWS_MAX as u32).collect();
         Ok(Self {
             packet: gpu.allocate("activations", packet)?,
-            hidden: gpu.allocate("activations", ROWS_MAX * shape.d_ff * shape.dtype.size())?,
+            hidden: gpu.allocate("activations", shape.dtype.bytes(ROWS_MAX * shape.d_ff))?,
             out: gpu.allocate("activations", ROWS_MAX * shape.d_model)?,
             order: gpu.allocate_with("activations", &order)?,
             staging: gpu.pinned(packet.max(ROWS_MAX * shape.d_model * 4))?,

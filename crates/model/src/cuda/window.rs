@@ -11,7 +11,7 @@ use cudarc::driver::{
 
 use super::{buffer::DeviceBuffer, device::Gpu, error::CudaError};
 use crate::{
-    Precision, StoredDType,
+    Precision,
     window::{HANDLE_BYTES, WindowHandle},
 };
 
@@ -85,13 +85,13 @@ impl Shareable {
         self.bytes
     }
 
-    fn handle(&self, rows: usize, dtype: StoredDType) -> Result<WindowHandle, CudaError> {
+    fn handle(&self, rows: usize, precision: Precision) -> Result<WindowHandle, CudaError> {
         let machine = machine()?;
         self.context.bind_to_thread().map_err(refused("cuCtxSetCurrent"))?;
         let mut handle = CUipcMemHandle { reserved: [0; HANDLE_BYTES] };
         // SAFETY: writes the handle of memory of ours.
         unsafe { sys::cuIpcGetMemHandle(&mut handle, self.address) }.result().map_err(refused("cuIpcGetMemHandle"))?;
-        Ok(WindowHandle { machine, memory: handle.reserved.map(|byte| byte as u8), rows, dtype })
+        Ok(WindowHandle { machine, memory: handle.reserved.map(|byte| byte as u8), rows, precision })
     }
 }
 
@@ -184,7 +184,7 @@ impl SharedRows {
         d_model: usize,
         precision: Precision,
     ) -> Result<Self, CudaError> {
-        let handle = memory.handle(layout.rows, precision.stored())?;
+        let handle = memory.handle(layout.rows, precision)?;
         Ok(Self { handle, results_bytes: layout.places() * d_model * 4, memory: memory.clone() })
     }
 
@@ -193,7 +193,7 @@ impl SharedRows {
     }
 
     pub(crate) fn open_results(&self, results: &WindowHandle) -> Result<Mapped, CudaError> {
-        let (expected, found) = ((self.handle.rows, StoredDType::F32), (results.rows, results.dtype));
+        let (expected, found) = ((self.handle.rows, Precision::F32), (results.rows, results.precision));
         if found != expected {
             return Err(CudaError::Window { reason: format!("results are {found:?}, expected {expected:?}") });
         }
@@ -210,16 +210,16 @@ impl PeerRows {
         d_model: usize,
         precision: Precision,
     ) -> Result<Self, CudaError> {
-        if offered.dtype != precision.stored() {
-            let (expected, found) = (precision.stored(), offered.dtype);
+        if offered.precision != precision {
+            let found = offered.precision;
             return Err(CudaError::Window {
-                reason: format!("its rows are {found:?}, this node computes in {expected:?}"),
+                reason: format!("its rows are {found}, this node computes in {precision}"),
             });
         }
         let layout = RowsLayout::new(offered.rows, choices, d_model, precision);
         let rows = Mapped::open(gpu.context(), offered, layout.bytes())?;
         let out = Shareable::take(gpu, "results", layout.places() * d_model * 4)?;
-        let results = out.handle(layout.rows, StoredDType::F32)?;
+        let results = out.handle(layout.rows, Precision::F32)?;
         let x = gpu.allocate("activations", layout.places() * d_model * precision.size())?;
         gpu.finish()?;
         Ok(Self { layout, rows, out, results, x })

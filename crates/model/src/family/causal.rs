@@ -8,6 +8,7 @@ use sida_routing::LayerId;
 
 use crate::{
     GenerationConfig, ModelConfig, ModelError, ModelSpec, Stack,
+    config::{QUANT_METHOD, QUANTIZATION},
     generation::Fields,
     names::TensorNames,
     spec::{
@@ -64,9 +65,12 @@ impl Described<'_> {
         if fields.get("hidden_act").is_some_and(|act| act.as_str() != Some("swish")) {
             fields.text("hidden_act", "silu")?; // Which has two names.
         }
-        if let Some(config) = fields.get("quantization_config") {
-            let found = config.get("quant_method").unwrap_or(config).to_string();
-            return Err(fields.refuse("quantization_config", found, "nothing: weights in f32, bf16 or f16"));
+        if let Some(config) = fields.get(QUANTIZATION) {
+            let found = config.get("quant_method").unwrap_or(config);
+            if found != QUANT_METHOD {
+                let expected = "nothing, or what `sida convert` writes: weights in f32, bf16, f16 or blocks";
+                return Err(fields.refuse(QUANTIZATION, found.to_string(), expected));
+            }
         }
         let heads = causal.attention.heads;
         if causal.router.top_k > num_experts {

@@ -113,7 +113,7 @@ pub(super) fn write_output(
     (deviation, signs): (f64, Signs),
     file: &mut dyn Write,
 ) -> io::Result<()> {
-    let row_bytes = spec.shape[1] * spec.dtype.size();
+    let row_bytes = spec.dtype.bytes(spec.shape[1]);
     file.write_all(&vec![0; row_bytes])?;
     normal.write_bf16(stream, deviation, signs, spec.bytes() - row_bytes as u64, file)
 }

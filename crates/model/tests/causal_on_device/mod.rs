@@ -4,7 +4,10 @@
 use std::path::Path;
 
 use serde_json::json;
-use sida_model::synth::{self, CausalShape, SynthShape};
+use sida_model::{
+    BlockFormats,
+    synth::{self, CausalShape, SynthShape},
+};
 use sida_routing::Grouping;
 
 use super::*;
@@ -48,7 +51,7 @@ pub(super) fn written(into: &Path) -> Vec<PathBuf> {
         json.as_object_mut().unwrap().extend(own.as_object().unwrap().clone());
         let shape = SynthShape::Causal(Box::new(CausalShape::of_config(json).unwrap()));
         let dir = into.join(name);
-        synth::synth(&shape, &dir, 5, None, &mut |_, _| ()).unwrap();
+        synth::synth(&shape, &dir, 5, None, BlockFormats::NONE, &mut |_, _| ()).unwrap();
         dir
     };
     shapes.into_iter().map(write).collect()

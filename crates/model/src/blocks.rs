@@ -1,0 +1,243 @@
+//! How values become blocks that share a scale (see [`crate::dtype`]), and which tensors of a model do: what
+//! `sida convert` and `sida synth` write with fewer bits. Nothing here is called when a model is served.
+
+use std::io::{self, Write};
+
+use half::f16;
+use rayon::prelude::*;
+use serde_json::{Value, json};
+
+use crate::{
+    ModelError, StoredDType,
+    config::{QUANT_METHOD, QUANTIZATION},
+    dtype::{BLOCK, Q4_ZERO},
+    names,
+    shards::TensorSpec,
+};
+
+/// Values that become blocks at a time.
+const CHUNK_VALUES: usize = 4 << 20;
+/// Values that one thread makes blocks of at a time.
+const PIECE_VALUES: usize = 64 << 10;
+/// What the value farthest from 0 may become in a Q4_0 block: -8, or a little less or more, with the values beyond cut. One
+/// of these is best for the block as a whole.
+const Q4_EXTREMES: [f32; 9] = [-8.0, -7.5, -7.0, -6.5, -6.0, -8.5, -9.0, 7.0, 7.5];
+
+/// Which weights of a model are written in blocks; the others stay what they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockFormats {
+    /// The matrices of the experts.
+    pub experts: Option<StoredDType>,
+    /// The other matrices, without those of routers, which decide more than they weigh.
+    pub dense: Option<StoredDType>,
+}
+
+impl BlockFormats {
+    /// Nothing is.
+    pub const NONE: Self = Self { experts: None, dense: None };
+
+    /// Whether anything is.
+    pub fn is_any(&self) -> bool {
+        *self != Self::NONE
+    }
+
+    /// Has the config of a model say that some of it is, for those who would not know.
+    pub(crate) fn tell(&self, config: &mut Value) {
+        if let (true, Some(config)) = (self.is_any(), config.as_object_mut()) {
+            config.insert(QUANTIZATION.to_owned(), json!({"quant_method": QUANT_METHOD}));
+        }
+    }
+
+    /// A tensor as it is to be written.
+    pub(crate) fn applied(&self, spec: &TensorSpec) -> Result<TensorSpec, ModelError> {
+        let TensorSpec { name, dtype, shape } = spec;
+        let is_matrix = shape.len() > 1 && !names::is_position_bias(name);
+        let wanted = match () {
+            () if names::is_expert(name) => self.experts,
+            () if is_matrix && !names::is_router(name) => self.dense,
+            () => None,
+        };
+        let Some(blocks) = wanted else { return Ok(spec.clone()) };
+        let refuse = |expected: &str, found| {
+            Err(ModelError::TensorDType { tensor: name.clone(), expected: expected.to_owned(), found })
+        };
+        if dtype.is_blocks() {
+            return refuse("F32, BF16 or F16: blocks are made of whole values", dtype.to_string());
+        }
+        match shape.last() {
+            Some(inputs) if inputs.is_multiple_of(BLOCK) => Ok(TensorSpec { dtype: blocks, ..spec.clone() }),
+            _ => refuse(&format!("rows of whole blocks of {BLOCK} values"), format!("{dtype} {shape:?}")),
+        }
+    }
+}
+
+/// Takes the bytes of a tensor in one dtype, and writes them in another, in bounded memory.
+pub(crate) struct BlockWriter<'w> {
+    from: StoredDType,
+    to: StoredDType,
+    held: Vec<u8>,
+    out: &'w mut dyn Write,
+}
+
+/// Writes a tensor, whose bytes in `from` `fill` writes, as `to`.
+pub(crate) fn write(
+    (from, to): (StoredDType, StoredDType),
+    out: &mut dyn Write,
+    fill: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+) -> io::Result<()> {
+    if from == to {
+        return fill(out);
+    }
+    let mut writer = BlockWriter { from, to, held: Vec::new(), out };
+    fill(&mut writer)?;
+    writer.pass_on(writer.held.len())
+}
+
+impl BlockWriter<'_> {
+    /// Writes the first of the bytes that are held.
+    fn pass_on(&mut self, bytes: usize) -> io::Result<()> {
+        let values = self.from.widen(&self.held[..bytes]);
+        let blocks = quantized(&values, self.to);
+        let blocks =
+            blocks.ok_or_else(|| io::Error::other("holds values that are no numbers, or too large for blocks"))?;
+        self.held.drain(..bytes);
+        self.out.write_all(&blocks)
+    }
+}
+
+impl Write for BlockWriter<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.held.extend_from_slice(bytes);
+        let chunk = self.from.bytes(CHUNK_VALUES);
+        while self.held.len() >= chunk {
+            self.pass_on(chunk)?;
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
+}
+
+/// The blocks of so many values, which are whole blocks; on all threads. `None` where a value is none, or too large for a
+/// scale. Panics unless `to` is a format of blocks.
+pub fn quantized(values: &[f32], to: StoredDType) -> Option<Vec<u8>> {
+    assert!(to.is_blocks() && values.len().is_multiple_of(BLOCK), "{} values as {to}", values.len());
+    let mut blocks = vec![0; to.bytes(values.len())];
+    let pieces = blocks.par_chunks_mut(to.bytes(PIECE_VALUES)).zip(values.par_chunks(PIECE_VALUES));
+    let is_whole = pieces.map(|(blocks, values)| {
+        let pairs = blocks.chunks_exact_mut(to.bytes(BLOCK)).zip(values.as_chunks().0);
+        pairs.map(|(block, values)| write_block(values, to, block)).collect::<Option<Vec<()>>>()
+    });
+    is_whole.collect::<Option<Vec<_>>>().map(|_| blocks)
+}
+
+fn write_block(values: &[f32; BLOCK], to: StoredDType, block: &mut [u8]) -> Option<()> {
+    let extreme = values.iter().copied().reduce(|a, b| if b.abs() > a.abs() { b } else { a })?;
+    if values.iter().any(|value| !value.is_finite()) {
+        return None;
+    }
+    let (scale, integers) = match to {
+        StoredDType::Q4_0 => {
+            let tried = Q4_EXTREMES.map(|to| fitted(values, extreme / to, (-Q4_ZERO, Q4_ZERO - 1)));
+            let best = tried.into_iter().flatten().min_by(|(a, ..), (b, ..)| a.total_cmp(b))?;
+            (best.1, best.2)
+        }
+        _ => {
+            let (_, scale, integers) = fitted(values, extreme / f32::from(i8::MAX), (-i8::MAX, i8::MAX))?;
+            (scale, integers)
+        }
+    };
+    let (to_scale, rest) = block.split_first_chunk_mut()?;
+    *to_scale = scale.to_le_bytes();
+    if to == StoredDType::Q4_0 {
+        let half = |integer: i8| (integer + Q4_ZERO) as u8;
+        let (low, high) = integers.split_at(BLOCK / 2);
+        let pairs = low.iter().zip(high).map(|(&low, &high)| half(low) | half(high) << 4);
+        rest.iter_mut().zip(pairs).for_each(|(to, byte)| *to = byte);
+    } else {
+        rest.iter_mut().zip(integers).for_each(|(to, integer)| *to = integer as u8);
+    }
+    Some(())
+}
+
+/// For values at about this scale: the sum of the squares of what is wrong with them in a block, its scale, the best (least
+/// squares) for the integers that they would be, and its integers. `None` where the scale is too large.
+fn fitted(values: &[f32; BLOCK], scale: f32, (min, max): (i8, i8)) -> Option<(f32, f16, [i8; BLOCK])> {
+    // As it will be kept, so that what rounding it does is made up for by the integers.
+    let kept = |scale: f32| Some(f16::from_f32(scale)).filter(|scale| scale.is_finite());
+    let integers = |scale: f16| match scale.to_f32() {
+        0.0 => [0; BLOCK],
+        scale => values.map(|value| (value / scale).round().clamp(min.into(), max.into()) as i8),
+    };
+    let sum = |integers: &[i8; BLOCK], of: &dyn Fn(f32, f32) -> f32| -> f32 {
+        values.iter().zip(integers).map(|(&value, &integer)| of(value, integer.into())).sum()
+    };
+    let first = integers(kept(scale)?);
+    let squares = sum(&first, &|_, integer| integer * integer);
+    let scale = if squares > 0.0 { kept(sum(&first, &|value, integer| value * integer) / squares)? } else { f16::ZERO };
+    let integers = integers(scale);
+    let wide = scale.to_f32();
+    Some((sum(&integers, &|value, integer| (value - integer * wide).powi(2)), scale, integers))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn values(n: usize, scale: f32) -> Vec<f32> {
+        (0..n).map(|i| (((i * 7919 + 13) % 1009) as f32 / 504.0 - 1.0) * scale).collect()
+    }
+
+    /// Weights would be far from what they were, or in each other's place.
+    #[test]
+    fn blocks_are_near_their_values() {
+        // For a step of 1/127 and of 1/8, what is wrong is evenly spread over it.
+        for (format, deviation) in [(StoredDType::Q8_0, 0.0025), (StoredDType::Q4_0, 0.037)] {
+            for scale in [0.005, 0.02, 1.0, 300.0] {
+                let values = values(BLOCK * 40, scale);
+                let blocks = quantized(&values, format).unwrap();
+                assert_eq!(blocks.len(), format.bytes(values.len()));
+                let wrong: Vec<f32> = values.iter().zip(format.widen(&blocks)).map(|(a, b)| (a - b) / scale).collect();
+                let found = (wrong.iter().map(|wrong| wrong * wrong).sum::<f32>() / wrong.len() as f32).sqrt();
+                assert!(found < deviation, "{format} {scale}: {found}");
+                assert!(wrong.iter().all(|wrong| wrong.abs() < 5.0 * deviation), "{format} {scale}");
+            }
+        }
+    }
+
+    /// What a block holds exactly would change when it is written again.
+    #[test]
+    fn what_blocks_can_say_is_kept() {
+        for (format, min, max) in [(StoredDType::Q8_0, -127, 127), (StoredDType::Q4_0, -8, 7)] {
+            let integers = (0..BLOCK as i32).map(|i| min + i * (max - min) / (BLOCK as i32 - 1));
+            let values: Vec<f32> = integers.map(|integer| integer as f32 * 0.25).collect();
+            assert_eq!(format.widen(&quantized(&values, format).unwrap()), values, "{format}");
+            assert_eq!(format.widen(&quantized(&[0.0; BLOCK], format).unwrap()), [0.0; BLOCK]);
+        }
+    }
+
+    /// A weight that is none, or does not fit, would become another without a word.
+    #[test]
+    fn refuses_what_blocks_cannot_say() {
+        for bad in [f32::NAN, f32::INFINITY, 1e38] {
+            let mut values = values(BLOCK, 1.0);
+            values[7] = bad;
+            for format in StoredDType::BLOCKS {
+                assert_eq!(quantized(&values, format), None, "{format}: {bad}");
+            }
+        }
+    }
+
+    /// What is written in pieces would not be what is written at once.
+    #[test]
+    fn pieces_are_joined() {
+        let values = values(BLOCK * 9, 1.0);
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        let mut out = Vec::new();
+        let fill = |out: &mut dyn Write| bytes.chunks(50).try_for_each(|piece| out.write_all(piece));
+        write((StoredDType::F32, StoredDType::Q4_0), &mut out, fill).unwrap();
+        assert_eq!(out, quantized(&values, StoredDType::Q4_0).unwrap());
+    }
+}
