@@ -1,7 +1,10 @@
 //! How values become blocks that share a scale (see [`crate::dtype`]), and which tensors of a model do: what
 //! `sida convert` and `sida synth` write with fewer bits. Nothing here is called when a model is served.
 
-use std::io::{self, Write};
+use std::{
+    array,
+    io::{self, Write},
+};
 
 use half::f16;
 use rayon::prelude::*;
@@ -134,21 +137,19 @@ pub fn quantized(values: &[f32], to: StoredDType) -> Option<Vec<u8>> {
 }
 
 fn write_block(values: &[f32; BLOCK], to: StoredDType, block: &mut [u8]) -> Option<()> {
-    let extreme = values.iter().copied().reduce(|a, b| if b.abs() > a.abs() { b } else { a })?;
     if values.iter().any(|value| !value.is_finite()) {
         return None;
     }
-    let (scale, integers) = match to {
+    let extreme = values.iter().copied().reduce(|a, b| if b.abs() > a.abs() { b } else { a })?;
+    let Fitted { scale, integers, .. } = match to {
         StoredDType::Q4_0 => {
-            let tried = Q4_EXTREMES.map(|to| fitted(values, extreme / to, (-Q4_ZERO, Q4_ZERO - 1)));
-            let best = tried.into_iter().flatten().min_by(|(a, ..), (b, ..)| a.total_cmp(b))?;
-            (best.1, best.2)
+            let range = (-f32::from(Q4_ZERO), f32::from(Q4_ZERO - 1));
+            let tried = Q4_EXTREMES.map(|to| fitted(values, extreme / to, range));
+            tried.into_iter().flatten().min_by(|a, b| a.wrong.total_cmp(&b.wrong))?
         }
-        _ => {
-            let (_, scale, integers) = fitted(values, extreme / f32::from(i8::MAX), (-i8::MAX, i8::MAX))?;
-            (scale, integers)
-        }
+        _ => fitted(values, extreme / f32::from(i8::MAX), (-f32::from(i8::MAX), f32::from(i8::MAX)))?,
     };
+    let integers = integers.map(|integer| integer as i8);
     let (to_scale, rest) = block.split_first_chunk_mut()?;
     *to_scale = scale.to_le_bytes();
     if to == StoredDType::Q4_0 {
@@ -162,24 +163,45 @@ fn write_block(values: &[f32; BLOCK], to: StoredDType, block: &mut [u8]) -> Opti
     Some(())
 }
 
-/// For values at about this scale: the sum of the squares of what is wrong with them in a block, its scale, the best (least
-/// squares) for the integers that they would be, and its integers. `None` where the scale is too large.
-fn fitted(values: &[f32; BLOCK], scale: f32, (min, max): (i8, i8)) -> Option<(f32, f16, [i8; BLOCK])> {
+/// A block for some values.
+struct Fitted {
+    /// The sum of the squares of what is wrong with them in it.
+    wrong: f32,
+    scale: f16,
+    integers: [f32; BLOCK],
+}
+
+/// A block for values at about this scale; its own is the best (least squares) for the integers that they would be. `None`
+/// where that is too large.
+fn fitted(values: &[f32; BLOCK], scale: f32, (min, max): (f32, f32)) -> Option<Fitted> {
+    // Added and taken off again, it leaves the nearest integer, in two instructions.
+    const TO_INTEGER: f32 = 12_582_912.0;
     // As it will be kept, so that what rounding it does is made up for by the integers.
     let kept = |scale: f32| Some(f16::from_f32(scale)).filter(|scale| scale.is_finite());
-    let integers = |scale: f16| match scale.to_f32() {
-        0.0 => [0; BLOCK],
-        scale => values.map(|value| (value / scale).round().clamp(min.into(), max.into()) as i8),
-    };
-    let sum = |integers: &[i8; BLOCK], of: &dyn Fn(f32, f32) -> f32| -> f32 {
-        values.iter().zip(integers).map(|(&value, &integer)| of(value, integer.into())).sum()
+    let integers = |scale: f16| {
+        let inverse = if scale == f16::ZERO { 0.0 } else { scale.to_f32().recip() };
+        values.map(|value| (value * inverse).max(min).min(max) + TO_INTEGER - TO_INTEGER)
     };
     let first = integers(kept(scale)?);
-    let squares = sum(&first, &|_, integer| integer * integer);
-    let scale = if squares > 0.0 { kept(sum(&first, &|value, integer| value * integer) / squares)? } else { f16::ZERO };
+    let squares = sum(first.map(|integer| integer * integer));
+    let products = sum(array::from_fn(|i| first[i] * values[i]));
+    let scale = if squares > 0.0 { kept(products / squares)? } else { f16::ZERO };
     let integers = integers(scale);
     let wide = scale.to_f32();
-    Some((sum(&integers, &|value, integer| (value - integer * wide).powi(2)), scale, integers))
+    let wrong = sum(array::from_fn(|i| (values[i] - integers[i] * wide).powi(2)));
+    Some(Fitted { wrong, scale, integers })
+}
+
+/// By halves, which compilers do with vectors.
+fn sum(mut values: [f32; BLOCK]) -> f32 {
+    let mut half = BLOCK / 2;
+    while half > 0 {
+        for i in 0..half {
+            values[i] += values[i + half];
+        }
+        half /= 2;
+    }
+    values[0]
 }
 
 #[cfg(test)]

@@ -2,10 +2,28 @@
 //! is its integer times the scale, which float32 holds exactly: so it is the same value however it is made, and products
 //! with blocks have the bits of products with those values.
 
+use std::sync::LazyLock;
+
 use half::f16;
 
 use super::lanes::{LANES, Portable};
 use crate::dtype::{Q4_ZERO, SCALE_BYTES};
+
+/// Every scale as float32: to look one up takes no vector instruction, of which products have enough.
+pub struct Scales(Box<[f32]>);
+
+/// [`Scales`], made when the first block is multiplied.
+pub(super) static SCALES: LazyLock<Scales> =
+    LazyLock::new(|| Scales((0..=u16::MAX).map(|bits| f16::from_bits(bits).to_f32()).collect()));
+
+impl Scales {
+    /// The scale of a block.
+    #[inline(always)]
+    unsafe fn of(&self, block: *const u8) -> f32 {
+        // SAFETY: a block begins with its scale, of which there are as many as there are entries.
+        unsafe { *self.0.get_unchecked(usize::from(u16::from_le_bytes(block.cast::<[u8; SCALE_BYTES]>().read()))) }
+    }
+}
 
 /// The 32 values of a block as two vectors.
 ///
@@ -14,32 +32,27 @@ use crate::dtype::{Q4_ZERO, SCALE_BYTES};
 #[allow(clippy::missing_safety_doc)]
 pub unsafe trait BlockLoads: Sized {
     /// Of a Q8_0 block.
-    unsafe fn load_q8_0(block: *const u8) -> [Self; 2];
+    unsafe fn load_q8_0(block: *const u8, scales: &Scales) -> [Self; 2];
     /// Of a Q4_0 block.
-    unsafe fn load_q4_0(block: *const u8) -> [Self; 2];
+    unsafe fn load_q4_0(block: *const u8, scales: &Scales) -> [Self; 2];
 }
 
 // SAFETY: needs no CPU features.
 unsafe impl BlockLoads for Portable {
     #[inline(always)]
-    unsafe fn load_q8_0(block: *const u8) -> [Self; 2] {
+    unsafe fn load_q8_0(block: *const u8, scales: &Scales) -> [Self; 2] {
         // SAFETY: a block is a scale and 32 integers.
-        let (scale, integers) = unsafe { (scale(block), block.add(SCALE_BYTES).cast::<[[i8; LANES]; 2]>().read()) };
+        let (scale, integers) = unsafe { (scales.of(block), block.add(SCALE_BYTES).cast::<[[i8; LANES]; 2]>().read()) };
         integers.map(|integers| Self(integers.map(|integer| scale * f32::from(integer))))
     }
 
     #[inline(always)]
-    unsafe fn load_q4_0(block: *const u8) -> [Self; 2] {
+    unsafe fn load_q4_0(block: *const u8, scales: &Scales) -> [Self; 2] {
         // SAFETY: a block is a scale and 16 bytes.
-        let (scale, halves) = unsafe { (scale(block), block.add(SCALE_BYTES).cast::<[u8; LANES]>().read()) };
+        let (scale, halves) = unsafe { (scales.of(block), block.add(SCALE_BYTES).cast::<[u8; LANES]>().read()) };
         let value = |half: u8| scale * f32::from(half as i8 - Q4_ZERO);
         [Self(halves.map(|byte| value(byte & 0xf))), Self(halves.map(|byte| value(byte >> 4)))]
     }
-}
-
-unsafe fn scale(block: *const u8) -> f32 {
-    // SAFETY: a block begins with its scale.
-    f16::from_le_bytes(unsafe { block.cast::<[u8; SCALE_BYTES]>().read() }).to_f32()
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -49,23 +62,17 @@ mod x86 {
 
     use std::arch::x86_64::*;
 
-    use super::{BlockLoads, LANES, SCALE_BYTES};
+    use super::{BlockLoads, LANES, SCALE_BYTES, Scales};
     use crate::cpu::lanes::{Avx2, Avx512};
 
     /// What the halves of a byte stand for in a Q4_0 block whose scale is 1.
     static Q4_VALUES: [f32; LANES] = [-8., -7., -6., -5., -4., -3., -2., -1., 0., 1., 2., 3., 4., 5., 6., 7.];
 
-    /// A block's scale in all places.
-    #[inline(always)]
-    unsafe fn scale_512(block: *const u8) -> __m512 {
-        unsafe { _mm512_cvtph_ps(_mm256_set1_epi16(block.cast::<i16>().read_unaligned())) }
-    }
-
     unsafe impl BlockLoads for Avx512 {
         #[inline(always)]
-        unsafe fn load_q8_0(block: *const u8) -> [Self; 2] {
+        unsafe fn load_q8_0(block: *const u8, scales: &Scales) -> [Self; 2] {
             unsafe {
-                let scale = scale_512(block);
+                let scale = _mm512_set1_ps(scales.of(block));
                 let integers = _mm256_loadu_si256(block.add(SCALE_BYTES).cast());
                 let value = |sixteen| Self(_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(sixteen)), scale));
                 [value(_mm256_castsi256_si128(integers)), value(_mm256_extracti128_si256::<1>(integers))]
@@ -74,9 +81,9 @@ mod x86 {
 
         /// Looks halves up among the 16 values that they can stand for: fewer instructions than making each of them.
         #[inline(always)]
-        unsafe fn load_q4_0(block: *const u8) -> [Self; 2] {
+        unsafe fn load_q4_0(block: *const u8, scales: &Scales) -> [Self; 2] {
             unsafe {
-                let values = _mm512_mul_ps(_mm512_loadu_ps(Q4_VALUES.as_ptr()), scale_512(block));
+                let values = _mm512_mul_ps(_mm512_loadu_ps(Q4_VALUES.as_ptr()), _mm512_set1_ps(scales.of(block)));
                 let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(block.add(SCALE_BYTES).cast()));
                 // Of an index only the low four bits count.
                 let low = _mm512_permutexvar_ps(bytes, values);
@@ -86,17 +93,11 @@ mod x86 {
         }
     }
 
-    /// A block's scale in all places.
-    #[inline(always)]
-    unsafe fn scale_256(block: *const u8) -> __m256 {
-        unsafe { _mm256_cvtph_ps(_mm_set1_epi16(block.cast::<i16>().read_unaligned())) }
-    }
-
     unsafe impl BlockLoads for Avx2 {
         #[inline(always)]
-        unsafe fn load_q8_0(block: *const u8) -> [Self; 2] {
+        unsafe fn load_q8_0(block: *const u8, scales: &Scales) -> [Self; 2] {
             unsafe {
-                let scale = scale_256(block);
+                let scale = _mm256_set1_ps(scales.of(block));
                 let value = |at: usize| {
                     let eight = _mm256_cvtepi8_epi32(_mm_loadl_epi64(block.add(SCALE_BYTES + at).cast()));
                     _mm256_mul_ps(_mm256_cvtepi32_ps(eight), scale)
@@ -106,9 +107,9 @@ mod x86 {
         }
 
         #[inline(always)]
-        unsafe fn load_q4_0(block: *const u8) -> [Self; 2] {
+        unsafe fn load_q4_0(block: *const u8, scales: &Scales) -> [Self; 2] {
             unsafe {
-                let (scale, zero) = (scale_256(block), _mm256_set1_epi32(super::Q4_ZERO.into()));
+                let (scale, zero) = (_mm256_set1_ps(scales.of(block)), _mm256_set1_epi32(super::Q4_ZERO.into()));
                 let eight = |at: usize| _mm256_cvtepu8_epi32(_mm_loadl_epi64(block.add(SCALE_BYTES + at).cast()));
                 let (first, second) = (eight(0), eight(8));
                 let value = |half| _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(half, zero)), scale);

@@ -9,6 +9,8 @@ use super::block_loads::BlockLoads;
 
 /// How many floats a vector holds, on every machine.
 pub const LANES: usize = 16;
+/// What memory is read by.
+pub(super) const LINE_BYTES: usize = 64;
 
 /// A vector of [`LANES`] floats.
 ///
@@ -51,9 +53,19 @@ pub unsafe trait Lanes: Copy + BlockLoads {
             std::array::from_fn(|v| Self::load(turned[v].as_ptr()))
         }
     }
+    /// Asks for the cache line at an address, which need not be anybody's.
+    #[inline(always)]
+    unsafe fn prefetch_line(_at: *const u8) {}
     /// Asks for bytes that are needed soon.
     #[inline(always)]
-    unsafe fn prefetch(_soon: &[u8]) {}
+    unsafe fn prefetch(soon: &[u8]) {
+        let mut at = 0;
+        while at < soon.len() {
+            // SAFETY: the caller's machine.
+            unsafe { Self::prefetch_line(soon.as_ptr().add(at)) };
+            at += LINE_BYTES;
+        }
+    }
     /// The sum of all lanes: lane l with l + 8, then + 4, + 2, + 1.
     unsafe fn sum(self) -> f32;
     /// `sum` of several vectors.
@@ -100,10 +112,10 @@ pub fn run<K: Kernel>(kernel: K) -> K::Output {
     unsafe { kernel.run::<Portable>() }
 }
 
-/// AVX2 and what came with it.
+/// AVX2 and what comes with it.
 #[cfg(target_arch = "x86_64")]
 fn has_avx2() -> bool {
-    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")
 }
 
 /// Runs a kernel once with each kind of vectors that this machine has.
@@ -234,12 +246,12 @@ mod x86 {
 
     use super::{Kernel, LANES, Lanes};
 
-    #[target_feature(enable = "avx512f,avx2,fma,f16c")]
+    #[target_feature(enable = "avx512f,avx2,fma")]
     pub(super) unsafe fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
         unsafe { kernel.run::<Avx512>() }
     }
 
-    #[target_feature(enable = "avx2,fma,f16c")]
+    #[target_feature(enable = "avx2,fma")]
     pub(super) unsafe fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
         unsafe { kernel.run::<Avx2>() }
     }
@@ -322,12 +334,8 @@ mod x86 {
         }
 
         #[inline(always)]
-        unsafe fn prefetch(soon: &[u8]) {
-            let mut at = 0;
-            while at < soon.len() {
-                unsafe { _mm_prefetch::<_MM_HINT_T0>(soon.as_ptr().add(at).cast()) };
-                at += 64;
-            }
+        unsafe fn prefetch_line(at: *const u8) {
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
         }
 
         #[inline(always)]

@@ -8,14 +8,16 @@
 //!
 //! Called by `Linear` for the backbone, by `ExpertShape` for experts, and by the predictor nets.
 
-use std::{cell::RefCell, mem::MaybeUninit, ops::Range};
+use std::{cell::RefCell, mem::MaybeUninit, ops::Range, sync::LazyLock};
 
-use half::f16;
 use rayon::prelude::*;
 
 use super::{
+    aligned_floats::AlignedFloats,
+    block_loads::{SCALES, Scales},
     lanes::{self, Kernel, Lanes},
-    stored_rows::{Bf16, F32, Q4, Q8, StoredRows, widen_blocks},
+    stored_rows::{Bf16, F32, Q4, Q8, StoredRows, widen_row},
+    tiles::{Out, Rows, X},
 };
 use crate::dtype::StoredDType;
 
@@ -29,8 +31,6 @@ const PARALLEL_MACS_MIN: usize = 2_000_000;
 const PARALLEL_BYTES_MIN: usize = 4 << 20;
 /// Pieces for threads are multiples of this, so that few tiles are cut.
 const COLUMNS_PER_PIECE: usize = 32;
-/// Rows of W that are widened at once: the most columns a tile has.
-const WIDENED_ROWS_MAX: usize = 4;
 
 /// A weight matrix where it lies.
 #[derive(Clone, Copy, Debug)]
@@ -87,7 +87,7 @@ fn write_product(x: &[f32], w: MatrixRef<'_>, out: &mut [MaybeUninit<f32>]) {
 }
 
 fn columns(x: &[f32], n: usize, w: MatrixRef<'_>, columns: Range<usize>, out: OutPointer) {
-    ROOM.with_borrow_mut(|widened| lanes::run(Columns { x, n, w, columns, out, widened }));
+    ROOMS.with_borrow_mut(|rooms| lanes::run(Columns { x, n, w, columns, out, rooms }));
 }
 
 /// Where results go. Pieces write disjoint columns of it.
@@ -99,6 +99,19 @@ unsafe impl Send for OutPointer {}
 // SAFETY: as above.
 unsafe impl Sync for OutPointer {}
 
+/// What a thread keeps from product to product.
+#[derive(Default)]
+struct Rooms {
+    /// Some rows of x, each filled up with zeros to whole vectors.
+    x: AlignedFloats,
+    /// As many rows of W as a tile has columns, widened, and filled up the same.
+    w: AlignedFloats,
+}
+
+thread_local! {
+    static ROOMS: RefCell<Rooms> = RefCell::default();
+}
+
 /// Some output columns (rows of W) of a product.
 struct Columns<'a> {
     x: &'a [f32],
@@ -106,7 +119,7 @@ struct Columns<'a> {
     w: MatrixRef<'a>,
     columns: Range<usize>,
     out: OutPointer,
-    widened: &'a mut Vec<f32>,
+    rooms: &'a mut Rooms,
 }
 
 impl Kernel for Columns<'_> {
@@ -117,61 +130,84 @@ impl Kernel for Columns<'_> {
         // SAFETY: `matmul` checked the lengths. The tile sizes are those whose accumulators fit the registers.
         unsafe {
             match L::TILE_ROWS {
-                4 => self.blocks::<L, 4, 4>(),
-                2 => self.blocks::<L, 2, 3>(),
-                _ => self.blocks::<L, 1, 4>(),
+                4 => self.tiles::<L, 4, 4>(),
+                2 => self.tiles::<L, 2, 3>(),
+                _ => self.tiles::<L, 1, 4>(),
             }
         }
     }
 }
 
-thread_local! {
-    /// A thread's room for at least [`WIDENED_ROWS_MAX`] rows of W, widened.
-    static ROOM: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
-}
-
 impl Columns<'_> {
+    /// With few rows of x, widening W ahead would cost as much as the product: it is widened on the way instead.
     #[inline(always)]
-    unsafe fn blocks<L: Lanes, const R: usize, const C: usize>(&mut self) {
-        // With few rows of x, widening ahead would cost as much as the product: widen on the way instead.
-        if self.columns.is_empty() {
-            return;
+    unsafe fn tiles<L: Lanes, const R: usize, const C: usize>(&mut self) {
+        let is_whole = self.w.cols.is_multiple_of(lanes::LANES);
+        let scales = LazyLock::force(&SCALES);
+        // SAFETY: the caller's.
+        unsafe {
+            match self.w.dtype {
+                StoredDType::F32 if self.n <= R => self.straight::<L, _, R, C>(F32),
+                StoredDType::BF16 if self.n <= R && is_whole => self.straight::<L, _, R, C>(Bf16),
+                StoredDType::Q8_0 if self.n <= R => self.straight::<L, _, R, C>(Q8(scales)),
+                StoredDType::Q4_0 if self.n <= R => self.straight::<L, _, R, C>(Q4(scales)),
+                _ => self.widened::<L, R, C>(scales),
+            }
         }
-        self.widened.resize(self.widened.len().max(WIDENED_ROWS_MAX * self.w.cols), 0.0);
-        let straight = self.n <= R;
+    }
+
+    /// At most R rows, against W where it lies.
+    #[inline(always)]
+    unsafe fn straight<L: Lanes, W: StoredRows, const R: usize, const C: usize>(&mut self, stored: W) {
+        let x = self.aligned(0..self.n);
+        let mut column = self.columns.start;
+        while column < self.columns.end {
+            let columns = C.min(self.columns.end - column);
+            // SAFETY: x and these rows of W hold k values each, and out has room for a value of each pair.
+            unsafe {
+                let w = Rows { stored, first: self.stored(column, columns).as_ptr(), k: self.w.cols };
+                w.against_all::<L, R, C>(columns, x, self.out_at(0, column), &[]);
+            }
+            column += C;
+        }
+    }
+
+    /// In blocks of rows, against W widened some rows at a time.
+    #[inline(always)]
+    unsafe fn widened<L: Lanes, const R: usize, const C: usize>(&mut self, scales: &Scales) {
+        let width = self.w.cols.next_multiple_of(lanes::LANES);
         // Blocks of about one size: a last one of a row or two would cost as much reading of W as a whole one.
         let blocks = self.n.div_ceil(ROW_BLOCK.max(ROW_BLOCK_FLOATS / self.w.cols));
-        let row_block = self.n.div_ceil(blocks).next_multiple_of(R);
+        let block_rows = self.n.div_ceil(blocks).next_multiple_of(R);
         let mut block = 0;
         while block < self.n {
-            let rows = block..self.n.min(block + row_block);
+            let x = self.aligned(block..self.n.min(block + block_rows));
             let mut column = self.columns.start;
             while column < self.columns.end {
                 let columns = C.min(self.columns.end - column);
-                // SAFETY: the widened or stored rows of W hold k values each, x and out as `matmul` checked.
+                // SAFETY: both rooms hold rows of `width` values, and out has room for a value of each pair.
                 unsafe {
-                    let stored = self.stored(column, columns).as_ptr();
-                    match self.w.dtype {
-                        StoredDType::BF16 if straight && self.w.cols.is_multiple_of(lanes::LANES) => {
-                            self.column_tiles::<L, Bf16, R, C>(rows.clone(), column, columns, stored, &[]);
-                        }
-                        StoredDType::Q8_0 if straight => {
-                            self.column_tiles::<L, Q8, R, C>(rows.clone(), column, columns, stored, &[]);
-                        }
-                        StoredDType::Q4_0 if straight => {
-                            self.column_tiles::<L, Q4, R, C>(rows.clone(), column, columns, stored, &[]);
-                        }
-                        _ => {
-                            let w = self.widen::<L>(column, columns);
-                            let soon = self.stored(column + C, C);
-                            self.column_tiles::<L, F32, R, C>(rows.clone(), column, columns, w, soon);
-                        }
-                    }
+                    let first = self.widen::<L>(scales, column, columns, width).cast();
+                    let w = Rows { stored: F32, first, k: width };
+                    w.against_all::<L, R, C>(columns, x, self.out_at(block, column), self.stored(column + C, C));
                 }
                 column += C;
             }
-            block += row_block;
+            block += block_rows;
         }
+    }
+
+    /// Rows of x where no vector lies across two cache lines, as they may where they come from: reading those would take
+    /// longer than multiplying.
+    #[inline(always)]
+    fn aligned(&mut self, rows: Range<usize>) -> X {
+        let (k, width) = (self.w.cols, self.w.cols.next_multiple_of(lanes::LANES));
+        let x = self.rooms.x.rows(rows.len(), width);
+        for (row, room) in self.x[rows.start * k..].chunks_exact(k).zip(x.chunks_exact_mut(width)) {
+            room[..k].copy_from_slice(row);
+            room[k..].fill(0.0);
+        }
+        X { first: x.as_ptr(), stride: width, rows: rows.len() }
     }
 
     /// The bytes of `columns` rows of W from `column` on, as far as they are ours.
@@ -182,149 +218,41 @@ impl Columns<'_> {
         &self.w.bytes[from * row_bytes..to * row_bytes]
     }
 
-    /// `columns` rows of W from `column` on as float32.
+    /// Where the results of some rows and columns go.
     #[inline(always)]
-    unsafe fn widen<L: Lanes>(&mut self, column: usize, columns: usize) -> *const u8 {
-        let (k, row_bytes) = (self.w.cols, self.w.dtype.bytes(self.w.cols));
+    unsafe fn out_at(&self, row: usize, column: usize) -> Out {
+        // SAFETY: the caller's row and column.
+        Out { first: unsafe { self.out.0.add(row * self.w.rows + column) }, stride: self.w.rows }
+    }
+
+    /// `columns` rows of W from `column` on as float32, each filled up with zeros to `width` values.
+    #[inline(always)]
+    unsafe fn widen<L: Lanes>(&mut self, scales: &Scales, column: usize, columns: usize, width: usize) -> *const f32 {
+        let (k, dtype, row_bytes) = (self.w.cols, self.w.dtype, self.w.dtype.bytes(self.w.cols));
         let bytes = &self.w.bytes[column * row_bytes..(column + columns) * row_bytes];
-        let widened = &mut self.widened[..columns * k];
-        match self.w.dtype {
-            StoredDType::F32 => return bytes.as_ptr(),
-            StoredDType::BF16 => {
-                for (wide, narrow) in widened.iter_mut().zip(bytes.chunks_exact(2)) {
-                    *wide = f32::from_bits(u32::from(u16::from_le_bytes([narrow[0], narrow[1]])) << 16);
-                }
-            }
-            StoredDType::F16 => {
-                for (wide, narrow) in widened.iter_mut().zip(bytes.chunks_exact(2)) {
-                    *wide = f16::from_le_bytes([narrow[0], narrow[1]]).to_f32();
-                }
-            }
-            // SAFETY: rows are whole blocks, one after another.
-            StoredDType::Q8_0 => unsafe { widen_blocks::<L, Q8>(bytes, widened) },
-            // SAFETY: as above.
-            StoredDType::Q4_0 => unsafe { widen_blocks::<L, Q4>(bytes, widened) },
-        }
-        widened.as_ptr().cast()
-    }
-
-    /// All tiles of some rows and `columns` columns; columns that do not fill a tile go one by one.
-    #[inline(always)]
-    unsafe fn column_tiles<L: Lanes, W: StoredRows, const R: usize, const C: usize>(
-        &self,
-        rows: Range<usize>,
-        column: usize,
-        columns: usize,
-        w: *const u8,
-        soon: &[u8],
-    ) {
-        // SAFETY: rows and columns are within x, `w` and out.
-        unsafe {
-            if columns == C {
-                return self.row_tiles::<L, W, R, C>(rows, column, w, soon);
-            }
-            let mut last = 0;
-            while last < columns {
-                self.row_tiles::<L, W, R, 1>(
-                    rows.clone(),
-                    column + last,
-                    w.add(last * W::row_bytes(self.w.cols)),
-                    soon,
-                );
-                last += 1;
+        let widened = self.rooms.w.rows(columns, width);
+        for (row, room) in bytes.chunks_exact(row_bytes).zip(widened.chunks_exact_mut(width)) {
+            let (room, rest) = room.split_at_mut(k);
+            rest.fill(0.0);
+            match dtype {
+                // SAFETY: a row is whole vectors, or blocks, one after another.
+                StoredDType::F32 if k == width => unsafe { widen_row::<L, _>(F32, row, room) },
+                // SAFETY: as above.
+                StoredDType::BF16 if k == width => unsafe { widen_row::<L, _>(Bf16, row, room) },
+                // SAFETY: as above.
+                StoredDType::Q8_0 => unsafe { widen_row::<L, _>(Q8(scales), row, room) },
+                // SAFETY: as above.
+                StoredDType::Q4_0 => unsafe { widen_row::<L, _>(Q4(scales), row, room) },
+                dtype => dtype.widen_over(row, room),
             }
         }
-    }
-
-    /// All tiles of some rows and C columns; the last one has as many rows as are left, at most 3.
-    #[inline(always)]
-    unsafe fn row_tiles<L: Lanes, W: StoredRows, const R: usize, const C: usize>(
-        &self,
-        rows: Range<usize>,
-        column: usize,
-        w: *const u8,
-        mut soon: &[u8],
-    ) {
-        let mut row = rows.start;
-        // A few lines with each tile: all at once they would wait for each other.
-        let share = soon.len().div_ceil((rows.len() / R).max(1));
-        // SAFETY: rows and columns are within x, `w` and out.
-        unsafe {
-            while row + R <= rows.end {
-                let (now, later) = soon.split_at(share.min(soon.len()));
-                L::prefetch(now);
-                soon = later;
-                self.tile::<L, W, R, C>(row, column, w);
-                row += R;
-            }
-            L::prefetch(soon);
-            match rows.end - row {
-                3 => self.tile::<L, W, 3, C>(row, column, w),
-                2 => self.tile::<L, W, 2, C>(row, column, w),
-                1 => self.tile::<L, W, 1, C>(row, column, w),
-                _ => {}
-            }
-        }
-    }
-
-    /// R x C dot products at once, each in the order of `dot_lanes`.
-    #[inline(always)]
-    #[allow(clippy::needless_range_loop)] // Iterators would be library calls, which need not inline.
-    unsafe fn tile<L: Lanes, W: StoredRows, const R: usize, const C: usize>(
-        &self,
-        row: usize,
-        column: usize,
-        w: *const u8,
-    ) {
-        let (k, row_bytes) = (self.w.cols, W::row_bytes(self.w.cols));
-        // SAFETY: R rows of x and C rows of `w` hold k values each; out holds (n, W rows).
-        unsafe {
-            let x = self.x.as_ptr().add(row * k);
-            let mut sums = [[L::splat(0.0); C]; R];
-            let whole = k / lanes::LANES * lanes::LANES;
-            let mut at = 0;
-            while at < whole {
-                let mut ws = [[L::splat(0.0); 2]; C];
-                for c in 0..C {
-                    ws[c] = W::load::<L>(w.add(c * row_bytes), at);
-                }
-                let mut v = 0;
-                while v < W::VECTORS {
-                    for r in 0..R {
-                        let xr = L::load(x.add(r * k + at + v * lanes::LANES));
-                        for c in 0..C {
-                            sums[r][c] = sums[r][c].fma(xr, ws[c][v]);
-                        }
-                    }
-                    v += 1;
-                }
-                at += W::VECTORS * lanes::LANES;
-            }
-            if W::VECTORS == 1 && whole < k {
-                // Only of float32: other rows that do not fill vectors are widened first.
-                let mut xs = [L::splat(0.0); R];
-                for r in 0..R {
-                    xs[r] = L::load_partial(x.add(r * k + whole), k - whole);
-                }
-                for c in 0..C {
-                    let wc = L::load_partial(w.add(c * row_bytes).cast::<f32>().add(whole), k - whole);
-                    for r in 0..R {
-                        sums[r][c] = sums[r][c].fma(xs[r], wc);
-                    }
-                }
-            }
-            let out = self.out.0.add(row * self.w.rows + column);
-            let sums = L::sums(sums);
-            for r in 0..R {
-                out.add(r * self.w.rows).cast::<[f32; C]>().write(sums[r]);
-            }
-        }
+        widened.as_ptr()
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use half::bf16;
+    use half::{bf16, f16};
 
     use super::*;
     use crate::{blocks, cpu::lanes::dot};
@@ -338,9 +266,9 @@ mod tests {
         let outs = RefCell::new(vec![]);
         lanes::run_each(|| {
             let mut out = vec![f32::NAN; n * w.rows];
-            let (out_at, widened) = (OutPointer(out.as_mut_ptr()), Box::leak(Box::default()));
+            let (out_at, rooms) = (OutPointer(out.as_mut_ptr()), Box::leak(Box::default()));
             outs.borrow_mut().push(out);
-            Columns { x, n, w, columns: 0..w.rows, out: out_at, widened }
+            Columns { x, n, w, columns: 0..w.rows, out: out_at, rooms }
         });
         outs.into_inner()
     }

@@ -5,8 +5,10 @@
 //! threads work, on whichever node and whichever x86 or other machine: this is what lets rows move between
 //! nodes and batches without changing a token (docs/decisions/0002).
 //!
-//! In reading order: [`lanes`] (16 floats at a time), [`block_loads`] (the same out of few bits), [`stored_rows`] (a weight matrix where it lies), [`matmul`], [`panel`], [`exp`], [`norm`], [`attention`].
+//! In reading order: [`lanes`] (16 floats at a time), [`block_loads`] (the same out of few bits), [`stored_rows`] (a weight
+//! matrix where it lies), [`tiles`] (many dot products at once), [`matmul`], [`panel`], [`exp`], [`norm`], [`attention`].
 
+mod aligned_floats;
 pub mod attention;
 mod block_loads;
 pub mod exp;
@@ -15,3 +17,4 @@ pub mod matmul;
 pub mod norm;
 mod panel;
 mod stored_rows;
+mod tiles;
