@@ -24,7 +24,9 @@ const CHUNK_VALUES: usize = 4 << 20;
 const PIECE_VALUES: usize = 64 << 10;
 /// What the value farthest from 0 may become in a Q4_0 block: -8, or a little less or more, with the values beyond cut. One
 /// of these is best for the block as a whole.
-const Q4_EXTREMES: [f32; 9] = [-8.0, -7.5, -7.0, -6.5, -6.0, -8.5, -9.0, 7.0, 7.5];
+const Q4_EXTREMES: [f32; 6] = [-8.0, -7.5, -7.0, -6.5, -8.5, 7.0];
+/// The same of a Q8_0 block.
+const Q8_EXTREMES: [f32; 1] = [127.0];
 
 /// Which weights of a model are written in blocks; the others stay what they are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -141,15 +143,15 @@ fn write_block(values: &[f32; BLOCK], to: StoredDType, block: &mut [u8]) -> Opti
         return None;
     }
     let extreme = values.iter().copied().reduce(|a, b| if b.abs() > a.abs() { b } else { a })?;
-    let Fitted { scale, integers, .. } = match to {
-        StoredDType::Q4_0 => {
-            let range = (-f32::from(Q4_ZERO), f32::from(Q4_ZERO - 1));
-            let tried = Q4_EXTREMES.map(|to| fitted(values, extreme / to, range));
-            tried.into_iter().flatten().min_by(|a, b| a.wrong.total_cmp(&b.wrong))?
-        }
-        _ => fitted(values, extreme / f32::from(i8::MAX), (-f32::from(i8::MAX), f32::from(i8::MAX)))?,
+    let (range, extremes) = match to {
+        StoredDType::Q4_0 => ((-f32::from(Q4_ZERO), f32::from(Q4_ZERO - 1)), &Q4_EXTREMES[..]),
+        _ => ((-f32::from(i8::MAX), f32::from(i8::MAX)), &Q8_EXTREMES[..]),
     };
-    let integers = integers.map(|integer| integer as i8);
+    let tried = extremes.iter().map(|to| fitted(values, extreme / to, range));
+    let (_, scale) = tried.max_by(|(a, _), (b, _)| a.total_cmp(b))?;
+    let scale = Some(f16::from_f32(scale)).filter(|scale| scale.is_finite())?;
+    // For the scale as it is kept, so that what rounding it does is made up for.
+    let integers = integers(values, scale.to_f32(), range).map(|integer| integer as i8);
     let (to_scale, rest) = block.split_first_chunk_mut()?;
     *to_scale = scale.to_le_bytes();
     if to == StoredDType::Q4_0 {
@@ -163,33 +165,22 @@ fn write_block(values: &[f32; BLOCK], to: StoredDType, block: &mut [u8]) -> Opti
     Some(())
 }
 
-/// A block for some values.
-struct Fitted {
-    /// The sum of the squares of what is wrong with them in it.
-    wrong: f32,
-    scale: f16,
-    integers: [f32; BLOCK],
+/// The scale that is best (least squares) for the integers that values would be at about this one; and how much of their
+/// squares is then right.
+fn fitted(values: &[f32; BLOCK], scale: f32, range: (f32, f32)) -> (f32, f32) {
+    let integers = integers(values, scale, range);
+    let squares = sum(integers.map(|integer| integer * integer));
+    let products = sum(array::from_fn(|i| integers[i] * values[i]));
+    if squares > 0.0 { (products * (products / squares), products / squares) } else { (0.0, 0.0) }
 }
 
-/// A block for values at about this scale; its own is the best (least squares) for the integers that they would be. `None`
-/// where that is too large.
-fn fitted(values: &[f32; BLOCK], scale: f32, (min, max): (f32, f32)) -> Option<Fitted> {
+/// The nearest integers to values over their scale, within a range.
+fn integers(values: &[f32; BLOCK], scale: f32, (min, max): (f32, f32)) -> [f32; BLOCK] {
     // Added and taken off again, it leaves the nearest integer, in two instructions.
     const TO_INTEGER: f32 = 12_582_912.0;
-    // As it will be kept, so that what rounding it does is made up for by the integers.
-    let kept = |scale: f32| Some(f16::from_f32(scale)).filter(|scale| scale.is_finite());
-    let integers = |scale: f16| {
-        let inverse = if scale == f16::ZERO { 0.0 } else { scale.to_f32().recip() };
-        values.map(|value| (value * inverse).max(min).min(max) + TO_INTEGER - TO_INTEGER)
-    };
-    let first = integers(kept(scale)?);
-    let squares = sum(first.map(|integer| integer * integer));
-    let products = sum(array::from_fn(|i| first[i] * values[i]));
-    let scale = if squares > 0.0 { kept(products / squares)? } else { f16::ZERO };
-    let integers = integers(scale);
-    let wide = scale.to_f32();
-    let wrong = sum(array::from_fn(|i| (values[i] - integers[i] * wide).powi(2)));
-    Some(Fitted { wrong, scale, integers })
+    // A scale that is too small to be divided by is none.
+    let inverse = Some(scale.recip()).filter(|inverse| inverse.is_finite()).unwrap_or(0.0);
+    values.map(|value| (value * inverse).max(min).min(max) + TO_INTEGER - TO_INTEGER)
 }
 
 /// By halves, which compilers do with vectors.
