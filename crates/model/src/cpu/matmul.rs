@@ -90,6 +90,11 @@ fn columns(x: &[f32], n: usize, w: MatrixRef<'_>, columns: Range<usize>, out: Ou
     ROOMS.with_borrow_mut(|rooms| lanes::run(Columns { x, n, w, columns, out, rooms }));
 }
 
+/// Whether vectors that lie one after another from here on begin where cache lines do.
+fn is_aligned(floats: *const f32) -> bool {
+    floats.addr().is_multiple_of(lanes::LINE_BYTES)
+}
+
 /// Where results go. Pieces write disjoint columns of it.
 #[derive(Clone, Copy)]
 struct OutPointer(*mut f32);
@@ -197,17 +202,21 @@ impl Columns<'_> {
         }
     }
 
-    /// Rows of x where no vector lies across two cache lines, as they may where they come from: reading those would take
-    /// longer than multiplying.
+    /// Rows of x where no vector lies across two cache lines: reading those would take longer than multiplying. Copied, if
+    /// they are not where they should be already.
     #[inline(always)]
     fn aligned(&mut self, rows: Range<usize>) -> X {
         let (k, width) = (self.w.cols, self.w.cols.next_multiple_of(lanes::LANES));
-        let x = self.rooms.x.rows(rows.len(), width);
-        for (row, room) in self.x[rows.start * k..].chunks_exact(k).zip(x.chunks_exact_mut(width)) {
+        let x = &self.x[rows.start * k..rows.end * k];
+        if k == width && is_aligned(x.as_ptr()) {
+            return X { first: x.as_ptr(), stride: k, rows: rows.len() };
+        }
+        let room = self.rooms.x.rows(rows.len(), width);
+        for (row, room) in x.chunks_exact(k).zip(room.chunks_exact_mut(width)) {
             room[..k].copy_from_slice(row);
             room[k..].fill(0.0);
         }
-        X { first: x.as_ptr(), stride: width, rows: rows.len() }
+        X { first: room.as_ptr(), stride: width, rows: rows.len() }
     }
 
     /// The bytes of `columns` rows of W from `column` on, as far as they are ours.
@@ -225,19 +234,21 @@ impl Columns<'_> {
         Out { first: unsafe { self.out.0.add(row * self.w.rows + column) }, stride: self.w.rows }
     }
 
-    /// `columns` rows of W from `column` on as float32, each filled up with zeros to `width` values.
+    /// `columns` rows of W from `column` on as float32, each filled up with zeros to `width` values; those that are so
+    /// already where they lie. Half of what a tile reads is x, and aligned: then the other half need not be.
     #[inline(always)]
     unsafe fn widen<L: Lanes>(&mut self, scales: &Scales, column: usize, columns: usize, width: usize) -> *const f32 {
         let (k, dtype, row_bytes) = (self.w.cols, self.w.dtype, self.w.dtype.bytes(self.w.cols));
         let bytes = &self.w.bytes[column * row_bytes..(column + columns) * row_bytes];
+        if dtype == StoredDType::F32 && k == width {
+            return bytes.as_ptr().cast();
+        }
         let widened = self.rooms.w.rows(columns, width);
         for (row, room) in bytes.chunks_exact(row_bytes).zip(widened.chunks_exact_mut(width)) {
             let (room, rest) = room.split_at_mut(k);
             rest.fill(0.0);
             match dtype {
                 // SAFETY: a row is whole vectors, or blocks, one after another.
-                StoredDType::F32 if k == width => unsafe { widen_row::<L, _>(F32, row, room) },
-                // SAFETY: as above.
                 StoredDType::BF16 if k == width => unsafe { widen_row::<L, _>(Bf16, row, room) },
                 // SAFETY: as above.
                 StoredDType::Q8_0 => unsafe { widen_row::<L, _>(Q8(scales), row, room) },
