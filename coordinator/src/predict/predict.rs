@@ -59,7 +59,7 @@ struct Unseen {
 }
 
 /// A sequence that goes on from what another one has computed has so many tokens before it shown to the predictor. What is
-/// next depends on those just before most of all, and to show it all of a long beginning would take longer than the step.
+/// next depends on those just before most of all, and to show it all of a long beginning may take longer than the step.
 const FOLLOWED_TOKENS_MAX: usize = 128;
 
 impl Progress {
