@@ -33,6 +33,9 @@ pub struct CoordinatorConfig {
     pub request_limits: RequestLimits,
     /// What each client may use whose key says nothing else.
     pub client_limits: ClientLimits,
+    /// Whether prompts of a model without an encoder begin with the keys and values of others that began as they do, of the
+    /// same client, where memory for sequences is left to keep these.
+    pub prefix_cache: bool,
     /// How many experts per token and layer are hinted to expert-nodes; 0 gives no hints. Of requests in `guided` mode all
     /// that are predicted are hinted, whatever this is.
     pub preload_depth: usize,
@@ -152,6 +155,7 @@ impl CoordinatorConfig {
             },
             request_limits: RequestLimits::default(),
             client_limits: ClientLimits::default(),
+            prefix_cache: true,
             preload_depth: 1,
             enforce_capacity: false,
             expert_call_timeout: Duration::from_secs(30),

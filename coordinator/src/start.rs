@@ -40,7 +40,7 @@ use crate::{
         preload::Preload,
         remote_predictor::RemotePredictor,
     },
-    schedule::{prepare::Prepare, scheduler::Scheduler},
+    schedule::{prefixes::Prefixes, prepare::Prepare, scheduler::Scheduler},
 };
 
 /// Bytes of rows in one message to an expert-node: well below the limit of a message, so that the first results come
@@ -176,6 +176,7 @@ impl Coordinator {
             texts,
             runtime: runtime.clone(),
             running: Vec::new(),
+            prefixes: Prefixes::new(config.prefix_cache),
             gathering: Gathering::default(),
             idle_since: Instant::now(),
             values: Vec::new(),

@@ -94,7 +94,8 @@ def main():
 def run(args, directory, log):
     peer = None if args.peer is None else Peer(args, log)
     flags = ["--device", args.device, "--model", args.model, "--expert-memory", args.budget, "--metrics-listen", "off"]
-    server = serve.Process([args.sida, "up", *flags, "--listen", "127.0.0.1:0", "--log", "error", *args.flags.split()], log)
+    # Prompts repeat, and each is to be computed whole.
+    server = serve.Process([args.sida, "up", *flags, "--no-prefix-cache", "--listen", "127.0.0.1:0", "--log", "error", *args.flags.split()], log)
 
     def ours(clients, tokens, new_tokens):
         flags = ["--method", "generate", "--ignore-eos", "--max-tokens", str(new_tokens), "--log", "error", "--duration", args.duration]

@@ -16,6 +16,8 @@ pub struct Trace {
     pub unpredicted: bool,
     /// Where the request's time went.
     pub timings: Timings,
+    /// Tokens of the prompt that were not computed, since another sequence of the same client began with them.
+    pub cached_tokens: usize,
     /// (token, layer) pairs whose routed expert was in the hash table's top k, and those that were not. The
     /// routed expert is the router's; where no router runs (`hash` with predicted alphas) nothing is counted.
     pub hash: HashCounts,
@@ -38,6 +40,7 @@ impl Trace {
             mode,
             unpredicted: false,
             timings: Timings::default(),
+            cached_tokens: 0,
             hash: HashCounts::default(),
             rerouted: 0,
             hash_layers: HashLayers::new(moe_layers, num_experts),

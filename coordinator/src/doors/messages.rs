@@ -221,6 +221,7 @@ impl From<&Trace> for v1::Trace {
             hash_misses: trace.hash.misses,
             hash_top1_hits: trace.hash.top1_hits,
             rerouted: trace.rerouted,
+            cached_tokens: trace.cached_tokens as u32,
             demand_loads: trace.demand_loads,
             layers: layers.collect(),
             failovers: trace.failovers,

@@ -75,6 +75,11 @@ impl<B: Backend> Forward<B> {
         &mut self.first.backend
     }
 
+    /// The same, of what changes nothing of a pass.
+    pub(crate) fn backend_ref(&self) -> &B {
+        &self.first.backend
+    }
+
     /// Whether a device computes, on which one pass after another has the memory.
     pub(crate) fn is_on_device(&self) -> bool {
         !self.can_cut

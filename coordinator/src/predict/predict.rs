@@ -45,14 +45,35 @@ pub(crate) struct Progress {
     /// How its request is routed, on which it depends how much of what is predicted is hinted.
     pub(crate) mode: RoutingMode,
     state: Mutex<ProgressState>,
-    /// Tokens the state has not seen: those of the next step, and others before them whose prediction failed.
-    unseen: Mutex<Vec<u32>>,
+    unseen: Mutex<Unseen>,
 }
+
+/// Tokens that the state of a sequence has not seen.
+#[derive(Clone, Default)]
+struct Unseen {
+    /// Those of the next step, and others before them: of steps whose prediction failed, and of a beginning that no step
+    /// computes.
+    tokens: Vec<u32>,
+    /// How many the next step computes.
+    rows: usize,
+}
+
+/// A sequence that goes on from what another one has computed has so many tokens before it shown to the predictor. What is
+/// next depends on those just before most of all, and to show it all of a long beginning may take longer than the step.
+const FOLLOWED_TOKENS_MAX: usize = 128;
 
 impl Progress {
     /// The sequence goes on by these tokens.
     pub(crate) fn feed(&self, tokens: &[u32]) {
-        self.unseen.lock().extend_from_slice(tokens);
+        let mut unseen = self.unseen.lock();
+        unseen.tokens.extend_from_slice(tokens);
+        unseen.rows = tokens.len();
+    }
+
+    /// The sequence begins behind these tokens, which no step computes.
+    pub(crate) fn follow(&self, tokens: &[u32]) {
+        let last = &tokens[tokens.len().saturating_sub(FOLLOWED_TOKENS_MAX)..];
+        self.unseen.lock().tokens.extend_from_slice(last);
     }
 
     /// Another sequence that goes on from here. Waits for a prediction that is under way.
@@ -125,23 +146,23 @@ impl Predict {
         Progress { mode, state: Mutex::new(state), unseen: Mutex::default() }
     }
 
-    /// A table of the decoder's layers for the tokens that were fed to each sequence, or none for any. A table may begin
-    /// with tokens of earlier steps: its last ones are the new.
+    /// A table of the decoder's layers for the tokens that were fed last to each sequence, or none for any.
     pub(crate) fn decode(&self, sequences: &[Arc<Progress>], trace: Option<TraceContext>) -> Vec<Option<HashTable>> {
         if matches!(self.source, Source::Off) || self.decoder_layers.is_empty() {
             return vec![None; sequences.len()];
         }
-        let fed: Vec<Vec<u32>> =
-            sequences.iter().map(|progress| std::mem::take(&mut *progress.unseen.lock())).collect();
-        let tokens: Vec<&[u32]> = fed.iter().map(Vec::as_slice).collect();
+        let fed: Vec<Unseen> = sequences.iter().map(|progress| std::mem::take(&mut *progress.unseen.lock())).collect();
+        let tokens: Vec<&[u32]> = fed.iter().map(|unseen| &unseen.tokens[..]).collect();
         let lengths: Vec<usize> = tokens.iter().map(|tokens| tokens.len()).collect();
         let tables = self.advance(sequences, &tokens, trace);
         if tables.is_none() {
-            for (progress, fed) in sequences.iter().zip(fed) {
-                progress.unseen.lock().splice(..0, fed);
+            for (progress, fed) in sequences.iter().zip(&fed) {
+                progress.unseen.lock().tokens.splice(..0, fed.tokens.iter().copied());
             }
         }
-        self.usable(tables, &self.decoder_layers, &lengths)
+        // Nothing is loaded for tokens that no step computes, nor is it judged how they were predicted.
+        let tables = self.usable(tables, &self.decoder_layers, &lengths).into_iter().zip(fed);
+        tables.map(|(table, fed)| table.map(|table| table.last(fed.rows))).collect()
     }
 
     /// Where steps are predicted by others, who may not answer.

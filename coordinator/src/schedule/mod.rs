@@ -2,13 +2,14 @@
 //! computed on another; a request joins or leaves the running batch between any two steps.
 //!
 //! In reading order: `prepare` predicts and preloads for the next batch; `scheduler` chooses who joins and runs step
-//! after step; `prefill` computes the prompts of those who join; `sequence` is one request while it is decoded, and
-//! `generation` what it writes;
-//! `batch_span` describes in traces what is done for several requests at once.
+//! after step; `prefill` computes the prompts of those who join, which `prefixes` lets begin as others did; `sequence` is
+//! one request while it is decoded, and `generation` what it writes; `batch_span` describes in traces what is done for
+//! several requests at once.
 
 pub(crate) mod batch_span;
 pub(crate) mod generation;
 pub(crate) mod prefill;
+pub(crate) mod prefixes;
 pub(crate) mod prepare;
 pub(crate) mod scheduler;
 pub(crate) mod sequence;

@@ -60,7 +60,8 @@ impl<B: Backend> Scheduler<B> {
             return self.compute_prompts(joining);
         }
         let asks_for_states = |joining: &Joining| matches!(joining.request.work, Work::Encode { .. });
-        let (prompts, others) = joining.into_iter().partition(asks_for_states);
+        let (prompts, others): (Vec<Joining>, Vec<Joining>) = joining.into_iter().partition(asks_for_states);
+        self.make_room(prompts.iter().map(|joining| joining.request.cache_bytes).sum());
         self.compute_prompts(prompts);
         others.into_iter().for_each(|joining| self.start_with_prompt(joining));
     }
@@ -84,22 +85,24 @@ impl<B: Backend> Scheduler<B> {
     }
 
     /// Starts the sequence of a request whose prompt the decoder reads, in the steps that follow.
-    fn start_with_prompt(&mut self, Joining { request, trace, .. }: Joining) {
+    fn start_with_prompt(&mut self, Joining { request, mut trace, .. }: Joining) {
         let (tokens, is_scored) = (request.tokens.len(), matches!(request.work, Work::Score { .. }));
         let tokens_max = tokens + request.work.decoded_tokens_max();
-        let started = start_all(self.forward.backend(), None, &[NewSequence { rows: 0..0, tokens_max }]);
-        let state = match started.into_iter().next().expect("one for each") {
-            Ok(state) => state,
+        let (state, cached) = match self.start_from_prefix(&request, tokens_max) {
+            Ok(started) => started,
             Err(error) => {
                 self.note_failure(&error);
                 return request.fail(error);
             }
         };
+        trace.cached_tokens = cached;
         // Targets branch off the last token.
-        let feed = request.tokens[..tokens - usize::from(is_scored)].to_vec();
-        let branch = Branch::new(state, self.predict.start(request.mode, None), feed);
+        let (past, feed) = request.tokens[..tokens - usize::from(is_scored)].split_at(cached);
+        let progress = self.predict.start(request.mode, None);
+        progress.follow(past);
+        let branch = Branch { past: past.to_vec(), ..Branch::new(state, progress, feed.to_vec()) };
         match is_scored {
-            // A prompt of one token is read already.
+            // A prompt of one token is read already, and so may be a longer one.
             true => self.go_on(Sequence::reading_prompt(request, trace, branch), Sequence::read_on),
             false => self.running.push(Sequence::new(request, trace, vec![branch])),
         }
@@ -309,7 +312,7 @@ impl<B: Backend> Scheduler<B> {
 }
 
 /// Starts sequences, or says for each why it has not started.
-fn start_all<B: Backend>(
+pub(crate) fn start_all<B: Backend>(
     backend: &mut B,
     states: Option<&B::States>,
     sequences: &[NewSequence],

@@ -44,6 +44,7 @@ use crate::{
     schedule::{
         batch_span::BatchSpan,
         generation::{NextTokens, PARALLEL_MIN, Writing},
+        prefixes::Prefixes,
         prepare::Prepared,
         sequence::{self, Branch, Decoding, Sequence, SequenceStatus},
     },
@@ -67,6 +68,8 @@ pub(crate) struct Scheduler<B: Backend> {
     pub(crate) runtime: Handle,
     /// The running batch.
     pub(crate) running: Vec<Sequence<B>>,
+    /// What sequences that are over have left for others.
+    pub(crate) prefixes: Prefixes<B>,
     /// How long a batch waits for more requests when nothing runs, and since when nothing does.
     pub(crate) gathering: Gathering,
     pub(crate) idle_since: Instant,
@@ -138,6 +141,7 @@ impl<B: Backend> Scheduler<B> {
         let requests = self.running.len() + joining.len();
         let all = self.running.iter().map(|s| &s.request).chain(joining.iter().map(|prepared| &prepared.request));
         self.metrics.cache_reserved_bytes.set(all.map(|request| request.cache_bytes).sum::<u64>() as f64);
+        self.metrics.prefix_cache_bytes.set(self.prefixes.kept.bytes() as f64);
         self.statistics.inflight.store(requests, Ordering::Relaxed);
         self.metrics.requests_inflight.set(requests as f64);
     }
@@ -145,10 +149,8 @@ impl<B: Backend> Scheduler<B> {
     /// One step of the decoder over every running sequence.
     fn step(&mut self) {
         let now = Instant::now();
-        for sequence in self.running.extract_if(.., |sequence| sequence.request.over(now).is_some()) {
-            let reason = sequence.request.over(now).unwrap_or(RequestError::Cancelled);
-            sequence.request.fail(reason);
-        }
+        let over: Vec<_> = self.running.extract_if(.., |sequence| sequence.request.over(now).is_some()).collect();
+        over.into_iter().for_each(|sequence| self.let_go(sequence));
         if self.running.is_empty() {
             return;
         }
@@ -178,6 +180,10 @@ impl<B: Backend> Scheduler<B> {
         drop((before, after));
         match outcome {
             Ok(output) => self.postprocess(routings, output, &costs),
+            // The pass was given up: nobody waits for any of them.
+            Err(RequestError::Cancelled) => {
+                std::mem::take(&mut self.running).into_iter().for_each(|sequence| self.let_go(sequence));
+            }
             Err(error) => self.fail_running(&error),
         }
     }
@@ -203,6 +209,11 @@ impl<B: Backend> Scheduler<B> {
                 sequence.request.fail(error);
             }
         }
+    }
+
+    /// Lets a sequence go that nobody waits for any more. Others may begin with what it had computed.
+    fn let_go(&mut self, sequence: Sequence<B>) {
+        self.keep(sequence).fail_with_batch(&RequestError::Cancelled);
     }
 
     fn fail_running(&mut self, error: &RequestError) {
@@ -343,7 +354,10 @@ impl<B: Backend> Scheduler<B> {
                         Some(failure) => Err(failure),
                     };
                     match scored {
-                        Ok(()) => self.statistics.outcomes.answered(),
+                        Ok(()) => {
+                            self.statistics.outcomes.answered();
+                            self.keep(sequence);
+                        }
                         Err(error) => {
                             self.note_failure(&error);
                             sequence.request.fail(error);
@@ -361,7 +375,7 @@ impl<B: Backend> Scheduler<B> {
         {
             Ok((status, texts)) => {
                 outcomes.answered();
-                ((status == SequenceStatus::Running).then_some(sequence), texts)
+                (Some((sequence, status)), texts)
             }
             Err(error) => {
                 if error.is_ours() {
@@ -372,12 +386,17 @@ impl<B: Backend> Scheduler<B> {
             }
         };
         let is_much = !is_beside || texts.iter().any(|(_, next)| matches!(next, Ok(NextTokens::Logits(_))));
-        let advanced: Vec<(Option<Sequence<B>>, Vec<TokenText>)> = match is_much && texts.len() >= PARALLEL_MIN {
+        let advanced: Vec<Advanced<B>> = match is_much && texts.len() >= PARALLEL_MIN {
             true => texts.into_par_iter().with_min_len(PARALLEL_MIN / 4).map(advance).collect(),
             false => texts.into_iter().map(advance).collect(),
         };
-        let (running, texts): (Vec<_>, Vec<_>) = advanced.into_iter().unzip();
-        running.into_iter().flatten().for_each(|sequence| self.go_on(sequence, Sequence::branch_out));
+        let (advanced, texts): (Vec<_>, Vec<_>) = advanced.into_iter().unzip();
+        for (sequence, status) in advanced.into_iter().flatten() {
+            match status {
+                SequenceStatus::Running => self.go_on(sequence, Sequence::branch_out),
+                SequenceStatus::Finished => drop(self.keep(sequence)),
+            }
+        }
         if let Some(thread) = &self.texts {
             // It ends after this one does.
             drop(thread.send(texts.into_iter().flatten().collect()));
@@ -410,6 +429,9 @@ pub(crate) fn describe(span: &mut Option<BatchSpan>, sequences: usize, tokens: u
         span.lead().set("sida.batch.tokens", tokens as i64);
     }
 }
+
+/// What became of a sequence that generates, unless it failed, and the texts that are still to be made of its tokens.
+type Advanced<B> = (Option<(Sequence<B>, SequenceStatus)>, Vec<TokenText>);
 
 /// The output of a decode step.
 struct StepOutput<B: Backend> {

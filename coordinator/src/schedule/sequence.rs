@@ -45,6 +45,8 @@ pub(crate) struct Branch<B: Backend> {
     pub(crate) state: B::Sequence,
     /// What the predictor knows of the branch, and has yet to see.
     pub(crate) progress: Arc<Progress>,
+    /// The tokens that the caches hold. Invariant: as many as `state` has decoded.
+    pub(crate) past: Vec<u32>,
     /// The tokens that the next steps compute.
     pub(crate) feed: Vec<u32>,
     /// How many of them the next one does, or the last one did.
@@ -73,17 +75,23 @@ pub(crate) enum SequenceStatus {
 impl<B: Backend> Branch<B> {
     /// A branch with the tokens that it begins with.
     pub(crate) fn new(state: B::Sequence, progress: Progress, feed: Vec<u32>) -> Self {
-        Self { state, progress: Arc::new(progress), feed, rows: 0 }
+        Self { state, progress: Arc::new(progress), past: Vec::new(), feed, rows: 0 }
     }
 
     /// The same past, with other tokens to come.
     fn fork(&self, backend: &B, feed: Vec<u32>) -> Result<Self, RequestError> {
-        Ok(Self::new(backend.fork(&self.state)?, self.progress.fork(), feed))
+        let branch = Self::new(backend.fork(&self.state)?, self.progress.fork(), feed);
+        Ok(Self { past: self.past.clone(), ..branch })
     }
 
     /// The tokens that the next step computes.
     pub(crate) fn fed(&self) -> &[u32] {
         &self.feed[..self.rows]
+    }
+
+    /// Takes note that a step has computed them.
+    fn advance(&mut self) {
+        self.past.extend(self.feed.drain(..self.rows));
     }
 }
 
@@ -93,8 +101,8 @@ impl<B: Backend> Sequence<B> {
     pub(crate) fn new(request: Request, trace: Trace, branches: Vec<Branch<B>>) -> Self {
         let decoding = match &request.work {
             Work::Generate { options, .. } => {
-                let decoder_tokens = branches.first().map_or(&[][..], |branch| &branch.feed);
-                Decoding::Generate(Box::new(Generation::new(options, decoder_tokens)))
+                let decoder_tokens = branches.first().map(|branch| [&branch.past[..], &branch.feed].concat());
+                Decoding::Generate(Box::new(Generation::new(options, &decoder_tokens.unwrap_or_default())))
             }
             Work::Score { .. } | Work::Encode { .. } => Decoding::Score,
         };
@@ -131,6 +139,16 @@ impl<B: Backend> Sequence<B> {
         Cost { tokens, sequences: self.places(), cache_bytes: self.request.cache_bytes }
     }
 
+    /// Whether what it has computed has led to an answer, or the beginning of one: then others may begin with it. Until then
+    /// it is not known to be numbers.
+    pub(crate) fn is_sound(&self) -> bool {
+        match (&self.decoding, &self.request.work) {
+            (Decoding::Generate(generation), _) => generation.generated > 0,
+            (Decoding::Score, Work::Score { reply, .. }) => reply.is_none(),
+            _ => false,
+        }
+    }
+
     /// Whether the step computes all that its branches feed.
     pub(crate) fn is_fed_whole(&self) -> bool {
         self.branches.iter().all(|branch| branch.rows == branch.feed.len())
@@ -139,7 +157,7 @@ impl<B: Backend> Sequence<B> {
     /// Takes note that a step has computed some rows of the prompt, of which nothing was asked yet. Where it is read,
     /// targets branch off.
     pub(crate) fn read_on(&mut self, backend: &B) -> Result<(), RequestError> {
-        self.branches.iter_mut().for_each(|branch| drop(branch.feed.drain(..branch.rows)));
+        self.branches.iter_mut().for_each(Branch::advance);
         if self.branches.iter().all(|branch| branch.feed.is_empty()) { self.branch_out(backend) } else { Ok(()) }
     }
 
@@ -218,9 +236,13 @@ impl<B: Backend> Sequence<B> {
         Ok((status, texts))
     }
 
-    /// Feeds the next token of each choice to its branch, and drops the branches of those that have ended. Where one branch
-    /// has decided for several choices, it is left with all of their tokens for [`Sequence::branch_out`].
+    /// Feeds the next token of each choice to its branch, and drops the branches of those that have ended unless all have.
+    /// Where one branch has decided for several choices, it is left with all of their tokens for [`Sequence::branch_out`].
     fn feed(&mut self, fed: Vec<Option<u32>>) {
+        self.branches.iter_mut().for_each(Branch::advance);
+        if fed.iter().all(Option::is_none) {
+            return;
+        }
         if let ([branch], [_, _, ..]) = (&mut self.branches[..], &fed[..]) {
             branch.feed = fed.into_iter().flatten().collect();
             return;
@@ -272,6 +294,7 @@ impl<B: Backend> Sequence<B> {
             // The last tokens that were fed are the target's but for its own last, behind what comes before it.
             scores.push(score::score(backend, states, rows.end - target.len(), target, *top_count)?);
         }
+        self.branches.iter_mut().for_each(Branch::advance);
         self.trace.timings.total = self.request.accepted.elapsed();
         let reply = reply.take();
         self.request.answered(1, 0);

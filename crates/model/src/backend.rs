@@ -95,6 +95,19 @@ pub trait Backend: Sized + Send + 'static {
     /// encoder.
     fn fork(&self, sequence: &Self::Sequence) -> Result<Self::Sequence, ModelError>;
 
+    /// Another sequence that goes on from the first `tokens` of this one, with room for `tokens_max` in all, as if it had
+    /// started with that room and these tokens had been decoded. Takes all of its memory now.
+    fn fork_prefix(
+        &self,
+        sequence: &Self::Sequence,
+        tokens: usize,
+        tokens_max: usize,
+    ) -> Result<Self::Sequence, ModelError>;
+
+    /// Gives back the room of a sequence that gets no more tokens, where that costs next to nothing, and says how many bytes
+    /// its own tokens take from then on.
+    fn trim(&self, sequence: &mut Self::Sequence) -> u64;
+
     /// Scores of every token of the vocabulary after these rows, ascending, of what the decoder's last pass left:
     /// (rows, vocab_size), row-major.
     fn logits(&mut self, states: &Self::States, rows: &[usize]) -> Result<Vec<f32>, ModelError>;

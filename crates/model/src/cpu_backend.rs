@@ -251,6 +251,15 @@ impl Backend for CpuBackend {
         sequence.fork()
     }
 
+    fn fork_prefix(&self, sequence: &CpuSequence, tokens: usize, tokens_max: usize) -> Result<CpuSequence, ModelError> {
+        sequence.fork_prefix(tokens, tokens_max)
+    }
+
+    fn trim(&self, sequence: &mut CpuSequence) -> u64 {
+        sequence.trim();
+        sequence.bytes().0
+    }
+
     fn logits(&mut self, states: &CpuStates, rows: &[usize]) -> Result<Vec<f32>, ModelError> {
         let d_model = self.config.d_model;
         let h = gather(&states.0, d_model, rows);

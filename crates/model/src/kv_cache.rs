@@ -39,8 +39,17 @@ impl KvCache {
 
     /// The same rows, with the same room.
     fn fork(&self) -> Result<Self, ModelError> {
-        let mut rows = reserved(self.rows.capacity())?;
-        rows.extend_from_slice(&self.rows);
+        self.copied(&self.rows, self.rows.capacity())
+    }
+
+    /// The first rows, so many, with room for others.
+    fn fork_prefix(&self, tokens: usize, room: usize) -> Result<Self, ModelError> {
+        self.copied(&self.rows[..tokens * self.width], room.saturating_mul(self.width))
+    }
+
+    fn copied(&self, values: &[f32], room: usize) -> Result<Self, ModelError> {
+        let mut rows = reserved(room)?;
+        rows.extend_from_slice(values);
         Ok(Self { rows, width: self.width })
     }
 }
@@ -86,6 +95,24 @@ impl CpuSequence {
     pub fn fork(&self) -> Result<Self, ModelError> {
         let caches = self.caches.iter().map(KvCache::fork).collect::<Result<_, _>>()?;
         Ok(Self { position: self.position, caches, cross: self.cross.clone() })
+    }
+
+    /// As [`crate::Backend::fork_prefix`].
+    pub fn fork_prefix(&self, tokens: usize, tokens_max: usize) -> Result<Self, ModelError> {
+        if tokens > self.position {
+            let (expected, found) = (vec![self.position], vec![tokens]);
+            return Err(ModelError::Shape { what: "tokens of a sequence's beginning, at most", expected, found });
+        }
+        let caches = self.caches.iter().map(|cache| cache.fork_prefix(tokens, room(tokens_max)));
+        Ok(Self { position: tokens, caches: caches.collect::<Result<_, _>>()?, cross: self.cross.clone() })
+    }
+
+    /// As [`crate::Backend::trim`].
+    pub(crate) fn trim(&mut self) {
+        for KvCache { rows, width } in &mut self.caches {
+            rows.truncate(self.position * *width);
+            rows.shrink_to_fit();
+        }
     }
 }
 

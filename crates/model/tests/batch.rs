@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use sida_model::{
     Backend, Beside, Checkpoint, CpuBackend, CpuSequence, ExpertStore, ModelError, MoeRows, NewSequence, Reference,
-    Spans, Stack, StillWanted, reference::greedy,
+    Spans, Stack, StillWanted, cache_size::room, reference::greedy,
 };
 use sida_routing::Grouping;
 
@@ -141,11 +141,15 @@ fn sequences_take_what_is_reserved() {
         let reserved = (size.of_tokens(new.tokens_max), size.of_input(new.rows.len()));
         assert_eq!(sequence.bytes(), reserved);
         assert_eq!(sequence.fork().unwrap().bytes(), reserved);
+        assert_eq!(sequence.fork_prefix(0, new.tokens_max).unwrap().bytes(), reserved);
         assert_eq!(size.of_request(new.rows.len(), 3, new.tokens_max), 3 * reserved.0 + reserved.1);
         for token in 0..new.tokens_max as u32 {
             batches.step(vec![&mut sequence], &[token]);
         }
         assert_eq!(sequence.bytes(), reserved, "after {} tokens", new.tokens_max);
+        assert!(sequence.fork_prefix(new.tokens_max + 1, 100).is_err(), "more than there are");
+        let own = size.of_tokens(1) / room(1) as u64 * new.tokens_max as u64;
+        assert_eq!((batches.backend.trim(&mut sequence), sequence.bytes()), (own, (own, reserved.1)));
     }
 }
 

@@ -80,6 +80,11 @@ fn compare(name: &str, model: &Reference, case: &Case) {
     let single: Vec<&[u32]> = case.ids.chunks(1).collect();
     assert!(of(&[&case.ids[..middle], &case.ids[middle..]]).0 == logits || middle == 0, "{name}: in two pieces");
     assert!(of(&single).0 == logits, "{name}: token by token");
+    let mut other = model.start(&[]).unwrap();
+    model.decode(&mut other, &[&case.ids[..middle], &[0, 1, 2]].concat()).unwrap();
+    let mut begun = other.fork_prefix(middle, case.ids.len()).unwrap();
+    let rest = model.decode(&mut begun, &case.ids[middle..]).unwrap().0;
+    assert!(rest == logits[middle * vocab..], "{name}: from another's beginning");
     let answer = model.generate_greedy(&case.ids, case.greedy.len()).unwrap();
     assert_eq!(answer, case.greedy[..answer.len()], "{name}: greedy tokens");
     assert!(answer.len() == case.greedy.len() || model.config().generation.is_end(*answer.last().unwrap()), "{name}");

@@ -107,6 +107,19 @@ impl HashTable {
         &self.alphas[self.entry(layer, token)]
     }
 
+    /// What it says of its last `tokens` tokens, or of all where there are no more.
+    #[must_use]
+    pub fn last(self, tokens: usize) -> Self {
+        let Some(before) = self.tokens.checked_sub(tokens).filter(|&before| before > 0) else { return self };
+        let of_layers = 0..self.layers;
+        let kept = of_layers.flat_map(|layer| {
+            let first = (layer * self.tokens + before) * self.top_k;
+            first..first + tokens * self.top_k
+        });
+        let (experts, alphas) = kept.map(|entry| (self.experts[entry], self.alphas[entry])).unzip();
+        Self { tokens, experts, alphas, ..self }
+    }
+
     /// Every expert of the table as stored: `(layers, tokens, top_k)`.
     pub fn all_experts(&self) -> &[ExpertId] {
         &self.experts
@@ -156,6 +169,21 @@ mod tests {
         assert_eq!(table.all_experts(), [0, 1, 2, 3, 4, 5, 6, 7].map(ExpertId));
         assert_eq!(table.all_alphas(), [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]);
         assert_eq!(table.shape(), SHAPE);
+    }
+
+    /// Experts would be loaded, and predictions judged, for tokens that nobody computes.
+    #[test]
+    fn the_last_tokens_stay_what_they_were() {
+        let table = table(&[0, 1, 2, 3, 4, 5, 6, 7], &[0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]).unwrap();
+        let last = table.clone().last(1);
+        assert_eq!(last.shape(), Shape { tokens: 1, ..SHAPE });
+        for layer in [3, 4].map(LayerId) {
+            assert_eq!(last.experts(layer, 0), table.experts(layer, 1));
+            assert_eq!(last.alphas(layer, 0), table.alphas(layer, 1));
+        }
+        assert_eq!(table.clone().last(2), table);
+        assert_eq!(table.clone().last(3), table);
+        assert_eq!(table.last(0).all_experts(), []);
     }
 
     /// A batch that was put together wrongly would be sent where another layer's or token's prediction says.

@@ -6,7 +6,7 @@
 //!
 //! In reading order: [`ids`], [`hash_table`], [`plan`], [`permitted`], [`routes`], [`grouping`],
 //! [`placement`], [`membership`], [`failover`], [`dispatch`], [`residency`], [`admission`], [`fairness`],
-//! [`client_limits`], [`gathering`], [`micro_batches`].
+//! [`client_limits`], [`gathering`], [`prefill`], [`prefix_cache`], [`micro_batches`].
 
 pub mod admission;
 pub mod client_limits;
@@ -24,6 +24,7 @@ pub mod permitted;
 pub mod placement;
 pub mod plan;
 pub mod prefill;
+pub mod prefix_cache;
 pub mod residency;
 pub mod routes;
 

@@ -60,6 +60,14 @@ impl Client {
         }
     }
 
+    /// Whether it has a name, of a key or of a certificate, that tells it from all others.
+    pub fn is_named(&self) -> bool {
+        match &*self.0 {
+            Known::Key(_) | Known::Certificate(_) => true,
+            Known::Address(_) => false,
+        }
+    }
+
     /// The label of metrics: names of keys, which are few; the same for all others.
     pub fn label(&self) -> Arc<str> {
         match &*self.0 {
@@ -99,5 +107,21 @@ impl CallerSlot {
 
     pub(crate) fn client(&self) -> Option<&Client> {
         self.0.get()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_no_name() {
+        // Would break: all who come through one proxy are taken for a client that may see what it asked before, or who has a
+        // certificate shares with strangers.
+        let address = Some(IpAddr::from([127, 0, 0, 1]));
+        let of = |certificate_name: Option<Arc<str>>| Client::of_connection(&FarEnd { address, certificate_name });
+        assert!(!of(None).expect("an address").is_named());
+        assert!(of(Some("ward".into())).expect("a certificate").is_named());
+        assert!(Client::of_key("alice").is_named());
     }
 }

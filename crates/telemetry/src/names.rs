@@ -150,6 +150,9 @@ catalogue! {
     REQUESTS_QUEUED = "sida_requests_queued", gauge, [], Count, Coordinator, "Requests waiting for a place in a batch.";
     CACHE_RESERVED_BYTES = "sida_cache_reserved_bytes", gauge, [], Bytes, Coordinator, "Memory reserved for keys and values of the sequences that run.";
     CACHE_BUDGET_BYTES = "sida_cache_budget_bytes", gauge, [], Bytes, Coordinator, "Memory that keys and values of all running sequences may take (--cache-memory).";
+    PREFIX_CACHE_BYTES = "sida_prefix_cache_bytes", gauge, [], Bytes, Coordinator, "Memory of sequences that are over, kept for prompts that begin as they did; it makes room for those that run.";
+    PREFIX_CACHE_QUERIED_TOKENS_TOTAL = "sida_prefix_cache_queried_tokens_total", counter, [], Count, Coordinator, "Tokens of prompts whose beginnings were looked for among other sequences.";
+    PREFIX_CACHE_HIT_TOKENS_TOTAL = "sida_prefix_cache_hit_tokens_total", counter, [], Count, Coordinator, "Of these, tokens that were found, and so were not computed again.";
     REQUEST_DURATION_SECONDS = "sida_request_duration_seconds", histogram(WAITS), [DOOR, METHOD], Seconds, Coordinator, "A request, from acceptance to its last byte.";
     TIME_TO_FIRST_TOKEN_SECONDS = "sida_time_to_first_token_seconds", histogram(WAITS), [DOOR], Seconds, Coordinator, "From acceptance to the first token.";
     TIME_PER_OUTPUT_TOKEN_SECONDS = "sida_time_per_output_token_seconds", histogram(WORK), [DOOR], Seconds, Coordinator, "Mean time between the tokens of a request after its first.";

@@ -152,6 +152,7 @@ fn add_usage(usage: &mut Usage, index: usize, choices: usize, token: &Token) -> 
     let Some(finish) = &token.finish else { return false };
     if index.is_multiple_of(choices) {
         usage.prompt_tokens += finish.prompt_tokens;
+        usage.cached_tokens += finish.trace.cached_tokens;
     }
     usage.completion_tokens += finish.generated_tokens;
     usage.add(&finish.trace);

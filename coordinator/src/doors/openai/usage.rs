@@ -15,6 +15,7 @@ use crate::answer::{
 pub(crate) struct Usage {
     pub(crate) prompt_tokens: usize,
     pub(crate) completion_tokens: usize,
+    pub(crate) cached_tokens: usize,
     mode: RoutingMode,
     unpredicted: bool,
     hash: HashCounts,
@@ -48,6 +49,7 @@ impl Usage {
     pub(crate) fn of_generation(&self) -> Value {
         json!({
             "prompt_tokens": self.prompt_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "sida": self.on_the_way(),

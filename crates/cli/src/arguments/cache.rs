@@ -15,11 +15,16 @@ pub(crate) struct CacheArguments {
     /// or a share of all its memory as 25%. Requests that find none wait
     #[arg(long, value_name = "SIZE", default_value = "2GiB")]
     cache_memory: ExpertMemory,
+    /// Computes every prompt from its first token. Otherwise, of a model without an encoder, what is left of that memory
+    /// keeps the keys and values of ended sequences, for prompts of the same client that begin as they did
+    #[arg(long)]
+    no_prefix_cache: bool,
 }
 
 impl CacheArguments {
     /// Puts it into the settings of a coordinator whose device is chosen.
     pub(crate) fn apply(self, config: &mut CoordinatorConfig) -> anyhow::Result<()> {
+        config.prefix_cache = !self.no_prefix_cache;
         config.limits.cache_bytes_max = match self.cache_memory {
             ExpertMemory::Bytes(bytes) => bytes,
             share @ ExpertMemory::Share(_) => share.bytes(device_bytes(config.device)?),

@@ -191,6 +191,7 @@ fn as_json(answer: &Answer, model: &ModelFacts, report: &AnswerReport<'_>, ready
         "token_ids": token_ids,
         "finish_reason": reason(finish.reason()),
         "prompt_tokens": finish.prompt_tokens,
+        "cached_tokens": trace.cached_tokens,
         "generated_tokens": finish.generated_tokens,
         "model": model.name,
         "mode": mode(trace.mode()),

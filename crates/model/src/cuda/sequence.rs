@@ -32,6 +32,11 @@ impl DeviceSequence {
         self.position
     }
 
+    /// Bytes of its own tokens' caches, with their room.
+    pub(super) fn own_bytes(&self) -> u64 {
+        self.cache.bytes()
+    }
+
     /// Counts `tokens` new tokens as decoded.
     pub(super) fn advance(&mut self, tokens: usize) {
         self.position += tokens;
@@ -90,6 +95,42 @@ impl DeviceDense {
         let cache = self.gpu.allocate("caches", sequence.cache.len())?;
         self.gpu.copy(sequence.cache.all(), cache.all())?;
         Ok(DeviceSequence { cache, input: sequence.input.clone(), ..*sequence })
+    }
+
+    /// As [`Backend::fork_prefix`].
+    pub(super) fn fork_sequence_prefix(
+        &self,
+        sequence: &DeviceSequence,
+        tokens: usize,
+        tokens_max: usize,
+    ) -> Result<DeviceSequence, CudaError> {
+        let capacity = room(tokens_max);
+        let most = sequence.position.min(capacity);
+        if tokens > most {
+            let (expected, found) = (vec![most], vec![tokens]);
+            let what = "tokens of a sequence's beginning, at most";
+            return Err(ModelError::Shape { what, expected, found }.into());
+        }
+        self.gpu.enter()?;
+        let bytes = usize::try_from(self.cache_size().of_tokens(tokens_max)).unwrap_or(usize::MAX);
+        let cache = self.gpu.allocate("caches", bytes)?;
+        // Each block's rows lie one after another, with the room of their own sequence behind them.
+        let blocks = self.backbone.decoder.blocks.len();
+        let row_bytes = bytes / (blocks * capacity);
+        for block in 0..blocks {
+            let rows = |capacity: usize| {
+                let first = block * capacity * row_bytes;
+                first..first + tokens * row_bytes
+            };
+            self.gpu.copy(sequence.cache.slice(rows(sequence.capacity)), cache.slice(rows(capacity)))?;
+        }
+        Ok(DeviceSequence {
+            cache,
+            capacity,
+            position: tokens,
+            input: sequence.input.clone(),
+            input_rows: sequence.input_rows,
+        })
     }
 
     /// What the device is told of sequences that get new tokens as `spans` says. Refuses those that would need

@@ -123,6 +123,13 @@ fn sequences_do_not_depend_on_company_or_pieces() {
             all.decode(&ids, &spans, &mut sequences, &wanted[..200]);
             let together = all.logits(396);
             assert!(together.iter().all(|logit| logit.is_finite()));
+            // From the beginning of another one, into other room than that has.
+            let third = spans.range(2);
+            let mut begun = [all.fork_prefix(&sequences[2], 100, third.len())];
+            all.decode(&ids[third.start + 100..third.end], &Spans::new([third.len() - 100]), &mut begun, &[0]);
+            let (found, expected) = (all.logits(third.len() - 100), &together[(third.start + 100) * vocab..]);
+            let same = found.iter().zip(expected).all(|(a, b)| a.to_bits() == b.to_bits());
+            assert!(same, "{} {precision}: from the beginning of another", dir.display());
             for (range, pieces) in spans.ranges().zip([vec![40, 1, 1, 58], vec![1], vec![64, 128, 1, 37], vec![1; 65]])
             {
                 for (model, times) in [(&mut all, 2), (&mut part, 1)] {

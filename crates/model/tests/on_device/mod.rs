@@ -158,6 +158,11 @@ impl OnDevice {
         start_empty(&mut self.dense, count)
     }
 
+    /// A sequence that goes on from the first `tokens` of another one.
+    pub(crate) fn fork_prefix(&self, sequence: &DeviceSequence, tokens: usize, tokens_max: usize) -> DeviceSequence {
+        self.dense.fork_prefix(sequence, tokens, tokens_max).unwrap()
+    }
+
     /// Sequences before their first token, of the last encoding.
     pub(crate) fn start(&mut self, spans: &Spans) -> Vec<DeviceSequence> {
         start(&mut self.dense, self.states.as_ref().unwrap(), spans)

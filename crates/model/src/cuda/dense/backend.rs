@@ -209,6 +209,20 @@ impl Backend for DeviceDense {
         Ok(self.fork_sequence(sequence)?)
     }
 
+    fn fork_prefix(
+        &self,
+        sequence: &DeviceSequence,
+        tokens: usize,
+        tokens_max: usize,
+    ) -> Result<DeviceSequence, ModelError> {
+        Ok(self.fork_sequence_prefix(sequence, tokens, tokens_max)?)
+    }
+
+    fn trim(&self, sequence: &mut DeviceSequence) -> u64 {
+        // The pool takes whole buffers back, and another one would have to be there for a copy.
+        sequence.own_bytes()
+    }
+
     fn logits(&mut self, _: &DeviceStates, rows: &[usize]) -> Result<Vec<f32>, ModelError> {
         let (rows, vocab_size) = (rows.iter().map(|&row| row as u32).collect::<Vec<_>>(), self.config.vocab_size);
         let mut all = vec![0.0; rows.len() * vocab_size];
