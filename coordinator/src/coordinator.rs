@@ -38,6 +38,7 @@ use crate::{
         grammars::Grammars,
         prompt::{Prompt, PromptTokens},
         queue::Announcement,
+        replay::Replay,
         request::{Request, Work},
         request_queue::{RequestQueue, Waiting},
         request_span::RequestSpan,
@@ -72,6 +73,8 @@ pub(crate) struct Inner {
     pub(crate) predict: Arc<Predict>,
     pub(crate) probe: Arc<Probe>,
     pub(crate) requests: Arc<RequestQueue>,
+    /// Recorded routes that requests replay.
+    pub(crate) replay: Option<Replay>,
     pub(crate) client_uses: Arc<ClientUses>,
     pub(crate) statistics: Arc<Statistics>,
     pub(crate) metrics: Arc<Metrics>,
@@ -339,9 +342,22 @@ impl Coordinator {
         let prompt_tokens = tokens.len() as u64;
         let cache_bytes = self.acceptance().cache_bytes(tokens.len(), &work)?;
         let (accepted, span) = (request_span.begun, request_span.span);
-        let (begun, let_in) = (None, None);
-        let mut request =
-            Request { tokens, mode, work, cache_bytes, accepted, deadline, client, priority, begun, let_in, span };
+        let (begun, let_in, replayed) = (None, None, None);
+        let mut request = Request {
+            tokens,
+            mode,
+            work,
+            cache_bytes,
+            accepted,
+            deadline,
+            client,
+            priority,
+            begun,
+            let_in,
+            replayed,
+            span,
+        };
+        request.replayed = inner.replay.as_ref().map(|replay| replay.sequence(request.places()));
         request.let_in = inner.client_uses.comes(request.client.as_ref(), request.tokens_max())?;
         inner.requests.push(request)?;
         inner.statistics.requests.fetch_add(1, Ordering::Relaxed);

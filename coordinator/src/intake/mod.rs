@@ -11,6 +11,7 @@ pub(crate) mod grammars;
 pub(crate) mod prompt;
 pub(crate) mod queue;
 pub(crate) mod request;
+pub(crate) mod replay;
 pub(crate) mod request_queue;
 pub(crate) mod request_span;
 pub(crate) mod workload;

@@ -27,6 +27,7 @@ mod negative_values;
 mod node_state;
 mod open_files;
 mod plain_table;
+mod routes_file;
 mod runtime;
 mod settings_file;
 mod shutdown;

@@ -24,6 +24,7 @@ pub mod permitted;
 pub mod placement;
 pub mod plan;
 pub mod prefill;
+pub mod recorded_routes;
 pub mod residency;
 pub mod routes;
 
@@ -34,3 +35,4 @@ pub use permitted::Permitted;
 pub use placement::{Candidate, Demand, Extent, Placement, PlacementError, Policy};
 pub use plan::{Plan, PlanId};
 pub use routes::Routes;
+pub use recorded_routes::{RecordedRoutes, TokenRoutes};

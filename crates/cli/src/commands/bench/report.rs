@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use super::{
     budget::Budget,
     figures::{Figures, median},
+    replay,
     samples::{Samples, Seen},
 };
 use crate::{byte_size, node_state::NodeLoads, plain_table::PlainTable};
@@ -97,6 +98,9 @@ pub(crate) fn as_text(subjects: &[Measured], parameters: &Value) -> String {
     let since = if closed { "was sent" } else { "was due, whether or not it could be sent then" };
     let of = parameters["latency_of"].as_str().unwrap_or("a request");
     text.push_str(&format!("latency is that of {of}, from when it {since}\n"));
+    if let Some(told) = replay::told(parameters) {
+        text.push_str(&format!("{told}\n"));
+    }
     if let Some(times) = times(subjects) {
         text.push_str(&format!("\n{}\n", times.draw()));
     }
@@ -291,3 +295,7 @@ pub(crate) mod tests {
         assert!(as_text(&[subject], &parameters("closed")).contains("from when it was sent"));
     }
 }
+        let mut replaying = parameters("closed");
+        assert!(!text.contains("routers"), "{text}");
+        replaying["routes"] = json!({"file": "a.csv"});
+        assert!(as_text(&[subject.clone()], &replaying).contains("recorded in a.csv"));
