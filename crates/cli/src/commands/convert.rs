@@ -12,6 +12,7 @@ use sida_model::convert;
 use crate::{
     byte_size,
     loading_bar::{LoadingBar, Unit},
+    shutdown,
 };
 
 /// Turn pytorch_model.bin (one file or shards) into safetensors with a SHA-256 manifest
@@ -34,6 +35,7 @@ pub(crate) fn run(arguments: ConvertArguments) -> anyhow::Result<ExitCode> {
         writeln!(io::stdout(), "{} is there already", arguments.out.display())?;
         return Ok(ExitCode::SUCCESS);
     }
+    shutdown::clean_up_on_signal()?;
     let bar = LoadingBar::new("converting", Unit::Bytes);
     let written = convert::convert(&arguments.source, &arguments.out, &mut |done, total| bar.advance(done, total))?;
     drop(bar);
