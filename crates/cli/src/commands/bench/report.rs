@@ -190,6 +190,14 @@ fn told(subject: &Measured, parameters: &Value) -> String {
         let example = figures.failure_examples.get(code).map_or("", String::as_str);
         text.push_str(&format!("{label}: {count} requests failed: {code}: {example}\n"));
     }
+    if subject.samples.told_to_wait > 0 {
+        let told = subject.samples.told_to_wait;
+        let done = match parameters["arrivals"]["kind"] == "closed" {
+            true => "clients waited as they were asked",
+            false => "an open loop does not wait",
+        };
+        text.push_str(&format!("{label}: {told} refusals said when to come back: {done}\n"));
+    }
     if let Some(late) = figures.late_ms.filter(|late| late.p99 > LATE.as_secs_f64() * 1e3) {
         text.push_str(&format!(
             "{label}: 1% of requests were sent {:.0} ms late or more: this machine was too busy to keep the schedule\n",
@@ -292,10 +300,10 @@ pub(crate) mod tests {
             assert!(text.contains(told), "{told}: {text}");
         }
         assert!(!text.contains("resident") && !text.contains("budget"), "{text}");
-        assert!(as_text(&[subject], &parameters("closed")).contains("from when it was sent"));
-    }
-}
         let mut replaying = parameters("closed");
         assert!(!text.contains("routers"), "{text}");
         replaying["routes"] = json!({"file": "a.csv"});
         assert!(as_text(&[subject.clone()], &replaying).contains("recorded in a.csv"));
+        assert!(as_text(&[subject], &parameters("closed")).contains("from when it was sent"));
+    }
+}
