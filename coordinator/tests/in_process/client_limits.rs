@@ -114,7 +114,7 @@ async fn prompts_of_one_call_are_let_in_together_or_not_at_all() {
     // that no minute has room for is told to come back.
     let dir = tempfile::tempdir().expect("a folder");
     let keys = dir.path().join("keys");
-    let served = served_with(&keys, &format!("dave:{DAVE} tokens-per-minute=100\n")).await;
+    let served = served_with(&keys, &format!("dave:{DAVE} tokens-per-minute=1000\n")).await;
     let remaining = |answer: &Answer| -> u64 {
         answer.header("x-ratelimit-remaining-tokens").and_then(|left| left.parse().ok()).expect("what is left")
     };
@@ -123,21 +123,22 @@ async fn prompts_of_one_call_are_let_in_together_or_not_at_all() {
         async move { ask(http, "POST", path, &headers(DAVE), body.as_bytes()).await }
     };
     // Each of them would fit.
-    let never = ask_all("/v1/completions", json!({"prompt": [TEXT, TEXT, TEXT], "max_tokens": 40})).await;
+    let never = ask_all("/v1/completions", json!({"prompt": [TEXT, TEXT, TEXT], "max_tokens": 400})).await;
     assert_eq!((never.status, &never.json()["error"]["param"]), (400, &json!("tokens-per-minute")), "{never:?}");
-    assert_eq!(remaining(&never), 100, "{never:?}");
-    let first = complete(&served, DAVE, 40).await;
+    assert_eq!(remaining(&never), 1000, "{never:?}");
+    // Most of a minute's worth, which comes back evenly: a minute later all of it would be there again.
+    let body = json!({"prompt": TEXT, "max_tokens": 900, "ignore_eos": true});
+    let first = ask_all("/v1/completions", body).await;
     assert_eq!(first.status, 200, "{first:?}");
     let left = remaining(&first);
-    let later = ask_all("/v1/completions", json!({"prompt": [TEXT, TEXT], "max_tokens": 35})).await;
+    let later = ask_all("/v1/completions", json!({"prompt": [TEXT, TEXT], "max_tokens": 470})).await;
     assert_eq!((later.status, &later.json()["error"]["code"]), (429, &json!("rate_limit_exceeded")), "{later:?}");
-    // A minute's worth comes back evenly, so that there may be more by now.
     assert!(remaining(&later) >= left, "{left} were left: {later:?}");
     // What cannot be read is refused with all that comes with it.
     let (long, field) = ("a ".repeat(4000), "prompt");
     let unread = ask_all("/v1/completions", json!({"prompt": [TEXT, long], "max_tokens": 1})).await;
     assert_eq!((unread.status, &unread.json()["error"]["param"]), (400, &json!(field)), "{unread:?}");
-    let many = vec![TEXT; 40];
+    let many = vec![TEXT; 200];
     let texts = ask_all("/v1/embeddings", json!({"input": many})).await;
     assert_eq!((texts.status, &texts.json()["error"]["param"]), (400, &json!("tokens-per-minute")), "{texts:?}");
     assert!(remaining(&texts) >= left, "{left} were left: {texts:?}");

@@ -85,7 +85,7 @@ struct World {
     failed: BTreeSet<ExpertKey>,
     /// Experts whose last load was quick.
     quick: BTreeSet<ExpertKey>,
-    /// How often each expert was granted, a grant counting half after `2 * slots` further ones.
+    /// How often each expert was granted, a grant counting half after `8 * slots` further ones.
     used: BTreeMap<ExpertKey, f64>,
     calls: Vec<Call>,
     /// Layers whose experts stay.
@@ -162,7 +162,7 @@ impl World {
     }
 
     fn note_use(&mut self, key: ExpertKey) {
-        let decay = (-1.0 / (2 * self.slots) as f64).exp2();
+        let decay = (-1.0 / (8 * self.slots) as f64).exp2();
         self.used.values_mut().for_each(|worth| *worth *= decay);
         *self.used.entry(key).or_default() += 1.0;
     }
