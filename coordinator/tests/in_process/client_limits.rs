@@ -127,8 +127,7 @@ async fn prompts_of_one_call_are_let_in_together_or_not_at_all() {
     assert_eq!((never.status, &never.json()["error"]["param"]), (400, &json!("tokens-per-minute")), "{never:?}");
     assert_eq!(remaining(&never), 1000, "{never:?}");
     // Most of a minute's worth, which comes back evenly: a minute later all of it would be there again.
-    let body = json!({"prompt": TEXT, "max_tokens": 900, "ignore_eos": true});
-    let first = ask_all("/v1/completions", body).await;
+    let first = ask_all("/v1/embeddings", json!({"input": vec![TEXT; 45]})).await;
     assert_eq!(first.status, 200, "{first:?}");
     let left = remaining(&first);
     let later = ask_all("/v1/completions", json!({"prompt": [TEXT, TEXT], "max_tokens": 470})).await;
