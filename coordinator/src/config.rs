@@ -6,7 +6,7 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use sida_model::{Checkpoint, DeviceName, Precision};
 use sida_predictor::HashPredictor;
-use sida_routing::{NodeId, admission::Limits, client_limits::ClientLimits};
+use sida_routing::{NodeId, RecordedRoutes, admission::Limits, client_limits::ClientLimits};
 use sida_rpc::{ClientConfig, ServerConfig};
 
 pub use cors_origin::{CorsOrigin, CorsOriginError};
@@ -60,6 +60,9 @@ pub struct CoordinatorConfig {
     pub server: ServerConfig,
     /// Web pages that may ask by HTTP from a browser; none: no page may.
     pub http_cors_origins: Vec<CorsOrigin>,
+    /// To measure under the locality of real texts: routes in the place of those that the routers choose, for every request.
+    /// Each replays them from another place. Answers mean nothing then.
+    pub recorded_routes: Option<Arc<RecordedRoutes>>,
     /// Called while the backbone loads, with the bytes done and the bytes in all.
     pub on_load: Option<OnLoad>,
 }
@@ -166,6 +169,7 @@ impl CoordinatorConfig {
             client: ClientConfig::default(),
             server: ServerConfig::default(),
             http_cors_origins: Vec::new(),
+            recorded_routes: None,
             on_load: None,
         }
     }

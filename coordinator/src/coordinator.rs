@@ -38,9 +38,11 @@ use crate::{
         grammars::Grammars,
         prompt::{Prompt, PromptTokens},
         queue::Announcement,
+        replay::Replay,
         request::{Request, Work},
         request_queue::{RequestQueue, Waiting},
         request_span::RequestSpan,
+        together::{Read, Together},
     },
     measures::{metrics::Metrics, statistics::Statistics},
     predict::predict::Predict,
@@ -72,6 +74,8 @@ pub(crate) struct Inner {
     pub(crate) predict: Arc<Predict>,
     pub(crate) probe: Arc<Probe>,
     pub(crate) requests: Arc<RequestQueue>,
+    /// Recorded routes that requests replay.
+    pub(crate) replay: Option<Replay>,
     pub(crate) client_uses: Arc<ClientUses>,
     pub(crate) statistics: Arc<Statistics>,
     pub(crate) metrics: Arc<Metrics>,
@@ -87,7 +91,16 @@ impl Drop for Inner {
 
 impl Coordinator {
     /// The encoder's states of a text.
-    pub async fn encode(&self, mut params: EncodeParams) -> Result<Encoding, RequestError> {
+    pub async fn encode(&self, params: EncodeParams) -> Result<Encoding, RequestError> {
+        self.encode_together(params, None).await
+    }
+
+    /// The same of one of the requests of a call.
+    async fn encode_together(
+        &self,
+        mut params: EncodeParams,
+        together: Option<Arc<Together>>,
+    ) -> Result<Encoding, RequestError> {
         let request_span = self.begin_span("embeddings", params.trace, params.client.as_ref())?;
         let deadline = self.deadline(params.deadline);
         let asked = Asked { prompt: std::mem::take(&mut params.prompt), truncates: params.truncate, target_bytes: 0 };
@@ -95,7 +108,8 @@ impl Coordinator {
         let queue = move |this: &Self, prompt: TokenizedPrompt| {
             let options = this.acceptance().encoding(&params, prompt.tokens.truncated)?;
             let EncodeParams { routing: mode, client, priority, .. } = params;
-            this.submit(prompt, Terms { mode, deadline, client, priority }, Work::Encode { options, reply })
+            let terms = Terms { mode, deadline, client, priority, together };
+            this.submit(prompt, terms, Work::Encode { options, reply })
         };
         let answered = async {
             self.tokenize_then(request_span, asked, queue).await?;
@@ -109,10 +123,11 @@ impl Coordinator {
     pub async fn encode_all(&self, all: Vec<EncodeParams>) -> Result<Vec<Encoding>, RequestError> {
         within("texts (their number)", all.len(), 1, self.config().request_limits.texts_max)?;
         self.may_ask(all.first().and_then(|params| params.client.as_ref()), all.len())?;
-        let encoded = all
-            .into_iter()
-            .zip(1..)
-            .map(|(params, number)| async move { self.encode(params).await.map_err(|error| error.of_text(number)) });
+        let together = Together::new(all.len());
+        let encoded = all.into_iter().zip(1..).map(|(params, number)| {
+            let encoded = self.encode_together(params, Some(together.clone()));
+            async move { encoded.await.map_err(|error| error.of_text(number)) }
+        });
         try_join_all(encoded).await
     }
 
@@ -127,7 +142,7 @@ impl Coordinator {
         let queue = move |this: &Self, prompt: TokenizedPrompt| {
             let targets = this.acceptance().targets(prompt.tokens.ids.len(), &targets)?;
             let work = Work::Score { targets, top_count: None, reply: Some(reply) };
-            this.submit(prompt, Terms { mode, deadline, client, priority }, work)
+            this.submit(prompt, Terms { mode, deadline, client, priority, together: None }, work)
         };
         let answered = async {
             self.tokenize_then(request_span, asked, queue).await?;
@@ -137,7 +152,23 @@ impl Coordinator {
     }
 
     /// Generates text: one answer, or as many as there are choices.
-    pub async fn generate(&self, mut params: GenerateParams) -> Result<TokenStream, RequestError> {
+    pub async fn generate(&self, params: GenerateParams) -> Result<TokenStream, RequestError> {
+        self.generate_together(params, None).await
+    }
+
+    /// Generates texts for several prompts, which one client asks for in one call: all of them or none.
+    pub(crate) async fn generate_all(&self, all: Vec<GenerateParams>) -> Result<Vec<TokenStream>, RequestError> {
+        self.may_ask(all.first().and_then(|params| params.client.as_ref()), all.len())?;
+        let together = Together::new(all.len());
+        try_join_all(all.into_iter().map(|params| self.generate_together(params, Some(together.clone())))).await
+    }
+
+    /// Generates text for one of the requests of a call.
+    async fn generate_together(
+        &self,
+        mut params: GenerateParams,
+        together: Option<Arc<Together>>,
+    ) -> Result<TokenStream, RequestError> {
         let request_span = self.begin_span("text_completion", params.trace, params.client.as_ref())?;
         let deadline = self.deadline(params.deadline);
         let unfinished = params.choices.max(1);
@@ -152,7 +183,8 @@ impl Coordinator {
             let options = this.acceptance().options(&mut params, grammar)?;
             prompt.request_span.describe(&options);
             let GenerateParams { routing: mode, client, priority, .. } = params;
-            this.submit(prompt, Terms { mode, deadline, client, priority }, Work::Generate { options, reply })
+            let terms = Terms { mode, deadline, client, priority, together };
+            this.submit(prompt, terms, Work::Generate { options, reply })
         };
         until(deadline, self.tokenize_then(request_span, asked, queue)).await?;
         let deadline = deadline.map(|deadline| Box::pin(tokio::time::sleep_until(deadline.into())));
@@ -324,30 +356,72 @@ impl Coordinator {
         Ok(RequestSpan::begin(operation, self.checkpoint().name(), caller, client))
     }
 
+    /// Makes a request of a prompt that was read, and queues it; with others of its call once all of them are read.
     fn submit(
         &self,
         prompt: TokenizedPrompt,
-        Terms { mode, deadline, client, priority }: Terms,
+        Terms { mode, deadline, client, priority, together }: Terms,
         work: Work,
     ) -> Result<(), RequestError> {
         let inner = &self.inner;
         if inner.nodes.roster().links.is_empty() {
             return Err(RequestError::NoExpertNode);
         }
-        // The announcement stands until this function ends: then the request is queued, or refused.
-        let TokenizedPrompt { request_span, tokens: PromptTokens { ids: tokens, .. }, announced: _announced } = prompt;
-        let prompt_tokens = tokens.len() as u64;
+        let TokenizedPrompt { request_span, tokens: PromptTokens { ids: tokens, .. }, announced } = prompt;
         let cache_bytes = self.acceptance().cache_bytes(tokens.len(), &work)?;
         let (accepted, span) = (request_span.begun, request_span.span);
-        let (begun, let_in) = (None, None);
-        let mut request =
-            Request { tokens, mode, work, cache_bytes, accepted, deadline, client, priority, begun, let_in, span };
-        request.let_in = inner.client_uses.comes(request.client.as_ref(), request.tokens_max())?;
-        inner.requests.push(request)?;
-        inner.statistics.requests.fetch_add(1, Ordering::Relaxed);
-        inner.metrics.prompt_tokens.increment(prompt_tokens);
+        let (begun, let_in, replayed) = (None, None, None);
+        let mut request = Request {
+            tokens,
+            mode,
+            work,
+            cache_bytes,
+            accepted,
+            deadline,
+            client,
+            priority,
+            begun,
+            let_in,
+            replayed,
+            span,
+        };
+        request.replayed = inner.replay.as_ref().map(|replay| replay.sequence(request.places()));
+        let read = Read { request, announced };
+        match together {
+            None => self.let_in(vec![read]),
+            // Who comes last lets all of them in.
+            Some(together) => together.add(read).map_or(Ok(()), |all| self.let_in(all)),
+        }
+    }
+
+    /// Queues requests of one client, if it may have all of them; or else all of them fail.
+    fn let_in(&self, all: Vec<Read>) -> Result<(), RequestError> {
+        let inner = &self.inner;
+        let tokens: Vec<usize> = all.iter().map(|read| read.request.tokens_max()).collect();
+        let client = all.first().and_then(|read| read.request.client.clone());
+        let mut outcome = inner.client_uses.come(client.as_ref(), &tokens);
+        // An announcement stands until its request is queued, or has failed.
+        for Read { mut request, announced: _announced } in all {
+            let pushed = match &mut outcome {
+                Ok(let_in) => {
+                    request.let_in = let_in.remove(0);
+                    let prompt_tokens = request.tokens.len() as u64;
+                    inner.requests.push(request).map(|()| {
+                        inner.statistics.requests.fetch_add(1, Ordering::Relaxed);
+                        inner.metrics.prompt_tokens.increment(prompt_tokens);
+                    })
+                }
+                Err(error) => {
+                    request.fail(error.clone());
+                    Ok(())
+                }
+            };
+            if let Err(error) = pushed {
+                outcome = Err(error);
+            }
+        }
         inner.metrics.requests_queued.set(inner.requests.len() as f64);
-        Ok(())
+        outcome.map(drop)
     }
 }
 
@@ -371,6 +445,8 @@ struct Terms {
     deadline: Option<Instant>,
     client: Option<Client>,
     priority: i32,
+    /// The requests that it comes with, if it is one of several of a call.
+    together: Option<Arc<Together>>,
 }
 
 /// What is to be tokenized for a request.

@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 use sida_cluster::Cluster;
 use sida_model::{Backend, Checkpoint, CpuBackend, DeviceName, ModelConfig, ModelError, Stack, Tokenizer};
 use sida_proto::wire::Bounds;
-use sida_routing::{Digest, NodeId, failover::CallFailure, gathering::Gathering};
+use sida_routing::{Digest, NodeId, RecordedRoutes, failover::CallFailure, gathering::Gathering};
 use sida_rpc::ServerError;
 use sida_telemetry::{counter, names};
 use thiserror::Error;
@@ -31,7 +31,8 @@ use crate::{
     },
     forward::forward::Forward,
     intake::{
-        client_uses::ClientUses, grammars::Grammars, queue::Queue, request_queue::RequestQueue, workload::Workload,
+        client_uses::ClientUses, grammars::Grammars, queue::Queue, replay::Replay, request_queue::RequestQueue,
+        workload::Workload,
     },
     measures::{metrics::Metrics, statistics::Statistics},
     predict::{
@@ -65,6 +66,8 @@ pub enum CoordinatorError {
     Extent { expected_layers: usize, expected_experts: usize, found_layers: usize, found_experts: usize },
     #[error("--enforce-capacity is for models whose experts have a capacity; those of {family} have none")]
     NoCapacity { family: &'static str },
+    #[error("{reason}: recorded routes are replayed by decoder-only models that have all of their layers and experts")]
+    RecordedRoutes { reason: String },
     #[error("the cluster has no expert-node")]
     NoExpertNode,
     #[error("cannot start a thread: {0}")]
@@ -201,9 +204,10 @@ impl Coordinator {
         let threads = Mutex::new(threads);
         let inner = Inner {
             client_uses: ClientUses::new(config.server.gate.clone(), config.client_limits),
+            grammars: Grammars::new(tokenizer.clone(), &model),
+            replay: config.recorded_routes.clone().map(Replay::new),
             config,
             cluster,
-            grammars: Grammars::new(tokenizer.clone(), &model),
             tokenizer,
             cache_size,
             nodes,
@@ -243,6 +247,9 @@ fn check(config: &CoordinatorConfig, cluster: &Cluster) -> Result<(), Coordinato
     if config.enforce_capacity && !model.has_encoder() {
         return Err(CoordinatorError::NoCapacity { family: model.family });
     }
+    if let Some(routes) = &config.recorded_routes {
+        check_routes(routes, model)?;
+    }
     if let Some(predictor) = config.predictor.local()
         && predictor.top_k() < model.top_k
     {
@@ -262,6 +269,21 @@ fn check(config: &CoordinatorConfig, cluster: &Cluster) -> Result<(), Coordinato
     }
     // Where nodes can join, the first may come later: until then this coordinator is not ready.
     if placement.nodes().is_empty() && cluster.is_fixed() { Err(CoordinatorError::NoExpertNode) } else { Ok(()) }
+}
+
+/// Refuses recorded routes that this model cannot take.
+fn check_routes(routes: &RecordedRoutes, model: &ModelConfig) -> Result<(), CoordinatorError> {
+    let (layers, experts) = (model.moe_layer_count(), model.num_experts);
+    let reason = if model.has_encoder() {
+        format!("a model of family {} has an encoder", model.family)
+    } else if routes.layers() != layers {
+        format!("{} layers were recorded, the model has {layers} MoE layers", routes.layers())
+    } else if routes.num_experts() > experts {
+        format!("expert {} was recorded, the model has {experts} experts", routes.num_experts() - 1)
+    } else {
+        return Ok(());
+    };
+    Err(CoordinatorError::RecordedRoutes { reason })
 }
 
 /// Loads the dense part of the model and its tokenizer, off the runtime's own threads. `open` gets a function that is

@@ -4,7 +4,7 @@ use std::{
     fs,
     io::{BufRead, BufReader, Write},
     path::Path,
-    process::{Output, Stdio},
+    process::{Command, Output, Stdio},
 };
 
 use serde_json::Value;
@@ -264,5 +264,27 @@ fn bad_configurations_are_named() {
         assert_eq!(output.status.code(), Some(USAGE), "{arguments:?}: {said}");
         assert!(said.contains(named), "{arguments:?}: {said}");
         assert!(!said.contains("panicked"), "{arguments:?}: {said}");
+    }
+}
+
+/// A model that is not finished would stay under a hidden name, gigabytes of it, whenever somebody ends the command.
+#[test]
+fn a_model_that_is_not_finished_leaves_nothing() {
+    for (signal, place) in [("INT", "a"), ("TERM", "b")] {
+        let dir = tempfile::tempdir().expect("a directory");
+        let out = dir.path().join(place);
+        let mut synth = command();
+        // Many gigabytes, of which hardly any are written.
+        synth.args(["synth", "--like", "qwen3-30b-a3b", "--out", out.to_str().expect("a path")]);
+        let mut child = synth.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("sida runs");
+        let entries = || fs::read_dir(dir.path()).expect("a directory").count();
+        while entries() == 0 {
+            assert!(child.try_wait().expect("a child").is_none(), "it ends by itself");
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        let sent = Command::new("kill").args([&format!("-{signal}"), &child.id().to_string()]).status();
+        assert!(sent.expect("kill runs").success());
+        assert_eq!(child.wait().expect("it ends").code(), Some(130), "{signal}");
+        assert_eq!(entries(), 0, "{signal}");
     }
 }

@@ -72,7 +72,7 @@ impl Coordinator {
             }
             let prompt = TokenizedPrompt { tokens: PromptTokens { ids: first, truncated: 0 }, ..prompt };
             let work = Work::Score { targets, top_count, reply: Some(reply) };
-            this.submit(prompt, Terms { mode, deadline, client, priority }, work)
+            this.submit(prompt, Terms { mode, deadline, client, priority, together: None }, work)
         };
         let read = async {
             self.tokenize_then(request_span, asked, queue).await?;

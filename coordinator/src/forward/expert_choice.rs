@@ -1,7 +1,9 @@
 //! Which experts the rows of a batch go to at an MoE layer. A batch mixes requests of different routing modes, so the
 //! choice is made row by row: first the router chooses for all rows that want it, then rows of `guided` requests whose
 //! experts were not planned choose again among those that were, and the rows of `hash` requests are overwritten from their
-//! hash tables.
+//! hash tables. Where recorded routes are replayed, they stand in the place of the router's choice before all that.
+
+use std::ops::Range;
 
 use sida_model::{Backend, ModelError, Spans, Stack, router};
 use sida_routing::{ExpertId, HashTable, LayerId, Routes};
@@ -13,6 +15,7 @@ use crate::{
         trace::{ExpertSets, HashCounts},
     },
     forward::guided_choice::GuidedRows,
+    intake::replay::ReplayedRows,
 };
 
 /// How the rows that one sequence (or one target of a scored request) has in a batch are routed, and what came of it.
@@ -23,6 +26,8 @@ pub(crate) struct SequenceRouting {
     table: Option<HashTable>,
     /// How many rows there are. They are the last tokens of the table, which may begin with earlier ones.
     rows: usize,
+    /// Recorded routes that are replayed for them.
+    replayed: Option<ReplayedRows>,
     /// What the router chose for them at each MoE layer that it was asked at: (rows, top_k).
     chosen: Vec<(LayerId, Vec<Option<ExpertId>>)>,
     /// The experts that the rows went to.
@@ -38,8 +43,13 @@ pub(crate) struct SequenceRouting {
 impl SequenceRouting {
     /// So many rows of a request in `mode`.
     pub(crate) fn new(mode: RoutingMode, rows: usize, experts: ExpertSets) -> Self {
-        let (table, chosen, hash, rerouted, failure) = Default::default();
-        Self { mode, table, rows, chosen, experts, hash, rerouted, failure }
+        let (table, replayed, chosen, hash, rerouted, failure) = Default::default();
+        Self { mode, table, rows, replayed, chosen, experts, hash, rerouted, failure }
+    }
+
+    /// The same, with recorded routes, if there are some, in the place of what the router chooses.
+    pub(crate) fn replaying(self, replayed: Option<ReplayedRows>) -> Self {
+        Self { replayed, ..self }
     }
 
     /// Takes the prediction for the rows, before the pass or after it. A table that names fewer experts per token than
@@ -73,7 +83,7 @@ impl SequenceRouting {
 
     /// Whether the router chooses the experts of these rows among all.
     pub(crate) fn is_routed(&self) -> bool {
-        matches!(self.chooser(), Chooser::Router)
+        self.replayed.is_none() && matches!(self.chooser(), Chooser::Router)
     }
 
     /// Whether the router chooses the experts of these rows, or gives their factors.
@@ -124,6 +134,11 @@ pub(crate) fn routes<B: Backend>(
         true => backend.routes(pass)?,
         false => Routes { top_k, experts: vec![None; spans.rows() * top_k], weights: vec![0.0; spans.rows() * top_k] },
     };
+    for (routing, rows) in routings.iter().zip(spans.ranges()) {
+        if let Some(replayed) = &routing.replayed {
+            replay(replayed, layer, rows, backend.probabilities(pass)?, is_normalised, &mut routes);
+        }
+    }
     note_choice(layer, &routes, spans, routings);
     for (routing, rows) in routings.iter_mut().zip(spans.ranges()) {
         match routing.chooser() {
@@ -159,6 +174,37 @@ pub(crate) fn note_choice(layer: LayerId, routes: &Routes, spans: &Spans, routin
         if routing.wants_router() {
             let chosen = routes.experts[rows.start * routes.top_k..rows.end * routes.top_k].to_vec();
             routing.chosen.push((layer, chosen));
+        }
+    }
+}
+
+/// Makes the routes of some rows those that were recorded, scaled by the router's `probabilities` (rows, experts) of them.
+/// Where fewer experts of a token were recorded than the router chooses, it goes to those only, and where none were to those that
+/// the router chose.
+fn replay(
+    replayed: &ReplayedRows,
+    layer: LayerId,
+    rows: Range<usize>,
+    probabilities: &[f32],
+    is_normalised: bool,
+    routes: &mut Routes,
+) {
+    let (top_k, num_experts) = (routes.top_k, probabilities.len() / routes.tokens().max(1));
+    for (index, row) in rows.enumerate() {
+        let recorded = replayed.experts(layer, index);
+        if recorded.is_empty() {
+            continue;
+        }
+        let probabilities = &probabilities[row * num_experts..][..num_experts];
+        let at = row * top_k..(row + 1) * top_k;
+        let (experts, weights) = (&mut routes.experts[at.clone()], &mut routes.weights[at]);
+        experts.fill(None);
+        weights.fill(0.0);
+        for (k, &expert) in recorded.iter().take(top_k).enumerate() {
+            (experts[k], weights[k]) = (Some(expert), probabilities[usize::from(expert.0)]);
+        }
+        if is_normalised {
+            router::normalise(weights);
         }
     }
 }
@@ -206,9 +252,12 @@ fn count(
 
 #[cfg(test)]
 mod tests {
-    use sida_routing::{Digest, hash_table::Shape};
+    use std::sync::Arc;
+
+    use sida_routing::{Digest, RecordedRoutes, hash_table::Shape};
 
     use super::*;
+    use crate::intake::replay::Replay;
 
     fn table() -> HashTable {
         let shape = Shape { first_layer: LayerId(2), layers: 1, tokens: 2, top_k: 2 };
@@ -223,6 +272,32 @@ mod tests {
         let counts = count(&table(), LayerId(2), 0, 2, &routed);
         assert_eq!(counts, HashCounts { hits: 2, top1_hits: 1, top3_hits: 2, misses: 0 });
         assert_eq!(count(&table(), LayerId(2), 1, 1, &[Some(ExpertId(3))]).misses, 1);
+    }
+
+    #[test]
+    fn recorded_experts_stand_in_the_place_of_the_routers() {
+        // Would break: rows of a sequence that is not replayed go elsewhere, a row is scaled by the probability of an expert
+        // that it does not go to, or the experts beyond those that were recorded are left from the router's choice.
+        let tokens = [&[3, 0][..], &[1, 2], &[]].map(|token| vec![token.iter().copied().map(ExpertId).collect()]);
+        let recorded = RecordedRoutes::new(Vec::new(), tokens.to_vec()).expect("three tokens");
+        let replay_of_all = Replay::new(Arc::new(recorded));
+        let replayed_from = |place| replay_of_all.sequence(0).rows(0, place, 0);
+        let replayed = replayed_from(0);
+        let own = Some(ExpertId(9));
+        let mut routes = Routes { top_k: 3, experts: vec![own; 9], weights: vec![0.5; 9] };
+        let row = [0.1, 0.2, 0.3, 0.4, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0];
+        replay(&replayed, LayerId(0), 1..3, &row.repeat(3), false, &mut routes);
+        let expert = |expert| Some(ExpertId(expert));
+        let experts = [own, own, own, expert(3), expert(0), None, expert(1), expert(2), None];
+        assert_eq!(routes.experts, experts);
+        assert_eq!(routes.weights, [0.5, 0.5, 0.5, 0.4, 0.1, 0.0, 0.2, 0.3, 0.0]);
+        // Another row of the same sequence, of which nothing was recorded at this layer.
+        let unrecorded = replayed_from(2);
+        replay(&unrecorded, LayerId(0), 0..1, &row.repeat(3), false, &mut routes);
+        assert_eq!(routes.experts, experts);
+        replay(&replayed, LayerId(0), 0..1, &row.repeat(3), true, &mut routes);
+        assert_eq!((routes.experts[0], routes.weights[2]), (expert(3), 0.0));
+        assert!((routes.weights[..3].iter().sum::<f32>() - 1.0).abs() < 1e-6, "{:?}", routes.weights);
     }
 
     #[test]

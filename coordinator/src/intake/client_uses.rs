@@ -10,7 +10,7 @@ use std::{
 
 use parking_lot::Mutex;
 use sida_routing::{
-    client_limits::{Charge, ClientLimit, ClientLimits, ClientUse, Exceeded, Standing, Within},
+    client_limits::{self, Charge, ClientLimit, ClientLimits, ClientUse, Exceeded, Standing, Within},
     fairness::Load,
 };
 use sida_rpc::{Client, Gate};
@@ -69,21 +69,23 @@ impl ClientUses {
         known.may_come(&limits, asks, self.now()).map(drop).map_err(|exceeded| refused(&client, exceeded, asks))
     }
 
-    /// Lets in a client's request for so many tokens. `None`: nothing is counted of it, since it has no limits.
-    pub(crate) fn comes(
+    /// Lets in requests of a client that come together, each for so many tokens: all of them or none. `None` of each: nothing
+    /// is counted of them, since it has no limits.
+    pub(crate) fn come(
         self: &Arc<Self>,
         client: Option<&Client>,
-        tokens: usize,
-    ) -> Result<Option<LetIn>, RequestError> {
-        let Some((client, limits)) = self.limited(client) else { return Ok(None) };
-        let (asks, now) = (Load { requests: 1, tokens }, self.now());
-        let charge = {
+        tokens: &[usize],
+    ) -> Result<Vec<Option<LetIn>>, RequestError> {
+        let Some((client, limits)) = self.limited(client) else { return Ok(tokens.iter().map(|_| None).collect()) };
+        let (asks, now) = (tokens.iter().map(|&tokens| Load { requests: 1, tokens }).collect::<Vec<_>>(), self.now());
+        let charges = {
             let mut uses = self.uses.lock();
             uses.sweep(now);
-            uses.of.entry(client.clone()).or_default().comes(&limits, asks, now)
+            uses.of.entry(client.clone()).or_default().come(&limits, &asks, now)
         };
-        let charge = charge.map_err(|exceeded| refused(&client, exceeded, asks))?;
-        Ok(Some(LetIn { uses: self.clone(), client, charge, state: State::Waits }))
+        let charges = charges.map_err(|exceeded| refused(&client, exceeded, client_limits::together(&asks)))?;
+        let let_in = |charge| LetIn { uses: self.clone(), client: client.clone(), charge, state: State::Waits };
+        Ok(charges.into_iter().map(let_in).map(Some).collect())
     }
 
     /// What a client may still have: of requests and of tokens in a minute, where these are limited.
@@ -166,28 +168,32 @@ fn refused(client: &Client, Exceeded { limit, allowed, within }: Exceeded, asks:
 mod tests {
     use super::*;
 
+    fn comes(uses: &Arc<ClientUses>, client: Option<&Client>, tokens: usize) -> Result<Option<LetIn>, RequestError> {
+        Ok(uses.come(client, &[tokens])?.pop().flatten())
+    }
+
     #[test]
     fn who_uses_nothing_is_forgotten() {
         // Would break: a coordinator that many addresses ask once grows with every one of them, or forgets what one has used.
         let limits = ClientLimits { requests_max: Some(1), ..ClientLimits::default() };
         let uses = ClientUses::new(Gate::default(), limits);
         let alice = Client::of_key("alice");
-        let held = uses.comes(Some(&alice), 1).expect("it is the first");
+        let held = comes(&uses, Some(&alice), 1).expect("it is the first");
         for number in 0..10 * KEPT_MIN {
-            drop(uses.comes(Some(&Client::of_key(format!("c{number}"))), 1).expect("it is the only one"));
+            drop(comes(&uses, Some(&Client::of_key(format!("c{number}"))), 1).expect("it is the only one"));
         }
         assert!(uses.uses.lock().of.len() <= 2 * KEPT_MIN, "{}", uses.uses.lock().of.len());
-        assert!(uses.comes(Some(&alice), 1).is_err());
+        assert!(comes(&uses, Some(&alice), 1).is_err());
         drop(held);
-        assert!(uses.comes(Some(&alice), 1).is_ok());
+        assert!(comes(&uses, Some(&alice), 1).is_ok());
     }
 
     #[test]
     fn the_own_process_and_who_has_no_limits_are_not_counted() {
         // Would break: `sida ask` is refused by the limits of clients; or every request of an unlimited one takes a lock.
         let uses = ClientUses::new(Gate::default(), ClientLimits::default());
-        assert!(uses.comes(Some(&Client::of_key("alice")), usize::MAX).expect("let in").is_none());
+        assert!(comes(&uses, Some(&Client::of_key("alice")), usize::MAX).expect("let in").is_none());
         let limits = ClientLimits { tokens_per_minute: Some(1), ..ClientLimits::default() };
-        assert!(ClientUses::new(Gate::default(), limits).comes(None, 100).expect("let in").is_none());
+        assert!(comes(&ClientUses::new(Gate::default(), limits), None, 100).expect("let in").is_none());
     }
 }

@@ -15,7 +15,7 @@ use crate::{
         routing_mode::RoutingMode,
         sampling::SamplerSettings,
     },
-    intake::{client_uses::LetIn, workload::Begun},
+    intake::{client_uses::LetIn, replay::ReplayedSequence, workload::Begun},
     measures::door::Door,
 };
 
@@ -42,6 +42,8 @@ pub(crate) struct Request {
     /// What its client's limits let it have; `None` of one without limits. Given up before its caller learns that it is over,
     /// who may ask again at once.
     pub(crate) let_in: Option<LetIn>,
+    /// Recorded routes in the place of the router's choice, where such are measured.
+    pub(crate) replayed: Option<ReplayedSequence>,
     /// The span from the request's coming in to its answer; ends with the request.
     pub(crate) span: Span,
 }

@@ -224,6 +224,7 @@ mod tests {
             cache_bytes: 0,
             begun: None,
             let_in: None,
+            replayed: None,
             accepted: Instant::now(),
             deadline: None,
             client: None,

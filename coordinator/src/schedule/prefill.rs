@@ -79,7 +79,7 @@ impl<B: Backend> Scheduler<B> {
         self.metrics.queue_seconds.record(trace.timings.queue);
         spans::record(request.span.context(), "join", at, now);
         request_span::describe_prompt(&mut request.span, request.tokens.len());
-        let mut routing = self.routing(&request, request.tokens.len());
+        let mut routing = self.routing(&request, 0, 0..request.tokens.len());
         routing.predicted(table, self.forward.config().top_k);
         Some(Joining { request, trace, routing, hint })
     }

@@ -3,7 +3,8 @@
 //! what is kept lies in the memory of sequences where nobody who runs needs it.
 //!
 //! Only prompts that a decoder reads begin so, since what an encoder makes of a token depends on all of the input. And only
-//! those in mode `exact`: in the others keys and values depend on what was predicted, too.
+//! those in mode `exact`: in the others keys and values depend on what was predicted, too, and where routes are replayed, on
+//! these.
 
 use sida_model::{Backend, NewSequence};
 use sida_routing::prefix_cache::{Kept, PrefixCache, TOKENS_MIN, shared};
@@ -78,6 +79,7 @@ impl<B: Backend> Scheduler<B> {
         let kept = self.prefixes.kept.find(&client, wanted, bytes_max);
         let (tokens, sequence) = running.chain(kept).max_by_key(|&(tokens, _)| tokens)?;
         let forked = catch_panic(|| Ok(self.forward.backend_ref().fork_prefix(sequence, tokens, tokens_max)?));
+        let forked = forked.inspect_err(|error| tracing::warn!(%error, tokens, "a beginning is computed, not copied"));
         forked.ok().map(|sequence| (sequence, tokens))
     }
 
@@ -106,6 +108,7 @@ impl<B: Backend> Scheduler<B> {
     }
 
     fn shares(&self, request: &Request) -> bool {
-        self.prefixes.is_on && request.mode == RoutingMode::Exact && !self.forward.config().has_encoder()
+        let is_the_models_own = request.mode == RoutingMode::Exact && request.replayed.is_none();
+        self.prefixes.is_on && is_the_models_own && !self.forward.config().has_encoder()
     }
 }

@@ -6,6 +6,7 @@
 
 use std::{
     collections::VecDeque,
+    ops::Range,
     sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
@@ -231,8 +232,11 @@ impl<B: Backend> Scheduler<B> {
     /// How the rows of every branch are routed in this step's batch.
     fn routings(&self) -> Vec<SequenceRouting> {
         let of = |sequence: &Sequence<B>| {
-            let routing = |branch: &Branch<B>| self.routing(&sequence.request, branch.rows);
-            sequence.branches.iter().map(routing).collect::<Vec<_>>()
+            let routing = |(number, branch): (usize, &Branch<B>)| {
+                let place = sequence.place(branch);
+                self.routing(&sequence.request, number, place..place + branch.rows)
+            };
+            sequence.branches.iter().enumerate().map(routing).collect::<Vec<_>>()
         };
         self.running.iter().flat_map(of).collect()
     }
@@ -409,11 +413,13 @@ impl<B: Backend> Scheduler<B> {
         self.go_on(sequence, |sequence, backend| failure.map_or_else(|| sequence.read_on(backend), Err));
     }
 
-    /// How so many rows of a request are routed.
-    pub(crate) fn routing(&self, request: &Request, rows: usize) -> SequenceRouting {
+    /// How the rows in these places of a request's sequence are routed, of the branch of a number.
+    pub(crate) fn routing(&self, request: &Request, branch: usize, rows: Range<usize>) -> SequenceRouting {
         let config = self.forward.config();
         let experts = ExpertSets::new(config.moe_layer_count(), config.num_experts);
-        SequenceRouting::new(request.mode, rows, experts)
+        let replayed = request.replayed.as_ref();
+        let replayed = replayed.map(|replayed| replayed.rows(branch, rows.start, request.tokens.len()));
+        SequenceRouting::new(request.mode, rows.len(), experts).replaying(replayed)
     }
 
     pub(crate) fn trace(&self, request: &Request) -> Trace {

@@ -129,6 +129,17 @@ impl<B: Backend> Sequence<B> {
         self.branches.iter().map(feed)
     }
 
+    /// The place in its sequence, the prompt included, of the first token that a branch feeds. (Of a model without an encoder.)
+    pub(crate) fn place(&self, branch: &Branch<B>) -> usize {
+        let prompt = self.request.tokens.len();
+        match &self.decoding {
+            Decoding::Generate(generation) => (prompt + generation.generated).saturating_sub(branch.feed.len()),
+            // The last token of the prompt is fed with each target.
+            Decoding::ReadPrompt => (prompt - 1).saturating_sub(branch.feed.len()),
+            Decoding::Score => prompt - 1,
+        }
+    }
+
     /// What it takes of the next step beside the rows of its prompt, and of the memory.
     pub(crate) fn cost(&self) -> Cost {
         let tokens = match (&self.decoding, &self.request.work) {

@@ -108,6 +108,41 @@ async fn a_key_that_is_taken_away_ends_its_streams() {
     assert_eq!(complete(&served, DAVE, 1).await.status, 200);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn prompts_of_one_call_are_let_in_together_or_not_at_all() {
+    // Would break: a call of several prompts is refused, and what some of them might have taken is charged all the same; or one
+    // that no minute has room for is told to come back.
+    let dir = tempfile::tempdir().expect("a folder");
+    let keys = dir.path().join("keys");
+    let served = served_with(&keys, &format!("dave:{DAVE} tokens-per-minute=1000\n")).await;
+    let remaining = |answer: &Answer| -> u64 {
+        answer.header("x-ratelimit-remaining-tokens").and_then(|left| left.parse().ok()).expect("what is left")
+    };
+    let ask_all = |path: &'static str, body: serde_json::Value| {
+        let (http, body) = (served.http, body.to_string());
+        async move { ask(http, "POST", path, &headers(DAVE), body.as_bytes()).await }
+    };
+    // Each of them would fit.
+    let never = ask_all("/v1/completions", json!({"prompt": [TEXT, TEXT, TEXT], "max_tokens": 400})).await;
+    assert_eq!((never.status, &never.json()["error"]["param"]), (400, &json!("tokens-per-minute")), "{never:?}");
+    assert_eq!(remaining(&never), 1000, "{never:?}");
+    // Most of a minute's worth, which comes back evenly: a minute later all of it would be there again.
+    let first = ask_all("/v1/embeddings", json!({"input": vec![TEXT; 45]})).await;
+    assert_eq!(first.status, 200, "{first:?}");
+    let left = remaining(&first);
+    let later = ask_all("/v1/completions", json!({"prompt": [TEXT, TEXT], "max_tokens": 470})).await;
+    assert_eq!((later.status, &later.json()["error"]["code"]), (429, &json!("rate_limit_exceeded")), "{later:?}");
+    assert!(remaining(&later) >= left, "{left} were left: {later:?}");
+    // What cannot be read is refused with all that comes with it.
+    let (long, field) = ("a ".repeat(4000), "prompt");
+    let unread = ask_all("/v1/completions", json!({"prompt": [TEXT, long], "max_tokens": 1})).await;
+    assert_eq!((unread.status, &unread.json()["error"]["param"]), (400, &json!(field)), "{unread:?}");
+    let many = vec![TEXT; 200];
+    let texts = ask_all("/v1/embeddings", json!({"input": many})).await;
+    assert_eq!((texts.status, &texts.json()["error"]["param"]), (400, &json!("tokens-per-minute")), "{texts:?}");
+    assert!(remaining(&texts) >= left, "{left} were left: {texts:?}");
+}
+
 async fn few_at_a_time(requests_max: u64) -> PlainCluster {
     start(1, PredictorSource::Off, |config| config.client_limits.requests_max = Some(requests_max)).await
 }

@@ -1,7 +1,8 @@
 //! A coordinator with expert-nodes in this process: what it answers ([`exactness`], [`decoder_only`],
 //! [`generation_config`], [`choices`]) to prompts of all kinds ([`prompts`]) and in mode `guided` ([`guided`]), what it
 //! survives ([`failures`]), how it reaches nodes behind sockets ([`lanes`], [`epochs`]), what it refuses ([`limits`]),
-//! how sequences share their memory ([`cache_memory`]) and their beginnings ([`shared_prefixes`]), what predictions cost ([`prediction`]) and what they know of the
+//! how sequences share their memory ([`cache_memory`]) and their beginnings ([`shared_prefixes`]), what it replays
+//! ([`recorded_routes`]), what predictions cost ([`prediction`]) and what they know of the
 //! input ([`reading_input`]), whom it knows ([`clients`]) and what it gives each ([`client_limits`]), and how that looks by
 //! gRPC ([`front_door`], [`open_inference`], [`our_faults`]) and by HTTP
 //! ([`openai_door`]), and by [all](`every_door`) of them at once. Whole clusters of real nodes are tested in the
@@ -34,6 +35,7 @@ mod plain_nodes;
 mod prediction;
 mod prompts;
 mod reading_input;
+mod recorded_routes;
 mod response_format;
 mod shared_prefixes;
 mod small_experts;

@@ -1,8 +1,8 @@
 //! `sida`: the whole cluster in one process, one role of it, or a client of one.
 //!
 //! In reading order. What can be said on the command line: [`command_line`], [`environment`], [`negative_values`],
-//! [`settings_file`], [`arguments`], [`time_span`], [`bad_configuration`]. What it does: [`commands`]. What the commands
-//! share: [`model_dir`], [`model_check`], [`text_file`], [`embedded`], [`coordinator_client`], [`node_state`], [`runtime`],
+//! [`settings_file`], [`arguments`], [`time_span`], [`share`], [`bad_configuration`]. What it does: [`commands`]. What the commands
+//! share: [`model_dir`], [`model_check`], [`text_file`], [`routes_file`], [`embedded`], [`coordinator_client`], [`node_state`], [`runtime`],
 //! [`shutdown`].
 //! What a person sees: [`loading_bar`], [`byte_size`], [`plain_table`], [`chart`], [`expert_picture`], [`answer_report`],
 //! [`status_table`], [`watch_screen`], [`told`].
@@ -27,8 +27,10 @@ mod negative_values;
 mod node_state;
 mod open_files;
 mod plain_table;
+mod routes_file;
 mod runtime;
 mod settings_file;
+mod share;
 mod shutdown;
 mod status_table;
 mod text_file;

@@ -1,9 +1,13 @@
-//! When a server ends: the first Ctrl-C or SIGTERM asks it to drain, a second one ends it at once. Used by
-//! `up`, the roles and `eval`.
+//! When a process ends that is told to. Of a server the first Ctrl-C or SIGTERM asks it to drain, a second one ends it at once:
+//! `up`, the roles and `eval`. What writes a model ends at the first, once it has cleaned up: `synth` and `convert`.
 
-use std::process;
+use std::{io, process, thread};
 
-use tokio::signal::unix::{SignalKind, signal};
+use sida_model::fresh_directory;
+use tokio::{
+    runtime,
+    signal::unix::{SignalKind, signal},
+};
 use tokio_util::sync::CancellationToken;
 
 /// 128 + SIGINT, as a shell reports it.
@@ -29,4 +33,27 @@ pub(crate) fn on_signal() -> anyhow::Result<CancellationToken> {
         process::exit(EXIT_INTERRUPTED);
     });
     Ok(shutdown)
+}
+
+/// Ends the process at the first Ctrl-C or SIGTERM, once the directories are removed that it has not finished: for work that does not
+/// look whether it should end.
+pub(crate) fn clean_up_on_signal() -> io::Result<()> {
+    let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
+    let (mut interrupts, mut terminations) = {
+        let _entered = runtime.enter();
+        (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?)
+    };
+    thread::Builder::new().name("signals".into()).spawn(move || {
+        runtime.block_on(async {
+            tokio::select! {
+                _ = interrupts.recv() => {}
+                _ = terminations.recv() => {}
+            }
+        });
+        for left in fresh_directory::remove_unfinished() {
+            tracing::warn!("cannot remove {}, which is not finished", left.display());
+        }
+        process::exit(EXIT_INTERRUPTED);
+    })?;
+    Ok(())
 }

@@ -1,10 +1,15 @@
 //! A directory that appears whole or not at all: written under a hidden name beside its place, renamed when
 //! complete, removed otherwise. Called by [`crate::convert`] and [`crate::synth`].
+//!
+//! A process that is ended in the middle removes nothing, unless it asks for that when it is told to end ([`remove_unfinished`]). What
+//! was left is removed by the next that writes to the same place: as long as it is written its writer holds a lock of it, which
+//! ends with the process.
 
 use std::{
-    fs,
+    fs::{self, File},
     hash::{BuildHasher, Hasher, RandomState},
     path::{Path, PathBuf},
+    sync::Mutex,
 };
 
 use crate::ModelError;
@@ -15,10 +20,30 @@ fn random() -> u64 {
     RandomState::new().build_hasher().finish()
 }
 
+/// What this process is writing.
+static UNFINISHED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+/// How often what is still being written is removed anew.
+const REMOVALS_MAX: usize = 100;
+
+/// Removes what this process has not finished, for one that is told to end: nothing can be finished afterwards. Returns what cannot be
+/// removed.
+pub fn remove_unfinished() -> Vec<PathBuf> {
+    // Kept locked: no other is begun, and none is moved to its place.
+    let unfinished = unfinished();
+    // A file that comes into it meanwhile makes a removal fail.
+    let remains = |partial: &Path| !(0..REMOVALS_MAX).any(|_| fs::remove_dir_all(partial).is_ok() || !partial.exists());
+    let left = unfinished.iter().filter(|partial| remains(partial)).cloned().collect();
+    std::mem::forget(unfinished);
+    left
+}
+
 /// A directory being written. Dropped before [`FreshDirectory::finish`], it leaves nothing.
 pub(crate) struct FreshDirectory {
     place: PathBuf,
     partial: PathBuf,
+    /// Locked until it is finished.
+    _lock: File,
     finished: bool,
 }
 
@@ -29,10 +54,16 @@ impl FreshDirectory {
         if place.exists() && fs::read_dir(place).map_err(failed)?.next().is_some() {
             return Err(ModelError::NotEmpty { dir: place.to_owned() });
         }
+        remove_left_over(place);
         let name = place.file_name().unwrap_or_default().to_string_lossy();
         let partial = place.with_file_name(format!(".{name}.{:016x}.partial", random()));
+        let mut unfinished = unfinished();
         fs::create_dir_all(&partial).map_err(failed)?;
-        Ok(Self { place: place.to_owned(), partial, finished: false })
+        let lock = File::open(&partial).map_err(failed)?;
+        // Where files cannot be locked, nothing that is left over is ever removed.
+        let _ = lock.try_lock();
+        unfinished.push(partial.clone());
+        Ok(Self { place: place.to_owned(), partial, _lock: lock, finished: false })
     }
 
     /// Where to write until then.
@@ -42,6 +73,8 @@ impl FreshDirectory {
 
     /// Moves it to its place.
     pub(crate) fn finish(mut self) -> Result<(), ModelError> {
+        let mut unfinished = unfinished();
+        unfinished.retain(|other| *other != self.partial);
         fs::rename(&self.partial, &self.place)
             .map_err(|source| ModelError::Write { path: self.place.clone(), source })?;
         self.finished = true;
@@ -52,8 +85,83 @@ impl FreshDirectory {
 impl Drop for FreshDirectory {
     fn drop(&mut self) {
         if !self.finished {
+            unfinished().retain(|other| *other != self.partial);
             // The error that led here says more than a failure to clean up would.
             let _ = fs::remove_dir_all(&self.partial);
         }
+    }
+}
+
+fn unfinished() -> std::sync::MutexGuard<'static, Vec<PathBuf>> {
+    UNFINISHED.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Removes what others have left that were to write this place and have ended. One that is still being written is locked.
+fn remove_left_over(place: &Path) {
+    let name = place.file_name().unwrap_or_default().to_string_lossy();
+    let begins = format!(".{name}.");
+    let is_partial = |found: &str| {
+        let random = found.strip_prefix(&begins).and_then(|rest| rest.strip_suffix(".partial"));
+        random.is_some_and(|random| random.len() == 16 && random.bytes().all(|byte| byte.is_ascii_hexdigit()))
+    };
+    let parent = place.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
+        let left_over =
+            entry.file_name().to_str().is_some_and(is_partial) && entry.file_type().is_ok_and(|kind| kind.is_dir());
+        if !left_over {
+            continue;
+        }
+        // What cannot be locked is still written, and what cannot be removed is in nobody's way.
+        if let Ok(lock) = File::open(entry.path())
+            && lock.try_lock().is_ok()
+        {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entries(dir: &Path) -> Vec<String> {
+        let names = fs::read_dir(dir).expect("a directory").map(|entry| entry.expect("an entry").file_name());
+        let mut names: Vec<_> = names.map(|name| name.to_string_lossy().into_owned()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn what_an_earlier_run_left_is_removed_and_nothing_else() {
+        // Would break: every run that is interrupted leaves gigabytes under a hidden name; or one run removes what another is
+        // writing, or what was never its own.
+        let dir = tempfile::tempdir().expect("a directory");
+        let place = dir.path().join("model");
+        let left = dir.path().join(".model.0123456789abcdef.partial");
+        fs::create_dir(&left).expect("written");
+        fs::write(left.join("shard"), "bytes").expect("written");
+        for other in [".model.tmp.partial", ".other.0123456789abcdef.partial", "notes"] {
+            fs::create_dir(dir.path().join(other)).expect("written");
+        }
+        let first = FreshDirectory::create(&place).expect("created");
+        assert!(!left.exists());
+        let second = FreshDirectory::create(&place).expect("created");
+        assert!(first.path().exists(), "it is still being written");
+        drop(first);
+        second.finish().expect("moved");
+        assert_eq!(entries(dir.path()), [".model.tmp.partial", ".other.0123456789abcdef.partial", "model", "notes"]);
+    }
+
+    #[test]
+    fn what_is_finished_or_given_up_is_not_kept_in_mind() {
+        // Would break: a process that is told to end removes a model that it has finished.
+        let dir = tempfile::tempdir().expect("a directory");
+        let of_here = || unfinished().iter().filter(|partial| partial.starts_with(dir.path())).count();
+        let given_up = FreshDirectory::create(&dir.path().join("a")).expect("created");
+        let finished = FreshDirectory::create(&dir.path().join("b")).expect("created");
+        assert_eq!(of_here(), 2);
+        drop(given_up);
+        finished.finish().expect("moved");
+        assert_eq!((of_here(), entries(dir.path())), (0, vec!["b".to_owned()]));
     }
 }

@@ -40,7 +40,7 @@ pub mod expert_slot;
 pub mod expert_store;
 pub mod family;
 pub mod forward;
-mod fresh_directory;
+pub mod fresh_directory;
 pub mod generation;
 pub mod kv_cache;
 pub mod linear;

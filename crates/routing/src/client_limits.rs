@@ -147,6 +147,14 @@ impl ClientUse {
         Ok(charge)
     }
 
+    /// Lets in requests that come together, each of which asks so much, if all of them are within `limits`: all or none.
+    pub fn come(&mut self, limits: &ClientLimits, all: &[Load], now: Duration) -> Result<Vec<Charge>, Exceeded> {
+        self.may_come(limits, together(all), now)?;
+        // What each is charged is rounded down, so that the parts are never more than the whole.
+        let charge = |asks: &Load| self.comes(limits, *asks, now).expect("each is within what all are within");
+        Ok(all.iter().map(charge).collect())
+    }
+
     /// What it would be charged, and nothing else.
     pub fn may_come(&self, limits: &ClientLimits, asks: Load, now: Duration) -> Result<Charge, Exceeded> {
         let (requests, tokens) = (asks.requests as u64, asks.tokens as u64);
@@ -225,6 +233,12 @@ impl ClientUse {
     }
 }
 
+/// What requests ask for together.
+pub fn together(all: &[Load]) -> Load {
+    let tokens = all.iter().fold(0_usize, |tokens, asks| tokens.saturating_add(asks.tokens));
+    Load { requests: all.iter().map(|asks| asks.requests).sum(), tokens }
+}
+
 /// How much of a minute so many are, of which `allowed` are one.
 fn cost(allowed: u64, count: u64) -> Duration {
     let nanos = MINUTE.as_nanos() * u128::from(count) / u128::from(allowed.max(1));
@@ -246,6 +260,29 @@ mod tests {
     use super::*;
 
     const SECOND: Duration = Duration::from_secs(1);
+
+    #[test]
+    fn requests_that_come_together_are_let_in_together_or_not_at_all() {
+        // Would break: a call of several prompts is refused, and its client has paid for some of them; or one that no minute
+        // has room for is told to come back.
+        let limits = ClientLimits { tokens_per_minute: Some(100), requests_max: Some(3), ..NONE };
+        let asks = |tokens| Load { requests: 1, tokens };
+        let mut used = ClientUse::default();
+        let remaining = |used: &ClientUse| used.tokens(&limits, SECOND).expect("limited").remaining;
+        let never = used.come(&limits, &[asks(60), asks(60)], SECOND).unwrap_err();
+        assert_eq!((never.limit, never.within), (ClientLimit::TokensPerMinute, Within::Never));
+        let many = used.come(&limits, &[asks(1); 4], SECOND).unwrap_err();
+        assert_eq!((many.limit, many.within), (ClientLimit::Requests, Within::Never));
+        assert!(used.is_idle(SECOND), "nothing is charged for what is refused: {used:?}");
+        assert_eq!(used.come(&limits, &[asks(33), asks(33)], SECOND).expect("within").len(), 2);
+        assert_eq!(remaining(&used), 34);
+        let later = used.come(&limits, &[asks(20), asks(20)], SECOND).unwrap_err();
+        assert!(matches!(later.within, Within::WhenOthersEnd | Within::After(_)), "{later:?}");
+        assert_eq!(remaining(&used), 34);
+        assert!(used.come(&limits, &[asks(34)], SECOND).is_ok());
+        assert!(used.come(&limits, &[asks(usize::MAX), asks(usize::MAX)], SECOND).is_err(), "sums do not overflow");
+    }
+
     const NONE: ClientLimits = ClientLimits {
         requests_per_minute: None,
         tokens_per_minute: None,

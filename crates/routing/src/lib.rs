@@ -4,8 +4,8 @@
 //! Invariant: no clock, no network, no threads, no files, no tensor library. What is decided comes from
 //! here; what is done comes from the nodes.
 //!
-//! In reading order: [`ids`], [`hash_table`], [`plan`], [`permitted`], [`routes`], [`grouping`],
-//! [`placement`], [`membership`], [`failover`], [`dispatch`], [`residency`], [`admission`], [`fairness`],
+//! In reading order: [`ids`], [`hash_table`], [`plan`], [`permitted`], [`routes`], [`recorded_routes`], [`grouping`],
+//! [`placement`], [`membership`], [`failover`], [`dispatch`], [`residency`], [`residency_replay`], [`admission`], [`fairness`],
 //! [`client_limits`], [`gathering`], [`prefill`], [`prefix_cache`], [`micro_batches`].
 
 pub mod admission;
@@ -25,7 +25,9 @@ pub mod placement;
 pub mod plan;
 pub mod prefill;
 pub mod prefix_cache;
+pub mod recorded_routes;
 pub mod residency;
+pub mod residency_replay;
 pub mod routes;
 
 pub use grouping::{Group, Grouping, PlacedGroup};
@@ -34,4 +36,5 @@ pub use ids::{Digest, ExpertId, ExpertKey, LayerId, NodeId};
 pub use permitted::Permitted;
 pub use placement::{Candidate, Demand, Extent, Placement, PlacementError, Policy};
 pub use plan::{Plan, PlanId};
+pub use recorded_routes::{RecordedRoutes, TokenRoutes};
 pub use routes::Routes;

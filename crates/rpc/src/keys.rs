@@ -76,6 +76,10 @@ pub enum Problem {
     Length(usize),
     #[error("the key may hold visible ASCII characters only")]
     Characters,
+    #[error(
+        "the key has a comma, expected limits behind a blank, as NAME:KEY requests-per-minute=60 queue-max=5, and none in a key"
+    )]
+    Comma,
     #[error("the name stands in an earlier line, too")]
     NameAgain,
     #[error("the key stands in an earlier line, too")]
@@ -239,6 +243,10 @@ fn check(key: &str) -> Result<(), Problem> {
     if !key.bytes().all(|byte| byte.is_ascii_graphic()) {
         return Err(Problem::Characters);
     }
+    // Who writes one means to part a key from what comes behind it, which would become a part of the key.
+    if key.contains(',') {
+        return Err(Problem::Comma);
+    }
     if (KEY_BYTES_MIN..=KEY_BYTES_MAX).contains(&key.len()) { Ok(()) } else { Err(Problem::Length(key.len())) }
 }
 
@@ -334,6 +342,8 @@ mod tests {
             (format!("alice:{ALICE} queue-max=0"), 1, Problem::LimitValue(ClientLimit::Queue)),
             (format!("alice:{ALICE} queue-max=secret"), 1, Problem::LimitValue(ClientLimit::Queue)),
             (format!("alice:{ALICE}é"), 1, Problem::Characters),
+            (format!("alice:{BOB}\nbob:{ALICE},requests-per-minute=60"), 2, Problem::Comma),
+            (format!("alice:{ALICE}, requests-per-minute=60"), 1, Problem::Comma),
             (format!("alice:{ALICE}\nalice:{BOB}"), 2, Problem::NameAgain),
             (format!("alice:{ALICE}\nbob:{ALICE}"), 2, Problem::KeyAgain),
             (many, KEYS_MAX + 1, Problem::TooMany),

@@ -10,7 +10,7 @@ use axum::{
 use serde_json::{Value, json};
 
 use crate::{
-    answer::output::Token,
+    answer::output::{FinishReason, Token},
     doors::openai::{
         body,
         call::Call,
@@ -175,7 +175,7 @@ impl Form for ChatForm {
             Some(names) => {
                 let reader = self.readers.entry(index).or_insert_with(|| Reader::new(names.clone()));
                 let before = reader.calls();
-                let said = reader.read(&token.text, token.finish.is_some());
+                let said = reader.read(&token.text, token.finish.as_ref().map(|finish| finish.reason));
                 calls = reader.calls();
                 message(&self.id, index, before, said)
             }
@@ -194,7 +194,11 @@ impl Form for ChatForm {
         let text: String = tokens.iter().map(|token| token.text.as_str()).collect();
         let said = match &self.tools {
             None => vec![Said::Text(text)],
-            Some(names) => Reader::new(names.clone()).read(&text, true),
+            Some(names) => {
+                let last = tokens.last().and_then(|token| token.finish.as_ref());
+                // An answer that breaks off is no whole one.
+                Reader::new(names.clone()).read(&text, Some(last.map_or(FinishReason::End, |finish| finish.reason)))
+            }
         };
         let Message { text, mut calls } = message(&self.id, index, 0, said);
         let reason = tokens.last().map_or(Value::Null, |token| reason(token, calls.len()));

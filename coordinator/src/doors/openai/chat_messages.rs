@@ -36,7 +36,10 @@ impl Conversation {
             let found = format!("a list of {}", messages.len());
             return Err(ApiError::field("messages", found, format!("1 to {MESSAGES_MAX}")));
         }
-        let message = |(number, value): (usize, Value)| message(Fields::of(value, &format!("messages[{number}]"))?);
+        let mut open_calls = Vec::new();
+        let message = |(number, value): (usize, Value)| {
+            message(Fields::of(value, &format!("messages[{number}]"))?, &mut open_calls)
+        };
         let messages = messages.into_iter().enumerate().map(message).collect::<Result<_, _>>()?;
         Ok(Some(Self { messages, add_generation_prompt, variables }))
     }
@@ -61,7 +64,9 @@ impl Conversation {
     }
 }
 
-fn message(mut fields: Fields) -> Result<ChatMessage, ApiError> {
+/// A message. `open_calls` are the ids of the calls that it may answer: those of the assistant's message before it, from which only
+/// other answers part it.
+fn message(mut fields: Fields, open_calls: &mut Vec<String>) -> Result<ChatMessage, ApiError> {
     let role = fields.text("role")?.ok_or_else(|| ApiError::missing(fields.name("role"), ROLES_EXPECTED))?;
     match role.as_str() {
         "function" => return Err(ApiError::unsupported(fields.name("role"), OLD_FUNCTIONS)),
@@ -69,13 +74,12 @@ fn message(mut fields: Fields) -> Result<ChatMessage, ApiError> {
         other => return Err(ApiError::field(fields.name("role"), other, ROLES_EXPECTED)),
     }
     fields.refuse("function_call", OLD_FUNCTIONS, |_| false)?;
-    let tool_calls = match role.as_str() {
-        "assistant" => called(&mut fields)?,
-        _ => None,
-    };
-    let tool_call_id = match role.as_str() {
-        "tool" => fields.text("tool_call_id")?,
-        _ => None,
+    let (tool_calls, tool_call_id) = match role.as_str() {
+        "tool" => (None, Some(answered(&mut fields, open_calls)?)),
+        role => {
+            open_calls.clear();
+            (if role == "assistant" { called(&mut fields, open_calls)? } else { None }, None)
+        }
     };
     for field in EMPTY_EXTRAS {
         fields
@@ -84,7 +88,10 @@ fn message(mut fields: Fields) -> Result<ChatMessage, ApiError> {
     let (name, at) = (fields.text("name")?, fields.name("content"));
     let content = match fields.value("content") {
         Some(content) => Some(text(content, &at)?),
-        None if role == "assistant" => None,
+        None if tool_calls.is_some() => None,
+        None if role == "assistant" => {
+            return Err(ApiError::missing(at, "a text or a list of text parts, or calls in tool_calls"));
+        }
         None => return Err(ApiError::missing(at, "a text or a list of text parts")),
     };
     fields.end()?;
@@ -108,8 +115,19 @@ struct Function {
     arguments: TemplateValue,
 }
 
-/// Takes what an assistant has called; `None` if nothing.
-fn called(fields: &mut Fields) -> Result<Option<TemplateValue>, ApiError> {
+/// Takes the id of the call that a tool has answered.
+fn answered(fields: &mut Fields, open_calls: &[String]) -> Result<String, ApiError> {
+    let at = fields.name("tool_call_id");
+    let expected = "the id of a call in tool_calls of the assistant's message before it";
+    match fields.text("tool_call_id")? {
+        None => Err(ApiError::missing(at, expected)),
+        Some(id) if open_calls.contains(&id) => Ok(id),
+        Some(id) => Err(ApiError::field(at, id, expected)),
+    }
+}
+
+/// Takes what an assistant has called; `None` if nothing. The ids are added to `open_calls`.
+fn called(fields: &mut Fields, open_calls: &mut Vec<String>) -> Result<Option<TemplateValue>, ApiError> {
     let at = fields.name("tool_calls");
     let calls = fields.read("tool_calls", "a list of calls", |value| value.as_array().cloned())?.unwrap_or_default();
     let call = |(number, value): (usize, Value)| {
@@ -129,6 +147,7 @@ fn called(fields: &mut Fields) -> Result<Option<TemplateValue>, ApiError> {
         Ok(Call { id, kind: "function", function: Function { name, arguments } })
     };
     let calls = calls.into_iter().enumerate().map(call).collect::<Result<Vec<_>, _>>()?;
+    open_calls.extend(calls.iter().filter_map(|call| call.id.clone()));
     Ok((!calls.is_empty()).then(|| TemplateValue::from_serialize(&calls)))
 }
 
@@ -169,11 +188,11 @@ mod tests {
         let parts = json!([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]);
         let messages = read(json!([
             {"role": "user", "content": parts, "name": "Ada"},
-            {"role": "assistant", "content": null, "refusal": null, "tool_calls": [], "annotations": []},
+            {"role": "assistant", "content": "", "refusal": null, "tool_calls": [], "annotations": []},
         ]))
         .unwrap();
         assert_eq!(messages[0].content.as_deref(), Some("a\nb"));
-        assert_eq!((messages[0].name.as_deref(), messages[1].content.as_deref()), (Some("Ada"), None));
+        assert_eq!((messages[0].name.as_deref(), messages[1].content.as_deref()), (Some("Ada"), Some("")));
     }
 
     #[test]
@@ -195,6 +214,30 @@ mod tests {
         assert_eq!(call(&messages[2]), r#"[{"type":"function","function":{"name":"f","arguments":"not JSON"}}]"#);
     }
 
+    fn calls(ids: &[&str]) -> Value {
+        let call = |id: &&str| json!({"id": id, "type": "function", "function": {"name": "f"}});
+        json!({"role": "assistant", "tool_calls": ids.iter().map(call).collect::<Vec<_>>()})
+    }
+
+    #[test]
+    fn tools_answer_the_calls_that_were_made() {
+        // Would break: an agent that mixes up its answers is not told, and the model reads that one tool said what another did.
+        let answer = |id: &str| json!({"role": "tool", "tool_call_id": id, "content": "7"});
+        let user = json!({"role": "user", "content": "Hi"});
+        let several = json!([calls(&["1", "2"]), answer("2"), answer("1"), user, calls(&["3"]), answer("3")]);
+        assert_eq!(read(several).unwrap().len(), 6);
+        for (messages, param) in [
+            (json!([calls(&["1"]), {"role": "tool", "content": "7"}]), "messages[1].tool_call_id"),
+            (json!([user, answer("1")]), "messages[1].tool_call_id"),
+            (json!([calls(&["1"]), answer("2")]), "messages[1].tool_call_id"),
+            // Somebody spoke in between.
+            (json!([calls(&["1"]), user, answer("1")]), "messages[2].tool_call_id"),
+            (json!([calls(&["1"]), calls(&["2"]), answer("1")]), "messages[2].tool_call_id"),
+        ] {
+            assert_eq!(read(messages.clone()).unwrap_err().json()["error"]["param"], param, "{messages}");
+        }
+    }
+
     #[test]
     fn what_cannot_be_read_to_the_model_is_refused_by_its_place() {
         // Would break: an image is left out of what the model sees, and the answer is about nothing.
@@ -206,7 +249,9 @@ mod tests {
             (json!([{"content": "Hi"}]), "messages[0].role"),
             (json!([{"role": "owner", "content": "Hi"}]), "messages[0].role"),
             (json!([{"role": "function", "content": "7", "name": "f"}]), "messages[0].role"),
-            (json!([{"role": "tool", "tool_call_id": "1"}]), "messages[0].content"),
+            (json!([calls(&["1"]), {"role": "tool", "tool_call_id": "1"}]), "messages[1].content"),
+            (json!([{"role": "assistant", "content": null}]), "messages[0].content"),
+            (json!([{"role": "assistant", "tool_calls": []}]), "messages[0].content"),
             (json!([{"role": "user", "content": "a", "tool_call_id": "1"}]), "messages[0].tool_call_id"),
             (json!([{"role": "assistant", "tool_calls": [{"id": "1"}]}]), "messages[0].tool_calls[0].function"),
             (json!([{"role": "user"}]), "messages[0].content"),

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use axum::response::Response;
 use futures::{
     StreamExt,
-    future::try_join_all,
     stream::{self, BoxStream, Stream},
 };
 use serde_json::{Value, json};
@@ -110,10 +109,9 @@ impl Generation {
         call: &Call,
     ) -> Result<BoxStream<'static, Result<Piece, RequestError>>, RequestError> {
         let Self { prompts, wanted, logprobs, .. } = self;
-        door.coordinator.may_ask(call.client().as_ref(), prompts.len())?;
         let choices = wanted.choices;
         let params = prompts.into_iter().map(|prompt| params(prompt, &wanted, logprobs, call));
-        let streams = try_join_all(params.map(|params| door.coordinator.generate(params))).await?;
+        let streams = door.coordinator.generate_all(params.collect()).await?;
         let of_prompt = |(number, tokens): (usize, crate::coordinator::TokenStream)| {
             tokens.map(move |token| {
                 let token = token?;

@@ -1,9 +1,12 @@
 //! How a model's text becomes calls of tools: what stands between `<tool_call>` and `</tool_call>` is a name and arguments in
 //! JSON. Read as the text comes, so that a stream says what is text at once, and a call when it is whole. What looks like a
-//! call and is none stays text: nothing that the model said is lost.
+//! call and is none stays text: nothing that the model said is lost. A call that the limit of tokens cuts is one as well, with as
+//! much of its arguments as there is, as OpenAI's has it.
 
 use serde_json::Value;
 use sida_model::chat_template::TOOL_CALL;
+
+use crate::answer::output::FinishReason;
 
 /// What a model said.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -11,7 +14,7 @@ pub(crate) enum Said {
     Text(String),
     Call {
         name: String,
-        /// In JSON.
+        /// In JSON; of a call that was cut the beginning of it.
         arguments: String,
     },
 }
@@ -37,8 +40,9 @@ impl Reader {
         self.calls
     }
 
-    /// What is told once `text` has come, too; of the last text everything.
-    pub(crate) fn read(&mut self, text: &str, is_last: bool) -> Vec<Said> {
+    /// What is told once `text` has come, too; of the last text, with why it is the last, everything.
+    pub(crate) fn read(&mut self, text: &str, last: Option<FinishReason>) -> Vec<Said> {
+        let is_last = last.is_some();
         let [begins, ends] = TOOL_CALL;
         let mut said = Vec::new();
         self.rest += text;
@@ -59,7 +63,16 @@ impl Reader {
         if is_last && self.is_in_call {
             // An end stands in the place of the mark, or a stop text did.
             let rest = std::mem::take(&mut self.rest);
-            said.push(self.call(&rest, false));
+            let cut = begun(&rest).filter(|_| last == Some(FinishReason::Length));
+            let whole = &rest[..rest.len() - held_back(&rest, ends)];
+            match cut.filter(|(name, _)| parsed(whole).is_none() && self.names.contains(name)) {
+                Some((name, arguments)) => {
+                    self.calls += 1;
+                    said.push(Said::Call { name, arguments });
+                }
+                None if parsed(whole).is_some() => said.push(self.call(whole, false)),
+                None => said.push(self.call(&rest, false)),
+            }
         } else if !self.is_in_call {
             let told = if is_last { self.rest.len() } else { self.rest.len() - held_back(&self.rest, begins) };
             let text: String = self.rest.drain(..told).collect();
@@ -101,6 +114,25 @@ fn parsed(written: &str) -> Option<(String, String)> {
     }
 }
 
+/// The name of a call whose text was cut behind it, and what there is of its arguments.
+fn begun(written: &str) -> Option<(String, String)> {
+    let (key, rest) = string(written.trim_start().strip_prefix('{')?)?;
+    let (name, rest) = string(rest.trim_start().strip_prefix(':')?)?;
+    let arguments = || {
+        let (key, rest) = string(rest.trim_start().strip_prefix(',')?)?;
+        let rest = rest.trim_start().strip_prefix(':')?.trim_start();
+        (key == "arguments" && rest.starts_with('{')).then(|| rest.to_owned())
+    };
+    (key == "name").then(|| (name, arguments().unwrap_or_default()))
+}
+
+/// The text of JSON that something begins with, and what comes behind it.
+fn string(written: &str) -> Option<(String, &str)> {
+    let mut strings = serde_json::Deserializer::from_str(written).into_iter::<String>();
+    let string = strings.next()?.ok()?;
+    Some((string, &written[strings.byte_offset()..]))
+}
+
 /// How many bytes at the end of a text may be the beginning of `mark`, with the blanks before it.
 fn held_back(text: &str, mark: &str) -> usize {
     let begun = (1..mark.len()).rev().find(|&length| text.ends_with(&mark[..length])).unwrap_or(0);
@@ -127,7 +159,7 @@ mod tests {
         let mut reader = Reader::new(vec!["a".to_owned(), "b".to_owned()]);
         let mut all: Vec<Said> = Vec::new();
         for (number, piece) in pieces.iter().enumerate() {
-            for said in reader.read(piece, number + 1 == pieces.len()) {
+            for said in reader.read(piece, (number + 1 == pieces.len()).then_some(FinishReason::End)) {
                 match (all.last_mut(), said) {
                     (Some(Said::Text(before)), Said::Text(more)) => before.push_str(&more),
                     (_, said) => all.push(said),
@@ -175,11 +207,41 @@ mod tests {
     fn text_is_told_as_soon_as_it_is_no_call() {
         // Would break: a streamed answer comes only when it is whole.
         let mut reader = Reader::new(vec!["a".to_owned()]);
-        assert_eq!(reader.read("Hello", false), [text("Hello")]);
-        assert_eq!(reader.read(" <", false), []);
-        assert_eq!(reader.read("b", false), [text(" <b")]);
-        assert_eq!(reader.read(" <tool_call>{\"name\": \"a\"}</tool_call>", false), [call("a", "{}")]);
-        assert_eq!((reader.read("\n", true), reader.calls()), (vec![], 1));
+        assert_eq!(reader.read("Hello", None), [text("Hello")]);
+        assert_eq!(reader.read(" <", None), []);
+        assert_eq!(reader.read("b", None), [text(" <b")]);
+        assert_eq!(reader.read(" <tool_call>{\"name\": \"a\"}</tool_call>", None), [call("a", "{}")]);
+        assert_eq!((reader.read("\n", Some(FinishReason::End)), reader.calls()), (vec![], 1));
+    }
+
+    #[test]
+    fn a_call_that_is_cut_is_a_call_with_what_there_is_of_its_arguments() {
+        // Would break: an agent shows its user half a call as the model's words, where OpenAI's clients see a call that was cut.
+        let cut = |written: &str, reason| {
+            let mut reader = Reader::new(vec!["a".to_owned()]);
+            let said = reader.read(&format!("<tool_call>\n{written}"), Some(reason));
+            (said, reader.calls())
+        };
+        for (written, arguments) in [
+            (r#"{"name": "a", "arguments": {"x": "y z"#, r#"{"x": "y z"#),
+            (r#"{"name": "a", "arguments": {"#, "{"),
+            (r#"{"name": "a", "argu"#, ""),
+            (r#"{"name": "a""#, ""),
+            // Only what ends it is missing, or half of that.
+            (r#"{"name": "a", "arguments": {"x": 1}}"#, r#"{"x":1}"#),
+            ("{\"name\": \"a\", \"arguments\": {\"x\": 1}}\n</tool_", r#"{"x":1}"#),
+        ] {
+            assert_eq!(cut(written, FinishReason::Length), (vec![call("a", arguments)], 1), "{written}");
+        }
+        for written in
+            [r#"{"name": "a"#, r#"{"na"#, "", r#"{"name": "other", "arguments": {"#, r#"{"call": "a", "x": "#, "no"]
+        {
+            let expected = (vec![text(&format!("<tool_call>\n{written}"))], 0);
+            assert_eq!(cut(written, FinishReason::Length), expected, "{written}");
+        }
+        // A model that ends by itself in the middle of a call has said something else.
+        let ended = r#"{"name": "a", "arguments": {"x": "#;
+        assert_eq!(cut(ended, FinishReason::End), (vec![text(&format!("<tool_call>\n{ended}"))], 0));
     }
 
     proptest! {

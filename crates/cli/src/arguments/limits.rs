@@ -6,7 +6,7 @@ use clap::Args;
 use sida_coordinator::CoordinatorConfig;
 
 use super::client_limits::ClientLimitArguments;
-use crate::time_span;
+use crate::{share, time_span};
 
 /// Bounds of batches and requests; the defaults are those of the design.
 #[derive(Args, Clone, Debug)]
@@ -29,7 +29,7 @@ pub(crate) struct LimitArguments {
     queue_tokens_max: usize,
     /// Part of the queue that one client may hold while others wait, as 50%; a client is who has a key, a certificate or an
     /// address of its own
-    #[arg(long, value_name = "SHARE", default_value = "50%", value_parser = share)]
+    #[arg(long, value_name = "SHARE", default_value = "50%", value_parser = share::parse)]
     client_queue_share: f64,
     #[command(flatten)]
     clients: ClientLimitArguments,
@@ -74,27 +74,5 @@ impl LimitArguments {
         config.enforce_capacity = self.enforce_capacity;
         config.expert_call_timeout = self.expert_call_timeout;
         config.predict_timeout = self.predict_timeout;
-    }
-}
-
-/// A part of a whole, as 50%: above 0%, at most 100%.
-fn share(text: &str) -> Result<f64, String> {
-    let percent = text.strip_suffix('%').and_then(|number| number.trim().parse::<f64>().ok());
-    let share = percent.map(|percent| percent / 100.0).filter(|share| *share > 0.0 && *share <= 1.0);
-    share.ok_or_else(|| format!("{text:?} is no part, expected above 0% and at most 100%"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_share_is_a_part_of_the_whole() {
-        // Would break: a share of 50 is taken for fifty queues, or nobody may wait.
-        assert_eq!(share("50%"), Ok(0.5));
-        assert_eq!(share("100%"), Ok(1.0));
-        for wrong in ["0%", "101%", "50", "-1%", "NaN%", "%", ""] {
-            assert!(share(wrong).is_err(), "{wrong}");
-        }
     }
 }

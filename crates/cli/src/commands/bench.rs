@@ -2,7 +2,7 @@
 //! server that speaks OpenAI's protocol.
 //!
 //! In reading order. What is asked: [`prompts`], [`workload`]. When: [`arrivals`], [`plan`], [`load`]. Whom: [`subject`],
-//! [`processes`], [`openai`] with [`url`], [`http_client`], [`url_tls`] and [`openai_answer`]. What comes of it: [`answer`],
+//! [`processes`], [`replay`], [`openai`] with [`url`], [`http_client`], [`url_tls`] and [`openai_answer`]. What comes of it: [`answer`],
 //! [`timings`], [`slo`], [`samples`], [`figures`], [`budget`]. How it is told: [`live_line`], [`report`], and as a page
 //! [`plots`], [`page`], with the charts of `crate::chart`.
 
@@ -22,6 +22,7 @@ mod plan;
 mod plots;
 mod processes;
 mod prompts;
+mod replay;
 mod report;
 mod samples;
 mod slo;
@@ -85,15 +86,19 @@ pub(crate) fn run(arguments: BenchArguments) -> anyhow::Result<ExitCode> {
     let plan = arguments.load.plan(arguments.subject.is_cluster().then(|| workload.texts()))?;
     // Before the measurement, so that a wrong path is not found out after it.
     let page = arguments.report.as_deref().map(page::create).transpose()?;
+    let replay = arguments.subject.replay()?;
     arguments.subject.model.start_threads()?;
     runtime::run(async {
-        let subjects = subject::start(&arguments.subject, plan.concurrency).await?;
+        let subjects = subject::start(&arguments.subject, plan.concurrency, replay.as_ref()).await?;
         let rounds = arguments.rounds.unwrap_or(if subjects.len() > 1 { 5 } else { 1 });
         let measured = measure(&subjects, &plan, rounds, &workload).await?;
         for subject in subjects {
             subject.stop().await;
         }
-        let parameters = parameters(&arguments, &plan, rounds);
+        let mut parameters = parameters(&arguments, &plan, rounds);
+        if let Some(replay) = replay {
+            parameters["routes"] = replay.as_json();
+        }
         if let Some(page) = page {
             page.write(&parameters, &measured)?;
         }

@@ -14,6 +14,7 @@ use crate::{
     arguments::block_formats::BlockFormatArguments,
     byte_size,
     loading_bar::{LoadingBar, Unit},
+    shutdown,
 };
 
 /// Turn pytorch_model.bin (one file or shards) into safetensors with a SHA-256 manifest, and weights into fewer bits
@@ -39,6 +40,7 @@ pub(crate) fn run(arguments: ConvertArguments) -> anyhow::Result<ExitCode> {
         writeln!(io::stdout(), "{} is there already", arguments.out.display())?;
         return Ok(ExitCode::SUCCESS);
     }
+    shutdown::clean_up_on_signal()?;
     let bar = LoadingBar::new("converting", Unit::Bytes);
     let written =
         convert::convert(&arguments.source, &arguments.out, arguments.formats.formats(), &mut |done, total| {

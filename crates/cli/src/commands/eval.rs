@@ -3,7 +3,8 @@
 //!
 //! In reading order. What is asked: [`template`], [`record`], [`data_file`], [`span_corruption`], [`task`]. How: [`modes`],
 //! [`ask`]. What comes of it: [`answered`], [`moe_layers`], [`quality`], [`hit_rates`], [`memory`], [`lengths`],
-//! [`evaluation`]. How it is told: [`report`], and as a page [`plots`], [`page`].
+//! [`evaluation`]. How it is told: [`report`], and as a page [`plots`], [`page`]. What residency makes of recorded routes, of which
+//! no model is asked, is in [`recorded`].
 
 mod answered;
 mod ask;
@@ -18,6 +19,7 @@ mod page;
 mod plots;
 mod quality;
 mod record;
+mod recorded;
 mod report;
 mod span_corruption;
 mod task;
@@ -43,6 +45,7 @@ use self::{
     modes::MODES,
     moe_layers::MoeLayers,
     page::Page,
+    recorded::RecordedArguments,
     task::{Example, Task, TaskArguments},
 };
 use crate::{
@@ -64,6 +67,8 @@ pub(crate) struct EvalArguments {
     predictor: PredictorArguments,
     #[command(flatten)]
     task: TaskArguments,
+    #[command(flatten)]
+    recorded: RecordedArguments,
     #[command(flatten)]
     embedded: EmbeddedArguments,
     /// Sizes of batches whose resident experts are told
@@ -95,6 +100,10 @@ const EXIT_INTERRUPTED: u8 = 130;
 
 /// Reads the data, asks, and prints.
 pub(crate) fn run(arguments: EvalArguments) -> anyhow::Result<ExitCode> {
+    if let Some(file) = &arguments.recorded.routes {
+        recorded::run(&arguments.recorded, file, arguments.task.seed, arguments.json)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     check(&arguments)?;
     let task = arguments.task.task()?;
     let examples = arguments.task.examples(&task)?;

@@ -17,6 +17,7 @@ use crate::{
     bad_configuration::BadConfiguration,
     byte_size,
     loading_bar::{LoadingBar, Unit},
+    shutdown,
 };
 
 /// Write a checkpoint of a published shape with seeded random weights, for load and speed tests
@@ -49,6 +50,7 @@ pub(crate) fn run(arguments: SynthArguments) -> anyhow::Result<ExitCode> {
     if let Some(blocks) = arguments.blocks {
         shape = shape.with_blocks(blocks).map_err(refused)?;
     }
+    shutdown::clean_up_on_signal()?;
     let bar = LoadingBar::new("writing", Unit::Bytes);
     let skew = Some(arguments.skew).filter(|&skew| skew != 0.0);
     let formats = arguments.formats.formats();

@@ -77,6 +77,9 @@ enum NetKind {
 
 /// Every n-th text is held out where none are given apart.
 const HELD_OUT_EVERY: usize = 10;
+/// With fewer texts a person is warned: to learn from, and to measure with.
+const LEARNT_MIN: usize = 200;
+const HELD_OUT_MIN: usize = 20;
 
 /// Records, trains, measures and prints.
 pub(crate) fn run(arguments: TrainPredictorArguments) -> anyhow::Result<ExitCode> {
@@ -105,6 +108,9 @@ pub(crate) fn run(arguments: TrainPredictorArguments) -> anyhow::Result<ExitCode
     for read in std::iter::once(&arguments.file).chain(&arguments.held_out) {
         check_other(&out, read)?;
     }
+    if let Some(warning) = too_few(arguments.calibrate.is_none().then_some(texts.train.len()), texts.held_out.len()) {
+        tracing::warn!("{warning}");
+    }
     let measured_with = record(&checkpoint, &texts.held_out, "recording held-out text")?;
     let hit_rates = match &arguments.calibrate {
         Some(file) => train::calibrate(file, &measured_with, &out)?,
@@ -118,14 +124,8 @@ pub(crate) fn run(arguments: TrainPredictorArguments) -> anyhow::Result<ExitCode
         return Ok(ExitCode::SUCCESS);
     }
     writeln!(io::stdout(), "{}", as_table(&hit_rates, checkpoint.config()).draw())?;
-    writeln!(
-        io::stdout(),
-        "{} learnt from {} texts, measured with {} others, in {:.0} s",
-        out.display(),
-        if arguments.calibrate.is_some() { 0 } else { texts.train.len() },
-        texts.held_out.len(),
-        start.elapsed().as_secs_f64()
-    )?;
+    let done = what_was_done(arguments.calibrate.as_deref(), &texts);
+    writeln!(io::stdout(), "{}: {done}, in {:.0} s", out.display(), start.elapsed().as_secs_f64())?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -145,6 +145,28 @@ fn train(
         bar.describe(format!("training {stack}, loss {:.3}", progress.loss));
     })?;
     Ok(hit_rates)
+}
+
+/// What a person is told at the end.
+fn what_was_done(calibrated: Option<&Path>, texts: &Texts) -> String {
+    let held_out = texts.held_out.len();
+    match calibrated {
+        Some(file) => format!("{} calibrated and measured with {held_out} texts, nothing was learnt", file.display()),
+        None => format!("learnt from {} texts, measured with {held_out} others", texts.train.len()),
+    }
+}
+
+/// Why a predictor of so few texts is of little use, or its hit rates are; `None` where there are enough. `learnt` is of one that
+/// is trained.
+fn too_few(learnt: Option<usize>, held_out: usize) -> Option<String> {
+    let few = |found: usize, min: usize, what: &str, why: &str| {
+        (found < min).then(|| format!("{found} texts to {what} are few, expected {min} or more: {why}"))
+    };
+    let learnt = learnt
+        .and_then(|learnt| few(learnt, LEARNT_MIN, "learn from", "the predictor will know little but these texts"));
+    let measured = few(held_out, HELD_OUT_MIN, "measure with", "the hit rates say little of other texts");
+    let told: Vec<_> = learnt.into_iter().chain(measured).collect();
+    (!told.is_empty()).then(|| told.join("; "))
 }
 
 /// Refuses a place where no file can be written.
@@ -220,6 +242,27 @@ fn as_json(hit_rates: &[HitRate], out: &Path) -> serde_json::Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn few_texts_are_told() {
+        // Would break: somebody trains on two lines, believes hit rates of one, and serves by it; or is warned of a calibration,
+        // which learns from nothing, that it learns from little.
+        assert_eq!(too_few(Some(LEARNT_MIN), HELD_OUT_MIN), None);
+        assert_eq!(too_few(None, HELD_OUT_MIN), None);
+        let both = too_few(Some(1), 1).expect("a warning");
+        assert!(both.contains("1 texts to learn from") && both.contains("1 texts to measure with"), "{both}");
+        let measured = too_few(None, 3).expect("a warning");
+        assert!(measured.starts_with("3 texts to measure with are few, expected 20 or more"), "{measured}");
+    }
+
+    #[test]
+    fn what_was_done_is_told() {
+        // Would break: who calibrates a predictor reads that it has learnt from no text.
+        let texts = Texts::of("a\nb\n", "c\n");
+        assert_eq!(what_was_done(None, &texts), "learnt from 2 texts, measured with 1 others");
+        let calibrated = what_was_done(Some(Path::new("p.safetensors")), &texts);
+        assert_eq!(calibrated, "p.safetensors calibrated and measured with 1 texts, nothing was learnt");
+    }
 
     #[test]
     fn texts_are_not_written_over() {

@@ -54,6 +54,8 @@ pub(crate) struct Failure {
     pub(crate) code: String,
     /// What was said about it.
     pub(crate) message: String,
+    /// How long its server asks to be left alone.
+    pub(crate) retry_after: Option<Duration>,
 }
 
 impl Failure {
@@ -61,7 +63,12 @@ impl Failure {
     pub(crate) fn new(code: impl Into<String>, message: impl AsRef<str>) -> Self {
         let message = message.as_ref().trim();
         let cut = message.char_indices().nth(MESSAGE_CHARS_MAX).map(|(end, _)| format!("{}...", &message[..end]));
-        Self { code: code.into(), message: cut.unwrap_or_else(|| message.to_owned()) }
+        Self { code: code.into(), message: cut.unwrap_or_else(|| message.to_owned()), retry_after: None }
+    }
+
+    /// The same, whose server asks to be left alone for so long.
+    pub(crate) fn with_retry_after(self, retry_after: Option<Duration>) -> Self {
+        Self { retry_after, ..self }
     }
 }
 
@@ -87,6 +94,13 @@ pub(crate) struct Call {
     /// When they were.
     pub(crate) sent: Instant,
     pub(crate) replies: Vec<Reply>,
+}
+
+impl Call {
+    /// How long its server asks to be left alone, if it does.
+    pub(crate) fn retry_after(&self) -> Option<Duration> {
+        self.replies.iter().filter_map(|reply| reply.result.as_ref().err()?.retry_after).max()
+    }
 }
 
 #[cfg(test)]

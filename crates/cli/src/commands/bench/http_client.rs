@@ -9,8 +9,8 @@ use std::{
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
 use http::{
-    HeaderValue, Method, Request, Response,
-    header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, USER_AGENT},
+    HeaderMap, HeaderValue, Method, Request, Response,
+    header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, RETRY_AFTER, USER_AGENT},
 };
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::body::Incoming;
@@ -105,13 +105,14 @@ impl HttpClient {
     /// What an answer with another status says.
     async fn refusal(&self, response: Response<Incoming>) -> Failure {
         let status = response.status();
+        let retry_after = retry_after(response.headers());
         let body = Limited::new(response.into_body(), ERROR_BYTES_MAX).collect().await;
         let text = body.map(|body| String::from_utf8_lossy(&body.to_bytes()).into_owned()).unwrap_or_default();
         let message = match error_message(&text) {
             message if message.is_empty() => status.canonical_reason().unwrap_or("no reason is given").to_owned(),
             message => message,
         };
-        self.failure(status.as_str(), &message)
+        self.failure(status.as_str(), &message).with_retry_after(retry_after)
     }
 
     /// A failure in words of the server, which may repeat the key.
@@ -121,6 +122,12 @@ impl HttpClient {
             None => Failure::new(code, message),
         }
     }
+}
+
+/// In how many seconds a server wants to be asked again. (Servers that name a time of day instead are not understood.)
+fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    let seconds = headers.get(RETRY_AFTER)?.to_str().ok()?.trim().parse::<f64>().ok()?;
+    Duration::try_from_secs_f64(seconds).ok()
 }
 
 /// A whole body of JSON.
@@ -169,6 +176,19 @@ pub(crate) fn error_message(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn servers_say_in_seconds_when_to_come_back() {
+        // Would break: a header that says nothing of use keeps a client away for ever, or one that does is not heard.
+        let of =
+            |value: &'static str| retry_after(&HeaderMap::from_iter([(RETRY_AFTER, HeaderValue::from_static(value))]));
+        assert_eq!(of("7"), Some(Duration::from_secs(7)));
+        assert_eq!(of(" 0.5 "), Some(Duration::from_millis(500)));
+        for useless in ["", "soon", "-1", "NaN", "inf", "1e300", "Wed, 21 Oct 2026 07:28:00 GMT"] {
+            assert_eq!(of(useless), None, "{useless}");
+        }
+        assert_eq!(retry_after(&HeaderMap::new()), None);
+    }
 
     #[test]
     fn errors_are_told_in_the_servers_words() {

@@ -1,6 +1,9 @@
 //! The load itself: clients that each send the next call as soon as their last is answered (a closed loop), or requests that
 //! are sent when they are due, whatever became of earlier ones (an open loop). Knows nothing of what a request is, so that it
 //! can be tested without a model. Called by `bench`.
+//!
+//! A client whose server asks to be left alone for a while leaves it alone, as clients do that are no load generators; an open loop
+//! waits for nobody.
 
 use std::{
     sync::{
@@ -172,7 +175,15 @@ where
                 return;
             }
             let due = Instant::now();
-            self.call(due, client, number * batch..(number + 1) * batch).await;
+            let Some(retry_after) = self.call(due, client, number * batch..(number + 1) * batch).await else {
+                continue;
+            };
+            // No longer than a request may take, and not beyond the end.
+            let until_end = match load.until {
+                Until::Requests(_) => Duration::MAX,
+                Until::Elapsed(limit) => limit.saturating_sub(start.elapsed()),
+            };
+            time::sleep(retry_after.min(self.timeout).min(until_end)).await;
         }
     }
 
@@ -203,12 +214,12 @@ where
         self.end(due, ended, vec![Reply { ended, result: Err(failure) }]);
     }
 
-    /// Sends requests together and waits for all of them.
-    async fn call(&self, due: Instant, client: usize, numbers: std::ops::Range<u64>) {
+    /// Sends requests together and waits for all of them. How long the server then asks to be left alone, if it does.
+    async fn call(&self, due: Instant, client: usize, numbers: std::ops::Range<u64>) -> Option<Duration> {
         self.sent.fetch_add(numbers.end - numbers.start, Ordering::Relaxed);
         let sent = Instant::now();
         let replies = join_all(numbers.map(|number| self.reply(client, self.first + number))).await;
-        self.end(due, sent, replies);
+        self.end(due, sent, replies)
     }
 
     async fn reply(&self, client: usize, number: u64) -> Reply {
@@ -217,9 +228,12 @@ where
         Reply { ended: Instant::now(), result: answer.unwrap_or_else(late) }
     }
 
-    fn end(&self, due: Instant, sent: Instant, replies: Vec<Reply>) {
+    fn end(&self, due: Instant, sent: Instant, replies: Vec<Reply>) -> Option<Duration> {
+        let call = Call { due, sent, replies };
+        let retry_after = call.retry_after();
         // Whoever runs the load waits for the last sender.
-        let _ = self.calls.send(Call { due, sent, replies });
+        let _ = self.calls.send(call);
+        retry_after
     }
 }
 
@@ -300,6 +314,34 @@ mod tests {
         // Broken: `--duration` would never end.
         let (numbers, samples, _) = seen(&closed(2, 1, Until::Elapsed(ms(5))), 100).await;
         assert!(!numbers.is_empty() && samples.wall >= ms(5));
+    }
+
+    #[tokio::test]
+    async fn a_client_that_is_asked_to_wait_waits_and_a_schedule_does_not() {
+        // Would break: a closed loop floods a server that asks to be left alone, so that most of its requests are refusals; or an
+        // open loop waits, and leaves out the very requests that a busy server turns away.
+        let asked_at = |load: Load, retry_after: Duration| async move {
+            let (start, asked) = (Instant::now(), Arc::new(Mutex::new(Vec::new())));
+            let record = asked.clone();
+            let request = Arc::new(move |_, _| {
+                record.lock().unwrap().push(start.elapsed());
+                async move { Err(Failure::new("429", "later").with_retry_after(Some(retry_after))) }
+            });
+            let (samples, _) = run(&load, 0, request, |_, _, _| {}).await;
+            let asked = asked.lock().unwrap().clone();
+            assert_eq!(samples.told_to_wait, asked.len() as u64);
+            asked
+        };
+        let asked = asked_at(closed(1, 1, Until::Requests(3)), ms(30)).await;
+        assert!(asked[1] >= ms(30) && asked[2] >= ms(60), "{asked:?}");
+        // No longer than a request may take, not beyond the end, and in an open loop not at all: else this would take hours.
+        let hour = ms(3_600_000);
+        let hasty = Load { timeout: ms(20), ..closed(1, 1, Until::Requests(3)) };
+        assert_eq!(asked_at(hasty, hour).await.len(), 3);
+        let patient = Load { timeout: 2 * hour, ..closed(1, 1, Until::Elapsed(ms(50))) };
+        assert!(!asked_at(patient, hour).await.is_empty());
+        let schedule = Load { timeout: 2 * hour, ..open((0..3).map(ms), Duration::ZERO, 100) };
+        assert_eq!(asked_at(schedule, hour).await.len(), 3);
     }
 
     #[tokio::test]

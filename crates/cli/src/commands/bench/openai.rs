@@ -34,7 +34,7 @@ impl OpenAi {
         let model = match model {
             Some(model) => model.to_owned(),
             None => first_model(&client).await.map_err(|failure| {
-                let Failure { code, message } = failure;
+                let Failure { code, message, .. } = failure;
                 anyhow::anyhow!(
                     "{base}/models did not tell which model to ask for (name it by --model-name): {code}: {message}"
                 )
@@ -51,7 +51,9 @@ impl OpenAi {
             Method::Encode => openai_answer::embedding(http_client::json(response.into_body()).await?),
             _ => openai_answer::streamed(method, response).await,
         };
-        answer.map_err(|Failure { code, message }| self.client.failure(&code, &message))
+        answer.map_err(|failure| {
+            self.client.failure(&failure.code, &failure.message).with_retry_after(failure.retry_after)
+        })
     }
 }
 

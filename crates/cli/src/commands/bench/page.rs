@@ -10,7 +10,7 @@ use std::{
 use anyhow::Context;
 use minijinja::{Environment, Value, context};
 
-use super::{plots, report::Measured, timings::Percentiles};
+use super::{plots, replay, report::Measured, timings::Percentiles};
 use crate::bad_configuration::BadConfiguration;
 
 /// A file that a page will be written to.
@@ -42,8 +42,10 @@ fn html(parameters: &serde_json::Value, measured: &[Measured]) -> anyhow::Result
     environment.add_template("page.html", include_str!("page.html"))?;
     let version = env!("CARGO_PKG_VERSION");
     let closed = parameters["arrivals"]["kind"] == "closed";
+    let replayed = replay::told(parameters);
     let parameters = serde_json::to_string_pretty(parameters)?;
-    Ok(environment.get_template("page.html")?.render(context! { subjects, parameters, version, closed })?)
+    let page = environment.get_template("page.html")?;
+    Ok(page.render(context! { subjects, parameters, version, closed, replayed })?)
 }
 
 fn subject(measured: &Measured) -> anyhow::Result<Value> {
@@ -98,13 +100,18 @@ mod tests {
         subject.figures = Figures::of(&subject.samples);
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("report.html");
-        let parameters = json!({"arrivals": {"kind": "poisson"}});
+        let parameters = json!({"arrivals": {"kind": "poisson"}, "routes": {"file": "routes.csv"}});
         create(&path).unwrap().write(&parameters, &[subject.clone(), subject]).unwrap();
         let html = std::fs::read_to_string(&path).unwrap();
         assert_eq!((html.matches("<svg").count(), html.matches("</svg>").count()), (12, 12));
-        for told in
-            ["http:&#x2f;&#x2f;peer&#x2f;v1", "time to first token", "poisson", "e2e 50ms", "from when it was due"]
-        {
+        for told in [
+            "http:&#x2f;&#x2f;peer&#x2f;v1",
+            "time to first token",
+            "poisson",
+            "e2e 50ms",
+            "from when it was due",
+            "recorded in routes.csv",
+        ] {
             assert!(html.contains(told), "{told}");
         }
         assert!(html.contains("&lt;script&gt;"), "the message is left out");

@@ -51,13 +51,12 @@ impl ProcessCluster {
     }
 }
 
-/// Starts one process per expert-node and the coordinator, which lets them read rows on its GPU if it has one and
-/// `share_rows`.
+/// Starts one process per expert-node and the coordinator, whose settings `adapt` may change first.
 pub(crate) async fn start(
     model: &ModelArguments,
     predictor: &PredictorArguments,
     shape: &EmbeddedArguments,
-    share_rows: bool,
+    adapt: impl FnOnce(&mut CoordinatorConfig),
 ) -> anyhow::Result<ProcessCluster> {
     let checkpoint = model.open()?;
     let shares = embedded::shares(&checkpoint, shape.nodes())?;
@@ -94,8 +93,8 @@ pub(crate) async fn start(
     let mut config = CoordinatorConfig::new("coordinator-0".into(), checkpoint, predictor);
     (config.device, config.precision) = (shape.device.device, shape.device.precision);
     shape.cache.apply(&mut config)?;
-    config.share_rows = share_rows;
     config.micro_batching = shape.micro_batches.wanted();
+    adapt(&mut config);
     let coordinator = Coordinator::start(config, cluster).await.map_err(coordinator::refused)?;
     Ok(ProcessCluster { coordinator, nodes, _dir: dir })
 }

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use super::{
     budget::Budget,
     figures::{Figures, median},
+    replay,
     samples::{Samples, Seen},
 };
 use crate::{byte_size, node_state::NodeLoads, plain_table::PlainTable};
@@ -97,6 +98,9 @@ pub(crate) fn as_text(subjects: &[Measured], parameters: &Value) -> String {
     let since = if closed { "was sent" } else { "was due, whether or not it could be sent then" };
     let of = parameters["latency_of"].as_str().unwrap_or("a request");
     text.push_str(&format!("latency is that of {of}, from when it {since}\n"));
+    if let Some(told) = replay::told(parameters) {
+        text.push_str(&format!("{told}\n"));
+    }
     if let Some(times) = times(subjects) {
         text.push_str(&format!("\n{}\n", times.draw()));
     }
@@ -185,6 +189,14 @@ fn told(subject: &Measured, parameters: &Value) -> String {
     for (code, count) in &figures.failures {
         let example = figures.failure_examples.get(code).map_or("", String::as_str);
         text.push_str(&format!("{label}: {count} requests failed: {code}: {example}\n"));
+    }
+    if subject.samples.told_to_wait > 0 {
+        let told = subject.samples.told_to_wait;
+        let done = match parameters["arrivals"]["kind"] == "closed" {
+            true => "clients waited as they were asked",
+            false => "an open loop does not wait",
+        };
+        text.push_str(&format!("{label}: {told} refusals said when to come back: {done}\n"));
     }
     if let Some(late) = figures.late_ms.filter(|late| late.p99 > LATE.as_secs_f64() * 1e3) {
         text.push_str(&format!(
@@ -288,6 +300,10 @@ pub(crate) mod tests {
             assert!(text.contains(told), "{told}: {text}");
         }
         assert!(!text.contains("resident") && !text.contains("budget"), "{text}");
+        let mut replaying = parameters("closed");
+        assert!(!text.contains("routers"), "{text}");
+        replaying["routes"] = json!({"file": "a.csv"});
+        assert!(as_text(&[subject.clone()], &replaying).contains("recorded in a.csv"));
         assert!(as_text(&[subject], &parameters("closed")).contains("from when it was sent"));
     }
 }

@@ -45,6 +45,8 @@ pub(crate) struct Samples {
     pub(crate) hash_misses: u64,
     /// By code.
     pub(crate) failures: BTreeMap<String, Failures>,
+    /// Requests whose server said when to come back.
+    pub(crate) told_to_wait: u64,
     pub(crate) seen: Vec<Seen>,
     /// Wall time of the measured part.
     pub(crate) wall: Duration,
@@ -132,6 +134,7 @@ impl Samples {
     fn failed(&mut self, failure: &Failure, e2e: Duration) -> Seen {
         let new = || Failures { count: 0, example: failure.message.clone() };
         self.failures.entry(failure.code.clone()).or_insert_with(new).count += 1;
+        self.told_to_wait += u64::from(failure.retry_after.is_some());
         Seen::of(e2e, Some(failure.code.as_str().into()))
     }
 
@@ -162,6 +165,7 @@ impl Samples {
         self.tokens = self.tokens.saturating_add(later.tokens);
         self.hash_hits += later.hash_hits;
         self.hash_misses += later.hash_misses;
+        self.told_to_wait += later.told_to_wait;
         for (code, failures) in later.failures {
             let Failures { count, example } = failures;
             self.failures.entry(code).or_insert_with(|| Failures { count: 0, example }).count += count;

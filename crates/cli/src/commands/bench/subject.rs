@@ -1,15 +1,17 @@
 //! What is measured: clusters in this process (one per budget), one over expert-node processes, one that runs already, or any
 //! server that speaks OpenAI's protocol. Started by `bench`.
 
-use std::sync::Arc;
+use std::{path::PathBuf, sync::Arc};
 
 use clap::Args;
 use futures::future::try_join_all;
+use sida_coordinator::CoordinatorConfig;
 use sida_expert_node::ExpertMemory;
 
 use super::{
     openai::OpenAi,
     processes::{self, ProcessCluster},
+    replay::Replay,
     url::BaseUrl,
     workload::Method,
 };
@@ -55,6 +57,11 @@ pub(crate) struct SubjectArguments {
     /// Measure clusters of these budgets in turns, as 100%,25%
     #[arg(long, value_name = "SIZES", value_delimiter = ',', conflicts_with = "processes")]
     budgets: Vec<ExpertMemory>,
+    /// Have tokens go to the experts that were recorded in this file instead of those that the routers choose, to measure
+    /// residency and speed as a real model wants its experts, whatever the weights are: CSV with the columns turn, phase, step,
+    /// layer, slot and expert. Each sequence begins at another place of it
+    #[arg(long, value_name = "FILE.csv", conflicts_with_all = ["endpoint", "url"])]
+    routes: Option<PathBuf>,
 }
 
 /// A cluster or a server under measurement.
@@ -106,6 +113,12 @@ impl SubjectArguments {
         }
     }
 
+    /// Reads the routes that are replayed, if some are.
+    pub(crate) fn replay(&self) -> anyhow::Result<Option<Replay>> {
+        let Some(file) = &self.routes else { return Ok(None) };
+        Ok(Some(Replay::read(file, self.model.open()?.config())?))
+    }
+
     /// Read here and not with the flags, whose errors repeat what they refuse: it may hold a password.
     fn base_url(&self) -> Result<Option<BaseUrl>, BadConfiguration> {
         let parsed = self.url.as_deref().map(str::parse).transpose();
@@ -114,7 +127,11 @@ impl SubjectArguments {
 }
 
 /// Starts what the flags describe. Each of so many clients has a connection of its own, as callers elsewhere have.
-pub(crate) async fn start(arguments: &SubjectArguments, clients: usize) -> anyhow::Result<Vec<Subject>> {
+pub(crate) async fn start(
+    arguments: &SubjectArguments,
+    clients: usize,
+    replay: Option<&Replay>,
+) -> anyhow::Result<Vec<Subject>> {
     if let Some(base) = arguments.base_url()? {
         let model = arguments.model.model_name.as_deref();
         let server = OpenAi::open(&base, arguments.caller.api_key()?, arguments.caller.client().tls, model).await?;
@@ -134,11 +151,12 @@ pub(crate) async fn start(arguments: &SubjectArguments, clients: usize) -> anyho
     if arguments.processes > 0 {
         let mut subjects = Vec::new();
         if arguments.beside {
-            subjects.push(embedded(arguments, arguments.embedded.expert_memory, "in process".to_owned()).await?);
+            subjects
+                .push(embedded(arguments, arguments.embedded.expert_memory, "in process".to_owned(), replay).await?);
         }
-        subjects.push(over_processes(arguments, true).await?);
+        subjects.push(over_processes(arguments, true, replay).await?);
         if arguments.send_rows {
-            subjects.push(over_processes(arguments, false).await?);
+            subjects.push(over_processes(arguments, false, replay).await?);
         }
         return Ok(subjects);
     }
@@ -148,20 +166,34 @@ pub(crate) async fn start(arguments: &SubjectArguments, clients: usize) -> anyho
         budgets => budgets.to_vec(),
     };
     for budget in budgets {
-        subjects.push(embedded(arguments, budget, budget.to_string()).await?);
+        subjects.push(embedded(arguments, budget, budget.to_string(), replay).await?);
     }
     Ok(subjects)
 }
 
-async fn embedded(arguments: &SubjectArguments, budget: ExpertMemory, label: String) -> anyhow::Result<Subject> {
+async fn embedded(
+    arguments: &SubjectArguments,
+    budget: ExpertMemory,
+    label: String,
+    replay: Option<&Replay>,
+) -> anyhow::Result<Subject> {
     let shape = EmbeddedArguments { expert_memory: budget, ..arguments.embedded.clone() };
-    let cluster = EmbeddedCluster::start(&arguments.model, &arguments.predictor, &shape, None, |_| {}).await?;
+    let adapt = |config: &mut CoordinatorConfig| replay.iter().for_each(|replay| replay.apply(config));
+    let cluster = EmbeddedCluster::start(&arguments.model, &arguments.predictor, &shape, None, adapt).await?;
     Ok(Subject { label, clients: vec![Asked::Cluster(cluster.client())], cluster: Running::Embedded(cluster) })
 }
 
-async fn over_processes(arguments: &SubjectArguments, share_rows: bool) -> anyhow::Result<Subject> {
+async fn over_processes(
+    arguments: &SubjectArguments,
+    share_rows: bool,
+    replay: Option<&Replay>,
+) -> anyhow::Result<Subject> {
     let shape = EmbeddedArguments { expert_nodes: Some(arguments.processes), ..arguments.embedded.clone() };
-    let cluster = processes::start(&arguments.model, &arguments.predictor, &shape, share_rows).await?;
+    let adapt = |config: &mut CoordinatorConfig| {
+        config.share_rows = share_rows;
+        replay.iter().for_each(|replay| replay.apply(config));
+    };
+    let cluster = processes::start(&arguments.model, &arguments.predictor, &shape, adapt).await?;
     let label = format!("{} processes{}", arguments.processes, if share_rows { "" } else { ", rows sent" });
     Ok(Subject { label, clients: vec![Asked::Cluster(cluster.client())], cluster: Running::Processes(cluster) })
 }

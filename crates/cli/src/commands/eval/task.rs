@@ -37,7 +37,7 @@ pub(crate) enum TaskName {
 #[derive(Args, Clone, Debug)]
 pub(crate) struct TaskArguments {
     /// Labelled data: tables with a header and tabs between columns, or JSON, an object a line
-    #[arg(long, value_name = "FILE", required = true, num_args = 1..)]
+    #[arg(long, value_name = "FILE", required_unless_present = "routes", num_args = 1..)]
     data: Vec<PathBuf>,
     /// A task of the paper, in place of the flags that say what a line means: those that are given go first
     #[arg(long, value_enum)]
@@ -61,9 +61,9 @@ pub(crate) struct TaskArguments {
     /// Use only so many examples from the beginning; 0: all
     #[arg(long, value_name = "N", default_value_t = 0)]
     examples: usize,
-    /// For --task spans: other words are hidden
+    /// For --task spans: other words are hidden. With --routes: other experts are guessed wrong
     #[arg(long, value_name = "N", default_value_t = 0)]
-    seed: u64,
+    pub(super) seed: u64,
 }
 
 /// What is asked, and what should come.

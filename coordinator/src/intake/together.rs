@@ -1,0 +1,36 @@
+//! Requests of one call, which are let in together or not at all: what a client may use is looked at once all of them are read,
+//! so that nothing is charged for a call that is refused, and what can never be let in is told so before any of it is begun.
+
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use crate::intake::{queue::Announcement, request::Request, request_queue::Waiting};
+
+/// The requests of a call, as far as they are read.
+pub(crate) struct Together {
+    requests: usize,
+    read: Mutex<Vec<Read>>,
+}
+
+/// A request that is read, and not let in yet.
+pub(crate) struct Read {
+    pub(crate) request: Request,
+    /// Tells the queue that it is about to come, where it is waited for.
+    pub(crate) announced: Option<Announcement<Waiting>>,
+}
+
+impl Together {
+    /// Of a call of so many requests. Whoever waits for their answers holds it until then: where one of them is not read, the
+    /// others are given up with it.
+    pub(crate) fn new(requests: usize) -> Arc<Self> {
+        Arc::new(Self { requests, read: Mutex::new(Vec::with_capacity(requests)) })
+    }
+
+    /// Adds a request that was read. All of them, once it is the last.
+    pub(crate) fn add(&self, request: Read) -> Option<Vec<Read>> {
+        let mut read = self.read.lock();
+        read.push(request);
+        (read.len() == self.requests).then(|| std::mem::take(&mut *read))
+    }
+}

@@ -1,0 +1,23 @@
+//! A part of a whole, as a flag gives it.
+
+/// A part, as 50%: above 0%, at most 100%.
+pub(crate) fn parse(text: &str) -> Result<f64, String> {
+    let percent = text.strip_suffix('%').and_then(|number| number.trim().parse::<f64>().ok());
+    let share = percent.map(|percent| percent / 100.0).filter(|share| *share > 0.0 && *share <= 1.0);
+    share.ok_or_else(|| format!("{text:?} is no part, expected above 0% and at most 100%"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_share_is_a_part_of_the_whole() {
+        // Would break: a share of 50 is taken for fifty queues, or nobody may wait.
+        assert_eq!(parse("50%"), Ok(0.5));
+        assert_eq!(parse("100%"), Ok(1.0));
+        for wrong in ["0%", "101%", "50", "-1%", "NaN%", "%", ""] {
+            assert!(parse(wrong).is_err(), "{wrong}");
+        }
+    }
+}
