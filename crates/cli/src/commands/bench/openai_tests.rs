@@ -320,15 +320,16 @@ async fn a_server_that_never_answers_is_given_up() {
 #[tokio::test]
 async fn a_server_at_ten_times_its_capacity_is_asked_on_time() {
     // Broken: connections, or what waits for them, would hold requests back, and a server be measured under less than was asked.
-    let (count, service) = (100, Duration::from_millis(5));
+    let (count, service) = (40, Duration::from_millis(50));
     let server = Server::slow(Script::Streams(vec![token("a"), event("[DONE]")]), 1, service).await;
     let load = open_loop(count, service / 10, Duration::from_secs(20));
     let start = Instant::now();
     let (samples, _) = load::run(&load, 0, request_of(server.client().await), |_, _, _| {}).await;
     let last = server.seen.came.lock().unwrap().iter().max().unwrap().duration_since(start);
-    // The last is due after 50 ms; a server that were waited for would see it after 500.
-    assert!(last < Duration::from_millis(300), "{last:?}");
+    // The last is due after 195 ms; a server that were waited for would see it after 1,950. Between them is room for a machine
+    // that stands still meanwhile.
+    assert!(last < Duration::from_millis(1500), "{last:?}");
     let e2e = samples.e2e.percentiles().unwrap();
     assert_eq!((samples.requests, samples.failed_requests()), (u64::from(count), 0));
-    assert!(e2e.max > 0.8 * f64::from(count) * 5.0 && e2e.min < 100.0, "{e2e:?}");
+    assert!(e2e.max > 0.8 * f64::from(count) * 50.0 && e2e.min < 1000.0, "{e2e:?}");
 }
