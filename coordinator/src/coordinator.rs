@@ -3,32 +3,28 @@
 //! ends the threads.
 
 use std::{
-    pin::Pin,
     sync::{Arc, atomic::Ordering},
-    task::{Context, Poll},
     thread::JoinHandle,
     time::{Duration, Instant},
 };
 
-use futures::{Stream, future::try_join_all};
+use futures::future::try_join_all;
 use parking_lot::Mutex;
 use sida_cluster::Cluster;
 use sida_model::{CacheSize, Checkpoint, DeviceName, ModelError, Tokenizer};
 use sida_routing::Digest;
 use sida_rpc::Client;
 use sida_telemetry::{Span, TraceContext};
-use tokio::{
-    sync::{mpsc, oneshot},
-    time::Sleep,
-};
+use tokio::sync::{mpsc, oneshot};
 
 use crate::{
     answer::{
         catch_panic::catch_panic,
         grammar::Followed,
-        output::{Encoding, Scores, Token},
+        output::{Encoding, Scores},
         request_error::{RequestError, TextOf},
         routing_mode::RoutingMode,
+        token_stream::TokenStream,
     },
     config::CoordinatorConfig,
     dispatch::{nodes::Nodes, probe::Probe},
@@ -464,39 +460,4 @@ struct TokenizedPrompt {
     tokens: PromptTokens,
     /// Tells the queue that the request is about to come; `None` where the text was too long for others to wait for.
     announced: Option<Announcement<Waiting>>,
-}
-
-/// The tokens of a generation, those of several choices as they come. The last item of each choice carries `finish`; the
-/// stream ends with that of the last choice, or with an error. Dropping it cancels the request.
-pub struct TokenStream {
-    /// `None` once the last item was given.
-    tokens: Option<mpsc::UnboundedReceiver<Result<Token, RequestError>>>,
-    /// Choices that have not ended.
-    unfinished: usize,
-    /// Completes when the answer is of no more use.
-    deadline: Option<Pin<Box<Sleep>>>,
-}
-
-impl Stream for TokenStream {
-    type Item = Result<Token, RequestError>;
-
-    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        let Some(tokens) = &mut self.tokens else { return Poll::Ready(None) };
-        let item = match tokens.poll_recv(cx) {
-            // The scheduler ends every answer with `finish` or an error, unless a panic took it.
-            Poll::Ready(item) => item.unwrap_or(Err(RequestError::Panicked)),
-            Poll::Pending => match self.deadline.as_mut().map(|deadline| deadline.as_mut().poll(cx)) {
-                Some(Poll::Ready(())) => Err(RequestError::DeadlineExceeded),
-                Some(Poll::Pending) | None => return Poll::Pending,
-            },
-        };
-        match &item {
-            Ok(token) => self.unfinished -= usize::from(token.finish.is_some()),
-            Err(_) => self.unfinished = 0,
-        }
-        if self.unfinished == 0 {
-            self.tokens = None;
-        }
-        Poll::Ready(Some(item))
-    }
 }

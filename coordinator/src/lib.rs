@@ -46,12 +46,13 @@ pub use answer::{
     request_error::{RequestError, TextOf},
     routing_mode::{Alpha, RoutingMode},
     sampling::Sampling,
+    token_stream::TokenStream,
     trace::{ExpertSets, HashCounts, Timings, Trace},
 };
 pub use config::{
     CoordinatorConfig, CorsOrigin, CorsOriginError, MicroBatching, PredictorSource, REQUEST_BYTES_MAX, RequestLimits,
 };
-pub use coordinator::{Coordinator, TokenStream};
+pub use coordinator::Coordinator;
 #[doc(hidden)]
 pub use doors::readers;
 pub use intake::{

@@ -5,7 +5,7 @@
 //! the wire, and `catch_panic` makes a panic one of these reasons. `sampling` says how the next token is to be chosen,
 //! `adjustments` changes its logits, `grammar` holds it to a schema, `sampler` picks it, and `logprobs` tells how
 //! likely it was. `detokenize` makes text of it, `stop_text` ends the text, and `answer_text` is all of it, on a thread
-//! of its own where that pays; `score` and `encoding` answer requests that generate nothing.
+//! of its own where that pays, and `token_stream` how its caller takes it; `score` and `encoding` answer requests that generate nothing.
 
 pub(crate) mod adjustments;
 pub(crate) mod answer_text;
@@ -23,4 +23,5 @@ pub(crate) mod sampler;
 pub(crate) mod sampling;
 pub(crate) mod score;
 pub(crate) mod stop_text;
+pub(crate) mod token_stream;
 pub(crate) mod trace;

@@ -14,8 +14,8 @@ use sida_telemetry::{TraceContext, gauge, names};
 use tonic::{Code, Request, Response, Status};
 
 use crate::{
-    answer::{output::Pooling, request_error::RequestError},
-    coordinator::{Coordinator, TokenStream},
+    answer::{output::Pooling, request_error::RequestError, token_stream::TokenStream},
+    coordinator::Coordinator,
     doors::{
         messages::{self, CallMetadata, EncodeCall},
         request_count,

@@ -15,9 +15,10 @@ use crate::{
     answer::{
         output::{Pooling, Token},
         request_error::RequestError,
+        token_stream::TokenStream,
         trace::Timings,
     },
-    coordinator::{Coordinator, TokenStream},
+    coordinator::Coordinator,
     doors::messages::CallMetadata,
     intake::accept::{EncodeParams, GenerateParams},
 };

@@ -14,6 +14,7 @@ use crate::{
     answer::{
         output::{FinishReason, Token},
         request_error::RequestError,
+        token_stream::TokenStream,
     },
     doors::openai::{
         call::Call,
@@ -112,7 +113,7 @@ impl Generation {
         let choices = wanted.choices;
         let params = prompts.into_iter().map(|prompt| params(prompt, &wanted, logprobs, call));
         let streams = door.coordinator.generate_all(params.collect()).await?;
-        let of_prompt = |(number, tokens): (usize, crate::coordinator::TokenStream)| {
+        let of_prompt = |(number, tokens): (usize, TokenStream)| {
             tokens.map(move |token| {
                 let token = token?;
                 Ok(Piece { index: number * choices + token.choice, token })

@@ -73,7 +73,9 @@ fn write_product(x: &[f32], w: MatrixRef<'_>, out: &mut [MaybeUninit<f32>]) {
     let n = x.len() / w.cols;
     assert_eq!(x.len(), n * w.cols, "x is (n, {})", w.cols);
     assert_eq!(out.len(), n * w.rows, "out is ({n}, {})", w.rows);
-    assert_eq!(w.bytes.len(), w.dtype.bytes(w.rows * w.cols), "W is ({}, {}) {:?}", w.rows, w.cols, w.dtype);
+    let MatrixRef { bytes, dtype, rows, cols } = w;
+    assert!(cols.is_multiple_of(dtype.block().0), "rows of {cols} values are not whole blocks of {dtype}");
+    assert_eq!(bytes.len(), rows * dtype.bytes(cols), "W is ({rows}, {cols}) {dtype}");
     let out = OutPointer(out.as_mut_ptr().cast());
     let small = n * w.rows * w.cols < PARALLEL_MACS_MIN && w.bytes.len() < PARALLEL_BYTES_MIN;
     let threads = if small { 1 } else { rayon::current_num_threads() };
