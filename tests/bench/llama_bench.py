@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 import subprocess
+import sys
 import tempfile
 
 PROMPT = "the cat sat on a mat and " * 60
@@ -64,6 +65,7 @@ def main():
             decoding.append((1000 / bench(options, prompts.name, 48)["tpot_ms"]["p50"], theirs))
             theirs = llama(options, length, 0)
             reading.append((1000 * length / bench(options, prompts.name, 1)["ttft_ms"]["p50"], theirs))
+            print("decoding and reading, ours and theirs:", decoding[-1], reading[-1], file=sys.stderr, flush=True)
     print("| tokens a second | llama.cpp | sida | ratio |\n|---|---|---|---|")
     row("decoding, one sequence", decoding)
     row(f"a prompt of {length} tokens", reading)
