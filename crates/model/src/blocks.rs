@@ -77,47 +77,50 @@ impl BlockFormats {
 }
 
 /// Takes the bytes of a tensor in one dtype, and writes them in another, in bounded memory.
-pub(crate) struct BlockWriter<'w> {
+struct BlockWriter<'w> {
     from: StoredDType,
-    to: StoredDType,
+    spec: &'w TensorSpec,
+    /// A chunk at most.
     held: Vec<u8>,
     out: &'w mut dyn Write,
 }
 
-/// Writes a tensor, whose bytes in `from` `fill` writes, as `to`.
+/// Writes a tensor, whose bytes in `from` `fill` writes, as `spec` says.
 pub(crate) fn write(
-    (from, to): (StoredDType, StoredDType),
+    from: StoredDType,
+    spec: &TensorSpec,
     out: &mut dyn Write,
     fill: impl FnOnce(&mut dyn Write) -> io::Result<()>,
 ) -> io::Result<()> {
-    if from == to {
+    if from == spec.dtype {
         return fill(out);
     }
-    let mut writer = BlockWriter { from, to, held: Vec::new(), out };
+    let mut writer = BlockWriter { from, spec, held: Vec::new(), out };
     fill(&mut writer)?;
-    writer.pass_on(writer.held.len())
+    writer.pass_on()
 }
 
 impl BlockWriter<'_> {
-    /// Writes the first of the bytes that are held.
-    fn pass_on(&mut self, bytes: usize) -> io::Result<()> {
-        let values = self.from.widen(&self.held[..bytes]);
-        let blocks = quantized(&values, self.to);
-        let blocks =
-            blocks.ok_or_else(|| io::Error::other("holds values that are no numbers, or too large for blocks"))?;
-        self.held.drain(..bytes);
+    /// Writes what is held.
+    fn pass_on(&mut self) -> io::Result<()> {
+        let TensorSpec { name, dtype, .. } = self.spec;
+        let refused =
+            || io::Error::other(format!("tensor {name} holds values that are no numbers, or too large for {dtype}"));
+        let blocks = quantized(&self.from.widen(&self.held), *dtype).ok_or_else(refused)?;
+        self.held.clear();
         self.out.write_all(&blocks)
     }
 }
 
 impl Write for BlockWriter<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.held.extend_from_slice(bytes);
         let chunk = self.from.bytes(CHUNK_VALUES);
-        while self.held.len() >= chunk {
-            self.pass_on(chunk)?;
+        let taken = bytes.len().min(chunk - self.held.len());
+        self.held.extend_from_slice(&bytes[..taken]);
+        if self.held.len() == chunk {
+            self.pass_on()?;
         }
-        Ok(bytes.len())
+        Ok(taken)
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -243,14 +246,24 @@ mod tests {
         }
     }
 
-    /// What is written in pieces would not be what is written at once.
+    /// What is written in pieces, or in one that is longer than what is held, would not be what is made at once; or it would
+    /// not be told which tensor cannot be written.
     #[test]
     fn pieces_are_joined() {
-        let values = values(BLOCK * 9, 1.0);
-        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        let mut out = Vec::new();
-        let fill = |out: &mut dyn Write| bytes.chunks(50).try_for_each(|piece| out.write_all(piece));
-        write((StoredDType::F32, StoredDType::Q4_0), &mut out, fill).unwrap();
-        assert_eq!(out, quantized(&values, StoredDType::Q4_0).unwrap());
+        let mut values = values(CHUNK_VALUES + BLOCK * 9, 1.0);
+        let spec = TensorSpec { name: "w".to_owned(), dtype: StoredDType::Q4_0, shape: vec![values.len()] };
+        let written = |values: &[f32], piece: usize| {
+            let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+            let mut out = Vec::new();
+            let fill = |out: &mut dyn Write| bytes.chunks(piece).try_for_each(|piece| out.write_all(piece));
+            write(StoredDType::F32, &spec, &mut out, fill).map(|()| out)
+        };
+        let expected = quantized(&values, spec.dtype).unwrap();
+        for piece in [1_000_003, usize::MAX] {
+            assert!(written(&values, piece).unwrap() == expected, "pieces of {piece}");
+        }
+        values[CHUNK_VALUES + 1] = f32::NAN;
+        let error = written(&values, 1 << 20).unwrap_err().to_string();
+        assert!(error.contains("tensor w holds"), "{error}");
     }
 }

@@ -111,7 +111,7 @@ pub fn convert(
     let total: u64 = specs.iter().map(TensorSpec::bytes).sum();
     let mut done = 0;
     shards::write(directory.path(), &specs, shards::SHARD_BYTES_MAX, &mut |spec, file| {
-        blocks::write((source.dtype(&spec.name), spec.dtype), file, |out| source.write(&spec.name, out))?;
+        blocks::write(source.dtype(&spec.name), spec, file, |out| source.write(&spec.name, out))?;
         done += spec.bytes();
         on_progress(done, total);
         Ok(())

@@ -98,7 +98,7 @@ pub fn synth(
     shards::write(directory.path(), &specs, shards::SHARD_BYTES_MAX, &mut |spec, file| {
         let Weight { spec: whole, fill } = of_name[spec.name.as_str()];
         let stream = StreamSeed::new(seed, &spec.name);
-        blocks::write((whole.dtype, spec.dtype), file, |out| match *fill {
+        blocks::write(whole.dtype, spec, file, |out| match *fill {
             Fill::Ones => out.write_all(&half::bf16::ONE.to_le_bytes().repeat(whole.shape[0])),
             Fill::Normal(deviation) => normal.write_bf16(stream, deviation, Signs::Free, whole.bytes(), out),
             Fill::Router => write_router(&normal, stream, &whole.shape, out),
