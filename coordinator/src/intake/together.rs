@@ -27,10 +27,13 @@ impl Together {
         Arc::new(Self { requests, read: Mutex::new(Vec::with_capacity(requests)) })
     }
 
-    /// Adds a request that was read. All of them, once it is the last.
-    pub(crate) fn add(&self, request: Read) -> Option<Vec<Read>> {
+    /// Adds a request that was read. All of them, once it is the last. Before that nobody is to wait for them: another text of
+    /// the call may take long to be read.
+    pub(crate) fn add(&self, mut request: Read) -> Option<Vec<Read>> {
         let mut read = self.read.lock();
+        let is_last = read.len() + 1 == self.requests;
+        request.announced.take_if(|_| !is_last);
         read.push(request);
-        (read.len() == self.requests).then(|| std::mem::take(&mut *read))
+        is_last.then(|| std::mem::take(&mut *read))
     }
 }
