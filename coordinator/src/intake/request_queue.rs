@@ -201,7 +201,7 @@ fn loads(waiting: &VecDeque<Waiting>) -> Vec<(&Option<Client>, Load)> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::{borrow::Cow, sync::mpsc, thread};
 
     use sida_telemetry::Span;
@@ -213,7 +213,7 @@ mod tests {
         intake::request::{EncodeOptions, Work},
     };
 
-    fn request() -> Request {
+    pub(crate) fn request() -> Request {
         let (reply, answer) = oneshot::channel();
         // Somebody waits for the answer until the test is over.
         std::mem::forget(answer);

@@ -37,3 +37,21 @@ impl Together {
         is_last.then(|| std::mem::take(&mut *read))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::intake::{queue::Queue, request_queue::tests::request};
+
+    #[test]
+    fn nobody_waits_for_a_call_that_is_not_read_yet() {
+        // Would break: requests of all clients wait until the longest text of somebody's call is tokenized.
+        let queue = Arc::new(Queue::new());
+        let announced = || Arc::strong_count(&queue) - 1;
+        let call = Together::new(2);
+        assert!(call.add(Read { request: request(), announced: Some(queue.announce()) }).is_none());
+        assert_eq!(announced(), 0);
+        let all = call.add(Read { request: request(), announced: Some(queue.announce()) }).expect("all are read");
+        assert_eq!((all.len(), announced()), (2, 1), "they come with the last");
+    }
+}
