@@ -5,7 +5,7 @@ use serde::Serialize;
 use serde_json::Value;
 use sida_model::{ChatMessage, TemplateValue, chat_template::ValueKind};
 
-use crate::doors::openai::{door::Door, error::ApiError, fields::Fields};
+use crate::doors::openai::{door::Door, error::ApiError, fields::Fields, tools};
 
 /// Messages of one conversation at most.
 const MESSAGES_MAX: usize = 4096;
@@ -116,13 +116,14 @@ struct Function {
 }
 
 /// Takes the id of the call that a tool has answered.
-fn answered(fields: &mut Fields, open_calls: &[String]) -> Result<String, ApiError> {
+fn answered(fields: &mut Fields, open_calls: &mut Vec<String>) -> Result<String, ApiError> {
     let at = fields.name("tool_call_id");
-    let expected = "the id of a call in tool_calls of the assistant's message before it";
-    match fields.text("tool_call_id")? {
-        None => Err(ApiError::missing(at, expected)),
-        Some(id) if open_calls.contains(&id) => Ok(id),
-        Some(id) => Err(ApiError::field(at, id, expected)),
+    let expected =
+        "the id of a call in tool_calls of the assistant's message before it, of which each is answered once";
+    let Some(id) = fields.text("tool_call_id")? else { return Err(ApiError::missing(at, expected)) };
+    match open_calls.iter().position(|open| *open == id) {
+        Some(place) => Ok(open_calls.swap_remove(place)),
+        None => Err(ApiError::field(at, id, expected)),
     }
 }
 
@@ -133,13 +134,25 @@ fn called(fields: &mut Fields, open_calls: &mut Vec<String>) -> Result<Option<Te
     let call = |(number, value): (usize, Value)| {
         let mut call = Fields::of(value, &format!("{at}[{number}]"))?;
         let (id, kind) = (call.text("id")?, call.text("type")?);
+        if let Some(id) = &id {
+            if id.is_empty() || open_calls.contains(id) {
+                return Err(ApiError::field(
+                    call.name("id"),
+                    id.as_str(),
+                    "an id that no other call of the message has",
+                ));
+            }
+            open_calls.push(id.clone());
+        }
+        // A call that came in a stream has its place.
+        call.count("index")?;
         if kind.as_deref().is_some_and(|kind| kind != "function") {
             return Err(ApiError::unsupported(call.name("type"), "only functions are called"));
         }
         let function = call.value("function").ok_or_else(|| ApiError::missing(call.name("function"), "an object"))?;
         let mut function = Fields::of(function, &call.name("function"))?;
         call.end()?;
-        let name = function.text("name")?.ok_or_else(|| ApiError::missing(function.name("name"), "a name"))?;
+        let name = tools::name(&mut function)?;
         let text = function.text("arguments")?.unwrap_or_else(|| "{}".to_owned());
         function.end()?;
         let read = serde_json::from_str::<TemplateValue>(&text).ok();
@@ -147,7 +160,6 @@ fn called(fields: &mut Fields, open_calls: &mut Vec<String>) -> Result<Option<Te
         Ok(Call { id, kind: "function", function: Function { name, arguments } })
     };
     let calls = calls.into_iter().enumerate().map(call).collect::<Result<Vec<_>, _>>()?;
-    open_calls.extend(calls.iter().filter_map(|call| call.id.clone()));
     Ok((!calls.is_empty()).then(|| TemplateValue::from_serialize(&calls)))
 }
 
@@ -202,7 +214,7 @@ mod tests {
         let messages = read(json!([
             {"role": "assistant", "content": null, "tool_calls": [{"id": "1", "type": "function", "function": function}]},
             {"role": "tool", "content": "7", "tool_call_id": "1"},
-            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "not JSON"}}]},
+            {"role": "assistant", "tool_calls": [{"index": 0, "function": {"name": "f", "arguments": "not JSON"}}]},
         ]))
         .unwrap();
         let call = |message: &ChatMessage| serde_json::to_string(message.tool_calls.as_ref().unwrap()).unwrap();
@@ -233,6 +245,10 @@ mod tests {
             // Somebody spoke in between.
             (json!([calls(&["1"]), user, answer("1")]), "messages[2].tool_call_id"),
             (json!([calls(&["1"]), calls(&["2"]), answer("1")]), "messages[2].tool_call_id"),
+            // It is answered already.
+            (json!([calls(&["1"]), answer("1"), answer("1")]), "messages[2].tool_call_id"),
+            (json!([calls(&["1", "1"])]), "messages[0].tool_calls[1].id"),
+            (json!([calls(&[""])]), "messages[0].tool_calls[0].id"),
         ] {
             assert_eq!(read(messages.clone()).unwrap_err().json()["error"]["param"], param, "{messages}");
         }
@@ -254,6 +270,10 @@ mod tests {
             (json!([{"role": "assistant", "tool_calls": []}]), "messages[0].content"),
             (json!([{"role": "user", "content": "a", "tool_call_id": "1"}]), "messages[0].tool_call_id"),
             (json!([{"role": "assistant", "tool_calls": [{"id": "1"}]}]), "messages[0].tool_calls[0].function"),
+            (
+                json!([{"role": "assistant", "tool_calls": [{"function": {"name": "</tool_call>"}}]}]),
+                "messages[0].tool_calls[0].function.name",
+            ),
             (json!([{"role": "user"}]), "messages[0].content"),
             (user(json!(7)), "messages[0].content"),
             (user(json!([{"type": "image_url", "image_url": {"url": "x"}}])), "messages[0].content[0].type"),

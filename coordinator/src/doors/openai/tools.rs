@@ -43,6 +43,12 @@ impl Tools {
         }
         let known = tools.into_iter().enumerate().map(|(number, tool)| function(tool, &format!("tools[{number}]")));
         let known = known.collect::<Result<Vec<_>, _>>()?;
+        for (number, (name, _)) in known.iter().enumerate() {
+            if known[..number].iter().any(|(other, _)| other == name) {
+                let at = format!("tools[{number}].function.name");
+                return Err(ApiError::field(at, name.as_str(), "a name that no other tool has"));
+            }
+        }
         let Some(choice) = chosen(choice, &known)? else { return Ok(None) };
         Ok((!known.is_empty()).then(|| Self { shown: ordered(body), known, choice, several }))
     }
@@ -100,17 +106,23 @@ fn function(tool: Value, at: &str) -> Result<(String, Value), ApiError> {
     let value = tool.value("function").ok_or_else(|| ApiError::missing(tool.name("function"), "an object"))?;
     let mut function = Fields::of(value, &tool.name("function"))?;
     tool.end()?;
-    let name = function.text("name")?.ok_or_else(|| ApiError::missing(function.name("name"), "a name"))?;
-    let is_fit = |character: char| character.is_ascii_alphanumeric() || "_-.".contains(character);
-    if !(1..=NAME_CHARS_MAX).contains(&name.chars().count()) || !name.chars().all(is_fit) {
-        let expected = format!("1 to {NAME_CHARS_MAX} letters, digits, underscores, hyphens and dots");
-        return Err(ApiError::field(function.name("name"), name, expected));
-    }
+    let name = name(&mut function)?;
     function.text("description")?;
     function.flag("strict")?;
     let parameters = function.read("parameters", "a JSON Schema", |value| value.as_object().cloned())?;
     function.end()?;
     Ok((name, parameters.map_or_else(|| json!({"type": "object"}), Value::Object)))
+}
+
+/// Takes the name of a function. It is read to the model among the marks of its calls.
+pub(crate) fn name(function: &mut Fields) -> Result<String, ApiError> {
+    let name = function.text("name")?.ok_or_else(|| ApiError::missing(function.name("name"), "a name"))?;
+    let is_fit = |character: char| character.is_ascii_alphanumeric() || "_-.".contains(character);
+    if (1..=NAME_CHARS_MAX).contains(&name.chars().count()) && name.chars().all(is_fit) {
+        return Ok(name);
+    }
+    let expected = format!("1 to {NAME_CHARS_MAX} letters, digits, underscores, hyphens and dots");
+    Err(ApiError::field(function.name("name"), name, expected))
 }
 
 /// What `tool_choice` says; `None`: no tool.
@@ -194,6 +206,7 @@ mod tests {
             ),
             (json!({"tool_choice": "required"}), "tool_choice"),
             (json!({"tools": vec![tool("a"); TOOLS_MAX + 1]}), "tools"),
+            (json!({"tools": [tool("a"), tool("b"), tool("a")]}), "tools[2].function.name"),
         ] {
             let Err(error) = read(request.clone()) else { panic!("{request} was taken") };
             assert_eq!(error.json()["error"]["param"], param, "{request}");
