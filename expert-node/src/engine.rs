@@ -60,16 +60,18 @@ impl Engine {
             return Self::new(config, Arc::new(store));
         }
         let precision = config.precision.unwrap_or(Precision::of_weights(store.shape().dtype));
-        let shape = ExpertShape { dtype: precision.stored(), ..*store.shape() };
+        let unpacked = ExpertSlot::choose(&store, precision, false)?;
         let experts = store.config().moe_layer_count() * store.config().num_experts;
-        let experts_bytes = (experts * shape.bytes()) as u64;
+        let experts_bytes = (experts * unpacked.bytes()) as u64;
         let host_bytes = config.host_memory.bytes(experts_bytes);
-        // Where everything fits, unpacking gains nothing.
+        // Where everything fits, packing gains nothing.
         let packs = config.packs && config.expert_memory.bytes(experts_bytes) < experts_bytes;
-        let slot = ExpertSlot::choose(&store, precision, packs)?;
+        let slot = if packs { ExpertSlot::choose(&store, precision, true)? } else { unpacked };
         let options = ExpertDeviceOptions { device: config.device, slot, host_bytes };
         let source = Arc::new(store.clone());
-        Self::on_device(config, source, &shape, slot.bytes(), |slots| expert_device::open(options, store, slots))
+        Self::on_device(config, source, unpacked.bytes(), slot.bytes(), |slots| {
+            expert_device::open(options, store, slots)
+        })
     }
 
     /// Takes the memory and starts the threads. Experts come from `source` as they are needed.
@@ -80,16 +82,16 @@ impl Engine {
         Self::with(config, source, Memory::Host(slab), budget)
     }
 
-    /// As [`Engine::new`], with slots of `slot_bytes` for experts of `shape` on the device that `open` makes for their
-    /// number.
+    /// As [`Engine::new`], with slots of `slot_bytes` on the device that `open` makes for their number. An expert takes
+    /// `expert_bytes` where a budget is a share of all of them.
     pub fn on_device(
         config: &ExpertNodeConfig,
         source: Arc<dyn ExpertSource>,
-        shape: &ExpertShape,
+        expert_bytes: usize,
         slot_bytes: usize,
         open: impl FnOnce(usize) -> Result<Arc<dyn ExpertDevice>, ModelError>,
     ) -> Result<Self, ExpertNodeError> {
-        let budget = Budget::of(config, &*source, shape.bytes(), slot_bytes)?;
+        let budget = Budget::of(config, &*source, expert_bytes, slot_bytes)?;
         Self::with(config, source, Memory::Device(open(budget.slots)?), budget)
     }
 

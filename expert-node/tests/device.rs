@@ -122,7 +122,7 @@ fn engine(slots: usize) -> (Engine, Arc<MadeUp>, Arc<MadeUpDevice>) {
     let mut config = ExpertNodeConfig::new("e0".into(), "made-up".into());
     config.expert_memory = ExpertMemory::Bytes((slots * shape.bytes()) as u64);
     let opened = device.clone();
-    let engine = Engine::on_device(&config, source.clone(), &shape, shape.bytes(), move |slots| {
+    let engine = Engine::on_device(&config, source.clone(), shape.bytes(), shape.bytes(), move |slots| {
         assert_eq!(slots, opened.slots.len());
         Ok(opened)
     });

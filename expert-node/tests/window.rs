@@ -114,7 +114,8 @@ impl Lane {
         let mut config = ExpertNodeConfig::new("e0".into(), "made-up".into());
         config.expert_memory = sida_expert_node::ExpertMemory::Bytes((slots * source.shape().bytes()) as u64);
         let (device, shape) = (memory.clone(), *source.shape());
-        let engine = Arc::new(Engine::on_device(&config, source, &shape, shape.bytes(), |_| Ok(device)).unwrap());
+        let engine =
+            Arc::new(Engine::on_device(&config, source, shape.bytes(), shape.bytes(), |_| Ok(device)).unwrap());
         let cluster = Cluster::fixed(Vec::new(), LAYERS, EXPERTS, 1).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();

@@ -1,30 +1,52 @@
-//! How an expert lies in a slot of a GPU, and on its way there: its matrices one after the other in the precision that is
-//! computed in, packed where that can be (see [`crate::packed`]).
+//! How an expert lies in a slot of a GPU, and on its way there: its matrices one after the other, in the precision that is
+//! computed in, packed where that can be (see [`crate::packed`]), or in the blocks of its checkpoint (see
+//! [`crate::block_matrix`]).
 
 use sida_routing::{ExpertId, ExpertKey, LayerId};
 
-use crate::{ExpertShape, ExpertStore, ModelError, Precision, packed, spec::Activation};
+use crate::{ExpertShape, ExpertStore, ModelError, Precision, StoredDType, block_matrix, packed, spec::Activation};
 
 /// How the experts of a model lie in the slots of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExpertSlot {
     shape: ExpertShape,
-    is_packed: bool,
+    layout: Layout,
+}
+
+/// How a matrix lies in a slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Layout {
+    /// As values that are computed with.
+    Plain,
+    /// As bf16 values in three quarters of their bytes.
+    Packed,
+    /// As blocks of this format.
+    Blocks(StoredDType),
+}
+
+impl Layout {
+    /// Of experts that are stored so and computed in a precision, where they are not packed.
+    pub(crate) fn of(stored: StoredDType, precision: Precision) -> Self {
+        match block_matrix::integer_bits(stored) {
+            Some(_) if precision == Precision::Bf16 => Self::Blocks(stored),
+            _ => Self::Plain,
+        }
+    }
 }
 
 impl ExpertSlot {
-    /// For the experts of a store. Packed if that is wanted, they are computed in bf16, and the first expert of every layer can
-    /// be: those of a layer are much alike.
+    /// For the experts of a store. Computed in bf16, they lie in blocks where they are stored so; they are packed if that is
+    /// wanted and the first expert of every layer can be: those of a layer are much alike.
     pub fn choose(store: &ExpertStore, precision: Precision, packs: bool) -> Result<Self, ModelError> {
         let shape = ExpertShape { dtype: precision.stored(), ..*store.shape() };
-        let plain = Self { shape, is_packed: false };
-        if !packs || precision != Precision::Bf16 {
+        let plain = Self { shape, layout: Layout::of(store.shape().dtype, precision) };
+        if !packs || precision != Precision::Bf16 || plain.layout != Layout::Plain {
             return Ok(plain);
         }
         if shape.activation != Activation::Relu {
             return Ok(plain);
         }
-        let packed = Self { is_packed: true, ..plain };
+        let packed = Self { layout: Layout::Packed, ..plain };
         let mut slot = vec![0; packed.bytes()];
         for layer in 0..store.config().moe_layer_count() as u16 {
             match packed.read(store, ExpertKey { layer: LayerId(layer), expert: ExpertId(0) }, &mut slot) {
@@ -48,45 +70,67 @@ impl ExpertSlot {
 
     /// Whether it is packed.
     pub fn is_packed(&self) -> bool {
-        self.is_packed
+        self.layout == Layout::Packed
+    }
+
+    /// How its matrices lie.
+    pub(crate) fn layout(&self) -> Layout {
+        self.layout
     }
 
     /// Bytes it takes.
     pub fn bytes(&self) -> usize {
-        match self.is_packed {
-            true => self.packed_bytes().iter().sum(),
-            false => self.shape.bytes(),
+        match self.layout {
+            Layout::Plain => self.shape.bytes(),
+            Layout::Packed => self.packed_bytes().iter().sum(),
+            Layout::Blocks(dtype) => ExpertShape { dtype, ..self.shape }.bytes(),
         }
     }
 
     /// Where its last matrix begins, which leads back to `d_model`.
     pub fn output_at(&self) -> usize {
-        if self.is_packed { self.packed_bytes()[0] } else { self.shape.bytes() - self.shape.matrix_bytes() }
+        match self.layout {
+            Layout::Plain => self.bytes() - self.shape.matrix_bytes(),
+            Layout::Packed => self.packed_bytes()[0],
+            Layout::Blocks(dtype) => self.bytes() - ExpertShape { dtype, ..self.shape }.matrix_bytes(),
+        }
     }
 
-    /// From one slot to the next, as kernels count: bytes of packed ones, else values.
+    /// From one slot to the next, as kernels count: values of plain ones, else bytes.
     pub fn stride(&self) -> u64 {
-        (if self.is_packed { self.bytes() } else { self.bytes() / self.precision().size() }) as u64
+        let unit = if self.layout == Layout::Plain { self.precision().size() } else { 1 };
+        (self.bytes() / unit) as u64
     }
 
     /// Reads an expert as it lies in a slot.
     pub fn read(&self, store: &ExpertStore, key: ExpertKey, slot: &mut [u8]) -> Result<(), ModelError> {
         let stored = store.shape();
-        if !self.is_packed && stored.dtype == self.shape.dtype {
+        if self.layout == Layout::Plain && stored.dtype == self.shape.dtype {
             return store.load(key, slot);
         }
         let mut read = vec![0; stored.bytes()];
         store.load(key, &mut read)?;
-        if !self.is_packed {
-            self.precision().narrow(&stored.dtype.widen(&read), slot);
-            return Ok(());
+        let ExpertShape { d_model, d_ff, .. } = self.shape;
+        match self.layout {
+            Layout::Packed => {}
+            Layout::Plain => {
+                self.precision().narrow(&stored.dtype.widen(&read), slot);
+                return Ok(());
+            }
+            Layout::Blocks(dtype) => {
+                // All that lead to what is between its matrices are one to the device.
+                let (inputs, output) = read.split_at(self.output_at());
+                let (inputs_to, output_to) = slot.split_at_mut(self.output_at());
+                block_matrix::arrange(inputs, dtype, d_model, inputs_to);
+                block_matrix::arrange(output, dtype, d_ff, output_to);
+                return Ok(());
+            }
         }
         if stored.dtype != self.shape.dtype {
             let wide = stored.dtype.widen(&read);
             read.resize(self.shape.bytes(), 0);
             self.precision().narrow(&wide, &mut read);
         }
-        let ExpertShape { d_model, d_ff, .. } = self.shape;
         let (wi, wo) = read.split_at(self.shape.matrix_bytes());
         let (wi_packed, wo_packed) = slot.split_at_mut(self.output_at());
         match packed::pack(wi, d_model, wi_packed) && packed::pack(wo, d_ff, wo_packed) {

@@ -24,23 +24,32 @@ impl ExpertStore {
     /// Checks, from headers alone, that every expert is there in the right shape.
     pub fn open(checkpoint: Arc<Checkpoint>) -> Result<Self, ModelError> {
         let config = checkpoint.config();
-        let first = ExpertKey { layer: LayerId(0), expert: ExpertId(0) };
-        let is_stacked = config.moe_layer_count() > 0
-            && config.names.stacked(config, first).iter().any(|part| checkpoint.contains(&part.tensor));
-        let mut dtypes = Vec::new();
+        let is_stacked = is_stacked(&checkpoint);
         for layer in (0..config.moe_layer_count() as u16).map(LayerId) {
             for expert in (0..config.num_experts as u16).map(ExpertId) {
                 for ExpertPart { tensor, shape, .. } in parts(config, is_stacked, ExpertKey { layer, expert }) {
                     checkpoint.check_shape(&tensor, &shape)?;
-                    dtypes.push(checkpoint.dtype(&tensor)?);
+                }
+            }
+        }
+        let dtype = Self::dtype(&checkpoint)?;
+        let shape = ExpertShape { d_model: config.d_model, d_ff: config.d_ff, dtype, activation: config.activation };
+        Ok(Self { checkpoint, shape, is_stacked })
+    }
+
+    /// What every expert of a checkpoint is stored as in a slot: where a file mixes dtypes, experts are widened on their way in.
+    pub(crate) fn dtype(checkpoint: &Checkpoint) -> Result<StoredDType, ModelError> {
+        let (config, is_stacked) = (checkpoint.config(), is_stacked(checkpoint));
+        let mut dtypes = Vec::new();
+        for layer in (0..config.moe_layer_count() as u16).map(LayerId) {
+            for expert in (0..config.num_experts as u16).map(ExpertId) {
+                for part in parts(config, is_stacked, ExpertKey { layer, expert }) {
+                    dtypes.push(checkpoint.dtype(&part.tensor)?);
                 }
             }
         }
         dtypes.dedup();
-        // Slots hold one dtype: where a file mixes them, experts are widened on their way in.
-        let dtype = if let [one] = dtypes[..] { one } else { StoredDType::F32 };
-        let shape = ExpertShape { d_model: config.d_model, d_ff: config.d_ff, dtype, activation: config.activation };
-        Ok(Self { checkpoint, shape, is_stacked })
+        Ok(if let [one] = dtypes[..] { one } else { StoredDType::F32 })
     }
 
     /// What every expert looks like in a slot.
@@ -122,6 +131,13 @@ impl ExpertStore {
         }
         Err(ModelError::Expert { layer: key.layer, expert: key.expert.0, layers, num_experts })
     }
+}
+
+/// Whether a tensor holds the experts of a layer.
+fn is_stacked(checkpoint: &Checkpoint) -> bool {
+    let (config, first) = (checkpoint.config(), ExpertKey { layer: LayerId(0), expert: ExpertId(0) });
+    config.moe_layer_count() > 0
+        && config.names.stacked(config, first).iter().any(|part| checkpoint.contains(&part.tensor))
 }
 
 /// Where an expert's matrices are, in the order of its slot.

@@ -19,6 +19,7 @@
 
 pub mod backbone;
 pub mod backend;
+mod block_matrix;
 pub mod blocks;
 pub mod bounded_file;
 pub mod cache_size;

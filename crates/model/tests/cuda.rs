@@ -21,8 +21,9 @@ use golden::Golden;
 use on_device::{OnDevice, Options, ROWS_MAX, plan};
 use rand::{Rng, SeedableRng};
 use sida_model::{
-    Backend, Beside, Checkpoint, DeviceError, ExpertDevice, ExpertScratch, ExpertSlot, ExpertStore, ModelError,
-    MoeRows, NewSequence, Precision, Reference, SlotRows, SlotRun, Spans, Stack, Urgency, Wanted,
+    Backend, Beside, BlockFormats, Checkpoint, DeviceError, ExpertDevice, ExpertScratch, ExpertSlot, ExpertStore,
+    ModelError, MoeRows, NewSequence, Precision, Reference, SlotRows, SlotRun, Spans, Stack, StoredDType, Urgency,
+    Wanted, convert,
     cuda::{CudaError, DeviceDense, DeviceSequence, DeviceSlab, DeviceStates, Gpu},
     reference::greedy,
 };
@@ -44,6 +45,18 @@ fn models() -> Vec<PathBuf> {
     let shipped = models.unwrap_or(shipped);
     let names = ["switch-tiny-64", "switch-mini-8", "switch-mini-64"];
     names.iter().map(|name| shipped.join(name)).filter(|dir| dir.join("config.json").exists()).collect()
+}
+
+/// Those, and the smallest with its experts in blocks of either format.
+fn models_and_blocks(into: &Path) -> Vec<PathBuf> {
+    let mut dirs = models();
+    for dtype in [StoredDType::Q4_0, StoredDType::Q8_0] {
+        let dir = into.join(dtype.to_string());
+        let formats = BlockFormats { experts: Some(dtype), ..BlockFormats::NONE };
+        convert::convert(&dirs[0], &dir, formats, &mut |_, _| ()).unwrap();
+        dirs.push(dir);
+    }
+    dirs
 }
 
 fn open(dir: &Path, ordinal: usize, precision: Precision, share: f64, host_bytes: u64) -> OnDevice {
@@ -142,7 +155,8 @@ fn rows_do_not_depend_on_their_batch() {
     let seed = rand::rng().random();
     println!("seed {seed}");
     let mut random = rand::rngs::StdRng::seed_from_u64(seed);
-    for dir in models() {
+    let into = tempfile::tempdir().unwrap();
+    for dir in models_and_blocks(into.path()) {
         for precision in [Precision::Bf16, Precision::F32] {
             let mut all = open(&dir, ordinal, precision, 1.0, 0);
             let mut part = open(&dir, ordinal, precision, 0.25, u64::MAX);
@@ -242,7 +256,8 @@ fn bf16_is_near_float32() {
     let seed = rand::rng().random();
     println!("seed {seed}");
     let mut random = rand::rngs::StdRng::seed_from_u64(seed);
-    for dir in models() {
+    let into = tempfile::tempdir().unwrap();
+    for dir in models_and_blocks(into.path()) {
         let mut narrow = open(&dir, ordinal, Precision::Bf16, 1.0, 0);
         let mut wide = open(&dir, ordinal, Precision::F32, 1.0, 0);
         let lengths = [20, 200, 3, 64];

@@ -27,7 +27,7 @@ use super::{
     scratch::{LOGIT_ROWS_MAX, Packet, Report, Scratch},
     weights::{self, Device},
 };
-use crate::{Backbone, Checkpoint, ModelConfig, ModelError, Precision, Spans, Wanted, forward, names};
+use crate::{Backbone, Checkpoint, ExpertStore, ModelConfig, ModelError, Precision, Spans, Wanted, forward, names};
 
 /// Values that one thread widens at a time: what takes some ten microseconds.
 const PIECE_VALUES: usize = 1 << 16;
@@ -94,7 +94,7 @@ impl DeviceDense {
         let config = checkpoint.config().clone();
         weights::check(&config)?;
         gpu.enter()?;
-        let kernels = Kernels::compile(&gpu, precision, config.d_kv)?;
+        let kernels = Kernels::compile(&gpu, precision, ExpertStore::dtype(checkpoint)?, config.d_kv)?;
         let (backbone, backbone_bytes) = weights::load(&gpu, checkpoint, precision)?;
         let turns = Turns::of(&gpu, &config)?;
         let scratch = Scratch::new(&gpu, &config, precision, rows_max)?;

@@ -9,7 +9,7 @@ use super::{
     error::CudaError,
     kernels::{Kernels, ProductKernels},
 };
-use crate::{ExpertSlot, SlotRun, spec::Activation};
+use crate::{ExpertSlot, SlotRun, expert_slot::Layout, spec::Activation};
 
 /// Up to so many rows at once all groups are tiles of `few`: two kernels less, and their blocks are shorter. Measured on an H200, a
 /// layer's experts, four tenths of the rows being of one: 93 instead of 107 us at 224 rows, no difference at 640, 222 instead of
@@ -68,18 +68,23 @@ pub(super) struct Grouped<'m> {
 pub(crate) struct Slots {
     /// wi and wo of slot 0.
     matrices: [u64; 2],
-    /// From one slot to the next, in values, of packed ones in bytes.
+    /// From one slot to the next, in values, of those that are not plain in bytes.
     stride: u64,
-    are_packed: bool,
+    layout: Layout,
     are_gated: bool,
 }
 
 impl Slots {
+    /// How matrices lie in them.
+    pub(super) fn layout(&self) -> Layout {
+        self.layout
+    }
+
     /// Slots from `at` on.
     pub(super) fn new(at: u64, slot: &ExpertSlot) -> Self {
         let matrices = [at, at + slot.output_at() as u64];
         let are_gated = slot.shape().activation == Activation::GatedSilu;
-        Self { matrices, stride: slot.stride(), are_packed: slot.is_packed(), are_gated }
+        Self { matrices, stride: slot.stride(), layout: slot.layout(), are_gated }
     }
 }
 
@@ -111,10 +116,7 @@ impl Grouped<'_> {
         if tiles == 0 {
             return Ok(());
         }
-        let experts = match &kernels.packed_experts {
-            Some(packed) if self.slots.are_packed => packed,
-            _ => &kernels.experts,
-        };
+        let experts = kernels.experts_in(self.slots.layout)?;
         let wi = Product {
             x: self.x,
             w: self.slots.matrices[0],
@@ -134,9 +136,9 @@ impl Grouped<'_> {
             slot_stride: self.slots.stride,
             ..Product::default()
         };
-        let (gather, outputs) = match self.slots.are_gated {
-            true => (&kernels.gather_gate, kernels.gated_outputs()),
-            false => (&experts.gather, kernels.tile.0),
+        let (gather, outputs) = match &experts.gather_gate {
+            Some(gather_gate) if self.slots.are_gated => (gather_gate, kernels.gated_outputs()),
+            _ => (&experts.gather, kernels.tile.0),
         };
         let back = match self.results {
             Results::Added { .. } => &experts.scatter,

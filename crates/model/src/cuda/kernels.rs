@@ -12,16 +12,17 @@ use super::{
     device::Gpu,
     error::{CudaError, failed},
 };
-use crate::Precision;
+use crate::{Precision, StoredDType, block_matrix, expert_slot::Layout};
 
 /// In the order in which they build on each other.
-const SOURCES: [(&str, &str); 12] = [
+const SOURCES: [(&str, &str); 13] = [
     ("numbers.cu", include_str!("kernels/numbers.cu")),
     ("rows.cu", include_str!("kernels/rows.cu")),
     ("product.cu", include_str!("kernels/product.cu")),
     ("product_scalar.cu", include_str!("kernels/product_scalar.cu")),
     ("product_tensor.cu", include_str!("kernels/product_tensor.cu")),
     ("product_packed.cu", include_str!("kernels/product_packed.cu")),
+    ("product_blocks.cu", include_str!("kernels/product_blocks.cu")),
     ("routing.cu", include_str!("kernels/routing.cu")),
     ("attention.cu", include_str!("kernels/attention.cu")),
     ("heads.cu", include_str!("kernels/heads.cu")),
@@ -52,11 +53,11 @@ pub(super) struct ProductKernels {
     pub(super) gate: Kernel,
     pub(super) add: Kernel,
     pub(super) logits: Kernel,
-    pub(super) experts: ExpertKernels,
-    /// In place of `gather` where experts are gated.
-    pub(super) gather_gate: Kernel,
+    experts: ExpertKernels,
     /// For bf16 only.
-    pub(super) packed_experts: Option<ExpertKernels>,
+    packed_experts: Option<ExpertKernels>,
+    /// For the format that they were compiled for.
+    block_experts: Option<(StoredDType, ExpertKernels)>,
     pub(super) threads: u32,
     /// Outputs and rows of a block.
     pub(super) tile: (usize, usize),
@@ -66,6 +67,8 @@ pub(super) struct ProductKernels {
 #[derive(Debug)]
 pub(super) struct ExpertKernels {
     pub(super) gather: Kernel,
+    /// In place of it where experts are gated: none of those is packed.
+    pub(super) gather_gate: Option<Kernel>,
     pub(super) scatter: Kernel,
     pub(super) each: Kernel,
 }
@@ -98,14 +101,24 @@ pub(super) struct Kernels {
 }
 
 impl Kernels {
-    /// Compiles them; takes a few seconds.
-    pub(super) fn compile(gpu: &Gpu, precision: Precision, d_kv: usize) -> Result<Self, CudaError> {
+    /// Compiles them, for experts that are stored so; takes a few seconds.
+    pub(super) fn compile(
+        gpu: &Gpu,
+        precision: Precision,
+        experts: StoredDType,
+        d_kv: usize,
+    ) -> Result<Self, CudaError> {
         let (major, minor) = gpu.description().capability;
+        let blocks = match Layout::of(experts, precision) {
+            Layout::Blocks(dtype) => Some(dtype),
+            Layout::Plain | Layout::Packed => None,
+        };
         let attention_bytes = (KEY_STAGES * 2 * 32 * (d_kv + 8) * precision.size()) as u32;
         let options = [
             format!("--gpu-architecture=sm_{major}{minor}"),
             "--std=c++17".to_owned(),
             format!("-DBF16={}", u8::from(precision == Precision::Bf16)),
+            format!("-DBLOCK_BITS={}", blocks.and_then(block_matrix::integer_bits).unwrap_or(0)),
             format!("-DD_KV={d_kv}"),
             format!("-DMULTIPROCESSORS={}", gpu.description().multiprocessors),
             format!("-DMANY_SHARED_BYTES={MANY_SHARED_BYTES}"),
@@ -137,15 +150,29 @@ impl Kernels {
             attend_input: attend("attend_input")?,
             queries: if is_bf16 { 64 } else { 8 },
             place_heads: function("place_heads")?,
-            few: ProductKernels::load(&module, "few", is_bf16, 128, (16, if is_bf16 { 32 } else { 8 }), 0)?,
+            few: ProductKernels::load(&module, "few", precision, blocks, 128, (16, if is_bf16 { 32 } else { 8 }), 0)?,
             many: is_bf16
-                .then(|| ProductKernels::load(&module, "many", true, 256, (64, 64), MANY_SHARED_BYTES))
+                .then(|| ProductKernels::load(&module, "many", precision, blocks, 256, (64, 64), MANY_SHARED_BYTES))
                 .transpose()?,
         })
     }
 }
 
 impl ProductKernels {
+    /// Those for experts that lie so.
+    pub(super) fn experts_in(&self, layout: Layout) -> Result<&ExpertKernels, CudaError> {
+        let found = match layout {
+            Layout::Plain => Some(&self.experts),
+            Layout::Packed => self.packed_experts.as_ref(),
+            Layout::Blocks(dtype) => self.block_experts.as_ref().filter(|(of, _)| *of == dtype).map(|(_, own)| own),
+        };
+        found.ok_or_else(|| CudaError::Unsupported {
+            what: "experts in slots",
+            found: format!("{layout:?}"),
+            expected: "what the kernels of this model were compiled for",
+        })
+    }
+
     /// Outputs of a block of a gated product: it multiplies two rows for each.
     pub(super) fn gated_outputs(&self) -> usize {
         self.tile.0 / 2
@@ -154,26 +181,30 @@ impl ProductKernels {
     fn load(
         module: &Arc<CudaModule>,
         name: &str,
-        is_bf16: bool,
+        precision: Precision,
+        blocks: Option<StoredDType>,
         threads: u32,
         tile: (usize, usize),
         shared_bytes: u32,
     ) -> Result<Self, CudaError> {
         let of = |name: &str, kind: &str| load(module, &format!("{name}_{kind}"), shared_bytes);
         let kind = |kind: &str| of(name, kind);
-        let experts = |name: &str| {
+        let experts = |name: &str, are_gated: bool| {
+            let gather_gate = are_gated.then(|| of(name, "gather_gate")).transpose()?;
             let (gather, scatter, each) = (of(name, "gather")?, of(name, "scatter")?, of(name, "each")?);
-            Ok::<_, CudaError>(ExpertKernels { gather, scatter, each })
+            Ok::<_, CudaError>(ExpertKernels { gather, gather_gate, scatter, each })
         };
+        let packs = precision == Precision::Bf16;
+        let of_blocks = |dtype| Ok::<_, CudaError>((dtype, experts(&format!("{name}_blocks"), true)?));
         Ok(Self {
             store: kind("store")?,
             relu: kind("relu")?,
             gate: kind("gate")?,
             add: kind("add")?,
             logits: kind("logits")?,
-            experts: experts(name)?,
-            gather_gate: kind("gather_gate")?,
-            packed_experts: is_bf16.then(|| experts(&format!("{name}_packed"))).transpose()?,
+            experts: experts(name, true)?,
+            packed_experts: packs.then(|| experts(&format!("{name}_packed"), false)).transpose()?,
+            block_experts: blocks.map(of_blocks).transpose()?,
             threads,
             tile,
         })

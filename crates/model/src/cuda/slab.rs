@@ -78,7 +78,7 @@ impl DeviceSlab {
         let precision = slot.precision();
         weights::check(store.config())?;
         gpu.enter()?;
-        let kernels = Kernels::compile(&gpu, precision, D_KV)?;
+        let kernels = Kernels::compile(&gpu, precision, store.shape().dtype, D_KV)?;
         let (shape, choices) = (*slot.shape(), store.config().top_k);
         let memory = gpu.allocate("experts", slots * slot.bytes())?;
         let slots = Slots::new(memory.address(), &slot);
@@ -273,9 +273,10 @@ impl ExpertDevice for DeviceSlab {
     }
 
     fn is_beside(&self, rows: &RowsOnDevice<'_>) -> bool {
-        let DeviceDense { gpu, precision, config, .. } = &*rows.dense;
+        let DeviceDense { gpu, precision, config, kernels, .. } = &*rows.dense;
         let shape = (config.d_model, config.d_ff, *precision);
-        gpu.is_same(&self.gpu) && shape == (self.shape.d_model, self.shape.d_ff, self.precision)
+        let is_alike = shape == (self.shape.d_model, self.shape.d_ff, self.precision);
+        gpu.is_same(&self.gpu) && is_alike && kernels.few.experts_in(self.slots.layout()).is_ok()
     }
 
     fn slots_beside(self: Arc<Self>, rows: &RowsOnDevice<'_>) -> Option<DeviceSlots> {

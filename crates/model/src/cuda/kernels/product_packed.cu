@@ -62,6 +62,8 @@ struct Packed {
 template <bool ONCE> struct PackedRow {
     typedef unsigned char Element;
     typedef PackedRow<true> OfFew;
+    static const bool IS_SCALED = false;
+    static const int AHEAD = 6;
     struct Loaded {
         uint2 bytes;
         u32 word;
@@ -70,7 +72,7 @@ template <bool ONCE> struct PackedRow {
     uint4 head;
     const unsigned char *bytes, *words;
 
-    __device__ PackedRow(const Product &a, const void *matrix, int row, int t)
+    __device__ PackedRow(const Product &a, const void *matrix, int row, int, int t)
         : w(a, matrix), head(w.head(row)), bytes(w.row(row) + t * 8), words(w.row(row) + 32 + t * 4) {}
     __device__ __forceinline__ Loaded load(int k) const {
         Loaded loaded;
@@ -87,6 +89,7 @@ template <bool ONCE> struct PackedRow {
     __device__ __forceinline__ uint4 weights(const Loaded &loaded) const {
         return w.unpack<true>(head, loaded.bytes, loaded.word);
     }
+    __device__ __forceinline__ float scale(const Loaded &) const { return 1; }
 };
 
 template <int KIND> __device__ __forceinline__ void few_packed(const Product &a) { few_of<KIND, PackedRow<false>>(a); }
@@ -97,7 +100,9 @@ EXPERT_KINDS(few_packed, few_packed, 128, 1)
 struct PackedTile {
     typedef unsigned char Element;
     static const int BYTES = SIDE * 48;
+    static const int STAGES = 3;
     static const int HEADS = SIDE;
+    static const bool IS_SCALED = false;
     Packed w;
     const unsigned char *from;
     const uint4 *heads;
@@ -118,6 +123,7 @@ struct PackedTile {
         u32 word = *reinterpret_cast<const u32 *>(tile + at * 48 + 32 + t * 4);
         return w.unpack<false>(heads[at], bytes, word);
     }
+    __device__ __forceinline__ float scale(const unsigned char *, int) const { return 1; }
 };
 
 template <int KIND> __device__ __forceinline__ void many_packed(const Product &a) { many_of<KIND, PackedTile>(a); }

@@ -29,17 +29,30 @@ __device__ __forceinline__ void multiply32(float (&sum)[4], uint4 upper, uint4 l
     multiply(sum, upper.z, lower.z, upper.w, lower.w, x.z, x.w);
 }
 
+// The same times the scales of the outputs, where those are not in the weights.
+template <bool IS_SCALED>
+__device__ __forceinline__ void add32(float (&sum)[4], uint4 upper, uint4 lower, uint4 x, float upper_scale, float lower_scale) {
+    if (!IS_SCALED) return multiply32(sum, upper, lower, x);
+    float own[4] = {};
+    multiply32(own, upper, lower, x);
+    for (int i = 0; i < 4; ++i) sum[i] = fmaf(i < 2 ? upper_scale : lower_scale, own[i], sum[i]);
+}
+
 // A thread's part of a row of W: of every 32 of k the 8 from 8t on, as they are loaded and as they are multiplied.
 struct PlainRow {
     typedef T Element;
     typedef PlainRow OfFew;
     typedef uint4 Loaded;
+    static const bool IS_SCALED = false;
+    static const int AHEAD = 6; // for 8 rows
     const T *at;
 
-    __device__ PlainRow(const Product &a, const void *w, int row, int t)
+    // `row` is one of `rows`.
+    __device__ PlainRow(const Product &a, const void *w, int row, int rows, int t)
         : at(static_cast<const T *>(w) + u64(row) * a.k + t * 8) {}
     __device__ Loaded load(int k) const { return load_streaming(at + k); }
     __device__ uint4 weights(Loaded loaded) const { return loaded; }
+    __device__ float scale(Loaded) const { return 1; }
 };
 
 // Four neighbours of a product: what its four runs made of them, added in order. From one run's to the next's are `apart`.
@@ -57,33 +70,31 @@ template <int KIND, typename Row, int TILES, int AHEAD>
 __device__ __forceinline__ void few_rows(const Product &a, const Rows<KIND> &rows, float *partial) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const bool IS_GATED = Rows<KIND>::IS_GATED;
-    int run = a.k / 4, o = blockIdx.x * (IS_GATED ? 8 : 16);
-    Row upper(a, rows.w, o + g, t), lower(a, rows.w, o + g + (IS_GATED ? a.outputs : 8), t);
+    int run = a.k / 4, o = blockIdx.x * (IS_GATED ? 8 : 16), outputs = IS_GATED ? a.outputs * 2 : a.outputs;
+    Row upper(a, rows.w, o + g, outputs, t), lower(a, rows.w, o + g + (IS_GATED ? a.outputs : 8), outputs, t);
     const T *x[TILES];
     for (int j = 0; j < TILES; ++j)
         x[j] = static_cast<const T *>(a.x) + u64(rows.input(a, j * 8 + g)) * a.k + t * 8;
     float sums[TILES][4] = {};
-    int k = warp * run, end = k + run;
-    for (; k + 32 * AHEAD <= end; k += 32 * AHEAD) {
+    int end = (warp + 1) * run;
+    for (int k = warp * run; k < end; k += 32 * AHEAD) {
         typename Row::Loaded us[AHEAD], ls[AHEAD];
         uint4 xs[AHEAD][TILES];
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {
+            if (k + 32 * i >= end) break;
             us[i] = upper.load(k + 32 * i), ls[i] = lower.load(k + 32 * i);
 #pragma unroll
             for (int j = 0; j < TILES; ++j) xs[i][j] = *reinterpret_cast<const uint4 *>(x[j] + k + 32 * i);
         }
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {
+            if (k + 32 * i >= end) break;
             uint4 u = upper.weights(us[i]), l = lower.weights(ls[i]);
+            float u_scale = upper.scale(us[i]), l_scale = lower.scale(ls[i]);
 #pragma unroll
-            for (int j = 0; j < TILES; ++j) multiply32(sums[j], u, l, xs[i][j]);
+            for (int j = 0; j < TILES; ++j) add32<Row::IS_SCALED>(sums[j], u, l, xs[i][j], u_scale, l_scale);
         }
-    }
-    for (; k < end; k += 32) {
-        uint4 u = upper.weights(upper.load(k)), l = lower.weights(lower.load(k));
-#pragma unroll
-        for (int j = 0; j < TILES; ++j) multiply32(sums[j], u, l, *reinterpret_cast<const uint4 *>(x[j] + k));
     }
     // (warp, row, output), a row 20 wide so that banks differ
     for (int j = 0; j < TILES; ++j)
@@ -104,7 +115,7 @@ template <int KIND, typename Row> __device__ __forceinline__ void few_of(const P
     __shared__ float partial[4 * 32 * 20];
     Rows<KIND> rows;
     if (!rows.template find<typename Row::Element>(a, 32)) return;
-    if (rows.count <= 8) few_rows<KIND, typename Row::OfFew, 1, 6>(a, rows, partial);
+    if (rows.count <= 8) few_rows<KIND, typename Row::OfFew, 1, Row::AHEAD>(a, rows, partial);
     else if (rows.count <= 16) few_rows<KIND, Row, 2, 3>(a, rows, partial);
     else few_rows<KIND, Row, 4, 2>(a, rows, partial);
 }
@@ -118,15 +129,17 @@ __device__ __forceinline__ void copy_ahead(void *to, const void *from) {
 }
 
 // A block of `many` makes 64 outputs of 64 rows. Each run of k has two warps of its own, of 32 outputs each, and what they
-// multiply comes to shared memory by stages of 32 of k, STAGES of them under way.
-const int SIDE = 64, STAGES = 3, SUMS_WIDTH = SIDE + 4; // a row of sums is 4 wider, so that banks differ
+// multiply comes to shared memory by stages of 32 of k, several of them under way.
+const int SIDE = 64, SUMS_WIDTH = SIDE + 4; // a row of sums is 4 wider, so that banks differ
 
 // SIDE rows of W, of a gated one half of the gate and half of what it gates. A thread takes from shared memory what PlainRow
 // takes.
 template <bool IS_GATED> struct PlainTile {
     typedef T Element;
     static const int BYTES = SIDE * 64; // of a stage
+    static const int STAGES = 3;
     static const int HEADS = 0;
+    static const bool IS_SCALED = false;
     const T *from;
     u64 apart, second; // from the first half of the rows to the second
 
@@ -142,11 +155,12 @@ template <bool IS_GATED> struct PlainTile {
     __device__ uint4 weights(const unsigned char *tile, int at, int t) const {
         return *reinterpret_cast<const uint4 *>(tile + at * 64 + t * 16);
     }
+    __device__ float scale(const unsigned char *, int) const { return 1; }
 };
 
 template <int KIND, typename W> __device__ __forceinline__ void many_of(const Product &a) {
     extern __shared__ __align__(128) unsigned char memory[];
-    const int STAGE_BYTES = W::BYTES + SIDE * 64;
+    const int STAGE_BYTES = W::BYTES + SIDE * 64, STAGES = W::STAGES;
     static_assert(4 * STAGES * STAGE_BYTES + W::HEADS * 16 <= MANY_SHARED_BYTES, "stages need more room");
     static_assert(4 * SIDE * SUMS_WIDTH * 4 <= 4 * STAGES * STAGE_BYTES, "sums need more room");
     Rows<KIND> rows;
@@ -172,7 +186,7 @@ template <int KIND, typename W> __device__ __forceinline__ void many_of(const Pr
         asm volatile("cp.async.commit_group;");
     };
     for (int step = 0; step < STAGES - 1; ++step) fetch();
-    float parts[2][8][4] = {};
+    float parts[8][2][4] = {};
     // It is 0, which the compiler cannot know. Words that it is added to are put where the instruction takes them from once;
     // else they would be copied there before each.
     const u32 zero = u32(a.rows) >> 31;
@@ -182,18 +196,26 @@ template <int KIND, typename W> __device__ __forceinline__ void many_of(const Pr
         asm volatile("bar.sync %0, %1;" ::"r"(run + 1), "n"(SIDE) : "memory"); // the threads of this run
         fetch();
         uint4 left[2][2];
+        float scales[2][2];
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
+            scales[m][0] = w.scale(stage, outputs_at + m * 16 + g), scales[m][1] = w.scale(stage, outputs_at + m * 16 + 8 + g);
             uint4 upper = w.weights(stage, outputs_at + m * 16 + g, t), lower = w.weights(stage, outputs_at + m * 16 + 8 + g, t);
             left[m][0] = make_uint4(upper.x + zero, lower.x + zero, upper.y + zero, lower.y + zero);
             left[m][1] = make_uint4(upper.z + zero, lower.z + zero, upper.w + zero, lower.w + zero);
         }
         auto multiply_rows = [&](int n) {
             uint4 xs = *reinterpret_cast<const uint4 *>(stage + W::BYTES + (n * 8 + g) * 64 + t * 16);
+            float own[2][4] = {};
+            auto &sums = W::IS_SCALED ? own : parts[n];
 #pragma unroll
-            for (int m = 0; m < 2; ++m) multiply(parts[m][n], left[m][0], xs.x, xs.y);
+            for (int m = 0; m < 2; ++m) multiply(sums[m], left[m][0], xs.x, xs.y);
 #pragma unroll
-            for (int m = 0; m < 2; ++m) multiply(parts[m][n], left[m][1], xs.z, xs.w);
+            for (int m = 0; m < 2; ++m) multiply(sums[m], left[m][1], xs.z, xs.w);
+            if (W::IS_SCALED)
+#pragma unroll
+                for (int m = 0; m < 2; ++m)
+                    for (int i = 0; i < 4; ++i) parts[n][m][i] = fmaf(scales[m][i / 2], own[m][i], parts[n][m][i]);
         };
 #pragma unroll
         for (int n = 0; n < 4; ++n) multiply_rows(n);
@@ -210,7 +232,7 @@ template <int KIND, typename W> __device__ __forceinline__ void many_of(const Pr
         for (int n = 0; n < 8; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                partial[(run * SIDE + n * 8 + t * 2 + i % 2) * SUMS_WIDTH + outputs_at + m * 16 + g + i / 2 * 8] = parts[m][n][i];
+                partial[(run * SIDE + n * 8 + t * 2 + i % 2) * SUMS_WIDTH + outputs_at + m * 16 + g + i / 2 * 8] = parts[n][m][i];
     __syncthreads();
     // A thread puts four outputs of four rows.
     float4 before[4];
