@@ -32,6 +32,14 @@ impl Layout {
             _ => Self::Plain,
         }
     }
+
+    /// Which format's kernels that takes, if any.
+    pub(crate) fn formats(self) -> Vec<StoredDType> {
+        match self {
+            Self::Plain | Self::Packed => Vec::new(),
+            Self::Blocks(dtype) => vec![dtype],
+        }
+    }
 }
 
 impl ExpertSlot {

@@ -47,12 +47,12 @@ fn models() -> Vec<PathBuf> {
     names.iter().map(|name| shipped.join(name)).filter(|dir| dir.join("config.json").exists()).collect()
 }
 
-/// Those, and the smallest with its experts in blocks of either format.
+/// Those, and the smallest with all its matrices in blocks of either format.
 fn models_and_blocks(into: &Path) -> Vec<PathBuf> {
     let mut dirs = models();
     for dtype in [StoredDType::Q4_0, StoredDType::Q8_0] {
         let dir = into.join(dtype.to_string());
-        let formats = BlockFormats { experts: Some(dtype), ..BlockFormats::NONE };
+        let formats = BlockFormats { experts: Some(dtype), dense: Some(dtype) };
         convert::convert(&dirs[0], &dir, formats, &mut |_, _| ()).unwrap();
         dirs.push(dir);
     }

@@ -11,6 +11,7 @@ pub(super) struct Embed {
     pub(super) ids: u64,
     pub(super) h: u64,
     pub(super) d: i32,
+    pub(super) rows: i32,
 }
 
 /// `Norm` of rows.cu.
@@ -74,6 +75,9 @@ pub(super) struct Combine {
     pub(super) d: i32,
     pub(super) layers: i32,
     pub(super) pass: u64,
+    pub(super) weight: u64,
+    pub(super) x: u64,
+    pub(super) epsilon: f32,
 }
 
 /// `Share` of rows.cu.
@@ -234,7 +238,7 @@ mod tests {
         assert_eq!((size_of::<Add>(), size_of::<Tile>()), (24, 16));
         assert_eq!((size_of::<Fetch>(), offset_of!(Fetch, rows)), (40, 32));
         assert_eq!((size_of::<Take>(), offset_of!(Take, adds)), (48, 40));
-        assert_eq!((size_of::<Combine>(), offset_of!(Combine, pass)), (56, 48));
+        assert_eq!((size_of::<Combine>(), offset_of!(Combine, pass), offset_of!(Combine, epsilon)), (80, 48, 72));
         assert_eq!((size_of::<Share>(), offset_of!(Share, pass)), (48, 40));
         assert_eq!((size_of::<Product>(), offset_of!(Product, pass), offset_of!(Product, slot_stride)), (96, 40, 88));
         assert_eq!((size_of::<Route>(), offset_of!(Route, rows), offset_of!(Route, many_tile)), (112, 80, 108));

@@ -27,7 +27,10 @@ use super::{
     scratch::{LOGIT_ROWS_MAX, Packet, Report, Scratch},
     weights::{self, Device},
 };
-use crate::{Backbone, Checkpoint, ExpertStore, ModelConfig, ModelError, Precision, Spans, Wanted, forward, names};
+use crate::{
+    Backbone, Checkpoint, ExpertStore, ModelConfig, ModelError, Precision, Spans, Wanted, block_matrix,
+    expert_slot::Layout, forward, names,
+};
 
 /// Values that one thread widens at a time: what takes some ten microseconds.
 const PIECE_VALUES: usize = 1 << 16;
@@ -94,8 +97,12 @@ impl DeviceDense {
         let config = checkpoint.config().clone();
         weights::check(&config)?;
         gpu.enter()?;
-        let kernels = Kernels::compile(&gpu, precision, ExpertStore::dtype(checkpoint)?, config.d_kv)?;
-        let (backbone, backbone_bytes) = weights::load(&gpu, checkpoint, precision)?;
+        let (backbone, backbone_bytes, mut formats) = weights::load(&gpu, checkpoint, precision)?;
+        // Those of a slab on this device are computed by this module.
+        formats.extend(Layout::of(ExpertStore::dtype(checkpoint)?, precision).formats());
+        formats.sort_by_key(|dtype| block_matrix::integer_bits(*dtype));
+        formats.dedup();
+        let kernels = Kernels::compile(&gpu, precision, &formats, config.d_kv)?;
         let turns = Turns::of(&gpu, &config)?;
         let scratch = Scratch::new(&gpu, &config, precision, rows_max)?;
         let exchange = Exchange::new(&gpu, &config, rows_max)?;

@@ -45,22 +45,28 @@ pub(super) struct Kernel {
     pub(super) shared_bytes: u32,
 }
 
-/// One way to multiply: a kernel for each thing that can become of a result (see `Kind` of product.cu).
+/// One way to multiply, with weights that lie in any way.
 #[derive(Debug)]
 pub(super) struct ProductKernels {
+    plain: KindKernels,
+    /// For bf16 only.
+    packed_experts: Option<ExpertKernels>,
+    /// For the formats that they were compiled for.
+    blocks: Vec<(StoredDType, KindKernels)>,
+    pub(super) threads: u32,
+    /// Outputs and rows of a block.
+    pub(super) tile: (usize, usize),
+}
+
+/// A kernel for each thing that can become of a result (see `Kind` of product.cu).
+#[derive(Debug)]
+pub(super) struct KindKernels {
     pub(super) store: Kernel,
     pub(super) relu: Kernel,
     pub(super) gate: Kernel,
     pub(super) add: Kernel,
     pub(super) logits: Kernel,
     experts: ExpertKernels,
-    /// For bf16 only.
-    packed_experts: Option<ExpertKernels>,
-    /// For the format that they were compiled for.
-    block_experts: Option<(StoredDType, ExpertKernels)>,
-    pub(super) threads: u32,
-    /// Outputs and rows of a block.
-    pub(super) tile: (usize, usize),
 }
 
 /// Both products of experts, and the two ways back.
@@ -76,7 +82,9 @@ pub(super) struct ExpertKernels {
 /// Everything that runs on the device.
 #[derive(Debug)]
 pub(super) struct Kernels {
-    pub(super) embed: Kernel,
+    embed: Kernel,
+    /// For tables in blocks, of the formats that they were compiled for.
+    embed_blocks: Vec<(StoredDType, Kernel)>,
     pub(super) norm: Kernel,
     pub(super) add_rows: Kernel,
     pub(super) fetch_rows: Kernel,
@@ -101,24 +109,22 @@ pub(super) struct Kernels {
 }
 
 impl Kernels {
-    /// Compiles them, for experts that are stored so; takes a few seconds.
+    /// Compiles them, for weights in blocks of these formats and for others; takes a few seconds.
     pub(super) fn compile(
         gpu: &Gpu,
         precision: Precision,
-        experts: StoredDType,
+        formats: &[StoredDType],
         d_kv: usize,
     ) -> Result<Self, CudaError> {
         let (major, minor) = gpu.description().capability;
-        let blocks = match Layout::of(experts, precision) {
-            Layout::Blocks(dtype) => Some(dtype),
-            Layout::Plain | Layout::Packed => None,
-        };
+        let bits: Vec<usize> = formats.iter().filter_map(|&dtype| block_matrix::integer_bits(dtype)).collect();
         let attention_bytes = (KEY_STAGES * 2 * 32 * (d_kv + 8) * precision.size()) as u32;
         let options = [
             format!("--gpu-architecture=sm_{major}{minor}"),
             "--std=c++17".to_owned(),
             format!("-DBF16={}", u8::from(precision == Precision::Bf16)),
-            format!("-DBLOCK_BITS={}", blocks.and_then(block_matrix::integer_bits).unwrap_or(0)),
+            format!("-DBLOCKS4={}", u8::from(bits.contains(&4))),
+            format!("-DBLOCKS8={}", u8::from(bits.contains(&8))),
             format!("-DD_KV={d_kv}"),
             format!("-DMULTIPROCESSORS={}", gpu.description().multiprocessors),
             format!("-DMANY_SHARED_BYTES={MANY_SHARED_BYTES}"),
@@ -133,6 +139,7 @@ impl Kernels {
         let attend = |name: &str| load(&module, name, if is_bf16 { attention_bytes } else { 0 });
         Ok(Self {
             embed: function("embed_rows")?,
+            embed_blocks: of_each(formats, |bits| function(&format!("embed_blocks{bits}")))?,
             norm: function("rms_norm")?,
             add_rows: function("add_rows")?,
             fetch_rows: function("fetch_rows")?,
@@ -150,27 +157,33 @@ impl Kernels {
             attend_input: attend("attend_input")?,
             queries: if is_bf16 { 64 } else { 8 },
             place_heads: function("place_heads")?,
-            few: ProductKernels::load(&module, "few", precision, blocks, 128, (16, if is_bf16 { 32 } else { 8 }), 0)?,
+            few: ProductKernels::load(&module, "few", precision, formats, 128, (16, if is_bf16 { 32 } else { 8 }), 0)?,
             many: is_bf16
-                .then(|| ProductKernels::load(&module, "many", precision, blocks, 256, (64, 64), MANY_SHARED_BYTES))
+                .then(|| ProductKernels::load(&module, "many", precision, formats, 256, (64, 64), MANY_SHARED_BYTES))
                 .transpose()?,
         })
+    }
+}
+
+impl Kernels {
+    /// The one for a table that lies so.
+    pub(super) fn embed_in(&self, layout: Layout) -> Result<&Kernel, CudaError> {
+        in_layout(&self.embed, &self.embed_blocks, layout)
     }
 }
 
 impl ProductKernels {
     /// Those for experts that lie so.
     pub(super) fn experts_in(&self, layout: Layout) -> Result<&ExpertKernels, CudaError> {
-        let found = match layout {
-            Layout::Plain => Some(&self.experts),
-            Layout::Packed => self.packed_experts.as_ref(),
-            Layout::Blocks(dtype) => self.block_experts.as_ref().filter(|(of, _)| *of == dtype).map(|(_, own)| own),
-        };
-        found.ok_or_else(|| CudaError::Unsupported {
-            what: "experts in slots",
-            found: format!("{layout:?}"),
-            expected: "what the kernels of this model were compiled for",
-        })
+        match (layout, &self.packed_experts) {
+            (Layout::Packed, Some(packed)) => Ok(packed),
+            _ => Ok(&self.kinds_in(layout)?.experts),
+        }
+    }
+
+    /// Those for a matrix that lies so.
+    pub(super) fn kinds_in(&self, layout: Layout) -> Result<&KindKernels, CudaError> {
+        in_layout(&self.plain, &self.blocks, layout)
     }
 
     /// Outputs of a block of a gated product: it multiplies two rows for each.
@@ -182,33 +195,59 @@ impl ProductKernels {
         module: &Arc<CudaModule>,
         name: &str,
         precision: Precision,
-        blocks: Option<StoredDType>,
+        formats: &[StoredDType],
         threads: u32,
         tile: (usize, usize),
         shared_bytes: u32,
     ) -> Result<Self, CudaError> {
         let of = |name: &str, kind: &str| load(module, &format!("{name}_{kind}"), shared_bytes);
-        let kind = |kind: &str| of(name, kind);
         let experts = |name: &str, are_gated: bool| {
             let gather_gate = are_gated.then(|| of(name, "gather_gate")).transpose()?;
             let (gather, scatter, each) = (of(name, "gather")?, of(name, "scatter")?, of(name, "each")?);
             Ok::<_, CudaError>(ExpertKernels { gather, gather_gate, scatter, each })
         };
         let packs = precision == Precision::Bf16;
-        let of_blocks = |dtype| Ok::<_, CudaError>((dtype, experts(&format!("{name}_blocks"), true)?));
+        let kinds = |name: &str| {
+            Ok::<_, CudaError>(KindKernels {
+                store: of(name, "store")?,
+                relu: of(name, "relu")?,
+                gate: of(name, "gate")?,
+                add: of(name, "add")?,
+                logits: of(name, "logits")?,
+                experts: experts(name, true)?,
+            })
+        };
         Ok(Self {
-            store: kind("store")?,
-            relu: kind("relu")?,
-            gate: kind("gate")?,
-            add: kind("add")?,
-            logits: kind("logits")?,
-            experts: experts(name, true)?,
+            plain: kinds(name)?,
             packed_experts: packs.then(|| experts(&format!("{name}_packed"), false)).transpose()?,
-            block_experts: blocks.map(of_blocks).transpose()?,
+            blocks: of_each(formats, |bits| kinds(&format!("{name}_blocks{bits}")))?,
             threads,
             tile,
         })
     }
+}
+
+/// What there is for a layout, of what there is for plain weights and for each format.
+fn in_layout<'k, K>(plain: &'k K, blocks: &'k [(StoredDType, K)], layout: Layout) -> Result<&'k K, CudaError> {
+    let found = match layout {
+        Layout::Plain => Some(plain),
+        Layout::Packed => None,
+        Layout::Blocks(dtype) => blocks.iter().find(|(of, _)| *of == dtype).map(|(_, own)| own),
+    };
+    found.ok_or_else(|| CudaError::Unsupported {
+        what: "weights in memory",
+        found: format!("{layout:?}"),
+        expected: "what the kernels of this model were compiled for",
+    })
+}
+
+/// What `load` gives for the bits of each format that is multiplied as it is.
+fn of_each<K>(
+    formats: &[StoredDType],
+    load: impl Fn(usize) -> Result<K, CudaError>,
+) -> Result<Vec<(StoredDType, K)>, CudaError> {
+    let bits = |&dtype| block_matrix::integer_bits(dtype).map(|bits| Ok((dtype, load(bits)?)));
+    formats.iter().filter_map(bits).collect()
 }
 
 fn load(module: &Arc<CudaModule>, name: &str, shared_bytes: u32) -> Result<Kernel, CudaError> {

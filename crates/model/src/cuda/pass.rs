@@ -126,6 +126,9 @@ pub(super) struct Pass<'m> {
     pause: Option<usize>,
     /// What is done to the heads that were projected last, all at once by the operation that attends.
     heads: Heads,
+    /// What the experts of the last MoE layer made, if it is still to be added to h: by the norm of the next block, or behind
+    /// the last one by [`Pass::settle`]. Their choices, as [`Pass::combine`] takes them.
+    uncombined: Option<u64>,
 }
 
 /// What becomes of a product's results.
@@ -147,7 +150,7 @@ impl<'m> Pass<'m> {
     pub(super) fn new(machine: Machine<'m>, shape: BatchShape, packet: Packet, layers: usize) -> Self {
         let may_miss = machine.experts.is_some_and(|experts| experts.may_miss);
         let guard = if may_miss { machine.scratch.guard() } else { 0 };
-        Self { machine, shape, packet, layers, guard, pause: None, heads: Heads::default() }
+        Self { machine, shape, packet, layers, guard, pause: None, heads: Heads::default(), uncombined: None }
     }
 
     /// As it is, up to where `layers` MoE layers are behind it.
@@ -239,7 +242,7 @@ impl<'m> Pass<'m> {
     }
 
     /// h += the sum of alpha * expert(x) over each row's experts, as they were grouped.
-    fn start_experts(&self, experts: &ExpertPlaces) -> Result<(), CudaError> {
+    fn start_experts(&mut self, experts: &ExpertPlaces) -> Result<(), CudaError> {
         let Machine { gpu, kernels, scratch, config, .. } = self.machine;
         let rows = self.shape.rows * config.top_k;
         let groups = rows.min(config.num_experts);
@@ -279,13 +282,24 @@ impl<'m> Pass<'m> {
         match results {
             Results::Added { .. } => Ok(()),
             // The layer that chose is the one before what comes next.
-            Results::Each => self.combine(scratch.chosen(self.layers - 1, rows).address()),
+            Results::Each => {
+                self.uncombined = Some(scratch.chosen(self.layers - 1, rows).address());
+                Ok(())
+            }
         }
     }
 
-    /// h += the sum of alpha * y over each row's choices. `chosen`: their experts, by whose order they are added; 0: in their own
-    /// order.
-    pub(super) fn combine(&self, chosen: u64) -> Result<(), CudaError> {
+    /// Adds what experts made, where no norm did. To be called when no block follows.
+    pub(super) fn settle(&mut self) -> Result<(), CudaError> {
+        match self.uncombined.take() {
+            Some(chosen) => self.combine(chosen, None),
+            None => Ok(()),
+        }
+    }
+
+    /// h += the sum of alpha * y over each row's choices; then x = norm(h), if there is one. `chosen`: their experts, by whose
+    /// order they are added; 0: in their own order.
+    pub(super) fn combine(&self, chosen: u64, norm: Option<&Vector>) -> Result<(), CudaError> {
         let Machine { kernels, scratch, config, .. } = self.machine;
         let arguments = Combine {
             h: scratch.h.address(),
@@ -296,6 +310,9 @@ impl<'m> Pass<'m> {
             d: config.d_model as i32,
             layers: self.layers as i32,
             pass: self.guard,
+            weight: norm.map_or(0, Vector::address),
+            x: scratch.x.address(),
+            epsilon: config.layer_norm_epsilon as f32,
         };
         let threads = (config.d_model / 4).min(1024) as u32;
         self.machine.launch(&kernels.combine_rows, (self.shape.rows, 1, 1), threads, &arguments)
@@ -338,12 +355,13 @@ impl<'m> Pass<'m> {
             pass: self.guard,
             ..Product::default()
         };
+        let kinds = kernels.kinds_in(w.layout)?;
         let function = match become_ {
-            Become::Store => &kernels.store,
-            Become::Relu => &kernels.relu,
-            Become::Gate => &kernels.gate,
-            Become::Add => &kernels.add,
-            Become::Logits => &kernels.logits,
+            Become::Store => &kinds.store,
+            Become::Relu => &kinds.relu,
+            Become::Gate => &kinds.gate,
+            Become::Add => &kinds.add,
+            Become::Logits => &kinds.logits,
         };
         let grid = (w.outputs / kernels.tile.0, rows.div_ceil(kernels.tile.1), 1);
         self.machine.launch(function, grid, kernels.threads, &arguments)

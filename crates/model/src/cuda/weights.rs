@@ -8,9 +8,14 @@ use super::{buffer::DeviceBuffer, device::Gpu, error::CudaError};
 use crate::{
     Backbone, Checkpoint, ModelConfig, Precision, StoredDType,
     backbone::{Load, Memory},
+    block_matrix,
+    expert_slot::Layout,
     position_bias::PositionBias,
     spec::{BlockSpec, FeedForwardSpec},
 };
+
+/// Rows of W that a block of kernels multiplies at most: the one row of a shared expert's gate is no matrix of theirs.
+const OUTPUTS_OF_BLOCKS: usize = 64;
 
 /// A warp chooses them, a lane each.
 const TOP_K_MAX: usize = 32;
@@ -29,6 +34,7 @@ impl Memory for Device {
 #[derive(Debug)]
 pub(super) struct Matrix {
     values: MatrixValues,
+    pub(super) layout: Layout,
     pub(super) outputs: usize,
     pub(super) inputs: usize,
 }
@@ -45,7 +51,7 @@ impl Matrix {
 /// The numbers of a matrix.
 #[derive(Debug)]
 enum MatrixValues {
-    /// In the precision of the model.
+    /// In the precision of the model, or in blocks.
     Model(DeviceBuffer<u8>),
     /// Of a router.
     Float32(DeviceBuffer<f32>),
@@ -61,15 +67,15 @@ impl Vector {
     }
 }
 
-/// Everything but the experts, and its bytes on the device.
+/// Everything but the experts, its bytes on the device, and the formats of what lies in blocks.
 pub(super) fn load(
     gpu: &Gpu,
     checkpoint: &Checkpoint,
     precision: Precision,
-) -> Result<(Backbone<Device>, u64), CudaError> {
-    let mut loader = DeviceLoader { gpu, checkpoint, precision, bytes: 0 };
+) -> Result<(Backbone<Device>, u64, Vec<StoredDType>), CudaError> {
+    let mut loader = DeviceLoader { gpu, checkpoint, precision, bytes: 0, formats: Vec::new() };
     let backbone = Backbone::load_with(&mut loader)?;
-    Ok((backbone, loader.bytes))
+    Ok((backbone, loader.bytes, loader.formats))
 }
 
 /// Copies tensors to the device.
@@ -78,6 +84,7 @@ struct DeviceLoader<'a> {
     checkpoint: &'a Checkpoint,
     precision: Precision,
     bytes: u64,
+    formats: Vec<StoredDType>,
 }
 
 impl Load for DeviceLoader<'_> {
@@ -89,21 +96,36 @@ impl Load for DeviceLoader<'_> {
     }
 
     fn matrix(&mut self, parts: &[(String, usize)], inputs: usize) -> Result<Matrix, CudaError> {
-        let outputs = parts.iter().map(|(_, outputs)| outputs).sum();
-        let mut bytes = Vec::with_capacity(outputs * inputs * self.precision.size());
-        for (name, outputs) in parts {
-            let tensor = self.checkpoint.tensor_of_shape(name, &[*outputs, inputs])?;
-            convert(tensor.dtype, tensor.bytes, self.precision, &mut bytes);
-            self.checkpoint.release(name);
+        let outputs: usize = parts.iter().map(|(_, outputs)| outputs).sum();
+        let tensors = parts.iter().map(|(name, outputs)| self.checkpoint.tensor_of_shape(name, &[*outputs, inputs]));
+        let tensors = tensors.collect::<Result<Vec<_>, _>>()?;
+        let stored = tensors[0].dtype;
+        let is_one = tensors.iter().all(|tensor| tensor.dtype == stored) && outputs.is_multiple_of(OUTPUTS_OF_BLOCKS);
+        let layout = if is_one { Layout::of(stored, self.precision) } else { Layout::Plain };
+        let mut bytes = Vec::new();
+        match layout {
+            Layout::Blocks(dtype) => {
+                let blocks = tensors.iter().map(|tensor| tensor.bytes).collect::<Vec<_>>().concat();
+                bytes.resize(blocks.len(), 0);
+                block_matrix::arrange(&blocks, dtype, inputs, &mut bytes);
+                if !self.formats.contains(&dtype) {
+                    self.formats.push(dtype);
+                }
+            }
+            Layout::Plain | Layout::Packed => {
+                bytes.reserve_exact(outputs * inputs * self.precision.size());
+                tensors.iter().for_each(|tensor| convert(tensor.dtype, tensor.bytes, self.precision, &mut bytes));
+            }
         }
+        parts.iter().for_each(|(name, _)| self.checkpoint.release(name));
         let values = MatrixValues::Model(self.keep("the backbone", &bytes)?);
-        Ok(Matrix { values, outputs, inputs })
+        Ok(Matrix { values, layout, outputs, inputs })
     }
 
     fn router(&mut self, name: String, experts: usize, d_model: usize) -> Result<Matrix, CudaError> {
         let router = self.checkpoint.tensor_of_shape(&name, &[experts, d_model])?;
         let values = MatrixValues::Float32(self.keep("routers", &router.dtype.widen(router.bytes))?);
-        Ok(Matrix { values, outputs: experts, inputs: d_model })
+        Ok(Matrix { values, layout: Layout::Plain, outputs: experts, inputs: d_model })
     }
 
     fn vector(&mut self, name: &str, width: usize) -> Result<Vector, CudaError> {

@@ -45,26 +45,27 @@ pub(super) fn written(into: &Path) -> Vec<PathBuf> {
                            "sliding_window": 7, "head_dim": 96}),
         ),
     ];
-    let write = |(name, own, experts): (&str, serde_json::Value, Option<StoredDType>)| {
+    let write = |(name, own, formats): (&str, serde_json::Value, BlockFormats)| {
         let mut json = json!({"vocab_size": 448, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 4,
                               "num_attention_heads": 4, "num_key_value_heads": 2, "rope_theta": 10000.0});
         json.as_object_mut().unwrap().extend(own.as_object().unwrap().clone());
         let shape = SynthShape::Causal(Box::new(CausalShape::of_config(json).unwrap()));
         let dir = into.join(name);
-        let formats = BlockFormats { experts, ..BlockFormats::NONE };
         synth::synth(&shape, &dir, 5, None, formats, &mut |_, _| ()).unwrap();
         dir
     };
-    let [_, _, qwen2, ..] = &shapes;
+    let [_, _, qwen2, olmoe, _] = &shapes;
     // So wide that a product of theirs goes through its loops more than once.
     let wide = json!({"architectures": ["Qwen3MoeForCausalLM"], "head_dim": 64, "hidden_size": 1280, "moe_intermediate_size": 768,
                       "num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": true});
+    let (int4, int8) = (Some(StoredDType::Q4_0), Some(StoredDType::Q8_0));
     let in_blocks = [
-        ("qwen3-int4", wide.clone(), Some(StoredDType::Q4_0)),
-        ("qwen3-int8", wide, Some(StoredDType::Q8_0)),
-        ("qwen2-int4", qwen2.1.clone(), Some(StoredDType::Q4_0)),
+        ("qwen3-int4", wide.clone(), BlockFormats { experts: int4, dense: int8 }),
+        ("qwen3-int8", wide, BlockFormats { experts: int8, dense: int4 }),
+        ("qwen2-int4", qwen2.1.clone(), BlockFormats { experts: int4, dense: int4 }),
+        ("olmoe-int8", olmoe.1.clone(), BlockFormats { experts: None, dense: int8 }),
     ];
-    let plain = shapes.into_iter().map(|(name, own)| (name, own, None));
+    let plain = shapes.into_iter().map(|(name, own)| (name, own, BlockFormats::NONE));
     plain.chain(in_blocks).map(write).collect()
 }
 

@@ -101,7 +101,7 @@ impl DeviceDense {
     /// h += the sum of what experts made of each row's choices, each times its factor.
     pub(crate) fn add_computed(&mut self) -> Result<(), CudaError> {
         self.gpu.enter()?;
-        self.pass().combine(0)
+        self.pass().combine(0, None)
     }
 
     /// Starts the experts in slots of a slab on their rows.

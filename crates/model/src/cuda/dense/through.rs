@@ -258,6 +258,7 @@ impl DeviceDense {
             forward::embed(&mut pass, weights)?;
         }
         forward::advance(&mut pass, weights, from)?;
+        pass.settle()?;
         Ok(pass)
     }
 

@@ -1,15 +1,20 @@
-// Products with weights in blocks: experts in bf16 whose matrices are integers of 4 or 8 bits, with a scale for each 32 of a row
-// (`block_matrix.rs` says what lies where). The integers are exact in bf16 and are multiplied as they are; a block's sum is then
+// Products with weights in blocks, in bf16: integers of BITS bits, with a scale for each 32 of a row (`block_matrix.rs` says what
+// lies where). The integers are exact in bf16 and are multiplied as they are; a block's sum is then
 // multiplied by its scale in float32, so that no weight is ever rounded.
 
-#if BF16 && BLOCK_BITS
+#if BF16
 
 // 8 neighbours of a row.
-#if BLOCK_BITS == 4
-typedef u32 Integers;
-#else
-typedef uint2 Integers;
-#endif
+template <int BITS> struct IntegersOf;
+template <> struct IntegersOf<4> { typedef u32 Words; };
+template <> struct IntegersOf<8> { typedef uint2 Words; };
+
+__device__ __forceinline__ void load_integers(u32 &words, const void *from) {
+    asm("ld.global.nc.u32 %0, [%1];" : "=r"(words) : "l"(from));
+}
+__device__ __forceinline__ void load_integers(uint2 &words, const void *from) {
+    asm("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(words.x), "=r"(words.y) : "l"(from));
+}
 
 __device__ __forceinline__ u32 add2(u32 a, u32 b) { // pairs of bf16
     u32 sum;
@@ -37,24 +42,24 @@ __device__ __forceinline__ float widen_scale(unsigned short scale) {
     return value;
 }
 
-// A matrix in slots: the integers of its rows, then the scales of all rows for the first 32 of k, then those for the next.
-struct Blocks {
+// A matrix: the integers of its rows, then the scales of all rows for the first 32 of k, then those for the next.
+template <int BITS> struct Blocks {
     const unsigned char *integers;
     const unsigned short *scales;
     int row_bytes, rows;
 
-    __device__ Blocks(const Product &a, const void *w, int rows)
-        : integers(static_cast<const unsigned char *>(w)), row_bytes(a.k / 8 * BLOCK_BITS), rows(rows) {
+    __device__ Blocks(const void *w, int rows, int k)
+        : integers(static_cast<const unsigned char *>(w)), row_bytes(k / 8 * BITS), rows(rows) {
         scales = reinterpret_cast<const unsigned short *>(integers + u64(rows) * row_bytes);
     }
 };
 
 // A thread's part of a row, as PlainRow. Parts that follow each other share sectors, which the L1 cache keeps for the next one.
-struct BlockRow {
+template <int BITS> struct BlockRow {
     typedef unsigned char Element;
     typedef BlockRow OfFew;
     struct Loaded {
-        Integers integers;
+        typename IntegersOf<BITS>::Words integers;
         unsigned short scale;
     };
     static const bool IS_SCALED = true;
@@ -64,18 +69,13 @@ struct BlockRow {
     int rows;
 
     __device__ BlockRow(const Product &a, const void *w, int row, int rows, int t) : rows(rows) {
-        Blocks blocks(a, w, rows);
-        integers = blocks.integers + u64(row) * blocks.row_bytes + t * BLOCK_BITS;
+        Blocks<BITS> blocks(w, rows, a.k);
+        integers = blocks.integers + u64(row) * blocks.row_bytes + t * BITS;
         scales = blocks.scales + row;
     }
     __device__ __forceinline__ Loaded load(int k) const {
         Loaded loaded;
-        const unsigned char *from = integers + k / 8 * BLOCK_BITS;
-#if BLOCK_BITS == 4
-        asm("ld.global.nc.u32 %0, [%1];" : "=r"(loaded.integers) : "l"(from));
-#else
-        asm("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(loaded.integers.x), "=r"(loaded.integers.y) : "l"(from));
-#endif
+        load_integers(loaded.integers, integers + k / 8 * BITS);
         asm("ld.global.nc.u16 %0, [%1];" : "=h"(loaded.scale) : "l"(scales + u64(k / 32) * rows));
         return loaded;
     }
@@ -83,18 +83,13 @@ struct BlockRow {
     __device__ __forceinline__ float scale(const Loaded &loaded) const { return widen_scale(loaded.scale); }
 };
 
-template <int KIND> __device__ __forceinline__ void few_blocks(const Product &a) { few_of<KIND, BlockRow>(a); }
-
-EXPERT_KINDS(few_blocks, few_blocks, 128, 1)
-KIND_OF(few_blocks_gather_gate, few_blocks, GATHER_GATE, 128, 1)
-
 // As PlainTile. The scales of a stage lie behind its integers.
-template <bool IS_GATED> struct BlockTile {
+template <int BITS, bool IS_GATED> struct BlockTile {
     typedef unsigned char Element;
-    static const int ROW_BYTES = 4 * BLOCK_BITS;
+    static const int ROW_BYTES = 4 * BITS;
     static const int PIECES = SIDE * ROW_BYTES / 16; // of 16 bytes
     static const int BYTES = SIDE * (ROW_BYTES + 2);
-    static const int STAGES = BLOCK_BITS == 4 ? 4 : 3;
+    static const int STAGES = BITS == 4 ? 4 : 3;
     static const int HEADS = 0;
     static const bool IS_SCALED = true;
     const unsigned char *integers, *scales; // this thread's
@@ -102,13 +97,13 @@ template <bool IS_GATED> struct BlockTile {
     int rows;
 
     __device__ BlockTile(const Product &a, const void *w, int o, int k, int thread, uint4 *) : rows(IS_GATED ? a.outputs * 2 : a.outputs) {
-        Blocks blocks(a, w, rows);
+        Blocks<BITS> blocks(w, rows, a.k);
         u64 second = IS_GATED ? a.outputs : SIDE / 2; // the first row of the second half, from o
         apart = second * blocks.row_bytes;
         // Of 8 bits a thread has a piece of each half; of 4 there is one for each thread.
         int row = thread * 16 / ROW_BYTES, half = row / (SIDE / 2);
         u64 at = o + half * second + row % (SIDE / 2);
-        integers = blocks.integers + at * blocks.row_bytes + k / 8 * BLOCK_BITS + thread * 16 % ROW_BYTES;
+        integers = blocks.integers + at * blocks.row_bytes + k / 8 * BITS + thread * 16 % ROW_BYTES;
         // Eight threads copy eight scales each.
         u64 scale = o + thread / 4 * second + thread % 4 * 8;
         scales = reinterpret_cast<const unsigned char *>(blocks.scales + u64(k / 32) * rows + scale);
@@ -119,18 +114,49 @@ template <bool IS_GATED> struct BlockTile {
         integers += ROW_BYTES, scales += rows * 2;
     }
     __device__ __forceinline__ uint4 weights(const unsigned char *tile, int at, int t) const {
-        return widen_integers(*reinterpret_cast<const Integers *>(tile + at * ROW_BYTES + t * BLOCK_BITS));
+        return widen_integers(*reinterpret_cast<const typename IntegersOf<BITS>::Words *>(tile + at * ROW_BYTES + t * BITS));
     }
     __device__ __forceinline__ float scale(const unsigned char *tile, int at) const {
         return widen_scale(*reinterpret_cast<const unsigned short *>(tile + SIDE * ROW_BYTES + at * 2));
     }
 };
 
-template <int KIND> __device__ __forceinline__ void many_blocks(const Product &a) {
-    many_of<KIND, BlockTile<Rows<KIND>::IS_GATED>>(a);
+// h[row] = table[ids[row]], a block per row
+template <int BITS> __device__ __forceinline__ void embed_row(const Embed &a) {
+    begin();
+    Blocks<BITS> table(a.table, a.rows, a.d);
+    u32 id = a.ids[blockIdx.x];
+    for (int i = threadIdx.x; i < a.d / 8; i += blockDim.x) {
+        typename IntegersOf<BITS>::Words words;
+        load_integers(words, table.integers + u64(id) * table.row_bytes + i * BITS);
+        uint4 pairs = widen_integers(words);
+        float scale = widen_scale(table.scales[u64(i / 4) * a.rows + id]);
+        float *to = a.h + u64(blockIdx.x) * a.d + i * 8;
+        const u32 own[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
+        for (int j = 0; j < 4; ++j) {
+            to[2 * j] = __uint_as_float(own[j] << 16) * scale;
+            to[2 * j + 1] = __uint_as_float(own[j] & 0xffff0000u) * scale;
+        }
+    }
 }
 
-EXPERT_KINDS(many_blocks, many_blocks, 4 * SIDE, 2)
-KIND_OF(many_blocks_gather_gate, many_blocks, GATHER_GATE, 4 * SIDE, 2)
+#define BLOCKS_OF(BITS)                                                                                                \
+    template <int KIND> __device__ __forceinline__ void few_blocks##BITS(const Product &a) {                           \
+        few_of<KIND, BlockRow<BITS>>(a);                                                                               \
+    }                                                                                                                  \
+    template <int KIND> __device__ __forceinline__ void many_blocks##BITS(const Product &a) {                          \
+        many_of<KIND, BlockTile<BITS, Rows<KIND>::IS_GATED>>(a);                                                       \
+    }                                                                                                                  \
+    KINDS(few_blocks##BITS, few_blocks##BITS, 128, 1)                                                                  \
+    KINDS(many_blocks##BITS, many_blocks##BITS, 4 * SIDE, 2)                                                           \
+    extern "C" __global__ void embed_blocks##BITS(Embed a) { embed_row<BITS>(a); }
+
+// For the formats that a model has.
+#if BLOCKS4
+BLOCKS_OF(4)
+#endif
+#if BLOCKS8
+BLOCKS_OF(8)
+#endif
 
 #endif

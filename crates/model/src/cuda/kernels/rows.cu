@@ -5,6 +5,7 @@ struct Embed {
     const u32 *ids;
     float *h;
     int d;
+    int rows; // of the table
 };
 
 // h[row] = table[ids[row]], a block per row
@@ -36,26 +37,30 @@ __device__ __forceinline__ float block_sum(float sum) {
     return warp_sum(threadIdx.x % 32 < warps ? sums[threadIdx.x % 32] : 0.f);
 }
 
-// x = w * h / sqrt(mean(h^2) + epsilon) * scale, a block per row, four values a thread up to 4096
-extern "C" __global__ void __launch_bounds__(1024) rms_norm(Norm a) {
-    begin();
-    if (ended(a.pass, a.layers)) return;
-    const float *h = a.h + u64(a.rows ? a.rows[blockIdx.x] : blockIdx.x) * a.d;
-    T *x = a.x + u64(blockIdx.x) * a.d;
+// x = w * h / sqrt(mean(h^2) + epsilon) * scale of this block's row, four values a thread up to 4096
+__device__ __forceinline__ void norm_row(const float *h, const float *weights, T *x, int d, float epsilon, float scale) {
     float sum = 0;
     int own = threadIdx.x * 4, step = blockDim.x * 4;
-    float4 first = wide4(h + own), weight = wide4(a.weight + own);
-    for (int i = own; i < a.d; i += step) {
+    float4 first = wide4(h + own), weight = wide4(weights + own);
+    for (int i = own; i < d; i += step) {
         float4 v = i == own ? first : wide4(h + i);
         sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
     }
-    float factor = rsqrtf(block_sum(sum) / a.d + a.epsilon);
-    for (int i = own; i < a.d; i += step) {
-        float4 v = i == own ? first : wide4(h + i), w = i == own ? weight : wide4(a.weight + i);
-        narrow4(make_float4(v.x * factor * w.x * a.scale, v.y * factor * w.y * a.scale, v.z * factor * w.z * a.scale,
-                            v.w * factor * w.w * a.scale),
+    float factor = rsqrtf(block_sum(sum) / d + epsilon);
+    for (int i = own; i < d; i += step) {
+        float4 v = i == own ? first : wide4(h + i), w = i == own ? weight : wide4(weights + i);
+        narrow4(make_float4(v.x * factor * w.x * scale, v.y * factor * w.y * scale, v.z * factor * w.z * scale,
+                            v.w * factor * w.w * scale),
                 x + i);
     }
+}
+
+// x = norm(h), a block per row
+extern "C" __global__ void __launch_bounds__(1024) rms_norm(Norm a) {
+    begin();
+    if (ended(a.pass, a.layers)) return;
+    u64 row = a.rows ? a.rows[blockIdx.x] : blockIdx.x;
+    norm_row(a.h + row * a.d, a.weight, a.x + u64(blockIdx.x) * a.d, a.d, a.epsilon, a.scale);
 }
 
 struct Add {
@@ -127,12 +132,16 @@ struct Combine {
     const float *alpha; // (rows, top_k)
     const unsigned short *chosen; // (rows, top_k): their experts; null: choices are in the order of these
     int top_k;          // at most 32
-    int d;              // a multiple of 4
+    int d;              // a multiple of 128
     int layers;
     const Pass *pass;
+    const float *weight; // of the norm that follows; null: none does
+    T *x;
+    float epsilon;
 };
 
-// h += the sum of alpha * each over a row's choices, which are added by ascending expert, as the processor adds: a block per row
+// h += the sum of alpha * each over a row's choices, which are added by ascending expert, as the processor adds: a block per row.
+// Then x = norm(h): a kernel less for each block of a model.
 extern "C" __global__ void __launch_bounds__(1024) combine_rows(Combine a) {
     __shared__ int by_expert[32];
     begin();
@@ -173,6 +182,8 @@ extern "C" __global__ void __launch_bounds__(1024) combine_rows(Combine a) {
         *reinterpret_cast<float4 *>(h + i) =
             make_float4(before.x + sum.x, before.y + sum.y, before.z + sum.z, before.w + sum.w);
     }
+    // A thread reads what it wrote itself.
+    if (a.weight) norm_row(h, a.weight, a.x + u64(blockIdx.x) * a.d, a.d, a.epsilon, 1);
 }
 
 struct Share {

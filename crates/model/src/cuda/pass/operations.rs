@@ -34,13 +34,16 @@ impl Operations for Pass<'_> {
 
     fn embed(&mut self, embedding: &Matrix) -> Result<(), CudaError> {
         let Machine { kernels, scratch, .. } = self.machine;
-        let (table, d) = (embedding.address(), embedding.inputs as i32);
-        let arguments = Embed { table, ids: self.packet.ids(), h: scratch.h.address(), d };
-        self.machine.launch(&kernels.embed, (self.shape.rows, 1, 1), 256, &arguments)
+        let (table, d, rows) = (embedding.address(), embedding.inputs as i32, embedding.outputs as i32);
+        let arguments = Embed { table, ids: self.packet.ids(), h: scratch.h.address(), d, rows };
+        self.machine.launch(kernels.embed_in(embedding.layout)?, (self.shape.rows, 1, 1), 256, &arguments)
     }
 
     fn norm(&mut self, weight: &Vector) -> Result<(), CudaError> {
-        self.norm_rows(weight, None, 1.0)
+        match self.uncombined.take() {
+            Some(chosen) => self.combine(chosen, Some(weight)),
+            None => self.norm_rows(weight, None, 1.0),
+        }
     }
 
     fn project(&mut self, weight: &Matrix, bias: Option<&Vector>) -> Result<(), CudaError> {
