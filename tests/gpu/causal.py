@@ -94,6 +94,7 @@ def main():
 def run(args, directory, log):
     peer = None if args.peer is None else Peer(args, log)
     flags = ["--device", args.device, "--model", args.model, "--expert-memory", args.budget, "--metrics-listen", "off"]
+    flags += ["--prompt-tokens-max", str(max(args.tokens, *args.prompts))]
     # Prompts repeat, and each is to be computed whole.
     server = serve.Process([args.sida, "up", *flags, "--no-prefix-cache", "--listen", "127.0.0.1:0", "--log", "error", *args.flags.split()], log)
 

@@ -24,8 +24,7 @@ pub struct PrecisionError {
 }
 
 impl Precision {
-    /// What loses nothing of weights that are stored so; of blocks, whose scales have three bits more than bf16, what loses
-    /// far less than making the blocks did.
+    /// What loses nothing of weights that are stored so: blocks are multiplied as they are beside bf16.
     pub fn of_weights(dtype: StoredDType) -> Self {
         match dtype {
             StoredDType::BF16 | StoredDType::Q8_0 | StoredDType::Q4_0 => Self::Bf16,
