@@ -69,6 +69,9 @@ pub struct ChatMessage {
     /// Which of these calls a message of a tool answers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tool_call_id: Option<String>,
+    /// What an assistant thought before it said that, which is up to the template to write again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reasoning_content: Option<String>,
 }
 
 /// Why a conversation cannot be written.

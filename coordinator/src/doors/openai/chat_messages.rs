@@ -14,7 +14,7 @@ const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
 const ROLES_EXPECTED: &str = "system, developer, user, assistant or tool";
 const OLD_FUNCTIONS: &str = "it is the older form of tools: say tools and tool_calls";
 /// What an assistant's message may carry that says nothing.
-const EMPTY_EXTRAS: [&str; 4] = ["refusal", "annotations", "audio", "reasoning_content"];
+const EMPTY_EXTRAS: [&str; 3] = ["refusal", "annotations", "audio"];
 
 /// A conversation, and what its template is told beside it.
 pub(crate) struct Conversation {
@@ -85,6 +85,10 @@ fn message(mut fields: Fields, open_calls: &mut Vec<String>) -> Result<ChatMessa
         fields
             .refuse(field, "only texts are read", |value| value == "" || value.as_array().is_some_and(Vec::is_empty))?;
     }
+    let reasoning_content = fields.text("reasoning_content")?.filter(|thought| !thought.is_empty());
+    if reasoning_content.is_some() && role != "assistant" {
+        return Err(ApiError::unsupported(fields.name("reasoning_content"), "only an assistant's thoughts are read"));
+    }
     let (name, at) = (fields.text("name")?, fields.name("content"));
     let content = match fields.value("content") {
         Some(content) => Some(text(content, &at)?),
@@ -95,7 +99,7 @@ fn message(mut fields: Fields, open_calls: &mut Vec<String>) -> Result<ChatMessa
         None => return Err(ApiError::missing(at, "a text or a list of text parts")),
     };
     fields.end()?;
-    Ok(ChatMessage { role, content, name, tool_calls, tool_call_id })
+    Ok(ChatMessage { role, content, name, tool_calls, tool_call_id, reasoning_content })
 }
 
 /// A call of a tool, as templates know it.
@@ -205,6 +209,15 @@ mod tests {
         .unwrap();
         assert_eq!(messages[0].content.as_deref(), Some("a\nb"));
         assert_eq!((messages[0].name.as_deref(), messages[1].content.as_deref()), (Some("Ada"), Some("")));
+    }
+
+    #[test]
+    fn thoughts_are_an_assistants() {
+        // Would break: a conversation with a model that thinks cannot be sent back as it came, or users think for it.
+        let said = |role: &str| json!([{"role": role, "content": "4", "reasoning_content": "2 + 2"}]);
+        assert_eq!(read(said("assistant")).unwrap()[0].reasoning_content.as_deref(), Some("2 + 2"));
+        let error = read(said("user")).unwrap_err().json();
+        assert_eq!(error["error"]["param"], "messages[0].reasoning_content");
     }
 
     #[test]

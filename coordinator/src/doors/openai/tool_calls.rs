@@ -1,7 +1,7 @@
 //! How a model's text becomes calls of tools: what stands between `<tool_call>` and `</tool_call>` is a name and arguments in
 //! JSON. Read as the text comes, so that a stream says what is text at once, and a call when it is whole. What looks like a
 //! call and is none stays text: nothing that the model said is lost. A call that the limit of tokens cuts is one as well, with as
-//! much of its arguments as there is, as OpenAI's has it.
+//! much of its arguments as there is, as OpenAI's has it; of one that is cut before its name is whole nothing is told.
 
 use serde_json::Value;
 use sida_model::chat_template::TOOL_CALL;
@@ -71,6 +71,8 @@ impl Reader {
                     said.push(Said::Call { name, arguments });
                 }
                 None if parsed(whole).is_some() => said.push(self.call(whole, false)),
+                // It was cut before it had a name, or what follows one: nothing is said yet.
+                None if last == Some(FinishReason::Length) && is_begun(&rest) => {}
                 None => said.push(self.call(&rest, false)),
             }
         } else if !self.is_in_call {
@@ -112,6 +114,13 @@ fn parsed(written: &str) -> Option<(String, String)> {
         arguments @ Value::Object(_) => Some((name, arguments.to_string())),
         _ => None,
     }
+}
+
+/// Whether a call may begin so that is cut before the end of its name.
+fn is_begun(written: &str) -> bool {
+    let blanks_apart: String = written.chars().filter(|character| !character.is_whitespace()).collect();
+    let begins = "{\"name\":\"";
+    begins.starts_with(&blanks_apart) || blanks_apart.strip_prefix(begins).is_some_and(|name| !name.contains('"'))
 }
 
 /// The name of a call whose text was cut behind it, and what there is of its arguments.
@@ -233,9 +242,10 @@ mod tests {
         ] {
             assert_eq!(cut(written, FinishReason::Length), (vec![call("a", arguments)], 1), "{written}");
         }
-        for written in
-            [r#"{"name": "a"#, r#"{"na"#, "", r#"{"name": "other", "arguments": {"#, r#"{"call": "a", "x": "#, "no"]
-        {
+        for written in [r#"{"name": "a"#, r#"{"na"#, ""] {
+            assert_eq!(cut(written, FinishReason::Length), (vec![], 0), "{written}");
+        }
+        for written in [r#"{"name": "other", "arguments": {"#, r#"{"call": "a", "x": "#, "no"] {
             let expected = (vec![text(&format!("<tool_call>\n{written}"))], 0);
             assert_eq!(cut(written, FinishReason::Length), expected, "{written}");
         }

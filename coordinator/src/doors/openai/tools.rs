@@ -82,6 +82,10 @@ impl Tools {
         if wanted.json_schema.is_some() {
             return Err(ApiError::unsupported("response_format", "the answer has to call a tool (tool_choice)"));
         }
+        if !wanted.stop.is_empty() {
+            // An answer that is cut anywhere is no call.
+            return Err(ApiError::unsupported("stop", "the answer has to call a tool (tool_choice)"));
+        }
         let several = self.several && self.choice == Choice::Required;
         wanted.tool_calls = Some(ToolCalls { tools, several });
         Ok(())
@@ -186,6 +190,15 @@ mod tests {
         assert_eq!(of(json!("required"), true), Some((Some(true), list(&["a", "b"]), vec![])));
         assert_eq!(of(named, true), Some((Some(false), list(&["b"]), vec![])));
         assert!(read(json!({"tools": []})).unwrap().is_none());
+    }
+
+    #[test]
+    fn what_would_cut_a_call_is_refused() {
+        // Would break: an agent that asked for a call gets a piece of one as text.
+        let tools = |choice: &str| read(json!({"tools": [tool("a")], "tool_choice": choice})).unwrap().unwrap();
+        let stopping = || Wanted { stop: vec![",".to_owned()], ..Wanted::default() };
+        assert_eq!(tools("required").apply(&mut stopping()).unwrap_err().json()["error"]["param"], "stop");
+        assert!(tools("auto").apply(&mut stopping()).is_ok());
     }
 
     #[test]
