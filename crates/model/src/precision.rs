@@ -24,11 +24,12 @@ pub struct PrecisionError {
 }
 
 impl Precision {
-    /// What loses nothing of weights that are stored so; of blocks, whose scales have three bits more than bf16, what loses
-    /// far less than making the blocks did.
+    /// What loses nothing of weights that are stored so; of blocks, whose values have more bits than bf16, what loses far less
+    /// than making the blocks did.
     pub fn of_weights(dtype: StoredDType) -> Self {
         match dtype {
-            StoredDType::BF16 | StoredDType::Q8_0 | StoredDType::Q4_0 => Self::Bf16,
+            StoredDType::BF16 => Self::Bf16,
+            StoredDType::Q8_0 | StoredDType::Q4_0 | StoredDType::Q4K | StoredDType::Q6K => Self::Bf16,
             StoredDType::F16 | StoredDType::F32 => Self::F32,
         }
     }
