@@ -16,7 +16,7 @@ impl ExpertSlot {
     /// For the experts of a store. Packed if that is wanted, they are computed in bf16, and the first expert of every layer can
     /// be: those of a layer are much alike.
     pub fn choose(store: &ExpertStore, precision: Precision, packs: bool) -> Result<Self, ModelError> {
-        let shape = ExpertShape { dtype: precision.stored(), ..*store.shape() };
+        let shape = store.shape().in_dtype(precision.stored());
         let plain = Self { shape, is_packed: false };
         if !packs || precision != Precision::Bf16 {
             return Ok(plain);
@@ -71,18 +71,18 @@ impl ExpertSlot {
 
     /// Reads an expert as it lies in a slot.
     pub fn read(&self, store: &ExpertStore, key: ExpertKey, slot: &mut [u8]) -> Result<(), ModelError> {
-        let stored = store.shape();
-        if !self.is_packed && stored.dtype == self.shape.dtype {
+        let is_stored_so = store.one_dtype() == Some(self.shape.dtype);
+        if !self.is_packed && is_stored_so {
             return store.load(key, slot);
         }
-        let mut read = vec![0; stored.bytes()];
+        let mut read = vec![0; store.shape().bytes()];
         store.load(key, &mut read)?;
         if !self.is_packed {
-            self.precision().narrow(&stored.dtype.widen(&read), slot);
+            self.precision().narrow(&store.shape_of(key.layer).widen(&read), slot);
             return Ok(());
         }
-        if stored.dtype != self.shape.dtype {
-            let wide = stored.dtype.widen(&read);
+        if !is_stored_so {
+            let wide = store.shape_of(key.layer).widen(&read);
             read.resize(self.shape.bytes(), 0);
             self.precision().narrow(&wide, &mut read);
         }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use sida_routing::{Digest, ExpertId, ExpertKey, Grouping, LayerId};
 
 use crate::{
-    Checkpoint, ModelConfig, ModelError, StoredDType,
+    Checkpoint, ModelConfig, ModelError, Precision, StoredDType,
     expert::{ExpertScratch, ExpertShape},
     names::ExpertPart,
 };
@@ -15,7 +15,10 @@ use crate::{
 #[derive(Clone, Debug)]
 pub struct ExpertStore {
     checkpoint: Arc<Checkpoint>,
-    shape: ExpertShape,
+    /// Of the layers.
+    shapes: Vec<ExpertShape>,
+    /// The one of those that takes most.
+    largest: ExpertShape,
     /// Whether a tensor holds the experts of a layer.
     is_stacked: bool,
 }
@@ -27,25 +30,46 @@ impl ExpertStore {
         let first = ExpertKey { layer: LayerId(0), expert: ExpertId(0) };
         let is_stacked = config.moe_layer_count() > 0
             && config.names.stacked(config, first).iter().any(|part| checkpoint.contains(&part.tensor));
-        let mut dtypes = Vec::new();
+        let mut shapes = Vec::new();
         for layer in (0..config.moe_layer_count() as u16).map(LayerId) {
+            let (mut inputs, mut outputs) = (Vec::new(), Vec::new());
             for expert in (0..config.num_experts as u16).map(ExpertId) {
-                for ExpertPart { tensor, shape, .. } in parts(config, is_stacked, ExpertKey { layer, expert }) {
-                    checkpoint.check_shape(&tensor, &shape)?;
-                    dtypes.push(checkpoint.dtype(&tensor)?);
+                let mut parts = parts(config, is_stacked, ExpertKey { layer, expert });
+                for ExpertPart { tensor, shape, .. } in &parts {
+                    checkpoint.check_shape(tensor, shape)?;
+                }
+                let last = parts.pop().expect("an expert has matrices");
+                outputs.push(checkpoint.dtype(&last.tensor)?);
+                for part in &parts {
+                    inputs.push(checkpoint.dtype(&part.tensor)?);
                 }
             }
+            shapes.push(ExpertShape { dtype: one(inputs), output_dtype: one(outputs), ..plain(config) });
         }
-        dtypes.dedup();
-        // Slots hold one dtype: where a file mixes them, experts are widened on their way in.
-        let dtype = if let [one] = dtypes[..] { one } else { StoredDType::F32 };
-        let shape = ExpertShape { d_model: config.d_model, d_ff: config.d_ff, dtype, activation: config.activation };
-        Ok(Self { checkpoint, shape, is_stacked })
+        let largest = shapes.iter().copied().max_by_key(ExpertShape::bytes).unwrap_or(plain(config));
+        Ok(Self { checkpoint, shapes, largest, is_stacked })
     }
 
-    /// What every expert looks like in a slot.
+    /// What the largest expert looks like in a slot: every slot has room for it.
     pub fn shape(&self) -> &ExpertShape {
-        &self.shape
+        &self.largest
+    }
+
+    /// What the experts of a layer look like in a slot. Panics if there is no such layer.
+    pub fn shape_of(&self, layer: LayerId) -> &ExpertShape {
+        &self.shapes[usize::from(layer.0)]
+    }
+
+    /// How all weights of all experts are stored, if that is one way.
+    pub fn one_dtype(&self) -> Option<StoredDType> {
+        self.largest.one_dtype().filter(|_| self.shapes.iter().all(|shape| *shape == self.largest))
+    }
+
+    /// What loses nothing of any of them on a device: see [`Precision::of_weights`].
+    pub fn precision(&self) -> Precision {
+        let dtypes = self.shapes.iter().flat_map(|shape| [shape.dtype, shape.output_dtype]);
+        let is_wide = |dtype| Precision::of_weights(dtype) == Precision::F32;
+        if self.shapes.is_empty() || dtypes.into_iter().any(is_wide) { Precision::F32 } else { Precision::Bf16 }
     }
 
     /// What the model is.
@@ -72,20 +96,24 @@ impl ExpertStore {
         }
     }
 
-    /// Copies an expert's matrices, one after another, into `slot` of [`ExpertShape::bytes`]. The first load of
-    /// each tensor compares it with the manifest where there is one. Leaves nothing of it in memory but the slot.
+    /// Copies an expert's matrices, one after another, to the beginning of `slot`, which has the [`ExpertShape::bytes`] of
+    /// [`ExpertStore::shape`]. The first load of each tensor compares it with the manifest where there is one. Leaves
+    /// nothing of it in memory but the slot.
     pub fn load(&self, key: ExpertKey, slot: &mut [u8]) -> Result<(), ModelError> {
         self.check(key)?;
-        if slot.len() != self.shape.bytes() {
-            let (expected, found) = (vec![self.shape.bytes()], vec![slot.len()]);
+        if slot.len() != self.largest.bytes() {
+            let (expected, found) = (vec![self.largest.bytes()], vec![slot.len()]);
             return Err(ModelError::Shape { what: "slot [bytes]", expected, found });
         }
+        let shape = self.shape_of(key.layer);
         let mut rest = slot;
-        for part in parts(self.config(), self.is_stacked, key) {
+        let mut parts = parts(self.config(), self.is_stacked, key).into_iter().peekable();
+        while let Some(part) = parts.next() {
+            let wanted = if parts.peek().is_some() { shape.dtype } else { shape.output_dtype };
             let matrix;
-            (matrix, rest) = rest.split_at_mut(self.shape.dtype.bytes(part.values()));
+            (matrix, rest) = rest.split_at_mut(wanted.bytes(part.values()));
             let stored = self.checkpoint.dtype(&part.tensor)?;
-            if stored == self.shape.dtype {
+            if stored == wanted {
                 self.checkpoint.read(&part.tensor, part.share(), matrix)?;
             } else {
                 let mut narrow = vec![0; stored.bytes(part.values())];
@@ -99,8 +127,9 @@ impl ExpertStore {
 
     /// The weighted sum of each token's experts, loaded one by one: x (n, d_model) -> (n, d_model)
     pub fn combined(&self, layer: LayerId, x: &[f32], grouping: &Grouping) -> Result<Vec<f32>, ModelError> {
-        let d_model = self.shape.d_model;
-        let (mut slot, mut scratch) = (vec![0; self.shape.bytes()], ExpertScratch::default());
+        let shape = self.shape_of(layer);
+        let d_model = shape.d_model;
+        let (mut slot, mut scratch) = (vec![0; self.largest.bytes()], ExpertScratch::default());
         let mut output = vec![0.0; x.len()];
         let mut first = 0;
         for group in &grouping.groups {
@@ -108,7 +137,7 @@ impl ExpertStore {
             let own: Vec<f32> = tokens.iter().flat_map(|&t| &x[t as usize * d_model..][..d_model]).copied().collect();
             let mut results = vec![0.0; own.len()];
             self.load(ExpertKey { layer, expert: group.expert }, &mut slot)?;
-            self.shape.forward(&slot, &own, &mut results, &mut scratch);
+            shape.forward(&slot, &own, &mut results, &mut scratch);
             grouping.combine(first, &results, d_model, &mut output);
             first += tokens.len();
         }
@@ -122,6 +151,23 @@ impl ExpertStore {
         }
         Err(ModelError::Expert { layer: key.layer, expert: key.expert.0, layers, num_experts })
     }
+}
+
+/// An expert of a model whose files say nothing of how it is stored.
+fn plain(config: &ModelConfig) -> ExpertShape {
+    ExpertShape {
+        d_model: config.d_model,
+        d_ff: config.d_ff,
+        dtype: StoredDType::F32,
+        output_dtype: StoredDType::F32,
+        activation: config.activation,
+    }
+}
+
+/// What all are stored as in a slot: where a file mixes dtypes within a layer, experts are widened on their way in.
+fn one(mut dtypes: Vec<StoredDType>) -> StoredDType {
+    dtypes.dedup();
+    if let [one] = dtypes[..] { one } else { StoredDType::F32 }
 }
 
 /// Where an expert's matrices are, in the order of its slot.
