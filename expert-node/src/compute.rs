@@ -177,8 +177,8 @@ pub(crate) fn compute(
     out: &mut [f32],
 ) -> Result<CallReport, CallError> {
     let start = Instant::now();
-    let shape = cache.source().shape();
     let pending = cache.call(call.layer, call.groups.iter().map(|group| group.expert), planned).map_err(refused)?;
+    let shape = cache.source().shape_of(call.layer);
     let rows = call.activations.len() / shape.d_model;
     let effort = Effort::of(&call, shape);
     let part_rows = rows.div_ceil(workers.threads()).max(shape.d_model.div_ceil(PART_ROWS_SHARE));

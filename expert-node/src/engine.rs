@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 use sida_cluster::experts::{CallError, CallReport, ExpertCall, LocalExperts, ResidencyReport};
 use sida_model::{
     Checkpoint, DeviceError, DeviceName, ExpertDevice, ExpertDeviceOptions, ExpertShape, ExpertSlot, ExpertStore,
-    ExpertWindow, ModelError, Precision, ResidentExperts, RowsOnDevice, WindowHandle, expert_device,
+    ExpertWindow, ModelError, ResidentExperts, RowsOnDevice, WindowHandle, expert_device,
 };
 use sida_proto::wire::Bounds;
 use sida_routing::{Digest, ExpertId, ExpertKey, Group, LayerId, NodeId, PlacedGroup, Plan, PlanId};
@@ -59,7 +59,7 @@ impl Engine {
         if config.device == DeviceName::Cpu {
             return Self::new(config, Arc::new(store));
         }
-        let precision = config.precision.unwrap_or(Precision::of_weights(store.shape().dtype));
+        let precision = config.precision.unwrap_or(store.precision());
         let unpacked = ExpertSlot::choose(&store, precision, false)?;
         let experts = store.config().moe_layer_count() * store.config().num_experts;
         let experts_bytes = (experts * unpacked.bytes()) as u64;

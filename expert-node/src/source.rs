@@ -2,12 +2,16 @@
 //! make loads slow or fail.
 
 use sida_model::{ExpertShape, ExpertStore, ModelError};
-use sida_routing::{Digest, ExpertKey};
+use sida_routing::{Digest, ExpertKey, LayerId};
 
 /// Experts of one model, outside of expert memory.
 pub trait ExpertSource: Send + Sync {
-    /// The shape all of them share.
+    /// The shape of the largest: slots have room for it.
     fn shape(&self) -> &ExpertShape;
+    /// The shape of those of a layer.
+    fn shape_of(&self, _layer: LayerId) -> &ExpertShape {
+        self.shape()
+    }
     /// MoE layers of the model.
     fn layers(&self) -> usize;
     /// The model they are of.
@@ -18,13 +22,17 @@ pub trait ExpertSource: Send + Sync {
     }
     /// Experts per layer.
     fn num_experts(&self) -> usize;
-    /// Fills `slot`, which has the bytes of one expert.
+    /// Fills the beginning of `slot`, which has the bytes of the largest expert.
     fn load(&self, key: ExpertKey, slot: &mut [u8]) -> Result<(), ModelError>;
 }
 
 impl ExpertSource for ExpertStore {
     fn shape(&self) -> &ExpertShape {
         ExpertStore::shape(self)
+    }
+
+    fn shape_of(&self, layer: LayerId) -> &ExpertShape {
+        ExpertStore::shape_of(self, layer)
     }
 
     fn layers(&self) -> usize {

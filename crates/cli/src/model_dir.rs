@@ -28,11 +28,27 @@ pub(crate) fn full_path(dir: &Path) -> PathBuf {
 /// A directory with a config.json is taken for a model; what is wrong inside is found by who opens it.
 fn check(dir: &Path) -> Result<PathBuf, BadConfiguration> {
     let shown = dir.display();
+    if dir.is_file() {
+        let found = if is_gguf(dir) { "a GGUF file" } else { "a file" };
+        let hint =
+            if is_gguf(dir) { format!("; `sida convert {shown} --out DIR` makes one of it") } else { String::new() };
+        return Err(BadConfiguration::new(format!("model {shown}: {found}, expected a model's directory{hint}")));
+    }
     if !dir.is_dir() {
         return Err(BadConfiguration::new(format!("model {shown}: no such directory")));
     }
     if !holds_model(dir) {
-        return Err(BadConfiguration::new(format!("model {shown}: holds no config.json, expected a checkpoint")));
+        let gguf = fs::read_dir(dir)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|entry| entry.path())
+            .filter(|path| is_gguf(path))
+            .min();
+        let hint = gguf.map_or_else(String::new, |file| {
+            format!("; `sida convert {} --out DIR` makes one of the GGUF file", file.display())
+        });
+        return Err(BadConfiguration::new(format!("model {shown}: holds no config.json, expected a checkpoint{hint}")));
     }
     Ok(dir.to_owned())
 }
@@ -46,6 +62,10 @@ fn first_of(places: Vec<PathBuf>) -> Result<PathBuf, BadConfiguration> {
         "no model: name one by --model DIR or SIDA_MODEL; {DEFAULT_MODEL} was looked for at {}",
         tried.join(", ")
     )))
+}
+
+fn is_gguf(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
 }
 
 fn holds_model(dir: &Path) -> bool {
@@ -75,6 +95,21 @@ mod tests {
         assert!(find(Some(dir.path())).unwrap_err().to_string().contains("holds no config.json"));
         fs::write(dir.path().join("config.json"), "{}").unwrap();
         assert_eq!(find(Some(dir.path())).unwrap(), dir.path());
+    }
+
+    #[test]
+    fn who_names_a_gguf_file_is_told_what_to_run() {
+        // Broken: a person who has a GGUF file, as most who run such models at home, would read that there is no directory.
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("model-Q4_K_M.gguf");
+        fs::write(&file, "GGUF").unwrap();
+        for named in [dir.path(), &file] {
+            let error = find(Some(named)).unwrap_err().to_string();
+            assert!(error.contains(&format!("`sida convert {} --out DIR`", file.display())), "{error}");
+        }
+        let other = dir.path().join("notes");
+        fs::write(&other, "").unwrap();
+        assert!(find(Some(&other)).unwrap_err().to_string().ends_with("a file, expected a model's directory"));
     }
 
     #[test]

@@ -8,16 +8,18 @@ use std::{
 
 use half::f16;
 use rayon::prelude::*;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::{
     ModelError, StoredDType,
-    config::{QUANT_METHOD, QUANTIZATION},
+    config::{QUANTIZATION, quantization},
     dtype::{BLOCK, Q4_ZERO},
     names,
     shards::TensorSpec,
 };
 
+/// The formats that blocks are made in. Others are read only.
+const MADE: [StoredDType; 2] = [StoredDType::Q8_0, StoredDType::Q4_0];
 /// Values that become blocks at a time.
 const CHUNK_VALUES: usize = 4 << 20;
 /// Values that one thread makes blocks of at a time.
@@ -49,7 +51,7 @@ impl BlockFormats {
     /// Has the config of a model say that some of it is, for those who would not know.
     pub(crate) fn tell(&self, config: &mut Value) {
         if let (true, Some(config)) = (self.is_any(), config.as_object_mut()) {
-            config.insert(QUANTIZATION.to_owned(), json!({"quant_method": QUANT_METHOD}));
+            config.insert(QUANTIZATION.to_owned(), quantization());
         }
     }
 
@@ -129,9 +131,9 @@ impl Write for BlockWriter<'_> {
 }
 
 /// The blocks of so many values, which are whole blocks; on all threads. `None` where a value is none, or too large for a
-/// scale. Panics unless `to` is a format of blocks.
+/// scale. Panics unless `to` is one of [`MADE`].
 pub fn quantized(values: &[f32], to: StoredDType) -> Option<Vec<u8>> {
-    assert!(to.is_blocks() && values.len().is_multiple_of(BLOCK), "{} values as {to}", values.len());
+    assert!(MADE.contains(&to) && values.len().is_multiple_of(BLOCK), "{} values as {to}", values.len());
     let mut blocks = vec![0; to.bytes(values.len())];
     let pieces = blocks.par_chunks_mut(to.bytes(PIECE_VALUES)).zip(values.par_chunks(PIECE_VALUES));
     let is_whole = pieces.map(|(blocks, values)| {
@@ -240,7 +242,7 @@ mod tests {
         for bad in [f32::NAN, f32::INFINITY, 1e38] {
             let mut values = values(BLOCK, 1.0);
             values[7] = bad;
-            for format in StoredDType::BLOCKS {
+            for format in MADE {
                 assert_eq!(quantized(&values, format), None, "{format}: {bad}");
             }
         }

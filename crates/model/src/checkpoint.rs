@@ -51,19 +51,6 @@ pub struct TensorBytes<'a> {
     pub bytes: &'a [u8],
 }
 
-impl TensorBytes<'_> {
-    /// Appends the values as `dtype`: as they lie, or widened to float32.
-    /// Panics when asked to narrow them, which would lose bits.
-    pub(crate) fn append_to(&self, dtype: StoredDType, bytes: &mut Vec<u8>) {
-        if dtype == self.dtype {
-            bytes.extend_from_slice(self.bytes);
-        } else {
-            assert_eq!(dtype, StoredDType::F32, "weights are never narrowed");
-            bytes.extend(self.dtype.widen(self.bytes).into_iter().flat_map(f32::to_le_bytes));
-        }
-    }
-}
-
 impl Checkpoint {
     /// Opens a directory with `config.json` and safetensors, single or sharded. Reads no weights but the
     /// small ones that make up the digest.

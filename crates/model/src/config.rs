@@ -3,7 +3,7 @@
 
 use std::{fmt::Write as _, ops::Range, path::Path};
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use sida_routing::LayerId;
 
 use crate::{
@@ -15,6 +15,10 @@ use crate::{
 /// [`crate::dtype`].
 pub(crate) const QUANTIZATION: &str = "quantization_config";
 pub(crate) const QUANT_METHOD: &str = "sida";
+/// What that field is in a model that stores some of its weights in blocks.
+pub(crate) fn quantization() -> Value {
+    json!({"quant_method": QUANT_METHOD})
+}
 /// The config's name in a model directory.
 pub(crate) const CONFIG: &str = "config.json";
 /// The longest config.json that is read, and the longest generation_config.json.

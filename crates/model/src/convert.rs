@@ -1,10 +1,11 @@
-//! `pytorch_model.bin` to safetensors, once, with a manifest, and either to fewer bits: the only code that reads pickle.
-//! Called by `sida convert`.
+//! `pytorch_model.bin` and GGUF files to safetensors, once, with a manifest, and any to fewer bits: the only code that reads pickle
+//! or GGUF. Called by `sida convert`.
 //!
 //! In reading order: `pickle` (what a state dictionary says, without running it), `torch_file` (where a
 //! tensor's bytes are), `tensor_names` (what a tensor is called, and which must be there), `torch_checkpoint` (all
-//! files of one), `source` (that, or safetensors).
+//! files of one), `gguf` (a GGUF file), `source` (any of these, or safetensors).
 
+mod gguf;
 mod pickle;
 mod source;
 mod tensor_names;
@@ -23,7 +24,7 @@ pub use pickle::PickleError;
 
 use self::source::Source;
 use crate::{
-    BlockFormats, ModelConfig, ModelError, blocks, bounded_file,
+    BlockFormats, ModelError, blocks, bounded_file,
     config::CONFIG,
     fresh_directory::FreshDirectory,
     manifest::Manifest,
@@ -58,6 +59,10 @@ pub enum ConvertError {
     Archive { file: PathBuf, reason: String },
     #[error("{}: {source}", file.display())]
     Pickle { file: PathBuf, source: PickleError },
+    #[error("{}: {reason}", file.display())]
+    Gguf { file: PathBuf, reason: String },
+    #[error("{}: {key} is {found}, expected {expected}", file.display())]
+    GgufKey { file: PathBuf, key: String, found: String, expected: String },
     #[error("{}: shard name {shard:?} is not a plain file name", index.display())]
     ShardName { index: PathBuf, shard: String },
     #[error("{}: tensor {tensor} should be in {shard}, which does not hold it", index.display())]
@@ -91,23 +96,22 @@ pub struct Converted {
     pub dropped_prefixes: Vec<(String, usize)>,
 }
 
-/// Converts `dir` (config.json, and pytorch_model.bin or its shards with their index; to blocks also safetensors) into
-/// `out`, which must not exist or be empty: safetensors of at most 4 GB each, the config and tokenizer files, and a
-/// manifest. Values keep their dtype, but for those that become blocks; copies of the embedding are dropped as transformers
+/// Converts `from` (a directory with config.json, and pytorch_model.bin or its shards with their index, to blocks also
+/// safetensors; or a GGUF file, the first if it was split) into `out`, which must not exist or be empty: safetensors of at most 4 GB each, the config and tokenizer files, and a
+/// manifest. Values keep their dtype and their blocks, but for those that become blocks; copies of the embedding are dropped as transformers
 /// does when it ties them, and so are buffers that hold no weights. Prefixes of wrappers (`module.`) are taken off. Refused
 /// is what could not be loaded again. On failure nothing is left at `out`. Reports (bytes written, bytes total).
 pub fn convert(
-    dir: &Path,
+    from: &Path,
     out: &Path,
     formats: BlockFormats,
     on_progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Converted, ConvertError> {
-    let config = ModelConfig::open(dir)?;
-    let source = Source::open(dir, &config, formats)?;
-    let (stored, tied) = source.specs(&config)?;
+    let source = Source::open(from, formats)?;
+    let (stored, tied) = source.specs()?;
     let specs = stored.iter().map(|spec| formats.applied(spec)).collect::<Result<Vec<_>, _>>()?;
     let directory = FreshDirectory::create(out)?;
-    copy_beside(dir, directory.path(), formats)?;
+    source.write_beside(directory.path(), formats)?;
     let total: u64 = specs.iter().map(TensorSpec::bytes).sum();
     let mut done = 0;
     shards::write(directory.path(), &specs, shards::SHARD_BYTES_MAX, &mut |spec, file| {
@@ -130,7 +134,7 @@ pub fn write_manifest(dir: &Path, on_progress: &mut dyn FnMut(u64, u64)) -> Resu
 }
 
 /// Copies what is beside the weights; where some of these become blocks, config.json says so.
-fn copy_beside(dir: &Path, out: &Path, formats: BlockFormats) -> Result<(), ModelError> {
+fn copied(dir: &Path, out: &Path, formats: BlockFormats) -> Result<(), ModelError> {
     for name in COPIED {
         let path = dir.join(name);
         if path.exists() {

@@ -220,7 +220,7 @@ impl Matrices<Host> {
         self.wi.product(x, hidden);
         match self.activation {
             Activation::Relu => relu(hidden),
-            Activation::GatedSilu => gate_rows(hidden, self.wo.matrix().cols),
+            Activation::GatedSilu => gate_rows(hidden, self.wo.inputs()),
         }
         self.wo.product(hidden, out);
     }

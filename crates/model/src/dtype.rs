@@ -1,13 +1,16 @@
 //! How weights are stored on disk and in an expert's slot. Computation is in float32 whatever this says.
 //!
 //! Values stand alone, or in blocks of 32 neighbours of a row that share a scale: the formats that ggml calls Q8_0 and
-//! Q4_0 (`ggml-common.h`), byte for byte. A value of a block is its integer times the scale, which float32 holds exactly:
-//! so a model of blocks computes, to the bit, what its values in float32 would.
+//! Q4_0 (`ggml-common.h`), byte for byte. A value of a block is its integer times the scale, which float32 holds exactly.
+//! Q4_K and Q6_K are blocks of 256, see `super_blocks`. A model of blocks computes, to the bit, what its values in float32
+//! would.
 
 use std::fmt;
 
 use half::f16;
 use safetensors::Dtype;
+
+use crate::super_blocks::{self, SUPER_BLOCK, q4_k, q6_k};
 
 /// Values of a block that share a scale.
 pub(crate) const BLOCK: usize = 32;
@@ -30,19 +33,25 @@ pub enum StoredDType {
     /// Blocks of 32 values: a scale and 16 bytes. Byte `i` holds value `i` in its low half and value `i + 16` in its high
     /// half, each with 8 added.
     Q4_0,
+    /// Blocks of 256 values in 4 bits each: Q4_K.
+    Q4K,
+    /// Blocks of 256 values in 6 bits each: Q6_K.
+    Q6K,
 }
 
 impl StoredDType {
     /// All that store values in blocks.
-    pub const BLOCKS: [Self; 2] = [Self::Q8_0, Self::Q4_0];
+    pub const BLOCKS: [Self; 4] = [Self::Q8_0, Self::Q4_0, Self::Q4K, Self::Q6K];
 
     /// How many values stand together, and the bytes that they take.
-    pub(crate) fn block(self) -> (usize, usize) {
+    pub(crate) const fn block(self) -> (usize, usize) {
         match self {
             Self::F32 => (1, 4),
             Self::BF16 | Self::F16 => (1, 2),
             Self::Q8_0 => (BLOCK, SCALE_BYTES + BLOCK),
             Self::Q4_0 => (BLOCK, SCALE_BYTES + BLOCK / 2),
+            Self::Q4K => (SUPER_BLOCK, q4_k::BYTES),
+            Self::Q6K => (SUPER_BLOCK, q6_k::BYTES),
         }
     }
 
@@ -80,11 +89,11 @@ impl StoredDType {
             Self::F32 => Dtype::F32,
             Self::BF16 => Dtype::BF16,
             Self::F16 => Dtype::F16,
-            Self::Q8_0 | Self::Q4_0 => Dtype::U8,
+            Self::Q8_0 | Self::Q4_0 | Self::Q4K | Self::Q6K => Dtype::U8,
         }
     }
 
-    /// Appends `bytes`, values of this dtype, to `values` as float32. Every value is exact.
+    /// Appends `bytes`, values of this dtype, to `values` as float32. Every value is what it is defined to be.
     /// Ignores an incomplete value or block at the end: lengths are checked where tensors are read.
     pub fn widen_into(self, bytes: &[u8], values: &mut Vec<f32>) {
         let held = values.len();
@@ -111,6 +120,8 @@ impl StoredDType {
                 low.iter_mut().zip(halves).for_each(|(out, &byte)| *out = value(byte & 0xf));
                 high.iter_mut().zip(halves).for_each(|(out, &byte)| *out = value(byte >> 4));
             }),
+            Self::Q4K => each_super_block(bytes, out, super_blocks::widen_q4_k),
+            Self::Q6K => each_super_block(bytes, out, super_blocks::widen_q6_k),
         }
     }
 
@@ -136,6 +147,14 @@ fn each_block<const REST: usize>(bytes: &[u8], out: &mut [f32], widen: impl Fn(f
     }
 }
 
+fn each_super_block<const SIZE: usize>(
+    bytes: &[u8],
+    out: &mut [f32],
+    widen: impl Fn(&[u8; SIZE], &mut [f32; SUPER_BLOCK]),
+) {
+    bytes.as_chunks().0.iter().zip(out.as_chunks_mut().0).for_each(|(block, out)| widen(block, out));
+}
+
 impl fmt::Display for StoredDType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -144,6 +163,8 @@ impl fmt::Display for StoredDType {
             Self::F16 => "F16",
             Self::Q8_0 => "Q8_0",
             Self::Q4_0 => "Q4_0",
+            Self::Q4K => "Q4_K",
+            Self::Q6K => "Q6_K",
         })
     }
 }

@@ -25,10 +25,10 @@ pub(crate) enum Layout {
 }
 
 impl Layout {
-    /// Of experts that are stored so and computed in a precision, where they are not packed.
-    pub(crate) fn of(stored: StoredDType, precision: Precision) -> Self {
-        match block_matrix::integer_bits(stored) {
-            Some(_) if precision == Precision::Bf16 => Self::Blocks(stored),
+    /// Of weights that are all stored so, if in one way, and computed in a precision, where they are not packed.
+    pub(crate) fn of(stored: Option<StoredDType>, precision: Precision) -> Self {
+        match stored.filter(|&dtype| block_matrix::integer_bits(dtype).is_some()) {
+            Some(dtype) if precision == Precision::Bf16 => Self::Blocks(dtype),
             _ => Self::Plain,
         }
     }
@@ -46,8 +46,8 @@ impl ExpertSlot {
     /// For the experts of a store. Computed in bf16, they lie in blocks where they are stored so; they are packed if that is
     /// wanted and the first expert of every layer can be: those of a layer are much alike.
     pub fn choose(store: &ExpertStore, precision: Precision, packs: bool) -> Result<Self, ModelError> {
-        let shape = ExpertShape { dtype: precision.stored(), ..*store.shape() };
-        let plain = Self { shape, layout: Layout::of(store.shape().dtype, precision) };
+        let shape = store.shape().in_dtype(precision.stored());
+        let plain = Self { shape, layout: Layout::of(store.one_dtype(), precision) };
         if !packs || precision != Precision::Bf16 || plain.layout != Layout::Plain {
             return Ok(plain);
         }
@@ -91,16 +91,16 @@ impl ExpertSlot {
         match self.layout {
             Layout::Plain => self.shape.bytes(),
             Layout::Packed => self.packed_bytes().iter().sum(),
-            Layout::Blocks(dtype) => ExpertShape { dtype, ..self.shape }.bytes(),
+            Layout::Blocks(dtype) => self.shape.in_dtype(dtype).bytes(),
         }
     }
 
     /// Where its last matrix begins, which leads back to `d_model`.
     pub fn output_at(&self) -> usize {
         match self.layout {
-            Layout::Plain => self.bytes() - self.shape.matrix_bytes(),
+            Layout::Plain => self.shape.input_bytes(),
             Layout::Packed => self.packed_bytes()[0],
-            Layout::Blocks(dtype) => self.bytes() - ExpertShape { dtype, ..self.shape }.matrix_bytes(),
+            Layout::Blocks(dtype) => self.shape.in_dtype(dtype).input_bytes(),
         }
     }
 
@@ -112,17 +112,17 @@ impl ExpertSlot {
 
     /// Reads an expert as it lies in a slot.
     pub fn read(&self, store: &ExpertStore, key: ExpertKey, slot: &mut [u8]) -> Result<(), ModelError> {
-        let stored = store.shape();
-        if self.layout == Layout::Plain && stored.dtype == self.shape.dtype {
+        let is_stored_so = store.one_dtype() == Some(self.shape.dtype);
+        if self.layout == Layout::Plain && is_stored_so {
             return store.load(key, slot);
         }
-        let mut read = vec![0; stored.bytes()];
+        let mut read = vec![0; store.shape().bytes()];
         store.load(key, &mut read)?;
         let ExpertShape { d_model, d_ff, .. } = self.shape;
         match self.layout {
             Layout::Packed => {}
             Layout::Plain => {
-                self.precision().narrow(&stored.dtype.widen(&read), slot);
+                self.precision().narrow(&store.shape_of(key.layer).widen(&read), slot);
                 return Ok(());
             }
             Layout::Blocks(dtype) => {
@@ -134,8 +134,8 @@ impl ExpertSlot {
                 return Ok(());
             }
         }
-        if stored.dtype != self.shape.dtype {
-            let wide = stored.dtype.widen(&read);
+        if !is_stored_so {
+            let wide = store.shape_of(key.layer).widen(&read);
             read.resize(self.shape.bytes(), 0);
             self.precision().narrow(&wide, &mut read);
         }

@@ -1,41 +1,109 @@
-//! A weight matrix of the backbone in the host's memory: `y = x W^T`, without bias. Keeps the checkpoint's dtype.
+//! A weight matrix of the backbone in the host's memory: `y = x W^T`, without bias. Keeps the checkpoint's dtypes.
 
 use crate::{
-    cpu::matmul::{MatrixRef, product_into},
+    cpu::matmul::{MatrixRef, products_into},
     dtype::StoredDType,
 };
 
-/// W, row-major (outputs, inputs).
+/// W, row-major (outputs, inputs), in one or more parts, one below the other.
 #[derive(Debug)]
 pub struct Linear {
-    bytes: Vec<u8>,
-    dtype: StoredDType,
-    outputs: usize,
+    parts: Vec<Part>,
     inputs: usize,
 }
 
+/// Rows of W that are stored alike.
+#[derive(Debug)]
+struct Part {
+    bytes: Vec<u8>,
+    dtype: StoredDType,
+    outputs: usize,
+}
+
 impl Linear {
-    /// Takes the bytes of W (outputs, inputs). Panics when they do not fit: the checkpoint checked the shape.
-    pub fn new(bytes: Vec<u8>, dtype: StoredDType, outputs: usize, inputs: usize) -> Self {
-        assert_eq!(bytes.len(), dtype.bytes(outputs * inputs), "W is ({outputs}, {inputs}) {dtype:?}");
-        Self { bytes, dtype, outputs, inputs }
+    /// A matrix of this width that has no rows yet.
+    pub fn new(inputs: usize) -> Self {
+        Self { parts: Vec::new(), inputs }
     }
 
-    /// W as it lies.
-    pub fn matrix(&self) -> MatrixRef<'_> {
-        MatrixRef { bytes: &self.bytes, dtype: self.dtype, rows: self.outputs, cols: self.inputs }
+    /// Takes the bytes of more rows. Panics when they do not fit: the checkpoint checked the shape.
+    pub fn push(&mut self, bytes: Vec<u8>, dtype: StoredDType, outputs: usize) {
+        assert_eq!(bytes.len(), dtype.bytes(outputs * self.inputs), "W is ({outputs}, {}) {dtype:?}", self.inputs);
+        self.parts.push(Part { bytes, dtype, outputs });
+    }
+
+    /// The parts of W as they lie.
+    pub fn parts(&self) -> impl Iterator<Item = MatrixRef<'_>> + Clone {
+        let cols = self.inputs;
+        self.parts.iter().map(move |Part { bytes, dtype, outputs }| MatrixRef {
+            bytes,
+            dtype: *dtype,
+            rows: *outputs,
+            cols,
+        })
+    }
+
+    /// How many rows W has.
+    pub fn outputs(&self) -> usize {
+        self.parts.iter().map(|part| part.outputs).sum()
+    }
+
+    /// How many columns W has.
+    pub fn inputs(&self) -> usize {
+        self.inputs
     }
 
     /// x (n, inputs) -> y (n, outputs), over whatever `y` held.
     pub fn product(&self, x: &[f32], y: &mut Vec<f32>) {
-        product_into(x, self.matrix(), y);
+        products_into(x, self.parts(), y);
     }
 
     /// Some of W's rows, widened, into `out` (rows.len(), inputs). Panics where there is no such row.
     pub fn gather(&self, rows: &[u32], out: &mut [f32]) {
-        let row_bytes = self.dtype.bytes(self.inputs);
         for (&row, out) in rows.iter().zip(out.chunks_exact_mut(self.inputs)) {
-            self.dtype.widen_over(&self.bytes[row as usize * row_bytes..][..row_bytes], out);
+            let (mut row, mut parts) = (row as usize, self.parts.iter());
+            let part = loop {
+                let part = parts.next().expect("a row of W");
+                if row < part.outputs {
+                    break part;
+                }
+                row -= part.outputs;
+            };
+            let row_bytes = part.dtype.bytes(self.inputs);
+            part.dtype.widen_over(&part.bytes[row * row_bytes..][..row_bytes], out);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::super_blocks;
+
+    #[test]
+    fn parts_that_are_stored_differently_are_one_matrix() {
+        // Would break: projections of a model whose matrices have formats of their own would be taken for each other.
+        let (inputs, outputs) = (256, [40, 7, 3]);
+        let dtypes = [StoredDType::Q4K, StoredDType::Q6K, StoredDType::Q8_0];
+        let (mut mixed, mut wide) = (Linear::new(inputs), Linear::new(inputs));
+        let mut values = Vec::new();
+        for (dtype, outputs) in dtypes.into_iter().zip(outputs) {
+            let bytes = super_blocks::arbitrary(dtype, outputs * inputs, outputs);
+            values.extend(dtype.widen(&bytes));
+            mixed.push(bytes, dtype, outputs);
+        }
+        wide.push(values.iter().flat_map(|value| value.to_le_bytes()).collect(), StoredDType::F32, 50);
+        for rows in [1, 3, 20] {
+            let x: Vec<f32> = (0..rows * inputs).map(|i| ((i * 31) % 23) as f32 / 11.0 - 1.0).collect();
+            let [mut found, mut expected] = [vec![9.0; 3], vec![]];
+            mixed.product(&x, &mut found);
+            wide.product(&x, &mut expected);
+            assert!(found == expected, "{rows} rows");
+        }
+        let rows = [49, 0, 39, 40, 46, 47];
+        let [mut found, mut expected] = [(); 2].map(|()| vec![0.0; rows.len() * inputs]);
+        mixed.gather(&rows, &mut found);
+        wide.gather(&rows, &mut expected);
+        assert!(found == expected && found[..inputs] == values[49 * inputs..]);
     }
 }

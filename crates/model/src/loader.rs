@@ -2,7 +2,7 @@
 //! in. Bytes are copied, so the pages they were mapped from are given back.
 
 use crate::{
-    Backbone, Checkpoint, ModelError, Stack, StoredDType,
+    Backbone, Checkpoint, ModelError, Stack,
     backbone::{Load, Memory},
     linear::Linear,
     names,
@@ -57,19 +57,18 @@ impl Load for HostLoader<'_> {
         self.checkpoint
     }
 
-    /// Where their dtypes differ all become float32.
+    /// What is stored alike becomes one part.
     fn matrix(&mut self, parts: &[(String, usize)], inputs: usize) -> Result<Linear, ModelError> {
         let tensors = parts.iter().map(|(name, outputs)| self.checkpoint.tensor_of_shape(name, &[*outputs, inputs]));
         let tensors = tensors.collect::<Result<Vec<_>, _>>()?;
-        let one = tensors[0].dtype;
-        let dtype = if tensors.iter().all(|tensor| tensor.dtype == one) { one } else { StoredDType::F32 };
-        let outputs: usize = parts.iter().map(|(_, outputs)| outputs).sum();
-        let mut bytes = Vec::with_capacity(dtype.bytes(outputs * inputs));
-        for tensor in &tensors {
-            tensor.append_to(dtype, &mut bytes);
+        let mut linear = Linear::new(inputs);
+        for alike in tensors.chunk_by(|a, b| a.dtype == b.dtype) {
+            let bytes: Vec<&[u8]> = alike.iter().map(|tensor| tensor.bytes).collect();
+            let outputs = alike.iter().map(|tensor| tensor.shape[0]).sum();
+            linear.push(bytes.concat(), alike[0].dtype, outputs);
         }
         parts.iter().for_each(|(name, _)| self.loaded(name));
-        Ok(Linear::new(bytes, dtype, outputs, inputs))
+        Ok(linear)
     }
 
     fn router(&mut self, name: String, experts: usize, d_model: usize) -> Result<Linear, ModelError> {

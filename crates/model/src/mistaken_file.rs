@@ -19,6 +19,8 @@ pub fn recognise(head: &[u8]) -> Option<&'static str> {
         Some("XML: a download got a server's error")
     } else if head.starts_with(b"PK\x03\x04") {
         Some("a zip archive, as pytorch_model.bin is: `sida convert` makes safetensors of such a checkpoint")
+    } else if head.starts_with(b"GGUF") {
+        Some("a GGUF file: `sida convert` makes a model directory of it")
     } else if head.starts_with(b"\x1f\x8b") {
         Some("compressed with gzip: unpack it")
     } else if head.iter().all(|&byte| byte == 0) {
@@ -43,6 +45,7 @@ mod tests {
             (b"\xef\xbb\xbf<HTML lang=en>", "HTML page"),
             (b"<?xml version=\"1.0\"?><Error><Code>AccessDenied</Code>", "server's error"),
             (b"PK\x03\x04\0\0", "zip archive"),
+            (b"GGUF\x03\0\0\0", "GGUF file"),
             (b"\x1f\x8b\x08\0", "gzip"),
             (&[0; 4096], "zeros"),
         ] {

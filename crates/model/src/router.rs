@@ -10,7 +10,7 @@ impl Router<Host> {
     /// Source: transformers, SwitchTransformersTop1Router.
     pub(crate) fn probabilities(&self, x: &[f32], probabilities: &mut Vec<f32>) {
         self.classifier.product(x, probabilities);
-        let experts = self.classifier.matrix().rows;
+        let experts = self.classifier.outputs();
         if let Some(bias) = &self.bias {
             probabilities.chunks_exact_mut(experts).for_each(|row| add_to(row, bias));
         }

@@ -221,8 +221,8 @@ fn tensor(values: Vec<f32>, shape: (usize, usize)) -> Result<Tensor> {
 }
 
 fn matrix(linear: &Linear) -> Result<Tensor> {
-    let matrix = linear.matrix();
-    tensor(matrix.dtype.widen(matrix.bytes), (matrix.rows, matrix.cols))
+    let values = linear.parts().flat_map(|part| part.dtype.widen(part.bytes)).collect();
+    tensor(values, (linear.outputs(), linear.inputs()))
 }
 
 fn product(x: &Tensor, weight: &Linear) -> Result<Tensor> {

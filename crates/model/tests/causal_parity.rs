@@ -1,18 +1,27 @@
 //! Decoder-only models against transformers: golden.json under tests/data/parity/causal-* says what transformers computed
 //! for small random ones of every family (tests/parity/make_causal_configs.py). Chosen experts and greedy tokens must be
 //! identical, numbers within 1e-4 of the largest of their kind; a prompt gives the same bits whole, in pieces, and token by
-//! token.
+//! token. The same of GGUF files, converted: tests/data/parity/gguf-* (tests/parity/make_gguf.py), whose tokenizers must give
+//! the same ids, too.
 
 use std::{fs, path::Path};
 
 use serde::Deserialize;
-use sida_model::{Reference, RoutedLayer};
+use sida_model::{BlockFormats, Reference, RoutedLayer, Tokenizer, convert};
 
 const TOLERANCE: f64 = 1e-4;
 
 #[derive(Deserialize)]
 struct Golden {
     cases: Vec<Case>,
+    #[serde(default)]
+    texts: Vec<Text>,
+}
+
+#[derive(Deserialize)]
+struct Text {
+    text: String,
+    ids: Vec<u32>,
 }
 
 #[derive(Deserialize)]
@@ -46,6 +55,28 @@ fn decoder_only_models_agree_with_transformers() {
         golden.cases.iter().for_each(|case| compare(&name, &model, case));
     }
     assert!(seen >= 10, "tests/data/parity holds {seen} causal-* folders");
+}
+
+/// A GGUF file would become another model than it is, or its texts other tokens.
+#[test]
+fn gguf_files_agree_with_transformers() {
+    let parity = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/data/parity");
+    let out = tempfile::tempdir().unwrap();
+    for name in ["gguf-qwen3", "gguf-qwen2", "gguf-olmoe", "gguf-mixtral"] {
+        let dir = parity.join(name);
+        let first = ["model.gguf", "model-00001-of-00002.gguf"].map(|file| dir.join(file));
+        let file = first.iter().find(|file| file.exists()).expect("a file");
+        let converted = out.path().join(name);
+        convert::convert(file, &converted, BlockFormats::NONE, &mut |_, _| ()).unwrap();
+        let golden: Golden = serde_json::from_slice(&fs::read(dir.join("golden.json")).unwrap()).unwrap();
+        let model = Reference::open(&converted).unwrap_or_else(|error| panic!("{name}: {error}"));
+        golden.cases.iter().for_each(|case| compare(name, &model, case));
+        let tokenizer = Tokenizer::open(&converted, model.config()).unwrap();
+        assert!(golden.texts.len() > 5, "{name}");
+        for Text { text, ids } in &golden.texts {
+            assert_eq!(&tokenizer.encode(text).unwrap(), ids, "{name}: {text:?}");
+        }
+    }
 }
 
 fn compare(name: &str, model: &Reference, case: &Case) {

@@ -36,7 +36,8 @@ impl MadeUp {
 
     pub(crate) fn wide(d_ff: usize) -> Arc<Self> {
         let activation = sida_model::spec::Activation::Relu;
-        let shape = ExpertShape { d_model: D_MODEL, d_ff, dtype: StoredDType::F32, activation };
+        let dtype = StoredDType::F32;
+        let shape = ExpertShape { d_model: D_MODEL, d_ff, dtype, output_dtype: dtype, activation };
         let (failing, slow, loads) = Default::default();
         Arc::new(Self { shape, failing, slow, loads })
     }

@@ -1,4 +1,4 @@
-//! What is converted: a checkpoint of PyTorch, or one of safetensors whose weights become blocks.
+//! What is converted: a checkpoint of PyTorch, one of safetensors whose weights become blocks, or a GGUF file.
 
 use std::{
     io::{self, Write},
@@ -6,21 +6,26 @@ use std::{
     sync::Arc,
 };
 
-use super::{ConvertError, tensor_names, torch_checkpoint::TorchCheckpoint};
+use super::{ConvertError, copied, gguf::Gguf, tensor_names, torch_checkpoint::TorchCheckpoint};
 use crate::{BlockFormats, Checkpoint, ModelConfig, ModelError, StoredDType, shards::TensorSpec};
 
-/// An open checkpoint, of either kind.
+/// An open checkpoint, of any kind.
 pub(super) enum Source {
-    Torch(TorchCheckpoint),
+    Torch(Box<ModelConfig>, TorchCheckpoint),
     Safetensors(Arc<Checkpoint>),
+    Gguf(Box<Gguf>),
 }
 
 /// Tensors that were left out, with what they hold; and what was taken off names, and off how many.
 type LeftOut = (Vec<(String, &'static str)>, Vec<(String, usize)>);
 
 impl Source {
-    /// Safetensors are as they should be unless they are to become blocks.
-    pub(super) fn open(dir: &Path, config: &ModelConfig, formats: BlockFormats) -> Result<Self, ConvertError> {
+    /// A file is GGUF, and a directory what is in it. Safetensors are as they should be unless they are to become blocks.
+    pub(super) fn open(dir: &Path, formats: BlockFormats) -> Result<Self, ConvertError> {
+        if dir.is_file() {
+            return Ok(Self::Gguf(Box::new(Gguf::open(dir)?)));
+        }
+        let config = ModelConfig::open(dir)?;
         let has_safetensors =
             || ["model.safetensors", "model.safetensors.index.json"].map(|name| dir.join(name).exists());
         if formats.is_any() && has_safetensors().contains(&true) {
@@ -28,13 +33,15 @@ impl Source {
             checkpoint.check_tensors()?;
             return Ok(Self::Safetensors(checkpoint));
         }
-        Ok(Self::Torch(TorchCheckpoint::open(dir, config.names)?))
+        let torch = TorchCheckpoint::open(dir, config.names)?;
+        Ok(Self::Torch(Box::new(config), torch))
     }
 
     /// What is to be written, as it is stored, by name; and the tied copies that are not.
-    pub(super) fn specs(&self, config: &ModelConfig) -> Result<(Vec<TensorSpec>, Vec<String>), ModelError> {
+    pub(super) fn specs(&self) -> Result<(Vec<TensorSpec>, Vec<String>), ModelError> {
         match self {
-            Self::Torch(torch) => {
+            Self::Gguf(gguf) => Ok((gguf.specs(), Vec::new())),
+            Self::Torch(config, torch) => {
                 let (specs, tied) = torch.untied(config);
                 tensor_names::check(config, &specs, &torch.others, torch.dir())?;
                 Ok((specs, tied))
@@ -54,7 +61,8 @@ impl Source {
     /// What a tensor of those is stored as.
     pub(super) fn dtype(&self, name: &str) -> StoredDType {
         match self {
-            Self::Torch(torch) => torch.spec(name).dtype,
+            Self::Gguf(gguf) => gguf.dtype(name),
+            Self::Torch(_, torch) => torch.spec(name).dtype,
             Self::Safetensors(checkpoint) => checkpoint.dtype(name).expect("it was listed"),
         }
     }
@@ -62,7 +70,8 @@ impl Source {
     /// Writes its data.
     pub(super) fn write(&self, name: &str, out: &mut dyn Write) -> io::Result<()> {
         match self {
-            Self::Torch(torch) => torch.write(name, out),
+            Self::Gguf(gguf) => gguf.write(name, out),
+            Self::Torch(_, torch) => torch.write(name, out),
             Self::Safetensors(checkpoint) => {
                 let tensor = checkpoint.tensor(name).map_err(io::Error::other)?;
                 out.write_all(tensor.bytes)?;
@@ -72,11 +81,20 @@ impl Source {
         }
     }
 
+    /// Writes what is beside the weights.
+    pub(super) fn write_beside(&self, out: &Path, formats: BlockFormats) -> Result<(), ConvertError> {
+        match self {
+            Self::Gguf(gguf) => gguf.write_beside(out, formats),
+            Self::Torch(_, torch) => Ok(copied(torch.dir(), out, formats)?),
+            Self::Safetensors(checkpoint) => Ok(copied(checkpoint.dir(), out, formats)?),
+        }
+    }
+
     /// What of it was not written.
     pub(super) fn left_out(self) -> LeftOut {
         match self {
-            Self::Torch(torch) => (torch.others.into_iter().collect(), torch.names.dropped.into_iter().collect()),
-            Self::Safetensors(_) => (Vec::new(), Vec::new()),
+            Self::Torch(_, torch) => (torch.others.into_iter().collect(), torch.names.dropped.into_iter().collect()),
+            Self::Safetensors(_) | Self::Gguf(_) => (Vec::new(), Vec::new()),
         }
     }
 }

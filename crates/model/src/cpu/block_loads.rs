@@ -17,11 +17,11 @@ pub(super) static SCALES: LazyLock<Scales> =
     LazyLock::new(|| Scales((0..=u16::MAX).map(|bits| f16::from_bits(bits).to_f32()).collect()));
 
 impl Scales {
-    /// The scale of a block.
+    /// The scale that lies at an address. A block begins with its own.
     #[inline(always)]
-    unsafe fn of(&self, block: *const u8) -> f32 {
-        // SAFETY: a block begins with its scale, of which there are as many as there are entries.
-        unsafe { *self.0.get_unchecked(usize::from(u16::from_le_bytes(block.cast::<[u8; SCALE_BYTES]>().read()))) }
+    pub(super) unsafe fn at(&self, bytes: *const u8) -> f32 {
+        // SAFETY: the caller's address; there are as many entries as scales.
+        unsafe { *self.0.get_unchecked(usize::from(u16::from_le_bytes(bytes.cast::<[u8; SCALE_BYTES]>().read()))) }
     }
 }
 
@@ -42,14 +42,14 @@ unsafe impl BlockLoads for Portable {
     #[inline(always)]
     unsafe fn load_q8_0(block: *const u8, scales: &Scales) -> [Self; 2] {
         // SAFETY: a block is a scale and 32 integers.
-        let (scale, integers) = unsafe { (scales.of(block), block.add(SCALE_BYTES).cast::<[[i8; LANES]; 2]>().read()) };
+        let (scale, integers) = unsafe { (scales.at(block), block.add(SCALE_BYTES).cast::<[[i8; LANES]; 2]>().read()) };
         integers.map(|integers| Self(integers.map(|integer| scale * f32::from(integer))))
     }
 
     #[inline(always)]
     unsafe fn load_q4_0(block: *const u8, scales: &Scales) -> [Self; 2] {
         // SAFETY: a block is a scale and 16 bytes.
-        let (scale, halves) = unsafe { (scales.of(block), block.add(SCALE_BYTES).cast::<[u8; LANES]>().read()) };
+        let (scale, halves) = unsafe { (scales.at(block), block.add(SCALE_BYTES).cast::<[u8; LANES]>().read()) };
         let value = |half: u8| scale * f32::from(half as i8 - Q4_ZERO);
         [Self(halves.map(|byte| value(byte & 0xf))), Self(halves.map(|byte| value(byte >> 4)))]
     }
@@ -72,7 +72,7 @@ mod x86 {
         #[inline(always)]
         unsafe fn load_q8_0(block: *const u8, scales: &Scales) -> [Self; 2] {
             unsafe {
-                let scale = _mm512_set1_ps(scales.of(block));
+                let scale = _mm512_set1_ps(scales.at(block));
                 let integers = _mm256_loadu_si256(block.add(SCALE_BYTES).cast());
                 let value = |sixteen| Self(_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(sixteen)), scale));
                 [value(_mm256_castsi256_si128(integers)), value(_mm256_extracti128_si256::<1>(integers))]
@@ -83,7 +83,7 @@ mod x86 {
         #[inline(always)]
         unsafe fn load_q4_0(block: *const u8, scales: &Scales) -> [Self; 2] {
             unsafe {
-                let values = _mm512_mul_ps(_mm512_loadu_ps(Q4_VALUES.as_ptr()), _mm512_set1_ps(scales.of(block)));
+                let values = _mm512_mul_ps(_mm512_loadu_ps(Q4_VALUES.as_ptr()), _mm512_set1_ps(scales.at(block)));
                 let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(block.add(SCALE_BYTES).cast()));
                 // Of an index only the low four bits count.
                 let low = _mm512_permutexvar_ps(bytes, values);
@@ -97,7 +97,7 @@ mod x86 {
         #[inline(always)]
         unsafe fn load_q8_0(block: *const u8, scales: &Scales) -> [Self; 2] {
             unsafe {
-                let scale = _mm256_set1_ps(scales.of(block));
+                let scale = _mm256_set1_ps(scales.at(block));
                 let value = |at: usize| {
                     let eight = _mm256_cvtepi8_epi32(_mm_loadl_epi64(block.add(SCALE_BYTES + at).cast()));
                     _mm256_mul_ps(_mm256_cvtepi32_ps(eight), scale)
@@ -109,7 +109,7 @@ mod x86 {
         #[inline(always)]
         unsafe fn load_q4_0(block: *const u8, scales: &Scales) -> [Self; 2] {
             unsafe {
-                let (scale, zero) = (_mm256_set1_ps(scales.of(block)), _mm256_set1_epi32(super::Q4_ZERO.into()));
+                let (scale, zero) = (_mm256_set1_ps(scales.at(block)), _mm256_set1_epi32(super::Q4_ZERO.into()));
                 let eight = |at: usize| _mm256_cvtepu8_epi32(_mm_loadl_epi64(block.add(SCALE_BYTES + at).cast()));
                 let (first, second) = (eight(0), eight(8));
                 let value = |half| _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(half, zero)), scale);

@@ -16,7 +16,7 @@ use super::{
     aligned_floats::AlignedFloats,
     block_loads::{SCALES, Scales},
     lanes::{self, Kernel, Lanes},
-    stored_rows::{Bf16, F32, Q4, Q8, StoredRows, widen_row},
+    stored_rows::{Bf16, F32, Q4, Q4K, Q6K, Q8, StoredRows, widen_row},
     tiles::{Out, Rows, X},
 };
 use crate::dtype::StoredDType;
@@ -47,11 +47,25 @@ pub struct MatrixRef<'a> {
 
 /// `out = x W^T`: x (n, cols) -> (n, rows), in memory that is kept from call to call. See [`matmul`].
 pub fn product_into(x: &[f32], w: MatrixRef<'_>, out: &mut Vec<f32>) {
-    let len = x.len().checked_div(w.cols).unwrap_or(0) * w.rows;
+    products_into(x, std::iter::once(w), out);
+}
+
+/// [`product_into`] with matrices of one width, one below the other, as if they were one.
+pub fn products_into<'a>(x: &[f32], matrices: impl Iterator<Item = MatrixRef<'a>> + Clone, out: &mut Vec<f32>) {
+    let (mut rows, mut len) = (0, 0);
+    for w in matrices.clone() {
+        rows += w.rows;
+        len += x.len().checked_div(w.cols).unwrap_or(0) * w.rows;
+    }
     out.clear();
     out.reserve(len);
-    write_product(x, w, &mut out.spare_capacity_mut()[..len]);
-    // SAFETY: `write_product` filled them.
+    let room = &mut out.spare_capacity_mut()[..len];
+    let mut column = 0;
+    for w in matrices {
+        write_product(x, w, room, column, rows);
+        column += w.rows;
+    }
+    // SAFETY: `write_product` filled the columns of each.
     unsafe { out.set_len(len) };
 }
 
@@ -61,22 +75,26 @@ pub fn product_into(x: &[f32], w: MatrixRef<'_>, out: &mut Vec<f32>) {
 /// Panics when the lengths do not fit: shapes are checked where weights are loaded.
 pub fn matmul(x: &[f32], w: MatrixRef<'_>, out: &mut [f32]) {
     // SAFETY: floats that were written stay written.
-    write_product(x, w, unsafe { std::mem::transmute::<&mut [f32], &mut [MaybeUninit<f32>]>(out) });
+    let out = unsafe { std::mem::transmute::<&mut [f32], &mut [MaybeUninit<f32>]>(out) };
+    write_product(x, w, out, 0, w.rows);
 }
 
-/// [`matmul`] into memory that holds nothing yet; writes every element of `out`.
-fn write_product(x: &[f32], w: MatrixRef<'_>, out: &mut [MaybeUninit<f32>]) {
+/// [`matmul`] into memory that holds nothing yet, whose rows are `stride` long: writes `w.rows` columns of them, from `column`
+/// on.
+fn write_product(x: &[f32], w: MatrixRef<'_>, out: &mut [MaybeUninit<f32>], column: usize, stride: usize) {
+    let own = column..column + w.rows;
+    assert!(own.end <= stride, "columns {own:?} of {stride}");
     if w.cols == 0 || w.rows == 0 || x.is_empty() {
-        out.fill(MaybeUninit::new(0.0));
+        out.chunks_exact_mut(stride.max(1)).for_each(|row| row[own.clone()].fill(MaybeUninit::new(0.0)));
         return;
     }
     let n = x.len() / w.cols;
     assert_eq!(x.len(), n * w.cols, "x is (n, {})", w.cols);
-    assert_eq!(out.len(), n * w.rows, "out is ({n}, {})", w.rows);
+    assert_eq!(out.len(), n * stride, "out is ({n}, {stride})");
     let MatrixRef { bytes, dtype, rows, cols } = w;
     assert!(cols.is_multiple_of(dtype.block().0), "rows of {cols} values are not whole blocks of {dtype}");
     assert_eq!(bytes.len(), rows * dtype.bytes(cols), "W is ({rows}, {cols}) {dtype}");
-    let out = OutPointer(out.as_mut_ptr().cast());
+    let out = OutPointer { first: out[column..].as_mut_ptr().cast(), stride };
     let small = n * w.rows * w.cols < PARALLEL_MACS_MIN && w.bytes.len() < PARALLEL_BYTES_MIN;
     let threads = if small { 1 } else { rayon::current_num_threads() };
     if threads == 1 {
@@ -99,7 +117,11 @@ fn is_aligned(floats: *const f32) -> bool {
 
 /// Where results go. Pieces write disjoint columns of it.
 #[derive(Clone, Copy)]
-struct OutPointer(*mut f32);
+struct OutPointer {
+    first: *mut f32,
+    /// Floats from row to row.
+    stride: usize,
+}
 
 // SAFETY: each piece writes only its own columns, and `matmul` holds the one `&mut` until all are done.
 unsafe impl Send for OutPointer {}
@@ -158,6 +180,8 @@ impl Columns<'_> {
                 StoredDType::BF16 if self.n <= R && is_whole => self.straight::<L, _, R, C>(Bf16),
                 StoredDType::Q8_0 if self.n <= R => self.straight::<L, _, R, C>(Q8(scales)),
                 StoredDType::Q4_0 if self.n <= R => self.straight::<L, _, R, C>(Q4(scales)),
+                StoredDType::Q4K if self.n <= R => self.straight::<L, _, R, C>(Q4K(scales)),
+                StoredDType::Q6K if self.n <= R => self.straight::<L, _, R, C>(Q6K(scales)),
                 _ => self.widened::<L, R, C>(scales),
             }
         }
@@ -233,7 +257,7 @@ impl Columns<'_> {
     #[inline(always)]
     unsafe fn out_at(&self, row: usize, column: usize) -> Out {
         // SAFETY: the caller's row and column.
-        Out { first: unsafe { self.out.0.add(row * self.w.rows + column) }, stride: self.w.rows }
+        Out { first: unsafe { self.out.first.add(row * self.out.stride + column) }, stride: self.out.stride }
     }
 
     /// `columns` rows of W from `column` on as float32, each filled up with zeros to `width` values; those that are so
@@ -256,6 +280,10 @@ impl Columns<'_> {
                 StoredDType::Q8_0 => unsafe { widen_row::<L, _>(Q8(scales), row, room) },
                 // SAFETY: as above.
                 StoredDType::Q4_0 => unsafe { widen_row::<L, _>(Q4(scales), row, room) },
+                // SAFETY: as above.
+                StoredDType::Q4K => unsafe { widen_row::<L, _>(Q4K(scales), row, room) },
+                // SAFETY: as above.
+                StoredDType::Q6K => unsafe { widen_row::<L, _>(Q6K(scales), row, room) },
                 dtype => dtype.widen_over(row, room),
             }
         }
@@ -268,7 +296,7 @@ mod tests {
     use half::{bf16, f16};
 
     use super::*;
-    use crate::{blocks, cpu::lanes::dot};
+    use crate::{cpu::lanes::dot, super_blocks};
 
     fn values(n: usize, seed: usize) -> Vec<f32> {
         (0..n).map(|i| ((i * 7919 + seed * 104_729) % 1009) as f32 / 504.0 - 1.0).collect()
@@ -279,9 +307,9 @@ mod tests {
         let outs = RefCell::new(vec![]);
         lanes::run_each(|| {
             let mut out = vec![f32::NAN; n * w.rows];
-            let (out_at, rooms) = (OutPointer(out.as_mut_ptr()), Box::leak(Box::default()));
+            let (first, rooms) = (out.as_mut_ptr(), Box::leak(Box::default()));
             outs.borrow_mut().push(out);
-            Columns { x, n, w, columns: 0..w.rows, out: out_at, rooms }
+            Columns { x, n, w, columns: 0..w.rows, out: OutPointer { first, stride: w.rows }, rooms }
         });
         outs.into_inner()
     }
@@ -289,9 +317,10 @@ mod tests {
     /// A model of blocks would compute something else than its values in float32 would.
     #[test]
     fn blocks_are_their_values() {
-        for (n, k, m) in [(1, 32, 1), (1, 64, 301), (2, 96, 7), (3, 128, 40), (4, 32, 65), (9, 256, 33), (70, 64, 50)] {
+        for (n, blocks, m) in [(1, 1, 1), (1, 2, 301), (2, 3, 7), (3, 4, 40), (4, 1, 65), (9, 8, 33), (70, 2, 50)] {
             for dtype in StoredDType::BLOCKS {
-                let (x, bytes) = (values(n * k, 7), blocks::quantized(&values(m * k, 8), dtype).unwrap());
+                let k = blocks * dtype.block().0;
+                let (x, bytes) = (values(n * k, 7), super_blocks::arbitrary(dtype, m * k, 8));
                 let wide: Vec<u8> = dtype.widen(&bytes).iter().flat_map(|value| value.to_le_bytes()).collect();
                 let mut expected = vec![0.0; n * m];
                 matmul(&x, MatrixRef { bytes: &wide, dtype: StoredDType::F32, rows: m, cols: k }, &mut expected);

@@ -4,17 +4,44 @@
 use super::{
     block_loads::Scales,
     lanes::{LANES, Lanes},
+    super_block_loads::{q4_k_pair, q6_k_pair},
 };
-use crate::dtype::StoredDType;
+use crate::{
+    dtype::StoredDType,
+    super_blocks::{PART, SUPER_BLOCK},
+};
 
-/// How a product reads a row of W: 1 or 2 vectors at a time.
+/// How many vectors at most are read at a time.
+const VECTORS_MAX: usize = 4;
+
+/// How a product reads a row of W: 1, 2 or 4 vectors at a time.
 pub(super) trait StoredRows: Copy {
     /// How its values are stored.
     const DTYPE: StoredDType;
     /// How many vectors at a time.
     const VECTORS: usize;
-    /// The values from the `at`th of a row on, as float32: a vector of 16, and the next one where there are 2.
-    unsafe fn load<L: Lanes>(self, row: *const u8, at: usize) -> [L; 2];
+    /// The values from the `at`th of a row on, as float32: `VECTORS` vectors of 16. The others are nothing.
+    unsafe fn load<L: Lanes>(self, row: *const u8, at: usize) -> [L; VECTORS_MAX];
+
+    /// Bytes of so many values, or a little less where they are no whole blocks.
+    #[inline(always)]
+    fn bytes(values: usize) -> usize {
+        let (block_values, block_bytes) = const { Self::DTYPE.block() };
+        values * block_bytes / block_values
+    }
+}
+
+/// Vectors that were read, and nothing beside them.
+#[inline(always)]
+unsafe fn filled<L: Lanes, const N: usize>(read: [L; N]) -> [L; VECTORS_MAX] {
+    // SAFETY: the caller's machine.
+    let mut vectors = [unsafe { L::splat(0.0) }; VECTORS_MAX];
+    let mut v = 0;
+    while v < N {
+        vectors[v] = read[v];
+        v += 1;
+    }
+    vectors
 }
 
 /// Float32, as stored or as widened.
@@ -26,9 +53,9 @@ impl StoredRows for F32 {
     const VECTORS: usize = 1;
 
     #[inline(always)]
-    unsafe fn load<L: Lanes>(self, row: *const u8, at: usize) -> [L; 2] {
+    unsafe fn load<L: Lanes>(self, row: *const u8, at: usize) -> [L; VECTORS_MAX] {
         // SAFETY: the caller's.
-        unsafe { [L::load(row.cast::<f32>().add(at)), L::splat(0.0)] }
+        unsafe { filled([L::load(row.cast::<f32>().add(at))]) }
     }
 }
 
@@ -41,9 +68,9 @@ impl StoredRows for Bf16 {
     const VECTORS: usize = 1;
 
     #[inline(always)]
-    unsafe fn load<L: Lanes>(self, row: *const u8, at: usize) -> [L; 2] {
+    unsafe fn load<L: Lanes>(self, row: *const u8, at: usize) -> [L; VECTORS_MAX] {
         // SAFETY: the caller's.
-        unsafe { [L::load_bf16(row.cast::<u16>().add(at)), L::splat(0.0)] }
+        unsafe { filled([L::load_bf16(row.cast::<u16>().add(at))]) }
     }
 }
 
@@ -56,9 +83,9 @@ impl StoredRows for Q8<'_> {
     const VECTORS: usize = 2;
 
     #[inline(always)]
-    unsafe fn load<L: Lanes>(self, row: *const u8, at: usize) -> [L; 2] {
+    unsafe fn load<L: Lanes>(self, row: *const u8, at: usize) -> [L; VECTORS_MAX] {
         // SAFETY: the caller's; `at` is the first value of a block.
-        unsafe { L::load_q8_0(row.add(Self::DTYPE.bytes(at)), self.0) }
+        unsafe { filled(L::load_q8_0(row.add(Self::DTYPE.bytes(at)), self.0)) }
     }
 }
 
@@ -71,9 +98,39 @@ impl StoredRows for Q4<'_> {
     const VECTORS: usize = 2;
 
     #[inline(always)]
-    unsafe fn load<L: Lanes>(self, row: *const u8, at: usize) -> [L; 2] {
+    unsafe fn load<L: Lanes>(self, row: *const u8, at: usize) -> [L; VECTORS_MAX] {
         // SAFETY: the caller's; `at` is the first value of a block.
-        unsafe { L::load_q4_0(row.add(Self::DTYPE.bytes(at)), self.0) }
+        unsafe { filled(L::load_q4_0(row.add(Self::DTYPE.bytes(at)), self.0)) }
+    }
+}
+
+/// Super-blocks of 4 bits as stored.
+#[derive(Clone, Copy)]
+pub(super) struct Q4K<'a>(pub(super) &'a Scales);
+
+impl StoredRows for Q4K<'_> {
+    const DTYPE: StoredDType = StoredDType::Q4K;
+    const VECTORS: usize = 4;
+
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(self, row: *const u8, at: usize) -> [L; VECTORS_MAX] {
+        // SAFETY: the caller's; `at` is the first value of two parts.
+        unsafe { q4_k_pair(row.add(Self::DTYPE.bytes(at)), at % SUPER_BLOCK / (2 * PART), self.0) }
+    }
+}
+
+/// Super-blocks of 6 bits as stored.
+#[derive(Clone, Copy)]
+pub(super) struct Q6K<'a>(pub(super) &'a Scales);
+
+impl StoredRows for Q6K<'_> {
+    const DTYPE: StoredDType = StoredDType::Q6K;
+    const VECTORS: usize = 4;
+
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(self, row: *const u8, at: usize) -> [L; VECTORS_MAX] {
+        // SAFETY: the caller's; `at` is the first value of two parts.
+        unsafe { q6_k_pair(row.add(Self::DTYPE.bytes(at)), at % SUPER_BLOCK / (2 * PART), self.0) }
     }
 }
 
@@ -88,10 +145,11 @@ pub(super) unsafe fn widen_row<L: Lanes, W: StoredRows>(rows: W, bytes: &[u8], w
     while at < widened.len() {
         // SAFETY: both hold what begins at `at`.
         unsafe {
-            let [first, second] = rows.load::<L>(bytes.as_ptr(), at);
-            first.store(widened.as_mut_ptr().add(at));
-            if W::VECTORS == 2 {
-                second.store(widened.as_mut_ptr().add(at + LANES));
+            let vectors = rows.load::<L>(bytes.as_ptr(), at);
+            let mut v = 0;
+            while v < W::VECTORS {
+                vectors[v].store(widened.as_mut_ptr().add(at + v * LANES));
+                v += 1;
             }
         }
         at += W::VECTORS * LANES;

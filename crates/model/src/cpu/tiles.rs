@@ -101,9 +101,9 @@ impl<W: StoredRows> Rows<W> {
             while at < whole {
                 if W::DTYPE != StoredDType::F32 {
                     // What is read out of memory: the next tile's values, as many as these.
-                    let soon = w.wrapping_add(C * (row_bytes + W::DTYPE.bytes(at)));
+                    let soon = w.wrapping_add(C * (row_bytes + W::bytes(at)));
                     let mut line = 0;
-                    while line < C * W::DTYPE.bytes(W::VECTORS * LANES) {
+                    while line < C * W::bytes(W::VECTORS * LANES) {
                         L::prefetch_line(soon.wrapping_add(line));
                         line += lanes::LINE_BYTES;
                     }

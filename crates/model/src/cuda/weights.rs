@@ -101,7 +101,7 @@ impl Load for DeviceLoader<'_> {
         let tensors = tensors.collect::<Result<Vec<_>, _>>()?;
         let stored = tensors[0].dtype;
         let is_one = tensors.iter().all(|tensor| tensor.dtype == stored) && outputs.is_multiple_of(OUTPUTS_OF_BLOCKS);
-        let layout = if is_one { Layout::of(stored, self.precision) } else { Layout::Plain };
+        let layout = Layout::of(is_one.then_some(stored), self.precision);
         let mut bytes = Vec::new();
         match layout {
             Layout::Blocks(dtype) => {

@@ -1,0 +1,287 @@
+//! Parts of super-blocks (see [`crate::super_blocks`]), read as [`Lanes`](super::lanes::Lanes) of float32. Each step is exact but
+//! for a difference, which is rounded once: so it is the same value however it is made.
+
+use super::{
+    block_loads::Scales,
+    lanes::{LANES, Portable},
+};
+use crate::super_blocks::{PART, q4_k, q4_k_scales, q6_k, q6_k_bits};
+
+/// Integers of a byte as float32, by their bits: to look one up takes no vector instruction.
+static INTEGERS: [f32; 256] = integers(1.0);
+/// A quarter of each.
+static QUARTERS: [f32; 256] = integers(0.25);
+
+const fn integers(unit: f32) -> [f32; 256] {
+    let mut integers = [0.0; 256];
+    let mut bits = 0;
+    while bits < integers.len() {
+        integers[bits] = (bits as u8 as i8) as f32 * unit;
+        bits += 1;
+    }
+    integers
+}
+
+/// Two factors of a scale: the unit and how often.
+pub(super) type Factors = [f32; 2];
+
+/// How much an integer of a Q4_K part counts, and what is taken off.
+#[derive(Clone, Copy)]
+pub struct ScaleAndMin {
+    scale: Factors,
+    min: Factors,
+}
+
+/// Values of parts as vectors, of two parts that follow each other.
+///
+/// # Safety
+/// As of [`Lanes`](super::lanes::Lanes); pointers are to whole parts, of any alignment.
+#[allow(clippy::missing_safety_doc)]
+pub unsafe trait SuperBlockLoads: Sized {
+    /// Of two Q4_K parts, which share 32 bytes.
+    unsafe fn load_q4_k(halves: *const u8, parts: [ScaleAndMin; 2]) -> [Self; 4];
+    /// Of two Q6_K parts, from 64 bytes with their low bits and 32 with their high bits, in the high halves of those bytes if
+    /// `is_high`; and for each 16 values a quarter of their scale.
+    unsafe fn load_q6_k(low: *const u8, high: *const u8, is_high: bool, quarters: [Factors; 4]) -> [Self; 4];
+}
+
+/// The values of parts `2 * pair` and the next one of a Q4_K super-block.
+///
+/// # Safety
+/// As of [`SuperBlockLoads`].
+#[inline(always)]
+pub(super) unsafe fn q4_k_pair<L: SuperBlockLoads>(block: *const u8, pair: usize, scales: &Scales) -> [L; 4] {
+    // SAFETY: the caller's block.
+    unsafe {
+        let (unit, min_unit) = (scales.at(block), scales.at(block.add(q4_k::MIN_AT)));
+        let [first, second] = q4_k_scales(block.add(q4_k::SCALES_AT).cast::<[u8; 12]>().read(), pair);
+        let parts = [
+            ScaleAndMin { scale: [unit, of_byte(&INTEGERS, first[0])], min: [min_unit, of_byte(&INTEGERS, first[1])] },
+            ScaleAndMin {
+                scale: [unit, of_byte(&INTEGERS, second[0])],
+                min: [min_unit, of_byte(&INTEGERS, second[1])],
+            },
+        ];
+        L::load_q4_k(block.add(q4_k::HALVES_AT + pair * PART), parts)
+    }
+}
+
+/// The values of parts `2 * pair` and the next one of a Q6_K super-block.
+///
+/// # Safety
+/// As of [`SuperBlockLoads`].
+#[inline(always)]
+pub(super) unsafe fn q6_k_pair<L: SuperBlockLoads>(block: *const u8, pair: usize, scales: &Scales) -> [L; 4] {
+    // SAFETY: the caller's block.
+    unsafe {
+        let unit = scales.at(block.add(q6_k::UNIT_AT));
+        let [a, b, c, d] = block.add(q6_k::SCALES_AT + pair * 4).cast::<[u8; 4]>().read();
+        let quarters = [
+            [unit, of_byte(&QUARTERS, a)],
+            [unit, of_byte(&QUARTERS, b)],
+            [unit, of_byte(&QUARTERS, c)],
+            [unit, of_byte(&QUARTERS, d)],
+        ];
+        let (low_at, high_at, shift) = q6_k_bits(pair);
+        L::load_q6_k(block.add(low_at), block.add(high_at), shift > 0, quarters)
+    }
+}
+
+#[inline(always)]
+fn of_byte(table: &[f32; 256], byte: u8) -> f32 {
+    table[usize::from(byte)]
+}
+
+// SAFETY: needs no CPU features.
+unsafe impl SuperBlockLoads for Portable {
+    #[inline(always)]
+    unsafe fn load_q4_k(halves: *const u8, parts: [ScaleAndMin; 2]) -> [Self; 4] {
+        // SAFETY: two parts share 32 bytes.
+        let [first, second] = unsafe { halves.cast::<[[u8; LANES]; 2]>().read() };
+        let values = |bytes: [u8; LANES], high: usize| {
+            let ScaleAndMin { scale: [unit, scale], min: [min_unit, min] } = parts[high];
+            let (scale, min) = (unit * scale, min_unit * min);
+            Self(bytes.map(|byte| scale * f32::from(byte >> (4 * high) & 0xf) - min))
+        };
+        [values(first, 0), values(second, 0), values(first, 1), values(second, 1)]
+    }
+
+    #[inline(always)]
+    unsafe fn load_q6_k(low: *const u8, high: *const u8, is_high: bool, quarters: [Factors; 4]) -> [Self; 4] {
+        // SAFETY: two parts have 64 bytes of these and 32 of those.
+        let (low, high) = unsafe { (low.cast::<[u8; 2 * PART]>().read(), high.cast::<[u8; PART]>().read()) };
+        let shift = if is_high { 4 } else { 0 };
+        let integer = |i: usize| low[i] >> shift & 0xf | (high[i % PART] >> shift >> (i / PART * 2) & 3) << 4;
+        std::array::from_fn(|vector| {
+            let [unit, quarter] = quarters[vector];
+            let value = |i| unit * quarter * 4.0 * f32::from(integer(i) as i8 - q6_k::ZERO);
+            Self(std::array::from_fn(|lane| value(vector * LANES + lane)))
+        })
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    //! Integers of 6 bits are put into the upper bits of bytes: with their highest bit turned over these are, as numbers with a
+    //! sign, four times what the integers stand for.
+    //!
+    //! SAFETY of this module: as of `lanes::x86`.
+    #![allow(clippy::undocumented_unsafe_blocks)]
+
+    use std::arch::x86_64::*;
+
+    use super::{Factors, LANES, PART, ScaleAndMin, SuperBlockLoads};
+    use crate::cpu::lanes::{Avx2, Avx512};
+
+    /// What 4 bits stand for.
+    static HALVES: [f32; LANES] = [0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.];
+    /// How far to the left low bits are turned, where they are in the low halves of bytes and in the high ones.
+    static LOW_TURNS: [i32; 2] = [2, 30];
+    /// The same of high bits, for 32 bytes of a first part and 32 of a second.
+    static HIGH_TURNS: [[i64; 8]; 2] = [[6, 6, 6, 6, 4, 4, 4, 4], [2, 2, 2, 2, 0, 0, 0, 0]];
+    /// Where the low 4 bits then are in a byte, and all 6.
+    const LOW_BITS: i32 = 0x3c3c_3c3c;
+    const ALL_BITS: i32 = 0xfcfc_fcfc_u32 as i32;
+    const HIGHEST_BIT: i32 = 0x8080_8080_u32 as i32;
+    /// Of three bits: the second if the first is set, else the third; and the exclusive or of the third with both others.
+    const CHOOSE: i32 = 0xca;
+    const AND_XOR: i32 = 0x6a;
+
+    #[inline(always)]
+    unsafe fn product512([unit, times]: Factors) -> __m512 {
+        unsafe { _mm512_mul_ps(_mm512_set1_ps(unit), _mm512_set1_ps(times)) }
+    }
+
+    /// What each of 4 bits stands for in a Q4_K part.
+    #[inline(always)]
+    unsafe fn q4_k_values(part: ScaleAndMin) -> __m512 {
+        unsafe { _mm512_fmsub_ps(_mm512_loadu_ps(HALVES.as_ptr()), product512(part.scale), product512(part.min)) }
+    }
+
+    #[inline(always)]
+    unsafe fn q6_k_values512(sixteen: __m128i, quarter: Factors) -> Avx512 {
+        unsafe { Avx512(_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(sixteen)), product512(quarter))) }
+    }
+
+    unsafe impl SuperBlockLoads for Avx512 {
+        /// Looks halves up among the 16 values that they can stand for in their part.
+        #[inline(always)]
+        unsafe fn load_q4_k(halves: *const u8, parts: [ScaleAndMin; 2]) -> [Self; 4] {
+            unsafe {
+                let (low, high) = (q4_k_values(parts[0]), q4_k_values(parts[1]));
+                let first = _mm512_cvtepu8_epi32(_mm_loadu_si128(halves.cast()));
+                let second = _mm512_cvtepu8_epi32(_mm_loadu_si128(halves.add(LANES).cast()));
+                // Of an index only the low four bits count.
+                [
+                    Self(_mm512_permutexvar_ps(first, low)),
+                    Self(_mm512_permutexvar_ps(second, low)),
+                    Self(_mm512_permutexvar_ps(_mm512_srli_epi32::<4>(first), high)),
+                    Self(_mm512_permutexvar_ps(_mm512_srli_epi32::<4>(second), high)),
+                ]
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn load_q6_k(low: *const u8, high: *const u8, is_high: bool, quarters: [Factors; 4]) -> [Self; 4] {
+            unsafe {
+                let turns = usize::from(is_high);
+                let low = _mm512_rolv_epi32(_mm512_loadu_si512(low.cast()), _mm512_set1_epi32(LOW_TURNS[turns]));
+                let high = _mm512_broadcast_i64x4(_mm256_loadu_si256(high.cast()));
+                let high = _mm512_rolv_epi64(high, _mm512_loadu_si512(HIGH_TURNS[turns].as_ptr().cast()));
+                let bits = _mm512_ternarylogic_epi32::<CHOOSE>(_mm512_set1_epi32(LOW_BITS), low, high);
+                let (all, highest) = (_mm512_set1_epi32(ALL_BITS), _mm512_set1_epi32(HIGHEST_BIT));
+                let bytes = _mm512_ternarylogic_epi32::<AND_XOR>(bits, all, highest);
+                [
+                    q6_k_values512(_mm512_castsi512_si128(bytes), quarters[0]),
+                    q6_k_values512(_mm512_extracti32x4_epi32::<1>(bytes), quarters[1]),
+                    q6_k_values512(_mm512_extracti32x4_epi32::<2>(bytes), quarters[2]),
+                    q6_k_values512(_mm512_extracti32x4_epi32::<3>(bytes), quarters[3]),
+                ]
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn product256([unit, times]: Factors) -> __m256 {
+        unsafe { _mm256_mul_ps(_mm256_set1_ps(unit), _mm256_set1_ps(times)) }
+    }
+
+    /// The low halves of 8 bytes as values of a Q4_K part.
+    #[inline(always)]
+    unsafe fn q4_k_low(halves: *const u8, scale: __m256, min: __m256) -> __m256 {
+        unsafe {
+            let integers =
+                _mm256_and_si256(_mm256_cvtepu8_epi32(_mm_loadl_epi64(halves.cast())), _mm256_set1_epi32(0xf));
+            _mm256_fmsub_ps(_mm256_cvtepi32_ps(integers), scale, min)
+        }
+    }
+
+    /// Their high halves.
+    #[inline(always)]
+    unsafe fn q4_k_high(halves: *const u8, scale: __m256, min: __m256) -> __m256 {
+        unsafe {
+            let integers = _mm256_srli_epi32::<4>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(halves.cast())));
+            _mm256_fmsub_ps(_mm256_cvtepi32_ps(integers), scale, min)
+        }
+    }
+
+    /// The 32 values of a Q6_K part, whose bits are where they belong, among others.
+    #[inline(always)]
+    unsafe fn q6_k_values256(low: __m256i, high: __m256i, quarters: [Factors; 2]) -> [Avx2; 2] {
+        unsafe {
+            let low = _mm256_and_si256(low, _mm256_set1_epi32(LOW_BITS));
+            let high = _mm256_and_si256(high, _mm256_set1_epi32(ALL_BITS & !LOW_BITS));
+            let bytes = _mm256_xor_si256(_mm256_or_si256(low, high), _mm256_set1_epi32(HIGHEST_BIT));
+            let (first, second) = (_mm256_castsi256_si128(bytes), _mm256_extracti128_si256::<1>(bytes));
+            [q6_k_sixteen(first, quarters[0]), q6_k_sixteen(second, quarters[1])]
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn q6_k_sixteen(sixteen: __m128i, quarter: Factors) -> Avx2 {
+        unsafe {
+            let quarter = product256(quarter);
+            let first = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(sixteen));
+            let second = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(sixteen, sixteen)));
+            Avx2(_mm256_mul_ps(first, quarter), _mm256_mul_ps(second, quarter))
+        }
+    }
+
+    unsafe impl SuperBlockLoads for Avx2 {
+        #[inline(always)]
+        unsafe fn load_q4_k(halves: *const u8, parts: [ScaleAndMin; 2]) -> [Self; 4] {
+            unsafe {
+                let (scale, min) = (product256(parts[0].scale), product256(parts[0].min));
+                let low = [
+                    Self(q4_k_low(halves, scale, min), q4_k_low(halves.add(8), scale, min)),
+                    Self(q4_k_low(halves.add(16), scale, min), q4_k_low(halves.add(24), scale, min)),
+                ];
+                let (scale, min) = (product256(parts[1].scale), product256(parts[1].min));
+                let high = [
+                    Self(q4_k_high(halves, scale, min), q4_k_high(halves.add(8), scale, min)),
+                    Self(q4_k_high(halves.add(16), scale, min), q4_k_high(halves.add(24), scale, min)),
+                ];
+                [low[0], low[1], high[0], high[1]]
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn load_q6_k(low: *const u8, high: *const u8, is_high: bool, quarters: [Factors; 4]) -> [Self; 4] {
+            unsafe {
+                let (low, next) = (_mm256_loadu_si256(low.cast()), _mm256_loadu_si256(low.add(PART).cast()));
+                let high = _mm256_loadu_si256(high.cast());
+                let [first, second] = [[quarters[0], quarters[1]], [quarters[2], quarters[3]]];
+                let ([a, b], [c, d]) = if is_high {
+                    let low = [_mm256_srli_epi32::<2>(low), _mm256_srli_epi32::<2>(next)];
+                    let of_first = q6_k_values256(low[0], _mm256_slli_epi32::<2>(high), first);
+                    (of_first, q6_k_values256(low[1], high, second))
+                } else {
+                    let low = [_mm256_slli_epi32::<2>(low), _mm256_slli_epi32::<2>(next)];
+                    let of_first = q6_k_values256(low[0], _mm256_slli_epi32::<6>(high), first);
+                    (of_first, q6_k_values256(low[1], _mm256_slli_epi32::<4>(high), second))
+                };
+                [a, b, c, d]
+            }
+        }
+    }
+}
