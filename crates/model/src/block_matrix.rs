@@ -31,10 +31,10 @@ pub(crate) fn integer_bits(dtype: StoredDType) -> Option<usize> {
 /// Orders a matrix with rows of `k`, of such a format, into `to`, which has as many bytes. Panics unless it has.
 pub(crate) fn arrange(stored: &[u8], dtype: StoredDType, k: usize, to: &mut [u8]) {
     assert_eq!(stored.len(), to.len(), "a matrix has the same bytes in another order");
-    match integer_bits(dtype) {
-        Some(4) => arrange_blocks::<{ BLOCK / 2 }>(stored, k, to, halves_of_threads),
-        Some(8) => arrange_blocks::<BLOCK>(stored, k, to, bytes_of_threads),
-        _ => unreachable!("{dtype} has no integers"),
+    match dtype {
+        StoredDType::Q4_0 => arrange_blocks::<{ BLOCK / 2 }>(stored, k, to, halves_of_threads),
+        StoredDType::Q8_0 => arrange_blocks::<BLOCK>(stored, k, to, bytes_of_threads),
+        other => panic!("{other} is not multiplied as it is"),
     }
 }
 

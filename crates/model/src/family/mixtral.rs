@@ -1,6 +1,9 @@
 //! Mixtral as transformers' MixtralForCausalLM: plain grouped-query attention, and a few large experts in every block.
 
-use super::causal::{Causal, Described, Json};
+use super::{
+    causal::{Causal, Described},
+    json::Json,
+};
 use crate::{ModelConfig, ModelError, names::TensorNames, spec::RouterSpec};
 
 pub(super) const ARCHITECTURE: &str = "MixtralForCausalLM";

@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 use crate::{ModelConfig, ModelError, ModelSpec};
 
 mod causal;
+mod json;
 mod mixtral;
 mod olmoe;
 mod qwen2_moe;
@@ -37,7 +38,7 @@ pub(crate) fn config(json: &Map<String, Value>, path: &Path) -> Result<ModelConf
     }
     let invalid = |source| ModelError::Json { path: path.to_owned(), source };
     let head = Head::deserialize(json).map_err(invalid)?;
-    let fields = causal::Json { object: json, path };
+    let fields = json::Json { object: json, path };
     match head.architectures.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         [switch::ARCHITECTURE] => switch::config(json, path),
         [qwen3_moe::ARCHITECTURE] => qwen3_moe::config(&fields),

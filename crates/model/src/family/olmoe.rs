@@ -1,7 +1,10 @@
 //! OLMoE as transformers' OlmoeForCausalLM: norms of whole rows of queries and keys, perhaps limits, and experts in every
 //! block.
 
-use super::causal::{Causal, Described, Json};
+use super::{
+    causal::{Causal, Described},
+    json::Json,
+};
 use crate::{
     ModelConfig, ModelError,
     names::TensorNames,

@@ -3,7 +3,8 @@
 use serde_json::Value;
 
 use super::{
-    causal::{Causal, Described, Json},
+    causal::{Causal, Described},
+    json::Json,
     sparse_blocks::sparse_blocks,
 };
 use crate::{

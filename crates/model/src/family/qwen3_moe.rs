@@ -1,7 +1,8 @@
 //! Qwen3-MoE as transformers' Qwen3MoeForCausalLM: norms of each head of queries and keys, and experts in most blocks.
 
 use super::{
-    causal::{Causal, Described, Json},
+    causal::{Causal, Described},
+    json::Json,
     sparse_blocks::sparse_blocks,
 };
 use crate::{

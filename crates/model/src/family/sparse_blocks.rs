@@ -1,6 +1,6 @@
 //! Which blocks of the Qwen families have experts.
 
-use super::causal::Json;
+use super::json::Json;
 use crate::ModelError;
 
 /// Every `decoder_sparse_step`-th, but for those that `mlp_only_layers` names.
