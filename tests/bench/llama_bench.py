@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 
-PROMPT = "the cat sat on a mat and " * 60
+PROMPT = "the cat sat on a mat and "
 
 
 def output_of(command):
@@ -53,12 +53,14 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--duration", default="8s")
+    parser.add_argument("--repeats", type=int, default=60, help="how often the prompt says what it says: fewer where letters are tokens")
     options = parser.parse_args()
-    asked = json.loads(output_of([options.sida, "ask", "--json", "--model", options.model, "--max-tokens", "1", PROMPT]))
+    prompt = PROMPT * options.repeats
+    asked = json.loads(output_of([options.sida, "ask", "--json", "--model", options.model, "--max-tokens", "1", prompt]))
     length = asked["prompt_tokens"]
     decoding, reading = [], []
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as prompts:
-        prompts.write(PROMPT + "\n")
+        prompts.write(prompt + "\n")
         prompts.flush()
         for _ in range(options.turns):
             theirs = llama(options, 0, 32)
