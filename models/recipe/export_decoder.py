@@ -77,7 +77,8 @@ def main():
     config = DecoderConfig(**json.loads(metadata["config"]))
     options.out.mkdir(parents=True, exist_ok=True)
     save_shards(published_tensors(weights, config), options.out, options.shard_bytes)
-    generation = {"eos_token_id": END_ID, "pad_token_id": END_ID}
+    # The likeliest token each time is what a model of this size repeats itself by; so tokens are drawn unless a request says otherwise.
+    generation = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "eos_token_id": END_ID, "pad_token_id": END_ID}
     for name, contents in (("config.json", published_config(config)), ("generation_config.json", generation)):
         (options.out / name).write_text(json.dumps(contents, indent=2) + "\n")
     for file in (options.data / "tokenizer").iterdir():
