@@ -3,14 +3,14 @@
     OUT/tokenizer/       tokenizer.json, tokenizer_config.json, special_tokens_map.json
     OUT/train.xz         all ids to train on, 16 bits each, <|endoftext|> after every document
     OUT/heldout.xz       the same of books that training does not see
-    OUT/heldout.txt      their text, a passage a line, and OUT/train.txt some of the text that training does see
+    OUT/heldout.txt      their text, a passage a line, its last words behind a tab: what `sida train-predictor` reads
+    OUT/train.txt        some of the text that training does see, likewise
 """
 
 import argparse
 import json
 import lzma
 import random
-import re
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ HELDOUT_ARTICLES = 150
 PART_CHARACTERS = 20_000
 PASSAGE_CHARACTERS = 700
 PREDICTOR_CHARACTERS = 6_000_000
+TARGET_WORDS = 6
 # Ids of two bytes: what LZMA knows of positions, it knows of whole ids.
 XZ = [{"id": lzma.FILTER_LZMA2, "preset": 9, "lc": 0, "lp": 1, "pb": 1, "dict_size": 1 << 27}]
 # What may not be joined in one piece: a word with the space before it, digits one by one, signs, line ends.
@@ -93,7 +94,8 @@ def write_ids(path, tokenizer, texts):
 
 
 def passages(texts):
-    """-> paragraphs joined to passages of some length, each one line: what a predictor trains on."""
+    """-> paragraphs joined to passages of some length, each one line: what a predictor trains on. The last words stand behind
+    a tab as the answer, so that only what people wrote is learnt from, and the model need not write one first."""
     out = []
     for text in texts:
         lines = text.split("\n")
@@ -101,7 +103,9 @@ def passages(texts):
             passage = lines.pop(0)
             while lines and len(passage) < PASSAGE_CHARACTERS:
                 passage += " " + lines.pop(0)
-            out.append(re.sub(r"\s+", " ", passage)[: 2 * PASSAGE_CHARACTERS])
+            words = passage[: 2 * PASSAGE_CHARACTERS].split()
+            if len(words) > 2 * TARGET_WORDS:
+                out.append(" ".join(words[:-TARGET_WORDS]) + "\t" + " ".join(words[-TARGET_WORDS:]))
     return out
 
 
