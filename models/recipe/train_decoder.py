@@ -92,11 +92,12 @@ def train(model, ids, heldout, options, begun):
     device, optimizer = ids.device, optimizer_for(model)
     loss_of = training_loss if options.eager else torch.compile(training_loss, dynamic=False)
     step, steps_begun, reported, measured = 0, None, time.time(), {}
+    end = begun + options.seconds
     while True:
         now = time.time()
-        passed = 0.0 if steps_begun is None else (now - steps_begun) / (begun + options.seconds - steps_begun)
-        if passed >= 1:
+        if step > 0 and now >= end:
             break
+        passed = 0.0 if steps_begun is None else (now - steps_begun) / (end - steps_begun)
         rate = options.rate * min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * passed))
         for group in optimizer.param_groups:
             group["lr"] = rate
