@@ -36,9 +36,9 @@ pub unsafe trait SuperBlockLoads: Sized {
 pub(super) unsafe fn q4_k_factors<L: SuperBlockLoads>(block: *const u8, scales: &Scales) -> Factors {
     // SAFETY: the caller's block.
     unsafe {
-        let integers = q4_k_scales(block.add(q4_k::SCALES_AT).cast::<[u8; 12]>().read());
+        let [own, mins] = q4_k_scales(block.add(q4_k::SCALES_AT).cast::<[u8; 12]>().read());
         // They have 6 bits, so a sign is none of them.
-        let integers = std::mem::transmute::<[u64; 2], [i8; 16]>(integers.map(u64::to_le));
+        let integers = std::mem::transmute::<[u64; 2], [i8; 16]>([own.to_le(), mins.to_le()]);
         L::factors(integers, [scales.at(block), scales.at(block.add(q4_k::MIN_AT))])
     }
 }
