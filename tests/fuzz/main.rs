@@ -6,12 +6,13 @@
 //! corpus and its crashes under `fuzz/__fuzz__`.
 //!
 //! In reading order: [`allocation`] and [`damage`] (what the targets share), [`wire`], [`model_files`],
-//! [`checkpoint`], [`pickle`], [`predictor`], [`cluster_file`], [`requests`].
+//! [`checkpoint`], [`pickle`], [`gguf`], [`predictor`], [`cluster_file`], [`requests`].
 
 mod allocation;
 mod checkpoint;
 mod cluster_file;
 mod damage;
+mod gguf;
 mod model_files;
 mod pickle;
 mod predictor;

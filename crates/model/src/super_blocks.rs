@@ -35,22 +35,17 @@ pub(crate) mod q6_k {
     pub(crate) const ZERO: i8 = 32;
 }
 
-/// Of a Q4_K super-block's 12 bytes of scales, those of parts `2 * pair` and the next one: each a scale, and how much is taken
-/// off. Those of the first four parts are the low 6 bits of a byte each, those of the others 4 bits and the 2 bits above
-/// the others' 6.
+/// Of a Q4_K super-block's 12 bytes of scales, those of its 8 parts, then how much is taken off. Those of the first four parts are
+/// the low 6 bits of a byte each, those of the others 4 bits and the 2 bits above the others' 6.
 #[inline(always)]
-pub(crate) fn q4_k_scales(bytes: [u8; 12], pair: usize) -> [[u8; 2]; 2] {
+pub(crate) fn q4_k_scales(bytes: [u8; 12]) -> [u64; 2] {
     let [s0, s1, s2, s3, m0, m1, m2, m3, r0, r1, r2, r3] = bytes;
     let (scales, mins) = (u32::from_le_bytes([s0, s1, s2, s3]), u32::from_le_bytes([m0, m1, m2, m3]));
     let rest = u32::from_le_bytes([r0, r1, r2, r3]);
-    let (scales, mins) = if pair < 2 {
-        (scales & 0x3f3f_3f3f, mins & 0x3f3f_3f3f)
-    } else {
-        (rest & 0x0f0f_0f0f | scales >> 2 & 0x3030_3030, rest >> 4 & 0x0f0f_0f0f | mins >> 2 & 0x3030_3030)
+    let eight = |own: u32, rest: u32| {
+        u64::from(own & 0x3f3f_3f3f) | u64::from(rest & 0x0f0f_0f0f | own >> 2 & 0x3030_3030) << 32
     };
-    let shift = pair % 2 * 16;
-    let (scales, mins) = (scales >> shift, mins >> shift);
-    [[scales as u8, mins as u8], [(scales >> 8) as u8, (mins >> 8) as u8]]
+    [eight(scales, rest), eight(mins, rest >> 4)]
 }
 
 /// Where a Q6_K super-block has the bits of parts `2 * pair` and the next one, from its beginning: the 64 bytes with the low
@@ -65,15 +60,12 @@ pub(crate) fn q6_k_bits(pair: usize) -> (usize, usize, u32) {
 pub(crate) fn widen_q4_k(block: &[u8; q4_k::BYTES], out: &mut [f32; SUPER_BLOCK]) {
     let (unit, min_unit) = (unit(block, 0), unit(block, q4_k::MIN_AT));
     let scales = array::from_fn(|i| block[q4_k::SCALES_AT + i]);
-    let halves = block[q4_k::HALVES_AT..].chunks_exact(PART);
-    for (pair, (halves, out)) in halves.zip(out.chunks_exact_mut(2 * PART)).enumerate() {
-        for (high, ([scale, min], out)) in
-            q4_k_scales(scales, pair).into_iter().zip(out.chunks_exact_mut(PART)).enumerate()
-        {
-            let (scale, min) = (unit * f32::from(scale), min_unit * f32::from(min));
-            let values = halves.iter().map(|&byte| scale * f32::from(byte >> (4 * high) & 0xf) - min);
-            out.iter_mut().zip(values).for_each(|(out, value)| *out = value);
-        }
+    let [scales, mins] = q4_k_scales(scales).map(u64::to_le_bytes);
+    for (part, out) in out.chunks_exact_mut(PART).enumerate() {
+        let (scale, min) = (unit * f32::from(scales[part]), min_unit * f32::from(mins[part]));
+        let halves = &block[q4_k::HALVES_AT + part / 2 * PART..][..PART];
+        let values = halves.iter().map(|&byte| scale * f32::from(byte >> (part % 2 * 4) & 0xf) - min);
+        out.iter_mut().zip(values).for_each(|(out, value)| *out = value);
     }
 }
 

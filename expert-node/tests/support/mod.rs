@@ -24,6 +24,8 @@ pub(crate) const D_FF: usize = 24;
 
 pub(crate) struct MadeUp {
     shape: ExpertShape,
+    /// Of the second layer: its experts may be smaller, since they are stored otherwise.
+    of_second: ExpertShape,
     pub(crate) failing: Mutex<BTreeSet<ExpertKey>>,
     pub(crate) slow: AtomicBool,
     pub(crate) loads: AtomicU64,
@@ -39,13 +41,30 @@ impl MadeUp {
         let dtype = StoredDType::F32;
         let shape = ExpertShape { d_model: D_MODEL, d_ff, dtype, output_dtype: dtype, activation };
         let (failing, slow, loads) = Default::default();
-        Arc::new(Self { shape, failing, slow, loads })
+        Arc::new(Self { shape, of_second: shape, failing, slow, loads })
+    }
+
+    /// As [`MadeUp::new`], with the last matrices of the second layer in bf16.
+    pub(crate) fn mixed() -> Arc<Self> {
+        let mut source = Arc::into_inner(Self::new()).expect("nobody else has it");
+        source.of_second.output_dtype = StoredDType::BF16;
+        Arc::new(source)
     }
 
     /// The weights of an expert, as they lie in a slot.
     pub(crate) fn weights(&self, key: ExpertKey) -> Vec<u8> {
         let mut seed = (u64::from(key.layer.0) << 16 | u64::from(key.expert.0)) + 1;
-        (0..self.shape.bytes() / 4).flat_map(|_| (random(&mut seed) as f32 / 1e9 - 1.0).to_le_bytes()).collect()
+        let shape = self.shape_of(key.layer);
+        let mut value = || random(&mut seed) as f32 / 1e9 - 1.0;
+        let mut weights: Vec<u8> = (0..shape.input_bytes() / 4).flat_map(|_| value().to_le_bytes()).collect();
+        let output = (0..shape.d_model * shape.d_ff).map(|_| value());
+        match shape.output_dtype {
+            StoredDType::BF16 => {
+                weights.extend(output.flat_map(|value| ((value.to_bits() >> 16) as u16).to_le_bytes()))
+            }
+            _ => weights.extend(output.flat_map(f32::to_le_bytes)),
+        }
+        weights
     }
 
     /// What a call must give, computed without any node.
@@ -55,7 +74,7 @@ impl MadeUp {
             let key = ExpertKey { layer: call.layer, expert: group.expert };
             let (rows, rest) = x.split_at(group.rows as usize * D_MODEL);
             let mut results = vec![0.0; rows.len()];
-            self.shape.forward(&self.weights(key), rows, &mut results, &mut ExpertScratch::default());
+            self.shape_of(key.layer).forward(&self.weights(key), rows, &mut results, &mut ExpertScratch::default());
             out.extend(results);
             x = rest;
         }
@@ -66,6 +85,10 @@ impl MadeUp {
 impl ExpertSource for MadeUp {
     fn shape(&self) -> &ExpertShape {
         &self.shape
+    }
+
+    fn shape_of(&self, layer: LayerId) -> &ExpertShape {
+        if layer == LayerId(1) { &self.of_second } else { &self.shape }
     }
 
     fn layers(&self) -> usize {
@@ -95,7 +118,7 @@ impl ExpertSource for MadeUp {
         if self.slow.load(Ordering::Relaxed) {
             std::thread::sleep(Duration::from_micros(100));
         }
-        slot[first.len()..].copy_from_slice(second);
+        slot[first.len()..weights.len()].copy_from_slice(second);
         self.loads.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }

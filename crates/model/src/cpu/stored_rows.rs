@@ -4,7 +4,7 @@
 use super::{
     block_loads::Scales,
     lanes::{LANES, Lanes},
-    super_block_loads::{q4_k_pair, q6_k_pair},
+    super_block_loads::{Factors, q4_k_factors, q4_k_pair, q6_k_factors, q6_k_pair},
 };
 use crate::{
     dtype::StoredDType,
@@ -20,8 +20,16 @@ pub(super) trait StoredRows: Copy {
     const DTYPE: StoredDType;
     /// How many vectors at a time.
     const VECTORS: usize;
+    /// How many values of a row share factors. Whole steps of so many vectors.
+    const SHARING: usize = Self::VECTORS * LANES;
+    /// What is found once for so many.
+    type Factors: Copy;
+
+    /// The factors of the values from the `at`th of a row on.
+    unsafe fn factors<L: Lanes>(self, row: *const u8, at: usize) -> Self::Factors;
+
     /// The values from the `at`th of a row on, as float32: `VECTORS` vectors of 16. The others are nothing.
-    unsafe fn load<L: Lanes>(self, row: *const u8, at: usize) -> [L; VECTORS_MAX];
+    unsafe fn load<L: Lanes>(self, row: *const u8, at: usize, factors: &Self::Factors) -> [L; VECTORS_MAX];
 
     /// Bytes of so many values, or a little less where they are no whole blocks.
     #[inline(always)]
@@ -52,8 +60,13 @@ impl StoredRows for F32 {
     const DTYPE: StoredDType = StoredDType::F32;
     const VECTORS: usize = 1;
 
+    type Factors = ();
+
     #[inline(always)]
-    unsafe fn load<L: Lanes>(self, row: *const u8, at: usize) -> [L; VECTORS_MAX] {
+    unsafe fn factors<L: Lanes>(self, _row: *const u8, _at: usize) {}
+
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(self, row: *const u8, at: usize, _: &()) -> [L; VECTORS_MAX] {
         // SAFETY: the caller's.
         unsafe { filled([L::load(row.cast::<f32>().add(at))]) }
     }
@@ -67,8 +80,13 @@ impl StoredRows for Bf16 {
     const DTYPE: StoredDType = StoredDType::BF16;
     const VECTORS: usize = 1;
 
+    type Factors = ();
+
     #[inline(always)]
-    unsafe fn load<L: Lanes>(self, row: *const u8, at: usize) -> [L; VECTORS_MAX] {
+    unsafe fn factors<L: Lanes>(self, _row: *const u8, _at: usize) {}
+
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(self, row: *const u8, at: usize, _: &()) -> [L; VECTORS_MAX] {
         // SAFETY: the caller's.
         unsafe { filled([L::load_bf16(row.cast::<u16>().add(at))]) }
     }
@@ -82,8 +100,13 @@ impl StoredRows for Q8<'_> {
     const DTYPE: StoredDType = StoredDType::Q8_0;
     const VECTORS: usize = 2;
 
+    type Factors = ();
+
     #[inline(always)]
-    unsafe fn load<L: Lanes>(self, row: *const u8, at: usize) -> [L; VECTORS_MAX] {
+    unsafe fn factors<L: Lanes>(self, _row: *const u8, _at: usize) {}
+
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(self, row: *const u8, at: usize, _: &()) -> [L; VECTORS_MAX] {
         // SAFETY: the caller's; `at` is the first value of a block.
         unsafe { filled(L::load_q8_0(row.add(Self::DTYPE.bytes(at)), self.0)) }
     }
@@ -97,8 +120,13 @@ impl StoredRows for Q4<'_> {
     const DTYPE: StoredDType = StoredDType::Q4_0;
     const VECTORS: usize = 2;
 
+    type Factors = ();
+
     #[inline(always)]
-    unsafe fn load<L: Lanes>(self, row: *const u8, at: usize) -> [L; VECTORS_MAX] {
+    unsafe fn factors<L: Lanes>(self, _row: *const u8, _at: usize) {}
+
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(self, row: *const u8, at: usize, _: &()) -> [L; VECTORS_MAX] {
         // SAFETY: the caller's; `at` is the first value of a block.
         unsafe { filled(L::load_q4_0(row.add(Self::DTYPE.bytes(at)), self.0)) }
     }
@@ -111,11 +139,19 @@ pub(super) struct Q4K<'a>(pub(super) &'a Scales);
 impl StoredRows for Q4K<'_> {
     const DTYPE: StoredDType = StoredDType::Q4K;
     const VECTORS: usize = 4;
+    const SHARING: usize = SUPER_BLOCK;
+    type Factors = Factors;
 
     #[inline(always)]
-    unsafe fn load<L: Lanes>(self, row: *const u8, at: usize) -> [L; VECTORS_MAX] {
+    unsafe fn factors<L: Lanes>(self, row: *const u8, at: usize) -> Factors {
+        // SAFETY: the caller's; `at` is the first value of a super-block.
+        unsafe { q4_k_factors::<L>(row.add(Self::DTYPE.bytes(at)), self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(self, row: *const u8, at: usize, factors: &Factors) -> [L; VECTORS_MAX] {
         // SAFETY: the caller's; `at` is the first value of two parts.
-        unsafe { q4_k_pair(row.add(Self::DTYPE.bytes(at)), at % SUPER_BLOCK / (2 * PART), self.0) }
+        unsafe { q4_k_pair(row.add(Self::DTYPE.bytes(at)), at % SUPER_BLOCK / (2 * PART), factors) }
     }
 }
 
@@ -126,11 +162,19 @@ pub(super) struct Q6K<'a>(pub(super) &'a Scales);
 impl StoredRows for Q6K<'_> {
     const DTYPE: StoredDType = StoredDType::Q6K;
     const VECTORS: usize = 4;
+    const SHARING: usize = SUPER_BLOCK;
+    type Factors = Factors;
 
     #[inline(always)]
-    unsafe fn load<L: Lanes>(self, row: *const u8, at: usize) -> [L; VECTORS_MAX] {
+    unsafe fn factors<L: Lanes>(self, row: *const u8, at: usize) -> Factors {
+        // SAFETY: the caller's; `at` is the first value of a super-block.
+        unsafe { q6_k_factors::<L>(row.add(Self::DTYPE.bytes(at)), self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(self, row: *const u8, at: usize, factors: &Factors) -> [L; VECTORS_MAX] {
         // SAFETY: the caller's; `at` is the first value of two parts.
-        unsafe { q6_k_pair(row.add(Self::DTYPE.bytes(at)), at % SUPER_BLOCK / (2 * PART), self.0) }
+        unsafe { q6_k_pair(row.add(Self::DTYPE.bytes(at)), at % SUPER_BLOCK / (2 * PART), factors) }
     }
 }
 
@@ -144,14 +188,19 @@ pub(super) unsafe fn widen_row<L: Lanes, W: StoredRows>(rows: W, bytes: &[u8], w
     let mut at = 0;
     while at < widened.len() {
         // SAFETY: both hold what begins at `at`.
-        unsafe {
-            let vectors = rows.load::<L>(bytes.as_ptr(), at);
-            let mut v = 0;
-            while v < W::VECTORS {
-                vectors[v].store(widened.as_mut_ptr().add(at + v * LANES));
-                v += 1;
+        let factors = unsafe { rows.factors::<L>(bytes.as_ptr(), at) };
+        let end = at + W::SHARING;
+        while at < end {
+            // SAFETY: as above.
+            unsafe {
+                let vectors = rows.load::<L>(bytes.as_ptr(), at, &factors);
+                let mut v = 0;
+                while v < W::VECTORS {
+                    vectors[v].store(widened.as_mut_ptr().add(at + v * LANES));
+                    v += 1;
+                }
             }
+            at += W::VECTORS * LANES;
         }
-        at += W::VECTORS * LANES;
     }
 }

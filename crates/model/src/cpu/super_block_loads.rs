@@ -7,114 +7,116 @@ use super::{
 };
 use crate::super_blocks::{PART, q4_k, q4_k_scales, q6_k, q6_k_bits};
 
-/// Integers of a byte as float32, by their bits: to look one up takes no vector instruction.
-static INTEGERS: [f32; 256] = integers(1.0);
-/// A quarter of each.
-static QUARTERS: [f32; 256] = integers(0.25);
-
-const fn integers(unit: f32) -> [f32; 256] {
-    let mut integers = [0.0; 256];
-    let mut bits = 0;
-    while bits < integers.len() {
-        integers[bits] = (bits as u8 as i8) as f32 * unit;
-        bits += 1;
-    }
-    integers
-}
-
-/// Two factors of a scale: the unit and how often.
-pub(super) type Factors = [f32; 2];
-
-/// How much an integer of a Q4_K part counts, and what is taken off.
+/// What the integers of a super-block are multiplied by. Of Q4_K: the scales of 8 parts, then how much is taken off in each. Of
+/// Q6_K: a quarter of the scale of each 16 values.
 #[derive(Clone, Copy)]
-pub struct ScaleAndMin {
-    scale: Factors,
-    min: Factors,
-}
+#[repr(align(64))]
+pub struct Factors([f32; 16]);
 
-/// Values of parts as vectors, of two parts that follow each other.
+/// Values of super-blocks as vectors, of two parts that follow each other.
 ///
 /// # Safety
-/// As of [`Lanes`](super::lanes::Lanes); pointers are to whole parts, of any alignment.
+/// As of [`Lanes`](super::lanes::Lanes); pointers are to what is read, of any alignment.
 #[allow(clippy::missing_safety_doc)]
 pub unsafe trait SuperBlockLoads: Sized {
-    /// Of two Q4_K parts, which share 32 bytes.
-    unsafe fn load_q4_k(halves: *const u8, parts: [ScaleAndMin; 2]) -> [Self; 4];
+    /// Integers times units, of which the first 8 have one and the others another.
+    unsafe fn factors(integers: [i8; 16], units: [f32; 2]) -> Factors;
+    /// Of two Q4_K parts, which share 32 bytes: each with a scale, and how much is taken off.
+    unsafe fn load_q4_k(halves: *const u8, scales: [f32; 2], mins: [f32; 2]) -> [Self; 4];
     /// Of two Q6_K parts, from 64 bytes with their low bits and 32 with their high bits, in the high halves of those bytes if
     /// `is_high`; and for each 16 values a quarter of their scale.
-    unsafe fn load_q6_k(low: *const u8, high: *const u8, is_high: bool, quarters: [Factors; 4]) -> [Self; 4];
+    unsafe fn load_q6_k(low: *const u8, high: *const u8, is_high: bool, quarters: [f32; 4]) -> [Self; 4];
 }
 
-/// The values of parts `2 * pair` and the next one of a Q4_K super-block.
+/// The factors of a Q4_K super-block.
 ///
 /// # Safety
 /// As of [`SuperBlockLoads`].
 #[inline(always)]
-pub(super) unsafe fn q4_k_pair<L: SuperBlockLoads>(block: *const u8, pair: usize, scales: &Scales) -> [L; 4] {
+pub(super) unsafe fn q4_k_factors<L: SuperBlockLoads>(block: *const u8, scales: &Scales) -> Factors {
     // SAFETY: the caller's block.
     unsafe {
-        let (unit, min_unit) = (scales.at(block), scales.at(block.add(q4_k::MIN_AT)));
-        let [first, second] = q4_k_scales(block.add(q4_k::SCALES_AT).cast::<[u8; 12]>().read(), pair);
-        let parts = [
-            ScaleAndMin { scale: [unit, of_byte(&INTEGERS, first[0])], min: [min_unit, of_byte(&INTEGERS, first[1])] },
-            ScaleAndMin {
-                scale: [unit, of_byte(&INTEGERS, second[0])],
-                min: [min_unit, of_byte(&INTEGERS, second[1])],
-            },
-        ];
-        L::load_q4_k(block.add(q4_k::HALVES_AT + pair * PART), parts)
+        let [own, mins] = q4_k_scales(block.add(q4_k::SCALES_AT).cast::<[u8; 12]>().read());
+        // They have 6 bits, so a sign is none of them.
+        let integers = std::mem::transmute::<[u64; 2], [i8; 16]>([own.to_le(), mins.to_le()]);
+        L::factors(integers, [scales.at(block), scales.at(block.add(q4_k::MIN_AT))])
     }
 }
 
-/// The values of parts `2 * pair` and the next one of a Q6_K super-block.
+/// The values of parts `2 * pair` and the next one of a Q4_K super-block, of whose pairs there are 4.
 ///
 /// # Safety
 /// As of [`SuperBlockLoads`].
 #[inline(always)]
-pub(super) unsafe fn q6_k_pair<L: SuperBlockLoads>(block: *const u8, pair: usize, scales: &Scales) -> [L; 4] {
+pub(super) unsafe fn q4_k_pair<L: SuperBlockLoads>(block: *const u8, pair: usize, factors: &Factors) -> [L; 4] {
+    let at = pair % 4 * 2;
+    let [scales, mins] = [[factors.0[at], factors.0[at + 1]], [factors.0[at + 8], factors.0[at + 9]]];
+    // SAFETY: the caller's block.
+    unsafe { L::load_q4_k(block.add(q4_k::HALVES_AT + pair * PART), scales, mins) }
+}
+
+/// The factors of a Q6_K super-block.
+///
+/// # Safety
+/// As of [`SuperBlockLoads`].
+#[inline(always)]
+pub(super) unsafe fn q6_k_factors<L: SuperBlockLoads>(block: *const u8, scales: &Scales) -> Factors {
     // SAFETY: the caller's block.
     unsafe {
-        let unit = scales.at(block.add(q6_k::UNIT_AT));
-        let [a, b, c, d] = block.add(q6_k::SCALES_AT + pair * 4).cast::<[u8; 4]>().read();
-        let quarters = [
-            [unit, of_byte(&QUARTERS, a)],
-            [unit, of_byte(&QUARTERS, b)],
-            [unit, of_byte(&QUARTERS, c)],
-            [unit, of_byte(&QUARTERS, d)],
-        ];
-        let (low_at, high_at, shift) = q6_k_bits(pair);
-        L::load_q6_k(block.add(low_at), block.add(high_at), shift > 0, quarters)
+        let quarter = scales.at(block.add(q6_k::UNIT_AT)) * 0.25;
+        L::factors(block.add(q6_k::SCALES_AT).cast::<[i8; 16]>().read(), [quarter; 2])
     }
 }
 
+/// The values of parts `2 * pair` and the next one of a Q6_K super-block, of whose pairs there are 4.
+///
+/// # Safety
+/// As of [`SuperBlockLoads`].
 #[inline(always)]
-fn of_byte(table: &[f32; 256], byte: u8) -> f32 {
-    table[usize::from(byte)]
+pub(super) unsafe fn q6_k_pair<L: SuperBlockLoads>(block: *const u8, pair: usize, factors: &Factors) -> [L; 4] {
+    let at = pair % 4 * 4;
+    let quarters = [factors.0[at], factors.0[at + 1], factors.0[at + 2], factors.0[at + 3]];
+    let (low_at, high_at, shift) = q6_k_bits(pair);
+    // SAFETY: the caller's block.
+    unsafe { L::load_q6_k(block.add(low_at), block.add(high_at), shift > 0, quarters) }
+}
+
+#[inline(always)]
+fn product(integers: [i8; 16], units: [f32; 2]) -> Factors {
+    let mut factors = [0.0; 16];
+    let mut i = 0;
+    while i < factors.len() {
+        factors[i] = units[i / 8] * f32::from(integers[i]);
+        i += 1;
+    }
+    Factors(factors)
 }
 
 // SAFETY: needs no CPU features.
 unsafe impl SuperBlockLoads for Portable {
     #[inline(always)]
-    unsafe fn load_q4_k(halves: *const u8, parts: [ScaleAndMin; 2]) -> [Self; 4] {
+    unsafe fn factors(integers: [i8; 16], units: [f32; 2]) -> Factors {
+        product(integers, units)
+    }
+
+    #[inline(always)]
+    unsafe fn load_q4_k(halves: *const u8, scales: [f32; 2], mins: [f32; 2]) -> [Self; 4] {
         // SAFETY: two parts share 32 bytes.
         let [first, second] = unsafe { halves.cast::<[[u8; LANES]; 2]>().read() };
         let values = |bytes: [u8; LANES], high: usize| {
-            let ScaleAndMin { scale: [unit, scale], min: [min_unit, min] } = parts[high];
-            let (scale, min) = (unit * scale, min_unit * min);
-            Self(bytes.map(|byte| scale * f32::from(byte >> (4 * high) & 0xf) - min))
+            Self(bytes.map(|byte| scales[high] * f32::from(byte >> (4 * high) & 0xf) - mins[high]))
         };
         [values(first, 0), values(second, 0), values(first, 1), values(second, 1)]
     }
 
     #[inline(always)]
-    unsafe fn load_q6_k(low: *const u8, high: *const u8, is_high: bool, quarters: [Factors; 4]) -> [Self; 4] {
+    unsafe fn load_q6_k(low: *const u8, high: *const u8, is_high: bool, quarters: [f32; 4]) -> [Self; 4] {
         // SAFETY: two parts have 64 bytes of these and 32 of those.
         let (low, high) = unsafe { (low.cast::<[u8; 2 * PART]>().read(), high.cast::<[u8; PART]>().read()) };
         let shift = if is_high { 4 } else { 0 };
         let integer = |i: usize| low[i] >> shift & 0xf | (high[i % PART] >> shift >> (i / PART * 2) & 3) << 4;
         std::array::from_fn(|vector| {
-            let [unit, quarter] = quarters[vector];
-            let value = |i| unit * quarter * 4.0 * f32::from(integer(i) as i8 - q6_k::ZERO);
+            let value = |i| quarters[vector] * 4.0 * f32::from(integer(i) as i8 - q6_k::ZERO);
             Self(std::array::from_fn(|lane| value(vector * LANES + lane)))
         })
     }
@@ -130,7 +132,7 @@ mod x86 {
 
     use std::arch::x86_64::*;
 
-    use super::{Factors, LANES, PART, ScaleAndMin, SuperBlockLoads};
+    use super::{Factors, LANES, PART, SuperBlockLoads, product};
     use crate::cpu::lanes::{Avx2, Avx512};
 
     /// What 4 bits stand for.
@@ -147,28 +149,34 @@ mod x86 {
     const CHOOSE: i32 = 0xca;
     const AND_XOR: i32 = 0x6a;
 
-    #[inline(always)]
-    unsafe fn product512([unit, times]: Factors) -> __m512 {
-        unsafe { _mm512_mul_ps(_mm512_set1_ps(unit), _mm512_set1_ps(times)) }
-    }
-
     /// What each of 4 bits stands for in a Q4_K part.
     #[inline(always)]
-    unsafe fn q4_k_values(part: ScaleAndMin) -> __m512 {
-        unsafe { _mm512_fmsub_ps(_mm512_loadu_ps(HALVES.as_ptr()), product512(part.scale), product512(part.min)) }
+    unsafe fn q4_k_values(scale: f32, min: f32) -> __m512 {
+        unsafe { _mm512_fmsub_ps(_mm512_loadu_ps(HALVES.as_ptr()), _mm512_set1_ps(scale), _mm512_set1_ps(min)) }
     }
 
     #[inline(always)]
-    unsafe fn q6_k_values512(sixteen: __m128i, quarter: Factors) -> Avx512 {
-        unsafe { Avx512(_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(sixteen)), product512(quarter))) }
+    unsafe fn q6_k_values512(sixteen: __m128i, quarter: f32) -> Avx512 {
+        unsafe { Avx512(_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(sixteen)), _mm512_set1_ps(quarter))) }
     }
 
     unsafe impl SuperBlockLoads for Avx512 {
+        #[inline(always)]
+        unsafe fn factors(integers: [i8; 16], units: [f32; 2]) -> Factors {
+            unsafe {
+                let integers = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(integers.as_ptr().cast())));
+                let units = _mm512_mask_mov_ps(_mm512_set1_ps(units[0]), 0xff00, _mm512_set1_ps(units[1]));
+                let mut factors = Factors([0.0; 16]);
+                _mm512_store_ps(factors.0.as_mut_ptr(), _mm512_mul_ps(integers, units));
+                factors
+            }
+        }
+
         /// Looks halves up among the 16 values that they can stand for in their part.
         #[inline(always)]
-        unsafe fn load_q4_k(halves: *const u8, parts: [ScaleAndMin; 2]) -> [Self; 4] {
+        unsafe fn load_q4_k(halves: *const u8, scales: [f32; 2], mins: [f32; 2]) -> [Self; 4] {
             unsafe {
-                let (low, high) = (q4_k_values(parts[0]), q4_k_values(parts[1]));
+                let (low, high) = (q4_k_values(scales[0], mins[0]), q4_k_values(scales[1], mins[1]));
                 let first = _mm512_cvtepu8_epi32(_mm_loadu_si128(halves.cast()));
                 let second = _mm512_cvtepu8_epi32(_mm_loadu_si128(halves.add(LANES).cast()));
                 // Of an index only the low four bits count.
@@ -182,7 +190,7 @@ mod x86 {
         }
 
         #[inline(always)]
-        unsafe fn load_q6_k(low: *const u8, high: *const u8, is_high: bool, quarters: [Factors; 4]) -> [Self; 4] {
+        unsafe fn load_q6_k(low: *const u8, high: *const u8, is_high: bool, quarters: [f32; 4]) -> [Self; 4] {
             unsafe {
                 let turns = usize::from(is_high);
                 let low = _mm512_rolv_epi32(_mm512_loadu_si512(low.cast()), _mm512_set1_epi32(LOW_TURNS[turns]));
@@ -199,11 +207,6 @@ mod x86 {
                 ]
             }
         }
-    }
-
-    #[inline(always)]
-    unsafe fn product256([unit, times]: Factors) -> __m256 {
-        unsafe { _mm256_mul_ps(_mm256_set1_ps(unit), _mm256_set1_ps(times)) }
     }
 
     /// The low halves of 8 bytes as values of a Q4_K part.
@@ -227,7 +230,7 @@ mod x86 {
 
     /// The 32 values of a Q6_K part, whose bits are where they belong, among others.
     #[inline(always)]
-    unsafe fn q6_k_values256(low: __m256i, high: __m256i, quarters: [Factors; 2]) -> [Avx2; 2] {
+    unsafe fn q6_k_values256(low: __m256i, high: __m256i, quarters: [f32; 2]) -> [Avx2; 2] {
         unsafe {
             let low = _mm256_and_si256(low, _mm256_set1_epi32(LOW_BITS));
             let high = _mm256_and_si256(high, _mm256_set1_epi32(ALL_BITS & !LOW_BITS));
@@ -238,9 +241,9 @@ mod x86 {
     }
 
     #[inline(always)]
-    unsafe fn q6_k_sixteen(sixteen: __m128i, quarter: Factors) -> Avx2 {
+    unsafe fn q6_k_sixteen(sixteen: __m128i, quarter: f32) -> Avx2 {
         unsafe {
-            let quarter = product256(quarter);
+            let quarter = _mm256_set1_ps(quarter);
             let first = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(sixteen));
             let second = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(sixteen, sixteen)));
             Avx2(_mm256_mul_ps(first, quarter), _mm256_mul_ps(second, quarter))
@@ -249,14 +252,19 @@ mod x86 {
 
     unsafe impl SuperBlockLoads for Avx2 {
         #[inline(always)]
-        unsafe fn load_q4_k(halves: *const u8, parts: [ScaleAndMin; 2]) -> [Self; 4] {
+        unsafe fn factors(integers: [i8; 16], units: [f32; 2]) -> Factors {
+            product(integers, units)
+        }
+
+        #[inline(always)]
+        unsafe fn load_q4_k(halves: *const u8, scales: [f32; 2], mins: [f32; 2]) -> [Self; 4] {
             unsafe {
-                let (scale, min) = (product256(parts[0].scale), product256(parts[0].min));
+                let (scale, min) = (_mm256_set1_ps(scales[0]), _mm256_set1_ps(mins[0]));
                 let low = [
                     Self(q4_k_low(halves, scale, min), q4_k_low(halves.add(8), scale, min)),
                     Self(q4_k_low(halves.add(16), scale, min), q4_k_low(halves.add(24), scale, min)),
                 ];
-                let (scale, min) = (product256(parts[1].scale), product256(parts[1].min));
+                let (scale, min) = (_mm256_set1_ps(scales[1]), _mm256_set1_ps(mins[1]));
                 let high = [
                     Self(q4_k_high(halves, scale, min), q4_k_high(halves.add(8), scale, min)),
                     Self(q4_k_high(halves.add(16), scale, min), q4_k_high(halves.add(24), scale, min)),
@@ -266,7 +274,7 @@ mod x86 {
         }
 
         #[inline(always)]
-        unsafe fn load_q6_k(low: *const u8, high: *const u8, is_high: bool, quarters: [Factors; 4]) -> [Self; 4] {
+        unsafe fn load_q6_k(low: *const u8, high: *const u8, is_high: bool, quarters: [f32; 4]) -> [Self; 4] {
             unsafe {
                 let (low, next) = (_mm256_loadu_si256(low.cast()), _mm256_loadu_si256(low.add(PART).cast()));
                 let high = _mm256_loadu_si256(high.cast());

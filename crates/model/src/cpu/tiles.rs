@@ -99,27 +99,36 @@ impl<W: StoredRows> Rows<W> {
             let whole = k / LANES * LANES;
             let mut at = 0;
             while at < whole {
-                if W::DTYPE != StoredDType::F32 {
-                    // What is read out of memory: the next tile's values, as many as these.
-                    let soon = w.wrapping_add(C * (row_bytes + W::bytes(at)));
-                    let mut line = 0;
-                    while line < C * W::bytes(W::VECTORS * LANES) {
-                        L::prefetch_line(soon.wrapping_add(line));
-                        line += lanes::LINE_BYTES;
-                    }
+                let mut factors = [stored.factors::<L>(w, at); C];
+                let mut c = 1;
+                while c < C {
+                    factors[c] = stored.factors::<L>(w.add(c * row_bytes), at);
+                    c += 1;
                 }
-                for c in 0..C {
-                    let wc = stored.load::<L>(w.add(c * row_bytes), at);
-                    let mut v = 0;
-                    while v < W::VECTORS {
-                        for r in 0..R {
-                            let xr = L::load(x.add(r * x_stride + at + v * LANES));
-                            sums[r][c] = sums[r][c].fma(xr, wc[v]);
+                let end = at + W::SHARING;
+                while at < end {
+                    if W::DTYPE != StoredDType::F32 {
+                        // What is read out of memory: the next tile's values, as many as these.
+                        let soon = w.wrapping_add(C * (row_bytes + W::bytes(at)));
+                        let mut line = 0;
+                        while line < C * W::bytes(W::VECTORS * LANES) {
+                            L::prefetch_line(soon.wrapping_add(line));
+                            line += lanes::LINE_BYTES;
                         }
-                        v += 1;
                     }
+                    for c in 0..C {
+                        let wc = stored.load::<L>(w.add(c * row_bytes), at, &factors[c]);
+                        let mut v = 0;
+                        while v < W::VECTORS {
+                            for r in 0..R {
+                                let xr = L::load(x.add(r * x_stride + at + v * LANES));
+                                sums[r][c] = sums[r][c].fma(xr, wc[v]);
+                            }
+                            v += 1;
+                        }
+                    }
+                    at += W::VECTORS * LANES;
                 }
-                at += W::VECTORS * LANES;
             }
             if W::DTYPE == StoredDType::F32 && whole < k {
                 let mut xs = [L::splat(0.0); R];

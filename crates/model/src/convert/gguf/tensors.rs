@@ -184,3 +184,47 @@ fn place(name: &str, config: &ModelConfig, turns_rows: bool) -> Option<Place> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    #[test]
+    fn names_are_those_that_the_family_reads() {
+        // Would break: gates would be taken for up-projections, or files of the first releases, whose experts have a tensor for each
+        // matrix, be refused.
+        let json = r#"{"architectures": ["MixtralForCausalLM"], "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 16, "num_local_experts": 3}"#;
+        let config = ModelConfig::parse(json.as_bytes(), Path::new("config.json")).unwrap();
+        let expert = |of: &str| format!("model.layers.1.block_sparse_moe.experts.2.{of}.weight");
+        for (name, expected) in [
+            ("blk.1.ffn_gate.2.weight", expert("w1")),
+            ("blk.1.ffn_up.2.weight", expert("w3")),
+            ("blk.1.ffn_down.2.weight", expert("w2")),
+            ("blk.0.attn_v.weight", "model.layers.0.self_attn.v_proj.weight".to_owned()),
+            ("blk.0.ffn_gate_inp.weight", "model.layers.0.block_sparse_moe.gate.weight".to_owned()),
+            ("blk.0.ffn_gate_up_exps.weight", "model.layers.0.block_sparse_moe.experts.gate_up_proj".to_owned()),
+            ("output.weight", "lm_head.weight".to_owned()),
+        ] {
+            match place(name, &config, true) {
+                Some(Place::Named(found, None)) => assert_eq!(found, expected, "{name}"),
+                _ => panic!("{name} becomes something else"),
+            }
+        }
+        for (name, expected) in [("blk.1.attn_q.weight", 4), ("blk.1.attn_k.weight", 2)] {
+            assert!(matches!(place(name, &config, true), Some(Place::Heads(_, heads)) if heads == expected), "{name}");
+            assert!(matches!(place(name, &config, false), Some(Place::Named(..))), "{name}");
+        }
+        for unknown in [
+            "blk.2.attn_q.weight",
+            "blk.0.ffn_up.3.weight",
+            "blk.x.attn_q.weight",
+            "rope_freqs.weight",
+            "blk.0.ffn_up.weight",
+        ] {
+            assert!(place(unknown, &config, true).is_none(), "{unknown}");
+        }
+    }
+}
