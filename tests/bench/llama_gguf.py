@@ -44,7 +44,11 @@ def write(out):
     file.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_K_M)
     file.add_tokenizer_model("gpt2")
     file.add_tokenizer_pre("olmo")
-    file.add_token_list([f"t{token}" for token in range(VOCABULARY)])
+    # A character for each byte, as GPT-2 writes them, and fillers, so that a text has as many tokens as letters.
+    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [chr(256 + number) for number in range(256 - len(printed))]
+    letters = [chr(byte) for byte in printed] + others
+    file.add_token_list(letters + [f"t{token}" for token in range(VOCABULARY - len(letters))])
     file.add_token_types([1] * VOCABULARY)
     file.add_token_merges(["t 1"])
     file.add_bos_token_id(1)

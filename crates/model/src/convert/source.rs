@@ -25,6 +25,10 @@ impl Source {
         if dir.is_file() {
             return Ok(Self::Gguf(Box::new(Gguf::open(dir)?)));
         }
+        if !dir.is_dir() {
+            let source = io::Error::new(io::ErrorKind::NotFound, "there is no directory and no file of that name");
+            return Err(ModelError::Read { path: dir.to_owned(), source }.into());
+        }
         let config = ModelConfig::open(dir)?;
         let has_safetensors =
             || ["model.safetensors", "model.safetensors.index.json"].map(|name| dir.join(name).exists());

@@ -62,6 +62,24 @@ const FAMILIES: [Family; 4] = [
 ];
 
 const ARCHITECTURE: &str = "general.architecture";
+/// What kind of file it is, if that is said, and of which only models are read.
+const KIND: &str = "general.type";
+/// What would change what a model computes, and what says that it does not: no family of these has more of it.
+const NEUTRAL: [(&str, &[f64]); 13] = [
+    ("attention.scale", &[0.0]),
+    ("attention.max_alibi_bias", &[0.0]),
+    ("logit_scale", &[0.0, 1.0]),
+    ("embedding_scale", &[0.0, 1.0]),
+    ("residual_scale", &[0.0, 1.0]),
+    ("attn_logit_softcapping", &[0.0]),
+    ("final_logit_softcapping", &[0.0]),
+    ("router_logit_softcapping", &[0.0]),
+    ("interleave_moe_layer_step", &[0.0, 1.0]),
+    ("expert_group_count", &[0.0, 1.0]),
+    ("expert_group_used_count", &[0.0, 1.0]),
+    ("rope.scaling.yarn_attn_factor", &[1.0]),
+    ("rope.scaling.yarn_ext_factor", &[-1.0, 1.0]),
+];
 /// Rotary positions turn by powers of this where a file does not say.
 const ROPE_BASE: f64 = 10_000.0;
 /// What GGUF calls a softmax over experts.
@@ -69,6 +87,9 @@ const SOFTMAX: usize = 1;
 
 /// The family of a file.
 pub(super) fn family(meta: &Metadata<'_>) -> Result<&'static Family, ConvertError> {
+    if let Some(kind) = meta.text_if_any(KIND)?.filter(|&kind| kind != "model") {
+        return Err(meta.refuse(KIND, kind.to_owned(), "model"));
+    }
     let found = meta.text(ARCHITECTURE)?;
     let expected = || FAMILIES.map(|family| family.name).join(", ");
     FAMILIES
@@ -96,6 +117,19 @@ pub(super) fn config(files: &Files, family: &Family) -> Result<Map<String, Value
     if let Some(scale) = meta.number_if_any(&key("expert_weights_scale"))?.filter(|&scale| scale != 0.0 && scale != 1.0)
     {
         return Err(meta.refuse(&key("expert_weights_scale"), scale.to_string(), "nothing, or 1"));
+    }
+    for (of, neutral) in NEUTRAL {
+        let found = meta.number_if_any(&key(of))?.filter(|found| !neutral.contains(found));
+        if let Some(found) = found {
+            return Err(meta.refuse(&key(of), found.to_string(), format!("nothing, or {}", neutral[0])));
+        }
+    }
+    if meta.flag_if_any(&key("attention.causal"))? == Some(false) {
+        return Err(meta.refuse(&key("attention.causal"), "false".to_owned(), "nothing, or true"));
+    }
+    let sections = key("rope.dimension_sections");
+    if meta.integers_if_any(&sections)?.is_some_and(|sections| sections.iter().any(|&section| section != 0)) {
+        return Err(meta.refuse(&sections, "a list of sizes".to_owned(), "nothing: positions are of texts"));
     }
     let experts = meta.size_if_any(&key("expert_count"))?.unwrap_or(0);
     if experts == 0 {

@@ -93,8 +93,8 @@ impl Files {
         let refuse = |key, found: usize, expected: String| {
             Metadata { path, values: &files.values }.refuse(key, found.to_string(), expected)
         };
-        if count == 0 || count > PARTS_MAX {
-            return Err(refuse(SPLIT_COUNT, count, format!("1 to {PARTS_MAX} parts")));
+        if count > PARTS_MAX {
+            return Err(refuse(SPLIT_COUNT, count, format!("at most {PARTS_MAX} parts")));
         }
         let number = split(&files.values, SPLIT_NUMBER)?.unwrap_or(0);
         let tensors = split(&files.values, SPLIT_TENSORS)?;
@@ -139,13 +139,16 @@ impl Files {
         if let (false, Some(found)) = (map.starts_with(MAGIC), mistaken_file::recognise(&map)) {
             return Err(ModelError::MistakenFile { path: path.to_owned(), expected: "GGUF", found }.into());
         }
-        let Header { values, tensors, data_at } = Header::parse(&map).map_err(refuse)?;
+        let Header { values, tensors, data_at, alignment } = Header::parse(&map).map_err(refuse)?;
+        let mut ranges = Vec::with_capacity(tensors.len());
         for info in tensors {
             let tensor = located(&info, self.maps.len(), data_at, map.len()).map_err(refuse)?;
+            ranges.push((tensor.range.clone(), info.name.clone()));
             if self.tensors.insert(info.name.clone(), tensor).is_some() {
                 return Err(refuse(format!("holds tensor {} twice, or another part does, too", info.name)));
             }
         }
+        check_filled(ranges, data_at, map.len(), alignment).map_err(refuse)?;
         self.maps.push(map);
         Ok(values)
     }
@@ -212,6 +215,31 @@ fn located(info: &TensorInfo, file: usize, data_at: u64, length: usize) -> Resul
              is cut short"
         )),
     }
+}
+
+/// Refuses tensors that lie over each other, and data that is nobody's, as where a header names one too few: only what fills the
+/// file up to the next multiple of its alignment may be between.
+fn check_filled(
+    mut ranges: Vec<(Range<usize>, String)>,
+    data_at: u64,
+    length: usize,
+    alignment: u64,
+) -> Result<(), String> {
+    ranges.sort_unstable_by_key(|(range, _)| range.start);
+    let mut end = data_at as usize;
+    let ends = std::iter::once((length..length, "the end of the file".to_owned()));
+    for (range, name) in ranges.into_iter().chain(ends) {
+        match range.start.checked_sub(end) {
+            None if range.is_empty() => {} // Without tensors nothing need follow a header.
+            None => return Err(format!("tensor {name} begins within another one, at byte {}", range.start)),
+            Some(between) if between as u64 >= alignment => {
+                return Err(format!("holds {between} bytes before {name} that are no tensor's"));
+            }
+            Some(_) => {}
+        }
+        end = range.end;
+    }
+    Ok(())
 }
 
 /// The path of a part: `model-00001-of-00003.gguf` is the first of three.

@@ -56,6 +56,8 @@ pub(super) struct Header {
     pub(super) tensors: Vec<TensorInfo>,
     /// Where data begins in the file.
     pub(super) data_at: u64,
+    /// What tensors begin at a multiple of.
+    pub(super) alignment: u64,
 }
 
 impl Header {
@@ -90,7 +92,8 @@ impl Header {
         let alignment = match values.get(ALIGNMENT_KEY) {
             None => ALIGNMENT,
             Some(&Value::Integer(alignment @ 1..=65_536)) => alignment as u64,
-            Some(other) => return Err(format!("{ALIGNMENT_KEY} is {other:?}, expected 1 to 65536")),
+            Some(Value::Integer(other)) => return Err(format!("{ALIGNMENT_KEY} is {other}, expected 1 to 65536")),
+            Some(_) => return Err(format!("{ALIGNMENT_KEY} is no whole number, expected 1 to 65536")),
         };
         if let Some(tensor) = tensors.iter().find(|tensor| !tensor.at.is_multiple_of(alignment)) {
             return Err(format!(
@@ -98,7 +101,8 @@ impl Header {
                 tensor.name, tensor.at
             ));
         }
-        Ok(Self { values, tensors, data_at: (bytes.at() as u64).next_multiple_of(alignment) })
+        let data_at = (bytes.at() as u64).next_multiple_of(alignment);
+        Ok(Self { values, tensors, data_at, alignment })
     }
 }
 

@@ -97,6 +97,18 @@ fn what_is_not_served_is_refused_by_name() {
     };
     let format = |number| format_of("blk.1.ffn_down_exps.weight", 3, number);
     let key = |key: &str, to: &str| changed(&file, &text(key), &text(to));
+    // The number of tensors is behind the version.
+    let fewer = {
+        let count = u64::from_le_bytes(file[8..16].try_into().unwrap());
+        [&file[..8], &(count - 1).to_le_bytes(), &file[16..]].concat()
+    };
+    // No token has this character: it is a byte's that is written as another.
+    let header::Value::Texts(merges) = &header::Header::parse(&file).unwrap().values["tokenizer.ggml.merges"] else {
+        panic!("merges are texts")
+    };
+    let unknown = merges[0].chars().map(|character| if character == ' ' { ' ' } else { '\u{7f}' }).collect::<String>();
+    assert_eq!(unknown.len(), merges[0].len(), "the first merge is of letters");
+    let merge = changed(&file, &text(&merges[0]), &text(&unknown));
     let cases = [
         (changed(&file, &text("qwen3moe"), &text("qwen9moe")), "general.architecture is qwen9moe, expected qwen3moe"),
         (key("qwen3moe.block_count", "qwen3moe.block_counx"), "qwen3moe.block_count is missing"),
@@ -107,6 +119,10 @@ fn what_is_not_served_is_refused_by_name() {
         (changed(&file, &text("yarn"), &text("yorn")), "qwen3moe.rope.scaling.type is \"yorn\""),
         (key("blk.0.attn_q_norm.weight", "blk.0.attn_q_norx.weight"), "tensor blk.0.attn_q_norx.weight is of no model"),
         (key("blk.1.ffn_up_exps.weight", "blk.7.ffn_up_exps.weight"), "tensor blk.7.ffn_up_exps.weight is of no model"),
+        (key("qwen3moe.rope.freq_base", "qwen3moe.residual_scale"), "qwen3moe.residual_scale is"),
+        (merge, "expected two tokens that are one together"),
+        (fewer, "no tensor's"),
+        ([&file[..], &[0; 40]].concat(), "bytes before the end of the file that are no tensor's"),
         (format(13), "tensor blk.1.ffn_down_exps.weight is in format Q5_K, expected one of F32, F16, BF16"),
         (format(77), "tensor blk.1.ffn_down_exps.weight is in format number 77"),
         (format(12), "expected rows of whole blocks of 256 values"),
@@ -132,6 +148,24 @@ fn blocks_are_not_made_of_blocks() {
     let error =
         convert(&fixture("gguf-qwen3/model.gguf"), &dir.path().join("out"), formats, &mut |_, _| ()).unwrap_err();
     assert!(error.to_string().contains("blocks are made of whole values"), "{error}");
+}
+
+#[test]
+fn a_file_that_was_merged_is_one() {
+    // Would break: who joined the parts of a download by llama.cpp's own tool could not use the result.
+    let dir = tempfile::tempdir().unwrap();
+    let file = fs::read(fixture("gguf-qwen3/model.gguf")).unwrap();
+    let entry = |key: &str, kind: u32, value: &[u8]| {
+        [&(key.len() as u64).to_le_bytes()[..], key.as_bytes(), &kind.to_le_bytes(), value].concat()
+    };
+    // Together 64 bytes, so that data stays aligned: that it has no parts, as 16 bits, and a text.
+    let filling = [&18_u64.to_le_bytes()[..], &[b'x'; 18]].concat();
+    let added = [entry("split.count", 2, &0_u16.to_le_bytes()), entry("x", 8, &filling)].concat();
+    assert_eq!(added.len(), 64);
+    let keys = u64::from_le_bytes(file[16..24].try_into().unwrap()) + 2;
+    let path = dir.path().join("merged.gguf");
+    fs::write(&path, [&file[..16], &keys.to_le_bytes(), &added, &file[24..]].concat()).unwrap();
+    converted(&path, &dir.path().join("out")).unwrap();
 }
 
 #[test]

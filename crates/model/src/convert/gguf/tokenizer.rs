@@ -2,7 +2,7 @@
 //! it tells by a name alone (`tokenizer.ggml.pre`), which stands for what the model's own tokenizer.json says. The names of
 //! the families that are served are known here.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use serde_json::{Value, json};
 
@@ -78,12 +78,21 @@ fn of_bytes(meta: &Metadata<'_>, tokens: &Tokens<'_>) -> Result<Value, ConvertEr
         let known: Vec<&str> = CUTS.iter().flat_map(|cut| cut.names).copied().collect();
         meta.refuse(PRE, format!("{pre:?}"), format!("one of {}", known.join(", ")))
     })?;
+    let known: HashSet<&str> = tokens.texts.iter().map(|text| &**text).collect();
     let mut merges = Vec::new();
     for merge in meta.texts(MERGES)? {
         // The first of the pair may begin with a blank, but is none.
         let at = merge.char_indices().skip(1).find(|&(_, character)| character == ' ').map(|(at, _)| at);
         let at = at.ok_or_else(|| meta.refuse(MERGES, format!("{merge:?}"), "two tokens and a blank between them"))?;
-        merges.push([&merge[..at], &merge[at + 1..]]);
+        let pair = [&merge[..at], &merge[at + 1..]];
+        if !(pair.iter().all(|part| known.contains(part)) && known.contains(&*pair.concat())) {
+            return Err(meta.refuse(
+                MERGES,
+                format!("{merge:?}"),
+                "two tokens that are one together, all of the vocabulary",
+            ));
+        }
+        merges.push(pair);
     }
     let bytes = |uses_regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": uses_regex});
     let pre_tokenizer = match cut.word {
