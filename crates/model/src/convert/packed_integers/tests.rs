@@ -242,7 +242,7 @@ fn what_blocks_cannot_say_is_refused_by_name() {
             "config_groups.weights.group_size is 40, expected a multiple of 32",
         ),
         (set(group("weights/group_size"), json!(64)), "weight_scale is [64, 2], expected [64, 1]"),
-        (put(part("weight_scale"), 0, bf16(1e-9)), "e-9, expected scales that binary16 has exactly"),
+        (put(part("weight_scale"), 0, bf16(1e-9)), "holds 9.968062e-10, expected scales that binary16 has exactly"),
         (put(part("weight_scale"), 0, bf16(1e5)), "up_proj.weight_scale holds 9.984e4"),
         (put(part("weight_shape"), 0, &[63]), "up_proj.weight_packed is [64, 8], expected [63, 8]"),
         (put(part("weight_shape"), 8, &[0xff; 8]), "up_proj.weight_shape holds [64, -1]"),
