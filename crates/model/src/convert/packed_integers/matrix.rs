@@ -77,6 +77,7 @@ impl Matrix {
         matrix.scales(files, dir)?;
         matrix.check_zeros(tensors)?;
         matrix.check_order(tensors)?;
+        matrix.release(files);
         Ok(matrix)
     }
 
@@ -101,8 +102,15 @@ impl Matrix {
             self.write_row(output, words, &scales, &mut row);
             out.write_all(&row)?;
         }
-        files.release(stored);
+        self.release(files);
         Ok(())
+    }
+
+    /// Gives back the memory of what was read: of all matrices together it would be the model's.
+    fn release(&self, files: &WeightFiles) {
+        self.layout.parts().iter().filter_map(|part| files.get(&format!("{}.{part}", self.name))).for_each(|stored| {
+            files.release(stored);
+        });
     }
 
     /// The blocks of one row.
