@@ -157,7 +157,15 @@ fn write_block(values: &[f32; BLOCK], to: StoredDType, block: &mut [u8]) -> Opti
     let scale = Some(f16::from_f32(scale)).filter(|scale| scale.is_finite())?;
     // For the scale as it is kept, so that what rounding it does is made up for.
     let integers = integers(values, scale.to_f32(), range).map(|integer| integer as i8);
-    let (to_scale, rest) = block.split_first_chunk_mut()?;
+    put(scale, integers, to, block);
+    Some(())
+}
+
+/// Writes a block that is known. Panics unless `to` is one of [`MADE`], and `block` as long as one of these; integers of Q4_0
+/// are -8 to 7.
+pub(crate) fn put(scale: f16, integers: [i8; BLOCK], to: StoredDType, block: &mut [u8]) {
+    assert!(MADE.contains(&to) && block.len() == to.bytes(BLOCK), "a block of {to} in {} bytes", block.len());
+    let (to_scale, rest) = block.split_first_chunk_mut().expect("a block has a scale");
     *to_scale = scale.to_le_bytes();
     if to == StoredDType::Q4_0 {
         let half = |integer: i8| (integer + Q4_ZERO) as u8;
@@ -167,7 +175,6 @@ fn write_block(values: &[f32; BLOCK], to: StoredDType, block: &mut [u8]) -> Opti
     } else {
         rest.iter_mut().zip(integers).for_each(|(to, integer)| *to = integer as u8);
     }
-    Some(())
 }
 
 /// The scale that is best (least squares) for the integers that values would be at about this one; and how much of their

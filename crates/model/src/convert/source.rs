@@ -1,4 +1,5 @@
-//! What is converted: a checkpoint of PyTorch, one of safetensors whose weights become blocks, or a GGUF file.
+//! What is converted: a checkpoint of PyTorch, one of safetensors whose weights become blocks or are packed integers, or a GGUF
+//! file.
 
 use std::{
     io::{self, Write},
@@ -6,7 +7,9 @@ use std::{
     sync::Arc,
 };
 
-use super::{ConvertError, copied, gguf::Gguf, tensor_names, torch_checkpoint::TorchCheckpoint};
+use super::{
+    ConvertError, copied, gguf::Gguf, packed_integers::PackedIntegers, tensor_names, torch_checkpoint::TorchCheckpoint,
+};
 use crate::{BlockFormats, Checkpoint, ModelConfig, ModelError, StoredDType, shards::TensorSpec};
 
 /// An open checkpoint, of any kind.
@@ -14,6 +17,7 @@ pub(super) enum Source {
     Torch(Box<ModelConfig>, TorchCheckpoint),
     Safetensors(Arc<Checkpoint>),
     Gguf(Box<Gguf>),
+    PackedIntegers(Box<PackedIntegers>),
 }
 
 /// Tensors that were left out, with what they hold; and what was taken off names, and off how many.
@@ -28,6 +32,9 @@ impl Source {
         if !dir.is_dir() {
             let source = io::Error::new(io::ErrorKind::NotFound, "there is no directory and no file of that name");
             return Err(ModelError::Read { path: dir.to_owned(), source }.into());
+        }
+        if let Some(packed) = PackedIntegers::open_if_any(dir)? {
+            return Ok(Self::PackedIntegers(Box::new(packed)));
         }
         let config = ModelConfig::open(dir)?;
         let has_safetensors =
@@ -45,6 +52,7 @@ impl Source {
     pub(super) fn specs(&self) -> Result<(Vec<TensorSpec>, Vec<String>), ModelError> {
         match self {
             Self::Gguf(gguf) => Ok((gguf.specs(), Vec::new())),
+            Self::PackedIntegers(packed) => Ok((packed.specs(), Vec::new())),
             Self::Torch(config, torch) => {
                 let (specs, tied) = torch.untied(config);
                 tensor_names::check(config, &specs, &torch.others, torch.dir())?;
@@ -66,6 +74,7 @@ impl Source {
     pub(super) fn dtype(&self, name: &str) -> StoredDType {
         match self {
             Self::Gguf(gguf) => gguf.dtype(name),
+            Self::PackedIntegers(packed) => packed.dtype(name),
             Self::Torch(_, torch) => torch.spec(name).dtype,
             Self::Safetensors(checkpoint) => checkpoint.dtype(name).expect("it was listed"),
         }
@@ -75,6 +84,7 @@ impl Source {
     pub(super) fn write(&self, name: &str, out: &mut dyn Write) -> io::Result<()> {
         match self {
             Self::Gguf(gguf) => gguf.write(name, out),
+            Self::PackedIntegers(packed) => packed.write(name, out),
             Self::Torch(_, torch) => torch.write(name, out),
             Self::Safetensors(checkpoint) => {
                 let tensor = checkpoint.tensor(name).map_err(io::Error::other)?;
@@ -89,6 +99,7 @@ impl Source {
     pub(super) fn write_beside(&self, out: &Path, formats: BlockFormats) -> Result<(), ConvertError> {
         match self {
             Self::Gguf(gguf) => gguf.write_beside(out, formats),
+            Self::PackedIntegers(packed) => Ok(packed.write_beside(out, formats)?),
             Self::Torch(_, torch) => Ok(copied(torch.dir(), out, formats)?),
             Self::Safetensors(checkpoint) => Ok(copied(checkpoint.dir(), out, formats)?),
         }
@@ -98,7 +109,7 @@ impl Source {
     pub(super) fn left_out(self) -> LeftOut {
         match self {
             Self::Torch(_, torch) => (torch.others.into_iter().collect(), torch.names.dropped.into_iter().collect()),
-            Self::Safetensors(_) | Self::Gguf(_) => (Vec::new(), Vec::new()),
+            Self::Safetensors(_) | Self::Gguf(_) | Self::PackedIntegers(_) => (Vec::new(), Vec::new()),
         }
     }
 }

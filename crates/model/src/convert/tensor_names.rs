@@ -93,7 +93,7 @@ pub(super) fn check(
 }
 
 /// What every model of this config has but its embeddings, each with its shape. `found`: what is there.
-fn required(config: &ModelConfig, found: impl Fn(&str) -> bool) -> Vec<(String, Vec<usize>)> {
+pub(super) fn required(config: &ModelConfig, found: impl Fn(&str) -> bool) -> Vec<(String, Vec<usize>)> {
     use Attention::{CrossAttention, SelfAttention};
     let (spec, names, d_model) = (config.spec(), config.names, config.d_model);
     let mut all = Vec::new();

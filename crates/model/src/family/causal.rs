@@ -66,7 +66,8 @@ impl Described<'_> {
         if let Some(config) = fields.get(QUANTIZATION) {
             let found = config.get("quant_method").unwrap_or(config);
             if found != QUANT_METHOD {
-                let expected = "nothing, or what `sida convert` writes: weights in f32, bf16, f16 or blocks";
+                let expected = "nothing, or what `sida convert` writes (weights in f32, bf16, f16 or blocks), which it also makes \
+                                of \"gptq\" and \"compressed-tensors\" with symmetric integers of 4 or 8 bits";
                 return Err(fields.refuse(QUANTIZATION, found.to_string(), expected));
             }
         }
