@@ -34,6 +34,7 @@ impl Layout {
     }
 
     /// Which format's kernels that takes, if any.
+    #[cfg(feature = "cuda")]
     pub(crate) fn formats(self) -> Vec<StoredDType> {
         match self {
             Self::Plain | Self::Packed => Vec::new(),
@@ -82,6 +83,7 @@ impl ExpertSlot {
     }
 
     /// How its matrices lie.
+    #[cfg(feature = "cuda")]
     pub(crate) fn layout(&self) -> Layout {
         self.layout
     }

@@ -33,6 +33,7 @@ impl ExpertStore {
     }
 
     /// How all weights of all experts of a checkpoint are stored, if that is one way.
+    #[cfg(feature = "cuda")]
     pub(crate) fn one_dtype_of(checkpoint: &Checkpoint) -> Result<Option<StoredDType>, ModelError> {
         Ok(one_dtype(&shapes(checkpoint, is_stacked(checkpoint))?))
     }
