@@ -35,10 +35,10 @@ impl Layout {
 
     /// Which format's kernels that takes, if any.
     #[cfg(feature = "cuda")]
-    pub(crate) fn formats(self) -> Vec<StoredDType> {
+    pub(crate) fn format(self) -> Option<StoredDType> {
         match self {
-            Self::Plain | Self::Packed => Vec::new(),
-            Self::Blocks(dtype) => vec![dtype],
+            Self::Plain | Self::Packed => None,
+            Self::Blocks(dtype) => Some(dtype),
         }
     }
 }
@@ -114,39 +114,35 @@ impl ExpertSlot {
 
     /// Reads an expert as it lies in a slot.
     pub fn read(&self, store: &ExpertStore, key: ExpertKey, slot: &mut [u8]) -> Result<(), ModelError> {
+        let ExpertShape { d_model, d_ff, .. } = self.shape;
         let is_stored_so = store.one_dtype() == Some(self.shape.dtype);
         if self.layout == Layout::Plain && is_stored_so {
             return store.load(key, slot);
         }
         let mut read = vec![0; store.shape().bytes()];
         store.load(key, &mut read)?;
-        let ExpertShape { d_model, d_ff, .. } = self.shape;
+        // All matrices that lead to what is between them are one to the device.
+        let (inputs, output) = slot.split_at_mut(self.output_at());
         match self.layout {
-            Layout::Packed => {}
-            Layout::Plain => {
-                self.precision().narrow(&store.shape_of(key.layer).widen(&read), slot);
-                return Ok(());
-            }
+            Layout::Plain => self.precision().narrow(&store.shape_of(key.layer).widen(&read), slot),
             Layout::Blocks(dtype) => {
-                // All that lead to what is between its matrices are one to the device.
-                let (inputs, output) = read.split_at(self.output_at());
-                let (inputs_to, output_to) = slot.split_at_mut(self.output_at());
-                block_matrix::arrange(inputs, dtype, d_model, inputs_to);
-                block_matrix::arrange(output, dtype, d_ff, output_to);
-                return Ok(());
+                let (stored_inputs, stored_output) = read.split_at(self.output_at());
+                block_matrix::arrange(stored_inputs, dtype, d_model, inputs);
+                block_matrix::arrange(stored_output, dtype, d_ff, output);
+            }
+            Layout::Packed => {
+                if !is_stored_so {
+                    let wide = store.shape_of(key.layer).widen(&read);
+                    read.resize(self.shape.bytes(), 0);
+                    self.precision().narrow(&wide, &mut read);
+                }
+                let (wi, wo) = read.split_at(self.shape.input_bytes());
+                if !(packed::pack(wi, d_model, inputs) && packed::pack(wo, d_ff, output)) {
+                    return Err(ModelError::NotPacked { key });
+                }
             }
         }
-        if !is_stored_so {
-            let wide = store.shape_of(key.layer).widen(&read);
-            read.resize(self.shape.bytes(), 0);
-            self.precision().narrow(&wide, &mut read);
-        }
-        let (wi, wo) = read.split_at(self.shape.matrix_bytes());
-        let (wi_packed, wo_packed) = slot.split_at_mut(self.output_at());
-        match packed::pack(wi, d_model, wi_packed) && packed::pack(wo, d_ff, wo_packed) {
-            true => Ok(()),
-            false => Err(ModelError::NotPacked { key }),
-        }
+        Ok(())
     }
 
     fn packed_bytes(&self) -> [usize; 2] {

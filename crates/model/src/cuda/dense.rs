@@ -99,7 +99,7 @@ impl DeviceDense {
         gpu.enter()?;
         let (backbone, backbone_bytes, mut formats) = weights::load(&gpu, checkpoint, precision)?;
         // Those of a slab on this device are computed by this module.
-        formats.extend(Layout::of(ExpertStore::one_dtype_of(checkpoint)?, precision).formats());
+        formats.extend(Layout::of(ExpertStore::one_dtype_of(checkpoint)?, precision).format());
         formats.sort_by_key(|dtype| block_matrix::integer_bits(*dtype));
         formats.dedup();
         let kernels = Kernels::compile(&gpu, precision, &formats, config.d_kv)?;

@@ -78,7 +78,7 @@ impl DeviceSlab {
         let precision = slot.precision();
         weights::check(store.config())?;
         gpu.enter()?;
-        let kernels = Kernels::compile(&gpu, precision, &slot.layout().formats(), D_KV)?;
+        let kernels = Kernels::compile(&gpu, precision, slot.layout().format().as_slice(), D_KV)?;
         let (shape, choices) = (*slot.shape(), store.config().top_k);
         let memory = gpu.allocate("experts", slots * slot.bytes())?;
         let slots = Slots::new(memory.address(), &slot);

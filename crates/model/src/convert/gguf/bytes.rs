@@ -51,51 +51,55 @@ impl<'a> Bytes<'a> {
         Ok(text.to_owned())
     }
 
-    /// A number of one of the types that GGUF has.
-    pub(super) fn number(&mut self, of: NumberType) -> Result<Number, String> {
+    /// A whole number.
+    pub(super) fn integer(&mut self, of: IntegerType) -> Result<i64, String> {
         Ok(match of {
-            NumberType::U8 => Number::Integer(u8::from_le_bytes(self.array()?).into()),
-            NumberType::I8 => Number::Integer(i8::from_le_bytes(self.array()?).into()),
-            NumberType::U16 => Number::Integer(u16::from_le_bytes(self.array()?).into()),
-            NumberType::I16 => Number::Integer(i16::from_le_bytes(self.array()?).into()),
-            NumberType::U32 => Number::Integer(self.u32()?.into()),
-            NumberType::I32 => Number::Integer(i32::from_le_bytes(self.array()?).into()),
-            NumberType::I64 => Number::Integer(i64::from_le_bytes(self.array()?)),
-            NumberType::U64 => {
+            IntegerType::U8 => u8::from_le_bytes(self.array()?).into(),
+            IntegerType::I8 => i8::from_le_bytes(self.array()?).into(),
+            IntegerType::U16 => u16::from_le_bytes(self.array()?).into(),
+            IntegerType::I16 => i16::from_le_bytes(self.array()?).into(),
+            IntegerType::U32 => self.u32()?.into(),
+            IntegerType::I32 => i32::from_le_bytes(self.array()?).into(),
+            IntegerType::I64 => i64::from_le_bytes(self.array()?),
+            IntegerType::U64 => {
                 let number = self.u64()?;
-                Number::Integer(
-                    i64::try_from(number).map_err(|_| format!("holds a number that is too large: {number}"))?,
-                )
+                i64::try_from(number).map_err(|_| format!("holds a number that is too large: {number}"))?
             }
-            // By its decimals, so that 1e-6 is that, and not the double next to the single.
-            NumberType::F32 => {
-                let number = f32::from_le_bytes(self.array()?);
-                Number::Float(number.to_string().parse().unwrap_or(f64::NAN))
-            }
-            NumberType::F64 => Number::Float(f64::from_le_bytes(self.array()?)),
         })
     }
-}
 
-/// A number of a header.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum Number {
-    Integer(i64),
-    Float(f64),
+    /// A fraction.
+    pub(super) fn float(&mut self, of: FloatType) -> Result<f64, String> {
+        Ok(match of {
+            // By its decimals, so that 1e-6 is that, and not the double next to the single.
+            FloatType::F32 => f32::from_le_bytes(self.array()?).to_string().parse().unwrap_or(f64::NAN),
+            FloatType::F64 => f64::from_le_bytes(self.array()?),
+        })
+    }
 }
 
 /// What a number is stored as.
 #[derive(Clone, Copy)]
 pub(super) enum NumberType {
+    Integer(IntegerType),
+    Float(FloatType),
+}
+
+#[derive(Clone, Copy)]
+pub(super) enum IntegerType {
     U8,
     I8,
     U16,
     I16,
     U32,
     I32,
-    F32,
     U64,
     I64,
+}
+
+#[derive(Clone, Copy)]
+pub(super) enum FloatType {
+    F32,
     F64,
 }
 
@@ -103,16 +107,16 @@ impl NumberType {
     /// By GGUF's number of a type; `None` for flags, texts, lists, and what is no type.
     pub(super) fn of(number: u32) -> Option<Self> {
         Some(match number {
-            0 => Self::U8,
-            1 => Self::I8,
-            2 => Self::U16,
-            3 => Self::I16,
-            4 => Self::U32,
-            5 => Self::I32,
-            6 => Self::F32,
-            10 => Self::U64,
-            11 => Self::I64,
-            12 => Self::F64,
+            0 => Self::Integer(IntegerType::U8),
+            1 => Self::Integer(IntegerType::I8),
+            2 => Self::Integer(IntegerType::U16),
+            3 => Self::Integer(IntegerType::I16),
+            4 => Self::Integer(IntegerType::U32),
+            5 => Self::Integer(IntegerType::I32),
+            6 => Self::Float(FloatType::F32),
+            10 => Self::Integer(IntegerType::U64),
+            11 => Self::Integer(IntegerType::I64),
+            12 => Self::Float(FloatType::F64),
             _ => return None,
         })
     }

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use super::bytes::{Bytes, Number, NumberType};
+use super::bytes::{Bytes, NumberType};
 
 /// What a GGUF file begins with.
 pub(super) const MAGIC: &[u8; 4] = b"GGUF";
@@ -109,10 +109,8 @@ impl Header {
 fn value(bytes: &mut Bytes<'_>, elements: &mut u64) -> Result<Value, String> {
     let kind = bytes.u32()?;
     match (kind, NumberType::of(kind)) {
-        (_, Some(kind)) => Ok(match bytes.number(kind)? {
-            Number::Integer(number) => Value::Integer(number),
-            Number::Float(number) => Value::Float(number),
-        }),
+        (_, Some(NumberType::Integer(of))) => bytes.integer(of).map(Value::Integer),
+        (_, Some(NumberType::Float(of))) => bytes.float(of).map(Value::Float),
         (FLAG, _) => flag(bytes).map(Value::Flag),
         (TEXT, _) => bytes.text().map(Value::Text),
         (LIST, _) => list(bytes, elements),
@@ -138,25 +136,11 @@ fn list(bytes: &mut Bytes<'_>, elements: &mut u64) -> Result<Value, String> {
     Ok(match (kind, NumberType::of(kind)) {
         (TEXT, _) => Value::Texts((0..count).map(|_| bytes.text()).collect::<Result<_, _>>()?),
         (FLAG, _) => Value::Integers((0..count).map(|_| flag(bytes).map(i64::from)).collect::<Result<_, _>>()?),
-        (_, Some(kind @ (NumberType::F32 | NumberType::F64))) => {
-            let mut list = Vec::new();
-            for _ in 0..count {
-                match bytes.number(kind)? {
-                    Number::Float(number) => list.push(number as f32),
-                    Number::Integer(_) => unreachable!("it is a type of fractions"),
-                }
-            }
-            Value::Floats(list)
+        (_, Some(NumberType::Integer(of))) => {
+            Value::Integers((0..count).map(|_| bytes.integer(of)).collect::<Result<_, _>>()?)
         }
-        (_, Some(kind)) => {
-            let mut list = Vec::new();
-            for _ in 0..count {
-                match bytes.number(kind)? {
-                    Number::Integer(number) => list.push(number),
-                    Number::Float(_) => unreachable!("it is a type of integers"),
-                }
-            }
-            Value::Integers(list)
+        (_, Some(NumberType::Float(of))) => {
+            Value::Floats((0..count).map(|_| bytes.float(of).map(|number| number as f32)).collect::<Result<_, _>>()?)
         }
         (other, None) => return Err(format!("holds a list of type {other}, expected numbers, flags or texts")),
     })
