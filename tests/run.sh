@@ -60,10 +60,10 @@ cargo clippy --release --workspace --all-features --all-targets --locked -- -D w
 # built for being built soon. Without the optimization across the units of a crate, which `lto` means too, building takes a
 # fifth less. All together the tests begin five minutes earlier, and take as long.
 soon=(--config profile.release.opt-level=1 --config 'profile.release.lto="off"')
-for package in sida-model sida-routing sida-predictor gemm gemm-common gemm-f32 pulp rayon rayon-core half; do
+for package in sida-kernels sida-routing sida-predictor gemm gemm-common gemm-f32 pulp rayon rayon-core half; do
     soon+=(--config "profile.release.package.$package.opt-level=3")
 done
-for role in cli cluster coordinator examples expert-node predictor-node rpc telemetry tests; do
+for role in cli cluster coordinator examples expert-node model predictor-node rpc telemetry tests; do
     soon+=(--config "profile.release.package.sida-$role.opt-level=0")
 done
 stage "the tests, with the examples in comments and those of examples/; the chart's text beside them"

@@ -25,7 +25,7 @@ const LOADS_PER_ROUND: usize = 4;
 
 /// Waking another thread costs about as much as so many multiplications.
 const PARALLEL_MACS_MIN: usize = 2_000_000;
-/// A product of so many multiplications is worth splitting (see `sida_model::cpu::matmul`).
+/// A product of so many multiplications is worth splitting (see `sida_kernels::matmul`).
 const SPLIT_MACS_MIN: usize = 4_000_000;
 /// Reading a byte of weights costs about as much as so many multiplications.
 const MACS_PER_WEIGHT_BYTE: usize = 1;

@@ -3,11 +3,11 @@
 
 use std::{fmt::Debug, sync::Arc};
 
+use sida_kernels::position_bias::PositionBias;
 use sida_routing::LayerId;
 
 use crate::{
-    Checkpoint, ModelError, Stack, names,
-    position_bias::PositionBias,
+    Checkpoint, ModelError, Stack, names, position_bias,
     spec::{Activation, AttentionSpec, BlockSpec, FeedForwardSpec, ModelSpec, QkNorm, SharedSpec},
 };
 
@@ -235,7 +235,7 @@ impl<M: Memory> StackWeights<M> {
         let own = spec.stack(stack);
         let bias = match own.positions {
             Some(positions) => {
-                let bias = PositionBias::load(loader.checkpoint(), stack, positions)?;
+                let bias = position_bias::load(loader.checkpoint(), stack, positions)?;
                 Some(loader.bias(bias)?)
             }
             None => None,

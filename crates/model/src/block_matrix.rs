@@ -11,10 +11,9 @@
 //! The 8 neighbours of a thread, 0 to 7, lie so that a mask and a shift give pairs in the halves of a word: of Q4_0, half bytes
 //! 0, 2, 4, 6, 1, 3, 5, 7 of a word, the lowest first; of Q8_0, bytes 0, 2, 1, 3 and 4, 6, 5, 7.
 
-use crate::{
-    StoredDType,
-    dtype::{BLOCK, SCALE_BYTES},
-};
+use sida_kernels::dtype::{BLOCK, SCALE_BYTES};
+
+use crate::StoredDType;
 
 /// Neighbours of a row that a thread multiplies at a time.
 const NEIGHBOURS: usize = 8;

@@ -1,4 +1,4 @@
-//! How values become blocks that share a scale (see [`crate::dtype`]), and which tensors of a model do: what
+//! How values become blocks that share a scale (see [`sida_kernels::dtype`]), and which tensors of a model do: what
 //! `sida convert` and `sida synth` write with fewer bits. Nothing here is called when a model is served.
 
 use std::{
@@ -9,11 +9,11 @@ use std::{
 use half::f16;
 use rayon::prelude::*;
 use serde_json::Value;
+use sida_kernels::dtype::{BLOCK, Q4_ZERO};
 
 use crate::{
     ModelError, StoredDType,
     config::{QUANTIZATION, quantization},
-    dtype::{BLOCK, Q4_ZERO},
     names,
     shards::TensorSpec,
 };

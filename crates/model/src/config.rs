@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// The field of a config that says how weights are stored, if not one by one, and what ours is called there: see
-/// [`crate::dtype`].
+/// [`sida_kernels::dtype`].
 pub(crate) const QUANTIZATION: &str = "quantization_config";
 pub(crate) const QUANT_METHOD: &str = "sida";
 /// What that field is in a model that stores some of its weights in blocks.

@@ -6,13 +6,14 @@ use std::sync::{
     atomic::{AtomicBool, Ordering},
 };
 
+use sida_kernels::elementwise::add_to;
 use sida_routing::{LayerId, Routes};
 
 use crate::{
     Backbone, CacheSize, Checkpoint, GivenUp, ModelConfig, ModelError, Spans, Stack, StillWanted,
     backbone::FeedForward,
     backend::{Backend, Beside, MoeRows, NewSequence, Passed},
-    cpu_operations::{CpuOperations, Scratch, add_to},
+    cpu_operations::{CpuOperations, Scratch},
     forward,
     kv_cache::{self, CpuSequence},
     loader::Host,

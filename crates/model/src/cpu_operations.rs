@@ -1,22 +1,22 @@
 //! The operations of a pass on the processor, over plain rows: what the thread that owns the rows does, as far as products
 //! do not split themselves. Made by [`crate::cpu_backend`], for a whole batch or for a thread's piece of it.
 
+use sida_kernels::{
+    attention::{Attention, HeadRows, Sequence},
+    elementwise::{add_to, add_to_rows, gate_rows, relu, sigmoid},
+    norm::rms_norm,
+    position_bias::PositionBias,
+};
 use sida_routing::LayerId;
 
 use crate::{
     GivenUp, Spans, StillWanted,
     backbone::{Matrices, Router, Shared},
-    cpu::{
-        attention::{Attention, HeadRows, Sequence},
-        exp::exp,
-        norm::rms_norm,
-    },
     forward::{Operations, Rows},
     kv_cache::CpuSequence,
     linear::Linear,
     loader::Host,
     pieces,
-    position_bias::PositionBias,
     rotary::Turns,
     spec::{Activation, AttentionSpec, Keys, ModelSpec, Rotary},
 };
@@ -73,7 +73,7 @@ impl Operations for CpuOperations<'_, '_> {
 
     fn project(&mut self, weight: &Linear, bias: Option<&Vec<f32>>) -> Result<(), GivenUp> {
         weight.product(self.x, &mut self.scratch.projected);
-        add_to_rows(&mut self.scratch.projected, bias);
+        add_to_rows(&mut self.scratch.projected, bias.map(Vec::as_slice));
         Ok(())
     }
 
@@ -153,7 +153,7 @@ impl Operations for CpuOperations<'_, '_> {
     fn add_output(&mut self, weight: &Linear, bias: Option<&Vec<f32>>) -> Result<(), GivenUp> {
         let Scratch { attended, added, .. } = &mut *self.scratch;
         weight.product(attended, added);
-        add_to_rows(added, bias);
+        add_to_rows(added, bias.map(Vec::as_slice));
         add_to(self.h, added);
         Ok(())
     }
@@ -223,61 +223,5 @@ impl Matrices<Host> {
             Activation::GatedSilu => gate_rows(hidden, self.wo.inputs()),
         }
         self.wo.product(hidden, out);
-    }
-}
-
-/// silu(gate) * up of rows (n, 2 * width) that are a gate and what it gates, in place: (n, width)
-pub(crate) fn gate_rows(rows: &mut Vec<f32>, width: usize) {
-    let count = rows.len() / (2 * width);
-    for row in 0..count {
-        for at in 0..width {
-            let (gate, up) = (rows[row * 2 * width + at], rows[row * 2 * width + width + at]);
-            rows[row * width + at] = silu(gate) * up;
-        }
-    }
-    rows.truncate(count * width);
-}
-
-/// x * sigmoid(x)
-pub(crate) fn silu(x: f32) -> f32 {
-    x * sigmoid(x)
-}
-
-/// 1 / (1 + e^-x), and e^x / (1 + e^x) where that is small, so that the power is never of a number above 0.
-fn sigmoid(x: f32) -> f32 {
-    let power = exp(-x.abs());
-    if x < 0.0 { power / (1.0 + power) } else { 1.0 / (1.0 + power) }
-}
-
-/// Every row of `rows` += bias.
-fn add_to_rows(rows: &mut [f32], bias: Option<&Vec<f32>>) {
-    if let Some(bias) = bias {
-        rows.chunks_exact_mut(bias.len()).for_each(|row| add_to(row, bias));
-    }
-}
-
-/// sum += x, of one length
-pub(crate) fn add_to(sum: &mut [f32], x: &[f32]) {
-    assert_eq!(sum.len(), x.len());
-    sum.iter_mut().zip(x).for_each(|(sum, x)| *sum += x);
-}
-
-/// max(x, 0) in place, and NaN of NaN: a broken activation must not turn into an answer.
-pub(crate) fn relu(x: &mut [f32]) {
-    x.iter_mut().for_each(|x| *x = if *x < 0.0 { 0.0 } else { *x });
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Residuals or activations would be off.
-    #[test]
-    fn each_does_what_it_says() {
-        let mut x = [1.0, -2.0, 3.0, f32::NAN];
-        relu(&mut x);
-        assert!(x[..3] == [1.0, 0.0, 3.0] && x[3].is_nan());
-        add_to(&mut x[..3], &[1.0, 2.0, 3.0]);
-        assert_eq!(x[..3], [2.0, 2.0, 6.0]);
     }
 }

@@ -1,12 +1,13 @@
 //! One expert: its shape, how its matrices lie in a slot, and its feed-forward. An expert-node runs this on
 //! the slots of its slab, the reference on the checkpoint's own bytes.
 
-use crate::{
-    cpu::matmul::{MatrixRef, matmul},
-    cpu_operations::{gate_rows, relu},
-    dtype::StoredDType,
-    spec::Activation,
+use sida_kernels::{
+    StoredDType,
+    elementwise::{gate_rows, relu},
+    matmul::{MatrixRef, matmul},
 };
+
+use crate::spec::Activation;
 
 /// What an expert looks like in a slot. All of a model have the same widths; how they are stored may differ by layer, and
 /// between the matrices that lead in and the one that leads out.
@@ -93,8 +94,9 @@ impl ExpertShape {
 
 #[cfg(test)]
 mod tests {
+    use sida_kernels::{arbitrary, lanes::dot};
+
     use super::*;
-    use crate::{cpu::lanes::dot, super_blocks};
 
     fn bytes(values: &[f32]) -> Vec<u8> {
         values.iter().flat_map(|v| v.to_le_bytes()).collect()
@@ -117,8 +119,8 @@ mod tests {
             output_dtype: StoredDType::Q6K,
             ..shape(d, ff, Activation::GatedSilu)
         };
-        let inputs = super_blocks::arbitrary(StoredDType::Q4K, 2 * d * ff, 1);
-        let output = super_blocks::arbitrary(StoredDType::Q6K, d * ff, 2);
+        let inputs = arbitrary::blocks(StoredDType::Q4K, 2 * d * ff, 1);
+        let output = arbitrary::blocks(StoredDType::Q6K, d * ff, 2);
         let slot = [&inputs[..], &output[..], &[7; 100]].concat();
         assert_eq!(shape.bytes(), slot.len() - 100);
         let (wide, x) = (shape.widen(&slot), values(3 * d, 1));

@@ -1,15 +1,15 @@
 //! Maths and weights of a Mixture-of-Experts model, cut at the MoE seam: everything dense is here as a
 //! [`Backbone`], a single expert as an [`ExpertShape`] over bytes that somebody else keeps. Used by the
-//! coordinator (backbone), the expert-nodes (experts) and the hash predictors (kernels, and the model to learn from).
+//! coordinator (backbone), the expert-nodes (experts) and the hash predictors (the model to learn from).
 //!
 //! Invariant: synchronous, no tokio and no network. Every numeric kernel computes each row by itself in a
 //! fixed order, so a row's bits do not depend on its batch, on the number of threads or on the node.
 //!
-//! In reading order. What a model is: [`error`], [`dtype`], `super_blocks`, [`config`], [`family`], and [`spec`], the model as data.
-//! Where its bytes are: [`bounded_file`], [`mistaken_file`], `weight_files`, [`manifest`], `model_name`, [`checkpoint`], [`names`], [`tokenizer`].
+//! In reading order. What a model is: [`error`], [`config`], [`family`], and [`spec`], the model as data.
+//! Where its bytes are: [`bounded_file`], [`mistaken_file`], `weight_files`, `safetensors_dtype`, [`manifest`], `model_name`, [`checkpoint`], [`names`], [`tokenizer`].
 //! How conversations become texts: [`chat_template`], `template_functions`.
 //! Its weights by block: [`position_bias`], [`backbone`], `tensor_check`. What it computes, an equation a line: [`forward`].
-//! Who computes it: [`backend`]. On the processor: arithmetic on slices in [`cpu`], by several threads in
+//! Who computes it: [`backend`]. On the processor, with the arithmetic of [`sida_kernels`]: by several threads in
 //! [`mod@side_by_side`] and `pieces`; [`spans`], [`kv_cache`], [`linear`], `loader`, `cpu_operations`, [`router`],
 //! [`cpu_backend`]. On a GPU (feature `cuda`): [`cuda`], [`device_name`] and [`precision`].
 //! Experts: [`expert`], [`expert_store`]; on another device than the processor, [`expert_device`], and in another process,
@@ -27,13 +27,11 @@ pub mod chat_template;
 pub mod checkpoint;
 pub mod config;
 pub mod convert;
-pub mod cpu;
 pub mod cpu_backend;
 mod cpu_operations;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod device_name;
-pub mod dtype;
 pub mod error;
 pub mod expert;
 pub mod expert_device;
@@ -58,12 +56,11 @@ pub mod reference;
 pub mod resident;
 mod rotary;
 pub mod router;
+mod safetensors_dtype;
 mod shards;
 pub mod side_by_side;
 pub mod spans;
 pub mod spec;
-pub mod still_wanted;
-mod super_blocks;
 pub mod synth;
 mod template_functions;
 mod tensor_check;
@@ -80,7 +77,6 @@ pub use checkpoint::{Checkpoint, TensorBytes};
 pub use config::{ModelConfig, Stack};
 pub use cpu_backend::CpuBackend;
 pub use device_name::{DeviceName, DeviceNameError};
-pub use dtype::StoredDType;
 pub use error::ModelError;
 pub use expert::{ExpertScratch, ExpertShape};
 pub use expert_device::{DeviceError, ExpertDevice, ExpertDeviceOptions, RowsOnDevice, SlotRows, SlotRun, Urgency};
@@ -91,8 +87,11 @@ pub use kv_cache::CpuSequence;
 pub use precision::{Precision, PrecisionError};
 pub use reference::{Reference, RoutedLayer};
 pub use resident::{DeviceSlots, ResidentExperts, Residents};
+pub use sida_kernels::{
+    StoredDType,
+    still_wanted::{GivenUp, StillWanted},
+};
 pub use spans::Spans;
 pub use spec::ModelSpec;
-pub use still_wanted::{GivenUp, StillWanted};
 pub use tokenizer::Tokenizer;
 pub use window::{ExpertWindow, ResultsWindow, RowsWindow, WindowHandle};

@@ -1,8 +1,8 @@
 //! A weight matrix of the backbone in the host's memory: `y = x W^T`, without bias. Keeps the checkpoint's dtypes.
 
-use crate::{
-    cpu::matmul::{MatrixRef, products_into},
-    dtype::StoredDType,
+use sida_kernels::{
+    StoredDType,
+    matmul::{MatrixRef, products_into},
 };
 
 /// W, row-major (outputs, inputs), in one or more parts, one below the other.
@@ -77,8 +77,9 @@ impl Linear {
 
 #[cfg(test)]
 mod tests {
+    use sida_kernels::arbitrary;
+
     use super::*;
-    use crate::super_blocks;
 
     #[test]
     fn parts_that_are_stored_differently_are_one_matrix() {
@@ -88,7 +89,7 @@ mod tests {
         let (mut mixed, mut wide) = (Linear::new(inputs), Linear::new(inputs));
         let mut values = Vec::new();
         for (dtype, outputs) in dtypes.into_iter().zip(outputs) {
-            let bytes = super_blocks::arbitrary(dtype, outputs * inputs, outputs);
+            let bytes = arbitrary::blocks(dtype, outputs * inputs, outputs);
             values.extend(dtype.widen(&bytes));
             mixed.push(bytes, dtype, outputs);
         }

@@ -1,12 +1,13 @@
 //! The backbone's weights in the host's memory: read out of a checkpoint, with progress, in the dtype they are stored
 //! in. Bytes are copied, so the pages they were mapped from are given back.
 
+use sida_kernels::position_bias::PositionBias;
+
 use crate::{
     Backbone, Checkpoint, ModelError, Stack,
     backbone::{Load, Memory},
     linear::Linear,
     names,
-    position_bias::PositionBias,
 };
 
 /// The host's memory.

@@ -4,11 +4,12 @@
 
 use std::{collections::BTreeSet, path::Path};
 
+use sida_kernels::lanes::LANES;
 use sida_routing::{Digest, Grouping, LayerId, Routes};
 
 use crate::{
     Backend, Beside, Checkpoint, CpuBackend, CpuSequence, ExpertStore, ModelConfig, ModelError, MoeRows, NewSequence,
-    Spans, Stack, cpu::lanes::LANES, generation::penalize_repetition, router,
+    Spans, Stack, generation::penalize_repetition, router,
 };
 
 /// A model that answers by itself.

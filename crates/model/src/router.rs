@@ -1,9 +1,10 @@
 //! Which experts a token goes to: the trained router of a block, its choice, and the capacity that some
 //! versions of transformers enforce.
 
+use sida_kernels::{elementwise::add_to, norm::softmax};
 use sida_routing::{ExpertId, Routes};
 
-use crate::{Spans, backbone::Router, cpu::norm::softmax, cpu_operations::add_to, loader::Host};
+use crate::{Spans, backbone::Router, loader::Host};
 
 impl Router<Host> {
     /// `softmax(x W^T + b)`: x (n, d_model) -> (n, experts), row-major, in float32, over whatever `probabilities` held.

@@ -10,7 +10,7 @@ use std::{
 
 use serde_json::{Map, Value, json};
 
-use crate::{ModelError, StoredDType};
+use crate::{ModelError, StoredDType, safetensors_dtype};
 
 /// Bytes of tensors per shard, at most; a larger tensor has a shard to itself.
 pub(crate) const SHARD_BYTES_MAX: u64 = 4_000_000_000;
@@ -122,7 +122,7 @@ fn header(specs: &[&TensorSpec]) -> Vec<u8> {
             metadata.insert(blocks_key(&spec.name), spec.dtype.to_string().into());
             shape.last_mut().into_iter().for_each(|inputs| *inputs = spec.dtype.bytes(*inputs));
         }
-        let dtype = format!("{:?}", spec.dtype.to_safetensors());
+        let dtype = format!("{:?}", safetensors_dtype::in_safetensors(spec.dtype));
         let entry = json!({"dtype": dtype, "shape": shape, "data_offsets": [start, end]});
         tensors.insert(spec.name.clone(), entry);
         start = end;

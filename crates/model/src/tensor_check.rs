@@ -5,10 +5,11 @@
 
 use std::sync::Arc;
 
+use sida_kernels::position_bias::PositionBias;
+
 use crate::{
     Backbone, Checkpoint, ExpertStore, ModelError,
     backbone::{Load, Memory},
-    position_bias::PositionBias,
 };
 
 impl Checkpoint {

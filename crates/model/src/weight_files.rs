@@ -14,7 +14,10 @@ use memmap2::{Advice, Mmap, UncheckedAdvice};
 use safetensors::{Dtype, SafeTensorError, SafeTensors, tensor::TensorInfo};
 use serde::Deserialize;
 
-use crate::{ModelError, StoredDType, bounded_file, manifest::is_plain_file_name, mistaken_file, shards::blocks_key};
+use crate::{
+    ModelError, StoredDType, bounded_file, manifest::is_plain_file_name, mistaken_file, safetensors_dtype,
+    shards::blocks_key,
+};
 
 /// The one file of a model that is not sharded.
 const SINGLE: &str = "model.safetensors";
@@ -131,7 +134,7 @@ impl WeightFiles {
                     })?;
                     (Some(blocks), shape)
                 }
-                None => (StoredDType::from_safetensors(info.dtype), info.shape.clone()),
+                None => (safetensors_dtype::stored(info.dtype), info.shape.clone()),
             };
             let range = data + info.data_offsets.0..data + info.data_offsets.1;
             let (file, verified) = (self.files.len(), AtomicBool::new(false));
@@ -189,7 +192,9 @@ fn of_blocks(format: &str, info: &TensorInfo) -> Result<(StoredDType, Vec<usize>
     };
     let (_, block_bytes) = blocks.block();
     match info.shape.split_last() {
-        Some((&row, outer)) if info.dtype == blocks.to_safetensors() && row.is_multiple_of(block_bytes) => {
+        Some((&row, outer))
+            if info.dtype == safetensors_dtype::in_safetensors(blocks) && row.is_multiple_of(block_bytes) =>
+        {
             Ok((blocks, [outer, &[blocks.values(row)]].concat()))
         }
         _ => {

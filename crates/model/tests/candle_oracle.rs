@@ -4,6 +4,7 @@
 use std::path::Path;
 
 use candle_core::{D, Device, Error, IndexOp, Tensor};
+use sida_kernels::position_bias::PositionBias;
 use sida_model::{
     Backbone, Checkpoint, ExpertStore, Reference, Stack,
     backbone::{Matrices, Router, Shared},
@@ -11,7 +12,6 @@ use sida_model::{
     linear::Linear,
     loader::Host,
     names,
-    position_bias::PositionBias,
     spec::{AttentionSpec, Keys, RelativeBias, Rotary},
 };
 use sida_routing::{ExpertId, ExpertKey, LayerId};

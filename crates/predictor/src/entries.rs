@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use sida_model::cpu::norm::softmax;
+use sida_kernels::norm::softmax;
 use sida_routing::{Digest, ExpertId, HashTable, LayerId, hash_table::Shape};
 
 use crate::{PredictorError, calibration::Calibration};

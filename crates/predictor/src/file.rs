@@ -10,9 +10,9 @@ use std::{
 use half::f16;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde::{Deserialize, Serialize};
+use sida_kernels::matmul::MatrixRef;
 use sida_model::{
     Stack, StoredDType, bounded_file,
-    cpu::matmul::MatrixRef,
     manifest::{parse_hex, sha256},
     mistaken_file,
 };
@@ -122,7 +122,7 @@ impl Matrix {
     }
 }
 
-/// Values in memory as a matrix for [`matmul`](sida_model::cpu::matmul::matmul).
+/// Values in memory as a matrix for [`matmul`](sida_kernels::matmul::matmul).
 pub(crate) fn matrix(values: &[f32], rows: usize, cols: usize) -> MatrixRef<'_> {
     assert_eq!(values.len(), rows * cols);
     // SAFETY: any float is four valid bytes, and they live as long as `values`. `matmul` reads a float32 matrix

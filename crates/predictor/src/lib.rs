@@ -4,7 +4,7 @@
 //! A predictor is a file beside its model, and works for that model only. Prediction never decides what is
 //! computed in `exact` mode, only what is in memory by then, so a poor one costs time and nothing else. But
 //! its own output must not depend on the batch it was computed in, as `guided` and `hash` route by it: the nets are
-//! made of the row-wise kernels of [`sida_model::cpu`] and know no padding.
+//! made of the row-wise kernels of [`sida_kernels`] and know no padding.
 //!
 //! In reading order: [`file`](mod@file) (what is stored, checked), [`state`] (a decoder's memory of its sequence and
 //! input), [`entries`] (from logits to hash tables), [`calibration`] (what a net's confidence is worth), [`table`] (a

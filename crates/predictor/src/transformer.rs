@@ -9,13 +9,11 @@
 use std::ops::Range;
 
 use half::f16;
-use sida_model::{
-    Stack,
-    cpu::{
-        matmul::matmul,
-        norm::{rms_norm, softmax},
-    },
+use sida_kernels::{
+    matmul::matmul,
+    norm::{rms_norm, softmax},
 };
+use sida_model::Stack;
 
 use crate::{
     PredictorError,

@@ -10,7 +10,7 @@ use serde_json::json;
 
 use super::*;
 use crate::{
-    Checkpoint, Reference, RoutedLayer, StoredDType, names,
+    Checkpoint, Reference, RoutedLayer, StoredDType, names, safetensors_dtype,
     synth::{CausalShape, SwitchShape, SynthShape, synth},
 };
 
@@ -23,7 +23,7 @@ fn values(dir: &Path) -> BTreeMap<String, (String, Vec<f32>)> {
     let bytes = fs::read(dir.join("model.safetensors")).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let widen = |view: safetensors::tensor::TensorView<'_>| {
-        let dtype = StoredDType::from_safetensors(view.dtype()).unwrap();
+        let dtype = safetensors_dtype::stored(view.dtype()).unwrap();
         (format!("{dtype}{:?}", view.shape()), dtype.widen(view.data()))
     };
     file.tensors().into_iter().map(|(name, view)| (name, widen(view))).collect()

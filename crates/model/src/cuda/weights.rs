@@ -3,6 +3,7 @@
 
 use bytemuck::{Pod, cast_slice};
 use half::bf16;
+use sida_kernels::position_bias::PositionBias;
 
 use super::{buffer::DeviceBuffer, device::Gpu, error::CudaError};
 use crate::{
@@ -10,7 +11,6 @@ use crate::{
     backbone::{Load, Memory},
     block_matrix,
     expert_slot::Layout,
-    position_bias::PositionBias,
     spec::{BlockSpec, FeedForwardSpec},
 };
 

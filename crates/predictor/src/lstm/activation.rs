@@ -1,6 +1,6 @@
-//! Sigmoid, tanh and an LSTM cell on [`exp`](sida_model::cpu::exp), which is the same on every machine.
+//! Sigmoid, tanh and an LSTM cell on [`exp`](sida_kernels::exp), which is the same on every machine.
 
-use sida_model::cpu::{
+use sida_kernels::{
     exp::exp,
     lanes::{Kernel, Lanes, run},
 };

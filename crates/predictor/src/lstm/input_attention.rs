@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use sida_model::cpu::{matmul::matmul, norm::softmax};
+use sida_kernels::{matmul::matmul, norm::softmax};
 
 use crate::{
     PredictorError,

@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use sida_model::cpu::matmul::matmul;
+use sida_kernels::matmul::matmul;
 
 use super::activation;
 use crate::{

@@ -3,7 +3,8 @@
 use std::{ops::Range, sync::Arc};
 
 use half::f16;
-use sida_model::{Stack, cpu::matmul::matmul};
+use sida_kernels::matmul::matmul;
+use sida_model::Stack;
 
 use super::{
     ATTENTION_WINDOW,

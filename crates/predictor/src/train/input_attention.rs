@@ -7,7 +7,7 @@ use std::{ops::Range, sync::OnceLock};
 use candle_core::{CpuStorage, CustomOp3, Device, Layout, Result, Shape, Tensor, Var, bail};
 use half::f16;
 use rand::rngs::StdRng;
-use sida_model::cpu::{lanes, norm::softmax};
+use sida_kernels::{lanes, norm::softmax};
 
 use super::{
     lstm_net::{uniform, values},

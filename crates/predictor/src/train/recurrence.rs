@@ -5,7 +5,7 @@
 use std::sync::OnceLock;
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
-use sida_model::cpu::{
+use sida_kernels::{
     lanes::{Kernel, Lanes, run},
     matmul::matmul,
 };

@@ -7,12 +7,12 @@ use std::{
 
 use half::f16;
 use safetensors::Dtype;
+use sida_kernels::dtype::BLOCK;
 
 use super::scheme::{Form, Layout, Scheme};
 use crate::{
     ModelError, StoredDType, blocks,
     convert::ConvertError,
-    dtype::BLOCK,
     shards::TensorSpec,
     weight_files::{StoredTensor, WeightFiles},
 };

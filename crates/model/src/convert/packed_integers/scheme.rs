@@ -4,8 +4,9 @@
 use std::path::Path;
 
 use serde_json::{Value, json};
+use sida_kernels::dtype::BLOCK;
 
-use crate::{ModelError, dtype::BLOCK};
+use crate::ModelError;
 
 /// How integers are packed, and what the tensors of a matrix are called.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
+use sida_kernels::norm::softmax;
 use sida_routing::{LayerId, Routes};
 
 use super::{Current, DeviceDense};
 use crate::{
     CacheSize, ModelConfig, ModelError, PassedLayer, ResidentExperts, RowsOnDevice, RowsWindow, Spans, Stack,
     backend::{Backend, Beside, MoeRows, NewSequence, Passed, Wanted},
-    cpu::norm::softmax,
     cuda::{
         pass::BatchShape,
         recorded::Recordings,

@@ -63,7 +63,7 @@ mod x86 {
     use std::arch::x86_64::*;
 
     use super::{BlockLoads, LANES, SCALE_BYTES, Scales};
-    use crate::cpu::lanes::{Avx2, Avx512};
+    use crate::lanes::{Avx2, Avx512};
 
     /// What the halves of a byte stand for in a Q4_0 block whose scale is 1.
     static Q4_VALUES: [f32; LANES] = [-8., -7., -6., -5., -4., -3., -2., -1., 0., 1., 2., 3., 4., 5., 6., 7.];

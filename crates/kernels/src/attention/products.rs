@@ -3,7 +3,7 @@
 #![allow(clippy::needless_range_loop, reason = "a tile is indexed by row and column")]
 
 use super::HeadRows;
-use crate::cpu::lanes::{LANES, Lanes};
+use crate::lanes::{LANES, Lanes};
 
 /// `scores[r][key + c] = q[r] . k[key + c]`, each in the order of `dot_lanes`.
 #[inline(always)]

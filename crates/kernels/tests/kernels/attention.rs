@@ -1,8 +1,11 @@
-//! Of [`super::Attention`]: what it computes, and that nothing but its own row changes a bit.
+//! Attention: what it computes, and that nothing but its own row changes a bit.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::*;
+use sida_kernels::{
+    attention::{Attention, HeadRows, QUERIES_PER_TASK, Sequence},
+    still_wanted::{GivenUp, StillWanted},
+};
 
 /// As T5's, without a bias.
 fn of_t5(heads: usize, d_kv: usize, causal: bool) -> Attention<'static> {

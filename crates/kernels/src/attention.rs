@@ -8,25 +8,24 @@
 #![allow(clippy::needless_range_loop, reason = "a tile is indexed by row and column")]
 
 mod products;
-#[cfg(test)]
-mod tests;
 
 use std::cell::RefCell;
 
 use rayon::prelude::*;
 
 use self::products::{dots, weighted_sum};
-use super::{
+use crate::{
     lanes::{self, Kernel, LANES, Lanes},
     norm::softmax_row,
     panel,
+    position_bias::PositionBias,
+    still_wanted::{GivenUp, StillWanted},
 };
-use crate::{GivenUp, StillWanted, position_bias::PositionBias};
 
 /// Less than this runs on the calling thread: waking another costs more than it saves.
 const PARALLEL_MACS_MIN: usize = 400_000;
-/// Queries per piece of parallel work.
-const QUERIES_PER_TASK: usize = 48;
+/// Queries per piece of parallel work; before each it is asked whether anybody still waits.
+pub const QUERIES_PER_TASK: usize = 48;
 /// Queries at a time at most.
 const TILE_ROWS_MAX: usize = 6;
 

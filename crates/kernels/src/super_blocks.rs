@@ -10,7 +10,7 @@ use std::array;
 use half::f16;
 
 /// Values of a super-block.
-pub(crate) const SUPER_BLOCK: usize = 256;
+pub const SUPER_BLOCK: usize = 256;
 /// Values whose scales and bytes are found together.
 pub(crate) const PART: usize = 32;
 
@@ -85,59 +85,4 @@ pub(crate) fn widen_q6_k(block: &[u8; q6_k::BYTES], out: &mut [f32; SUPER_BLOCK]
 
 fn unit(block: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
-}
-
-/// Super-blocks of all kinds of bytes, but for scales, which are numbers of an ordinary size.
-#[cfg(test)]
-pub(crate) fn arbitrary(dtype: crate::StoredDType, values: usize, seed: usize) -> Vec<u8> {
-    use crate::StoredDType::{Q4_0, Q4K, Q6K, Q8_0};
-    let mut state = seed as u64 + 1;
-    let mut random = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 40) as u32
-    };
-    let mut bytes: Vec<u8> = (0..dtype.bytes(values)).map(|_| random() as u8).collect();
-    let scales: &[usize] = match dtype {
-        Q8_0 | Q4_0 => &[0],
-        Q4K => &[0, q4_k::MIN_AT],
-        Q6K => &[q6_k::UNIT_AT],
-        whole => panic!("{whole} has no blocks"),
-    };
-    for block in bytes.chunks_exact_mut(dtype.block().1) {
-        for &at in scales {
-            let scale = f16::from_f32((random() % 2001) as f32 / 50_000.0 - 0.02);
-            block[at..at + 2].copy_from_slice(&scale.to_le_bytes());
-        }
-    }
-    bytes
-}
-
-#[cfg(test)]
-mod tests {
-    use candle_core::{
-        Device,
-        quantized::{GgmlDType, QStorage, QTensor},
-    };
-
-    use super::*;
-    use crate::StoredDType;
-
-    #[test]
-    fn values_are_those_of_another_implementation() {
-        // Would break: files of others would be read as something else than they hold.
-        for (dtype, candle) in [
-            (StoredDType::Q8_0, GgmlDType::Q8_0),
-            (StoredDType::Q4_0, GgmlDType::Q4_0),
-            (StoredDType::Q4K, GgmlDType::Q4K),
-            (StoredDType::Q6K, GgmlDType::Q6K),
-        ] {
-            let values = 50 * SUPER_BLOCK;
-            let bytes = arbitrary(dtype, values, 3);
-            let storage = QStorage::from_data(bytes.clone().into(), &Device::Cpu, candle).unwrap();
-            let expected = QTensor::new(storage, values).unwrap().dequantize(&Device::Cpu).unwrap();
-            let expected: Vec<u32> = expected.to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect();
-            let found: Vec<u32> = dtype.widen(&bytes).into_iter().map(f32::to_bits).collect();
-            assert!(found == expected, "{dtype}");
-        }
-    }
 }

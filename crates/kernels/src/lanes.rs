@@ -5,6 +5,8 @@
 //! on its hot path must inline into `run`'s function, which alone is compiled for the features: loops, not
 //! closures handed to library functions.
 
+use std::sync::atomic::{AtomicU8, Ordering};
+
 use super::{block_loads::BlockLoads, super_block_loads::SuperBlockLoads};
 
 /// How many floats a vector holds, on every machine.
@@ -94,42 +96,73 @@ pub trait Kernel {
     unsafe fn run<L: Lanes>(self) -> Self::Output;
 }
 
+/// A kind of vectors. All of them give the same bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Vectors {
+    /// Arrays, on any machine.
+    Portable = 1,
+    /// AVX2 with FMA.
+    Avx2,
+    /// AVX-512F.
+    Avx512,
+}
+
+/// What kernels run with, as a number; 0 until the first one does. Invariant: a kind that this machine has.
+static CHOSEN: AtomicU8 = AtomicU8::new(0);
+
+impl Vectors {
+    /// Those of this machine, the widest last.
+    pub fn of_this_machine() -> Vec<Self> {
+        let mut kinds = vec![Self::Portable];
+        #[cfg(target_arch = "x86_64")]
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            kinds.push(Self::Avx2);
+            if is_x86_feature_detected!("avx512f") {
+                kinds.push(Self::Avx512);
+            }
+        }
+        kinds
+    }
+
+    /// Lets all kernels of the process run with this kind from now on, instead of the widest: for tests of what machines
+    /// without it compute. Panics unless this machine has it.
+    pub fn choose(self) {
+        assert!(Self::of_this_machine().contains(&self), "this machine has no {self:?}");
+        CHOSEN.store(self as u8, Ordering::Relaxed);
+    }
+
+    #[inline]
+    fn chosen() -> Self {
+        let chosen = CHOSEN.load(Ordering::Relaxed);
+        let is = |kind: &Self| *kind as u8 == chosen;
+        match [Self::Avx512, Self::Avx2, Self::Portable].into_iter().find(is) {
+            Some(kind) => kind,
+            None => Self::choose_widest(),
+        }
+    }
+
+    #[cold]
+    fn choose_widest() -> Self {
+        let widest = Self::of_this_machine().pop().unwrap_or(Self::Portable);
+        widest.choose();
+        widest
+    }
+}
+
 /// Runs a kernel with the widest vectors this machine has.
 #[inline]
 pub fn run<K: Kernel>(kernel: K) -> K::Output {
-    #[cfg(target_arch = "x86_64")]
-    {
-        if is_x86_feature_detected!("avx512f") {
-            // SAFETY: AVX-512F was just detected.
-            return unsafe { x86::run_avx512(kernel) };
-        }
-        if has_avx2() {
-            // SAFETY: just detected.
-            return unsafe { x86::run_avx2(kernel) };
-        }
+    match Vectors::chosen() {
+        // SAFETY: only a kind of this machine is ever chosen.
+        #[cfg(target_arch = "x86_64")]
+        Vectors::Avx512 => unsafe { x86::run_avx512(kernel) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Vectors::Avx2 => unsafe { x86::run_avx2(kernel) },
+        // SAFETY: the portable lanes need no features.
+        _ => unsafe { kernel.run::<Portable>() },
     }
-    // SAFETY: the portable lanes need no features.
-    unsafe { kernel.run::<Portable>() }
-}
-
-/// AVX2 and what comes with it.
-#[cfg(target_arch = "x86_64")]
-fn has_avx2() -> bool {
-    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")
-}
-
-/// Runs a kernel once with each kind of vectors that this machine has.
-#[cfg(test)]
-pub(super) fn run_each<K: Kernel>(kernel: impl Fn() -> K) -> Vec<K::Output> {
-    // SAFETY: the portable lanes need no features.
-    let mut outputs = vec![unsafe { kernel().run::<Portable>() }];
-    #[cfg(target_arch = "x86_64")]
-    if has_avx2() {
-        // SAFETY: just detected.
-        outputs.push(unsafe { x86::run_avx2(kernel()) });
-    }
-    outputs.push(run(kernel()));
-    outputs
 }
 
 /// The dot product of two slices of one length.
@@ -238,6 +271,3 @@ pub(super) use x86::{Avx2, Avx512};
 
 #[cfg(target_arch = "x86_64")]
 mod x86;
-
-#[cfg(test)]
-mod tests;

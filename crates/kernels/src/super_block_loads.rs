@@ -133,7 +133,7 @@ mod x86 {
     use std::arch::x86_64::*;
 
     use super::{Factors, LANES, PART, SuperBlockLoads, product};
-    use crate::cpu::lanes::{Avx2, Avx512};
+    use crate::lanes::{Avx2, Avx512};
 
     /// What 4 bits stand for.
     static HALVES: [f32; LANES] = [0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.];

@@ -8,16 +8,15 @@
 use std::fmt;
 
 use half::f16;
-use safetensors::Dtype;
 
 use crate::super_blocks::{self, SUPER_BLOCK, q4_k, q6_k};
 
 /// Values of a block that share a scale.
-pub(crate) const BLOCK: usize = 32;
+pub const BLOCK: usize = 32;
 /// Bytes of a block's scale, a binary16, which comes first.
-pub(crate) const SCALE_BYTES: usize = 2;
+pub const SCALE_BYTES: usize = 2;
 /// Added to the integers of a Q4_0 block, so that they are none below 0.
-pub(crate) const Q4_ZERO: i8 = 8;
+pub const Q4_ZERO: i8 = 8;
 
 /// How checkpoints of the supported families store weights; little-endian.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -44,7 +43,7 @@ impl StoredDType {
     pub const BLOCKS: [Self; 4] = [Self::Q8_0, Self::Q4_0, Self::Q4K, Self::Q6K];
 
     /// How many values stand together, and the bytes that they take.
-    pub(crate) const fn block(self) -> (usize, usize) {
+    pub const fn block(self) -> (usize, usize) {
         match self {
             Self::F32 => (1, 4),
             Self::BF16 | Self::F16 => (1, 2),
@@ -70,27 +69,6 @@ impl StoredDType {
     pub fn values(self, bytes: usize) -> usize {
         let (block_values, block_bytes) = self.block();
         bytes / block_bytes * block_values
-    }
-
-    /// The stored dtype of a safetensors dtype; `None` for one that holds no weights of ours (integers, FP8), or that does
-    /// not say alone what it holds (bytes).
-    pub fn from_safetensors(dtype: Dtype) -> Option<Self> {
-        match dtype {
-            Dtype::F32 => Some(Self::F32),
-            Dtype::BF16 => Some(Self::BF16),
-            Dtype::F16 => Some(Self::F16),
-            _ => None,
-        }
-    }
-
-    /// What safetensors calls it. Blocks are bytes there.
-    pub fn to_safetensors(self) -> Dtype {
-        match self {
-            Self::F32 => Dtype::F32,
-            Self::BF16 => Dtype::BF16,
-            Self::F16 => Dtype::F16,
-            Self::Q8_0 | Self::Q4_0 | Self::Q4K | Self::Q6K => Dtype::U8,
-        }
     }
 
     /// Appends `bytes`, values of this dtype, to `values` as float32. Every value is what it is defined to be.
