@@ -21,7 +21,7 @@ use crate::{
 /// The formats that blocks are made in. Others are read only.
 const MADE: [StoredDType; 2] = [StoredDType::Q8_0, StoredDType::Q4_0];
 /// Values that become blocks at a time.
-const CHUNK_VALUES: usize = if cfg!(test) { 1 << 16 } else { 4 << 20 };
+const CHUNK_VALUES: usize = if cfg!(test) { 4 * PIECE_VALUES } else { 4 << 20 };
 /// Values that one thread makes blocks of at a time.
 const PIECE_VALUES: usize = 64 << 10;
 /// What the value farthest from 0 may become in a Q4_0 block: -8, or a little less or more, with the values beyond cut. One
@@ -272,7 +272,7 @@ mod tests {
             assert!(written(&values, piece).unwrap() == expected, "pieces of {piece}");
         }
         values[CHUNK_VALUES + 1] = f32::NAN;
-        let error = written(&values, 1 << 14).unwrap_err().to_string();
+        let error = written(&values, 1 << 16).unwrap_err().to_string();
         assert!(error.contains("tensor w holds"), "{error}");
     }
 }
