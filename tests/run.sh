@@ -66,50 +66,57 @@ done
 for role in cli cluster coordinator examples expert-node model predictor-node rpc telemetry tests; do
     soon+=(--config "profile.release.package.sida-$role.opt-level=0")
 done
-stage "the tests, with the examples in comments and those of examples/; the chart's text beside them"
-mkdir -p target
+tests=(cargo test "${soon[@]}" --release --workspace --all-features --locked)
+
 chart_text() {
     for test in chart values weights releases fetch dashboards pictures; do
         "$tools/bin/python" "tests/chart/test_$test.py"
     done
     [[ -z ${SIDA_CUSTOM_RESOURCES:-} ]] || "$tools/bin/python" tests/chart/custom_resources.py
 }
-chart_text >target/chart-text.log 2>&1 &
-chart=$!
-cargo test "${soon[@]}" --release --workspace --all-features --locked
-if ! wait $chart; then
-    cat target/chart-text.log
-    exit 1
-fi
 
-stage "OpenAI's and Triton's clients against the binary that the tests have built"
-"$tools/bin/python" tests/openai/test_openai.py
-"$tools/bin/python" tests/open_inference/test_triton.py
-
-# Every run takes the binary of the tests above for the Dockerfile's run-time stage; SIDA_IMAGE_TEST=1 builds both variants as
-# they are written, each as long as a release build from nothing.
 with_containers() { [[ $EUID -eq 0 && ${SIDA_CONTAINERS:-1} != 0 ]]; }
-stage "the chart's pods, as processes of the binary that the tests have built; the image of it beside them"
-if with_containers && [[ -z ${SIDA_IMAGE_TEST:-} ]]; then
-    SIDA_IMAGE_BINARY=target/release/sida "$tools/bin/python" tests/image/in_podman.py >target/image.log 2>&1 &
-    image=$!
-fi
-if [[ $EUID -eq 0 ]]; then
-    "$tools/bin/python" tests/chart/test_cluster.py
-else
-    sudo "$tools/bin/python" tests/chart/test_cluster.py
-fi
 
-stage "containers"
-# The image as a container, the chart's pods as containers of it, compose.yaml.
-if with_containers; then
-    if [[ -n ${SIDA_IMAGE_TEST:-} ]]; then
+# What asks the binary that the tests have built. Every run takes that binary for the Dockerfile's run-time stage;
+# SIDA_IMAGE_TEST=1 builds both variants of the image as they are written, each as long as a release build from nothing.
+of_the_binary() {
+    stage "OpenAI's and Triton's clients"
+    "$tools/bin/python" tests/openai/test_openai.py
+    "$tools/bin/python" tests/open_inference/test_triton.py
+
+    stage "the chart's pods, as processes"
+    as_root=(); [[ $EUID -eq 0 ]] || as_root=(sudo)
+    "${as_root[@]}" "$tools/bin/python" tests/chart/test_cluster.py
+
+    # The image as a container, the chart's pods as containers of it, compose.yaml.
+    if with_containers; then
+        stage "containers"
+        [[ -n ${SIDA_IMAGE_TEST:-} ]] || export SIDA_IMAGE_BINARY=target/release/sida
         "$tools/bin/python" tests/image/in_podman.py
-    elif ! wait $image; then
-        cat target/image.log
-        exit 1
+        "$tools/bin/python" tests/image/test_pods.py
+        "$tools/bin/python" tests/image/test_compose.py
     fi
-    "$tools/bin/python" tests/image/test_pods.py
-    "$tools/bin/python" tests/image/test_compose.py
-fi
+    stage "the binary is tested"
+}
+
+mkdir -p target
+beside() { "$1" >"target/$1.log" 2>&1 & }
+ended() { # what, its process
+    local failed=0
+    wait "$2" || failed=$?
+    cat "target/$1.log"
+    return "$failed"
+}
+
+stage "building the tests; the chart's text beside them"
+beside chart_text; process=$!
+"${tests[@]}" --no-run
+ended chart_text "$process"
+
+stage "the tests, with the examples in comments and those of examples/; the binary as its users have it beside them"
+beside of_the_binary; process=$!
+failed=0
+"${tests[@]}" || failed=$?
+ended of_the_binary "$process"
 stage "done"
+exit "$failed"
