@@ -114,7 +114,8 @@ impl PredictorService {
     /// A permit for one more call.
     fn admit_call(&self) -> Result<SemaphorePermit<'_>, Fault> {
         let calls_max = self.inner.limits.calls_max;
-        let full = |_| Fault::new(Reason::QueueFull, format!("{calls_max} calls are waiting")).with("calls_max", calls_max);
+        let full =
+            |_| Fault::new(Reason::QueueFull, format!("{calls_max} calls are waiting")).with("calls_max", calls_max);
         self.inner.calls.try_acquire().map_err(full)
     }
 

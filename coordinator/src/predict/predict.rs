@@ -22,7 +22,11 @@ use sida_telemetry::TraceContext;
 
 use crate::{
     answer::routing_mode::RoutingMode,
-    predict::{noted_labels::{self, NotedLabels}, remote_predictor::RemotePredictor, teacher::Teacher},
+    predict::{
+        noted_labels::{self, NotedLabels},
+        remote_predictor::RemotePredictor,
+        teacher::Teacher,
+    },
 };
 
 /// The source of hash tables.

@@ -40,7 +40,11 @@ impl LearnArguments {
     ) -> anyhow::Result<(Arc<dyn HashPredictor>, Option<LearnConfig>)> {
         let dir = match (&self.learn_dir, self.learn) {
             (Some(dir), true) => dir.clone(),
-            (None, true) => return Err(BadConfiguration::new("--learn needs --learn-dir, a directory to keep what is learnt").into()),
+            (None, true) => {
+                return Err(
+                    BadConfiguration::new("--learn needs --learn-dir, a directory to keep what is learnt").into()
+                );
+            }
             (_, false) => return Ok((predictor::open(&file, checkpoint)?, None)),
         };
         let (file, predictor) = match learnt(&dir, checkpoint) {
@@ -64,7 +68,10 @@ fn learnt(dir: &Path, checkpoint: &Arc<Checkpoint>) -> Option<(PathBuf, Arc<dyn 
             Some((file, predictor))
         }
         Err(error) => {
-            tracing::warn!(error = format!("{error:#}"), "what was learnt from traffic cannot be used, and begins anew");
+            tracing::warn!(
+                error = format!("{error:#}"),
+                "what was learnt from traffic cannot be used, and begins anew"
+            );
             None
         }
     }

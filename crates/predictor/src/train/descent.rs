@@ -90,8 +90,7 @@ impl Descent<'_> {
         for _ in 0..options.epochs {
             for batches in batches(recorded, batch_tokens, random).chunks(workers.len()) {
                 let tokens = tokens(recorded, batches);
-                let (loss, mut gradients) =
-                    gradients(net, recorded, num_experts, batches, tokens * layers, workers)?;
+                let (loss, mut gradients) = gradients(net, recorded, num_experts, batches, tokens * layers, workers)?;
                 clip(&weights, &mut gradients)?;
                 let progress = tokens_done as f64 / tokens_total as f64;
                 optimizer.set_learning_rate(options.learning_rate * schedule(progress));

@@ -44,13 +44,17 @@ fn trainable(path: &Path, shape: &PredictorShape) -> Result<TransformerInTrainin
     let refuse = |reason: String| Err(PredictorError::NotTrainable { path: path.to_owned(), reason });
     let mut file = PredictorFile::read(path, shape.clone())?;
     if shape.encoder_layers.is_empty() {
-        return refuse("only an encoder's net can learn from traffic, and this model has no encoder with experts".to_owned());
+        return refuse(
+            "only an encoder's net can learn from traffic, and this model has no encoder with experts".to_owned(),
+        );
     }
     match file.metadata.net {
         Net::Transformer => TransformerInTraining::from_file(&mut file),
         Net::Lstm | Net::Table => {
             let net = file.metadata.net.name();
-            refuse(format!("its net is `{net}`, and only a `transformer` can; `sida train-predictor --net transformer` trains one"))
+            refuse(format!(
+                "its net is `{net}`, and only a `transformer` can; `sida train-predictor --net transformer` trains one"
+            ))
         }
     }
 }
@@ -69,7 +73,9 @@ pub fn further(
     crate::open_shape(from, shape.clone(), model)?;
     let [learnt, tested] = [learnt, tested].map(|labels| recording(shape, model, labels));
     if learnt.encoder.tokens() == 0 || tested.encoder.tokens() == 0 {
-        return Err(PredictorError::Texts { reason: "labels to learn from and others to test with are both needed".to_owned() });
+        return Err(PredictorError::Texts {
+            reason: "labels to learn from and others to test with are both needed".to_owned(),
+        });
     }
     let net = trainable(from, shape)?;
     let (epochs, batch_tokens) = (options.epochs, options.batch_tokens);

@@ -198,7 +198,9 @@ impl Block {
         let (inner, _) = extent(file, &part("up"))?;
         let of_heads = [heads, width / heads, width];
         let by_distance = file.floats(&part("distances"), &[heads, distances])?;
-        let mut norm = |name| Var::from_vec(file.floats(&part(name), &[width])?, width, &Device::Cpu).map_err(PredictorError::from);
+        let mut norm = |name| {
+            Var::from_vec(file.floats(&part(name), &[width])?, width, &Device::Cpu).map_err(PredictorError::from)
+        };
         let (attention_norm, linear_norm) = (norm("attention_norm")?, norm("linear_norm")?);
         let mut weights = |name, shape: &[usize]| transposed(file, &part(name), shape);
         Ok(Self {
