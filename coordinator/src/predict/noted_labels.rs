@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use sida_model::router;
+use sida_predictor::entries::top_k;
 use sida_routing::{ExpertId, Labels, LabelsExtent, LayerId};
 
 /// Experts that are kept of each token and layer, as many as `sida train-predictor` keeps.
@@ -31,8 +31,12 @@ impl NotedLabels {
     pub(crate) fn note(&mut self, layer: LayerId, probabilities: &[f32]) {
         // Layers come in order, or what was noted is of no use and never becomes labels.
         if usize::from(layer.0) == usize::from(self.layers.start) + self.noted.len() {
-            let routes = router::routes(KEPT, false, probabilities, self.num_experts);
-            self.noted.push((routes.experts.into_iter().flatten().collect(), routes.weights));
+            let (rows, kept) = (probabilities.chunks_exact(self.num_experts), KEPT.min(self.num_experts));
+            let mut experts = vec![ExpertId(0); rows.len() * kept];
+            let mut likeliest = vec![0.0; experts.len()];
+            let entries = experts.chunks_exact_mut(kept).zip(likeliest.chunks_exact_mut(kept));
+            rows.zip(entries).for_each(|(row, (experts, likeliest))| top_k(row, experts, likeliest));
+            self.noted.push((experts, likeliest));
         }
     }
 
