@@ -144,8 +144,18 @@ impl Shared {
     }
 }
 
+/// Has the system prefer those that serve to this thread and those that it starts, where processors are short.
+fn stand_back() {
+    // Elsewhere it would be the whole process.
+    #[cfg(target_os = "linux")]
+    if let Err(error) = rustix::process::setpriority_process(None, 10) {
+        tracing::warn!(%error, "learning from traffic competes with what serves");
+    }
+}
+
 impl Learns {
     fn run(&mut self) {
+        stand_back();
         while let Some(parts) = self.shared.next() {
             let outcome = match catch_unwind(AssertUnwindSafe(|| self.learn(&parts))) {
                 Ok(Ok(outcome)) => outcome,
