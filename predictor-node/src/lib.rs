@@ -41,9 +41,10 @@ pub async fn run(
     if !cluster.members_of(Role::PredictorNode).iter().any(|member| member.node == node) {
         return Err(PredictorNodeError::NotAMember { node });
     }
-    tracing::info!(%node, net = predictor.net(), model = %predictor.model_digest(), "serving the hash predictor");
+    let (net, model) = (predictor.net().to_owned(), predictor.model_digest());
     let serving = Arc::new(Serving::new(predictor));
     let learner = learn.map(|learn| Learner::start(learn, serving.clone(), shape.clone())).transpose()?.map(Arc::new);
+    tracing::info!(%node, net, %model, learns = learner.is_some(), "serving the hash predictor");
     let service = PredictorService::new(serving, learner, shape, limits);
     let checked = service.clone();
     let grpc = PredictorServer::new(service)

@@ -28,13 +28,13 @@ fn learns(cluster: &Path) -> (Learns, Arc<dyn HashPredictor>) {
 }
 
 /// Sequences of 24 tokens whose experts in each layer are those of `expert(sequence, layer, token)`.
-fn labels(sequences: &[Vec<u32>], expert: impl Fn(usize, u16, usize) -> ExpertId) -> Vec<Labels> {
+fn labels(sequences: &[Vec<u32>], expert: impl Fn(usize, u16, usize) -> ExpertId) -> Vec<Arc<Labels>> {
     let extent = LabelsExtent { layers: 3, num_experts: 64, kept: 1 };
     let of_sequence = |(at, tokens): (usize, &Vec<u32>)| {
         let entries = (0..tokens.len()).flat_map(|token| (0..3).map(move |layer| (layer, token)));
         let experts: Vec<_> = entries.map(|(layer, token)| expert(at, layer, token)).collect();
         let probabilities = vec![0.9; experts.len()];
-        Labels::new(tokens.clone(), extent, experts, probabilities).unwrap()
+        Arc::new(Labels::new(tokens.clone(), extent, experts, probabilities).unwrap())
     };
     sequences.iter().enumerate().map(of_sequence).collect()
 }

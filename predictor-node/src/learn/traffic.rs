@@ -1,13 +1,13 @@
 //! The newest labels, within a bound.
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, sync::Arc};
 
 use sida_routing::{Labels, learning::Learning};
 
 /// A ring of labelled sequences, the oldest first.
 pub(crate) struct Traffic {
     learning: Learning,
-    sequences: VecDeque<Labels>,
+    sequences: VecDeque<Arc<Labels>>,
     /// Of all sequences. Invariant: at most `learning.tokens_max`.
     tokens: usize,
     /// Tokens that came since it was last time to learn.
@@ -16,8 +16,8 @@ pub(crate) struct Traffic {
 
 /// What a net learns from, and what it is tested on, which is newer.
 pub(crate) struct Parts {
-    pub(crate) learnt: Vec<Labels>,
-    pub(crate) tested: Vec<Labels>,
+    pub(crate) learnt: Vec<Arc<Labels>>,
+    pub(crate) tested: Vec<Arc<Labels>>,
 }
 
 impl Traffic {
@@ -34,7 +34,7 @@ impl Traffic {
     pub(crate) fn push(&mut self, labels: Labels) {
         self.tokens += labels.tokens().len();
         self.new += labels.tokens().len();
-        self.sequences.push_back(labels);
+        self.sequences.push_back(Arc::new(labels));
         while self.tokens > self.learning.tokens_max
             && let Some(oldest) = self.sequences.pop_front()
         {
@@ -76,7 +76,7 @@ mod tests {
             traffic.push(labels(number, 2));
             assert!(traffic.tokens() <= 24);
             if let Some(Parts { learnt, tested }) = traffic.due() {
-                let numbers = |part: &[Labels]| part.iter().map(|labels| labels.tokens()[0]).collect::<Vec<_>>();
+                let numbers = |part: &[Arc<Labels>]| part.iter().map(|labels| labels.tokens()[0]).collect::<Vec<_>>();
                 trainings.push((numbers(&learnt), numbers(&tested)));
             }
         }

@@ -1,5 +1,7 @@
 //! Two predictors of an encoder beside each other, on what routers chose.
 
+use std::sync::Arc;
+
 use sida_routing::{HashTable, Labels, LayerId, learning::Gain};
 
 use super::descent;
@@ -27,7 +29,7 @@ pub fn compare(
     serving: &dyn HashPredictor,
     candidate: &dyn HashPredictor,
     shape: &PredictorShape,
-    sequences: &[Labels],
+    sequences: &[Arc<Labels>],
 ) -> Result<Compared, PredictorError> {
     let worker = descent::workers(1)?;
     worker[0].install(|| {
@@ -51,10 +53,14 @@ struct Hits {
     any: i64,
 }
 
-fn hits(predictor: &dyn HashPredictor, shape: &PredictorShape, labels: &[Labels]) -> Result<Vec<Hits>, PredictorError> {
+fn hits(
+    predictor: &dyn HashPredictor,
+    shape: &PredictorShape,
+    labels: &[Arc<Labels>],
+) -> Result<Vec<Hits>, PredictorError> {
     let layers = &shape.encoder_layers;
-    let tables = predictor.encode(&labels.iter().map(Labels::tokens).collect::<Vec<_>>())?;
-    let of_sequence = |(labels, table): (&Labels, &HashTable)| {
+    let tables = predictor.encode(&labels.iter().map(|labels| labels.tokens()).collect::<Vec<_>>())?;
+    let of_sequence = |(labels, table): (&Arc<Labels>, &HashTable)| {
         let mut hits = Hits { first: 0, any: 0 };
         for (at, routed) in labels.experts().chunks_exact(labels.kept()).enumerate() {
             let (token, layer) = (at / layers.len(), LayerId(layers.start + (at % layers.len()) as u16));

@@ -60,12 +60,13 @@ fn trainable(path: &Path, shape: &PredictorShape) -> Result<TransformerInTrainin
 }
 
 /// Lets the predictor in the file `from` learn on from `learnt`, measures it with `tested`, which it has not seen, and writes it
-/// to `to`; returns it as it would serve. `on_step` is called after each step, and may break it off, which is [`PredictorError::GivenUp`]. Computes on one
-/// thread, where candle is kept from starting others (see [`train`](super::train())).
+/// to `to`; returns it as it would serve. `on_step` is called after each step, and may break it off, which is
+/// [`PredictorError::GivenUp`]. Computes on one thread, where candle is kept from starting others (see
+/// [`train`](super::train())).
 pub fn further(
     from: &Path,
     (shape, model): (&PredictorShape, Digest),
-    (learnt, tested): (&[Labels], &[Labels]),
+    (learnt, tested): (&[Arc<Labels>], &[Arc<Labels>]),
     options: &FurtherOptions,
     to: &Path,
     on_step: &mut dyn FnMut(TrainProgress) -> ControlFlow<()>,
@@ -94,7 +95,7 @@ pub fn further(
 }
 
 /// Labels of an encoder, as if the model had been run here.
-fn recording(shape: &PredictorShape, model: Digest, labels: &[Labels]) -> Recording {
+fn recording(shape: &PredictorShape, model: Digest, labels: &[Arc<Labels>]) -> Recording {
     let [encoder, decoder] = [labels, &[]].map(StackRecording::of_labels);
     Recording { model, shape: shape.clone(), encoder, decoder }
 }
@@ -114,19 +115,19 @@ mod tests {
     };
 
     /// What a recording says of the encoder, with its experts renamed by `turn`.
-    fn labels(sequences: usize, seed: u64, turn: u16) -> Vec<Labels> {
+    fn labels(sequences: usize, seed: u64, turn: u16) -> Vec<Arc<Labels>> {
         let StackRecording { kept, sequences, experts, probabilities, .. } = recording(sequences, seed).encoder;
         let extent = LabelsExtent { layers: 2, num_experts: 4, kept };
         let of_sequence = |((tokens, experts), probabilities): ((_, Vec<ExpertId>), _)| {
             let turned = experts.into_iter().map(|expert| ExpertId((expert.0 + turn) % 4)).collect();
-            Labels::new(tokens, extent, turned, probabilities).unwrap()
+            Arc::new(Labels::new(tokens, extent, turned, probabilities).unwrap())
         };
         sequences.into_iter().zip(experts).zip(probabilities).map(of_sequence).collect()
     }
 
     fn learn_on(
         from: &Path,
-        parts: (&[Labels], &[Labels]),
+        parts: (&[Arc<Labels>], &[Arc<Labels>]),
         options: &FurtherOptions,
         to: &Path,
     ) -> Result<Arc<dyn HashPredictor>, PredictorError> {
@@ -154,7 +155,7 @@ mod tests {
         let options = FurtherOptions { learning_rate: 0.01, ..FurtherOptions::default() };
         let candidate = learn_on(&from, (&learnt, &tested), &options, &to).unwrap();
         let serving = crate::open_shape(&from, shape(), MODEL).unwrap();
-        let compared = |tested: &[Labels]| compare(&*serving, &*candidate, &shape(), tested).unwrap();
+        let compared = |tested: &[Arc<Labels>]| compare(&*serving, &*candidate, &shape(), tested).unwrap();
         let changed = compared(&tested);
         let share = |hits: u64| hits as f64 / changed.entries as f64;
         assert!(share(changed.serving) < 0.2 && share(changed.candidate) > 0.7, "{changed:?}");

@@ -2,7 +2,7 @@
 //! experts with their probabilities. The encoder reads the input; the decoder is made to write the target,
 //! or answers greedily where there is none.
 
-use std::path::Path;
+use std::{path::Path, sync::Arc};
 
 use half::f16;
 use rayon::prelude::*;
@@ -71,8 +71,8 @@ impl StackRecording {
 
     /// Of an encoder whose routers others have run, for a net that knows its tokens already. Those that keep fewer experts than
     /// the first are left out.
-    pub(super) fn of_labels(labels: &[Labels]) -> Self {
-        let kept = labels.first().map_or(1, Labels::kept);
+    pub(super) fn of_labels(labels: &[Arc<Labels>]) -> Self {
+        let kept = labels.first().map_or(1, |labels| labels.kept());
         let mut recorded = Self::new(Vec::new(), 0, kept);
         for labels in labels.iter().filter(|labels| labels.kept() == kept) {
             let (experts, probabilities) = (labels.experts().to_vec(), labels.probabilities().to_vec());
