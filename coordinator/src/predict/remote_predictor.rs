@@ -243,14 +243,14 @@ impl RemotePredictor {
         &self.runtime
     }
 
-    /// The nodes that learn, as far as they answer in time.
+    /// The nodes that learn from what this model's routers choose, as far as they answer in time.
     pub(crate) async fn learners(&self) -> Vec<Arc<Link>> {
         let links = self.follow_members().clone();
         let learns = links.into_iter().map(|link| async move {
             let mut client = PredictorClient::new(link.channel.lock().clone());
             let described = client.describe(v1::DescribePredictorRequest {});
-            let described = tokio::time::timeout(TEACH_PATIENCE, described).await;
-            matches!(described, Ok(Ok(described)) if described.get_ref().learns).then_some(link)
+            let described = tokio::time::timeout(TEACH_PATIENCE, described).await.ok()?.ok()?.into_inner();
+            (described.learns && described.model_digest == self.model.0[..]).then_some(link)
         });
         futures::future::join_all(learns).await.into_iter().flatten().collect()
     }

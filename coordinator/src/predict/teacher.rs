@@ -21,7 +21,7 @@ use crate::predict::remote_predictor::{Link, RemotePredictor};
 /// How often what waits is sent.
 const PERIOD: Duration = Duration::from_millis(500);
 /// How often nodes are asked whether they learn.
-const ASK_PERIOD: Duration = Duration::from_secs(5);
+const ASK_PERIOD: Duration = Duration::from_secs(2);
 /// What waits, at most, in bytes of a message; with the period this bounds what is sent in a second.
 const WAITING_BYTES_MAX: usize = 2 << 20;
 /// Sequences that wait, at most, and tokens of each: a predictor-node takes so many in one call.
@@ -104,16 +104,18 @@ async fn teach(teacher: Weak<Teacher>, nodes: Arc<RemotePredictor>) {
         teacher.is_wanted.store(!learners.is_empty(), Ordering::Relaxed);
         let Waiting { sequences, tokens } = teacher.take();
         if !sequences.is_empty() {
-            let told = match learners.get(turn % learners.len().max(1)) {
+            let at = turn % learners.len().max(1);
+            let told = match learners.get(at) {
                 Some(learner) => nodes.teach(learner, &Vec::from(sequences)).await,
                 None => Err("no predictor-node learns any more".to_owned()),
             };
             match told {
                 Ok(()) => teacher.sent.increment(tokens as u64),
                 Err(reason) => {
-                    tracing::warn!(reason, "a predictor-node that learns was told nothing");
+                    tracing::warn!(reason, "a predictor-node that learns could not be told what routers chose");
                     teacher.dropped.increment(tokens as u64);
-                    asked = None;
+                    // Until it is asked again whether it learns.
+                    learners.drain(at..learners.len().min(at + 1));
                 }
             }
         }

@@ -224,7 +224,9 @@ impl Predictor for PlainPredictor {
         &self,
         _: Request<v1::DescribePredictorRequest>,
     ) -> Result<Response<v1::DescribePredictorResponse>, Status> {
-        Ok(Response::new(v1::DescribePredictorResponse { learns: self.told.is_some(), ..Default::default() }))
+        let model_digest = self.predictor.model_digest().0.to_vec().into();
+        let learns = self.told.is_some();
+        Ok(Response::new(v1::DescribePredictorResponse { model_digest, learns, ..Default::default() }))
     }
 
     async fn learn(&self, request: Request<v1::LearnRequest>) -> Result<Response<v1::LearnResponse>, Status> {
