@@ -22,8 +22,8 @@ use crate::predict::remote_predictor::{Link, RemotePredictor};
 const PERIOD: Duration = Duration::from_millis(500);
 /// How often nodes are asked whether they learn.
 const ASK_PERIOD: Duration = Duration::from_secs(2);
-/// What waits, at most, in bytes of a message; with the period this bounds what is sent in a second.
-const WAITING_BYTES_MAX: usize = 2 << 20;
+/// What waits, at most, in bytes of a message; with the period this bounds what is sent in a second, and what noting it costs.
+const WAITING_BYTES_MAX: usize = 1 << 20;
 /// Sequences that wait, at most, and tokens of each: a predictor-node takes so many in one call.
 const WAITING_SEQUENCES_MAX: usize = 256;
 const SEQUENCE_TOKENS_MAX: usize = 4096;
@@ -75,7 +75,7 @@ impl Teacher {
         is_taken && waiting.tokens + tokens <= self.tokens_max
     }
 
-    /// Has labels sent, if there still is room for them.
+    /// Has labels sent, if there still is room for them: other prompts of the same pass may have taken it.
     pub(crate) fn push(&self, labels: Labels) {
         let tokens = labels.tokens().len();
         let mut waiting = self.waiting.lock();
