@@ -331,7 +331,7 @@ fn source(config: &CoordinatorConfig, cluster: &Cluster, model: &ModelConfig, ru
                 bounds,
                 config.predict_timeout,
             );
-            Source::Remote(Box::new(nodes), config.predictor.local().cloned())
+            Source::Remote(Arc::new(nodes), config.predictor.local().cloned())
         }
     }
 }

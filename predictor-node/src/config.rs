@@ -1,6 +1,6 @@
 //! The configuration of a predictor-node: set by the command line and by tests.
 
-use std::{fmt, sync::Arc};
+use std::{fmt, path::PathBuf, sync::Arc};
 
 use sida_model::ModelConfig;
 use sida_predictor::{HashPredictor, PredictorShape};
@@ -18,8 +18,23 @@ pub struct PredictorNodeConfig {
     pub predictor: Arc<dyn HashPredictor>,
     /// Bounds on what others can ask of it.
     pub limits: PredictorLimits,
+    /// How it learns from traffic, if it does.
+    pub learn: Option<LearnConfig>,
     /// The network side.
     pub server: ServerConfig,
+}
+
+/// How a predictor-node learns from what the routers of its coordinators choose.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LearnConfig {
+    /// The file that the node's predictor was opened from.
+    pub file: PathBuf,
+    /// Where what was learnt goes: `predictor.safetensors`, and `predictor.previous.safetensors`, which served before it.
+    pub dir: PathBuf,
+    /// Tokens of labels that are kept; a training begins when a quarter of that is new.
+    pub tokens_max: usize,
+    /// The share of one processor that training takes: above 0, at most 1.
+    pub cpu_share: f64,
 }
 
 /// Bounds on what others can ask of a predictor-node.
@@ -61,6 +76,7 @@ impl PredictorNodeConfig {
             shape: PredictorShape::of(model),
             predictor,
             limits: PredictorLimits::default(),
+            learn: None,
             server: ServerConfig::default(),
         }
     }
@@ -72,6 +88,7 @@ impl fmt::Debug for PredictorNodeConfig {
             .field("node", &self.node)
             .field("predictor", &format_args!("{} {}", self.predictor.net(), self.predictor.digest()))
             .field("limits", &self.limits)
+            .field("learn", &self.learn)
             .field("server", &self.server)
             .finish_non_exhaustive()
     }

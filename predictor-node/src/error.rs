@@ -1,5 +1,8 @@
 //! Why a predictor-node cannot serve. What is wrong with a single call is told to its caller by `service`.
 
+use std::{io, path::PathBuf};
+
+use sida_predictor::PredictorError;
 use sida_routing::NodeId;
 use sida_rpc::ServerError;
 use thiserror::Error;
@@ -11,6 +14,19 @@ use thiserror::Error;
 pub enum PredictorNodeError {
     #[error("the cluster has no predictor-node called {node}")]
     NotAMember { node: NodeId },
+    #[error("cannot learn in {}: {source}", dir.display())]
+    LearnDir { dir: PathBuf, source: io::Error },
+    #[error("cannot start a thread: {0}")]
+    Thread(io::Error),
+    #[error(transparent)]
+    Predictor(#[from] PredictorError),
     #[error(transparent)]
     Server(#[from] ServerError),
+}
+
+impl PredictorNodeError {
+    /// Whether trying again will fail again; see [`PredictorError::is_lasting`].
+    pub fn is_lasting(&self) -> bool {
+        matches!(self, Self::Predictor(error) if error.is_lasting())
+    }
 }

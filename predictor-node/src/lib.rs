@@ -1,15 +1,17 @@
 //! A node that serves the hash predictor, so that prediction scales out apart from the coordinators. It keeps
 //! nothing between calls: the state of a decoding sequence travels with it, so that any predictor-node can
-//! answer any call. Started by the command line and the tests through [`run`]; training a predictor is
-//! `sida_predictor`'s, called by the command line.
+//! answer any call. One that learns also keeps what it was told of the traffic, which may be lost at any time. Started by
+//! the command line and the tests through [`run`]; training a predictor is `sida_predictor`'s.
 //!
-//! In reading order: [`config`], [`error`], `service` (one call).
+//! In reading order: [`config`], [`error`], `serving` (the predictor), `service` (one call), `learn` (another predictor).
 
 pub mod config;
 pub mod error;
+mod learn;
 mod service;
+mod serving;
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use sida_cluster::{Cluster, Role};
 use sida_proto::v1::predictor_server::{PredictorServer, SERVICE_NAME};
@@ -18,9 +20,11 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tonic::{codec::CompressionEncoding, service::Routes};
 
-pub use config::{PredictorLimits, PredictorNodeConfig};
+pub use config::{LearnConfig, PredictorLimits, PredictorNodeConfig};
 pub use error::PredictorNodeError;
+use learn::Learner;
 use service::PredictorService;
+use serving::Serving;
 
 /// How long others may take to see that this node goes, before it takes no more calls.
 const LEAVE_PATIENCE: Duration = Duration::from_secs(2);
@@ -32,13 +36,16 @@ pub async fn run(
     cluster: Cluster,
     shutdown: CancellationToken,
 ) -> Result<(), PredictorNodeError> {
-    let PredictorNodeConfig { node, shape, predictor, limits, server } = config;
+    let PredictorNodeConfig { node, shape, predictor, limits, learn, server } = config;
     // A coordinator would never find a node that goes by another name than the cluster knows.
     if !cluster.members_of(Role::PredictorNode).iter().any(|member| member.node == node) {
         return Err(PredictorNodeError::NotAMember { node });
     }
-    tracing::info!(%node, net = predictor.net(), model = %predictor.model_digest(), "serving the hash predictor");
-    let service = PredictorService::new(predictor, shape, limits);
+    let (net, model) = (predictor.net().to_owned(), predictor.model_digest());
+    let serving = Arc::new(Serving::new(predictor));
+    let learner = learn.map(|learn| Learner::start(learn, serving.clone(), shape.clone())).transpose()?.map(Arc::new);
+    tracing::info!(%node, net, %model, learns = learner.is_some(), "serving the hash predictor");
+    let service = PredictorService::new(serving, learner, shape, limits);
     let checked = service.clone();
     let grpc = PredictorServer::new(service)
         .max_decoding_message_size(limits.request_bytes_max)

@@ -1,5 +1,5 @@
 //! Serves `sida.v1.Predictor`: a call is checked, waits for one of the computing threads, is predicted there, and
-//! answered. A prediction computes for milliseconds, so it never runs on a thread of the runtime.
+//! answered. A call is predicted by one predictor, also where another takes its place meanwhile. A prediction computes for milliseconds, so it never runs on a thread of the runtime.
 
 use std::{sync::Arc, time::Instant};
 
@@ -9,15 +9,19 @@ use sida_proto::{
     v1::{self, predictor_server::Predictor},
     wire::{Bounds, Prediction, PredictionRequest, Stack},
 };
+use sida_routing::Digest;
 use sida_rpc::{Fault, Reason, trace};
 use sida_telemetry::{
     Span, TraceContext, counter, histogram,
     names::{self, On},
 };
-use tokio::{sync::Semaphore, task};
+use tokio::{
+    sync::{Semaphore, SemaphorePermit},
+    task,
+};
 use tonic::{Request, Response, Status};
 
-use crate::config::PredictorLimits;
+use crate::{config::PredictorLimits, learn::Learner, serving::Serving};
 
 /// Serves one predictor. Clones share it.
 #[derive(Clone)]
@@ -26,7 +30,8 @@ pub(crate) struct PredictorService {
 }
 
 struct Inner {
-    predictor: Arc<dyn HashPredictor>,
+    serving: Arc<Serving>,
+    learner: Option<Arc<Learner>>,
     shape: PredictorShape,
     limits: PredictorLimits,
     bounds: Bounds,
@@ -37,7 +42,12 @@ struct Inner {
 }
 
 impl PredictorService {
-    pub(crate) fn new(predictor: Arc<dyn HashPredictor>, shape: PredictorShape, limits: PredictorLimits) -> Self {
+    pub(crate) fn new(
+        serving: Arc<Serving>,
+        learner: Option<Arc<Learner>>,
+        shape: PredictorShape,
+        limits: PredictorLimits,
+    ) -> Self {
         names::declare(On::PredictorNode);
         let bounds = Bounds {
             moe_layers: usize::from(shape.encoder_layers.end.max(shape.decoder_layers.end)),
@@ -51,45 +61,62 @@ impl PredictorService {
         };
         let calls = Arc::new(Semaphore::new(limits.calls_max));
         let threads = Arc::new(Semaphore::new(limits.threads.max(1)));
-        Self { inner: Arc::new(Inner { predictor, shape, limits, bounds, calls, threads }) }
+        Self { inner: Arc::new(Inner { serving, learner, shape, limits, bounds, calls, threads }) }
     }
 
     /// Predicts one token: passes only if a caller's prediction would.
     pub(crate) async fn check(self) -> Result<(), String> {
         let shape = &self.inner.shape;
         let stack = if shape.encoder_layers.is_empty() { Stack::Decoder } else { Stack::Encoder };
-        if stack == Stack::Decoder && self.inner.predictor.reads_input() {
+        if stack == Stack::Decoder && self.inner.serving.now().reads_input() {
             return Ok(()); // There is nothing that this node may be asked for.
         }
         let states = if stack == Stack::Decoder { vec![Bytes::new()] } else { Vec::new() };
-        let model = self.inner.predictor.model_digest();
+        let model = self.inner.serving.now().model_digest();
         let request = PredictionRequest { model, stack, sequences: vec![vec![0]], states };
         self.compute(request, None).await.map(|_| ()).map_err(|fault| fault.to_string())
     }
 
     /// Refuses what this predictor cannot answer, and more work than a call may ask for.
     fn admit(&self, request: &PredictionRequest) -> Result<(), Fault> {
-        let Inner { predictor, shape, limits, .. } = &*self.inner;
-        let (expected, found) = (predictor.model_digest(), request.model);
-        if found != expected {
-            let message = format!("this node predicts for model {expected}, the call is for {found}");
-            return Err(Fault::new(Reason::ModelMismatch, message).with("expected", expected).with("found", found));
-        }
+        let Inner { serving, shape, .. } = &*self.inner;
+        self.admit_model(request.model)?;
         if shape.layers(model_stack(request.stack)).is_empty() {
             let message = format!("the model has no MoE layer in its {:?}", request.stack);
             return Err(Fault::new(Reason::InvalidRequest, message));
         }
-        if request.stack == Stack::Decoder && predictor.reads_input() {
+        if request.stack == Stack::Decoder && serving.now().reads_input() {
             let message = "this node's predictor reads the encoder's output, which calls do not carry: steps of the decoder \
                            are for the coordinator to predict, by a predictor's file of its own";
             return Err(Fault::new(Reason::Unsupported, message));
         }
-        let tokens: usize = request.sequences.iter().map(Vec::len).sum();
-        if tokens > limits.call_tokens_max {
-            let message = format!("{tokens} tokens in one call, at most {} are taken", limits.call_tokens_max);
-            return Err(Fault::new(Reason::InvalidRequest, message).with("call_tokens_max", limits.call_tokens_max));
+        self.admit_tokens(request.sequences.iter().map(Vec::len).sum())
+    }
+
+    fn admit_model(&self, found: Digest) -> Result<(), Fault> {
+        let expected = self.inner.serving.now().model_digest();
+        if found == expected {
+            return Ok(());
         }
-        Ok(())
+        let message = format!("this node predicts for model {expected}, the call is for {found}");
+        Err(Fault::new(Reason::ModelMismatch, message).with("expected", expected).with("found", found))
+    }
+
+    fn admit_tokens(&self, tokens: usize) -> Result<(), Fault> {
+        let tokens_max = self.inner.limits.call_tokens_max;
+        if tokens <= tokens_max {
+            return Ok(());
+        }
+        let message = format!("{tokens} tokens in one call, at most {tokens_max} are taken");
+        Err(Fault::new(Reason::InvalidRequest, message).with("call_tokens_max", tokens_max))
+    }
+
+    /// A permit for one more call.
+    fn admit_call(&self) -> Result<SemaphorePermit<'_>, Fault> {
+        let calls_max = self.inner.limits.calls_max;
+        let full =
+            |_| Fault::new(Reason::QueueFull, format!("{calls_max} calls are waiting")).with("calls_max", calls_max);
+        self.inner.calls.try_acquire().map_err(full)
     }
 
     /// Predicts on a thread of its own, when one is free.
@@ -104,7 +131,7 @@ impl PredictorService {
             let tokens: usize = request.sequences.iter().map(Vec::len).sum();
             let start = Instant::now();
             let _span = trace.map(|trace| Span::below(trace, "compute").with("sida.tokens", tokens as i64));
-            let prediction = predict(&*inner.predictor, &request);
+            let prediction = predict(&*inner.serving.now(), &request);
             histogram!(names::PREDICT_DURATION_SECONDS).record(start.elapsed());
             counter!(names::PREDICT_TOKENS_TOTAL).increment(tokens as u64);
             prediction
@@ -122,11 +149,7 @@ impl PredictorService {
 #[tonic::async_trait]
 impl Predictor for PredictorService {
     async fn predict(&self, request: Request<v1::PredictRequest>) -> Result<Response<v1::PredictResponse>, Status> {
-        let full = |_| {
-            let calls_max = self.inner.limits.calls_max;
-            Fault::new(Reason::QueueFull, format!("{calls_max} calls are waiting")).with("calls_max", calls_max)
-        };
-        let _call = self.inner.calls.try_acquire().map_err(full)?;
+        let _call = self.admit_call()?;
         let trace = trace::context_of(&request);
         let malformed = |error| Fault::from_error(Reason::MalformedMessage, &error);
         let request = request.into_inner().check(&self.inner.bounds).map_err(malformed)?;
@@ -139,12 +162,30 @@ impl Predictor for PredictorService {
         &self,
         _: Request<v1::DescribePredictorRequest>,
     ) -> Result<Response<v1::DescribePredictorResponse>, Status> {
-        let predictor = &self.inner.predictor;
+        let predictor = self.inner.serving.now();
         Ok(Response::new(v1::DescribePredictorResponse {
             model_digest: predictor.model_digest().0.to_vec().into(),
             predictor_digest: predictor.digest().0.to_vec().into(),
             net: predictor.net().to_owned(),
+            learns: self.inner.learner.is_some(),
         }))
+    }
+
+    async fn learn(&self, request: Request<v1::LearnRequest>) -> Result<Response<v1::LearnResponse>, Status> {
+        let Some(learner) = &self.inner.learner else {
+            return Err(Fault::new(Reason::Unsupported, "this node does not learn").into());
+        };
+        let _call = self.admit_call()?;
+        let layers = self.inner.shape.encoder_layers.len();
+        let malformed = |error| Fault::from_error(Reason::MalformedMessage, &error);
+        let labels = request.into_inner().check(&self.inner.bounds, layers).map_err(malformed)?;
+        self.admit_model(labels.model)?;
+        if labels.stack == Stack::Decoder {
+            return Err(Fault::new(Reason::Unsupported, "only what routers of the encoder chose is learnt").into());
+        }
+        self.admit_tokens(labels.sequences.iter().map(|labels| labels.tokens().len()).sum())?;
+        learner.take(labels.sequences);
+        Ok(Response::new(v1::LearnResponse {}))
     }
 }
 

@@ -1,16 +1,17 @@
 //! A predictor-node over a real socket: what it answers, what it refuses, and how it ends.
 
-use std::{sync::Arc, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use sida_cluster::{Address, Cluster, Member, Role};
+use sida_model::Checkpoint;
 use sida_predictor::{HashPredictor, HitRate, PredictorError, PredictorShape, PredictorState};
-use sida_predictor_node::{PredictorLimits, PredictorNodeConfig, PredictorNodeError, run};
+use sida_predictor_node::{LearnConfig, PredictorLimits, PredictorNodeConfig, PredictorNodeError, run};
 use sida_proto::{
     v1::{self, predictor_client::PredictorClient},
     wire::{Bounds, Stack},
 };
-use sida_routing::{Digest, ExpertId, HashTable, LayerId, hash_table::Shape};
+use sida_routing::{Digest, ExpertId, HashTable, Labels, LabelsExtent, LayerId, hash_table::Shape};
 use sida_rpc::{Channel, ClientConfig, Reason, ServerConfig, connect};
 use tokio::{net::TcpListener, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
@@ -89,6 +90,7 @@ fn config(limits: PredictorLimits) -> PredictorNodeConfig {
         },
         predictor: Arc::new(Modulo::default()),
         limits,
+        learn: None,
         server: ServerConfig { health_period: Duration::from_millis(50), ..ServerConfig::default() },
     }
 }
@@ -189,6 +191,75 @@ async fn a_net_that_reads_the_input_predicts_prompts_only() {
     assert_eq!(answer.tables[0].experts(LayerId(0), 0), [ExpertId(1)]);
     shutdown.cancel();
     node.await.unwrap().unwrap();
+}
+
+/// A node that learns with the predictor that ships, in `dir`.
+fn learning(dir: &Path, limits: PredictorLimits) -> PredictorNodeConfig {
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/switch-tiny-64");
+    let checkpoint = Checkpoint::open(&model).unwrap();
+    let file = model.join(sida_predictor::FILE_NAME);
+    let predictor = sida_predictor::open(&file, checkpoint.config(), checkpoint.digest()).unwrap();
+    let learn = LearnConfig { file, dir: dir.to_owned(), tokens_max: 4096, cpu_share: 1.0 };
+    let named = PredictorNodeConfig::new("p0".into(), checkpoint.config(), predictor);
+    PredictorNodeConfig { limits, learn: Some(learn), ..named }
+}
+
+#[tokio::test]
+async fn labels_are_taken_by_who_learns_and_bad_ones_by_nobody() {
+    // Broken: a net would learn what routers of another model chose, or numbers that none gave; or a coordinator would go on
+    // telling a node that does not listen.
+    let dir = tempfile::tempdir().unwrap();
+    let learning = learning(dir.path(), PredictorLimits { call_tokens_max: 100, ..Default::default() });
+    let model = learning.predictor.model_digest();
+    let labels = |layers: usize, tokens: usize| {
+        let extent = LabelsExtent { layers, num_experts: 64, kept: 2 };
+        let entries = layers * tokens;
+        Labels::new(vec![7; tokens], extent, [63, 0].map(ExpertId).repeat(entries), [0.5, 0.25].repeat(entries))
+            .unwrap()
+    };
+    let request = |model, stack, labels: Labels| v1::LearnRequest::new(model, stack, &[labels]);
+    let sound = request(model, Stack::Encoder, labels(3, 2));
+    let damaged = v1::LearnRequest { kept: 1, ..sound.clone() };
+
+    let (channel, shutdown, node) = start(PredictorLimits::default()).await;
+    let mut client = PredictorClient::new(channel);
+    assert!(!client.describe(v1::DescribePredictorRequest {}).await.unwrap().into_inner().learns);
+    let refused = client.learn(sound.clone()).await.unwrap_err();
+    assert_eq!((refused.code(), Reason::of(&refused)), (Code::Unimplemented, Some(Reason::Unsupported)));
+    shutdown.cancel();
+    node.await.unwrap().unwrap();
+
+    let (channel, shutdown, node) = start_with(learning).await;
+    let mut client = PredictorClient::new(channel);
+    assert!(client.describe(v1::DescribePredictorRequest {}).await.unwrap().into_inner().learns);
+    let cases = [
+        (request(MODEL, Stack::Encoder, labels(3, 2)), Code::FailedPrecondition, Reason::ModelMismatch),
+        (request(model, Stack::Decoder, labels(3, 2)), Code::Unimplemented, Reason::Unsupported),
+        (request(model, Stack::Encoder, labels(2, 3)), Code::InvalidArgument, Reason::MalformedMessage),
+        (request(model, Stack::Encoder, labels(3, 101)), Code::InvalidArgument, Reason::InvalidRequest),
+        (v1::LearnRequest::new(model, Stack::Encoder, &[]), Code::InvalidArgument, Reason::MalformedMessage),
+        (damaged, Code::InvalidArgument, Reason::MalformedMessage),
+    ];
+    for (request, code, reason) in cases {
+        let status = client.learn(request).await.unwrap_err();
+        assert_eq!((status.code(), Reason::of(&status)), (code, Some(reason)), "{status}");
+    }
+    client.learn(sound).await.unwrap();
+    shutdown.cancel();
+    node.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn where_nothing_can_be_kept_nothing_is_learnt() {
+    // Broken: a node would learn for hours and then find that it cannot keep what it has learnt.
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("a file");
+    std::fs::write(&file, "").unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let cluster = cluster("p0", Role::PredictorNode);
+    let learning = learning(&file, PredictorLimits::default());
+    let refused = run(learning, listener, cluster, CancellationToken::new()).await.unwrap_err().to_string();
+    assert!(refused.starts_with("cannot learn in") && refused.contains("a file"), "{refused}");
 }
 
 #[tokio::test]

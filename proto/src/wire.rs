@@ -5,13 +5,14 @@
 //! Invariant: nothing is allocated by a number that a message claims, only by bytes that arrived; and every
 //! number is checked against [`Bounds`] before it is used as an index or multiplied.
 //!
-//! In reading order: [`rows`] (float payloads), [`hash_table`], [`predict`], [`plan`], [`call`] with its `checksum`,
-//! [`window`], [`residency`], [`placement`], [`decode`] (all of them from plain bytes).
+//! In reading order: [`rows`] (float payloads), [`hash_table`], [`predict`], [`learn`], [`plan`], [`call`] with its
+//! `checksum`, [`window`], [`residency`], [`placement`], [`decode`] (all of them from plain bytes).
 
 pub mod call;
 mod checksum;
 pub mod decode;
 pub mod hash_table;
+pub mod learn;
 pub mod placement;
 pub mod plan;
 pub mod predict;
@@ -19,10 +20,11 @@ pub mod residency;
 pub mod rows;
 pub mod window;
 
-use sida_routing::{Digest, ExpertId, ExpertKey, HashTableError, LayerId, PlacementError};
+use sida_routing::{Digest, ExpertId, ExpertKey, HashTableError, LabelsError, LayerId, PlacementError};
 use thiserror::Error;
 
 pub use call::{Answer, Call, CallRows};
+pub use learn::TakenLabels;
 pub use placement::PlacementRecord;
 pub use predict::{Prediction, PredictionRequest, Stack};
 pub use residency::Residency;
@@ -69,6 +71,8 @@ pub enum WireError {
     Missing { field: &'static str },
     #[error("hash table: {0}")]
     HashTable(#[from] HashTableError),
+    #[error(transparent)]
+    Labels(#[from] LabelsError),
     #[error("placement: {0}")]
     Placement(#[from] PlacementError),
 }

@@ -6,8 +6,8 @@ use sida_proto::{
     wire::{Answer, Bounds, CallRows, PlacementRecord, Residency, Stack, Window, decode, placement::RECORD_BYTES_MAX},
 };
 use sida_routing::{
-    Candidate, Digest, ExpertId, ExpertKey, Extent, Group, HashTable, LayerId, PlacedGroup, Placement, Plan, PlanId,
-    hash_table::Shape,
+    Candidate, Digest, ExpertId, ExpertKey, Extent, Group, HashTable, Labels, LabelsExtent, LayerId, PlacedGroup,
+    Placement, Plan, PlanId, hash_table::Shape,
 };
 
 use crate::fuzz;
@@ -108,6 +108,21 @@ fn predict_request() {
     let states = [bytes::Bytes::from_static(b"state"), bytes::Bytes::new()];
     let step = v1::PredictRequest::new(Digest([9; 32]), Stack::Decoder, &sequences, &states);
     fuzz!([request.encode_to_vec(), step.encode_to_vec()], |bytes| { decode::predict_request(bytes, &BOUNDS).is_ok() });
+}
+
+/// Labels could end a predictor-node, or teach it experts that the model does not have.
+#[test]
+fn learn_request() {
+    let extent = LabelsExtent { layers: 2, num_experts: 64, kept: 1 };
+    let experts = [3, 63].map(ExpertId).to_vec();
+    let labels = Labels::new(vec![999], extent, experts, vec![0.5, 1.0]).expect("labels");
+    let request = v1::LearnRequest::new(Digest([9; 32]), Stack::Encoder, &[labels.clone(), labels]);
+    fuzz!([request.encode_to_vec()], |bytes| {
+        let Ok(taken) = decode::learn_request(bytes, &BOUNDS, 2) else { return false };
+        let experts = taken.sequences.iter().flat_map(|labels| labels.experts());
+        assert!(experts.into_iter().all(|expert| usize::from(expert.0) < BOUNDS.num_experts));
+        true
+    });
 }
 
 /// A report of an expert-node could end whoever asked for it.

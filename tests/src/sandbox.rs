@@ -40,6 +40,8 @@ pub struct SandboxConfig {
     pub coordinator_flags: Vec<String>,
     /// More flags of the expert-nodes and predictor-nodes.
     pub node_flags: Vec<String>,
+    /// More flags of the predictor-nodes.
+    pub predictor_flags: Vec<String>,
     /// More flags of every node.
     pub flags: Vec<String>,
     /// `--log` of every node.
@@ -62,6 +64,7 @@ impl Default for SandboxConfig {
             proxies: false,
             coordinator_flags: Vec::new(),
             node_flags: Vec::new(),
+            predictor_flags: Vec::new(),
             flags: Vec::new(),
             log: "warn",
             client: ClientConfig::default(),
@@ -242,6 +245,7 @@ impl Sandbox {
         }
         match role {
             "expert-node" => arguments.extend(["--expert-memory".to_owned(), config.expert_memory.clone()]),
+            "predictor-node" => arguments.extend_from_slice(&config.predictor_flags),
             "coordinator" => {
                 arguments.extend_from_slice(&config.coordinator_flags);
                 if config.predictor_nodes > 0 {

@@ -16,6 +16,7 @@ use crate::{
     },
     forward::guided_choice::GuidedRows,
     intake::replay::ReplayedRows,
+    predict::noted_labels::NotedLabels,
 };
 
 /// How the rows that one sequence (or one target of a scored request) has in a batch are routed, and what came of it.
@@ -30,6 +31,8 @@ pub(crate) struct SequenceRouting {
     replayed: Option<ReplayedRows>,
     /// What the router chose for them at each MoE layer that it was asked at: (rows, top_k).
     chosen: Vec<(LayerId, Vec<Option<ExpertId>>)>,
+    /// Where what the router gave them is noted for predictor-nodes that learn.
+    pub(crate) noted: Option<NotedLabels>,
     /// The experts that the rows went to.
     pub(crate) experts: ExpertSets,
     /// How often the table named the experts that the router chose, at each MoE layer.
@@ -43,8 +46,8 @@ pub(crate) struct SequenceRouting {
 impl SequenceRouting {
     /// So many rows of a request in `mode`.
     pub(crate) fn new(mode: RoutingMode, rows: usize, experts: ExpertSets) -> Self {
-        let (table, replayed, chosen, hash, rerouted, failure) = Default::default();
-        Self { mode, table, rows, replayed, chosen, experts, hash, rerouted, failure }
+        let (table, replayed, chosen, noted, hash, rerouted, failure) = Default::default();
+        Self { mode, table, rows, replayed, chosen, noted, experts, hash, rerouted, failure }
     }
 
     /// The same, with recorded routes, if there are some, in the place of what the router chooses.
@@ -140,6 +143,11 @@ pub(crate) fn routes<B: Backend>(
         }
     }
     note_choice(layer, &routes, spans, routings);
+    for (routing, rows) in routings.iter_mut().zip(spans.ranges()) {
+        if let Some(noted) = &mut routing.noted {
+            noted.note(layer, &backend.probabilities(pass)?[rows.start * num_experts..rows.end * num_experts]);
+        }
+    }
     for (routing, rows) in routings.iter_mut().zip(spans.ranges()) {
         match routing.chooser() {
             Chooser::Router => {}

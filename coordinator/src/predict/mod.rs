@@ -2,9 +2,11 @@
 //!
 //! In reading order: `predict` fills the hash tables, by a predictor in this process or by `remote_predictor`, which asks
 //! predictor-nodes; `preload` tells expert-nodes which experts the tables name; `beside` does both for the decoder's steps
-//! while they are computed.
+//! while they are computed. `teacher` tells predictor-nodes that learn what the routers chose, which `noted_labels` notes.
 
 pub(crate) mod beside;
+pub(crate) mod noted_labels;
 pub(crate) mod predict;
 pub(crate) mod preload;
 pub(crate) mod remote_predictor;
+pub(crate) mod teacher;

@@ -20,7 +20,14 @@ use sida_predictor::{HashPredictor, PredictorState};
 use sida_routing::{Digest, HashTable, LayerId};
 use sida_telemetry::TraceContext;
 
-use crate::{answer::routing_mode::RoutingMode, predict::remote_predictor::RemotePredictor};
+use crate::{
+    answer::routing_mode::RoutingMode,
+    predict::{
+        noted_labels::{self, NotedLabels},
+        remote_predictor::RemotePredictor,
+        teacher::Teacher,
+    },
+};
 
 /// The source of hash tables.
 pub(crate) struct Predict {
@@ -28,6 +35,9 @@ pub(crate) struct Predict {
     model: Digest,
     encoder_layers: std::ops::Range<u16>,
     decoder_layers: std::ops::Range<u16>,
+    num_experts: usize,
+    /// Where predictor-nodes predict prompts, and may learn from what became of them.
+    teacher: Option<Arc<Teacher>>,
 }
 
 /// Where predictions are made.
@@ -35,7 +45,7 @@ pub(crate) enum Source {
     /// In this process.
     Local(Arc<dyn HashPredictor>),
     /// On predictor-nodes; steps of the decoder by the predictor here, if there is one.
-    Remote(Box<RemotePredictor>, Option<Arc<dyn HashPredictor>>),
+    Remote(Arc<RemotePredictor>, Option<Arc<dyn HashPredictor>>),
     /// Nowhere: every request runs unpredicted.
     Off,
 }
@@ -95,7 +105,27 @@ enum ProgressState {
 impl Predict {
     pub(crate) fn new(source: Source, config: &ModelConfig, model: Digest) -> Self {
         let (encoder_layers, decoder_layers) = (config.moe_layers(Stack::Encoder), config.moe_layers(Stack::Decoder));
-        Self { source, model, encoder_layers, decoder_layers }
+        let teacher = match &source {
+            Source::Remote(nodes, _) if !encoder_layers.is_empty() => {
+                Some(Teacher::start(nodes.clone(), noted_labels::token_bytes(encoder_layers.len(), config.num_experts)))
+            }
+            _ => None,
+        };
+        Self { source, model, encoder_layers, decoder_layers, num_experts: config.num_experts, teacher }
+    }
+
+    /// Where to note what the routers choose for a prompt, if a predictor-node is to be told. In the other modes what is not the
+    /// router's choice changes what later layers see.
+    pub(crate) fn notes(&self, mode: RoutingMode, tokens: usize) -> Option<NotedLabels> {
+        let wants = mode == RoutingMode::Exact && self.teacher.as_ref()?.wants(tokens);
+        wants.then(|| NotedLabels::new(self.encoder_layers.clone(), self.num_experts))
+    }
+
+    /// Has predictor-nodes that learn told what was noted for a prompt.
+    pub(crate) fn teach(&self, tokens: &[u32], noted: NotedLabels) {
+        if let (Some(teacher), Some(labels)) = (&self.teacher, noted.of(tokens)) {
+            teacher.push(labels);
+        }
     }
 
     /// The digest of the predictor, where that is in this process.

@@ -16,7 +16,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use sida_cluster::{
     Cluster,
     member::{Address, Member, Role},
@@ -25,7 +25,7 @@ use sida_proto::{
     v1::{self, predictor_client::PredictorClient},
     wire::{Bounds, Prediction, Stack},
 };
-use sida_routing::{Digest, HashTable, NodeId, failover::Breaker};
+use sida_routing::{Digest, HashTable, Labels, NodeId, failover::Breaker};
 use sida_rpc::{Channel, ClientConfig, MESSAGE_BYTES_MAX, trace};
 use sida_telemetry::{Span, TraceContext};
 use tokio::runtime::Handle;
@@ -40,6 +40,8 @@ const ATTEMPTS_MAX: usize = 2;
 const STEPS_REFUSED: Duration = Duration::from_secs(60);
 /// Sequences of one call.
 const SEQUENCES_MAX: usize = 64;
+/// How long a node may take for what nobody waits for.
+const TEACH_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Asks the predictor-nodes of a cluster in turn.
 pub(crate) struct RemotePredictor {
@@ -57,7 +59,7 @@ pub(crate) struct RemotePredictor {
 }
 
 /// One predictor-node.
-struct Link {
+pub(crate) struct Link {
     node: NodeId,
     address: String,
     /// Made anew while the node is away, with the certificates and the key that are there then.
@@ -236,8 +238,36 @@ impl RemotePredictor {
         checked.map_err(|error| error.to_string().into())
     }
 
-    /// The next node in turn that may be asked for predictions of a stack.
-    fn choose(&self, stack: Stack) -> Option<Arc<Link>> {
+    /// What carries the calls.
+    pub(crate) fn runtime(&self) -> &Handle {
+        &self.runtime
+    }
+
+    /// The nodes that learn from what this model's routers choose, as far as they answer in time.
+    pub(crate) async fn learners(&self) -> Vec<Arc<Link>> {
+        let links = self.follow_members().clone();
+        let learns = links.into_iter().map(|link| async move {
+            let mut client = PredictorClient::new(link.channel.lock().clone());
+            let described = client.describe(v1::DescribePredictorRequest {});
+            let described = tokio::time::timeout(TEACH_PATIENCE, described).await.ok()?.ok()?.into_inner();
+            (described.learns && described.model_digest == self.model.0[..]).then_some(link)
+        });
+        futures::future::join_all(learns).await.into_iter().flatten().collect()
+    }
+
+    /// Tells a node what the encoder's routers chose.
+    pub(crate) async fn teach(&self, link: &Link, labels: &[Labels]) -> Result<(), String> {
+        let mut client = PredictorClient::new(link.channel.lock().clone());
+        let told = client.learn(v1::LearnRequest::new(self.model, Stack::Encoder, labels));
+        match tokio::time::timeout(TEACH_PATIENCE, told).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(status)) => Err(format!("{}: {:?}: {}", link.node, status.code(), status.message())),
+            Err(_) => Err(format!("{}: no answer within {TEACH_PATIENCE:?}", link.node)),
+        }
+    }
+
+    /// A link to each predictor-node that is a member now.
+    fn follow_members(&self) -> MutexGuard<'_, Vec<Arc<Link>>> {
         let mut links = self.links.lock();
         let members = self.cluster.members_of(Role::PredictorNode);
         links.retain(|link| members.iter().any(|member| leads_to(link, member)));
@@ -246,6 +276,12 @@ impl RemotePredictor {
                 links.extend(self.link(member));
             }
         }
+        links
+    }
+
+    /// The next node in turn that may be asked for predictions of a stack.
+    fn choose(&self, stack: Stack) -> Option<Arc<Link>> {
+        let links = self.follow_members();
         let now = self.origin.elapsed();
         let may_be_asked = |link: &&Arc<Link>| {
             let state = link.state.lock();

@@ -12,6 +12,7 @@ use std::{
 };
 
 use futures::{Stream, StreamExt};
+use parking_lot::Mutex;
 use sida_cluster::experts::{ExpertCall, LocalExperts};
 use sida_predictor::{HashPredictor, PredictorState};
 use sida_proto::{
@@ -23,6 +24,7 @@ use sida_proto::{
     },
     wire::{Bounds, CallRows, Stack},
 };
+use sida_routing::Labels;
 use sida_rpc::{MESSAGE_BYTES_MAX, Server, ServerConfig};
 use tokio::{
     net::TcpListener,
@@ -104,15 +106,23 @@ pub(crate) async fn serve_experts(experts: Arc<PlainExperts>, address: SocketAdd
 
 /// Serves `predictor` on a free port.
 pub(crate) async fn serve_predictor(predictor: NoisePredictor) -> PlainNode {
-    let predictor = PlainPredictor { predictor, refused_steps: None };
+    let predictor = PlainPredictor { predictor, refused_steps: None, told: None };
     PlainNode::serve(Routes::new(PredictorServer::new(predictor)), any_port()).await
 }
 
 /// The same, but it refuses steps of the decoder, as a node whose net reads the input. Counts how many it has refused.
 pub(crate) async fn serve_predictor_of_prompts(predictor: NoisePredictor) -> (PlainNode, Arc<AtomicUsize>) {
     let refused = Arc::<AtomicUsize>::default();
-    let predictor = PlainPredictor { predictor, refused_steps: Some(refused.clone()) };
+    let predictor = PlainPredictor { predictor, refused_steps: Some(refused.clone()), told: None };
     (PlainNode::serve(Routes::new(PredictorServer::new(predictor)), any_port()).await, refused)
+}
+
+/// The same as [`serve_predictor`], but it says that it learns, and refuses the first labels that it is told. Keeps all others.
+pub(crate) async fn serve_predictor_that_learns(predictor: NoisePredictor) -> (PlainNode, Arc<Mutex<Vec<Labels>>>) {
+    let told = Arc::<Mutex<Vec<Labels>>>::default();
+    let learns = Some((AtomicUsize::new(0), told.clone()));
+    let predictor = PlainPredictor { predictor, refused_steps: None, told: learns };
+    (PlainNode::serve(Routes::new(PredictorServer::new(predictor)), any_port()).await, told)
 }
 
 struct PlainService(Arc<PlainExperts>);
@@ -181,6 +191,8 @@ struct PlainPredictor {
     predictor: NoisePredictor,
     /// Where steps are refused: how many were.
     refused_steps: Option<Arc<AtomicUsize>>,
+    /// Where labels are wanted: how often they came, and those that were taken.
+    told: Option<(AtomicUsize, Arc<Mutex<Vec<Labels>>>)>,
 }
 
 #[tonic::async_trait]
@@ -212,6 +224,17 @@ impl Predictor for PlainPredictor {
         &self,
         _: Request<v1::DescribePredictorRequest>,
     ) -> Result<Response<v1::DescribePredictorResponse>, Status> {
-        Ok(Response::new(v1::DescribePredictorResponse::default()))
+        let model_digest = self.predictor.model_digest().0.to_vec().into();
+        let learns = self.told.is_some();
+        Ok(Response::new(v1::DescribePredictorResponse { model_digest, learns, ..Default::default() }))
+    }
+
+    async fn learn(&self, request: Request<v1::LearnRequest>) -> Result<Response<v1::LearnResponse>, Status> {
+        let (calls, told) = self.told.as_ref().expect("it said that it does not learn");
+        if calls.fetch_add(1, Ordering::Relaxed) == 0 {
+            return Err(Status::unavailable("not yet"));
+        }
+        told.lock().extend(request.into_inner().check(&BOUNDS, 3).expect("sound labels").sequences);
+        Ok(Response::new(v1::LearnResponse {}))
     }
 }

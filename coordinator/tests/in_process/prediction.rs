@@ -1,4 +1,5 @@
-//! Predictions beside the steps of the decoder: what is not there in time costs hints and no time, and what is counts.
+//! Predictions beside the steps of the decoder: what is not there in time costs hints and no time, and what is counts. And what
+//! the routers chose instead, which predictor-nodes that learn are told.
 
 use std::{
     sync::Arc,
@@ -8,21 +9,25 @@ use std::{
 use futures::StreamExt;
 use sida_cluster::{Address, Member, Role};
 use sida_coordinator::{Alpha, Coordinator, GenerateParams, PredictorSource, RoutingMode, Token};
+use sida_model::{Reference, Tokenizer};
+use sida_predictor::entries::top_k;
+use sida_routing::{ExpertId, Labels, LabelsExtent};
 
 use crate::{
     noise_predictor::NoisePredictor,
     plain_experts::{model_dir, start, start_over},
-    plain_nodes::serve_predictor,
+    plain_nodes::{serve_predictor, serve_predictor_that_learns},
 };
 
 const TOKENS: usize = 24;
 const HASH: RoutingMode = RoutingMode::Hash { alpha: Alpha::Router };
 const GUIDED: RoutingMode = RoutingMode::Guided;
 
+const PROMPT: &str = "sst2 sentence: a gorgeous , witty , seductive movie .";
+
 async fn generate(coordinator: &Coordinator, routing: RoutingMode) -> Vec<Token> {
-    let prompt = "sst2 sentence: a gorgeous , witty , seductive movie .".into();
     let params = GenerateParams {
-        prompt,
+        prompt: PROMPT.into(),
         routing,
         min_tokens: Some(TOKENS),
         max_tokens: TOKENS,
@@ -88,4 +93,55 @@ async fn a_slow_predictor_node_keeps_no_step() {
         assert_eq!(ids(&answer), ids(&generate(&quick.coordinator, routing).await), "{routing:?}");
         assert!(!answer[TOKENS - 1].finish.as_ref().expect("the last").trace.unpredicted);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_learns_is_told_what_the_routers_chose() {
+    // Would break: a predictor-node learns other experts than the model's routers chose, learns from modes in which they did not
+    // choose freely, or hears nothing more once it has refused.
+    let noise = || NoisePredictor::of(&model_dir(), 5);
+    let local = start(1, PredictorSource::Local(Arc::new(noise())), |_| ()).await;
+    let (node, told) = serve_predictor_that_learns(noise()).await;
+    let address = Address::Grpc(node.address.to_string());
+    let predictor = Member { node: "predictor-node-0".into(), role: Role::PredictorNode, address, weight: 1.0 };
+    let experts = vec![Address::Local(local.nodes[0].clone())];
+    let coordinator = start_over(experts, vec![predictor], PredictorSource::Nodes, |_| ()).await;
+    let begun = Instant::now();
+    let ask = async |routing| {
+        let answer = generate(&coordinator, routing).await;
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        answer
+    };
+    // It is asked for what it learns as soon as it can be reached.
+    let mut answers = Vec::new();
+    while told.lock().is_empty() {
+        assert!(begun.elapsed() < Duration::from_secs(60), "it is told nothing");
+        answers.push(ask(RoutingMode::Exact).await);
+    }
+    assert!(answers.iter().all(|answer| ids(answer) == ids(&answers[0])));
+    let model = Reference::open(&model_dir()).expect("the model");
+    let config = model.config();
+    let tokens = Tokenizer::open(&model_dir(), config).expect("a tokenizer").encode(PROMPT).expect("tokens");
+    let (_, routed) = model.encode(&tokens).expect("its routing");
+    let extent = LabelsExtent { layers: routed.len(), num_experts: config.num_experts, kept: 8 };
+    let (mut experts, mut probabilities) = (Vec::new(), Vec::new());
+    for token in 0..tokens.len() {
+        for layer in &routed {
+            let row = &layer.probabilities[token * config.num_experts..][..config.num_experts];
+            let (mut of_entry, mut likeliest) = ([ExpertId(0); 8], [0.0; 8]);
+            top_k(row, &mut of_entry, &mut likeliest);
+            experts.extend(of_entry);
+            probabilities.extend(likeliest);
+        }
+    }
+    let expected = Labels::new(tokens, extent, experts, probabilities).expect("labels");
+    assert!(told.lock().iter().all(|labels| *labels == expected));
+
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let before = told.lock().len();
+    for routing in [GUIDED, HASH] {
+        ask(routing).await;
+    }
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(told.lock().len(), before);
 }

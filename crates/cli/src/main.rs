@@ -44,6 +44,7 @@ use bad_configuration::BadConfiguration;
 use mimalloc::MiMalloc;
 use sida_model::{ModelError, convert::ConvertError};
 use sida_predictor::PredictorError;
+use sida_predictor_node::PredictorNodeError;
 use sida_rpc::{ClientError, KeyError, tls::TlsError};
 use told::{may_be_of_tls, told, told_status};
 
@@ -102,6 +103,7 @@ fn is_lasting(cause: &(dyn Error + 'static)) -> bool {
         || cause.downcast_ref::<ModelError>().is_some_and(ModelError::is_lasting)
         || cause.downcast_ref::<ConvertError>().is_some_and(ConvertError::is_lasting)
         || cause.downcast_ref::<PredictorError>().is_some_and(PredictorError::is_lasting)
+        || cause.downcast_ref::<PredictorNodeError>().is_some_and(PredictorNodeError::is_lasting)
         || cause.is::<TlsError>()
         || cause.is::<KeyError>()
         || cause.downcast_ref::<tonic::Status>().is_some_and(|status| status.code() == tonic::Code::InvalidArgument)

@@ -70,7 +70,7 @@ impl Entries<'_> {
 }
 
 /// The largest of `probabilities`, descending; of equal ones the lower id first.
-pub(crate) fn top_k(probabilities: &[f32], experts: &mut [ExpertId], alphas: &mut [f32]) {
+pub fn top_k(probabilities: &[f32], experts: &mut [ExpertId], alphas: &mut [f32]) {
     let k = experts.len();
     let mut filled = 0;
     for (expert, &probability) in probabilities.iter().enumerate() {

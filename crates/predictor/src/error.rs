@@ -35,6 +35,10 @@ pub enum PredictorError {
     Texts { reason: String },
     #[error("{field} is {found}, expected {expected}")]
     Option { field: &'static str, found: String, expected: String },
+    #[error("{}: cannot learn on: {reason}", path.display())]
+    NotTrainable { path: PathBuf, reason: String },
+    #[error("training was given up")]
+    GivenUp,
     #[error("cannot start a thread: {reason}")]
     Threads { reason: String },
     #[error("cannot train: {0}")]
@@ -50,9 +54,12 @@ impl PredictorError {
     pub fn is_lasting(&self) -> bool {
         match self {
             Self::Run(error) => error.is_lasting(),
-            Self::File { .. } | Self::Tensor { .. } | Self::Model { .. } | Self::Texts { .. } | Self::Option { .. } => {
-                true
-            }
+            Self::File { .. }
+            | Self::Tensor { .. }
+            | Self::Model { .. }
+            | Self::Texts { .. }
+            | Self::Option { .. }
+            | Self::NotTrainable { .. } => true,
             _ => false,
         }
     }

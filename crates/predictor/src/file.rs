@@ -309,7 +309,7 @@ impl Metadata {
 }
 
 /// The tensors of a predictor that is about to be written.
-#[derive(Default)]
+#[derive(Default, PartialEq)]
 pub struct Tensors(BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>);
 
 impl Tensors {

@@ -3,13 +3,16 @@
 //!
 //! In reading order: `texts` (what to learn from), `record` (what the routers do with it), `table_net`
 //! (counting); `linear`, `recurrence`, `lstm_layer`, `attention`, `input_attention`, `distillation`, `lstm_net` and `transformer_net` (what is learnt, on tensors whose
-//! gradients candle finds), `descent` (learning it); `measure`.
+//! gradients candle finds), `descent` (learning it); `measure`; `further`
+//! (a net that serves learns on from what routers chose since) and `compare` (whether it is better then).
 
 mod attention;
+mod compare;
 mod descent;
 mod distillation;
 #[cfg(test)]
 mod finite_differences;
+mod further;
 mod input_attention;
 mod linear;
 mod lstm_layer;
@@ -31,6 +34,8 @@ use crate::{
 };
 
 pub use self::{
+    compare::{Compared, compare},
+    further::{FurtherOptions, check_trainable, further},
     record::{RecordOptions, Recording},
     texts::{Text, Texts},
 };
@@ -147,12 +152,14 @@ pub fn train(
 }
 
 /// Measures the predictor in the file `from` on text that it has not seen, and writes it with what was measured to
-/// `to`: its hit rates, and what its confidence is worth. Returns the hit rate of each MoE layer.
+/// `to`: its hit rates, and what its confidence is worth. Layers of which nothing is held out keep what was said of them.
+/// Returns the hit rate of each MoE layer.
 pub fn calibrate(from: &Path, held_out: &Recording, to: &Path) -> Result<Vec<HitRate>, PredictorError> {
     // What is refused is refused before anything is written.
     crate::open_shape(from, held_out.shape.clone(), held_out.model)?;
     let file = PredictorFile::read(from, held_out.shape.clone())?;
     let mut metadata = file.metadata.clone();
+    let before = metadata.clone();
     let tensors = file.into_tensors();
     metadata.calibration =
         measure::uncalibrated(held_out.shape.encoder_layers.start..held_out.shape.decoder_layers.end);
@@ -167,6 +174,10 @@ pub fn calibrate(from: &Path, held_out: &Recording, to: &Path) -> Result<Vec<Hit
     let predictor = predictor?;
     metadata.hit_rates = measure::hit_rates(&*predictor, held_out)?;
     metadata.calibration = measure::calibration(&*predictor, held_out)?;
+    for (at, rate) in metadata.hit_rates.iter_mut().enumerate().filter(|(_, rate)| rate.tokens == 0) {
+        *rate = before.hit_rates[at];
+        metadata.calibration[at] = before.calibration[at].clone();
+    }
     tensors.write(&metadata, to)?;
     Ok(metadata.hit_rates)
 }

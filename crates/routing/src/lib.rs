@@ -6,7 +6,7 @@
 //!
 //! In reading order: [`ids`], [`hash_table`], [`plan`], [`permitted`], [`routes`], [`recorded_routes`], [`grouping`],
 //! [`placement`], [`membership`], [`failover`], [`dispatch`], [`residency`], [`residency_replay`], [`admission`], [`fairness`],
-//! [`client_limits`], [`gathering`], [`prefill`], [`prefix_cache`], [`micro_batches`].
+//! [`client_limits`], [`gathering`], [`prefill`], [`prefix_cache`], [`micro_batches`], [`labels`], [`learning`].
 
 pub mod admission;
 pub mod client_limits;
@@ -17,6 +17,8 @@ pub mod gathering;
 pub mod grouping;
 pub mod hash_table;
 pub mod ids;
+pub mod labels;
+pub mod learning;
 pub mod membership;
 pub mod micro_batches;
 pub mod pace;
@@ -33,6 +35,7 @@ pub mod routes;
 pub use grouping::{Group, Grouping, PlacedGroup};
 pub use hash_table::{HashTable, HashTableError};
 pub use ids::{Digest, ExpertId, ExpertKey, LayerId, NodeId};
+pub use labels::{Labels, LabelsError, LabelsExtent};
 pub use permitted::Permitted;
 pub use placement::{Candidate, Demand, Extent, Placement, PlacementError, Policy};
 pub use plan::{Plan, PlanId};

@@ -161,6 +161,7 @@ catalogue! {
     BATCH_TOKENS = "sida_batch_tokens", histogram(TOKENS), [], Count, Coordinator, "Tokens per step of the forward loop.";
     PHASE_DURATION_SECONDS = "sida_phase_duration_seconds", histogram(WORK), [PHASE], Seconds, Coordinator, "One step in each phase: predict (waiting for a prediction), load (waiting for experts), backbone, experts, output.";
     HASH_PREDICTIONS_TOTAL = "sida_hash_predictions_total", counter, [LAYER, OUTCOME], Count, Coordinator, "Routed experts that were the hash table's first choice (outcome = top1), another of its k (hit), or none (miss).";
+    LABELLED_TOKENS_TOTAL = "sida_labelled_tokens_total", counter, [OUTCOME], Count, Coordinator, "Tokens whose routers' choice was told to a predictor-node that learns (outcome = sent), or was not for lack of room or of an answer (dropped).";
     PREDICTIONS_MISSING_TOTAL = "sida_predictions_missing_total", counter, [], Count, Coordinator, "Sequences of a step that ran without a hash table, since no predictor answered.";
     REROUTED_EXPERTS_TOTAL = "sida_rerouted_experts_total", counter, [], Count, Coordinator, "Experts of tokens in mode guided that the router would not have chosen, had it been free.";
     ROUTED_ROWS_TOTAL = "sida_routed_rows_total", counter, [LAYER, EXPERT], Count, Coordinator, "Rows that each expert was given; only for models of at most 4,096 experts in all layers.";
@@ -185,6 +186,10 @@ catalogue! {
 
     PREDICT_DURATION_SECONDS = "sida_predict_duration_seconds", histogram(WORK), [], Seconds, PredictorNode, "Predicting the hash tables of one call.";
     PREDICT_TOKENS_TOTAL = "sida_predict_tokens_total", counter, [], Count, PredictorNode, "Tokens predicted for.";
+    LEARN_TOKENS_TOTAL = "sida_learn_tokens_total", counter, [], Count, PredictorNode, "Tokens whose routers' choice a node that learns was told.";
+    LEARN_KEPT_TOKENS = "sida_learn_kept_tokens", gauge, [], Count, PredictorNode, "How many of them it keeps.";
+    LEARN_TRAININGS_TOTAL = "sida_learn_trainings_total", counter, [OUTCOME], Count, PredictorNode, "Trainings on them whose predictor now serves (outcome = swapped), was no better than the one that serves (not_better), or that failed (failed).";
+    LEARN_HIT_RATE = "sida_learn_hit_rate", gauge, [KIND], Count, PredictorNode, "Share of experts of the newest traffic that were the first choice, 0 to 1, when last tested: of the predictor that served then (kind = serving) and of the one that had learnt on (candidate).";
 
     ETCD_CONNECTED = "sida_etcd_connected", gauge, [], Count, Etcd, "1 while etcd answers, 0 while it does not.";
     ETCD_DISCONNECTS_TOTAL = "sida_etcd_disconnects_total", counter, [], Count, Etcd, "How often etcd was lost.";

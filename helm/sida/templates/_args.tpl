@@ -76,7 +76,7 @@ node. Called with the role. */}}
 {{- $own := dict
   "coordinator" (list "cacheMemory" "noPrefixCache" "batchTokensMax" "prefillTokensMax" "sequencesMax" "microBatches" "queueMax" "queueTokensMax" "clientQueueShare" "clientRequestsPerMinute" "clientTokensPerMinute" "clientRequestsMax" "clientQueueMax" "clientQueueTokensMax" "promptTokensMax" "answerTokensMax" "requestTimeout" "preloadDepth" "predictTimeout" "expertCallTimeout" "enforceCapacity")
   "expert-node" (list "nodeWeight" "noPacking")
-  "predictor-node" (list)
+  "predictor-node" (list "learn" "learnTokensMax" "learnCpuShare")
 }}
 {{- concat (get $own .) (list "connectionsMax" "handshakeTimeout" "idleTimeout" "stallTimeout" "keepaliveInterval" "keepaliveTimeout") | toJson }}
 {{- end }}

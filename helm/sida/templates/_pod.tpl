@@ -109,6 +109,9 @@ app.kubernetes.io/component: {{ .role }}
 {{- if .values.shmSize }}
 - {name: shm, mountPath: /dev/shm}
 {{- end }}
+{{- if .values.learn }}
+- {name: learnt, mountPath: /learnt}
+{{- end }}
 {{- include "sida.weightsMount" .root }}
 {{- if .predicts }}{{ include "sida.predictorMount" .root }}{{ end }}
 {{- if $v.tls.enabled }}
@@ -138,6 +141,10 @@ app.kubernetes.io/component: {{ .role }}
 {{- with .values.shmSize }}
 - name: shm
   emptyDir: {medium: Memory, sizeLimit: {{ . }}}
+{{- end }}
+{{- if .values.learn }}
+- name: learnt
+  emptyDir: {}
 {{- end }}
 {{- include "sida.weightsVolumes" .root }}
 {{- if .predicts }}{{ include "sida.predictorVolumes" .root }}{{ end }}

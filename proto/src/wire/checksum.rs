@@ -1,4 +1,5 @@
-//! A checksum over calls and their answers. Made and read by [`super::call`] and [`super::predict`], on both sides.
+//! A checksum over calls and their answers. Made and read by [`super::call`], [`super::predict`] and [`super::learn`], on
+//! both sides.
 //!
 //! A wrong bit in a row is a wrong token that nobody would ever notice: it decodes. (So is one in a prediction, where that
 //! decides: modes `guided` and `hash`.) TCP's own sum misses about
@@ -93,6 +94,20 @@ pub(super) fn of_predict_response(response: &v1::PredictResponse) -> u32 {
     sum.0.finalize()
 }
 
+/// What the `checksum` of labels must be.
+pub(super) fn of_learn_request(request: &v1::LearnRequest) -> u32 {
+    let mut sum = Sum(Hasher::new());
+    sum.bytes(&request.model_digest);
+    sum.number(request.stack as u64);
+    sum.number(request.kept.into());
+    for v1::LabelledSequence { token_ids, experts, probabilities } in &request.sequences {
+        sum.numbers(token_ids);
+        sum.bytes(experts);
+        sum.bytes(probabilities);
+    }
+    sum.0.finalize()
+}
+
 /// Refuses a message whose checksum is not what its fields make.
 pub(super) fn undamaged(message: &'static str, found: u32, expected: u32) -> Result<(), WireError> {
     if found == expected { Ok(()) } else { Err(WireError::Damaged { message, found, expected }) }
@@ -151,6 +166,13 @@ mod tests {
         v1::PredictResponse { tables: vec![table], states: vec![Bytes::from_static(b"state")], checksum: 0 }
     }
 
+    fn labels() -> v1::LearnRequest {
+        let (experts, probabilities) = (Bytes::from_static(b"experts"), Bytes::from_static(b"probabilities"));
+        let sequence = v1::LabelledSequence { token_ids: vec![7, 8], experts, probabilities };
+        let (model_digest, sequences) = (Bytes::from_static(&[9; 32]), vec![sequence]);
+        v1::LearnRequest { model_digest, stack: 1, kept: 2, sequences, checksum: 0 }
+    }
+
     #[test]
     fn sums_never_change_between_versions() {
         // Broken: during an upgrade nodes of the two versions would take each other's messages for damaged.
@@ -162,10 +184,12 @@ mod tests {
             of_results(&refusal()),
             of_predict_request(&request()),
             of_predict_response(&response()),
+            of_learn_request(&labels()),
         ];
         assert_eq!(sums, PINNED, "rewrite PINNED only with a decision about upgrades");
     }
-    const PINNED: [u32; 6] = [0x4d3d_c165, 0xc4d7_5b81, 0x3cf9_f2c2, 0xdfec_ae25, 0x496c_f1fe, 0xa5d9_c6f2];
+    const PINNED: [u32; 7] =
+        [0x4d3d_c165, 0xc4d7_5b81, 0x3cf9_f2c2, 0xdfec_ae25, 0x496c_f1fe, 0xa5d9_c6f2, 0xe1c7_8514];
 
     /// Whether every one of these changes makes another sum.
     fn all_noticed<M: Clone>(message: &M, sum: fn(&M) -> u32, changes: &[fn(&mut M)]) {
@@ -237,6 +261,18 @@ mod tests {
                 |m| m.tables[0].experts.clear(),
                 |m| m.tables[0].alphas.clear(),
                 |m| m.states[0].clear(),
+            ],
+        );
+        all_noticed(
+            &labels(),
+            of_learn_request,
+            &[
+                |m| m.model_digest.clear(),
+                |m| m.stack += 1,
+                |m| m.kept += 1,
+                |m| m.sequences[0].token_ids[1] += 1,
+                |m| m.sequences[0].experts.clear(),
+                |m| m.sequences[0].probabilities.clear(),
             ],
         );
     }

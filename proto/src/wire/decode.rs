@@ -5,7 +5,8 @@ use prost::Message;
 use sida_routing::{HashTable, Plan};
 
 use super::{
-    Answer, Bounds, Call, PlacementRecord, PredictionRequest, Residency, WireError, placement::RECORD_BYTES_MAX, within,
+    Answer, Bounds, Call, PlacementRecord, PredictionRequest, Residency, TakenLabels, WireError,
+    placement::RECORD_BYTES_MAX, within,
 };
 use crate::v1;
 
@@ -17,6 +18,11 @@ pub fn hash_table(bytes: &[u8], bounds: &Bounds) -> Result<HashTable, WireError>
 /// A request to a predictor-node.
 pub fn predict_request(bytes: &[u8], bounds: &Bounds) -> Result<PredictionRequest, WireError> {
     message::<v1::PredictRequest>("PredictRequest", bytes)?.check(bounds)
+}
+
+/// Labels for a predictor-node, of a stack of so many MoE `layers`.
+pub fn learn_request(bytes: &[u8], bounds: &Bounds, layers: usize) -> Result<TakenLabels, WireError> {
+    message::<v1::LearnRequest>("LearnRequest", bytes)?.check(bounds, layers)
 }
 
 /// A hint to an expert-node.
@@ -53,7 +59,9 @@ fn message<M: Message + Default>(name: &'static str, bytes: &[u8]) -> Result<M, 
 mod tests {
     use bytes::Bytes;
     use proptest::prelude::*;
-    use sida_routing::{Digest, ExpertId, ExpertKey, Group, LayerId, PlacedGroup, PlanId, hash_table::Shape};
+    use sida_routing::{
+        Digest, ExpertId, ExpertKey, Group, Labels, LabelsExtent, LayerId, PlacedGroup, PlanId, hash_table::Shape,
+    };
 
     use super::*;
     use crate::wire::{CallRows, Stack, checksum, rows};
@@ -170,6 +178,7 @@ mod tests {
     fn every_decoder(bytes: &[u8]) {
         let _ = hash_table(bytes, &BOUNDS);
         let _ = predict_request(bytes, &BOUNDS);
+        let _ = learn_request(bytes, &BOUNDS, 3);
         let _ = plan(bytes, &BOUNDS);
         let _ = activations(bytes, &BOUNDS);
         let _ = results(bytes, 3, 4);
@@ -240,6 +249,29 @@ mod tests {
         for (first, layers) in [(0, 7), (2, 5), (5, 2), (6, 1)] {
             assert!(table(first, layers).is_err(), "{layers} layers from {first} on");
         }
+    }
+
+    #[test]
+    fn labels_are_taken_as_they_were_sent_and_of_this_model_only() {
+        // Broken: a net would learn what no router chose, or index beyond its vocabulary or its experts.
+        let labels = |token: u32, expert: u16| {
+            let extent = LabelsExtent { layers: 2, num_experts: usize::MAX, kept: 2 };
+            let experts = [expert, 1, 0, 5].map(ExpertId).to_vec();
+            Labels::new(vec![token], extent, experts, vec![0.5, 0.25, 0.75, 0.125]).unwrap()
+        };
+        let sent = |labels: &[Labels]| v1::LearnRequest::new(Digest([9; 32]), Stack::Encoder, labels);
+        let taken = |request: v1::LearnRequest, layers| learn_request(&request.encode_to_vec(), &BOUNDS, layers);
+        let sound = sent(&[labels(7, 63), labels(999, 2)]);
+        let checked = taken(sound.clone(), 2).unwrap();
+        assert_eq!(checked.sequences, [labels(7, 63), labels(999, 2)]);
+        assert_eq!((checked.model, checked.stack), (Digest([9; 32]), Stack::Encoder));
+        let refused = |request, layers| taken(request, layers).unwrap_err().to_string();
+        assert_eq!(refused(sent(&[labels(1000, 2)]), 2), "LabelledSequence.token_ids is 1000, expected less than 1000");
+        assert_eq!(refused(sent(&[labels(7, 64)]), 2), "labels name expert 64, the model has 64 per layer");
+        assert_eq!(refused(sound.clone(), 3), "LabelledSequence.experts holds 8 bytes, expected 12");
+        assert_eq!(refused(sent(&[]), 2), "LearnRequest.sequences is 0, expected 1 to 8");
+        let damaged = v1::LearnRequest { kept: u32::MAX, ..sound };
+        assert!(refused(damaged, 2).contains("damaged"));
     }
 
     #[test]

@@ -10,6 +10,7 @@ pub(crate) mod embedded;
 pub(crate) mod etcd;
 pub(crate) mod generation;
 pub(crate) mod keys;
+pub(crate) mod learn;
 pub(crate) mod limits;
 pub(crate) mod membership;
 pub(crate) mod micro_batches;

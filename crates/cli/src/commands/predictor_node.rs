@@ -11,9 +11,10 @@ use crate::{
     arguments::{
         connection::ConnectionArguments,
         keys::ClusterKeyArguments,
+        learn::LearnArguments,
         membership::MembershipArguments,
         model::ModelArguments,
-        predictor::{self, default_file},
+        predictor::default_file,
         server::{self, METRICS_OF_NODES, ServerArguments},
     },
     runtime, shutdown,
@@ -29,6 +30,8 @@ pub(crate) struct PredictorNodeArguments {
     /// The predictor's file [default: predictor.safetensors beside the model]
     #[arg(long, value_name = "FILE")]
     predictor: Option<PathBuf>,
+    #[command(flatten)]
+    learn: LearnArguments,
     #[command(flatten)]
     server: ServerArguments,
     #[command(flatten)]
@@ -60,10 +63,11 @@ pub(crate) fn run(arguments: PredictorNodeArguments) -> anyhow::Result<ExitCode>
         let facts = (model, checkpoint.digest());
         let cluster = arguments.membership.cluster(&member, listener.local_addr()?, facts, 1.0)?;
         let file = arguments.predictor.clone().unwrap_or_else(|| default_file(&checkpoint));
-        let predictor = predictor::open(&file, &checkpoint)?;
+        let (predictor, learn) = arguments.learn.open(file, &checkpoint)?;
         let threads = arguments.model.threads();
         let config = PredictorNodeConfig {
             limits: PredictorLimits { threads, ..PredictorLimits::default() },
+            learn,
             server: arguments.server.server(&arguments.connection, gate, readiness),
             ..PredictorNodeConfig::new(member.node, model, predictor)
         };

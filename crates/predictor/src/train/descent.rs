@@ -1,6 +1,6 @@
 //! The descent: batches, threads, learning rate, AdamW.
 
-use std::{collections::BTreeMap, panic::resume_unwind};
+use std::{collections::BTreeMap, ops::ControlFlow, panic::resume_unwind};
 
 use candle_core::{Result, Tensor, Var, backprop::GradStore};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW};
@@ -52,28 +52,57 @@ pub(super) fn learn(
     let outputs = layers * recording.shape.num_experts;
     let widths = (options.width, options.token_width);
     let net = fresh(options.net, recorded, stack, outputs, widths, &mut random)?;
-    let weights = net.weights();
-    let settings = ParamsAdamW { beta2: 0.98, weight_decay: 0.01, ..ParamsAdamW::default() };
-    let mut optimizer = AdamW::new(weights.clone(), settings)?;
-    let workers = workers()?;
-    let batch_tokens = options.batch_tokens.min(recorded.tokens() / (STEPS_PER_EPOCH_MIN * workers.len())).max(1);
-    let tokens_total = (recorded.tokens() * options.epochs) as u64;
-    let mut tokens_done = 0;
-    for _ in 0..options.epochs {
-        for batches in batches(recorded, batch_tokens, &mut random).chunks(workers.len()) {
-            let tokens = tokens(recorded, batches);
-            let (loss, mut gradients) =
-                gradients(&*net, recorded, recording.shape.num_experts, batches, tokens * layers, &workers)?;
-            clip(&weights, &mut gradients)?;
-            let progress = tokens_done as f64 / tokens_total as f64;
-            optimizer.set_learning_rate(options.learning_rate * schedule(progress));
-            optimizer.step(&gradients)?;
-            tokens_done += tokens as u64;
-            on_progress(TrainProgress { stack, tokens_done, tokens_total, loss });
-        }
-    }
+    let descent = Descent { recording, stack, options, workers: workers(rayon::current_num_threads())? };
+    descent.run(&*net, &mut random, &mut |progress| {
+        on_progress(progress);
+        ControlFlow::Continue(())
+    })?;
     net.store(tensors)?;
     Ok(())
+}
+
+/// One descent of a net.
+pub(super) struct Descent<'d> {
+    pub(super) recording: &'d Recording,
+    pub(super) stack: Stack,
+    pub(super) options: &'d TrainOptions,
+    /// One batch each to every step.
+    pub(super) workers: Vec<ThreadPool>,
+}
+
+impl Descent<'_> {
+    /// Trains until all passes are done, or `on_step` breaks it off, which is an error.
+    pub(super) fn run(
+        &self,
+        net: &dyn Learnt,
+        random: &mut StdRng,
+        on_step: &mut dyn FnMut(TrainProgress) -> ControlFlow<()>,
+    ) -> std::result::Result<(), PredictorError> {
+        let Self { recording, stack, options, workers } = self;
+        let (stack, recorded) = (*stack, recording.of_stack(*stack));
+        let (layers, num_experts) = (recording.shape.layers(stack).len(), recording.shape.num_experts);
+        let weights = net.weights();
+        let settings = ParamsAdamW { beta2: 0.98, weight_decay: 0.01, ..ParamsAdamW::default() };
+        let mut optimizer = AdamW::new(weights.clone(), settings)?;
+        let batch_tokens = options.batch_tokens.min(recorded.tokens() / (STEPS_PER_EPOCH_MIN * workers.len())).max(1);
+        let tokens_total = (recorded.tokens() * options.epochs) as u64;
+        let mut tokens_done = 0;
+        for _ in 0..options.epochs {
+            for batches in batches(recorded, batch_tokens, random).chunks(workers.len()) {
+                let tokens = tokens(recorded, batches);
+                let (loss, mut gradients) = gradients(net, recorded, num_experts, batches, tokens * layers, workers)?;
+                clip(&weights, &mut gradients)?;
+                let progress = tokens_done as f64 / tokens_total as f64;
+                optimizer.set_learning_rate(options.learning_rate * schedule(progress));
+                optimizer.step(&gradients)?;
+                tokens_done += tokens as u64;
+                if on_step(TrainProgress { stack, tokens_done, tokens_total, loss }).is_break() {
+                    return Err(PredictorError::GivenUp);
+                }
+            }
+        }
+        Ok(())
+    }
 }
 
 /// A net of these outputs, width and token width of which nothing is trained.
@@ -99,14 +128,14 @@ fn loss(net: &dyn Learnt, recorded: &StackRecording, num_experts: usize, batch: 
     distillation(&logits, &targets(recorded, batch, num_experts)?)
 }
 
-/// One pool of one thread for each thread there is. The products of such a net are too small to be cut up:
+/// So many pools of one thread, but not too many. The products of such a net are too small to be cut up:
 /// waking a thread takes longer. So each worker does a batch of its own.
-fn workers() -> std::result::Result<Vec<ThreadPool>, PredictorError> {
+pub(super) fn workers(threads: usize) -> std::result::Result<Vec<ThreadPool>, PredictorError> {
     let pool = |_| {
         let pool = ThreadPoolBuilder::new().num_threads(1).build();
         pool.map_err(|error| PredictorError::Threads { reason: error.to_string() })
     };
-    (0..rayon::current_num_threads().min(WORKERS_MAX)).map(pool).collect()
+    (0..threads.min(WORKERS_MAX)).map(pool).collect()
 }
 
 /// The mean loss of a step's `entries` (tokens in layers) and its gradients, one batch a worker.

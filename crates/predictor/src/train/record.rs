@@ -2,12 +2,12 @@
 //! experts with their probabilities. The encoder reads the input; the decoder is made to write the target,
 //! or answers greedily where there is none.
 
-use std::path::Path;
+use std::{path::Path, sync::Arc};
 
 use half::f16;
 use rayon::prelude::*;
 use sida_model::{Backbone, Checkpoint, Reference, RoutedLayer, Stack, Tokenizer, reference::greedy};
-use sida_routing::{Digest, ExpertId};
+use sida_routing::{Digest, ExpertId, Labels};
 
 use super::Text;
 use crate::{PredictorError, PredictorShape, entries::top_k};
@@ -67,6 +67,18 @@ impl StackRecording {
     fn new(embedding: Vec<f32>, d_model: usize, kept: usize) -> Self {
         let (sequences, experts, probabilities, inputs) = Default::default();
         Self { embedding, d_model, kept, sequences, experts, probabilities, inputs }
+    }
+
+    /// Of an encoder whose routers others have run, for a net that knows its tokens already. Those that keep fewer experts than
+    /// the first are left out.
+    pub(super) fn of_labels(labels: &[Arc<Labels>]) -> Self {
+        let kept = labels.first().map_or(1, |labels| labels.kept());
+        let mut recorded = Self::new(Vec::new(), 0, kept);
+        for labels in labels.iter().filter(|labels| labels.kept() == kept) {
+            let (experts, probabilities) = (labels.experts().to_vec(), labels.probabilities().to_vec());
+            recorded.push(Routed { tokens: labels.tokens().to_vec(), experts, probabilities, input: None });
+        }
+        recorded
     }
 
     fn push(&mut self, routed: Routed) {

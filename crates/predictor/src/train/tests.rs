@@ -19,9 +19,9 @@ use crate::{
 const VOCAB: usize = 24;
 const EXPERTS: usize = 4;
 const D_MODEL: usize = 8;
-const MODEL: Digest = Digest([7; 32]);
+pub(super) const MODEL: Digest = Digest([7; 32]);
 
-fn shape() -> PredictorShape {
+pub(super) fn shape() -> PredictorShape {
     let encoder_width = Some(D_MODEL);
     PredictorShape {
         vocab_size: VOCAB,
@@ -35,7 +35,7 @@ fn shape() -> PredictorShape {
 /// Sequences of random lengths whose experts depend on the token and, in every other layer, on its neighbour:
 /// the next token in the encoder, the last one in the decoder. Those of the decoder also depend on which of two kinds one
 /// token of the input is, where the others say something else.
-fn recording(sequences: usize, seed: u64) -> Recording {
+pub(super) fn recording(sequences: usize, seed: u64) -> Recording {
     let mut state = seed;
     let mut random = move |below: usize| {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -87,7 +87,7 @@ fn recording(sequences: usize, seed: u64) -> Recording {
 }
 
 /// A trained file and what was measured; training takes seconds, so each net is trained once for all tests.
-fn trained(net: Net) -> (tempfile::TempDir, PathBuf, Vec<HitRate>) {
+pub(super) fn trained(net: Net) -> (tempfile::TempDir, PathBuf, Vec<HitRate>) {
     static TRAINED: [OnceLock<(Vec<u8>, Vec<HitRate>)>; 3] = [const { OnceLock::new() }; 3];
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join(FILE_NAME);

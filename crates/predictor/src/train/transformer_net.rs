@@ -2,7 +2,7 @@
 //! sequences of one length, so there is no padding to mask, and what is learnt is what
 //! [`TransformerNet`](crate::transformer::TransformerNet) computes.
 
-use candle_core::{D, Device, Result, Tensor, Var};
+use candle_core::{D, DType, Device, Tensor, Var};
 use candle_nn::ops::softmax;
 use half::f16;
 use rand::rngs::StdRng;
@@ -15,10 +15,13 @@ use super::{
     record::StackRecording,
 };
 use crate::{
-    file::Tensors,
+    PredictorError,
+    file::{PredictorFile, Tensors},
     stack_name,
     transformer::{EPSILON, block_part},
 };
+
+type Result<T, E = candle_core::Error> = std::result::Result<T, E>;
 
 /// Blocks of attention and linear layers.
 const BLOCKS: usize = 2;
@@ -31,7 +34,7 @@ const DISTANCE: usize = 64;
 
 /// A net whose weights are variables.
 pub(super) struct TransformerInTraining {
-    /// (vocabulary, d_model), of root mean square 1; not trained.
+    /// (vocabulary, d_model), of root mean square 1, or what an earlier net knew of tokens, (vocabulary, token width); not trained.
     embedding: Tensor,
     token: Linear,
     /// (token width, width)
@@ -66,7 +69,7 @@ impl TransformerInTraining {
     ) -> Result<Self> {
         let d_model = recorded.d_model;
         let heads = if width.is_multiple_of(HEADS) { HEADS } else { 1 };
-        let ones = || Var::ones(width, candle_core::DType::F32, &Device::Cpu);
+        let ones = || Var::ones(width, DType::F32, &Device::Cpu);
         let mut block = || {
             let mut square = || uniform(&[width, width], width, random);
             let (query, keys, values, output) = (square()?, square()?, square()?, square()?);
@@ -84,6 +87,54 @@ impl TransformerInTraining {
             head: Linear { weights: uniform(&[width, outputs], width, random)?, bias: zeros(outputs)? },
         })
     }
+
+    /// A net that learns on: as it is in a file that was opened before. What it knows of each token takes the place of the
+    /// embedding, and what is learnt of tokens begins as the identity.
+    pub(super) fn from_file(file: &mut PredictorFile) -> Result<Self, PredictorError> {
+        let name = stack_name(Stack::Encoder);
+        let outputs = file.shape.layers(Stack::Encoder).len() * file.shape.num_experts;
+        let (width, token_width) = extent(file, &format!("{name}.input"))?;
+        let vocab_size = file.shape.vocab_size;
+        let tokens = format!("{name}.tokens");
+        let known = file.floats(&tokens, &[vocab_size, token_width])?;
+        if known.iter().any(|&value| value < 0.0) {
+            return Err(file.refuse(&tokens, "holds what no ReLU gives: this net cannot learn on".to_owned()));
+        }
+        let mut blocks = Vec::new();
+        while file.has(&block_part(blocks.len(), "query")) {
+            blocks.push(Block::from_file(file, blocks.len(), width)?);
+        }
+        let head_bias = file.floats(&format!("{name}.head_bias"), &[outputs])?;
+        Ok(Self {
+            embedding: Tensor::from_vec(known, (vocab_size, token_width), &Device::Cpu)?,
+            token: Linear {
+                weights: Var::from_tensor(&Tensor::eye(token_width, DType::F32, &Device::Cpu)?)?,
+                bias: zeros(token_width)?,
+            },
+            input: transposed(file, &format!("{name}.input"), &[width, token_width])?,
+            blocks,
+            norm: Var::from_vec(file.floats(&format!("{name}.norm"), &[width])?, width, &Device::Cpu)?,
+            head: Linear {
+                weights: transposed(file, &format!("{name}.head"), &[outputs, width])?,
+                bias: Var::from_vec(head_bias, (1, outputs), &Device::Cpu)?,
+            },
+        })
+    }
+}
+
+/// The two extents of a matrix in a file.
+fn extent(file: &PredictorFile, tensor: &str) -> Result<(usize, usize), PredictorError> {
+    match *file.dimensions(tensor)? {
+        [rows, columns] => Ok((rows, columns)),
+        ref found => Err(file.refuse(tensor, format!("is {found:?}, expected a matrix"))),
+    }
+}
+
+/// A tensor of a file, of which all but the last extent are outputs, as weights (inputs, outputs).
+fn transposed(file: &mut PredictorFile, tensor: &str, shape: &[usize]) -> Result<Var, PredictorError> {
+    let (values, inputs) = (file.floats(tensor, shape)?, shape[shape.len() - 1]);
+    let stored = Tensor::from_vec(values, (shape.iter().product::<usize>() / inputs, inputs), &Device::Cpu)?;
+    Ok(Var::from_tensor(&stored.t()?.contiguous()?)?)
 }
 
 impl Learnt for TransformerInTraining {
@@ -137,6 +188,35 @@ impl Learnt for TransformerInTraining {
 }
 
 impl Block {
+    fn from_file(file: &mut PredictorFile, block: usize, width: usize) -> Result<Self, PredictorError> {
+        let part = |name: &str| block_part(block, name);
+        let (heads, distances) = extent(file, &part("distances"))?;
+        if heads == 0 || !width.is_multiple_of(heads) || distances != 2 * DISTANCE + 1 {
+            let reason = format!("is ({heads}, {distances}): only nets of {} distances can learn on", 2 * DISTANCE + 1);
+            return Err(file.refuse(&part("distances"), reason));
+        }
+        let (inner, _) = extent(file, &part("up"))?;
+        let of_heads = [heads, width / heads, width];
+        let by_distance = file.floats(&part("distances"), &[heads, distances])?;
+        let mut norm = |name| {
+            Var::from_vec(file.floats(&part(name), &[width])?, width, &Device::Cpu).map_err(PredictorError::from)
+        };
+        let (attention_norm, linear_norm) = (norm("attention_norm")?, norm("linear_norm")?);
+        let mut weights = |name, shape: &[usize]| transposed(file, &part(name), shape);
+        Ok(Self {
+            heads,
+            attention_norm,
+            query: weights("query", &of_heads)?,
+            keys: weights("keys", &of_heads)?,
+            values: weights("values", &of_heads)?,
+            output: weights("output", &[width, width])?,
+            distances: Var::from_vec(by_distance, (heads, distances), &Device::Cpu)?,
+            linear_norm,
+            up: weights("up", &[inner, width])?,
+            down: weights("down", &[width, inner])?,
+        })
+    }
+
     fn weights(&self) -> [&Var; 9] {
         let Self { attention_norm, query, keys, values, output, distances, linear_norm, up, down, .. } = self;
         [attention_norm, query, keys, values, output, distances, linear_norm, up, down]

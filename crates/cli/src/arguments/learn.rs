@@ -1,0 +1,121 @@
+//! How a predictor-node learns from traffic.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use clap::{Args, value_parser};
+use sida_model::Checkpoint;
+use sida_predictor::{FILE_NAME, HashPredictor};
+use sida_predictor_node::LearnConfig;
+
+use super::predictor;
+use crate::{bad_configuration::BadConfiguration, share};
+
+/// Labels that are kept take about 150 bytes a token.
+#[derive(Args)]
+pub(crate) struct LearnArguments {
+    /// Learn from traffic: coordinators tell what their routers chose for prompts in `exact`, and once a predictor that has learnt
+    /// on from that is better, it serves. Needs --learn-dir
+    #[arg(long)]
+    learn: bool,
+    /// With --learn: where what was learnt is kept. At its start the node serves by what it finds there, if it is this model's
+    #[arg(long, value_name = "DIR")]
+    learn_dir: Option<PathBuf>,
+    /// With --learn: tokens of traffic that are kept to learn from; a training begins when a quarter of that is new
+    #[arg(long, value_name = "N", default_value_t = 1 << 18, value_parser = value_parser!(u64).range(4096..=1 << 24))]
+    learn_tokens_max: u64,
+    /// With --learn: the share of one processor that training takes
+    #[arg(long, value_name = "SHARE", default_value = "25%", value_parser = share::parse)]
+    learn_cpu_share: f64,
+}
+
+impl LearnArguments {
+    /// The predictor to serve, and how it learns: that of `file`, or what was learnt before.
+    pub(crate) fn open(
+        &self,
+        file: PathBuf,
+        checkpoint: &Arc<Checkpoint>,
+    ) -> anyhow::Result<(Arc<dyn HashPredictor>, Option<LearnConfig>)> {
+        let dir = match (&self.learn_dir, self.learn) {
+            (Some(dir), true) => dir.clone(),
+            (None, true) => {
+                return Err(
+                    BadConfiguration::new("--learn needs --learn-dir, a directory to keep what is learnt").into()
+                );
+            }
+            (_, false) => return Ok((predictor::open(&file, checkpoint)?, None)),
+        };
+        let (file, predictor) = match learnt(&dir, checkpoint) {
+            Some(learnt) => learnt,
+            None => (file.clone(), predictor::open(&file, checkpoint)?),
+        };
+        let (tokens_max, cpu_share) = (self.learn_tokens_max as usize, self.learn_cpu_share);
+        Ok((predictor, Some(LearnConfig { file, dir, tokens_max, cpu_share })))
+    }
+}
+
+/// What was learnt before, if it can be used.
+fn learnt(dir: &Path, checkpoint: &Arc<Checkpoint>) -> Option<(PathBuf, Arc<dyn HashPredictor>)> {
+    let file = dir.join(FILE_NAME);
+    if !file.exists() {
+        return None;
+    }
+    match predictor::open(&file, checkpoint) {
+        Ok(predictor) => {
+            tracing::info!(file = %file.display(), digest = %predictor.digest(), "serving what was learnt from traffic");
+            Some((file, predictor))
+        }
+        Err(error) => {
+            tracing::warn!(
+                error = format!("{error:#}"),
+                "what was learnt from traffic cannot be used, and begins anew"
+            );
+            None
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Command {
+        #[command(flatten)]
+        learn: LearnArguments,
+    }
+
+    /// A node that starts again would forget all that it has learnt, serve what was learnt for another model, or learn nothing
+    /// for want of a directory without a word.
+    #[test]
+    fn it_goes_on_from_what_was_learnt() {
+        let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/switch-tiny-64");
+        let checkpoint = Checkpoint::open(&model).expect("a model");
+        let beside = predictor::default_file(&checkpoint);
+        let dir = tempfile::tempdir().expect("a directory");
+        let shown = dir.path().display().to_string();
+        let open = |flags: &[&str]| {
+            let flags = std::iter::once("sida").chain(flags.iter().copied());
+            Command::try_parse_from(flags).expect("flags").learn.open(beside.clone(), &checkpoint)
+        };
+        assert!(open(&["--learn-dir", &shown]).expect("a predictor").1.is_none());
+        assert!(open(&["--learn"]).err().expect("an error").to_string().contains("--learn-dir"));
+        let flags = ["--learn", "--learn-dir", &shown, "--learn-cpu-share", "50%"];
+        let config = |file: &Path| LearnConfig {
+            file: file.to_owned(),
+            dir: dir.path().to_owned(),
+            tokens_max: 1 << 18,
+            cpu_share: 0.5,
+        };
+        assert_eq!(open(&flags).expect("a predictor").1, Some(config(&beside)));
+        let learnt = dir.path().join(FILE_NAME);
+        std::fs::copy(&beside, &learnt).expect("a file");
+        assert_eq!(open(&flags).expect("a predictor").1, Some(config(&learnt)));
+        std::fs::write(&learnt, "cut").expect("a file");
+        assert_eq!(open(&flags).expect("a predictor").1, Some(config(&beside)));
+    }
+}
