@@ -5,7 +5,7 @@
 //! Invariant: synchronous, no tokio and no network. Every numeric kernel computes each row by itself in a
 //! fixed order, so a row's bits do not depend on its batch, on the number of threads or on the node.
 //!
-//! In reading order. What a model is: [`error`], [`dtype`], `super_blocks`, [`config`], [`family`], and [`spec`], the model as data.
+//! In reading order. What a model is: [`error`], [`dtype`], `fifth_bit`, `super_blocks`, `float8`, [`config`], [`family`], and [`spec`], the model as data.
 //! Where its bytes are: [`bounded_file`], [`mistaken_file`], `weight_files`, [`manifest`], `model_name`, [`checkpoint`], [`names`], [`tokenizer`].
 //! How conversations become texts: [`chat_template`], `template_functions`.
 //! Its weights by block: [`position_bias`], [`backbone`], `tensor_check`. What it computes, an equation a line: [`forward`].
@@ -40,6 +40,8 @@ pub mod expert_device;
 pub mod expert_slot;
 pub mod expert_store;
 pub mod family;
+mod fifth_bit;
+mod float8;
 pub mod forward;
 pub mod fresh_directory;
 pub mod generation;

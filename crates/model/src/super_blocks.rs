@@ -1,9 +1,9 @@
-//! Super-blocks of 256 values: the formats that ggml calls Q4_K and Q6_K (`ggml-common.h`), byte for byte. A super-block is cut
-//! into parts that have small integers for scales; what these count in is the super-block's own scale, a binary16.
+//! Super-blocks of 256 values: the formats that ggml calls Q4_K, Q5_K and Q6_K (`ggml-common.h`), byte for byte. A super-block is
+//! cut into parts that have small integers for scales; what these count in is the super-block's own scale, a binary16.
 //!
-//! A value of Q6_K is three factors of 11, 7 and 5 bits and a sign, which float32 holds exactly. One of Q4_K is the difference
-//! of two such products, each of them exact: the difference is rounded once, to nearest, whether a machine multiplies and
-//! subtracts in one step or in two. So both are, to the bit, what ggml makes of them.
+//! A value of Q6_K is three factors of 11, 7 and 5 bits and a sign, which float32 holds exactly. One of Q4_K or Q5_K is the
+//! difference of two such products, each of them exact: the difference is rounded once, to nearest, whether a machine multiplies and
+//! subtracts in one step or in two. So all are, to the bit, what ggml makes of them.
 
 use std::array;
 
@@ -21,6 +21,14 @@ pub(crate) mod q4_k {
     pub(crate) const SCALES_AT: usize = 4;
     pub(crate) const HALVES_AT: usize = 16;
     pub(crate) const BYTES: usize = 144;
+}
+
+/// Where things are in a Q5_K super-block: as in Q4_K, and before the halves of bytes the fifth bits. Byte `i` of these has
+/// value `i` of each part, the first part's lowest.
+pub(crate) mod q5_k {
+    pub(crate) const FIFTHS_AT: usize = 16;
+    pub(crate) const HALVES_AT: usize = 48;
+    pub(crate) const BYTES: usize = 176;
 }
 
 /// Where things are in a Q6_K super-block: the low 4 bits of all values, their high 2 bits, a scale for each 16 values, and the
@@ -69,6 +77,21 @@ pub(crate) fn widen_q4_k(block: &[u8; q4_k::BYTES], out: &mut [f32; SUPER_BLOCK]
     }
 }
 
+/// The values of a Q5_K super-block.
+pub(crate) fn widen_q5_k(block: &[u8; q5_k::BYTES], out: &mut [f32; SUPER_BLOCK]) {
+    let (unit, min_unit) = (unit(block, 0), unit(block, q4_k::MIN_AT));
+    let scales = array::from_fn(|i| block[q4_k::SCALES_AT + i]);
+    let [scales, mins] = q4_k_scales(scales).map(u64::to_le_bytes);
+    for (part, out) in out.chunks_exact_mut(PART).enumerate() {
+        let (scale, min) = (unit * f32::from(scales[part]), min_unit * f32::from(mins[part]));
+        for (i, out) in out.iter_mut().enumerate() {
+            let half = block[q5_k::HALVES_AT + part / 2 * PART + i] >> (part % 2 * 4) & 0xf;
+            let fifth = block[q5_k::FIFTHS_AT + i] >> part & 1;
+            *out = scale * f32::from(half | fifth << 4) - min;
+        }
+    }
+}
+
 /// The values of a Q6_K super-block.
 pub(crate) fn widen_q6_k(block: &[u8; q6_k::BYTES], out: &mut [f32; SUPER_BLOCK]) {
     let unit = unit(block, q6_k::UNIT_AT);
@@ -87,10 +110,11 @@ fn unit(block: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
 }
 
-/// Super-blocks of all kinds of bytes, but for scales, which are numbers of an ordinary size.
+/// Blocks of all kinds of bytes, but for scales, which are numbers of an ordinary size.
 #[cfg(test)]
 pub(crate) fn arbitrary(dtype: crate::StoredDType, values: usize, seed: usize) -> Vec<u8> {
-    use crate::StoredDType::{Q4_0, Q4K, Q6K, Q8_0};
+    use crate::StoredDType::{F8, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
+    use crate::float8::F8_SCALE_BYTES;
     let mut state = seed as u64 + 1;
     let mut random = || {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -98,15 +122,20 @@ pub(crate) fn arbitrary(dtype: crate::StoredDType, values: usize, seed: usize) -
     };
     let mut bytes: Vec<u8> = (0..dtype.bytes(values)).map(|_| random() as u8).collect();
     let scales: &[usize] = match dtype {
-        Q8_0 | Q4_0 => &[0],
-        Q4K => &[0, q4_k::MIN_AT],
+        Q8_0 | Q4_0 | Q5_0 => &[0],
+        Q4_1 | Q5_1 | Q4K | Q5K => &[0, q4_k::MIN_AT],
         Q6K => &[q6_k::UNIT_AT],
+        F8 => &[],
         whole => panic!("{whole} has no blocks"),
     };
     for block in bytes.chunks_exact_mut(dtype.block().1) {
         for &at in scales {
             let scale = f16::from_f32((random() % 2001) as f32 / 50_000.0 - 0.02);
             block[at..at + 2].copy_from_slice(&scale.to_le_bytes());
+        }
+        if dtype == F8 {
+            let scale = (random() % 2001) as f32 / 50_000.0 - 0.02;
+            block[..F8_SCALE_BYTES].copy_from_slice(&scale.to_le_bytes());
         }
     }
     bytes
@@ -128,7 +157,11 @@ mod tests {
         for (dtype, candle) in [
             (StoredDType::Q8_0, GgmlDType::Q8_0),
             (StoredDType::Q4_0, GgmlDType::Q4_0),
+            (StoredDType::Q4_1, GgmlDType::Q4_1),
+            (StoredDType::Q5_0, GgmlDType::Q5_0),
+            (StoredDType::Q5_1, GgmlDType::Q5_1),
             (StoredDType::Q4K, GgmlDType::Q4K),
+            (StoredDType::Q5K, GgmlDType::Q5K),
             (StoredDType::Q6K, GgmlDType::Q6K),
         ] {
             let values = 50 * SUPER_BLOCK;

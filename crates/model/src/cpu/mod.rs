@@ -5,13 +5,14 @@
 //! threads work, on whichever node and whichever x86 or other machine: this is what lets rows move between
 //! nodes and batches without changing a token (docs/decisions/0002).
 //!
-//! In reading order: [`lanes`] (16 floats at a time), [`block_loads`] and [`super_block_loads`] (the same out of few
+//! In reading order: [`lanes`] (16 floats at a time), [`block_loads`], [`integer_loads`] and [`super_block_loads`] (the same out of few
 //! bits), [`stored_rows`] (a weight matrix where it lies), [`tiles`] (many dot products at once), [`matmul`], [`panel`], [`exp`], [`norm`], [`attention`].
 
 mod aligned_floats;
 pub mod attention;
 mod block_loads;
 pub mod exp;
+mod integer_loads;
 pub mod lanes;
 pub mod matmul;
 pub mod norm;
