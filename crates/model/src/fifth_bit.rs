@@ -58,7 +58,7 @@ pub(crate) fn widen_q5_1(block: &[u8; q5_1::BYTES], out: &mut [f32; BLOCK]) {
 /// Integer `i`: the low half of a byte, or from the 16th on the high one, and a fifth bit, the first lowest.
 fn integer(halves: &[u8], fifths: u32, i: usize) -> i32 {
     let half = halves[i % (BLOCK / 2)] >> (i / (BLOCK / 2) * 4) & 0xf;
-    i32::from(half) | (fifths >> i & 1) as i32 * 16
+    i32::from(half) | ((fifths >> i & 1) as i32) << 4
 }
 
 fn fifths_at(block: &[u8], at: usize) -> u32 {

@@ -22,7 +22,7 @@ unsafe impl IntegerLoads for Portable {
     unsafe fn load_five_bits(halves: *const u8, fifths: u32) -> [Self; 2] {
         // SAFETY: the caller's.
         let halves = unsafe { halves.cast::<[u8; LANES]>().read() };
-        let integer = |half: u8, i: usize| f32::from(half | (fifths >> i & 1) as u8 * 16);
+        let integer = |half: u8, i: usize| f32::from(half | ((fifths >> i & 1) as u8) << 4);
         [
             Self(std::array::from_fn(|i| integer(halves[i] & 0xf, i))),
             Self(std::array::from_fn(|i| integer(halves[i] >> 4, i + LANES))),
