@@ -266,7 +266,8 @@ def main():
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--out", type=Path, required=True)
     arguments.add_argument("--only", help="the name of one of them")
-    out, only = (parsed := arguments.parse_args()).out, parsed.only
+    parsed = arguments.parse_args()
+    out, only = parsed.out, parsed.only
     for name, plan in CONFIGS.items():
         if only not in (None, name):
             continue
