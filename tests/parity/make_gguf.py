@@ -2,7 +2,7 @@
 golden.json.
 
     pip install torch==2.15.0 transformers==5.17.0 gguf==0.19.0
-    python tests/parity/make_gguf.py --out tests/data/parity
+    python tests/parity/make_gguf.py --out tests/data/parity [--only NAME]
 
 Files are written by gguf, under the names that it has for a family, with the keys that llama.cpp's conversion writes. Together they
 have every format of tensors that is read, formats that differ between matrices and between layers, a split file, and
@@ -56,7 +56,10 @@ CONFIGS = {
     ),
     "gguf-olmoe": dict(
         family="Olmoe", arch="olmoe", tokenizer="olmo", dtype="f32", parts=2,
-        formats={"ffn_gate_inp": "F32", "norm": "F32", "ffn_down_exps": "F16", "": "Q8_0"},
+        formats={
+            "ffn_gate_inp": "F32", "norm": "F32", "0.ffn_down_exps": "Q5_0", "ffn_down_exps": "Q5_1", "attn_v": "Q4_1",
+            "attn_output": "F16", "": "Q8_0",
+        },
         config=dict(
             COMMON, hidden_size=32, num_attention_heads=2, num_key_value_heads=2, intermediate_size=32, num_experts=4,
             num_experts_per_tok=2, norm_topk_prob=False, tie_word_embeddings=True, clip_qkv=0.6,
@@ -66,7 +69,7 @@ CONFIGS = {
     "gguf-mixtral": dict(
         family="Mixtral", arch="llama", tokenizer="llama", dtype="f32",
         formats={
-            "ffn_gate_inp": "F32", "norm": "F32", "0.ffn_down_exps": "Q6_K", "attn_v": "Q6_K", "attn_output": "Q8_0",
+            "ffn_gate_inp": "F32", "norm": "F32", "0.ffn_down_exps": "Q6_K", "attn_v": "Q6_K", "attn_k": "Q5_K", "attn_output": "Q8_0",
             "": "Q4_K",
         },
         config=dict(
@@ -81,15 +84,16 @@ CONFIGS = {
 def blocks_of(values, kind, generator):
     """The bytes of a tensor in a format. Of K-quants these are arbitrary blocks with scales of an ordinary size."""
     kind = gguf.GGMLQuantizationType[kind]
-    if kind not in (gguf.GGMLQuantizationType.Q4_K, gguf.GGMLQuantizationType.Q6_K):
+    units = {"Q4_K": 290, "Q5_K": 600}
+    if kind.name not in (*units, "Q6_K"):
         return gguf.quants.quantize(values, kind), kind
     _, size = gguf.GGML_QUANT_SIZES[kind]
     count = values.size // 256
     blocks = generator.integers(0, 256, (count, size), dtype=numpy.uint8)
     unit = (values.std() * generator.uniform(0.5, 1.5, count)).astype(numpy.float32)
     put = lambda at, scale: blocks.__setitem__((slice(None), slice(at, at + 2)), scale.astype("<f2").view(numpy.uint8).reshape(-1, 2))
-    if kind == gguf.GGMLQuantizationType.Q4_K:
-        put(0, unit / 290)
+    if kind.name in units:
+        put(0, unit / units[kind.name])
         put(2, unit / 290 * 7.5)
     else:
         put(208, unit / 1360)
@@ -261,8 +265,12 @@ def write(folder, model, plan, seed):
 def main():
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--out", type=Path, required=True)
-    out = arguments.parse_args().out
+    arguments.add_argument("--only", help="the name of one of them")
+    parsed = arguments.parse_args()
+    out, only = parsed.out, parsed.only
     for name, plan in CONFIGS.items():
+        if only not in (None, name):
+            continue
         folder = out / name
         for seed in range(1000):
             shutil.rmtree(folder, ignore_errors=True)

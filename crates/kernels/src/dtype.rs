@@ -2,14 +2,18 @@
 //!
 //! Values stand alone, or in blocks of 32 neighbours of a row that share a scale: the formats that ggml calls Q8_0 and
 //! Q4_0 (`ggml-common.h`), byte for byte. A value of a block is its integer times the scale, which float32 holds exactly.
-//! Q4_K and Q6_K are blocks of 256, see `super_blocks`. A model of blocks computes, to the bit, what its values in float32
-//! would.
+//! Others are beside: with a fifth bit or a minimum (`fifth_bit`), of 256 values (`super_blocks`), and FP8 (`float8`). A model of
+//! blocks computes, to the bit, what its values in float32 would.
 
 use std::fmt;
 
 use half::f16;
 
-use crate::super_blocks::{self, SUPER_BLOCK, q4_k, q6_k};
+use crate::{
+    fifth_bit::{self, q4_1, q5_0, q5_1},
+    float8::{self, F8_BLOCK, F8_BYTES},
+    super_blocks::{self, SUPER_BLOCK, q4_k, q5_k, q6_k},
+};
 
 /// Values of a block that share a scale.
 pub const BLOCK: usize = 32;
@@ -32,15 +36,26 @@ pub enum StoredDType {
     /// Blocks of 32 values: a scale and 16 bytes. Byte `i` holds value `i` in its low half and value `i + 16` in its high
     /// half, each with 8 added.
     Q4_0,
+    /// Blocks of 32 values in 4 bits each, with a minimum.
+    Q4_1,
+    /// Blocks of 32 values in 5 bits each.
+    Q5_0,
+    /// Blocks of 32 values in 5 bits each, with a minimum.
+    Q5_1,
     /// Blocks of 256 values in 4 bits each: Q4_K.
     Q4K,
+    /// Blocks of 256 values in 5 bits each: Q5_K.
+    Q5K,
     /// Blocks of 256 values in 6 bits each: Q6_K.
     Q6K,
+    /// Blocks of 64 values: a float32 scale and numbers of 8 bits, e4m3.
+    F8,
 }
 
 impl StoredDType {
     /// All that store values in blocks.
-    pub const BLOCKS: [Self; 4] = [Self::Q8_0, Self::Q4_0, Self::Q4K, Self::Q6K];
+    pub const BLOCKS: [Self; 9] =
+        [Self::Q8_0, Self::Q4_0, Self::Q4_1, Self::Q5_0, Self::Q5_1, Self::Q4K, Self::Q5K, Self::Q6K, Self::F8];
 
     /// How many values stand together, and the bytes that they take.
     pub const fn block(self) -> (usize, usize) {
@@ -49,8 +64,13 @@ impl StoredDType {
             Self::BF16 | Self::F16 => (1, 2),
             Self::Q8_0 => (BLOCK, SCALE_BYTES + BLOCK),
             Self::Q4_0 => (BLOCK, SCALE_BYTES + BLOCK / 2),
+            Self::Q4_1 => (BLOCK, q4_1::BYTES),
+            Self::Q5_0 => (BLOCK, q5_0::BYTES),
+            Self::Q5_1 => (BLOCK, q5_1::BYTES),
             Self::Q4K => (SUPER_BLOCK, q4_k::BYTES),
+            Self::Q5K => (SUPER_BLOCK, q5_k::BYTES),
             Self::Q6K => (SUPER_BLOCK, q6_k::BYTES),
+            Self::F8 => (F8_BLOCK, F8_BYTES),
         }
     }
 
@@ -98,8 +118,13 @@ impl StoredDType {
                 low.iter_mut().zip(halves).for_each(|(out, &byte)| *out = value(byte & 0xf));
                 high.iter_mut().zip(halves).for_each(|(out, &byte)| *out = value(byte >> 4));
             }),
-            Self::Q4K => each_super_block(bytes, out, super_blocks::widen_q4_k),
-            Self::Q6K => each_super_block(bytes, out, super_blocks::widen_q6_k),
+            Self::Q4K => whole_blocks(bytes, out, super_blocks::widen_q4_k),
+            Self::Q6K => whole_blocks(bytes, out, super_blocks::widen_q6_k),
+            Self::Q4_1 => whole_blocks(bytes, out, fifth_bit::widen_q4_1),
+            Self::Q5_0 => whole_blocks(bytes, out, fifth_bit::widen_q5_0),
+            Self::Q5_1 => whole_blocks(bytes, out, fifth_bit::widen_q5_1),
+            Self::Q5K => whole_blocks(bytes, out, super_blocks::widen_q5_k),
+            Self::F8 => whole_blocks(bytes, out, float8::widen),
         }
     }
 
@@ -125,10 +150,11 @@ fn each_block<const REST: usize>(bytes: &[u8], out: &mut [f32], widen: impl Fn(f
     }
 }
 
-fn each_super_block<const SIZE: usize>(
+/// Calls `widen` with each block and its room.
+fn whole_blocks<const SIZE: usize, const VALUES: usize>(
     bytes: &[u8],
     out: &mut [f32],
-    widen: impl Fn(&[u8; SIZE], &mut [f32; SUPER_BLOCK]),
+    widen: impl Fn(&[u8; SIZE], &mut [f32; VALUES]),
 ) {
     bytes.as_chunks().0.iter().zip(out.as_chunks_mut().0).for_each(|(block, out)| widen(block, out));
 }
@@ -141,8 +167,13 @@ impl fmt::Display for StoredDType {
             Self::F16 => "F16",
             Self::Q8_0 => "Q8_0",
             Self::Q4_0 => "Q4_0",
+            Self::Q4_1 => "Q4_1",
+            Self::Q5_0 => "Q5_0",
+            Self::Q5_1 => "Q5_1",
             Self::Q4K => "Q4_K",
+            Self::Q5K => "Q5_K",
             Self::Q6K => "Q6_K",
+            Self::F8 => "F8_E4M3",
         })
     }
 }

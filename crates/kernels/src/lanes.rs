@@ -7,7 +7,7 @@
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use super::{block_loads::BlockLoads, super_block_loads::SuperBlockLoads};
+use super::{block_loads::BlockLoads, integer_loads::IntegerLoads, super_block_loads::SuperBlockLoads};
 
 /// How many floats a vector holds, on every machine.
 pub const LANES: usize = 16;
@@ -20,7 +20,7 @@ pub(super) const LINE_BYTES: usize = 64;
 /// Implementations may need CPU features. Methods are called only inside a function compiled for them, which
 /// [`run`] sees to; pointers must be valid for what is read or written.
 #[allow(clippy::missing_safety_doc)]
-pub unsafe trait Lanes: Copy + BlockLoads + SuperBlockLoads {
+pub unsafe trait Lanes: Copy + BlockLoads + IntegerLoads + SuperBlockLoads {
     /// Rows and columns of a matmul tile whose accumulators fit the registers.
     const TILE_ROWS: usize;
     /// All lanes `value`.

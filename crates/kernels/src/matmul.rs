@@ -16,7 +16,7 @@ use super::{
     aligned_floats::AlignedFloats,
     block_loads::{SCALES, Scales},
     lanes::{self, Kernel, Lanes},
-    stored_rows::{Bf16, F32, Q4, Q4K, Q6K, Q8, StoredRows, widen_row},
+    stored_rows::{Bf16, F32, Q4, Q4K, Q6K, Q8, StoredRows, widen_stored},
     tiles::{Out, Rows, X},
 };
 use crate::dtype::StoredDType;
@@ -167,8 +167,9 @@ impl Kernel for Columns<'_> {
     }
 }
 
-impl Columns<'_> {
-    /// With few rows of x, widening W ahead would cost as much as the product: it is widened on the way instead.
+impl<'a> Columns<'a> {
+    /// With few rows of x, widening W ahead would cost as much as the product: it is widened on the way instead. Of other
+    /// formats that is no quicker out of memory, and each would be compiled for all tiles (docs/decisions/0030).
     #[inline(always)]
     unsafe fn tiles<L: Lanes, const R: usize, const C: usize>(&mut self) {
         let is_whole = self.w.cols.is_multiple_of(lanes::LANES);
@@ -218,9 +219,12 @@ impl Columns<'_> {
                 let columns = C.min(self.columns.end - column);
                 // SAFETY: both rooms hold rows of `width` values, and out has room for a value of each pair.
                 unsafe {
-                    let first = self.widen::<L>(scales, column, columns, width).cast();
+                    // Multiplying few rows is over before the next of W are here: they are asked for as these are widened.
+                    let soon = self.stored(column + C, C);
+                    let (soon, later) = soon.split_at(if self.n <= R { soon.len() } else { 0 });
+                    let first = self.widen::<L>(scales, column, columns, width, soon).cast();
                     let w = Rows { stored: F32, first, k: width };
-                    w.against_all::<L, R, C>(columns, x, self.out_at(block, column), self.stored(column + C, C));
+                    w.against_all::<L, R, C>(columns, x, self.out_at(block, column), later);
                 }
                 column += C;
             }
@@ -247,7 +251,7 @@ impl Columns<'_> {
 
     /// The bytes of `columns` rows of W from `column` on, as far as they are ours.
     #[inline(always)]
-    fn stored(&self, column: usize, columns: usize) -> &[u8] {
+    fn stored(&self, column: usize, columns: usize) -> &'a [u8] {
         let row_bytes = self.w.dtype.bytes(self.w.cols);
         let (from, to) = (column.min(self.columns.end), (column + columns).min(self.columns.end));
         &self.w.bytes[from * row_bytes..to * row_bytes]
@@ -261,31 +265,31 @@ impl Columns<'_> {
     }
 
     /// `columns` rows of W from `column` on as float32, each filled up with zeros to `width` values; those that are so
-    /// already where they lie. Half of what a tile reads is x, and aligned: then the other half need not be.
+    /// already where they lie. Half of what a tile reads is x, and aligned: then the other half need not be. With each row
+    /// one of `soon` is asked for, which is needed next.
     #[inline(always)]
-    unsafe fn widen<L: Lanes>(&mut self, scales: &Scales, column: usize, columns: usize, width: usize) -> *const f32 {
+    unsafe fn widen<L: Lanes>(
+        &mut self,
+        scales: &Scales,
+        column: usize,
+        columns: usize,
+        width: usize,
+        soon: &[u8],
+    ) -> *const f32 {
         let (k, dtype, row_bytes) = (self.w.cols, self.w.dtype, self.w.dtype.bytes(self.w.cols));
         let bytes = &self.w.bytes[column * row_bytes..(column + columns) * row_bytes];
         if dtype == StoredDType::F32 && k == width {
             return bytes.as_ptr().cast();
         }
+        let mut soon = soon.chunks(row_bytes);
         let widened = self.rooms.w.rows(columns, width);
         for (row, room) in bytes.chunks_exact(row_bytes).zip(widened.chunks_exact_mut(width)) {
             let (room, rest) = room.split_at_mut(k);
             rest.fill(0.0);
-            match dtype {
-                // SAFETY: a row is whole vectors, or blocks, one after another.
-                StoredDType::BF16 if k == width => unsafe { widen_row::<L, _>(Bf16, row, room) },
-                // SAFETY: as above.
-                StoredDType::Q8_0 => unsafe { widen_row::<L, _>(Q8(scales), row, room) },
-                // SAFETY: as above.
-                StoredDType::Q4_0 => unsafe { widen_row::<L, _>(Q4(scales), row, room) },
-                // SAFETY: as above.
-                StoredDType::Q4K => unsafe { widen_row::<L, _>(Q4K(scales), row, room) },
-                // SAFETY: as above.
-                StoredDType::Q6K => unsafe { widen_row::<L, _>(Q6K(scales), row, room) },
-                dtype => dtype.widen_over(row, room),
-            }
+            // SAFETY: the caller's machine.
+            unsafe { L::prefetch(soon.next().unwrap_or_default()) };
+            // SAFETY: the caller's machine.
+            unsafe { widen_stored::<L>(dtype, scales, row, room) };
         }
         widened.as_ptr()
     }

@@ -4,10 +4,12 @@
 use super::{
     block_loads::Scales,
     lanes::{LANES, Lanes},
-    super_block_loads::{Factors, q4_k_factors, q4_k_pair, q6_k_factors, q6_k_pair},
+    super_block_loads::{Factors, q4_k_factors, q4_k_pair, q5_k_pair, q6_k_factors, q6_k_pair},
 };
 use crate::{
     dtype::StoredDType,
+    fifth_bit::{q4_1, q5_0, q5_1},
+    float8::F8_SCALE_BYTES,
     super_blocks::{PART, SUPER_BLOCK},
 };
 
@@ -132,6 +134,116 @@ impl StoredRows for Q4<'_> {
     }
 }
 
+/// Blocks of 5 bits as stored.
+#[derive(Clone, Copy)]
+struct Q5<'a>(&'a Scales);
+
+impl StoredRows for Q5<'_> {
+    const DTYPE: StoredDType = StoredDType::Q5_0;
+    const VECTORS: usize = 2;
+
+    type Factors = ();
+
+    #[inline(always)]
+    unsafe fn factors<L: Lanes>(self, _row: *const u8, _at: usize) {}
+
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(self, row: *const u8, at: usize, _: &()) -> [L; VECTORS_MAX] {
+        // SAFETY: the caller's; `at` is the first value of a block.
+        unsafe {
+            let block = row.add(Self::DTYPE.bytes(at));
+            let integers = L::load_five_bits(block.add(q5_0::HALVES_AT), fifths(block.add(q5_0::FIFTHS_AT)));
+            let (zero, scale) = (L::splat(-f32::from(q5_0::ZERO)), L::splat(self.0.at(block)));
+            // A product with 0 added has its bits, but for a 0 below 0: that needs one that is below 0, too.
+            let none = L::splat(-0.0);
+            filled([none.fma(integers[0].add(zero), scale), none.fma(integers[1].add(zero), scale)])
+        }
+    }
+}
+
+/// Blocks of 4 bits with a minimum as stored.
+#[derive(Clone, Copy)]
+struct Q4Min<'a>(&'a Scales);
+
+impl StoredRows for Q4Min<'_> {
+    const DTYPE: StoredDType = StoredDType::Q4_1;
+    const VECTORS: usize = 2;
+
+    type Factors = ();
+
+    #[inline(always)]
+    unsafe fn factors<L: Lanes>(self, _row: *const u8, _at: usize) {}
+
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(self, row: *const u8, at: usize, _: &()) -> [L; VECTORS_MAX] {
+        // SAFETY: the caller's; `at` is the first value of a block.
+        unsafe {
+            let block = row.add(Self::DTYPE.bytes(at));
+            let integers = L::load_five_bits(block.add(q4_1::HALVES_AT), 0);
+            let (min, scale) = (L::splat(self.0.at(block.add(q4_1::MIN_AT))), L::splat(self.0.at(block)));
+            filled([min.fma(integers[0], scale), min.fma(integers[1], scale)])
+        }
+    }
+}
+
+/// Blocks of 5 bits with a minimum as stored.
+#[derive(Clone, Copy)]
+struct Q5Min<'a>(&'a Scales);
+
+impl StoredRows for Q5Min<'_> {
+    const DTYPE: StoredDType = StoredDType::Q5_1;
+    const VECTORS: usize = 2;
+
+    type Factors = ();
+
+    #[inline(always)]
+    unsafe fn factors<L: Lanes>(self, _row: *const u8, _at: usize) {}
+
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(self, row: *const u8, at: usize, _: &()) -> [L; VECTORS_MAX] {
+        // SAFETY: the caller's; `at` is the first value of a block.
+        unsafe {
+            let block = row.add(Self::DTYPE.bytes(at));
+            let integers = L::load_five_bits(block.add(q5_1::HALVES_AT), fifths(block.add(q5_1::FIFTHS_AT)));
+            let (min, scale) = (L::splat(self.0.at(block.add(q5_1::MIN_AT))), L::splat(self.0.at(block)));
+            filled([min.fma(integers[0], scale), min.fma(integers[1], scale)])
+        }
+    }
+}
+
+/// The fifth bits of a block.
+#[inline(always)]
+unsafe fn fifths(at: *const u8) -> u32 {
+    // SAFETY: the caller's.
+    u32::from_le_bytes(unsafe { at.cast::<[u8; 4]>().read() })
+}
+
+/// Blocks of 8 bits with a point of their own as stored.
+#[derive(Clone, Copy)]
+struct F8;
+
+impl StoredRows for F8 {
+    const DTYPE: StoredDType = StoredDType::F8;
+    const VECTORS: usize = 4;
+
+    type Factors = ();
+
+    #[inline(always)]
+    unsafe fn factors<L: Lanes>(self, _row: *const u8, _at: usize) {}
+
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(self, row: *const u8, at: usize, _: &()) -> [L; VECTORS_MAX] {
+        // SAFETY: the caller's; `at` is the first value of a block.
+        unsafe {
+            let block = row.add(Self::DTYPE.bytes(at));
+            let scale = L::splat(f32::from_le_bytes(block.cast::<[u8; F8_SCALE_BYTES]>().read()));
+            let (codes, none) = (block.add(F8_SCALE_BYTES), L::splat(-0.0));
+            let value = |vector: usize| none.fma(L::load_e4m3(codes.add(vector * LANES)), scale);
+            [value(0), value(1), value(2), value(3)]
+        }
+    }
+}
+
 /// Super-blocks of 4 bits as stored.
 #[derive(Clone, Copy)]
 pub(super) struct Q4K<'a>(pub(super) &'a Scales);
@@ -152,6 +264,29 @@ impl StoredRows for Q4K<'_> {
     unsafe fn load<L: Lanes>(self, row: *const u8, at: usize, factors: &Factors) -> [L; VECTORS_MAX] {
         // SAFETY: the caller's; `at` is the first value of two parts.
         unsafe { q4_k_pair(row.add(Self::DTYPE.bytes(at)), at % SUPER_BLOCK / (2 * PART), factors) }
+    }
+}
+
+/// Super-blocks of 5 bits as stored.
+#[derive(Clone, Copy)]
+struct Q5K<'a>(&'a Scales);
+
+impl StoredRows for Q5K<'_> {
+    const DTYPE: StoredDType = StoredDType::Q5K;
+    const VECTORS: usize = 4;
+    const SHARING: usize = SUPER_BLOCK;
+    type Factors = Factors;
+
+    #[inline(always)]
+    unsafe fn factors<L: Lanes>(self, row: *const u8, at: usize) -> Factors {
+        // SAFETY: the caller's; `at` is the first value of a super-block. Scales lie as in Q4_K.
+        unsafe { q4_k_factors::<L>(row.add(Self::DTYPE.bytes(at)), self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(self, row: *const u8, at: usize, factors: &Factors) -> [L; VECTORS_MAX] {
+        // SAFETY: the caller's; `at` is the first value of two parts.
+        unsafe { q5_k_pair(row.add(Self::DTYPE.bytes(at)), at % SUPER_BLOCK / (2 * PART), factors) }
     }
 }
 
@@ -178,12 +313,36 @@ impl StoredRows for Q6K<'_> {
     }
 }
 
+/// Writes the values of a row, which is whole blocks, in any format. Panics unless `widened` has as many.
+///
+/// # Safety
+/// The machine must have what `L` needs.
+#[inline(always)]
+pub(super) unsafe fn widen_stored<L: Lanes>(dtype: StoredDType, scales: &Scales, bytes: &[u8], widened: &mut [f32]) {
+    // SAFETY: the caller's machine; a row is whole vectors, or blocks, one after another.
+    unsafe {
+        match dtype {
+            StoredDType::BF16 if widened.len().is_multiple_of(LANES) => widen_row::<L, _>(Bf16, bytes, widened),
+            StoredDType::Q8_0 => widen_row::<L, _>(Q8(scales), bytes, widened),
+            StoredDType::Q4_0 => widen_row::<L, _>(Q4(scales), bytes, widened),
+            StoredDType::Q4_1 => widen_row::<L, _>(Q4Min(scales), bytes, widened),
+            StoredDType::Q5_0 => widen_row::<L, _>(Q5(scales), bytes, widened),
+            StoredDType::Q5_1 => widen_row::<L, _>(Q5Min(scales), bytes, widened),
+            StoredDType::Q4K => widen_row::<L, _>(Q4K(scales), bytes, widened),
+            StoredDType::Q5K => widen_row::<L, _>(Q5K(scales), bytes, widened),
+            StoredDType::Q6K => widen_row::<L, _>(Q6K(scales), bytes, widened),
+            StoredDType::F8 => widen_row::<L, _>(F8, bytes, widened),
+            StoredDType::F32 | StoredDType::BF16 | StoredDType::F16 => dtype.widen_over(bytes, widened),
+        }
+    }
+}
+
 /// Writes the values of a row, which is whole vectors or blocks. Panics unless `widened` has as many.
 ///
 /// # Safety
 /// The machine must have what `L` needs.
 #[inline(always)]
-pub(super) unsafe fn widen_row<L: Lanes, W: StoredRows>(rows: W, bytes: &[u8], widened: &mut [f32]) {
+unsafe fn widen_row<L: Lanes, W: StoredRows>(rows: W, bytes: &[u8], widened: &mut [f32]) {
     assert_eq!(bytes.len(), W::DTYPE.bytes(widened.len()));
     let mut at = 0;
     while at < widened.len() {

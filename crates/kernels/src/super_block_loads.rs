@@ -3,11 +3,11 @@
 
 use super::{
     block_loads::Scales,
-    lanes::{LANES, Portable},
+    lanes::{LANES, Lanes, Portable},
 };
-use crate::super_blocks::{PART, q4_k, q4_k_scales, q6_k, q6_k_bits};
+use crate::super_blocks::{PART, q4_k, q4_k_scales, q5_k, q6_k, q6_k_bits};
 
-/// What the integers of a super-block are multiplied by. Of Q4_K: the scales of 8 parts, then how much is taken off in each. Of
+/// What the integers of a super-block are multiplied by. Of Q4_K and Q5_K: the scales of 8 parts, then how much is taken off in each. Of
 /// Q6_K: a quarter of the scale of each 16 values.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
@@ -53,6 +53,42 @@ pub(super) unsafe fn q4_k_pair<L: SuperBlockLoads>(block: *const u8, pair: usize
     let [scales, mins] = [[factors.0[at], factors.0[at + 1]], [factors.0[at + 8], factors.0[at + 9]]];
     // SAFETY: the caller's block.
     unsafe { L::load_q4_k(block.add(q4_k::HALVES_AT + pair * PART), scales, mins) }
+}
+
+/// The values of parts `2 * pair` and the next one of a Q5_K super-block, of whose pairs there are 4.
+///
+/// # Safety
+/// As of [`SuperBlockLoads`].
+#[inline(always)]
+pub(super) unsafe fn q5_k_pair<L: Lanes>(block: *const u8, pair: usize, factors: &Factors) -> [L; 4] {
+    let part = pair % 4 * 2;
+    // SAFETY: the caller's block.
+    unsafe {
+        let [a, c] = q5_k_integers::<L>(block, part, 0);
+        let [b, d] = q5_k_integers::<L>(block, part, LANES);
+        let (scale, min) = (L::splat(factors.0[part]), L::splat(-factors.0[part + 8]));
+        let (next_scale, next_min) = (L::splat(factors.0[part + 1]), L::splat(-factors.0[part + 9]));
+        [min.fma(a, scale), min.fma(b, scale), next_min.fma(c, next_scale), next_min.fma(d, next_scale)]
+    }
+}
+
+/// The integers of 16 values from the `first` of a part on, and of the same of the next one.
+#[inline(always)]
+unsafe fn q5_k_integers<L: Lanes>(block: *const u8, part: usize, first: usize) -> [L; 2] {
+    // SAFETY: the caller's block.
+    unsafe {
+        let [low, high] = block.add(q5_k::FIFTHS_AT + first).cast::<[u64; 2]>().read_unaligned();
+        let (low, high) = (u64::from_le(low) >> part, u64::from_le(high) >> part);
+        let fifths = bits(low) | bits(high) << 8 | bits(low >> 1) << 16 | bits(high >> 1) << 24;
+        L::load_five_bits(block.add(q5_k::HALVES_AT + part / 2 * PART + first), fifths)
+    }
+}
+
+/// The lowest bits of 8 bytes, the first lowest.
+#[inline(always)]
+fn bits(bytes: u64) -> u32 {
+    // Each is moved to its place in the highest byte, and none to another's.
+    ((bytes & 0x0101_0101_0101_0101).wrapping_mul(0x0102_0408_1020_4080) >> 56) as u32
 }
 
 /// The factors of a Q6_K super-block.

@@ -1,9 +1,9 @@
-//! Super-blocks of 256 values: the formats that ggml calls Q4_K and Q6_K (`ggml-common.h`), byte for byte. A super-block is cut
-//! into parts that have small integers for scales; what these count in is the super-block's own scale, a binary16.
+//! Super-blocks of 256 values: the formats that ggml calls Q4_K, Q5_K and Q6_K (`ggml-common.h`), byte for byte. A super-block is
+//! cut into parts that have small integers for scales; what these count in is the super-block's own scale, a binary16.
 //!
-//! A value of Q6_K is three factors of 11, 7 and 5 bits and a sign, which float32 holds exactly. One of Q4_K is the difference
-//! of two such products, each of them exact: the difference is rounded once, to nearest, whether a machine multiplies and
-//! subtracts in one step or in two. So both are, to the bit, what ggml makes of them.
+//! A value of Q6_K is three factors of 11, 7 and 5 bits and a sign, which float32 holds exactly. One of Q4_K or Q5_K is the
+//! difference of two such products, each of them exact: the difference is rounded once, to nearest, whether a machine multiplies and
+//! subtracts in one step or in two. So all are, to the bit, what ggml makes of them.
 
 use std::array;
 
@@ -21,6 +21,14 @@ pub(crate) mod q4_k {
     pub(crate) const SCALES_AT: usize = 4;
     pub(crate) const HALVES_AT: usize = 16;
     pub(crate) const BYTES: usize = 144;
+}
+
+/// Where things are in a Q5_K super-block: as in Q4_K, and before the halves of bytes the fifth bits. Byte `i` of these has
+/// value `i` of each part, the first part's lowest.
+pub(crate) mod q5_k {
+    pub(crate) const FIFTHS_AT: usize = 16;
+    pub(crate) const HALVES_AT: usize = 48;
+    pub(crate) const BYTES: usize = 176;
 }
 
 /// Where things are in a Q6_K super-block: the low 4 bits of all values, their high 2 bits, a scale for each 16 values, and the
@@ -66,6 +74,21 @@ pub(crate) fn widen_q4_k(block: &[u8; q4_k::BYTES], out: &mut [f32; SUPER_BLOCK]
         let halves = &block[q4_k::HALVES_AT + part / 2 * PART..][..PART];
         let values = halves.iter().map(|&byte| scale * f32::from(byte >> (part % 2 * 4) & 0xf) - min);
         out.iter_mut().zip(values).for_each(|(out, value)| *out = value);
+    }
+}
+
+/// The values of a Q5_K super-block.
+pub(crate) fn widen_q5_k(block: &[u8; q5_k::BYTES], out: &mut [f32; SUPER_BLOCK]) {
+    let (unit, min_unit) = (unit(block, 0), unit(block, q4_k::MIN_AT));
+    let scales = array::from_fn(|i| block[q4_k::SCALES_AT + i]);
+    let [scales, mins] = q4_k_scales(scales).map(u64::to_le_bytes);
+    for (part, out) in out.chunks_exact_mut(PART).enumerate() {
+        let (scale, min) = (unit * f32::from(scales[part]), min_unit * f32::from(mins[part]));
+        for (i, out) in out.iter_mut().enumerate() {
+            let half = block[q5_k::HALVES_AT + part / 2 * PART + i] >> (part % 2 * 4) & 0xf;
+            let fifth = block[q5_k::FIFTHS_AT + i] >> part & 1;
+            *out = scale * f32::from(half | fifth << 4) - min;
+        }
     }
 }
 

@@ -23,7 +23,7 @@ pub(crate) fn integer_bits(dtype: StoredDType) -> Option<usize> {
     match dtype {
         StoredDType::Q4_0 => Some(4),
         StoredDType::Q8_0 => Some(8),
-        StoredDType::F32 | StoredDType::BF16 | StoredDType::F16 | StoredDType::Q4K | StoredDType::Q6K => None,
+        _ => None,
     }
 }
 

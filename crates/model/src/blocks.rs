@@ -9,7 +9,10 @@ use std::{
 use half::f16;
 use rayon::prelude::*;
 use serde_json::Value;
-use sida_kernels::dtype::{BLOCK, Q4_ZERO};
+use sida_kernels::{
+    dtype::{BLOCK, Q4_ZERO},
+    fifth_bit,
+};
 
 use crate::{
     ModelError, StoredDType,
@@ -161,13 +164,19 @@ fn write_block(values: &[f32; BLOCK], to: StoredDType, block: &mut [u8]) -> Opti
     Some(())
 }
 
-/// Writes a block that is known. Panics unless `to` is one of [`MADE`], and `block` as long as one of these; integers of Q4_0
-/// are -8 to 7.
+/// Writes a block that is known. Panics unless `to` is one of [`MADE`] or Q5_0, and `block` as long as one of these; integers of
+/// Q4_0 are -8 to 7, of Q5_0 -16 to 15.
 pub(crate) fn put(scale: f16, integers: [i8; BLOCK], to: StoredDType, block: &mut [u8]) {
-    assert!(MADE.contains(&to) && block.len() == to.bytes(BLOCK), "a block of {to} in {} bytes", block.len());
+    assert!(
+        (MADE.contains(&to) || to == StoredDType::Q5_0) && block.len() == to.bytes(BLOCK),
+        "a block of {to} in {} bytes",
+        block.len()
+    );
     let (to_scale, rest) = block.split_first_chunk_mut().expect("a block has a scale");
     *to_scale = scale.to_le_bytes();
-    if to == StoredDType::Q4_0 {
+    if to == StoredDType::Q5_0 {
+        fifth_bit::put_q5_0(integers, rest);
+    } else if to == StoredDType::Q4_0 {
         let half = |integer: i8| (integer + Q4_ZERO) as u8;
         let (low, high) = integers.split_at(BLOCK / 2);
         let pairs = low.iter().zip(high).map(|(&low, &high)| half(low) | half(high) << 4);

@@ -1,13 +1,13 @@
-//! `pytorch_model.bin`, GGUF files, GPTQ and compressed-tensors to safetensors, once, with a manifest, and any to fewer bits: the
-//! only code that reads pickle, GGUF or packed integers. Called by `sida convert`.
+//! `pytorch_model.bin`, GGUF files, GPTQ, AWQ, compressed-tensors and FP8 to safetensors, once, with a manifest, and any to fewer
+//! bits: the only code that reads pickle, GGUF or quantised checkpoints. Called by `sida convert`.
 //!
 //! In reading order: `pickle` (what a state dictionary says, without running it), `torch_file` (where a
 //! tensor's bytes are), `tensor_names` (what a tensor is called, and which must be there), `torch_checkpoint` (all
-//! files of one), `gguf` (a GGUF file), `packed_integers` (GPTQ and compressed-tensors), `source` (any of these, or safetensors).
+//! files of one), `gguf` (a GGUF file), `quantized` (the others), `source` (any of these, or safetensors).
 
 mod gguf;
-mod packed_integers;
 mod pickle;
+mod quantized;
 mod source;
 mod tensor_names;
 mod torch_checkpoint;
@@ -100,7 +100,7 @@ pub struct Converted {
 }
 
 /// Converts `from` (a directory with config.json, and pytorch_model.bin or its shards with their index, to blocks also
-/// safetensors; or safetensors of packed integers; or a GGUF file, the first if it was split) into `out`, which must not exist or be empty: safetensors of at most 4 GB each, the config and tokenizer files, and a
+/// safetensors; or safetensors of packed integers or FP8; or a GGUF file, the first if it was split) into `out`, which must not exist or be empty: safetensors of at most 4 GB each, the config and tokenizer files, and a
 /// manifest. Values keep their dtype and their blocks, but for those that become blocks; copies of the embedding are dropped as transformers
 /// does when it ties them, and so are buffers that hold no weights. Prefixes of wrappers (`module.`) are taken off. Refused
 /// is what could not be loaded again. On failure nothing is left at `out`. Reports (bytes written, bytes total).

@@ -24,13 +24,16 @@ pub struct PrecisionError {
 }
 
 impl Precision {
-    /// What loses nothing of weights that are stored so. Blocks with a scale are multiplied as they are beside bf16; of those whose
-    /// scales have a scale, which are widened, it loses far less than making them did.
+    /// What loses nothing of weights that are stored so. Q8_0 and Q4_0 are multiplied as they are beside bf16; of other blocks,
+    /// which are widened, it loses far less than making them did.
     pub fn of_weights(dtype: StoredDType) -> Self {
         match dtype {
-            StoredDType::BF16 => Self::Bf16,
-            StoredDType::Q8_0 | StoredDType::Q4_0 | StoredDType::Q4K | StoredDType::Q6K => Self::Bf16,
             StoredDType::F16 | StoredDType::F32 => Self::F32,
+            StoredDType::BF16 => Self::Bf16,
+            StoredDType::Q8_0 | StoredDType::Q4_0 | StoredDType::Q4_1 | StoredDType::Q5_0 | StoredDType::Q5_1 => {
+                Self::Bf16
+            }
+            StoredDType::Q4K | StoredDType::Q5K | StoredDType::Q6K | StoredDType::F8 => Self::Bf16,
         }
     }
 

@@ -184,7 +184,7 @@ fn other_shapes_and_dtypes_name_the_tensor() {
 #[test]
 fn blocks_that_are_none_name_the_tensor() {
     for (format, dtype, row, bytes, words) in [
-        ("Q5_K", "U8", 34, 34, "is in blocks of \"Q5_K\", expected Q8_0 or Q4_0 or Q4_K or Q6_K"),
+        ("Q2_K", "U8", 34, 34, "is in blocks of \"Q2_K\", expected Q8_0 or Q4_0 or Q4_1 or Q5_0"),
         ("Q8_0", "U8", 33, 33, "is U8 [33], expected U8 and rows of 34 bytes for each block of Q8_0"),
         ("Q4_0", "BF16", 18, 36, "is BF16 [18], expected U8"),
     ] {

@@ -2,8 +2,8 @@
 //! for small random ones of every family (tests/parity/make_causal_configs.py), and the one beside models/qwen3-tiny-32 for
 //! that (tests/parity/make_decoder_golden.py). Chosen experts and greedy tokens must be identical, numbers within 1e-4 of the
 //! largest of their kind; a prompt gives the same bits whole, in pieces, and token by token. The same of GGUF files, converted:
-//! tests/data/parity/gguf-* (tests/parity/make_gguf.py), whose tokenizers must give the same ids, too; and of GPTQ and
-//! compressed-tensors: packed-* (tests/parity/make_packed.py).
+//! tests/data/parity/gguf-* (tests/parity/make_gguf.py), whose tokenizers must give the same ids, too; and of GPTQ, AWQ,
+//! compressed-tensors and FP8: packed-* (tests/parity/make_packed.py).
 
 use std::{fs, path::Path};
 
@@ -84,12 +84,12 @@ fn gguf_files_agree_with_transformers() {
     }
 }
 
-/// Would break: a checkpoint of packed integers would become another model than it is.
+/// Would break: a checkpoint of packed integers or FP8 would become another model than it is.
 #[test]
-fn packed_integers_agree_with_transformers() {
+fn quantized_checkpoints_agree_with_transformers() {
     let parity = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/data/parity");
     let out = tempfile::tempdir().unwrap();
-    for name in ["packed-gptq", "packed-compressed"] {
+    for name in ["packed-gptq", "packed-awq", "packed-compressed", "packed-fp8"] {
         let (dir, converted) = (parity.join(name), out.path().join(name));
         convert::convert(&dir, &converted, BlockFormats::NONE, &mut |_, _| ()).unwrap();
         let golden: Golden = serde_json::from_slice(&fs::read(dir.join("golden.json")).unwrap()).unwrap();

@@ -1,5 +1,5 @@
-//! `sida convert`: a checkpoint of pytorch_model.bin files, of packed integers, or a GGUF file, becomes safetensors with a manifest,
-//! and one of any kind a checkpoint with fewer bits.
+//! `sida convert`: a checkpoint of pytorch_model.bin files, of packed integers or FP8, or a GGUF file, becomes safetensors with a
+//! manifest, and one of any kind a checkpoint with fewer bits.
 
 use std::{
     io::{self, Write},
@@ -17,12 +17,12 @@ use crate::{
     shutdown,
 };
 
-/// Turn pytorch_model.bin (one file or shards), GPTQ, compressed-tensors or a GGUF file into safetensors with a SHA-256 manifest,
-/// and weights into fewer bits
+/// Turn pytorch_model.bin (one file or shards), GPTQ, AWQ, FP8, compressed-tensors or a GGUF file into safetensors with a SHA-256
+/// manifest, and weights into fewer bits
 #[derive(Args)]
 pub(crate) struct ConvertArguments {
     /// The checkpoint: a directory with config.json, pytorch_model.bin or its index and shards, tokenizer.json, and safetensors,
-    /// too, if they are to have fewer bits or are GPTQ or compressed-tensors; or a GGUF file, the first one if it was split
+    /// too, if they are to have fewer bits or are GPTQ, AWQ, FP8 or compressed-tensors; or a GGUF file, the first one if it was split
     #[arg(value_name = "CHECKPOINT")]
     source: PathBuf,
     /// Where the new checkpoint goes; must not exist or be empty

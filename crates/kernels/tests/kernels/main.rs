@@ -4,6 +4,7 @@
 mod attention;
 mod elementwise;
 mod exp;
+mod float8;
 mod lanes;
 mod matmul;
 mod norm;

@@ -13,7 +13,11 @@ fn values_are_those_of_another_implementation() {
     for (dtype, candle) in [
         (StoredDType::Q8_0, GgmlDType::Q8_0),
         (StoredDType::Q4_0, GgmlDType::Q4_0),
+        (StoredDType::Q4_1, GgmlDType::Q4_1),
+        (StoredDType::Q5_0, GgmlDType::Q5_0),
+        (StoredDType::Q5_1, GgmlDType::Q5_1),
         (StoredDType::Q4K, GgmlDType::Q4K),
+        (StoredDType::Q5K, GgmlDType::Q5K),
         (StoredDType::Q6K, GgmlDType::Q6K),
     ] {
         let values = 50 * SUPER_BLOCK;

@@ -1,4 +1,4 @@
-//! What is converted: a checkpoint of PyTorch, one of safetensors whose weights become blocks or are packed integers, or a GGUF
+//! What is converted: a checkpoint of PyTorch, one of safetensors whose weights become blocks or are quantised, or a GGUF
 //! file.
 
 use std::{
@@ -7,9 +7,7 @@ use std::{
     sync::Arc,
 };
 
-use super::{
-    ConvertError, copied, gguf::Gguf, packed_integers::PackedIntegers, tensor_names, torch_checkpoint::TorchCheckpoint,
-};
+use super::{ConvertError, copied, gguf::Gguf, quantized::Quantized, tensor_names, torch_checkpoint::TorchCheckpoint};
 use crate::{BlockFormats, Checkpoint, ModelConfig, ModelError, StoredDType, shards::TensorSpec};
 
 /// An open checkpoint, of any kind.
@@ -17,7 +15,7 @@ pub(super) enum Source {
     Torch(Box<ModelConfig>, TorchCheckpoint),
     Safetensors(Arc<Checkpoint>),
     Gguf(Box<Gguf>),
-    PackedIntegers(Box<PackedIntegers>),
+    Quantized(Box<Quantized>),
 }
 
 /// Tensors that were left out, with what they hold; and what was taken off names, and off how many.
@@ -33,8 +31,8 @@ impl Source {
             let source = io::Error::new(io::ErrorKind::NotFound, "there is no directory and no file of that name");
             return Err(ModelError::Read { path: dir.to_owned(), source }.into());
         }
-        if let Some(packed) = PackedIntegers::open_if_any(dir)? {
-            return Ok(Self::PackedIntegers(Box::new(packed)));
+        if let Some(quantized) = Quantized::open_if_any(dir)? {
+            return Ok(Self::Quantized(Box::new(quantized)));
         }
         let config = ModelConfig::open(dir)?;
         let has_safetensors =
@@ -52,7 +50,7 @@ impl Source {
     pub(super) fn specs(&self) -> Result<(Vec<TensorSpec>, Vec<String>), ModelError> {
         match self {
             Self::Gguf(gguf) => Ok((gguf.specs(), Vec::new())),
-            Self::PackedIntegers(packed) => Ok((packed.specs(), Vec::new())),
+            Self::Quantized(quantized) => Ok((quantized.specs(), Vec::new())),
             Self::Torch(config, torch) => {
                 let (specs, tied) = torch.untied(config);
                 tensor_names::check(config, &specs, &torch.others, torch.dir())?;
@@ -74,7 +72,7 @@ impl Source {
     pub(super) fn dtype(&self, name: &str) -> StoredDType {
         match self {
             Self::Gguf(gguf) => gguf.dtype(name),
-            Self::PackedIntegers(packed) => packed.dtype(name),
+            Self::Quantized(quantized) => quantized.dtype(name),
             Self::Torch(_, torch) => torch.spec(name).dtype,
             Self::Safetensors(checkpoint) => checkpoint.dtype(name).expect("it was listed"),
         }
@@ -84,7 +82,7 @@ impl Source {
     pub(super) fn write(&self, name: &str, out: &mut dyn Write) -> io::Result<()> {
         match self {
             Self::Gguf(gguf) => gguf.write(name, out),
-            Self::PackedIntegers(packed) => packed.write(name, out),
+            Self::Quantized(quantized) => quantized.write(name, out),
             Self::Torch(_, torch) => torch.write(name, out),
             Self::Safetensors(checkpoint) => {
                 let tensor = checkpoint.tensor(name).map_err(io::Error::other)?;
@@ -99,7 +97,7 @@ impl Source {
     pub(super) fn write_beside(&self, out: &Path, formats: BlockFormats) -> Result<(), ConvertError> {
         match self {
             Self::Gguf(gguf) => gguf.write_beside(out, formats),
-            Self::PackedIntegers(packed) => Ok(packed.write_beside(out, formats)?),
+            Self::Quantized(quantized) => Ok(quantized.write_beside(out, formats)?),
             Self::Torch(_, torch) => Ok(copied(torch.dir(), out, formats)?),
             Self::Safetensors(checkpoint) => Ok(copied(checkpoint.dir(), out, formats)?),
         }
@@ -109,7 +107,7 @@ impl Source {
     pub(super) fn left_out(self) -> LeftOut {
         match self {
             Self::Torch(_, torch) => (torch.others.into_iter().collect(), torch.names.dropped.into_iter().collect()),
-            Self::Safetensors(_) | Self::Gguf(_) | Self::PackedIntegers(_) => (Vec::new(), Vec::new()),
+            Self::Safetensors(_) | Self::Gguf(_) | Self::Quantized(_) => (Vec::new(), Vec::new()),
         }
     }
 }

@@ -67,7 +67,7 @@ impl Described<'_> {
             let found = config.get("quant_method").unwrap_or(config);
             if found != QUANT_METHOD {
                 let expected = "nothing, or what `sida convert` writes (weights in f32, bf16, f16 or blocks), which it also makes \
-                                of \"gptq\" and \"compressed-tensors\" with symmetric integers of 4 or 8 bits";
+                                of \"gptq\", \"awq\", \"fp8\" and \"compressed-tensors\"";
                 return Err(fields.refuse(QUANTIZATION, found.to_string(), expected));
             }
         }

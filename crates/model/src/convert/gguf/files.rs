@@ -23,24 +23,24 @@ const SPLIT_COUNT: &str = "split.count";
 const SPLIT_TENSORS: &str = "split.tensors.count";
 
 /// GGML's numbers of the formats that are read.
-const FORMATS: [(u32, StoredDType); 7] = [
+const FORMATS: [(u32, StoredDType); 11] = [
     (0, StoredDType::F32),
     (1, StoredDType::F16),
     (30, StoredDType::BF16),
     (8, StoredDType::Q8_0),
     (2, StoredDType::Q4_0),
+    (3, StoredDType::Q4_1),
+    (6, StoredDType::Q5_0),
+    (7, StoredDType::Q5_1),
     (12, StoredDType::Q4K),
+    (13, StoredDType::Q5K),
     (14, StoredDType::Q6K),
 ];
 /// And of others, for errors.
-const OTHER_FORMATS: [(u32, &str); 26] = [
-    (3, "Q4_1"),
-    (6, "Q5_0"),
-    (7, "Q5_1"),
+const OTHER_FORMATS: [(u32, &str); 22] = [
     (9, "Q8_1"),
     (10, "Q2_K"),
     (11, "Q3_K"),
-    (13, "Q5_K"),
     (15, "Q8_K"),
     (16, "IQ2_XXS"),
     (17, "IQ2_XS"),

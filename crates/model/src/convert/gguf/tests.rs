@@ -44,7 +44,7 @@ fn tensors_keep_their_bytes() {
     assert_eq!(ours(&format!("{experts}.gate_up_proj")), (StoredDType::Q4K, vec![2, 512, 256], both));
     assert_eq!(ours("model.layers.1.self_attn.v_proj.weight").2, theirs("blk.1.attn_v.weight"));
     // Row 3 of a head of 16 is the fourth of its first half, of which every other one is.
-    let (keys, row) = (theirs("blk.1.attn_k.weight"), StoredDType::Q4K.bytes(256));
+    let (keys, row) = (theirs("blk.1.attn_k.weight"), StoredDType::Q5K.bytes(256));
     let found = ours("model.layers.1.self_attn.k_proj.weight").2;
     assert_eq!(found[(16 + 3) * row..][..row], keys[(16 + 6) * row..][..row]);
     assert_eq!(found[(16 + 8 + 3) * row..][..row], keys[(16 + 7) * row..][..row]);
@@ -123,7 +123,7 @@ fn what_is_not_served_is_refused_by_name() {
         (merge, "expected two tokens that are one together"),
         (fewer, "no tensor's"),
         ([&file[..], &[0; 40]].concat(), "bytes before the end of the file that are no tensor's"),
-        (format(13), "tensor blk.1.ffn_down_exps.weight is in format Q5_K, expected one of F32, F16, BF16"),
+        (format(10), "tensor blk.1.ffn_down_exps.weight is in format Q2_K, expected one of F32, F16, BF16"),
         (format(77), "tensor blk.1.ffn_down_exps.weight is in format number 77"),
         (format(12), "expected rows of whole blocks of 256 values"),
         (format_of("output.weight", 2, 0), "does not lie within the file"),

@@ -1,11 +1,14 @@
-//! Checkpoints of safetensors whose matrices are integers of 4 or 8 bits, several in a word, with a scale for so many neighbours of
-//! a row: GPTQ and compressed-tensors. Such a value is what a value of a block is, its integer times a binary16, so matrices become
-//! blocks, groups repeating their scale, and none changes.
+//! Checkpoints of safetensors whose matrices are stored in fewer bits: integers of 4 or 8 bits, several in a word, with a scale for
+//! so many neighbours of a row (GPTQ, AWQ, compressed-tensors), or FP8. A value of the former is what a value of a block is, an integer
+//! times a binary16, and FP8 has blocks of its own, so matrices become blocks, groups repeating their scale, and none changes.
 //!
-//! In reading order: `scheme` (what config.json says of them), `matrix` (one of them: its tensors, and the blocks that it becomes).
+//! In reading order: `scheme` (what config.json says of them), `tensors` (what a matrix is made of), `integers` and `float8` (one
+//! matrix of these, and the blocks that it becomes).
 
-mod matrix;
+mod float8;
+mod integers;
 mod scheme;
+mod tensors;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,9 +16,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use safetensors::Dtype;
 use serde_json::{Map, Value};
 
-use self::{matrix::Matrix, scheme::Scheme};
+use self::{float8::Float8, integers::Integers, scheme::Scheme, tensors::Tensors};
 use super::{COPIED_BYTES_MAX, ConvertError, copied, tensor_names};
 use crate::{
     BlockFormats, ModelConfig, ModelError, StoredDType, bounded_file,
@@ -26,7 +30,7 @@ use crate::{
 
 /// Such a checkpoint, open.
 #[derive(Debug)]
-pub(super) struct PackedIntegers {
+pub(super) struct Quantized {
     dir: PathBuf,
     files: WeightFiles,
     /// By the name that it is loaded by.
@@ -37,19 +41,21 @@ pub(super) struct PackedIntegers {
 enum Stored {
     /// As it is.
     Plain(TensorSpec),
-    Packed(Matrix),
+    Integers(Integers),
+    Float8(Float8),
 }
 
 impl Stored {
     fn spec(&self) -> TensorSpec {
         match self {
             Self::Plain(spec) => spec.clone(),
-            Self::Packed(matrix) => matrix.spec(),
+            Self::Integers(matrix) => matrix.spec(),
+            Self::Float8(matrix) => matrix.spec(),
         }
     }
 }
 
-impl PackedIntegers {
+impl Quantized {
     /// Opens a directory whose config.json says that it is one, and refuses what would not become the same model. `None` for all
     /// other directories.
     pub(super) fn open_if_any(dir: &Path) -> Result<Option<Self>, ConvertError> {
@@ -80,7 +86,8 @@ impl PackedIntegers {
     /// Writes the data of a tensor.
     pub(super) fn write(&self, name: &str, out: &mut dyn Write) -> io::Result<()> {
         match &self.tensors[name] {
-            Stored::Packed(matrix) => matrix.write(&self.files, out),
+            Stored::Integers(matrix) => matrix.write(self.files(), out),
+            Stored::Float8(matrix) => matrix.write(self.files(), out),
             Stored::Plain(_) => {
                 let stored = self.files.get(name).expect("it was listed");
                 out.write_all(self.files.bytes(stored))?;
@@ -88,6 +95,10 @@ impl PackedIntegers {
                 Ok(())
             }
         }
+    }
+
+    fn files(&self) -> Tensors<'_> {
+        Tensors { files: &self.files, dir: &self.dir }
     }
 
     /// Writes what is beside the weights. config.json says of blocks what it said of integers.
@@ -102,11 +113,12 @@ impl PackedIntegers {
     fn check_biases(&self, config: &ModelConfig) -> Result<(), ConvertError> {
         let required = tensor_names::required(config, |name| self.tensors.contains_key(name));
         let known: BTreeSet<&str> = required.iter().map(|(name, _)| name.as_str()).collect();
-        let packed = self.tensors.values().filter_map(|stored| match stored {
-            Stored::Packed(matrix) => Some(matrix.bias()),
+        let biases = self.tensors.values().filter_map(|stored| match stored {
+            Stored::Integers(matrix) => Some(matrix.bias()),
+            Stored::Float8(matrix) => Some(matrix.bias()),
             Stored::Plain(_) => None,
         });
-        for bias in packed.filter(|bias| !known.contains(bias.as_str())) {
+        for bias in biases.filter(|bias| !known.contains(bias.as_str())) {
             let bytes = self.files.get(&bias).map(|stored| self.files.bytes(stored));
             if bytes.is_some_and(|bytes| bytes.iter().any(|&byte| byte != 0)) {
                 let (found, expected) =
@@ -120,26 +132,36 @@ impl PackedIntegers {
 
 /// The tensors of files by the names that they are loaded by.
 fn tensors(files: &WeightFiles, scheme: &Scheme, dir: &Path) -> Result<BTreeMap<String, Stored>, ConvertError> {
-    let (mut tensors, mut packed) = (BTreeMap::new(), BTreeSet::new());
+    let (mut tensors, mut matrices) = (BTreeMap::new(), BTreeSet::new());
     for name in files.names() {
-        let part = name.rsplit_once('.').filter(|(_, part)| scheme.layout.parts().contains(part));
-        if let Some((matrix, _)) = part {
-            packed.insert(matrix);
+        let stored = files.get(name).expect("it is one of them");
+        let is_float8 = matches!(scheme, Scheme::Float8(_)) && stored.dtype == Dtype::F8_E4M3;
+        let is_part = |part| scheme.parts().contains(&part) || is_float8 && part == "weight";
+        if let Some((matrix, _)) = name.rsplit_once('.').filter(|&(_, part)| is_part(part)) {
+            matrices.insert(matrix);
             continue;
         }
-        let stored = files.get(name).expect("it is one of them");
         let dtype = stored.weights.ok_or_else(|| ModelError::TensorDType {
             tensor: name.to_owned(),
-            expected: format!("F32, BF16 or F16, or integers in {}", scheme.layout.parts().join(", ")),
+            expected: match scheme {
+                Scheme::Integers(layout, _) => {
+                    format!("F32, BF16 or F16, or integers in {}", layout.parts().join(", "))
+                }
+                Scheme::Float8(_) => "F32, BF16, F16 or F8_E4M3".to_owned(),
+            },
             found: format!("{:?}", stored.dtype),
         })?;
         let spec = TensorSpec { name: name.to_owned(), dtype, shape: stored.shape.clone() };
         tensors.insert(name.to_owned(), Stored::Plain(spec));
     }
-    for name in packed {
-        let matrix = Matrix::open(name, scheme, files, dir)?;
+    let of = Tensors { files, dir };
+    for name in matrices {
+        let matrix = match scheme {
+            Scheme::Integers(layout, forms) => Stored::Integers(Integers::open(name, *layout, forms, of)?),
+            Scheme::Float8(squares) => Stored::Float8(Float8::open(name, squares, of)?),
+        };
         let tensor = matrix.spec().name;
-        if tensors.insert(tensor.clone(), Stored::Packed(matrix)).is_some() {
+        if tensors.insert(tensor.clone(), matrix).is_some() {
             let (found, expected) = ("values, and integers are there, too".to_owned(), "one of the two".to_owned());
             return Err(ConvertError::Packed { tensor, found, expected });
         }
