@@ -13,7 +13,10 @@ use sida_cluster::Cluster;
 use sida_model::{Backend, Checkpoint, CpuBackend, DeviceName, ModelConfig, ModelError, Stack, Tokenizer};
 use sida_proto::wire::Bounds;
 use sida_routing::{Digest, NodeId, RecordedRoutes, failover::CallFailure, gathering::Gathering};
-use sida_rpc::ServerError;
+use sida_rpc::{
+    ServerError,
+    stand_back::{self, stand_back},
+};
 use sida_telemetry::{counter, names};
 use thiserror::Error;
 use tokio::runtime::Handle;
@@ -193,9 +196,9 @@ impl Coordinator {
             metrics: metrics.clone(),
         };
         let mut threads = vec![
-            thread::Builder::new().name("sida-prepare".into()).spawn(move || prepare.run())?,
-            thread::Builder::new().name("sida-forward".into()).spawn(move || scheduler.run())?,
-            thread::Builder::new().name("sida-predict".into()).spawn(move || predict_thread.run())?,
+            thread_that_computes("sida-prepare", move || prepare.run())?,
+            thread_that_computes("sida-forward", move || scheduler.run())?,
+            thread_that_computes("sida-predict", move || predict_thread.run())?,
         ];
         if let Some(text_thread) = text_thread {
             threads.push(thread::Builder::new().name("sida-text".into()).spawn(move || text_thread.run())?);
@@ -220,6 +223,13 @@ impl Coordinator {
         };
         Ok(Self { inner: Arc::new(inner) })
     }
+}
+
+fn thread_that_computes(name: &str, run: impl FnOnce() + Send + 'static) -> std::io::Result<thread::JoinHandle<()>> {
+    thread::Builder::new().name(name.to_owned()).spawn(move || {
+        stand_back(stand_back::COMPUTES);
+        run();
+    })
 }
 
 /// Says why this model may not answer as its files, or its user, expect.

@@ -27,6 +27,7 @@ use sida_routing::{
     Labels,
     learning::{Learning, is_better},
 };
+use sida_rpc::stand_back::{self, stand_back};
 use sida_telemetry::{counter, gauge, names};
 
 use crate::{PredictorNodeError, config::LearnConfig, serving::Serving};
@@ -144,18 +145,9 @@ impl Shared {
     }
 }
 
-/// Has the system prefer those that serve to this thread and those that it starts, where processors are short.
-fn stand_back() {
-    // Elsewhere it would be the whole process.
-    #[cfg(target_os = "linux")]
-    if let Err(error) = rustix::process::setpriority_process(None, 10) {
-        tracing::warn!(%error, "learning from traffic competes with what serves");
-    }
-}
-
 impl Learns {
     fn run(&mut self) {
-        stand_back();
+        stand_back(stand_back::IN_THE_BACKGROUND);
         while let Some(parts) = self.shared.next() {
             let outcome = match catch_unwind(AssertUnwindSafe(|| self.learn(&parts))) {
                 Ok(Ok(outcome)) => outcome,

@@ -40,6 +40,8 @@ EMPTY = {
     "sida_tls_reloads_total": "TLS is off in this cluster",
     "sida_key_reloads_total": "this cluster lets in without keys",
     "sida_client_limited_total": "nobody has limits in this cluster",
+    "sida_learn_trainings_total": "this cluster does not learn",
+    "sida_learn_hit_rate": "this cluster does not learn",
     "DCGM_FI_": "no GPU, and so no dcgm-exporter, on this machine",
     "kube_pod_": "no Kubernetes, and so no kube-state-metrics",
     "container_memory_": "no kubelet, and so no cAdvisor",

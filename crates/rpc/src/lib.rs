@@ -8,7 +8,7 @@
 //! `key_taken_away` (what ends then), [`certificate_names`], [`tls`]; connections: `peer` (one, as its server sees it), `allowance` (of what it may do often),
 //! `who_leaves`, `shortage`, `connections` (all), `accept` (how they come), `connection` (one, from its first byte to
 //! its last), `client_streams`, `receiving`, `request_body`, `answer_body`, `control_frames`, `http1_limits`; [`server`] (puts them
-//! together), [`http_server`] and `http_trace` (for what is not gRPC), [`metrics_port`], [`client`].
+//! together), [`http_server`] and `http_trace` (for what is not gRPC), [`metrics_port`], [`client`]; [`stand_back`](mod@stand_back) (what computes behind them).
 
 mod accept;
 mod allowance;
@@ -43,6 +43,7 @@ mod request_body;
 pub mod request_id;
 pub mod server;
 mod shortage;
+pub mod stand_back;
 pub mod status;
 pub mod tls;
 pub mod trace;

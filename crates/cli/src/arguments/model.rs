@@ -6,6 +6,7 @@ use anyhow::Context;
 use clap::Args;
 use rayon::ThreadPoolBuilder;
 use sida_model::Checkpoint;
+use sida_rpc::stand_back::{self, stand_back};
 
 use crate::{bad_configuration::BadConfiguration, model_dir};
 
@@ -47,6 +48,7 @@ impl ModelArguments {
             return Err(BadConfiguration::new(format!("--threads is {found}, expected 0 to {THREADS_MAX}")).into());
         }
         let pool = ThreadPoolBuilder::new().num_threads(self.threads()).thread_name(|index| format!("compute-{index}"));
+        let pool = pool.start_handler(|_| stand_back(stand_back::COMPUTES));
         pool.build_global().context("cannot start the compute threads")
     }
 
