@@ -30,7 +30,7 @@ class Server:
         while not said.startswith("listening on "):
             said = self.process.stdout.readline()
             if not said:
-                raise SystemExit(f"{' '.join(command)} did not start; see {log.name}")
+                raise SystemExit(f"{' '.join(command)} did not start: {pathlib.Path(log.name).read_text().strip()}")
             if "HTTP" in said:
                 self.http = f"http://{said.split()[-1]}/v1"
         self.grpc = f"http://{said.split()[-1]}"
@@ -59,6 +59,26 @@ def refused_ms(report):
     return [round(refused[int(share * (len(refused) - 1))], 2) for share in (0.5, 0.99)] if refused else None
 
 
+def measure(args, server):
+    doors = {"gRPC": ["--endpoint", server.grpc], "HTTP": ["--url", server.http]}
+    found = {name: [] for name in doors}
+    for _ in range(args.rounds):
+        for name, door in doors.items():
+            capacity = bench(args, door, "--concurrency", "32")["requests_per_s"]
+            line = {"door": name, "capacity": round(capacity)}
+            for share in SHARES:
+                report = bench(args, door, "--rate", str(capacity * share), "--slo", f"e2e={args.slo}", "--timeout", args.slo)
+                line[f"good_{share}"] = round(report["goodput_per_s"])
+            # Of the last, at 5 times.
+            line |= {"late_p99_ms": report["late_ms"]["p99"], "failures": report["failures"], "refused_p50_p99_ms": refused_ms(report), "memory_mib": server.memory()}
+            line["of_the_best"] = round(line["good_5"] / max(line[f"good_{share}"] for share in SHARES), 3)
+            found[name].append(line)
+            print(json.dumps(line), flush=True)
+    for name, lines in found.items():
+        shares = [line["of_the_best"] for line in lines]
+        print(json.dumps({"door": name, "of_the_best": statistics.median(shares), "range": [min(shares), max(shares)]}), flush=True)
+
+
 def main():
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--sida", required=True)
@@ -67,28 +87,15 @@ def main():
     arguments.add_argument("--server-cores", help="as taskset has it")
     arguments.add_argument("--client-cores", help="likewise")
     arguments.add_argument("--duration", default="6s")
-    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--rounds", type=int, default=3, choices=range(1, 101), metavar="N")
     arguments.add_argument("--slo", default="500ms", help="from when a request was due to its end")
     args = arguments.parse_args()
     with tempfile.NamedTemporaryFile("w") as log:
         server = Server(args, log)
-        doors = {"gRPC": ["--endpoint", server.grpc], "HTTP": ["--url", server.http]}
-        found = {name: [] for name in doors}
-        for _ in range(args.rounds):
-            for name, door in doors.items():
-                capacity = bench(args, door, "--concurrency", "32")["requests_per_s"]
-                line = {"door": name, "capacity": round(capacity)}
-                for share in SHARES:
-                    report = bench(args, door, "--rate", str(capacity * share), "--slo", f"e2e={args.slo}", "--timeout", args.slo)
-                    line |= {f"good_{share}": round(report["goodput_per_s"]), "late_p99_ms": report["late_ms"]["p99"], "failures": report["failures"]}
-                line |= {"refused_p50_p99_ms": refused_ms(report), "memory_mib": server.memory()}
-                line["of_the_best"] = round(line["good_5"] / max(line[f"good_{share}"] for share in SHARES), 3)
-                found[name].append(line)
-                print(json.dumps(line), flush=True)
-        for name, lines in found.items():
-            shares = [line["of_the_best"] for line in lines]
-            print(json.dumps({"door": name, "of_the_best": statistics.median(shares), "range": [min(shares), max(shares)]}), flush=True)
-        server.end()
+        try:
+            measure(args, server)
+        finally:
+            server.end()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 use std::io::{self, Write};
 
 use safetensors::Dtype;
-use sida_kernels::float8::{F8_BLOCK, is_nan};
+use sida_kernels::float8::{F8_BLOCK, is_nan, number};
 
 use super::tensors::{Tensors, refused};
 use crate::{StoredDType, convert::ConvertError, shards::TensorSpec};
@@ -41,13 +41,31 @@ impl Float8 {
         }
         let scale = ["weight_scale_inv", "weight_scale"].map(|part| format!("{name}.{part}"));
         let [inverse, plain] = scale;
-        let scale = if tensors.files.get(&plain).is_some() { plain } else { inverse };
+        let scale = match [&inverse, &plain].map(|scale| tensors.files.get(scale).is_some()) {
+            [true, true] => {
+                return Err(refused(plain, format!("another one beside {inverse}"), "one of the two".to_owned()));
+            }
+            [_, true] => plain,
+            [_, false] => inverse,
+        };
+        let zeros = format!("{name}.weight_zero_point");
+        if tensors
+            .files
+            .get(&zeros)
+            .is_some_and(|stored| tensors.files.bytes(stored).iter().any(|&byte| byte & 0x7f != 0))
+        {
+            return Err(refused(zeros, "zeros".to_owned(), "none: numbers in FP8 are symmetric".to_owned()));
+        }
         let of = |&square: &[usize; 2]| Self { name: name.to_owned(), scale: scale.clone(), square, outputs, inputs };
         let chosen = squares.iter().map(of).find(|matrix| matrix.scales(tensors).is_ok());
         let matrix = chosen.unwrap_or_else(|| of(&squares[0]));
         let scales = matrix.scales(tensors)?;
-        match scales.into_iter().find(|scale| !scale.is_finite()) {
-            Some(found) => Err(refused(matrix.scale, format!("{found}"), "scales that are numbers".to_owned())),
+        let largest = number(0x7e);
+        match scales.into_iter().find(|scale| !(scale * largest).is_finite()) {
+            Some(found) => {
+                let expected = format!("scales of which {largest} times are numbers of float32");
+                Err(refused(matrix.scale, format!("{found}"), expected))
+            }
             None => Ok(matrix),
         }
     }

@@ -74,12 +74,12 @@ impl Scheme {
         }
     }
 
-    /// What tensors of a matrix are called behind its name that are no weights of their own. Of FP8: a scale, by either name, and
-    /// that of activations, which are not rounded.
+    /// What tensors of a matrix are called behind its name that are no weights of their own. Of FP8: a scale, by either name, zeros
+    /// that are none, and a scale of activations, which are not rounded.
     pub(super) fn parts(&self) -> &'static [&'static str] {
         match self {
             Self::Integers(layout, _) => layout.parts(),
-            Self::Float8(_) => &["weight_scale_inv", "weight_scale", "input_scale"],
+            Self::Float8(_) => &["weight_scale_inv", "weight_scale", "weight_zero_point", "input_scale"],
         }
     }
 }

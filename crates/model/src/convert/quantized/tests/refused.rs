@@ -147,7 +147,17 @@ fn what_blocks_cannot_say_is_refused_by_name() {
         (with(first_part("weight"), Dtype::F8_E4M3, &[4096], vec![0; 4096]), "up_proj.weight holds [4096]"),
         (
             put(first_part("weight_scale_inv"), 4, &[0, 0, 0x80, 0x7f]),
-            "weight_scale_inv holds inf, expected scales that",
+            "weight_scale_inv holds inf, expected scales of which 448 times are numbers",
+        ),
+        // Finite, but not with the largest number.
+        (put(first_part("weight_scale_inv"), 4, &[0, 0, 0x7f, 0x7f]), "expected scales of which 448 times"),
+        (
+            with(first_part("weight_scale"), Dtype::F32, &[2, 1], vec![0; 8]),
+            "up_proj.weight_scale holds another one beside",
+        ),
+        (
+            with(first_part("weight_zero_point"), Dtype::F32, &[1], vec![0, 0, 0x80, 0x3f]),
+            "up_proj.weight_zero_point holds zeros, expected none",
         ),
         (put(first_part("weight"), 65, &[0xff]), "up_proj.weight holds 0xff in row 1, column 1, which is no number"),
     ];
