@@ -1,6 +1,6 @@
 //! Threads that compute stand back behind those that answer. Where processors are short, a connection would otherwise wait for
-//! its turn behind a product that takes milliseconds: to refuse a request took 4 to 6 ms then, and takes 3 to 4
-//! (docs/benchmarks.md, "More than it can bear").
+//! its turn behind a product that takes milliseconds: to refuse a request took 4 to 6 ms then at the 99th
+//! percentile, and takes 3 to 4 (docs/benchmarks.md, "More than it can bear").
 
 /// For threads that compute what somebody waits for. A thread that never rests gets half of a processor's time beside one that
 /// does not stand back, instead of an equal share.

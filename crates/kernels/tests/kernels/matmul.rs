@@ -54,7 +54,7 @@ fn every_element_is_the_same_dot_product() {
     }
 }
 
-/// As above, with vectors of every kind, tall and short tiles.
+/// A row would have other bits on a machine with other vectors, in tall tiles or in short ones.
 #[test]
 fn every_kind_of_vectors_gives_the_same_bits() {
     for (n, k, m) in [(3, 37, 5), (4, 48, 65), (13, 32, 97), (24, 256, 40)] {

@@ -159,6 +159,11 @@ fn what_blocks_cannot_say_is_refused_by_name() {
             with(first_part("weight_zero_point"), Dtype::F32, &[1], vec![0, 0, 0x80, 0x3f]),
             "up_proj.weight_zero_point holds zeros, expected none",
         ),
+        // A byte that is all but a sign.
+        (
+            with(first_part("weight_zero_point"), Dtype::I8, &[1], vec![0x80]),
+            "up_proj.weight_zero_point holds zeros, expected none",
+        ),
         (put(first_part("weight"), 65, &[0xff]), "up_proj.weight holds 0xff in row 1, column 1, which is no number"),
     ];
     let all = [("packed-gptq", gptq), ("packed-compressed", compressed), ("packed-awq", awq), ("packed-fp8", fp8)];
