@@ -13,34 +13,40 @@ from safetensors.torch import save_file
 from switch_model import RELATIVE_BUCKETS, RELATIVE_DISTANCE_MAX, SwitchConfig
 
 
-def published_tensors(weights, config):
-    """-> {published name: tensor}"""
-    out = {"shared.weight": weights["embedding"]}
+def published_names(config):
+    """-> (published name, name in the network, expert or None) of every tensor. Of a stacked one it is that expert's part, transposed."""
+    yield "shared.weight", "embedding", None
     for stack in ("encoder", "decoder"):
-        out[f"{stack}.final_layer_norm.weight"] = weights[f"{stack}.norm.weight"]
-        bias = weights[f"{stack}.relative_bias"]
-        out[f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = bias
+        yield f"{stack}.final_layer_norm.weight", f"{stack}.norm.weight", None
+        bias = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        yield bias, f"{stack}.relative_bias", None
         for index in range(config.layers):
             source, target = f"{stack}.blocks.{index}", f"{stack}.block.{index}.layer"
             sublayers = [("self", "SelfAttention")] + ([("cross", "EncDecAttention")] if stack == "decoder" else [])
             for number, (kind, name) in enumerate(sublayers):
-                out[f"{target}.{number}.layer_norm.weight"] = weights[f"{source}.{kind}_norm.weight"]
+                yield f"{target}.{number}.layer_norm.weight", f"{source}.{kind}_norm.weight", None
                 for matrix in "qkvo":
-                    out[f"{target}.{number}.{name}.{matrix}.weight"] = weights[f"{source}.{kind}_attention.{matrix}.weight"]
-            target = f"{target}.{len(sublayers)}"
-            out[f"{target}.layer_norm.weight"] = weights[f"{source}.feed_forward_norm.weight"]
-            feed_forward = f"{source}.feed_forward"
-            if f"{feed_forward}.router" not in weights:
+                    yield f"{target}.{number}.{name}.{matrix}.weight", f"{source}.{kind}_attention.{matrix}.weight", None
+            target, feed_forward = f"{target}.{len(sublayers)}", f"{source}.feed_forward"
+            yield f"{target}.layer_norm.weight", f"{source}.feed_forward_norm.weight", None
+            if index % 2 == 0:
                 for matrix in ("wi", "wo"):
-                    out[f"{target}.mlp.{matrix}.weight"] = weights[f"{feed_forward}.{matrix}.weight"]
+                    yield f"{target}.mlp.{matrix}.weight", f"{feed_forward}.{matrix}.weight", None
                 continue
-            out[f"{target}.mlp.router.classifier.weight"] = weights[f"{feed_forward}.router"]
+            yield f"{target}.mlp.router.classifier.weight", f"{feed_forward}.router", None
             for expert in range(config.experts):
                 for matrix in ("wi", "wo"):
-                    name = f"{target}.mlp.experts.expert_{expert}.{matrix}.weight"
-                    out[name] = weights[f"{feed_forward}.{matrix}"][expert].t()
+                    yield f"{target}.mlp.experts.expert_{expert}.{matrix}.weight", f"{feed_forward}.{matrix}", expert
+
+
+def published_tensors(weights, config):
+    """-> {published name: tensor}"""
     stored = lambda name: torch.float32 if ".router." in name else torch.bfloat16
-    return {name: tensor.detach().cpu().to(stored(name)).contiguous() for name, tensor in out.items()}
+    part = lambda own, expert: weights[own] if expert is None else weights[own][expert].t()
+    return {
+        name: part(own, expert).detach().cpu().to(stored(name)).contiguous()
+        for name, own, expert in published_names(config)
+    }
 
 
 def published_config(config):

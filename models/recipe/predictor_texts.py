@@ -12,7 +12,7 @@ from pathlib import Path
 
 from prepare_data import LABELS, READERS, split_corpus, squeezed
 
-# Examples of each kind in train.txt and held-out.txt. Prompts of MultiRC are ten times as long as SST-2's.
+# Examples of each kind in train.txt, unless more are asked for, and in held-out.txt. Prompts of MultiRC are ten times as long as SST-2's.
 COUNTS = {"sst2": (16000, 872), "mrpc": (4076, 500), "multirc": (2000, 250), "spans": (7000, 400), "plain": (1500, 100)}
 DOCUMENT_WORDS_MAX = 90
 DOCUMENT_WORDS_MIN = 12
@@ -45,15 +45,15 @@ def spans_line(document, draw):
     return f"{' '.join(shown + words[at:])}\t{' '.join(hidden)}"
 
 
-def lines(kinds, documents, column, draw):
-    """`kinds` maps a task to its examples; column 0 of COUNTS is for training, 1 for measuring."""
+def lines(kinds, documents, counts, draw):
+    """`kinds` maps a task to its examples, `counts` a kind to how many there are to be."""
     out = []
     for task, examples in kinds.items():
-        chosen = draw.sample(examples, min(COUNTS[task][column], len(examples)))
+        chosen = draw.sample(examples, min(counts[task], len(examples)))
         out += [task_line(task, example) for example in chosen]
-    out += [spans_line(draw.choice(documents), draw) for _ in range(COUNTS["spans"][column])]
+    out += [spans_line(draw.choice(documents), draw) for _ in range(counts["spans"])]
     # Without a target the model answers by itself, as it will for its users.
-    out += [" ".join(window(draw.choice(documents), draw)) for _ in range(COUNTS["plain"][column])]
+    out += [" ".join(window(draw.choice(documents), draw)) for _ in range(counts["plain"])]
     draw.shuffle(out)
     return out
 
@@ -63,6 +63,7 @@ def main():
     for task in READERS:
         arguments.add_argument(f"--{task}", type=Path, required=True, help=f"directory of {task}'s train and test files")
     arguments.add_argument("--text", type=Path, required=True, help="pretraining text, one document a line")
+    arguments.add_argument("--times", type=int, default=1, help="so many times as much to learn from, as far as there is")
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--out", type=Path, required=True)
     options = arguments.parse_args()
@@ -76,7 +77,9 @@ def main():
     for column, (name, split) in enumerate((("train", "train"), ("held-out", "validation"))):
         long_enough = [text for text in sides[column] if len(text.split()) >= DOCUMENT_WORDS_MIN]
         examples = {task: tasks[task, split] for task in READERS}
-        text = "\n".join(lines(examples, long_enough, column, draw)) + "\n"
+        times = options.times if name == "train" else 1
+        counts = {kind: numbers[column] * times for kind, numbers in COUNTS.items()}
+        text = "\n".join(lines(examples, long_enough, counts, draw)) + "\n"
         (options.out / f"{name}.txt").write_text(text, encoding="utf-8")
         print(f"{name}.txt: {text.count(chr(10))} lines, {len(text.split())} words")
 

@@ -195,6 +195,11 @@ impl Predict {
         tables.map(|(table, fed)| table.map(|table| table.last(fed.rows))).collect()
     }
 
+    /// Whether nobody has to be asked, so that a prediction is over soon.
+    pub(crate) fn is_at_hand(&self) -> bool {
+        !matches!(self.source, Source::Remote(..))
+    }
+
     /// Where steps are predicted by others, who may not answer.
     pub(crate) fn is_remote(&self) -> bool {
         matches!(self.source, Source::Remote(_, None))

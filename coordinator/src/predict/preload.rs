@@ -34,6 +34,14 @@ pub(crate) struct Hint {
     links: Vec<Arc<Link>>,
 }
 
+#[cfg(test)]
+impl Hint {
+    /// One that nobody was given.
+    pub(crate) fn of_nobody() -> Self {
+        Self { id: PlanId(0), links: Vec::new() }
+    }
+}
+
 impl Drop for Hint {
     fn drop(&mut self) {
         self.links.iter().for_each(|link| link.release(self.id));
@@ -46,11 +54,15 @@ impl Preload {
     }
 
     /// Tells every node which of its experts the tokens of `tables`, each with the mode of its request, will use when their
-    /// batch begins.
-    pub(crate) fn announce<'a>(&self, tables: impl IntoIterator<Item = (RoutingMode, &'a HashTable)>) -> Hint {
+    /// batch begins, or use by now if it has `begun`.
+    pub(crate) fn announce<'a>(
+        &self,
+        tables: impl IntoIterator<Item = (RoutingMode, &'a HashTable)>,
+        begun: bool,
+    ) -> Hint {
         let tables: Vec<_> = tables.into_iter().collect();
         self.note_demand(tables.iter().map(|&(_, table)| table));
-        self.hint(tables, false)
+        self.hint(tables, begun)
     }
 
     /// Tells every node which of its experts the batch of `tables` uses, which begins now. This hint replaces those

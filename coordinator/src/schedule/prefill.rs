@@ -3,7 +3,7 @@
 //! feeds to the decoder, in the step that follows, and only prompts whose states are asked for have a pass here. Called by
 //! the scheduler between two steps.
 
-use std::{sync::Arc, time::Instant};
+use std::time::Instant;
 
 use sida_model::{Backend, NewSequence, Spans, Stack};
 use sida_telemetry::{Span, spans};
@@ -21,7 +21,7 @@ use crate::{
         request::{EncodeOptions, Request, Work},
         request_span,
     },
-    predict::{predict::Progress, preload::Hint},
+    predict::{predict::Progress, prompt_tables::PromptTable},
     schedule::{
         batch_span::BatchSpan,
         prepare::Prepared,
@@ -35,7 +35,7 @@ struct Joining {
     request: Request,
     trace: Trace,
     routing: SequenceRouting,
-    hint: Arc<Hint>,
+    table: PromptTable,
 }
 
 impl<B: Backend> Scheduler<B> {
@@ -68,21 +68,22 @@ impl<B: Backend> Scheduler<B> {
 
     /// Notes that a request joins so many sequences, unless nobody waits for it any more or it would come too late.
     fn join(&self, prepared: Prepared, sequences: usize, now: Instant) -> Option<Joining> {
-        let Prepared { mut request, table, hint, at, predict } = prepared;
+        let Prepared { mut request, table, at } = prepared;
         if let Some(reason) = request.over(now).or_else(|| self.workload.no_time(&request, sequences, 1.0, now)) {
             request.fail(reason);
             return None;
         }
+        let (predicted, took) = table.begin();
         let mut trace = self.trace(&request);
-        trace.timings.predict = predict;
-        trace.timings.queue = (now - request.accepted).saturating_sub(predict);
+        trace.timings.predict = took;
+        trace.timings.queue = (now - request.accepted).saturating_sub(took);
         self.metrics.queue_seconds.record(trace.timings.queue);
         spans::record(request.span.context(), "join", at, now);
         request_span::describe_prompt(&mut request.span, request.tokens.len());
         let mut routing = self.routing(&request, 0, 0..request.tokens.len());
-        routing.predicted(table, self.forward.config().top_k);
+        routing.predicted(predicted, self.forward.config().top_k);
         routing.noted = self.predict.notes(request.mode, request.tokens.len());
-        Some(Joining { request, trace, routing, hint })
+        Some(Joining { request, trace, routing, table })
     }
 
     /// Starts the sequence of a request whose prompt the decoder reads, in the steps that follow.
@@ -113,11 +114,11 @@ impl<B: Backend> Scheduler<B> {
     fn compute_prompts(&mut self, joining: Vec<Joining>) {
         let mut requests = Vec::with_capacity(joining.len());
         let mut routings = Vec::with_capacity(joining.len());
-        let mut announced = Vec::with_capacity(joining.len());
-        for Joining { request, trace, routing, hint } in joining {
+        let mut tables = Vec::with_capacity(joining.len());
+        for Joining { request, trace, routing, table } in joining {
             routings.push(routing);
             requests.push((request, trace));
-            announced.push(hint);
+            tables.push(table);
         }
         if requests.is_empty() {
             return;
@@ -128,7 +129,9 @@ impl<B: Backend> Scheduler<B> {
             let _span = within.map(|within| Span::below(within, "preload"));
             self.preload.begin(routings.iter().filter_map(SequenceRouting::planned))
         };
-        drop(announced);
+        // Those that are there have their hint by now.
+        let late = tables.into_iter().zip(&routings).map(|(table, routing)| routing.table().is_none().then_some(table));
+        let late: Vec<Option<PromptTable>> = late.collect();
         let spans = Spans::new(requests.iter().map(|(request, _)| request.tokens.len()));
         let ids: Vec<u32> = requests.iter().flat_map(|(request, _)| request.tokens.iter().copied()).collect();
         self.metrics.batch_tokens.record(ids.len() as f64);
@@ -153,6 +156,7 @@ impl<B: Backend> Scheduler<B> {
             Ok(forward.backend().last_hidden(states)?)
         });
         drop(hint);
+        self.take_late_tables(late, &mut requests, &mut routings);
         self.note_predictions(&mut routings);
         for ((request, _), routing) in requests.iter().zip(&mut routings) {
             if let Some(noted) = routing.noted.take().filter(|_| outcome.is_ok() && routing.failure.is_none()) {
@@ -170,6 +174,21 @@ impl<B: Backend> Scheduler<B> {
                 costs.record(&self.metrics.phases);
                 requests.into_iter().for_each(|(request, _)| request.fail_with_batch(&error));
             }
+        }
+    }
+
+    /// Waits for the tables that were not there when the pass began, to see how the predictions fared.
+    fn take_late_tables(
+        &self,
+        tables: Vec<Option<PromptTable>>,
+        requests: &mut [(Request, Trace)],
+        routings: &mut [SequenceRouting],
+    ) {
+        let start = Instant::now();
+        for ((table, (_, trace)), routing) in tables.into_iter().zip(requests).zip(routings) {
+            let Some(table) = table else { continue };
+            routing.predicted(table.wait(), self.forward.config().top_k);
+            trace.timings.predict += start.elapsed();
         }
     }
 

@@ -1,22 +1,21 @@
 //! Prepares the next batch: takes the queued requests that fit one, fills their hash tables, and hints them to
 //! expert-nodes. Runs on its own thread, one batch ahead at most, so that the next batch is predicted and its experts
-//! are loaded while the scheduler computes this one.
+//! are loaded while the scheduler computes this one. Where the scheduler has nothing else to do, a batch in `exact` begins at
+//! once, and is predicted meanwhile; one in the other modes, which choose by the tables, waits for them. So does one that
+//! predictor-nodes predict: it would hold up the running sequences for as long as they fail to answer.
 
 use std::{
     collections::VecDeque,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
-use sida_routing::{
-    HashTable,
-    admission::{Cost, Limits},
-};
-use sida_telemetry::spans;
+use sida_routing::admission::{Cost, Limits};
+use sida_telemetry::{TraceContext, spans};
 
 use crate::{
-    answer::request_error::RequestError,
+    answer::{request_error::RequestError, routing_mode::RoutingMode},
     intake::{
         queue::Queue,
         request::Request,
@@ -25,7 +24,8 @@ use crate::{
     measures::metrics::Metrics,
     predict::{
         predict::Predict,
-        preload::{Hint, Preload},
+        preload::Preload,
+        prompt_tables::{Promise, PromptTable, promise},
     },
     schedule::batch_span::BatchSpan,
 };
@@ -33,15 +33,23 @@ use crate::{
 /// A request that can join the running batch at any step.
 pub(crate) struct Prepared {
     pub(crate) request: Request,
-    /// The hash table of the encoder's layers; `None` runs unpredicted.
-    pub(crate) table: Option<HashTable>,
-    /// The hint that was given for this request and those prepared with it; taken back when the last of them joins a
-    /// batch.
-    pub(crate) hint: Arc<Hint>,
+    /// The hash table of the encoder's layers, which may still be made.
+    pub(crate) table: PromptTable,
     /// When the request was ready to join.
     pub(crate) at: Instant,
-    /// How long the prediction took, for all requests that were prepared together.
-    pub(crate) predict: Duration,
+}
+
+/// What a prediction needs of a request that may have left for the scheduler.
+struct Prompt {
+    mode: RoutingMode,
+    tokens: Vec<u32>,
+    trace: TraceContext,
+}
+
+impl Prompt {
+    fn of(request: &Request) -> Self {
+        Self { mode: request.mode, tokens: request.tokens.clone(), trace: request.span.context() }
+    }
 }
 
 /// What the preparing thread works with.
@@ -68,38 +76,51 @@ impl Prepare {
                 continue;
             }
             // The callers of requests that are lost in a panic see their channels end.
-            match catch_unwind(AssertUnwindSafe(|| self.prepare(batch))) {
-                Ok(batch) => self.hand_over(batch),
-                Err(_) => tracing::error!("preparing a batch panicked; its requests are answered with an error"),
+            if catch_unwind(AssertUnwindSafe(|| self.prepare(batch))).is_err() {
+                tracing::error!(
+                    "preparing a batch panicked; its requests run unpredicted, or are answered with an error"
+                );
             }
         }
         self.prepared.close();
     }
 
-    fn prepare(&self, batch: Vec<Request>) -> Vec<Prepared> {
+    fn prepare(&self, batch: Vec<Request>) {
         let start = Instant::now();
         for request in &batch {
             spans::record(request.span.context(), "queue", request.accepted, start);
         }
-        let contexts = || batch.iter().map(|request| request.span.context());
-        let sequences: Vec<&[u32]> = batch.iter().map(|request| request.tokens.as_slice()).collect();
+        let prompts: Vec<Prompt> = batch.iter().map(Prompt::of).collect();
+        let (promise, tables) = promise(batch.len());
+        if self.predict.is_at_hand() && prompts.iter().all(|prompt| prompt.mode == RoutingMode::Exact) {
+            self.hand_over(batch, tables);
+            self.predict(&prompts, promise);
+        } else {
+            self.predict(&prompts, promise);
+            self.hand_over(batch, tables);
+        }
+    }
+
+    fn predict(&self, prompts: &[Prompt], promise: Promise) {
+        let contexts = || prompts.iter().map(|prompt| prompt.trace);
+        let sequences: Vec<&[u32]> = prompts.iter().map(|prompt| prompt.tokens.as_slice()).collect();
         let predicting = BatchSpan::begin("predict", contexts());
+        let start = Instant::now();
         let tables = self.predict.encode(&sequences, predicting.as_ref().map(BatchSpan::context));
         drop(predicting);
-        let predict = start.elapsed();
-        self.metrics.phases.predict.record(predict);
-        let preloading = BatchSpan::begin("preload", contexts());
-        let planned = batch.iter().zip(&tables).filter_map(|(request, table)| Some((request.mode, table.as_ref()?)));
-        let hint = Arc::new(self.preload.announce(planned));
-        drop(preloading);
-        let at = Instant::now();
-        let together = |(request, table)| Prepared { request, table, hint: hint.clone(), at, predict };
-        batch.into_iter().zip(tables).map(together).collect()
+        let took = start.elapsed();
+        self.metrics.phases.predict.record(took);
+        promise.keep(tables, took, |tables, begun| {
+            let _preloading = BatchSpan::begin("preload", contexts());
+            let planned = prompts.iter().zip(tables).filter_map(|(prompt, table)| Some((prompt.mode, table.as_ref()?)));
+            self.preload.announce(planned, begun)
+        });
     }
 
     /// Hands prepared requests to the scheduler; waits while a whole batch is ready already.
-    fn hand_over(&self, batch: Vec<Prepared>) {
-        let limits = self.limits;
+    fn hand_over(&self, batch: Vec<Request>, tables: impl Iterator<Item = PromptTable>) {
+        let (limits, at) = (self.limits, Instant::now());
+        let batch = batch.into_iter().zip(tables).map(|(request, table)| Prepared { request, table, at }).collect();
         let fits = |waiting: &VecDeque<Prepared>, next: &Prepared| {
             let costs = waiting.iter().chain([next]).map(|prepared| prepared.request.cost());
             limits.joining(Cost::default(), costs) == waiting.len() + 1
