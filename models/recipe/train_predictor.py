@@ -252,13 +252,13 @@ def main():
     stored = load_file(options.predictor)
     with safe_open(options.predictor, "pt") as file:
         metadata = file.metadata()
-    out = {}
+    out = dict(stored)
     for kind, stack, epochs in ((EncoderNet, "encoder", options.encoder_epochs), (DecoderNet, "decoder", options.decoder_epochs)):
         net = kind(stored, stack).to(device)
         train(net.train(), data["train"], epochs, stack)
         report(net.eval(), data["held out"])
         out |= net.stored()
-    save_file(out, options.out, metadata)
+        save_file(out, options.out, metadata)
 
 
 if __name__ == "__main__":
