@@ -3,7 +3,8 @@
 //! its prediction only when it is over, to see how it fared, and does not wait long; one in `guided` or `hash` waits for it
 //! before it begins. Called by the scheduler.
 //!
-//! What is predicted sooner than a thread is woken is predicted by the scheduler's own.
+//! What is predicted sooner than a thread is woken is predicted by the scheduler's own, unless a device computes: then the
+//! scheduler's thread is what the device would wait for.
 
 use std::{
     sync::Arc,
@@ -28,6 +29,8 @@ const PATIENCE: Duration = Duration::from_millis(20);
 pub(crate) struct PredictBeside {
     predictor: Predictor,
     jobs: Sender<Job>,
+    /// Predictions that take less are made by the scheduler's own thread.
+    own_thread_max: Duration,
     step: Step,
     /// How long the last prediction took.
     took: Duration,
@@ -84,12 +87,23 @@ enum Step {
     None,
 }
 
-/// Both sides.
-pub(crate) fn beside(predict: Arc<Predict>, preload: Arc<Preload>) -> (PredictBeside, PredictThread) {
+/// Both sides, for steps that are computed on a device or by processors.
+pub(crate) fn beside(predict: Arc<Predict>, preload: Arc<Preload>, on_device: bool) -> (PredictBeside, PredictThread) {
+    let own_thread_max = if on_device { Duration::ZERO } else { OWN_THREAD_MAX };
     let predictor = Predictor { predict, preload };
     let (jobs, thread_jobs) = bounded(1);
     let thread = PredictThread { predictor: predictor.clone(), jobs: thread_jobs };
-    (PredictBeside { predictor, jobs, step: Step::None, took: Duration::ZERO, waited: Duration::ZERO }, thread)
+    (
+        PredictBeside {
+            predictor,
+            jobs,
+            own_thread_max,
+            step: Step::None,
+            took: Duration::ZERO,
+            waited: Duration::ZERO,
+        },
+        thread,
+    )
 }
 
 impl PredictThread {
@@ -117,7 +131,7 @@ impl PredictBeside {
         };
         self.step = match std::mem::replace(&mut self.step, Step::None) {
             Step::UnderWay(job) | Step::Late(job) if let Some(job) = is_late(job.clone()) => Step::Late(job),
-            _ if self.took < OWN_THREAD_MAX && !self.predictor.predict.is_remote() => {
+            _ if self.took < self.own_thread_max && !self.predictor.predict.is_remote() => {
                 let predicted = self.predictor.predict(&sequences, trace);
                 self.took = predicted.took;
                 Step::Predicted(predicted)
