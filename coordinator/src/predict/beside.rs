@@ -93,17 +93,8 @@ pub(crate) fn beside(predict: Arc<Predict>, preload: Arc<Preload>, on_device: bo
     let predictor = Predictor { predict, preload };
     let (jobs, thread_jobs) = bounded(1);
     let thread = PredictThread { predictor: predictor.clone(), jobs: thread_jobs };
-    (
-        PredictBeside {
-            predictor,
-            jobs,
-            own_thread_max,
-            step: Step::None,
-            took: Duration::ZERO,
-            waited: Duration::ZERO,
-        },
-        thread,
-    )
+    let (step, took, waited) = (Step::None, Duration::ZERO, Duration::ZERO);
+    (PredictBeside { predictor, jobs, own_thread_max, step, took, waited }, thread)
 }
 
 impl PredictThread {
