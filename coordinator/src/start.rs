@@ -156,6 +156,7 @@ impl Coordinator {
         let prepared = Arc::new(Queue::new());
         let cache_size = backend.cache_size();
         metrics.cache_budget_bytes.set(config.limits.cache_bytes_max as f64);
+        let (predict_beside, predict_thread) = beside(predict.clone(), preload.clone());
         let forward = Forward::new(
             backend,
             || dispatch(config.expert_call_timeout),
@@ -163,7 +164,6 @@ impl Coordinator {
             config.micro_batching,
             statistics.clone(),
         );
-        let (predict_beside, predict_thread) = beside(predict.clone(), preload.clone(), forward.is_on_device());
         let (texts, text_thread) = match forward.is_on_device() {
             true => Some(text_thread(tokenizer.clone(), statistics.clone())).unzip(),
             false => (None, None),

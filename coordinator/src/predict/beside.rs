@@ -3,8 +3,7 @@
 //! its prediction only when it is over, to see how it fared, and does not wait long; one in `guided` or `hash` waits for it
 //! before it begins. Called by the scheduler.
 //!
-//! What is predicted sooner than a thread is woken is predicted by the scheduler's own, unless a device computes: then the
-//! scheduler's thread is what the device would wait for.
+//! What is predicted sooner than a thread is woken is predicted by the scheduler's own.
 
 use std::{
     sync::Arc,
@@ -29,8 +28,6 @@ const PATIENCE: Duration = Duration::from_millis(20);
 pub(crate) struct PredictBeside {
     predictor: Predictor,
     jobs: Sender<Job>,
-    /// Predictions that take less are made by the scheduler's own thread.
-    own_thread_max: Duration,
     step: Step,
     /// How long the last prediction took.
     took: Duration,
@@ -87,14 +84,12 @@ enum Step {
     None,
 }
 
-/// Both sides, for steps that are computed on a device or by processors.
-pub(crate) fn beside(predict: Arc<Predict>, preload: Arc<Preload>, on_device: bool) -> (PredictBeside, PredictThread) {
-    let own_thread_max = if on_device { Duration::ZERO } else { OWN_THREAD_MAX };
+/// Both sides.
+pub(crate) fn beside(predict: Arc<Predict>, preload: Arc<Preload>) -> (PredictBeside, PredictThread) {
     let predictor = Predictor { predict, preload };
     let (jobs, thread_jobs) = bounded(1);
     let thread = PredictThread { predictor: predictor.clone(), jobs: thread_jobs };
-    let (step, took, waited) = (Step::None, Duration::ZERO, Duration::ZERO);
-    (PredictBeside { predictor, jobs, own_thread_max, step, took, waited }, thread)
+    (PredictBeside { predictor, jobs, step: Step::None, took: Duration::ZERO, waited: Duration::ZERO }, thread)
 }
 
 impl PredictThread {
@@ -122,7 +117,7 @@ impl PredictBeside {
         };
         self.step = match std::mem::replace(&mut self.step, Step::None) {
             Step::UnderWay(job) | Step::Late(job) if let Some(job) = is_late(job.clone()) => Step::Late(job),
-            _ if self.took < self.own_thread_max && !self.predictor.predict.is_remote() => {
+            _ if self.took < OWN_THREAD_MAX && !self.predictor.predict.is_remote() => {
                 let predicted = self.predictor.predict(&sequences, trace);
                 self.took = predicted.took;
                 Step::Predicted(predicted)
