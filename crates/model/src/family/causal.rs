@@ -19,35 +19,45 @@ use crate::{
 #[derive(Clone, Debug, PartialEq)]
 pub struct Causal {
     /// Of every block, but for its window.
-    pub(super) attention: AttentionSpec,
-    /// Of each block: how many keys back a query sees.
-    pub(super) windows: Vec<Option<usize>>,
-    pub(crate) router: RouterSpec,
-    pub(super) shared: Option<SharedSpec>,
+    pub attention: AttentionSpec,
+    /// Of each block: how many keys back a query sees; `None`: all.
+    pub windows: Vec<Option<usize>>,
+    /// How blocks with experts choose.
+    pub router: RouterSpec,
+    /// The expert of such blocks that all rows go to.
+    pub shared: Option<SharedSpec>,
     /// Width of blocks without experts.
-    pub(super) dense_d_ff: usize,
+    pub dense_d_ff: usize,
 }
 
-/// What a family says of its config.
-pub(super) struct Described<'a> {
-    /// As `model_type` of config.json.
-    pub(super) family: &'static str,
-    pub(super) fields: &'a Json<'a>,
-    pub(super) names: TensorNames,
-    pub(super) num_experts: usize,
-    pub(super) expert_d_ff: usize,
-    pub(super) head_dim: usize,
-    pub(super) rms_norm_eps: f64,
+/// What a decoder-only family says of a config.
+#[derive(Debug)]
+pub struct Described<'a> {
+    /// What the family is called, as `model_type` of config.json.
+    pub family: &'static str,
+    /// The config.
+    pub fields: &'a Json<'a>,
+    /// What its tensors are called.
+    pub names: TensorNames,
+    /// Experts of each block that has some.
+    pub num_experts: usize,
+    /// Width of an expert.
+    pub expert_d_ff: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Added to the mean square in every norm.
+    pub rms_norm_eps: f64,
     /// What ends a text where the file does not say.
-    pub(super) eos_token_id: Option<u32>,
-    /// Which blocks have experts.
-    pub(super) sparse: Vec<bool>,
-    pub(super) causal: Causal,
+    pub eos_token_id: Option<u32>,
+    /// Which blocks have experts, one entry each.
+    pub sparse: Vec<bool>,
+    /// What the blocks compute.
+    pub causal: Causal,
 }
 
 impl Described<'_> {
     /// Checks what all families share, and makes a [`ModelConfig`] of it.
-    pub(super) fn config(self) -> Result<ModelConfig, ModelError> {
+    pub fn config(self) -> Result<ModelConfig, ModelError> {
         let Self {
             family,
             fields,
