@@ -176,7 +176,7 @@ impl Coordinator {
         };
         let (reply, answer) = mpsc::unbounded_channel();
         let queue = move |this: &Self, mut prompt: TokenizedPrompt| {
-            let options = this.acceptance().options(&mut params, grammar)?;
+            let options = this.acceptance().options(&mut params, prompt.tokens.ids.len(), grammar)?;
             prompt.request_span.describe(&options);
             let GenerateParams { routing: mode, client, priority, .. } = params;
             let terms = Terms { mode, deadline, client, priority, together };

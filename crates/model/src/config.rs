@@ -69,6 +69,8 @@ pub struct ModelConfig {
     pub relative_attention_max_distance: usize,
     /// Added to the mean square in every norm.
     pub layer_norm_epsilon: f64,
+    /// The tokens of a sequence at most, prompt and answer: what the model was made for. `None`: no such number is known.
+    pub positions_max: Option<usize>,
     /// Whether the head is the embedding. Then Switch Transformers scale its input by `d_model^-0.5`.
     pub tie_word_embeddings: bool,
     /// The padding token; never in a batch of ours.
@@ -170,7 +172,8 @@ impl ModelConfig {
             relative_attention_max_distance,
             layer_norm_epsilon,
             tie_word_embeddings,
-            // What is done with the model's output, and no part of it.
+            // What is asked of the model, and what is done with its output, and no part of it.
+            positions_max: _,
             pad_token_id: _,
             eos_token_ids: _,
             generation: _,

@@ -98,6 +98,17 @@ impl<'a> Json<'a> {
         self.size("num_hidden_layers", None, 1, 1024)
     }
 
+    /// The tokens of a sequence at most: what `max_position_embeddings` says, and what scaled positions make of it.
+    pub fn positions(&self, rotary: Option<Rotary>) -> Result<Option<usize>, ModelError> {
+        let said = self.size_if_any("max_position_embeddings", 1, 1 << 32)?;
+        Ok(said.map(|said| match rotary.map(|rotary| rotary.scaling) {
+            Some(RotaryScaling::Linear { factor }) => (said as f64 * factor) as usize,
+            // Files have the number before it is scaled, or behind.
+            Some(RotaryScaling::Yarn { factor, trained, .. }) => said.max((trained * factor) as usize),
+            Some(RotaryScaling::None | RotaryScaling::Llama3 { .. }) | None => said,
+        }))
+    }
+
     /// What all families here share of attention: heads, positions. `head_dim` is that of the file, or what follows from the
     /// sizes. `default_kv_heads`: as many as heads if none.
     pub fn attention(&self, default_theta: f64, default_kv_heads: Option<usize>) -> Result<AttentionSpec, ModelError> {

@@ -112,6 +112,7 @@ fn config(fields: &Json<'_>) -> Result<ModelConfig, ModelError> {
             1 << 20,
         )?,
         layer_norm_epsilon: check.epsilon(json.layer_norm_epsilon)?,
+        positions_max: None, // Its position bias goes on for ever.
         tie_word_embeddings: json.tie_word_embeddings,
         pad_token_id,
         generation: GenerationConfig::plain(pad_token_id, eos_token_ids.clone()),
