@@ -127,6 +127,14 @@ impl<S: FromFiles> Reloading<S> {
     }
 }
 
+/// Looks at files every `period`, for ever, where something is made of files.
+pub(crate) async fn follow_if_any<S: FromFiles>(reloading: Option<Arc<Reloading<S>>>, period: Duration) -> Infallible {
+    match reloading {
+        Some(reloading) => reloading.follow(period).await,
+        None => std::future::pending().await,
+    }
+}
+
 impl<S: FromFiles + fmt::Debug> fmt::Debug for Reloading<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.source.fmt(f)

@@ -24,7 +24,7 @@ use tonic::transport::{Certificate, ClientTlsConfig, Identity};
 
 use crate::{
     certificate_names::NamePattern,
-    reload::{FileError, FromFiles, ReadFile, read},
+    reload::{FileError, FromFiles, ReadFile, Reloading, read},
 };
 
 /// How a server proves itself, and whom it lets in.
@@ -74,9 +74,19 @@ pub(crate) const HTTP1: &[u8] = b"http/1.1";
 /// How the connections to a port are made secure.
 #[derive(Clone, Debug)]
 pub(crate) struct PortTls {
-    pub(crate) tls: ServerTls,
+    tls: ServerTls,
     /// What is spoken there, the best first.
-    pub(crate) protocols: &'static [&'static [u8]],
+    protocols: &'static [&'static [u8]],
+}
+
+impl PortTls {
+    /// The TLS of a port that speaks these protocols, if it has any.
+    pub(crate) fn open_if_any(
+        tls: Option<ServerTls>,
+        protocols: &'static [&'static [u8]],
+    ) -> Result<Option<Arc<Reloading<Self>>>, TlsError> {
+        tls.map(|tls| Reloading::open(Self { tls, protocols })).transpose()
+    }
 }
 
 /// What the files of a port's TLS hold.
