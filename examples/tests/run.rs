@@ -92,6 +92,21 @@ async fn embed_texts_finds_praise_closer_to_praise_than_to_blame() {
     cluster.stop().await;
 }
 
+/// A family that is described from outside would not be read, or be computed as another one; or a directory of it be taken
+/// for a model by those who do not know it.
+#[test]
+fn own_family_is_served_as_it_is_described() {
+    let parent = tempfile::tempdir().expect("a directory");
+    let dir = parent.path().join("model");
+    let out = printed(env!("CARGO_BIN_EXE_own_family"), &[dir.to_str().expect("a path in UTF-8")]);
+    let [cluster, reference] = out.lines().collect::<Vec<_>>()[..] else { panic!("two lines expected: {out}") };
+    let tokens = |line: &str| line.split_once('[').expect("a list").1.to_owned();
+    assert_eq!(tokens(cluster), tokens(reference));
+    assert_eq!(tokens(cluster).split(", ").count(), 12, "{out}");
+    let unknown = Checkpoint::open(&dir).expect_err("a family that is not built in").to_string();
+    assert!(unknown.contains("NearAndFarMoeForCausalLM") && unknown.contains("OlmoeForCausalLM"), "{unknown}");
+}
+
 /// A predictor that implements the public trait would not be asked, or would change the answer.
 #[test]
 fn own_predictor_is_asked_and_leaves_the_answer_as_it_is() {

@@ -25,7 +25,7 @@ use sida_routing::{
     residency::{Access, Grant, Load, LoadKind, Pending, Placed, Residency, ResidencyConfig, ResidencyError, Room},
 };
 
-pub(crate) use self::granted::{Granted, Kept, Loading, Pinned, Unfilled};
+pub(crate) use self::granted::{Demanded, Granted, Kept, Loading, Pinned, Unfilled};
 use crate::{measures::Measures, slots::Slab, source::ExpertSource};
 
 /// How long a thread of the pool sleeps before it looks for work.
@@ -274,7 +274,7 @@ impl ExpertCache {
             Access::Resident => Granted::Ready(Pinned { cache: self, slot }),
             Access::Load { evicted } => {
                 self.measures.evicted(evicted);
-                Granted::ToLoad(Unfilled::new(self, key, slot, LoadKind::Demand))
+                Granted::ToLoad(Demanded::new(self, key, slot))
             }
             Access::Await(ticket) => Granted::LoadedByOther(Loading { cache: self, grant, ticket }),
         };

@@ -17,7 +17,7 @@ use sida_cluster::experts::{CallError, CallReport, ExpertCall};
 use sida_model::{ExpertScratch, ExpertShape, side_by_side::side_by_side};
 use sida_routing::residency::ResidencyError;
 
-use crate::cache::{ExpertCache, Granted, Loading, PendingCall, Pinned, Unfilled};
+use crate::cache::{Demanded, ExpertCache, Granted, Loading, PendingCall, Pinned};
 
 /// Loads that a call begins before it computes and gives slots back: enough to keep the workers of a small
 /// machine busy, few enough to evict little.
@@ -117,7 +117,7 @@ struct Queue<'c, 'x> {
 enum Next<'c, 'x> {
     Compute(GroupRows<'x>, Arc<Pinned<'c>>),
     /// And then compute.
-    Load(GroupRows<'x>, Unfilled<'c>),
+    Load(GroupRows<'x>, Demanded<'c>),
 }
 
 impl<'c, 'x> Queue<'c, 'x> {
@@ -144,9 +144,9 @@ impl<'c, 'x> Queue<'c, 'x> {
                     let rows = self.take(group);
                     self.share(rows, expert);
                 }
-                Granted::ToLoad(unfilled) => {
+                Granted::ToLoad(demanded) => {
                     self.demand_loads += 1;
-                    return Some(Next::Load(self.take(group), unfilled));
+                    return Some(Next::Load(self.take(group), demanded));
                 }
             }
         }
@@ -223,15 +223,14 @@ fn work(queue: &Mutex<Queue<'_, '_>>, shape: &ExpertShape, scratch: &mut ExpertS
         match next {
             None => return,
             Some(Next::Compute(rows, expert)) => forward(shape, &expert, rows, scratch),
-            Some(Next::Load(rows, unfilled)) => {
-                let (key, start) = (unfilled.key(), Instant::now());
-                match unfilled.fill() {
-                    Ok(Some(expert)) => {
+            Some(Next::Load(rows, demanded)) => {
+                let (key, start) = (demanded.key(), Instant::now());
+                match demanded.fill() {
+                    Ok(expert) => {
                         let mut queue = queue.lock();
                         queue.load += start.elapsed();
                         queue.share(rows, expert);
                     }
-                    Ok(None) => unreachable!("a demand load is the call's own"),
                     Err(error) => {
                         queue.lock().failure = Some(CallError::Load { key, reason: error.to_string() });
                         return;

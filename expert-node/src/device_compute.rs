@@ -126,9 +126,9 @@ impl<'c, 'g> Rounds<'c, 'g> {
             for (group, granted) in granted.drain(..) {
                 match granted {
                     Granted::Ready(expert) => ready.push((group, expert)),
-                    Granted::ToLoad(mut unfilled) => {
-                        unfilled.begin().map_err(|error| self.failed(group, error))?;
-                        loading.push((group, unfilled));
+                    Granted::ToLoad(mut demanded) => {
+                        demanded.begin().map_err(|error| self.failed(group, error))?;
+                        loading.push((group, demanded));
                     }
                     Granted::LoadedByOther(other) => awaited.push((group, other)),
                 }
@@ -137,9 +137,9 @@ impl<'c, 'g> Rounds<'c, 'g> {
             let waited = Instant::now();
             demand_loads += loading.len() as u32;
             let mut loaded = Vec::with_capacity(loading.len());
-            for (group, unfilled) in loading {
-                let expert = unfilled.finish().map_err(|error| self.failed(group, error))?;
-                loaded.push((group, expert.expect("a demand load is the call's own")));
+            for (group, demanded) in loading {
+                let expert = demanded.finish().map_err(|error| self.failed(group, error))?;
+                loaded.push((group, expert));
             }
             load += waited.elapsed();
             self.run(loaded, run)?;

@@ -3,9 +3,11 @@
 use std::{fmt, path::PathBuf, sync::Arc};
 
 use sida_model::ModelConfig;
-use sida_predictor::{HashPredictor, PredictorShape};
-use sida_routing::NodeId;
+use sida_predictor::{HashPredictor, PredictorShape, train};
+use sida_routing::{Digest, NodeId};
 use sida_rpc::ServerConfig;
+
+use crate::{PredictorNodeError, learn::LearntDir};
 
 /// Everything a predictor-node needs to know at its start.
 #[derive(Clone)]
@@ -35,6 +37,15 @@ pub struct LearnConfig {
     pub tokens_max: usize,
     /// The share of one processor that training takes: above 0, at most 1.
     pub cpu_share: f64,
+}
+
+impl LearnConfig {
+    /// Refuses a predictor that cannot learn, of another model than this one, and a directory that cannot be written or in which
+    /// another node learns: what a node would otherwise refuse only once it runs.
+    pub fn check(&self, model: &ModelConfig, digest: Digest) -> Result<(), PredictorNodeError> {
+        train::check_trainable(&self.file, &PredictorShape::of(model), digest)?;
+        LearntDir::open(self.dir.clone()).map(drop)
+    }
 }
 
 /// Bounds on what others can ask of a predictor-node.

@@ -27,6 +27,13 @@ pub enum PredictorNodeError {
 impl PredictorNodeError {
     /// Whether trying again will fail again; see [`PredictorError::is_lasting`].
     pub fn is_lasting(&self) -> bool {
-        matches!(self, Self::Predictor(error) if error.is_lasting())
+        use io::ErrorKind::{AlreadyExists, NotADirectory, PermissionDenied, ReadOnlyFilesystem};
+        match self {
+            Self::Predictor(error) => error.is_lasting(),
+            Self::LearnDir { source, .. } => {
+                [AlreadyExists, NotADirectory, PermissionDenied, ReadOnlyFilesystem].contains(&source.kind())
+            }
+            _ => false,
+        }
     }
 }

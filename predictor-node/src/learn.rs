@@ -31,7 +31,7 @@ use sida_rpc::stand_back::{self, stand_back};
 use sida_telemetry::{counter, gauge, names};
 
 use crate::{PredictorNodeError, config::LearnConfig, serving::Serving};
-use learnt_dir::LearntDir;
+pub(crate) use learnt_dir::LearntDir;
 use throttle::Throttle;
 use traffic::{Parts, Traffic};
 
@@ -69,6 +69,17 @@ impl Outcome {
             Self::NotBetter => "not_better",
             Self::Failed => "failed",
         }
+    }
+}
+
+/// How the last training failed, if it did. A directory that is gone fails all of them, and busy traffic begins two a second.
+#[derive(Default)]
+struct LastFailure(Option<String>);
+
+impl LastFailure {
+    /// Whether this one is another one.
+    fn is_news(&mut self, error: &str) -> bool {
+        self.0.replace(error.to_owned()).is_none_or(|last| last != error)
     }
 }
 
@@ -148,12 +159,18 @@ impl Shared {
 impl Learns {
     fn run(&mut self) {
         stand_back(stand_back::IN_THE_BACKGROUND);
+        let mut failure = LastFailure::default();
         while let Some(parts) = self.shared.next() {
             let outcome = match catch_unwind(AssertUnwindSafe(|| self.learn(&parts))) {
-                Ok(Ok(outcome)) => outcome,
+                Ok(Ok(outcome)) => {
+                    failure = LastFailure::default();
+                    outcome
+                }
                 Ok(Err(PredictorNodeError::Predictor(PredictorError::GivenUp))) => return,
                 Ok(Err(error)) => {
-                    tracing::error!(%error, "learning from traffic failed; the predictor stays as it is");
+                    if failure.is_news(&error.to_string()) {
+                        tracing::error!(%error, "learning from traffic failed; the predictor stays as it is");
+                    }
                     Outcome::Failed
                 }
                 Err(_) => {

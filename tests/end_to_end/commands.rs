@@ -288,3 +288,43 @@ fn a_model_that_is_not_finished_leaves_nothing() {
         assert_eq!(entries(), 0, "{signal}");
     }
 }
+
+/// Two conversions into one place would both take their time, and one of them in vain; who ends one would not be told whether
+/// gigabytes are left behind, or they would be.
+#[test]
+fn a_conversion_has_its_place_to_itself_and_leaves_nothing_when_it_is_ended() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (source, out) = (dir.path().join("source"), dir.path().join("out"));
+    fs::create_dir(&source).expect("a directory");
+    for file in fs::read_dir(repository().join("models/switch-tiny-64")).expect("the model") {
+        let file = file.expect("a file");
+        std::os::unix::fs::symlink(file.path(), source.join(file.file_name())).expect("a link");
+    }
+    // It is copied before the weights are written, and nobody ever writes to it.
+    let pipe = Command::new("mkfifo").arg(source.join("spiece.model")).status();
+    assert!(pipe.expect("mkfifo can be run").success());
+    let convert = || {
+        let mut convert = command();
+        convert.args(["convert", "--experts", "int8", "--out"]).arg(&out).arg(&source).stderr(Stdio::piped());
+        convert
+    };
+    let mut first = convert().spawn().expect("sida runs");
+    let hidden = || {
+        let names = fs::read_dir(dir.path()).expect("the directory").map(|entry| entry.expect("an entry").file_name());
+        names.filter(|name| name.to_string_lossy().starts_with(".out.")).collect::<Vec<_>>()
+    };
+    while !hidden().iter().any(|name| name.to_string_lossy().ends_with(".partial")) {
+        assert!(first.try_wait().expect("its state").is_none(), "it ended before it began to write");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    let second = convert().output().expect("sida runs");
+    let said = String::from_utf8_lossy(&second.stderr);
+    assert!(said.contains("out is being written already") && second.status.code() == Some(1), "{said}");
+
+    let told = Command::new("kill").args(["-s", "TERM", &first.id().to_string()]).status();
+    assert!(told.expect("kill can be run").success());
+    let first = first.wait_with_output().expect("its end");
+    let said = String::from_utf8_lossy(&first.stderr);
+    assert!(said.contains("told to end; nothing is left") && first.status.code() == Some(130), "{said}");
+    assert!(hidden().is_empty() && !out.exists(), "{:?}", hidden());
+}

@@ -172,6 +172,13 @@ impl Running {
         }
         Report { asked: std::mem::take(&mut *self.asked.lock()), before: Vec::new() }
     }
+
+    /// The same, printed. Panics unless every request was answered with the tokens of `answers`.
+    pub async fn stop_as(self, answers: &BTreeMap<usize, Vec<u32>>) {
+        let report = self.stop().await;
+        println!("{report}");
+        report.assert_as(answers);
+    }
 }
 
 impl Report {

@@ -15,7 +15,11 @@ use crate::{
         routing_mode::RoutingMode,
         trace::Trace,
     },
-    coordinator::{Asked, Coordinator, Terms, TokenizedPrompt, until},
+    coordinator::{
+        Coordinator,
+        submit::{Asked, Terms, TokenizedPrompt},
+        until,
+    },
     intake::{
         generation_check,
         prompt::{Prompt, PromptTokens},

@@ -133,7 +133,7 @@ impl Acceptance<'_> {
             return Err(RequestError::EmptyText);
         }
         match truncates {
-            true => Ok(prompt::cut(ids, self.limits.prompt_tokens_max, |id| self.model.generation.is_end(id))),
+            true => Ok(prompt::cut(ids, self.prompt_tokens_max(), |id| self.model.generation.is_end(id))),
             false => Ok(PromptTokens { ids: self.not_too_many(ids, of)?, truncated: 0 }),
         }
     }
@@ -156,9 +156,10 @@ impl Acceptance<'_> {
         if self.has_encoder() && targets.iter().any(|target| target.trim().is_empty()) {
             return Err(refused("targets", "an empty text", "texts with tokens"));
         }
+        let room = self.positions_max().saturating_sub(prompt_tokens);
         let targets = targets.iter().zip(1..).map(|(target, number)| {
             let of = TextOf::Target(number);
-            self.not_too_many(self.tokenize(target, of)?, of)
+            at_most(self.not_too_many(self.tokenize(target, of)?, of)?, of, room)
         });
         let targets = targets.collect::<Result<Vec<_>, _>>()?;
         if targets.iter().any(Vec::is_empty) {
@@ -182,15 +183,28 @@ impl Acceptance<'_> {
         Ok(EncodeOptions { pooling, normalize, truncated_tokens })
     }
 
-    /// The checked options of a generation that follows its schema's `grammar`, if it has one.
+    /// The checked options of a generation from a prompt of so many tokens that follows its schema's `grammar`, if it has one.
+    /// Prompt and answer together have no more tokens than the model has positions.
     pub(crate) fn options(
         &self,
         params: &mut GenerateParams,
+        prompt_tokens: usize,
         grammar: Option<Grammar>,
     ) -> Result<GenerateOptions, RequestError> {
         let (limits, model) = (self.limits, &self.model.generation);
+        let room = self.positions_max().saturating_sub(prompt_tokens);
+        if room == 0 {
+            let limit = self.positions_max() - 1;
+            return Err(RequestError::TooManyTokens { of: TextOf::Prompt, tokens: prompt_tokens, limit });
+        }
         let tokens_max = match params.max_tokens {
-            0 => model.tokens_max.unwrap_or(limits.tokens_default).min(limits.tokens_max),
+            0 => model.tokens_max.unwrap_or(limits.tokens_default).min(limits.tokens_max).min(room),
+            tokens if tokens <= limits.tokens_max && tokens > room => {
+                let positions = self.positions_max();
+                let expected =
+                    format!("1 to {room}: the model has {positions} positions, and the prompt {prompt_tokens} tokens");
+                return Err(refused("max_tokens", tokens, expected));
+            }
             tokens => within("max_tokens", tokens, 1, limits.tokens_max)?,
         };
         let tokens_min = match params.min_tokens {
@@ -212,6 +226,9 @@ impl Acceptance<'_> {
         let choices = within("choices", params.choices.max(1), 1, choices_max)?;
         within("stop (their number)", params.stop.len(), 0, limits.stops_max)?;
         for stop in &params.stop {
+            if stop.is_empty() {
+                return Err(refused("stop", "an empty text", format!("texts of 1 to {} bytes", limits.stop_bytes_max)));
+            }
             within("stop (bytes)", stop.len(), 1, limits.stop_bytes_max)?;
         }
         Ok(GenerateOptions {
@@ -236,6 +253,15 @@ impl Acceptance<'_> {
 
     fn has_encoder(&self) -> bool {
         self.model.has_encoder()
+    }
+
+    /// The tokens of a sequence at most. The input of an encoder is no part of it.
+    fn positions_max(&self) -> usize {
+        self.model.positions_max.unwrap_or(usize::MAX)
+    }
+
+    fn prompt_tokens_max(&self) -> usize {
+        self.limits.prompt_tokens_max.min(self.positions_max())
     }
 
     fn needed_cache_bytes(&self, prompt_tokens: usize, work: &Work) -> u64 {
@@ -275,9 +301,14 @@ impl Acceptance<'_> {
     }
 
     fn not_too_many(&self, ids: Vec<u32>, of: TextOf) -> Result<Vec<u32>, RequestError> {
-        let (tokens, limit) = (ids.len(), self.limits.prompt_tokens_max);
-        if tokens > limit { Err(RequestError::TooManyTokens { of, tokens, limit }) } else { Ok(ids) }
+        at_most(ids, of, self.prompt_tokens_max())
     }
+}
+
+/// The tokens of a text, if they are not too many.
+fn at_most(ids: Vec<u32>, of: TextOf, limit: usize) -> Result<Vec<u32>, RequestError> {
+    let tokens = ids.len();
+    if tokens > limit { Err(RequestError::TooManyTokens { of, tokens, limit }) } else { Ok(ids) }
 }
 
 /// A count that is within its bounds.

@@ -1,8 +1,14 @@
 //! What a coordinator refuses: each kind of bad request, with an error that names the field and the limit.
 
-use sida_coordinator::{EncodeParams, GenerateParams, PredictorSource, RequestError, Sampling, ScoreParams, TextOf};
+use std::{fs, os::unix::fs::symlink};
 
-use crate::plain_experts::{PlainCluster, start};
+use futures::StreamExt;
+use serde_json::{Value, json};
+use sida_coordinator::{
+    EncodeParams, GenerateParams, PredictorSource, Prompt, RequestError, Sampling, ScoreParams, TextOf,
+};
+
+use crate::plain_experts::{PlainCluster, decoder_only_dir, start, start_model};
 
 async fn refused(cluster: &PlainCluster, params: GenerateParams) -> RequestError {
     match cluster.coordinator.generate(params).await {
@@ -46,7 +52,7 @@ async fn options() {
         ("top_p", GenerateParams { sampling: sampling(1.0, 1.5), ..base.clone() }),
         ("top_p", GenerateParams { sampling: sampling(1.0, f32::NAN), ..base.clone() }),
         ("stop (their number)", GenerateParams { stop: vec!["x".into(); 17], ..base.clone() }),
-        ("stop (bytes)", GenerateParams { stop: vec![String::new()], ..base.clone() }),
+        ("stop", GenerateParams { stop: vec!["x".into(), String::new()], ..base.clone() }),
         ("stop (bytes)", GenerateParams { stop: vec!["x".repeat(257)], ..base.clone() }),
     ];
     for (expected, params) in cases {
@@ -80,4 +86,48 @@ async fn targets() {
     let error = long("x".repeat(70_000)).await.expect_err("too many bytes");
     assert!(matches!(error, RequestError::TextTooLong { of: TextOf::Target(3), bytes: 70_000, .. }), "{error}");
     assert_eq!(score(vec!["x".into(); 8]).await.expect("scored").targets.len(), 8);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_sequence_is_longer_than_the_model_has_positions() {
+    // Would break: a model goes on where it knows no position any more, and nobody is told why its answers are noise.
+    const POSITIONS: usize = 16;
+    let dir = tempfile::tempdir().expect("a folder");
+    for file in ["model.safetensors", "tokenizer.json"] {
+        symlink(decoder_only_dir().join(file), dir.path().join(file)).expect("a link");
+    }
+    let config = fs::read(decoder_only_dir().join("config.json")).expect("a config");
+    let mut config: Value = serde_json::from_slice(&config).expect("JSON");
+    config["max_position_embeddings"] = json!(POSITIONS);
+    fs::write(dir.path().join("config.json"), config.to_string()).expect("written");
+    let cluster = start_model(dir.path(), 1, PredictorSource::Off, |_| ()).await;
+    let of = |tokens: usize, max_tokens: usize| GenerateParams {
+        prompt: Prompt::Tokens(vec![5; tokens]),
+        max_tokens,
+        ignore_eos: true,
+        ..Default::default()
+    };
+    for (asked, told) in [(0, 6), (6, 6), (2, 2)] {
+        let answer = cluster.coordinator.generate(of(10, asked)).await.expect("it fits");
+        assert_eq!(answer.count().await, told, "of {asked}");
+    }
+    let error = refused(&cluster, of(10, 7)).await.to_string();
+    assert_eq!(error, "max_tokens is 7, expected 1 to 6: the model has 16 positions, and the prompt 10 tokens");
+    for tokens in [POSITIONS, POSITIONS + 1] {
+        let error = refused(&cluster, of(tokens, 1)).await;
+        assert!(matches!(error, RequestError::TooManyTokens { .. }), "{error}");
+    }
+    // What is only read may take all of them.
+    let encode = |tokens| {
+        let prompt = Prompt::Tokens(vec![5; tokens]);
+        cluster.coordinator.encode(EncodeParams { prompt, ..Default::default() })
+    };
+    assert!(encode(POSITIONS).await.is_ok() && encode(POSITIONS + 1).await.is_err());
+    let score = |tokens| {
+        let (prompt, targets) = (Prompt::Tokens(vec![5; tokens]), vec!["a".to_owned()]);
+        cluster.coordinator.score(ScoreParams { prompt, targets, ..Default::default() })
+    };
+    assert!(score(POSITIONS - 1).await.is_ok());
+    let error = score(POSITIONS).await.expect_err("no room");
+    assert!(matches!(error, RequestError::TooManyTokens { of: TextOf::Target(1), limit: 0, .. }), "{error}");
 }

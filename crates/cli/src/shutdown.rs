@@ -50,8 +50,12 @@ pub(crate) fn clean_up_on_signal() -> io::Result<()> {
                 _ = terminations.recv() => {}
             }
         });
-        for left in fresh_directory::remove_unfinished() {
+        let left = fresh_directory::remove_unfinished();
+        for left in &left {
             tracing::warn!("cannot remove {}, which is not finished", left.display());
+        }
+        if left.is_empty() {
+            eprintln!("sida: told to end; nothing is left of what was not finished");
         }
         process::exit(EXIT_INTERRUPTED);
     })?;

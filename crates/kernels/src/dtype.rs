@@ -85,6 +85,27 @@ impl StoredDType {
         values / block_values * block_bytes
     }
 
+    /// Where a block has the binary16 numbers that its values count in. FP8 counts in a float32, and values that stand alone in
+    /// none.
+    pub(crate) const fn units_at(self) -> &'static [usize] {
+        match self {
+            Self::F32 | Self::BF16 | Self::F16 | Self::F8 => &[],
+            Self::Q8_0 | Self::Q4_0 | Self::Q5_0 => &[0],
+            Self::Q4_1 | Self::Q5_1 | Self::Q4K | Self::Q5K => &[0, q4_k::MIN_AT],
+            Self::Q6K => &[q6_k::UNIT_AT],
+        }
+    }
+
+    /// The first block that counts in something infinite or in no number, which spoils all of its values: nothing that writes
+    /// models makes one.
+    pub fn broken_block(self, bytes: &[u8]) -> Option<usize> {
+        let is_broken = |block: &[u8]| match self {
+            Self::F8 => block.first_chunk().is_some_and(|&scale| !f32::from_le_bytes(scale).is_finite()),
+            _ => self.units_at().iter().any(|&at| !f16::from_le_bytes([block[at], block[at + 1]]).is_finite()),
+        };
+        bytes.chunks_exact(self.block().1).position(is_broken)
+    }
+
     /// How many values so many bytes hold.
     pub fn values(self, bytes: usize) -> usize {
         let (block_values, block_bytes) = self.block();
@@ -175,5 +196,38 @@ impl fmt::Display for StoredDType {
             Self::Q6K => "Q6_K",
             Self::F8 => "F8_E4M3",
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arbitrary::blocks;
+
+    /// A damaged file would be converted, and its model answer nothing but that its output is no number; or a whole one be refused.
+    #[test]
+    fn blocks_that_spoil_their_values_are_found() {
+        for dtype in StoredDType::BLOCKS {
+            let (values, size) = dtype.block();
+            let whole = blocks(dtype, 5 * values, 3);
+            assert_eq!(dtype.broken_block(&whole), None, "{dtype}");
+            let with = |at: usize, changed: &[u8]| {
+                let mut bytes = whole.clone();
+                bytes[2 * size + at..][..changed.len()].copy_from_slice(changed);
+                bytes
+            };
+            if dtype == StoredDType::F8 {
+                for scale in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                    assert_eq!(dtype.broken_block(&with(0, &scale.to_le_bytes())), Some(2), "{scale}");
+                }
+                continue;
+            }
+            for (at, high) in (0..size).flat_map(|at| [0x7c, 0x7e, 0x7f, 0xff].map(|high| (at, high))) {
+                let bytes = with(at, &[high]);
+                let is_spoilt = dtype.widen(&bytes).iter().any(|value| !value.is_finite());
+                assert_eq!(dtype.broken_block(&bytes), is_spoilt.then_some(2), "{dtype}, byte {at} {high:#x}");
+            }
+        }
+        assert_eq!(StoredDType::F32.broken_block(&f32::NAN.to_le_bytes()), None);
     }
 }

@@ -109,8 +109,7 @@ impl BlockWriter<'_> {
     /// Writes what is held.
     fn pass_on(&mut self) -> io::Result<()> {
         let TensorSpec { name, dtype, .. } = self.spec;
-        let refused =
-            || io::Error::other(format!("tensor {name} holds values that are no numbers, or too large for {dtype}"));
+        let refused = || io::Error::other(ModelError::NotBlocks { tensor: name.clone(), dtype: *dtype });
         let blocks = quantized(&self.from.widen(&self.held), *dtype).ok_or_else(refused)?;
         self.held.clear();
         self.out.write_all(&blocks)

@@ -11,6 +11,7 @@ use sida_routing::Digest;
 
 use crate::{
     ModelConfig, ModelError, StoredDType,
+    family::Family,
     manifest::Manifest,
     model_name, names,
     weight_files::{StoredTensor, WeightFiles},
@@ -55,17 +56,27 @@ impl Checkpoint {
     /// Opens a directory with `config.json` and safetensors, single or sharded. Reads no weights but the
     /// small ones that make up the digest.
     pub fn open(dir: &Path) -> Result<Arc<Self>, ModelError> {
-        Self::open_as(dir, None)
+        Self::opened(dir, None, &[])
     }
 
     /// [`Checkpoint::open`] under a name that somebody chose.
     pub fn open_as(dir: &Path, name: Option<&str>) -> Result<Arc<Self>, ModelError> {
+        Self::opened(dir, name, &[])
+    }
+
+    /// [`Checkpoint::open`], which knows the caller's `own` families beside those that are built in. Whatever is made of the
+    /// checkpoint serves such a model as any other: `examples/own_family.rs`.
+    pub fn open_with_families(dir: &Path, own: &[Family]) -> Result<Arc<Self>, ModelError> {
+        Self::opened(dir, None, own)
+    }
+
+    fn opened(dir: &Path, name: Option<&str>, own: &[Family]) -> Result<Arc<Self>, ModelError> {
         let manifest = Manifest::read(dir)?;
         let check = |name: &str, content: Option<&[u8]>| match &manifest {
             Some(manifest) => manifest.check_file(name, content),
             None => Ok(()),
         };
-        let config = ModelConfig::open_checked(dir, check)?;
+        let config = ModelConfig::open_checked(dir, own, check)?;
         let files = WeightFiles::open(dir)?;
         let name = name.map_or_else(|| model_name::of_directory(dir), str::to_owned);
         let (dir, damaged, experts_digest) = (dir.to_owned(), OnceLock::new(), OnceLock::new());

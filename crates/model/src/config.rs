@@ -7,7 +7,10 @@ use serde_json::{Map, Value, json};
 use sida_routing::LayerId;
 
 use crate::{
-    GenerationConfig, ModelError, ModelSpec, bounded_file, family, generation::GENERATION_CONFIG, names::TensorNames,
+    GenerationConfig, ModelError, ModelSpec, bounded_file,
+    family::{self, Family},
+    generation::GENERATION_CONFIG,
+    names::TensorNames,
     spec::Activation,
 };
 
@@ -66,6 +69,8 @@ pub struct ModelConfig {
     pub relative_attention_max_distance: usize,
     /// Added to the mean square in every norm.
     pub layer_norm_epsilon: f64,
+    /// The tokens of a sequence at most, prompt and answer: what the model was made for. `None`: no such number is known.
+    pub positions_max: Option<usize>,
     /// Whether the head is the embedding. Then Switch Transformers scale its input by `d_model^-0.5`.
     pub tie_word_embeddings: bool,
     /// The padding token; never in a batch of ours.
@@ -93,28 +98,29 @@ impl ModelConfig {
     /// Reads `config.json` of a model directory, whose `architectures` picks the family, and `generation_config.json` if it
     /// is there.
     pub fn open(dir: &Path) -> Result<Self, ModelError> {
-        Self::open_checked(dir, |_, _| Ok(()))
+        Self::open_checked(dir, &[], |_, _| Ok(()))
     }
 
     /// Reads `config.json` alone, and with it the fields of it that say how the model writes.
     pub fn open_alone(dir: &Path) -> Result<Self, ModelError> {
-        Ok(Self::read(dir)?.0)
+        Ok(Self::read(dir, &[])?.0)
     }
 
     /// `config.json`, and its content.
-    fn read(dir: &Path) -> Result<(Self, Vec<u8>), ModelError> {
+    fn read(dir: &Path, own: &[Family]) -> Result<(Self, Vec<u8>), ModelError> {
         let path = dir.join(CONFIG);
         let json = bounded_file::read(&path, CONFIG_BYTES_MAX)?;
-        Ok((Self::parse(&json, &path)?, json))
+        Ok((Self::parse_with_families(&json, &path, own)?, json))
     }
 
     /// As [`ModelConfig::open`], and has each file's name and content looked at; none is the content of a file that is not
-    /// there.
+    /// there. Knows the caller's `own` families, too.
     pub(crate) fn open_checked(
         dir: &Path,
+        own: &[Family],
         check: impl Fn(&str, Option<&[u8]>) -> Result<(), ModelError>,
     ) -> Result<Self, ModelError> {
-        let (mut config, json) = Self::read(dir)?;
+        let (mut config, json) = Self::read(dir, own)?;
         check(CONFIG, Some(&json))?;
         let path = dir.join(GENERATION_CONFIG);
         if !path.try_exists().map_err(|source| ModelError::Read { path: path.clone(), source })? {
@@ -130,8 +136,13 @@ impl ModelConfig {
 
     /// Reads the content of a config.json; `path` is for messages.
     pub fn parse(json: &[u8], path: &Path) -> Result<Self, ModelError> {
+        Self::parse_with_families(json, path, &[])
+    }
+
+    /// [`ModelConfig::parse`], which knows the caller's `own` families beside those that are built in.
+    pub fn parse_with_families(json: &[u8], path: &Path, own: &[Family]) -> Result<Self, ModelError> {
         let json = object(json, path)?;
-        let mut config = family::config(&json, path)?;
+        let mut config = family::config(&json, path, own)?;
         config.generation = GenerationConfig::read(&json, path, &config)?;
         Ok(config)
     }
@@ -161,7 +172,8 @@ impl ModelConfig {
             relative_attention_max_distance,
             layer_norm_epsilon,
             tie_word_embeddings,
-            // What is done with the model's output, and no part of it.
+            // What is asked of the model, and what is done with its output, and no part of it.
+            positions_max: _,
             pad_token_id: _,
             eos_token_ids: _,
             generation: _,

@@ -14,7 +14,7 @@ mod torch_checkpoint;
 mod torch_file;
 
 use std::{
-    fs,
+    fs, io,
     path::{Path, PathBuf},
 };
 
@@ -64,6 +64,8 @@ pub enum ConvertError {
     Gguf { file: PathBuf, reason: String },
     #[error("{}: {key} is {found}, expected {expected}", file.display())]
     GgufKey { file: PathBuf, key: String, found: String, expected: String },
+    #[error("{} has no config.json but GGUF files: name one of these, the first if a model was split, as {}", dir.display(), file.display())]
+    GgufUnnamed { dir: PathBuf, file: PathBuf },
     #[error("tensor {tensor} holds {found}, expected {expected}")]
     Packed { tensor: String, found: String, expected: String },
     #[error("{}: shard name {shard:?} is not a plain file name", index.display())]
@@ -122,11 +124,22 @@ pub fn convert(
         done += spec.bytes();
         on_progress(done, total);
         Ok(())
-    })?;
+    })
+    .map_err(of_source)?;
     write_manifest(directory.path(), &mut |_, _| ())?;
     directory.finish()?;
     let (others, dropped_prefixes) = source.left_out();
     Ok(Converted { tensors: specs.len(), bytes: total, tied, others, dropped_prefixes })
+}
+
+/// What a source refuses while it is written, which reached the writer as a failure to write: no file of ours is wrong then.
+fn of_source(error: ModelError) -> ConvertError {
+    let ModelError::Write { path, source } = error else { return error.into() };
+    let unwritten = |source| ModelError::Write { path, source }.into();
+    match source.downcast::<ConvertError>().map_err(io::Error::downcast::<ModelError>) {
+        Ok(refused) => refused,
+        Err(other) => other.map_or_else(unwritten, ConvertError::from),
+    }
 }
 
 /// Writes a manifest into a directory that holds safetensors already. Reports (bytes hashed, bytes total).

@@ -6,7 +6,7 @@ use std::{io, path::PathBuf};
 use sida_routing::{Digest, ExpertKey, LayerId};
 use thiserror::Error;
 
-use crate::{DeviceError, GivenUp};
+use crate::{DeviceError, GivenUp, StoredDType};
 
 /// Why a model cannot be opened, loaded or run.
 #[derive(Debug, Error)]
@@ -17,6 +17,8 @@ pub enum ModelError {
     Read { path: PathBuf, source: io::Error },
     #[error("{} exists and is not empty: nothing is overwritten", dir.display())]
     NotEmpty { dir: PathBuf },
+    #[error("{} is being written already, in {}", dir.display(), partial.display())]
+    BeingWritten { dir: PathBuf, partial: PathBuf },
     #[error("cannot write {}: {source}", path.display())]
     Write { path: PathBuf, source: io::Error },
     #[error("{} has {bytes} bytes, more than the {limit} allowed", path.display())]
@@ -45,6 +47,8 @@ pub enum ModelError {
     TensorShape { tensor: String, expected: Vec<usize>, found: Vec<usize> },
     #[error("tensor {tensor} is stored as {found}, expected {expected}")]
     TensorDType { tensor: String, expected: String, found: String },
+    #[error("tensor {tensor} holds values that are no numbers, or too large for {dtype}")]
+    NotBlocks { tensor: String, dtype: StoredDType },
     #[error("tensor {tensor} has SHA-256 {found}, the manifest says {expected}: the file is damaged")]
     TensorDigest { tensor: String, expected: Digest, found: Digest },
     #[error("{}: {reason}", path.display())]
@@ -88,7 +92,7 @@ impl ModelError {
             Self::Read { source, .. } => {
                 [NotFound, PermissionDenied, IsADirectory, NotADirectory, InvalidInput].contains(&source.kind())
             }
-            Self::Write { .. } | Self::OutOfMemory { .. } => false,
+            Self::Write { .. } | Self::BeingWritten { .. } | Self::OutOfMemory { .. } => false,
             Self::Device(DeviceError::Missing(_) | DeviceError::Refused(_)) => true,
             Self::Device(_) => false,
             _ => true,

@@ -6,7 +6,7 @@
 //! ends with the process.
 
 use std::{
-    fs::{self, File},
+    fs::{self, File, TryLockError},
     hash::{BuildHasher, Hasher, RandomState},
     path::{Path, PathBuf},
     sync::Mutex,
@@ -48,22 +48,31 @@ pub(crate) struct FreshDirectory {
 }
 
 impl FreshDirectory {
-    /// Starts one; `place` must not exist or be empty.
+    /// Starts one; `place` must not exist or be empty, and nobody else be writing it: the second to finish would have worked in
+    /// vain.
     pub(crate) fn create(place: &Path) -> Result<Self, ModelError> {
         let failed = |source| ModelError::Write { path: place.to_owned(), source };
         if place.exists() && fs::read_dir(place).map_err(failed)?.next().is_some() {
             return Err(ModelError::NotEmpty { dir: place.to_owned() });
         }
-        remove_left_over(place);
         let name = place.file_name().unwrap_or_default().to_string_lossy();
         let partial = place.with_file_name(format!(".{name}.{:016x}.partial", random()));
+        let unlocked = partial.with_extension("unlocked");
         let mut unfinished = unfinished();
-        fs::create_dir_all(&partial).map_err(failed)?;
-        let lock = File::open(&partial).map_err(failed)?;
+        fs::create_dir_all(&unlocked).map_err(failed)?;
+        let lock = File::open(&unlocked).map_err(failed)?;
         // Where files cannot be locked, nothing that is left over is ever removed.
         let _ = lock.try_lock();
+        // Others take a partial one that is not locked for a left-over.
+        fs::rename(&unlocked, &partial).map_err(failed)?;
         unfinished.push(partial.clone());
-        Ok(Self { place: place.to_owned(), partial, _lock: lock, finished: false })
+        drop(unfinished);
+        let directory = Self { place: place.to_owned(), partial, _lock: lock, finished: false };
+        // After it is locked: of two that begin at a time, at least one sees the other.
+        match remove_left_over(place, &directory.partial) {
+            None => Ok(directory),
+            Some(other) => Err(ModelError::BeingWritten { dir: place.to_owned(), partial: other }),
+        }
     }
 
     /// Where to write until then.
@@ -96,8 +105,9 @@ fn unfinished() -> std::sync::MutexGuard<'static, Vec<PathBuf>> {
     UNFINISHED.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-/// Removes what others have left that were to write this place and have ended. One that is still being written is locked.
-fn remove_left_over(place: &Path) {
+/// Removes what others have left that were to write this place and have ended. One that is still being written is locked: the
+/// first such one, `own` aside.
+fn remove_left_over(place: &Path, own: &Path) -> Option<PathBuf> {
     let name = place.file_name().unwrap_or_default().to_string_lossy();
     let begins = format!(".{name}.");
     let is_partial = |found: &str| {
@@ -108,16 +118,19 @@ fn remove_left_over(place: &Path) {
     for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
         let left_over =
             entry.file_name().to_str().is_some_and(is_partial) && entry.file_type().is_ok_and(|kind| kind.is_dir());
-        if !left_over {
+        if !left_over || Some(entry.file_name().as_os_str()) == own.file_name() {
             continue;
         }
-        // What cannot be locked is still written, and what cannot be removed is in nobody's way.
-        if let Ok(lock) = File::open(entry.path())
-            && lock.try_lock().is_ok()
-        {
-            let _ = fs::remove_dir_all(entry.path());
+        let Ok(lock) = File::open(entry.path()) else { continue };
+        match lock.try_lock() {
+            // What cannot be removed is in nobody's way.
+            Ok(()) => _ = fs::remove_dir_all(entry.path()),
+            Err(TryLockError::WouldBlock) => return Some(entry.path()),
+            // Where files cannot be locked, nobody can tell.
+            Err(TryLockError::Error(_)) => {}
         }
     }
+    None
 }
 
 #[cfg(test)]
@@ -134,7 +147,7 @@ mod tests {
     #[test]
     fn what_an_earlier_run_left_is_removed_and_nothing_else() {
         // Would break: every run that is interrupted leaves gigabytes under a hidden name; or one run removes what another is
-        // writing, or what was never its own.
+        // writing, or what was never its own; or two write the same place for hours, of which one can have it.
         let dir = tempfile::tempdir().expect("a directory");
         let place = dir.path().join("model");
         let left = dir.path().join(".model.0123456789abcdef.partial");
@@ -145,10 +158,10 @@ mod tests {
         }
         let first = FreshDirectory::create(&place).expect("created");
         assert!(!left.exists());
-        let second = FreshDirectory::create(&place).expect("created");
+        let second = FreshDirectory::create(&place).err().expect("refused").to_string();
+        assert!(second.contains("is being written already"), "{second}");
         assert!(first.path().exists(), "it is still being written");
-        drop(first);
-        second.finish().expect("moved");
+        first.finish().expect("moved");
         assert_eq!(entries(dir.path()), [".model.tmp.partial", ".other.0123456789abcdef.partial", "model", "notes"]);
     }
 

@@ -2,7 +2,7 @@
 //! must equal to the last token, itself held against transformers' outputs in `tests/parity.rs`. Also records
 //! routing for the training of predictors.
 
-use std::{collections::BTreeSet, path::Path};
+use std::{collections::BTreeSet, path::Path, sync::Arc};
 
 use sida_kernels::lanes::LANES;
 use sida_routing::{Digest, Grouping, LayerId, Routes};
@@ -34,7 +34,11 @@ pub struct RoutedLayer {
 impl Reference {
     /// Loads a model's backbone; experts are read as they are needed.
     pub fn open(dir: &Path) -> Result<Self, ModelError> {
-        let checkpoint = Checkpoint::open(dir)?;
+        Self::of_checkpoint(Checkpoint::open(dir)?)
+    }
+
+    /// The same of one that is open.
+    pub fn of_checkpoint(checkpoint: Arc<Checkpoint>) -> Result<Self, ModelError> {
         let backend = CpuBackend::load(&checkpoint, &mut |_, _| ())?;
         Ok(Self { backend, experts: ExpertStore::open(checkpoint)?, enforce_capacity: false })
     }

@@ -2,7 +2,7 @@
 //!
 //! Three questions, one file each. *Who should hold what*, from the members and the load alone: [`target`], a
 //! weighted [`rendezvous`] with more holders for hot experts, which [`demand`] finds. *Who holds what now*: the
-//! [`table`], as it is published and stored. *How to get from one to the other* without ever asking for an
+//! [`table`], as it is published and stored, which `builder` puts together. *How to get from one to the other* without ever asking for an
 //! expert where it is not: [`step`], one publishable placement at a time.
 //!
 //! Who computes: a cluster that never changes takes [`Placement::compute`] as it is; otherwise the elected
@@ -12,6 +12,7 @@ use thiserror::Error;
 
 use crate::NodeId;
 
+mod builder;
 pub mod demand;
 mod rendezvous;
 pub mod step;

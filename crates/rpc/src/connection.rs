@@ -43,6 +43,7 @@ use crate::{
     receiving::Receiving,
     reload::Reloading,
     request_body::{Messages, RequestBody, Unit},
+    server::{ServerConfig, http2_builder},
     tls::PortTls,
 };
 
@@ -60,31 +61,55 @@ const EXPELLED: &str = "it does harm, or did not leave while many others came";
 
 /// How to serve a connection.
 pub(crate) struct Connector<S> {
-    pub(crate) service: S,
-    pub(crate) http2: http2::Builder<AnswerExecutor>,
+    service: S,
+    http2: http2::Builder<AnswerExecutor>,
     /// `None`: who does not speak HTTP/2 is refused.
-    pub(crate) http1: Option<Http1>,
+    http1: Option<Http1>,
     /// `None`: plain text.
-    pub(crate) tls: Option<Arc<Reloading<PortTls>>>,
+    tls: Option<Arc<Reloading<PortTls>>>,
     /// Names of certificates that are let in; empty: all that TLS lets in.
-    pub(crate) client_names: Vec<NamePattern>,
-    pub(crate) handshake_timeout: Duration,
-    pub(crate) idle_timeout: Duration,
+    client_names: Vec<NamePattern>,
+    handshake_timeout: Duration,
+    idle_timeout: Duration,
     /// How long a peer may be silent until it is asked whether it is there, and how long it may take to say so. Whole
     /// seconds.
-    pub(crate) keepalive: (Duration, Duration),
-    pub(crate) limits: Arc<CallLimits>,
+    keepalive: (Duration, Duration),
+    limits: Arc<CallLimits>,
+}
+
+impl<S> Connector<S> {
+    /// Connections of a server to `service`. `http1` and `streams`: as the fields of these names are.
+    pub(crate) fn new(
+        config: &ServerConfig,
+        service: S,
+        tls: Option<Arc<Reloading<PortTls>>>,
+        http1: Option<Http1>,
+        streams: Option<HashSet<String>>,
+    ) -> Arc<Self> {
+        let (stall_timeout, receiving) = (config.stall_timeout, Receiving::new(config.receiving_bytes_max));
+        Arc::new(Self {
+            service,
+            http2: http2_builder(config),
+            http1,
+            tls,
+            client_names: config.tls.clone().map_or_else(Vec::new, |tls| tls.client_names),
+            handshake_timeout: config.handshake_timeout,
+            idle_timeout: config.idle_timeout,
+            keepalive: (config.keepalive_interval, config.keepalive_timeout),
+            limits: Arc::new(CallLimits { stall_timeout, receiving, streams }),
+        })
+    }
 }
 
 /// Limits of calls.
 #[derive(Debug)]
 pub(crate) struct CallLimits {
     /// How long the peer may take for a request, and take nothing of an answer.
-    pub(crate) stall_timeout: Duration,
+    stall_timeout: Duration,
     /// The memory of requests that come.
-    pub(crate) receiving: Arc<Receiving>,
+    receiving: Arc<Receiving>,
     /// Of gRPC: paths of calls that are streams of messages from the client. `None`: a request is a whole body.
-    pub(crate) streams: Option<HashSet<String>>,
+    streams: Option<HashSet<String>>,
 }
 
 impl CallLimits {

@@ -11,12 +11,12 @@ use std::{
     time::Duration,
 };
 
-use http::{HeaderMap, Request, Response};
+use http::{HeaderMap, Request};
 use tokio::time::{Instant, Sleep};
 use tonic::{Status, body::Body};
-use tower::{Layer, Service};
 
 use crate::{
+    around::Within,
     ending::{Ending, ResponseFuture, ends_by},
     status::{Fault, Reason},
 };
@@ -37,56 +37,19 @@ impl Deadline {
     pub fn remaining(self) -> Duration {
         self.0.saturating_duration_since(Instant::now())
     }
-
-    /// Whether the deadline has passed.
-    pub fn has_passed(self) -> bool {
-        self.remaining().is_zero()
-    }
 }
-
-/// Makes [`DeadlineService`]s.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct DeadlineLayer;
 
 /// Ends calls at their deadline.
-#[derive(Clone, Debug)]
-pub struct DeadlineService<S> {
-    inner: S,
-}
-
-impl<S> Layer<S> for DeadlineLayer {
-    type Service = DeadlineService<S>;
-
-    fn layer(&self, inner: S) -> Self::Service {
-        DeadlineService { inner }
-    }
-}
-
-impl<S> Service<Request<Body>> for DeadlineService<S>
-where
-    S: Service<Request<Body>, Response = Response<Body>>,
-    S::Future: Send + 'static,
-    S::Error: Send + 'static,
-{
-    type Response = Response<Body>;
-    type Error = S::Error;
-    type Future = ResponseFuture<S::Error>;
-
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        self.inner.poll_ready(cx)
-    }
-
-    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
-        let timeout = match timeout(request.headers()) {
-            Ok(Some(timeout)) => timeout,
-            Ok(None) => return Box::pin(self.inner.call(request)),
-            Err(fault) => return Box::pin(std::future::ready(Ok(Status::from(fault).into_http()))),
-        };
-        let at = Instant::now() + timeout;
-        request.extensions_mut().insert(Deadline(at));
-        let ending = Expiry { at, timeout, sleep: Box::pin(tokio::time::sleep_until(at)) };
-        ends_by(self.inner.call(request), Box::pin(ending) as Ending)
-    }
+pub(crate) fn ended_in_time<S: Within>(inner: &mut S, mut request: Request<Body>) -> ResponseFuture<S::Error> {
+    let timeout = match timeout(request.headers()) {
+        Ok(Some(timeout)) => timeout,
+        Ok(None) => return Box::pin(inner.call(request)),
+        Err(fault) => return Box::pin(std::future::ready(Ok(Status::from(fault).into_http()))),
+    };
+    let at = Instant::now() + timeout;
+    request.extensions_mut().insert(Deadline(at));
+    let ending = Expiry { at, timeout, sleep: Box::pin(tokio::time::sleep_until(at)) };
+    ends_by(inner.call(request), Box::pin(ending) as Ending)
 }
 
 /// Completes when the deadline has come.

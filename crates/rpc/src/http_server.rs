@@ -17,8 +17,6 @@
 //! # }
 //! ```
 
-use std::sync::Arc;
-
 use axum::Router;
 use http::Response;
 use hyper::server::conn::http1;
@@ -30,13 +28,13 @@ use tower::ServiceBuilder;
 
 use crate::{
     accept::accept,
-    connection::{CallLimits, ConnectionService, Connector, Http1},
-    http_trace::HttpTraceLayer,
+    around::Around,
+    connection::{ConnectionService, Connector, Http1},
+    http_trace,
     metadata::HEADER_LIST_BYTES_MAX,
-    receiving::Receiving,
-    reload::Reloading,
-    request_id::RequestIdLayer,
-    server::{LAST_WORDS, ServerConfig, ServerError, http2_builder},
+    reload::follow_if_any,
+    request_id,
+    server::{LAST_WORDS, ServerConfig, ServerError},
     tls::{HTTP1, HTTP2, PortTls},
 };
 
@@ -50,24 +48,9 @@ pub async fn serve(
     shutdown: CancellationToken,
     late: CancellationToken,
 ) -> Result<(), ServerError> {
-    let port_tls = config.tls.clone().map(|tls| PortTls { tls, protocols: &[HTTP2, HTTP1] });
-    let tls = port_tls.map(Reloading::open).transpose()?;
-    let connector = Arc::new(Connector {
-        service: layered(routes),
-        http2: http2_builder(config),
-        http1: Some(http1_of(config)),
-        tls: tls.clone(),
-        client_names: config.tls.clone().map_or_else(Vec::new, |tls| tls.client_names),
-        handshake_timeout: config.handshake_timeout,
-        idle_timeout: config.idle_timeout,
-        keepalive: (config.keepalive_interval, config.keepalive_timeout),
-        // A request is its whole body here.
-        limits: Arc::new(CallLimits {
-            stall_timeout: config.stall_timeout,
-            receiving: Receiving::new(config.receiving_bytes_max),
-            streams: None,
-        }),
-    });
+    let tls = PortTls::open_if_any(config.tls.clone(), &[HTTP2, HTTP1])?;
+    // A request is its whole body here: nothing is a stream of messages.
+    let connector = Connector::new(config, layered(routes), tls.clone(), Some(http1_of(config)), None);
     let serving =
         accept(listener, config.connections_max, &shutdown, |stream, peer| connector.clone().serve(stream, peer));
     let ending = async {
@@ -76,15 +59,9 @@ pub async fn serve(
         late.cancel();
         time::sleep(LAST_WORDS).await;
     };
-    let following = async {
-        match tls {
-            Some(tls) => match tls.follow(config.reload_period).await {},
-            None => std::future::pending().await,
-        }
-    };
     tokio::select! {
         () = serving => {}
-        () = following => {}
+        never = follow_if_any(tls, config.reload_period) => match never {},
         () = ending => tracing::warn!(limit = ?config.drain_limit, "HTTP connections were still open at the drain limit"),
     }
     Ok(())
@@ -93,8 +70,8 @@ pub async fn serve(
 fn layered(routes: Router) -> impl ConnectionService {
     ServiceBuilder::new()
         // Outermost: a span is the whole request, and log lines within carry its trace.
-        .layer(HttpTraceLayer)
-        .layer(RequestIdLayer)
+        .layer(Around(http_trace::traced))
+        .layer(Around(request_id::named))
         .map_response(|response: Response<axum::body::Body>| response.map(Body::new))
         .service(routes)
 }

@@ -2,72 +2,36 @@
 //! it, or a new one; an extension of the request for handlers to go on from; a span to the last byte of the answer. Put in
 //! place by [`crate::http_server`].
 
-use std::{
-    borrow::Cow,
-    task::{Context, Poll},
-};
+use std::borrow::Cow;
 
-use http::{Request, Response};
+use http::Request;
 use sida_telemetry::{Span, TraceContext, trace_context::TRACEPARENT};
 use tonic::body::Body;
-use tower::{Layer, Service};
 
-use crate::{ending::ResponseFuture, watched_response::watched};
-
-/// Makes [`HttpTraceService`]s.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct HttpTraceLayer;
+use crate::{around::Within, ending::ResponseFuture, watched_response::watched};
 
 /// Traces requests.
-#[derive(Clone, Debug)]
-pub(crate) struct HttpTraceService<S> {
-    inner: S,
-}
-
-impl<S> Layer<S> for HttpTraceLayer {
-    type Service = HttpTraceService<S>;
-
-    fn layer(&self, inner: S) -> Self::Service {
-        HttpTraceService { inner }
+pub(crate) fn traced<S: Within>(inner: &mut S, mut request: Request<Body>) -> ResponseFuture<S::Error> {
+    let header = request.headers().get(TRACEPARENT).and_then(|value| value.to_str().ok());
+    let caller = header.and_then(TraceContext::from_traceparent);
+    // OpenTelemetry's names for HTTP.
+    let name = || Cow::Owned(format!("{} {}", request.method(), request.uri().path()));
+    let mut span = Span::of_caller(caller, name).as_server();
+    if span.is_recorded() {
+        span.set("http.request.method", request.method().to_string());
+        span.set("url.path", request.uri().path().to_owned());
     }
-}
-
-impl<S> Service<Request<Body>> for HttpTraceService<S>
-where
-    S: Service<Request<Body>, Response = Response<Body>>,
-    S::Future: Send + 'static,
-    S::Error: Send + 'static,
-{
-    type Response = Response<Body>;
-    type Error = S::Error;
-    type Future = ResponseFuture<S::Error>;
-
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        self.inner.poll_ready(cx)
+    request.extensions_mut().insert(span.context());
+    let response = inner.call(request);
+    if !span.is_recorded() {
+        return Box::pin(response);
     }
-
-    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
-        let header = request.headers().get(TRACEPARENT).and_then(|value| value.to_str().ok());
-        let caller = header.and_then(TraceContext::from_traceparent);
-        // OpenTelemetry's names for HTTP.
-        let name = || Cow::Owned(format!("{} {}", request.method(), request.uri().path()));
-        let mut span = Span::of_caller(caller, name).as_server();
-        if span.is_recorded() {
-            span.set("http.request.method", request.method().to_string());
-            span.set("url.path", request.uri().path().to_owned());
+    Box::pin(async move {
+        let response = response.await?;
+        span.set("http.response.status_code", i64::from(response.status().as_u16()));
+        if response.status().is_server_error() {
+            span.fail(&response.status());
         }
-        request.extensions_mut().insert(span.context());
-        let response = self.inner.call(request);
-        if !span.is_recorded() {
-            return Box::pin(response);
-        }
-        Box::pin(async move {
-            let response = response.await?;
-            span.set("http.response.status_code", i64::from(response.status().as_u16()));
-            if response.status().is_server_error() {
-                span.fail(&response.status());
-            }
-            Ok(watched(response, span))
-        })
-    }
+        Ok(watched(response, span))
+    })
 }

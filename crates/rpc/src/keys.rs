@@ -17,7 +17,7 @@ use sida_telemetry::names;
 use thiserror::Error;
 use tokio_util::sync::CancellationToken;
 
-use crate::reload::{self, FileError, FromFiles};
+use crate::reload::{self, FileError, FromFiles, ReadFile};
 
 /// The shortest key: nobody guesses one of so many characters that were drawn at random.
 const KEY_BYTES_MIN: usize = 16;
@@ -143,18 +143,19 @@ impl KeyFile {
 }
 
 impl FromFiles for KeyFile {
+    type Contents = Vec<u8>;
     type Made = Keys;
     type Error = KeyError;
     const NAME: &'static str = "keys";
     const RELOADS: &'static str = names::KEY_RELOADS_TOTAL;
 
-    fn files(&self) -> Vec<&Path> {
-        vec![self.path()]
+    fn contents(&self, read: &mut ReadFile<'_>) -> Result<Vec<u8>, FileError> {
+        read(self.path())
     }
 
-    fn make(&self, contents: &[Vec<u8>]) -> Result<Keys, KeyError> {
+    fn make(&self, content: &Vec<u8>) -> Result<Keys, KeyError> {
         let (mut known, mut all_limits, mut taken) = (HashMap::new(), HashMap::new(), HashSet::new());
-        for (number, line) in lines(&contents[0]) {
+        for (number, line) in lines(content) {
             let at = |problem| KeyError::Line { file: self.path().to_owned(), line: number, problem };
             let (name, key, limits) = line.and_then(|line| self.entry(line)).map_err(at)?;
             check(key).map_err(at)?;
@@ -271,7 +272,7 @@ mod tests {
     const BOB: &str = "fedcba9876543210:with-a-colon";
 
     fn clients(text: &str) -> Result<Keys, KeyError> {
-        KeyFile::Clients("keys".into()).make(&[text.as_bytes().to_vec()])
+        KeyFile::Clients("keys".into()).make(&text.as_bytes().to_vec())
     }
 
     #[test]
@@ -285,7 +286,7 @@ mod tests {
         {
             assert_eq!(client(&keys, other), None, "{other}");
         }
-        let both = KeyFile::Cluster("keys".into()).make(&[format!("{ALICE}\n# older\n{BOB}\n").into()]).unwrap();
+        let both = KeyFile::Cluster("keys".into()).make(&format!("{ALICE}\n# older\n{BOB}\n").into()).unwrap();
         assert!([ALICE, BOB].iter().all(|key| client(&both, key).as_deref() == Some(CLUSTER)));
     }
 
@@ -308,7 +309,7 @@ mod tests {
     fn keys_that_are_gone_are_told_of() {
         // Would break: calls by a key that was taken away go on, or those by a key that stayed are ended.
         let file = KeyFile::Clients("keys".into());
-        let made = |text: String| file.make(&[text.into_bytes()]).unwrap();
+        let made = |text: String| file.make(&text.into_bytes()).unwrap();
         let before = made(format!("alice:{ALICE}\nbob:{BOB}"));
         let of = |keys: &Keys, key: &str| keys.known(key.as_bytes()).unwrap().taken_away;
         let (alice, bob) = (of(&before, ALICE), of(&before, BOB));
@@ -319,8 +320,8 @@ mod tests {
         file.succeed(&mut third, &second);
         assert!(bob.is_cancelled() && !of(&third, ALICE).is_cancelled());
         let cluster = KeyFile::Cluster("keys".into());
-        let before = cluster.make(&[ALICE.into()]).unwrap();
-        cluster.succeed(&mut cluster.make(&[BOB.into()]).unwrap(), &before);
+        let before = cluster.make(&ALICE.into()).unwrap();
+        cluster.succeed(&mut cluster.make(&BOB.into()).unwrap(), &before);
         assert!(!of(&before, ALICE).is_cancelled(), "lanes between nodes stay while their key is renewed");
     }
 
@@ -356,7 +357,7 @@ mod tests {
             assert_eq!((line, problem), (expected_line, expected), "{told}");
         }
         assert!(matches!(clients("# none\n\n"), Err(KeyError::NoKey { .. })));
-        let bytes = KeyFile::Clients("keys".into()).make(&[b"alice:\xff".to_vec()]);
+        let bytes = KeyFile::Clients("keys".into()).make(&b"alice:\xff".to_vec());
         assert!(matches!(bytes, Err(KeyError::Line { problem: Problem::NotText, .. })));
     }
 
@@ -382,9 +383,8 @@ mod tests {
         #[test]
         fn no_file_panics(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
             // Would break: a file of something else ends a node that serves.
-            let contents = [bytes];
-            let _ = KeyFile::Clients("keys".into()).make(&contents);
-            let _ = KeyFile::Cluster("keys".into()).make(&contents);
+            let _ = KeyFile::Clients("keys".into()).make(&bytes);
+            let _ = KeyFile::Cluster("keys".into()).make(&bytes);
         }
     }
 }

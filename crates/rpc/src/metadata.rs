@@ -1,13 +1,11 @@
 //! The metadata of a call is bounded, and who sends more is told so: HTTP/2 by itself would answer without a gRPC
 //! status. Put in place by [`crate::server`].
 
-use std::task::{Context, Poll};
-
-use http::{HeaderMap, Request, Response};
+use http::{HeaderMap, Request};
 use tonic::{Status, body::Body};
-use tower::{Layer, Service};
 
 use crate::{
+    around::Within,
     ending::ResponseFuture,
     status::{Fault, Reason},
 };
@@ -22,47 +20,15 @@ pub(crate) const HEADER_LIST_BYTES_MAX: u32 = 64 << 10;
 /// What HTTP/2 adds for each entry.
 const ENTRY_BYTES: usize = 32;
 
-/// Makes [`MetadataService`]s.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct MetadataLayer;
-
 /// Refuses calls with too much metadata.
-#[derive(Clone, Debug)]
-pub struct MetadataService<S> {
-    inner: S,
-}
-
-impl<S> Layer<S> for MetadataLayer {
-    type Service = MetadataService<S>;
-
-    fn layer(&self, inner: S) -> Self::Service {
-        MetadataService { inner }
+pub(crate) fn bounded<S: Within>(inner: &mut S, request: Request<Body>) -> ResponseFuture<S::Error> {
+    let bytes = size(request.headers());
+    if bytes <= METADATA_BYTES_MAX {
+        return Box::pin(inner.call(request));
     }
-}
-
-impl<S> Service<Request<Body>> for MetadataService<S>
-where
-    S: Service<Request<Body>, Response = Response<Body>>,
-    S::Future: Send + 'static,
-    S::Error: Send + 'static,
-{
-    type Response = Response<Body>;
-    type Error = S::Error;
-    type Future = ResponseFuture<S::Error>;
-
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        self.inner.poll_ready(cx)
-    }
-
-    fn call(&mut self, request: Request<Body>) -> Self::Future {
-        let bytes = size(request.headers());
-        if bytes <= METADATA_BYTES_MAX {
-            return Box::pin(self.inner.call(request));
-        }
-        let found = format!("the metadata has {bytes} bytes, at most {METADATA_BYTES_MAX} are taken");
-        let fault = Fault::new(Reason::MetadataTooLarge, found).with("limit", METADATA_BYTES_MAX);
-        Box::pin(async { Ok(Status::from(fault).into_http()) })
-    }
+    let found = format!("the metadata has {bytes} bytes, at most {METADATA_BYTES_MAX} are taken");
+    let fault = Fault::new(Reason::MetadataTooLarge, found).with("limit", METADATA_BYTES_MAX);
+    Box::pin(async { Ok(Status::from(fault).into_http()) })
 }
 
 fn size(headers: &HeaderMap) -> usize {

@@ -4,61 +4,27 @@
 //!
 //! Such a refusal is told apart by having no details: whatever our own handlers say carries a reason.
 
-use std::task::{Context, Poll};
-
-use http::{Request, Response};
+use http::Request;
 use tonic::{Code, Status, body::Body};
-use tower::{Layer, Service};
 
 use crate::{
+    around::Within,
     ending::ResponseFuture,
     status::{Fault, Reason},
 };
 
-/// Makes [`RefusalService`]s.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct RefusalLayer;
-
 /// Says why a call was refused.
-#[derive(Clone, Debug)]
-pub(crate) struct RefusalService<S> {
-    inner: S,
-}
-
-impl<S> Layer<S> for RefusalLayer {
-    type Service = RefusalService<S>;
-
-    fn layer(&self, inner: S) -> Self::Service {
-        RefusalService { inner }
-    }
-}
-
-impl<S> Service<Request<Body>> for RefusalService<S>
-where
-    S: Service<Request<Body>, Response = Response<Body>>,
-    S::Future: Send + 'static,
-    S::Error: Send + 'static,
-{
-    type Response = Response<Body>;
-    type Error = S::Error;
-    type Future = ResponseFuture<S::Error>;
-
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        self.inner.poll_ready(cx)
-    }
-
-    fn call(&mut self, request: Request<Body>) -> Self::Future {
-        let called = request.uri().clone();
-        let response = self.inner.call(request);
-        Box::pin(async move {
-            let response = response.await?;
-            // A response that has a status among its headers has no messages.
-            match Status::from_header_map(response.headers()).and_then(|status| fault(&status, called.path())) {
-                Some(fault) => Ok(Status::from(fault).into_http()),
-                None => Ok(response),
-            }
-        })
-    }
+pub(crate) fn explained<S: Within>(inner: &mut S, request: Request<Body>) -> ResponseFuture<S::Error> {
+    let called = request.uri().clone();
+    let response = inner.call(request);
+    Box::pin(async move {
+        let response = response.await?;
+        // A response that has a status among its headers has no messages.
+        match Status::from_header_map(response.headers()).and_then(|status| fault(&status, called.path())) {
+            Some(fault) => Ok(Status::from(fault).into_http()),
+            None => Ok(response),
+        }
+    })
 }
 
 /// What is said instead of `status`, if tonic refused the call of `path` for what we say better.

@@ -35,8 +35,13 @@ pub enum FileError {
     Length { file: PathBuf, expected: u64 },
 }
 
+/// Reads a file.
+pub(crate) type ReadFile<'a> = dyn FnMut(&Path) -> Result<Vec<u8>, FileError> + 'a;
+
 /// What can be made of the content of files.
 pub(crate) trait FromFiles: Send + Sync + 'static {
+    /// What the files hold.
+    type Contents;
     /// What is made.
     type Made: Send + Sync + 'static;
     /// Why it cannot be. Goes into the log, so it quotes no secret.
@@ -46,11 +51,11 @@ pub(crate) trait FromFiles: Send + Sync + 'static {
     /// The metric that counts how often it was made anew, by outcome.
     const RELOADS: &'static str;
 
-    /// The files.
-    fn files(&self) -> Vec<&Path>;
+    /// Reads every file by `read`, always in the same order.
+    fn contents(&self, read: &mut ReadFile<'_>) -> Result<Self::Contents, FileError>;
 
-    /// Makes it of what the files hold, in their order.
-    fn make(&self, contents: &[Vec<u8>]) -> Result<Self::Made, Self::Error>;
+    /// Makes it of what the files hold.
+    fn make(&self, contents: &Self::Contents) -> Result<Self::Made, Self::Error>;
 
     /// Has what was `made` take the place of what was there `before`.
     fn succeed(&self, _made: &mut Self::Made, _before: &Self::Made) {}
@@ -73,9 +78,9 @@ impl<S: FromFiles> Reloading<S> {
         for outcome in OUTCOMES {
             counter!(S::RELOADS, names::OUTCOME => outcome).increment(0);
         }
-        let contents = read_all(&source.files())?;
+        let (contents, digest) = read_all(&source)?;
         let current = RwLock::new(Arc::new(source.make(&contents)?));
-        Ok(Arc::new(Self { source, current, found: Mutex::new(Ok(digest(&contents))) }))
+        Ok(Arc::new(Self { source, current, found: Mutex::new(Ok(digest)) }))
     }
 
     /// As it is now. Whoever holds it keeps what it was when they asked.
@@ -97,14 +102,14 @@ impl<S: FromFiles> Reloading<S> {
 
     /// Looks at the files once. Several may do so at a time: a change is acted on by one of them.
     fn look(&self) {
-        let contents = read_all(&self.source.files());
-        let now = contents.as_ref().map(|contents| digest(contents)).map_err(FileError::to_string);
+        let read = read_all(&self.source);
+        let now = read.as_ref().map(|(_, digest)| *digest).map_err(FileError::to_string);
         let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
         if *found == now {
             return;
         }
         *found = now;
-        let made = contents.map_err(S::Error::from).and_then(|contents| self.source.make(&contents));
+        let made = read.map_err(S::Error::from).and_then(|(contents, _)| self.source.make(&contents));
         let [loaded, refused] = OUTCOMES;
         let outcome = match made {
             Ok(mut made) => {
@@ -119,6 +124,14 @@ impl<S: FromFiles> Reloading<S> {
             }
         };
         counter!(S::RELOADS, names::OUTCOME => outcome).increment(1);
+    }
+}
+
+/// Looks at files every `period`, for ever, where something is made of files.
+pub(crate) async fn follow_if_any<S: FromFiles>(reloading: Option<Arc<Reloading<S>>>, period: Duration) -> Infallible {
+    match reloading {
+        Some(reloading) => reloading.follow(period).await,
+        None => std::future::pending().await,
     }
 }
 
@@ -139,17 +152,16 @@ pub(crate) fn read(file: &Path) -> Result<Vec<u8>, FileError> {
     Ok(bytes)
 }
 
-fn read_all(files: &[&Path]) -> Result<Vec<Vec<u8>>, FileError> {
-    files.iter().map(|file| read(file)).collect()
-}
-
-fn digest(contents: &[Vec<u8>]) -> [u8; 32] {
+/// What all files of a source hold, and a digest of it.
+fn read_all<S: FromFiles>(source: &S) -> Result<(S::Contents, [u8; 32]), FileError> {
     let mut digest = Sha256::new();
-    for content in contents {
+    let contents = source.contents(&mut |file| {
+        let content = read(file)?;
         digest.update((content.len() as u64).to_le_bytes());
-        digest.update(content);
-    }
-    digest.finalize().into()
+        digest.update(&content);
+        Ok(content)
+    })?;
+    Ok((contents, digest.finalize().into()))
 }
 
 #[cfg(test)]
@@ -171,17 +183,18 @@ mod tests {
     }
 
     impl FromFiles for Number {
+        type Contents = Vec<u8>;
         type Made = u32;
         type Error = NumberError;
         const NAME: &'static str = "number";
         const RELOADS: &'static str = "numbers_total";
 
-        fn files(&self) -> Vec<&Path> {
-            vec![&self.0]
+        fn contents(&self, read: &mut ReadFile<'_>) -> Result<Vec<u8>, FileError> {
+            read(&self.0)
         }
 
-        fn make(&self, contents: &[Vec<u8>]) -> Result<u32, NumberError> {
-            String::from_utf8_lossy(&contents[0]).trim().parse().map_err(|_| NumberError::Text)
+        fn make(&self, content: &Vec<u8>) -> Result<u32, NumberError> {
+            String::from_utf8_lossy(content).trim().parse().map_err(|_| NumberError::Text)
         }
     }
 

@@ -1,20 +1,15 @@
 //! The id of a request: `x-request-id` as the caller gave it, or a new one. It is echoed in the response, put
 //! on every log line of the call, and passed on by handlers. Put in place by [`crate::server`].
 
-use std::{
-    fmt,
-    sync::Arc,
-    task::{Context, Poll},
-};
+use std::{fmt, sync::Arc};
 
-use http::{HeaderName, HeaderValue, Request, Response};
+use http::{HeaderName, HeaderValue, Request};
 use sida_telemetry::TraceContext;
 use tonic::body::Body;
-use tower::{Layer, Service};
 use tracing::Instrument;
 use uuid::Uuid;
 
-use crate::ending::ResponseFuture;
+use crate::{around::Within, ending::ResponseFuture};
 
 const HEADER: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -57,53 +52,20 @@ impl fmt::Display for RequestId {
     }
 }
 
-/// Makes [`RequestIdService`]s.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct RequestIdLayer;
-
 /// Names requests.
-#[derive(Clone, Debug)]
-pub struct RequestIdService<S> {
-    inner: S,
-}
-
-impl<S> Layer<S> for RequestIdLayer {
-    type Service = RequestIdService<S>;
-
-    fn layer(&self, inner: S) -> Self::Service {
-        RequestIdService { inner }
-    }
-}
-
-impl<S> Service<Request<Body>> for RequestIdService<S>
-where
-    S: Service<Request<Body>, Response = Response<Body>>,
-    S::Future: Send + 'static,
-    S::Error: Send + 'static,
-{
-    type Response = Response<Body>;
-    type Error = S::Error;
-    type Future = ResponseFuture<S::Error>;
-
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        self.inner.poll_ready(cx)
-    }
-
-    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
-        let (id, echo) = RequestId::taken_or_made(request.headers().get(HEADER));
-        let trace =
-            request.extensions().get::<TraceContext>().map(|context| tracing::field::display(context.trace_id()));
-        let (method, request_id) = (request.uri().path(), id.as_str());
-        let client = tracing::field::Empty;
-        let span = tracing::info_span!("call", method, request_id, trace_id = trace, client);
-        request.extensions_mut().insert(id);
-        let response = span.in_scope(|| self.inner.call(request)).instrument(span);
-        Box::pin(async move {
-            let mut response = response.await?;
-            response.headers_mut().insert(HEADER, echo);
-            Ok(response)
-        })
-    }
+pub(crate) fn named<S: Within>(inner: &mut S, mut request: Request<Body>) -> ResponseFuture<S::Error> {
+    let (id, echo) = RequestId::taken_or_made(request.headers().get(HEADER));
+    let trace = request.extensions().get::<TraceContext>().map(|context| tracing::field::display(context.trace_id()));
+    let (method, request_id) = (request.uri().path(), id.as_str());
+    let client = tracing::field::Empty;
+    let span = tracing::info_span!("call", method, request_id, trace_id = trace, client);
+    request.extensions_mut().insert(id);
+    let response = span.in_scope(|| inner.call(request)).instrument(span);
+    Box::pin(async move {
+        let mut response = response.await?;
+        response.headers_mut().insert(HEADER, echo);
+        Ok(response)
+    })
 }
 
 #[cfg(test)]

@@ -38,22 +38,22 @@ use tower::ServiceBuilder;
 use crate::{
     accept::accept,
     answer_body::AnswerExecutor,
+    around::Around,
     authentication::{AuthenticationLayer, Gate, is_open_service},
     client_streams::client_streams,
-    connection::{CallLimits, ConnectionService, Connector},
-    deadline::DeadlineLayer,
+    connection::{ConnectionService, Connector},
+    deadline,
     drain::DrainLayer,
     health::{Alive, Check, CheckResult, Health, Readiness},
     health_service::NodeHealth,
-    key_taken_away::KeyTakenAwayLayer,
-    metadata::{HEADER_LIST_BYTES_MAX, MetadataLayer},
+    key_taken_away,
+    metadata::{self, HEADER_LIST_BYTES_MAX},
     outcome::{Observer, Outcome, OutcomeLayer},
-    receiving::Receiving,
-    refusals::RefusalLayer,
-    reload::Reloading,
-    request_id::RequestIdLayer,
+    refusals,
+    reload::follow_if_any,
+    request_id,
     tls::{HTTP2, PortTls, ServerTls, TlsError},
-    trace::TraceLayer,
+    trace,
 };
 
 /// The largest message taken or sent. tonic keeps this limit in each generated service and client, so whoever
@@ -229,23 +229,9 @@ impl Server {
         let drain = DrainLayer { shutdown: CancellationToken::new(), limit: CancellationToken::new() };
         let services = health.checks.iter().map(|check| check.service);
         let routes = with_reflection(routes.add_service(health_service), &descriptors, services)?;
-        let port_tls = config.tls.clone().map(|tls| PortTls { tls, protocols: &[HTTP2] });
-        let tls = port_tls.map(Reloading::open).transpose()?;
-        let connector = Arc::new(Connector {
-            service: layered(routes, observer, config.gate.clone(), drain.clone()),
-            http2: http2_builder(&config),
-            http1: None,
-            tls: tls.clone(),
-            client_names: config.tls.clone().map_or_else(Vec::new, |tls| tls.client_names),
-            handshake_timeout: config.handshake_timeout,
-            idle_timeout: config.idle_timeout,
-            keepalive: (config.keepalive_interval, config.keepalive_timeout),
-            limits: Arc::new(CallLimits {
-                stall_timeout: config.stall_timeout,
-                receiving: Receiving::new(config.receiving_bytes_max),
-                streams: Some(client_streams(&descriptors)?),
-            }),
-        });
+        let tls = PortTls::open_if_any(config.tls.clone(), &[HTTP2])?;
+        let service = layered(routes, observer, config.gate.clone(), drain.clone());
+        let connector = Connector::new(&config, service, tls.clone(), None, Some(client_streams(&descriptors)?));
         let serve = |stream, peer| connector.clone().serve(stream, peer);
         let serving = accept(listener, config.connections_max, &drain.shutdown, serve);
         let ending = async {
@@ -256,15 +242,9 @@ impl Server {
             drain.limit.cancel();
             time::sleep(LAST_WORDS).await;
         };
-        let following = async {
-            match tls {
-                Some(tls) => match tls.follow(config.reload_period).await {},
-                None => std::future::pending().await,
-            }
-        };
         tokio::select! {
             () = serving => Ok(()),
-            () = following => Ok(()),
+            never = follow_if_any(tls, config.reload_period) => match never {},
             () = config.gate.follow(config.reload_period) => Ok(()),
             () = ending => {
                 tracing::warn!(limit = ?config.drain_limit, "connections were still open at the drain limit");
@@ -279,19 +259,19 @@ fn layered(routes: Routes, observer: Option<Observer>, gate: Gate, drain: DrainL
     let refuse = |fault| Status::from(fault).into_http();
     ServiceBuilder::new()
         // Outermost: a span is the whole call, and log lines within carry its trace.
-        .layer(TraceLayer)
+        .layer(Around(trace::traced))
         // Whatever is answered further in carries the request's name.
-        .layer(RequestIdLayer)
+        .layer(Around(request_id::named))
         // Counts what the layers below refuse, too.
         .layer(OutcomeLayer { observer })
-        .layer(MetadataLayer)
+        .layer(Around(metadata::bounded))
         // Whoever may not call learns no more than that.
         .layer(AuthenticationLayer::new(gate, is_open_service, refuse))
-        .layer(DeadlineLayer)
-        .layer(KeyTakenAwayLayer)
+        .layer(Around(deadline::ended_in_time))
+        .layer(Around(key_taken_away::ended_without_key))
         // Handlers end by it, and the layers above still see a proper response.
         .layer(drain)
-        .layer(RefusalLayer)
+        .layer(Around(refusals::explained))
         .service(routes.prepare())
 }
 

@@ -24,7 +24,7 @@ use tonic::transport::{Certificate, ClientTlsConfig, Identity};
 
 use crate::{
     certificate_names::NamePattern,
-    reload::{FileError, FromFiles, read},
+    reload::{FileError, FromFiles, ReadFile, Reloading, read},
 };
 
 /// How a server proves itself, and whom it lets in.
@@ -74,33 +74,53 @@ pub(crate) const HTTP1: &[u8] = b"http/1.1";
 /// How the connections to a port are made secure.
 #[derive(Clone, Debug)]
 pub(crate) struct PortTls {
-    pub(crate) tls: ServerTls,
+    tls: ServerTls,
     /// What is spoken there, the best first.
-    pub(crate) protocols: &'static [&'static [u8]],
+    protocols: &'static [&'static [u8]],
+}
+
+impl PortTls {
+    /// The TLS of a port that speaks these protocols, if it has any.
+    pub(crate) fn open_if_any(
+        tls: Option<ServerTls>,
+        protocols: &'static [&'static [u8]],
+    ) -> Result<Option<Arc<Reloading<Self>>>, TlsError> {
+        tls.map(|tls| Reloading::open(Self { tls, protocols })).transpose()
+    }
+}
+
+/// What the files of a port's TLS hold.
+pub(crate) struct PemFiles {
+    certificate: Vec<u8>,
+    key: Vec<u8>,
+    client_authorities: Option<Vec<u8>>,
 }
 
 impl FromFiles for PortTls {
+    type Contents = PemFiles;
     type Made = TlsAcceptor;
     type Error = TlsError;
     const NAME: &'static str = "certificates";
     const RELOADS: &'static str = names::TLS_RELOADS_TOTAL;
 
-    fn files(&self) -> Vec<&Path> {
+    fn contents(&self, read: &mut ReadFile<'_>) -> Result<PemFiles, FileError> {
         let ServerTls { certificate, key, client_authorities, .. } = &self.tls;
-        [certificate, key].into_iter().chain(client_authorities).map(PathBuf::as_path).collect()
+        Ok(PemFiles {
+            certificate: read(certificate)?,
+            key: read(key)?,
+            client_authorities: client_authorities.as_deref().map(read).transpose()?,
+        })
     }
 
-    fn make(&self, contents: &[Vec<u8>]) -> Result<TlsAcceptor, TlsError> {
+    fn make(&self, contents: &PemFiles) -> Result<TlsAcceptor, TlsError> {
         let ServerTls { certificate, key: key_file, client_authorities, .. } = &self.tls;
-        let [chain, key, authorities @ ..] = contents else {
-            unreachable!("a certificate and its key are among the files")
-        };
+        let PemFiles { certificate: chain, key, client_authorities: authorities } = contents;
         let not_after = not_after(chain).ok_or_else(|| TlsError::Certificate { file: certificate.clone() })?;
         let chain = certificates(certificate, chain)?;
         let not_key = |source| TlsError::Pem { file: key_file.clone(), source };
         let key = PrivateKeyDer::from_pem_slice(key).map_err(not_key)?;
         let builder = rustls::ServerConfig::builder();
-        let builder = match client_authorities.iter().zip(authorities).next() {
+        let builder = match client_authorities.as_ref().zip(authorities.as_ref()) {
             None => builder.with_no_client_auth(),
             Some((file, authorities)) => {
                 let mut roots = RootCertStore::empty();

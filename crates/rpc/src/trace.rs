@@ -2,17 +2,14 @@
 //! handlers to go on from, and a span from the call's arrival to the last byte of its answer. Put in place by
 //! [`crate::server`].
 
-use std::{
-    borrow::Cow,
-    task::{Context, Poll},
-};
+use std::borrow::Cow;
 
-use http::{Request, Response};
+use http::Request;
 use sida_telemetry::{Span, TraceContext, trace_context::TRACEPARENT};
 use tonic::{Code, body::Body, metadata::MetadataMap};
-use tower::{Layer, Service};
 
 use crate::{
+    around::Within,
     ending::ResponseFuture,
     watched_response::{Watcher, watched},
 };
@@ -31,61 +28,29 @@ pub fn pass_on(context: TraceContext, metadata: &mut MetadataMap) {
     metadata.insert(TRACEPARENT, text);
 }
 
-/// Makes [`TraceService`]s.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct TraceLayer;
-
 /// Traces calls.
-#[derive(Clone, Debug)]
-pub struct TraceService<S> {
-    inner: S,
-}
-
-impl<S> Layer<S> for TraceLayer {
-    type Service = TraceService<S>;
-
-    fn layer(&self, inner: S) -> Self::Service {
-        TraceService { inner }
+pub(crate) fn traced<S: Within>(inner: &mut S, mut request: Request<Body>) -> ResponseFuture<S::Error> {
+    let path = request.uri().path();
+    if UNTRACED.iter().any(|untraced| path.starts_with(untraced)) {
+        return Box::pin(inner.call(request));
     }
-}
-
-impl<S> Service<Request<Body>> for TraceService<S>
-where
-    S: Service<Request<Body>, Response = Response<Body>>,
-    S::Future: Send + 'static,
-    S::Error: Send + 'static,
-{
-    type Response = Response<Body>;
-    type Error = S::Error;
-    type Future = ResponseFuture<S::Error>;
-
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        self.inner.poll_ready(cx)
+    let header = request.headers().get(TRACEPARENT).and_then(|value| value.to_str().ok());
+    let caller = header.and_then(TraceContext::from_traceparent);
+    // OpenTelemetry's names for RPCs; the span's is `package.Service/Method`.
+    let name = || Cow::Owned(path.trim_start_matches('/').to_owned());
+    let mut span = Span::of_caller(caller, name).as_server().with("rpc.system", "grpc");
+    if span.is_recorded()
+        && let Some((service, method)) = path.trim_start_matches('/').split_once('/')
+    {
+        span.set("rpc.service", service.to_owned());
+        span.set("rpc.method", method.to_owned());
     }
-
-    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
-        let path = request.uri().path();
-        if UNTRACED.iter().any(|untraced| path.starts_with(untraced)) {
-            return Box::pin(self.inner.call(request));
-        }
-        let header = request.headers().get(TRACEPARENT).and_then(|value| value.to_str().ok());
-        let caller = header.and_then(TraceContext::from_traceparent);
-        // OpenTelemetry's names for RPCs; the span's is `package.Service/Method`.
-        let name = || Cow::Owned(path.trim_start_matches('/').to_owned());
-        let mut span = Span::of_caller(caller, name).as_server().with("rpc.system", "grpc");
-        if span.is_recorded()
-            && let Some((service, method)) = path.trim_start_matches('/').split_once('/')
-        {
-            span.set("rpc.service", service.to_owned());
-            span.set("rpc.method", method.to_owned());
-        }
-        request.extensions_mut().insert(span.context());
-        let response = self.inner.call(request);
-        if !span.is_recorded() {
-            return Box::pin(response);
-        }
-        Box::pin(async move { Ok(watched(response.await?, span)) })
+    request.extensions_mut().insert(span.context());
+    let response = inner.call(request);
+    if !span.is_recorded() {
+        return Box::pin(response);
     }
+    Box::pin(async move { Ok(watched(response.await?, span)) })
 }
 
 /// The span ends with the response.

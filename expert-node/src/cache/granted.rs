@@ -15,7 +15,7 @@ pub(crate) enum Granted<'c> {
     /// Resident.
     Ready(Pinned<'c>),
     /// To be loaded by this call.
-    ToLoad(Unfilled<'c>),
+    ToLoad(Demanded<'c>),
     /// Being loaded by another call or by the prefetch thread.
     LoadedByOther(Loading<'c>),
 }
@@ -100,9 +100,8 @@ impl<'c> Unfilled<'c> {
         }
     }
 
-    /// Loads the expert, or waits for what was begun. A demanded one is the caller's to use; a prefetched one waits for
-    /// its call.
-    pub(crate) fn finish(self) -> Result<Option<Pinned<'c>>, ModelError> {
+    /// Loads the expert, or waits for what was begun.
+    pub(crate) fn finish(self) -> Result<(), ModelError> {
         let quick = match &self.cache.memory {
             Memory::Host(slab) => {
                 let start = Instant::now();
@@ -118,18 +117,50 @@ impl<'c> Unfilled<'c> {
             }
         };
         self.cache.measures.loaded(self.kind, self.begun.elapsed());
-        let (cache, key, slot, kind) = (self.cache, self.key, self.slot, self.kind);
+        let (cache, key, slot) = (self.cache, self.key, self.slot);
         std::mem::forget(self); // Dropping it would report a failed load.
         cache.change(|residency| {
             residency.note_pace(key, quick);
             residency.loaded(slot);
         });
-        // A `Pinned` must not be made for a prefetch, not even to be dropped: nobody pinned it.
-        Ok((kind == LoadKind::Demand).then(|| Pinned { cache, slot }))
+        Ok(())
     }
 
     /// Loads the expert: [`Self::begin`], then [`Self::finish`].
-    pub(crate) fn fill(mut self) -> Result<Option<Pinned<'c>>, ModelError> {
+    pub(crate) fn fill(mut self) -> Result<(), ModelError> {
+        self.begin()?;
+        self.finish()
+    }
+}
+
+/// An [`Unfilled`] slot whose expert a call waits for: the machine has pinned it for that call. What is loaded ahead is
+/// pinned by nobody, so that no [`Pinned`] may be made of it.
+pub(crate) struct Demanded<'c>(Unfilled<'c>);
+
+impl<'c> Demanded<'c> {
+    pub(super) fn new(cache: &'c ExpertCache, key: ExpertKey, slot: SlotId) -> Self {
+        Self(Unfilled::new(cache, key, slot, LoadKind::Demand))
+    }
+
+    /// The expert that is to be loaded.
+    pub(crate) fn key(&self) -> ExpertKey {
+        self.0.key
+    }
+
+    /// As [`Unfilled::begin`].
+    pub(crate) fn begin(&mut self) -> Result<(), ModelError> {
+        self.0.begin()
+    }
+
+    /// As [`Unfilled::finish`]; the expert is the call's to use.
+    pub(crate) fn finish(self) -> Result<Pinned<'c>, ModelError> {
+        let Unfilled { cache, slot, .. } = self.0;
+        self.0.finish()?;
+        Ok(Pinned { cache, slot })
+    }
+
+    /// As [`Unfilled::fill`].
+    pub(crate) fn fill(mut self) -> Result<Pinned<'c>, ModelError> {
         self.begin()?;
         self.finish()
     }

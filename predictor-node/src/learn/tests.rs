@@ -83,6 +83,15 @@ fn what_cannot_be_written_leaves_what_serves() {
     assert_eq!(learns.serving.now().digest(), first.digest());
 }
 
+/// A directory that is gone would fill the log, two lines a second; or what fails next would not be told.
+#[test]
+fn a_failure_is_told_once_until_it_changes() {
+    let mut failure = LastFailure::default();
+    let told = ["gone", "gone", "gone", "full", "full", "gone"].map(|error| failure.is_news(error));
+    assert_eq!(told, [true, false, false, true, false, true]);
+    assert!(LastFailure::default().is_news("gone"), "once something was learnt in between");
+}
+
 /// A node could not end while it learns, or would learn once more first.
 #[test]
 fn it_ends_at_once() {

@@ -31,9 +31,7 @@ async fn serving_goes_on_without_etcd() {
     live.start("expert-node-2");
     names.push("expert-node-2");
     settled(&live, &names).await;
-    let report = running.stop().await;
-    println!("{report}");
-    report.assert_as(&right);
+    running.stop_as(&right).await;
     let log = live.process("coordinator-0").log();
     assert_eq!(log.matches("etcd is away").count(), 1, "told once: {log}");
 }
@@ -52,7 +50,5 @@ async fn the_leader_of_etcd_dies() {
     live.start("expert-node-2");
     names.push("expert-node-2");
     settled(&live, &names).await;
-    let report = running.stop().await;
-    println!("{report}");
-    report.assert_as(&right);
+    running.stop_as(&right).await;
 }

@@ -52,9 +52,7 @@ async fn the_copies_of_a_dead_node_are_restored() {
     // It comes back under its name, and gets its share again.
     live.start("expert-node-1");
     settled(&live, &["coordinator-0", "expert-node-0", "expert-node-1", "expert-node-2"]).await;
-    let report = running.stop().await;
-    println!("{report}");
-    report.assert_as(&right);
+    running.stop_as(&right).await;
 }
 
 /// A node that is told to end would stay in the placement until its lease runs out, and be asked in vain.
@@ -95,7 +93,5 @@ async fn a_node_with_little_room_is_ready() {
     let status = status.await;
     let small = status.nodes.iter().find(|node| node.node == "expert-node-1").expect("it is a member");
     assert_eq!((small.experts_held, small.ready_epoch >= status.placement_epoch), (EXPERTS, true));
-    let report = running.stop().await;
-    println!("{report}");
-    report.assert_as(&right);
+    running.stop_as(&right).await;
 }

@@ -19,9 +19,7 @@ async fn every_node_is_restarted_under_load() {
         restart(&mut live, name).await;
         settled(&live, &NAMES).await;
     }
-    let report = running.stop().await;
-    println!("{report}");
-    report.assert_as(&right);
+    running.stop_as(&right).await;
 }
 
 async fn restart(live: &mut LiveCluster, name: &str) {

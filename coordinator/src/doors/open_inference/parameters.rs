@@ -6,13 +6,10 @@ use std::collections::HashMap;
 use serde_json::{Map, Value, json};
 use sida_proto::inference::{InferParameter, infer_parameter::ParameterChoice};
 
-use crate::{
-    doors::openai::{
-        error::ApiError,
-        fields::Fields,
-        sampling::{Wanted, tokens_max},
-    },
-    intake::accept::GenerateParams,
+use crate::doors::openai::{
+    error::ApiError,
+    fields::Fields,
+    sampling::{Wanted, tokens_max},
 };
 
 /// Reads them from both places; what is in both counts as the JSON has it. One answer is made of each text, whole or token by
@@ -52,22 +49,6 @@ pub(crate) fn with(mut all: Map<String, Value>, sampling_parameters: Option<&str
     Ok(wanted)
 }
 
-/// The request to go on from `text` as it is wanted.
-pub(crate) fn generation(wanted: &Wanted, text: &str) -> GenerateParams {
-    GenerateParams {
-        prompt: text.into(),
-        routing: wanted.routing,
-        max_tokens: wanted.tokens_max,
-        min_tokens: wanted.tokens_min,
-        ignore_eos: wanted.ignore_eos,
-        sampling: wanted.sampling.clone(),
-        stop: wanted.stop.clone(),
-        json_schema: wanted.json_schema.clone(),
-        priority: wanted.priority,
-        ..GenerateParams::default()
-    }
-}
-
 fn json(parameter: InferParameter) -> Value {
     match parameter.parameter_choice {
         None => Value::Null,
@@ -105,13 +86,13 @@ mod tests {
             ("routing_mode".to_owned(), parameter(ParameterChoice::StringParam("hash".to_owned()))),
         ]);
         let sampling = r#"{"temperature": "0.25", "seed": 3, "stop": "7", "top_k": "4"}"#;
-        let asked = generation(&read(parameters, Some(sampling)).expect("all are served"), "text");
+        let asked = read(parameters, Some(sampling)).expect("all are served").params("text".into());
         assert_eq!(asked.max_tokens, 7);
         let sampling = &asked.sampling;
         assert_eq!((sampling.temperature, sampling.top_k, sampling.seed), (Some(0.25), Some(4), Some(3)));
         assert_eq!(asked.stop, ["7"]);
         assert_eq!(asked.routing, RoutingMode::Hash { alpha: Alpha::Router });
-        let guided = generation(&read(HashMap::new(), Some(r#"{"routing_mode": "guided"}"#)).expect("served"), "text");
+        let guided = read(HashMap::new(), Some(r#"{"routing_mode": "guided"}"#)).expect("served").params("text".into());
         assert_eq!(guided.routing, RoutingMode::Guided);
     }
 

@@ -6,7 +6,6 @@ use futures::{Stream, StreamExt, future};
 use sida_proto::inference::ModelInferResponse;
 
 use crate::doors::open_inference::{
-    parameters,
     question::Question,
     response::{Envelope, Generated},
     statistics,
@@ -97,7 +96,7 @@ pub(crate) fn generations(question: &Question, caller: CallMetadata) -> Vec<Gene
         trace,
         door,
         client: client.clone(),
-        ..parameters::generation(&question.wanted, text)
+        ..question.wanted.params(text.as_str().into())
     };
     question.texts.iter().map(params).collect()
 }

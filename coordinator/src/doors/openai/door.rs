@@ -45,7 +45,8 @@ impl Door {
     /// The most tokens that a prompt and its answer have together.
     pub(crate) fn tokens_max(&self) -> usize {
         let limits = &self.coordinator.config().request_limits;
-        limits.prompt_tokens_max + limits.tokens_max
+        let positions_max = self.coordinator.checkpoint().config().positions_max.unwrap_or(usize::MAX);
+        (limits.prompt_tokens_max + limits.tokens_max).min(positions_max)
     }
 
     /// Takes the field `model`, and refuses another model than the only one. Who leaves it out gets that.

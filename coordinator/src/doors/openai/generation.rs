@@ -127,22 +127,14 @@ impl Generation {
 
 fn params(prompt: Prompt, wanted: &Wanted, logprobs: Option<usize>, call: &Call) -> GenerateParams {
     GenerateParams {
-        prompt,
-        routing: wanted.routing,
-        max_tokens: wanted.tokens_max,
-        min_tokens: wanted.tokens_min,
-        ignore_eos: wanted.ignore_eos,
-        sampling: wanted.sampling.clone(),
-        stop: wanted.stop.clone(),
-        json_schema: wanted.json_schema.clone(),
         tool_calls: wanted.tool_calls.clone(),
         choices: wanted.choices,
         logprobs,
         deadline: call.deadline,
         trace: call.trace,
         client: call.client(),
-        priority: wanted.priority,
         door: measures::door::Door::OpenAi,
+        ..wanted.params(prompt)
     }
 }
 

@@ -16,6 +16,7 @@ use crate::{
         fields::{Fields, whole},
         response_format,
     },
+    intake::{accept::GenerateParams, prompt::Prompt},
 };
 
 /// Answers of one prompt at most; the coordinator's limits may be lower.
@@ -73,6 +74,22 @@ impl Wanted {
             priority: priority(fields)?,
             events: events(fields)?,
         })
+    }
+
+    /// The request for one answer to `prompt` as it is wanted.
+    pub(crate) fn params(&self, prompt: Prompt) -> GenerateParams {
+        GenerateParams {
+            prompt,
+            routing: self.routing,
+            max_tokens: self.tokens_max,
+            min_tokens: self.tokens_min,
+            ignore_eos: self.ignore_eos,
+            sampling: self.sampling.clone(),
+            stop: self.stop.clone(),
+            json_schema: self.json_schema.clone(),
+            priority: self.priority,
+            ..GenerateParams::default()
+        }
     }
 }
 

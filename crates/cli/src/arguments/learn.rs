@@ -45,14 +45,19 @@ impl LearnArguments {
                     BadConfiguration::new("--learn needs --learn-dir, a directory to keep what is learnt").into()
                 );
             }
-            (_, false) => return Ok((predictor::open(&file, checkpoint)?, None)),
+            (Some(_), false) => {
+                return Err(BadConfiguration::new("--learn-dir is for --learn: without it nothing is learnt").into());
+            }
+            (None, false) => return Ok((predictor::open(&file, checkpoint)?, None)),
         };
         let (file, predictor) = match learnt(&dir, checkpoint) {
             Some(learnt) => learnt,
             None => (file.clone(), predictor::open(&file, checkpoint)?),
         };
         let (tokens_max, cpu_share) = (self.learn_tokens_max as usize, self.learn_cpu_share);
-        Ok((predictor, Some(LearnConfig { file, dir, tokens_max, cpu_share })))
+        let learn = LearnConfig { file, dir, tokens_max, cpu_share };
+        learn.check(checkpoint.config(), checkpoint.digest())?;
+        Ok((predictor, Some(learn)))
     }
 }
 
@@ -90,7 +95,7 @@ mod tests {
     }
 
     /// A node that starts again would forget all that it has learnt, serve what was learnt for another model, or learn nothing
-    /// for want of a directory without a word.
+    /// for want of a flag or a directory without a word, or say that it listens before it ends.
     #[test]
     fn it_goes_on_from_what_was_learnt() {
         let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/switch-tiny-64");
@@ -102,8 +107,13 @@ mod tests {
             let flags = std::iter::once("sida").chain(flags.iter().copied());
             Command::try_parse_from(flags).expect("flags").learn.open(beside.clone(), &checkpoint)
         };
-        assert!(open(&["--learn-dir", &shown]).expect("a predictor").1.is_none());
-        assert!(open(&["--learn"]).err().expect("an error").to_string().contains("--learn-dir"));
+        let refused = |flags: &[&str]| open(flags).err().expect("an error").to_string();
+        assert!(open(&[]).expect("a predictor").1.is_none());
+        assert!(refused(&["--learn-dir", &shown]).contains("--learn-dir is for --learn"));
+        assert!(refused(&["--learn"]).contains("--learn needs --learn-dir"));
+        let file = dir.path().join("file");
+        std::fs::write(&file, "").expect("a file");
+        assert!(refused(&["--learn", "--learn-dir", &file.display().to_string()]).contains("cannot learn in"));
         let flags = ["--learn", "--learn-dir", &shown, "--learn-cpu-share", "50%"];
         let config = |file: &Path| LearnConfig {
             file: file.to_owned(),

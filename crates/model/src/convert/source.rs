@@ -2,13 +2,14 @@
 //! file.
 
 use std::{
+    fs,
     io::{self, Write},
-    path::Path,
+    path::{Path, PathBuf},
     sync::Arc,
 };
 
 use super::{ConvertError, copied, gguf::Gguf, quantized::Quantized, tensor_names, torch_checkpoint::TorchCheckpoint};
-use crate::{BlockFormats, Checkpoint, ModelConfig, ModelError, StoredDType, shards::TensorSpec};
+use crate::{BlockFormats, Checkpoint, ModelConfig, ModelError, StoredDType, config::CONFIG, shards::TensorSpec};
 
 /// An open checkpoint, of any kind.
 pub(super) enum Source {
@@ -16,6 +17,16 @@ pub(super) enum Source {
     Safetensors(Arc<Checkpoint>),
     Gguf(Box<Gguf>),
     Quantized(Box<Quantized>),
+}
+
+/// The first GGUF file by name of a directory that has no config.json.
+fn gguf_alone(dir: &Path) -> Option<PathBuf> {
+    if dir.join(CONFIG).exists() {
+        return None;
+    }
+    // What cannot be listed is told by whoever reads config.json.
+    let files = fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+    files.filter(|file| file.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))).min()
 }
 
 /// Tensors that were left out, with what they hold; and what was taken off names, and off how many.
@@ -30,6 +41,9 @@ impl Source {
         if !dir.is_dir() {
             let source = io::Error::new(io::ErrorKind::NotFound, "there is no directory and no file of that name");
             return Err(ModelError::Read { path: dir.to_owned(), source }.into());
+        }
+        if let Some(file) = gguf_alone(dir) {
+            return Err(ConvertError::GgufUnnamed { dir: dir.to_owned(), file });
         }
         if let Some(quantized) = Quantized::open_if_any(dir)? {
             return Ok(Self::Quantized(Box::new(quantized)));

@@ -351,3 +351,26 @@ fn refuses_rows_that_are_no_whole_blocks() {
     assert!(error.contains("mlp") && error.contains("whole blocks of 32 values"), "{error}");
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
 }
+
+/// A person would look for what is wrong with a file that nobody has any more, and start again what fails again.
+#[test]
+fn a_value_that_is_no_number_is_told_of_the_tensor_that_has_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let [plain, out] = ["plain", "out"].map(|name| dir.path().join(name));
+    let config = json!({
+        "architectures": ["MixtralForCausalLM"], "vocab_size": 300, "hidden_size": 32, "intermediate_size": 32,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2,
+    });
+    let shape = SynthShape::Causal(Box::new(CausalShape::of_config(config).unwrap()));
+    synth(&shape, &plain, 1, None, BlockFormats::NONE, &mut |_, _| ()).unwrap();
+    let (tensor, file) = ("model.layers.0.block_sparse_moe.experts.1.w2.weight", plain.join("model.safetensors"));
+    let mut bytes = fs::read(&file).unwrap();
+    let (header, metadata) = SafeTensors::read_metadata(&bytes).unwrap();
+    let at = 8 + header + metadata.info(tensor).unwrap().data_offsets.0;
+    bytes[at..at + 2].copy_from_slice(&half::bf16::NAN.to_le_bytes());
+    fs::write(&file, bytes).unwrap();
+    let formats = BlockFormats { experts: Some(StoredDType::Q8_0), dense: None };
+    let error = convert(&plain, &out, formats, &mut |_, _| ()).unwrap_err();
+    assert_eq!(error.to_string(), format!("tensor {tensor} holds values that are no numbers, or too large for Q8_0"));
+    assert!(error.is_lasting() && !out.exists());
+}

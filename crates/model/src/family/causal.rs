@@ -19,35 +19,46 @@ use crate::{
 #[derive(Clone, Debug, PartialEq)]
 pub struct Causal {
     /// Of every block, but for its window.
-    pub(super) attention: AttentionSpec,
-    /// Of each block: how many keys back a query sees.
-    pub(super) windows: Vec<Option<usize>>,
-    pub(crate) router: RouterSpec,
-    pub(super) shared: Option<SharedSpec>,
+    pub attention: AttentionSpec,
+    /// Of each block: how many keys back a query sees; `None`: all.
+    pub windows: Vec<Option<usize>>,
+    /// How blocks with experts choose.
+    pub router: RouterSpec,
+    /// The expert of such blocks that all rows go to.
+    pub shared: Option<SharedSpec>,
     /// Width of blocks without experts.
-    pub(super) dense_d_ff: usize,
+    pub dense_d_ff: usize,
 }
 
-/// What a family says of its config.
-pub(super) struct Described<'a> {
-    /// As `model_type` of config.json.
-    pub(super) family: &'static str,
-    pub(super) fields: &'a Json<'a>,
-    pub(super) names: TensorNames,
-    pub(super) num_experts: usize,
-    pub(super) expert_d_ff: usize,
-    pub(super) head_dim: usize,
-    pub(super) rms_norm_eps: f64,
+/// What a decoder-only family says of a config.
+#[derive(Debug)]
+pub struct Described<'a> {
+    /// What the family is called, as `model_type` of config.json.
+    pub family: &'static str,
+    /// The config.
+    pub fields: &'a Json<'a>,
+    /// What its tensors are called.
+    pub names: TensorNames,
+    /// Experts of each block that has some.
+    pub num_experts: usize,
+    /// Width of an expert.
+    pub expert_d_ff: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Added to the mean square in every norm.
+    pub rms_norm_eps: f64,
     /// What ends a text where the file does not say.
-    pub(super) eos_token_id: Option<u32>,
-    /// Which blocks have experts.
-    pub(super) sparse: Vec<bool>,
-    pub(super) causal: Causal,
+    pub eos_token_id: Option<u32>,
+    /// Which blocks have experts, one entry each.
+    pub sparse: Vec<bool>,
+    /// What the blocks compute.
+    pub causal: Causal,
 }
 
 impl Described<'_> {
-    /// Checks what all families share, and makes a [`ModelConfig`] of it.
-    pub(super) fn config(self) -> Result<ModelConfig, ModelError> {
+    /// Checks what all families share, and makes a [`ModelConfig`] of it. Panics unless there is a window for each block: that is
+    /// the family's mistake, and no config's.
+    pub fn config(self) -> Result<ModelConfig, ModelError> {
         let Self {
             family,
             fields,
@@ -71,6 +82,7 @@ impl Described<'_> {
                 return Err(fields.refuse(QUANTIZATION, found.to_string(), expected));
             }
         }
+        assert_eq!(causal.windows.len(), sparse.len(), "a window for each block of {family}");
         let heads = causal.attention.heads;
         if causal.router.top_k > num_experts {
             let found = causal.router.top_k.to_string();
@@ -106,6 +118,7 @@ impl Described<'_> {
             relative_attention_num_buckets: 0,
             relative_attention_max_distance: 0,
             layer_norm_epsilon: rms_norm_eps,
+            positions_max: fields.positions(causal.attention.rotary)?,
             tie_word_embeddings: fields.flag("tie_word_embeddings", false)?,
             pad_token_id: pad,
             generation: GenerationConfig::plain(ends[0], ends.clone()),
@@ -237,6 +250,26 @@ mod tests {
             with("rope_theta", json!(5e5)).unwrap().canonical(),
             with("rope_theta", json!(6e5)).unwrap().canonical()
         );
+    }
+
+    /// Prompts would be refused that the model was made for, or be answered where it knows no position.
+    #[test]
+    fn positions_follow_from_the_scaling() {
+        let scaled = |rope: Value| {
+            let mut json = base();
+            (json["max_position_embeddings"], json["rope_scaling"]) = (json!(4096), rope);
+            ModelConfig::parse(json.to_string().as_bytes(), Path::new("config.json")).unwrap().positions_max
+        };
+        let yarn = |factor: f64, trained: u64| {
+            scaled(json!({"type": "yarn", "factor": factor, "original_max_position_embeddings": trained}))
+        };
+        assert_eq!(scaled(json!(null)), Some(4096));
+        assert_eq!(scaled(json!({"type": "linear", "factor": 2.5})), Some(10_240));
+        // Files have the number before it is scaled, or behind.
+        assert_eq!((yarn(4.0, 4096), yarn(4.0, 1024)), (Some(16_384), Some(4096)));
+        assert_eq!(with("num_experts", json!(6)).unwrap().positions_max, None);
+        let canonical = |positions: u64| with("max_position_embeddings", json!(positions)).unwrap().canonical();
+        assert_eq!(canonical(64), canonical(128), "it is the same model");
     }
 
     /// A model that is computed wrongly would be accepted.

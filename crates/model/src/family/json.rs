@@ -10,30 +10,26 @@ use crate::{
     spec::{AttentionSpec, Keys, QkNorm, Rotary, RotaryScaling},
 };
 
-/// The fields of a config.json, each checked as it is read.
-pub(super) struct Json<'a> {
+/// The fields of a config.json, each checked as it is read: a field that is null counts as one that is not there.
+#[derive(Debug)]
+pub struct Json<'a> {
     pub(super) object: &'a Map<String, Value>,
     pub(super) path: &'a Path,
 }
 
 impl<'a> Json<'a> {
     /// A field that is there and not null.
-    pub(super) fn get(&self, field: &str) -> Option<&'a Value> {
+    pub fn get(&self, field: &str) -> Option<&'a Value> {
         self.object.get(field).filter(|value| !value.is_null())
     }
 
-    pub(super) fn refuse(&self, field: &'static str, found: String, expected: impl Into<String>) -> ModelError {
+    /// The error that a field is not as expected.
+    pub fn refuse(&self, field: &'static str, found: String, expected: impl Into<String>) -> ModelError {
         ModelError::Config { path: self.path.to_owned(), field, found, expected: expected.into() }
     }
 
     /// A whole number; `default` where the file leaves it out, an error if there is none.
-    pub(super) fn size(
-        &self,
-        field: &'static str,
-        default: Option<usize>,
-        min: u64,
-        max: u64,
-    ) -> Result<usize, ModelError> {
+    pub fn size(&self, field: &'static str, default: Option<usize>, min: u64, max: u64) -> Result<usize, ModelError> {
         let expected = || format!("{min} to {max}");
         match (self.get(field), default) {
             (Some(value), _) => match value.as_u64().filter(|value| (min..=max).contains(value)) {
@@ -46,22 +42,25 @@ impl<'a> Json<'a> {
     }
 
     /// A size that may be absent.
-    pub(super) fn size_if_any(&self, field: &'static str, min: u64, max: u64) -> Result<Option<usize>, ModelError> {
+    pub fn size_if_any(&self, field: &'static str, min: u64, max: u64) -> Result<Option<usize>, ModelError> {
         self.get(field).map(|_| self.size(field, None, min, max)).transpose()
     }
 
-    pub(super) fn flag(&self, field: &'static str, default: bool) -> Result<bool, ModelError> {
+    /// True or false; `default` where the file leaves it out.
+    pub fn flag(&self, field: &'static str, default: bool) -> Result<bool, ModelError> {
         match self.get(field) {
             None => Ok(default),
             Some(value) => value.as_bool().ok_or_else(|| self.refuse(field, value.to_string(), "true or false")),
         }
     }
 
-    pub(super) fn number(&self, field: &'static str, default: f64, min: f64, max: f64) -> Result<f64, ModelError> {
+    /// A number; `default` where the file leaves it out.
+    pub fn number(&self, field: &'static str, default: f64, min: f64, max: f64) -> Result<f64, ModelError> {
         Ok(self.number_if_any(field, min, max)?.unwrap_or(default))
     }
 
-    pub(super) fn number_if_any(&self, field: &'static str, min: f64, max: f64) -> Result<Option<f64>, ModelError> {
+    /// A number that may be absent.
+    pub fn number_if_any(&self, field: &'static str, min: f64, max: f64) -> Result<Option<f64>, ModelError> {
         let Some(value) = self.get(field) else { return Ok(None) };
         match value.as_f64().filter(|value| (min..=max).contains(value)) {
             Some(value) => Ok(Some(value)),
@@ -70,7 +69,7 @@ impl<'a> Json<'a> {
     }
 
     /// Refuses any other text than this.
-    pub(super) fn text(&self, field: &'static str, expected: &str) -> Result<(), ModelError> {
+    pub fn text(&self, field: &'static str, expected: &str) -> Result<(), ModelError> {
         match self.get(field) {
             Some(value) if value.as_str() != Some(expected) => {
                 Err(self.refuse(field, value.to_string(), format!("{expected:?}")))
@@ -80,7 +79,7 @@ impl<'a> Json<'a> {
     }
 
     /// A list of texts or numbers; none where the file leaves it out.
-    pub(super) fn list(&self, field: &'static str) -> Result<Option<&'a [Value]>, ModelError> {
+    pub fn list(&self, field: &'static str) -> Result<Option<&'a [Value]>, ModelError> {
         let list = |value: &'a Value| match value.as_array() {
             Some(list) => Ok(&list[..]),
             None => Err(self.refuse(field, value.to_string(), "a list")),
@@ -89,23 +88,30 @@ impl<'a> Json<'a> {
     }
 
     /// How many experts a layer has: files have one name for it or the other.
-    pub(super) fn experts(&self, default: usize) -> Result<usize, ModelError> {
+    pub fn experts(&self, default: usize) -> Result<usize, ModelError> {
         let name = if self.get("num_experts").is_some() { "num_experts" } else { "num_local_experts" };
         self.size(name, Some(default), 1, 16_384)
     }
 
     /// How many blocks there are.
-    pub(super) fn blocks(&self) -> Result<usize, ModelError> {
+    pub fn blocks(&self) -> Result<usize, ModelError> {
         self.size("num_hidden_layers", None, 1, 1024)
+    }
+
+    /// The tokens of a sequence at most: what `max_position_embeddings` says, and what scaled positions make of it.
+    pub fn positions(&self, rotary: Option<Rotary>) -> Result<Option<usize>, ModelError> {
+        let said = self.size_if_any("max_position_embeddings", 1, 1 << 32)?;
+        Ok(said.map(|said| match rotary.map(|rotary| rotary.scaling) {
+            Some(RotaryScaling::Linear { factor }) => (said as f64 * factor) as usize,
+            // Files have the number before it is scaled, or behind.
+            Some(RotaryScaling::Yarn { factor, trained, .. }) => said.max((trained * factor) as usize),
+            Some(RotaryScaling::None | RotaryScaling::Llama3 { .. }) | None => said,
+        }))
     }
 
     /// What all families here share of attention: heads, positions. `head_dim` is that of the file, or what follows from the
     /// sizes. `default_kv_heads`: as many as heads if none.
-    pub(super) fn attention(
-        &self,
-        default_theta: f64,
-        default_kv_heads: Option<usize>,
-    ) -> Result<AttentionSpec, ModelError> {
+    pub fn attention(&self, default_theta: f64, default_kv_heads: Option<usize>) -> Result<AttentionSpec, ModelError> {
         let heads = self.size("num_attention_heads", None, 1, 1024)?;
         let kv_heads = self.size("num_key_value_heads", Some(default_kv_heads.unwrap_or(heads)), 1, 1024)?;
         let hidden_size = self.size("hidden_size", None, 1, 65_536)?;

@@ -1,14 +1,15 @@
 //! Mixtral as transformers' MixtralForCausalLM: plain grouped-query attention, and a few large experts in every block.
 
 use super::{
+    Family,
     causal::{Causal, Described},
     json::Json,
 };
 use crate::{ModelConfig, ModelError, names::TensorNames, spec::RouterSpec};
 
-pub(super) const ARCHITECTURE: &str = "MixtralForCausalLM";
+pub(super) const FAMILY: Family = Family { architecture: "MixtralForCausalLM", config };
 
-pub(super) fn config(fields: &Json<'_>) -> Result<ModelConfig, ModelError> {
+fn config(fields: &Json<'_>) -> Result<ModelConfig, ModelError> {
     let attention = fields.attention(1e6, Some(8))?;
     let blocks = fields.blocks()?;
     Described {

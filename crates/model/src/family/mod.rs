@@ -1,5 +1,6 @@
 //! The families of models: `architectures` of config.json picks one. A family knows how its config reads, and what
-//! blocks that means; it computes nothing. Called by [`ModelConfig`].
+//! blocks that means; it computes nothing. Called by [`ModelConfig`]. A decoder-only family of one's own is a [`Family`] that
+//! is named when a checkpoint is opened: [`crate::Checkpoint::open_with_families`].
 
 use std::path::Path;
 
@@ -17,20 +18,24 @@ mod qwen3_moe;
 mod sparse_blocks;
 mod switch;
 
-pub use causal::Causal;
+pub use causal::{Causal, Described};
+pub use json::Json;
 
-/// Every architecture that is known.
-const ARCHITECTURES: [&str; 5] = [
-    switch::ARCHITECTURE,
-    qwen3_moe::ARCHITECTURE,
-    qwen2_moe::ARCHITECTURE,
-    olmoe::ARCHITECTURE,
-    mixtral::ARCHITECTURE,
-];
+/// A family of models.
+#[derive(Clone, Copy, Debug)]
+pub struct Family {
+    /// What `architectures` of its config.json says.
+    pub architecture: &'static str,
+    /// Reads such a config. Refuses by its name every field that would change what is computed and is not read.
+    pub config: fn(&Json<'_>) -> Result<ModelConfig, ModelError>,
+}
 
-/// Reads the config of whichever family it is of; how it writes, only by the tokens that start and end an answer. `path` is
-/// for messages.
-pub(crate) fn config(json: &Map<String, Value>, path: &Path) -> Result<ModelConfig, ModelError> {
+/// The families that are built in.
+const BUILT_IN: [Family; 5] = [switch::FAMILY, qwen3_moe::FAMILY, qwen2_moe::FAMILY, olmoe::FAMILY, mixtral::FAMILY];
+
+/// Reads the config of whichever family it is of, one of the caller's `own` or a built-in one; how it writes, only by the
+/// tokens that start and end an answer. `path` is for messages.
+pub(crate) fn config(json: &Map<String, Value>, path: &Path, own: &[Family]) -> Result<ModelConfig, ModelError> {
     #[derive(Deserialize)]
     struct Head {
         #[serde(default)]
@@ -38,17 +43,13 @@ pub(crate) fn config(json: &Map<String, Value>, path: &Path) -> Result<ModelConf
     }
     let invalid = |source| ModelError::Json { path: path.to_owned(), source };
     let head = Head::deserialize(json).map_err(invalid)?;
-    let fields = json::Json { object: json, path };
-    match head.architectures.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        [switch::ARCHITECTURE] => switch::config(json, path),
-        [qwen3_moe::ARCHITECTURE] => qwen3_moe::config(&fields),
-        [qwen2_moe::ARCHITECTURE] => qwen2_moe::config(&fields),
-        [olmoe::ARCHITECTURE] => olmoe::config(&fields),
-        [mixtral::ARCHITECTURE] => mixtral::config(&fields),
-        _ => Err(ModelError::Architecture {
+    let families = || own.iter().chain(&BUILT_IN);
+    match families().find(|family| head.architectures == [family.architecture]) {
+        Some(family) => (family.config)(&Json { object: json, path }),
+        None => Err(ModelError::Architecture {
             path: path.to_owned(),
             found: format!("{:?}", head.architectures),
-            expected: ARCHITECTURES.join(", "),
+            expected: families().map(|family| family.architecture).collect::<Vec<_>>().join(", "),
         }),
     }
 }

@@ -2,6 +2,7 @@
 //! block.
 
 use super::{
+    Family,
     causal::{Causal, Described},
     json::Json,
 };
@@ -11,9 +12,9 @@ use crate::{
     spec::{QkNorm, RouterSpec},
 };
 
-pub(super) const ARCHITECTURE: &str = "OlmoeForCausalLM";
+pub(super) const FAMILY: Family = Family { architecture: "OlmoeForCausalLM", config };
 
-pub(super) fn config(fields: &Json<'_>) -> Result<ModelConfig, ModelError> {
+fn config(fields: &Json<'_>) -> Result<ModelConfig, ModelError> {
     let mut attention = fields.attention(10_000.0, None)?;
     attention.qk_norm = QkNorm::Rows;
     attention.has_bias = fields.flag("attention_bias", false)?;

@@ -3,6 +3,7 @@
 use serde_json::Value;
 
 use super::{
+    Family,
     causal::{Causal, Described},
     json::Json,
     sparse_blocks::sparse_blocks,
@@ -13,9 +14,9 @@ use crate::{
     spec::{RouterSpec, SharedSpec},
 };
 
-pub(super) const ARCHITECTURE: &str = "Qwen2MoeForCausalLM";
+pub(super) const FAMILY: Family = Family { architecture: "Qwen2MoeForCausalLM", config };
 
-pub(super) fn config(fields: &Json<'_>) -> Result<ModelConfig, ModelError> {
+fn config(fields: &Json<'_>) -> Result<ModelConfig, ModelError> {
     let mut attention = fields.attention(10_000.0, Some(16))?;
     attention.has_bias = fields.flag("qkv_bias", true)?;
     let blocks = fields.blocks()?;

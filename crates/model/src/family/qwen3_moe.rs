@@ -1,6 +1,7 @@
 //! Qwen3-MoE as transformers' Qwen3MoeForCausalLM: norms of each head of queries and keys, and experts in most blocks.
 
 use super::{
+    Family,
     causal::{Causal, Described},
     json::Json,
     sparse_blocks::sparse_blocks,
@@ -11,9 +12,9 @@ use crate::{
     spec::{QkNorm, RouterSpec},
 };
 
-pub(super) const ARCHITECTURE: &str = "Qwen3MoeForCausalLM";
+pub(super) const FAMILY: Family = Family { architecture: "Qwen3MoeForCausalLM", config };
 
-pub(super) fn config(fields: &Json<'_>) -> Result<ModelConfig, ModelError> {
+fn config(fields: &Json<'_>) -> Result<ModelConfig, ModelError> {
     let mut attention = fields.attention(10_000.0, Some(4))?;
     attention.qk_norm = QkNorm::Heads;
     attention.has_bias = fields.flag("attention_bias", false)?;

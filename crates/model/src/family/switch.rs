@@ -4,9 +4,9 @@
 use std::path::Path;
 
 use serde::Deserialize;
-use serde_json::{Map, Value};
 use sida_routing::LayerId;
 
+use super::{Family, json::Json};
 use crate::{
     GenerationConfig, ModelConfig, ModelError, ModelSpec, Stack,
     generation::Fields,
@@ -14,7 +14,7 @@ use crate::{
     spec::{Activation, AttentionSpec, BlockSpec, FeedForwardSpec, Keys, QkNorm, RelativeBias, RouterSpec, StackSpec},
 };
 
-pub(super) const ARCHITECTURE: &str = "SwitchTransformersForConditionalGeneration";
+pub(super) const FAMILY: Family = Family { architecture: "SwitchTransformersForConditionalGeneration", config };
 
 /// The fields of config.json that change what the model computes, with the defaults of transformers'
 /// SwitchTransformersConfig where a file may leave them out. Shapes have none: a guess would only fail later.
@@ -74,7 +74,8 @@ fn yes() -> bool {
 }
 
 /// Checks every field and makes a [`ModelConfig`] of them.
-pub(super) fn config(object: &Map<String, Value>, path: &Path) -> Result<ModelConfig, ModelError> {
+fn config(fields: &Json<'_>) -> Result<ModelConfig, ModelError> {
+    let &Json { object, path } = fields;
     let invalid = |source| ModelError::Json { path: path.to_owned(), source };
     let json = SwitchJson::deserialize(object).map_err(invalid)?;
     let check = Check { path };
@@ -111,6 +112,7 @@ pub(super) fn config(object: &Map<String, Value>, path: &Path) -> Result<ModelCo
             1 << 20,
         )?,
         layer_norm_epsilon: check.epsilon(json.layer_norm_epsilon)?,
+        positions_max: None, // Its position bias goes on for ever.
         tie_word_embeddings: json.tie_word_embeddings,
         pad_token_id,
         generation: GenerationConfig::plain(pad_token_id, eos_token_ids.clone()),
@@ -228,13 +230,13 @@ impl Check<'_> {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     use super::*;
 
     fn base() -> Value {
         json!({
-            "architectures": [ARCHITECTURE], "vocab_size": 8192, "d_model": 128, "d_kv": 32, "d_ff": 512,
+            "architectures": [FAMILY.architecture], "vocab_size": 8192, "d_model": 128, "d_kv": 32, "d_ff": 512,
             "num_layers": 6, "num_heads": 4, "num_experts": 8,
         })
     }

@@ -10,6 +10,7 @@ use super::{SynthError, shape::Weight};
 use crate::{
     ModelConfig, Stack,
     config::CONFIG,
+    family::Family,
     names::{Attention, LM_HEAD},
     spec::{BlockSpec, FeedForwardSpec, QkNorm},
 };
@@ -27,13 +28,18 @@ pub struct CausalShape {
 impl CausalShape {
     /// Of the content of a config.json. Its tokens 0 and 1 pad and end a text, as those of the tokenizer do that is written with
     /// it.
-    pub fn of_config(mut json: Value) -> Result<Self, SynthError> {
+    pub fn of_config(json: Value) -> Result<Self, SynthError> {
+        Self::of_config_with_families(json, &[])
+    }
+
+    /// [`CausalShape::of_config`], which knows the caller's `own` families beside those that are built in.
+    pub fn of_config_with_families(mut json: Value, own: &[Family]) -> Result<Self, SynthError> {
         for (field, value) in
             [("pad_token_id", json!(0)), ("eos_token_id", json!(1)), ("torch_dtype", json!("bfloat16"))]
         {
             json[field] = value;
         }
-        let config = ModelConfig::parse(json.to_string().as_bytes(), Path::new(CONFIG))?;
+        let config = ModelConfig::parse_with_families(json.to_string().as_bytes(), Path::new(CONFIG), own)?;
         match config.has_encoder() {
             false => Ok(Self { json, config }),
             true => Err(SynthError::Shape { found: config.family.to_owned() }),

@@ -20,7 +20,7 @@
 //! Repeated with nodes that get ready it arrives: each step adds at least one missing copy of every expert
 //! that lacks one, or as many as are allowed, and with none missing one more step drops the rest.
 
-use super::{Extent, Placement, Policy, table::Builder};
+use super::{Extent, Placement, Policy, builder::Builder};
 use crate::NodeId;
 
 /// How many copies a step may add, besides those of experts that nobody holds.

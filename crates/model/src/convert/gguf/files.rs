@@ -166,6 +166,12 @@ impl Files {
         &self.tensors
     }
 
+    /// What a file calls one of its tensors, for messages.
+    pub(super) fn name(&self, tensor: &Tensor) -> String {
+        let is_it = |(_, other): &(&String, &Tensor)| (other.file, &other.range) == (tensor.file, &tensor.range);
+        self.tensors.iter().find(is_it).map_or_else(String::new, |(name, _)| name.clone())
+    }
+
     /// The bytes of a tensor, or some of them.
     pub(super) fn bytes(&self, tensor: &Tensor, of_it: Range<usize>) -> &[u8] {
         &self.maps[tensor.file][tensor.range.clone()][of_it]

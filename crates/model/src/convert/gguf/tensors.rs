@@ -4,6 +4,7 @@
 use std::{
     collections::BTreeMap,
     io::{self, Write},
+    slice,
 };
 
 use sida_routing::{ExpertId, ExpertKey, LayerId};
@@ -32,6 +33,15 @@ enum From {
     /// The rows of each head of so many in another order: llama.cpp turns neighbours among the values of a head together, and
     /// transformers the first half with the second. Files of this family have the rows of queries and keys interleaved for it.
     Interleaved(Tensor, usize),
+}
+
+impl From {
+    fn tensors(&self) -> &[Tensor] {
+        match self {
+            Self::One(tensor) | Self::Interleaved(tensor, _) => slice::from_ref(tensor),
+            Self::ByExpert(halves) => halves,
+        }
+    }
 }
 
 /// What a tensor becomes.
@@ -95,8 +105,14 @@ pub(super) fn planned(
 }
 
 impl Planned {
-    /// Writes its data.
+    /// Writes its data. Refuses blocks whose scale is no number.
     pub(super) fn write(&self, files: &Files, out: &mut dyn Write) -> io::Result<()> {
+        for tensor in self.from.tensors() {
+            if let Some(block) = tensor.dtype.broken_block(files.bytes(tensor, 0..tensor.bytes())) {
+                let reason = format!("tensor {} holds a scale that is no number, in block {block}", files.name(tensor));
+                return Err(io::Error::other(ConvertError::Gguf { file: files.path().to_owned(), reason }));
+            }
+        }
         match &self.from {
             From::One(tensor) => {
                 out.write_all(files.bytes(tensor, 0..tensor.bytes()))?;

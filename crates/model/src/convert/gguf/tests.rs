@@ -109,7 +109,15 @@ fn what_is_not_served_is_refused_by_name() {
     let unknown = merges[0].chars().map(|character| if character == ' ' { ' ' } else { '\u{7f}' }).collect::<String>();
     assert_eq!(unknown.len(), merges[0].len(), "the first merge is of letters");
     let merge = changed(&file, &text(&merges[0]), &text(&unknown));
+    // All bits of the first block's scale.
+    let no_number = {
+        let header = header::Header::parse(&file).unwrap();
+        let tensor = header.tensors.iter().find(|tensor| tensor.name == "blk.1.ffn_down_exps.weight").unwrap();
+        let at = (header.data_at + tensor.at) as usize;
+        [&file[..at], &[0xff, 0xff], &file[at + 2..]].concat()
+    };
     let cases = [
+        (no_number, "tensor blk.1.ffn_down_exps.weight holds a scale that is no number, in block 0"),
         (changed(&file, &text("qwen3moe"), &text("qwen9moe")), "general.architecture is qwen9moe, expected qwen3moe"),
         (key("qwen3moe.block_count", "qwen3moe.block_counx"), "qwen3moe.block_count is missing"),
         (key("qwen3moe.expert_count", "qwen3moe.expert_counx"), "qwen3moe.expert_count is missing or 0"),
@@ -138,6 +146,23 @@ fn what_is_not_served_is_refused_by_name() {
         assert!(error.contains(expected) && error.contains("model"), "{error} does not say {expected}");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "something was left: {expected}");
     }
+}
+
+#[test]
+fn a_directory_of_gguf_files_is_told_to_name_one() {
+    // Would break: who has downloaded a repository of GGUF files is told of a config.json that it never had.
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["model-00002-of-00002.gguf", "model-00001-of-00002.gguf", "README.md"] {
+        fs::write(dir.path().join(name), "").unwrap();
+    }
+    let error = converted(dir.path(), &dir.path().join("out")).unwrap_err();
+    assert!(
+        error.contains("has no config.json but GGUF files") && error.contains("model-00001-of-00002.gguf"),
+        "{error}"
+    );
+    fs::write(dir.path().join(CONFIG), "{}").unwrap();
+    let error = converted(dir.path(), &dir.path().join("out")).unwrap_err();
+    assert!(error.contains("architecture"), "{error}");
 }
 
 #[test]

@@ -23,9 +23,14 @@ pub(super) struct Float8 {
 }
 
 impl Float8 {
-    /// Refuses one whose tensors do not fit each other, or with a scale that is no number. `squares`: which rows and columns may
-    /// share a scale.
-    pub(super) fn open(name: &str, squares: &[[usize; 2]], tensors: Tensors<'_>) -> Result<Self, ConvertError> {
+    /// Refuses one whose tensors do not fit each other, or with a scale that is no number. `usual`: what scales are called where
+    /// there are none. `squares`: which rows and columns may share a scale.
+    pub(super) fn open(
+        name: &str,
+        usual: &str,
+        squares: &[[usize; 2]],
+        tensors: Tensors<'_>,
+    ) -> Result<Self, ConvertError> {
         let weight = format!("{name}.weight");
         tensors.expect(&weight, Dtype::F8_E4M3, None)?;
         let &[outputs, inputs] = &tensors.get(&weight)?.shape[..] else {
@@ -46,7 +51,8 @@ impl Float8 {
                 return Err(refused(plain, format!("another one beside {inverse}"), "one of the two".to_owned()));
             }
             [_, true] => plain,
-            [_, false] => inverse,
+            [true, _] => inverse,
+            [false, false] => format!("{name}.{usual}"),
         };
         let zeros = format!("{name}.weight_zero_point");
         if tensors.files.get(&zeros).is_some_and(|stored| tensors.files.bytes(stored).iter().any(|&byte| byte != 0)) {

@@ -2,12 +2,13 @@
 //! so many neighbours of a row (GPTQ, AWQ, compressed-tensors), or FP8. A value of the former is what a value of a block is, an integer
 //! times a binary16, and FP8 has blocks of its own, so matrices become blocks, groups repeating their scale, and none changes.
 //!
-//! In reading order: `scheme` (what config.json says of them), `tensors` (what a matrix is made of), `integers` and `float8` (one
-//! matrix of these, and the blocks that it becomes).
+//! In reading order: `scheme` (what config.json says of them), `targets` (of which), `tensors` (what a matrix is made of),
+//! `integers` and `float8` (one matrix of these, and the blocks that it becomes).
 
 mod float8;
 mod integers;
 mod scheme;
+mod targets;
 mod tensors;
 
 use std::{
@@ -67,7 +68,7 @@ impl Quantized {
         json.insert(QUANTIZATION.to_owned(), quantization());
         let config = ModelConfig::parse(Value::from(json).to_string().as_bytes(), &path)?;
         let files = WeightFiles::open(dir)?;
-        let tensors = tensors(&files, &scheme, dir)?;
+        let tensors = tensors(&files, &scheme, &path)?;
         let opened = Self { dir: dir.to_owned(), files, tensors };
         tensor_names::check(&config, &opened.specs(), &BTreeMap::new(), dir)?;
         opened.check_biases(&config)?;
@@ -130,12 +131,12 @@ impl Quantized {
     }
 }
 
-/// The tensors of files by the names that they are loaded by.
-fn tensors(files: &WeightFiles, scheme: &Scheme, dir: &Path) -> Result<BTreeMap<String, Stored>, ConvertError> {
+/// The tensors of files by the names that they are loaded by. `config` is the path of what says the scheme.
+fn tensors(files: &WeightFiles, scheme: &Scheme, config: &Path) -> Result<BTreeMap<String, Stored>, ConvertError> {
     let (mut tensors, mut matrices) = (BTreeMap::new(), BTreeSet::new());
     for name in files.names() {
         let stored = files.get(name).expect("it is one of them");
-        let is_float8 = matches!(scheme, Scheme::Float8(_)) && stored.dtype == Dtype::F8_E4M3;
+        let is_float8 = matches!(scheme, Scheme::Float8 { .. }) && stored.dtype == Dtype::F8_E4M3;
         let is_part = |part| scheme.parts().contains(&part) || is_float8 && part == "weight";
         if let Some((matrix, _)) = name.rsplit_once('.').filter(|&(_, part)| is_part(part)) {
             matrices.insert(matrix);
@@ -147,18 +148,22 @@ fn tensors(files: &WeightFiles, scheme: &Scheme, dir: &Path) -> Result<BTreeMap<
                 Scheme::Integers(layout, _) => {
                     format!("F32, BF16 or F16, or integers in {}", layout.parts().join(", "))
                 }
-                Scheme::Float8(_) => "F32, BF16, F16 or F8_E4M3".to_owned(),
+                Scheme::Float8 { .. } => "F32, BF16, F16 or F8_E4M3".to_owned(),
             },
             found: format!("{:?}", stored.dtype),
         })?;
         let spec = TensorSpec { name: name.to_owned(), dtype, shape: stored.shape.clone() };
         tensors.insert(name.to_owned(), Stored::Plain(spec));
     }
-    let of = Tensors { files, dir };
+    let of = Tensors { files, dir: config.parent().unwrap_or(config) };
     for name in matrices {
         let matrix = match scheme {
-            Scheme::Integers(layout, forms) => Stored::Integers(Integers::open(name, *layout, forms, of)?),
-            Scheme::Float8(squares) => Stored::Float8(Float8::open(name, squares, of)?),
+            Scheme::Integers(layout, forms) => {
+                Stored::Integers(Integers::open(name, *layout, &forms.of(name, config)?, of)?)
+            }
+            Scheme::Float8 { scale, squares } => {
+                Stored::Float8(Float8::open(name, scale, &squares.of(name, config)?, of)?)
+            }
         };
         let tensor = matrix.spec().name;
         if tensors.insert(tensor.clone(), matrix).is_some() {

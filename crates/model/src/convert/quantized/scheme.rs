@@ -3,19 +3,45 @@
 
 use std::path::Path;
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use sida_kernels::{dtype::BLOCK, float8::F8_BLOCK};
 
+use super::targets::{Targets, fit_nothing};
 use crate::ModelError;
 
 /// What a config says.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub(super) enum Scheme {
-    /// Packed integers, in one of these forms: the shapes of a matrix tell which one. Invariant: one at least, and one exactly but
-    /// of compressed-tensors.
-    Integers(Layout, Vec<Form>),
-    /// Numbers of 8 bits, e4m3. So many rows and columns share a scale, at most all of them; the shapes tell which of these.
-    Float8(Vec<[usize; 2]>),
+    /// Packed integers.
+    Integers(Layout, Groups<Form>),
+    /// Numbers of 8 bits, e4m3. So many rows and columns share a scale, at most all of them.
+    Float8 {
+        /// What a matrix's scales are usually called behind its name.
+        scale: &'static str,
+        /// Which rows and columns.
+        squares: Groups<[usize; 2]>,
+    },
+}
+
+/// The forms that matrices may have, and which may have them; where several fit a matrix, its shapes tell which one it has.
+/// Invariant: one at least, and one exactly but of compressed-tensors.
+#[derive(Clone, Debug)]
+pub(super) struct Groups<F>(Vec<(Targets, F)>);
+
+impl<F: Copy> Groups<F> {
+    /// One form for all.
+    fn one(form: F) -> Self {
+        Self(vec![(Targets::all(), form)])
+    }
+
+    /// The forms that a matrix may have, at least one. `path` is for messages.
+    pub(super) fn of(&self, matrix: &str, path: &Path) -> Result<Vec<F>, ModelError> {
+        let forms: Vec<F> = self.0.iter().filter(|(targets, _)| targets.fit(matrix)).map(|&(_, form)| form).collect();
+        match forms.is_empty() {
+            true => Err(fit_nothing(self.0.iter().map(|(targets, _)| targets), matrix, path)),
+            false => Ok(forms),
+        }
+    }
 }
 
 /// How integers are packed, and what the tensors of a matrix are called.
@@ -79,7 +105,7 @@ impl Scheme {
     pub(super) fn parts(&self) -> &'static [&'static str] {
         match self {
             Self::Integers(layout, _) => layout.parts(),
-            Self::Float8(_) => &["weight_scale_inv", "weight_scale", "weight_zero_point", "input_scale"],
+            Self::Float8 { .. } => &["weight_scale_inv", "weight_scale", "weight_zero_point", "input_scale"],
         }
     }
 }
@@ -115,7 +141,7 @@ fn grouped(config: &Value, path: &Path, layout: Layout, has_zeros: bool) -> Resu
         _ => Some(group(path, "quantization_config.group_size", &config["group_size"])?),
     };
     let bits = bits(path, "quantization_config.bits", &config["bits"], has_zeros)?;
-    Ok(Scheme::Integers(layout, vec![Form { bits, group, has_zeros }]))
+    Ok(Scheme::Integers(layout, Groups::one(Form { bits, group, has_zeros })))
 }
 
 fn fp8(config: &Value, path: &Path) -> Result<Scheme, ModelError> {
@@ -128,7 +154,7 @@ fn fp8(config: &Value, path: &Path) -> Result<Scheme, ModelError> {
         Value::Null => [usize::MAX; 2],
         _ => square(path, "quantization_config.weight_block_size", size)?,
     };
-    Ok(Scheme::Float8(vec![square]))
+    Ok(Scheme::Float8 { scale: "weight_scale_inv", squares: Groups::one(square) })
 }
 
 fn compressed_tensors(config: &Value, path: &Path) -> Result<Scheme, ModelError> {
@@ -138,6 +164,11 @@ fn compressed_tensors(config: &Value, path: &Path) -> Result<Scheme, ModelError>
     let is_float = format == "float-quantized";
     one_of(path, "quantization_config.format", format, &[json!("pack-quantized"), json!("float-quantized")], FORMATS)?;
     no_caches(config, path)?;
+    let found = &config["sparsity_config"];
+    if found["format"] != "dense" {
+        let expected = "none, or of the format dense: no weight is left out";
+        one_of(path, "quantization_config.sparsity_config", found, &[Value::Null, json!({})], expected)?;
+    }
     let transforms = [Value::Null, json!({})];
     let found = &config["transform_config"];
     one_of(path, "quantization_config.transform_config", found, &transforms, "none: weights are used as they are")?;
@@ -155,14 +186,29 @@ fn compressed_tensors(config: &Value, path: &Path) -> Result<Scheme, ModelError>
         one_of(path, "config_groups.output_activations", &of["output_activations"], &[Value::Null], expected)?;
         let (kind, expected) = if is_float { (json!("float"), "float") } else { (json!("int"), "int") };
         one_of(path, "config_groups.weights.type", &of["weights"]["type"], &[kind], expected)?;
+        let expected = "false: scales are stored";
+        one_of(
+            path,
+            "config_groups.weights.dynamic",
+            &of["weights"]["dynamic"],
+            &[Value::Null, json!(false)],
+            expected,
+        )?;
     }
-    let weights = groups.values().map(|of| &of["weights"]);
     if is_float {
-        let squares = weights.map(|weights| compressed_float(weights, path)).collect::<Result<_, ModelError>>()?;
-        return Ok(Scheme::Float8(squares));
+        return Ok(Scheme::Float8 { scale: "weight_scale", squares: forms(groups, path, compressed_float)? });
     }
-    let forms = weights.map(|weights| compressed_integers(weights, path)).collect::<Result<_, ModelError>>()?;
-    Ok(Scheme::Integers(Layout::CompressedTensors, forms))
+    Ok(Scheme::Integers(Layout::CompressedTensors, forms(groups, path, compressed_integers)?))
+}
+
+/// The form of each group's weights, as `form` reads it.
+fn forms<F>(
+    groups: &Map<String, Value>,
+    path: &Path,
+    form: fn(&Value, &Path) -> Result<F, ModelError>,
+) -> Result<Groups<F>, ModelError> {
+    let read = |of: &Value| Ok((Targets::read(&of["targets"], path)?, form(&of["weights"], path)?));
+    Ok(Groups(groups.values().map(read).collect::<Result<_, ModelError>>()?))
 }
 
 fn compressed_integers(weights: &Value, path: &Path) -> Result<Form, ModelError> {

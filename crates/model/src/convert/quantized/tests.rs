@@ -217,7 +217,7 @@ fn every_value_of_fp8_is_its_number_times_its_scale() {
         write(dir.path(), &json!({}), &tensors);
         let files = WeightFiles::open(dir.path()).unwrap();
         let of = super::Tensors { files: &files, dir: dir.path() };
-        let matrix = Float8::open("m", &[[3, 64], square], of).unwrap();
+        let matrix = Float8::open("m", "weight_scale", &[[3, 64], square], of).unwrap();
         assert_eq!(matrix.spec().shape, [outputs, inputs]);
         let mut bytes = Vec::new();
         matrix.write(of, &mut bytes).unwrap();
@@ -247,8 +247,10 @@ fn configs_of_fp8_are_read_as_they_are_published() {
         (compressed("channel", json!(null), dynamic.clone()), [1, all]),
         (compressed("block", json!([128, 64]), dynamic), [128, 64]),
     ] {
-        let found = Scheme::read(&config, Path::new(CONFIG)).unwrap();
-        assert_eq!(found, Some(Scheme::Float8(vec![expected])), "{config}");
+        let Some(Scheme::Float8 { squares, .. }) = Scheme::read(&config, Path::new(CONFIG)).unwrap() else {
+            panic!("{config} is FP8");
+        };
+        assert_eq!(squares.of("m", Path::new(CONFIG)).unwrap(), [expected], "{config}");
     }
     for (config, expected) in [
         (compressed("group", json!(null), json!(null)), "config_groups.weights.strategy is \"group\", expected tensor"),

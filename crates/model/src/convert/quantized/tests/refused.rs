@@ -86,6 +86,20 @@ fn what_blocks_cannot_say_is_refused_by_name() {
         (set("/kv_cache_scheme", json!({"num_bits": 8})), "quantization_config.kv_cache_scheme is {"),
         (add("transform_config", json!({"config_groups": {}})), "quantization_config.transform_config is {"),
         (set("/config_groups", json!({})), "quantization_config.config_groups is {}"),
+        (
+            add("sparsity_config", json!({"format": "sparse-24-bitmask"})),
+            "quantization_config.sparsity_config is {\"format\":\"sparse-24-bitmask\"}, expected none, or of the format dense",
+        ),
+        (set(group("weights/dynamic"), json!(true)), "config_groups.weights.dynamic is true, expected false"),
+        (set(group("targets"), json!(null)), "config_groups.targets is null, expected a list of names and patterns"),
+        (
+            Box::new(|config, _| {
+                for (number, targets) in [json!(["Embedding"]), json!(["re:.*self_attn"])].into_iter().enumerate() {
+                    config[QUANTIZATION]["config_groups"][format!("group_{number}")]["targets"] = targets;
+                }
+            }),
+            "config_groups.targets is [\"Embedding\", \"re:.*self_attn\"], expected one that fits model.layers.0.mlp.experts.0.",
+        ),
         (set(group("input_activations"), json!({"num_bits": 8})), "config_groups.input_activations is {"),
         (set(group("weights/num_bits"), json!(2)), "config_groups.weights.num_bits is 2, expected 4 or 8"),
         (set(group("weights/type"), json!("float")), "config_groups.weights.type is \"float\", expected int"),
@@ -138,6 +152,18 @@ fn what_blocks_cannot_say_is_refused_by_name() {
         (set("/weight_block_size", json!(null)), "weight_scale_inv is [2, 1], expected [1, 1]"),
         (add("kv_cache_scheme", json!("static")), "quantization_config.kv_cache_scheme is \"static\""),
         (without(first_part("weight_scale_inv")), "up_proj.weight_scale_inv is missing"),
+        // What it should be called depends on the software that wrote the file.
+        (
+            Box::new(|config, tensors| {
+                let size = config[QUANTIZATION]["weight_block_size"].clone();
+                let weights = json!({"num_bits": 8, "type": "float", "symmetric": true, "strategy": "block", "block_structure": size});
+                let groups = json!({"group_0": {"targets": ["Linear"], "weights": weights}});
+                config[QUANTIZATION] =
+                    json!({"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups});
+                tensors.remove("model.layers.0.mlp.experts.1.up_proj.weight_scale_inv").unwrap();
+            }),
+            "tensor model.layers.0.mlp.experts.1.up_proj.weight_scale is missing",
+        ),
         (without(first_part("weight")), "up_proj.weight is missing"),
         (with(first_part("weight"), Dtype::F8_E5M2, &[64, 64], vec![0; 4096]), "up_proj.weight is stored as F8_E5M2"),
         (
@@ -173,8 +199,12 @@ fn what_blocks_cannot_say_is_refused_by_name() {
             let (mut config, mut tensors) = fixture(name);
             edit(&mut config, &mut tensors);
             write(&dir.path().join("from"), &config, &tensors);
-            let error = converted(&dir.path().join("from"), &dir.path().join("out")).unwrap_err();
-            assert!(error.contains(expected), "{name}: {error} does not say {expected}");
+            let (from, out) = (dir.path().join("from"), dir.path().join("out"));
+            let error = convert(&from, &out, BlockFormats::NONE, &mut |_, _| ()).unwrap_err();
+            let said = error.to_string();
+            assert!(said.contains(expected), "{name}: {said} does not say {expected}");
+            // Whoever starts the command again would only be told the same again, of a file that nobody has.
+            assert!(error.is_lasting() && !said.contains(".partial"), "{name}: {said}");
             assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "something was left: {expected}");
         }
     }
