@@ -26,6 +26,7 @@ pub(super) fn shape() -> PredictorShape {
     PredictorShape {
         vocab_size: VOCAB,
         num_experts: EXPERTS,
+        chosen: 1,
         encoder_layers: 0..2,
         decoder_layers: 2..3,
         encoder_width,
@@ -128,8 +129,8 @@ fn fresh(net: Net, recording: &Recording, stack: Stack) -> Box<dyn Learnt> {
 }
 
 fn unmeasured(net: Net) -> Metadata {
-    let (hit_rates, calibration) = (measure::unmeasured(0..3), measure::uncalibrated(0..3));
-    Metadata { net, model: MODEL, top_k: 3, hit_rates, calibration }
+    let (hit_rates, alphas) = (measure::unmeasured(0..3), measure::uncalibrated(0..3));
+    Metadata { net, model: MODEL, top_k: 3, hit_rates, chances: alphas.clone(), alphas }
 }
 
 /// As of a model without an encoder.
