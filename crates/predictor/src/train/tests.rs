@@ -168,6 +168,10 @@ fn nets_learn_what_they_can_see() {
         assert_eq!(tables[0].experts(LayerId(0), 0)[0], ExpertId(3));
         let alpha = tables[0].alphas(LayerId(0), 0)[0];
         assert!((0.5..1.0).contains(&alpha), "distillation teaches the probability, too: {alpha}");
+        // The router always chooses it, by a probability of 0.75.
+        let chance = tables[0].chances(LayerId(0), 0).expect("chances")[0];
+        assert!(chance > alpha + 0.1, "a chance of {chance}, beside an alpha of {alpha}");
+        assert!(rates.iter().all(|rate| rate.chance_error.is_some_and(|error| error < 0.2)), "{rates:?}");
     }
 }
 
