@@ -58,9 +58,8 @@ pub(crate) struct MemoryRow {
     pub(crate) planned_over_needed: f64,
 }
 
-/// For each group of layers, size of a batch and kind of plan: by depth first, of one expert and of three or as many as are named,
-/// then by chance. A batch that would not be full is left out, and so is
-/// a size that no batch reaches.
+/// For each group of layers, size of a batch and kind of plan: none, one expert of each token, three or as many as are named,
+/// and then by chance. A batch that would not be full is left out, and so is a size that no batch reaches.
 pub(crate) fn of(answers: &[Answered], layers: &MoeLayers, batches: &[usize]) -> Vec<MemoryRow> {
     let depth_max = answers.iter().flat_map(|answer| &answer.layers).flat_map(|layer| &layer.named);
     let depth_max = depth_max.map(|&(_, place)| place + 1).max().unwrap_or(0);
