@@ -207,7 +207,10 @@ fn texts(arguments: &TrainPredictorArguments) -> Result<Texts, BadConfiguration>
 
 fn record(checkpoint: &Checkpoint, texts: &[Text], label: &str) -> anyhow::Result<Recording> {
     let bar = LoadingBar::new(label, Unit::Steps);
-    let recorded = Recording::of(checkpoint.dir(), texts, &RecordOptions::default(), &mut |done, total| {
+    let options = RecordOptions::default();
+    // All that a router chooses, so that it is known how often it chooses what is predicted.
+    let options = RecordOptions { kept: options.kept.max(checkpoint.config().top_k), ..options };
+    let recorded = Recording::of(checkpoint.dir(), texts, &options, &mut |done, total| {
         bar.advance(done, total);
     })?;
     Ok(recorded)
