@@ -36,9 +36,9 @@ pub struct CoordinatorConfig {
     /// Whether prompts of a model without an encoder begin with the keys and values of others that began as they do, of the
     /// same client, where memory for sequences is left to keep these.
     pub prefix_cache: bool,
-    /// How many experts per token and layer are hinted to expert-nodes; 0 gives no hints. Of requests in `guided` mode all
-    /// that are predicted are hinted, whatever this is.
-    pub preload_depth: usize,
+    /// How likely a batch must use an expert for the expert to be hinted to expert-nodes, from 0 (all that are predicted) to 1. An
+    /// infinite one gives no hints. Of requests in `guided` mode all that are predicted are hinted, whatever this is.
+    pub plan_chance: f64,
     /// Drops tokens beyond the model's `expert_capacity`, per sequence, as transformers 4.x and 5.2x do.
     pub enforce_capacity: bool,
     /// How long an expert is waited for where no node computes it: the last one that could, or one to come back. A
@@ -159,7 +159,7 @@ impl CoordinatorConfig {
             request_limits: RequestLimits::default(),
             client_limits: ClientLimits::default(),
             prefix_cache: true,
-            preload_depth: 1,
+            plan_chance: 0.2,
             enforce_capacity: false,
             expert_call_timeout: Duration::from_secs(30),
             lane_inflight_bytes_max: 64 << 20,

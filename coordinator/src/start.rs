@@ -143,9 +143,7 @@ impl Coordinator {
             &model,
             config.checkpoint.digest(),
         ));
-        // A token needs as many experts as the model's routers choose.
-        let depth = if config.preload_depth == 0 { 0 } else { config.preload_depth.max(model.top_k) };
-        let preload = Arc::new(Preload::new(nodes.clone(), cluster.clone(), depth));
+        let preload = Arc::new(Preload::new(nodes.clone(), cluster.clone(), config.plan_chance, model.top_k));
         let statistics = Arc::new(Statistics::default());
         let dispatch = |patience| {
             let rows_max = (CALL_BYTES_MAX / (model.d_model * size_of::<f32>())).clamp(1, CALL_ROWS_MAX);

@@ -84,6 +84,7 @@ fn config(limits: PredictorLimits) -> PredictorNodeConfig {
         shape: PredictorShape {
             vocab_size: BOUNDS.vocab_size,
             num_experts: EXPERTS,
+            chosen: 1,
             encoder_layers: 0..2,
             decoder_layers: 2..3,
             encoder_width: Some(4),

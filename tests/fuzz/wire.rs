@@ -29,7 +29,9 @@ fn key(layer: u16, expert: u16) -> ExpertKey {
 fn table() -> HashTable {
     let shape = Shape { first_layer: LayerId(3), layers: 3, tokens: 4, top_k: 2 };
     let experts = (0..24).map(|entry| ExpertId(entry * 2)).collect();
-    HashTable::new(Digest([1; 32]), Digest([2; 32]), shape, 64, experts, vec![0.25; 24]).expect("a valid table")
+    HashTable::new(Digest([1; 32]), Digest([2; 32]), shape, 64, experts, vec![0.25; 24])
+        .and_then(|table| table.with_chances(vec![0.5; 24]))
+        .expect("a valid table")
 }
 
 /// A hash table from a predictor-node could end a coordinator, or name experts that do not exist.

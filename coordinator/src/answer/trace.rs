@@ -35,7 +35,7 @@ pub struct Trace {
 
 impl Trace {
     /// A trace of nothing yet.
-    pub(crate) fn new(mode: RoutingMode, moe_layers: usize, num_experts: usize) -> Self {
+    pub(crate) fn new(mode: RoutingMode, moe_layers: usize, num_experts: usize, top_k: usize) -> Self {
         Self {
             mode,
             unpredicted: false,
@@ -43,7 +43,7 @@ impl Trace {
             cached_tokens: 0,
             hash: HashCounts::default(),
             rerouted: 0,
-            hash_layers: HashLayers::new(moe_layers, num_experts),
+            hash_layers: HashLayers::new(moe_layers, num_experts, top_k),
             demand_loads: 0,
             failovers: 0,
             experts: ExpertSets::new(moe_layers, num_experts),

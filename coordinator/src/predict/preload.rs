@@ -2,8 +2,8 @@
 //! taken back when its batch is done. Losing a hint costs time, never correctness, so nothing here waits and nothing
 //! here fails.
 //!
-//! Of most requests the likeliest experts of each token are named, so many as the coordinator is told. Of a request in
-//! `guided` mode all that its tables name are, since those are what its router may choose.
+//! Of a request in `exact` mode those experts are named that are likely enough to be used; in `hash` those that its tables
+//! name first, which it will use; in `guided` all that its tables name, since those are what its router may choose.
 
 use std::sync::{
     Arc,
@@ -11,7 +11,7 @@ use std::sync::{
 };
 
 use sida_cluster::Cluster;
-use sida_routing::{ExpertKey, HashTable, Plan, PlanId};
+use sida_routing::{ExpertKey, HashTable, Plan, PlanId, PlanScope};
 
 use crate::{
     answer::routing_mode::RoutingMode,
@@ -23,8 +23,10 @@ pub(crate) struct Preload {
     nodes: Arc<Nodes>,
     /// Keeps count of which experts are wanted: the writer of the placement gives more holders to those wanted most.
     cluster: Cluster,
-    /// How many experts per token and layer are hinted of what is not `guided`.
-    depth: usize,
+    /// How likely a batch in `exact` uses what is hinted, at least; an infinite chance gives no hints, also in `hash`.
+    chance: f64,
+    /// Experts that the model's routers choose for a token.
+    top_k: usize,
     next_id: AtomicU64,
 }
 
@@ -49,8 +51,8 @@ impl Drop for Hint {
 }
 
 impl Preload {
-    pub(crate) fn new(nodes: Arc<Nodes>, cluster: Cluster, depth: usize) -> Self {
-        Self { nodes, cluster, depth, next_id: AtomicU64::new(1) }
+    pub(crate) fn new(nodes: Arc<Nodes>, cluster: Cluster, chance: f64, top_k: usize) -> Self {
+        Self { nodes, cluster, chance, top_k, next_id: AtomicU64::new(1) }
     }
 
     /// Tells every node which of its experts the tokens of `tables`, each with the mode of its request, will use when their
@@ -78,12 +80,12 @@ impl Preload {
 
     fn hint<'a>(&self, tables: impl IntoIterator<Item = (RoutingMode, &'a HashTable)>, begins: bool) -> Hint {
         let id = PlanId(self.next_id.fetch_add(1, Ordering::Relaxed));
-        let tables = tables.into_iter().map(|(mode, table)| (table, self.depth_of(mode)));
-        let tables: Vec<(&HashTable, usize)> = tables.filter(|&(_, depth)| depth > 0).collect();
+        let tables = tables.into_iter().filter_map(|(mode, table)| Some((table, self.scope_of(mode)?)));
+        let tables: Vec<(&HashTable, PlanScope)> = tables.collect();
         if tables.is_empty() {
             return Hint { id, links: Vec::new() };
         }
-        let plan = Plan::from_tables(id, &tables);
+        let plan = Plan::from_tables(id, &tables, self.top_k);
         let roster = self.nodes.roster();
         let now = self.nodes.clock().now();
         let mut shares: Vec<Vec<ExpertKey>> = vec![Vec::new(); roster.links.len()];
@@ -100,11 +102,13 @@ impl Preload {
         Hint { id, links }
     }
 
-    /// How many experts per token and layer are named of a request in `mode`.
-    fn depth_of(&self, mode: RoutingMode) -> usize {
+    /// How much is hinted of the tables of a request in `mode`; `None` if nothing is.
+    fn scope_of(&self, mode: RoutingMode) -> Option<PlanScope> {
+        let hints = self.chance.is_finite();
         match mode {
-            RoutingMode::Guided => usize::MAX,
-            RoutingMode::Exact | RoutingMode::Hash { .. } => self.depth,
+            RoutingMode::Guided => Some(PlanScope::Everything),
+            RoutingMode::Exact => hints.then_some(PlanScope::Likely(self.chance)),
+            RoutingMode::Hash { .. } => hints.then_some(PlanScope::FirstChoices),
         }
     }
 }

@@ -330,7 +330,7 @@ impl<B: Backend> Scheduler<B> {
 
     pub(crate) fn trace(&self, request: &Request) -> Trace {
         let config = self.forward.config();
-        Trace::new(request.mode, config.moe_layer_count(), config.num_experts)
+        Trace::new(request.mode, config.moe_layer_count(), config.num_experts, config.top_k)
     }
 }
 

@@ -101,8 +101,8 @@ async fn answers_are_the_same_alone_and_in_a_batch() {
 async fn no_expert_is_asked_for_that_was_not_planned() {
     // Would break: a guided request waits for the load of an expert that nobody could have loaded ahead. Also where
     // expert-nodes are told nothing of other requests.
-    for preload_depth in [0, 1] {
-        let cluster = start(2, noise(), |config| config.preload_depth = preload_depth).await;
+    for plan_chance in [f64::INFINITY, 0.5] {
+        let cluster = start(2, noise(), |config| config.plan_chance = plan_chance).await;
         join_all(TEXTS.map(|text| answers(&cluster.coordinator, text, RoutingMode::Guided))).await;
         assert!(cluster.nodes.iter().all(|node| node.rows.load(Ordering::Relaxed) > 0), "every node has work");
         assert_eq!(unplanned(&cluster), 0);

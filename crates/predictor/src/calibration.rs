@@ -1,6 +1,7 @@
 //! What a net's confidence is worth. A net is trained to find the expert, and to be surer of it than the router is: so
 //! the probability that it gives an expert is not the one that the router would give, which `hash` scales the expert's
-//! output by. Measured on held-out text, a line from the one to the other mends that, in each MoE layer.
+//! output by. Nor is it how often the router chooses the expert, by which it is decided what is worth planning. Measured on
+//! held-out text, a line from the net's probability to each of them mends that, in each MoE layer.
 
 use serde::{Deserialize, Serialize};
 use sida_routing::LayerId;
@@ -10,12 +11,13 @@ pub const POINTS_MAX: usize = 32;
 /// Entries that a point is the mean of, at least.
 const ENTRIES_MIN: usize = 64;
 
-/// From a net's probabilities to the router's, in one MoE layer.
+/// From a net's probability of an expert to what was found of the expert, in one MoE layer: the router's probability of it, or
+/// whether the router chose it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Calibration {
     /// Which layer.
     pub layer: LayerId,
-    /// Points (the net's probability, the router's mean there), both rising. Between them the line is straight, and
+    /// Points (the net's probability, the mean of what was found there), both rising. Between them the line is straight, and
     /// outside it is level. Without points the net's probability is taken as it is.
     points: Vec<(f32, f32)>,
 }
@@ -25,7 +27,7 @@ pub struct Calibration {
 struct Bin {
     entries: f64,
     predicted: f64,
-    routed: f64,
+    found: f64,
 }
 
 impl Calibration {
@@ -34,29 +36,29 @@ impl Calibration {
         Self { layer, points: Vec::new() }
     }
 
-    /// Learnt from pairs of the net's probability of an expert and the router's.
+    /// Learnt from pairs of the net's probability of an expert and what was found of it. Each point is of about the same sum of
+    /// probabilities: most entries are of experts that are hardly ever chosen.
     pub(crate) fn fit(layer: LayerId, mut pairs: Vec<(f32, f32)>) -> Self {
         pairs.sort_by(|(a, _), (b, _)| a.total_cmp(b));
-        let entries = pairs.len().div_ceil(POINTS_MAX).max(ENTRIES_MIN);
         let bin = |pairs: &[(f32, f32)]| {
             let mean = |of: fn(&(f32, f32)) -> f32| {
                 pairs.iter().map(|pair| f64::from(of(pair))).sum::<f64>() / pairs.len() as f64
             };
-            Bin { entries: pairs.len() as f64, predicted: mean(|pair| pair.0), routed: mean(|pair| pair.1) }
+            Bin { entries: pairs.len() as f64, predicted: mean(|pair| pair.0), found: mean(|pair| pair.1) }
         };
         // A bin below the one before it is made one with it, until all rise (pool adjacent violators).
         let mut bins: Vec<Bin> = Vec::new();
-        for mut next in pairs.chunks(entries).map(bin) {
-            while let Some(last) = bins.pop_if(|last| last.routed >= next.routed || last.predicted >= next.predicted) {
+        for mut next in cut(&pairs).map(bin) {
+            while let Some(last) = bins.pop_if(|last| last.found >= next.found || last.predicted >= next.predicted) {
                 next = last.with(next);
             }
             bins.push(next);
         }
-        Self { layer, points: bins.into_iter().map(|bin| (bin.predicted as f32, bin.routed as f32)).collect() }
+        Self { layer, points: bins.into_iter().map(|bin| (bin.predicted as f32, bin.found as f32)).collect() }
     }
 
-    /// The router's probability, as far as the net's tells it.
-    pub(crate) fn alpha(&self, predicted: f32) -> f32 {
+    /// What the net's probability is worth.
+    pub(crate) fn at(&self, predicted: f32) -> f32 {
         let after = self.points.partition_point(|point| point.0 <= predicted);
         match (after.checked_sub(1).map(|before| self.points[before]), self.points.get(after)) {
             (None, None) => predicted,
@@ -80,11 +82,29 @@ impl Calibration {
     }
 }
 
+/// What is sorted, cut into [`POINTS_MAX`] parts at most, of about the same sum of probabilities, and none but the last of a few
+/// entries.
+fn cut(pairs: &[(f32, f32)]) -> impl Iterator<Item = &[(f32, f32)]> {
+    let sum_min = pairs.iter().map(|pair| f64::from(pair.0)).sum::<f64>() / POINTS_MAX as f64;
+    let mut rest = pairs;
+    std::iter::from_fn(move || {
+        let mut sum = 0.0;
+        let is_end = |(at, pair): (usize, &(f32, f32))| {
+            sum += f64::from(pair.0);
+            sum >= sum_min && at + 1 >= ENTRIES_MIN
+        };
+        let end = rest.iter().enumerate().position(is_end).map_or(rest.len(), |at| at + 1);
+        let part;
+        (part, rest) = rest.split_at(end);
+        (!part.is_empty()).then_some(part)
+    })
+}
+
 impl Bin {
     fn with(self, other: Self) -> Self {
         let entries = self.entries + other.entries;
         let mean = |of: fn(&Self) -> f64| (of(&self) * self.entries + of(&other) * other.entries) / entries;
-        Self { entries, predicted: mean(|bin| bin.predicted), routed: mean(|bin| bin.routed) }
+        Self { entries, predicted: mean(|bin| bin.predicted), found: mean(|bin| bin.found) }
     }
 }
 
@@ -104,15 +124,11 @@ mod tests {
         let calibration = Calibration::fit(LAYER, pairs);
         assert!(calibration.fault().is_none() && calibration.points.len() == POINTS_MAX);
         for predicted in [0.05, 0.3, 0.5, 0.77, 0.95] {
-            assert!((calibration.alpha(predicted) - routed(predicted)).abs() < 0.01, "{predicted}");
+            assert!((calibration.at(predicted) - routed(predicted)).abs() < 0.01, "{predicted}");
         }
-        assert_eq!(Calibration::none(LAYER).alpha(0.25), 0.25);
-        assert_eq!(Calibration::fit(LAYER, Vec::new()).alpha(0.25), 0.25);
-        assert_eq!(
-            Calibration::fit(LAYER, vec![(0.5, 0.2), (0.7, 0.4)]).alpha(0.01),
-            0.3,
-            "too few for a second point"
-        );
+        assert_eq!(Calibration::none(LAYER).at(0.25), 0.25);
+        assert_eq!(Calibration::fit(LAYER, Vec::new()).at(0.25), 0.25);
+        assert_eq!(Calibration::fit(LAYER, vec![(0.5, 0.2), (0.7, 0.4)]).at(0.01), 0.3, "too few for a second point");
     }
 
     #[test]
@@ -137,7 +153,7 @@ mod tests {
             prop_assert_eq!(calibration.fault(), None);
             let mut asked = asked;
             asked.sort_by(f32::total_cmp);
-            let alphas: Vec<f32> = asked.iter().map(|&predicted| calibration.alpha(predicted)).collect();
+            let alphas: Vec<f32> = asked.iter().map(|&predicted| calibration.at(predicted)).collect();
             prop_assert!(alphas.is_sorted() && alphas.iter().all(|alpha| (0.0..=1.0).contains(alpha)), "{:?}", alphas);
         }
     }

@@ -15,12 +15,12 @@ pub(crate) struct Entries<'a> {
     pub(crate) layers: Range<u16>,
     pub(crate) num_experts: usize,
     pub(crate) top_k: usize,
-    /// One per layer, in order.
-    pub(crate) calibration: &'a [Calibration],
+    /// Of alphas, and of chances: one per layer, in order.
+    pub(crate) calibrations: [&'a [Calibration]; 2],
 }
 
 impl Entries<'_> {
-    /// One table per sequence. `entry(row, layer)` gives the experts and alphas of one token in the n-th MoE
+    /// One table per sequence. `entry(row, layer)` gives the experts of one token and the net's probabilities in the n-th MoE
     /// layer of the stack; rows are the sequences' tokens one after another.
     pub(crate) fn tables<'a>(
         &self,
@@ -33,16 +33,20 @@ impl Entries<'_> {
             .map(|tokens| {
                 let mut experts = Vec::with_capacity(layers * tokens * self.top_k);
                 let mut alphas = Vec::with_capacity(layers * tokens * self.top_k);
-                for (layer, calibration) in self.calibration.iter().enumerate() {
+                let mut chances = Vec::with_capacity(layers * tokens * self.top_k);
+                let [of_alphas, of_chances] = self.calibrations;
+                for (layer, (of_alphas, of_chances)) in of_alphas.iter().zip(of_chances).enumerate() {
                     for row in first..first + tokens {
-                        let (e, a) = entry(row, layer);
+                        let (e, predicted) = entry(row, layer);
                         experts.extend_from_slice(e);
-                        alphas.extend(a.iter().map(|&alpha| calibration.alpha(alpha)));
+                        alphas.extend(predicted.iter().map(|&predicted| of_alphas.at(predicted)));
+                        chances.extend(predicted.iter().map(|&predicted| of_chances.at(predicted)));
                     }
                 }
                 first += tokens;
                 let shape = Shape { first_layer: LayerId(self.layers.start), layers, tokens, top_k: self.top_k };
-                Ok(HashTable::new(self.model, self.predictor, shape, self.num_experts, experts, alphas)?)
+                let table = HashTable::new(self.model, self.predictor, shape, self.num_experts, experts, alphas)?;
+                Ok(table.with_chances(chances)?)
             })
             .collect()
     }
@@ -111,7 +115,7 @@ mod tests {
             layers: 3..5,
             num_experts: 2,
             top_k: 1,
-            calibration: &calibration,
+            calibrations: [&calibration; 2],
         };
         // Three tokens in sequences of 1 and 2; token r prefers expert (r + layer) mod 2.
         let logits: Vec<f32> = (0..12).map(|i| if (i / 4 + i / 2 % 2) % 2 == i % 2 { 2.0 } else { -1.0 }).collect();

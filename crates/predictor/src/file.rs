@@ -24,6 +24,9 @@ use crate::{PredictorError, PredictorShape, calibration::Calibration};
 const FILE_BYTES_MAX: u64 = 1 << 30;
 /// The layout that this code writes and reads.
 const FORMAT: &str = "sida-predictor-1";
+/// The metadata of the calibrations of alphas, which were the first, and of chances.
+const ALPHAS: &str = "calibration";
+const CHANCES: &str = "chances";
 /// A net of more heads of attention, or of wider ones, is refused.
 const HEADS_MAX: usize = 64;
 const HEAD_WIDTH_MAX: usize = 256;
@@ -68,6 +71,11 @@ pub struct HitRate {
     pub top1: f64,
     /// Share of tokens whose expert was among the first three.
     pub top3: f64,
+    /// By how much the chances of experts were too high or too low, beside the router's choices: 0.01 where one of a hundred
+    /// choices was foretold too many or too few. Of chances that were calibrated with other texts. None where it was not
+    /// measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chance_error: Option<f64>,
 }
 
 /// What a file says of itself.
@@ -81,8 +89,10 @@ pub struct Metadata {
     pub top_k: usize,
     /// One entry per MoE layer.
     pub hit_rates: Vec<HitRate>,
-    /// What the net's confidence is worth, one entry per MoE layer.
-    pub calibration: Vec<Calibration>,
+    /// The router's probability by the net's, one entry per MoE layer.
+    pub alphas: Vec<Calibration>,
+    /// How often the router chooses an expert by the net's probability of it, one entry per MoE layer.
+    pub chances: Vec<Calibration>,
 }
 
 /// A predictor file in memory, its metadata checked against the model's shape.
@@ -248,13 +258,13 @@ impl PredictorFile {
 }
 
 impl Metadata {
-    /// What the net's confidence is worth in each MoE layer of a stack.
-    pub(crate) fn calibration_of(&self, shape: &PredictorShape, stack: Stack) -> &[Calibration] {
+    /// What the net's confidence is worth in each MoE layer of a stack: [`Metadata::alphas`], and [`Metadata::chances`].
+    pub(crate) fn calibrations_of(&self, shape: &PredictorShape, stack: Stack) -> [&[Calibration]; 2] {
         let encoder = shape.encoder_layers.len();
-        match stack {
-            Stack::Encoder => &self.calibration[..encoder],
-            Stack::Decoder => &self.calibration[encoder..],
-        }
+        [&self.alphas, &self.chances].map(|all| match stack {
+            Stack::Encoder => &all[..encoder],
+            Stack::Decoder => &all[encoder..],
+        })
     }
 
     fn parse(stored: Option<&HashMap<String, String>>, shape: &PredictorShape) -> Result<Self, String> {
@@ -280,30 +290,36 @@ impl Metadata {
         if layers != expected {
             return Err(format!("hit_rates speak of layers {layers:?}, the model has {expected:?}"));
         }
-        let calibration: Vec<Calibration> = match stored.get("calibration") {
-            Some(calibration) => serde_json::from_str(calibration).map_err(|error| format!("calibration: {error}"))?,
-            // Files that were written before there was any.
-            None => layers.iter().map(|&layer| Calibration::none(LayerId(layer))).collect(),
+        let calibration = |name: &str| {
+            let calibration: Vec<Calibration> = match stored.get(name) {
+                Some(calibration) => serde_json::from_str(calibration).map_err(|error| format!("{name}: {error}"))?,
+                // Files that were written before there was any.
+                None => layers.iter().map(|&layer| Calibration::none(LayerId(layer))).collect(),
+            };
+            if !calibration.iter().map(|calibration| calibration.layer.0).eq(layers.iter().copied()) {
+                return Err(format!("{name} speaks of other layers than hit_rates"));
+            }
+            match calibration.iter().find_map(Calibration::fault) {
+                Some(fault) => Err(format!("{name}: {fault}")),
+                None => Ok(calibration),
+            }
         };
-        if !calibration.iter().map(|calibration| calibration.layer.0).eq(layers) {
-            return Err("calibration speaks of other layers than hit_rates".to_owned());
-        }
-        if let Some(fault) = calibration.iter().find_map(Calibration::fault) {
-            return Err(format!("calibration: {fault}"));
-        }
-        Ok(Self { net, model, top_k, hit_rates, calibration })
+        let (alphas, chances) = (calibration(ALPHAS)?, calibration(CHANCES)?);
+        Ok(Self { net, model, top_k, hit_rates, alphas, chances })
     }
 
     fn to_map(&self) -> HashMap<String, String> {
         let hit_rates = serde_json::to_string(&self.hit_rates).expect("numbers are valid JSON");
-        let calibration = serde_json::to_string(&self.calibration).expect("numbers are valid JSON");
+        let calibrations = [&self.alphas, &self.chances];
+        let [alphas, chances] = calibrations.map(|all| serde_json::to_string(all).expect("numbers are valid JSON"));
         HashMap::from([
             ("format".to_owned(), FORMAT.to_owned()),
             ("net".to_owned(), self.net.name().to_owned()),
             ("model".to_owned(), self.model.to_string()),
             ("top_k".to_owned(), self.top_k.to_string()),
             ("hit_rates".to_owned(), hit_rates),
-            ("calibration".to_owned(), calibration),
+            (ALPHAS.to_owned(), alphas),
+            (CHANCES.to_owned(), chances),
         ])
     }
 }

@@ -58,7 +58,7 @@ impl LearntPredictor {
             layers: self.shape.layers(stack),
             num_experts: self.shape.num_experts,
             top_k: self.metadata.top_k,
-            calibration: self.metadata.calibration_of(&self.shape, stack),
+            calibrations: self.metadata.calibrations_of(&self.shape, stack),
         };
         entries.tables_from_logits(sequences.iter().map(|tokens| tokens.len()), logits)
     }

@@ -91,6 +91,8 @@ pub struct PredictorShape {
     pub vocab_size: usize,
     /// Experts of each MoE layer.
     pub num_experts: usize,
+    /// Experts that a router chooses for each token.
+    pub chosen: usize,
     /// The encoder's MoE layers.
     pub encoder_layers: Range<u16>,
     /// The decoder's MoE layers.
@@ -107,6 +109,7 @@ impl PredictorShape {
             num_experts: config.num_experts,
             encoder_layers: config.moe_layers(Stack::Encoder),
             decoder_layers: config.moe_layers(Stack::Decoder),
+            chosen: config.top_k,
             encoder_width: config.has_encoder().then_some(config.d_model),
         }
     }

@@ -85,7 +85,7 @@ impl TablePredictor {
             layers,
             num_experts: self.shape.num_experts,
             top_k: k,
-            calibration: self.metadata.calibration_of(&self.shape, stack),
+            calibrations: self.metadata.calibrations_of(&self.shape, stack),
         };
         entries.tables(sequences.iter().map(|tokens| tokens.len()), |row, layer| {
             let start = ids[row] as usize * per_token + layer * k;

@@ -145,7 +145,8 @@ pub fn train(
         model: train.model,
         top_k: options.top_k,
         hit_rates: measure::unmeasured(layers.clone()),
-        calibration: measure::uncalibrated(layers),
+        alphas: measure::uncalibrated(layers.clone()),
+        chances: measure::uncalibrated(layers),
     };
     tensors.write(&metadata, path)?;
     calibrate(path, held_out, path)
@@ -161,8 +162,8 @@ pub fn calibrate(from: &Path, held_out: &Recording, to: &Path) -> Result<Vec<Hit
     let mut metadata = file.metadata.clone();
     let before = metadata.clone();
     let tensors = file.into_tensors();
-    metadata.calibration =
-        measure::uncalibrated(held_out.shape.encoder_layers.start..held_out.shape.decoder_layers.end);
+    let layers = held_out.shape.encoder_layers.start..held_out.shape.decoder_layers.end;
+    (metadata.alphas, metadata.chances) = (measure::uncalibrated(layers.clone()), measure::uncalibrated(layers));
     // What is measured is what will be served: a file, opened as any other. Until it is measured the one that may be
     // there stays.
     let name = to.file_name().unwrap_or_default().to_string_lossy();
@@ -173,10 +174,10 @@ pub fn calibrate(from: &Path, held_out: &Recording, to: &Path) -> Result<Vec<Hit
     removed.map_err(|source| PredictorError::Write { path: unmeasured, source })?;
     let predictor = predictor?;
     metadata.hit_rates = measure::hit_rates(&*predictor, held_out)?;
-    metadata.calibration = measure::calibration(&*predictor, held_out)?;
+    (metadata.alphas, metadata.chances) = measure::calibrations(&*predictor, held_out, &mut metadata.hit_rates)?;
     for (at, rate) in metadata.hit_rates.iter_mut().enumerate().filter(|(_, rate)| rate.tokens == 0) {
         *rate = before.hit_rates[at];
-        metadata.calibration[at] = before.calibration[at].clone();
+        (metadata.alphas[at], metadata.chances[at]) = (before.alphas[at].clone(), before.chances[at].clone());
     }
     tensors.write(&metadata, to)?;
     Ok(metadata.hit_rates)

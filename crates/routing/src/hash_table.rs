@@ -1,6 +1,6 @@
 //! The hash table of SiDA (section 3.1): for each MoE layer and token, the k experts that the predictor
-//! holds most likely, with the router probability it predicts for each. Made by a predictor, read by
-//! `Plan` (what to preload) and, in `hash` mode, by `Routes` (where the rows go).
+//! holds most likely, with the router probability it predicts for each, and how likely the router is to choose it. Made by
+//! a predictor, read by `Plan` (what to preload) and, in `hash` mode, by `Routes` (where the rows go).
 
 use std::ops::Range;
 
@@ -19,11 +19,14 @@ pub struct HashTable {
     layers: usize,
     tokens: usize,
     top_k: usize,
+    num_experts: usize,
     /// (layers, tokens, top_k), most likely first.
     /// Invariant: as long as `alphas`, and every id is below the model's number of experts.
     experts: Vec<ExpertId>,
     /// (layers, tokens, top_k), each in [0, 1].
     alphas: Vec<f32>,
+    /// (layers, tokens, top_k), each in [0, 1]; empty where nothing is said of them.
+    chances: Vec<f32>,
 }
 
 /// Why a hash table is refused.
@@ -38,6 +41,10 @@ pub enum HashTableError {
     Expert { expert: u16, num_experts: usize },
     #[error("hash table holds alpha {alpha}, expected a probability in [0, 1]")]
     Alpha { alpha: f32 },
+    #[error("hash table of {expected} entries has {found} chances, expected one each, or none")]
+    Chances { expected: usize, found: usize },
+    #[error("hash table holds chance {chance}, expected a probability in [0, 1]")]
+    Chance { chance: f32 },
     #[error("hash table is for model {found}, this cluster serves {expected}")]
     Model { expected: Digest, found: Digest },
 }
@@ -83,12 +90,30 @@ impl HashTable {
         if let Some(&alpha) = alphas.iter().find(|a| !(0.0..=1.0).contains(*a)) {
             return Err(HashTableError::Alpha { alpha });
         }
-        Ok(Self { model, predictor, first_layer: first_layer.0, layers, tokens, top_k, experts, alphas })
+        let (first_layer, chances) = (first_layer.0, Vec::new());
+        Ok(Self { model, predictor, first_layer, layers, tokens, top_k, num_experts, experts, alphas, chances })
+    }
+
+    /// The same, and how likely the router is to choose each expert that it names, `(layers, tokens, top_k)`; of none, nothing
+    /// is said.
+    pub fn with_chances(self, chances: Vec<f32>) -> Result<Self, HashTableError> {
+        if !chances.is_empty() && chances.len() != self.experts.len() {
+            return Err(HashTableError::Chances { expected: self.experts.len(), found: chances.len() });
+        }
+        match chances.iter().find(|chance| !(0.0..=1.0).contains(*chance)) {
+            Some(&chance) => Err(HashTableError::Chance { chance }),
+            None => Ok(Self { chances, ..self }),
+        }
     }
 
     /// Its extent.
     pub fn shape(&self) -> Shape {
         Shape { first_layer: LayerId(self.first_layer), layers: self.layers, tokens: self.tokens, top_k: self.top_k }
+    }
+
+    /// Experts that each of its layers has.
+    pub fn num_experts(&self) -> usize {
+        self.num_experts
     }
 
     /// The MoE layers it speaks of, in execution order.
@@ -107,6 +132,12 @@ impl HashTable {
         &self.alphas[self.entry(layer, token)]
     }
 
+    /// How likely the router is to choose each of [`HashTable::experts`], in the same order, where that is said. Their sum is how
+    /// many of the token's choices are expected to be among them.
+    pub fn chances(&self, layer: LayerId, token: usize) -> Option<&[f32]> {
+        (!self.chances.is_empty()).then(|| &self.chances[self.entry(layer, token)])
+    }
+
     /// What it says of its last `tokens` tokens, or of all where there are no more.
     #[must_use]
     pub fn last(self, tokens: usize) -> Self {
@@ -116,8 +147,10 @@ impl HashTable {
             let first = (layer * self.tokens + before) * self.top_k;
             first..first + tokens * self.top_k
         });
-        let (experts, alphas) = kept.map(|entry| (self.experts[entry], self.alphas[entry])).unzip();
-        Self { tokens, experts, alphas, ..self }
+        let kept: Vec<usize> = kept.collect();
+        let of = |values: &[f32]| kept.iter().filter_map(|&entry| values.get(entry).copied()).collect();
+        let (alphas, chances) = (of(&self.alphas), of(&self.chances));
+        Self { tokens, experts: kept.iter().map(|&entry| self.experts[entry]).collect(), alphas, chances, ..self }
     }
 
     /// Every expert of the table as stored: `(layers, tokens, top_k)`.
@@ -128,6 +161,11 @@ impl HashTable {
     /// Every alpha of the table as stored: `(layers, tokens, top_k)`.
     pub fn all_alphas(&self) -> &[f32] {
         &self.alphas
+    }
+
+    /// Every chance of the table as stored: `(layers, tokens, top_k)`, or none.
+    pub fn all_chances(&self) -> &[f32] {
+        &self.chances
     }
 
     /// Refuses a table that was predicted for another model.
@@ -175,11 +213,13 @@ mod tests {
     #[test]
     fn the_last_tokens_stay_what_they_were() {
         let table = table(&[0, 1, 2, 3, 4, 5, 6, 7], &[0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]).unwrap();
+        let table = table.with_chances([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2].to_vec()).unwrap();
         let last = table.clone().last(1);
         assert_eq!(last.shape(), Shape { tokens: 1, ..SHAPE });
         for layer in [3, 4].map(LayerId) {
             assert_eq!(last.experts(layer, 0), table.experts(layer, 1));
             assert_eq!(last.alphas(layer, 0), table.alphas(layer, 1));
+            assert_eq!(last.chances(layer, 0), table.chances(layer, 1));
         }
         assert_eq!(table.clone().last(2), table);
         assert_eq!(table.clone().last(3), table);
@@ -207,6 +247,11 @@ mod tests {
         for alpha in [1.5, -0.1, f32::NAN, f32::INFINITY] {
             assert!(matches!(table(&[0; 8], &[alpha; 8]), Err(HashTableError::Alpha { .. })), "{alpha}");
         }
+        let with_chances = |chances: &[f32]| table(&[0; 8], &fine).unwrap().with_chances(chances.to_vec());
+        assert_eq!(with_chances(&[]).unwrap().chances(LayerId(3), 0), None);
+        assert_eq!(with_chances(&[0.5; 7]), Err(HashTableError::Chances { expected: 8, found: 7 }));
+        assert_eq!(with_chances(&[1.5; 8]), Err(HashTableError::Chance { chance: 1.5 }));
+        assert!(with_chances(&[f32::NAN; 8]).is_err());
         let huge = Shape { layers: usize::MAX, tokens: 3, ..SHAPE };
         let refused = HashTable::new(Digest([1; 32]), Digest([2; 32]), huge, 8, vec![], vec![]);
         assert!(matches!(refused, Err(HashTableError::Length { .. })));

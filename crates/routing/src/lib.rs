@@ -4,7 +4,7 @@
 //! Invariant: no clock, no network, no threads, no files, no tensor library. What is decided comes from
 //! here; what is done comes from the nodes.
 //!
-//! In reading order: [`ids`], [`hash_table`], [`plan`], [`permitted`], [`routes`], [`recorded_routes`], [`grouping`],
+//! In reading order: [`ids`], [`hash_table`], [`forecast`], [`plan`], [`permitted`], [`routes`], [`recorded_routes`], [`grouping`],
 //! [`placement`], [`membership`], [`failover`], [`dispatch`], [`residency`], [`residency_replay`], [`admission`], [`fairness`],
 //! [`client_limits`], [`gathering`], [`prefill`], [`prefix_cache`], [`micro_batches`], [`labels`], [`learning`].
 
@@ -13,6 +13,7 @@ pub mod client_limits;
 pub mod dispatch;
 pub mod failover;
 pub mod fairness;
+pub mod forecast;
 pub mod gathering;
 pub mod grouping;
 pub mod hash_table;
@@ -32,12 +33,13 @@ pub mod residency;
 pub mod residency_replay;
 pub mod routes;
 
+pub use forecast::LayerForecast;
 pub use grouping::{Group, Grouping, PlacedGroup};
 pub use hash_table::{HashTable, HashTableError};
 pub use ids::{Digest, ExpertId, ExpertKey, LayerId, NodeId};
 pub use labels::{Labels, LabelsError, LabelsExtent};
 pub use permitted::Permitted;
 pub use placement::{Candidate, Demand, Extent, Placement, PlacementError, Policy};
-pub use plan::{Plan, PlanId};
+pub use plan::{Plan, PlanId, PlanScope};
 pub use recorded_routes::{RecordedRoutes, TokenRoutes};
 pub use routes::Routes;

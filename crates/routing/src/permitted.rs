@@ -82,7 +82,7 @@ mod tests {
         #[test]
         fn it_is_what_a_plan_of_all_candidates_has(experts in prop::collection::vec(0..NUM_EXPERTS as u16, 12)) {
             let table = table(3, 2, &experts);
-            let plan = crate::Plan::from_tables(crate::PlanId(1), &[(&table, usize::MAX)]);
+            let plan = crate::Plan::from_tables(crate::PlanId(1), &[(&table, crate::PlanScope::Everything)], 1);
             for layer in [LayerId(3), LayerId(4)] {
                 let permitted = Permitted::planned(&table, layer, 0..3, NUM_EXPERTS);
                 for expert in (0..NUM_EXPERTS as u16).map(ExpertId) {

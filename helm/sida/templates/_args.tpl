@@ -74,7 +74,7 @@ is left to them. Called like sida.podTemplate, and with gpus. */}}
 node. Called with the role. */}}
 {{- define "sida.valuesOfFlags" -}}
 {{- $own := dict
-  "coordinator" (list "cacheMemory" "noPrefixCache" "batchTokensMax" "prefillTokensMax" "sequencesMax" "microBatches" "queueMax" "queueTokensMax" "clientQueueShare" "clientRequestsPerMinute" "clientTokensPerMinute" "clientRequestsMax" "clientQueueMax" "clientQueueTokensMax" "promptTokensMax" "answerTokensMax" "requestTimeout" "preloadDepth" "predictTimeout" "expertCallTimeout" "enforceCapacity")
+  "coordinator" (list "cacheMemory" "noPrefixCache" "batchTokensMax" "prefillTokensMax" "sequencesMax" "microBatches" "queueMax" "queueTokensMax" "clientQueueShare" "clientRequestsPerMinute" "clientTokensPerMinute" "clientRequestsMax" "clientQueueMax" "clientQueueTokensMax" "promptTokensMax" "answerTokensMax" "requestTimeout" "planChance" "predictTimeout" "expertCallTimeout" "enforceCapacity")
   "expert-node" (list "nodeWeight" "noPacking")
   "predictor-node" (list "learn" "learnTokensMax" "learnCpuShare")
 }}

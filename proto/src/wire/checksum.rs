@@ -89,6 +89,7 @@ pub(super) fn of_predict_response(response: &v1::PredictResponse) -> u32 {
         sum.numbers(&[table.first_layer, table.layers, table.tokens, table.top_k]);
         sum.bytes(&table.experts);
         sum.bytes(&table.alphas);
+        // Chances decide no answer, and nodes that do not know them have to agree.
     }
     response.states.iter().for_each(|state| sum.bytes(state));
     sum.0.finalize()
@@ -162,6 +163,7 @@ mod tests {
             top_k: 4,
             experts: Bytes::from_static(b"experts"),
             alphas: Bytes::from_static(b"alphas"),
+            chances: Bytes::new(),
         };
         v1::PredictResponse { tables: vec![table], states: vec![Bytes::from_static(b"state")], checksum: 0 }
     }

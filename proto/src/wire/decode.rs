@@ -87,8 +87,10 @@ mod tests {
             let shape = Shape { first_layer: LayerId(first), layers, tokens, top_k };
             let experts = prop::collection::vec((0u16..64).prop_map(ExpertId), entries);
             let alphas = prop::collection::vec(0f32..=1.0, entries);
-            (any::<[u8; 32]>(), experts, alphas).prop_map(move |(model, experts, alphas)| {
-                HashTable::new(Digest(model), Digest([7; 32]), shape, 64, experts, alphas).unwrap()
+            let chances = prop_oneof![Just(Vec::new()), prop::collection::vec(0f32..=1.0, entries)];
+            (any::<[u8; 32]>(), experts, alphas, chances).prop_map(move |(model, experts, alphas, chances)| {
+                let table = HashTable::new(Digest(model), Digest([7; 32]), shape, 64, experts, alphas).unwrap();
+                table.with_chances(chances).unwrap()
             })
         })
     }
@@ -249,6 +251,23 @@ mod tests {
         for (first, layers) in [(0, 7), (2, 5), (5, 2), (6, 1)] {
             assert!(table(first, layers).is_err(), "{layers} layers from {first} on");
         }
+    }
+
+    #[test]
+    fn chances_are_probabilities_or_missing() {
+        // Broken: a damaged prediction has all experts loaded, or none; or a predictor-node of an earlier build is refused.
+        let shape = Shape { first_layer: LayerId(0), layers: 1, tokens: 1, top_k: 2 };
+        let table =
+            HashTable::new(Digest([1; 32]), Digest([2; 32]), shape, 64, vec![ExpertId(1); 2], vec![0.5; 2]).unwrap();
+        let taken = |chances: &[f32]| {
+            let sent = v1::HashTable { chances: rows::to_payload(chances), ..v1::HashTable::from(&table) };
+            hash_table(&sent.encode_to_vec(), &BOUNDS).map(|table| table.all_chances().to_vec())
+        };
+        assert_eq!(taken(&[]), Ok(vec![]));
+        assert_eq!(taken(&[0.75, 0.25]), Ok(vec![0.75, 0.25]));
+        let refused = |chances: &[f32]| taken(chances).unwrap_err().to_string();
+        assert_eq!(refused(&[0.75]), "HashTable.chances holds 4 bytes, expected 8");
+        assert_eq!(refused(&[0.75, 1.5]), "hash table: hash table holds chance 1.5, expected a probability in [0, 1]");
     }
 
     #[test]

@@ -20,6 +20,9 @@ impl v1::HashTable {
         let entries = layers.saturating_mul(tokens).saturating_mul(top_k);
         length("HashTable.experts", "bytes", self.experts.len(), entries.saturating_mul(ID_BYTES))?;
         length("HashTable.alphas", "bytes", self.alphas.len(), entries.saturating_mul(rows::VALUE_BYTES))?;
+        if !self.chances.is_empty() {
+            length("HashTable.chances", "bytes", self.chances.len(), entries.saturating_mul(rows::VALUE_BYTES))?;
+        }
         let id = |bytes: &[u8]| ExpertId(u16::from_le_bytes([bytes[0], bytes[1]]));
         Ok(HashTable::new(
             digest("HashTable.model_digest", &self.model_digest)?,
@@ -28,7 +31,8 @@ impl v1::HashTable {
             bounds.num_experts,
             self.experts.chunks_exact(ID_BYTES).map(id).collect(),
             rows::from_payload(&self.alphas),
-        )?)
+        )?
+        .with_chances(rows::from_payload(&self.chances))?)
     }
 }
 
@@ -44,6 +48,7 @@ impl From<&HashTable> for v1::HashTable {
             top_k: top_k as u32,
             experts: table.all_experts().iter().flat_map(|expert| expert.0.to_le_bytes()).collect(),
             alphas: rows::to_payload(table.all_alphas()),
+            chances: rows::to_payload(table.all_chances()),
         }
     }
 }

@@ -42,9 +42,10 @@ pub(crate) struct LimitArguments {
     /// How long a request may take whose caller gives no deadline [default: as long as it takes]
     #[arg(long, value_name = "TIME", value_parser = time_span::parse)]
     request_timeout: Option<Duration>,
-    /// Predicted experts per token and layer that are loaded ahead, 0: none; in mode guided all that are predicted
-    #[arg(long, value_name = "K", default_value_t = 1)]
-    preload_depth: usize,
+    /// Experts are loaded ahead that a batch uses with this chance or a greater one; off: none are. In mode guided all that are
+    /// predicted are
+    #[arg(long, value_name = "SHARE", default_value = "20%", value_parser = share::parse_or_off)]
+    plan_chance: f64,
     /// Drop tokens beyond an expert's capacity, per sequence, as transformers does
     #[arg(long)]
     enforce_capacity: bool,
@@ -70,7 +71,7 @@ impl LimitArguments {
         config.request_limits.tokens_max = self.answer_tokens_max.max(1);
         config.request_limits.tokens_default = config.request_limits.tokens_default.min(self.answer_tokens_max.max(1));
         config.request_limits.timeout = self.request_timeout;
-        config.preload_depth = self.preload_depth;
+        config.plan_chance = self.plan_chance;
         config.enforce_capacity = self.enforce_capacity;
         config.expert_call_timeout = self.expert_call_timeout;
         config.predict_timeout = self.predict_timeout;

@@ -207,14 +207,17 @@ fn texts(arguments: &TrainPredictorArguments) -> Result<Texts, BadConfiguration>
 
 fn record(checkpoint: &Checkpoint, texts: &[Text], label: &str) -> anyhow::Result<Recording> {
     let bar = LoadingBar::new(label, Unit::Steps);
-    let recorded = Recording::of(checkpoint.dir(), texts, &RecordOptions::default(), &mut |done, total| {
+    let options = RecordOptions::default();
+    // All that a router chooses, so that it is known how often it chooses what is predicted.
+    let options = RecordOptions { kept: options.kept.max(checkpoint.config().top_k), ..options };
+    let recorded = Recording::of(checkpoint.dir(), texts, &options, &mut |done, total| {
         bar.advance(done, total);
     })?;
     Ok(recorded)
 }
 
 fn as_table(hit_rates: &[HitRate], config: &ModelConfig) -> PlainTable {
-    let mut table = PlainTable::new(["layer", "held-out tokens", "top 1", "top 3"]);
+    let mut table = PlainTable::new(["layer", "held-out tokens", "top 1", "top 3", "chances wrong by"]);
     for rate in hit_rates {
         let (stack, block) = config.moe_block(rate.layer);
         let stack = match stack {
@@ -226,17 +229,14 @@ fn as_table(hit_rates: &[HitRate], config: &ModelConfig) -> PlainTable {
             rate.tokens.to_string(),
             format!("{:.1}%", 100.0 * rate.top1),
             format!("{:.1}%", 100.0 * rate.top3),
+            rate.chance_error.map(|error| format!("{:.1}%", 100.0 * error)).unwrap_or_default(),
         ]);
     }
     table
 }
 
 fn as_json(hit_rates: &[HitRate], out: &Path) -> serde_json::Value {
-    let layers: Vec<_> = hit_rates
-        .iter()
-        .map(|rate| json!({"layer": rate.layer.0, "tokens": rate.tokens, "top1": rate.top1, "top3": rate.top3}))
-        .collect();
-    json!({"predictor": out.display().to_string(), "hit_rates": layers})
+    json!({"predictor": out.display().to_string(), "hit_rates": hit_rates})
 }
 
 #[cfg(test)]

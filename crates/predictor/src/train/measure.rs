@@ -11,10 +11,12 @@ use crate::{HashPredictor, HitRate, PredictorError, PredictorShape, PredictorSta
 
 /// Sequences per call.
 const BATCH: usize = 64;
+/// Chances that are looked at together: those that differ by less than a twentieth.
+const RELIABILITY_BINS: usize = 20;
 
 /// What stands in a file before it is measured.
 pub(super) fn unmeasured(layers: Range<u16>) -> Vec<HitRate> {
-    layers.map(|layer| HitRate { layer: LayerId(layer), tokens: 0, top1: 0.0, top3: 0.0 }).collect()
+    layers.map(|layer| HitRate { layer: LayerId(layer), tokens: 0, top1: 0.0, top3: 0.0, chance_error: None }).collect()
 }
 
 /// What stands in a file before it is calibrated: what the net says is taken as it is.
@@ -22,22 +24,49 @@ pub(super) fn uncalibrated(layers: Range<u16>) -> Vec<Calibration> {
     layers.map(|layer| Calibration::none(LayerId(layer))).collect()
 }
 
-/// How sure a predictor that is not calibrated may be of what it predicts, in every MoE layer.
-pub(super) fn calibration(
+/// How sure a predictor that is not calibrated may be of what it predicts, in every MoE layer: of the router's probability of
+/// an expert, and of the router's choosing it. Adds to `hit_rates` how wrong the latter is.
+pub(super) fn calibrations(
     predictor: &dyn HashPredictor,
     recording: &Recording,
-) -> Result<Vec<Calibration>, PredictorError> {
-    let num_experts = recording.shape.num_experts;
-    let mut pairs = vec![Vec::new(); layers(&recording.shape).len()];
-    each_entry(predictor, recording, |layer, Entry { experts, alphas, routed, probabilities }| {
+    hit_rates: &mut [HitRate],
+) -> Result<(Vec<Calibration>, Vec<Calibration>), PredictorError> {
+    let (num_experts, chosen) = (recording.shape.num_experts, recording.shape.chosen);
+    let layers = layers(&recording.shape);
+    let (mut routed, mut chances) = (vec![Vec::new(); layers.len()], vec![Vec::new(); layers.len()]);
+    each_entry(predictor, recording, |layer, Entry { experts, alphas, routed: kept, probabilities }| {
         // What was not kept of the router's probabilities is small, and shared by all other experts.
-        let others = (1.0 - probabilities.iter().sum::<f32>()).max(0.0) / (num_experts - routed.len()).max(1) as f32;
-        for (expert, &alpha) in experts.iter().zip(alphas) {
-            let kept = routed.iter().position(|routed| routed == expert);
-            pairs[layer].push((alpha, kept.map_or(others, |at| probabilities[at])));
+        let others = (1.0 - probabilities.iter().sum::<f32>()).max(0.0) / (num_experts - kept.len()).max(1) as f32;
+        for (expert, &predicted) in experts.iter().zip(alphas) {
+            let place = kept.iter().position(|kept| kept == expert);
+            routed[layer].push((predicted, place.map_or(others, |at| probabilities[at])));
+            chances[layer].push((predicted, f32::from(u8::from(place.is_some_and(|at| at < chosen)))));
         }
     })?;
-    Ok(layers(&recording.shape).zip(pairs).map(|(layer, pairs)| Calibration::fit(LayerId(layer), pairs)).collect())
+    for (rate, pairs) in hit_rates.iter_mut().zip(&chances) {
+        rate.chance_error = chance_error(pairs);
+    }
+    let fit = |(layer, pairs)| Calibration::fit(LayerId(layer), pairs);
+    Ok((layers.clone().zip(routed).map(fit).collect(), layers.zip(chances).map(fit).collect()))
+}
+
+/// By how much chances are wrong that were calibrated with other texts: each half of the pairs with the other half. In bins of
+/// about the same chance, what was expected too much or too little, over what was chosen.
+fn chance_error(pairs: &[(f32, f32)]) -> Option<f64> {
+    let halves = pairs.split_at(pairs.len() / 2);
+    let (mut wrong, mut chosen) = (0.0, 0.0);
+    for (others, own) in [halves, (halves.1, halves.0)] {
+        let calibration = Calibration::fit(LayerId(0), others.to_vec());
+        let mut bins = [0.0; RELIABILITY_BINS];
+        for &(predicted, found) in own {
+            let chance = f64::from(calibration.at(predicted));
+            let bin = (chance * RELIABILITY_BINS as f64) as usize;
+            bins[bin.min(RELIABILITY_BINS - 1)] += chance - f64::from(found);
+            chosen += f64::from(found);
+        }
+        wrong += bins.iter().map(|bin: &f64| bin.abs()).sum::<f64>();
+    }
+    (chosen > 0.0).then(|| wrong / chosen)
 }
 
 /// The hit rate of every MoE layer: predicted experts against the router's first.
@@ -52,7 +81,7 @@ pub(super) fn hit_rates(predictor: &dyn HashPredictor, recording: &Recording) ->
         let is_encoders = recording.shape.encoder_layers.contains(&layer);
         let tokens = recording.of_stack(if is_encoders { Stack::Encoder } else { Stack::Decoder }).tokens() as u64;
         let share = |count: u64| count as f64 / tokens.max(1) as f64;
-        HitRate { layer: LayerId(layer), tokens, top1: share(top1), top3: share(top3) }
+        HitRate { layer: LayerId(layer), tokens, top1: share(top1), top3: share(top3), chance_error: None }
     };
     Ok(layers(&recording.shape).zip(counts).map(rate).collect())
 }

@@ -26,6 +26,7 @@ pub(super) fn shape() -> PredictorShape {
     PredictorShape {
         vocab_size: VOCAB,
         num_experts: EXPERTS,
+        chosen: 1,
         encoder_layers: 0..2,
         decoder_layers: 2..3,
         encoder_width,
@@ -128,8 +129,8 @@ fn fresh(net: Net, recording: &Recording, stack: Stack) -> Box<dyn Learnt> {
 }
 
 fn unmeasured(net: Net) -> Metadata {
-    let (hit_rates, calibration) = (measure::unmeasured(0..3), measure::uncalibrated(0..3));
-    Metadata { net, model: MODEL, top_k: 3, hit_rates, calibration }
+    let (hit_rates, alphas) = (measure::unmeasured(0..3), measure::uncalibrated(0..3));
+    Metadata { net, model: MODEL, top_k: 3, hit_rates, chances: alphas.clone(), alphas }
 }
 
 /// As of a model without an encoder.
@@ -167,6 +168,10 @@ fn nets_learn_what_they_can_see() {
         assert_eq!(tables[0].experts(LayerId(0), 0)[0], ExpertId(3));
         let alpha = tables[0].alphas(LayerId(0), 0)[0];
         assert!((0.5..1.0).contains(&alpha), "distillation teaches the probability, too: {alpha}");
+        // The router always chooses it, by a probability of 0.75.
+        let chance = tables[0].chances(LayerId(0), 0).expect("chances")[0];
+        assert!(chance > alpha + 0.1, "a chance of {chance}, beside an alpha of {alpha}");
+        assert!(rates.iter().all(|rate| rate.chance_error.is_some_and(|error| error < 0.2)), "{rates:?}");
     }
 }
 

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use sida_coordinator::{HashCounts, Scores};
+use sida_routing::LayerForecast;
 
 /// An example's answer.
 #[derive(Clone, Debug)]
@@ -39,6 +40,8 @@ pub(crate) struct Layer {
     pub(crate) used: Vec<u16>,
     /// Experts that hash tables named, ascending, each with its best place: 0 the likeliest.
     pub(crate) named: Vec<(u16, usize)>,
+    /// What they let expect.
+    pub(crate) forecast: LayerForecast,
 }
 
 impl Answered {
@@ -58,6 +61,7 @@ impl Answered {
             counts: *counts,
             used: used.into_iter().map(|expert| expert.0).collect(),
             named: trace.hash_layers.named(layer).map(|(expert, place)| (expert.0, place)).collect(),
+            forecast: trace.hash_layers.forecast(layer).clone(),
         });
         Self {
             prompt_tokens,

@@ -181,6 +181,7 @@ pub(crate) mod tests {
             counts: HashCounts { hits: 3, top1_hits: 1, top3_hits: 2, misses: 1 },
             used: vec![0, 1],
             named: vec![(0, 0), (2, 1)],
+            ..Layer::default()
         };
         let answer = |scores: [f64; 2], load| Answered {
             load: Duration::from_millis(load),

@@ -23,7 +23,7 @@ pub(crate) struct LengthRow {
     pub(crate) row: MemoryRow,
 }
 
-/// For each group of layers, length and depth of a plan; lengths that no prompt has are left out.
+/// For each group of layers, length and kind of plan; lengths that no prompt has are left out.
 pub(crate) fn of(answers: &[Answered], layers: &MoeLayers) -> Vec<LengthRow> {
     let mut by_length: BTreeMap<usize, Vec<Answered>> = BTreeMap::new();
     for answer in answers {
@@ -42,6 +42,7 @@ mod tests {
     use super::*;
     use crate::commands::eval::{
         answered::{Layer, tests::answered},
+        memory::Planned,
         moe_layers::{GroupName, tests::layers},
     };
 
@@ -56,17 +57,18 @@ mod tests {
         let rows = of(&answers, &layers(1, 0));
         let found: Vec<_> = rows
             .iter()
+            .filter(|of| matches!(of.row.plan, Planned::Depth(_)))
             .map(|LengthRow { tokens_max, tokens_mean, row }| {
-                (*tokens_max, *tokens_mean, row.depth, row.batches, row.needed_bytes, row.set_recall)
+                (*tokens_max, *tokens_mean, row.plan, row.batches, row.needed_bytes, row.set_recall)
             })
             .collect();
         let expected = [
-            (1, 1.0, 0, 1, 10.0, 0.0),
-            (1, 1.0, 1, 1, 10.0, 0.0),
-            (8, 6.5, 0, 2, 15.0, 0.0),
-            (8, 6.5, 1, 2, 15.0, 2.0 / 3.0),
-            (16, 12.5, 0, 2, 20.0, 0.0),
-            (16, 12.5, 1, 2, 20.0, 0.25),
+            (1, 1.0, Planned::Depth(0), 1, 10.0, 0.0),
+            (1, 1.0, Planned::Depth(1), 1, 10.0, 0.0),
+            (8, 6.5, Planned::Depth(0), 2, 15.0, 0.0),
+            (8, 6.5, Planned::Depth(1), 2, 15.0, 2.0 / 3.0),
+            (16, 12.5, Planned::Depth(0), 2, 20.0, 0.0),
+            (16, 12.5, Planned::Depth(1), 2, 20.0, 0.25),
         ];
         assert_eq!(found, expected);
         assert!(rows.iter().all(|of| of.row.layers == GroupName::Encoder && of.row.batch == 1));

@@ -2,27 +2,43 @@
 //! predictor alone, and on no machine. Examples are taken as batches in their order.
 //!
 //! A batch needs the experts that its rows went to. A plan names those that the hash tables hold likely: each token's
-//! likeliest, or its likeliest two, and so on. Resident is both together, since what was not planned is loaded when it is
-//! asked for.
+//! likeliest, or its likeliest two, and so on; or those that the batch is likely enough to use.
+//! Resident is both together, since what was not planned is loaded when it is asked for.
 
-use std::{collections::BTreeSet, ops::Range};
+use std::collections::BTreeSet;
 
 use serde::Serialize;
+use sida_routing::LayerForecast;
 
 use crate::commands::eval::{
     answered::Answered,
     moe_layers::{Group, GroupName, MoeLayers},
 };
 
-/// Of the batches of one size, the layers of a group, and plans of one depth.
+/// What a plan names.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Planned {
+    /// So many experts of each token and layer, the likeliest. 0: nothing is planned, so that resident is what is needed, as by
+    /// perfect foresight.
+    Depth(usize),
+    /// Experts that are used with this chance or a greater one, as in `exact` mode.
+    Chance(f64),
+}
+
+/// A plan of nothing.
+pub(crate) const FORESIGHT: Planned = Planned::Depth(0);
+/// Of plans by chance, those that are told of.
+const CHANCES: [f64; 6] = [0.5, 0.3, 0.2, 0.1, 0.05, 0.02];
+
+/// Of the batches of one size, the layers of a group, and plans of one kind.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub(crate) struct MemoryRow {
     pub(crate) layers: GroupName,
     /// Examples of a batch.
     pub(crate) batch: usize,
-    /// Experts planned of each token and layer. 0: nothing is planned, so that resident is what is needed, as by perfect
-    /// foresight.
-    pub(crate) depth: usize,
+    #[serde(flatten)]
+    pub(crate) plan: Planned,
     pub(crate) batches: usize,
     /// Bytes of all experts of the layers.
     pub(crate) all_bytes: u64,
@@ -42,28 +58,31 @@ pub(crate) struct MemoryRow {
     pub(crate) planned_over_needed: f64,
 }
 
-/// For each group of layers, size of a batch and depth of a plan. A batch that would not be full is left out, and so is
-/// a size that no batch reaches.
+/// For each group of layers, size of a batch and kind of plan: none, one expert of each token, three or as many as are named,
+/// and then by chance. A batch that would not be full is left out, and so is a size that no batch reaches.
 pub(crate) fn of(answers: &[Answered], layers: &MoeLayers, batches: &[usize]) -> Vec<MemoryRow> {
     let depth_max = answers.iter().flat_map(|answer| &answer.layers).flat_map(|layer| &layer.named);
     let depth_max = depth_max.map(|&(_, place)| place + 1).max().unwrap_or(0);
+    let by_depth = (0..=depth_max.min(3)).filter(|&depth| depth <= 1 || depth == depth_max.min(3)).map(Planned::Depth);
+    let by_chance = CHANCES.into_iter().filter(|_| depth_max > 0).map(Planned::Chance);
+    let plans: Vec<Planned> = by_depth.chain(by_chance).collect();
     let mut rows = Vec::new();
     for group in layers.groups() {
         for &batch in batches.iter().filter(|&&batch| (1..=answers.len()).contains(&batch)) {
-            rows.extend((0..=depth_max).map(|depth| row(answers, layers, &group, batch, depth)));
+            rows.extend(plans.iter().map(|&plan| row(answers, layers, &group, batch, plan)));
         }
     }
     rows
 }
 
-fn row(answers: &[Answered], layers: &MoeLayers, group: &Group, batch: usize, depth: usize) -> MemoryRow {
+fn row(answers: &[Answered], layers: &MoeLayers, group: &Group, batch: usize, plan: Planned) -> MemoryRow {
     let (mut needed, mut planned, mut both, mut peak, mut foretold) = (0, 0, 0, 0, 0);
     let full = answers.chunks_exact(batch);
     let batches = full.len();
     for batch in full {
         let mut resident = 0;
         for layer in group.layers.clone() {
-            let sets = Sets::of(batch, layer, depth);
+            let sets = Sets::of(batch, layer, layers.num_experts, plan);
             let hit = sets.needed.intersection(&sets.planned).count();
             needed += sets.needed.len();
             planned += sets.planned.len();
@@ -79,7 +98,7 @@ fn row(answers: &[Answered], layers: &MoeLayers, group: &Group, batch: usize, de
     MemoryRow {
         layers: group.name,
         batch,
-        depth,
+        plan,
         batches,
         all_bytes,
         needed_bytes: mean(needed),
@@ -100,23 +119,27 @@ struct Sets {
 }
 
 impl Sets {
-    fn of(batch: &[Answered], layer: usize, depth: usize) -> Self {
+    fn of(batch: &[Answered], layer: usize, num_experts: usize, plan: Planned) -> Self {
         let layers = || batch.iter().filter_map(|answer| answer.layers.get(layer));
-        let named = layers().flat_map(|layer| &layer.named).filter(|&&(_, place)| place < depth);
-        Self {
-            needed: layers().flat_map(|layer| layer.used.iter().copied()).collect(),
-            planned: named.map(|&(expert, _)| expert).collect(),
-        }
+        let planned = match plan {
+            Planned::Depth(depth) => {
+                let named = layers().flat_map(|layer| &layer.named).filter(|&&(_, place)| place < depth);
+                named.map(|&(expert, _)| expert).collect()
+            }
+            Planned::Chance(chance) => {
+                let mut forecast = LayerForecast::new(num_experts);
+                layers().for_each(|layer| forecast.join(&layer.forecast));
+                forecast.likely(chance).into_iter().map(|named| named.expert.0).collect()
+            }
+        };
+        Self { needed: layers().flat_map(|layer| layer.used.iter().copied()).collect(), planned }
     }
-}
-
-/// Depths of the plans that rows tell of.
-pub(crate) fn depths(rows: &[MemoryRow]) -> Range<usize> {
-    1..rows.iter().map(|row| row.depth + 1).max().unwrap_or(1)
 }
 
 #[cfg(test)]
 mod tests {
+    use sida_routing::{Digest, ExpertId, HashTable, LayerId, hash_table::Shape};
+
     use super::*;
     use crate::commands::eval::{
         answered::{Layer, tests::answered},
@@ -141,8 +164,12 @@ mod tests {
     }
 
     fn found(name: GroupName, batch: usize, depth: usize) -> MemoryRow {
-        let rows = of(&answers(), &layers(1, 1), &[1, 2]);
-        let is_asked = |row: &&MemoryRow| (row.layers, row.batch, row.depth) == (name, batch, depth);
+        found_of(&answers(), name, batch, Planned::Depth(depth))
+    }
+
+    fn found_of(answers: &[Answered], name: GroupName, batch: usize, plan: Planned) -> MemoryRow {
+        let rows = of(answers, &layers(1, 1), &[1, 2]);
+        let is_asked = |row: &&MemoryRow| (row.layers, row.batch, row.plan) == (name, batch, plan);
         *rows.iter().find(is_asked).unwrap()
     }
 
@@ -154,7 +181,7 @@ mod tests {
         let expected = MemoryRow {
             layers: GroupName::Encoder,
             batch: 2,
-            depth: 1,
+            plan: Planned::Depth(1),
             batches: 1,
             all_bytes: 40,
             needed_bytes: 20.0,
@@ -194,11 +221,33 @@ mod tests {
     }
 
     #[test]
+    fn what_is_likely_is_so_of_the_whole_batch() {
+        // Would break: an evaluation tells of the plans of single examples in place of those of their batch, which hold what
+        // several of them may use.
+        let mut answers = answers();
+        for answer in &mut answers[..2] {
+            let shape = Shape { first_layer: LayerId(0), layers: 1, tokens: 1, top_k: 2 };
+            let experts = [0, 2].map(ExpertId).to_vec();
+            let table = HashTable::new(Digest([0; 32]), Digest([0; 32]), shape, 4, experts, vec![0.5; 2]);
+            let table = table.and_then(|table| table.with_chances(vec![0.4, 0.0])).unwrap();
+            let forecast = &mut answer.layers[0].forecast;
+            *forecast = LayerForecast::new(4);
+            forecast.add(&table, LayerId(0), 1);
+        }
+        let planned = |batch, chance| {
+            let row = found_of(&answers, GroupName::Encoder, batch, Planned::Chance(chance));
+            (row.planned_bytes * row.batches as f64 / 10.0, row.set_recall)
+        };
+        // The first needs two, the second another one; what is planned is used by the first alone.
+        assert_eq!(planned(1, 0.5), (0.0, 0.0));
+        assert_eq!(planned(1, 0.3), (2.0, 1.0 / 7.0));
+        assert_eq!(planned(2, 0.5), (1.0, 0.5));
+    }
+
+    #[test]
     fn sizes_that_no_batch_reaches_are_left_out() {
         // Would break: a mean of nothing is told as a number.
         let rows = of(&answers(), &layers(1, 1), &[4, 0]);
         assert_eq!(rows, []);
-        assert_eq!(depths(&rows), 1..1);
-        assert_eq!(depths(&of(&answers(), &layers(1, 1), &[1])), 1..3);
     }
 }

@@ -6,7 +6,7 @@ use crate::{
     chart::{Axis, Chart, Color, Mark, Scale, Series},
     commands::eval::{
         evaluation::Evaluation,
-        memory::{MemoryRow, depths},
+        memory::{FORESIGHT, MemoryRow, Planned},
     },
 };
 
@@ -42,14 +42,22 @@ pub(crate) fn of(evaluation: &Evaluation) -> Vec<Chart> {
     charts.into_iter().filter(|chart| chart.series.iter().any(|series| !series.points.is_empty())).collect()
 }
 
-/// A line for each size of batch, a point for each depth of the plan.
+/// For each size of batch a line of plans by chance, and dots for plans of so many experts of each token.
 fn by_batch(rows: &[MemoryRow], point: impl Fn(&MemoryRow) -> (f64, f64)) -> Vec<Series> {
     let mut batches: Vec<usize> = rows.iter().map(|row| row.batch).collect();
     batches.dedup();
-    let planned = |batch| rows.iter().filter(move |row| row.batch == batch && depths(rows).contains(&row.depth));
-    let name = |batch: &usize| if *batch == 1 { "one example".to_owned() } else { format!("batches of {batch}") };
-    let lines = batches.iter().zip(COLORS.iter().cycle());
-    lines.map(|(batch, &color)| line(name(batch), color, planned(*batch).map(&point).collect())).collect()
+    let mut all = Vec::new();
+    for (batch, &color) in batches.into_iter().zip(COLORS.iter().cycle()) {
+        let of_batch = || rows.iter().filter(|row| row.batch == batch && row.plan != FORESIGHT);
+        let (by_chance, by_depth): (Vec<&MemoryRow>, Vec<_>) =
+            of_batch().partition(|row| matches!(row.plan, Planned::Chance(_)));
+        let name = if batch == 1 { "one example".to_owned() } else { format!("batches of {batch}") };
+        let points = |rows: Vec<&MemoryRow>| rows.into_iter().map(&point).collect();
+        all.push(line(name.clone(), color, points(by_chance)));
+        let name = format!("{name}, so many of each token");
+        all.push(Series { name, mark: Mark::Dots, color, points: points(by_depth) });
+    }
+    all
 }
 
 /// What single examples would save if all that they need were foreseen, a line for each stack.
@@ -57,7 +65,7 @@ fn by_length(evaluation: &Evaluation) -> Chart {
     let figures = evaluation.modes.first().and_then(|mode| mode.figures.as_ref());
     let rows = figures.map(|figures| &figures.lengths[..]).unwrap_or_default();
     let series = evaluation.experts_bytes.iter().zip(COLORS.iter().cycle()).map(|(&(layers, _), &color)| {
-        let foreseen = rows.iter().filter(|of| of.row.layers == layers && of.row.depth == 0);
+        let foreseen = rows.iter().filter(|of| of.row.layers == layers && of.row.plan == FORESIGHT);
         line(layers.as_str().to_owned(), color, foreseen.map(|of| (of.tokens_mean, 100.0 * of.row.saved)).collect())
     });
     Chart {
@@ -112,8 +120,8 @@ mod tests {
             let series = charts[chart].series.iter().find(|series| series.name == name);
             series.unwrap().points.clone()
         };
-        assert_eq!(points(0, "one example"), [(50.0, 50.0), (50.0, 25.0)]);
-        assert_eq!(points(1, "batches of 2"), [(0.5, 50.0), (1.0, 50.0)]);
+        assert_eq!(points(0, "one example, so many of each token"), [(50.0, 50.0), (50.0, 25.0)]);
+        assert_eq!(points(1, "batches of 2, so many of each token"), [(0.5, 50.0), (1.0, 50.0)]);
         assert_eq!(points(6, "decoder"), [(1.0, 50.0)]);
         assert_eq!(points(7, "exact"), [(50.0, 4.0), (100.0, 4.0)]);
         assert_eq!(charts[7].series.iter().filter(|series| !series.points.is_empty()).count(), 2);

@@ -8,7 +8,7 @@ use crate::{
         evaluation::{BudgetMode, Evaluation, Figures},
         hit_rates::HitRate,
         lengths::LengthRow,
-        memory::MemoryRow,
+        memory::{FORESIGHT, MemoryRow, Planned},
     },
     plain_table::PlainTable,
 };
@@ -92,11 +92,15 @@ fn hit_rates(evaluation: &Evaluation) -> ReportTable {
 /// Of the batches that the router routes.
 fn memory(evaluation: &Evaluation) -> ReportTable {
     let rows = exact(evaluation).into_iter().flat_map(|figures| &figures.memory).map(|row| {
-        let MemoryRow { layers, batch, depth, resident_bytes, resident_bytes_peak, set_recall, .. } = *row;
-        let (plan, recall, over) = match depth {
-            0 => ("what is needed".to_owned(), String::new(), String::new()),
-            depth => (format!("top {depth}"), percent(set_recall), format!("{:.2}", row.planned_over_needed)),
+        let MemoryRow { layers, batch, plan, resident_bytes, resident_bytes_peak, set_recall, .. } = *row;
+        let plan = match plan {
+            Planned::Depth(0) => "what is needed".to_owned(),
+            Planned::Depth(depth) => format!("top {depth}"),
+            Planned::Chance(chance) => format!("from {:.0}%", 100.0 * chance),
         };
+        let is_told = row.plan != FORESIGHT;
+        let [recall, over] = [percent(set_recall), format!("{:.2}", row.planned_over_needed)]
+            .map(|cell| if is_told { cell } else { String::new() });
         vec![
             layers.as_str().to_owned(),
             batch.to_string(),
@@ -111,15 +115,16 @@ fn memory(evaluation: &Evaluation) -> ReportTable {
     });
     let header =
         vec!["layers", "batch", "plan", "resident", "peak", "saved", "at peak", "set recall", "planned/needed"];
-    ReportTable { title: "Resident experts, by size of batch and depth of the plan", header, rows: rows.collect() }
+    ReportTable { title: "Resident experts, by size of batch and plan", header, rows: rows.collect() }
 }
 
 /// Of single examples, as far as they need experts and as the shallowest plan would have them resident.
 fn lengths(evaluation: &Evaluation) -> ReportTable {
     let all = || exact(evaluation).into_iter().flat_map(|figures| &figures.lengths);
-    let rows = all().filter(|of| of.row.depth == 0).map(|needed| {
-        let is_planned =
-            |of: &&LengthRow| (of.row.layers, of.tokens_max, of.row.depth) == (needed.row.layers, needed.tokens_max, 1);
+    let rows = all().filter(|of| of.row.plan == FORESIGHT).map(|needed| {
+        let is_planned = |of: &&LengthRow| {
+            (of.row.layers, of.tokens_max, of.row.plan) == (needed.row.layers, needed.tokens_max, Planned::Depth(1))
+        };
         let planned = all().find(is_planned).map(|of| of.row);
         vec![
             needed.row.layers.as_str().to_owned(),
