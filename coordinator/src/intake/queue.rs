@@ -115,6 +115,19 @@ impl<T> Queue<T> {
         Vec::new()
     }
 
+    /// Appends as many of the items as `fits` says that there is room for now. Gives back the others, or all once the queue
+    /// was closed.
+    pub(crate) fn push_fitting(&self, items: Vec<T>, fits: impl Fn(&VecDeque<T>, &T) -> bool) -> Vec<T> {
+        let mut items = items.into_iter().peekable();
+        let mut state = self.state.lock();
+        while let Some(item) = items.next_if(|item| !state.closed && fits(&state.waiting, item)) {
+            state.waiting.push_back(item);
+        }
+        drop(state);
+        self.arrived.notify_one();
+        items.collect()
+    }
+
     /// Takes the first `choose(waiting)` items. With [`Wait::Block`] it waits for an item, and for those announced
     /// before the first one came. `None`: the queue is closed and empty.
     pub(crate) fn take(&self, wait: Wait, choose: impl Fn(&VecDeque<T>) -> usize) -> Option<Vec<T>> {
@@ -195,6 +208,19 @@ mod tests {
         }
         assert!(pusher.join().expect("pusher").is_empty());
         assert_eq!(seen, (0..100).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn what_does_not_fit_now_comes_back() {
+        // Would break: who has to predict what it handed over waits for the scheduler, which waits for the prediction.
+        let queue = Queue::new();
+        let fits = |waiting: &VecDeque<_>, _: &_| waiting.len() < 2;
+        assert_eq!(queue.push_fitting(vec![1, 2, 3, 4], fits), [3, 4]);
+        assert_eq!(queue.push_fitting(vec![3, 4], fits), [3, 4]);
+        assert_eq!(queue.take(Wait::Block, |waiting| waiting.len()), Some(vec![1, 2]));
+        assert_eq!(queue.push_fitting(vec![3], fits), []);
+        queue.close();
+        assert_eq!(queue.push_fitting(vec![4], fits), [4]);
     }
 
     #[test]

@@ -92,13 +92,15 @@ impl Prepare {
         }
         let prompts: Vec<Prompt> = batch.iter().map(Prompt::of).collect();
         let (promise, tables) = promise(batch.len());
+        let at = Instant::now();
+        let mut prepared =
+            batch.into_iter().zip(tables).map(|(request, table)| Prepared { request, table, at }).collect();
         if self.predict.is_at_hand() && prompts.iter().all(|prompt| prompt.mode == RoutingMode::Exact) {
-            self.hand_over(batch, tables);
-            self.predict(&prompts, promise);
-        } else {
-            self.predict(&prompts, promise);
-            self.hand_over(batch, tables);
+            // Whoever has begun will wait for its table, so nothing here waits for room before the tables are made.
+            prepared = self.prepared.push_fitting(prepared, self.fits());
         }
+        self.predict(&prompts, promise);
+        self.hand_over(prepared);
     }
 
     fn predict(&self, prompts: &[Prompt], promise: Promise) {
@@ -118,15 +120,20 @@ impl Prepare {
     }
 
     /// Hands prepared requests to the scheduler; waits while a whole batch is ready already.
-    fn hand_over(&self, batch: Vec<Request>, tables: impl Iterator<Item = PromptTable>) {
-        let (limits, at) = (self.limits, Instant::now());
-        let batch = batch.into_iter().zip(tables).map(|(request, table)| Prepared { request, table, at }).collect();
-        let fits = |waiting: &VecDeque<Prepared>, next: &Prepared| {
+    fn hand_over(&self, mut prepared: Vec<Prepared>) {
+        let at = Instant::now();
+        prepared.iter_mut().for_each(|prepared| prepared.at = at);
+        for refused in self.prepared.push_all(prepared, self.fits()) {
+            refused.request.fail(RequestError::ShuttingDown);
+        }
+    }
+
+    /// Whether a request belongs to one batch with those that are ready.
+    fn fits(&self) -> impl Fn(&VecDeque<Prepared>, &Prepared) -> bool + use<> {
+        let limits = self.limits;
+        move |waiting, next| {
             let costs = waiting.iter().chain([next]).map(|prepared| prepared.request.cost());
             limits.joining(Cost::default(), costs) == waiting.len() + 1
-        };
-        for refused in self.prepared.push_all(batch, fits) {
-            refused.request.fail(RequestError::ShuttingDown);
         }
     }
 }
