@@ -63,34 +63,43 @@ impl RequestQueue {
     /// Lets a request wait for its turn, or says why it may not. Others of a client that holds more than its share may have to
     /// go for it; they are answered with an error.
     pub(crate) fn push(&self, request: Request) -> Result<(), RequestError> {
-        let mut displaced = Vec::new();
-        let entered = self.queue.enter(|waiting| self.enter(waiting, request, &mut displaced));
+        let (mut displaced, mut coming) = (Vec::new(), Some(request));
+        let entered = self.queue.enter(|waiting| self.enter(waiting, &mut coming, &mut displaced));
         for (displaced, retry_after) in displaced {
             displaced.request.fail(RequestError::ClientShare { share: self.limits.client_queue_share, retry_after });
         }
-        entered.unwrap_or(Err(RequestError::ShuttingDown))
+        let entered = entered.unwrap_or(Err(RequestError::ShuttingDown));
+        // Of several texts of a call, whoever waits for this one may not be the one who is given the error.
+        if let (Err(error), Some(refused)) = (&entered, coming) {
+            refused.fail(error.clone());
+        }
+        entered
     }
 
+    /// Takes `coming` among those that wait, unless it is refused.
     fn enter(
         &self,
         waiting: &mut VecDeque<Waiting>,
-        request: Request,
+        coming: &mut Option<Request>,
         displaced: &mut Vec<(Waiting, Duration)>,
     ) -> Result<(), RequestError> {
+        let Some(request) = coming.as_ref() else { return Ok(()) };
         let asks = Load { requests: 1, tokens: request.tokens_max() };
         let mut turns = self.turns.lock();
         if waiting.is_empty() {
             turns.rest();
         }
         if request.deadline.is_some() {
-            let place = places(waiting, &request, turns.turn(&request.client))[0];
+            let place = places(waiting, request, turns.turn(&request.client))[0];
             let ahead = self.workload.begun() + sequences(waiting.iter().take(place));
-            let no_time = self.workload.no_time(&request, ahead, SHARE_OF_TIME, Instant::now());
+            let no_time = self.workload.no_time(request, ahead, SHARE_OF_TIME, Instant::now());
             no_time.map_or(Ok(()), Err)?;
         }
-        self.make_room(waiting, &request, asks, displaced)?;
+        self.make_room(waiting, request, asks, displaced)?;
         let turn = turns.comes(request.client.clone(), asks.tokens);
-        insert(waiting, Waiting { request, turn, tokens: asks.tokens });
+        if let Some(request) = coming.take() {
+            insert(waiting, Waiting { request, turn, tokens: asks.tokens });
+        }
         Ok(())
     }
 
@@ -258,20 +267,42 @@ pub(crate) mod tests {
         assert_eq!(places(&all, &waiting(20, "c", -9, 1).request, 20), [7]);
     }
 
-    #[test]
-    fn those_who_enter_and_those_who_leave_never_stop_each_other() {
-        // Would break: a request that comes while others are taken hangs, and every one after it.
-        const REQUESTS: usize = 10_000;
+    fn queue(requests: usize) -> RequestQueue {
         let limits = Limits {
             tokens_max: 1,
             prefill_tokens_max: 1,
             sequences_max: 1,
             cache_bytes_max: 0,
-            queue_max: REQUESTS,
-            queue_tokens_max: REQUESTS,
+            queue_max: requests,
+            queue_tokens_max: requests,
             client_queue_share: 1.0,
         };
-        let queue = Arc::new(RequestQueue::new(limits, Arc::new(Workload::new(limits))));
+        RequestQueue::new(limits, Arc::new(Workload::new(limits)))
+    }
+
+    #[test]
+    fn who_waits_for_a_refused_request_is_told_why() {
+        // Would break: a call of several texts that comes when the queue is full, or closed, is answered as a panic.
+        let queue = queue(1);
+        queue.push(request()).expect("there is room");
+        let refused = || {
+            let (reply, mut answer) = oneshot::channel();
+            let work = Work::Encode { options: EncodeOptions::default(), reply };
+            let told = queue.push(Request { work, ..request() }).expect_err("no room");
+            let answered = answer.try_recv().expect("an answer").expect_err("an error");
+            assert_eq!(answered.to_string(), told.to_string());
+            told
+        };
+        assert!(matches!(refused(), RequestError::QueueFull { .. } | RequestError::QueueTokens { .. }));
+        queue.close();
+        assert!(matches!(refused(), RequestError::ShuttingDown));
+    }
+
+    #[test]
+    fn those_who_enter_and_those_who_leave_never_stop_each_other() {
+        // Would break: a request that comes while others are taken hangs, and every one after it.
+        const REQUESTS: usize = 10_000;
+        let queue = Arc::new(queue(REQUESTS));
         let (done, all_taken) = mpsc::channel();
         let taking = queue.clone();
         thread::spawn(move || {

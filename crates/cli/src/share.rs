@@ -4,7 +4,7 @@
 pub(crate) fn parse(text: &str) -> Result<f64, String> {
     let percent = text.strip_suffix('%').and_then(|number| number.trim().parse::<f64>().ok());
     let share = percent.map(|percent| percent / 100.0).filter(|share| *share > 0.0 && *share <= 1.0);
-    share.ok_or_else(|| format!("{text:?} is no part, expected above 0% and at most 100%"))
+    share.ok_or_else(|| format!("{text:?} is no share as 20%, expected above 0% and at most 100%"))
 }
 
 /// A part that something has to reach, as 50%; `off`, which nothing reaches, is infinite.

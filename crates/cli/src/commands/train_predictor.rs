@@ -30,8 +30,8 @@ pub(crate) struct TrainPredictorArguments {
     #[command(flatten)]
     model: ModelArguments,
     /// Texts, one per line; `input<TAB>target` where the answer is known
-    #[arg(long, value_name = "FILE")]
-    file: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "calibrate")]
+    file: Option<PathBuf>,
     /// Texts to measure with [default: every tenth of --file]
     #[arg(long, value_name = "FILE")]
     held_out: Option<PathBuf>,
@@ -105,7 +105,7 @@ pub(crate) fn run(arguments: TrainPredictorArguments) -> anyhow::Result<ExitCode
     // Before the model runs over the texts, which may take hours.
     options.check(checkpoint.config().num_experts)?;
     check_out(&out)?;
-    for read in std::iter::once(&arguments.file).chain(&arguments.held_out) {
+    for read in arguments.file.iter().chain(&arguments.held_out) {
         check_other(&out, read)?;
     }
     if let Some(warning) = too_few(arguments.calibrate.is_none().then_some(texts.train.len()), texts.held_out.len()) {
@@ -192,12 +192,18 @@ fn check_other(out: &Path, read: &Path) -> Result<(), BadConfiguration> {
 }
 
 fn texts(arguments: &TrainPredictorArguments) -> Result<Texts, BadConfiguration> {
-    let lines = text_file::read(&arguments.file)?;
-    let texts = match &arguments.held_out {
-        Some(file) => Texts::of(&lines, &text_file::read(file)?),
-        None => Texts::split(&lines, HELD_OUT_EVERY),
+    let read = |file: &Option<PathBuf>| file.as_deref().map(text_file::read).transpose();
+    let texts = match (read(&arguments.file)?, read(&arguments.held_out)?) {
+        (lines, Some(held_out)) => Texts::of(&lines.unwrap_or_default(), &held_out),
+        (Some(lines), None) => Texts::split(&lines, HELD_OUT_EVERY),
+        (None, None) => {
+            let message =
+                "--calibrate wants texts to measure with: --held-out FILE, or --file FILE for every tenth of it";
+            return Err(BadConfiguration::new(message.to_owned()));
+        }
     };
-    if texts.train.is_empty() || texts.held_out.is_empty() {
+    let learns = arguments.calibrate.is_none();
+    if learns && texts.train.is_empty() || texts.held_out.is_empty() {
         let (train, held_out) = (texts.train.len(), texts.held_out.len());
         let message = format!("{train} texts to learn from and {held_out} to measure with: both are needed");
         return Err(BadConfiguration::new(message));
