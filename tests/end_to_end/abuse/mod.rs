@@ -51,6 +51,8 @@ struct Scale {
     floods: usize,
     /// How long honest clients ask without any abuse, before and after.
     calm: Duration,
+    /// How long each abuse lasts at least: offenders who are ended come again until then.
+    abused: Duration,
 }
 
 impl Scale {
@@ -66,6 +68,7 @@ impl Scale {
                 slow: 200,
                 floods: 8,
                 calm: Duration::from_secs(20),
+                abused: Duration::from_secs(10),
             };
         }
         Self {
@@ -78,6 +81,7 @@ impl Scale {
             slow: 3,
             floods: 2,
             calm: Duration::from_millis(200),
+            abused: Duration::ZERO,
         }
     }
 
@@ -101,6 +105,8 @@ impl Scale {
 
 /// What the memory of a server may grow by: requests that are being received, and what it keeps of connections.
 const BYTES_MORE_MAX: u64 = 512 << 20;
+/// What offenders have a server log, in all.
+const LOG_LINES_MAX: usize = 200;
 /// Offenders are ended within the limits, which are seconds, and this for a machine that stands still.
 const PATIENCE: Duration = Duration::from_secs(180);
 
@@ -196,7 +202,7 @@ async fn honest_clients_are_answered_and_offenders_are_ended() {
     for abuses in abuses(&scale) {
         problems.abuse = abuses.iter().map(|abuse| abuse.name).collect::<Vec<_>>().join(", ");
         println!("{}", problems.abuse);
-        let (during, peak) = under(&doors, &abuses, offenders.handle(), &mut problems).await;
+        let (during, peak) = under(&doors, &abuses, scale.abused, offenders.handle(), &mut problems).await;
         for door in [Door::Grpc, Door::Http] {
             let now = Client::new(door, doors.address(door)).ask(false).await;
             problems.expect(now.outcome.is_ok(), || format!("right after it at {door:?}: {now:?}"));
@@ -221,6 +227,8 @@ async fn honest_clients_are_answered_and_offenders_are_ended() {
         (usize::from(is_whole)..=2 * abuses(&scale).len()).contains(&shortages),
         "{shortages} lines of shortages:\n{log}"
     );
+    let lines = log.lines().count();
+    assert!(lines <= LOG_LINES_MAX, "{lines} lines are logged");
     assert!(doors.process.terminate().success());
 }
 
@@ -273,15 +281,24 @@ struct Peak {
 }
 
 /// What honest clients see under abuse, until its offenders are ended, and what that takes of the server.
-async fn under(doors: &Doors, abuses: &[Abuse], runtime: &Handle, problems: &mut Problems) -> (Vec<Asked>, Peak) {
+async fn under(
+    doors: &Doors,
+    abuses: &[Abuse],
+    span: Duration,
+    runtime: &Handle,
+    problems: &mut Problems,
+) -> (Vec<Asked>, Peak) {
     const HONEST_MIN: usize = 40;
     let honest = doors.honest();
     let begun = Instant::now();
     let mut offenders = JoinSet::new();
+    let come = |offenders: &mut JoinSet<_>, kind: usize, door: Door| {
+        let offence = (abuses[kind].offence)(doors.address(door), door);
+        offenders.spawn_on(async move { (kind, door, offence.await) }, runtime);
+    };
     for (kind, abuse) in abuses.iter().enumerate() {
         for &door in abuse.doors.iter().flat_map(|door| std::iter::repeat_n(door, abuse.offenders)) {
-            let offence = (abuse.offence)(doors.address(door), door);
-            offenders.spawn_on(async move { (kind, offence.await) }, runtime);
+            come(&mut offenders, kind, door);
         }
     }
     let mut peak = Peak { descriptors: 0, bytes: 0 };
@@ -290,7 +307,7 @@ async fn under(doors: &Doors, abuses: &[Abuse], runtime: &Handle, problems: &mut
         let kinds = abuses.iter().zip(ends);
         kinds.map(|(abuse, ends)| (abuse.ended * abuse.doors.len()).saturating_sub(ends.values().sum())).sum::<usize>()
     };
-    while missing(&ends) > 0 || honest.count() < HONEST_MIN {
+    while missing(&ends) > 0 || honest.count() < HONEST_MIN || begun.elapsed() < span {
         if begun.elapsed() > PATIENCE {
             problems.expect(false, || format!("{} offenders were not ended: {ends:?}", missing(&ends)));
             break;
@@ -298,7 +315,10 @@ async fn under(doors: &Doors, abuses: &[Abuse], runtime: &Handle, problems: &mut
         let ending = async {
             loop {
                 let Some(end) = offenders.join_next().await else { std::future::pending().await };
-                let (kind, end) = end.expect("an offender does not panic");
+                let (kind, door, end) = end.expect("an offender does not panic");
+                if begun.elapsed() < span {
+                    come(&mut offenders, kind, door);
+                }
                 let end = end.or_else(|error| offenders::closed(&error));
                 problems.expect(end.is_ok(), || format!("an offender failed: {end:?}"));
                 *ends[kind].entry(end.unwrap_or("failed")).or_default() += 1;
