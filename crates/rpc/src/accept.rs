@@ -9,7 +9,7 @@ use std::{
 
 use tokio::{
     net::{TcpListener, TcpStream},
-    task::{JoinError, JoinSet},
+    task::{self, JoinError, JoinSet},
     time,
 };
 use tokio_util::sync::CancellationToken;
@@ -50,6 +50,8 @@ where
                 told(ended);
             }
             tasks.spawn(hold(place, served));
+            // Whoever is connected has a turn between any two newcomers.
+            task::yield_now().await;
         }
     };
     tokio::select! {

@@ -45,6 +45,7 @@ use crate::{
     request_body::{Messages, RequestBody, Unit},
     server::{ServerConfig, http2_builder},
     tls::PortTls,
+    turn::Turn,
 };
 
 /// What an HTTP/2 client says first.
@@ -57,7 +58,12 @@ const GOODBYE: Duration = Duration::from_secs(3);
 const DISPLACED_CALLS: Duration = Duration::from_secs(30);
 
 /// Why a connection is ended without a farewell.
-const EXPELLED: &str = "it does harm, or did not leave while many others came";
+const EXPELLED: &str = "it did not leave while many others came";
+const HARMFUL: &str = "it does harm";
+
+/// How long a peer that does harm is left to wait for its end, so that it does not come again at once. It costs its place,
+/// which is free before if another needs it.
+const HARMFUL_WAITS: Duration = Duration::from_secs(3);
 
 /// How to serve a connection.
 pub(crate) struct Connector<S> {
@@ -74,6 +80,8 @@ pub(crate) struct Connector<S> {
     /// How long a peer may be silent until it is asked whether it is there, and how long it may take to say so. Whole
     /// seconds.
     keepalive: (Duration, Duration),
+    /// Bytes that are read of a connection until others have their turn.
+    turn_bytes: usize,
     limits: Arc<CallLimits>,
 }
 
@@ -96,6 +104,7 @@ impl<S> Connector<S> {
             handshake_timeout: config.handshake_timeout,
             idle_timeout: config.idle_timeout,
             keepalive: (config.keepalive_interval, config.keepalive_timeout),
+            turn_bytes: config.frame_bytes_max as usize,
             limits: Arc::new(CallLimits { stall_timeout, receiving, streams }),
         })
     }
@@ -217,12 +226,16 @@ impl<S: ConnectionService> Connector<S> {
     where
         IO: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let io = control_frames::Counted::new(io, peer.clone(), PREFACE.len());
+        let io = control_frames::Counted::new(io, peer.clone(), Turn::new(self.turn_bytes), PREFACE.len());
         let connection = self.http2.serve_connection(TokioIo::new(io), self.counted(end, &peer));
         tokio::pin!(connection);
         tokio::select! {
             ended = &mut connection => return ended.map_err(|error| error.to_string()),
-            () = peer.expelled.cancelled() => return Err(EXPELLED.to_owned()),
+            () = peer.harmful.cancelled() => {
+                // Nothing is read of it meanwhile.
+                let _ = time::timeout(HARMFUL_WAITS, peer.leave.cancelled()).await;
+                return Err(HARMFUL.to_owned());
+            }
             () = self.has_to_leave(&peer) => {}
         }
         connection.as_mut().graceful_shutdown();
@@ -233,7 +246,7 @@ impl<S: ConnectionService> Connector<S> {
     where
         IO: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let (io, heads) = watched(io, peer.clone(), self.limits.stall_timeout);
+        let (io, heads) = watched(io, peer.clone(), Turn::new(self.turn_bytes), self.limits.stall_timeout);
         let connection = http1.builder.serve_connection(TokioIo::new(io), self.counted(end, &peer));
         tokio::pin!(connection);
         tokio::select! {
@@ -271,6 +284,7 @@ async fn last_words<E: ToString>(ending: impl Future<Output = Result<(), E>>, pe
         ended = ending => ended.map_err(|error| error.to_string()),
         () = peer.quiet_for(GOODBYE, Instant::now()) => Err("did not leave when it was told to".to_owned()),
         () = peer.expelled.cancelled() => Err(EXPELLED.to_owned()),
+        () = peer.harmful.cancelled() => Err(HARMFUL.to_owned()),
         () = displaced => Err("its calls did not end when its place was needed".to_owned()),
     }
 }

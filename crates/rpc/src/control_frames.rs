@@ -1,18 +1,18 @@
 //! What a peer of HTTP/2 sends beside its calls: pings, settings, priorities, windows, resets, frames with nothing in them.
 //! Each costs the peer some bytes and the server a look, and HTTP/2 itself bounds none. So they are counted as they come,
-//! and a connection that has little else is ended. A client needs some of them for what it is answered, which earns it
-//! more. Put around a connection by [`crate::connection`], which has it end by an error of what is read.
+//! and a connection that has little else does harm. A client needs some of them for what it is answered, which earns it
+//! more. Put around a connection by [`crate::connection`], which has harmful ones end. Frames are read by turns.
 
 use std::{
     io::{self, IoSlice},
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use crate::peer::Peer;
+use crate::{peer::Peer, turn::Turn};
 
 /// Of a frame: three bytes of its length, its kind, its flags, and its stream.
 const HEAD_BYTES: usize = 9;
@@ -22,17 +22,23 @@ const CONTINUATION: u8 = 9;
 const END_STREAM: u8 = 1;
 const PADDED: u8 = 8;
 
+/// Of a turn, a frame takes so many bytes beside its own: to look at it costs about as much as to read them.
+const FRAME_COSTS: usize = 512;
+/// As so many idle frames counts one that goes on with something by nothing, for which no client has a reason.
+const POINTLESS: u32 = 32;
+
 /// A connection whose frames are looked at as they are read.
 pub(crate) struct Counted<IO> {
     io: IO,
     peer: Arc<Peer>,
     frames: Frames,
+    turn: Turn,
 }
 
 impl<IO> Counted<IO> {
     /// `io`, of which a client's first bytes, so many, are no frames.
-    pub(crate) fn new(io: IO, peer: Arc<Peer>, preface_bytes: usize) -> Self {
-        Self { io, peer, frames: Frames { to_skip: preface_bytes, head: [0; HEAD_BYTES], head_bytes: 0 } }
+    pub(crate) fn new(io: IO, peer: Arc<Peer>, turn: Turn, preface_bytes: usize) -> Self {
+        Self { io, peer, frames: Frames { to_skip: preface_bytes, head: [0; HEAD_BYTES], head_bytes: 0 }, turn }
     }
 }
 
@@ -45,16 +51,24 @@ struct Frames {
     head_bytes: usize,
 }
 
+/// Frames that began within some bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Seen {
+    all: usize,
+    /// Those that do nothing for a call.
+    idle: u32,
+}
+
 impl Frames {
-    /// How many frames that do nothing for a call begin within `bytes`, which are the next that came.
-    fn idle_in(&mut self, mut bytes: &[u8]) -> u32 {
-        let mut idle = 0;
+    /// Looks at `bytes`, which are the next that came.
+    fn see(&mut self, mut bytes: &[u8]) -> Seen {
+        let mut seen = Seen::default();
         loop {
             let skipped = self.to_skip.min(bytes.len());
             self.to_skip -= skipped;
             bytes = &bytes[skipped..];
             if bytes.is_empty() {
-                return idle;
+                return seen;
             }
             let taken = (HEAD_BYTES - self.head_bytes).min(bytes.len());
             self.head[self.head_bytes..][..taken].copy_from_slice(&bytes[..taken]);
@@ -63,7 +77,8 @@ impl Frames {
             if self.head_bytes == HEAD_BYTES {
                 let [a, b, c, kind, flags, ..] = self.head;
                 let length = u32::from_be_bytes([0, a, b, c]);
-                idle += u32::from(is_idle(length, kind, flags));
+                seen.all += 1;
+                seen.idle += idle(length, kind, flags);
                 self.to_skip = length as usize;
                 self.head_bytes = 0;
             }
@@ -71,26 +86,34 @@ impl Frames {
     }
 }
 
-/// Whether a frame does nothing for a call. Heads of calls, and what goes on with them, have limits of their own.
-fn is_idle(length: u32, kind: u8, flags: u8) -> bool {
+/// As how many frames that do nothing for a call a frame counts. Heads of calls, and what goes on with them, have limits of
+/// their own.
+fn idle(length: u32, kind: u8, flags: u8) -> u32 {
     match kind {
-        HEADERS | CONTINUATION => false,
+        DATA if flags & END_STREAM == 0 && length == 0 => POINTLESS,
         // Padding may be all that there is.
-        DATA => flags & END_STREAM == 0 && (length == 0 || flags & PADDED != 0),
-        _ => true,
+        DATA => u32::from(flags & END_STREAM == 0 && flags & PADDED != 0),
+        CONTINUATION if length == 0 => POINTLESS,
+        HEADERS | CONTINUATION => 0,
+        _ => 1,
     }
 }
 
 impl<IO: AsyncRead + Unpin> AsyncRead for Counted<IO> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        ready!(self.turn.poll_goes_on(cx));
         let before = into.filled().len();
-        std::task::ready!(Pin::new(&mut self.io).poll_read(cx, into))?;
-        let idle = self.frames.idle_in(&into.filled()[before..]);
-        if idle > 0 && !self.peer.sends_idle_frames(idle) {
-            let told = "more frames that do nothing for a call than any client needs";
-            return Poll::Ready(Err(io::Error::other(told)));
+        let Poll::Ready(read) = Pin::new(&mut self.io).poll_read(cx, into) else {
+            self.turn.ends();
+            return Poll::Pending;
+        };
+        let bytes = &into.filled()[before..];
+        let seen = self.frames.see(bytes);
+        self.turn.takes(bytes.len() + seen.all * FRAME_COSTS);
+        if seen.idle > 0 {
+            self.peer.sends_idle_frames(seen.idle);
         }
-        Poll::Ready(Ok(()))
+        Poll::Ready(read)
     }
 }
 
@@ -152,8 +175,9 @@ mod tests {
         let bytes = sent.concat();
         for piece in [1, 2, 7, 9, 10, 100, bytes.len()] {
             let mut frames = Frames { to_skip: 7, head: [0; HEAD_BYTES], head_bytes: 0 };
-            let found: u32 = bytes.chunks(piece).map(|piece| frames.idle_in(piece)).sum();
-            assert_eq!(found, 9, "in pieces of {piece}");
+            let seen: Vec<Seen> = bytes.chunks(piece).map(|piece| frames.see(piece)).collect();
+            let (all, idle): (usize, u32) = (seen.iter().map(|seen| seen.all).sum(), seen.iter().map(|seen| seen.idle).sum());
+            assert_eq!((all, idle), (sent.len() - 1, 8 + 2 * POINTLESS), "in pieces of {piece}");
         }
     }
 }

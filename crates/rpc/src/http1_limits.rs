@@ -6,7 +6,7 @@ use std::{
     io::{self, ErrorKind, IoSlice},
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
@@ -16,7 +16,7 @@ use tokio::{
     time::{self, Instant, Sleep},
 };
 
-use crate::peer::Peer;
+use crate::{peer::Peer, turn::Turn};
 
 /// A connection that notes when a head begins, and ends when its peer takes nothing.
 pub(crate) struct Watched<IO> {
@@ -27,6 +27,7 @@ pub(crate) struct Watched<IO> {
     /// Runs while the peer takes nothing of what is to be sent.
     stalled: Option<Pin<Box<Sleep>>>,
     stall_limit: Duration,
+    turn: Turn,
 }
 
 /// Tells of heads that take too long.
@@ -36,10 +37,10 @@ pub(crate) struct Heads {
 }
 
 /// `io`, whose peer may leave bytes that are to be sent lie for `stall_limit`.
-pub(crate) fn watched<IO>(io: IO, peer: Arc<Peer>, stall_limit: Duration) -> (Watched<IO>, Heads) {
+pub(crate) fn watched<IO>(io: IO, peer: Arc<Peer>, turn: Turn, stall_limit: Duration) -> (Watched<IO>, Heads) {
     // The peer has begun to speak: so it was told apart from one that speaks HTTP/2.
     let (head_since, since) = watch::channel(Some(Instant::now()));
-    (Watched { io, peer: peer.clone(), head_since, stalled: None, stall_limit }, Heads { since, peer })
+    (Watched { io, peer: peer.clone(), head_since, stalled: None, stall_limit, turn }, Heads { since, peer })
 }
 
 impl Heads {
@@ -106,12 +107,18 @@ impl<IO> Watched<IO> {
 
 impl<IO: AsyncRead + Unpin> AsyncRead for Watched<IO> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        ready!(self.turn.poll_goes_on(cx));
         let before = into.filled().len();
-        let read = Pin::new(&mut self.io).poll_read(cx, into);
-        if into.filled().len() > before {
+        let Poll::Ready(read) = Pin::new(&mut self.io).poll_read(cx, into) else {
+            self.turn.ends();
+            return Poll::Pending;
+        };
+        let bytes = into.filled().len() - before;
+        self.turn.takes(bytes);
+        if bytes > 0 {
             self.heard();
         }
-        read
+        Poll::Ready(read)
     }
 }
 
@@ -164,7 +171,7 @@ mod tests {
         // closed before it comes.
         let (mut client, server) = duplex(64);
         let peer = peer();
-        let (mut io, heads) = watched(server, peer.clone(), LIMIT);
+        let (mut io, heads) = watched(server, peer.clone(), Turn::new(64), LIMIT);
         let late = heads.too_slow(LIMIT);
         tokio::pin!(late);
         let call = peer.call();
@@ -186,7 +193,7 @@ mod tests {
     async fn who_takes_nothing_is_left() {
         // Broken: a reader who stops keeps an answer in memory, and its connection, for ever.
         let (_client, server) = duplex(4);
-        let (mut io, _heads) = watched(server, peer(), LIMIT);
+        let (mut io, _heads) = watched(server, peer(), Turn::new(64), LIMIT);
         let error = time::timeout(10 * LIMIT, io.write_all(b"more than four")).await.expect("it ends").unwrap_err();
         assert_eq!(error.kind(), ErrorKind::TimedOut);
     }

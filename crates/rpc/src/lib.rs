@@ -48,6 +48,7 @@ pub mod stand_back;
 pub mod status;
 pub mod tls;
 pub mod trace;
+mod turn;
 mod watched_response;
 mod who_leaves;
 

@@ -35,8 +35,10 @@ pub(crate) struct Peer {
     pub(crate) leave: CancellationToken,
     /// Cancelled where another needs its place, so that its calls may not go on for ever.
     pub(crate) displaced: CancellationToken,
-    /// Cancelled when it does harm, or takes too long to leave; it is ended without a farewell.
+    /// Cancelled when it takes too long to leave; it is ended without a farewell.
     pub(crate) expelled: CancellationToken,
+    /// Cancelled when it does harm: nothing more is read of it.
+    pub(crate) harmful: CancellationToken,
     cut_off: Mutex<Allowance>,
     idle_frames: Mutex<Allowance>,
     /// Told when the last open call ends.
@@ -69,6 +71,7 @@ impl Peer {
             leave: CancellationToken::new(),
             displaced: CancellationToken::new(),
             expelled: CancellationToken::new(),
+            harmful: CancellationToken::new(),
             cut_off: Mutex::new(Allowance::new(now)),
             idle_frames: Mutex::new(Allowance::new(now)),
             quieter,
@@ -79,7 +82,8 @@ impl Peer {
     pub(crate) fn seen(&self) -> Staying {
         let Calls { open, last } = *self.calls.borrow();
         let is_fresh = open == 0 && last == self.came && self.came.elapsed() < FRESH_FOR;
-        Staying { origin: self.origin, is_busy: open > 0, is_fresh, last }
+        let is_busy = open > 0 && !self.harmful.is_cancelled();
+        Staying { origin: self.origin, is_busy, is_fresh, last }
     }
 
     /// Has to leave, since another needs its place.
@@ -93,13 +97,17 @@ impl Peer {
         let mut cut_off = self.cut_off.lock().unwrap_or_else(PoisonError::into_inner);
         if !cut_off.is_borne(1, Instant::now()) {
             tracing::debug!("a peer cuts off its calls faster than any client loses patience");
-            self.expelled.cancel();
+            self.harmful.cancel();
         }
     }
 
-    /// The peer sent so many frames that do nothing for a call: whether that is borne.
-    pub(crate) fn sends_idle_frames(&self, frames: u32) -> bool {
-        self.idle_frames.lock().unwrap_or_else(PoisonError::into_inner).is_borne(frames, Instant::now())
+    /// The peer sent so many frames that do nothing for a call. One that does nothing else is ended.
+    pub(crate) fn sends_idle_frames(&self, frames: u32) {
+        let mut idle_frames = self.idle_frames.lock().unwrap_or_else(PoisonError::into_inner);
+        if !idle_frames.is_borne(frames, Instant::now()) {
+            tracing::debug!("a peer sends more frames that do nothing for a call than any client needs");
+            self.harmful.cancel();
+        }
     }
 
     /// A call begins.

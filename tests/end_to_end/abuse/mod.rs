@@ -67,7 +67,7 @@ impl Scale {
                 silent: 1_000,
                 slow: 200,
                 floods: 8,
-                calm: Duration::from_secs(20),
+                calm: Duration::from_secs(8),
                 abused: Duration::from_secs(10),
             };
         }
