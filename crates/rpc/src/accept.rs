@@ -36,6 +36,8 @@ where
     let accepting = async {
         let mut failures = Failures { are_told: false };
         loop {
+            // Whoever is connected has a turn between any two newcomers.
+            task::yield_now().await;
             let (stream, origin) = tokio::select! {
                 next = next(&listener, &connections, &mut failures) => next,
                 short = connections.shortage_over() => {
@@ -50,8 +52,6 @@ where
                 told(ended);
             }
             tasks.spawn(hold(place, served));
-            // Whoever is connected has a turn between any two newcomers.
-            task::yield_now().await;
         }
     };
     tokio::select! {

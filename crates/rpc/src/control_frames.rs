@@ -176,7 +176,8 @@ mod tests {
         for piece in [1, 2, 7, 9, 10, 100, bytes.len()] {
             let mut frames = Frames { to_skip: 7, head: [0; HEAD_BYTES], head_bytes: 0 };
             let seen: Vec<Seen> = bytes.chunks(piece).map(|piece| frames.see(piece)).collect();
-            let (all, idle): (usize, u32) = (seen.iter().map(|seen| seen.all).sum(), seen.iter().map(|seen| seen.idle).sum());
+            let (all, idle): (usize, u32) =
+                (seen.iter().map(|seen| seen.all).sum(), seen.iter().map(|seen| seen.idle).sum());
             assert_eq!((all, idle), (sent.len() - 1, 8 + 2 * POINTLESS), "in pieces of {piece}");
         }
     }

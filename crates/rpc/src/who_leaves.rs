@@ -59,9 +59,7 @@ pub(crate) enum Room {
 /// `more` of them. If all have calls, an origin that has more than half of the places gives one to another: of those it
 /// has had for the longest time. While there is such an origin, nobody else who has only just come has to leave.
 pub(crate) fn room(staying: &[Staying], newcomer: Origin, more: usize) -> Room {
-    // No more than one can have more than half.
-    let places = count(staying, |_| true);
-    let greedy = places.into_iter().find_map(|(origin, places)| (places * 2 > staying.len()).then_some(origin));
+    let greedy = majority(staying);
     let is_spared = |staying: &Staying| staying.is_fresh && greedy.is_some_and(|greedy| staying.origin != greedy);
     let idlest = quietest(staying, more, |staying| !staying.is_busy && !is_spared(staying));
     if !idlest.is_empty() {
@@ -88,6 +86,22 @@ fn quietest(staying: &[Staying], count_max: usize, quiet: impl Fn(&Staying) -> b
     let Some(most) = counts.values().copied().max() else { return Vec::new() };
     let count_max = count_max.min(most / 2).max(1);
     longest(staying, count_max, |staying| quiet(staying) && counts.get(&staying.origin) == Some(&most))
+}
+
+/// The origin of more than half of them, if there is one. Asked for each of many newcomers while places are short: so without a
+/// count for each origin. What is left when one of an origin and one of another are struck out together, again and again, is
+/// the only one that can be.
+fn majority(staying: &[Staying]) -> Option<Origin> {
+    let (mut candidate, mut left) = (None, 0usize);
+    for Staying { origin, .. } in staying {
+        match candidate == Some(*origin) {
+            true => left += 1,
+            false if left > 0 => left -= 1,
+            false => (candidate, left) = (Some(*origin), 1),
+        }
+    }
+    candidate
+        .filter(|candidate| 2 * staying.iter().filter(|staying| staying.origin == *candidate).count() > staying.len())
 }
 
 /// How many there are of each origin that are `counted`.
@@ -199,6 +213,30 @@ mod tests {
         let own = staying(flood, false, true);
         assert_eq!(room(&[held, own, staying(a, false, true)], flood, 1), Room::Of(vec![1]));
         assert_eq!(room(&[staying(a, false, true), own], a, 1), Room::Of(vec![0]), "nobody is greedy");
+    }
+
+    /// Would break: an origin with more than half of the places is not found, so that it keeps all others out; or one with half
+    /// of them is held for greedy.
+    #[test]
+    fn more_than_half_is_found_in_any_order() {
+        const EACH: usize = 3;
+        let origins = ["10.0.0.1", "10.0.0.2", "10.0.0.3"].map(origin);
+        let last = Instant::now();
+        for length in 0..=7 {
+            for code in 0..EACH.pow(length) {
+                let at = |place| Staying {
+                    origin: origins[code / EACH.pow(place) % EACH],
+                    is_busy: true,
+                    is_fresh: false,
+                    last,
+                };
+                let staying: Vec<Staying> = (0..length).map(at).collect();
+                let has_more = |origin: &&Origin| {
+                    2 * staying.iter().filter(|staying| staying.origin == **origin).count() > staying.len()
+                };
+                assert_eq!(majority(&staying).as_ref(), origins.iter().find(has_more), "{staying:?}");
+            }
+        }
     }
 
     #[test]
