@@ -81,7 +81,7 @@ pub(crate) struct Connector<S> {
     /// seconds.
     keepalive: (Duration, Duration),
     /// Bytes that are read of a connection until others have their turn.
-    turn_bytes: usize,
+    turn_bytes: u32,
     limits: Arc<CallLimits>,
 }
 
@@ -104,7 +104,7 @@ impl<S> Connector<S> {
             handshake_timeout: config.handshake_timeout,
             idle_timeout: config.idle_timeout,
             keepalive: (config.keepalive_interval, config.keepalive_timeout),
-            turn_bytes: config.frame_bytes_max as usize,
+            turn_bytes: config.frame_bytes_max,
             limits: Arc::new(CallLimits { stall_timeout, receiving, streams }),
         })
     }
@@ -164,6 +164,11 @@ impl<S: ConnectionService> Connector<S> {
         // A decoding step is many small messages: none may wait for the next to fill a packet.
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(connection, %error, "small messages may wait");
+        }
+        // What is not sent yet of an answer lies here, where it counts, and not in the system, which takes megabytes.
+        #[cfg(target_os = "linux")]
+        if let Err(error) = SockRef::from(&stream).set_tcp_notsent_lowat(2 * self.turn_bytes) {
+            tracing::debug!(connection, %error, "the system takes more of an answer than it can send");
         }
         // HTTP/2 pings by itself; whoever speaks HTTP/1.1 and is gone without a word is found by this alone.
         let keepalive = TcpKeepalive::new().with_time(self.keepalive.0).with_interval(self.keepalive.1).with_retries(1);
@@ -226,7 +231,7 @@ impl<S: ConnectionService> Connector<S> {
     where
         IO: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let io = control_frames::Counted::new(io, peer.clone(), Turn::new(self.turn_bytes), PREFACE.len());
+        let io = control_frames::Counted::new(io, peer.clone(), Turn::new(self.turn_bytes as usize), PREFACE.len());
         let connection = self.http2.serve_connection(TokioIo::new(io), self.counted(end, &peer));
         tokio::pin!(connection);
         tokio::select! {
@@ -246,7 +251,7 @@ impl<S: ConnectionService> Connector<S> {
     where
         IO: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let (io, heads) = watched(io, peer.clone(), Turn::new(self.turn_bytes), self.limits.stall_timeout);
+        let (io, heads) = watched(io, peer.clone(), Turn::new(self.turn_bytes as usize), self.limits.stall_timeout);
         let connection = http1.builder.serve_connection(TokioIo::new(io), self.counted(end, &peer));
         tokio::pin!(connection);
         tokio::select! {

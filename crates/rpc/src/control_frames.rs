@@ -1,7 +1,7 @@
 //! What a peer of HTTP/2 sends beside its calls: pings, settings, priorities, windows, resets, frames with nothing in them.
 //! Each costs the peer some bytes and the server a look, and HTTP/2 itself bounds none. So they are counted as they come,
 //! and a connection that has little else does harm. A client needs some of them for what it is answered, which earns it
-//! more. Put around a connection by [`crate::connection`], which has harmful ones end. Frames are read by turns.
+//! more. Put around a connection by [`crate::connection`], which has harmful ones end. Frames are read and written by turns.
 
 use std::{
     io::{self, IoSlice},
@@ -119,7 +119,10 @@ impl<IO: AsyncRead + Unpin> AsyncRead for Counted<IO> {
 
 impl<IO: AsyncWrite + Unpin> AsyncWrite for Counted<IO> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write(cx, bytes)
+        ready!(self.turn.poll_goes_on(cx));
+        let written = Pin::new(&mut self.io).poll_write(cx, bytes);
+        self.turn.wrote(&written);
+        written
     }
 
     fn poll_write_vectored(
@@ -127,7 +130,10 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for Counted<IO> {
         cx: &mut Context<'_>,
         slices: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write_vectored(cx, slices)
+        ready!(self.turn.poll_goes_on(cx));
+        let written = Pin::new(&mut self.io).poll_write_vectored(cx, slices);
+        self.turn.wrote(&written);
+        written
     }
 
     fn is_write_vectored(&self) -> bool {

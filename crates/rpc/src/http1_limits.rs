@@ -1,6 +1,7 @@
 //! How long an HTTP/1.1 peer may take: for the head of a request from its first byte, and for taking any byte of an answer.
 //! hyper's own limit on heads would count the wait for the next request, too, which may be long on a connection that is kept;
-//! and HTTP/2's pings, which find peers that are gone, do not exist here. Put around a connection by [`crate::connection`].
+//! and HTTP/2's pings, which find peers that are gone, do not exist here. Put around a connection by [`crate::connection`]; bytes
+//! are read and written by turns.
 
 use std::{
     io::{self, ErrorKind, IoSlice},
@@ -124,7 +125,9 @@ impl<IO: AsyncRead + Unpin> AsyncRead for Watched<IO> {
 
 impl<IO: AsyncWrite + Unpin> AsyncWrite for Watched<IO> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        ready!(self.turn.poll_goes_on(cx));
         let written = Pin::new(&mut self.io).poll_write(cx, bytes);
+        self.turn.wrote(&written);
         self.in_time(cx, written)
     }
 
@@ -133,7 +136,9 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for Watched<IO> {
         cx: &mut Context<'_>,
         bytes: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        ready!(self.turn.poll_goes_on(cx));
         let written = Pin::new(&mut self.io).poll_write_vectored(cx, bytes);
+        self.turn.wrote(&written);
         self.in_time(cx, written)
     }
 

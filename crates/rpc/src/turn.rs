@@ -1,8 +1,12 @@
-//! How much of a connection is read until others have their turn. A peer that sends without a pause would otherwise be read for
-//! as long as tokio and hyper let a task go on, a MiB or some thousands of frames, and all who share its thread wait as long.
-//! Asked before each read by [`crate::control_frames`] and [`crate::http1_limits`].
+//! How much a connection carries until others have their turn. A peer that sends without a pause, or takes what it asked for as
+//! soon as it comes, would otherwise be served for as long as tokio and hyper let a task go on, a MiB or some thousands of
+//! frames, and all who share its thread wait as long. Asked before each read and write by [`crate::control_frames`] and
+//! [`crate::http1_limits`].
 
-use std::task::{Context, Poll};
+use std::{
+    io,
+    task::{Context, Poll},
+};
 
 /// What is left of a connection's turn.
 #[derive(Debug)]
@@ -17,7 +21,7 @@ impl Turn {
         Self { bytes_max, bytes_left: bytes_max }
     }
 
-    /// Whether more may be read now. Where the turn is over, the task comes again behind the others that are ready, and has a
+    /// Whether more may be read or written now. Where the turn is over, the task comes again behind the others that are ready, and has a
     /// new one then.
     pub(crate) fn poll_goes_on(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         if self.bytes_left > 0 {
@@ -28,12 +32,20 @@ impl Turn {
         Poll::Pending
     }
 
-    /// What was read costs as much as so many bytes.
+    /// What was carried costs as much as so many bytes.
     pub(crate) fn takes(&mut self, bytes: usize) {
         self.bytes_left = self.bytes_left.saturating_sub(bytes);
     }
 
-    /// Nothing is there to be read, so that others have their turn by themselves.
+    /// Bytes were written, or are not taken now.
+    pub(crate) fn wrote(&mut self, written: &Poll<io::Result<usize>>) {
+        match written {
+            Poll::Ready(written) => self.takes(*written.as_ref().unwrap_or(&0)),
+            Poll::Pending => self.ends(),
+        }
+    }
+
+    /// Nothing is there to be read, or nothing more is taken, so that others have their turn by themselves.
     pub(crate) fn ends(&mut self) {
         self.bytes_left = self.bytes_max;
     }
