@@ -5,7 +5,7 @@ mod echo;
 use std::time::{Duration, Instant};
 
 use echo::{Running, count, unary};
-use futures::StreamExt;
+use futures::{StreamExt, future};
 use sida_rpc::ServerConfig;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -127,7 +127,8 @@ async fn silent_peers_keep_nobody_out() {
 
 #[tokio::test]
 async fn who_sends_little_but_control_frames_is_ended() {
-    // Broken: a peer that pings as fast as it can, or sets the same again and again, takes a processor for as long as it likes.
+    // Would break: a peer that pings as fast as it can, or sets the same again and again, takes a processor for as long as it
+    // likes, or comes again as soon as it is ended.
     let hour = Duration::from_secs(3600);
     let config = ServerConfig { keepalive_interval: hour, keepalive_timeout: hour, ..plain() };
     let running = Running::start(config, |server| server).await;
@@ -135,8 +136,10 @@ async fn who_sends_little_but_control_frames_is_ended() {
         (b"\0\0\x08\x06\0\0\0\0\0pingping", b"\0\0\0\x04\0\0\0\0\0", b"\0\0\x04\x08\0\0\0\0\0\0\0\0\x01");
     let frames: [(&str, &[u8]); 4] =
         [("PING", ping), ("SETTINGS", settings), ("WINDOW_UPDATE", window), ("of no kind", b"\0\0\0\xf0\0\0\0\0\0")];
-    for (kind, frame) in frames {
-        let (mut reader, mut writer) = silent(&running, GREETING).await.into_split();
+    let running_at = &running;
+    let floods = frames.map(|(kind, frame)| async move {
+        let begun = Instant::now();
+        let (mut reader, mut writer) = silent(running_at, GREETING).await.into_split();
         let flooding = async {
             let many = frame.repeat(256);
             // An error is the end.
@@ -153,7 +156,9 @@ async fn who_sends_little_but_control_frames_is_ended() {
             }
         };
         time::timeout(Duration::from_secs(60), ended).await.unwrap_or_else(|_| panic!("{kind} goes on"));
-    }
+        assert!(begun.elapsed() > Duration::from_secs(2), "{kind} does not wait for its end");
+    });
+    future::join_all(floods).await;
     // Whoever asks for something is answered as ever.
     let channel = running.channel().await;
     for _ in 0..100 {

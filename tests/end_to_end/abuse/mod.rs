@@ -49,6 +49,7 @@ struct Scale {
     silent: usize,
     slow: usize,
     floods: usize,
+    large: usize,
     /// How long honest clients ask without any abuse, before and after.
     calm: Duration,
     /// How long each abuse lasts at least: offenders who are ended come again until then.
@@ -67,6 +68,7 @@ impl Scale {
                 silent: 1_000,
                 slow: 200,
                 floods: 8,
+                large: 8,
                 calm: Duration::from_secs(8),
                 abused: Duration::from_secs(10),
             };
@@ -79,7 +81,8 @@ impl Scale {
             idle: 120,
             silent: 40,
             slow: 3,
-            floods: 2,
+            floods: 1,
+            large: 2,
             calm: Duration::from_millis(200),
             abused: Duration::ZERO,
         }
@@ -141,9 +144,9 @@ where
     Abuse { name, doors, offenders, ended: offenders, offence }
 }
 
-/// What is done, one after the other. Where the machine is not this test's own, all that only waits is done at once.
+/// What is done, one after the other. In the short form all that only waits is done at once, and so are all floods.
 fn abuses(scale: &Scale) -> Vec<Vec<Abuse>> {
-    let Scale { idle, silent, slow, floods, stall_timeout, connections_max, .. } = *scale;
+    let Scale { idle, silent, slow, floods, large, stall_timeout, connections_max, .. } = *scale;
     let places_max = connections_max + connections_max / 8;
     let waiting = vec![
         abuse("half-open connections", BOTH, slow, offenders::half_open),
@@ -154,9 +157,7 @@ fn abuses(scale: &Scale) -> Vec<Vec<Abuse>> {
         abuse("slow heads", BOTH, slow, offenders::slow_head),
         abuse("slow bodies of HTTP/1.1", HTTP, slow, |to, _| offenders::slow_body_of_http1(to)),
     ];
-    let busy = [
-        Abuse { ended: idle - places_max, ..abuse("idle connections", BOTH, idle, offenders::idle) },
-        abuse("connections that never speak", BOTH, silent, offenders::silent),
+    let floods = vec![
         abuse("rapid resets", BOTH, floods, offenders::rapid_resets),
         abuse("resets of calls that were seen", BOTH, floods, offenders::resets_in_turns),
         abuse("CONTINUATION floods", BOTH, floods, offenders::continuations),
@@ -168,8 +169,12 @@ fn abuses(scale: &Scale) -> Vec<Vec<Abuse>> {
         abuse("PRIORITY floods", BOTH, floods, offenders::priorities),
         abuse("floods of empty DATA", BOTH, floods, offenders::empty_data),
         abuse("floods of unknown frames", BOTH, floods, offenders::unknown_frames),
-        abuse("64 MiB", BOTH, floods, offenders::large),
-        abuse("64 x 8 MiB that are announced", GRPC, floods, offenders::announced),
+    ];
+    let many = [
+        Abuse { ended: idle - places_max, ..abuse("idle connections", BOTH, idle, offenders::idle) },
+        abuse("connections that never speak", BOTH, silent, offenders::silent),
+        abuse("64 MiB", BOTH, large, offenders::large),
+        abuse("64 x 8 MiB that are announced", GRPC, large, offenders::announced),
         // Whoever comes when its own has most places is refused.
         Abuse {
             ended: connections_max - connections_max / 8,
@@ -179,8 +184,8 @@ fn abuses(scale: &Scale) -> Vec<Vec<Abuse>> {
     let chosen = env::var("SIDA_ABUSE").unwrap_or_default();
     let is_chosen = |abuses: &Vec<Abuse>| abuses.iter().any(|abuse| abuse.name.contains(&chosen));
     let alone = |abuse| vec![abuse];
-    let waiting = if is_long() { waiting.into_iter().map(alone).collect() } else { vec![waiting] };
-    waiting.into_iter().chain(busy.map(alone)).filter(is_chosen).collect()
+    let together = |abuses: Vec<Abuse>| if is_long() { abuses.into_iter().map(alone).collect() } else { vec![abuses] };
+    together(waiting).into_iter().chain(together(floods)).chain(many.map(alone)).filter(is_chosen).collect()
 }
 
 /// A machine in the network would end the service for all others, or fill a server's memory, with connections alone.
