@@ -25,7 +25,7 @@ const PADDED: u8 = 8;
 /// Of a turn, a frame takes so many bytes beside its own: to look at it costs about as much as to read them.
 const FRAME_COSTS: usize = 512;
 /// As so many idle frames counts one that goes on with something by nothing, for which no client has a reason.
-const POINTLESS: u32 = 32;
+const POINTLESS: u32 = 64;
 
 /// A connection whose frames are looked at as they are read.
 pub(crate) struct Counted<IO> {
@@ -110,8 +110,10 @@ impl<IO: AsyncRead + Unpin> AsyncRead for Counted<IO> {
         let bytes = &into.filled()[before..];
         let seen = self.frames.see(bytes);
         self.turn.takes(bytes.len() + seen.all * FRAME_COSTS);
-        if seen.idle > 0 {
-            self.peer.sends_idle_frames(seen.idle);
+        if seen.idle > 0 && !self.peer.sends_idle_frames(seen.idle) {
+            // HTTP/2 would have the last word, and the peer would come again at once. Whoever serves the connection ends it.
+            into.set_filled(before);
+            return Poll::Pending;
         }
         Poll::Ready(read)
     }

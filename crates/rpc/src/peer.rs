@@ -101,13 +101,15 @@ impl Peer {
         }
     }
 
-    /// The peer sent so many frames that do nothing for a call. One that does nothing else is ended.
-    pub(crate) fn sends_idle_frames(&self, frames: u32) {
+    /// The peer sent so many frames that do nothing for a call: whether that is borne. One that does nothing else is ended.
+    pub(crate) fn sends_idle_frames(&self, frames: u32) -> bool {
         let mut idle_frames = self.idle_frames.lock().unwrap_or_else(PoisonError::into_inner);
-        if !idle_frames.is_borne(frames, Instant::now()) {
+        let is_borne = idle_frames.is_borne(frames, Instant::now());
+        if !is_borne {
             tracing::debug!("a peer sends more frames that do nothing for a call than any client needs");
             self.harmful.cancel();
         }
+        is_borne
     }
 
     /// A call begins.
