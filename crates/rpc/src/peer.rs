@@ -18,8 +18,9 @@ use crate::{
 };
 
 /// Frames beside its calls that a client may need for one of an answer, which is of so many bytes at most where the client
-/// has not said otherwise: it tells its windows, of the call and of the connection, and asks how far it is away.
-const FRAMES_FOR_ONE: u32 = 4;
+/// has not said otherwise: it tells its windows, of the call and of the connection, and asks how far it is away, which counts
+/// for more.
+const FRAMES_FOR_ONE: u32 = 16;
 const FRAME_BYTES: usize = 16 << 10;
 
 /// How long a client may take from connecting to its first call: handshakes over a long way.
