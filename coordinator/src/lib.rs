@@ -145,6 +145,7 @@ fn of_callers(coordinator: &Coordinator) -> ServerConfig {
         connection_window_bytes: 1 << 20,
         frame_bytes_max: 64 << 10,
         receiving_bytes_max: 256 << 20,
+        large_bytes_per_second: Some(32 << 20),
         ..coordinator.config().server.clone()
     }
 }

@@ -94,7 +94,8 @@ impl<S> Connector<S> {
         http1: Option<Http1>,
         streams: Option<HashSet<String>>,
     ) -> Arc<Self> {
-        let (stall_timeout, receiving) = (config.stall_timeout, Receiving::new(config.receiving_bytes_max));
+        let receiving = Receiving::new(config.receiving_bytes_max, config.large_bytes_per_second);
+        let stall_timeout = config.stall_timeout;
         Arc::new(Self {
             service,
             http2: http2_builder(config),

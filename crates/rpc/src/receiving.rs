@@ -1,22 +1,51 @@
-//! The memory of requests that are coming: a limit for all of a server. Where it is exceeded, the request that takes
-//! most of it ends, so that a few large ones which come slowly keep no small one out. Charged by
+//! What large requests take of a server while they come. Of memory: a limit for all of them, and where it is exceeded, the
+//! request that takes most of it ends, so that a few large ones which come slowly keep no small one out. Of time: they come no
+//! faster than at a pace for all of them, so that many that come fast leave a processor to the small ones. Charged by
 //! [`crate::request_body`].
 
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 /// A request up to this size is not counted: that would cost each more than it gains, and their number is bounded.
 const SMALL_BYTES: usize = 64 << 10;
 
+/// From this size on a request comes at the pace of large ones.
+pub(crate) const LARGE_BYTES: usize = 256 << 10;
+
+/// So far ahead of its pace a request may come: what a clock can tell apart.
+const AHEAD: Duration = Duration::from_millis(2);
+
 /// Everything that is being received.
 #[derive(Debug)]
 pub(crate) struct Receiving {
     limit: usize,
+    pace: Pace,
     held: Mutex<Held>,
+}
+
+/// The pace of all large requests.
+#[derive(Debug)]
+struct Pace {
+    /// `None`: as they come.
+    bytes_per_second: Option<u32>,
+    /// When all that has come would have come at that pace.
+    until: Mutex<Instant>,
+}
+
+impl Pace {
+    /// So many bytes came at `now`: until when the request that they are of has to wait.
+    fn takes(&self, bytes: usize, now: Instant) -> Option<Instant> {
+        let rate = f64::from(self.bytes_per_second?);
+        let mut until = self.until.lock().unwrap_or_else(PoisonError::into_inner);
+        *until = (*until).max(now) + Duration::from_secs_f64(bytes as f64 / rate);
+        (*until - now > AHEAD).then_some(*until)
+    }
 }
 
 #[derive(Debug, Default)]
@@ -37,9 +66,11 @@ pub(crate) struct Share {
 }
 
 impl Receiving {
-    /// Nothing yet, and no more than `limit` bytes.
-    pub(crate) fn new(limit: usize) -> Arc<Self> {
-        Arc::new(Self { limit, held: Mutex::default() })
+    /// Nothing yet, and no more than `limit` bytes. Large requests come at so many bytes a second all together, if that is
+    /// said.
+    pub(crate) fn new(limit: usize, bytes_per_second: Option<u32>) -> Arc<Self> {
+        let pace = Pace { bytes_per_second, until: Mutex::new(Instant::now()) };
+        Arc::new(Self { limit, pace, held: Mutex::default() })
     }
 
     /// The share of a request of which nothing has come.
@@ -75,6 +106,11 @@ impl Held {
 }
 
 impl Share {
+    /// So many bytes came of a large request: until when it has to wait for others, if so.
+    pub(crate) fn comes(&self, bytes: usize) -> Option<Instant> {
+        self.receiving.pace.takes(bytes, Instant::now())
+    }
+
     /// This request takes so many bytes now.
     pub(crate) fn takes(&mut self, bytes: usize) {
         if bytes == self.bytes || self.counted_as.is_none() && bytes <= SMALL_BYTES {
@@ -110,7 +146,7 @@ mod tests {
     #[test]
     fn the_largest_ends_for_others() {
         // Would break: a few requests that come for ever fill all memory, or keep out all others.
-        let receiving = Receiving::new(10 * SMALL_BYTES);
+        let receiving = Receiving::new(10 * SMALL_BYTES, None);
         let mut shares: Vec<Share> = (0..4).map(|_| receiving.share()).collect();
         let mut takes = |which: usize, parts: usize| {
             shares[which].takes(parts * SMALL_BYTES);
@@ -134,9 +170,23 @@ mod tests {
     #[test]
     fn one_that_is_larger_than_all_memory_ends() {
         // Would break: it stays, since there is no larger one.
-        let receiving = Receiving::new(SMALL_BYTES);
+        let receiving = Receiving::new(SMALL_BYTES, None);
         let mut share = receiving.share();
         share.takes(2 * SMALL_BYTES);
         assert!(share.ended.is_cancelled() && receiving.held().total == 0);
+    }
+    /// Would break: large requests take all of the processors, or one that comes at its pace waits.
+    #[test]
+    fn all_large_requests_together_come_at_a_pace() {
+        let start = Instant::now();
+        let pace = Pace { bytes_per_second: Some(1 << 20), until: Mutex::new(start) };
+        let second = Duration::from_secs(1);
+        assert_eq!(pace.takes(1 << 10, start), None, "it is hardly ahead");
+        assert_eq!(pace.takes(1 << 20, start), Some(start + second + second / 1024));
+        assert_eq!(pace.takes(1 << 20, start + second), Some(start + 2 * second + second / 1024));
+        assert_eq!(pace.takes(1 << 10, start + 5 * second), None, "no more is saved up");
+        assert_eq!(pace.takes(1 << 20, start + 5 * second), Some(start + 6 * second + second / 1024));
+        let any = Pace { bytes_per_second: None, until: Mutex::new(start) };
+        assert_eq!(any.takes(usize::MAX, start), None);
     }
 }

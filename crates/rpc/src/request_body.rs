@@ -1,5 +1,5 @@
 //! The body of a request, from a peer who may send it slowly: as long as one waits for it, there is a limit, and its
-//! memory counts as soon as it is announced. What counts as slow is the time in which nothing is there to be read
+//! memory counts as soon as it is announced. Large ones come at a pace. What counts as slow is the time in which nothing is there to be read
 //! although somebody wants to read, so that a node which is busy blames nobody. Put around every request by
 //! [`crate::connection`].
 //!
@@ -10,7 +10,7 @@ use std::{
     error::Error,
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
@@ -22,7 +22,7 @@ use tokio_util::sync::WaitForCancellationFutureOwned;
 use tonic::Status;
 
 use crate::{
-    receiving::Share,
+    receiving::{LARGE_BYTES, Share},
     server::MESSAGE_BYTES_MAX,
     status::{Fault, Reason},
 };
@@ -110,6 +110,10 @@ pub(crate) struct RequestBody<B = Incoming> {
     patience: Duration,
     share: Share,
     waiting: Option<Waiting>,
+    /// Bytes of a unit that have come.
+    came: usize,
+    /// While others have their turn, whose requests are as large.
+    pausing: Option<Pin<Box<Sleep>>>,
 }
 
 /// While nothing is there to be read.
@@ -122,15 +126,20 @@ struct Waiting {
 impl<B> RequestBody<B> {
     /// `inner`, of which each `unit` has to come within `limit` and takes its `share` of memory.
     pub(crate) fn new(inner: B, unit: Unit, limit: Duration, share: Share) -> Self {
-        Self { inner, unit, limit, patience: limit, share, waiting: None }
+        Self { inner, unit, limit, patience: limit, share, waiting: None, came: 0, pausing: None }
     }
 
     fn read(&mut self, data: &[u8]) {
         self.unit.read(data);
         self.share.takes(self.unit.bytes());
+        self.came += data.len();
+        if self.came > LARGE_BYTES {
+            self.pausing = self.share.comes(data.len()).map(|until| Box::pin(time::sleep_until(until)));
+        }
         // The next has a limit of its own.
         if !self.unit.has_begun() {
             self.patience = self.limit;
+            self.came = 0;
         }
     }
 
@@ -166,6 +175,10 @@ where
     type Error = Box<dyn Error + Send + Sync>;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
+        if let Some(pausing) = &mut self.pausing {
+            ready!(pausing.as_mut().poll(cx));
+            self.pausing = None;
+        }
         if let Poll::Ready(frame) = Pin::new(&mut self.inner).poll_frame(cx) {
             if let Some(Waiting { since, .. }) = self.waiting.take() {
                 self.patience = self.patience.saturating_sub(since.elapsed());
@@ -245,7 +258,7 @@ mod tests {
 
     /// How many bytes come before the end, or before it is late.
     async fn read(inner: Bytewise, unit: Unit, limit: Duration) -> Result<usize, usize> {
-        let share = Receiving::new(usize::MAX).share();
+        let share = Receiving::new(usize::MAX, None).share();
         let (mut body, mut bytes) = (RequestBody::new(inner, unit, limit, share), 0);
         while let Some(frame) = time::timeout(LONG, body.frame()).await.expect("it ends") {
             match frame {
@@ -287,7 +300,7 @@ mod tests {
     async fn who_reads_late_blames_nobody() {
         // Would break: a node that is busy for a minute refuses what its peers sent long ago.
         let parts = slow(Duration::ZERO, vec![Some(b"a"); 2]);
-        let mut body = RequestBody::new(parts, Unit::Body { bytes: 0 }, SHORT, Receiving::new(0).share());
+        let mut body = RequestBody::new(parts, Unit::Body { bytes: 0 }, SHORT, Receiving::new(0, None).share());
         for _ in 0..2 {
             time::sleep(5 * SHORT).await;
             assert!(body.frame().await.unwrap().is_ok());
@@ -295,11 +308,34 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn large_requests_come_at_a_pace_and_small_ones_as_they_are_sent() {
+        // Would break: many large requests keep all others from the processors, or every request waits for them.
+        const PART: &[u8] = &[0; LARGE_BYTES / 4];
+        let worth = 5 * SHORT;
+        let receiving = Receiving::new(usize::MAX, Some((LARGE_BYTES as f64 / worth.as_secs_f64()) as u32));
+        let takes = async |parts| {
+            let (begun, mut pauses) = (Instant::now(), 0);
+            let parts = slow(Duration::ZERO, vec![Some(PART); parts]);
+            let mut body = RequestBody::new(parts, Unit::Body { bytes: 0 }, LONG, receiving.share());
+            while let Some(frame) = body.frame().await {
+                frame.expect("it waits no time for its peer");
+                pauses += usize::from(body.pausing.is_some());
+            }
+            (begun.elapsed(), pauses)
+        };
+        assert_eq!(takes(4).await.1, 0, "it is small");
+        let (alone, pauses) = takes(12).await;
+        assert!(alone > worth && pauses == 8, "two more times as much: {alone:?}, {pauses}");
+        let ((one, _), (other, _)) = tokio::join!(takes(8), takes(8));
+        assert!(one.max(other) > worth, "{one:?} and {other:?}");
+    }
+
+    #[tokio::test]
     async fn what_is_announced_counts_before_it_comes() {
         // Would break: heads of five bytes, each of which makes its reader take 64 MiB, fill all memory; or who is
         // crowded out by others waits on.
         const MIB: usize = 1 << 20;
-        let receiving = Receiving::new(3 * MIB);
+        let receiving = Receiving::new(3 * MIB, None);
         let large = slow(Duration::ZERO, vec![Some(b"\0\0\x20\0\0"), None]);
         let mut large = RequestBody::new(large, Unit::Message(Messages::default()), LONG, receiving.share());
         assert!(large.frame().await.unwrap().is_ok());

@@ -88,6 +88,8 @@ pub struct ServerConfig {
     /// Memory of all requests that are being received, as far as they are large. The largest of them ends when it is
     /// exceeded.
     pub receiving_bytes_max: usize,
+    /// How fast large requests come, all together; `None`: as they are sent.
+    pub large_bytes_per_second: Option<u32>,
     /// How often a silent connection is pinged, to find peers that are gone without a word.
     pub keepalive_interval: Duration,
     /// How long such a ping may take.
@@ -118,6 +120,7 @@ impl Default for ServerConfig {
             idle_timeout: Duration::from_secs(30 * 60),
             stall_timeout: Duration::from_secs(60),
             receiving_bytes_max: 1 << 30,
+            large_bytes_per_second: None,
             keepalive_interval: Duration::from_secs(20),
             keepalive_timeout: Duration::from_secs(10),
             drain_limit: Duration::from_secs(30),
