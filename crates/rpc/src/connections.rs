@@ -5,6 +5,7 @@
 use std::{
     collections::{HashMap, VecDeque},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use tokio::{
@@ -37,7 +38,12 @@ struct Open {
     /// Those that were asked to leave for others and are there still, in the order in which they were.
     leaving: VecDeque<u64>,
     shortage: Shortage,
+    /// Who was refused last, and until when others of the same origin are without another look at everybody.
+    refused: Option<(Origin, Instant)>,
 }
+
+/// How long a refusal stands. One that is refused may come again at once.
+const REFUSED_FOR: Duration = Duration::from_millis(10);
 
 /// The place of one connection; free again when this is dropped.
 #[derive(Debug)]
@@ -83,7 +89,12 @@ impl Connections {
         let mut open = self.open();
         let leaving = open.leaving.len();
         if open.peers.len() - leaving >= self.limit {
-            if open.shortage.begins(Instant::now()) {
+            let now = Instant::now();
+            if open.refused.is_some_and(|(refused, until)| refused == origin && now < until) {
+                open.shortage.refuses();
+                return Try::Refused;
+            }
+            if open.shortage.begins(now) {
                 tracing::warn!(
                     limit = self.limit,
                     "all places for connections are taken: those without a call are asked to leave, and further ones wait while all have one"
@@ -100,6 +111,7 @@ impl Connections {
                 }
                 Room::Of(spared) => spared.into_iter().for_each(|index| open.asked_to_leave(keys[index])),
                 Room::None => {
+                    open.refused = Some((origin, now + REFUSED_FOR));
                     open.shortage.refuses();
                     return Try::Refused;
                 }
@@ -189,7 +201,7 @@ impl Drop for Place {
 
 #[cfg(test)]
 mod tests {
-    use std::{net::IpAddr, time::Duration};
+    use std::net::IpAddr;
 
     use super::*;
 

@@ -26,6 +26,9 @@ const FRAME_BYTES: usize = 16 << 10;
 /// How long a client may take from connecting to its first call: handshakes over a long way.
 const FRESH_FOR: Duration = Duration::from_secs(2);
 
+/// How long a connection counts as in use after a call.
+const IN_USE_FOR: Duration = Duration::from_secs(1);
+
 /// A connection from when it was accepted.
 #[derive(Debug)]
 pub(crate) struct Peer {
@@ -84,7 +87,8 @@ impl Peer {
         let Calls { open, last } = *self.calls.borrow();
         let is_fresh = open == 0 && last == self.came && self.came.elapsed() < FRESH_FOR;
         let is_busy = open > 0 && !self.harmful.is_cancelled();
-        Staying { origin: self.origin, is_busy, is_fresh, last }
+        let is_in_use = last != self.came && last.elapsed() < IN_USE_FOR;
+        Staying { origin: self.origin, is_busy, is_fresh, is_in_use, last }
     }
 
     /// Has to leave, since another needs its place.

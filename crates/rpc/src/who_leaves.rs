@@ -40,6 +40,8 @@ pub(crate) struct Staying {
     pub(crate) is_busy: bool,
     /// Whether it has only just come and had no time for its first call.
     pub(crate) is_fresh: bool,
+    /// Whether its last call has only just ended, so that the next may come at once.
+    pub(crate) is_in_use: bool,
     /// When its last call ended, or it came.
     pub(crate) last: Instant,
 }
@@ -56,17 +58,25 @@ pub(crate) enum Room {
 }
 
 /// What becomes of a `newcomer` when `staying` have all places. Somebody [without a call](idlest) leaves for it, up to
-/// `more` of them. If all have calls, an origin that has more than half of the places gives one to another: of those it
-/// has had for the longest time. While there is such an origin, nobody else who has only just come has to leave.
+/// `more` of them: nobody who is in use, while there are others or the newcomer's own origin has more than half of the places.
+/// If all have calls, such an origin gives one to another: of those it has had for the longest time. While there is such an
+/// origin, nobody else who has only just come or is in use has to leave.
 pub(crate) fn room(staying: &[Staying], newcomer: Origin, more: usize) -> Room {
     let greedy = majority(staying);
-    let is_spared = |staying: &Staying| staying.is_fresh && greedy.is_some_and(|greedy| staying.origin != greedy);
-    let idlest = quietest(staying, more, |staying| !staying.is_busy && !is_spared(staying));
+    let is_spared = |staying: &Staying| {
+        (staying.is_fresh || staying.is_in_use) && greedy.is_some_and(|greedy| staying.origin != greedy)
+    };
+    let is_quiet = |staying: &Staying| !staying.is_busy && !is_spared(staying);
+    let idlest = quietest(staying, more, |staying| is_quiet(staying) && !staying.is_in_use);
     if !idlest.is_empty() {
         return Room::Of(idlest);
     }
+    if greedy == Some(newcomer) {
+        return Room::None;
+    }
+    let quiet = quietest(staying, more, is_quiet);
     match greedy {
-        Some(greedy) if greedy == newcomer => Room::None,
+        _ if !quiet.is_empty() => Room::Of(quiet),
         Some(greedy) => Room::Of(longest(staying, 1, |staying| staying.origin == greedy)),
         None => Room::Later,
     }
@@ -142,6 +152,7 @@ mod tests {
             origin: origin(from),
             is_busy,
             is_fresh: false,
+            is_in_use: false,
             last: start + Duration::from_secs(second),
         });
         room(&staying.collect::<Vec<_>>(), origin(newcomer), more)
@@ -205,7 +216,7 @@ mod tests {
         // first call can arrive.
         let (flood, a) = (origin("10.0.0.1"), origin("10.0.0.2"));
         let last = Instant::now();
-        let staying = |origin, is_busy, is_fresh| Staying { origin, is_busy, is_fresh, last };
+        let staying = |origin, is_busy, is_fresh| Staying { origin, is_busy, is_fresh, is_in_use: false, last };
         let held = staying(flood, true, false);
         assert_eq!(room(&[held, held, staying(a, false, true)], flood, 1), Room::None);
         assert_eq!(room(&[held, held, staying(a, false, true)], a, 1), Room::Of(vec![0]), "the greedy one's place");
@@ -213,6 +224,21 @@ mod tests {
         let own = staying(flood, false, true);
         assert_eq!(room(&[held, own, staying(a, false, true)], flood, 1), Room::Of(vec![1]));
         assert_eq!(room(&[staying(a, false, true), own], a, 1), Room::Of(vec![0]), "nobody is greedy");
+    }
+
+    /// Would break: where one address stands for many callers and one of them holds calls on nearly all connections, the others
+    /// lose theirs between two calls.
+    #[test]
+    fn who_is_in_use_stays_while_it_can() {
+        let (flood, a, b) = (origin("10.0.0.1"), origin("10.0.0.2"), origin("10.0.0.3"));
+        let last = Instant::now();
+        let held = |origin| Staying { origin, is_busy: true, is_fresh: false, is_in_use: false, last };
+        let quiet = |origin, is_in_use| Staying { is_busy: false, is_in_use, ..held(origin) };
+        assert_eq!(room(&[held(flood), held(flood), quiet(flood, true)], flood, 1), Room::None);
+        assert_eq!(room(&[held(flood), held(flood), quiet(flood, true)], a, 1), Room::Of(vec![2]));
+        assert_eq!(room(&[held(flood), held(flood), quiet(a, true)], b, 1), Room::Of(vec![0]), "the greedy one's");
+        assert_eq!(room(&[held(a), quiet(b, true), quiet(flood, false)], a, 1), Room::Of(vec![2]), "it is not in use");
+        assert_eq!(room(&[held(a), quiet(b, true), held(flood)], a, 1), Room::Of(vec![1]), "nobody is greedy");
     }
 
     /// Would break: an origin with more than half of the places is not found, so that it keeps all others out; or one with half
@@ -228,6 +254,7 @@ mod tests {
                     origin: origins[code / EACH.pow(place) % EACH],
                     is_busy: true,
                     is_fresh: false,
+                    is_in_use: false,
                     last,
                 };
                 let staying: Vec<Staying> = (0..length).map(at).collect();
