@@ -232,11 +232,12 @@ impl<S: ConnectionService> Connector<S> {
     where
         IO: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let io = control_frames::Counted::new(io, peer.clone(), Turn::new(self.turn_bytes as usize), PREFACE.len());
+        let turn = Turn::new(self.turn_bytes as usize);
+        let io = control_frames::Counted::new(io, peer.clone(), turn.clone(), PREFACE.len());
         let connection = self.http2.serve_connection(TokioIo::new(io), self.counted(end, &peer));
         tokio::pin!(connection);
         tokio::select! {
-            ended = &mut connection => return ended.map_err(|error| error.to_string()),
+            ended = turn.of(connection.as_mut()) => return ended.map_err(|error| error.to_string()),
             () = peer.harmful.cancelled() => {
                 // Nothing is read of it meanwhile.
                 let _ = time::timeout(HARMFUL_WAITS, peer.leave.cancelled()).await;
@@ -245,25 +246,26 @@ impl<S: ConnectionService> Connector<S> {
             () = self.has_to_leave(&peer) => {}
         }
         connection.as_mut().graceful_shutdown();
-        last_words(connection, &peer).await
+        last_words(turn.of(connection.as_mut()), &peer).await
     }
 
     async fn serve_http1<IO>(&self, http1: &Http1, io: IO, end: FarEnd, peer: Arc<Peer>) -> Result<(), String>
     where
         IO: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let (io, heads) = watched(io, peer.clone(), Turn::new(self.turn_bytes as usize), self.limits.stall_timeout);
+        let turn = Turn::new(self.turn_bytes as usize);
+        let (io, heads) = watched(io, peer.clone(), turn.clone(), self.limits.stall_timeout);
         let connection = http1.builder.serve_connection(TokioIo::new(io), self.counted(end, &peer));
         tokio::pin!(connection);
         tokio::select! {
-            ended = &mut connection => return ended.map_err(|error| error.to_string()),
+            ended = turn.of(connection.as_mut()) => return ended.map_err(|error| error.to_string()),
             () = heads.too_slow(http1.head_timeout) => {
                 return Err(format!("no whole head of a request within {:?}", http1.head_timeout));
             }
             () = self.has_to_leave(&peer) => {}
         }
         connection.as_mut().graceful_shutdown();
-        last_words(connection, &peer).await
+        last_words(turn.of(connection.as_mut()), &peer).await
     }
 
     fn counted(&self, end: FarEnd, peer: &Arc<Peer>) -> TowerToHyperService<Counted<S>> {

@@ -32,8 +32,12 @@ const FRAME_COSTS: usize = 8 << 10;
 const HEADS_AT_ONCE: usize = 256;
 /// As so many idle frames counts one that has to be answered.
 const ANSWERED: u32 = 8;
-/// And as so many one that goes on with something by nothing, for which no client has a reason.
+/// As so many one that goes on with something by nothing, for which no client has a reason.
 const POINTLESS: u32 = 64;
+/// A head has so many frames behind its first at most; HTTP/2 by itself takes no more, and one that goes on counts for more than
+/// is borne.
+const CONTINUATIONS_MAX: u32 = 5;
+const ENDLESS: u32 = 1 << 16;
 
 /// A connection whose frames are looked at as they are read.
 pub(crate) struct Counted<IO> {
@@ -47,7 +51,7 @@ pub(crate) struct Counted<IO> {
 impl<IO: AsyncRead> Counted<IO> {
     /// `io`, of which a client's first bytes, so many, are no frames.
     pub(crate) fn new(io: IO, peer: Arc<Peer>, turn: Turn, preface_bytes: usize) -> Self {
-        let frames = Frames { to_skip: preface_bytes, head: [0; HEAD_BYTES], head_bytes: 0 };
+        let frames = Frames { to_skip: preface_bytes, head: [0; HEAD_BYTES], head_bytes: 0, continuations: 0 };
         Self { io: io.take(0), peer, frames, turn }
     }
 }
@@ -59,6 +63,8 @@ struct Frames {
     /// The head that has come in part.
     head: [u8; HEAD_BYTES],
     head_bytes: usize,
+    /// Frames one after the other that went on with the head of a call.
+    continuations: u32,
 }
 
 /// Frames that began within some bytes.
@@ -87,8 +93,9 @@ impl Frames {
             if self.head_bytes == HEAD_BYTES {
                 let [a, b, c, kind, flags, ..] = self.head;
                 let length = u32::from_be_bytes([0, a, b, c]);
+                self.continuations = if kind == CONTINUATION { self.continuations + 1 } else { 0 };
                 seen.all += 1;
-                seen.idle += idle(length, kind, flags);
+                seen.idle += if self.continuations > CONTINUATIONS_MAX { ENDLESS } else { idle(length, kind, flags) };
                 self.to_skip = length as usize;
                 self.head_bytes = 0;
             }
@@ -116,10 +123,7 @@ impl<IO: AsyncRead + Unpin> AsyncRead for Counted<IO> {
         let at_once = self.frames.to_skip + HEADS_AT_ONCE;
         self.io.set_limit(at_once as u64);
         let before = into.filled().len();
-        let Poll::Ready(read) = Pin::new(&mut self.io).poll_read(cx, into) else {
-            self.turn.ends();
-            return Poll::Pending;
-        };
+        let read = ready!(Pin::new(&mut self.io).poll_read(cx, into));
         let bytes = &into.filled()[before..];
         let seen = self.frames.see(bytes);
         self.turn.takes(bytes.len() + seen.all * FRAME_COSTS);
@@ -136,7 +140,9 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Counted<IO> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         ready!(self.turn.poll_goes_on(cx));
         let written = Pin::new(self.io.get_mut()).poll_write(cx, bytes);
-        self.turn.wrote(&written);
+        if let Poll::Ready(Ok(bytes)) = written {
+            self.turn.takes(bytes);
+        }
         written
     }
 
@@ -147,7 +153,9 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Counted<IO> {
     ) -> Poll<io::Result<usize>> {
         ready!(self.turn.poll_goes_on(cx));
         let written = Pin::new(self.io.get_mut()).poll_write_vectored(cx, slices);
-        self.turn.wrote(&written);
+        if let Poll::Ready(Ok(bytes)) = written {
+            self.turn.takes(bytes);
+        }
         written
     }
 
@@ -195,11 +203,17 @@ mod tests {
         ];
         let bytes = sent.concat();
         for piece in [1, 2, 7, 9, 10, 100, bytes.len()] {
-            let mut frames = Frames { to_skip: 7, head: [0; HEAD_BYTES], head_bytes: 0 };
+            let mut frames = Frames { to_skip: 7, head: [0; HEAD_BYTES], head_bytes: 0, continuations: 0 };
             let seen: Vec<Seen> = bytes.chunks(piece).map(|piece| frames.see(piece)).collect();
             let (all, idle): (usize, u32) =
                 (seen.iter().map(|seen| seen.all).sum(), seen.iter().map(|seen| seen.idle).sum());
             assert_eq!((all, idle), (sent.len() - 1, 6 + 2 * ANSWERED + 2 * POINTLESS), "in pieces of {piece}");
+            let goes_on = [frame(9, HEADERS, 0), frame(9, CONTINUATION, 0).repeat(CONTINUATIONS_MAX as usize)].concat();
+            let idle_in = |frames: &mut Frames, bytes: &[u8]| {
+                bytes.chunks(piece).map(|piece| frames.see(piece).idle).sum::<u32>()
+            };
+            assert_eq!([&goes_on, &goes_on].map(|head| idle_in(&mut frames, head)), [0, 0], "two long heads");
+            assert_eq!(idle_in(&mut frames, &frame(9, CONTINUATION, 0)), ENDLESS);
         }
     }
 }

@@ -110,10 +110,7 @@ impl<IO: AsyncRead + Unpin> AsyncRead for Watched<IO> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         ready!(self.turn.poll_goes_on(cx));
         let before = into.filled().len();
-        let Poll::Ready(read) = Pin::new(&mut self.io).poll_read(cx, into) else {
-            self.turn.ends();
-            return Poll::Pending;
-        };
+        let read = ready!(Pin::new(&mut self.io).poll_read(cx, into));
         let bytes = into.filled().len() - before;
         self.turn.takes(bytes);
         if bytes > 0 {
@@ -127,7 +124,9 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for Watched<IO> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         ready!(self.turn.poll_goes_on(cx));
         let written = Pin::new(&mut self.io).poll_write(cx, bytes);
-        self.turn.wrote(&written);
+        if let Poll::Ready(Ok(bytes)) = written {
+            self.turn.takes(bytes);
+        }
         self.in_time(cx, written)
     }
 
@@ -138,7 +137,9 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for Watched<IO> {
     ) -> Poll<io::Result<usize>> {
         ready!(self.turn.poll_goes_on(cx));
         let written = Pin::new(&mut self.io).poll_write_vectored(cx, bytes);
-        self.turn.wrote(&written);
+        if let Poll::Ready(Ok(bytes)) = written {
+            self.turn.takes(bytes);
+        }
         self.in_time(cx, written)
     }
 

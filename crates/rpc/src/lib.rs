@@ -35,6 +35,7 @@ pub mod keys;
 pub mod metadata;
 pub mod metrics_port;
 pub mod outcome;
+mod pace;
 mod peer;
 mod plain_text;
 mod receiving;

@@ -26,6 +26,12 @@ const FRAME_BYTES: usize = 16 << 10;
 /// How long a client may take from connecting to its first call: handshakes over a long way.
 const FRESH_FOR: Duration = Duration::from_secs(2);
 
+/// A call that is cut off this soon was not worth beginning, which is what it costs. It counts as so many, and each call that is
+/// answered earns as many: who asks two servers and lets go of the slower one is borne.
+const SOON: Duration = Duration::from_millis(20);
+const CUT_SOON: u32 = 8;
+const CUTS_FOR_ONE: u32 = 8;
+
 /// How long a connection counts as in use after a call.
 const IN_USE_FOR: Duration = Duration::from_secs(1);
 
@@ -60,6 +66,7 @@ struct Calls {
 #[derive(Debug)]
 pub(crate) struct OpenCall {
     peer: Arc<Peer>,
+    since: Instant,
     /// Whether all of its answer was handed out. If this is dropped before, the call was cut off.
     pub(crate) is_answered: bool,
 }
@@ -97,10 +104,13 @@ impl Peer {
         self.leave.cancel();
     }
 
-    /// The peer cut a call off. One that does nothing else is ended.
-    pub(crate) fn cuts_off(&self) {
+    /// A call ended: its answer was handed out, or the peer cut it off when it had been open for so long. One that does nothing
+    /// else is ended.
+    fn call_ended(&self, is_answered: bool, was_open: Duration) {
         let mut cut_off = self.cut_off.lock().unwrap_or_else(PoisonError::into_inner);
-        if !cut_off.is_borne(1, Instant::now()) {
+        if is_answered {
+            cut_off.earn(CUTS_FOR_ONE);
+        } else if !cut_off.is_borne(if was_open < SOON { CUT_SOON } else { 1 }, Instant::now()) {
             tracing::debug!("a peer cuts off its calls faster than any client loses patience");
             self.harmful.cancel();
         }
@@ -120,7 +130,7 @@ impl Peer {
     /// A call begins.
     pub(crate) fn call(self: &Arc<Self>) -> OpenCall {
         self.calls.send_modify(|calls| calls.open += 1);
-        OpenCall { peer: self.clone(), is_answered: false }
+        OpenCall { peer: self.clone(), since: Instant::now(), is_answered: false }
     }
 
     /// Since when no call is open; `None` while one is.
@@ -167,9 +177,7 @@ impl Drop for OpenCall {
             calls.last = Instant::now();
             is_last = calls.open == 0;
         });
-        if !self.is_answered {
-            self.peer.cuts_off();
-        }
+        self.peer.call_ended(self.is_answered, self.since.elapsed());
         if is_last {
             self.peer.quieter.notify_one();
         }

@@ -12,6 +12,8 @@ use std::{
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::pace::Pace;
+
 /// A request up to this size is not counted: that would cost each more than it gains, and their number is bounded.
 const SMALL_BYTES: usize = 64 << 10;
 
@@ -25,27 +27,9 @@ const AHEAD: Duration = Duration::from_millis(2);
 #[derive(Debug)]
 pub(crate) struct Receiving {
     limit: usize,
-    pace: Pace,
+    /// Of large requests, in bytes; `None`: as they are sent.
+    pace: Option<Mutex<Pace>>,
     held: Mutex<Held>,
-}
-
-/// The pace of all large requests.
-#[derive(Debug)]
-struct Pace {
-    /// `None`: as they come.
-    bytes_per_second: Option<u32>,
-    /// When all that has come would have come at that pace.
-    until: Mutex<Instant>,
-}
-
-impl Pace {
-    /// So many bytes came at `now`: until when the request that they are of has to wait.
-    fn takes(&self, bytes: usize, now: Instant) -> Option<Instant> {
-        let rate = f64::from(self.bytes_per_second?);
-        let mut until = self.until.lock().unwrap_or_else(PoisonError::into_inner);
-        *until = (*until).max(now) + Duration::from_secs_f64(bytes as f64 / rate);
-        (*until - now > AHEAD).then_some(*until)
-    }
 }
 
 #[derive(Debug, Default)]
@@ -69,7 +53,7 @@ impl Receiving {
     /// Nothing yet, and no more than `limit` bytes. Large requests come at so many bytes a second all together, if that is
     /// said.
     pub(crate) fn new(limit: usize, bytes_per_second: Option<u32>) -> Arc<Self> {
-        let pace = Pace { bytes_per_second, until: Mutex::new(Instant::now()) };
+        let pace = bytes_per_second.map(|rate| Mutex::new(Pace::new(rate.into(), AHEAD, Instant::now())));
         Arc::new(Self { limit, pace, held: Mutex::default() })
     }
 
@@ -108,7 +92,8 @@ impl Held {
 impl Share {
     /// So many bytes came of a large request: until when it has to wait for others, if so.
     pub(crate) fn comes(&self, bytes: usize) -> Option<Instant> {
-        self.receiving.pace.takes(bytes, Instant::now())
+        let mut pace = self.receiving.pace.as_ref()?.lock().unwrap_or_else(PoisonError::into_inner);
+        pace.takes(bytes as f64, Instant::now())
     }
 
     /// This request takes so many bytes now.
@@ -174,19 +159,5 @@ mod tests {
         let mut share = receiving.share();
         share.takes(2 * SMALL_BYTES);
         assert!(share.ended.is_cancelled() && receiving.held().total == 0);
-    }
-    /// Would break: large requests take all of the processors, or one that comes at its pace waits.
-    #[test]
-    fn all_large_requests_together_come_at_a_pace() {
-        let start = Instant::now();
-        let pace = Pace { bytes_per_second: Some(1 << 20), until: Mutex::new(start) };
-        let second = Duration::from_secs(1);
-        assert_eq!(pace.takes(1 << 10, start), None, "it is hardly ahead");
-        assert_eq!(pace.takes(1 << 20, start), Some(start + second + second / 1024));
-        assert_eq!(pace.takes(1 << 20, start + second), Some(start + 2 * second + second / 1024));
-        assert_eq!(pace.takes(1 << 10, start + 5 * second), None, "no more is saved up");
-        assert_eq!(pace.takes(1 << 20, start + 5 * second), Some(start + 6 * second + second / 1024));
-        let any = Pace { bytes_per_second: None, until: Mutex::new(start) };
-        assert_eq!(any.takes(usize::MAX, start), None);
     }
 }

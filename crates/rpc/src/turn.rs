@@ -4,77 +4,80 @@
 //! [`crate::http1_limits`].
 
 use std::{
-    io,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     task::{Context, Poll},
 };
 
-/// What is left of a connection's turn.
-#[derive(Debug)]
+/// The turn of a connection. All clones are one.
+#[derive(Clone, Debug)]
 pub(crate) struct Turn {
     bytes_max: usize,
-    bytes_left: usize,
+    bytes_left: Arc<AtomicUsize>,
 }
 
 impl Turn {
     /// Turns of so many bytes.
     pub(crate) fn new(bytes_max: usize) -> Self {
-        Self { bytes_max, bytes_left: bytes_max }
+        Self { bytes_max, bytes_left: Arc::new(AtomicUsize::new(bytes_max)) }
     }
 
-    /// Whether more may be read or written now. Where the turn is over, the task comes again behind the others that are ready, and has a
-    /// new one then.
-    pub(crate) fn poll_goes_on(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        if self.bytes_left > 0 {
+    /// `connection`, which has a new turn whenever its task does.
+    pub(crate) fn of<F: Future>(&self, mut connection: Pin<&mut F>) -> impl Future<Output = F::Output> {
+        std::future::poll_fn(move |cx| {
+            self.bytes_left.store(self.bytes_max, Ordering::Relaxed);
+            connection.as_mut().poll(cx)
+        })
+    }
+
+    /// Whether more may be read or written now. Where the turn is over, the task comes again behind the others that are ready.
+    pub(crate) fn poll_goes_on(&self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.bytes_left.load(Ordering::Relaxed) > 0 {
             return Poll::Ready(());
         }
-        self.ends();
         cx.waker().wake_by_ref();
         Poll::Pending
     }
 
     /// What was carried costs as much as so many bytes.
-    pub(crate) fn takes(&mut self, bytes: usize) {
-        self.bytes_left = self.bytes_left.saturating_sub(bytes);
-    }
-
-    /// Bytes were written, or are not taken now.
-    pub(crate) fn wrote(&mut self, written: &Poll<io::Result<usize>>) {
-        match written {
-            Poll::Ready(written) => self.takes(*written.as_ref().unwrap_or(&0)),
-            Poll::Pending => self.ends(),
-        }
-    }
-
-    /// Nothing is there to be read, or nothing more is taken, so that others have their turn by themselves.
-    pub(crate) fn ends(&mut self) {
-        self.bytes_left = self.bytes_max;
+    pub(crate) fn takes(&self, bytes: usize) {
+        // One task has both.
+        let left = self.bytes_left.load(Ordering::Relaxed);
+        self.bytes_left.store(left.saturating_sub(bytes), Ordering::Relaxed);
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::{future::poll_fn, pin::pin};
+
     use futures::task::noop_waker;
 
     use super::*;
 
-    /// Would break: one that sends without a pause is read without one, and a connection that reads what it was sent now and then
-    /// is interrupted.
+    /// Would break: one that sends without a pause is read without one, since who serves it asks again and again.
     #[test]
     fn who_has_read_enough_comes_again_later() {
         let waker = noop_waker();
         let mut cx = Context::from_waker(&waker);
-        let mut turn = Turn::new(10);
-        for _ in 0..3 {
-            for _ in 0..3 {
-                assert!(turn.poll_goes_on(&mut cx).is_ready());
-                turn.takes(4);
+        let turn = Turn::new(10);
+        let mut reads = 0;
+        let reading = poll_fn(|cx| {
+            for _ in 0..9 {
+                if turn.poll_goes_on(cx).is_ready() {
+                    turn.takes(4);
+                    reads += 1;
+                }
             }
-            assert!(turn.poll_goes_on(&mut cx).is_pending());
+            Poll::<()>::Pending
+        });
+        let mut reading = pin!(reading);
+        for _ in 0..5 {
+            assert!(pin!(turn.of(reading.as_mut())).poll(&mut cx).is_pending());
         }
-        for _ in 0..9 {
-            assert!(turn.poll_goes_on(&mut cx).is_ready());
-            turn.takes(9);
-            turn.ends();
-        }
+        assert_eq!(reads, 5 * 3);
     }
 }

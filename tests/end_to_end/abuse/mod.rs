@@ -9,7 +9,7 @@
 //! SIDA_LONG_TESTS=1 cargo test --release -p sida-cli --features etcd --test end_to_end -- abuse --nocapture
 //! ```
 //!
-//! `SIDA_ABUSE` chooses those whose names contain it, as `SIDA_ABUSE=idle`.
+//! `SIDA_ABUSE` chooses those whose names contain one of these, as `SIDA_ABUSE=idle,PING`.
 //!
 //! In reading order: [`doors`] (what is asked, and by whom), [`frames`] (HTTP/2 by hand), [`offenders`].
 
@@ -182,7 +182,8 @@ fn abuses(scale: &Scale) -> Vec<Vec<Abuse>> {
         },
     ];
     let chosen = env::var("SIDA_ABUSE").unwrap_or_default();
-    let is_chosen = |abuses: &Vec<Abuse>| abuses.iter().any(|abuse| abuse.name.contains(&chosen));
+    let is_chosen =
+        |abuses: &Vec<Abuse>| abuses.iter().any(|abuse| chosen.split(',').any(|chosen| abuse.name.contains(chosen)));
     let alone = |abuse| vec![abuse];
     let together = |abuses: Vec<Abuse>| if is_long() { abuses.into_iter().map(alone).collect() } else { vec![abuses] };
     together(waiting).into_iter().chain(together(floods)).chain(many.map(alone)).filter(is_chosen).collect()
