@@ -63,7 +63,7 @@ const HARMFUL: &str = "it does harm";
 
 /// How long a peer that does harm is left to wait for its end, so that it does not come again at once. It costs its place,
 /// which is free before if another needs it.
-const HARMFUL_WAITS: Duration = Duration::from_secs(3);
+const HARMFUL_WAITS: Duration = Duration::from_secs(5);
 
 /// How to serve a connection.
 pub(crate) struct Connector<S> {

@@ -29,8 +29,8 @@ const FRESH_FOR: Duration = Duration::from_secs(2);
 /// A call that is cut off this soon was not worth beginning, which is what it costs. It counts as so many, and each call that is
 /// answered earns as many: who asks two servers and lets go of the slower one is borne.
 const SOON: Duration = Duration::from_millis(20);
-const CUT_SOON: u32 = 8;
-const CUTS_FOR_ONE: u32 = 8;
+const CUT_SOON: u32 = 16;
+const CUTS_FOR_ONE: u32 = 16;
 
 /// How long a connection counts as in use after a call.
 const IN_USE_FOR: Duration = Duration::from_secs(1);

@@ -64,7 +64,7 @@ impl Scale {
                 handshake_timeout: Duration::from_secs(10),
                 stall_timeout: Duration::from_secs(10),
                 gone_after: Duration::from_secs(10),
-                idle: 10_000,
+                idle: 10_000.min(descriptors() / 2 - 512),
                 silent: 1_000,
                 slow: 200,
                 floods: 8,
@@ -104,6 +104,11 @@ impl Scale {
     fn descriptors_max(&self, calm: usize) -> usize {
         calm + 2 * (self.connections_max + self.connections_max / 8) + 32
     }
+}
+
+/// How many descriptors this process may have: the offenders' ends are some of them.
+fn descriptors() -> usize {
+    getrlimit(Resource::Nofile).maximum.map_or(usize::MAX, |maximum| maximum as usize)
 }
 
 /// What the memory of a server may grow by: requests that are being received, and what it keeps of connections.
