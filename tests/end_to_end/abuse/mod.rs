@@ -64,7 +64,7 @@ impl Scale {
                 handshake_timeout: Duration::from_secs(10),
                 stall_timeout: Duration::from_secs(10),
                 gone_after: Duration::from_secs(10),
-                idle: 10_000.min(descriptors() / 2 - 512),
+                idle: 10_000.min((descriptors() / 2).saturating_sub(512)),
                 silent: 1_000,
                 slow: 200,
                 floods: 8,
