@@ -4,7 +4,6 @@
 use std::{
     io::{self, ErrorKind},
     sync::Arc,
-    thread,
     time::Duration,
 };
 
@@ -12,13 +11,12 @@ use socket2::SockRef;
 use tokio::{
     net::{TcpListener, TcpStream},
     task::{JoinError, JoinSet},
-    time::{self, Instant},
+    time,
 };
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     connections::{Connections, Place},
-    pace::Pace,
     peer::Peer,
     shortage::Short,
     who_leaves::Origin,
@@ -26,12 +24,6 @@ use crate::{
 
 /// Newcomers that the system keeps until they are accepted.
 const NEWCOMERS_MAX: i32 = 4096;
-
-/// How many are accepted a second, for each processor. To begin with each takes some 0.2 ms of one, of which those who are
-/// connected shall have most.
-const NEWCOMERS_PER_SECOND: f64 = 500.0;
-/// As many at once as come in this time at that pace.
-const AHEAD: Duration = Duration::from_millis(100);
 
 /// How long to wait after the system refused to accept: what it lacks does not come back at once.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -48,8 +40,6 @@ where
     }
     let connections = Connections::new(limit);
     let mut tasks = JoinSet::new();
-    let processors = thread::available_parallelism().map_or(1.0, |processors| processors.get() as f64);
-    let mut pace = Pace::new(NEWCOMERS_PER_SECOND * processors, AHEAD, Instant::now());
     let accepting = async {
         let mut failures = Failures { are_told: false };
         loop {
@@ -60,9 +50,6 @@ where
                     continue;
                 }
             };
-            if let Some(until) = pace.takes(1.0, Instant::now()) {
-                time::sleep_until(until).await;
-            }
             // The newcomer is there already, so that nobody has to leave for one that may never come.
             let Some(place) = connections.place(origin).await else { continue };
             let served = serve(stream, place.peer.clone());

@@ -1,5 +1,5 @@
 //! How fast something may come on the whole, however many bring it. A decision of when, without a clock; waited for by
-//! [`crate::accept`] and [`crate::request_body`].
+//! [`crate::request_body`].
 
 use std::time::Duration;
 
