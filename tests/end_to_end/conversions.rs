@@ -61,7 +61,7 @@ impl Place {
     fn new() -> Self {
         let place = Self(tempfile::tempdir().expect("a directory"));
         fs::create_dir(place.source()).expect("a directory");
-        for file in fs::read_dir(repository().join("models/switch-tiny-64")).expect("the model") {
+        for file in fs::read_dir(repository().join("models/switch-mini-8")).expect("the model") {
             let file = file.expect("a file");
             std::os::unix::fs::symlink(file.path(), place.source().join(file.file_name())).expect("a link");
         }
