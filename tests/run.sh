@@ -51,6 +51,11 @@ soon=(--config profile.release.opt-level=1 --config 'profile.release.lto="off"')
 for package in sida-kernels sida-routing sida-predictor gemm gemm-common gemm-f32 pulp rayon rayon-core half; do
     soon+=(--config "profile.release.package.$package.opt-level=3")
 done
+# Large, and hardly run.
+for package in cargo_metadata clap_builder clap_complete cudarc etcd-client gemm-c32 gemm-c64 gemm-f16 gemm-f64 num-bigint time toml \
+    tonic-reflection x509-parser; do
+    soon+=(--config "profile.release.package.$package.opt-level=0")
+done
 for role in cli cluster coordinator examples expert-node model predictor-node rpc telemetry tests; do
     soon+=(--config "profile.release.package.sida-$role.opt-level=0")
 done
