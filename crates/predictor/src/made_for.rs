@@ -8,9 +8,9 @@ use safetensors::tensor::Metadata;
 use crate::PredictorShape;
 
 /// What can be told of a model without its files. `None`: it is not known, or there is no such thing.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MadeFor {
-    moe_layers: Option<usize>,
+    moe_layers: usize,
     /// Of each MoE layer.
     num_experts: Option<usize>,
     vocab_size: Option<usize>,
@@ -26,7 +26,7 @@ impl MadeFor {
         // Each stack's has a row for every expert of every layer.
         let heads: Option<usize> = either("head").into_iter().flatten().reduce(usize::saturating_add);
         Self {
-            moe_layers: Some(moe_layers),
+            moe_layers,
             num_experts: heads.and_then(|rows| rows.checked_div(moe_layers)),
             vocab_size: either("tokens").into_iter().flatten().next(),
             encoder_width: extent("decoder.input.keys", 2),
@@ -37,7 +37,7 @@ impl MadeFor {
 impl From<&PredictorShape> for MadeFor {
     fn from(shape: &PredictorShape) -> Self {
         Self {
-            moe_layers: Some(shape.encoder_layers.len() + shape.decoder_layers.len()),
+            moe_layers: shape.encoder_layers.len() + shape.decoder_layers.len(),
             num_experts: Some(shape.num_experts),
             vocab_size: Some(shape.vocab_size),
             encoder_width: shape.encoder_width,
@@ -48,7 +48,7 @@ impl From<&PredictorShape> for MadeFor {
 impl fmt::Display for MadeFor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let parts = [
-            self.moe_layers.map(|layers| format!("{layers} MoE layers")),
+            Some(format!("{} MoE layers", self.moe_layers)),
             self.num_experts.map(|experts| format!("{experts} experts in each")),
             self.vocab_size.map(|tokens| format!("{tokens} tokens")),
             self.encoder_width.map(|width| format!("an encoder of width {width}")),
