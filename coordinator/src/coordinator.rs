@@ -99,7 +99,8 @@ impl Coordinator {
     ) -> Result<Encoding, RequestError> {
         let request_span = self.begin_span("embeddings", params.trace, params.client.as_ref())?;
         let deadline = self.deadline(params.deadline);
-        let asked = Asked { prompt: std::mem::take(&mut params.prompt), truncates: params.truncate, target_bytes: 0 };
+        let (prompt, truncates) = (std::mem::take(&mut params.prompt), params.truncate);
+        let asked = Asked { prompt, truncates, behind: 0, target_bytes: 0 };
         let (reply, answer) = oneshot::channel();
         let queue = move |this: &Self, prompt: TokenizedPrompt| {
             let options = this.acceptance().encoding(&params, prompt.tokens.truncated)?;
@@ -133,7 +134,7 @@ impl Coordinator {
         let ScoreParams { prompt, targets, routing: mode, deadline, client, priority, .. } = params;
         let deadline = self.deadline(deadline);
         let target_bytes = targets.iter().map(String::len).sum::<usize>();
-        let asked = Asked { prompt, truncates: false, target_bytes };
+        let asked = Asked { prompt, truncates: false, behind: 1, target_bytes };
         let (reply, answer) = oneshot::channel();
         let queue = move |this: &Self, prompt: TokenizedPrompt| {
             let targets = this.acceptance().targets(prompt.tokens.ids.len(), &targets)?;
@@ -168,7 +169,8 @@ impl Coordinator {
         let request_span = self.begin_span("text_completion", params.trace, params.client.as_ref())?;
         let deadline = self.deadline(params.deadline);
         let unfinished = params.choices.max(1);
-        let asked = Asked { prompt: std::mem::take(&mut params.prompt), truncates: false, target_bytes: 0 };
+        let prompt = std::mem::take(&mut params.prompt);
+        let asked = Asked { prompt, truncates: false, behind: 1, target_bytes: 0 };
         let followed = params.json_schema.take().map(Followed::JsonSchema);
         let grammar = match followed.or_else(|| params.tool_calls.take().map(Followed::ToolCalls)) {
             Some(followed) => Some(until(deadline, self.inner.grammars.of(followed)).await?),

@@ -114,12 +114,16 @@ class Chart(unittest.TestCase):
     def test_kubernetes_takes_it(self):
         """Broken: `helm install` would be refused by the API server, or a misspelt field would do nothing."""
         with tempfile.TemporaryDirectory() as directory:
-            files = []
+            files, told = [], set()
             for name in CASES:
                 # Other projects' kinds have schemas of their own.
                 known = [d for d in objects(name) if not re.search(r"coreos|cert-manager|keda|gateway", d["apiVersion"])]
+                # Most of a case is as in another one, and reading it takes long.
+                new = {dump_all([d], explicit_start=True) for d in known} - told
+                told |= new
                 files.append(pathlib.Path(directory) / f"{name}.yaml")
-                files[-1].write_text(dump_all(known))
+                files[-1].write_text("".join(sorted(new)))
+            self.assertGreater(len(told), len(CASES))
             output = subprocess.run([VALIDATE, "--strict", "--quiet", *files], capture_output=True, text=True)
             self.assertEqual((output.returncode, output.stdout, output.stderr), (0, "", ""))
 

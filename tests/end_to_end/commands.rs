@@ -267,6 +267,40 @@ fn bad_configurations_are_named() {
     }
 }
 
+/// A node would say that it serves metrics, or take its ports, before it says that it does not start; or load a model for minutes
+/// before it looks at a file that was named to it.
+#[test]
+fn what_is_said_to_a_node_is_checked_before_anything_starts() {
+    let roles = [
+        (&["up", "--expert-nodes", "0"][..], "--expert-nodes is 0"),
+        (&["up", "--predictor", "no/such.safetensors"], "no/such.safetensors"),
+        (&["up", "--tls-cert", "no/such.pem", "--tls-key", "no/such.key"], "no/such.pem"),
+        (
+            &["coordinator", "--static", "docs/cluster.toml", "--name", "coordinator-0", "--predictor", "no/such"],
+            "no/such",
+        ),
+        (&["coordinator", "--etcd", "127.0.0.1:1", "--name", "c", "--listen", "0.0.0.0:0"], "--advertise"),
+        (&["expert-node", "--etcd", "127.0.0.1:1", "--name", "e", "--listen", "0.0.0.0:0"], "--advertise"),
+        (&["predictor-node", "--etcd", "127.0.0.1:1", "--name", "p", "--listen", "0.0.0.0:0"], "--advertise"),
+        (
+            &["predictor-node", "--static", "docs/cluster.toml", "--name", "predictor-0", "--learn-dir", "x"],
+            "--learn-dir",
+        ),
+    ];
+    for (arguments, named) in roles {
+        let mut sida = command();
+        sida.args(arguments).args(["--metrics-listen", "127.0.0.1:0", "--log", "info"]).current_dir(repository());
+        if !arguments.contains(&"--listen") {
+            sida.args(["--listen", "127.0.0.1:0"]);
+        }
+        let output = sida.output().expect("sida runs");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(USAGE), "{arguments:?}: {said}");
+        assert!(said.contains(named) && !said.contains("metrics on"), "{arguments:?}: {said}");
+        assert!(output.stdout.is_empty(), "{arguments:?}");
+    }
+}
+
 /// A model that is not finished would stay under a hidden name, gigabytes of it, whenever somebody ends the command.
 #[test]
 fn a_model_that_is_not_finished_leaves_nothing() {
@@ -287,44 +321,4 @@ fn a_model_that_is_not_finished_leaves_nothing() {
         assert_eq!(child.wait().expect("it ends").code(), Some(130), "{signal}");
         assert_eq!(entries(), 0, "{signal}");
     }
-}
-
-/// Two conversions into one place would both take their time, and one of them in vain; who ends one would not be told whether
-/// gigabytes are left behind, or they would be.
-#[test]
-fn a_conversion_has_its_place_to_itself_and_leaves_nothing_when_it_is_ended() {
-    let dir = tempfile::tempdir().expect("a directory");
-    let (source, out) = (dir.path().join("source"), dir.path().join("out"));
-    fs::create_dir(&source).expect("a directory");
-    for file in fs::read_dir(repository().join("models/switch-tiny-64")).expect("the model") {
-        let file = file.expect("a file");
-        std::os::unix::fs::symlink(file.path(), source.join(file.file_name())).expect("a link");
-    }
-    // It is copied before the weights are written, and nobody ever writes to it.
-    let pipe = Command::new("mkfifo").arg(source.join("spiece.model")).status();
-    assert!(pipe.expect("mkfifo can be run").success());
-    let convert = || {
-        let mut convert = command();
-        convert.args(["convert", "--experts", "int8", "--out"]).arg(&out).arg(&source).stderr(Stdio::piped());
-        convert
-    };
-    let mut first = convert().spawn().expect("sida runs");
-    let hidden = || {
-        let names = fs::read_dir(dir.path()).expect("the directory").map(|entry| entry.expect("an entry").file_name());
-        names.filter(|name| name.to_string_lossy().starts_with(".out.")).collect::<Vec<_>>()
-    };
-    while !hidden().iter().any(|name| name.to_string_lossy().ends_with(".partial")) {
-        assert!(first.try_wait().expect("its state").is_none(), "it ended before it began to write");
-        std::thread::sleep(std::time::Duration::from_millis(5));
-    }
-    let second = convert().output().expect("sida runs");
-    let said = String::from_utf8_lossy(&second.stderr);
-    assert!(said.contains("out is being written already") && second.status.code() == Some(1), "{said}");
-
-    let told = Command::new("kill").args(["-s", "TERM", &first.id().to_string()]).status();
-    assert!(told.expect("kill can be run").success());
-    let first = first.wait_with_output().expect("its end");
-    let said = String::from_utf8_lossy(&first.stderr);
-    assert!(said.contains("told to end; nothing is left") && first.status.code() == Some(130), "{said}");
-    assert!(hidden().is_empty() && !out.exists(), "{:?}", hidden());
 }

@@ -44,14 +44,26 @@ pub(crate) struct Collector {
     serving: JoinHandle<()>,
 }
 
-struct Receiver(Arc<Mutex<Vec<Received>>>);
+struct Receiver {
+    received: Arc<Mutex<Vec<Received>>>,
+    takes: bool,
+}
 
 impl Collector {
     pub(crate) async fn start() -> Self {
+        Self::start_as(true).await
+    }
+
+    /// One that takes nothing, but keeps what it is sent all the same.
+    pub(crate) async fn unavailable() -> Self {
+        Self::start_as(false).await
+    }
+
+    async fn start_as(takes: bool) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = format!("http://{}", listener.local_addr().expect("its address"));
         let received = Arc::new(Mutex::new(Vec::new()));
-        let service = TraceServiceServer::new(Receiver(received.clone()));
+        let service = TraceServiceServer::new(Receiver { received: received.clone(), takes });
         let server = tonic::transport::Server::builder().add_service(service);
         let serving = tokio::spawn(async move {
             server.serve_with_incoming(TcpIncoming::from(listener)).await.expect("a server");
@@ -64,13 +76,18 @@ impl Collector {
         &self.address
     }
 
+    /// What came so far.
+    pub(crate) fn received(&self) -> Vec<Received> {
+        self.received.lock().clone()
+    }
+
     /// Waits until what came is enough, and nothing more has come for a while; gives it.
     pub(crate) async fn wait(&self, is_enough: impl Fn(&[Received]) -> bool) -> Vec<Received> {
         let started = Instant::now();
         let mut before = 0;
         loop {
             tokio::time::sleep(Duration::from_millis(2500)).await; // Spans leave their nodes once a second.
-            let now = self.received.lock().clone();
+            let now = self.received();
             if is_enough(&now) && now.len() == before {
                 return now;
             }
@@ -104,7 +121,7 @@ impl TraceService for Receiver {
             for span in of_resource.scope_spans.into_iter().flat_map(|scope| scope.spans) {
                 let attributes = span.attributes.into_iter();
                 let attributes = attributes.map(|a| (a.key, text(a.value.and_then(|value| value.value)))).collect();
-                self.0.lock().push(Received {
+                self.received.lock().push(Received {
                     service: service.clone(),
                     kind: SpanKind::try_from(span.kind).expect("a kind of span"),
                     trace: span.trace_id,
@@ -118,6 +135,9 @@ impl TraceService for Receiver {
                 });
             }
         }
-        Ok(Response::new(ExportTraceServiceResponse::default()))
+        match self.takes {
+            true => Ok(Response::new(ExportTraceServiceResponse::default())),
+            false => Err(Status::unavailable("it takes nothing")),
+        }
     }
 }

@@ -191,6 +191,23 @@ async fn requests_of_one_batch_are_linked() {
     assert!(shared > 0, "three requests at once shared no step");
 }
 
+/// Every process that is told to end would go on for seconds because a collector is away, that nobody needs for an answer.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_collector_that_takes_nothing_is_asked_twice() {
+    let collector = Collector::unavailable().await;
+    let asked = Command::from(binary::command())
+        .args(["ask", "--otlp-endpoint", collector.endpoint(), "--otlp-sampling", "1", TEXT])
+        .output()
+        .await
+        .expect("sida runs");
+    assert!(asked.status.success(), "{}", String::from_utf8_lossy(&asked.stderr));
+    let mut sent = BTreeMap::<Vec<u8>, usize>::new();
+    for span in collector.received() {
+        *sent.entry(span.id).or_default() += 1;
+    }
+    assert!(!sent.is_empty() && sent.values().all(|&times| times == 2), "{sent:?}");
+}
+
 /// Two expert-nodes, a predictor-node and a coordinator, which record what callers want recorded.
 async fn sandbox(collector: &Collector) -> Sandbox {
     let flags = ["--otlp-endpoint", collector.endpoint(), "--otlp-sampling", "0"].map(str::to_owned).to_vec();

@@ -18,6 +18,10 @@ impl From<RequestError> for Fault {
             E::TooManyTokens { of, tokens, limit } => {
                 fault(Reason::TextTooLong).with("field", field(of)).with("tokens", tokens).with("limit", limit)
             }
+            E::NoRoom { of, tokens, prompt_tokens, positions } => fault(Reason::TextTooLong)
+                .with("field", field(of))
+                .with("tokens", tokens)
+                .with("limit", positions.saturating_sub(*prompt_tokens)),
             // What the tokenizer refuses is the caller's text.
             E::Tokenize { of, .. } => fault(Reason::InvalidRequest).with("field", field(of)),
             E::CacheTooSmall { needed, limit } => {

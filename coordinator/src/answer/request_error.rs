@@ -16,6 +16,11 @@ pub enum RequestError {
     TextTooLong { of: TextOf, bytes: usize, limit: usize },
     #[error("{of} has {tokens} tokens, more than the {limit} allowed")]
     TooManyTokens { of: TextOf, tokens: usize, limit: usize },
+    #[error(
+        "{of} has {tokens} tokens, more than the {} allowed: the model has {positions} positions, and the prompt {prompt_tokens} tokens",
+        positions.saturating_sub(*prompt_tokens)
+    )]
+    NoRoom { of: TextOf, tokens: usize, prompt_tokens: usize, positions: usize },
     #[error("{of} cannot be tokenized: {reason}")]
     Tokenize { of: TextOf, reason: String },
     #[error(

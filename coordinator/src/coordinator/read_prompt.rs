@@ -62,7 +62,7 @@ impl Coordinator {
         let deadline = self.deadline(deadline);
         let top_count = generation_check::logprobs(logprobs)?;
         let request_span = self.begin_span("score", trace, client.as_ref())?;
-        let asked = Asked { prompt, truncates: false, target_bytes: 0 };
+        let asked = Asked { prompt, truncates: false, behind: 0, target_bytes: 0 };
         let (tokens_reply, tokens) = oneshot::channel();
         let (reply, scores) = oneshot::channel();
         let queue = move |this: &Self, prompt: TokenizedPrompt| {

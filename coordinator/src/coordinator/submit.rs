@@ -38,6 +38,8 @@ pub(super) struct Asked {
     pub(super) prompt: Prompt,
     /// Whether a prompt of too many tokens is cut.
     pub(super) truncates: bool,
+    /// Tokens that come behind it at least, where the model reads it as it goes on.
+    pub(super) behind: usize,
     /// Bytes of targets, which are tokenized with it.
     pub(super) target_bytes: usize,
 }
@@ -61,7 +63,7 @@ impl Coordinator {
         asked: Asked,
         queue: impl FnOnce(&Self, TokenizedPrompt) -> Result<(), RequestError> + Send + 'static,
     ) -> Result<(), RequestError> {
-        let Asked { prompt, truncates, target_bytes } = asked;
+        let Asked { prompt, truncates, behind, target_bytes } = asked;
         let is_short = prompt.text_bytes() + target_bytes <= AWAITED_TEXT_BYTES_MAX;
         let announced = is_short.then(|| self.inner.requests.announce());
         let (reply, queued) = oneshot::channel();
@@ -69,7 +71,7 @@ impl Coordinator {
         let read = move || {
             let queued = catch_panic(|| {
                 let span = Span::below(request_span.span.context(), "tokenize");
-                let tokens = this.acceptance().prompt(prompt, truncates)?;
+                let tokens = this.acceptance().prompt(prompt, truncates, behind)?;
                 drop(span);
                 queue(&this, TokenizedPrompt { request_span, tokens, announced })
             });

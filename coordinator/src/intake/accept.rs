@@ -118,8 +118,8 @@ pub(crate) struct Acceptance<'a> {
 
 impl Acceptance<'_> {
     /// The tokens of a prompt, of an encoder's text its end of sequence included. Too many are refused, or cut where it
-    /// `truncates`.
-    pub(crate) fn prompt(&self, prompt: Prompt, truncates: bool) -> Result<PromptTokens, RequestError> {
+    /// `truncates`. A decoder that reads it itself has room for so many more tokens `behind` it.
+    pub(crate) fn prompt(&self, prompt: Prompt, truncates: bool, behind: usize) -> Result<PromptTokens, RequestError> {
         let (ids, of) = match prompt {
             // To a decoder blanks are tokens as others are.
             Prompt::Text(text) if self.has_encoder() && text.trim().is_empty() => return Err(RequestError::EmptyText),
@@ -133,8 +133,8 @@ impl Acceptance<'_> {
             return Err(RequestError::EmptyText);
         }
         match truncates {
-            true => Ok(prompt::cut(ids, self.prompt_tokens_max(), |id| self.model.generation.is_end(id))),
-            false => Ok(PromptTokens { ids: self.not_too_many(ids, of)?, truncated: 0 }),
+            true => Ok(prompt::cut(ids, self.prompt_tokens_max(behind), |id| self.model.generation.is_end(id))),
+            false => Ok(PromptTokens { ids: at_most(ids, of, self.prompt_tokens_max(behind))?, truncated: 0 }),
         }
     }
 
@@ -150,16 +150,22 @@ impl Acceptance<'_> {
         }
     }
 
-    /// The tokens of every target. All of them and the prompt must fit one batch.
+    /// The tokens of every target. Each and the prompt together have no more tokens than the model has positions, and all of
+    /// them and the prompt must fit one batch.
     pub(crate) fn targets(&self, prompt_tokens: usize, targets: &[String]) -> Result<Vec<Vec<u32>>, RequestError> {
         within("targets (their number)", targets.len(), 1, self.limits.targets_max)?;
         if self.has_encoder() && targets.iter().any(|target| target.trim().is_empty()) {
             return Err(refused("targets", "an empty text", "texts with tokens"));
         }
-        let room = self.positions_max().saturating_sub(prompt_tokens);
+        let positions = self.positions_max();
         let targets = targets.iter().zip(1..).map(|(target, number)| {
             let of = TextOf::Target(number);
-            at_most(self.not_too_many(self.tokenize(target, of)?, of)?, of, room)
+            let ids = at_most(self.tokenize(target, of)?, of, self.prompt_tokens_max(0))?;
+            let tokens = ids.len();
+            match prompt_tokens + tokens > positions {
+                true => Err(RequestError::NoRoom { of, tokens, prompt_tokens, positions }),
+                false => Ok(ids),
+            }
         });
         let targets = targets.collect::<Result<Vec<_>, _>>()?;
         if targets.iter().any(Vec::is_empty) {
@@ -184,7 +190,7 @@ impl Acceptance<'_> {
     }
 
     /// The checked options of a generation from a prompt of so many tokens that follows its schema's `grammar`, if it has one.
-    /// Prompt and answer together have no more tokens than the model has positions.
+    /// Prompt and answer together have no more tokens than the model has positions; the prompt leaves room for one.
     pub(crate) fn options(
         &self,
         params: &mut GenerateParams,
@@ -193,10 +199,6 @@ impl Acceptance<'_> {
     ) -> Result<GenerateOptions, RequestError> {
         let (limits, model) = (self.limits, &self.model.generation);
         let room = self.positions_max().saturating_sub(prompt_tokens);
-        if room == 0 {
-            let limit = self.positions_max() - 1;
-            return Err(RequestError::TooManyTokens { of: TextOf::Prompt, tokens: prompt_tokens, limit });
-        }
         let tokens_max = match params.max_tokens {
             0 => model.tokens_max.unwrap_or(limits.tokens_default).min(limits.tokens_max).min(room),
             tokens if tokens <= limits.tokens_max && tokens > room => {
@@ -260,8 +262,8 @@ impl Acceptance<'_> {
         self.model.positions_max.unwrap_or(usize::MAX)
     }
 
-    fn prompt_tokens_max(&self) -> usize {
-        self.limits.prompt_tokens_max.min(self.positions_max())
+    fn prompt_tokens_max(&self, behind: usize) -> usize {
+        self.limits.prompt_tokens_max.min(self.positions_max().saturating_sub(behind))
     }
 
     fn needed_cache_bytes(&self, prompt_tokens: usize, work: &Work) -> u64 {
@@ -298,10 +300,6 @@ impl Acceptance<'_> {
             ModelError::TextTooLong { bytes, limit } => RequestError::TextTooLong { of, bytes, limit },
             error => error.into(),
         })
-    }
-
-    fn not_too_many(&self, ids: Vec<u32>, of: TextOf) -> Result<Vec<u32>, RequestError> {
-        at_most(ids, of, self.prompt_tokens_max())
     }
 }
 

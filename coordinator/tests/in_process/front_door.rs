@@ -27,8 +27,12 @@ pub(crate) struct Served {
 }
 
 pub(crate) async fn served() -> Served {
-    let cluster =
-        start(2, PredictorSource::Off, |config| config.server.health_period = Duration::from_millis(50)).await;
+    let cluster = start(2, PredictorSource::Off, |config| {
+        config.server.health_period = Duration::from_millis(50);
+        // How long a request waits for nodes that are gone.
+        config.expert_call_timeout = Duration::from_secs(1);
+    });
+    let cluster = cluster.await;
     let listen = || TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], 0)));
     let (grpc, http) = (listen().await.expect("a port"), listen().await.expect("a port"));
     let address = grpc.local_addr().expect("address").to_string();

@@ -113,9 +113,14 @@ async fn no_sequence_is_longer_than_the_model_has_positions() {
     }
     let error = refused(&cluster, of(10, 7)).await.to_string();
     assert_eq!(error, "max_tokens is 7, expected 1 to 6: the model has 16 positions, and the prompt 10 tokens");
+    // By one rule, however much too long the prompt is.
+    let no_room = |error: RequestError, tokens: usize| {
+        let told = format!("the prompt has {tokens} tokens, more than the 15 allowed");
+        assert_eq!(error.to_string(), told);
+        assert!(matches!(error, RequestError::TooManyTokens { .. }), "{error:?}");
+    };
     for tokens in [POSITIONS, POSITIONS + 1] {
-        let error = refused(&cluster, of(tokens, 1)).await;
-        assert!(matches!(error, RequestError::TooManyTokens { .. }), "{error}");
+        no_room(refused(&cluster, of(tokens, 1)).await, tokens);
     }
     // What is only read may take all of them.
     let encode = |tokens| {
@@ -123,11 +128,16 @@ async fn no_sequence_is_longer_than_the_model_has_positions() {
         cluster.coordinator.encode(EncodeParams { prompt, ..Default::default() })
     };
     assert!(encode(POSITIONS).await.is_ok() && encode(POSITIONS + 1).await.is_err());
-    let score = |tokens| {
-        let (prompt, targets) = (Prompt::Tokens(vec![5; tokens]), vec!["a".to_owned()]);
+    let score = |tokens, target: &str| {
+        let (prompt, targets) = (Prompt::Tokens(vec![5; tokens]), vec!["a".to_owned(), target.to_owned()]);
         cluster.coordinator.score(ScoreParams { prompt, targets, ..Default::default() })
     };
-    assert!(score(POSITIONS - 1).await.is_ok());
-    let error = score(POSITIONS).await.expect_err("no room");
-    assert!(matches!(error, RequestError::TooManyTokens { of: TextOf::Target(1), limit: 0, .. }), "{error}");
+    assert!(score(POSITIONS - 1, "a").await.is_ok());
+    for tokens in [POSITIONS, POSITIONS + 1] {
+        no_room(score(tokens, "a").await.expect_err("no room"), tokens);
+    }
+    let error = score(POSITIONS - 1, "a a a").await.expect_err("no room").to_string();
+    let (had, why) =
+        ("target 2 has ", " tokens, more than the 1 allowed: the model has 16 positions, and the prompt 15 tokens");
+    assert!(error.starts_with(had) && error.ends_with(why), "{error}");
 }

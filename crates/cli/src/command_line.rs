@@ -4,20 +4,15 @@
 //! Every flag also has an environment variable, `SIDA_` and its name in capitals, and a key in the TOML file
 //! of `--config`; neither is written down per flag, so that none can be forgotten.
 
-use std::{
-    collections::BTreeSet, env, error::Error as _, ffi::OsString, num::ParseIntError, path::PathBuf, process::ExitCode,
-};
+use std::{collections::BTreeSet, env, ffi::OsString, path::PathBuf, process::ExitCode};
 
-use clap::{
-    Arg, ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand, builder::BoolishValueParser,
-    error::ContextKind,
-};
+use clap::{Arg, ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand, builder::BoolishValueParser};
 use sida_telemetry::{
     logging::{self, LogFormat},
     otlp::{self, Exporting, OtlpConfig},
 };
 
-use crate::{bad_configuration::BadConfiguration, commands, environment, negative_values, settings_file};
+use crate::{bad_configuration::BadConfiguration, commands, environment, flag_errors, negative_values, settings_file};
 
 /// Serves Mixture-of-Experts models from less memory: predicts which experts each token will need, and keeps
 /// only those resident.
@@ -105,7 +100,7 @@ pub(crate) fn parse(arguments: Vec<OsString>) -> Result<CommandLine, ParseError>
         command = settings_file::apply(command, file.as_ref()).map_err(ParseError::Settings)?;
     }
     let matches = command.try_get_matches_from(negative_values::attached(arguments));
-    let matches = matches.map_err(|error| ParseError::Clap(explained(error)))?;
+    let matches = matches.map_err(|error| ParseError::Clap(flag_errors::explained(error)))?;
     CommandLine::from_arg_matches(&matches).map_err(ParseError::Clap)
 }
 
@@ -123,20 +118,6 @@ pub(crate) fn command() -> clap::Command {
         None => arg,
     };
     CommandLine::command().mut_args(with_environment).mut_subcommands(|sub| sub.mut_args(with_environment))
-}
-
-/// `error` in words of what is expected where it says that a digit is invalid, which a minus is.
-fn explained(error: clap::Error) -> clap::Error {
-    let is_of_number = error.source().is_some_and(|source| source.is::<ParseIntError>());
-    match (error.get(ContextKind::InvalidArg), error.get(ContextKind::InvalidValue)) {
-        (Some(flag), Some(value)) if is_of_number => {
-            let expected = "expected a whole number that is not negative";
-            let help = "For more information, try '--help'.";
-            let message = format!("invalid value '{value}' for '{flag}': {expected}\n\n{help}\n");
-            clap::Error::raw(error.kind(), message)
-        }
-        _ => error,
-    }
 }
 
 /// The environment variables of all flags of all commands.

@@ -30,7 +30,8 @@ pub(crate) struct EmbeddedCluster {
 
 impl EmbeddedCluster {
     /// Starts the cluster that the flags describe, with a bar while the model loads. `address` is where its
-    /// coordinator will serve, if it will; `adapt` may change the coordinator's settings first.
+    /// coordinator will serve, if it will; `adapt` may change the coordinator's settings, before anything is loaded and once
+    /// nothing that the flags say can be refused any more.
     pub(crate) async fn start(
         model: &ModelArguments,
         predictor: &PredictorArguments,
@@ -50,15 +51,15 @@ impl EmbeddedCluster {
         let config = checkpoint.config();
         let cluster = Cluster::fixed(members, config.moe_layer_count(), config.num_experts, 1)?;
         let predictor = predictor.source(&checkpoint, &cluster)?;
-        if embedded.device.device != DeviceName::Cpu {
-            load_placed(&engines, &cluster).await?;
-        }
         let mut config = CoordinatorConfig::new(COORDINATOR.into(), checkpoint, predictor);
         (config.device, config.precision) = (embedded.device.device, embedded.device.precision);
         embedded.cache.apply(&mut config)?;
         config.micro_batching = embedded.micro_batches.wanted();
         config.on_load = Some(loading_bar::of_model(&config.checkpoint));
         adapt(&mut config);
+        if embedded.device.device != DeviceName::Cpu {
+            load_placed(&engines, &cluster).await?;
+        }
         let coordinator = Coordinator::start(config, cluster).await.map_err(coordinator::refused)?;
         Ok(Self { coordinator, engines })
     }

@@ -3,6 +3,8 @@
 
 use std::{collections::BTreeSet, env, ffi::OsString};
 
+use crate::flag_errors;
+
 const PREFIX: &str = "SIDA_";
 
 /// What the project's scripts and tests read and the command line does not: no misspelling.
@@ -55,6 +57,9 @@ pub(crate) fn unread(variables: impl Iterator<Item = (OsString, OsString)>, know
 }
 
 fn told(name: &str, known: &BTreeSet<String>) -> String {
+    if let Some(successor) = flag_errors::successor(&name[PREFIX.len()..].to_lowercase().replace('_', "-")) {
+        return format!("the environment's {name} is not read: its flag is gone; {successor}");
+    }
     let likeness =
         |other: &&String| strsim::normalized_damerau_levenshtein(&name[PREFIX.len()..], &other[PREFIX.len()..]);
     let nearest = known.iter().max_by(|a, b| likeness(a).total_cmp(&likeness(b)));
@@ -94,6 +99,8 @@ mod tests {
         assert!(warning.contains("SIDA_EXPERT_MEMROY") && warning.contains("SIDA_EXPERT_MEMORY meant"), "{warning}");
         let [warning] = &warnings(&["SIDA_FROBNICATE"])[..] else { panic!("one warning") };
         assert!(warning.contains("SIDA_FROBNICATE") && !warning.contains("meant"), "{warning}");
+        let [warning] = &warnings(&["SIDA_PRELOAD_DEPTH"])[..] else { panic!("one warning") };
+        assert!(warning.contains("SIDA_PRELOAD_DEPTH is not read: its flag is gone; --plan-chance"), "{warning}");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! `sida`: the whole cluster in one process, one role of it, or a client of one.
 //!
 //! In reading order. What can be said on the command line: [`command_line`], [`environment`], [`negative_values`],
-//! [`settings_file`], [`arguments`], [`time_span`], [`share`], [`bad_configuration`]. What it does: [`commands`]. What the commands
+//! [`flag_errors`], [`settings_file`], [`arguments`], [`time_span`], [`share`], [`bad_configuration`]. What it does: [`commands`]. What the commands
 //! share: [`model_dir`], [`model_check`], [`text_file`], [`routes_file`], [`embedded`], [`coordinator_client`], [`node_state`], [`runtime`],
 //! [`shutdown`].
 //! What a person sees: [`loading_bar`], [`byte_size`], [`plain_table`], [`chart`], [`expert_picture`], [`answer_report`],
@@ -19,6 +19,7 @@ mod coordinator_client;
 mod embedded;
 mod environment;
 mod expert_picture;
+mod flag_errors;
 mod loading_bar;
 mod machine_memory;
 mod model_check;

@@ -7,7 +7,7 @@ use std::{collections::HashSet, ffi::OsString, fs, path::Path};
 use clap::{Arg, ArgAction, Command};
 use toml::{Table, Value};
 
-use crate::bad_configuration::BadConfiguration;
+use crate::{bad_configuration::BadConfiguration, flag_errors};
 
 /// A file of flags is small; a larger one is a mistake.
 const FILE_BYTES_MAX: u64 = 1 << 20;
@@ -66,7 +66,7 @@ fn apply_to_all(command: Command, key: &str, value: &Value) -> Result<Command, S
     let mut known = false;
     let command = command.mut_args(|arg| default.set(arg, &mut known));
     let command = command.mut_subcommands(|sub| sub.mut_args(|arg| default.set(arg, &mut known)));
-    if known { Ok(command) } else { Err(format!("unknown key `{key}`")) }
+    if known { Ok(command) } else { Err(unknown(key, "")) }
 }
 
 fn apply_to_one(mut command: Command, name: &str, table: &Table) -> Result<Command, String> {
@@ -75,10 +75,15 @@ fn apply_to_one(mut command: Command, name: &str, table: &Table) -> Result<Comma
         let mut known = false;
         command = command.mut_subcommand(name, |sub| sub.mut_args(|arg| default.set(arg, &mut known)));
         if !known {
-            return Err(format!("unknown key `{key}` in [{name}]"));
+            return Err(unknown(key, &format!(" in [{name}]")));
         }
     }
     Ok(command)
+}
+
+fn unknown(key: &str, place: &str) -> String {
+    let gone = flag_errors::successor(key).map(|successor| format!(": its flag is gone; {successor}"));
+    format!("unknown key `{key}`{place}{}", gone.unwrap_or_default())
 }
 
 /// A key's value as clap wants it.
@@ -164,6 +169,7 @@ mod tests {
         let problem = |file: &str| apply_settings(command(), &file.parse().unwrap()).unwrap_err();
         assert_eq!(problem("expert-memroy = '1GiB'"), "unknown key `expert-memroy`");
         assert_eq!(problem("[ask]\nfoo = 1"), "unknown key `foo` in [ask]");
+        assert!(problem("[up]\npreload-depth = 2").contains("in [up]: its flag is gone; --plan-chance"));
         assert_eq!(problem("[serve]\nfoo = 1"), "[serve] is not a command");
         assert_eq!(problem("log = 1979-05-27"), "key `log` holds a datetime, expected a text, number or boolean");
     }

@@ -10,6 +10,8 @@ use std::{
     hash::{BuildHasher, Hasher, RandomState},
     path::{Path, PathBuf},
     sync::Mutex,
+    thread,
+    time::Duration,
 };
 
 use crate::ModelError;
@@ -36,6 +38,17 @@ pub fn remove_unfinished() -> Vec<PathBuf> {
     let left = unfinished.iter().filter(|partial| remains(partial)).cloned().collect();
     std::mem::forget(unfinished);
     left
+}
+
+/// Waits until nobody writes `partial` any more, which another began ([`ModelError::BeingWritten`]): until it is finished or given
+/// up.
+pub fn wait_for_other(partial: &Path) {
+    // Locked by its writer. One that is gone is at its place, or removed.
+    if let Ok(directory) = File::open(partial) {
+        let _ = directory.lock_shared();
+    }
+    // Of several that waited not all shall begin at a time: each would see another, and give up.
+    thread::sleep(Duration::from_millis(random() % 1000));
 }
 
 /// A directory being written. Dropped before [`FreshDirectory::finish`], it leaves nothing.

@@ -10,6 +10,8 @@ use sida_routing::LayerId;
 pub const POINTS_MAX: usize = 32;
 /// Entries that a point is the mean of, at least.
 const ENTRIES_MIN: usize = 64;
+/// Tokens that a layer is calibrated with, at least: two points of one entry a token, and as many to measure those with.
+pub(crate) const TOKENS_MIN: usize = 4 * ENTRIES_MIN;
 
 /// From a net's probability of an expert to what was found of the expert, in one MoE layer: the router's probability of it, or
 /// whether the router chose it.

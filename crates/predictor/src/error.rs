@@ -6,6 +6,8 @@ use sida_model::ModelError;
 use sida_routing::{Digest, HashTableError};
 use thiserror::Error;
 
+use crate::MadeFor;
+
 /// Why a predictor cannot be opened, used or trained.
 #[derive(Debug, Error)]
 #[non_exhaustive]
@@ -18,11 +20,17 @@ pub enum PredictorError {
     #[error("{}: tensor {tensor} {reason}", path.display())]
     Tensor { path: PathBuf, tensor: String, reason: String },
     #[error(
-        "{} predicts for model {found}, this is model {expected}: either its config.json or weights were changed after the predictor \
-         was trained, or this is another model, for which `sida train-predictor` trains one",
-        path.display()
+        "{} predicts for another model, {found} ({}), this is {expected} ({}): either its config.json or weights were changed \
+         after the predictor was trained, or it is another model, for which `sida train-predictor` trains one",
+        path.display(), shapes[0], shapes[1]
     )]
-    Model { path: PathBuf, expected: Digest, found: Digest },
+    Model {
+        path: PathBuf,
+        expected: Digest,
+        found: Digest,
+        /// Of the file's model, and of this one.
+        shapes: Box<[MadeFor; 2]>,
+    },
     #[error("token id {id} is outside the vocabulary of {vocab_size}")]
     Token { id: u32, vocab_size: usize },
     #[error("{states} predictor states for {sequences} sequences")]
@@ -33,6 +41,8 @@ pub enum PredictorError {
     Input { reason: String },
     #[error("no text to learn from: {reason}")]
     Texts { reason: String },
+    #[error("too little to calibrate with: {reason}")]
+    TooFewHeldOut { reason: String },
     #[error("{field} is {found}, expected {expected}")]
     Option { field: &'static str, found: String, expected: String },
     #[error("{}: cannot learn on: {reason}", path.display())]
@@ -58,6 +68,7 @@ impl PredictorError {
             | Self::Tensor { .. }
             | Self::Model { .. }
             | Self::Texts { .. }
+            | Self::TooFewHeldOut { .. }
             | Self::Option { .. }
             | Self::NotTrainable { .. } => true,
             _ => false,

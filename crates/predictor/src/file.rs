@@ -3,7 +3,8 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    fs,
+    fs::{self, File},
+    io::Write,
     path::{Path, PathBuf},
 };
 
@@ -18,7 +19,7 @@ use sida_model::{
 };
 use sida_routing::{Digest, LayerId};
 
-use crate::{PredictorError, PredictorShape, calibration::Calibration};
+use crate::{MadeFor, PredictorError, PredictorShape, calibration::Calibration};
 
 /// A larger file is refused. A net for 32,128 tokens and 256 experts in 12 layers has 50 MB.
 const FILE_BYTES_MAX: u64 = 1 << 30;
@@ -142,8 +143,9 @@ pub(crate) fn matrix(values: &[f32], rows: usize, cols: usize) -> MatrixRef<'_> 
 }
 
 impl PredictorFile {
-    /// Reads a file and checks its header and metadata. The model's digest is for the caller to compare.
-    pub fn read(path: &Path, shape: PredictorShape) -> Result<Self, PredictorError> {
+    /// Reads a file and checks its header and metadata. Refuses one of another model, before it looks for what does not fit
+    /// this one.
+    pub fn read(path: &Path, shape: PredictorShape, model: Digest) -> Result<Self, PredictorError> {
         let bytes = bounded_file::read(path, FILE_BYTES_MAX)?;
         let refuse = |reason: String| PredictorError::File { path: path.to_owned(), reason };
         let header = |error| match mistaken_file::recognise(&bytes) {
@@ -151,7 +153,17 @@ impl PredictorFile {
             None => refuse(format!("not a safetensors file: {error}")),
         };
         let (_, header_metadata) = SafeTensors::read_metadata(&bytes).map_err(header)?;
-        let metadata = Metadata::parse(header_metadata.metadata().as_ref(), &shape).map_err(refuse)?;
+        let metadata = Metadata::parse(header_metadata.metadata().as_ref()).map_err(refuse)?;
+        if metadata.model != model {
+            let shapes = Box::new([MadeFor::of_file(&header_metadata, metadata.hit_rates.len()), (&shape).into()]);
+            return Err(PredictorError::Model {
+                path: path.to_owned(),
+                expected: model,
+                found: metadata.model,
+                shapes,
+            });
+        }
+        metadata.fits(&shape).map_err(refuse)?;
         let tensors = (SafeTensors::deserialize(&bytes).map_err(header)?.tensors().into_iter())
             .map(|(name, view)| {
                 let (dtype, shape) = (view.dtype(), view.shape().to_vec());
@@ -267,7 +279,7 @@ impl Metadata {
         })
     }
 
-    fn parse(stored: Option<&HashMap<String, String>>, shape: &PredictorShape) -> Result<Self, String> {
+    fn parse(stored: Option<&HashMap<String, String>>) -> Result<Self, String> {
         let empty = HashMap::new();
         let stored = stored.unwrap_or(&empty);
         let field = |name: &str| stored.get(name).map(String::as_str).ok_or_else(|| format!("metadata lack {name:?}"));
@@ -279,17 +291,11 @@ impl Metadata {
         let net = Net::from_name(net)
             .ok_or_else(|| format!("net is {net:?}, expected \"table\", \"lstm\" or \"transformer\""))?;
         let model = parse_hex(field("model")?).ok_or("model is not 64 hex digits")?;
-        let top_k_max = TOP_K_MAX.min(shape.num_experts);
-        let top_k = field("top_k")?;
-        let top_k = top_k.parse().ok().filter(|top_k| (1..=top_k_max).contains(top_k));
-        let top_k = top_k.ok_or_else(|| format!("top_k is not 1 to {top_k_max}"))?;
+        let top_k = field("top_k")?.parse().ok().filter(|top_k| (1..=TOP_K_MAX).contains(top_k));
+        let top_k = top_k.ok_or_else(|| format!("top_k is not 1 to {TOP_K_MAX}"))?;
         let hit_rates: Vec<HitRate> =
             serde_json::from_str(field("hit_rates")?).map_err(|error| format!("hit_rates: {error}"))?;
         let layers: Vec<u16> = hit_rates.iter().map(|rate| rate.layer.0).collect();
-        let expected: Vec<u16> = shape.encoder_layers.clone().chain(shape.decoder_layers.clone()).collect();
-        if layers != expected {
-            return Err(format!("hit_rates speak of layers {layers:?}, the model has {expected:?}"));
-        }
         let calibration = |name: &str| {
             let calibration: Vec<Calibration> = match stored.get(name) {
                 Some(calibration) => serde_json::from_str(calibration).map_err(|error| format!("{name}: {error}"))?,
@@ -306,6 +312,20 @@ impl Metadata {
         };
         let (alphas, chances) = (calibration(ALPHAS)?, calibration(CHANCES)?);
         Ok(Self { net, model, top_k, hit_rates, alphas, chances })
+    }
+
+    /// Why it cannot be of a model of this shape, if so.
+    fn fits(&self, shape: &PredictorShape) -> Result<(), String> {
+        let (top_k, num_experts) = (self.top_k, shape.num_experts);
+        if top_k > num_experts {
+            return Err(format!("top_k is {top_k}, expected 1 to {num_experts}"));
+        }
+        let layers: Vec<u16> = self.hit_rates.iter().map(|rate| rate.layer.0).collect();
+        let expected: Vec<u16> = shape.encoder_layers.clone().chain(shape.decoder_layers.clone()).collect();
+        if layers != expected {
+            return Err(format!("hit_rates speak of layers {layers:?}, the model has {expected:?}"));
+        }
+        Ok(())
     }
 
     fn to_map(&self) -> HashMap<String, String> {
@@ -351,8 +371,16 @@ impl Tensors {
         let bytes = safetensors::serialize(views, Some(metadata.to_map())).map_err(refuse)?;
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let partial = path.with_file_name(format!(".{name}.{}.partial", std::process::id()));
-        fs::write(&partial, bytes)
-            .and_then(|()| fs::rename(&partial, path))
-            .map_err(|source| PredictorError::Write { path: path.to_owned(), source })
+        let written = File::create(&partial).and_then(|mut file| {
+            file.write_all(&bytes)?;
+            // Before it takes the place of another: a machine that fails then would leave neither.
+            file.sync_all()?;
+            fs::rename(&partial, path)
+        });
+        written.map_err(|source| {
+            // Why it could not be written says more than why what there is of it cannot be removed.
+            let _ = fs::remove_file(&partial);
+            PredictorError::Write { path: path.to_owned(), source }
+        })
     }
 }

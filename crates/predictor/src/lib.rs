@@ -6,7 +6,7 @@
 //! its own output must not depend on the batch it was computed in, as `guided` and `hash` route by it: the nets are
 //! made of the row-wise kernels of [`sida_kernels`] and know no padding.
 //!
-//! In reading order: [`file`](mod@file) (what is stored, checked), [`state`] (a decoder's memory of its sequence and
+//! In reading order: [`file`](mod@file) (what is stored, checked), `made_for` (for which kind of model), [`state`] (a decoder's memory of its sequence and
 //! input), [`entries`] (from logits to hash tables), [`calibration`] (what a net's confidence is worth), [`table`] (a
 //! predefined hash), `learnt` (the nets that are trained), [`lstm`] (the paper's), `transformer` (another one for the
 //! encoder), [`train`] (record routing, learn it, measure).
@@ -17,6 +17,7 @@ mod error;
 pub mod file;
 mod learnt;
 pub mod lstm;
+mod made_for;
 pub mod state;
 pub mod table;
 pub mod train;
@@ -30,6 +31,7 @@ use sida_routing::{Digest, HashTable};
 pub use self::{
     error::PredictorError,
     file::{HitRate, Net},
+    made_for::MadeFor,
     state::PredictorState,
 };
 use self::{file::PredictorFile, learnt::LearntPredictor, table::TablePredictor};
@@ -73,11 +75,7 @@ pub fn open(path: &Path, config: &ModelConfig, model: Digest) -> Result<Arc<dyn 
 
 /// [`open`] with what it needs of the config.
 fn open_shape(path: &Path, shape: PredictorShape, model: Digest) -> Result<Arc<dyn HashPredictor>, PredictorError> {
-    let file = PredictorFile::read(path, shape)?;
-    if file.metadata.model != model {
-        let path = path.to_owned();
-        return Err(PredictorError::Model { path, expected: model, found: file.metadata.model });
-    }
+    let file = PredictorFile::read(path, shape, model)?;
     Ok(match file.metadata.net {
         Net::Table => Arc::new(TablePredictor::from_file(file)?),
         Net::Lstm | Net::Transformer => Arc::new(LearntPredictor::from_file(file)?),

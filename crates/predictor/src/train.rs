@@ -30,6 +30,7 @@ use sida_model::Stack;
 
 use crate::{
     HitRate, Net, PredictorError,
+    calibration::TOKENS_MIN,
     file::{Metadata, PredictorFile, TOP_K_MAX, Tensors},
 };
 
@@ -149,16 +150,29 @@ pub fn train(
         chances: measure::uncalibrated(layers),
     };
     tensors.write(&metadata, path)?;
-    calibrate(path, held_out, path)
+    measured(path, held_out, path)
 }
 
 /// Measures the predictor in the file `from` on text that it has not seen, and writes it with what was measured to
-/// `to`: its hit rates, and what its confidence is worth. Layers of which nothing is held out keep what was said of them.
-/// Returns the hit rate of each MoE layer.
+/// `to`, whole or not at all: its hit rates, and what its confidence is worth. Returns the hit rate of each MoE layer. Refused
+/// where too little is held out to say what the confidence is worth; then nothing is written.
 pub fn calibrate(from: &Path, held_out: &Recording, to: &Path) -> Result<Vec<HitRate>, PredictorError> {
+    for (stack, name) in [(Stack::Encoder, "encoder"), (Stack::Decoder, "decoder")] {
+        let tokens = held_out.of_stack(stack).tokens();
+        if !held_out.shape.layers(stack).is_empty() && tokens < TOKENS_MIN {
+            let reason = format!("{tokens} held-out tokens of the {name}, expected {TOKENS_MIN} or more");
+            return Err(PredictorError::TooFewHeldOut { reason });
+        }
+    }
+    measured(from, held_out, to)
+}
+
+/// [`calibrate`] with however little is held out: layers of which nothing is keep what was said of them, and those of which there
+/// is too little their calibration.
+fn measured(from: &Path, held_out: &Recording, to: &Path) -> Result<Vec<HitRate>, PredictorError> {
     // What is refused is refused before anything is written.
     crate::open_shape(from, held_out.shape.clone(), held_out.model)?;
-    let file = PredictorFile::read(from, held_out.shape.clone())?;
+    let file = PredictorFile::read(from, held_out.shape.clone(), held_out.model)?;
     let mut metadata = file.metadata.clone();
     let before = metadata.clone();
     let tensors = file.into_tensors();
@@ -175,8 +189,10 @@ pub fn calibrate(from: &Path, held_out: &Recording, to: &Path) -> Result<Vec<Hit
     let predictor = predictor?;
     metadata.hit_rates = measure::hit_rates(&*predictor, held_out)?;
     (metadata.alphas, metadata.chances) = measure::calibrations(&*predictor, held_out, &mut metadata.hit_rates)?;
-    for (at, rate) in metadata.hit_rates.iter_mut().enumerate().filter(|(_, rate)| rate.tokens == 0) {
-        *rate = before.hit_rates[at];
+    for (at, rate) in metadata.hit_rates.iter_mut().enumerate().filter(|(_, rate)| rate.tokens < TOKENS_MIN as u64) {
+        if rate.tokens == 0 {
+            *rate = before.hit_rates[at];
+        }
         (metadata.alphas[at], metadata.chances[at]) = (before.alphas[at].clone(), before.chances[at].clone());
     }
     tensors.write(&metadata, to)?;

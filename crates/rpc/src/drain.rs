@@ -2,14 +2,12 @@
 //! layer ends what is left with UNAVAILABLE, which tells the caller to try another node; without it the
 //! connection would break under the call. Put in place by [`crate::server`].
 
-use std::task::{Context, Poll};
-
-use http::{Request, Response};
+use http::Request;
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, body::Body};
-use tower::{Layer, Service};
 
 use crate::{
+    around::Within,
     ending::{Ending, ResponseFuture, ends_by},
     status::{Fault, Reason},
 };
@@ -18,51 +16,24 @@ use crate::{
 /// shutdown, and waiting for them would make every drain take its whole limit.
 const WATCHERS: [&str; 2] = ["/grpc.health.", "/grpc.reflection."];
 
-/// Makes [`DrainService`]s.
-#[derive(Clone, Debug)]
-pub struct DrainLayer {
+/// When calls have to end.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Drain {
     /// Cancelled at shutdown, after health said NOT_SERVING.
-    pub shutdown: CancellationToken,
+    pub(crate) shutdown: CancellationToken,
     /// Cancelled at the drain limit.
-    pub limit: CancellationToken,
+    pub(crate) limit: CancellationToken,
 }
 
-/// Ends calls that outlive the drain.
-#[derive(Clone, Debug)]
-pub struct DrainService<S> {
-    inner: S,
-    tokens: DrainLayer,
-}
-
-impl<S> Layer<S> for DrainLayer {
-    type Service = DrainService<S>;
-
-    fn layer(&self, inner: S) -> Self::Service {
-        DrainService { inner, tokens: self.clone() }
-    }
-}
-
-impl<S> Service<Request<Body>> for DrainService<S>
-where
-    S: Service<Request<Body>, Response = Response<Body>>,
-    S::Future: Send + 'static,
-    S::Error: Send + 'static,
-{
-    type Response = Response<Body>;
-    type Error = S::Error;
-    type Future = ResponseFuture<S::Error>;
-
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        self.inner.poll_ready(cx)
-    }
-
-    fn call(&mut self, request: Request<Body>) -> Self::Future {
+impl Drain {
+    /// Ends a call that outlives the drain.
+    pub(crate) fn ended<S: Within>(&self, inner: &mut S, request: Request<Body>) -> ResponseFuture<S::Error> {
         let watches = WATCHERS.iter().any(|watcher| request.uri().path().starts_with(watcher));
-        let end = if watches { self.tokens.shutdown.clone() } else { self.tokens.limit.clone() };
+        let end = if watches { self.shutdown.clone() } else { self.limit.clone() };
         let ending = async move {
             end.cancelled().await;
             Status::from(Fault::new(Reason::ShuttingDown, "this node is shutting down"))
         };
-        ends_by(self.inner.call(request), Box::pin(ending) as Ending)
+        ends_by(inner.call(request), Box::pin(ending) as Ending)
     }
 }

@@ -3,7 +3,7 @@
 //! the command line's client commands and by the tests.
 //!
 //! In reading order: [`status`] (errors as gRPC statuses), `ending` (calls that end early), `watched_response` (how
-//! they end), `around` (layers that are functions), [`outcome`], [`deadline`], [`drain`], `refusals`, [`trace`], [`request_id`], [`metadata`], [`health`] and
+//! they end), `around` (layers that are functions), [`outcome`], [`deadline`], `drain`, `refusals`, [`trace`], [`request_id`], [`metadata`], [`health`] and
 //! `health_service`; whom a node lets in: `reload` (files that change), [`keys`], [`caller`], [`authentication`],
 //! `key_taken_away` (what ends then), [`certificate_names`], [`tls`]; connections: `peer` (one, as its server sees it), `allowance` (of what it may do often),
 //! `who_leaves`, `shortage`, `connections` (all), `accept` (how they come), `connection` (one, from its first byte to
@@ -23,7 +23,7 @@ mod connection;
 mod connections;
 mod control_frames;
 pub mod deadline;
-pub mod drain;
+mod drain;
 mod ending;
 pub mod health;
 mod health_service;

@@ -43,7 +43,7 @@ use crate::{
     client_streams::client_streams,
     connection::{ConnectionService, Connector},
     deadline,
-    drain::DrainLayer,
+    drain::Drain,
     health::{Alive, Check, CheckResult, Health, Readiness},
     health_service::NodeHealth,
     key_taken_away,
@@ -229,7 +229,7 @@ impl Server {
         let period = config.health_period;
         let health = Health { reporter, readiness: config.readiness.clone(), checks, is_alive, period };
         health.register().await;
-        let drain = DrainLayer { shutdown: CancellationToken::new(), limit: CancellationToken::new() };
+        let drain = Drain::default();
         let services = health.checks.iter().map(|check| check.service);
         let routes = with_reflection(routes.add_service(health_service), &descriptors, services)?;
         let tls = PortTls::open_if_any(config.tls.clone(), &[HTTP2])?;
@@ -258,7 +258,7 @@ impl Server {
 }
 
 /// `routes` behind what every call goes through.
-fn layered(routes: Routes, observer: Option<Observer>, gate: Gate, drain: DrainLayer) -> impl ConnectionService {
+fn layered(routes: Routes, observer: Option<Observer>, gate: Gate, drain: Drain) -> impl ConnectionService {
     let refuse = |fault| Status::from(fault).into_http();
     ServiceBuilder::new()
         // Outermost: a span is the whole call, and log lines within carry its trace.
@@ -273,7 +273,7 @@ fn layered(routes: Routes, observer: Option<Observer>, gate: Gate, drain: DrainL
         .layer(Around(deadline::ended_in_time))
         .layer(Around(key_taken_away::ended_without_key))
         // Handlers end by it, and the layers above still see a proper response.
-        .layer(drain)
+        .layer(Around(move |inner: &mut _, request| drain.ended(inner, request)))
         .layer(Around(refusals::explained))
         .service(routes.prepare())
 }

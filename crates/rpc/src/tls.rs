@@ -40,6 +40,13 @@ pub struct ServerTls {
     pub client_names: Vec<NamePattern>,
 }
 
+impl ServerTls {
+    /// Refuses files that no server could use, as it does itself when it begins to serve.
+    pub fn check(&self) -> Result<(), TlsError> {
+        PortTls::open_if_any(Some(self.clone()), &[HTTP2]).map(drop)
+    }
+}
+
 /// Whom a client trusts, and how it proves itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ClientTls {

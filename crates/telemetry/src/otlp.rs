@@ -10,7 +10,7 @@ use std::{
 };
 
 use opentelemetry::{InstrumentationScope, KeyValue};
-use opentelemetry_otlp::{ExporterBuildError, SpanExporter, WithExportConfig};
+use opentelemetry_otlp::{ExporterBuildError, RetryPolicy, SpanExporter, WithExportConfig, WithTonicConfig};
 use opentelemetry_sdk::{
     Resource,
     trace::{BatchConfigBuilder, BatchSpanProcessor, SpanData, SpanProcessor},
@@ -26,6 +26,10 @@ const BATCH_SPANS_MAX: usize = 1024;
 const BATCH_DELAY: Duration = Duration::from_secs(1);
 /// How long the collector may take for a message, and what is left may take at the end.
 const EXPORT_LIMIT: Duration = Duration::from_secs(5);
+
+/// How often a message is sent again that the collector did not take, a tenth of a second later: a connection may just have ended.
+/// A process that ends waits for it, and would for two seconds with as many as the exporter has by itself.
+const RETRIES_MAX: usize = 1;
 
 static EXPORT: OnceLock<Export> = OnceLock::new();
 
@@ -90,6 +94,7 @@ pub fn start(config: &OtlpConfig) -> Result<Exporting, OtlpError> {
         .with_tonic()
         .with_endpoint(&config.endpoint)
         .with_timeout(EXPORT_LIMIT)
+        .with_retry_policy(RetryPolicy::default().with_max_retries(RETRIES_MAX))
         .build()
         .map_err(|source| OtlpError::Exporter { endpoint: config.endpoint.clone(), source })?;
     let batches = BatchConfigBuilder::default()

@@ -202,6 +202,7 @@ fn field_of(error: &RequestError, text_field: &str) -> Option<String> {
         RequestError::EmptyText => text_field.to_owned(),
         RequestError::TextTooLong { of, .. }
         | RequestError::TooManyTokens { of, .. }
+        | RequestError::NoRoom { of, .. }
         | RequestError::Tokenize { of, .. } => match of {
             TextOf::Prompt | TextOf::PromptTokens => text_field.to_owned(),
             TextOf::Text(number) => format!("{text_field}[{}]", number - 1),

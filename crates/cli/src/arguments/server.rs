@@ -9,8 +9,8 @@ use std::{
 
 use clap::Args;
 use sida_coordinator::{CoordinatorConfig, CorsOrigin, Listeners};
-use sida_rpc::{Gate, NamePattern, Readiness, ServerConfig, ServerTls, metrics_port};
-use sida_telemetry::metrics;
+use sida_rpc::{Gate, NamePattern, Readiness, ServerConfig, ServerTls, metrics_port, tls::TlsError};
+use sida_telemetry::metrics::{self, Metrics};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -95,8 +95,14 @@ pub(crate) struct ServerArguments {
 }
 
 impl ServerArguments {
-    /// The gRPC server's settings; it lets in whom `gate` does and tells `readiness` whether it serves.
-    pub(crate) fn server(&self, connection: &ConnectionArguments, gate: Gate, readiness: Readiness) -> ServerConfig {
+    /// The gRPC server's settings; it lets in whom `gate` does and tells `readiness` whether it serves. Refuses files of TLS
+    /// that cannot be used: a model may be loaded for minutes before it begins to serve.
+    pub(crate) fn server(
+        &self,
+        connection: &ConnectionArguments,
+        gate: Gate,
+        readiness: Readiness,
+    ) -> Result<ServerConfig, TlsError> {
         open_files::allow(self.connections_max);
         let identity = connection.tls_cert.clone().zip(connection.tls_key.clone());
         let tls = identity.map(|(certificate, key)| ServerTls {
@@ -105,7 +111,8 @@ impl ServerArguments {
             client_authorities: self.tls_client_ca.clone(),
             client_names: self.tls_client_names.clone(),
         });
-        ServerConfig {
+        tls.as_ref().map_or(Ok(()), ServerTls::check)?;
+        Ok(ServerConfig {
             drain_limit: self.drain,
             connections_max: self.connections_max as usize,
             handshake_timeout: self.handshake_timeout,
@@ -117,33 +124,44 @@ impl ServerArguments {
             gate,
             readiness,
             ..ServerConfig::default()
-        }
+        })
     }
 
-    /// Installs the metrics recorder and serves it on the address of the flag, or on `default` if that is
+    /// Installs the metrics recorder, and takes the address of the flag for it, or `default` if that is
     /// free: a second node of one machine shall start all the same. Call before the nodes start: what they
     /// record earlier is lost.
-    pub(crate) async fn serve_metrics(
-        &self,
-        default: SocketAddr,
-        readiness: Readiness,
-        shutdown: CancellationToken,
-    ) -> anyhow::Result<()> {
+    pub(crate) async fn metrics(&self, default: SocketAddr) -> anyhow::Result<MetricsPort> {
         let listener = match self.metrics_listen.as_deref() {
-            Some(OFF) => return Ok(()),
-            Some(address) => bind(address).await?,
+            Some(OFF) => None,
+            Some(address) => Some(bind(address).await?),
             None => match TcpListener::bind(default).await {
-                Ok(listener) => listener,
+                Ok(listener) => Some(listener),
                 Err(error) => {
                     tracing::warn!("no metrics are served: {default}: {error}; name a port by --metrics-listen");
-                    return Ok(());
+                    None
                 }
             },
         };
-        let metrics = metrics::install()?;
-        tracing::info!("metrics on http://{}/metrics", listener.local_addr()?);
-        tokio::spawn(metrics_port::serve(metrics, readiness, listener, self.handshake_timeout, shutdown));
-        Ok(())
+        let open = listener.map(|listener| anyhow::Ok((metrics::install()?, listener))).transpose()?;
+        Ok(MetricsPort { open, head_timeout: self.handshake_timeout })
+    }
+}
+
+/// The port of metrics, where nobody is answered yet.
+pub(crate) struct MetricsPort {
+    open: Option<(Metrics, TcpListener)>,
+    head_timeout: Duration,
+}
+
+impl MetricsPort {
+    /// Answers from here on, and says where: once nothing of what was said to the process can be refused any more, and before it
+    /// loads, which may take long.
+    pub(crate) fn serve(self, readiness: Readiness, shutdown: CancellationToken) {
+        let Some((metrics, listener)) = self.open else { return };
+        if let Ok(address) = listener.local_addr() {
+            tracing::info!("metrics on http://{address}/metrics");
+        }
+        tokio::spawn(metrics_port::serve(metrics, readiness, listener, self.head_timeout, shutdown));
     }
 }
 

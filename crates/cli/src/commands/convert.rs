@@ -2,13 +2,18 @@
 //! manifest, and one of any kind a checkpoint with fewer bits.
 
 use std::{
+    fs,
     io::{self, Write},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
 };
 
 use clap::Args;
-use sida_model::convert;
+use sida_model::{
+    ModelError,
+    convert::{self, ConvertError, Converted},
+    fresh_directory,
+};
 
 use crate::{
     arguments::block_formats::BlockFormatArguments,
@@ -28,7 +33,7 @@ pub(crate) struct ConvertArguments {
     /// Where the new checkpoint goes; must not exist or be empty
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Leave a directory that is there already as it is, and succeed
+    /// Leave a directory that is there already as it is, and succeed; wait for another process that is writing it
     #[arg(long)]
     if_missing: bool,
     #[command(flatten)]
@@ -37,17 +42,12 @@ pub(crate) struct ConvertArguments {
 
 /// Converts, with a bar; prints what was written.
 pub(crate) fn run(arguments: ConvertArguments) -> anyhow::Result<ExitCode> {
-    if arguments.if_missing && arguments.out.try_exists()? {
+    shutdown::clean_up_on_signal()?;
+    let written = if arguments.if_missing { if_missing(&arguments)? } else { Some(convert(&arguments)?) };
+    let Some(written) = written else {
         writeln!(io::stdout(), "{} is there already", arguments.out.display())?;
         return Ok(ExitCode::SUCCESS);
-    }
-    shutdown::clean_up_on_signal()?;
-    let bar = LoadingBar::new("converting", Unit::Bytes);
-    let written =
-        convert::convert(&arguments.source, &arguments.out, arguments.formats.formats(), &mut |done, total| {
-            bar.advance(done, total);
-        })?;
-    drop(bar);
+    };
     writeln!(
         io::stdout(),
         "{} tensors, {} in {}",
@@ -65,4 +65,33 @@ pub(crate) fn run(arguments: ConvertArguments) -> anyhow::Result<ExitCode> {
         writeln!(io::stdout(), "took {prefix:?} off the names of {tensors} tensors")?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn convert(arguments: &ConvertArguments) -> Result<Converted, ConvertError> {
+    let bar = LoadingBar::new("converting", Unit::Bytes);
+    convert::convert(&arguments.source, &arguments.out, arguments.formats.formats(), &mut |done, total| {
+        bar.advance(done, total);
+    })
+}
+
+/// What was written; `None` where it is there, by this or another process.
+fn if_missing(arguments: &ConvertArguments) -> anyhow::Result<Option<Converted>> {
+    while !is_there(&arguments.out)? {
+        match convert(arguments) {
+            Ok(written) => return Ok(Some(written)),
+            Err(ConvertError::Model(ModelError::BeingWritten { dir, partial })) => {
+                eprintln!("sida: waiting for another process, which writes {} in {}", dir.display(), partial.display());
+                fresh_directory::wait_for_other(&partial);
+            }
+            // Another may have been sooner, which is what it failed by, or makes no difference.
+            Err(error) if !is_there(&arguments.out)? => return Err(error.into()),
+            Err(_) => {}
+        }
+    }
+    Ok(None)
+}
+
+/// Whether something is there that would not be written over.
+fn is_there(out: &Path) -> io::Result<bool> {
+    Ok(out.try_exists()? && !(out.is_dir() && fs::read_dir(out)?.next().is_none()))
 }

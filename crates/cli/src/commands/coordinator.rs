@@ -76,7 +76,7 @@ pub(crate) fn run(arguments: CoordinatorArguments) -> anyhow::Result<ExitCode> {
         let listeners = Listeners { grpc, http: arguments.http.bind(None).await? };
         let gate = arguments.api_keys.gate()?;
         let readiness = Readiness::default();
-        arguments.server.serve_metrics(METRICS_OF_NODES, readiness.clone(), shutdown.clone()).await?;
+        let metrics = arguments.server.metrics(METRICS_OF_NODES).await?;
         let model = (checkpoint.config(), checkpoint.digest());
         let cluster = arguments.membership.cluster(&member, listeners.grpc.local_addr()?, model, 1.0)?;
         let predictor = arguments.predictor.source(&checkpoint, &cluster)?;
@@ -89,7 +89,8 @@ pub(crate) fn run(arguments: CoordinatorArguments) -> anyhow::Result<ExitCode> {
         config.micro_batching = arguments.micro_batches.wanted();
         config.client = arguments.connection.client();
         arguments.cluster_key.apply(&mut config.client)?;
-        config.server = arguments.server.server(&arguments.connection, gate, readiness);
+        config.server = arguments.server.server(&arguments.connection, gate, readiness.clone())?;
+        metrics.serve(readiness, shutdown.clone());
         config.on_load = Some(loading_bar::of_model(&config.checkpoint));
         let coordinator = Coordinator::start(config, cluster).await.map_err(refused)?;
         server::announce_doors(&listeners)?;

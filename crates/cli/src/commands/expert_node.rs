@@ -70,7 +70,7 @@ pub(crate) fn run(arguments: ExpertNodeArguments) -> anyhow::Result<ExitCode> {
         let listener = server::bind(&member.address).await?;
         let gate = arguments.cluster_key.gate()?;
         let readiness = Readiness::default();
-        arguments.server.serve_metrics(METRICS_OF_NODES, readiness.clone(), shutdown.clone()).await?;
+        let metrics = arguments.server.metrics(METRICS_OF_NODES).await?;
         let model = (checkpoint.config(), checkpoint.digest());
         let weight = arguments.node_weight.map_or_else(|| weight(arguments.expert_memory, &checkpoint), Ok)?;
         let cluster = arguments.membership.cluster(&member, listener.local_addr()?, model, weight)?;
@@ -81,9 +81,10 @@ pub(crate) fn run(arguments: ExpertNodeArguments) -> anyhow::Result<ExitCode> {
             device: arguments.device.device,
             precision: arguments.device.precision,
             threads: arguments.model.threads(),
-            server: arguments.server.server(&arguments.connection, gate, readiness),
+            server: arguments.server.server(&arguments.connection, gate, readiness.clone())?,
             ..ExpertNodeConfig::new(member.node, model_dir)
         };
+        metrics.serve(readiness, shutdown.clone());
         server::announce(&listener)?;
         sida_expert_node::run(config, listener, cluster, shutdown).await.map_err(refused)?;
         Ok(ExitCode::SUCCESS)

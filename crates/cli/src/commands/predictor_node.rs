@@ -59,18 +59,19 @@ pub(crate) fn run(arguments: PredictorNodeArguments) -> anyhow::Result<ExitCode>
         let listener = server::bind(&member.address).await?;
         let gate = arguments.cluster_key.gate()?;
         let readiness = Readiness::default();
-        arguments.server.serve_metrics(METRICS_OF_NODES, readiness.clone(), shutdown.clone()).await?;
-        let facts = (model, checkpoint.digest());
-        let cluster = arguments.membership.cluster(&member, listener.local_addr()?, facts, 1.0)?;
         let file = arguments.predictor.clone().unwrap_or_else(|| default_file(&checkpoint));
         let (predictor, learn) = arguments.learn.open(file, &checkpoint)?;
+        let metrics = arguments.server.metrics(METRICS_OF_NODES).await?;
+        let facts = (model, checkpoint.digest());
+        let cluster = arguments.membership.cluster(&member, listener.local_addr()?, facts, 1.0)?;
         let threads = arguments.model.threads();
         let config = PredictorNodeConfig {
             limits: PredictorLimits { threads, ..PredictorLimits::default() },
             learn,
-            server: arguments.server.server(&arguments.connection, gate, readiness),
+            server: arguments.server.server(&arguments.connection, gate, readiness.clone())?,
             ..PredictorNodeConfig::new(member.node, model, predictor)
         };
+        metrics.serve(readiness, shutdown.clone());
         server::announce(&listener)?;
         sida_predictor_node::run(config, listener, cluster, shutdown).await?;
         Ok(ExitCode::SUCCESS)

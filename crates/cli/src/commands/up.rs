@@ -63,13 +63,15 @@ pub(crate) fn run(arguments: UpArguments) -> anyhow::Result<ExitCode> {
         let listeners = Listeners { grpc, http: arguments.http.bind(Some(HTTP_DEFAULT)).await? };
         let gate = arguments.api_keys.gate()?;
         let readiness = Readiness::default();
-        arguments.server.serve_metrics(METRICS_DEFAULT, readiness.clone(), shutdown.clone()).await?;
+        let metrics = arguments.server.metrics(METRICS_DEFAULT).await?;
+        let server = arguments.server.server(&arguments.connection, gate, readiness.clone())?;
         let address = Some(listeners.grpc.local_addr()?);
         let cluster =
             EmbeddedCluster::start(&arguments.model, &arguments.predictor, &arguments.embedded, address, |config| {
                 arguments.limits.apply(config);
                 arguments.http.apply(config);
-                config.server = arguments.server.server(&arguments.connection, gate, readiness);
+                config.server = server;
+                metrics.serve(readiness, shutdown.clone());
             })
             .await?;
         server::announce_doors(&listeners)?;

@@ -8,8 +8,9 @@ use sida_model::Stack;
 use sida_routing::{Digest, Labels};
 
 use super::{
-    Recording, TrainOptions, TrainProgress, calibrate,
+    Recording, TrainOptions, TrainProgress,
     descent::{self, Descent, Learnt},
+    measured,
     record::StackRecording,
     transformer_net::TransformerInTraining,
 };
@@ -37,12 +38,12 @@ impl Default for FurtherOptions {
 /// Refuses a predictor that cannot learn on: only a transformer of an encoder's can.
 pub fn check_trainable(path: &Path, shape: &PredictorShape, model: Digest) -> Result<(), PredictorError> {
     crate::open_shape(path, shape.clone(), model)?;
-    trainable(path, shape).map(drop)
+    trainable(path, shape, model).map(drop)
 }
 
-fn trainable(path: &Path, shape: &PredictorShape) -> Result<TransformerInTraining, PredictorError> {
+fn trainable(path: &Path, shape: &PredictorShape, model: Digest) -> Result<TransformerInTraining, PredictorError> {
     let refuse = |reason: String| Err(PredictorError::NotTrainable { path: path.to_owned(), reason });
-    let mut file = PredictorFile::read(path, shape.clone())?;
+    let mut file = PredictorFile::read(path, shape.clone(), model)?;
     if shape.encoder_layers.is_empty() {
         return refuse(
             "only an encoder's net can learn from traffic, and this model has no encoder with experts".to_owned(),
@@ -78,19 +79,19 @@ pub fn further(
             reason: "labels to learn from and others to test with are both needed".to_owned(),
         });
     }
-    let net = trainable(from, shape)?;
+    let net = trainable(from, shape, model)?;
     let (epochs, batch_tokens) = (options.epochs, options.batch_tokens);
     let (learning_rate, seed) = (options.learning_rate, options.seed);
     let settings = TrainOptions { epochs, batch_tokens, learning_rate, seed, ..TrainOptions::default() };
     let stack = Stack::Encoder;
     let descent = Descent { recording: &learnt, stack, options: &settings, workers: descent::workers(1)? };
     descent.run(&net, &mut StdRng::seed_from_u64(seed), on_step)?;
-    let file = PredictorFile::read(from, shape.clone())?;
+    let file = PredictorFile::read(from, shape.clone(), model)?;
     let metadata = file.metadata.clone();
     let mut tensors = file.into_tensors();
     net.store(&mut tensors)?;
     tensors.write(&metadata, to)?;
-    descent.workers[0].install(|| calibrate(to, &tested, to))?;
+    descent.workers[0].install(|| measured(to, &tested, to))?;
     crate::open_shape(to, shape.clone(), model)
 }
 
@@ -141,7 +142,7 @@ mod tests {
         let (to, known) = (dir.path().join("candidate.safetensors"), labels(40, 3, 0));
         let options = FurtherOptions { epochs: 0, ..FurtherOptions::default() };
         learn_on(&from, (&known, &known), &options, &to).unwrap();
-        let tensors = |path: &Path| PredictorFile::read(path, shape()).unwrap().into_tensors();
+        let tensors = |path: &Path| PredictorFile::read(path, shape(), MODEL).unwrap().into_tensors();
         assert!(tensors(&from) == tensors(&to));
     }
 

@@ -1,5 +1,7 @@
 //! Training and serving together, on routing made up here, so that no model is needed.
 
+mod refused;
+
 use std::{
     fs,
     path::PathBuf,
@@ -175,6 +177,38 @@ fn nets_learn_what_they_can_see() {
     }
 }
 
+/// A line of text would take the place of what was measured with thousands, and be served by from then on.
+#[test]
+fn too_little_text_calibrates_nothing() {
+    let (dir, path, _) = trained(Net::Table);
+    let before = fs::read(&path).unwrap();
+    let enough = || recording(100, 4);
+    for (few, stack) in
+        [(recording(3, 4), "encoder"), (Recording { decoder: recording(3, 4).decoder, ..enough() }, "decoder")]
+    {
+        let refused = calibrate(&path, &few, &path).unwrap_err().to_string();
+        assert!(refused.contains(&format!("held-out tokens of the {stack}, expected 256 or more")), "{refused}");
+        assert!(fs::read(&path).unwrap() == before);
+    }
+    let fresh = dir.path().join("fresh.safetensors");
+    train(
+        &recording(100, 1),
+        &recording(3, 2),
+        &TrainOptions { net: Net::Table, ..TrainOptions::default() },
+        &fresh,
+        &mut |_| (),
+    )
+    .unwrap();
+    let calibrated = |path: &std::path::Path| {
+        let metadata = PredictorFile::read(path, shape(), MODEL).unwrap().metadata;
+        metadata.alphas != measure::uncalibrated(0..3) && metadata.hit_rates.iter().all(|rate| rate.tokens > 0)
+    };
+    assert!(!calibrated(&fresh));
+    calibrate(&fresh, &enough(), &fresh).unwrap();
+    assert!(calibrated(&fresh));
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "something was left");
+}
+
 /// The same texts and seed would give another predictor each time.
 #[test]
 fn a_seed_gives_the_same_net() {
@@ -205,7 +239,7 @@ fn what_is_stored_computes_what_was_trained() {
         (Net::Lstm, without_inputs(), Stack::Decoder),
     ] {
         let (_dir, path) = untrained(net, &recording);
-        let mut file = PredictorFile::read(&path, shape()).unwrap();
+        let mut file = PredictorFile::read(&path, shape(), MODEL).unwrap();
         let reads_input = !recording.of_stack(stack).inputs.is_empty();
         let read: Vec<&[f16]> = inputs[..3].iter().filter(|_| reads_input).map(Vec::as_slice).collect();
         let found = match (stack, net) {
@@ -293,81 +327,4 @@ fn a_net_that_reads_the_input_wants_it() {
         predictor.decode(&mut [&mut state], &[&[4]]).unwrap()[0].experts(LayerId(2), 0)[0]
     };
     assert_eq!([expert(0), expert(1)], [ExpertId(0), ExpertId(2)]);
-}
-
-/// A file that a newer or a broken program wrote would end whoever opens it, or attend to the wrong places.
-#[test]
-fn refuses_heads_that_do_not_fit() {
-    let (dir, path) = untrained(Net::Transformer, &recording(1, 1));
-    let other = dir.path().join("other.safetensors");
-    let refused = |tensor: &str, dimensions: &[usize], of: PredictorShape| {
-        let mut tensors = PredictorFile::read(&path, shape()).unwrap().into_tensors();
-        tensors.floats(tensor, dimensions, &vec![0.0; dimensions.iter().product()]);
-        tensors.write(&unmeasured(Net::Transformer), &other).unwrap();
-        match open_shape(&other, of, MODEL) {
-            Err(PredictorError::Tensor { tensor, reason, .. }) => format!("{tensor} {reason}"),
-            _ => panic!("{tensor} {dimensions:?} is not refused"),
-        }
-    };
-    for (part, dimensions, expected) in [
-        ("decoder.input.query", &[4, 16][..], "expected (heads, head width, 32)"),
-        ("decoder.input.query", &[0, 16, 32], "at most 64 heads"),
-        ("decoder.input.query", &[65, 16, 32], "at most 64 heads"),
-        ("decoder.input.query", &[4, 257, 32], "of at most 256"),
-        ("decoder.input.values", &[2, 16, 8], "has 2 heads, and decoder.input.query has 4"),
-        ("decoder.input.keys", &[4, 8, 8], "expected F16 [4, 16, 8]"),
-        ("decoder.input.output", &[32, 32], "expected F16 [32, 64]"),
-        ("decoder.input.query2", &[1], "is not part of this net"),
-        ("encoder.input", &[32], "expected a width"),
-        ("encoder.block.0.query", &[4, 8, 16], "expected (heads, head width, 32)"),
-        ("encoder.block.0.values", &[2, 16, 32], "has 2 heads, and encoder.block.0.query has 4"),
-        ("encoder.block.1.distances", &[4, 128], "expected (4, an odd number"),
-        ("encoder.block.1.distances", &[4, 4097], "expected (4, an odd number"),
-        ("encoder.block.1.up", &[9000, 32], "expected (at most"),
-        ("encoder.block.1.down", &[32, 63], "expected F16 [32, 64]"),
-        ("encoder.block.2.norm", &[1], "is not part of this net"),
-    ] {
-        let found = refused(part, dimensions, shape());
-        assert!(found.contains(part) && found.contains(expected), "{found}");
-    }
-    let decoder_only = PredictorShape { encoder_width: None, ..shape() };
-    assert!(refused("decoder.input.query", &[4, 16, 32], decoder_only).contains("no encoder"));
-}
-
-/// A wrong state, token or file would panic, or be taken for the right one.
-#[test]
-fn refuses_what_does_not_fit() {
-    let (dir, path, _) = trained(Net::Lstm);
-    let predictor = open(&path);
-    assert!(matches!(predictor.encode(&[&[24]]), Err(PredictorError::Token { id: 24, .. })));
-    let mut foreign = predictor.start(&[0.5; D_MODEL]).unwrap();
-    foreign.values = vec![0.5; 7];
-    assert!(matches!(predictor.decode(&mut [&mut foreign], &[&[1]]), Err(PredictorError::State { .. })));
-    assert!(matches!(predictor.decode(&mut [], &[&[1]]), Err(PredictorError::States { .. })));
-    let other = Digest([8; 32]);
-    assert!(matches!(open_shape(&path, shape(), other), Err(PredictorError::Model { .. })));
-    let wider = PredictorShape { num_experts: 5, ..shape() };
-    assert!(matches!(open_shape(&path, wider, MODEL), Err(PredictorError::Tensor { .. })));
-    let whole = fs::read(&path).unwrap();
-    let broken = dir.path().join("broken.safetensors");
-    let refused = |bytes: &[u8]| {
-        fs::write(&broken, bytes).unwrap();
-        open_shape(&broken, shape(), MODEL).err().map(|error| error.to_string())
-    };
-    for len in [0, 7, 8, 100, whole.len() / 2, whole.len() - 1] {
-        assert!(refused(&whole[..len]).is_some_and(|error| error.contains("broken.safetensors")));
-    }
-    let replaced = |from: &str, to: &str| {
-        let at = whole.windows(from.len()).position(|window| window == from.as_bytes()).unwrap();
-        let mut bytes = whole.clone();
-        bytes[at..at + to.len()].copy_from_slice(to.as_bytes());
-        refused(&bytes).unwrap()
-    };
-    assert!(replaced("sida-predictor-1", "sida-predictor-9").contains("format"));
-    assert!(replaced("\"top_k\":\"3\"", "\"top_k\":\"5\"").contains("top_k"));
-    assert!(replaced("encoder.head_bias", "encoder.head_boss").contains("head_bias"));
-    let mut infinite = whole.clone();
-    let last = infinite.len() - 2;
-    infinite[last..].copy_from_slice(&half::f16::INFINITY.to_le_bytes());
-    assert!(refused(&infinite).unwrap().contains("not finite"));
 }

@@ -156,15 +156,15 @@ fn tensors(files: &WeightFiles, scheme: &Scheme, config: &Path) -> Result<BTreeM
         tensors.insert(name.to_owned(), Stored::Plain(spec));
     }
     let of = Tensors { files, dir: config.parent().unwrap_or(config) };
-    for name in matrices {
-        let matrix = match scheme {
-            Scheme::Integers(layout, forms) => {
-                Stored::Integers(Integers::open(name, *layout, &forms.of(name, config)?, of)?)
-            }
-            Scheme::Float8 { scale, squares } => {
-                Stored::Float8(Float8::open(name, scale, &squares.of(name, config)?, of)?)
-            }
-        };
+    let opened: Vec<Stored> = match scheme {
+        Scheme::Integers(layout, forms) => (forms.of(matrices, config)?.into_iter())
+            .map(|(name, forms)| Integers::open(name, *layout, &forms, of).map(Stored::Integers))
+            .collect::<Result<_, _>>()?,
+        Scheme::Float8 { scale, squares } => (squares.of(matrices, config)?.into_iter())
+            .map(|(name, squares)| Float8::open(name, scale, &squares, of).map(Stored::Float8))
+            .collect::<Result<_, _>>()?,
+    };
+    for matrix in opened {
         let tensor = matrix.spec().name;
         if tensors.insert(tensor.clone(), matrix).is_some() {
             let (found, expected) = ("values, and integers are there, too".to_owned(), "one of the two".to_owned());

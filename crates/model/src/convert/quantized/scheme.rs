@@ -34,12 +34,31 @@ impl<F: Copy> Groups<F> {
         Self(vec![(Targets::all(), form)])
     }
 
-    /// The forms that a matrix may have, at least one. `path` is for messages.
-    pub(super) fn of(&self, matrix: &str, path: &Path) -> Result<Vec<F>, ModelError> {
-        let forms: Vec<F> = self.0.iter().filter(|(targets, _)| targets.fit(matrix)).map(|&(_, form)| form).collect();
-        match forms.is_empty() {
-            true => Err(fit_nothing(self.0.iter().map(|(targets, _)| targets), matrix, path)),
-            false => Ok(forms),
+    /// Each of the matrices with the forms that it may have, at least one. Refuses a group that is for none of them: a matrix
+    /// that should be of it would be taken for one of another. `path` is for messages.
+    pub(super) fn of<'m>(
+        &self,
+        matrices: impl IntoIterator<Item = &'m str>,
+        path: &Path,
+    ) -> Result<Vec<(&'m str, Vec<F>)>, ModelError> {
+        let mut unused = vec![true; self.0.len()];
+        let mut all = Vec::new();
+        for matrix in matrices {
+            let mut forms = Vec::new();
+            for ((targets, form), unused) in self.0.iter().zip(&mut unused) {
+                if targets.fit(matrix) {
+                    forms.push(*form);
+                    *unused = false;
+                }
+            }
+            if forms.is_empty() {
+                return Err(fit_nothing(self.0.iter().map(|(targets, _)| targets), matrix, path));
+            }
+            all.push((matrix, forms));
+        }
+        match unused.iter().position(|&unused| unused && !all.is_empty()) {
+            Some(group) => Err(self.0[group].0.fit_none(path)),
+            None => Ok(all),
         }
     }
 }
@@ -172,6 +191,10 @@ fn compressed_tensors(config: &Value, path: &Path) -> Result<Scheme, ModelError>
     let transforms = [Value::Null, json!({})];
     let found = &config["transform_config"];
     one_of(path, "quantization_config.transform_config", found, &transforms, "none: weights are used as they are")?;
+    if !config["ignore"].is_null() {
+        // Which matrices have fewer bits is seen by what is stored of them; what cannot be read may mean others.
+        Targets::read("quantization_config.ignore", &config["ignore"], path)?;
+    }
     let groups = config["config_groups"].as_object().filter(|groups| !groups.is_empty());
     let groups = groups.ok_or_else(|| refused(path, GROUPS, &config["config_groups"], "groups of matrices"))?;
     for of in groups.values() {
@@ -207,9 +230,13 @@ fn forms<F>(
     path: &Path,
     form: fn(&Value, &Path) -> Result<F, ModelError>,
 ) -> Result<Groups<F>, ModelError> {
-    let read = |of: &Value| Ok((Targets::read(&of["targets"], path)?, form(&of["weights"], path)?));
+    let read = |of: &Value| Ok((Targets::of_group(&of["targets"], path)?, form(&of["weights"], path)?));
     Ok(Groups(groups.values().map(read).collect::<Result<_, ModelError>>()?))
 }
+
+/// In which order columns were rounded, and whether their groups follow it: the words of `ActivationOrdering` of compressed-tensors
+/// 0.12.
+const ORDERS: [&str; 4] = ["group", "weight", "dynamic", "static"];
 
 fn compressed_integers(weights: &Value, path: &Path) -> Result<Form, ModelError> {
     let symmetric = &weights["symmetric"];
@@ -219,6 +246,13 @@ fn compressed_integers(weights: &Value, path: &Path) -> Result<Form, ModelError>
         Some("group") => Some(group(path, "config_groups.weights.group_size", &weights["group_size"])?),
         _ => return Err(refused(path, "config_groups.weights.strategy", &weights["strategy"], "group or channel")),
     };
+    // Whether the values of a group are neighbours is told by a tensor; a word that is not known may say something else.
+    let order = &weights["actorder"];
+    let known = order.as_str().is_some_and(|order| ORDERS.iter().any(|known| order.eq_ignore_ascii_case(known)));
+    if !(order.is_null() || order.is_boolean() || known) {
+        let expected = format!("null, true, false, {}", ORDERS.join(", "));
+        return Err(refused(path, "config_groups.weights.actorder", order, &expected));
+    }
     let has_zeros = *symmetric == false;
     let bits = bits(path, "config_groups.weights.num_bits", &weights["num_bits"], has_zeros)?;
     Ok(Form { bits, group, has_zeros })

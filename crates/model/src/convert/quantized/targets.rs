@@ -1,4 +1,5 @@
 //! Which matrices a group of compressed-tensors is for: all linear layers, one by its name, or those whose names a pattern fits.
+//! What is to be left as it is is named the same way.
 
 use std::path::Path;
 
@@ -31,14 +32,17 @@ impl Targets {
         Self(vec![Target::Linear])
     }
 
-    /// Reads the field of a group; `path` is for messages.
-    pub(super) fn read(found: &Value, path: &Path) -> Result<Self, ModelError> {
-        let refused = |expected: &str| ModelError::Config {
-            path: path.to_owned(),
-            field: FIELD,
-            found: found.to_string(),
-            expected: expected.to_owned(),
-        };
+    /// Those of a group, at least one; `path` is for messages.
+    pub(super) fn of_group(found: &Value, path: &Path) -> Result<Self, ModelError> {
+        match found.as_array().is_some_and(Vec::is_empty) {
+            true => Err(refused(FIELD, found.to_string(), "one at least: no matrix is of this group", path)),
+            false => Self::read(FIELD, found, path),
+        }
+    }
+
+    /// Reads a field; `path` is for messages.
+    pub(super) fn read(field: &'static str, found: &Value, path: &Path) -> Result<Self, ModelError> {
+        let refused = |expected: &str| refused(field, found.to_string(), expected, path);
         let texts = found.as_array().ok_or_else(|| refused("a list of names and patterns"))?;
         let target = |text: &Value| match text.as_str() {
             None => Err(refused("a list of names and patterns")),
@@ -64,6 +68,13 @@ impl Targets {
         })
     }
 
+    /// The error that the group is for none of the matrices.
+    pub(super) fn fit_none(&self, path: &Path) -> ModelError {
+        let found = format!("{:?}", self.texts().collect::<Vec<_>>());
+        let expected = format!("{LINEAR}, or one that fits a matrix that has fewer bits: these fit none");
+        refused(FIELD, found, &expected, path)
+    }
+
     fn texts(&self) -> impl Iterator<Item = &str> {
         self.0.iter().map(|target| match target {
             Target::Linear => LINEAR,
@@ -74,12 +85,12 @@ impl Targets {
 
 /// The error that a matrix is stored in fewer bits and no group is for it.
 pub(super) fn fit_nothing<'a>(all: impl Iterator<Item = &'a Targets>, matrix: &str, path: &Path) -> ModelError {
-    ModelError::Config {
-        path: path.to_owned(),
-        field: FIELD,
-        found: format!("{:?}", all.flat_map(Targets::texts).collect::<Vec<_>>()),
-        expected: format!("one that fits {matrix}, which has fewer bits"),
-    }
+    let found = format!("{:?}", all.flat_map(Targets::texts).collect::<Vec<_>>());
+    refused(FIELD, found, &format!("one that fits {matrix}, which has fewer bits"), path)
+}
+
+fn refused(field: &'static str, found: String, expected: &str, path: &Path) -> ModelError {
+    ModelError::Config { path: path.to_owned(), field, found, expected: expected.to_owned() }
 }
 
 #[cfg(test)]
@@ -105,15 +116,16 @@ mod tests {
             (r"re:^(?!.*self_attn).*_proj$", true),
             (r"re:^(?!.*mlp).*_proj$", false),
         ] {
-            let targets = Targets::read(&json!(["none", target]), Path::new("config.json")).unwrap();
+            let targets = Targets::of_group(&json!(["none", target]), Path::new("config.json")).unwrap();
             assert_eq!(targets.fit(matrix), fits, "{target}");
         }
         for (found, expected) in [
             (json!(null), "config_groups.targets is null, expected a list"),
             (json!([1]), "config_groups.targets is [1], expected a list"),
+            (json!([]), "config_groups.targets is [], expected one at least"),
             (json!(["re:("]), "expected regular expressions behind re:"),
         ] {
-            let error = Targets::read(&found, Path::new("config.json")).unwrap_err().to_string();
+            let error = Targets::of_group(&found, Path::new("config.json")).unwrap_err().to_string();
             assert!(error.contains(expected), "{error}");
         }
     }

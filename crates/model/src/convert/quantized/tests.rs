@@ -250,7 +250,7 @@ fn configs_of_fp8_are_read_as_they_are_published() {
         let Some(Scheme::Float8 { squares, .. }) = Scheme::read(&config, Path::new(CONFIG)).unwrap() else {
             panic!("{config} is FP8");
         };
-        assert_eq!(squares.of("m", Path::new(CONFIG)).unwrap(), [expected], "{config}");
+        assert_eq!(squares.of(["m"], Path::new(CONFIG)).unwrap(), [("m", vec![expected])], "{config}");
     }
     for (config, expected) in [
         (compressed("group", json!(null), json!(null)), "config_groups.weights.strategy is \"group\", expected tensor"),

@@ -100,6 +100,20 @@ fn what_blocks_cannot_say_is_refused_by_name() {
             }),
             "config_groups.targets is [\"Embedding\", \"re:.*self_attn\"], expected one that fits model.layers.0.mlp.experts.0.",
         ),
+        (set(group("targets"), json!([])), "config_groups.targets is [], expected one at least"),
+        (
+            set(group("targets"), json!(["Conv2d", "re:.*lm_head"])),
+            "config_groups.targets is [\"Conv2d\", \"re:.*lm_head\"], expected Linear, or one that fits a matrix",
+        ),
+        (
+            set("/ignore", json!(["lm_head", "re:.*(gate"])),
+            "quantization_config.ignore is [\"lm_head\",\"re:.*(gate\"], expected",
+        ),
+        (set("/ignore", json!("lm_head")), "quantization_config.ignore is \"lm_head\", expected a list"),
+        (
+            set(group("weights/actorder"), json!("rows")),
+            "config_groups.weights.actorder is \"rows\", expected null, true, false, group",
+        ),
         (set(group("input_activations"), json!({"num_bits": 8})), "config_groups.input_activations is {"),
         (set(group("weights/num_bits"), json!(2)), "config_groups.weights.num_bits is 2, expected 4 or 8"),
         (set(group("weights/type"), json!("float")), "config_groups.weights.type is \"float\", expected int"),
