@@ -9,6 +9,8 @@ use tokio::time::Instant;
 /// So often at once: all calls that may be open are cut off when a proxy loses those whom it asks for, and each has had some
 /// frames.
 const BURST: u32 = 2048;
+/// And so often by who has earned it: a proxy that was answered much and loses a thousand callers whom it has only just asked for.
+const EARNED_MAX: u32 = 8 * BURST;
 /// And then one more in this time: far more than callers who lose patience make.
 const PERIOD: Duration = Duration::from_millis(10);
 
@@ -30,16 +32,17 @@ impl Allowance {
     pub(crate) fn is_borne(&mut self, times: u32, now: Instant) -> bool {
         let periods = now.saturating_duration_since(self.since).as_nanos() / PERIOD.as_nanos();
         let periods = u32::try_from(periods).unwrap_or(u32::MAX);
-        self.left = self.left.saturating_add(periods).min(BURST);
+        // What was earned stays.
+        self.left = self.left.max(self.left.saturating_add(periods).min(BURST));
         self.since += PERIOD.saturating_mul(periods);
         let is_borne = self.left >= times;
         self.left = self.left.saturating_sub(times);
         is_borne
     }
 
-    /// So many more are borne, up to what is borne at once.
+    /// So many more are borne.
     pub(crate) fn earn(&mut self, times: u32) {
-        self.left = self.left.saturating_add(times).min(BURST);
+        self.left = self.left.saturating_add(times).min(EARNED_MAX);
     }
 }
 
@@ -70,10 +73,13 @@ mod tests {
             earns.earn(3);
             earns.is_borne(3, start)
         }));
-        earns.earn(BURST);
+        earns.earn(2 * EARNED_MAX);
         assert!(
-            !earns.is_borne(BURST + 1, start) && !earns.is_borne(1, start),
-            "no more is earned than is borne at once"
+            earns.is_borne(EARNED_MAX, start + PERIOD * 9) && !earns.is_borne(1, start + PERIOD * 9),
+            "no more is earned"
         );
+        earns.earn(BURST + 9);
+        assert!(earns.is_borne(9, start + PERIOD * 10), "what was earned is not lost");
+        assert!(earns.is_borne(BURST, start + PERIOD * 10) && !earns.is_borne(1, start + PERIOD * 10));
     }
 }
