@@ -12,7 +12,7 @@ use std::{
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::pace::Pace;
+use crate::rate_limit::RateLimit;
 
 /// A request up to this size is not counted: that would cost each more than it gains, and their number is bounded.
 const SMALL_BYTES: usize = 64 << 10;
@@ -28,7 +28,7 @@ const AHEAD: Duration = Duration::from_millis(2);
 pub(crate) struct Receiving {
     limit: usize,
     /// Of large requests, in bytes; `None`: as they are sent.
-    pace: Option<Mutex<Pace>>,
+    rate: Option<Mutex<RateLimit>>,
     held: Mutex<Held>,
 }
 
@@ -53,8 +53,8 @@ impl Receiving {
     /// Nothing yet, and no more than `limit` bytes. Large requests come at so many bytes a second all together, if that is
     /// said.
     pub(crate) fn new(limit: usize, bytes_per_second: Option<u32>) -> Arc<Self> {
-        let pace = bytes_per_second.map(|rate| Mutex::new(Pace::new(rate.into(), AHEAD, Instant::now())));
-        Arc::new(Self { limit, pace, held: Mutex::default() })
+        let rate = bytes_per_second.map(|rate| Mutex::new(RateLimit::new(rate.into(), AHEAD, Instant::now())));
+        Arc::new(Self { limit, rate, held: Mutex::default() })
     }
 
     /// The share of a request of which nothing has come.
@@ -92,8 +92,8 @@ impl Held {
 impl Share {
     /// So many bytes came of a large request: until when it has to wait for others, if so.
     pub(crate) fn comes(&self, bytes: usize) -> Option<Instant> {
-        let mut pace = self.receiving.pace.as_ref()?.lock().unwrap_or_else(PoisonError::into_inner);
-        pace.takes(bytes as f64, Instant::now())
+        let mut rate = self.receiving.rate.as_ref()?.lock().unwrap_or_else(PoisonError::into_inner);
+        rate.takes(bytes as f64, Instant::now())
     }
 
     /// This request takes so many bytes now.

@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 /// What comes at a pace.
 #[derive(Debug)]
-pub(crate) struct Pace {
+pub(crate) struct RateLimit {
     per_second: f64,
     /// So far ahead of the pace it may come.
     ahead: Duration,
@@ -15,7 +15,7 @@ pub(crate) struct Pace {
     until: Instant,
 }
 
-impl Pace {
+impl RateLimit {
     /// So much `per_second`, and as much at once as comes in `ahead`. Nothing has come at `now`.
     pub(crate) fn new(per_second: f64, ahead: Duration, now: Instant) -> Self {
         Self { per_second, ahead, until: now }
@@ -37,13 +37,13 @@ mod tests {
     fn what_is_ahead_of_its_pace_waits() {
         let start = Instant::now();
         let second = Duration::from_secs(1);
-        let mut pace = Pace::new(4.0, second, start);
-        assert_eq!([1.0, 2.0, 1.0].map(|amount| pace.takes(amount, start)), [None; 3], "as much as comes in a second");
-        assert_eq!(pace.takes(1.0, start), Some(start + second / 4));
-        assert_eq!(pace.takes(1.0, start + second / 4), Some(start + second / 2));
-        assert!((0..9).all(|period| pace.takes(1.0, start + second + period * second / 4).is_none()), "at its pace");
+        let mut limit = RateLimit::new(4.0, second, start);
+        assert_eq!([1.0, 2.0, 1.0].map(|amount| limit.takes(amount, start)), [None; 3], "as much as comes in a second");
+        assert_eq!(limit.takes(1.0, start), Some(start + second / 4));
+        assert_eq!(limit.takes(1.0, start + second / 4), Some(start + second / 2));
+        assert!((0..9).all(|period| limit.takes(1.0, start + second + period * second / 4).is_none()), "at its pace");
         let later = start + 60 * second;
-        assert_eq!(pace.takes(4.0, later), None);
-        assert_eq!(pace.takes(8.0, later), Some(later + 2 * second), "no more is saved up than comes in a second");
+        assert_eq!(limit.takes(4.0, later), None);
+        assert_eq!(limit.takes(8.0, later), Some(later + 2 * second), "no more is saved up than comes in a second");
     }
 }
