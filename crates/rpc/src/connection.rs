@@ -80,7 +80,7 @@ pub(crate) struct Connector<S> {
     /// How long a peer may be silent until it is asked whether it is there, and how long it may take to say so. Whole
     /// seconds.
     keepalive: (Duration, Duration),
-    /// Bytes that are read of a connection until others have their turn.
+    /// Bytes that a connection carries until others have their turn.
     turn_bytes: u32,
     limits: Arc<CallLimits>,
 }

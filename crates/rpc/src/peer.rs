@@ -26,8 +26,8 @@ const FRAME_BYTES: usize = 16 << 10;
 /// How long a client may take from connecting to its first call: handshakes over a long way.
 const FRESH_FOR: Duration = Duration::from_secs(2);
 
-/// A call that is cut off this soon was not worth beginning, which is what it costs. It counts as so many, and each call that is
-/// answered earns as many: who asks two servers and lets go of the slower one is borne.
+/// A call that is cut off this soon, before anything of its answer went out, was begun for nothing, which is what it costs. It
+/// counts as so many, and each call that is answered earns as many: who asks two servers and lets go of the slower one is borne.
 const SOON: Duration = Duration::from_millis(20);
 const CUT_SOON: u32 = 16;
 const CUTS_FOR_ONE: u32 = 16;
@@ -67,6 +67,8 @@ struct Calls {
 pub(crate) struct OpenCall {
     peer: Arc<Peer>,
     since: Instant,
+    /// Whether a part of its answer was handed out.
+    is_begun: bool,
     /// Whether all of its answer was handed out. If this is dropped before, the call was cut off.
     pub(crate) is_answered: bool,
 }
@@ -104,13 +106,18 @@ impl Peer {
         self.leave.cancel();
     }
 
-    /// A call ended: its answer was handed out, or the peer cut it off when it had been open for so long. One that does nothing
-    /// else is ended.
-    fn call_ended(&self, is_answered: bool, was_open: Duration) {
+    /// A call ended at `now`. A peer that does nothing but cut off calls is ended.
+    fn call_ended(&self, end: CallEnd, now: Instant) {
         let mut cut_off = self.cut_off.lock().unwrap_or_else(PoisonError::into_inner);
-        if is_answered {
-            cut_off.earn(CUTS_FOR_ONE);
-        } else if !cut_off.is_borne(if was_open < SOON { CUT_SOON } else { 1 }, Instant::now()) {
+        let is_borne = match end {
+            CallEnd::Answered => {
+                cut_off.earn(CUTS_FOR_ONE);
+                true
+            }
+            CallEnd::CutOff => cut_off.is_borne(1, now),
+            CallEnd::CutOffSoon => cut_off.is_borne(CUT_SOON, now),
+        };
+        if !is_borne {
             tracing::debug!("a peer cuts off its calls faster than any client loses patience");
             self.harmful.cancel();
         }
@@ -130,7 +137,7 @@ impl Peer {
     /// A call begins.
     pub(crate) fn call(self: &Arc<Self>) -> OpenCall {
         self.calls.send_modify(|calls| calls.open += 1);
-        OpenCall { peer: self.clone(), since: Instant::now(), is_answered: false }
+        OpenCall { peer: self.clone(), since: Instant::now(), is_begun: false, is_answered: false }
     }
 
     /// Since when no call is open; `None` while one is.
@@ -160,9 +167,28 @@ impl Peer {
     }
 }
 
+/// How a call ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum CallEnd {
+    Answered,
+    CutOff,
+    /// It was begun for nothing.
+    CutOffSoon,
+}
+
 impl OpenCall {
+    /// How it ended, if that was at `now`.
+    fn end(&self, now: Instant) -> CallEnd {
+        match self.is_answered {
+            true => CallEnd::Answered,
+            false if self.is_begun || now - self.since >= SOON => CallEnd::CutOff,
+            false => CallEnd::CutOffSoon,
+        }
+    }
+
     /// So many bytes of its answer go out.
-    pub(crate) fn hands_out(&self, bytes: usize) {
+    pub(crate) fn hands_out(&mut self, bytes: usize) {
+        self.is_begun = true;
         let frames = u32::try_from(bytes.div_ceil(FRAME_BYTES)).unwrap_or(u32::MAX);
         let earned = FRAMES_FOR_ONE.saturating_mul(frames);
         self.peer.idle_frames.lock().unwrap_or_else(PoisonError::into_inner).earn(earned);
@@ -177,7 +203,8 @@ impl Drop for OpenCall {
             calls.last = Instant::now();
             is_last = calls.open == 0;
         });
-        self.peer.call_ended(self.is_answered, self.since.elapsed());
+        let now = Instant::now();
+        self.peer.call_ended(self.end(now), now);
         if is_last {
             self.peer.quieter.notify_one();
         }
@@ -189,6 +216,33 @@ mod tests {
     use std::net::IpAddr;
 
     use super::*;
+
+    #[test]
+    fn who_cuts_off_what_was_begun_for_nothing_does_harm_sooner() {
+        // Would break: a peer that opens and resets calls as fast as it can takes a processor; or a client that reads the
+        // beginnings of many answers, or a proxy that was answered much, loses its connection.
+        let new = || Arc::new(Peer::new(IpAddr::from([127, 0, 0, 1]).into(), Arc::default()));
+        let borne = |answered: usize, end: CallEnd| {
+            let peer = new();
+            (0..answered).for_each(|_| peer.call_ended(CallEnd::Answered, peer.came));
+            let cut_off = (0..1 << 16).take_while(|_| {
+                peer.call_ended(end, peer.came);
+                !peer.harmful.is_cancelled()
+            });
+            cut_off.count()
+        };
+        assert_eq!(borne(0, CallEnd::CutOffSoon), 128);
+        assert_eq!(borne(0, CallEnd::CutOff), 2048);
+        assert_eq!(borne(200, CallEnd::CutOffSoon), 128 + 200);
+        assert_eq!(borne(1 << 12, CallEnd::CutOffSoon), 1024, "no more is earned");
+        let mut call = new().call();
+        let begun = call.since;
+        assert_eq!([begun, begun + SOON].map(|now| call.end(now)), [CallEnd::CutOffSoon, CallEnd::CutOff]);
+        call.hands_out(1);
+        assert_eq!(call.end(begun), CallEnd::CutOff, "somebody read the beginning");
+        call.is_answered = true;
+        assert_eq!(call.end(begun), CallEnd::Answered);
+    }
 
     #[tokio::test]
     async fn a_connection_is_quiet_when_its_last_call_has_ended() {

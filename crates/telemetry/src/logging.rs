@@ -73,6 +73,7 @@ mod tests {
         assert!(matches!("yaml".parse::<LogFormat>(), Err(LoggingError::Format { found }) if found == "yaml"));
         assert!(matches!(install("sida=loud", LogFormat::Text), Err(LoggingError::Filter { .. })));
     }
+
     #[test]
     fn frames_are_logged_where_that_is_asked_for() {
         // Would break: a peer fills the disk of a node with warnings of what it sends, or nobody can see them.
