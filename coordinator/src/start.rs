@@ -183,6 +183,7 @@ impl Coordinator {
             prefixes: Prefixes::new(config.prefix_cache),
             gathering: Gathering::default(),
             idle_since: Instant::now(),
+            evaluates: config.evaluates,
             values: Vec::new(),
         };
         let prepare = Prepare {

@@ -25,6 +25,7 @@ use crate::{
     answer::{
         answer_text::TokenText,
         catch_panic::catch_panic,
+        hash_layers::HashLayers,
         request_error::RequestError,
         routing_mode::RoutingMode,
         trace::{ExpertSets, Trace},
@@ -73,6 +74,8 @@ pub(crate) struct Scheduler<B: Backend> {
     /// How long a batch waits for more requests when nothing runs, and since when nothing does.
     pub(crate) gathering: Gathering,
     pub(crate) idle_since: Instant,
+    /// Whether traces tell layer by layer what was predicted.
+    pub(crate) evaluates: bool,
     /// Memory for the encoder states of a batch, kept from batch to batch.
     pub(crate) values: Vec<f32>,
 }
@@ -330,7 +333,9 @@ impl<B: Backend> Scheduler<B> {
 
     pub(crate) fn trace(&self, request: &Request) -> Trace {
         let config = self.forward.config();
-        Trace::new(request.mode, config.moe_layer_count(), config.num_experts, config.top_k)
+        let (layers, num_experts) = (config.moe_layer_count(), config.num_experts);
+        let hash_layers = self.evaluates.then(|| HashLayers::new(layers, num_experts, config.top_k));
+        Trace { hash_layers, ..Trace::new(request.mode, layers, num_experts) }
     }
 }
 
