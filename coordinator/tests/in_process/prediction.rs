@@ -71,7 +71,7 @@ async fn where_all_experts_are_resident_few_are_predicted() {
     let trace = |tokens: &[Token]| tokens[TOKENS - 1].finish.as_ref().expect("the last").trace.clone();
     let first = generate(&cluster.coordinator, RoutingMode::Exact).await;
     assert!(!trace(&first).unpredicted, "who asks seldom is told");
-    // Its 24 predictions of 10 ms are a fiftieth of 12 s, which have not passed.
+    // Its 24 predictions of 10 ms are a hundredth of 24 s, which have not passed.
     let next = generate(&cluster.coordinator, RoutingMode::Exact).await;
     assert_eq!((trace(&next).unpredicted, trace(&next).hash), (true, HashCounts::default()));
     assert_eq!(ids(&next), ids(&first));

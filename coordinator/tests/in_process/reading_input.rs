@@ -148,7 +148,7 @@ async fn a_sequence_that_is_not_predicted_brings_no_input() {
     let (expected, _) = generate(&cluster.coordinator, TEXTS[2], HASH).await;
     let (_, measured) = generate(&cluster.coordinator, TEXTS[1], RoutingMode::Exact).await;
     assert_eq!((measured.unpredicted, reader.started.lock().len()), (false, 2));
-    // Six predictions of 50 ms are a fiftieth of 15 s, which have not passed.
+    // Six predictions of 50 ms are a hundredth of 30 s, which have not passed.
     let ((_, exact), (_, scored), (ids, hash)) = futures::join!(
         generate(&cluster.coordinator, TEXTS[1], RoutingMode::Exact),
         score(&cluster.coordinator, TEXTS[0], RoutingMode::Exact),

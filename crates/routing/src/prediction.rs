@@ -9,7 +9,7 @@
 use std::time::Duration;
 
 /// The share of the time that predictions may take that only measure.
-pub const MEASURING_SHARE: f64 = 0.02;
+pub const MEASURING_SHARE: f64 = 0.01;
 /// What was not used is kept for so long.
 const KEPT: Duration = Duration::from_millis(250);
 
