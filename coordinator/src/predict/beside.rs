@@ -105,8 +105,8 @@ impl PredictThread {
 }
 
 impl PredictBeside {
-    /// Begins the prediction for a step of these sequences, if there are some. While the one for an earlier step is still under way, a step of
-    /// short patience has none, and what it feeds is predicted with the next; one of long patience waits.
+    /// Begins the prediction for a step of these sequences, if there are some. While the one for an earlier step is still under
+    /// way, a step of short patience has none, and what it feeds is predicted with the next; one of long patience waits.
     pub(crate) fn begin(&mut self, sequences: Vec<Arc<Progress>>, patience: Patience, trace: Option<TraceContext>) {
         let start = Instant::now();
         let is_late = |job: Receiver<Predicted>| match patience {

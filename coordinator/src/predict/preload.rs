@@ -2,8 +2,9 @@
 //! taken back when its batch is done. Losing a hint costs time, never correctness, so nothing here waits and nothing
 //! here fails.
 //!
-//! Where all experts are resident there is nothing to hint. Of a request in `exact` mode those experts are named that are likely enough to be used; in `hash` those that its tables
-//! name first, which it will use; in `guided` all that its tables name, since those are what its router may choose.
+//! Of a request in `exact` mode those experts are named that are likely enough to be used; in `hash` those that its tables
+//! name first, which it will use; in `guided` all that its tables name, since those are what its router may choose. Where all
+//! experts are resident there is nothing to hint.
 
 use std::sync::{
     Arc,
