@@ -149,11 +149,16 @@ async fn a_sequence_that_is_not_predicted_brings_no_input() {
     let (_, measured) = generate(&cluster.coordinator, TEXTS[1], RoutingMode::Exact).await;
     assert_eq!((measured.unpredicted, reader.started.lock().len()), (false, 2));
     // Six predictions of 50 ms are a hundredth of 30 s, which have not passed.
-    let ((_, exact), (_, scored), (ids, hash)) = futures::join!(
-        generate(&cluster.coordinator, TEXTS[1], RoutingMode::Exact),
+    let params = GenerateParams { prompt: TEXTS[1].into(), max_tokens: 400, ignore_eos: true, ..Default::default() };
+    let mut exact = cluster.coordinator.generate(params).await.expect("accepted");
+    exact.next().await.expect("it runs").expect("token");
+    // It runs on beside these.
+    let ((_, scored), (ids, hash), exact) = futures::join!(
         score(&cluster.coordinator, TEXTS[0], RoutingMode::Exact),
-        generate(&cluster.coordinator, TEXTS[2], HASH)
+        generate(&cluster.coordinator, TEXTS[2], HASH),
+        exact.collect::<Vec<_>>()
     );
+    let exact = exact.into_iter().last().expect("tokens").expect("the last").finish.expect("how it ended").trace;
     assert_eq!((exact.unpredicted, scored.unpredicted, hash.unpredicted), (true, true, false));
     assert_eq!((ids, reader.started.lock().len()), (expected, 3));
 }
