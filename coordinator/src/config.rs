@@ -60,6 +60,9 @@ pub struct CoordinatorConfig {
     pub server: ServerConfig,
     /// Web pages that may ask by HTTP from a browser; none: no page may.
     pub http_cors_origins: Vec<CorsOrigin>,
+    /// Evaluates the predictor: every request is predicted, also where all experts are resident, and traces tell layer by layer
+    /// what hash tables named. That takes time between passes.
+    pub evaluates: bool,
     /// To measure under the locality of real texts: routes in the place of those that the routers choose, for every request.
     /// Each replays them from another place. Answers mean nothing then.
     pub recorded_routes: Option<Arc<RecordedRoutes>>,
@@ -169,6 +172,7 @@ impl CoordinatorConfig {
             client: ClientConfig::default(),
             server: ServerConfig::default(),
             http_cors_origins: Vec::new(),
+            evaluates: false,
             recorded_routes: None,
             on_load: None,
         }

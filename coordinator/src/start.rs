@@ -40,6 +40,7 @@ use crate::{
     measures::{metrics::Metrics, statistics::Statistics},
     predict::{
         beside::beside,
+        need::Need,
         predict::{Predict, Source},
         preload::Preload,
         remote_predictor::RemotePredictor,
@@ -144,6 +145,7 @@ impl Coordinator {
             config.checkpoint.digest(),
         ));
         let preload = Arc::new(Preload::new(nodes.clone(), cluster.clone(), config.plan_chance, model.top_k));
+        let need = Arc::new(Need::new(nodes.clone(), config.evaluates));
         let statistics = Arc::new(Statistics::default());
         let dispatch = |patience| {
             let rows_max = (CALL_BYTES_MAX / (model.d_model * size_of::<f32>())).clamp(1, CALL_ROWS_MAX);
@@ -154,7 +156,7 @@ impl Coordinator {
         let prepared = Arc::new(Queue::new());
         let cache_size = backend.cache_size();
         metrics.cache_budget_bytes.set(config.limits.cache_bytes_max as f64);
-        let (predict_beside, predict_thread) = beside(predict.clone(), preload.clone());
+        let (predict_beside, predict_thread) = beside(need.clone(), predict.clone(), preload.clone());
         let forward = Forward::new(
             backend,
             || dispatch(config.expert_call_timeout),
@@ -183,10 +185,12 @@ impl Coordinator {
             prefixes: Prefixes::new(config.prefix_cache),
             gathering: Gathering::default(),
             idle_since: Instant::now(),
+            evaluates: config.evaluates,
             values: Vec::new(),
         };
         let prepare = Prepare {
             limits: config.limits,
+            need,
             predict: predict.clone(),
             preload,
             requests: requests.clone(),

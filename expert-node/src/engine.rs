@@ -328,6 +328,10 @@ impl LocalExperts for Engine {
         Some(Arc::new(NodeResidents { cache: self.cache.clone(), slots, rows: self.rows.clone() }))
     }
 
+    fn is_complete(&self) -> bool {
+        self.cache.residency(|residency| residency.is_complete())
+    }
+
     fn residency(&self) -> ResidencyReport {
         self.cache.residency(|residency| {
             let resident: Vec<_> = residency.resident().map(|(key, _)| key).collect();

@@ -146,7 +146,7 @@ mod tests {
                     reason: FinishReason::End,
                     prompt_tokens: 1,
                     generated_tokens: step + 1,
-                    trace: Trace::new(RoutingMode::Exact, 1, 1, 1),
+                    trace: Trace::new(RoutingMode::Exact, 1, 1),
                 };
                 let token = Token {
                     text: String::new(),

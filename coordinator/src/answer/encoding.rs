@@ -48,8 +48,7 @@ mod tests {
         // Would break: embeddings are compared by their lengths as well, or one of nothing becomes not a number.
         let encoded = |states: Vec<f32>, normalize| {
             let tokens = EncodedTokens { prompt_tokens: 3, truncated_tokens: 0 };
-            encoding(states, 2, tokens, normalize, Trace::new(RoutingMode::Exact, 1, 1, 1))
-                .map(|encoding| encoding.states)
+            encoding(states, 2, tokens, normalize, Trace::new(RoutingMode::Exact, 1, 1)).map(|encoding| encoding.states)
         };
         let states = vec![3.0, -4.0, 0.0, 0.0, 1e30, 0.0];
         assert_eq!(encoded(states.clone(), true).expect("numbers"), [0.6, -0.8, 0.0, 0.0, 1.0, 0.0]);

@@ -12,7 +12,8 @@ use crate::answer::{hash_layers::HashLayers, routing_mode::RoutingMode};
 pub struct Trace {
     /// The routing mode it ran in.
     pub mode: RoutingMode,
-    /// Whether some steps had no hash table, and so ran `exact`, without hints.
+    /// Whether some steps had no hash table, and so ran `exact`, without hints. Where all experts are resident, few requests in
+    /// `exact` are predicted.
     pub unpredicted: bool,
     /// Where the request's time went.
     pub timings: Timings,
@@ -23,8 +24,8 @@ pub struct Trace {
     pub hash: HashCounts,
     /// Experts in (token, layer) pairs that the router would not have chosen, had it been free: in `guided` mode only.
     pub rerouted: u64,
-    /// The same layer by layer, and which experts the tables named.
-    pub hash_layers: HashLayers,
+    /// The same layer by layer, and which experts the tables named: where predictions are evaluated.
+    pub hash_layers: Option<HashLayers>,
     /// Experts that had to be loaded while a step of this request waited.
     pub demand_loads: u64,
     /// Calls that went to another holder after a failure.
@@ -35,7 +36,7 @@ pub struct Trace {
 
 impl Trace {
     /// A trace of nothing yet.
-    pub(crate) fn new(mode: RoutingMode, moe_layers: usize, num_experts: usize, top_k: usize) -> Self {
+    pub(crate) fn new(mode: RoutingMode, moe_layers: usize, num_experts: usize) -> Self {
         Self {
             mode,
             unpredicted: false,
@@ -43,7 +44,7 @@ impl Trace {
             cached_tokens: 0,
             hash: HashCounts::default(),
             rerouted: 0,
-            hash_layers: HashLayers::new(moe_layers, num_experts, top_k),
+            hash_layers: None,
             demand_loads: 0,
             failovers: 0,
             experts: ExpertSets::new(moe_layers, num_experts),

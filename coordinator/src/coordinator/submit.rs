@@ -115,6 +115,7 @@ impl Coordinator {
             priority,
             begun,
             let_in,
+            is_predicted: true,
             replayed,
             span,
         };

@@ -91,6 +91,12 @@ impl Roster {
         let is_up = |node: usize| self.links[node].is_up(now);
         failover::choose(self.placement.holder_indices(key), self.links.len(), key.expert, &is_up, &[])
     }
+
+    /// Whether nothing has to be loaded any more, whichever node is asked for it. Not known of nodes in other processes.
+    pub(crate) fn all_resident(&self) -> bool {
+        let is_complete = |link: &Arc<Link>| matches!(&link.reach, Reach::Local(experts) if experts.is_complete());
+        !self.links.is_empty() && self.links.iter().all(is_complete)
+    }
 }
 
 /// The current [`Roster`].

@@ -23,6 +23,8 @@ use crate::{
 pub(crate) struct SequenceRouting {
     /// The routing mode of the request.
     mode: RoutingMode,
+    /// Whether the request is predicted.
+    pub(crate) is_predicted: bool,
     /// The hash table; without one a pass runs `exact`.
     table: Option<HashTable>,
     /// How many rows there are. They are the last tokens of the table, which may begin with earlier ones.
@@ -45,9 +47,9 @@ pub(crate) struct SequenceRouting {
 
 impl SequenceRouting {
     /// So many rows of a request in `mode`.
-    pub(crate) fn new(mode: RoutingMode, rows: usize, experts: ExpertSets) -> Self {
+    pub(crate) fn new(mode: RoutingMode, is_predicted: bool, rows: usize, experts: ExpertSets) -> Self {
         let (table, replayed, chosen, noted, hash, rerouted, failure) = Default::default();
-        Self { mode, table, rows, replayed, chosen, noted, experts, hash, rerouted, failure }
+        Self { mode, is_predicted, table, rows, replayed, chosen, noted, experts, hash, rerouted, failure }
     }
 
     /// The same, with recorded routes, if there are some, in the place of what the router chooses.

@@ -42,6 +42,8 @@ pub(crate) struct Request {
     /// What its client's limits let it have; `None` of one without limits. Given up before its caller learns that it is over,
     /// who may ask again at once.
     pub(crate) let_in: Option<LetIn>,
+    /// Whether hash tables are made for its tokens; decided when it is prepared.
+    pub(crate) is_predicted: bool,
     /// Recorded routes in the place of the router's choice, where such are measured.
     pub(crate) replayed: Option<ReplayedSequence>,
     /// The span from the request's coming in to its answer; ends with the request.

@@ -233,6 +233,7 @@ pub(crate) mod tests {
             cache_bytes: 0,
             begun: None,
             let_in: None,
+            is_predicted: true,
             replayed: None,
             accepted: Instant::now(),
             deadline: None,

@@ -15,6 +15,7 @@ use sida_routing::HashTable;
 use sida_telemetry::{Span, TraceContext};
 
 use crate::predict::{
+    need::Need,
     predict::{Predict, Progress},
     preload::{Hint, Preload},
 };
@@ -38,6 +39,7 @@ pub(crate) struct PredictBeside {
 /// What predicts and hints, on either thread.
 #[derive(Clone)]
 struct Predictor {
+    need: Arc<Need>,
     predict: Arc<Predict>,
     preload: Arc<Preload>,
 }
@@ -85,8 +87,8 @@ enum Step {
 }
 
 /// Both sides.
-pub(crate) fn beside(predict: Arc<Predict>, preload: Arc<Preload>) -> (PredictBeside, PredictThread) {
-    let predictor = Predictor { predict, preload };
+pub(crate) fn beside(need: Arc<Need>, predict: Arc<Predict>, preload: Arc<Preload>) -> (PredictBeside, PredictThread) {
+    let predictor = Predictor { need, predict, preload };
     let (jobs, thread_jobs) = bounded(1);
     let thread = PredictThread { predictor: predictor.clone(), jobs: thread_jobs };
     (PredictBeside { predictor, jobs, step: Step::None, took: Duration::ZERO, waited: Duration::ZERO }, thread)
@@ -103,8 +105,8 @@ impl PredictThread {
 }
 
 impl PredictBeside {
-    /// Begins the prediction for a step of these sequences. While the one for an earlier step is still under way, a step of
-    /// short patience has none, and what it feeds is predicted with the next; one of long patience waits.
+    /// Begins the prediction for a step of these sequences, if there are some. While the one for an earlier step is still under
+    /// way, a step of short patience has none, and what it feeds is predicted with the next; one of long patience waits.
     pub(crate) fn begin(&mut self, sequences: Vec<Arc<Progress>>, patience: Patience, trace: Option<TraceContext>) {
         let start = Instant::now();
         let is_late = |job: Receiver<Predicted>| match patience {
@@ -117,6 +119,7 @@ impl PredictBeside {
         };
         self.step = match std::mem::replace(&mut self.step, Step::None) {
             Step::UnderWay(job) | Step::Late(job) if let Some(job) = is_late(job.clone()) => Step::Late(job),
+            _ if sequences.is_empty() => Step::None,
             _ if self.took < OWN_THREAD_MAX && !self.predictor.predict.is_remote() => {
                 let predicted = self.predictor.predict(&sequences, trace);
                 self.took = predicted.took;
@@ -173,6 +176,7 @@ impl Predictor {
         let tables = self.predict.decode(sequences, span.as_ref().map(Span::context));
         drop(span);
         let took = start.elapsed();
+        self.need.took(sequences.iter().map(|progress| progress.mode), took);
         let _span = trace.map(|trace| Span::below(trace, "preload"));
         self.preload.note_demand(tables.iter().flatten());
         let modes = sequences.iter().map(|progress| progress.mode);

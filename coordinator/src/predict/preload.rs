@@ -3,7 +3,8 @@
 //! here fails.
 //!
 //! Of a request in `exact` mode those experts are named that are likely enough to be used; in `hash` those that its tables
-//! name first, which it will use; in `guided` all that its tables name, since those are what its router may choose.
+//! name first, which it will use; in `guided` all that its tables name, since those are what its router may choose. Where all
+//! experts are resident there is nothing to hint.
 
 use std::sync::{
     Arc,
@@ -82,11 +83,11 @@ impl Preload {
         let id = PlanId(self.next_id.fetch_add(1, Ordering::Relaxed));
         let tables = tables.into_iter().filter_map(|(mode, table)| Some((table, self.scope_of(mode)?)));
         let tables: Vec<(&HashTable, PlanScope)> = tables.collect();
-        if tables.is_empty() {
+        let roster = self.nodes.roster();
+        if tables.is_empty() || roster.all_resident() {
             return Hint { id, links: Vec::new() };
         }
         let plan = Plan::from_tables(id, &tables, self.top_k);
-        let roster = self.nodes.roster();
         let now = self.nodes.clock().now();
         let mut shares: Vec<Vec<ExpertKey>> = vec![Vec::new(); roster.links.len()];
         for key in plan.experts {

@@ -130,7 +130,8 @@ impl<B: Backend> Scheduler<B> {
             self.preload.begin(routings.iter().filter_map(SequenceRouting::planned))
         };
         // Those that are there have their hint by now.
-        let late = tables.into_iter().zip(&routings).map(|(table, routing)| routing.table().is_none().then_some(table));
+        let is_late = |routing: &SequenceRouting| routing.is_predicted && routing.table().is_none();
+        let late = tables.into_iter().zip(&routings).map(|(table, routing)| is_late(routing).then_some(table));
         let late: Vec<Option<PromptTable>> = late.collect();
         let spans = Spans::new(requests.iter().map(|(request, _)| request.tokens.len()));
         let ids: Vec<u32> = requests.iter().flat_map(|(request, _)| request.tokens.iter().copied()).collect();
@@ -228,7 +229,8 @@ impl<B: Backend> Scheduler<B> {
         let sequences: Vec<NewSequence> = sequences.collect();
         let mut buffer = std::mem::take(&mut self.values);
         let start = Instant::now();
-        let wants_inputs = self.predict.reads_input() && !sequences.is_empty();
+        let is_told = |request: &Request| request.is_predicted && !matches!(request.work, Work::Encode { .. });
+        let wants_inputs = self.predict.reads_input() && requests.iter().any(|(request, _)| is_told(request));
         let backend = self.forward.backend();
         let read = catch_panic(|| {
             let rows = if wants_rows || wants_inputs { backend.values(states, &mut buffer)? } else { &[] };
@@ -265,7 +267,7 @@ impl<B: Backend> Scheduler<B> {
                 },
                 (None, _) => {
                     let rows = spans.range(at);
-                    let input = read.as_ref().ok().filter(|_| wants_inputs);
+                    let input = read.as_ref().ok().filter(|_| wants_inputs && request.is_predicted);
                     let input = input.map(|(states, _)| &states[rows.start * d_model..rows.end * d_model]);
                     let progress = self.predict.start(request.mode, input);
                     let state = started.next().expect("one for each");

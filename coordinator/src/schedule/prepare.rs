@@ -23,6 +23,7 @@ use crate::{
     },
     measures::metrics::Metrics,
     predict::{
+        need::Need,
         predict::Predict,
         preload::Preload,
         prompt_tables::{Promise, PromptTable, promise},
@@ -44,17 +45,22 @@ struct Prompt {
     mode: RoutingMode,
     tokens: Vec<u32>,
     trace: TraceContext,
+    is_predicted: bool,
 }
 
 impl Prompt {
     fn of(request: &Request) -> Self {
-        Self { mode: request.mode, tokens: request.tokens.clone(), trace: request.span.context() }
+        let (mode, is_predicted) = (request.mode, request.is_predicted);
+        // Where it is not predicted, nothing is needed of it.
+        let tokens = if is_predicted { request.tokens.clone() } else { Vec::new() };
+        Self { mode, tokens, trace: request.span.context(), is_predicted }
     }
 }
 
 /// What the preparing thread works with.
 pub(crate) struct Prepare {
     pub(crate) limits: Limits,
+    pub(crate) need: Arc<Need>,
     pub(crate) predict: Arc<Predict>,
     pub(crate) preload: Arc<Preload>,
     pub(crate) requests: Arc<RequestQueue>,
@@ -85,16 +91,22 @@ impl Prepare {
         self.prepared.close();
     }
 
-    fn prepare(&self, batch: Vec<Request>) {
+    fn prepare(&self, mut batch: Vec<Request>) {
         let start = Instant::now();
         for request in &batch {
             spans::record(request.span.context(), "queue", request.accepted, start);
         }
+        let predicted = self.need.of_batch(batch.iter().map(|request| request.mode));
+        batch.iter_mut().zip(predicted).for_each(|(request, is_predicted)| request.is_predicted = is_predicted);
         let prompts: Vec<Prompt> = batch.iter().map(Prompt::of).collect();
         let (promise, tables) = promise(batch.len());
         let at = Instant::now();
         let mut prepared =
             batch.into_iter().zip(tables).map(|(request, table)| Prepared { request, table, at }).collect();
+        if prompts.iter().all(|prompt| !prompt.is_predicted) {
+            drop(promise);
+            return self.hand_over(prepared);
+        }
         if self.predict.is_at_hand() && prompts.iter().all(|prompt| prompt.mode == RoutingMode::Exact) {
             // Whoever has begun will wait for its table, so nothing here waits for room before the tables are made.
             prepared = self.prepared.push_fitting(prepared, self.fits());
@@ -104,13 +116,18 @@ impl Prepare {
     }
 
     fn predict(&self, prompts: &[Prompt], promise: Promise) {
-        let contexts = || prompts.iter().map(|prompt| prompt.trace);
-        let sequences: Vec<&[u32]> = prompts.iter().map(|prompt| prompt.tokens.as_slice()).collect();
+        let predicted = || prompts.iter().filter(|prompt| prompt.is_predicted);
+        let contexts = || predicted().map(|prompt| prompt.trace);
+        let sequences: Vec<&[u32]> = predicted().map(|prompt| prompt.tokens.as_slice()).collect();
         let predicting = BatchSpan::begin("predict", contexts());
         let start = Instant::now();
-        let tables = self.predict.encode(&sequences, predicting.as_ref().map(BatchSpan::context));
+        let made = self.predict.encode(&sequences, predicting.as_ref().map(BatchSpan::context));
         drop(predicting);
         let took = start.elapsed();
+        self.need.took(predicted().map(|prompt| prompt.mode), took);
+        let mut made = made.into_iter();
+        let table = |prompt: &Prompt| if prompt.is_predicted { made.next().flatten() } else { None };
+        let tables = prompts.iter().map(table).collect();
         self.metrics.phases.predict.record(took);
         promise.keep(tables, took, |tables, begun| {
             let _preloading = BatchSpan::begin("preload", contexts());

@@ -25,6 +25,7 @@ use crate::{
     answer::{
         answer_text::TokenText,
         catch_panic::catch_panic,
+        hash_layers::HashLayers,
         request_error::RequestError,
         routing_mode::RoutingMode,
         trace::{ExpertSets, Trace},
@@ -73,6 +74,8 @@ pub(crate) struct Scheduler<B: Backend> {
     /// How long a batch waits for more requests when nothing runs, and since when nothing does.
     pub(crate) gathering: Gathering,
     pub(crate) idle_since: Instant,
+    /// Whether traces tell layer by layer what was predicted.
+    pub(crate) evaluates: bool,
     /// Memory for the encoder states of a batch, kept from batch to batch.
     pub(crate) values: Vec<f32>,
 }
@@ -240,21 +243,23 @@ impl<B: Backend> Scheduler<B> {
         self.running.iter().flat_map(of).collect()
     }
 
-    /// Begins to predict what the new tokens of every branch will use.
+    /// Begins to predict what the new tokens of every branch will use whose request is predicted.
     fn begin_prediction(&mut self, patience: Patience, within: Option<TraceContext>) {
         let mut sequences = Vec::new();
-        for branch in self.running.iter().flat_map(|sequence| &sequence.branches) {
+        let predicted = self.running.iter().filter(|sequence| sequence.request.is_predicted);
+        for branch in predicted.flat_map(|sequence| &sequence.branches) {
             branch.progress.feed(branch.fed());
             sequences.push(branch.progress.clone());
         }
         self.predict_beside.begin(sequences, patience, within);
     }
 
-    /// Waits for the prediction, if it has not been taken yet, and gives every branch its hash table.
+    /// Waits for the prediction, if it has not been taken yet, and gives every branch that is predicted its hash table.
     fn take_prediction(&mut self, patience: Patience, routings: &mut [SequenceRouting]) -> Option<Predicted> {
         let mut predicted = self.predict_beside.take(patience)?;
         let top_k = self.forward.config().top_k;
-        for (routing, table) in routings.iter_mut().zip(&mut predicted.tables) {
+        let of_predicted = routings.iter_mut().filter(|routing| routing.is_predicted);
+        for (routing, table) in of_predicted.zip(&mut predicted.tables) {
             routing.predicted(table.take(), top_k);
         }
         Some(predicted)
@@ -263,7 +268,7 @@ impl<B: Backend> Scheduler<B> {
     /// Notes how the predictions for a pass that is over fared.
     pub(crate) fn note_predictions(&self, routings: &mut [SequenceRouting]) {
         self.forward.note_predictions(routings);
-        let missing = routings.iter().filter(|routing| routing.table().is_none()).count();
+        let missing = routings.iter().filter(|routing| routing.is_predicted && routing.table().is_none()).count();
         self.metrics.predictions_missing.increment(missing as u64);
         self.metrics.rerouted_experts.increment(routings.iter().map(|routing| routing.rerouted).sum());
     }
@@ -325,12 +330,14 @@ impl<B: Backend> Scheduler<B> {
         let experts = ExpertSets::new(config.moe_layer_count(), config.num_experts);
         let replayed = request.replayed.as_ref();
         let replayed = replayed.map(|replayed| replayed.rows(branch, rows.start, request.tokens.len()));
-        SequenceRouting::new(request.mode, rows.len(), experts).replaying(replayed)
+        SequenceRouting::new(request.mode, request.is_predicted, rows.len(), experts).replaying(replayed)
     }
 
     pub(crate) fn trace(&self, request: &Request) -> Trace {
         let config = self.forward.config();
-        Trace::new(request.mode, config.moe_layer_count(), config.num_experts, config.top_k)
+        let (layers, num_experts) = (config.moe_layer_count(), config.num_experts);
+        let hash_layers = self.evaluates.then(|| HashLayers::new(layers, num_experts, config.top_k));
+        Trace { hash_layers, ..Trace::new(request.mode, layers, num_experts) }
     }
 }
 

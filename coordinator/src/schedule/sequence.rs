@@ -333,12 +333,10 @@ fn record_pace(since_first: Duration, generation: &Generation, metrics: &Metrics
 /// Notes in a request's trace how a pass routed its rows.
 pub(crate) fn absorb(trace: &mut Trace, routing: &SequenceRouting) {
     trace.unpredicted |= routing.table().is_none();
-    for &(layer, counts) in &routing.hash {
-        trace.hash.add(counts);
-        trace.hash_layers.add(layer, counts);
-    }
-    if let Some(table) = routing.table() {
-        trace.hash_layers.note(table);
+    routing.hash.iter().for_each(|&(_, counts)| trace.hash.add(counts));
+    if let Some(layers) = &mut trace.hash_layers {
+        routing.hash.iter().for_each(|&(layer, counts)| layers.add(layer, counts));
+        routing.table().into_iter().for_each(|table| layers.note(table));
     }
     trace.rerouted += routing.rerouted;
     trace.experts.union(&routing.experts);

@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -60,6 +60,8 @@ pub(crate) struct PlainExperts {
     pub(crate) plans_total: AtomicU64,
     /// Experts that a call asked for and no plan of that moment named.
     pub(crate) unplanned: AtomicU64,
+    /// What the node says of whether all experts are resident.
+    pub(crate) is_complete: AtomicBool,
     /// The placement that the node knows, and what it sends to those who know an older one.
     pub(crate) newer: Mutex<(u64, bytes::Bytes)>,
     /// What the node says of itself.
@@ -140,6 +142,10 @@ impl LocalExperts for PlainExperts {
         Ok(CallReport { hits: call.groups.len() as u32, ..CallReport::default() })
     }
 
+    fn is_complete(&self) -> bool {
+        self.is_complete.load(Ordering::Relaxed)
+    }
+
     fn residency(&self) -> ResidencyReport {
         ResidencyReport::default()
     }
@@ -201,6 +207,7 @@ fn experts_of(model: &Path) -> Arc<PlainExperts> {
         plans: Mutex::new(Vec::new()),
         plans_total: AtomicU64::new(0),
         unplanned: AtomicU64::new(0),
+        is_complete: AtomicBool::new(false),
         newer: Mutex::default(),
     })
 }

@@ -2,6 +2,7 @@
 
 use std::{
     sync::{Arc, atomic::Ordering},
+    thread,
     time::Duration,
 };
 
@@ -33,11 +34,17 @@ struct InputReader {
     noise: NoisePredictor,
     /// What sequences began by.
     started: Mutex<Vec<Vec<f32>>>,
+    /// How long it takes over a step.
+    delay: Duration,
 }
 
 impl InputReader {
     fn new() -> Arc<Self> {
-        Arc::new(Self { noise: NoisePredictor::of(&model_dir(), 11), started: Mutex::default() })
+        Self::slow(Duration::ZERO)
+    }
+
+    fn slow(delay: Duration) -> Arc<Self> {
+        Arc::new(Self { noise: NoisePredictor::of(&model_dir(), 11), started: Mutex::default(), delay })
     }
 }
 
@@ -70,6 +77,7 @@ impl HashPredictor for InputReader {
         PredictorState::from_bytes(&((sum >> 8) as f32).to_le_bytes())
     }
     fn decode(&self, states: &mut [&mut PredictorState], tokens: &[&[u32]]) -> Result<Vec<HashTable>, PredictorError> {
+        thread::sleep(self.delay);
         let table = |(state, tokens): (&&mut PredictorState, &&[u32])| {
             let input = state.to_bytes().try_into().map(f32::from_le_bytes);
             let input = input.map_err(|_| PredictorError::Input { reason: "is unknown".to_owned() })?;
@@ -128,6 +136,31 @@ async fn every_sequence_begins_by_its_own_input() {
         (generated.0, scored.0)
     });
     assert_eq!(join_all(answers).await, expected);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sequence_that_is_not_predicted_brings_no_input() {
+    // Would break: the encoder's states are copied from a GPU for nothing, or a sequence that is predicted has the table of one
+    // beside it that is not.
+    let reader = InputReader::slow(Duration::from_millis(50));
+    let cluster = start(1, PredictorSource::Local(reader.clone()), |_| ()).await;
+    cluster.nodes[0].is_complete.store(true, Ordering::Relaxed);
+    let (expected, _) = generate(&cluster.coordinator, TEXTS[2], HASH).await;
+    let (_, measured) = generate(&cluster.coordinator, TEXTS[1], RoutingMode::Exact).await;
+    assert_eq!((measured.unpredicted, reader.started.lock().len()), (false, 2));
+    // Six predictions of 50 ms are a hundredth of 30 s, which have not passed.
+    let params = GenerateParams { prompt: TEXTS[1].into(), max_tokens: 400, ignore_eos: true, ..Default::default() };
+    let mut exact = cluster.coordinator.generate(params).await.expect("accepted");
+    exact.next().await.expect("it runs").expect("token");
+    // It runs on beside these.
+    let ((_, scored), (ids, hash), exact) = futures::join!(
+        score(&cluster.coordinator, TEXTS[0], RoutingMode::Exact),
+        generate(&cluster.coordinator, TEXTS[2], HASH),
+        exact.collect::<Vec<_>>()
+    );
+    let exact = exact.into_iter().last().expect("tokens").expect("the last").finish.expect("how it ended").trace;
+    assert_eq!((exact.unpredicted, scored.unpredicted, hash.unpredicted), (true, true, false));
+    assert_eq!((ids, reader.started.lock().len()), (expected, 3));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -6,7 +6,7 @@
 //!
 //! In reading order: [`ids`], [`hash_table`], [`forecast`], [`plan`], [`permitted`], [`routes`], [`recorded_routes`], [`grouping`],
 //! [`placement`], [`membership`], [`failover`], [`dispatch`], [`residency`], [`residency_replay`], [`admission`], [`fairness`],
-//! [`client_limits`], [`gathering`], [`prefill`], [`prefix_cache`], [`micro_batches`], [`labels`], [`learning`].
+//! [`client_limits`], [`gathering`], [`prediction`], [`prefill`], [`prefix_cache`], [`micro_batches`], [`labels`], [`learning`].
 
 pub mod admission;
 pub mod client_limits;
@@ -26,6 +26,7 @@ pub mod pace;
 pub mod permitted;
 pub mod placement;
 pub mod plan;
+pub mod prediction;
 pub mod prefill;
 pub mod prefix_cache;
 pub mod recorded_routes;

@@ -160,9 +160,9 @@ catalogue! {
     TOKENS_TOTAL = "sida_tokens_total", counter, [KIND], Count, Coordinator, "Tokens read (kind = prompt) and written (generated).";
     BATCH_TOKENS = "sida_batch_tokens", histogram(TOKENS), [], Count, Coordinator, "Tokens per step of the forward loop.";
     PHASE_DURATION_SECONDS = "sida_phase_duration_seconds", histogram(WORK), [PHASE], Seconds, Coordinator, "One step in each phase: predict (waiting for a prediction), load (waiting for experts), backbone, experts, output.";
-    HASH_PREDICTIONS_TOTAL = "sida_hash_predictions_total", counter, [LAYER, OUTCOME], Count, Coordinator, "Routed experts that were the hash table's first choice (outcome = top1), another of its k (hit), or none (miss).";
+    HASH_PREDICTIONS_TOTAL = "sida_hash_predictions_total", counter, [LAYER, OUTCOME], Count, Coordinator, "Routed experts of requests that were predicted: the hash table's first choice (outcome = top1), another of its k (hit), or none (miss). Where all experts are resident, few requests in exact are predicted.";
     LABELLED_TOKENS_TOTAL = "sida_labelled_tokens_total", counter, [OUTCOME], Count, Coordinator, "Tokens whose routers' choice was told to a predictor-node that learns (outcome = sent), or was not for lack of room or of an answer (dropped).";
-    PREDICTIONS_MISSING_TOTAL = "sida_predictions_missing_total", counter, [], Count, Coordinator, "Sequences of a step that ran without a hash table, since no predictor answered.";
+    PREDICTIONS_MISSING_TOTAL = "sida_predictions_missing_total", counter, [], Count, Coordinator, "Sequences of a step that ran without a hash table, since no predictor answered. Those do not count that need none, since all experts are resident.";
     REROUTED_EXPERTS_TOTAL = "sida_rerouted_experts_total", counter, [], Count, Coordinator, "Experts of tokens in mode guided that the router would not have chosen, had it been free.";
     ROUTED_ROWS_TOTAL = "sida_routed_rows_total", counter, [LAYER, EXPERT], Count, Coordinator, "Rows that each expert was given; only for models of at most 4,096 experts in all layers.";
     MODEL_EXPERT_BYTES = "sida_model_expert_bytes", gauge, [], Bytes, Coordinator, "What all experts of the model would take if they were resident at once.";

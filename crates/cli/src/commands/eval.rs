@@ -205,10 +205,11 @@ impl Evaluating<'_> {
         Ok(found)
     }
 
-    /// Lets the coordinator take prompts as long as they may be, and compute all of them in every mode: in one of them they
-    /// could begin as others did.
+    /// Lets the coordinator take prompts as long as they may be, compute all of them in every mode (in one of them they could
+    /// begin as others did), and tell of each what was predicted.
     fn adapt(&self, config: &mut CoordinatorConfig) {
         config.prefix_cache = false;
+        config.evaluates = true;
         let limit = &mut config.request_limits.prompt_tokens_max;
         *limit = self.task.prompt_tokens_max.map_or(*limit, |tokens| tokens.max(*limit));
     }

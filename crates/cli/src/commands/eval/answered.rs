@@ -53,15 +53,16 @@ impl Answered {
         (0..self.scores.len()).fold(0, better)
     }
 
-    /// Of what the coordinator answered to a prompt of so many tokens.
+    /// Of what a coordinator that evaluates answered to a prompt of so many tokens.
     pub(crate) fn of(prompt_tokens: usize, Scores { targets, trace }: Scores) -> Self {
         let scores =
             targets.iter().map(|target| Score { log_likelihood: target.log_likelihood.into(), tokens: target.tokens });
-        let layers = trace.experts.layers().zip(trace.hash_layers.counts()).map(|((layer, used), counts)| Layer {
+        let foretold = trace.hash_layers.expect("a coordinator that evaluates");
+        let layers = trace.experts.layers().zip(foretold.counts()).map(|((layer, used), counts)| Layer {
             counts: *counts,
             used: used.into_iter().map(|expert| expert.0).collect(),
-            named: trace.hash_layers.named(layer).map(|(expert, place)| (expert.0, place)).collect(),
-            forecast: trace.hash_layers.forecast(layer).clone(),
+            named: foretold.named(layer).map(|(expert, place)| (expert.0, place)).collect(),
+            forecast: foretold.forecast(layer).clone(),
         });
         Self {
             prompt_tokens,
