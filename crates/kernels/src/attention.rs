@@ -7,13 +7,17 @@
 
 #![allow(clippy::needless_range_loop, reason = "a tile is indexed by row and column")]
 
+mod one_query;
 mod products;
 
 use std::cell::RefCell;
 
 use rayon::prelude::*;
 
-use self::products::{dots, weighted_sum};
+use self::{
+    one_query::OneQuery,
+    products::{dots, weighted_sums},
+};
 use crate::{
     lanes::{self, Kernel, LANES, Lanes},
     norm::softmax_row,
@@ -80,7 +84,7 @@ pub struct Attention<'a> {
 /// A thread's room for one head.
 #[derive(Default)]
 struct Room {
-    /// Scores of the queries of a tile: [`TILE_ROWS_MAX`] rows of whole vectors of keys.
+    /// Scores of the queries of a tile, or of the heads of one query: rows of whole vectors of keys.
     scores: Vec<f32>,
     /// The head's keys, turned (see `panel`).
     turned: Vec<f32>,
@@ -113,28 +117,42 @@ impl Attention<'_> {
         let rows: usize = sequences.iter().map(|sequence| sequence.query_rows).sum();
         assert_eq!(out.len(), rows * width, "out is ({rows}, {width})");
         let macs: usize = sequences.iter().map(|sequence| 2 * sequence.query_rows * sequence.key_rows * width).sum();
-        let parallel = macs >= PARALLEL_MACS_MIN && rows > 1;
+        let threads = if macs >= PARALLEL_MACS_MIN { rayon::current_num_threads() } else { 1 };
+        // Where there are fewer queries than threads, these share the heads of each.
+        let kv_heads = self.kv_heads.div_ceil(threads.div_ceil(rows.max(1)));
         let mut tasks = Vec::new();
         let mut rest = out;
         for sequence in sequences {
             sequence.check(self);
             let own = rest.split_off_mut(..sequence.query_rows * width).expect("out holds every query row");
-            if !parallel {
-                self.queries(sequence, 0, own);
-                continue;
+            match sequence.query_rows {
+                _ if threads == 1 => self.queries(sequence, 0, own),
+                1 => {
+                    let shares = own.chunks_mut(kv_heads * width / self.kv_heads).enumerate();
+                    tasks.extend(shares.map(|(share, out)| Task { sequence, query: 0, kv_head: share * kv_heads, out }));
+                }
+                _ => {
+                    let pieces = own.chunks_mut(QUERIES_PER_TASK * width).enumerate();
+                    let task = |(piece, out)| Task { sequence, query: piece * QUERIES_PER_TASK, kv_head: 0, out };
+                    tasks.extend(pieces.map(task));
+                }
             }
-            let pieces = own.chunks_mut(QUERIES_PER_TASK * width).enumerate();
-            tasks.extend(pieces.map(|(piece, out)| (sequence, piece * QUERIES_PER_TASK, out)));
         }
-        tasks.into_par_iter().try_for_each(|(sequence, first_query, out)| {
+        tasks.into_par_iter().try_for_each(|Task { sequence, query, kv_head, out }| {
             still_wanted.check()?;
-            self.queries(sequence, first_query, out);
+            match sequence.query_rows {
+                1 => self.heads_of(sequence, query, kv_head, out),
+                _ => self.queries(sequence, query, out),
+            }
             Ok(())
         })
     }
 
     /// The queries from `first_query` on that `out` has rows for.
     fn queries(&self, sequence: &Sequence<'_>, first_query: usize, out: &mut [f32]) {
+        if out.len() == self.heads * self.d_kv {
+            return self.heads_of(sequence, first_query, 0, out);
+        }
         if sequence.key_rows == 0 {
             out.fill(0.0);
             return;
@@ -146,6 +164,30 @@ impl Attention<'_> {
             lanes::run(Queries { attention: self, sequence, first_query, out, scores, turned });
         });
     }
+
+    /// Heads of one query, those from the first of `kv_head` on that `out` has room for.
+    fn heads_of(&self, sequence: &Sequence<'_>, query: usize, kv_head: usize, out: &mut [f32]) {
+        if sequence.key_rows == 0 {
+            out.fill(0.0);
+            return;
+        }
+        ROOM.with_borrow_mut(|room| {
+            let heads = out.len() / self.d_kv;
+            let kv_heads = kv_head..kv_head + heads * self.kv_heads / self.heads;
+            let scores = aligned(&mut room.scores, heads * sequence.key_rows.next_multiple_of(LANES));
+            lanes::run(OneQuery { attention: self, sequence, query, kv_heads, out, scores });
+        });
+    }
+}
+
+/// What a thread does at a time.
+struct Task<'a, 's> {
+    sequence: &'a Sequence<'s>,
+    /// The first query.
+    query: usize,
+    /// The first head of keys, where the heads of one query are shared out.
+    kv_head: usize,
+    out: &'a mut [f32],
 }
 
 impl Sequence<'_> {
@@ -196,7 +238,7 @@ impl Queries<'_, '_> {
     unsafe fn heads<L: Lanes, const R: usize, const C: usize>(mut self) {
         let Attention { heads, d_kv, .. } = *self.attention;
         let rows = self.out.len() / (heads * d_kv);
-        let turned = rows > 1 && d_kv.is_multiple_of(LANES);
+        let turned = d_kv.is_multiple_of(LANES);
         for head in 0..heads {
             let mut row = 0;
             // SAFETY: rows of this task, heads of this model.
@@ -296,15 +338,7 @@ impl Queries<'_, '_> {
                 softmax_row(scores);
             }
             let out = std::array::from_fn(|r| self.out.as_mut_ptr().add(((row + r) * heads + head) * d_kv));
-            for at in (0..d_kv).step_by(2 * LANES) {
-                let (column, width) = (kv_column + at, d_kv - at);
-                let out = out.map(|out| out.add(at));
-                if width > LANES {
-                    weighted_sum::<L, R, 2>(scores, stride, keys, self.sequence.values, column, width, out);
-                } else {
-                    weighted_sum::<L, R, 1>(scores, stride, keys, self.sequence.values, column, width, out);
-                }
-            }
+            weighted_sums::<L, R, 2>(scores, stride, 0..keys, self.sequence.values, kv_column, d_kv, out);
         }
     }
 }

@@ -25,7 +25,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::process::{Resource, Rlimit, getrlimit, setpriority_process, setrlimit};
+use rustix::{
+    process::{Resource, Rlimit, getrlimit, setpriority_process, setrlimit},
+    thread::{CpuSet, sched_getaffinity, sched_setaffinity},
+};
 use tokio::{
     runtime::{self, Handle, Runtime},
     task::JoinSet,
@@ -243,12 +246,20 @@ async fn honest_clients_are_answered_and_offenders_are_ended() {
     assert!(doors.process.terminate().success());
 }
 
-/// Threads of the offenders. They mostly give way to the server and to its honest clients: other machines would not
-/// take their processors.
+/// Threads of the offenders. They mostly give way to the server and to its honest clients, and leave these some processors
+/// where there are many: other machines would not take theirs.
 fn offenders_runtime() -> Runtime {
     const LATER: i32 = 10;
+    let processors = sched_getaffinity(None).expect("some processors");
+    let all = (0..CpuSet::MAX_CPU).filter(|&processor| processors.is_set(processor));
+    let left = if processors.count() > 4 { 2 } else { 0 };
+    let mut own = CpuSet::new();
+    all.skip(left).for_each(|processor| own.set(processor));
     let mut builder = runtime::Builder::new_multi_thread();
-    builder.enable_all().on_thread_start(|| setpriority_process(None, LATER).expect("anybody may be later"));
+    builder.enable_all().on_thread_start(move || {
+        setpriority_process(None, LATER).expect("anybody may be later");
+        sched_setaffinity(None, &own).expect("some of its own processors");
+    });
     builder.build().expect("threads")
 }
 

@@ -2,6 +2,8 @@
 
 #![allow(clippy::needless_range_loop, reason = "a tile is indexed by row and column")]
 
+use std::ops::Range;
+
 use super::HeadRows;
 use crate::lanes::{LANES, Lanes};
 
@@ -36,24 +38,63 @@ pub(super) unsafe fn dots<L: Lanes, const R: usize, const C: usize>(
     }
 }
 
-/// `out[r] = sum over keys of p[r][key] * v[key]` in the order of the keys, for V vectors of which the last
-/// ends at `width` columns if those are fewer.
+/// `out[r] = sum over keys of p[r][key] * v[key]` for `width` columns, in the order of the keys. Where `keys` do not begin with
+/// the first, they are added to what those before made.
 #[inline(always)]
-pub(super) unsafe fn weighted_sum<L: Lanes, const R: usize, const V: usize>(
+pub(super) unsafe fn weighted_sums<L: Lanes, const R: usize, const V: usize>(
     probabilities: *const f32,
     stride: usize,
-    keys: usize,
+    keys: Range<usize>,
     values: HeadRows<'_>,
     column: usize,
     width: usize,
     out: [*mut f32; R],
 ) {
+    let mut at = 0;
+    while at < width {
+        let (column, left) = (column + at, width - at);
+        let keys = keys.clone();
+        // SAFETY: the caller's.
+        unsafe {
+            let out = out.map(|out| out.add(at));
+            if left >= V * LANES {
+                weighted_sum::<L, R, V>(probabilities, stride, keys, values, column, left, out);
+                at += V * LANES;
+            } else if left > LANES {
+                weighted_sum::<L, R, 2>(probabilities, stride, keys, values, column, left, out);
+                at += 2 * LANES;
+            } else {
+                weighted_sum::<L, R, 1>(probabilities, stride, keys, values, column, left, out);
+                at += LANES;
+            }
+        }
+    }
+}
+
+/// V vectors of it, of which the last ends with the columns that are `left`.
+#[inline(always)]
+unsafe fn weighted_sum<L: Lanes, const R: usize, const V: usize>(
+    probabilities: *const f32,
+    stride: usize,
+    keys: Range<usize>,
+    values: HeadRows<'_>,
+    column: usize,
+    left: usize,
+    out: [*mut f32; R],
+) {
     // SAFETY: `probabilities` is (R, stride), and the caller's values and out exist.
     unsafe {
         let mut sums = [[L::splat(0.0); V]; R];
-        for key in 0..keys {
+        if keys.start > 0 {
+            for r in 0..R {
+                for i in 0..V {
+                    sums[r][i] = load_up_to(out[r].add(i * LANES), left - i * LANES);
+                }
+            }
+        }
+        for key in keys {
             let value = values.head(key, column);
-            let v: [L; V] = std::array::from_fn(|i| load_up_to(value.add(i * LANES), width - i * LANES));
+            let v: [L; V] = std::array::from_fn(|i| load_up_to(value.add(i * LANES), left - i * LANES));
             for r in 0..R {
                 let p = L::splat(*probabilities.add(r * stride + key));
                 for i in 0..V {
@@ -63,10 +104,7 @@ pub(super) unsafe fn weighted_sum<L: Lanes, const R: usize, const V: usize>(
         }
         for r in 0..R {
             for i in 0..V {
-                let mut lanes = [0.0; LANES];
-                sums[r][i].store(lanes.as_mut_ptr());
-                let count = (width - i * LANES).min(LANES);
-                std::ptr::copy_nonoverlapping(lanes.as_ptr(), out[r].add(i * LANES), count);
+                store_up_to(sums[r][i], out[r].add(i * LANES), left - i * LANES);
             }
         }
     }
@@ -77,4 +115,18 @@ pub(super) unsafe fn weighted_sum<L: Lanes, const R: usize, const V: usize>(
 unsafe fn load_up_to<L: Lanes>(from: *const f32, left: usize) -> L {
     // SAFETY: the caller has `left` floats.
     unsafe { if left >= LANES { L::load(from) } else { L::load_partial(from, left) } }
+}
+
+/// Writes 16 floats, or the `left` that there is room for.
+#[inline(always)]
+unsafe fn store_up_to<L: Lanes>(vector: L, to: *mut f32, left: usize) {
+    // SAFETY: the caller has room for `left` floats.
+    unsafe {
+        if left >= LANES {
+            return vector.store(to);
+        }
+        let mut lanes = [0.0; LANES];
+        vector.store(lanes.as_mut_ptr());
+        std::ptr::copy_nonoverlapping(lanes.as_ptr(), to, left);
+    }
 }

@@ -234,6 +234,11 @@ unsafe impl Lanes for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn prefetch_line(at: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
+    }
+
+    #[inline(always)]
     unsafe fn sum(self) -> f32 {
         unsafe { sum_256(_mm256_add_ps(self.0, self.1)) }
     }

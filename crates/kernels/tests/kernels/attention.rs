@@ -128,6 +128,34 @@ fn every_query_is_the_same_alone() {
     }
 }
 
+/// A token after a long text would change with the number of threads that share its heads.
+#[test]
+fn heads_of_a_query_are_the_same_by_any_number_of_threads() {
+    let (d_kv, keys) = (40, 2_000);
+    for (heads, kv_heads) in [(6, 3), (6, 6), (8, 1)] {
+        let (width, kv_width) = (heads * d_kv, kv_heads * d_kv);
+        let (queries, kv) = (values(width, 5), values(keys * 2 * kv_width, 7));
+        let attention = Attention { kv_heads, ..of_t5(heads, d_kv, true) };
+        let of = |offset| rows(&kv, 2 * kv_width, offset);
+        let (own, first_position) = (rows(&queries, width, 0), keys - 1);
+        let (keys, values) = (of(0), of(kv_width));
+        let sequence = Sequence { query_rows: 1, first_position, key_rows: 2_000, queries: own, keys, values };
+        let by = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let mut out = vec![0.0; width];
+            pool.install(|| attention.run(&[sequence], &mut out, StillWanted::default())).unwrap();
+            out
+        };
+        let alone = by(1);
+        for (out, exact) in alone.iter().zip(plain(&attention, &sequence)) {
+            assert!((f64::from(*out) - exact).abs() < 2e-5, "{heads} of {kv_heads}: {out} is not {exact}");
+        }
+        for threads in [2, 3, 5] {
+            assert_eq!(by(threads), alone, "{heads} of {kv_heads} by {threads}");
+        }
+    }
+}
+
 /// A prompt of many thousands of tokens would be computed to its end although nobody waits for it.
 #[test]
 fn what_is_not_wanted_is_left_undone() {
