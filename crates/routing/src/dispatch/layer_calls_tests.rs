@@ -185,6 +185,37 @@ fn who_comes_back_is_asked_again_and_nobody_for_ever() {
     assert!(is_waited_for(outlook, now), "a node has answered");
 }
 
+#[test]
+fn nodes_that_fail_later_than_they_are_asked_again_come_to_an_end() {
+    // Broken: a layer is asked of nodes for ever that are up whenever it is looked, and lose each call after a while.
+    const LOST_AFTER: Duration = ms(600);
+    let (mut nodes, mut calls) = (Nodes::new(2), layer(&[(0, 1)], 8));
+    let (mut now, mut sent, mut id) = (ms(0), ms(0), 0);
+    loop {
+        assert!(now < 2 * PATIENCE + 2 * LOST_AFTER, "it never ends");
+        match calls.next(&mut nodes, now) {
+            Next::Done => break,
+            Next::Ask => {
+                for call in calls.ask(&mut nodes, now) {
+                    (sent, id) = (now, id + 1);
+                    send(&mut calls, &nodes, id, call, now, PATIENCE);
+                }
+            }
+            Next::Wait(until) => {
+                now = until;
+                nodes.heard.fill(now);
+                let lost_one = if now >= sent + LOST_AFTER { calls.answered(id) } else { None };
+                match lost_one {
+                    Some(call) => calls.failed(&mut nodes, call, &lost()),
+                    None => calls.look(&mut nodes, now),
+                }
+            }
+        }
+    }
+    assert!(now >= PATIENCE && id > 2, "{now:?}, {id} calls");
+    assert_eq!(calls.finish().given_up[0].why, Why::Unavailable);
+}
+
 /// Whether a layer waits whose nodes are all away.
 fn is_waited_for(outlook: Outlook, now: Duration) -> bool {
     let (mut nodes, mut calls) = (Nodes::new(2), layer_after(&[(0, 1), (1, 1)], 8, outlook, now));

@@ -51,9 +51,10 @@ impl Patience {
         self.waited >= self.limit
     }
 
-    /// Whether those who failed and are back may be asked again.
+    /// Whether those who failed and are back may be asked again: once in any case, and then as long as it lasts. Calls may take
+    /// longer than the pauses between them, so these alone would bring no end.
     pub fn may_ask_again(&self, now: Duration) -> bool {
-        now >= self.next_round
+        now >= self.next_round && (self.rounds == 0 || !self.is_over())
     }
 
     /// They are asked again.
@@ -95,6 +96,15 @@ mod tests {
         assert_eq!(patience.waited, ms(10) + OVERSLEPT_MAX);
         patience.passed(ms(60_890), ms(60_890));
         assert!(patience.is_over());
+    }
+
+    #[test]
+    fn who_is_back_is_asked_again_once_at_its_end() {
+        // Broken: whoever has no patience fails for a node that was away for a blink, or is asked again for ever.
+        let mut patience = Patience::new(Duration::ZERO, ms(0));
+        assert!(patience.may_ask_again(ms(0)));
+        patience.asked_again(ms(0));
+        assert!(!patience.may_ask_again(ms(60_000)));
     }
 
     #[test]
