@@ -11,11 +11,12 @@ use cudarc::{
 use super::{
     device::Gpu,
     error::{CudaError, failed},
+    ways::{FEW_TILE, MANY_TILE, WIDE_TILE, Way},
 };
 use crate::{Precision, StoredDType, block_matrix, expert_slot::Layout};
 
 /// In the order in which they build on each other.
-const SOURCES: [(&str, &str); 13] = [
+const SOURCES: [(&str, &str); 14] = [
     ("numbers.cu", include_str!("kernels/numbers.cu")),
     ("rows.cu", include_str!("kernels/rows.cu")),
     ("product.cu", include_str!("kernels/product.cu")),
@@ -23,6 +24,7 @@ const SOURCES: [(&str, &str); 13] = [
     ("product_tensor.cu", include_str!("kernels/product_tensor.cu")),
     ("product_packed.cu", include_str!("kernels/product_packed.cu")),
     ("product_blocks.cu", include_str!("kernels/product_blocks.cu")),
+    ("product_wide.cu", include_str!("kernels/product_wide.cu")),
     ("routing.cu", include_str!("kernels/routing.cu")),
     ("attention.cu", include_str!("kernels/attention.cu")),
     ("heads.cu", include_str!("kernels/heads.cu")),
@@ -33,6 +35,12 @@ const SOURCES: [(&str, &str); 13] = [
 
 /// What a block of `many` is given: what product_tensor.cu cuts into stages.
 const MANY_SHARED_BYTES: u32 = 96 << 10;
+
+/// And a block of `wide`, which a multiprocessor has one of.
+const WIDE_SHARED_BYTES: u32 = 201 << 10;
+
+/// The devices with the instructions of `wide`: those of one generation only.
+const WIDE_CAPABILITY: (i32, i32) = (9, 0);
 
 /// `KEY_STAGES` of attention_tensor.cu.
 const KEY_STAGES: usize = 4;
@@ -49,7 +57,7 @@ pub(super) struct Kernel {
 #[derive(Debug)]
 pub(super) struct ProductKernels {
     plain: KindKernels,
-    /// For bf16 only.
+    /// For bf16 only, of few and of many rows.
     packed_experts: Option<ExpertKernels>,
     /// For the formats that they were compiled for.
     blocks: Vec<(StoredDType, KindKernels)>,
@@ -106,6 +114,8 @@ pub(super) struct Kernels {
     pub(super) few: ProductKernels,
     /// For bf16 only: with float32 `few` multiplies any number of rows.
     pub(super) many: Option<ProductKernels>,
+    /// For bf16 only, on devices that can.
+    pub(super) wide: Option<ProductKernels>,
 }
 
 impl Kernels {
@@ -119,23 +129,27 @@ impl Kernels {
         let (major, minor) = gpu.description().capability;
         let bits: Vec<usize> = formats.iter().filter_map(|&dtype| block_matrix::integer_bits(dtype)).collect();
         let attention_bytes = (KEY_STAGES * 2 * 32 * (d_kv + 8) * precision.size()) as u32;
+        let is_bf16 = precision == Precision::Bf16;
+        let is_wide = is_bf16 && (major, minor) == WIDE_CAPABILITY;
+        let target = format!("sm_{major}{minor}{}", if is_wide { "a" } else { "" });
         let options = [
-            format!("--gpu-architecture=sm_{major}{minor}"),
+            format!("--gpu-architecture={target}"),
             "--std=c++17".to_owned(),
-            format!("-DBF16={}", u8::from(precision == Precision::Bf16)),
+            format!("-DBF16={}", u8::from(is_bf16)),
+            format!("-DWIDE={}", u8::from(is_wide)),
             format!("-DBLOCKS4={}", u8::from(bits.contains(&4))),
             format!("-DBLOCKS8={}", u8::from(bits.contains(&8))),
             format!("-DD_KV={d_kv}"),
             format!("-DMULTIPROCESSORS={}", gpu.description().multiprocessors),
             format!("-DMANY_SHARED_BYTES={MANY_SHARED_BYTES}"),
+            format!("-DWIDE_SHARED_BYTES={WIDE_SHARED_BYTES}"),
             format!("-DATTENTION_SHARED_BYTES={attention_bytes}"),
             "-DINFINITY=__int_as_float(0x7f800000)".to_owned(),
         ];
         let sources: Vec<String> = SOURCES.iter().map(|(name, text)| format!("#line 1 \"{name}\"\n{text}")).collect();
-        let cubin = compile(&sources.concat(), &options, &format!("sm_{major}{minor}"))?;
+        let cubin = compile(&sources.concat(), &options, &target)?;
         let module = gpu.context().load_module(Ptx::from_binary(cubin)).map_err(failed("cuModuleLoadData"))?;
         let function = |name: &str| load(&module, name, 0);
-        let is_bf16 = precision == Precision::Bf16;
         let attend = |name: &str| load(&module, name, if is_bf16 { attention_bytes } else { 0 });
         Ok(Self {
             embed: function("embed_rows")?,
@@ -157,15 +171,36 @@ impl Kernels {
             attend_input: attend("attend_input")?,
             queries: if is_bf16 { 64 } else { 8 },
             place_heads: function("place_heads")?,
-            few: ProductKernels::load(&module, "few", precision, formats, 128, (16, if is_bf16 { 32 } else { 8 }), 0)?,
+            few: ProductKernels::load(
+                &module,
+                "few",
+                is_bf16,
+                formats,
+                128,
+                if is_bf16 { FEW_TILE } else { (16, 8) },
+                0,
+            )?,
             many: is_bf16
-                .then(|| ProductKernels::load(&module, "many", precision, formats, 256, (64, 64), MANY_SHARED_BYTES))
+                .then(|| ProductKernels::load(&module, "many", true, formats, 256, MANY_TILE, MANY_SHARED_BYTES))
+                .transpose()?,
+            wide: is_wide
+                .then(|| ProductKernels::load(&module, "wide", false, formats, 384, WIDE_TILE, WIDE_SHARED_BYTES))
                 .transpose()?,
         })
     }
 }
 
 impl Kernels {
+    /// Those of a way; of one that there is not, the next smaller.
+    pub(super) fn of(&self, way: Way) -> &ProductKernels {
+        let many = self.many.as_ref().unwrap_or(&self.few);
+        match way {
+            Way::Few => &self.few,
+            Way::Many => many,
+            Way::Wide => self.wide.as_ref().unwrap_or(many),
+        }
+    }
+
     /// The one for a table that lies so.
     pub(super) fn embed_in(&self, layout: Layout) -> Result<&Kernel, CudaError> {
         in_layout(&self.embed, &self.embed_blocks, layout)
@@ -193,20 +228,27 @@ impl ProductKernels {
 
     fn load(
         module: &Arc<CudaModule>,
-        name: &str,
-        precision: Precision,
+        way: &str,
+        packs: bool,
         formats: &[StoredDType],
         threads: u32,
         tile: (usize, usize),
         shared_bytes: u32,
     ) -> Result<Self, CudaError> {
-        let of = |name: &str, kind: &str| load(module, &format!("{name}_{kind}"), shared_bytes);
+        let of = |name: &str, kind: &str| {
+            // Kernels of `wide` are of every kind, and told it.
+            let name = match (way, kind) {
+                ("wide", "gate" | "gather_gate") => format!("{name}_gated"),
+                ("wide", _) => name.to_owned(),
+                _ => format!("{name}_{kind}"),
+            };
+            load(module, &name, shared_bytes)
+        };
         let experts = |name: &str, are_gated: bool| {
             let gather_gate = are_gated.then(|| of(name, "gather_gate")).transpose()?;
             let (gather, scatter, each) = (of(name, "gather")?, of(name, "scatter")?, of(name, "each")?);
             Ok::<_, CudaError>(ExpertKernels { gather, gather_gate, scatter, each })
         };
-        let packs = precision == Precision::Bf16;
         let kinds = |name: &str| {
             Ok::<_, CudaError>(KindKernels {
                 store: of(name, "store")?,
@@ -218,9 +260,9 @@ impl ProductKernels {
             })
         };
         Ok(Self {
-            plain: kinds(name)?,
-            packed_experts: packs.then(|| experts(&format!("{name}_packed"), false)).transpose()?,
-            blocks: of_each(formats, |bits| kinds(&format!("{name}_blocks{bits}")))?,
+            plain: kinds(way)?,
+            packed_experts: packs.then(|| experts(&format!("{way}_packed"), false)).transpose()?,
+            blocks: of_each(formats, |bits| kinds(&format!("{way}_blocks{bits}")))?,
             threads,
             tile,
         })
