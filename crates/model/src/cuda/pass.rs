@@ -178,7 +178,7 @@ impl<'m> Pass<'m> {
     }
 
     fn router_logits(&self, router: &Matrix) -> Result<(), CudaError> {
-        let Machine { kernels, scratch, .. } = self.machine;
+        let Machine { gpu, kernels, scratch, .. } = self.machine;
         let rows = self.shape.rows;
         let logits = Product {
             x: scratch.x.address(),
@@ -191,7 +191,16 @@ impl<'m> Pass<'m> {
             pass: self.guard,
             ..Product::default()
         };
-        self.machine.launch(&kernels.router_logits, (router.outputs / 4, rows.div_ceil(8), 1), 128, &logits)
+        match ways::are_many_to_route(rows, router.outputs, gpu.description().multiprocessors) {
+            true => {
+                let grid = (router.outputs / 8, rows.div_ceil(32), 1);
+                self.machine.launch(&kernels.router_logits_many, grid, 512, &logits)
+            }
+            false => {
+                let grid = (router.outputs / 4, rows.div_ceil(8), 1);
+                self.machine.launch(&kernels.router_logits, grid, 128, &logits)
+            }
+        }
     }
 
     /// What choosing and grouping the rows of the next MoE layer takes. `slots`: the layer's table, 0 where its experts

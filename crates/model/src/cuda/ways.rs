@@ -49,6 +49,12 @@ pub(super) fn of_dense(rows: usize, outputs: usize, multiprocessors: usize, can_
     }
 }
 
+/// Whether the logits of a router are made of 8 outputs and 32 rows a block, which reads less, and not of 4 and 8, of which there are
+/// more: if those keep the device busy. Measured on an H200, 128 experts: 67 instead of 97 us at 2,048 rows, 19 instead of 29 at 512.
+pub(super) fn are_many_to_route(rows: usize, experts: usize, multiprocessors: usize) -> bool {
+    experts.is_multiple_of(8) && experts / 8 * rows.div_ceil(32) >= multiprocessors
+}
+
 /// How the rows of an MoE layer become tiles.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Cut {
@@ -123,6 +129,14 @@ mod tests {
             (Way::Wide, Way::Many, Way::Many)
         );
         assert_eq!(of_experts(2048 * 8, 128, false).others, Way::Many);
+    }
+
+    /// Rows would be read that are not there, or steps of a few sequences wait for few blocks.
+    #[test]
+    fn routers_of_few_rows_have_many_blocks() {
+        let many = |rows, experts| are_many_to_route(rows, experts, 132);
+        assert!(many(512, 128) && many(2048, 128) && many(8192, 8));
+        assert!(!many(1, 128) && !many(256, 128) && !many(2048, 60));
     }
 
     /// A matrix would be read beyond its end, or a run of k end within a stage.
