@@ -141,16 +141,16 @@ impl Grouped<'_> {
             kind: if is_gated { Kind::GatherGate } else { Kind::Gather } as i32,
             ..Product::default()
         };
-        let (gather, outputs) = match &experts.gather_gate {
-            Some(gather_gate) if is_gated => (gather_gate, kernels.gated_outputs()),
-            _ => (&experts.gather, kernels.tile.0),
+        let (gather, w_rows) = match &experts.gather_gate {
+            Some(gather_gate) if is_gated => (gather_gate, 2 * self.d_ff),
+            _ => (&experts.gather, self.d_ff),
         };
         let (back, kind) = match self.results {
             Results::Added { .. } => (&experts.scatter, Kind::Scatter),
             Results::Each => (&experts.each, Kind::Each),
         };
         // SAFETY: both kernels take a `Product`; the rest by the caller's promise.
-        unsafe { self.gpu.launch(gather, (self.d_ff / outputs, tiles, 1), kernels.threads, &wi) }?;
+        unsafe { self.gpu.launch(gather, kernels.grid(w_rows, tiles), kernels.blocks.threads, &wi) }?;
         let wo = Product {
             x: self.hidden,
             w: self.slots.matrices[1],
@@ -161,7 +161,7 @@ impl Grouped<'_> {
             ..wi
         };
         // SAFETY: both kernels take a `Product`; the rest by the caller's promise.
-        unsafe { self.gpu.launch(back, (self.d_model / kernels.tile.0, tiles, 1), kernels.threads, &wo) }
+        unsafe { self.gpu.launch(back, kernels.grid(self.d_model, tiles), kernels.blocks.threads, &wo) }
     }
 }
 
@@ -190,7 +190,7 @@ impl Tiles {
                 }
             };
             push(&mut tiles.many, cut.tile(), 0, others);
-            push(&mut tiles.few, kernels.few.tile.1, others, run.rows);
+            push(&mut tiles.few, kernels.few.blocks.tile.1, others, run.rows);
         }
         tiles
     }

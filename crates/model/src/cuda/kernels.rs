@@ -37,7 +37,7 @@ const SOURCES: [(&str, &str); 14] = [
 const MANY_SHARED_BYTES: u32 = 96 << 10;
 
 /// And a block of `wide`, which a multiprocessor has one of.
-const WIDE_SHARED_BYTES: u32 = 201 << 10;
+const WIDE_SHARED_BYTES: u32 = 222 << 10;
 
 /// The devices with the instructions of `wide`: those of one generation only.
 const WIDE_CAPABILITY: (i32, i32) = (9, 0);
@@ -60,11 +60,28 @@ pub(super) struct ProductKernels {
     /// For bf16 only, of few and of many rows.
     packed_experts: Option<ExpertKernels>,
     /// For the formats that they were compiled for.
-    blocks: Vec<(StoredDType, KindKernels)>,
-    pub(super) threads: u32,
-    /// Outputs and rows of a block.
-    pub(super) tile: (usize, usize),
+    formats: Vec<(StoredDType, KindKernels)>,
+    pub(super) blocks: Blocks,
 }
+
+/// What a way's blocks are.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Blocks {
+    pub(super) threads: u32,
+    /// Outputs and rows that one makes at a time.
+    pub(super) tile: (usize, usize),
+    shared_bytes: u32,
+    /// So many are started, if there are more tiles: one makes several.
+    most: Option<usize>,
+    /// Whether there are any for packed experts.
+    packs: bool,
+}
+
+const FEW_F32: Blocks = Blocks { threads: 128, tile: (16, 8), shared_bytes: 0, most: None, packs: false };
+const FEW: Blocks = Blocks { tile: FEW_TILE, packs: true, ..FEW_F32 };
+const MANY: Blocks = Blocks { threads: 256, tile: MANY_TILE, shared_bytes: MANY_SHARED_BYTES, most: None, packs: true };
+const WIDE: Blocks =
+    Blocks { threads: 384, tile: WIDE_TILE, shared_bytes: WIDE_SHARED_BYTES, most: None, packs: false };
 
 /// A kernel for each thing that can become of a result (see `Kind` of product.cu).
 #[derive(Debug)]
@@ -151,6 +168,8 @@ impl Kernels {
         let cubin = compile(&sources.concat(), &options, &target)?;
         let module = gpu.context().load_module(Ptx::from_binary(cubin)).map_err(failed("cuModuleLoadData"))?;
         let function = |name: &str| load(&module, name, 0);
+        let few = if is_bf16 { FEW } else { FEW_F32 };
+        let wide = Blocks { most: Some(gpu.description().multiprocessors), ..WIDE };
         let attend = |name: &str| load(&module, name, if is_bf16 { attention_bytes } else { 0 });
         Ok(Self {
             embed: function("embed_rows")?,
@@ -173,21 +192,9 @@ impl Kernels {
             attend_input: attend("attend_input")?,
             queries: if is_bf16 { 64 } else { 8 },
             place_heads: function("place_heads")?,
-            few: ProductKernels::load(
-                &module,
-                "few",
-                is_bf16,
-                formats,
-                128,
-                if is_bf16 { FEW_TILE } else { (16, 8) },
-                0,
-            )?,
-            many: is_bf16
-                .then(|| ProductKernels::load(&module, "many", true, formats, 256, MANY_TILE, MANY_SHARED_BYTES))
-                .transpose()?,
-            wide: is_wide
-                .then(|| ProductKernels::load(&module, "wide", false, formats, 384, WIDE_TILE, WIDE_SHARED_BYTES))
-                .transpose()?,
+            few: ProductKernels::load(&module, "few", few, formats)?,
+            many: is_bf16.then(|| ProductKernels::load(&module, "many", MANY, formats)).transpose()?,
+            wide: is_wide.then(|| ProductKernels::load(&module, "wide", wide, formats)).transpose()?,
         })
     }
 }
@@ -220,23 +227,19 @@ impl ProductKernels {
 
     /// Those for a matrix that lies so.
     pub(super) fn kinds_in(&self, layout: Layout) -> Result<&KindKernels, CudaError> {
-        in_layout(&self.plain, &self.blocks, layout)
+        in_layout(&self.plain, &self.formats, layout)
     }
 
-    /// Outputs of a block of a gated product: it multiplies two rows for each.
-    pub(super) fn gated_outputs(&self) -> usize {
-        self.tile.0 / 2
+    /// The blocks of a product: W has so many rows, and of x there are so many tiles.
+    pub(super) fn grid(&self, w_rows: usize, tiles: usize) -> (usize, usize, usize) {
+        let across = w_rows / self.blocks.tile.0;
+        match self.blocks.most {
+            Some(most) => (most.min(across * tiles), 1, 1),
+            None => (across, tiles, 1),
+        }
     }
 
-    fn load(
-        module: &Arc<CudaModule>,
-        way: &str,
-        packs: bool,
-        formats: &[StoredDType],
-        threads: u32,
-        tile: (usize, usize),
-        shared_bytes: u32,
-    ) -> Result<Self, CudaError> {
+    fn load(module: &Arc<CudaModule>, way: &str, blocks: Blocks, formats: &[StoredDType]) -> Result<Self, CudaError> {
         let of = |name: &str, kind: &str| {
             // Kernels of `wide` are of every kind, and told it.
             let name = match (way, kind) {
@@ -244,7 +247,7 @@ impl ProductKernels {
                 ("wide", _) => name.to_owned(),
                 _ => format!("{name}_{kind}"),
             };
-            load(module, &name, shared_bytes)
+            load(module, &name, blocks.shared_bytes)
         };
         let experts = |name: &str, are_gated: bool| {
             let gather_gate = are_gated.then(|| of(name, "gather_gate")).transpose()?;
@@ -263,10 +266,9 @@ impl ProductKernels {
         };
         Ok(Self {
             plain: kinds(way)?,
-            packed_experts: packs.then(|| experts(&format!("{way}_packed"), false)).transpose()?,
-            blocks: of_each(formats, |bits| kinds(&format!("{way}_blocks{bits}")))?,
-            threads,
-            tile,
+            packed_experts: blocks.packs.then(|| experts(&format!("{way}_packed"), false)).transpose()?,
+            formats: of_each(formats, |bits| kinds(&format!("{way}_blocks{bits}")))?,
+            blocks,
         })
     }
 }

@@ -24,6 +24,8 @@ mod locked_memory;
 mod pass;
 mod progress;
 mod recorded;
+#[cfg(test)]
+mod same_bits;
 mod scratch;
 pub mod sequence;
 pub mod slab;

@@ -226,7 +226,7 @@ impl<'m> Pass<'m> {
             experts: config.num_experts as i32,
             layer: self.layers as i32,
             few_rows: i32::try_from(cut.few_rows).unwrap_or(i32::MAX),
-            few_tile: kernels.few.tile.1 as i32,
+            few_tile: kernels.few.blocks.tile.1 as i32,
             many_tile: cut.tile() as i32,
             rest_rows: cut.rest_rows as i32,
         }
@@ -255,7 +255,7 @@ impl<'m> Pass<'m> {
         let rows = self.shape.rows * config.top_k;
         let groups = rows.min(config.num_experts);
         // How many tiles there are only the device knows; so many at most.
-        let few = groups + rows / kernels.few.tile.1;
+        let few = groups + rows / kernels.few.blocks.tile.1;
         let cut = self.cut();
         let many = match rows > cut.few_rows {
             true => rows / cut.tile() + config.num_experts.min(rows / (cut.few_rows + 1)),
@@ -371,7 +371,7 @@ impl<'m> Pass<'m> {
             Kind::Logits => &kinds.logits,
             Kind::Gather | Kind::GatherGate | Kind::Scatter | Kind::Each => unreachable!("{kind:?} is of experts"),
         };
-        let grid = (w.outputs / kernels.tile.0, rows.div_ceil(kernels.tile.1), 1);
-        self.machine.launch(function, grid, kernels.threads, &arguments)
+        let grid = kernels.grid(w.outputs, rows.div_ceil(kernels.blocks.tile.1));
+        self.machine.launch(function, grid, kernels.blocks.threads, &arguments)
     }
 }

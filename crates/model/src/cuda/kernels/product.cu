@@ -37,20 +37,21 @@ struct BlockRows {
     int first, count;
     const void *w;
 
-    // `tile` rows at most. False: none are left.
-    template <typename W> __device__ __forceinline__ bool find(const Product &a, int kind, int tile) {
-        begin();
-        if (ended(a.pass, a.layers)) return false;
+    // Tiles of `tile` rows at most.
+    static __device__ __forceinline__ int tiles(const Product &a, int kind, int tile) {
+        return kind >= GATHER ? *a.tile_count : (a.rows + tile - 1) / tile;
+    }
+
+    // Takes one of them.
+    template <typename W> __device__ __forceinline__ void take(const Product &a, int kind, int tile, int index) {
         if (kind >= GATHER) {
-            if (int(blockIdx.y) >= *a.tile_count) return false;
-            Tile own = a.tiles[blockIdx.y];
+            Tile own = a.tiles[index];
             first = own.first, count = own.rows;
             w = static_cast<const W *>(a.w) + u64(own.slot) * a.slot_stride;
         } else {
-            first = blockIdx.y * tile, count = min(tile, a.rows - first);
+            first = index * tile, count = min(tile, a.rows - first);
             w = a.w;
         }
-        return true;
     }
 
     // The row of x that is row r of this block; beyond the end the last one, whose result nobody takes.
@@ -64,7 +65,13 @@ template <int KIND> struct Rows : BlockRows {
     // Half of the rows of W that a block multiplies are of the gate, half of what it gates.
     static const bool IS_GATED = KIND == GATE || KIND == GATHER_GATE;
 
-    template <typename W> __device__ __forceinline__ bool find(const Product &a, int tile) { return BlockRows::find<W>(a, KIND, tile); }
+    // Those of this block, `tile` at most. False: none are left.
+    template <typename W> __device__ __forceinline__ bool find(const Product &a, int tile) {
+        begin();
+        if (ended(a.pass, a.layers) || int(blockIdx.y) >= tiles(a, KIND, tile)) return false;
+        take<W>(a, KIND, tile, blockIdx.y);
+        return true;
+    }
     __device__ __forceinline__ int input(const Product &a, int r) const { return BlockRows::input(a, KIND, r); }
 
     // The row that the results of row r of this block go to.

@@ -78,7 +78,7 @@ __device__ __forceinline__ void arrive_with_copies(const u64 *barrier) {
 struct WidePlain {
     typedef T Element;
     static const int BYTES = ROWS_BYTES;
-    static const int STAGES = 6;
+    static const int STAGES = 4;
     static const bool IS_SCALED = false;
     struct Copy {
         const T *from;
@@ -124,7 +124,7 @@ template <int BITS> struct WideBlocks {
     typedef typename IntegersOf<BITS>::Words Words;
     static const int ROW = 4 * BITS, SCALES_AT = 2 * WIDE_SIDE * ROW;
     static const int BYTES = (SCALES_AT + 4 * WIDE_SIDE + 1023) / 1024 * 1024;
-    static const int STAGES = 8;
+    static const int STAGES = BITS == 4 ? 7 : 6;
     static const bool IS_SCALED = true;
     struct Copy {
         static const int PIECES = ROW / 8, AT_ONCE = COPIERS / PIECES; // of 16 bytes in a row, rows
@@ -189,8 +189,8 @@ template <typename W> struct WideStages {
 
 // What COPIERS threads do: x and W, stage by stage.
 template <bool IS_GATED, typename W, int CHUNKS>
-__device__ __forceinline__ void wide_copies(const Product &a, const BlockRows &rows, WideStages<W> stages) {
-    int thread = threadIdx.x - MULTIPLIERS, o = blockIdx.x * (IS_GATED ? WIDE_SIDE / 2 : WIDE_SIDE);
+__device__ __forceinline__ void wide_copies(const Product &a, const BlockRows &rows, int o, WideStages<W> &stages) {
+    int thread = threadIdx.x - MULTIPLIERS;
     typename W::Copy w(a, rows.w, o, IS_GATED ? a.outputs : WIDE_SIDE / 2, IS_GATED ? 2 * a.outputs : a.outputs, thread);
     const unsigned char *x = static_cast<const unsigned char *>(a.x) + thread % 16 * 8;
     u32 rows_at[CHUNKS * 8];
@@ -207,7 +207,6 @@ __device__ __forceinline__ void wide_copies(const Product &a, const BlockRows &r
         x += WIDE_STAGE * sizeof(T);
         stages.next();
     }
-    asm volatile("cp.async.wait_all;");
 }
 
 __device__ __forceinline__ void meet_multipliers() { asm volatile("bar.sync 1, %0;" ::"n"(MULTIPLIERS) : "memory"); }
@@ -216,7 +215,7 @@ __device__ __forceinline__ void meet_multipliers() { asm volatile("bar.sync 1, %
 //
 // Where sums are scaled the two groups of warps take turns: one asks for its products when the other has asked for all of its
 // own, so that one scales and widens while the other's are made.
-template <typename W, int CHUNKS> __device__ __forceinline__ void wide_sums(const Product &a, WideStages<W> stages) {
+template <typename W, int CHUNKS> __device__ __forceinline__ void wide_sums(const Product &a, WideStages<W> &stages, float *partial) {
     // -0 changes no first summand.
     float total[CHUNKS][32], sums[CHUNKS][32], own[CHUNKS][32];
 #pragma unroll
@@ -299,8 +298,8 @@ template <typename W, int CHUNKS> __device__ __forceinline__ void wide_sums(cons
         }
     }
     if (group == 0) await_turn();
-    meet_multipliers(); // nobody reads a stage any more
-    float *partial = reinterpret_cast<float *>(stages.memory);
+    if (!W::IS_SCALED) release(before);
+    meet_multipliers(); // nobody reads the sums before any more
     int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
     for (int c = 0; c < CHUNKS; ++c)
@@ -311,12 +310,13 @@ template <typename W, int CHUNKS> __device__ __forceinline__ void wide_sums(cons
 }
 
 // What becomes of the sums (row, output) of a block: a thread puts four outputs of four rows at a time.
-template <int KIND> __device__ __forceinline__ void put_wide(const Product &a, const BlockRows &own, const float *partial) {
+template <int KIND> __device__ __forceinline__ void put_wide(const Product &a, const BlockRows &own, int o, const float *partial) {
     Rows<KIND> rows;
     static_cast<BlockRows &>(rows) = own;
     const bool IS_GATED = Rows<KIND>::IS_GATED;
     const int ACROSS = IS_GATED ? 16 : 32, DOWN = MULTIPLIERS / ACROSS; // threads of a row, rows at a time
-    int at = threadIdx.x % ACROSS * 4, o = blockIdx.x * ACROSS * 4 + at;
+    int at = threadIdx.x % ACROSS * 4;
+    o += at;
     for (int r = threadIdx.x / ACROSS; r < rows.count; r += 4 * DOWN) {
         float4 before[4];
         int to[4];
@@ -334,37 +334,52 @@ template <int KIND> __device__ __forceinline__ void put_wide(const Product &a, c
     }
 }
 
-template <bool IS_GATED, typename W, int CHUNKS>
-__device__ __forceinline__ void wide_rows(const Product &a, const BlockRows &rows, unsigned char *memory) {
-    WideStages<W> stages(memory);
-    stages.begin();
-    if (threadIdx.x >= MULTIPLIERS) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        return wide_copies<IS_GATED, W, CHUNKS>(a, rows, stages);
-    }
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    wide_sums<W, CHUNKS>(a, stages);
-    const float *partial = reinterpret_cast<const float *>(memory);
-    if (IS_GATED) return a.kind == GATE ? put_wide<GATE>(a, rows, partial) : put_wide<GATHER_GATE>(a, rows, partial);
+template <bool IS_GATED>
+__device__ __forceinline__ void put_wide_kind(const Product &a, const BlockRows &rows, int o, const float *partial) {
+    if (IS_GATED) return a.kind == GATE ? put_wide<GATE>(a, rows, o, partial) : put_wide<GATHER_GATE>(a, rows, o, partial);
     switch (a.kind) {
-    case STORE: return put_wide<STORE>(a, rows, partial);
-    case RELU: return put_wide<RELU>(a, rows, partial);
-    case ADD: return put_wide<ADD>(a, rows, partial);
-    case LOGITS: return put_wide<LOGITS>(a, rows, partial);
-    case GATHER: return put_wide<GATHER>(a, rows, partial);
-    case SCATTER: return put_wide<SCATTER>(a, rows, partial);
-    case EACH: return put_wide<EACH>(a, rows, partial);
+    case STORE: return put_wide<STORE>(a, rows, o, partial);
+    case RELU: return put_wide<RELU>(a, rows, o, partial);
+    case ADD: return put_wide<ADD>(a, rows, o, partial);
+    case LOGITS: return put_wide<LOGITS>(a, rows, o, partial);
+    case GATHER: return put_wide<GATHER>(a, rows, o, partial);
+    case SCATTER: return put_wide<SCATTER>(a, rows, o, partial);
+    case EACH: return put_wide<EACH>(a, rows, o, partial);
     }
 }
 
+// A block for each multiprocessor, which makes tiles until there are none: those who copy go ahead to the next one while the sums
+// of this one are written.
 template <bool IS_GATED, typename W> __device__ __forceinline__ void wide_of(const Product &a) {
-    extern __shared__ __align__(1024) unsigned char wide_memory[];
-    static_assert(W::STAGES * (WideStages<W>::BYTES + 16) <= WIDE_SHARED_BYTES, "stages need more room");
-    static_assert(WIDE_SIDE * WIDE_WIDTH * 4 <= W::STAGES * WideStages<W>::BYTES, "sums need more room");
+    extern __shared__ __align__(1024) unsigned char wide_memory[]; // sums (row, output), stages, barriers
+    const int SUMS_BYTES = (WIDE_SIDE * WIDE_WIDTH * 4 + 1023) / 1024 * 1024;
+    static_assert(SUMS_BYTES + W::STAGES * (WideStages<W>::BYTES + 16) <= WIDE_SHARED_BYTES, "stages need more room");
+    begin();
+    if (ended(a.pass, a.layers)) return;
+    float *partial = reinterpret_cast<float *>(wide_memory);
+    WideStages<W> stages(wide_memory + SUMS_BYTES);
+    stages.begin();
+    const int OUTPUTS = IS_GATED ? WIDE_SIDE / 2 : WIDE_SIDE, across = a.outputs / OUTPUTS;
+    int count = across * BlockRows::tiles(a, a.kind, WIDE_SIDE);
     BlockRows rows;
-    if (!rows.find<typename W::Element>(a, a.kind, WIDE_SIDE)) return;
-    if (rows.count <= 64) wide_rows<IS_GATED, W, 1>(a, rows, wide_memory);
-    else wide_rows<IS_GATED, W, 2>(a, rows, wide_memory);
+    if (threadIdx.x >= MULTIPLIERS) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        for (int at = blockIdx.x; at < count; at += gridDim.x) {
+            rows.take<typename W::Element>(a, a.kind, WIDE_SIDE, at / across);
+            int o = at % across * OUTPUTS;
+            if (rows.count <= 64) wide_copies<IS_GATED, W, 1>(a, rows, o, stages);
+            else wide_copies<IS_GATED, W, 2>(a, rows, o, stages);
+        }
+        asm volatile("cp.async.wait_all;");
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        for (int at = blockIdx.x; at < count; at += gridDim.x) {
+            rows.take<typename W::Element>(a, a.kind, WIDE_SIDE, at / across);
+            if (rows.count <= 64) wide_sums<W, 1>(a, stages, partial);
+            else wide_sums<W, 2>(a, stages, partial);
+            put_wide_kind<IS_GATED>(a, rows, at % across * OUTPUTS, partial);
+        }
+    }
 }
 
 // Of every kind: what differs is done once for a block, and these take long to compile.
