@@ -78,7 +78,7 @@ __device__ __forceinline__ void arrive_with_copies(const u64 *barrier) {
 struct WidePlain {
     typedef T Element;
     static const int BYTES = ROWS_BYTES;
-    static const int STAGES = 4;
+    static const int STAGES = 6;
     static const bool IS_SCALED = false;
     struct Copy {
         const T *from;
@@ -124,7 +124,7 @@ template <int BITS> struct WideBlocks {
     typedef typename IntegersOf<BITS>::Words Words;
     static const int ROW = 4 * BITS, SCALES_AT = 2 * WIDE_SIDE * ROW;
     static const int BYTES = (SCALES_AT + 4 * WIDE_SIDE + 1023) / 1024 * 1024;
-    static const int STAGES = BITS == 4 ? 7 : 6;
+    static const int STAGES = 8;
     static const bool IS_SCALED = true;
     struct Copy {
         static const int PIECES = ROW / 8, AT_ONCE = COPIERS / PIECES; // of 16 bytes in a row, rows
@@ -209,13 +209,48 @@ __device__ __forceinline__ void wide_copies(const Product &a, const BlockRows &r
     }
 }
 
+// What becomes of the sums (row, output) of 32 rows from `from` on: a thread puts four outputs of some of them.
+template <int KIND> __device__ __forceinline__ void put_wide(const Product &a, const BlockRows &own, int from, int o, const float *sums) {
+    Rows<KIND> rows;
+    static_cast<BlockRows &>(rows) = own;
+    const bool IS_GATED = Rows<KIND>::IS_GATED;
+    const int ACROSS = IS_GATED ? 16 : 32, DOWN = MULTIPLIERS / ACROSS, EACH_PUTS = 32 / DOWN; // threads of a row, rows at a time
+    int at = threadIdx.x % ACROSS * 4, first = threadIdx.x / ACROSS, to[EACH_PUTS];
+    float4 before[EACH_PUTS];
+#pragma unroll
+    for (int i = 0; i < EACH_PUTS; ++i) {
+        int r = from + first + i * DOWN;
+        if (r < rows.count) to[i] = rows.output(a, r), before[i] = rows.before(a, to[i], o + at);
+    }
+#pragma unroll
+    for (int i = 0; i < EACH_PUTS; ++i) {
+        if (from + first + i * DOWN >= rows.count) continue;
+        const float *own = sums + (first + i * DOWN) * WIDE_WIDTH + at;
+        float4 y = wide4(own);
+        if (IS_GATED) y = gated(y, wide4(own + WIDE_SIDE / 2));
+        rows.put(a, to[i], o + at, y, before[i]);
+    }
+}
+
+template <bool IS_GATED>
+__device__ __forceinline__ void put_wide_kind(const Product &a, const BlockRows &rows, int from, int o, const float *sums) {
+    if (IS_GATED) return a.kind == GATE ? put_wide<GATE>(a, rows, from, o, sums) : put_wide<GATHER_GATE>(a, rows, from, o, sums);
+    switch (a.kind) {
+    case STORE: return put_wide<STORE>(a, rows, from, o, sums);
+    case RELU: return put_wide<RELU>(a, rows, from, o, sums);
+    case ADD: return put_wide<ADD>(a, rows, from, o, sums);
+    case LOGITS: return put_wide<LOGITS>(a, rows, from, o, sums);
+    case GATHER: return put_wide<GATHER>(a, rows, from, o, sums);
+    case SCATTER: return put_wide<SCATTER>(a, rows, from, o, sums);
+    case EACH: return put_wide<EACH>(a, rows, from, o, sums);
+    }
+}
+
 __device__ __forceinline__ void meet_multipliers() { asm volatile("bar.sync 1, %0;" ::"n"(MULTIPLIERS) : "memory"); }
 
 // What MULTIPLIERS threads do: the sums of CHUNKS * 64 rows.
-//
-// Where sums are scaled the two groups of warps take turns: one asks for its products when the other has asked for all of its
-// own, so that one scales and widens while the other's are made.
-template <typename W, int CHUNKS> __device__ __forceinline__ void wide_sums(const Product &a, WideStages<W> &stages, float *partial) {
+template <bool IS_GATED, typename W, int CHUNKS>
+__device__ __forceinline__ void wide_sums(const Product &a, const BlockRows &rows, int o, WideStages<W> &stages, float *partial) {
     // -0 changes no first summand.
     float total[CHUNKS][32], sums[CHUNKS][32], own[CHUNKS][32];
 #pragma unroll
@@ -223,7 +258,6 @@ template <typename W, int CHUNKS> __device__ __forceinline__ void wide_sums(cons
 #pragma unroll
         for (int i = 0; i < 32; ++i) total[c][i] = -0.f, sums[c][i] = 0;
     u32 left[2][2][4];
-    const int group = threadIdx.x / 128;
     auto await = [&]() {
         await_phase(stages.full + stages.at, stages.parity);
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); // what copies wrote, `wgmma` reads
@@ -232,13 +266,6 @@ template <typename W, int CHUNKS> __device__ __forceinline__ void wide_sums(cons
         __syncwarp();
         if (threadIdx.x % 32 == 0) arrive(stages.empty + at);
     };
-    auto await_turn = [&]() {
-        if (W::IS_SCALED) asm volatile("bar.sync %0, %1;" ::"r"(2 + group), "n"(MULTIPLIERS) : "memory");
-    };
-    auto pass_turn = [&]() {
-        if (W::IS_SCALED) asm volatile("bar.arrive %0, %1;" ::"r"(3 - group), "n"(MULTIPLIERS) : "memory");
-    };
-    if (group == 1) pass_turn();
     await();
     W::weights(stages.own() + ROWS_BYTES, 0, left[0]);
     int steps = a.k / WIDE_STAGE, run = steps / 4, before = -1;
@@ -255,13 +282,11 @@ template <typename W, int CHUNKS> __device__ __forceinline__ void wide_sums(cons
                     multiply_wide(into, left[block][1], wide_operand(x + 32), 1);
                     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
                 };
-                await_turn();
 #pragma unroll
                 for (int c = 0; c < CHUNKS; ++c) {
                     if (W::IS_SCALED) multiply_rows(own[c], c, 0);
                     else multiply_rows(sums[c], c, block | i);
                 }
-                pass_turn();
                 float scales[2] = {W::scale(stage + ROWS_BYTES, block, 0), W::scale(stage + ROWS_BYTES, block, 8)};
                 if (!W::IS_SCALED) {
 #pragma unroll
@@ -297,62 +322,28 @@ template <typename W, int CHUNKS> __device__ __forceinline__ void wide_sums(cons
             }
         }
     }
-    if (group == 0) await_turn();
     if (!W::IS_SCALED) release(before);
-    meet_multipliers(); // nobody reads the sums before any more
+    // 32 rows at a time meet in shared memory: what is copied ahead needs the room.
     int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll 1
+    for (int from = 0; from < rows.count; from += 32) {
 #pragma unroll
-    for (int c = 0; c < CHUNKS; ++c)
+        for (int c = 0; c < CHUNKS; ++c)
 #pragma unroll
-        for (int i = 0; i < 32; ++i)
-            partial[(c * 64 + i / 4 * 8 + t * 2 + i % 2) * WIDE_WIDTH + threadIdx.x / 32 * 16 + g + i / 2 % 2 * 8] = total[c][i];
-    meet_multipliers();
-}
-
-// What becomes of the sums (row, output) of a block: a thread puts four outputs of four rows at a time.
-template <int KIND> __device__ __forceinline__ void put_wide(const Product &a, const BlockRows &own, int o, const float *partial) {
-    Rows<KIND> rows;
-    static_cast<BlockRows &>(rows) = own;
-    const bool IS_GATED = Rows<KIND>::IS_GATED;
-    const int ACROSS = IS_GATED ? 16 : 32, DOWN = MULTIPLIERS / ACROSS; // threads of a row, rows at a time
-    int at = threadIdx.x % ACROSS * 4;
-    o += at;
-    for (int r = threadIdx.x / ACROSS; r < rows.count; r += 4 * DOWN) {
-        float4 before[4];
-        int to[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            if (r + i * DOWN < rows.count) to[i] = rows.output(a, r + i * DOWN), before[i] = rows.before(a, to[i], o);
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            if (r + i * DOWN < rows.count) {
-                const float *sums = partial + (r + i * DOWN) * WIDE_WIDTH + at;
-                float4 y = wide4(sums);
-                if (IS_GATED) y = gated(y, wide4(sums + WIDE_SIDE / 2));
-                rows.put(a, to[i], o, y, before[i]);
-            }
-    }
-}
-
-template <bool IS_GATED>
-__device__ __forceinline__ void put_wide_kind(const Product &a, const BlockRows &rows, int o, const float *partial) {
-    if (IS_GATED) return a.kind == GATE ? put_wide<GATE>(a, rows, o, partial) : put_wide<GATHER_GATE>(a, rows, o, partial);
-    switch (a.kind) {
-    case STORE: return put_wide<STORE>(a, rows, o, partial);
-    case RELU: return put_wide<RELU>(a, rows, o, partial);
-    case ADD: return put_wide<ADD>(a, rows, o, partial);
-    case LOGITS: return put_wide<LOGITS>(a, rows, o, partial);
-    case GATHER: return put_wide<GATHER>(a, rows, o, partial);
-    case SCATTER: return put_wide<SCATTER>(a, rows, o, partial);
-    case EACH: return put_wide<EACH>(a, rows, o, partial);
+            for (int i = 0; i < 32; ++i)
+                if (c * 2 + i / 16 == from / 32)
+                    partial[(i % 16 / 4 * 8 + t * 2 + i % 2) * WIDE_WIDTH + threadIdx.x / 32 * 16 + g + i / 2 % 2 * 8] = total[c][i];
+        meet_multipliers();
+        put_wide_kind<IS_GATED>(a, rows, from, o, partial);
+        meet_multipliers();
     }
 }
 
 // A block for each multiprocessor, which makes tiles until there are none: those who copy go ahead to the next one while the sums
 // of this one are written.
 template <bool IS_GATED, typename W> __device__ __forceinline__ void wide_of(const Product &a) {
-    extern __shared__ __align__(1024) unsigned char wide_memory[]; // sums (row, output), stages, barriers
-    const int SUMS_BYTES = (WIDE_SIDE * WIDE_WIDTH * 4 + 1023) / 1024 * 1024;
+    extern __shared__ __align__(1024) unsigned char wide_memory[]; // sums of 32 rows, stages, barriers
+    const int SUMS_BYTES = (32 * WIDE_WIDTH * 4 + 1023) / 1024 * 1024;
     static_assert(SUMS_BYTES + W::STAGES * (WideStages<W>::BYTES + 16) <= WIDE_SHARED_BYTES, "stages need more room");
     begin();
     if (ended(a.pass, a.layers)) return;
@@ -375,9 +366,9 @@ template <bool IS_GATED, typename W> __device__ __forceinline__ void wide_of(con
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         for (int at = blockIdx.x; at < count; at += gridDim.x) {
             rows.take<typename W::Element>(a, a.kind, WIDE_SIDE, at / across);
-            if (rows.count <= 64) wide_sums<W, 1>(a, stages, partial);
-            else wide_sums<W, 2>(a, stages, partial);
-            put_wide_kind<IS_GATED>(a, rows, at % across * OUTPUTS, partial);
+            int o = at % across * OUTPUTS;
+            if (rows.count <= 64) wide_sums<IS_GATED, W, 1>(a, rows, o, stages, partial);
+            else wide_sums<IS_GATED, W, 2>(a, rows, o, stages, partial);
         }
     }
 }

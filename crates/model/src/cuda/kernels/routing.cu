@@ -87,7 +87,8 @@ __device__ __forceinline__ u64 tiles_of(const Route &a, int rows) {
     return u64((few + a.few_tile - 1) / a.few_tile) << 20 | u64((many + a.many_tile - 1) / a.many_tile) << 40;
 }
 
-// One block of 1024: orders tokens by expert and cuts the groups into tiles. At most 1024 experts.
+// Blocks of 1024: order tokens by expert and cut the groups into tiles. Each counts all, and writes what is of its share of the
+// experts: places are all over memory, which one multiprocessor writes slowly. At most 1024 experts.
 __device__ __forceinline__ void group(const Route &a) {
     __shared__ u32 counts[1024];
     __shared__ u32 taken[1024];
@@ -97,6 +98,7 @@ __device__ __forceinline__ void group(const Route &a) {
     counts[e] = 0, taken[e] = 0;
     __syncthreads();
     int choices = a.rows * a.top_k;
+#pragma unroll 4
     for (int c = e; c < choices; c += 1024) atomicAdd(&counts[a.chosen[c]], 1);
     __syncthreads();
     u64 own = counts[e] + tiles_of(a, counts[e]), sum = own;
@@ -110,10 +112,10 @@ __device__ __forceinline__ void group(const Route &a) {
     for (int offset = 16; offset; offset >>= 1) before_warp += __shfl_xor_sync(~0u, before_warp, offset);
     sums[e] = sum += before_warp;
     __syncthreads();
-    if (e == 1023) a.counts[0] = sum >> 20 & 0xfffff, a.counts[1] = sum >> 40;
+    if (e == 1023 && blockIdx.x == 0) a.counts[0] = sum >> 20 & 0xfffff, a.counts[1] = sum >> 40;
     u64 before = sum - own;
     int first = before & 0xfffff, rows = counts[e];
-    if (rows > 0) {
+    if (rows > 0 && e % gridDim.x == blockIdx.x) {
         Tile *few = a.few + (before >> 20 & 0xfffff), *many = a.many + (before >> 40);
         int rest = few_from(a, rows);
         for (int done = 0; done < rest; done += a.many_tile)
@@ -121,15 +123,17 @@ __device__ __forceinline__ void group(const Route &a) {
         for (int done = rest; done < rows; done += a.few_tile)
             *few++ = Tile{a.slots[e], first + done, min(a.few_tile, rows - done), 0};
     }
+#pragma unroll 4
     for (int c = e; c < choices; c += 1024) {
         int expert = a.chosen[c];
+        if (expert % gridDim.x != blockIdx.x) continue;
         u32 place = (expert ? sums[expert - 1] & 0xfffff : 0) + atomicAdd(&taken[expert], 1);
         a.order[place] = c / a.top_k;
         a.to[place] = c;
     }
 }
 
-// What choose_experts chose. One block of 1024.
+// What choose_experts chose. Blocks of 1024.
 extern "C" __global__ void __launch_bounds__(1024) group_rows(Route a) {
     begin();
     if (!route_ended(a)) group(a);

@@ -20,6 +20,9 @@ use crate::{
 /// Up to so many rows one block chooses and groups; with more, choosing is spread over the device.
 const FUSED_ROUTE_ROWS_MAX: usize = 256;
 
+/// Blocks that group rows by expert: each reads all choices, and writes its share.
+const GROUPING_BLOCKS_MAX: usize = 16;
+
 /// `HEAD_WARPS` of heads.cu.
 const HEADS_AT_ONCE: usize = 8;
 
@@ -160,7 +163,7 @@ impl Operations for Pass<'_> {
 
     /// With experts beside the pass the rows are also grouped, and what is nowhere is noted in the guard.
     fn route(&mut self, layer: LayerId, router: &Router<Device>) -> Result<(), CudaError> {
-        let Machine { kernels, experts, .. } = self.machine;
+        let Machine { kernels, experts, config, .. } = self.machine;
         let rows = self.shape.rows;
         self.router_logits(&router.classifier)?;
         let route = self.route_of(experts.map_or(0, |experts| experts.table_of(layer)));
@@ -169,7 +172,10 @@ impl Operations for Pass<'_> {
         }
         self.machine.launch(&kernels.choose_experts, (rows.div_ceil(4), 1, 1), 128, &route)?;
         match experts {
-            Some(_) => self.machine.launch(&kernels.group_rows, (1, 1, 1), 1024, &route),
+            Some(_) => {
+                let blocks = (rows * config.top_k / 1024).clamp(1, GROUPING_BLOCKS_MAX);
+                self.machine.launch(&kernels.group_rows, (blocks, 1, 1), 1024, &route)
+            }
             None => Ok(()),
         }
     }
