@@ -53,7 +53,6 @@ template <int GROUPS> __device__ __forceinline__ void wait_wide(float (&sums)[32
     asm volatile("wgmma.wait_group.sync.aligned %32;" : ALL(sums) : "n"(GROUPS) : "memory");
 }
 
-
 // Barriers in shared memory: waits for the phase with this parity to be over.
 __device__ __forceinline__ void await_phase(const u64 *barrier, u32 parity) {
     asm volatile("{\n"
