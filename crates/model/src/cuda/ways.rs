@@ -35,10 +35,11 @@ pub(super) fn is_wide(outputs: usize, inputs: usize) -> bool {
 /// For `rows` rows and a matrix of so many. `can_be_wide`: the device and the matrix can be.
 pub(super) fn of_dense(rows: usize, outputs: usize, multiprocessors: usize, can_be_wide: bool) -> Way {
     let blocks = |(of_outputs, of_rows): (usize, usize)| outputs / of_outputs * rows.div_ceil(of_rows);
-    // A multiprocessor has one block of `wide` at a time: two thirds of those that take turns must be busy. Measured on an H200,
-    // 2048 -> 5120 and 4096 -> 2048: 1.01 and 1.11 of the time of `many` with less, 0.7 to 0.8 with more.
+    // A multiprocessor makes one tile of `wide` at a time: of its turns two thirds must be used, and of a tile more than half, however
+    // many outputs there are. Measured on an H200, 2048 -> 5120 and 4096 -> 2048: 1.01 and 1.11 of the time of `many` with
+    // fewer turns used, 0.64 to 0.9 with more.
     let wide = blocks(WIDE_TILE);
-    if can_be_wide && 3 * wide >= 2 * wide.next_multiple_of(multiprocessors) {
+    if can_be_wide && 2 * rows > WIDE_TILE.1 && 3 * wide >= 2 * wide.next_multiple_of(multiprocessors) {
         return Way::Wide;
     }
     // Where one tile of `few` has all rows, it reads the matrix once. Where tiles of `many` would keep less than half of the
@@ -120,6 +121,11 @@ mod tests {
     fn ways_are_those_that_measured_best() {
         let dense = |rows, outputs| of_dense(rows, outputs, 132, true);
         assert_eq!([1, 32].map(|rows| dense(rows, 5120)), [Way::Few; 2]);
+        // A vocabulary has outputs enough for any way.
+        assert_eq!(
+            [1, 32, 33, 64, 65].map(|rows| dense(rows, 151_936)),
+            [Way::Few, Way::Few, Way::Many, Way::Many, Way::Wide]
+        );
         assert_eq!((dense(512, 5120), dense(512, 2048), dense(1147, 2048)), (Way::Many, Way::Many, Way::Many));
         assert_eq!((dense(2048, 5120), dense(2048, 2048), dense(1147, 5120)), (Way::Wide, Way::Wide, Way::Wide));
         assert_eq!(of_dense(2048, 5120, 132, false), Way::Many);
