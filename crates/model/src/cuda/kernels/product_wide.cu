@@ -1,4 +1,4 @@
-// Products of many rows on Hopper, by its instructions for four warps (`wgmma`): 128 outputs of 128 rows a block, half of the outputs
+// Products of many rows on Hopper, by its instructions for four warps (`wgmma`): 128 outputs of 128 rows a tile, half of the outputs
 // for each of two groups of warps. x lies in shared memory, where all four warps read it once; W goes through registers,
 // where integers become bf16. So each byte that comes from the L2 cache is multiplied twice as often as by `many`.
 //
