@@ -131,6 +131,31 @@ pub(super) struct Product {
     pub(super) to: u64,
     pub(super) alpha: u64,
     pub(super) slot_stride: u64,
+    pub(super) kind: i32,
+}
+
+/// `Kind` of product.cu: what becomes of a product's results.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(i32)]
+pub(super) enum Kind {
+    /// y
+    Store,
+    /// relu(y)
+    Relu,
+    /// silu(gate) * y
+    Gate,
+    /// out + y
+    Add,
+    /// y in float32
+    Logits,
+    /// relu(y), of experts, as the following
+    Gather,
+    /// silu(gate) * y
+    GatherGate,
+    /// out\[token\] + alpha\[token\] * y
+    Scatter,
+    /// y for each choice, in float32
+    Each,
 }
 
 /// `Route` of routing.cu.
@@ -155,6 +180,7 @@ pub(super) struct Route {
     pub(super) few_rows: i32,
     pub(super) few_tile: i32,
     pub(super) many_tile: i32,
+    pub(super) rest_rows: i32,
 }
 
 /// `Sequence` of attention.cu.
@@ -240,8 +266,8 @@ mod tests {
         assert_eq!((size_of::<Take>(), offset_of!(Take, adds)), (48, 40));
         assert_eq!((size_of::<Combine>(), offset_of!(Combine, pass), offset_of!(Combine, epsilon)), (80, 48, 72));
         assert_eq!((size_of::<Share>(), offset_of!(Share, pass)), (48, 40));
-        assert_eq!((size_of::<Product>(), offset_of!(Product, pass), offset_of!(Product, slot_stride)), (96, 40, 88));
-        assert_eq!((size_of::<Route>(), offset_of!(Route, rows), offset_of!(Route, many_tile)), (112, 80, 108));
+        assert_eq!((size_of::<Product>(), offset_of!(Product, pass), offset_of!(Product, kind)), (104, 40, 96));
+        assert_eq!((size_of::<Route>(), offset_of!(Route, rows), offset_of!(Route, rest_rows)), (120, 80, 112));
         assert_eq!((size_of::<Mean>(), offset_of!(Mean, d)), (32, 24));
         assert_eq!((size_of::<Sequence>(), offset_of!(Sequence, capacity)), (48, 24));
         assert_eq!((size_of::<Attention>(), offset_of!(Attention, pass)), (80, 72));

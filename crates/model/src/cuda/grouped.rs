@@ -4,24 +4,13 @@
 use bytemuck::cast_slice;
 
 use super::{
-    arguments::{Product, Tile},
+    arguments::{Kind, Product, Tile},
     device::Gpu,
     error::CudaError,
     kernels::{Kernels, ProductKernels},
+    ways::{self, Cut, Way},
 };
-use crate::{ExpertSlot, SlotRun, expert_slot::Layout, spec::Activation};
-
-/// Up to so many rows at once all groups are tiles of `few`: two kernels less, and their blocks are shorter. Measured on an H200, a
-/// layer's experts, four tenths of the rows being of one: 93 instead of 107 us at 224 rows, no difference at 640, 222 instead of
-/// 206 at 900.
-const ALL_FEW_ROWS_MAX: usize = 640;
-/// With more, groups of at most so many are one tile of `few`, which reads its expert once.
-const FEW_GROUP_ROWS_MAX: usize = 32;
-
-/// Up to how many rows a group is tiles of `few`, where there is `many`, among `rows` in all.
-pub(super) fn few_group_rows_max(rows: usize) -> usize {
-    if rows <= ALL_FEW_ROWS_MAX { ALL_FEW_ROWS_MAX } else { FEW_GROUP_ROWS_MAX }
-}
+use crate::{ExpertShape, ExpertSlot, SlotRun, expert_slot::Layout, spec::Activation};
 
 /// What becomes of an expert's output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,10 +43,11 @@ pub(super) struct Grouped<'m> {
     /// Where in `out` the result of each place goes.
     pub(super) to: u64,
     pub(super) slots: Slots,
-    /// `Tile`s of product.cu of both ways; then how many there are of each, as i32.
+    /// `Tile`s of product.cu, of `few` and of the way of larger groups; then how many there are of each, as i32.
     pub(super) few: u64,
     pub(super) many: u64,
     pub(super) counts: u64,
+    pub(super) others: Way,
     /// MoE layers before this one, and the guard of the pass or 0.
     pub(super) layers: usize,
     pub(super) guard: u64,
@@ -72,6 +62,8 @@ pub(crate) struct Slots {
     stride: u64,
     layout: Layout,
     are_gated: bool,
+    /// Whether `wide` takes both matrices.
+    can_be_wide: bool,
 }
 
 impl Slots {
@@ -84,7 +76,21 @@ impl Slots {
     pub(super) fn new(at: u64, slot: &ExpertSlot) -> Self {
         let matrices = [at, at + slot.output_at() as u64];
         let are_gated = slot.shape().activation == Activation::GatedSilu;
-        Self { matrices, stride: slot.stride(), layout: slot.layout(), are_gated }
+        let ExpertShape { d_model, d_ff, .. } = *slot.shape();
+        let inner = if are_gated { 2 * d_ff } else { d_ff };
+        let can_be_wide =
+            slot.layout() != Layout::Packed && ways::is_wide(inner, d_model) && ways::is_wide(d_model, d_ff);
+        Self { matrices, stride: slot.stride(), layout: slot.layout(), are_gated, can_be_wide }
+    }
+}
+
+impl Kernels {
+    /// How `rows` rows in so many groups become tiles.
+    pub(super) fn cut(&self, slots: &Slots, rows: usize, groups: usize) -> Cut {
+        match self.many {
+            None => Cut { few_rows: usize::MAX, others: Way::Few, rest_rows: 0 },
+            Some(_) => ways::of_experts(rows, groups, self.wide.is_some() && slots.can_be_wide),
+        }
     }
 }
 
@@ -97,11 +103,8 @@ impl Grouped<'_> {
     pub(super) unsafe fn start(&self, few_max: usize, many_max: usize) -> Result<(), CudaError> {
         // SAFETY: by the caller's promise.
         unsafe { self.products(&self.kernels.few, few_max, self.few, self.counts) }?;
-        match &self.kernels.many {
-            // SAFETY: by the caller's promise.
-            Some(many) => unsafe { self.products(many, many_max, self.many, self.counts + 4) },
-            None => Ok(()),
-        }
+        // SAFETY: by the caller's promise.
+        unsafe { self.products(self.kernels.of(self.others), many_max, self.many, self.counts + 4) }
     }
 
     /// # Safety
@@ -117,6 +120,7 @@ impl Grouped<'_> {
             return Ok(());
         }
         let experts = kernels.experts_in(self.slots.layout)?;
+        let is_gated = self.slots.are_gated && experts.gather_gate.is_some();
         let wi = Product {
             x: self.x,
             w: self.slots.matrices[0],
@@ -134,28 +138,30 @@ impl Grouped<'_> {
                 Results::Each => 0,
             },
             slot_stride: self.slots.stride,
+            kind: if is_gated { Kind::GatherGate } else { Kind::Gather } as i32,
             ..Product::default()
         };
-        let (gather, outputs) = match &experts.gather_gate {
-            Some(gather_gate) if self.slots.are_gated => (gather_gate, kernels.gated_outputs()),
-            _ => (&experts.gather, kernels.tile.0),
+        let (gather, w_rows) = match &experts.gather_gate {
+            Some(gather_gate) if is_gated => (gather_gate, 2 * self.d_ff),
+            _ => (&experts.gather, self.d_ff),
         };
-        let back = match self.results {
-            Results::Added { .. } => &experts.scatter,
-            Results::Each => &experts.each,
+        let (back, kind) = match self.results {
+            Results::Added { .. } => (&experts.scatter, Kind::Scatter),
+            Results::Each => (&experts.each, Kind::Each),
         };
         // SAFETY: both kernels take a `Product`; the rest by the caller's promise.
-        unsafe { self.gpu.launch(gather, (self.d_ff / outputs, tiles, 1), kernels.threads, &wi) }?;
+        unsafe { self.gpu.launch(gather, kernels.grid(w_rows, tiles), kernels.blocks.threads, &wi) }?;
         let wo = Product {
             x: self.hidden,
             w: self.slots.matrices[1],
             out: self.out,
             k: self.d_ff as i32,
             outputs: self.d_model as i32,
+            kind: kind as i32,
             ..wi
         };
         // SAFETY: both kernels take a `Product`; the rest by the caller's promise.
-        unsafe { self.gpu.launch(back, (self.d_model / kernels.tile.0, tiles, 1), kernels.threads, &wo) }
+        unsafe { self.gpu.launch(back, kernels.grid(self.d_model, tiles), kernels.blocks.threads, &wo) }
     }
 }
 
@@ -163,6 +169,8 @@ impl Grouped<'_> {
 pub(super) struct Tiles {
     pub(super) few: Vec<Tile>,
     pub(super) many: Vec<Tile>,
+    /// The way of `many`.
+    pub(super) others: Way,
 }
 
 /// Bytes of the numbers of tiles, which come first.
@@ -170,18 +178,19 @@ const COUNTS_BYTES: usize = 16;
 
 impl Tiles {
     /// Cuts runs of rows.
-    pub(super) fn of(kernels: &Kernels, runs: &[SlotRun]) -> Self {
-        let few_rows_max = few_group_rows_max(runs.iter().map(|run| run.rows).sum());
-        let mut tiles = Self { few: Vec::new(), many: Vec::new() };
+    pub(super) fn of(kernels: &Kernels, slots: &Slots, runs: &[SlotRun]) -> Self {
+        let cut = kernels.cut(slots, runs.iter().map(|run| run.rows).sum(), runs.len());
+        let mut tiles = Self { few: Vec::new(), many: Vec::new(), others: cut.others };
         for run in runs {
-            let (list, tile) = match &kernels.many {
-                Some(many) if run.rows > few_rows_max => (&mut tiles.many, many.tile.1),
-                _ => (&mut tiles.few, kernels.few.tile.1),
+            let others = cut.others_of(run.rows);
+            let push = |list: &mut Vec<Tile>, tile: usize, from: usize, to: usize| {
+                for at in (from..to).step_by(tile) {
+                    let (slot, rows) = (run.slot as i32, tile.min(to - at) as i32);
+                    list.push(Tile { slot, first: (run.first + at) as i32, rows, unused: 0 });
+                }
             };
-            for at in (0..run.rows).step_by(tile) {
-                let (slot, rows) = (run.slot as i32, tile.min(run.rows - at) as i32);
-                list.push(Tile { slot, first: (run.first + at) as i32, rows, unused: 0 });
-            }
+            push(&mut tiles.many, cut.tile(), 0, others);
+            push(&mut tiles.few, kernels.few.blocks.tile.1, others, run.rows);
         }
         tiles
     }

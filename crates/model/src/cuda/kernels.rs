@@ -11,11 +11,12 @@ use cudarc::{
 use super::{
     device::Gpu,
     error::{CudaError, failed},
+    ways::{FEW_TILE, MANY_TILE, WIDE_TILE, Way},
 };
 use crate::{Precision, StoredDType, block_matrix, expert_slot::Layout};
 
 /// In the order in which they build on each other.
-const SOURCES: [(&str, &str); 13] = [
+const SOURCES: [(&str, &str); 14] = [
     ("numbers.cu", include_str!("kernels/numbers.cu")),
     ("rows.cu", include_str!("kernels/rows.cu")),
     ("product.cu", include_str!("kernels/product.cu")),
@@ -23,6 +24,7 @@ const SOURCES: [(&str, &str); 13] = [
     ("product_tensor.cu", include_str!("kernels/product_tensor.cu")),
     ("product_packed.cu", include_str!("kernels/product_packed.cu")),
     ("product_blocks.cu", include_str!("kernels/product_blocks.cu")),
+    ("product_wide.cu", include_str!("kernels/product_wide.cu")),
     ("routing.cu", include_str!("kernels/routing.cu")),
     ("attention.cu", include_str!("kernels/attention.cu")),
     ("heads.cu", include_str!("kernels/heads.cu")),
@@ -33,6 +35,12 @@ const SOURCES: [(&str, &str); 13] = [
 
 /// What a block of `many` is given: what product_tensor.cu cuts into stages.
 const MANY_SHARED_BYTES: u32 = 96 << 10;
+
+/// And a block of `wide`, which a multiprocessor has one of.
+const WIDE_SHARED_BYTES: u32 = 222 << 10;
+
+/// The devices with the instructions of `wide`: those of one generation only.
+const WIDE_CAPABILITY: (i32, i32) = (9, 0);
 
 /// `KEY_STAGES` of attention_tensor.cu.
 const KEY_STAGES: usize = 4;
@@ -49,14 +57,31 @@ pub(super) struct Kernel {
 #[derive(Debug)]
 pub(super) struct ProductKernels {
     plain: KindKernels,
-    /// For bf16 only.
+    /// For bf16 only, of few and of many rows.
     packed_experts: Option<ExpertKernels>,
     /// For the formats that they were compiled for.
-    blocks: Vec<(StoredDType, KindKernels)>,
-    pub(super) threads: u32,
-    /// Outputs and rows of a block.
-    pub(super) tile: (usize, usize),
+    formats: Vec<(StoredDType, KindKernels)>,
+    pub(super) blocks: Blocks,
 }
+
+/// What a way's blocks are.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Blocks {
+    pub(super) threads: u32,
+    /// Outputs and rows that one makes at a time.
+    pub(super) tile: (usize, usize),
+    shared_bytes: u32,
+    /// So many are started, if there are more tiles: one makes several.
+    most: Option<usize>,
+    /// Whether there are any for packed experts.
+    packs: bool,
+}
+
+const FEW_F32: Blocks = Blocks { threads: 128, tile: (16, 8), shared_bytes: 0, most: None, packs: false };
+const FEW: Blocks = Blocks { tile: FEW_TILE, packs: true, ..FEW_F32 };
+const MANY: Blocks = Blocks { threads: 256, tile: MANY_TILE, shared_bytes: MANY_SHARED_BYTES, most: None, packs: true };
+const WIDE: Blocks =
+    Blocks { threads: 384, tile: WIDE_TILE, shared_bytes: WIDE_SHARED_BYTES, most: None, packs: false };
 
 /// A kernel for each thing that can become of a result (see `Kind` of product.cu).
 #[derive(Debug)]
@@ -94,6 +119,7 @@ pub(super) struct Kernels {
     pub(super) best: Kernel,
     pub(super) mean: Kernel,
     pub(super) router_logits: Kernel,
+    pub(super) router_logits_many: Kernel,
     pub(super) choose_experts: Kernel,
     pub(super) group_rows: Kernel,
     pub(super) choose_and_group: Kernel,
@@ -106,6 +132,8 @@ pub(super) struct Kernels {
     pub(super) few: ProductKernels,
     /// For bf16 only: with float32 `few` multiplies any number of rows.
     pub(super) many: Option<ProductKernels>,
+    /// For bf16 only, on devices that can.
+    pub(super) wide: Option<ProductKernels>,
 }
 
 impl Kernels {
@@ -119,23 +147,29 @@ impl Kernels {
         let (major, minor) = gpu.description().capability;
         let bits: Vec<usize> = formats.iter().filter_map(|&dtype| block_matrix::integer_bits(dtype)).collect();
         let attention_bytes = (KEY_STAGES * 2 * 32 * (d_kv + 8) * precision.size()) as u32;
+        let is_bf16 = precision == Precision::Bf16;
+        let is_wide = is_bf16 && (major, minor) == WIDE_CAPABILITY;
+        let target = format!("sm_{major}{minor}{}", if is_wide { "a" } else { "" });
         let options = [
-            format!("--gpu-architecture=sm_{major}{minor}"),
+            format!("--gpu-architecture={target}"),
             "--std=c++17".to_owned(),
-            format!("-DBF16={}", u8::from(precision == Precision::Bf16)),
+            format!("-DBF16={}", u8::from(is_bf16)),
+            format!("-DWIDE={}", u8::from(is_wide)),
             format!("-DBLOCKS4={}", u8::from(bits.contains(&4))),
             format!("-DBLOCKS8={}", u8::from(bits.contains(&8))),
             format!("-DD_KV={d_kv}"),
             format!("-DMULTIPROCESSORS={}", gpu.description().multiprocessors),
             format!("-DMANY_SHARED_BYTES={MANY_SHARED_BYTES}"),
+            format!("-DWIDE_SHARED_BYTES={WIDE_SHARED_BYTES}"),
             format!("-DATTENTION_SHARED_BYTES={attention_bytes}"),
             "-DINFINITY=__int_as_float(0x7f800000)".to_owned(),
         ];
         let sources: Vec<String> = SOURCES.iter().map(|(name, text)| format!("#line 1 \"{name}\"\n{text}")).collect();
-        let cubin = compile(&sources.concat(), &options, &format!("sm_{major}{minor}"))?;
+        let cubin = compile(&sources.concat(), &options, &target)?;
         let module = gpu.context().load_module(Ptx::from_binary(cubin)).map_err(failed("cuModuleLoadData"))?;
         let function = |name: &str| load(&module, name, 0);
-        let is_bf16 = precision == Precision::Bf16;
+        let few = if is_bf16 { FEW } else { FEW_F32 };
+        let wide = Blocks { most: Some(gpu.description().multiprocessors), ..WIDE };
         let attend = |name: &str| load(&module, name, if is_bf16 { attention_bytes } else { 0 });
         Ok(Self {
             embed: function("embed_rows")?,
@@ -149,6 +183,7 @@ impl Kernels {
             best: function("best_tokens")?,
             mean: function("mean_rows")?,
             router_logits: function("router_logits")?,
+            router_logits_many: function("router_logits_many")?,
             choose_experts: function("choose_experts")?,
             group_rows: function("group_rows")?,
             choose_and_group: function("choose_and_group")?,
@@ -157,15 +192,24 @@ impl Kernels {
             attend_input: attend("attend_input")?,
             queries: if is_bf16 { 64 } else { 8 },
             place_heads: function("place_heads")?,
-            few: ProductKernels::load(&module, "few", precision, formats, 128, (16, if is_bf16 { 32 } else { 8 }), 0)?,
-            many: is_bf16
-                .then(|| ProductKernels::load(&module, "many", precision, formats, 256, (64, 64), MANY_SHARED_BYTES))
-                .transpose()?,
+            few: ProductKernels::load(&module, "few", few, formats)?,
+            many: is_bf16.then(|| ProductKernels::load(&module, "many", MANY, formats)).transpose()?,
+            wide: is_wide.then(|| ProductKernels::load(&module, "wide", wide, formats)).transpose()?,
         })
     }
 }
 
 impl Kernels {
+    /// Those of a way; of one that there is not, the next smaller.
+    pub(super) fn of(&self, way: Way) -> &ProductKernels {
+        let many = self.many.as_ref().unwrap_or(&self.few);
+        match way {
+            Way::Few => &self.few,
+            Way::Many => many,
+            Way::Wide => self.wide.as_ref().unwrap_or(many),
+        }
+    }
+
     /// The one for a table that lies so.
     pub(super) fn embed_in(&self, layout: Layout) -> Result<&Kernel, CudaError> {
         in_layout(&self.embed, &self.embed_blocks, layout)
@@ -183,30 +227,33 @@ impl ProductKernels {
 
     /// Those for a matrix that lies so.
     pub(super) fn kinds_in(&self, layout: Layout) -> Result<&KindKernels, CudaError> {
-        in_layout(&self.plain, &self.blocks, layout)
+        in_layout(&self.plain, &self.formats, layout)
     }
 
-    /// Outputs of a block of a gated product: it multiplies two rows for each.
-    pub(super) fn gated_outputs(&self) -> usize {
-        self.tile.0 / 2
+    /// The blocks of a product: W has so many rows, and of x there are so many tiles.
+    pub(super) fn grid(&self, w_rows: usize, tiles: usize) -> (usize, usize, usize) {
+        let across = w_rows / self.blocks.tile.0;
+        match self.blocks.most {
+            Some(most) => (most.min(across * tiles), 1, 1),
+            None => (across, tiles, 1),
+        }
     }
 
-    fn load(
-        module: &Arc<CudaModule>,
-        name: &str,
-        precision: Precision,
-        formats: &[StoredDType],
-        threads: u32,
-        tile: (usize, usize),
-        shared_bytes: u32,
-    ) -> Result<Self, CudaError> {
-        let of = |name: &str, kind: &str| load(module, &format!("{name}_{kind}"), shared_bytes);
+    fn load(module: &Arc<CudaModule>, way: &str, blocks: Blocks, formats: &[StoredDType]) -> Result<Self, CudaError> {
+        let of = |name: &str, kind: &str| {
+            // Kernels of `wide` are of every kind, and told it.
+            let name = match (way, kind) {
+                ("wide", "gate" | "gather_gate") => format!("{name}_gated"),
+                ("wide", _) => name.to_owned(),
+                _ => format!("{name}_{kind}"),
+            };
+            load(module, &name, blocks.shared_bytes)
+        };
         let experts = |name: &str, are_gated: bool| {
             let gather_gate = are_gated.then(|| of(name, "gather_gate")).transpose()?;
             let (gather, scatter, each) = (of(name, "gather")?, of(name, "scatter")?, of(name, "each")?);
             Ok::<_, CudaError>(ExpertKernels { gather, gather_gate, scatter, each })
         };
-        let packs = precision == Precision::Bf16;
         let kinds = |name: &str| {
             Ok::<_, CudaError>(KindKernels {
                 store: of(name, "store")?,
@@ -218,11 +265,10 @@ impl ProductKernels {
             })
         };
         Ok(Self {
-            plain: kinds(name)?,
-            packed_experts: packs.then(|| experts(&format!("{name}_packed"), false)).transpose()?,
-            blocks: of_each(formats, |bits| kinds(&format!("{name}_blocks{bits}")))?,
-            threads,
-            tile,
+            plain: kinds(way)?,
+            packed_experts: blocks.packs.then(|| experts(&format!("{way}_packed"), false)).transpose()?,
+            formats: of_each(formats, |bits| kinds(&format!("{way}_blocks{bits}")))?,
+            blocks,
         })
     }
 }

@@ -8,7 +8,7 @@
 //!
 //! In reading order: [`error`], [`device`] (context, streams, memory), [`kernels`] (compiled at the start; the sources
 //! under `kernels/`: numbers, rows, product and its ways, routing, attention and its ways) and their `arguments`, `weights`,
-//! `scratch`, `pass` (the operations of the forward), `recorded` (as graphs), `progress` (layer by layer) and `grouped` (its
+//! `scratch`, `pass` (the operations of the forward), `ways` (which kernel multiplies), `recorded` (as graphs), `progress` (layer by layer) and `grouped` (its
 //! experts), [`sequence`], [`dense`] (passes, with the experts of a slab on the same device or without), `host_tier` (in
 //! `locked_memory`), `uploads` and [`slab`] (experts), [`window`] (what both share with other processes).
 
@@ -24,10 +24,13 @@ mod locked_memory;
 mod pass;
 mod progress;
 mod recorded;
+#[cfg(test)]
+mod same_bits;
 mod scratch;
 pub mod sequence;
 pub mod slab;
 mod uploads;
+mod ways;
 mod weights;
 pub mod window;
 

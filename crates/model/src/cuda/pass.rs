@@ -10,13 +10,14 @@ mod operations;
 use sida_routing::LayerId;
 
 use super::{
-    arguments::{Add, Combine, Heads, Norm, Product, Route},
+    arguments::{Add, Combine, Heads, Kind, Norm, Product, Route},
     buffer::DeviceBuffer,
     device::Gpu,
     error::CudaError,
-    grouped::{Grouped, Results, Slots, few_group_rows_max},
-    kernels::{Kernel, Kernels, ProductKernels},
+    grouped::{Grouped, Results, Slots},
+    kernels::{Kernel, Kernels},
     scratch::{Packet, Scratch},
+    ways::{self, Cut},
     weights::{Device, Matrix, Vector},
 };
 use crate::{
@@ -131,20 +132,6 @@ pub(super) struct Pass<'m> {
     uncombined: Option<u64>,
 }
 
-/// What becomes of a product's results.
-enum Become {
-    /// y
-    Store,
-    /// relu(y)
-    Relu,
-    /// silu(gate) * y
-    Gate,
-    /// h + y
-    Add,
-    /// y in float32
-    Logits,
-}
-
 impl<'m> Pass<'m> {
     /// A pass that begins after `layers` MoE layers of its stack.
     pub(super) fn new(machine: Machine<'m>, shape: BatchShape, packet: Packet, layers: usize) -> Self {
@@ -160,7 +147,7 @@ impl<'m> Pass<'m> {
 
     /// Keys and values of the encoder's states, which are in `scratch.x`, for one block: (rows, 2 * inner) at `to`.
     pub(super) fn cross_keys(&self, keys_values: &Matrix, to: u64) -> Result<(), CudaError> {
-        self.product(self.machine.scratch.x.address(), keys_values, to, Become::Store)
+        self.product(self.machine.scratch.x.address(), keys_values, to, Kind::Store)
     }
 
     /// h += out (rows, d_model), what experts elsewhere made of x.
@@ -191,7 +178,7 @@ impl<'m> Pass<'m> {
     }
 
     fn router_logits(&self, router: &Matrix) -> Result<(), CudaError> {
-        let Machine { kernels, scratch, .. } = self.machine;
+        let Machine { gpu, kernels, scratch, .. } = self.machine;
         let rows = self.shape.rows;
         let logits = Product {
             x: scratch.x.address(),
@@ -204,7 +191,16 @@ impl<'m> Pass<'m> {
             pass: self.guard,
             ..Product::default()
         };
-        self.machine.launch(&kernels.router_logits, (router.outputs / 4, rows.div_ceil(8), 1), 128, &logits)
+        match ways::are_many_to_route(rows, router.outputs, gpu.description().multiprocessors) {
+            true => {
+                let grid = (router.outputs / 8, rows.div_ceil(32), 1);
+                self.machine.launch(&kernels.router_logits_many, grid, 512, &logits)
+            }
+            false => {
+                let grid = (router.outputs / 4, rows.div_ceil(8), 1);
+                self.machine.launch(&kernels.router_logits, grid, 128, &logits)
+            }
+        }
     }
 
     /// What choosing and grouping the rows of the next MoE layer takes. `slots`: the layer's table, 0 where its experts
@@ -212,7 +208,7 @@ impl<'m> Pass<'m> {
     pub(super) fn route_of(&self, slots: u64) -> Route {
         let Machine { kernels, scratch, config, .. } = self.machine;
         let rows = self.shape.rows;
-        let has_many = kernels.many.is_some();
+        let cut = self.cut();
         Route {
             logits: scratch.router_logits.address(),
             chosen: scratch.chosen(self.layers, rows * config.top_k).address(),
@@ -229,9 +225,10 @@ impl<'m> Pass<'m> {
             is_normalised: i32::from(config.is_normalised()),
             experts: config.num_experts as i32,
             layer: self.layers as i32,
-            few_rows: if has_many { few_group_rows_max(rows * config.top_k) as i32 } else { i32::MAX },
-            few_tile: kernels.few.tile.1 as i32,
-            many_tile: kernels.many.as_ref().map_or(1, |many| many.tile.1 as i32),
+            few_rows: i32::try_from(cut.few_rows).unwrap_or(i32::MAX),
+            few_tile: kernels.few.blocks.tile.1 as i32,
+            many_tile: cut.tile() as i32,
+            rest_rows: cut.rest_rows as i32,
         }
     }
 
@@ -241,18 +238,28 @@ impl<'m> Pass<'m> {
         if config.top_k == 1 { scratch.order.address() } else { scratch.to.address() }
     }
 
+    /// How the rows of an MoE layer become tiles.
+    fn cut(&self) -> Cut {
+        let Machine { kernels, config, experts, .. } = self.machine;
+        let rows = self.shape.rows * config.top_k;
+        match experts {
+            Some(experts) => kernels.cut(&experts.slots, rows, rows.min(config.num_experts)),
+            // Nobody multiplies them here.
+            None => ways::of_experts(rows, 1, false),
+        }
+    }
+
     /// h += the sum of alpha * expert(x) over each row's experts, as they were grouped.
     fn start_experts(&mut self, experts: &ExpertPlaces) -> Result<(), CudaError> {
         let Machine { gpu, kernels, scratch, config, .. } = self.machine;
         let rows = self.shape.rows * config.top_k;
         let groups = rows.min(config.num_experts);
         // How many tiles there are only the device knows; so many at most.
-        let few = groups + rows / kernels.few.tile.1;
-        let many = match (&kernels.many, few_group_rows_max(rows)) {
-            (Some(many), few_rows) if rows > few_rows => {
-                rows / many.tile.1 + config.num_experts.min(rows / (few_rows + 1))
-            }
-            _ => 0,
+        let few = groups + rows / kernels.few.blocks.tile.1;
+        let cut = self.cut();
+        let many = match rows > cut.few_rows {
+            true => rows / cut.tile() + config.num_experts.min(rows / (cut.few_rows + 1)),
+            false => 0,
         };
         let (out, results) = match config.top_k {
             1 => (scratch.h.address(), Results::Added { alpha: scratch.alpha.address() }),
@@ -273,6 +280,7 @@ impl<'m> Pass<'m> {
             few: scratch.few_tiles.address(),
             many: scratch.many_tiles.address(),
             counts: scratch.tile_counts.address(),
+            others: cut.others,
             layers: self.layers,
             guard: self.guard,
         };
@@ -321,29 +329,27 @@ impl<'m> Pass<'m> {
     /// out = silu(x Wg^T) * (x Wu^T), or relu(x Wi^T), (rows, d_ff), between the matrices of a feed-forward.
     fn start_hidden(&self, Matrices { activation, wi, .. }: &Matrices<Device>) -> Result<(), CudaError> {
         let scratch = self.machine.scratch;
-        let become_ = match activation {
-            Activation::Relu => Become::Relu,
-            Activation::GatedSilu => Become::Gate,
+        let kind = match activation {
+            Activation::Relu => Kind::Relu,
+            Activation::GatedSilu => Kind::Gate,
         };
-        self.product(scratch.x.address(), wi, scratch.hidden.address(), become_)
+        self.product(scratch.x.address(), wi, scratch.hidden.address(), kind)
     }
 
     /// y = x W^T of all rows of the batch.
-    fn product(&self, x: u64, matrix: &Matrix, out: u64, become_: Become) -> Result<(), CudaError> {
-        self.product_of(self.shape.rows, x, matrix, out, become_)
+    fn product(&self, x: u64, matrix: &Matrix, out: u64, kind: Kind) -> Result<(), CudaError> {
+        self.product_of(self.shape.rows, x, matrix, out, kind)
     }
 
-    fn product_of(&self, rows: usize, x: u64, w: &Matrix, out: u64, become_: Become) -> Result<(), CudaError> {
+    fn product_of(&self, rows: usize, x: u64, w: &Matrix, out: u64, kind: Kind) -> Result<(), CudaError> {
         let Machine { gpu, kernels, .. } = self.machine;
         // Of a gated one W has two rows for each output.
-        let outputs = if matches!(become_, Become::Gate) { w.outputs / 2 } else { w.outputs };
-        // Where one tile of `few` has all rows, it reads the matrix once. Where tiles of `many` would keep less than half of the
-        // device busy, those of `few` are quicker: encodings of eight took 1.84 ms with them, and 1.57 without.
-        let is_wide = |many: &ProductKernels| {
-            let blocks = w.outputs / many.tile.0 * rows.div_ceil(many.tile.1);
-            rows > kernels.few.tile.1 && 2 * blocks >= gpu.description().multiprocessors
+        let outputs = if matches!(kind, Kind::Gate) { w.outputs / 2 } else { w.outputs };
+        let can_be_wide = kernels.wide.is_some() && ways::is_wide(w.outputs, w.inputs);
+        let kernels = match kernels.many {
+            None => &kernels.few,
+            Some(_) => kernels.of(ways::of_dense(rows, w.outputs, gpu.description().multiprocessors, can_be_wide)),
         };
-        let kernels = kernels.many.as_ref().filter(|many| is_wide(many)).unwrap_or(&kernels.few);
         let arguments = Product {
             x,
             w: w.address(),
@@ -353,17 +359,19 @@ impl<'m> Pass<'m> {
             outputs: outputs as i32,
             layers: self.layers as i32,
             pass: self.guard,
+            kind: kind as i32,
             ..Product::default()
         };
         let kinds = kernels.kinds_in(w.layout)?;
-        let function = match become_ {
-            Become::Store => &kinds.store,
-            Become::Relu => &kinds.relu,
-            Become::Gate => &kinds.gate,
-            Become::Add => &kinds.add,
-            Become::Logits => &kinds.logits,
+        let function = match kind {
+            Kind::Store => &kinds.store,
+            Kind::Relu => &kinds.relu,
+            Kind::Gate => &kinds.gate,
+            Kind::Add => &kinds.add,
+            Kind::Logits => &kinds.logits,
+            Kind::Gather | Kind::GatherGate | Kind::Scatter | Kind::Each => unreachable!("{kind:?} is of experts"),
         };
-        let grid = (w.outputs / kernels.tile.0, rows.div_ceil(kernels.tile.1), 1);
-        self.machine.launch(function, grid, kernels.threads, &arguments)
+        let grid = kernels.grid(w.outputs, rows.div_ceil(kernels.blocks.tile.1));
+        self.machine.launch(function, grid, kernels.blocks.threads, &arguments)
     }
 }

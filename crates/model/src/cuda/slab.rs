@@ -116,7 +116,7 @@ impl DeviceSlab {
             runs.push(SlotRun { slot: part.group.slot, first: rows, rows: part.rows.len() });
             rows += part.rows.len();
         }
-        let tiles = Tiles::of(&self.kernels, &runs);
+        let tiles = Tiles::of(&self.kernels, &self.slots, &runs);
         let work = &mut *self.work.lock();
         self.gpu.enter()?;
         let staging = work.staging.as_mut_slice().map_err(failed("cuEventSynchronize"))?;
@@ -161,7 +161,7 @@ impl DeviceSlab {
             first += run.rows;
             SlotRun { first: first - run.rows, ..*run }
         };
-        let tiles = Tiles::of(&self.kernels, &runs.iter().map(consecutive).collect::<Vec<_>>());
+        let tiles = Tiles::of(&self.kernels, &self.slots, &runs.iter().map(consecutive).collect::<Vec<_>>());
         let packet = [&tiles.packet()[..], cast_slice(&places)].concat();
         let work = &mut *self.work.lock();
         self.gpu.enter()?;
@@ -208,6 +208,7 @@ impl DeviceSlab {
             few,
             many,
             counts,
+            others: tiles.others,
             layers: 0,
             guard: 0,
         };

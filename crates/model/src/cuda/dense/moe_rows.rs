@@ -116,7 +116,7 @@ impl DeviceDense {
     ) -> Result<(), CudaError> {
         self.gpu.enter()?;
         let exchange = &self.exchange;
-        let tiles = Tiles::of(kernels, runs);
+        let tiles = Tiles::of(kernels, &slots, runs);
         let packet = tiles.packet();
         self.gpu.write(exchange.tiles.all(), &packet)?;
         let (counts, few, many) = tiles.addresses(exchange.tiles.address());
@@ -135,6 +135,7 @@ impl DeviceDense {
             few,
             many,
             counts,
+            others: tiles.others,
             layers: 0,
             guard: 0,
         };

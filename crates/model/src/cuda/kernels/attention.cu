@@ -42,7 +42,8 @@ template <int KEYS> struct Seen {
     int end;
     int first; // query of the block
 
-    __device__ Seen(const Attention &a, const Sequence &s, int queries) : first(blockIdx.z * queries) {
+    // The last queries come first: they see most, and would else be waited for at the end.
+    __device__ Seen(const Attention &a, const Sequence &s, int queries) : first((gridDim.z - 1 - blockIdx.z) * queries) {
         keys = KEYS == OWN_ROWS ? a.q + u64(s.first_row) * a.q_stride + a.inner
                : KEYS == CACHE  ? s.cache + u64(a.block) * s.capacity * 2 * a.kv_inner
                                 : s.cross + u64(a.block) * s.cross_stride;

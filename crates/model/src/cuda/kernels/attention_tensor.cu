@@ -9,13 +9,20 @@ const int WIDTH = D_KV + 8; // of a row in shared memory: 16 bytes more, so that
 
 const int KEY_STAGES = 4;
 
+// Where values lie, and keys: of those two rows are read at a time, whose banks differ so.
+__device__ __forceinline__ int value_place(int r, int d) { return r * WIDTH + d; }
+__device__ __forceinline__ int key_place(int r, int d) { return D_KV % 64 ? r * WIDTH + d : r * D_KV + (d ^ r % 2 * 32); }
+
 // Starts loading 32 rows of a head from `row` on, those from `end` on as zero.
-__device__ __forceinline__ void load_rows(const T *from, u64 stride, int row, int end, T *to) {
-    for (int at = threadIdx.x; at < 32 * D_KV / 8; at += 128) {
-        int r = at / (D_KV / 8), d = at % (D_KV / 8) * 8;
-        T *place = to + r * WIDTH + d;
-        if (row + r < end) copy_ahead(place, from + (row + r) * stride + d);
-        else *reinterpret_cast<uint4 *>(place) = make_uint4(0, 0, 0, 0);
+template <bool ARE_KEYS> __device__ __forceinline__ void load_rows(const T *from, u32 stride, int row, int end, T *to) {
+#pragma unroll
+    for (int i = 0; i < D_KV / 32; ++i) {
+        int at = threadIdx.x + i * 128, r = at / (D_KV / 8), d = at % (D_KV / 8) * 8;
+        const T *own = from + u64(u32(min(row + r, end - 1))) * stride + d;
+        T *place = to + (ARE_KEYS ? key_place(r, d) : value_place(r, d));
+        // What is not read becomes zero.
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(u32(__cvta_generic_to_shared(place))), "l"(own),
+                     "r"(row + r < end ? 16 : 0));
     }
 }
 
@@ -49,8 +56,8 @@ template <int KEYS> __device__ __forceinline__ void attend(const Attention &a) {
     auto fetch = [&]() {
         if (next < seen.end) {
             T *to = reinterpret_cast<T *>(memory) + (next - seen.begin) / 32 % KEY_STAGES * 2 * 32 * WIDTH;
-            load_rows(seen.keys, seen.stride, next, seen.end, to);
-            load_rows(seen.keys + a.kv_inner, seen.stride, next, seen.end, to + 32 * WIDTH);
+            load_rows<true>(seen.keys, seen.stride, next, seen.end, to);
+            load_rows<false>(seen.keys + a.kv_inner, seen.stride, next, seen.end, to + 32 * WIDTH);
             next += 32;
         }
         asm volatile("cp.async.commit_group;");
@@ -64,24 +71,41 @@ template <int KEYS> __device__ __forceinline__ void attend(const Attention &a) {
         const T *vs = ks + 32 * WIDTH;
         float scores[4][4] = {};
         float now[2] = {most[0], most[1]};
+        // Whether every query of the block sees all of the tile, as most do.
+        int first = s.position + seen.first;
+        bool is_whole = KEYS == CACHE && !a.bias && row + 31 <= first && first + QUERIES - 1 - row < a.window && row + 32 <= seen.end;
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
 #pragma unroll
             for (int c = 0; c < D_KV / 32; ++c)
                 multiply32(scores[n], upper[c], lower[c],
-                           *reinterpret_cast<const uint4 *>(ks + (n * 8 + g) * WIDTH + c * 32 + t * 8));
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                int key = row + n * 8 + t * 2 + i % 2, position = s.position + query + i / 2 * 8;
-                scores[n][i] = biased<KEYS>(scores[n][i], a, bias, key, position, seen.end);
-                now[i / 2] = fmaxf(now[i / 2], scores[n][i]);
-            }
+                           *reinterpret_cast<const uint4 *>(ks + key_place(n * 8 + g, c * 32 + t * 8)));
         }
+        if (is_whole) {
+#pragma unroll
+            for (int n = 0; n < 4; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) scores[n][i] *= a.scale;
+        } else {
+#pragma unroll
+            for (int n = 0; n < 4; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    int key = row + n * 8 + t * 2 + i % 2, position = s.position + query + i / 2 * 8;
+                    scores[n][i] = biased<KEYS>(scores[n][i], a, bias, key, position, seen.end);
+                }
+        }
+#pragma unroll
+        for (int n = 0; n < 4; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) now[i / 2] = fmaxf(now[i / 2], scores[n][i]);
+        float before[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             now[half] = fmaxf(now[half], __shfl_xor_sync(~0u, now[half], 1));
             now[half] = fmaxf(now[half], __shfl_xor_sync(~0u, now[half], 2));
-            float before = most[half] == -INFINITY ? 0.f : __expf(most[half] - now[half]), sum = 0;
+            before[half] = most[half] == -INFINITY ? 0.f : __expf(most[half] - now[half]);
+            float sum = 0;
 #pragma unroll
             for (int n = 0; n < 4; ++n)
 #pragma unroll
@@ -89,10 +113,14 @@ template <int KEYS> __device__ __forceinline__ void attend(const Attention &a) {
                     scores[n][i] = scores[n][i] == -INFINITY ? 0.f : __expf(scores[n][i] - now[half]);
                     sum += scores[n][i];
                 }
-            total[half] = total[half] * before + sum, most[half] = now[half];
-#pragma unroll
-            for (int d = 0; d < D_KV / 8; ++d) sums[d][half * 2] *= before, sums[d][half * 2 + 1] *= before;
+            total[half] = total[half] * before[half] + sum, most[half] = now[half];
         }
+        // Times 1 nothing changes, which is what happens once the largest scores were seen.
+        if (__any_sync(~0u, before[0] != 1 || before[1] != 1))
+#pragma unroll
+            for (int d = 0; d < D_KV / 8; ++d)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) sums[d][i] *= before[i / 2];
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
             const float(&low)[4] = scores[k * 2], (&high)[4] = scores[k * 2 + 1];
@@ -101,7 +129,7 @@ template <int KEYS> __device__ __forceinline__ void attend(const Attention &a) {
 #pragma unroll
             for (int d = 0; d < D_KV / 16; ++d) {
                 u32 b[4];
-                load_values(vs + (k * 16 + lane % 16) * WIDTH + d * 16 + lane / 16 * 8, b);
+                load_values(vs + value_place(k * 16 + lane % 16, d * 16 + lane / 16 * 8), b);
                 multiply(sums[d * 2], a0, a1, a2, a3, b[0], b[1]);
                 multiply(sums[d * 2 + 1], a0, a1, a2, a3, b[2], b[3]);
             }
@@ -122,7 +150,7 @@ template <int KEYS> __device__ __forceinline__ void attend(const Attention &a) {
 }
 
 extern "C" __global__ void __launch_bounds__(128) attend_own_rows(Attention a) { attend<OWN_ROWS>(a); }
-extern "C" __global__ void __launch_bounds__(128) attend_cache(Attention a) { attend<CACHE>(a); }
+extern "C" __global__ void __launch_bounds__(128, 3) attend_cache(Attention a) { attend<CACHE>(a); }
 extern "C" __global__ void __launch_bounds__(128) attend_input(Attention a) { attend<INPUT>(a); }
 
 #endif

@@ -25,40 +25,54 @@ struct Product {
     const u32 *to;      // which choice each place is, counted over all tokens
     const float *alpha; // of each choice
     u64 slot_stride;    // in elements, of packed ones in bytes
+    int kind;           // a `Kind`, for kernels of every kind
 };
 
 // What becomes of a result. Of experts are GATHER and GATHER_GATE (x by token, result by place), and the ways back: SCATTER to
 // tokens that have one choice each, EACH to every choice by itself.
 enum Kind { STORE, RELU, GATE, ADD, LOGITS, GATHER, GATHER_GATE, SCATTER, EACH };
 
-template <int KIND> struct Rows {
-    static const bool OF_EXPERTS = KIND >= GATHER;
-    // Half of the rows of W that a block multiplies are of the gate, half of what it gates.
-    static const bool IS_GATED = KIND == GATE || KIND == GATHER_GATE;
+// The rows of a block, and the matrix that they are multiplied with.
+struct BlockRows {
     int first, count;
     const void *w;
 
-    // The rows of this block, `tile` at most. False: none are left.
-    template <typename W> __device__ bool find(const Product &a, int tile) {
-        begin();
-        if (ended(a.pass, a.layers)) return false;
-        if (OF_EXPERTS) {
-            if (int(blockIdx.y) >= *a.tile_count) return false;
-            Tile own = a.tiles[blockIdx.y];
+    // Tiles of `tile` rows at most.
+    static __device__ __forceinline__ int tiles(const Product &a, int kind, int tile) {
+        return kind >= GATHER ? *a.tile_count : (a.rows + tile - 1) / tile;
+    }
+
+    // Takes one of them.
+    template <typename W> __device__ __forceinline__ void take(const Product &a, int kind, int tile, int index) {
+        if (kind >= GATHER) {
+            Tile own = a.tiles[index];
             first = own.first, count = own.rows;
             w = static_cast<const W *>(a.w) + u64(own.slot) * a.slot_stride;
         } else {
-            first = blockIdx.y * tile, count = min(tile, a.rows - first);
+            first = index * tile, count = min(tile, a.rows - first);
             w = a.w;
         }
-        return true;
     }
 
     // The row of x that is row r of this block; beyond the end the last one, whose result nobody takes.
-    __device__ int input(const Product &a, int r) const {
+    __device__ __forceinline__ int input(const Product &a, int kind, int r) const {
         int place = first + min(r, count - 1);
-        return KIND == GATHER || KIND == GATHER_GATE ? a.order[place] : place;
+        return kind == GATHER || kind == GATHER_GATE ? a.order[place] : place;
     }
+};
+
+template <int KIND> struct Rows : BlockRows {
+    // Half of the rows of W that a block multiplies are of the gate, half of what it gates.
+    static const bool IS_GATED = KIND == GATE || KIND == GATHER_GATE;
+
+    // Those of this block, `tile` at most. False: none are left.
+    template <typename W> __device__ __forceinline__ bool find(const Product &a, int tile) {
+        begin();
+        if (ended(a.pass, a.layers) || int(blockIdx.y) >= tiles(a, KIND, tile)) return false;
+        take<W>(a, KIND, tile, blockIdx.y);
+        return true;
+    }
+    __device__ __forceinline__ int input(const Product &a, int r) const { return BlockRows::input(a, KIND, r); }
 
     // The row that the results of row r of this block go to.
     __device__ int output(const Product &a, int r) const {

@@ -75,3 +75,52 @@ extern "C" __global__ void __launch_bounds__(128) router_logits(Product a) {
     float sum = parts[0][lane] + parts[1][lane] + parts[2][lane] + parts[3][lane];
     static_cast<float *>(a.out)[u64(rows.first + lane / 4) * a.outputs + o + lane % 4] = sum;
 }
+
+// 32 sums over the lanes of a warp, of which each lane keeps one: as `warp_sum` adds them, but after each step half as many are left.
+template <int HALF> __device__ __forceinline__ void fold(float (&sums)[32]) {
+    bool is_upper = threadIdx.x & HALF;
+#pragma unroll
+    for (int i = 0; i < HALF; ++i) {
+        float kept = is_upper ? sums[i + HALF] : sums[i], sent = is_upper ? sums[i] : sums[i + HALF];
+        sums[i] = kept + __shfl_xor_sync(~0u, sent, HALF);
+    }
+    if constexpr (HALF > 1) fold<HALF / 2>(sums);
+}
+
+// The same bits for many rows: a block makes 8 outputs of 32 rows, so that what it reads serves more of them. Four warps share k as
+// above, for each 8 rows.
+extern "C" __global__ void __launch_bounds__(512, 1) router_logits_many(Product a) {
+    __shared__ float parts[4][4][64];
+    Rows<LOGITS> rows;
+    if (!rows.find<float>(a, 32)) return;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, eight = threadIdx.x / 128, o = blockIdx.x * 8;
+    const float *w = static_cast<const float *>(rows.w) + u64(o) * a.k + lane * 4;
+    const T *x = static_cast<const T *>(a.x) + lane * 4;
+    u32 rows_at[8];
+#pragma unroll
+    for (int r = 0; r < 8; ++r) rows_at[r] = rows.input(a, eight * 8 + r) * a.k;
+    float sums[2][32] = {}; // of four outputs of 8 rows each
+    for (int k = warp * 128; k < a.k; k += 512) {
+        float4 v[8];
+#pragma unroll
+        for (int r = 0; r < 8; ++r) v[r] = wide4(x + (rows_at[r] + k));
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            float4 own = wide4(w + u64(j) * a.k + k);
+#pragma unroll
+            for (int r = 0; r < 8; ++r)
+                sums[j / 4][r * 4 + j % 4] += v[r].x * own.x + v[r].y * own.y + v[r].z * own.z + v[r].w * own.w;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        fold<16>(sums[i]);
+        parts[eight][warp][i * 32 + lane] = sums[i][0];
+    }
+    __syncthreads();
+    if (threadIdx.x >= 256) return;
+    int r = threadIdx.x / 8, j = threadIdx.x % 8, at = j / 4 * 32 + r % 8 * 4 + j % 4;
+    if (r >= rows.count) return;
+    const float(&own)[4][64] = parts[r / 8];
+    static_cast<float *>(a.out)[u64(rows.first + r) * a.outputs + o + j] = own[0][at] + own[1][at] + own[2][at] + own[3][at];
+}

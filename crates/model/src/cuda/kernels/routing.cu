@@ -7,7 +7,7 @@ struct Route {
     float *alpha;           // (rows, top_k): the factor of the expert's output, its probability
     const int *slots;       // (experts): where each expert of the layer is, -1: nowhere; null: nobody asks
     Pass *pass;
-    Tile *few;  // groups of at most few_rows rows in one tile each, or all in tiles of few_tile
+    Tile *few;  // groups of at most few_rows rows, in tiles of few_tile, and rests of the others
     Tile *many; // the others, in tiles of many_tile
     int *counts; // how many tiles of both
     u32 *order; // the token of each place
@@ -20,6 +20,7 @@ struct Route {
     int few_rows;
     int few_tile;
     int many_tile;
+    int rest_rows; // what is left of a group behind whole tiles is one of few if it is at most so much
 };
 
 // The most probable experts of one token, the lowest where two are equal. A warp; lanes share the experts, and lane j keeps
@@ -74,13 +75,20 @@ extern "C" __global__ void choose_experts(Route a) {
     if (token < a.rows) choose(a, token);
 }
 
-// Groups of this many rows: how many tiles they make, few ones in the upper half of 20 bits each.
-__device__ __forceinline__ u64 tiles_of(const Route &a, u32 rows) {
-    if (int(rows) <= a.few_rows) return u64((rows + a.few_tile - 1) / a.few_tile) << 20;
-    return u64((rows + a.many_tile - 1) / a.many_tile) << 40;
+// From which of its rows on a group is in tiles of few.
+__device__ __forceinline__ int few_from(const Route &a, int rows) {
+    int rest = rows % a.many_tile;
+    return rows <= a.few_rows ? 0 : rest <= a.rest_rows ? rows - rest : rows;
 }
 
-// One block of 1024: orders tokens by expert and cuts the groups into tiles. At most 1024 experts.
+// Groups of this many rows: how many tiles they make, few ones in the upper half of 20 bits each.
+__device__ __forceinline__ u64 tiles_of(const Route &a, int rows) {
+    int many = few_from(a, rows), few = rows - many;
+    return u64((few + a.few_tile - 1) / a.few_tile) << 20 | u64((many + a.many_tile - 1) / a.many_tile) << 40;
+}
+
+// Blocks of 1024: order tokens by expert and cut the groups into tiles. Each counts all, and writes what is of its share of the
+// experts: places are all over memory, which one multiprocessor writes slowly. At most 1024 experts.
 __device__ __forceinline__ void group(const Route &a) {
     __shared__ u32 counts[1024];
     __shared__ u32 taken[1024];
@@ -90,6 +98,7 @@ __device__ __forceinline__ void group(const Route &a) {
     counts[e] = 0, taken[e] = 0;
     __syncthreads();
     int choices = a.rows * a.top_k;
+#pragma unroll 4
     for (int c = e; c < choices; c += 1024) atomicAdd(&counts[a.chosen[c]], 1);
     __syncthreads();
     u64 own = counts[e] + tiles_of(a, counts[e]), sum = own;
@@ -103,25 +112,28 @@ __device__ __forceinline__ void group(const Route &a) {
     for (int offset = 16; offset; offset >>= 1) before_warp += __shfl_xor_sync(~0u, before_warp, offset);
     sums[e] = sum += before_warp;
     __syncthreads();
-    if (e == 1023) a.counts[0] = sum >> 20 & 0xfffff, a.counts[1] = sum >> 40;
+    if (e == 1023 && blockIdx.x == 0) a.counts[0] = sum >> 20 & 0xfffff, a.counts[1] = sum >> 40;
     u64 before = sum - own;
     int first = before & 0xfffff, rows = counts[e];
-    if (rows > 0) {
-        bool is_few = rows <= a.few_rows;
-        int tile = is_few ? a.few_tile : a.many_tile;
-        Tile *to = is_few ? a.few + (before >> 20 & 0xfffff) : a.many + (before >> 40);
-        for (int done = 0; done < rows; done += tile)
-            *to++ = Tile{a.slots[e], first + done, min(tile, rows - done), 0};
+    if (rows > 0 && e % gridDim.x == blockIdx.x) {
+        Tile *few = a.few + (before >> 20 & 0xfffff), *many = a.many + (before >> 40);
+        int rest = few_from(a, rows);
+        for (int done = 0; done < rest; done += a.many_tile)
+            *many++ = Tile{a.slots[e], first + done, min(a.many_tile, rest - done), 0};
+        for (int done = rest; done < rows; done += a.few_tile)
+            *few++ = Tile{a.slots[e], first + done, min(a.few_tile, rows - done), 0};
     }
+#pragma unroll 4
     for (int c = e; c < choices; c += 1024) {
         int expert = a.chosen[c];
+        if (expert % gridDim.x != blockIdx.x) continue;
         u32 place = (expert ? sums[expert - 1] & 0xfffff : 0) + atomicAdd(&taken[expert], 1);
         a.order[place] = c / a.top_k;
         a.to[place] = c;
     }
 }
 
-// What choose_experts chose. One block of 1024.
+// What choose_experts chose. Blocks of 1024.
 extern "C" __global__ void __launch_bounds__(1024) group_rows(Route a) {
     begin();
     if (!route_ended(a)) group(a);

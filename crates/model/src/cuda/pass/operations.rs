@@ -4,11 +4,11 @@ use sida_routing::LayerId;
 
 use super::{
     super::{
-        arguments::{Attention, Best, Embed, Heads, Share},
+        arguments::{Attention, Best, Embed, Heads, Kind, Share},
         error::CudaError,
         weights::{Device, Matrix, Vector},
     },
-    Become, Machine, Pass,
+    Machine, Pass,
 };
 use crate::{
     backbone::{Matrices, Router, Shared},
@@ -19,6 +19,9 @@ use crate::{
 
 /// Up to so many rows one block chooses and groups; with more, choosing is spread over the device.
 const FUSED_ROUTE_ROWS_MAX: usize = 256;
+
+/// Blocks that group rows by expert: each reads all choices, and writes its share.
+const GROUPING_BLOCKS_MAX: usize = 16;
 
 /// `HEAD_WARPS` of heads.cu.
 const HEADS_AT_ONCE: usize = 8;
@@ -49,7 +52,7 @@ impl Operations for Pass<'_> {
     fn project(&mut self, weight: &Matrix, bias: Option<&Vector>) -> Result<(), CudaError> {
         let (scratch, bias) = (self.machine.scratch, bias.map_or(0, Vector::address));
         self.heads = Heads { bias, queries: i32::from(bias != 0), limit: f32::INFINITY, ..Heads::default() };
-        self.product(scratch.x.address(), weight, scratch.qkv.address(), Become::Store)
+        self.product(scratch.x.address(), weight, scratch.qkv.address(), Kind::Store)
     }
 
     fn norm_heads(&mut self, spec: &AttentionSpec, [q, k]: &[Vector; 2]) -> Result<(), CudaError> {
@@ -130,13 +133,13 @@ impl Operations for Pass<'_> {
             return unsupported("a bias of attention's output");
         }
         let scratch = self.machine.scratch;
-        self.product(scratch.attended.address(), weight, scratch.h.address(), Become::Add)
+        self.product(scratch.attended.address(), weight, scratch.h.address(), Kind::Add)
     }
 
     fn feed_forward(&mut self, matrices: &Matrices<Device>) -> Result<(), CudaError> {
         let scratch = self.machine.scratch;
         self.start_hidden(matrices)?;
-        self.product(scratch.hidden.address(), &matrices.wo, scratch.h.address(), Become::Add)
+        self.product(scratch.hidden.address(), &matrices.wo, scratch.h.address(), Kind::Add)
     }
 
     fn shared(&mut self, Shared { matrices, gate }: &Shared<Device>) -> Result<(), CudaError> {
@@ -145,7 +148,7 @@ impl Operations for Pass<'_> {
         // No expert has made anything of this layer yet.
         let y = scratch.each.address();
         self.start_hidden(matrices)?;
-        self.product(scratch.hidden.address(), &matrices.wo, y, Become::Logits)?;
+        self.product(scratch.hidden.address(), &matrices.wo, y, Kind::Logits)?;
         let arguments = Share {
             h: scratch.h.address(),
             y,
@@ -160,7 +163,7 @@ impl Operations for Pass<'_> {
 
     /// With experts beside the pass the rows are also grouped, and what is nowhere is noted in the guard.
     fn route(&mut self, layer: LayerId, router: &Router<Device>) -> Result<(), CudaError> {
-        let Machine { kernels, experts, .. } = self.machine;
+        let Machine { kernels, experts, config, .. } = self.machine;
         let rows = self.shape.rows;
         self.router_logits(&router.classifier)?;
         let route = self.route_of(experts.map_or(0, |experts| experts.table_of(layer)));
@@ -169,7 +172,10 @@ impl Operations for Pass<'_> {
         }
         self.machine.launch(&kernels.choose_experts, (rows.div_ceil(4), 1, 1), 128, &route)?;
         match experts {
-            Some(_) => self.machine.launch(&kernels.group_rows, (1, 1, 1), 1024, &route),
+            Some(_) => {
+                let blocks = (rows * config.top_k / 1024).clamp(1, GROUPING_BLOCKS_MAX);
+                self.machine.launch(&kernels.group_rows, (blocks, 1, 1), 1024, &route)
+            }
             None => Ok(()),
         }
     }
@@ -190,7 +196,7 @@ impl Operations for Pass<'_> {
     fn logits(&mut self, weight: &Matrix) -> Result<(), CudaError> {
         let Machine { kernels, scratch, .. } = self.machine;
         let (x, logits, tokens) = (scratch.x.address(), scratch.logits.address(), scratch.tokens().address());
-        self.product_of(self.shape.wanted, x, weight, logits, Become::Logits)?;
+        self.product_of(self.shape.wanted, x, weight, logits, Kind::Logits)?;
         let arguments = Best { logits, tokens, banned: self.packet.banned(), vocab: weight.outputs as i32 };
         self.machine.launch(&kernels.best, (self.shape.wanted, 1, 1), 1024, &arguments)
     }
