@@ -129,7 +129,8 @@ impl Attention<'_> {
                 _ if threads == 1 => self.queries(sequence, 0, own),
                 1 => {
                     let shares = own.chunks_mut(kv_heads * width / self.kv_heads).enumerate();
-                    tasks.extend(shares.map(|(share, out)| Task { sequence, query: 0, kv_head: share * kv_heads, out }));
+                    let task = |(share, out)| Task { sequence, query: 0, kv_head: share * kv_heads, out };
+                    tasks.extend(shares.map(task));
                 }
                 _ => {
                     let pieces = own.chunks_mut(QUERIES_PER_TASK * width).enumerate();

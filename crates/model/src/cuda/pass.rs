@@ -132,6 +132,21 @@ pub(super) struct Pass<'m> {
     uncombined: Option<u64>,
 }
 
+/// What becomes of the product of all rows of a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Become {
+    /// y
+    Store,
+    /// relu(y)
+    Relu,
+    /// silu(gate) * y
+    Gate,
+    /// h + y
+    Add,
+    /// y in float32
+    Logits,
+}
+
 impl<'m> Pass<'m> {
     /// A pass that begins after `layers` MoE layers of its stack.
     pub(super) fn new(machine: Machine<'m>, shape: BatchShape, packet: Packet, layers: usize) -> Self {
@@ -147,7 +162,7 @@ impl<'m> Pass<'m> {
 
     /// Keys and values of the encoder's states, which are in `scratch.x`, for one block: (rows, 2 * inner) at `to`.
     pub(super) fn cross_keys(&self, keys_values: &Matrix, to: u64) -> Result<(), CudaError> {
-        self.product(self.machine.scratch.x.address(), keys_values, to, Kind::Store)
+        self.product(self.machine.scratch.x.address(), keys_values, to, Become::Store)
     }
 
     /// h += out (rows, d_model), what experts elsewhere made of x.
@@ -329,26 +344,34 @@ impl<'m> Pass<'m> {
     /// out = silu(x Wg^T) * (x Wu^T), or relu(x Wi^T), (rows, d_ff), between the matrices of a feed-forward.
     fn start_hidden(&self, Matrices { activation, wi, .. }: &Matrices<Device>) -> Result<(), CudaError> {
         let scratch = self.machine.scratch;
-        let kind = match activation {
-            Activation::Relu => Kind::Relu,
-            Activation::GatedSilu => Kind::Gate,
+        let become_ = match activation {
+            Activation::Relu => Become::Relu,
+            Activation::GatedSilu => Become::Gate,
         };
-        self.product(scratch.x.address(), wi, scratch.hidden.address(), kind)
+        self.product(scratch.x.address(), wi, scratch.hidden.address(), become_)
     }
 
     /// y = x W^T of all rows of the batch.
-    fn product(&self, x: u64, matrix: &Matrix, out: u64, kind: Kind) -> Result<(), CudaError> {
-        self.product_of(self.shape.rows, x, matrix, out, kind)
+    fn product(&self, x: u64, matrix: &Matrix, out: u64, become_: Become) -> Result<(), CudaError> {
+        self.product_of(self.shape.rows, x, matrix, out, become_)
     }
 
-    fn product_of(&self, rows: usize, x: u64, w: &Matrix, out: u64, kind: Kind) -> Result<(), CudaError> {
+    fn product_of(&self, rows: usize, x: u64, w: &Matrix, out: u64, become_: Become) -> Result<(), CudaError> {
         let Machine { gpu, kernels, .. } = self.machine;
         // Of a gated one W has two rows for each output.
-        let outputs = if matches!(kind, Kind::Gate) { w.outputs / 2 } else { w.outputs };
+        let outputs = if become_ == Become::Gate { w.outputs / 2 } else { w.outputs };
         let can_be_wide = kernels.wide.is_some() && ways::is_wide(w.outputs, w.inputs);
         let kernels = match kernels.many {
             None => &kernels.few,
             Some(_) => kernels.of(ways::of_dense(rows, w.outputs, gpu.description().multiprocessors, can_be_wide)),
+        };
+        let kinds = kernels.kinds_in(w.layout)?;
+        let (function, kind) = match become_ {
+            Become::Store => (&kinds.store, Kind::Store),
+            Become::Relu => (&kinds.relu, Kind::Relu),
+            Become::Gate => (&kinds.gate, Kind::Gate),
+            Become::Add => (&kinds.add, Kind::Add),
+            Become::Logits => (&kinds.logits, Kind::Logits),
         };
         let arguments = Product {
             x,
@@ -361,15 +384,6 @@ impl<'m> Pass<'m> {
             pass: self.guard,
             kind: kind as i32,
             ..Product::default()
-        };
-        let kinds = kernels.kinds_in(w.layout)?;
-        let function = match kind {
-            Kind::Store => &kinds.store,
-            Kind::Relu => &kinds.relu,
-            Kind::Gate => &kinds.gate,
-            Kind::Add => &kinds.add,
-            Kind::Logits => &kinds.logits,
-            Kind::Gather | Kind::GatherGate | Kind::Scatter | Kind::Each => unreachable!("{kind:?} is of experts"),
         };
         let grid = kernels.grid(w.outputs, rows.div_ceil(kernels.blocks.tile.1));
         self.machine.launch(function, grid, kernels.blocks.threads, &arguments)

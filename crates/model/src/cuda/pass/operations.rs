@@ -4,11 +4,11 @@ use sida_routing::LayerId;
 
 use super::{
     super::{
-        arguments::{Attention, Best, Embed, Heads, Kind, Share},
+        arguments::{Attention, Best, Embed, Heads, Share},
         error::CudaError,
         weights::{Device, Matrix, Vector},
     },
-    Machine, Pass,
+    Become, Machine, Pass,
 };
 use crate::{
     backbone::{Matrices, Router, Shared},
@@ -52,7 +52,7 @@ impl Operations for Pass<'_> {
     fn project(&mut self, weight: &Matrix, bias: Option<&Vector>) -> Result<(), CudaError> {
         let (scratch, bias) = (self.machine.scratch, bias.map_or(0, Vector::address));
         self.heads = Heads { bias, queries: i32::from(bias != 0), limit: f32::INFINITY, ..Heads::default() };
-        self.product(scratch.x.address(), weight, scratch.qkv.address(), Kind::Store)
+        self.product(scratch.x.address(), weight, scratch.qkv.address(), Become::Store)
     }
 
     fn norm_heads(&mut self, spec: &AttentionSpec, [q, k]: &[Vector; 2]) -> Result<(), CudaError> {
@@ -133,13 +133,13 @@ impl Operations for Pass<'_> {
             return unsupported("a bias of attention's output");
         }
         let scratch = self.machine.scratch;
-        self.product(scratch.attended.address(), weight, scratch.h.address(), Kind::Add)
+        self.product(scratch.attended.address(), weight, scratch.h.address(), Become::Add)
     }
 
     fn feed_forward(&mut self, matrices: &Matrices<Device>) -> Result<(), CudaError> {
         let scratch = self.machine.scratch;
         self.start_hidden(matrices)?;
-        self.product(scratch.hidden.address(), &matrices.wo, scratch.h.address(), Kind::Add)
+        self.product(scratch.hidden.address(), &matrices.wo, scratch.h.address(), Become::Add)
     }
 
     fn shared(&mut self, Shared { matrices, gate }: &Shared<Device>) -> Result<(), CudaError> {
@@ -148,7 +148,7 @@ impl Operations for Pass<'_> {
         // No expert has made anything of this layer yet.
         let y = scratch.each.address();
         self.start_hidden(matrices)?;
-        self.product(scratch.hidden.address(), &matrices.wo, y, Kind::Logits)?;
+        self.product(scratch.hidden.address(), &matrices.wo, y, Become::Logits)?;
         let arguments = Share {
             h: scratch.h.address(),
             y,
@@ -196,7 +196,7 @@ impl Operations for Pass<'_> {
     fn logits(&mut self, weight: &Matrix) -> Result<(), CudaError> {
         let Machine { kernels, scratch, .. } = self.machine;
         let (x, logits, tokens) = (scratch.x.address(), scratch.logits.address(), scratch.tokens().address());
-        self.product_of(self.shape.wanted, x, weight, logits, Kind::Logits)?;
+        self.product_of(self.shape.wanted, x, weight, logits, Become::Logits)?;
         let arguments = Best { logits, tokens, banned: self.packet.banned(), vocab: weight.outputs as i32 };
         self.machine.launch(&kernels.best, (self.shape.wanted, 1, 1), 1024, &arguments)
     }
