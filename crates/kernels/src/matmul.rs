@@ -177,7 +177,7 @@ impl<'a> Columns<'a> {
         // SAFETY: the caller's.
         unsafe {
             match self.w.dtype {
-                StoredDType::F32 if self.n <= R => self.straight::<L, _, R, C>(F32),
+                StoredDType::F32 if self.n <= R => self.straight::<L, _, R, C>(F32::<false>),
                 StoredDType::BF16 if self.n <= R && is_whole => self.straight::<L, _, R, C>(Bf16),
                 StoredDType::Q8_0 if self.n <= R => self.straight::<L, _, R, C>(Q8(scales)),
                 StoredDType::Q4_0 if self.n <= R => self.straight::<L, _, R, C>(Q4(scales)),
@@ -223,7 +223,7 @@ impl<'a> Columns<'a> {
                     let soon = self.stored(column + C, C);
                     let (soon, later) = soon.split_at(if self.n <= R { soon.len() } else { 0 });
                     let first = self.widen::<L>(scales, column, columns, width, soon).cast();
-                    let w = Rows { stored: F32, first, k: width };
+                    let w = Rows { stored: F32::<true>, first, k: width };
                     w.against_all::<L, R, C>(columns, x, self.out_at(block, column), later);
                 }
                 column += C;

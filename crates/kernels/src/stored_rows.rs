@@ -24,6 +24,8 @@ pub(super) trait StoredRows: Copy {
     const VECTORS: usize;
     /// How many values of a row share factors. Whole steps of so many vectors.
     const SHARING: usize = Self::VECTORS * LANES;
+    /// Whether it lies in the first-level cache already, where nothing need be asked for ahead.
+    const IS_NEAR: bool = false;
     /// What is found once for so many.
     type Factors: Copy;
 
@@ -54,13 +56,14 @@ unsafe fn filled<L: Lanes, const N: usize>(read: [L; N]) -> [L; VECTORS_MAX] {
     vectors
 }
 
-/// Float32, as stored or as widened.
+/// Float32, as stored, or NEAR: as it is used over and over.
 #[derive(Clone, Copy)]
-pub(super) struct F32;
+pub(super) struct F32<const NEAR: bool>;
 
-impl StoredRows for F32 {
+impl<const NEAR: bool> StoredRows for F32<NEAR> {
     const DTYPE: StoredDType = StoredDType::F32;
     const VECTORS: usize = 1;
+    const IS_NEAR: bool = NEAR;
 
     type Factors = ();
 

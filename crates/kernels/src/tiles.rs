@@ -107,7 +107,7 @@ impl<W: StoredRows> Rows<W> {
                 }
                 let end = at + W::SHARING;
                 while at < end {
-                    if W::DTYPE != StoredDType::F32 {
+                    if !W::IS_NEAR {
                         // What is read out of memory: the next tile's values, as many as these.
                         let soon = w.wrapping_add(C * (row_bytes + W::bytes(at)));
                         let mut line = 0;
