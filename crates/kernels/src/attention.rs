@@ -101,6 +101,24 @@ impl Attention<'_> {
         head / (self.heads / self.kv_heads)
     }
 
+    /// Makes shares of a head's scores with the first `keys` keys, for the query at `position`: `softmax(scale * score + bias)`.
+    /// In whole vectors: what is beyond the last key, or is not seen, counts nothing, and adds nothing.
+    #[inline(always)]
+    fn weigh(&self, head: usize, position: usize, keys: usize, scores: &mut [f32]) {
+        let seen = if self.causal { position + 1 } else { keys };
+        scores[seen..].fill(f32::NEG_INFINITY);
+        if self.scale != 1.0 {
+            scores.iter_mut().for_each(|score| *score *= self.scale);
+        }
+        if let Some(bias) = self.bias {
+            bias.add_to(head, position, scores);
+        }
+        if let Some(window) = self.window.filter(|_| self.causal) {
+            scores[..seen.saturating_sub(window)].fill(f32::NEG_INFINITY);
+        }
+        softmax_row(scores);
+    }
+
     /// `softmax(scale * q K^T + bias) V` for each query and head, into `out` (all query rows, heads * d_kv), sequence
     /// after sequence. A sequence without keys gives zeros. Ends with an error, and `out` half done, when it is not wanted any
     /// more.
@@ -286,7 +304,7 @@ impl Queries<'_, '_> {
     /// One head of R queries: scores, softmax, weighted sum of values.
     #[inline(always)]
     unsafe fn tile<L: Lanes, const R: usize, const C: usize>(&mut self, head: usize, row: usize, turned: bool) {
-        let Attention { d_kv, heads, causal, bias, scale, window, .. } = *self.attention;
+        let Attention { d_kv, heads, causal, .. } = *self.attention;
         let kv_column = self.attention.kv_head(head) * d_kv;
         let position = self.sequence.first_position + self.first_query + row;
         let keys = if causal { position + R } else { self.sequence.key_rows }; // that the last of these queries sees
@@ -317,26 +335,7 @@ impl Queries<'_, '_> {
             }
             for r in 0..R {
                 let scores = std::slice::from_raw_parts_mut(scores.add(r * stride), stride);
-                // Whole vectors for bias and softmax: what is beyond the last key counts nothing.
-                if let Some(last) = scores.last_chunk_mut::<LANES>() {
-                    let own = LANES - (stride - keys);
-                    for l in 0..LANES {
-                        last[l] = if l < own { last[l] } else { f32::NEG_INFINITY };
-                    }
-                }
-                if scale != 1.0 {
-                    scores.iter_mut().for_each(|score| *score *= scale);
-                }
-                if let Some(bias) = bias {
-                    bias.add_to(head, position + r, scores);
-                }
-                if causal {
-                    // A key that is not seen counts nothing, and adds nothing.
-                    let seen = position + r + 1;
-                    scores[seen..keys].fill(f32::NEG_INFINITY);
-                    scores[..seen.saturating_sub(window.unwrap_or(seen))].fill(f32::NEG_INFINITY);
-                }
-                softmax_row(scores);
+                self.attention.weigh(head, position + r, keys, scores);
             }
             let out = std::array::from_fn(|r| self.out.as_mut_ptr().add(((row + r) * heads + head) * d_kv));
             weighted_sums::<L, R, 2>(scores, stride, 0..keys, self.sequence.values, kv_column, d_kv, out);

@@ -7,10 +7,7 @@
 use std::ops::Range;
 
 use super::{Attention, Sequence, products};
-use crate::{
-    lanes::{Kernel, LANES, LINE_BYTES, Lanes},
-    norm::softmax_row,
-};
+use crate::lanes::{Kernel, LANES, LINE_BYTES, Lanes};
 
 /// Values of so many keys are added before the next heads' are: their lines stay in the first-level cache, where rows that
 /// lie a power of two apart have few places.
@@ -55,9 +52,8 @@ impl OneQuery<'_, '_> {
     /// R heads that share keys and values at a time, with C keys or V vectors of values; a head by itself with `C1` keys.
     #[inline(always)]
     unsafe fn attend<L: Lanes, const R: usize, const C: usize, const C1: usize, const V: usize>(mut self) {
-        let Attention { causal, bias, scale, window, .. } = *self.attention;
         let position = self.sequence.first_position + self.query;
-        let keys = if causal { position + 1 } else { self.sequence.key_rows };
+        let keys = if self.attention.causal { position + 1 } else { self.sequence.key_rows };
         let stride = keys.next_multiple_of(LANES);
         let group = self.attention.heads / self.attention.kv_heads;
         // SAFETY: all pointers are to rows and heads that exist.
@@ -69,16 +65,7 @@ impl OneQuery<'_, '_> {
             }
             for head in 0..self.kv_heads.len() * group {
                 let scores = std::slice::from_raw_parts_mut(self.scores.add(head * stride), stride);
-                // Whole vectors for bias and softmax: what is beyond the last key counts nothing.
-                scores[keys..].fill(f32::NEG_INFINITY);
-                if scale != 1.0 {
-                    scores.iter_mut().for_each(|score| *score *= scale);
-                }
-                if let Some(bias) = bias {
-                    bias.add_to(self.kv_heads.start * group + head, position, scores);
-                }
-                scores[..keys.saturating_sub(window.filter(|_| causal).unwrap_or(keys))].fill(f32::NEG_INFINITY);
-                softmax_row(scores);
+                self.attention.weigh(self.kv_heads.start * group + head, position, keys, scores);
             }
             if group.is_multiple_of(R) && group > 1 {
                 self.sums::<L, R, V>(keys, stride);
