@@ -328,8 +328,8 @@ impl LocalExperts for Engine {
         Some(Arc::new(NodeResidents { cache: self.cache.clone(), slots, rows: self.rows.clone() }))
     }
 
-    fn is_complete(&self) -> bool {
-        self.cache.residency(|residency| residency.is_complete())
+    fn resident_count(&self) -> usize {
+        self.cache.residency(|residency| residency.resident_slots())
     }
 
     fn residency(&self) -> ResidencyReport {

@@ -83,6 +83,8 @@ pub(crate) struct Roster {
     pub(crate) placement: Arc<Placement>,
     /// Invariant: those of `placement.nodes()`, in that order, so that a node's index there is its link's.
     pub(crate) links: Vec<Arc<Link>>,
+    /// How many experts are placed on each.
+    placed: Vec<usize>,
 }
 
 impl Roster {
@@ -93,9 +95,14 @@ impl Roster {
     }
 
     /// Whether nothing has to be loaded any more, whichever node is asked for it. Not known of nodes in other processes.
+    /// One in this process is asked for nothing but what is placed on it, so when it holds as many, these are they, and
+    /// none ever leaves.
     pub(crate) fn all_resident(&self) -> bool {
-        let is_complete = |link: &Arc<Link>| matches!(&link.reach, Reach::Local(experts) if experts.is_complete());
-        !self.links.is_empty() && self.links.iter().all(is_complete)
+        let holds_all = |(link, &placed): (&Arc<Link>, &usize)| match &link.reach {
+            Reach::Local(experts) => experts.resident_count() >= placed,
+            Reach::Remote(_) => false,
+        };
+        !self.links.is_empty() && self.links.iter().zip(&self.placed).all(holds_all)
     }
 }
 
@@ -232,7 +239,8 @@ fn roster(
         .collect();
     links.sort_by(|a, b| a.node.cmp(&b.node));
     debug_assert!(links.iter().map(|link| &link.node).eq(view.placement.nodes()));
-    Roster { placement: view.placement.clone(), links }
+    let placed = links.iter().map(|link| view.placement.held_by(&link.node).count()).collect();
+    Roster { placement: view.placement.clone(), links, placed }
 }
 
 fn leads_to(link: &Link, member: &Member) -> bool {

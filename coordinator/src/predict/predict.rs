@@ -22,6 +22,7 @@ use sida_telemetry::TraceContext;
 
 use crate::{
     answer::routing_mode::RoutingMode,
+    intake::request::Work,
     predict::{
         noted_labels::{self, NotedLabels},
         remote_predictor::RemotePredictor,
@@ -149,11 +150,25 @@ impl Predict {
         self.of_steps().is_some_and(HashPredictor::reads_input)
     }
 
-    /// A table of the encoder's layers for each sequence, or none for any.
+    /// Whether the pass that computes a request's prompt is predicted before it. Where there is no encoder, the decoder reads
+    /// prompts in steps, which are predicted one by one, but for those whose states are asked for.
+    pub(crate) fn predicts_prompt(&self, work: &Work) -> bool {
+        !self.encoder_layers.is_empty() || matches!(work, Work::Encode { .. })
+    }
+
+    /// A table for each prompt of the layers that its pass goes through (the encoder's, or the decoder's where there is none),
+    /// or none for any.
     pub(crate) fn encode(&self, sequences: &[&[u32]], trace: Option<TraceContext>) -> Vec<Option<HashTable>> {
+        if self.encoder_layers.is_empty() {
+            let begin = |tokens: &&[u32]| {
+                let progress = self.start(RoutingMode::Exact, None);
+                progress.feed(tokens);
+                Arc::new(progress)
+            };
+            return self.decode(&sequences.iter().map(begin).collect::<Vec<_>>(), trace);
+        }
         let lengths: Vec<usize> = sequences.iter().map(|tokens| tokens.len()).collect();
         let tables = match &self.source {
-            _ if self.encoder_layers.is_empty() => None,
             Source::Local(predictor) => guarded(|| predictor.encode(sequences).map_err(|e| e.to_string())),
             Source::Remote(nodes, _) => nodes.encode(sequences, self.encoder_layers.clone(), trace),
             Source::Off => None,

@@ -34,7 +34,7 @@ use crate::{
 /// A request that can join the running batch at any step.
 pub(crate) struct Prepared {
     pub(crate) request: Request,
-    /// The hash table of the encoder's layers, which may still be made.
+    /// The hash table of its prompt's pass, which may still be made.
     pub(crate) table: PromptTable,
     /// When the request was ready to join.
     pub(crate) at: Instant,
@@ -49,8 +49,9 @@ struct Prompt {
 }
 
 impl Prompt {
-    fn of(request: &Request) -> Self {
-        let (mode, is_predicted) = (request.mode, request.is_predicted);
+    fn of(request: &Request, predict: &Predict) -> Self {
+        let mode = request.mode;
+        let is_predicted = request.is_predicted && predict.predicts_prompt(&request.work);
         // Where it is not predicted, nothing is needed of it.
         let tokens = if is_predicted { request.tokens.clone() } else { Vec::new() };
         Self { mode, tokens, trace: request.span.context(), is_predicted }
@@ -98,7 +99,7 @@ impl Prepare {
         }
         let predicted = self.need.of_batch(batch.iter().map(|request| request.mode));
         batch.iter_mut().zip(predicted).for_each(|(request, is_predicted)| request.is_predicted = is_predicted);
-        let prompts: Vec<Prompt> = batch.iter().map(Prompt::of).collect();
+        let prompts: Vec<Prompt> = batch.iter().map(|request| Prompt::of(request, &self.predict)).collect();
         let (promise, tables) = promise(batch.len());
         let at = Instant::now();
         let mut prepared =

@@ -219,6 +219,43 @@ async fn states_are_the_last_hidden_ones() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn prompts_whose_states_are_asked_for_are_predicted() {
+    // Would break: an embedding in `hash` is that of `exact`, or nothing is loaded ahead of its pass.
+    let (oracle, dir) = (Oracle::open(), decoder_only_dir());
+    let right = Arc::new(RightPredictor(Reference::open(&dir).expect("reference")));
+    let noise = Arc::new(NoisePredictor::of(&dir, 5));
+    let by_table = [Alpha::Router, Alpha::Predicted].map(|alpha| RoutingMode::Hash { alpha });
+    let routings = by_table.into_iter().chain([RoutingMode::Guided, RoutingMode::Exact]);
+    let expected = |text: &str| oracle.reference.last_hidden(&oracle.ids(text)).expect("states");
+    for (predictor, is_right) in [(right as Arc<dyn HashPredictor>, true), (noise, false)] {
+        let cluster = start_model(&dir, 2, PredictorSource::Local(predictor), |_| ()).await;
+        for routing in routings.clone() {
+            let encode = |text: &&str| {
+                let pooling = Pooling::None;
+                let params = EncodeParams { prompt: (*text).into(), routing, pooling, ..Default::default() };
+                async { cluster.coordinator.encode(params).await.expect("encoded") }
+            };
+            let generated = generate(&cluster.coordinator, TEXTS[3]);
+            let (encodings, generated) = tokio::join!(join_all(TEXTS[..4].iter().map(encode)), generated);
+            assert_eq!(generated.expect("an answer").0.len(), TOKENS);
+            for (text, encoding) in TEXTS.iter().zip(encodings) {
+                assert!(!encoding.trace.unpredicted, "{text:?} in {routing:?}");
+                let is_exact = is_right || routing == RoutingMode::Exact;
+                // The factors of a table are the router's but for the last bits.
+                if !is_right || routing != by_table[1] {
+                    assert_eq!(encoding.states == expected(text), is_exact, "{text:?} in {routing:?}");
+                }
+                // Nobody asks the router where the factors are the table's.
+                let is_compared = routing != by_table[1];
+                assert_eq!(encoding.trace.hash.misses > 0, is_compared && !is_right, "{text:?} in {routing:?}");
+            }
+        }
+        assert!(cluster.nodes.iter().any(|node| node.plans_total.load(Ordering::Relaxed) > 0));
+        cluster.coordinator.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_table_that_is_right_gives_the_models_own_tokens() {
     // Would break: the weights of a token's experts are not what the router makes of them, such as a sum of 1.
     let oracle = Oracle::open();

@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -60,8 +60,8 @@ pub(crate) struct PlainExperts {
     pub(crate) plans_total: AtomicU64,
     /// Experts that a call asked for and no plan of that moment named.
     pub(crate) unplanned: AtomicU64,
-    /// What the node says of whether all experts are resident.
-    pub(crate) is_complete: AtomicBool,
+    /// How many experts the node says it holds.
+    pub(crate) resident: AtomicUsize,
     /// The placement that the node knows, and what it sends to those who know an older one.
     pub(crate) newer: Mutex<(u64, bytes::Bytes)>,
     /// What the node says of itself.
@@ -142,8 +142,8 @@ impl LocalExperts for PlainExperts {
         Ok(CallReport { hits: call.groups.len() as u32, ..CallReport::default() })
     }
 
-    fn is_complete(&self) -> bool {
-        self.is_complete.load(Ordering::Relaxed)
+    fn resident_count(&self) -> usize {
+        self.resident.load(Ordering::Relaxed)
     }
 
     fn residency(&self) -> ResidencyReport {
@@ -207,7 +207,7 @@ fn experts_of(model: &Path) -> Arc<PlainExperts> {
         plans: Mutex::new(Vec::new()),
         plans_total: AtomicU64::new(0),
         unplanned: AtomicU64::new(0),
-        is_complete: AtomicBool::new(false),
+        resident: AtomicUsize::new(0),
         newer: Mutex::default(),
     })
 }

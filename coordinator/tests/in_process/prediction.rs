@@ -65,9 +65,15 @@ async fn where_all_experts_are_resident_few_are_predicted() {
     // has none; or nothing is hinted once experts are missing.
     let source =
         || PredictorSource::Local(Arc::new(NoisePredictor::of(&model_dir(), 3).slow(Duration::from_millis(10))));
-    let cluster = start(1, source(), |_| ()).await;
-    let node = &cluster.nodes[0];
-    node.is_complete.store(true, Ordering::Relaxed);
+    let cluster = start(2, source(), |_| ()).await;
+    let placement = cluster.coordinator.cluster().placement();
+    let hold_all_but = |missing: usize| {
+        for (node, name) in cluster.nodes.iter().zip(placement.nodes()) {
+            node.resident.store(placement.held_by(name).count() - missing, Ordering::Relaxed);
+        }
+    };
+    let plans = || cluster.nodes.iter().map(|node| node.plans_total.load(Ordering::Relaxed)).sum::<u64>();
+    hold_all_but(0);
     let trace = |tokens: &[Token]| tokens[TOKENS - 1].finish.as_ref().expect("the last").trace.clone();
     let first = generate(&cluster.coordinator, RoutingMode::Exact).await;
     assert!(!trace(&first).unpredicted, "who asks seldom is told");
@@ -77,14 +83,14 @@ async fn where_all_experts_are_resident_few_are_predicted() {
     assert_eq!(ids(&next), ids(&first));
     let guided = generate(&cluster.coordinator, GUIDED).await;
     assert!(!trace(&guided).unpredicted && trace(&guided).rerouted > 0);
-    assert_eq!(node.plans_total.load(Ordering::Relaxed), 0, "there is nothing to load");
-    node.is_complete.store(false, Ordering::Relaxed);
+    assert_eq!(plans(), 0, "there is nothing to load");
+    hold_all_but(1);
     let planned = generate(&cluster.coordinator, RoutingMode::Exact).await;
     assert_eq!((trace(&planned).unpredicted, trace(&planned).hash), (false, trace(&first).hash));
-    assert!(node.plans_total.load(Ordering::Relaxed) > TOKENS as u64);
+    assert!(plans() > TOKENS as u64);
 
     let evaluating = start(1, source(), |config| config.evaluates = true).await;
-    evaluating.nodes[0].is_complete.store(true, Ordering::Relaxed);
+    evaluating.nodes[0].resident.store(usize::MAX, Ordering::Relaxed);
     for _ in 0..2 {
         let evaluated = trace(&generate(&evaluating.coordinator, RoutingMode::Exact).await);
         let layers = evaluated.hash_layers.expect("it evaluates");

@@ -144,7 +144,7 @@ async fn a_sequence_that_is_not_predicted_brings_no_input() {
     // beside it that is not.
     let reader = InputReader::slow(Duration::from_millis(50));
     let cluster = start(1, PredictorSource::Local(reader.clone()), |_| ()).await;
-    cluster.nodes[0].is_complete.store(true, Ordering::Relaxed);
+    cluster.nodes[0].resident.store(usize::MAX, Ordering::Relaxed);
     let (expected, _) = generate(&cluster.coordinator, TEXTS[2], HASH).await;
     let (_, measured) = generate(&cluster.coordinator, TEXTS[1], RoutingMode::Exact).await;
     assert_eq!((measured.unpredicted, reader.started.lock().len()), (false, 2));

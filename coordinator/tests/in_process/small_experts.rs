@@ -65,6 +65,10 @@ impl LocalExperts for SmallExperts {
         Ok(CallReport { hits: report.hits - demand_loads, demand_loads, ..report })
     }
 
+    fn resident_count(&self) -> usize {
+        self.residency.lock().resident_slots()
+    }
+
     fn residency(&self) -> ResidencyReport {
         ResidencyReport::default()
     }

@@ -88,10 +88,8 @@ pub trait LocalExperts: Send + Sync {
     fn resident_beside(&self, _rows: &RowsOnDevice<'_>) -> Option<Arc<dyn ResidentExperts>> {
         None
     }
-    /// Whether every expert of the model is resident. Then none ever leaves, since there is a slot for each.
-    fn is_complete(&self) -> bool {
-        false
-    }
+    /// How many experts are resident.
+    fn resident_count(&self) -> usize;
     /// What the node holds now.
     fn residency(&self) -> ResidencyReport;
 }
