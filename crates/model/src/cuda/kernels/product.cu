@@ -65,10 +65,14 @@ template <int KIND> struct Rows : BlockRows {
     // Half of the rows of W that a block multiplies are of the gate, half of what it gates.
     static const bool IS_GATED = KIND == GATE || KIND == GATHER_GATE;
 
+    // Waits for the kernel before. False: the pass has ended.
+    static __device__ __forceinline__ bool start(const Product &a) {
+        begin();
+        return !ended(a.pass, a.layers);
+    }
     // Those of this block, `tile` at most. False: none are left.
     template <typename W> __device__ __forceinline__ bool find(const Product &a, int tile) {
-        begin();
-        if (ended(a.pass, a.layers) || int(blockIdx.y) >= tiles(a, KIND, tile)) return false;
+        if (!start(a) || int(blockIdx.y) >= tiles(a, KIND, tile)) return false;
         take<W>(a, KIND, tile, blockIdx.y);
         return true;
     }

@@ -65,25 +65,34 @@ __device__ __forceinline__ float4 sum_of_runs(const float *parts, int apart) {
     return sum;
 }
 
-// 16 outputs of 8 * TILES rows. AHEAD: how many times 32 of k are loaded before they are used.
+// 16 outputs of 8 * TILES rows. AHEAD: how many times 32 of k are loaded before they are used. No kernel writes the weights of a
+// dense layer, so its first ones are loaded while the kernel before still runs.
 template <int KIND, typename Row, int TILES, int AHEAD>
 __device__ __forceinline__ void few_rows(const Product &a, const Rows<KIND> &rows, float *partial) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const bool IS_GATED = Rows<KIND>::IS_GATED;
     int run = a.k / 4, o = blockIdx.x * (IS_GATED ? 8 : 16), outputs = IS_GATED ? a.outputs * 2 : a.outputs;
     Row upper(a, rows.w, o + g, outputs, t), lower(a, rows.w, o + g + (IS_GATED ? a.outputs : 8), outputs, t);
-    const T *x[TILES];
-    for (int j = 0; j < TILES; ++j)
-        x[j] = static_cast<const T *>(a.x) + u64(rows.input(a, j * 8 + g)) * a.k + t * 8;
-    float sums[TILES][4] = {};
     int end = (warp + 1) * run;
-    for (int k = warp * run; k < end; k += 32 * AHEAD) {
-        typename Row::Loaded us[AHEAD], ls[AHEAD];
-        uint4 xs[AHEAD][TILES];
+    typename Row::Loaded us[AHEAD], ls[AHEAD];
+    auto load = [&](int k) {
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {
             if (k + 32 * i >= end) break;
             us[i] = upper.load(k + 32 * i), ls[i] = lower.load(k + 32 * i);
+        }
+    };
+    load(warp * run);
+    if (KIND < GATHER && !rows.start(a)) return;
+    const T *x[TILES];
+    for (int j = 0; j < TILES; ++j)
+        x[j] = static_cast<const T *>(a.x) + u64(rows.input(a, j * 8 + g)) * a.k + t * 8;
+    float sums[TILES][4] = {};
+    for (int k = warp * run; k < end; k += 32 * AHEAD) {
+        uint4 xs[AHEAD][TILES];
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            if (k + 32 * i >= end) break;
 #pragma unroll
             for (int j = 0; j < TILES; ++j) xs[i][j] = *reinterpret_cast<const uint4 *>(x[j] + k + 32 * i);
         }
@@ -95,6 +104,7 @@ __device__ __forceinline__ void few_rows(const Product &a, const Rows<KIND> &row
 #pragma unroll
             for (int j = 0; j < TILES; ++j) add32<Row::IS_SCALED>(sums[j], u, l, xs[i][j], u_scale, l_scale);
         }
+        load(k + 32 * AHEAD);
     }
     // (warp, row, output), a row 20 wide so that banks differ
     for (int j = 0; j < TILES; ++j)
@@ -114,7 +124,8 @@ __device__ __forceinline__ void few_rows(const Product &a, const Rows<KIND> &row
 template <int KIND, typename Row> __device__ __forceinline__ void few_of(const Product &a) {
     __shared__ float partial[4 * 32 * 20];
     Rows<KIND> rows;
-    if (!rows.template find<typename Row::Element>(a, 32)) return;
+    if (KIND < GATHER) rows.template take<typename Row::Element>(a, KIND, 32, blockIdx.y);
+    else if (!rows.template find<typename Row::Element>(a, 32)) return;
     if (rows.count <= 8) few_rows<KIND, typename Row::OfFew, 1, Row::AHEAD>(a, rows, partial);
     else if (rows.count <= 16) few_rows<KIND, Row, 2, 3>(a, rows, partial);
     else few_rows<KIND, Row, 4, 2>(a, rows, partial);

@@ -23,33 +23,40 @@ struct Route {
     int rest_rows; // what is left of a group behind whole tiles is one of few if it is at most so much
 };
 
+// A number that grows with a logit. 0 for NaN and for what has no probability at all, which are chosen last.
+__device__ __forceinline__ u32 ascending(float logit) {
+    u32 bits = __float_as_uint(logit + 0.f); // there is one zero only
+    return logit > -INFINITY ? bits ^ (bits >> 31 ? ~0u : 1u << 31) : 0;
+}
+
 // The most probable experts of one token, the lowest where two are equal. A warp; lanes share the experts, and lane j keeps
 // choice j.
 __device__ __forceinline__ void choose(const Route &a, int token) {
     const float *logits = a.logits + u64(token) * a.experts;
-    int lane = threadIdx.x % 32, expert = 0;
+    const int NONE = 0x7fffffff;
+    int lane = threadIdx.x % 32, expert = 0, own_best;
     u32 taken = 0; // bit i: the expert lane + 32 * i
-    float first = 0, own = 0;
-    for (int j = 0; j < a.top_k; ++j) {
-        int best = 0x7fffffff, free = 0x7fffffff;
-        float most = -INFINITY;
+    u32 most;      // of those of the lane that are left; own_best is which one
+    auto look = [&]() {
+        most = 0, own_best = NONE;
+#pragma unroll 4
         for (int e = lane, i = 0; e < a.experts; e += 32, ++i) {
-            if (taken >> i & 1) continue;
-            free = min(free, e);
-            if (logits[e] > most) most = logits[e], best = e;
+            u32 own = ascending(logits[e]);
+            if (!(taken >> i & 1) && (own > most || own_best == NONE)) most = own, own_best = e;
         }
-        for (int offset = 16; offset; offset >>= 1) {
-            float other = __shfl_xor_sync(~0u, most, offset);
-            int other_best = __shfl_xor_sync(~0u, best, offset);
-            if (other > most || (other == most && other_best < best)) most = other, best = other_best;
-            free = min(free, __shfl_xor_sync(~0u, free, offset));
+    };
+    look();
+    for (int j = 0; j < a.top_k; ++j) {
+        u32 highest = __reduce_max_sync(~0u, most);
+        int best = __reduce_min_sync(~0u, most == highest ? own_best : NONE);
+        if (lane == j) expert = best;
+        if (lane == best % 32) {
+            taken |= 1u << best / 32;
+            look();
         }
-        if (best == 0x7fffffff) best = free; // of a row of NaN, or what has no probability at all
-        if (lane == best % 32) taken |= 1u << best / 32;
-        if (j == 0) first = most;
-        if (lane == j) expert = best, own = logits[best];
+        __syncwarp();
     }
-    float sum = 0;
+    float own = logits[expert], first = __shfl_sync(~0u, own, 0), sum = 0;
     for (int e = lane; e < a.experts; e += 32) sum += expf(logits[e] - first);
     sum = warp_sum(sum);
     float alpha = expf(own - first) / sum;
@@ -87,19 +94,19 @@ __device__ __forceinline__ u64 tiles_of(const Route &a, int rows) {
     return u64((few + a.few_tile - 1) / a.few_tile) << 20 | u64((many + a.many_tile - 1) / a.many_tile) << 40;
 }
 
-// Blocks of 1024: order tokens by expert and cut the groups into tiles. Each counts all, and writes what is of its share of the
-// experts: places are all over memory, which one multiprocessor writes slowly. At most 1024 experts.
+// Blocks of at least a thread for each expert, 1024 at most: order tokens by expert and cut the groups into tiles. Each counts all,
+// and writes what is of its share of the experts: places are all over memory, which one multiprocessor writes slowly.
 __device__ __forceinline__ void group(const Route &a) {
     __shared__ u32 counts[1024];
     __shared__ u32 taken[1024];
     __shared__ u64 sums[1024];
     __shared__ u64 warps[32];
-    int e = threadIdx.x, lane = e % 32;
+    int e = threadIdx.x, lane = e % 32, threads = blockDim.x;
     counts[e] = 0, taken[e] = 0;
     __syncthreads();
     int choices = a.rows * a.top_k;
 #pragma unroll 4
-    for (int c = e; c < choices; c += 1024) atomicAdd(&counts[a.chosen[c]], 1);
+    for (int c = e; c < choices; c += threads) atomicAdd(&counts[a.chosen[c]], 1);
     __syncthreads();
     u64 own = counts[e] + tiles_of(a, counts[e]), sum = own;
     for (int offset = 1; offset < 32; offset <<= 1) {
@@ -112,7 +119,7 @@ __device__ __forceinline__ void group(const Route &a) {
     for (int offset = 16; offset; offset >>= 1) before_warp += __shfl_xor_sync(~0u, before_warp, offset);
     sums[e] = sum += before_warp;
     __syncthreads();
-    if (e == 1023 && blockIdx.x == 0) a.counts[0] = sum >> 20 & 0xfffff, a.counts[1] = sum >> 40;
+    if (e == threads - 1 && blockIdx.x == 0) a.counts[0] = sum >> 20 & 0xfffff, a.counts[1] = sum >> 40;
     u64 before = sum - own;
     int first = before & 0xfffff, rows = counts[e];
     if (rows > 0 && e % gridDim.x == blockIdx.x) {
@@ -124,7 +131,7 @@ __device__ __forceinline__ void group(const Route &a) {
             *few++ = Tile{a.slots[e], first + done, min(a.few_tile, rows - done), 0};
     }
 #pragma unroll 4
-    for (int c = e; c < choices; c += 1024) {
+    for (int c = e; c < choices; c += threads) {
         int expert = a.chosen[c];
         if (expert % gridDim.x != blockIdx.x) continue;
         u32 place = (expert ? sums[expert - 1] & 0xfffff : 0) + atomicAdd(&taken[expert], 1);
@@ -133,17 +140,17 @@ __device__ __forceinline__ void group(const Route &a) {
     }
 }
 
-// What choose_experts chose. Blocks of 1024.
+// What choose_experts chose.
 extern "C" __global__ void __launch_bounds__(1024) group_rows(Route a) {
     begin();
     if (!route_ended(a)) group(a);
 }
 
-// Both at once, for few rows. One block of 1024.
+// Both at once, for few rows. One block.
 extern "C" __global__ void __launch_bounds__(1024) choose_and_group(Route a) {
     begin();
     if (route_ended(a)) return;
-    for (int token = threadIdx.x / 32; token < a.rows; token += 32) choose(a, token);
+    for (int token = threadIdx.x / 32; token < a.rows; token += blockDim.x / 32) choose(a, token);
     __syncthreads();
     group(a);
 }

@@ -23,6 +23,9 @@ const FUSED_ROUTE_ROWS_MAX: usize = 256;
 /// Blocks that group rows by expert: each reads all choices, and writes its share.
 const GROUPING_BLOCKS_MAX: usize = 16;
 
+/// Threads of such a block: as many as a model on a device may have experts.
+const GROUPING_THREADS_MAX: usize = 1024;
+
 /// `HEAD_WARPS` of heads.cu.
 const HEADS_AT_ONCE: usize = 8;
 
@@ -168,13 +171,15 @@ impl Operations for Pass<'_> {
         self.router_logits(&router.classifier)?;
         let route = self.route_of(experts.map_or(0, |experts| experts.table_of(layer)));
         if experts.is_some() && rows <= FUSED_ROUTE_ROWS_MAX {
-            return self.machine.launch(&kernels.choose_and_group, (1, 1, 1), 1024, &route);
+            // A thread for each expert and a warp for each row; the fewer there are, the sooner they have met.
+            let threads = config.num_experts.next_multiple_of(32).max(32 * rows).min(GROUPING_THREADS_MAX);
+            return self.machine.launch(&kernels.choose_and_group, (1, 1, 1), threads as u32, &route);
         }
         self.machine.launch(&kernels.choose_experts, (rows.div_ceil(4), 1, 1), 128, &route)?;
         match experts {
             Some(_) => {
                 let blocks = (rows * config.top_k / 1024).clamp(1, GROUPING_BLOCKS_MAX);
-                self.machine.launch(&kernels.group_rows, (blocks, 1, 1), 1024, &route)
+                self.machine.launch(&kernels.group_rows, (blocks, 1, 1), GROUPING_THREADS_MAX as u32, &route)
             }
             None => Ok(()),
         }
