@@ -74,6 +74,19 @@ impl EmbeddedCluster {
         CoordinatorClient::InProcess(self.coordinator.clone())
     }
 
+    /// Has every expert-node that has room for all that is placed on it load that, while requests are answered: seldom used
+    /// experts are there when they are, and nothing has to be predicted for long. Ends with the cluster.
+    pub(crate) fn load_ahead(&self) {
+        let placement = self.coordinator.cluster().placement();
+        for engine in &self.engines {
+            let placed: Vec<_> = placement.held_by(engine.node()).collect();
+            if engine.residency().slots >= placed.len() as u64 {
+                let engine = engine.clone();
+                tokio::task::spawn_blocking(move || engine.load_ahead(&placed));
+            }
+        }
+    }
+
     /// Answers what was accepted, then ends every thread.
     pub(crate) async fn stop(self) {
         self.coordinator.stop().await;

@@ -74,6 +74,7 @@ pub(crate) fn run(arguments: UpArguments) -> anyhow::Result<ExitCode> {
                 metrics.serve(readiness, shutdown.clone());
             })
             .await?;
+        cluster.load_ahead();
         server::announce_doors(&listeners)?;
         sida_coordinator::serve(cluster.coordinator().clone(), listeners, shutdown).await?;
         cluster.stop().await;

@@ -180,6 +180,7 @@ async fn embedded(
     let shape = EmbeddedArguments { expert_memory: budget, ..arguments.embedded.clone() };
     let adapt = |config: &mut CoordinatorConfig| replay.iter().for_each(|replay| replay.apply(config));
     let cluster = EmbeddedCluster::start(&arguments.model, &arguments.predictor, &shape, None, adapt).await?;
+    cluster.load_ahead();
     Ok(Subject { label, clients: vec![Asked::Cluster(cluster.client())], cluster: Running::Embedded(cluster) })
 }
 

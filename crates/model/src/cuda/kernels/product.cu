@@ -72,9 +72,10 @@ template <int KIND> struct Rows : BlockRows {
     }
     // Those of this block, `tile` at most. False: none are left.
     template <typename W> __device__ __forceinline__ bool find(const Product &a, int tile) {
-        if (!start(a) || int(blockIdx.y) >= tiles(a, KIND, tile)) return false;
+        // All that is read here is asked for at once: there is a tile for each block, whether or not it is one of these rows.
+        bool is_there = start(a) & int(blockIdx.y) < tiles(a, KIND, tile);
         take<W>(a, KIND, tile, blockIdx.y);
-        return true;
+        return is_there;
     }
     __device__ __forceinline__ int input(const Product &a, int r) const { return BlockRows::input(a, KIND, r); }
 

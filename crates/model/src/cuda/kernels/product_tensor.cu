@@ -66,33 +66,33 @@ __device__ __forceinline__ float4 sum_of_runs(const float *parts, int apart) {
 }
 
 // 16 outputs of 8 * TILES rows. AHEAD: how many times 32 of k are loaded before they are used. No kernel writes the weights of a
-// dense layer, so its first ones are loaded while the kernel before still runs.
+// dense layer, so the first of them are loaded while the kernel before still runs, where rows are so few that it counts.
 template <int KIND, typename Row, int TILES, int AHEAD>
 __device__ __forceinline__ void few_rows(const Product &a, const Rows<KIND> &rows, float *partial) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const bool IS_GATED = Rows<KIND>::IS_GATED;
     int run = a.k / 4, o = blockIdx.x * (IS_GATED ? 8 : 16), outputs = IS_GATED ? a.outputs * 2 : a.outputs;
     Row upper(a, rows.w, o + g, outputs, t), lower(a, rows.w, o + g + (IS_GATED ? a.outputs : 8), outputs, t);
-    int end = (warp + 1) * run;
+    int first = warp * run, end = first + run;
     typename Row::Loaded us[AHEAD], ls[AHEAD];
-    auto load = [&](int k) {
+    const bool IS_EARLY = KIND < GATHER && TILES == 1;
+    if (IS_EARLY)
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {
-            if (k + 32 * i >= end) break;
-            us[i] = upper.load(k + 32 * i), ls[i] = lower.load(k + 32 * i);
+            if (first + 32 * i >= end) break;
+            us[i] = upper.load(first + 32 * i), ls[i] = lower.load(first + 32 * i);
         }
-    };
-    load(warp * run);
     if (KIND < GATHER && !rows.start(a)) return;
     const T *x[TILES];
     for (int j = 0; j < TILES; ++j)
         x[j] = static_cast<const T *>(a.x) + u64(rows.input(a, j * 8 + g)) * a.k + t * 8;
     float sums[TILES][4] = {};
-    for (int k = warp * run; k < end; k += 32 * AHEAD) {
+    for (int k = first; k < end; k += 32 * AHEAD) {
         uint4 xs[AHEAD][TILES];
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {
             if (k + 32 * i >= end) break;
+            if (!IS_EARLY || k > first) us[i] = upper.load(k + 32 * i), ls[i] = lower.load(k + 32 * i);
 #pragma unroll
             for (int j = 0; j < TILES; ++j) xs[i][j] = *reinterpret_cast<const uint4 *>(x[j] + k + 32 * i);
         }
@@ -104,7 +104,6 @@ __device__ __forceinline__ void few_rows(const Product &a, const Rows<KIND> &row
 #pragma unroll
             for (int j = 0; j < TILES; ++j) add32<Row::IS_SCALED>(sums[j], u, l, xs[i][j], u_scale, l_scale);
         }
-        load(k + 32 * AHEAD);
     }
     // (warp, row, output), a row 20 wide so that banks differ
     for (int j = 0; j < TILES; ++j)
