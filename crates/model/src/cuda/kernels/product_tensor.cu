@@ -66,7 +66,7 @@ __device__ __forceinline__ float4 sum_of_runs(const float *parts, int apart) {
 }
 
 // 16 outputs of 8 * TILES rows. AHEAD: how many times 32 of k are loaded before they are used. No kernel writes the weights of a
-// dense layer, so the first of them are loaded while the kernel before still runs, where rows are so few that it counts.
+// dense layer, so where rows are few, and that counts, the first of them are loaded while the kernel before still runs.
 template <int KIND, typename Row, int TILES, int AHEAD>
 __device__ __forceinline__ void few_rows(const Product &a, const Rows<KIND> &rows, float *partial) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
@@ -75,13 +75,15 @@ __device__ __forceinline__ void few_rows(const Product &a, const Rows<KIND> &row
     Row upper(a, rows.w, o + g, outputs, t), lower(a, rows.w, o + g + (IS_GATED ? a.outputs : 8), outputs, t);
     int first = warp * run, end = first + run;
     typename Row::Loaded us[AHEAD], ls[AHEAD];
-    const bool IS_EARLY = KIND < GATHER && TILES == 1;
-    if (IS_EARLY)
+    const bool IS_EARLY = KIND < LOGITS && TILES == 1;
+    auto load = [&](int k) {
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {
-            if (first + 32 * i >= end) break;
-            us[i] = upper.load(first + 32 * i), ls[i] = lower.load(first + 32 * i);
+            if (k + 32 * i >= end) break;
+            us[i] = upper.load(k + 32 * i), ls[i] = lower.load(k + 32 * i);
         }
+    };
+    if (IS_EARLY) load(first);
     if (KIND < GATHER && !rows.start(a)) return;
     const T *x[TILES];
     for (int j = 0; j < TILES; ++j)
@@ -92,7 +94,7 @@ __device__ __forceinline__ void few_rows(const Product &a, const Rows<KIND> &row
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {
             if (k + 32 * i >= end) break;
-            if (!IS_EARLY || k > first) us[i] = upper.load(k + 32 * i), ls[i] = lower.load(k + 32 * i);
+            if (!IS_EARLY) us[i] = upper.load(k + 32 * i), ls[i] = lower.load(k + 32 * i);
 #pragma unroll
             for (int j = 0; j < TILES; ++j) xs[i][j] = *reinterpret_cast<const uint4 *>(x[j] + k + 32 * i);
         }
@@ -104,6 +106,7 @@ __device__ __forceinline__ void few_rows(const Product &a, const Rows<KIND> &row
 #pragma unroll
             for (int j = 0; j < TILES; ++j) add32<Row::IS_SCALED>(sums[j], u, l, xs[i][j], u_scale, l_scale);
         }
+        if (IS_EARLY) load(k + 32 * AHEAD);
     }
     // (warp, row, output), a row 20 wide so that banks differ
     for (int j = 0; j < TILES; ++j)

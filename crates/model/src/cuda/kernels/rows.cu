@@ -37,11 +37,11 @@ __device__ __forceinline__ float block_sum(float sum) {
     return warp_sum(threadIdx.x % 32 < warps ? sums[threadIdx.x % 32] : 0.f);
 }
 
-// x = w * h / sqrt(mean(h^2) + epsilon) * scale of this block's row, four values a thread up to 4096
-__device__ __forceinline__ void norm_row(const float *h, const float *weights, T *x, int d, float epsilon, float scale) {
+// x = w * h / sqrt(mean(h^2) + epsilon) * scale of this block's row, four values a thread up to 4096. `first` are the thread's first of
+// h, and `weight` those of w.
+__device__ __forceinline__ void norm_row(const float *h, const float *weights, float4 first, float4 weight, T *x, int d, float epsilon, float scale) {
     float sum = 0;
     int own = threadIdx.x * 4, step = blockDim.x * 4;
-    float4 first = wide4(h + own), weight = wide4(weights + own);
     for (int i = own; i < d; i += step) {
         float4 v = i == own ? first : wide4(h + i);
         sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
@@ -60,7 +60,9 @@ extern "C" __global__ void __launch_bounds__(1024) rms_norm(Norm a) {
     begin();
     if (ended(a.pass, a.layers)) return;
     u64 row = a.rows ? a.rows[blockIdx.x] : blockIdx.x;
-    norm_row(a.h + row * a.d, a.weight, a.x + u64(blockIdx.x) * a.d, a.d, a.epsilon, a.scale);
+    const float *h = a.h + row * a.d;
+    float4 first = wide4(h + threadIdx.x * 4), weight = wide4(a.weight + threadIdx.x * 4);
+    norm_row(h, a.weight, first, weight, a.x + u64(blockIdx.x) * a.d, a.d, a.epsilon, a.scale);
 }
 
 struct Add {
@@ -143,6 +145,7 @@ struct Combine {
 // h += the sum of alpha * each over a row's choices, which are added by ascending expert, as the processor adds: a block per row.
 // Then x = norm(h): a kernel less for each block of a model.
 extern "C" __global__ void __launch_bounds__(1024) combine_rows(Combine a) {
+    const int TOGETHER = 8;
     __shared__ int by_expert[32];
     begin();
     if (ended(a.pass, a.layers)) return;
@@ -157,19 +160,20 @@ extern "C" __global__ void __launch_bounds__(1024) combine_rows(Combine a) {
     }
     __syncthreads();
     float *h = a.h + u64(blockIdx.x) * a.d;
-    for (int i = threadIdx.x * 4; i < a.d; i += blockDim.x * 4) {
-        float4 sum = make_float4(0, 0, 0, 0);
-        for (int j = 0; j < a.top_k; j += 4) {
+    float4 weight = a.weight ? wide4(a.weight + own * 4) : make_float4(0, 0, 0, 0), own_h = weight;
+    for (int i = own * 4; i < a.d; i += blockDim.x * 4) {
+        float4 before = wide4(h + i), sum = make_float4(0, 0, 0, 0);
+        for (int j = 0; j < a.top_k; j += TOGETHER) {
             // Read before any is added, so that nobody waits for one after another.
-            float4 ys[4];
-            float alphas[4];
+            float4 ys[TOGETHER];
+            float alphas[TOGETHER];
 #pragma unroll
-            for (int n = 0; n < 4; ++n) {
+            for (int n = 0; n < TOGETHER; ++n) {
                 int choice = by_expert[min(j + n, a.top_k - 1)];
                 ys[n] = wide4(a.each + u64(choice) * a.d + i), alphas[n] = a.alpha[choice];
             }
 #pragma unroll
-            for (int n = 0; n < 4; ++n) {
+            for (int n = 0; n < TOGETHER; ++n) {
                 if (j + n >= a.top_k) break;
                 float4 y = ys[n];
                 float alpha = alphas[n];
@@ -178,12 +182,12 @@ extern "C" __global__ void __launch_bounds__(1024) combine_rows(Combine a) {
                                   __fadd_rn(sum.z, __fmul_rn(alpha, y.z)), __fadd_rn(sum.w, __fmul_rn(alpha, y.w)));
             }
         }
-        float4 before = wide4(h + i);
-        *reinterpret_cast<float4 *>(h + i) =
-            make_float4(before.x + sum.x, before.y + sum.y, before.z + sum.z, before.w + sum.w);
+        float4 after = make_float4(before.x + sum.x, before.y + sum.y, before.z + sum.z, before.w + sum.w);
+        *reinterpret_cast<float4 *>(h + i) = after;
+        if (i == own * 4) own_h = after;
     }
     // A thread reads what it wrote itself.
-    if (a.weight) norm_row(h, a.weight, a.x + u64(blockIdx.x) * a.d, a.d, a.epsilon, 1);
+    if (a.weight) norm_row(h, a.weight, own_h, weight, a.x + u64(blockIdx.x) * a.d, a.d, a.epsilon, 1);
 }
 
 struct Share {
