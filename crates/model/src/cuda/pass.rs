@@ -264,6 +264,11 @@ impl<'m> Pass<'m> {
         }
     }
 
+    /// Rows that are one tile of `few` if one expert has all of them.
+    fn one_tile_rows_max(&self) -> usize {
+        self.cut().few_rows.min(self.machine.kernels.few.blocks.tile.1)
+    }
+
     /// h += the sum of alpha * expert(x) over each row's experts, as they were grouped.
     fn start_experts(&mut self, experts: &ExpertPlaces) -> Result<(), CudaError> {
         let Machine { gpu, kernels, scratch, config, .. } = self.machine;

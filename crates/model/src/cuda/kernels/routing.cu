@@ -94,14 +94,15 @@ __device__ __forceinline__ u64 tiles_of(const Route &a, int rows) {
     return u64((few + a.few_tile - 1) / a.few_tile) << 20 | u64((many + a.many_tile - 1) / a.many_tile) << 40;
 }
 
-// Blocks of at least a thread for each expert, 1024 at most: order tokens by expert and cut the groups into tiles. Each counts all,
-// and writes what is of its share of the experts: places are all over memory, which one multiprocessor writes slowly.
-__device__ __forceinline__ void group(const Route &a) {
+// Blocks of so many threads, of which there is one for each expert at least, 1024 at most: order tokens by expert and cut the groups
+// into tiles. Each counts all, and writes what is of its share of the experts: places are all over memory, which one multiprocessor
+// writes slowly.
+__device__ __forceinline__ void group(const Route &a, int threads) {
     __shared__ u32 counts[1024];
     __shared__ u32 taken[1024];
     __shared__ u64 sums[1024];
     __shared__ u64 warps[32];
-    int e = threadIdx.x, lane = e % 32, threads = blockDim.x;
+    int e = threadIdx.x, lane = e % 32;
     counts[e] = 0, taken[e] = 0;
     __syncthreads();
     int choices = a.rows * a.top_k;
@@ -140,10 +141,30 @@ __device__ __forceinline__ void group(const Route &a) {
     }
 }
 
-// What choose_experts chose.
+// What choose_experts chose. Blocks of 1024.
 extern "C" __global__ void __launch_bounds__(1024) group_rows(Route a) {
     begin();
-    if (!route_ended(a)) group(a);
+    if (!route_ended(a)) group(a, 1024);
+}
+
+// The same as `group` by one warp, for 32 choices at most, where every group is one tile of few.
+__device__ __forceinline__ void group_in_warp(const Route &a) {
+    int lane = threadIdx.x, choices = a.rows * a.top_k;
+    int expert = lane < choices ? a.chosen[lane] : 1024; // behind all that there are
+    int slot = lane < choices ? a.slots[expert] : -1;
+    u32 same = __match_any_sync(~0u, expert);
+    bool leads = lane < choices && lane == __ffs(same) - 1;
+    u32 leaders = __ballot_sync(~0u, leads);
+    int place = 0, tile = 0;
+#pragma unroll
+    for (int j = 0; j < 32; ++j) {
+        int other = __shfl_sync(~0u, expert, j);
+        place += other < expert || other == expert && j < lane;
+        tile += other < expert && leaders >> j & 1;
+    }
+    if (lane < choices) a.order[place] = lane / a.top_k, a.to[place] = lane;
+    if (leads) a.few[tile] = Tile{slot, place, __popc(same), 0};
+    if (lane == 0) a.counts[0] = __popc(leaders), a.counts[1] = 0;
 }
 
 // Both at once, for few rows. One block.
@@ -152,5 +173,14 @@ extern "C" __global__ void __launch_bounds__(1024) choose_and_group(Route a) {
     if (route_ended(a)) return;
     for (int token = threadIdx.x / 32; token < a.rows; token += blockDim.x / 32) choose(a, token);
     __syncthreads();
-    group(a);
+    group(a, blockDim.x);
+}
+
+// And for so few that one warp groups them. One block, of a warp for each row.
+extern "C" __global__ void __launch_bounds__(1024) choose_and_group_few(Route a) {
+    begin();
+    if (route_ended(a)) return;
+    choose(a, threadIdx.x / 32);
+    __syncthreads();
+    if (threadIdx.x < 32) group_in_warp(a);
 }

@@ -171,9 +171,13 @@ impl Operations for Pass<'_> {
         self.router_logits(&router.classifier)?;
         let route = self.route_of(experts.map_or(0, |experts| experts.table_of(layer)));
         if experts.is_some() && rows <= FUSED_ROUTE_ROWS_MAX {
-            // A thread for each expert and a warp for each row; the fewer there are, the sooner they have met.
-            let threads = config.num_experts.next_multiple_of(32).max(32 * rows).min(GROUPING_THREADS_MAX);
-            return self.machine.launch(&kernels.choose_and_group, (1, 1, 1), threads as u32, &route);
+            let choices = rows * config.top_k;
+            // The fewer threads there are, the sooner they have met.
+            let (kernel, threads) = match choices <= self.one_tile_rows_max().min(32) {
+                true => (&kernels.choose_and_group_few, 32 * rows),
+                false => (&kernels.choose_and_group, config.num_experts.next_multiple_of(32).max(32 * rows)),
+            };
+            return self.machine.launch(kernel, (1, 1, 1), threads.min(GROUPING_THREADS_MAX) as u32, &route);
         }
         self.machine.launch(&kernels.choose_experts, (rows.div_ceil(4), 1, 1), 128, &route)?;
         match experts {
