@@ -67,20 +67,28 @@ fn keep_near(cache: &ExpertCache, placed: &[ExpertKey], is_newest: impl Fn() -> 
 
 /// Loads what is missing, as far as there is room; how many. `None`: the placement is not the newest any more.
 pub(crate) fn load(cache: &ExpertCache, placed: &[ExpertKey], is_newest: impl Fn() -> bool) -> Option<usize> {
-    let mut loaded = 0;
-    while is_newest() {
+    let (mut loaded, mut failed) = (0, Vec::new());
+    let ended = loop {
+        if !is_newest() {
+            break None;
+        }
         match cache.next_placed(placed) {
-            NextPlaced::Done => return Some(loaded),
+            NextPlaced::Done => break Some(loaded),
             NextPlaced::Busy => thread::sleep(YIELD),
             NextPlaced::Load(unfilled) => {
                 let key = unfilled.key();
                 match unfilled.fill() {
                     Ok(_) => loaded += 1,
                     // Not tried again before a plan or a call names it; then it is told who wants it.
-                    Err(error) => tracing::warn!(%key, %error, "an expert that is placed here cannot be loaded"),
+                    Err(error) => failed.push((key, error)),
                 }
             }
         }
+    };
+    // A damaged file may have all of them.
+    if let Some((key, error)) = failed.first() {
+        let experts = failed.len();
+        tracing::warn!(experts, %key, %error, "experts that are placed here cannot be loaded; the first of them");
     }
-    None
+    ended
 }

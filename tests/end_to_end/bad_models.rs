@@ -124,7 +124,9 @@ fn damaged_experts_that_are_used_end_with_the_code_of_a_bad_file() {
     }
     for command in [&["ask", "x"][..], &["ask", "--json", "x"], &["bench", "--requests", "1", "--warmup", "1"]] {
         let said = refused(command, model.path(), &[".mlp.experts.", "damaged"]);
-        assert_eq!(said.lines().count(), 1, "{said}");
+        // What is loaded in the background is told of in the log, by one line for each node.
+        let (warned, errors): (Vec<&str>, Vec<&str>) = said.lines().partition(|line| line.contains(" WARN "));
+        assert!(errors.len() == 1 && warned.len() <= 2, "{said}");
     }
 }
 
