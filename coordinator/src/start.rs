@@ -145,7 +145,7 @@ impl Coordinator {
             config.checkpoint.digest(),
         ));
         let preload = Arc::new(Preload::new(nodes.clone(), cluster.clone(), config.plan_chance, model.top_k));
-        let need = Arc::new(Need::new(nodes.clone(), config.evaluates));
+        let need = Arc::new(Need::new(nodes.clone(), config.evaluates, &predict));
         let statistics = Arc::new(Statistics::default());
         let dispatch = |patience| {
             let rows_max = (CALL_BYTES_MAX / (model.d_model * size_of::<f32>())).clamp(1, CALL_ROWS_MAX);

@@ -86,7 +86,7 @@ pub enum ExpertMemory {
 
 /// Not an amount of expert memory.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
-#[error("{found:?} is not an amount of memory, expected such as 2GiB, 300MB, 65536 or 25%")]
+#[error("{found:?} is not an amount of memory, expected such as 2GiB, 300MB, 65536 or 25%, at most 100%")]
 pub struct ExpertMemoryError {
     /// The text that was given.
     pub found: String,

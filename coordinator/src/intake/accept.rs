@@ -141,7 +141,7 @@ impl Acceptance<'_> {
     /// Tokens that all are in the vocabulary.
     pub(crate) fn in_vocabulary(&self, ids: Vec<u32>) -> Result<Vec<u32>, RequestError> {
         let vocab_size = self.model.vocab_size;
-        match ids.iter().zip(0..).find(|&(&id, _)| id as usize >= vocab_size) {
+        match ids.iter().zip(1..).find(|&(&id, _)| id as usize >= vocab_size) {
             None => Ok(ids),
             Some((id, place)) => {
                 let found = format!("{id} in place {place}");

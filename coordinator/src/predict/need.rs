@@ -6,7 +6,7 @@ use std::{sync::Arc, time::Duration};
 use parking_lot::Mutex;
 use sida_routing::prediction::{MEASURING_SHARE, Measuring};
 
-use crate::{answer::routing_mode::RoutingMode, dispatch::nodes::Nodes};
+use crate::{answer::routing_mode::RoutingMode, dispatch::nodes::Nodes, predict::predict::Predict};
 
 /// Says which.
 pub(crate) struct Need {
@@ -17,8 +17,10 @@ pub(crate) struct Need {
 }
 
 impl Need {
-    pub(crate) fn new(nodes: Arc<Nodes>, is_evaluated: bool) -> Self {
-        Self { nodes, is_evaluated, measuring: Mutex::new(Measuring::new(MEASURING_SHARE)) }
+    pub(crate) fn new(nodes: Arc<Nodes>, is_evaluated: bool, predict: &Predict) -> Self {
+        // Without a predictor there is nothing to measure, and a prediction that nobody needs is not missing.
+        let share = if predict.is_off() { 0.0 } else { MEASURING_SHARE };
+        Self { nodes, is_evaluated, measuring: Mutex::new(Measuring::new(share)) }
     }
 
     /// Whether each request of a batch is predicted, given its mode.

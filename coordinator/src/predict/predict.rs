@@ -193,7 +193,7 @@ impl Predict {
 
     /// A table of the decoder's layers for the tokens that were fed last to each sequence, or none for any.
     pub(crate) fn decode(&self, sequences: &[Arc<Progress>], trace: Option<TraceContext>) -> Vec<Option<HashTable>> {
-        if matches!(self.source, Source::Off) || self.decoder_layers.is_empty() {
+        if self.is_off() || self.decoder_layers.is_empty() {
             return vec![None; sequences.len()];
         }
         let fed: Vec<Unseen> = sequences.iter().map(|progress| std::mem::take(&mut *progress.unseen.lock())).collect();
@@ -213,6 +213,11 @@ impl Predict {
     /// Whether nobody has to be asked, so that a prediction is over soon.
     pub(crate) fn is_at_hand(&self) -> bool {
         !matches!(self.source, Source::Remote(..))
+    }
+
+    /// Whether nothing is ever predicted.
+    pub(crate) fn is_off(&self) -> bool {
+        matches!(self.source, Source::Off)
     }
 
     /// Where steps are predicted by others, who may not answer.

@@ -46,7 +46,7 @@ async fn tokens_are_a_prompt_as_their_text_is() {
         assert_eq!(by_text.expect("scored").targets, by_tokens.expect("scored").targets);
         let vocab_size = coordinator.checkpoint().config().vocab_size as u32;
         for (tokens, expected) in
-            [(vec![], "an empty list"), (vec![5, vocab_size], "in place 1"), (vec![5; 513], "513")]
+            [(vec![], "an empty list"), (vec![5, vocab_size], "in place 2"), (vec![5; 513], "513")]
         {
             let error = ids(&coordinator, tokens.into()).await.expect_err("refused").to_string();
             assert!(error.contains(expected), "{error}");

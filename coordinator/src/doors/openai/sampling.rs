@@ -150,6 +150,9 @@ pub(crate) fn routing(fields: &mut Fields) -> Result<RoutingMode, ApiError> {
     let mut options = Fields::of(value, "routing")?;
     let (mode, alpha) = (options.text("mode")?, options.text("alpha")?);
     options.end()?;
+    if let (Some(alpha), None | Some("exact" | "guided")) = (&alpha, mode.as_deref()) {
+        return Err(ApiError::field("routing.alpha", alpha, "none: the mode hash has one"));
+    }
     let alpha = match alpha.as_deref() {
         None | Some("router") => Alpha::Router,
         Some("predicted") => Alpha::Predicted,
@@ -226,7 +229,9 @@ mod tests {
             (json!({"logit_bias": [1]}), "logit_bias"),
             (json!({"routing": {"mode": "fast"}}), "routing.mode"),
             (json!({"routing": {"mode": "Guided"}}), "routing.mode"),
-            (json!({"routing": {"alpha": "none"}}), "routing.alpha"),
+            (json!({"routing": {"mode": "hash", "alpha": "none"}}), "routing.alpha"),
+            (json!({"routing": {"alpha": "router"}}), "routing.alpha"),
+            (json!({"routing": {"mode": "guided", "alpha": "router"}}), "routing.alpha"),
             (json!({"routing": {"beta": 1}}), "routing.beta"),
             (json!({"routing": "hash"}), "routing"),
             (json!({"stream_options": {"include_usage": true}}), "stream_options"),
