@@ -206,9 +206,9 @@ mod tests {
             found.extend_from_slice(&piece);
             assert_eq!(body.is_end_stream(), left == 0);
         }
-        assert!(found == bytes && peer.seen().is_busy);
+        assert!(found == bytes && peer.seen(time::Instant::now()).is_busy);
         drop(body);
-        assert!(!peer.seen().is_busy);
+        assert!(!peer.seen(time::Instant::now()).is_busy);
     }
 
     #[tokio::test]

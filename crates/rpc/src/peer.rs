@@ -92,11 +92,11 @@ impl Peer {
     }
 
     /// As [`crate::who_leaves`] looks at it.
-    pub(crate) fn seen(&self) -> Staying {
+    pub(crate) fn seen(&self, now: Instant) -> Staying {
         let Calls { open, last } = *self.calls.borrow();
-        let is_fresh = open == 0 && last == self.came && self.came.elapsed() < FRESH_FOR;
+        let is_fresh = open == 0 && last == self.came && now - self.came < FRESH_FOR;
         let is_busy = open > 0 && !self.harmful.is_cancelled();
-        let is_in_use = last != self.came && last.elapsed() < IN_USE_FOR;
+        let is_in_use = last != self.came && now - last < IN_USE_FOR;
         Staying { origin: self.origin, is_busy, is_fresh, is_in_use, last }
     }
 

@@ -48,20 +48,20 @@ pub(crate) struct Staying {
 
 /// What becomes of a newcomer.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Room {
-    /// It has the place of the first of these, who leave; the others leave for those behind it.
-    Of(Vec<usize>),
+pub(crate) enum Room<S> {
+    /// It has the place of this one, who leaves; or of the first of these, and the others can be spared for those behind it.
+    Of(S),
     /// It has none: its own origin has more than its share, and others shall not wait behind it.
     None,
     /// Somebody's calls have to end first.
     Later,
 }
 
-/// What becomes of a `newcomer` when `staying` have all places. Somebody [without a call](idlest) leaves for it, up to
-/// `more` of them: nobody who is in use, while there are others or the newcomer's own origin has more than half of the places.
+/// What becomes of a `newcomer` when `staying` have all places. Somebody [without a call](idlest) leaves for it, and up to
+/// `more` are named: nobody who is in use, while there are others or the newcomer's own origin has more than half of the places.
 /// If all have calls, such an origin gives one to another: of those it has had for the longest time. While there is such an
 /// origin, nobody else who has only just come or is in use has to leave.
-pub(crate) fn room(staying: &[Staying], newcomer: Origin, more: usize) -> Room {
+pub(crate) fn room(staying: &[Staying], newcomer: Origin, more: usize) -> Room<Vec<usize>> {
     let greedy = majority(staying);
     let is_spared = |staying: &Staying| {
         (staying.is_fresh || staying.is_in_use) && greedy.is_some_and(|greedy| staying.origin != greedy)
@@ -142,11 +142,11 @@ mod tests {
     }
 
     /// Connections as (origin, busy, seconds).
-    fn room_for(staying: &[(&str, bool, u64)], newcomer: &str) -> Room {
+    fn room_for(staying: &[(&str, bool, u64)], newcomer: &str) -> Room<Vec<usize>> {
         room_for_more(staying, newcomer, 1)
     }
 
-    fn room_for_more(staying: &[(&str, bool, u64)], newcomer: &str, more: usize) -> Room {
+    fn room_for_more(staying: &[(&str, bool, u64)], newcomer: &str, more: usize) -> Room<Vec<usize>> {
         let start = Instant::now();
         let staying = staying.iter().map(|&(from, is_busy, second)| Staying {
             origin: origin(from),
