@@ -204,8 +204,8 @@ impl Engine {
         self.rows.fetch_add(groups.iter().map(|group| u64::from(group.rows)).sum(), Ordering::Relaxed);
     }
 
-    /// Loads these experts (ascending), as far as there is room that nobody misses; how many. For a start: what is loaded is
-    /// there when the first request comes.
+    /// Loads these experts (ascending), as far as there is room that nobody misses, or until the node is closed; how many. What
+    /// is loaded is there when a request needs it.
     pub fn load_ahead(&self, experts: &[ExpertKey]) -> usize {
         follow_placement::load(&self.cache, experts, || true).unwrap_or_default()
     }

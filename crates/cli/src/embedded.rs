@@ -7,7 +7,8 @@ use sida_cluster::{Address, Cluster, Member, Role, experts::LocalExperts};
 use sida_coordinator::{Coordinator, CoordinatorConfig};
 use sida_expert_node::{Engine, ExpertMemory, ExpertNodeConfig, ExpertNodeError, smallest_memory::smallest};
 use sida_model::{Checkpoint, DeviceName};
-use sida_routing::{Candidate, Extent, NodeId, Placement};
+use sida_routing::{Candidate, ExpertKey, Extent, NodeId, Placement};
+use tokio::task::JoinHandle;
 
 use crate::{
     arguments::{embedded::EmbeddedArguments, model::ModelArguments, predictor::PredictorArguments},
@@ -58,7 +59,11 @@ impl EmbeddedCluster {
         config.on_load = Some(loading_bar::of_model(&config.checkpoint));
         adapt(&mut config);
         if embedded.device.device != DeviceName::Cpu {
-            load_placed(&engines, &cluster).await?;
+            // On a GPU a load takes longer than a pass goes through a layer, so the first requests would wait for nearly every
+            // expert.
+            for engine in &engines {
+                load(engine, placed_on(engine, &cluster)).await?;
+            }
         }
         let coordinator = Coordinator::start(config, cluster).await.map_err(coordinator::refused)?;
         Ok(Self { coordinator, engines })
@@ -77,12 +82,10 @@ impl EmbeddedCluster {
     /// Has every expert-node that has room for all that is placed on it load that, while requests are answered: seldom used
     /// experts are there when they are, and nothing has to be predicted for long. Ends with the cluster.
     pub(crate) fn load_ahead(&self) {
-        let placement = self.coordinator.cluster().placement();
         for engine in &self.engines {
-            let placed: Vec<_> = placement.held_by(engine.node()).collect();
+            let placed = placed_on(engine, self.coordinator.cluster());
             if engine.residency().slots >= placed.len() as u64 {
-                let engine = engine.clone();
-                tokio::task::spawn_blocking(move || engine.load_ahead(&placed));
+                drop(load(engine, placed));
             }
         }
     }
@@ -96,15 +99,15 @@ impl EmbeddedCluster {
     }
 }
 
-/// Has every expert-node load what is placed on it: on a GPU a load takes longer than a pass goes through a layer, so the
-/// first requests would wait for nearly every expert.
-async fn load_placed(engines: &[Arc<Engine>], cluster: &Cluster) -> anyhow::Result<()> {
-    let placement = cluster.placement();
-    for engine in engines {
-        let (engine, placed) = (engine.clone(), placement.held_by(engine.node()).collect::<Vec<_>>());
-        tokio::task::spawn_blocking(move || engine.load_ahead(&placed)).await?;
-    }
-    Ok(())
+/// The experts that are placed on a node.
+fn placed_on(engine: &Engine, cluster: &Cluster) -> Vec<ExpertKey> {
+    cluster.placement().held_by(engine.node()).collect()
+}
+
+/// Has a node load these experts, in a thread that ends when the node does.
+fn load(engine: &Arc<Engine>, experts: Vec<ExpertKey>) -> JoinHandle<usize> {
+    let engine = engine.clone();
+    tokio::task::spawn_blocking(move || engine.load_ahead(&experts))
 }
 
 fn local_member(engine: &Arc<Engine>) -> Member {
