@@ -60,7 +60,7 @@ pub struct CoordinatorConfig {
     pub server: ServerConfig,
     /// Web pages that may ask by HTTP from a browser; none: no page may.
     pub http_cors_origins: Vec<CorsOrigin>,
-    /// Evaluates the predictor: every request is predicted, also where all experts are resident, and traces tell layer by layer
+    /// Evaluates the predictor: every request is predicted, also where plans gain nothing, and traces tell layer by layer
     /// what hash tables named. That takes time between passes.
     pub evaluates: bool,
     /// To measure under the locality of real texts: routes in the place of those that the routers choose, for every request.

@@ -95,7 +95,7 @@ fn results(
                 span.set("sida.load_us", spans::microseconds(report.load));
                 span.set("sida.compute_us", spans::microseconds(report.compute));
             }
-            v1::Results::done(call_id, rows, report_message(report))
+            v1::Results::done(call_id, rows, report_message(report, engine.gains_by_plans()))
         }
         Err(fault) => {
             if let Some(span) = &mut span {
@@ -157,11 +157,12 @@ fn fault(error: CallError) -> Fault {
     Fault::from_error(reason, &error)
 }
 
-fn report_message(report: CallReport) -> v1::CallReport {
+fn report_message(report: CallReport, gains_by_plans: bool) -> v1::CallReport {
     v1::CallReport {
         hits: report.hits,
         demand_loads: report.demand_loads,
         load_us: report.load.as_micros() as u64,
         compute_us: report.compute.as_micros() as u64,
+        gains_nothing_by_plans: !gains_by_plans,
     }
 }

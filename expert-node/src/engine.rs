@@ -332,6 +332,10 @@ impl LocalExperts for Engine {
         self.cache.residency(|residency| residency.resident_slots())
     }
 
+    fn gains_by_plans(&self) -> bool {
+        self.cache.residency(|residency| residency.gains_by_plans())
+    }
+
     fn residency(&self) -> ResidencyReport {
         self.cache.residency(|residency| {
             let resident: Vec<_> = residency.resident().map(|(key, _)| key).collect();

@@ -70,7 +70,7 @@ fn activations() {
 /// Results from an expert-node could end a coordinator, or be taken for those of another number of rows.
 #[test]
 fn results() {
-    let report = v1::CallReport { hits: 1, demand_loads: 2, load_us: 3, compute_us: 4 };
+    let report = v1::CallReport { hits: 1, demand_loads: 2, load_us: 3, compute_us: 4, ..Default::default() };
     let done = v1::Results::done(7, vec![1.5; 12], report);
     let (reason, message) = ("STALE_EPOCH".to_owned(), "old".to_owned());
     let refusal = v1::CallError { code: 9, reason, message, newer_placement: vec![8, 1].into() };
@@ -194,7 +194,7 @@ fn lane_frames() {
 /// A frame of a lane could end a coordinator before any check of ours is reached.
 #[test]
 fn lane_answers() {
-    let report = v1::CallReport { hits: 1, demand_loads: 2, load_us: 3, compute_us: 4 };
+    let report = v1::CallReport { hits: 1, demand_loads: 2, load_us: 3, compute_us: 4, ..Default::default() };
     let kinds = [
         v1::lane_response::Kind::Results(v1::Results::done(7, vec![1.5; 12], report)),
         v1::lane_response::Kind::Alive(v1::Alive {}),

@@ -12,8 +12,8 @@ use crate::answer::{hash_layers::HashLayers, routing_mode::RoutingMode};
 pub struct Trace {
     /// The routing mode it ran in.
     pub mode: RoutingMode,
-    /// Whether some steps had no hash table, and so ran `exact`, without hints. Where all experts are resident, few requests in
-    /// `exact` are predicted.
+    /// Whether some steps had no hash table, and so ran `exact`, without hints. Where expert-nodes gain nothing by plans, few
+    /// requests in `exact` are predicted.
     pub unpredicted: bool,
     /// Where the request's time went.
     pub timings: Timings,

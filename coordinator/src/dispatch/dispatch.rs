@@ -273,7 +273,7 @@ impl Dispatch {
         // The answer to a call that was given up meanwhile is nobody's.
         let Some(call) = under_way.calls.answered(call_id) else { return Ok(()) };
         under_way.spans.retain(|(id, _)| *id != call_id);
-        let Computed { results, report, took } = match outcome {
+        let Computed { results, report, took, .. } = match outcome {
             Ok(computed) => computed,
             Err(failure) => {
                 if failure == CallFailure::Stale {

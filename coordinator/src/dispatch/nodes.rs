@@ -94,6 +94,15 @@ impl Roster {
         failover::choose(self.placement.holder_indices(key), self.links.len(), key.expert, &is_up, &[])
     }
 
+    /// Whether some node computes sooner for plans, as far as is known.
+    pub(crate) fn gains_by_plans(&self) -> bool {
+        let gains = |link: &Arc<Link>| match &link.reach {
+            Reach::Local(experts) => experts.gains_by_plans(),
+            Reach::Remote(lane) => lane.gains_by_plans(),
+        };
+        !self.all_resident() && self.links.iter().any(gains)
+    }
+
     /// Whether nothing has to be loaded any more, whichever node is asked for it. Not known of nodes in other processes.
     /// One in this process is asked for nothing but what is placed on it, so when it holds as many, these are they, and
     /// none ever leaves.

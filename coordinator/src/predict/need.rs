@@ -1,5 +1,5 @@
-//! Which requests are predicted: `routing::prediction` decides, and is told here where all experts are, and what predictions
-//! took that only measured. Asked by `prepare` for each batch.
+//! Which requests are predicted: `routing::prediction` decides, and is told here whether nodes gain by plans, and what
+//! predictions took that only measured. Asked by `prepare` for each batch.
 
 use std::{sync::Arc, time::Duration};
 
@@ -25,14 +25,14 @@ impl Need {
 
     /// Whether each request of a batch is predicted, given its mode.
     pub(crate) fn of_batch(&self, modes: impl Iterator<Item = RoutingMode>) -> Vec<bool> {
-        let all_resident = !self.is_evaluated && self.nodes.roster().all_resident();
+        let gains_by_plans = self.is_evaluated || self.nodes.roster().gains_by_plans();
         let routed_by_it = modes.map(|mode| mode != RoutingMode::Exact);
-        self.measuring.lock().of_batch(routed_by_it, all_resident, self.nodes.clock().now())
+        self.measuring.lock().of_batch(routed_by_it, gains_by_plans, self.nodes.clock().now())
     }
 
     /// The prediction of requests in these modes took so long.
     pub(crate) fn took(&self, mut modes: impl Iterator<Item = RoutingMode>, took: Duration) {
-        if modes.all(|mode| mode == RoutingMode::Exact) && self.nodes.roster().all_resident() {
+        if modes.all(|mode| mode == RoutingMode::Exact) && !self.nodes.roster().gains_by_plans() {
             self.measuring.lock().spent(took);
         }
     }

@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -62,6 +62,8 @@ pub(crate) struct PlainExperts {
     pub(crate) unplanned: AtomicU64,
     /// How many experts the node says it holds.
     pub(crate) resident: AtomicUsize,
+    /// Whether the node says that plans gain it nothing.
+    pub(crate) gains_nothing: AtomicBool,
     /// The placement that the node knows, and what it sends to those who know an older one.
     pub(crate) newer: Mutex<(u64, bytes::Bytes)>,
     /// What the node says of itself.
@@ -146,6 +148,10 @@ impl LocalExperts for PlainExperts {
         self.resident.load(Ordering::Relaxed)
     }
 
+    fn gains_by_plans(&self) -> bool {
+        !self.gains_nothing.load(Ordering::Relaxed)
+    }
+
     fn residency(&self) -> ResidencyReport {
         ResidencyReport::default()
     }
@@ -208,6 +214,7 @@ fn experts_of(model: &Path) -> Arc<PlainExperts> {
         plans_total: AtomicU64::new(0),
         unplanned: AtomicU64::new(0),
         resident: AtomicUsize::new(0),
+        gains_nothing: AtomicBool::new(false),
         newer: Mutex::default(),
     })
 }

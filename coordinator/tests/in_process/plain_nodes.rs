@@ -176,7 +176,8 @@ fn compute(experts: &PlainExperts, activations: v1::Activations) -> v1::Results 
     let expert_call = ExpertCall { layer: call.layer, groups: &call.groups, activations };
     match experts.compute(expert_call, &mut out) {
         Ok(report) => {
-            let report = v1::CallReport { hits: report.hits, ..Default::default() };
+            let gains_nothing_by_plans = !experts.gains_by_plans();
+            let report = v1::CallReport { hits: report.hits, gains_nothing_by_plans, ..Default::default() };
             v1::Results::done(call.call_id, out, report)
         }
         Err(error) => {

@@ -16,7 +16,7 @@ use sida_routing::{ExpertId, Labels, LabelsExtent};
 use crate::{
     noise_predictor::NoisePredictor,
     plain_experts::{model_dir, start, start_over},
-    plain_nodes::{serve_predictor, serve_predictor_that_learns},
+    plain_nodes::{any_port, serve_experts, serve_predictor, serve_predictor_that_learns},
 };
 
 const TOKENS: usize = 24;
@@ -99,6 +99,41 @@ async fn where_all_experts_are_resident_few_are_predicted() {
             (evaluated.unpredicted, evaluated.hash, of_layers),
             (false, trace(&first).hash, evaluated.hash.misses)
         );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn where_no_node_gains_by_plans_few_are_predicted() {
+    // Would break: where experts are loaded in no time, or are all there on nodes of other processes, predictions that nobody
+    // needs take the time of passes; or none is made when one node begins to gain by them.
+    let source =
+        || PredictorSource::Local(Arc::new(NoisePredictor::of(&model_dir(), 3).slow(Duration::from_millis(10))));
+    let here = start(2, source(), |_| ()).await;
+    let served = start(2, PredictorSource::Off, |_| ()).await.nodes;
+    let mut addresses = Vec::new();
+    let mut serving = Vec::new();
+    for node in &served {
+        serving.push(serve_experts(node.clone(), any_port()).await);
+        addresses.push(Address::Grpc(serving[serving.len() - 1].address.to_string()));
+    }
+    let elsewhere = start_over(addresses, Vec::new(), source(), |_| ()).await;
+    for (coordinator, nodes) in [(&here.coordinator, &here.nodes), (&elsewhere, &served)] {
+        let say = |gains_nothing: [bool; 2]| {
+            nodes.iter().zip(gains_nothing).for_each(|(node, is)| node.gains_nothing.store(is, Ordering::Relaxed));
+        };
+        let is_predicted = async |routing| {
+            let tokens = generate(coordinator, routing).await;
+            (!tokens[TOKENS - 1].finish.as_ref().expect("the last").trace.unpredicted, ids(&tokens))
+        };
+        say([true, true]);
+        let (first, expected) = is_predicted(RoutingMode::Exact).await;
+        assert!(first, "who asks seldom is told");
+        assert_eq!(is_predicted(RoutingMode::Exact).await, (false, expected.clone()));
+        assert!(is_predicted(GUIDED).await.0);
+        say([true, false]);
+        // What nodes elsewhere say comes with their answers.
+        is_predicted(RoutingMode::Exact).await;
+        assert_eq!(is_predicted(RoutingMode::Exact).await, (true, expected));
     }
 }
 

@@ -69,6 +69,10 @@ impl LocalExperts for SmallExperts {
         self.residency.lock().resident_slots()
     }
 
+    fn gains_by_plans(&self) -> bool {
+        self.residency.lock().gains_by_plans()
+    }
+
     fn residency(&self) -> ResidencyReport {
         ResidencyReport::default()
     }

@@ -90,6 +90,8 @@ pub trait LocalExperts: Send + Sync {
     }
     /// How many experts are resident.
     fn resident_count(&self) -> usize;
+    /// Whether hints let it compute sooner: not where hardly any expert had to be loaded of late, or each was quickly.
+    fn gains_by_plans(&self) -> bool;
     /// What the node holds now.
     fn residency(&self) -> ResidencyReport;
 }

@@ -1,7 +1,8 @@
-//! Which requests are predicted. A prediction is worth its time where it chooses experts, or where an expert may have to be
-//! loaded. Where all are resident for good, a request in `exact` would be computed no sooner for it: all that it tells is how
-//! good the predictor is. So there only some are predicted, as many as a small share of the time is enough for, so that hit
-//! rates go on being measured and cost next to nothing. Whoever asks seldom is always predicted.
+//! Which requests are predicted. A prediction is worth its time where it chooses experts, or where a plan lets experts be loaded
+//! before they are used. Where hardly any has to be loaded, or each is quickly, a request in `exact` would be computed no sooner
+//! for it: all that it tells is how good the predictor is. So there only some are predicted, as many as a small share of the
+//! time is enough for, so that hit rates go on being measured and cost next to nothing. Whoever asks seldom is always
+//! predicted.
 //!
 //! A request is predicted from its prompt to its last token or not at all: a net has to see every token of a sequence, and
 //! rates of beginnings alone would not be those of the whole.
@@ -29,20 +30,20 @@ impl Measuring {
         Self { share, left: share * KEPT.as_secs_f64(), filled: Duration::ZERO }
     }
 
-    /// Which requests of a batch are predicted, given of each whether it is routed by its prediction. Where `all_resident`,
-    /// every expert is where it is asked for, and none ever leaves. Of the requests that gain nothing, one is predicted at
-    /// most, so that what a batch costs is known before the next.
+    /// Which requests of a batch are predicted, given of each whether it is routed by its prediction, and whether any
+    /// `gains_by_plans`. Of the requests that gain nothing, one is predicted at most, so that what a batch costs is known before
+    /// the next.
     pub fn of_batch(
         &mut self,
         routed_by_it: impl IntoIterator<Item = bool>,
-        all_resident: bool,
+        gains_by_plans: bool,
         now: Duration,
     ) -> Vec<bool> {
         let passed = now.saturating_sub(self.filled).as_secs_f64();
         self.filled = self.filled.max(now);
         self.left = (self.left + self.share * passed).min(self.share * KEPT.as_secs_f64());
         let mut measures = self.left > 0.0;
-        routed_by_it.into_iter().map(|is| is || !all_resident || std::mem::take(&mut measures)).collect()
+        routed_by_it.into_iter().map(|is| is || gains_by_plans || std::mem::take(&mut measures)).collect()
     }
 
     /// A prediction that only measures took so long.
@@ -72,35 +73,35 @@ mod tests {
     fn what_gains_by_it_is_predicted_whatever_that_costs() {
         // Would break: experts are loaded late, or a request that is to be routed by its prediction has none.
         for routed_by_it in [[false; 3], [true, false, true], [true; 3]] {
-            assert_eq!(poor().of_batch(routed_by_it, false, ms(1)), [true; 3]);
-            assert_eq!(poor().of_batch(routed_by_it, true, ms(1)), routed_by_it);
+            assert_eq!(poor().of_batch(routed_by_it, true, ms(1)), [true; 3]);
+            assert_eq!(poor().of_batch(routed_by_it, false, ms(1)), routed_by_it);
         }
     }
 
     #[test]
     fn the_first_that_gains_nothing_measures() {
-        // Would break: no hit rate is known where all experts are resident, or every request pays for it.
+        // Would break: no hit rate is known where plans are of no use, or every request pays for it.
         let mut measuring = Measuring::new(0.02);
-        assert_eq!(measuring.of_batch([true, false, false], true, ms(0)), [true, true, false]);
-        assert_eq!(measuring.of_batch([false, false], true, ms(0)), [true, false]);
+        assert_eq!(measuring.of_batch([true, false, false], false, ms(0)), [true, true, false]);
+        assert_eq!(measuring.of_batch([false, false], false, ms(0)), [true, false]);
         measuring.spent(ms(6));
-        assert_eq!(measuring.of_batch([false], true, ms(49)), [false]);
-        assert_eq!(measuring.of_batch([false], true, ms(51)), [true]);
-        // Experts are missing from now on: at once, and without being counted.
-        assert_eq!(measuring.of_batch([false, false], false, ms(51)), [true, true]);
-        assert!(Measuring::new(0.0).of_batch([false], true, ms(10_000)) == [false]);
+        assert_eq!(measuring.of_batch([false], false, ms(49)), [false]);
+        assert_eq!(measuring.of_batch([false], false, ms(51)), [true]);
+        // Plans are of use from now on: at once, and without being counted.
+        assert_eq!(measuring.of_batch([false, false], true, ms(51)), [true, true]);
+        assert!(Measuring::new(0.0).of_batch([false], false, ms(10_000)) == [false]);
     }
 
     #[test]
     fn what_is_not_used_is_lost_after_a_while() {
         // Would break: after a quiet night everything is predicted for minutes.
         let mut measuring = Measuring::new(0.02);
-        measuring.of_batch([], true, Duration::from_secs(30_000));
+        measuring.of_batch([], false, Duration::from_secs(30_000));
         measuring.spent(ms(6));
-        assert_eq!(measuring.of_batch([false], true, Duration::from_secs(30_000)), [false]);
+        assert_eq!(measuring.of_batch([false], false, Duration::from_secs(30_000)), [false]);
         // A clock that is asked out of order gives nothing twice.
-        assert_eq!(measuring.of_batch([false], true, Duration::from_secs(20_000)), [false]);
-        assert_eq!(measuring.of_batch([false], true, Duration::from_secs(30_000)), [false]);
+        assert_eq!(measuring.of_batch([false], false, Duration::from_secs(20_000)), [false]);
+        assert_eq!(measuring.of_batch([false], false, Duration::from_secs(30_000)), [false]);
     }
 
     proptest! {
@@ -113,7 +114,7 @@ mod tests {
             let (mut now, mut spent, mut longest) = (Duration::ZERO, Duration::ZERO, Duration::ZERO);
             for (pause, requests, took) in batches {
                 now += Duration::from_micros(pause);
-                let predicted = measuring.of_batch(vec![false; requests], true, now);
+                let predicted = measuring.of_batch(vec![false; requests], false, now);
                 prop_assert!(predicted[1..].iter().all(|is| !is));
                 if predicted[0] {
                     let took = Duration::from_micros(took);

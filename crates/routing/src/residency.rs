@@ -22,6 +22,7 @@ mod placed;
 mod plan_queue;
 mod plans;
 mod prefetch;
+mod slow_loads;
 mod worth;
 
 use std::ops::Range;
@@ -33,6 +34,7 @@ pub use grants::{
 pub use placed::Placed;
 use plan_queue::PlanQueue;
 pub use prefetch::Room;
+use slow_loads::SlowLoads;
 use worth::Worth;
 
 use crate::{ExpertId, ExpertKey, LayerId, PlanId};
@@ -93,6 +95,7 @@ pub struct Residency {
     /// Invariant: every slot's rank is that of [`Residency::rank`].
     order: EvictionOrder,
     worth: Worth,
+    slow_loads: SlowLoads,
     loads: u64,
     /// Calls that wait for a slot. No prefetch starts while there are any.
     waiting: usize,
@@ -118,6 +121,7 @@ impl Residency {
             plans: PlanQueue::new(keys, config.plans_max),
             order: EvictionOrder::new(config.slots),
             worth: Worth::new(keys, config.slots),
+            slow_loads: SlowLoads::unknown(),
             loads: 0,
             waiting: 0,
             held: 0..0,
@@ -160,7 +164,7 @@ impl Residency {
         pending.wanted.retain(|&(group, index)| {
             let Some(slot) = self.slot_of[index] else { return true };
             let access = self.pin(slot);
-            self.worth.used(index);
+            self.note_use(index);
             grants.push(Grant { group, key: self.key(layer, index), slot, access });
             false
         });
@@ -169,7 +173,7 @@ impl Residency {
             let Some((slot, _)) = self.order.first() else { break };
             let (group, index) = pending.wanted[granted];
             let evicted = self.start_load(index, slot, LoadKind::Demand);
-            self.worth.used(index);
+            self.note_use(index);
             self.slots[slot.index()].pins = 1;
             grants.push(Grant { group, key: self.key(layer, index), slot, access: Access::Load { evicted } });
             granted += 1;
@@ -219,6 +223,15 @@ impl Residency {
     pub fn note_pace(&mut self, key: ExpertKey, quick: bool) {
         let index = self.index_of(key);
         self.quick[index] = quick;
+        if !quick {
+            self.slow_loads.loaded();
+        }
+    }
+
+    /// Whether loads that are not quick are so frequent that plans are of use: none where hardly any expert had to be loaded
+    /// of late, or each was quickly.
+    pub fn gains_by_plans(&self) -> bool {
+        self.slow_loads.are_frequent()
     }
 
     /// The load into this slot failed: it is empty, and every pin of it is void.
@@ -321,6 +334,11 @@ impl Residency {
         self.slot_of[index] = Some(slot);
         self.order.set(slot, Rank::HELD);
         evicted
+    }
+
+    fn note_use(&mut self, index: KeyIndex) {
+        self.worth.used(index);
+        self.slow_loads.used();
     }
 
     /// Brings a slot's place in the order of eviction up to date.

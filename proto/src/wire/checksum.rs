@@ -55,6 +55,7 @@ pub(super) fn of_results(results: &v1::Results) -> u32 {
     sum.number(results.call_id);
     sum.bytes(&results.payload);
     if let Some(report) = &results.report {
+        // Whether plans gain anything decides no answer, and coordinators that do not know of it have to agree.
         for number in [report.hits.into(), report.demand_loads.into(), report.load_us, report.compute_us] {
             sum.number(number);
         }
@@ -133,7 +134,7 @@ mod tests {
     }
 
     fn answer() -> v1::Results {
-        let report = v1::CallReport { hits: 1, demand_loads: 2, load_us: 3, compute_us: 4 };
+        let report = v1::CallReport { hits: 1, demand_loads: 2, load_us: 3, compute_us: 4, ..Default::default() };
         v1::Results { call_id: 1, payload: Bytes::from_static(b"rows"), report: Some(report), ..Default::default() }
     }
 

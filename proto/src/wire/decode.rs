@@ -230,7 +230,7 @@ mod tests {
                 let taken = (taken.call_id, taken.layer, taken.groups, taken.rows);
                 prop_assert_eq!(taken, (1, LayerId(3), groups, CallRows::Sent(values.clone())));
             }
-            let report = v1::CallReport { hits: 1, demand_loads: 2, load_us: 3, compute_us: 4 };
+            let report = v1::CallReport { hits: 1, demand_loads: 2, load_us: 3, compute_us: 4, ..Default::default() };
             let sent = v1::Results::done(1, values.clone(), report);
             if let Ok(Answer::Done { payload, report: taken }) = results(&flipped(sent.encode_to_vec()), values.len() / 4, 4) {
                 prop_assert_eq!((rows::from_payload(&payload), taken), (values, report));

@@ -79,6 +79,8 @@ struct LaneState {
     lost: String,
     pending: HashMap<u64, Waiting>,
     health: LaneHealth,
+    /// What the node said last; `true` until it said something.
+    gains_by_plans: bool,
     window: LaneWindow<ResultsWindow>,
 }
 
@@ -104,6 +106,7 @@ impl Lane {
             lost: "not yet tried".to_owned(),
             pending: HashMap::new(),
             health: LaneHealth::unknown(),
+            gains_by_plans: true,
             window: LaneWindow::closed(),
         };
         let breaker_state = gauge!(names::BREAKER_STATE, names::NODE => node.to_string());
@@ -201,6 +204,11 @@ impl Lane {
         }
     }
 
+    /// Whether the node computes sooner for plans, as far as is known.
+    pub(crate) fn gains_by_plans(&self) -> bool {
+        self.state.lock().gains_by_plans
+    }
+
     /// Sends a hint under a placement's epoch; it is lost where there is no connection.
     pub(crate) fn plan(&self, plan: &Plan, placement_epoch: u64) {
         let plan = v1::Plan { placement_epoch, ..v1::Plan::from(plan) };
@@ -230,6 +238,7 @@ impl Lane {
     pub(crate) fn connected(&self, outgoing: mpsc::UnboundedSender<v1::LaneRequest>) {
         let mut state = self.state.lock();
         state.outgoing = Some(outgoing);
+        state.gains_by_plans = true;
         state.health.connected();
     }
 
@@ -285,6 +294,9 @@ impl Lane {
             Ok(Computed { report, .. }) => health.computed(&call, report.demand_loads, report.load, now),
             Err(failure) => health.refused(&call, failure, now),
         });
+        if let Ok(Computed { gains_by_plans, .. }) = reply.outcome {
+            state.gains_by_plans = gains_by_plans;
+        }
         drop(state);
         self.room.notify_all();
         waiting.reply(reply);

@@ -34,6 +34,8 @@ pub(crate) struct Computed {
     pub(crate) results: Results,
     /// What the call cost on the node.
     pub(crate) report: CallReport,
+    /// Whether plans let the node compute sooner.
+    pub(crate) gains_by_plans: bool,
     /// How long the call took, seen from the coordinator.
     pub(crate) took: Duration,
 }
@@ -85,6 +87,7 @@ impl Reply {
         let rows_sent = if window.is_some() { 0 } else { rows };
         let (outcome, newer_placement) = match results.check(rows_sent, d_model) {
             Ok(wire::Answer::Done { payload, report }) => {
+                let gains_by_plans = !report.gains_nothing_by_plans;
                 let report = CallReport {
                     hits: report.hits,
                     demand_loads: report.demand_loads,
@@ -92,7 +95,7 @@ impl Reply {
                     compute: Duration::from_micros(report.compute_us),
                 };
                 let results = window.cloned().map_or(Results::Payload(payload), Results::InWindow);
-                (Ok(Computed { results, report, took }), Bytes::new())
+                (Ok(Computed { results, report, took, gains_by_plans }), Bytes::new())
             }
             Ok(wire::Answer::Failed(v1::CallError { reason, message, newer_placement, .. })) => {
                 (Err(refused(Reason::from_name(&reason), message)), newer_placement)

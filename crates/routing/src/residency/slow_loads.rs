@@ -1,0 +1,77 @@
+//! How frequent loads are that are worth beginning early. Where hardly any expert has to be loaded, or each is loaded quickly,
+//! plans gain nothing, so that nothing need be predicted for them. Judged by what happened of late, loads ahead among it: what
+//! a plan saves a call from must not speak against plans. Owned by [`super::Residency`].
+
+/// A use, or a load, counts a third as much after so many further ones.
+const MEMORY: f64 = 256.0;
+/// From this share on among all uses and slow loads, slow loads are frequent: of a hundred uses, which a short text makes in a
+/// model of six MoE layers, one waited about as long as a prediction takes.
+const FREQUENT: f64 = 0.01;
+
+/// Of what happened of late, how much was a slow load, and how much a use.
+#[derive(Debug)]
+pub(super) struct SlowLoads {
+    /// From 0 to 1.
+    share: f64,
+}
+
+impl SlowLoads {
+    /// Of nothing: until something is known, plans may be of use.
+    pub(super) fn unknown() -> Self {
+        Self { share: 1.0 }
+    }
+
+    /// A call was given an expert.
+    pub(super) fn used(&mut self) {
+        self.share -= self.share / MEMORY;
+    }
+
+    /// An expert was loaded, and not quickly.
+    pub(super) fn loaded(&mut self) {
+        self.share += (1.0 - self.share) / MEMORY;
+    }
+
+    pub(super) fn are_frequent(&self) -> bool {
+        self.share > FREQUENT
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// After so many uses, one in `every` of which a slow load came before.
+    fn after(uses: usize, every: usize) -> SlowLoads {
+        let mut loads = SlowLoads::unknown();
+        for use_ in 1..=uses {
+            if use_ % every == 0 {
+                loads.loaded();
+            }
+            loads.used();
+        }
+        loads
+    }
+
+    #[test]
+    fn a_dozen_requests_without_slow_loads_tell() {
+        // Broken: plans are made for ever where they gain nothing; or a cold cache is given none, since little is known yet.
+        assert!(SlowLoads::unknown().are_frequent());
+        assert!(after(600, usize::MAX).are_frequent());
+        assert!(!after(1_300, usize::MAX).are_frequent());
+    }
+
+    #[test]
+    fn one_in_fifty_is_frequent_and_one_in_five_hundred_is_not() {
+        // Broken: loads that a busy processor held up count for a cache that is short of room; or the other way round.
+        assert!(after(20_000, 50).are_frequent());
+        assert!(!after(20_000, 500).are_frequent());
+    }
+
+    #[test]
+    fn a_few_slow_loads_bring_plans_back() {
+        // Broken: a node whose files left the page cache goes on without plans for a thousand uses.
+        let mut loads = after(100_000, usize::MAX);
+        (0..3).for_each(|_| loads.loaded());
+        assert!(loads.are_frequent());
+    }
+}
