@@ -262,6 +262,10 @@ fn check(config: &CoordinatorConfig, cluster: &Cluster) -> Result<(), Coordinato
     if let Some(routes) = &config.recorded_routes {
         check_routes(routes, model)?;
     }
+    let tokens_max = config.request_limits.prompt_tokens_max;
+    if let Some(positions) = model.positions_max.filter(|&positions| positions < tokens_max) {
+        tracing::warn!(tokens_max, positions, "prompts may have as many tokens as the model has positions, not more");
+    }
     if let Some(predictor) = config.predictor.local()
         && predictor.top_k() < model.top_k
     {

@@ -38,7 +38,8 @@ where
     if let Err(error) = SockRef::from(&listener).listen(NEWCOMERS_MAX) {
         tracing::debug!(%error, "many newcomers at once may have to come again");
     }
-    let connections = Connections::new(limit);
+    let port = listener.local_addr().map_or(0, |address| address.port());
+    let connections = Connections::new(limit, port);
     let mut tasks = JoinSet::new();
     let accepting = async {
         let mut failures = Failures { are_told: false };
@@ -46,7 +47,7 @@ where
             let (stream, origin) = tokio::select! {
                 next = next(&listener, &connections, &mut failures) => next,
                 short = connections.shortage_over() => {
-                    over(limit, &short);
+                    over(port, &short);
                     continue;
                 }
             };
@@ -66,15 +67,18 @@ where
     // New clients shall be refused, not wait for a server that does not come back.
     drop(listener);
     connections.close();
+    if let Some(short) = connections.end_shortage() {
+        over(port, &short);
+    }
     while let Some(ended) = tasks.join_next().await {
         told(ended);
     }
 }
 
-fn over(limit: usize, short: &Short) {
+fn over(port: u16, short: &Short) {
     let Short { waited, closed, refused, .. } = *short;
     let lasted = short.last - short.since;
-    tracing::info!(limit, waited, closed, refused, ?lasted, "places for connections are free again");
+    tracing::info!(port, waited, closed, refused, ?lasted, "places for connections are no longer short");
 }
 
 /// A panic is a broken invariant of ours. It costs its own connection, and is told.

@@ -23,6 +23,8 @@ use crate::{
 #[derive(Debug)]
 pub(crate) struct Connections {
     limit: usize,
+    /// The server's, for the log.
+    port: u16,
     /// How many may be on their way out beside as many as the limit: who takes time for a farewell shall not hold up
     /// others.
     leaving_max: usize,
@@ -67,9 +69,9 @@ enum Try {
 
 impl Connections {
     /// None yet, and never more than `limit` that stay.
-    pub(crate) fn new(limit: usize) -> Arc<Self> {
+    pub(crate) fn new(limit: usize, port: u16) -> Arc<Self> {
         let leaving_max = (limit / 8).max(1);
-        Arc::new(Self { limit, leaving_max, open: Mutex::default(), changed: Arc::default() })
+        Arc::new(Self { limit, port, leaving_max, open: Mutex::default(), changed: Arc::default() })
     }
 
     /// A place for one more, which comes from `origin`. Waits for it while all are taken; `None`: it is refused.
@@ -101,6 +103,7 @@ impl Connections {
             }
             if open.shortage.begins(now) {
                 tracing::warn!(
+                    port = self.port,
                     limit = self.limit,
                     "all places for connections are taken: those without a call are asked to leave, and further ones wait while all have one"
                 );
@@ -155,6 +158,11 @@ impl Connections {
                 return short;
             }
         }
+    }
+
+    /// Ends a shortage, if there is one, and tells what it has cost.
+    pub(crate) fn end_shortage(&self) -> Option<Short> {
+        self.open().shortage.end()
     }
 
     /// Asks all of them to leave.
@@ -255,7 +263,7 @@ mod tests {
     #[tokio::test]
     async fn no_more_than_the_limit_and_silent_ones_make_room() {
         // Would break: memory and descriptors have no bound, or a few silent peers keep everybody out.
-        let connections = Connections::new(2);
+        let connections = Connections::new(2, 0);
         let (silent, busy) = (connections.place(here(1)).await.unwrap(), connections.place(here(2)).await.unwrap());
         let call = busy.peer.call();
         let third = connections.place(here(3)).await.unwrap();
@@ -281,7 +289,7 @@ mod tests {
     #[tokio::test]
     async fn who_has_most_places_with_calls_leaves_one_to_another() {
         // Would break: a machine that opens calls on every connection and never ends them keeps all others out.
-        let connections = Connections::new(8);
+        let connections = Connections::new(8, 0);
         let mut greedy = Vec::new();
         for _ in 0..8 {
             let place = connections.place(here(1)).await.unwrap();
@@ -296,7 +304,7 @@ mod tests {
     #[tokio::test]
     async fn farewells_are_short_while_many_come() {
         // Would break: peers that do not leave when they are asked to hold up everybody who comes after them.
-        let connections = Connections::new(8 * 2);
+        let connections = Connections::new(8 * 2, 0);
         let mut places = Vec::new();
         for _ in 0..18 {
             places.push(connections.place(here(1)).await.unwrap());
@@ -322,7 +330,7 @@ mod tests {
     #[tokio::test]
     async fn one_look_at_everybody_serves_several_newcomers() {
         // Would break: each of ten thousand newcomers looks at everybody, or one that has begun to ask since has to leave.
-        let connections = Connections::new(16);
+        let connections = Connections::new(16, 0);
         let mut places = Vec::new();
         for _ in 0..17 {
             places.push(connections.place(here(1)).await.unwrap());
@@ -346,7 +354,7 @@ mod tests {
     #[tokio::test]
     async fn a_shortage_is_told_of_when_it_is_over() {
         // Would break: the log never says that a shortage has ended, or how many it has cost.
-        let connections = Connections::new(1);
+        let connections = Connections::new(1, 0);
         connections.open().shortage = Shortage::new(Duration::from_millis(50));
         assert!(is_pending(connections.shortage_over()).await);
         let mut places = vec![connections.place(here(1)).await.unwrap()];

@@ -77,7 +77,12 @@ impl Shortage {
 
     /// What a shortage has cost that is over at `now`.
     pub(crate) fn over(&mut self, now: Instant) -> Option<Short> {
-        self.over_at().filter(|over| *over <= now).and_then(|_| self.now.take())
+        self.over_at().filter(|over| *over <= now).and_then(|_| self.end())
+    }
+
+    /// Ends a shortage, if there is one: what it has cost.
+    pub(crate) fn end(&mut self) -> Option<Short> {
+        self.now.take()
     }
 }
 
@@ -102,5 +107,7 @@ mod tests {
         assert_eq!(shortage.over(at(37)), Some(Short { since: start, last: at(27), waited: 1, closed: 2, refused: 3 }));
         assert_eq!(shortage.over(at(38)), None, "it is told once");
         assert!(shortage.begins(at(40)), "the next is another");
+        assert!(shortage.end().is_some_and(|short| short.since == at(40)));
+        assert_eq!(shortage.end(), None);
     }
 }

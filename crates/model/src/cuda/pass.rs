@@ -328,7 +328,7 @@ impl<'m> Pass<'m> {
     /// h += the sum of alpha * y over each row's choices; then x = norm(h), if there is one. `chosen`: their experts, by whose
     /// order they are added; 0: in their own order.
     pub(super) fn combine(&self, chosen: u64, norm: Option<&Vector>) -> Result<(), CudaError> {
-        let Machine { kernels, scratch, config, .. } = self.machine;
+        let Machine { kernels, scratch, config, gpu, .. } = self.machine;
         let arguments = Combine {
             h: scratch.h.address(),
             each: scratch.each.address(),
@@ -343,7 +343,11 @@ impl<'m> Pass<'m> {
             epsilon: config.layer_norm_epsilon as f32,
         };
         let threads = (config.d_model / 4).min(1024) as u32;
-        self.machine.launch(&kernels.combine_rows, (self.shape.rows, 1, 1), threads, &arguments)
+        let kernel = match self.shape.rows as usize <= gpu.description().multiprocessors {
+            true => &kernels.combine_few_rows,
+            false => &kernels.combine_rows,
+        };
+        self.machine.launch(kernel, (self.shape.rows, 1, 1), threads, &arguments)
     }
 
     /// out = silu(x Wg^T) * (x Wu^T), or relu(x Wi^T), (rows, d_ff), between the matrices of a feed-forward.

@@ -33,6 +33,8 @@ const ERROR_BYTES_MAX: usize = 64 << 10;
 /// The header that tells a server how many seconds its caller waits.
 const TIMEOUT: &str = "x-request-timeout";
 
+/// The code of a failure before any request was sent.
+pub(crate) const CONNECT: &str = "connect";
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long a connection is kept without a request. Servers close theirs after 5 seconds and more; a request that is sent at
@@ -96,7 +98,7 @@ impl HttpClient {
         let body = Bytes::from(body.map(Value::to_string).unwrap_or_default());
         let request = request.body(Full::new(body)).map_err(|error| Failure::new("request", error.to_string()))?;
         let response = self.client.request(request).await.map_err(|error| {
-            let code = if error.is_connect() { "connect" } else { "broken" };
+            let code = if error.is_connect() { CONNECT } else { "broken" };
             Failure::new(code, told::told(&error.into()))
         })?;
         if response.status().is_success() { Ok(response) } else { Err(self.refusal(response).await) }

@@ -35,9 +35,12 @@ impl OpenAi {
             Some(model) => model.to_owned(),
             None => first_model(&client).await.map_err(|failure| {
                 let Failure { code, message, .. } = failure;
-                anyhow::anyhow!(
-                    "{base}/models did not tell which model to ask for (name it by --model-name): {code}: {message}"
-                )
+                match code.as_str() {
+                    http_client::CONNECT => anyhow::anyhow!("cannot connect to {base}: {message}"),
+                    _ => anyhow::anyhow!(
+                        "{base}/models did not tell which model to ask for (name it by --model-name): {code}: {message}"
+                    ),
+                }
             })?,
         };
         Ok(Self { client, model })

@@ -230,6 +230,9 @@ async fn the_first_model_is_asked_for_if_none_is_named() {
         let error = open(&Server::start(script).await).await.unwrap_err();
         assert!(error.contains(named) && error.contains("--model-name"), "{error}");
     }
+    let nobody: BaseUrl = "http://127.0.0.1:1/v1".parse().unwrap();
+    let error = OpenAi::open(&nobody, None, None, None).await.err().unwrap().to_string();
+    assert!(error.starts_with("cannot connect to http://127.0.0.1:1/v1: "), "{error}");
 }
 
 /// Whatever a server does, the request ends with a code of its own.

@@ -72,8 +72,11 @@ template <int KIND> struct Rows : BlockRows {
     }
     // Those of this block, `tile` at most. False: none are left.
     template <typename W> __device__ __forceinline__ bool find(const Product &a, int tile) {
-        // All that is read here is asked for at once: there is a tile for each block, whether or not it is one of these rows.
-        bool is_there = start(a) & int(blockIdx.y) < tiles(a, KIND, tile);
+        bool goes_on = start(a);
+        // Of many blocks most may be left without rows, and are gone sooner if they ask for nothing else. Few ask for all that is
+        // read here at once: there is a tile for each, whether or not it is one of these rows.
+        if (gridDim.y > 64 && int(blockIdx.y) >= tiles(a, KIND, tile)) return false;
+        bool is_there = goes_on & int(blockIdx.y) < tiles(a, KIND, tile);
         take<W>(a, KIND, tile, blockIdx.y);
         return is_there;
     }

@@ -143,9 +143,9 @@ struct Combine {
 };
 
 // h += the sum of alpha * each over a row's choices, which are added by ascending expert, as the processor adds: a block per row.
-// Then x = norm(h): a kernel less for each block of a model.
-extern "C" __global__ void __launch_bounds__(1024) combine_rows(Combine a) {
-    const int TOGETHER = 8;
+// Then x = norm(h): a kernel less for each block of a model. TOGETHER: how many choices are read before any is added, so that
+// nobody waits for one after another.
+template <int TOGETHER> __device__ __forceinline__ void combine(const Combine &a) {
     __shared__ int by_expert[32];
     begin();
     if (ended(a.pass, a.layers)) return;
@@ -164,7 +164,6 @@ extern "C" __global__ void __launch_bounds__(1024) combine_rows(Combine a) {
     for (int i = own * 4; i < a.d; i += blockDim.x * 4) {
         float4 before = wide4(h + i), sum = make_float4(0, 0, 0, 0);
         for (int j = 0; j < a.top_k; j += TOGETHER) {
-            // Read before any is added, so that nobody waits for one after another.
             float4 ys[TOGETHER];
             float alphas[TOGETHER];
 #pragma unroll
@@ -189,6 +188,10 @@ extern "C" __global__ void __launch_bounds__(1024) combine_rows(Combine a) {
     // A thread reads what it wrote itself.
     if (a.weight) norm_row(h, a.weight, own_h, weight, a.x + u64(blockIdx.x) * a.d, a.d, a.epsilon, 1);
 }
+
+// A row waits less the more it reads at once; of many rows, more are on their way at once the fewer registers each takes.
+extern "C" __global__ void __launch_bounds__(1024) combine_few_rows(Combine a) { combine<8>(a); }
+extern "C" __global__ void __launch_bounds__(1024, 2) combine_rows(Combine a) { combine<4>(a); }
 
 struct Share {
     float *h;
