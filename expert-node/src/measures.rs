@@ -18,6 +18,7 @@ pub(crate) struct Measures {
     idle_bytes: Gauge,
     /// One for each layer.
     resident: Vec<Gauge>,
+    slow_load_share: Gauge,
     demand: LoadMeasures,
     prefetch: LoadMeasures,
     evictions: Counter,
@@ -52,6 +53,7 @@ impl Measures {
             resident_bytes: gauge!(names::EXPERT_RESIDENT_BYTES, names::NODE => node.to_owned()),
             idle_bytes: gauge!(names::EXPERT_IDLE_BYTES, names::NODE => node.to_owned()),
             resident: (0..layers).map(of_layer).collect(),
+            slow_load_share: gauge!(names::EXPERT_SLOW_LOAD_SHARE, names::NODE => node.to_owned()),
             demand: LoadMeasures::new(node, "demand"),
             prefetch: LoadMeasures::new(node, "prefetch"),
             evictions: counter!(names::EXPERT_EVICTIONS_TOTAL, names::NODE => node.to_owned()),
@@ -100,6 +102,7 @@ impl Measures {
         }
         self.resident_bytes.set(resident as f64);
         self.idle_bytes.set(idle as f64);
+        self.slow_load_share.set(residency.slow_load_share());
         self.resident.iter().zip(by_layer).for_each(|(gauge, experts)| gauge.set(experts as f64));
     }
 }

@@ -234,6 +234,11 @@ impl Residency {
         self.slow_loads.are_frequent()
     }
 
+    /// The share of slow loads among uses and slow loads of late, from 0 to 1; 1 where there were none yet.
+    pub fn slow_load_share(&self) -> f64 {
+        self.slow_loads.share()
+    }
+
     /// The load into this slot failed: it is empty, and every pin of it is void.
     pub fn load_failed(&mut self, slot: SlotId) {
         let Holding::Loading { key, .. } = self.slots[slot.index()].holding else {

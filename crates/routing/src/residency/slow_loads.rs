@@ -31,6 +31,10 @@ impl SlowLoads {
         self.share += (1.0 - self.share) / MEMORY;
     }
 
+    pub(super) fn share(&self) -> f64 {
+        self.share
+    }
+
     pub(super) fn are_frequent(&self) -> bool {
         self.share > FREQUENT
     }
@@ -39,6 +43,10 @@ impl SlowLoads {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{
+        ExpertId, LayerId,
+        residency::{Access, Residency, ResidencyConfig},
+    };
 
     /// After so many uses, one in `every` of which a slow load came before.
     fn after(uses: usize, every: usize) -> SlowLoads {
@@ -73,5 +81,27 @@ mod tests {
         let mut loads = after(100_000, usize::MAX);
         (0..3).for_each(|_| loads.loaded());
         assert!(loads.are_frequent());
+    }
+
+    #[test]
+    fn a_node_gains_by_plans_where_its_loads_take_long() {
+        // Broken: a node whose experts load in no time asks for predictions for ever; or one that waits for each does without.
+        let mut residency = Residency::new(ResidencyConfig { slots: 2, layers: 1, num_experts: 4, plans_max: 1 });
+        let mut uses = |count: u16, is_quick: bool| {
+            for expert in (0..count).map(|use_| ExpertId(use_ % 4)) {
+                let mut call = residency.call(LayerId(0), [expert]).unwrap();
+                let mut grants = Vec::new();
+                residency.acquire(&mut call, 1, &mut grants);
+                assert!(matches!(grants[0].access, Access::Load { .. }), "the last four uses were of others");
+                residency.note_pace(grants[0].key, is_quick);
+                residency.loaded(grants[0].slot);
+                residency.unpin(grants[0].slot);
+            }
+            residency.gains_by_plans()
+        };
+        assert!(uses(4, true), "little is known");
+        assert!(!uses(1_300, true));
+        assert!(uses(4, false));
+        assert!(uses(1_300, false));
     }
 }
