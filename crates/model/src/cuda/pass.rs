@@ -343,7 +343,7 @@ impl<'m> Pass<'m> {
             epsilon: config.layer_norm_epsilon as f32,
         };
         let threads = (config.d_model / 4).min(1024) as u32;
-        let kernel = match self.shape.rows as usize <= gpu.description().multiprocessors {
+        let kernel = match self.shape.rows <= gpu.description().multiprocessors {
             true => &kernels.combine_few_rows,
             false => &kernels.combine_rows,
         };
