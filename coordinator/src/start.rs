@@ -264,7 +264,11 @@ fn check(config: &CoordinatorConfig, cluster: &Cluster) -> Result<(), Coordinato
     }
     let tokens_max = config.request_limits.prompt_tokens_max;
     if let Some(positions) = model.positions_max.filter(|&positions| positions < tokens_max) {
-        tracing::warn!(tokens_max, positions, "prompts may have as many tokens as the model has positions, not more");
+        tracing::warn!(
+            prompt_tokens_max = tokens_max,
+            positions,
+            "a prompt and its answer together have as many tokens as the model has positions at most"
+        );
     }
     if let Some(predictor) = config.predictor.local()
         && predictor.top_k() < model.top_k

@@ -17,6 +17,7 @@ use sida_model::{
 };
 use sida_proto::wire::Bounds;
 use sida_routing::{Digest, ExpertId, ExpertKey, Group, LayerId, NodeId, PlacedGroup, Plan, PlanId};
+use sida_telemetry::Seldom;
 
 use crate::{
     cache::{ExpertCache, Memory},
@@ -43,6 +44,8 @@ pub struct Engine {
     budget_bytes: u64,
     expert_bytes: u64,
     rows: Arc<AtomicU64>,
+    /// Log lines of calls that failed.
+    pub(crate) failures: Seldom,
     /// `None` once it was stopped.
     loader: Mutex<Option<JoinHandle<()>>>,
 }
@@ -113,6 +116,7 @@ impl Engine {
             budget_bytes,
             expert_bytes,
             rows: Arc::new(AtomicU64::new(0)),
+            failures: Seldom::default(),
             loader,
         })
     }

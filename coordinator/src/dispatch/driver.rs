@@ -1,7 +1,10 @@
 //! What the decisions on a layer's calls stand on here: the nodes of a round, the callers, the retry budget, and the log
 //! and the metrics.
 
-use std::{ops::Range, time::Duration};
+use std::{
+    ops::Range,
+    time::{Duration, Instant},
+};
 
 use sida_routing::{
     Placement,
@@ -78,17 +81,24 @@ impl Driver for LayerDriver<'_> {
                 counter!(names::FAILOVERS_TOTAL, names::REASON => failure.label()).increment(1);
             }
             Note::RetryRefused => counter!(names::RETRIES_REFUSED_TOTAL).increment(1),
-            Note::Waits(key) => tracing::warn!(%key, "every expert-node failed; waiting for one to come back"),
+            Note::Waits(key) => {
+                if let Some(left_out) = self.nodes.waits.next(Instant::now()) {
+                    tracing::warn!(%key, left_out, "every expert-node failed; waiting for one to come back");
+                }
+            }
             Note::Failed { call, failure, is_reshared } => {
-                let (node, rows) = (&self.roster.links[call.node].node, call.rows());
+                let (link, rows) = (&self.roster.links[call.node], call.rows());
+                let node = &link.node;
                 match failure {
                     _ if is_reshared => {
                         tracing::info!(%node, rows, "a node knows a newer placement; its rows are shared out again");
                     }
                     CallFailure::Unwanted => tracing::debug!(%node, rows, "nobody waits for an expert call any more"),
                     failure => {
-                        let trace_id = self.rows.trace.map(|trace| tracing::field::display(trace.trace_id()));
-                        tracing::warn!(%node, rows, trace_id, %failure, "an expert call failed");
+                        if let Some(left_out) = link.failures.next(Instant::now()) {
+                            let trace_id = self.rows.trace.map(|trace| tracing::field::display(trace.trace_id()));
+                            tracing::warn!(%node, rows, trace_id, %failure, left_out, "an expert call failed");
+                        }
                     }
                 }
             }

@@ -19,7 +19,7 @@ use sida_routing::{
     ExpertKey, NodeId, Placement, Plan, PlanId,
     failover::{self, RetryBudget},
 };
-use sida_telemetry::{gauge, histogram, names};
+use sida_telemetry::{Seldom, gauge, histogram, names};
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
@@ -40,6 +40,8 @@ pub(crate) struct Link {
     pub(crate) reach: Reach,
     /// How long calls to the node take.
     pub(crate) durations: Histogram,
+    /// Log lines of calls to it that failed.
+    pub(crate) failures: Seldom,
 }
 
 /// The way to an expert-node.
@@ -123,6 +125,8 @@ pub(crate) struct Nodes {
     roster: RwLock<Arc<Roster>>,
     /// The retry budget of all calls of this coordinator.
     retries: Mutex<RetryBudget>,
+    /// Log lines of calls that wait, since every node failed.
+    pub(crate) waits: Seldom,
     /// Ends the tasks that follow the membership and keep the lanes.
     end: CancellationToken,
 }
@@ -145,6 +149,7 @@ impl Nodes {
             runtime: runtime.clone(),
             roster: RwLock::new(Arc::new(first)),
             retries: Mutex::new(RetryBudget::new(RETRY_SHARE, RETRIES_PER_SECOND_MIN)),
+            waits: Seldom::default(),
             end: end.clone(),
         });
         let following = Arc::downgrade(&nodes);
@@ -273,5 +278,5 @@ fn link(member: &Member, config: &LaneConfig, runtime: &Handle, shutdown: &Cance
         )),
     };
     let durations = histogram!(names::DISPATCH_DURATION_SECONDS, names::NODE => member.node.to_string());
-    Link { node: member.node.clone(), reach, durations }
+    Link { node: member.node.clone(), reach, durations, failures: Seldom::default() }
 }

@@ -13,27 +13,36 @@ pub(crate) struct Need {
     nodes: Arc<Nodes>,
     /// Whether all of them are, as an evaluation wants it.
     is_evaluated: bool,
+    /// Whether there is no predictor: then a prediction that no request is routed by is not missing.
+    is_off: bool,
     measuring: Mutex<Measuring>,
 }
 
 impl Need {
     pub(crate) fn new(nodes: Arc<Nodes>, is_evaluated: bool, predict: &Predict) -> Self {
-        // Without a predictor there is nothing to measure, and a prediction that nobody needs is not missing.
-        let share = if predict.is_off() { 0.0 } else { MEASURING_SHARE };
-        Self { nodes, is_evaluated, measuring: Mutex::new(Measuring::new(share)) }
+        let is_off = predict.is_off();
+        let share = if is_off { 0.0 } else { MEASURING_SHARE };
+        Self { nodes, is_evaluated, is_off, measuring: Mutex::new(Measuring::new(share)) }
     }
 
     /// Whether each request of a batch is predicted, given its mode.
     pub(crate) fn of_batch(&self, modes: impl Iterator<Item = RoutingMode>) -> Vec<bool> {
-        let gains_by_plans = self.is_evaluated || self.nodes.roster().gains_by_plans();
         let routed_by_it = modes.map(|mode| mode != RoutingMode::Exact);
-        self.measuring.lock().of_batch(routed_by_it, gains_by_plans, self.nodes.clock().now())
+        self.measuring.lock().of_batch(routed_by_it, self.are_all(), self.nodes.clock().now())
     }
 
-    /// The prediction of requests in these modes took so long.
-    pub(crate) fn took(&self, mut modes: impl Iterator<Item = RoutingMode>, took: Duration) {
-        if modes.all(|mode| mode == RoutingMode::Exact) && !self.nodes.roster().gains_by_plans() {
-            self.measuring.lock().spent(took);
+    /// The predictions of requests in these modes, of which there is one at least, took so long together.
+    pub(crate) fn took(&self, modes: impl Iterator<Item = RoutingMode>, took: Duration) {
+        if self.are_all() {
+            return;
         }
+        let (mut all, mut measured) = (0, 0);
+        modes.for_each(|mode| (all, measured) = (all + 1, measured + u32::from(mode == RoutingMode::Exact)));
+        self.measuring.lock().spent(took * measured / all);
+    }
+
+    /// Whether all requests are predicted.
+    fn are_all(&self) -> bool {
+        self.is_evaluated || !self.is_off && self.nodes.roster().gains_by_plans()
     }
 }

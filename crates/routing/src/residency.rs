@@ -121,7 +121,7 @@ impl Residency {
             plans: PlanQueue::new(keys, config.plans_max),
             order: EvictionOrder::new(config.slots),
             worth: Worth::new(keys, config.slots),
-            slow_loads: SlowLoads::unknown(),
+            slow_loads: SlowLoads::none(),
             loads: 0,
             waiting: 0,
             held: 0..0,
@@ -234,7 +234,7 @@ impl Residency {
         self.slow_loads.are_frequent()
     }
 
-    /// The share of slow loads among uses and slow loads of late, from 0 to 1; 1 where there were none yet.
+    /// The share of slow loads among uses and slow loads of late, from 0 to 1; 0 where there were none yet.
     pub fn slow_load_share(&self) -> f64 {
         self.slow_loads.share()
     }

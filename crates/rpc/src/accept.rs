@@ -47,7 +47,7 @@ where
             let (stream, origin) = tokio::select! {
                 next = next(&listener, &connections, &mut failures) => next,
                 short = connections.shortage_over() => {
-                    over(port, &short);
+                    tell(port, &short, "places for connections are no longer short");
                     continue;
                 }
             };
@@ -68,17 +68,17 @@ where
     drop(listener);
     connections.close();
     if let Some(short) = connections.end_shortage() {
-        over(port, &short);
+        tell(port, &short, "places for connections were short until the server ended");
     }
     while let Some(ended) = tasks.join_next().await {
         told(ended);
     }
 }
 
-fn over(port: u16, short: &Short) {
+fn tell(port: u16, short: &Short, what: &str) {
     let Short { waited, closed, refused, .. } = *short;
     let lasted = short.last - short.since;
-    tracing::info!(port, waited, closed, refused, ?lasted, "places for connections are no longer short");
+    tracing::info!(port, waited, closed, refused, ?lasted, "{what}");
 }
 
 /// A panic is a broken invariant of ours. It costs its own connection, and is told.

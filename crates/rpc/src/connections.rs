@@ -79,7 +79,12 @@ impl Connections {
         let mut waits = false;
         loop {
             match self.try_place(origin) {
-                Try::Taken(place) => return Some(place),
+                Try::Taken(place) => {
+                    if waits {
+                        self.open().shortage.lasts(Instant::now());
+                    }
+                    return Some(place);
+                }
                 Try::Refused => return None,
                 Try::Later if !waits => {
                     self.open().shortage.waits();
@@ -162,7 +167,7 @@ impl Connections {
 
     /// Ends a shortage, if there is one, and tells what it has cost.
     pub(crate) fn end_shortage(&self) -> Option<Short> {
-        self.open().shortage.end()
+        self.open().shortage.end(Instant::now())
     }
 
     /// Asks all of them to leave.

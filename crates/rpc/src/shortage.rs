@@ -26,7 +26,7 @@ impl Default for Shortage {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Short {
     pub(crate) since: Instant,
-    /// When a connection last found all places taken.
+    /// When a connection last found all places taken, or waited for one.
     pub(crate) last: Instant,
     /// Connections that had to wait for a place.
     pub(crate) waited: u64,
@@ -47,6 +47,13 @@ impl Shortage {
         let is_new = self.now.is_none();
         self.now.get_or_insert(Short { since: now, last: now, waited: 0, closed: 0, refused: 0 }).last = now;
         is_new
+    }
+
+    /// A connection that had to wait found a place at `now`.
+    pub(crate) fn lasts(&mut self, now: Instant) {
+        if let Some(short) = &mut self.now {
+            short.last = now;
+        }
     }
 
     /// A connection has to wait.
@@ -77,12 +84,12 @@ impl Shortage {
 
     /// What a shortage has cost that is over at `now`.
     pub(crate) fn over(&mut self, now: Instant) -> Option<Short> {
-        self.over_at().filter(|over| *over <= now).and_then(|_| self.end())
+        self.over_at().filter(|over| *over <= now).and_then(|_| self.now.take())
     }
 
-    /// Ends a shortage, if there is one: what it has cost.
-    pub(crate) fn end(&mut self) -> Option<Short> {
-        self.now.take()
+    /// What a shortage has cost that goes on, if there is one, when the server ends.
+    pub(crate) fn end(&mut self, now: Instant) -> Option<Short> {
+        self.now.take().map(|short| Short { last: now, ..short })
     }
 }
 
@@ -107,7 +114,7 @@ mod tests {
         assert_eq!(shortage.over(at(37)), Some(Short { since: start, last: at(27), waited: 1, closed: 2, refused: 3 }));
         assert_eq!(shortage.over(at(38)), None, "it is told once");
         assert!(shortage.begins(at(40)), "the next is another");
-        assert!(shortage.end().is_some_and(|short| short.since == at(40)));
-        assert_eq!(shortage.end(), None);
+        let at_the_end = shortage.end(at(43)).expect("it goes on");
+        assert_eq!((at_the_end.since, at_the_end.last, shortage.end(at(43))), (at(40), at(43), None));
     }
 }

@@ -79,7 +79,7 @@ struct LaneState {
     lost: String,
     pending: HashMap<u64, Waiting>,
     health: LaneHealth,
-    /// What the node said last; `true` until it said something.
+    /// What the node said last on this connection.
     gains_by_plans: bool,
     window: LaneWindow<ResultsWindow>,
 }
@@ -106,7 +106,7 @@ impl Lane {
             lost: "not yet tried".to_owned(),
             pending: HashMap::new(),
             health: LaneHealth::unknown(),
-            gains_by_plans: true,
+            gains_by_plans: false,
             window: LaneWindow::closed(),
         };
         let breaker_state = gauge!(names::BREAKER_STATE, names::NODE => node.to_string());
@@ -238,7 +238,6 @@ impl Lane {
     pub(crate) fn connected(&self, outgoing: mpsc::UnboundedSender<v1::LaneRequest>) {
         let mut state = self.state.lock();
         state.outgoing = Some(outgoing);
-        state.gains_by_plans = true;
         state.health.connected();
     }
 
@@ -256,6 +255,7 @@ impl Lane {
     pub(crate) fn disconnected(&self, reason: &str) {
         let mut state = self.state.lock();
         state.outgoing = None;
+        state.gains_by_plans = false;
         state.lost = reason.to_owned();
         // Closing it waits for the device.
         let window = std::mem::replace(&mut state.window, LaneWindow::closed());
