@@ -86,7 +86,9 @@ fn a_watch_goes_on_after_a_failure() {
     let output = run(&["bench", "--url", "http://127.0.0.1:1/v1"]);
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(
-        output.status.code() == Some(1) && said.contains("http://127.0.0.1:1/v1/models") && said.contains("refused"),
+        output.status.code() == Some(1)
+            && said.starts_with("sida: cannot connect to http://127.0.0.1:1/v1: ")
+            && said.contains("refused"),
         "{said}"
     );
 }

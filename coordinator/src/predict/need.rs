@@ -31,14 +31,11 @@ impl Need {
         self.measuring.lock().of_batch(routed_by_it, self.are_all(), self.nodes.clock().now())
     }
 
-    /// The predictions of requests in these modes, of which there is one at least, took so long together.
+    /// The predictions of requests in these modes took so long together.
     pub(crate) fn took(&self, modes: impl Iterator<Item = RoutingMode>, took: Duration) {
-        if self.are_all() {
-            return;
+        if !self.are_all() {
+            self.measuring.lock().spent(took, modes.map(|mode| mode == RoutingMode::Exact));
         }
-        let (mut all, mut measured) = (0, 0);
-        modes.for_each(|mode| (all, measured) = (all + 1, measured + u32::from(mode == RoutingMode::Exact)));
-        self.measuring.lock().spent(took * measured / all);
     }
 
     /// Whether all requests are predicted.

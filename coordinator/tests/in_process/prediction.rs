@@ -135,6 +135,11 @@ async fn where_no_node_gains_by_plans_few_are_predicted() {
         is_predicted(RoutingMode::Exact).await;
         assert_eq!(is_predicted(RoutingMode::Exact).await, (true, expected));
     }
+    // The one that gained is away, and the other has all to do.
+    serving[1].kill().await;
+    generate(&elsewhere, RoutingMode::Exact).await;
+    let last = generate(&elsewhere, RoutingMode::Exact).await;
+    assert!(last[TOKENS - 1].finish.as_ref().expect("the last").trace.unpredicted);
 }
 
 #[tokio::test(flavor = "multi_thread")]

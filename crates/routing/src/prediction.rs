@@ -46,9 +46,11 @@ impl Measuring {
         routed_by_it.into_iter().map(|is| is || gains_by_plans || std::mem::take(&mut measures)).collect()
     }
 
-    /// A prediction that only measures took so long.
-    pub fn spent(&mut self, took: Duration) {
-        self.left -= took.as_secs_f64();
+    /// Predictions took so long together, given of each whether it only measured.
+    pub fn spent(&mut self, took: Duration, measured: impl IntoIterator<Item = bool>) {
+        let (mut all, mut only) = (0u32, 0u32);
+        measured.into_iter().for_each(|is| (all, only) = (all + 1, only + u32::from(is)));
+        self.left -= took.as_secs_f64() * f64::from(only) / f64::from(all.max(1));
     }
 }
 
@@ -65,7 +67,7 @@ mod tests {
     /// One with nothing left.
     fn poor() -> Measuring {
         let mut measuring = Measuring::new(0.02);
-        measuring.spent(ms(100));
+        measuring.spent(ms(100), [true]);
         measuring
     }
 
@@ -84,7 +86,7 @@ mod tests {
         let mut measuring = Measuring::new(0.02);
         assert_eq!(measuring.of_batch([true, false, false], false, ms(0)), [true, true, false]);
         assert_eq!(measuring.of_batch([false, false], false, ms(0)), [true, false]);
-        measuring.spent(ms(6));
+        measuring.spent(ms(6), [true]);
         assert_eq!(measuring.of_batch([false], false, ms(49)), [false]);
         assert_eq!(measuring.of_batch([false], false, ms(51)), [true]);
         // Plans are of use from now on: at once, and without being counted.
@@ -93,11 +95,23 @@ mod tests {
     }
 
     #[test]
+    fn what_measures_beside_others_pays_its_part() {
+        // Would break: beside a request that is routed by its prediction all others are predicted, too, for nothing.
+        for (measured, left) in
+            [(vec![true], 0.0), (vec![true, false], 0.0025), (vec![false, false], 0.005), (vec![], 0.005)]
+        {
+            let mut measuring = Measuring::new(0.02);
+            measuring.spent(ms(5), measured);
+            assert!((measuring.left - left).abs() < 1e-12, "{measuring:?}");
+        }
+    }
+
+    #[test]
     fn what_is_not_used_is_lost_after_a_while() {
         // Would break: after a quiet night everything is predicted for minutes.
         let mut measuring = Measuring::new(0.02);
         measuring.of_batch([], false, Duration::from_secs(30_000));
-        measuring.spent(ms(6));
+        measuring.spent(ms(6), [true]);
         assert_eq!(measuring.of_batch([false], false, Duration::from_secs(30_000)), [false]);
         // A clock that is asked out of order gives nothing twice.
         assert_eq!(measuring.of_batch([false], false, Duration::from_secs(20_000)), [false]);
@@ -118,7 +132,7 @@ mod tests {
                 prop_assert!(predicted[1..].iter().all(|is| !is));
                 if predicted[0] {
                     let took = Duration::from_micros(took);
-                    measuring.spent(took);
+                    measuring.spent(took, [true]);
                     (spent, longest) = (spent + took, longest.max(took));
                 }
                 prop_assert!(spent.as_secs_f64() <= share * (now + KEPT).as_secs_f64() + longest.as_secs_f64() + 1e-9);

@@ -36,6 +36,9 @@ impl OpenAi {
             None => first_model(&client).await.map_err(|failure| {
                 let Failure { code, message, .. } = failure;
                 match code.as_str() {
+                    http_client::CONNECT if message.contains("certificate") => anyhow::anyhow!(
+                        "cannot connect to {base}: {message} (--tls-ca names the authority that signed the server's certificate)"
+                    ),
                     http_client::CONNECT => anyhow::anyhow!("cannot connect to {base}: {message}"),
                     _ => anyhow::anyhow!(
                         "{base}/models did not tell which model to ask for (name it by --model-name): {code}: {message}"

@@ -32,7 +32,8 @@ pub(crate) fn config(base: &BaseUrl, tls: &ClientTls) -> Result<ClientConfig, Ba
         }
     };
     let Some((chain, key)) = &tls.identity else { return Ok(builder.with_no_client_auth()) };
-    let unreadable = |error| BadConfiguration::because(format!("{} is no PEM of a private key", key.display()), error);
+    let unreadable =
+        |error| BadConfiguration::because(format!("cannot read {} as PEM of a private key", key.display()), error);
     let (chain, key) = (certificates(chain)?, PrivateKeyDer::from_pem_file(key).map_err(unreadable)?);
     let refused = |error| BadConfiguration::because("--tls-cert and --tls-key do not belong together", error);
     builder.with_client_auth_cert(chain, key).map_err(refused)
@@ -41,7 +42,7 @@ pub(crate) fn config(base: &BaseUrl, tls: &ClientTls) -> Result<ClientConfig, Ba
 /// All certificates of a file; at least one.
 fn certificates(file: &Path) -> Result<Vec<CertificateDer<'static>>, BadConfiguration> {
     let shown = file.display();
-    let unreadable = |error| BadConfiguration::because(format!("{shown} is no PEM of certificates"), error);
+    let unreadable = |error| BadConfiguration::because(format!("cannot read {shown} as PEM of certificates"), error);
     let found = CertificateDer::pem_file_iter(file).map_err(unreadable)?;
     let found: Vec<_> = found.collect::<Result<_, _>>().map_err(unreadable)?;
     if found.is_empty() { Err(BadConfiguration::new(format!("{shown} holds no certificate"))) } else { Ok(found) }
