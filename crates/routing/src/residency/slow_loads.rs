@@ -4,8 +4,8 @@
 
 /// A use, or a load, counts a third as much after so many further ones.
 const MEMORY: f64 = 256.0;
-/// From this share on among all uses and slow loads, slow loads are frequent: of a hundred uses, which a short text makes in a
-/// model of six MoE layers, one waited about as long as a prediction takes.
+/// Above this share among all uses and slow loads, slow loads are frequent. A short text uses a hundred experts in a model of six
+/// MoE layers, and one slow load takes about as long as its prediction.
 const FREQUENT: f64 = 0.01;
 
 /// Of what happened of late, how much was a slow load, and how much a use.
