@@ -218,27 +218,6 @@ impl Residency {
         self.rank(slot);
     }
 
-    /// Whether the load of this expert, which is under way, was a quick one: so short that to have another thread do
-    /// it ahead gains nothing. It is prefetched again once a load of it takes long.
-    pub fn note_pace(&mut self, key: ExpertKey, quick: bool) {
-        let index = self.index_of(key);
-        self.quick[index] = quick;
-        if !quick {
-            self.slow_loads.loaded();
-        }
-    }
-
-    /// Whether loads that are not quick are so frequent that plans are of use: none where hardly any expert had to be loaded
-    /// of late, or each was quickly.
-    pub fn gains_by_plans(&self) -> bool {
-        self.slow_loads.are_frequent()
-    }
-
-    /// The share of slow loads among uses and slow loads of late, from 0 to 1; 0 where there were none yet.
-    pub fn slow_load_share(&self) -> f64 {
-        self.slow_loads.share()
-    }
-
     /// The load into this slot failed: it is empty, and every pin of it is void.
     pub fn load_failed(&mut self, slot: SlotId) {
         let Holding::Loading { key, .. } = self.slots[slot.index()].holding else {

@@ -180,7 +180,7 @@ catalogue! {
     EXPERT_LOADS_TOTAL = "sida_expert_loads_total", counter, [NODE, KIND], Count, ExpertNode, "Experts loaded ahead of use (kind = prefetch) or while a call waited (demand).";
     EXPERT_LOAD_BYTES_TOTAL = "sida_expert_load_bytes_total", counter, [NODE, KIND], Bytes, ExpertNode, "Bytes of the experts loaded, by kind of load.";
     EXPERT_LOAD_DURATION_SECONDS = "sida_expert_load_duration_seconds", histogram(LOADS), [NODE, KIND], Seconds, ExpertNode, "One expert's load from the store to its slot.";
-    EXPERT_SLOW_LOAD_SHARE = "sida_expert_slow_load_share", gauge, [NODE], Count, ExpertNode, "Share, 0 to 1, of loads that took 100 us or more, or went to a device, among them and the uses of experts of late. Up to 0.01, plans gain the node nothing.";
+    EXPERT_SLOW_LOAD_SHARE = "sida_expert_slow_load_share", gauge, [NODE], Count, ExpertNode, "Share, 0 to 1, of loads that a call or a plan asked for and that took 100 us or more, or went to a device, among them and the uses of experts of late. Up to 0.01, plans gain the node nothing.";
     EXPERT_EVICTIONS_TOTAL = "sida_expert_evictions_total", counter, [NODE], Count, ExpertNode, "Experts dropped to make room.";
     EXPERT_ROWS_TOTAL = "sida_expert_rows_total", counter, [NODE], Count, ExpertNode, "Rows computed by experts.";
     EXPERT_COMPUTE_DURATION_SECONDS = "sida_expert_compute_duration_seconds", histogram(WORK), [NODE], Seconds, ExpertNode, "Computing one expert call, loads left out.";
