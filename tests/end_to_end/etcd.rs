@@ -17,6 +17,7 @@ mod writers;
 
 use std::{collections::BTreeMap, time::Duration};
 
+use sida_proto::v1::RoutingMode;
 use sida_tests::{Etcd, LiveCluster, Load, live_cluster::is_settled};
 
 /// Experts of the model that ships, in all layers.
@@ -58,7 +59,7 @@ pub(crate) async fn load(cluster: &LiveCluster, coordinators: &[&str]) -> Load {
         channels.push(cluster.channel(coordinator).await);
     }
     let texts = crate::client::prompts().into_iter().take(4).collect();
-    Load { channels, texts, tokens: TOKENS, workers: 2 }
+    Load { channels, texts, mode: RoutingMode::Exact, tokens: TOKENS, workers: 2 }
 }
 
 /// The right answers to a load: the oracle's.

@@ -22,6 +22,7 @@ mod soak;
 use std::{env, time::Duration};
 
 use rand::{SeedableRng, rngs::StdRng};
+use sida_proto::v1::RoutingMode;
 use sida_tests::{Load, Sandbox, load_client::Report};
 
 use crate::client::prompts;
@@ -46,7 +47,13 @@ fn random(test: &str) -> StdRng {
 
 /// Some workers that ask the first coordinator for 40 tokens each.
 fn load(sandbox: &Sandbox) -> Load {
-    Load { channels: sandbox.channels()[..1].to_vec(), texts: prompts(), tokens: 40, workers: 4 }
+    Load {
+        channels: sandbox.channels()[..1].to_vec(),
+        texts: prompts(),
+        mode: RoutingMode::Exact,
+        tokens: 40,
+        workers: 4,
+    }
 }
 
 /// What a load returns while nothing is broken: the right answers to all texts, and how long they take once nothing is

@@ -62,7 +62,10 @@ async fn three_nodes_and_a_predictor_node() {
         SandboxConfig { expert_nodes: 3, expert_memory: "10%".into(), predictor_nodes: 1, ..Default::default() };
     let sandbox = Sandbox::start(config).await;
     answers_are_the_models_own(&sandbox).await;
-    let answer = generate(&sandbox.channel(), greedy(&prompts()[0], TOKENS_MAX)).await.expect("an answer");
+    // In this mode every request is predicted; in `exact` only while nodes gain by it.
+    let routing = v1::RoutingOptions { mode: v1::RoutingMode::Guided.into(), ..Default::default() };
+    let guided = v1::GenerateRequest { routing: Some(routing), ..greedy(&prompts()[0], TOKENS_MAX) };
+    let answer = generate(&sandbox.channel(), guided).await.expect("an answer");
     let trace = answer.trace();
     assert!(!trace.unpredicted && trace.hash_hits > 0, "{trace:?}");
 }

@@ -14,7 +14,7 @@ use std::{
 use http::StatusCode;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, Issuer, KeyPair, date_time_ymd};
 use sida_proto::v1::{
-    self, cluster_client::ClusterClient, experts_client::ExpertsClient, predictor_client::PredictorClient,
+    self, RoutingMode, cluster_client::ClusterClient, experts_client::ExpertsClient, predictor_client::PredictorClient,
 };
 use sida_rpc::{Channel, ClientConfig, ClientTls, OwnKey};
 use sida_tests::{Load, Sandbox, SandboxConfig, binary};
@@ -224,7 +224,8 @@ async fn certificates_are_renewed_under_load() {
     let config = SandboxConfig { log: "info", ..secured(&node, &ca, client.clone()) };
     let sandbox = Arc::new(Sandbox::start(config).await);
     // On connections that are kept, and on a new one for each question.
-    let kept = Load { channels: sandbox.channels(), texts: prompts(), tokens: 8, workers: 2 }.start();
+    let kept = Load { channels: sandbox.channels(), texts: prompts(), mode: RoutingMode::Exact, tokens: 8, workers: 2 }
+        .start();
     let (ends, asked) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
     let new = {
         let (sandbox, client, ends, asked) = (sandbox.clone(), client.clone(), ends.clone(), asked.clone());

@@ -91,7 +91,8 @@ async fn one_request_is_explained() {
     for _ in 0..REQUESTS {
         let asked = Command::from(binary::command())
             .args(["ask", "--endpoint", sandbox.address(), "--otlp-endpoint", collector.endpoint()])
-            .args(["--otlp-sampling", "1", "--ignore-eos", "--max-tokens", "32", TEXT])
+            // In this mode every request is predicted; in `exact` only while nodes gain by it.
+            .args(["--otlp-sampling", "1", "--mode", "guided", "--ignore-eos", "--max-tokens", "32", TEXT])
             .output()
             .await
             .expect("sida runs");

@@ -17,7 +17,7 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use sida_proto::v1::{GenerateRequest, inference_client::InferenceClient};
+use sida_proto::v1::{GenerateRequest, RoutingMode, RoutingOptions, inference_client::InferenceClient};
 use sida_rpc::Channel;
 use tokio::task::JoinHandle;
 use tonic::{Code, Request, Status};
@@ -29,6 +29,8 @@ pub struct Load {
     pub channels: Vec<Channel>,
     /// The prompts, taken in turn.
     pub texts: Vec<String>,
+    /// How each is routed. In modes other than `exact` every request is predicted, and answers differ from the model's own.
+    pub mode: RoutingMode,
     /// Tokens of an answer; the end of a sequence ends none sooner.
     pub tokens: u32,
     /// How many ask at the same time.
@@ -137,6 +139,7 @@ impl Load {
     async fn generate(&self, channel: Channel, asked: &mut Asked, start: Instant) -> Result<Vec<u32>, Status> {
         let mut request = Request::new(GenerateRequest {
             text: self.texts[asked.text].clone(),
+            routing: Some(RoutingOptions { mode: self.mode.into(), ..Default::default() }),
             max_tokens: self.tokens,
             ignore_eos: true,
             ..Default::default()

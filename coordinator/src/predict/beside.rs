@@ -176,11 +176,12 @@ impl Predictor {
         let tables = self.predict.decode(sequences, span.as_ref().map(Span::context));
         drop(span);
         let took = start.elapsed();
-        self.need.took(sequences.iter().map(|progress| progress.mode), took);
+        let modes = sequences.iter().map(|progress| progress.mode);
+        let had = || modes.clone().zip(&tables).filter_map(|(mode, table)| Some((mode, table.as_ref()?)));
+        self.need.took(had().map(|(mode, _)| mode), took);
         let _span = trace.map(|trace| Span::below(trace, "preload"));
         self.preload.note_demand(tables.iter().flatten());
-        let modes = sequences.iter().map(|progress| progress.mode);
-        let hint = self.preload.begin(modes.zip(&tables).filter_map(|(mode, table)| Some((mode, table.as_ref()?))));
+        let hint = self.preload.begin(had());
         Predicted { tables, _hint: hint, took }
     }
 }

@@ -31,7 +31,8 @@ impl Need {
         self.measuring.lock().of_batch(routed_by_it, self.are_all(), self.nodes.clock().now())
     }
 
-    /// The predictions of requests in these modes took so long together.
+    /// The predictions that were had, of requests in these modes, took so long together. One that failed costs nothing here: most
+    /// fail at once, and one that was waited for would keep all others from being made long after predictors are back.
     pub(crate) fn took(&self, modes: impl Iterator<Item = RoutingMode>, took: Duration) {
         if !self.are_all() {
             self.measuring.lock().spent(took, modes.map(|mode| mode == RoutingMode::Exact));

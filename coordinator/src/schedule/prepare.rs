@@ -125,7 +125,8 @@ impl Prepare {
         let made = self.predict.encode(&sequences, predicting.as_ref().map(BatchSpan::context));
         drop(predicting);
         let took = start.elapsed();
-        self.need.took(predicted().map(|prompt| prompt.mode), took);
+        let had = predicted().zip(&made).filter_map(|(prompt, table)| table.as_ref().map(|_| prompt.mode));
+        self.need.took(had, took);
         let mut made = made.into_iter();
         let table = |prompt: &Prompt| if prompt.is_predicted { made.next().flatten() } else { None };
         let tables = prompts.iter().map(table).collect();

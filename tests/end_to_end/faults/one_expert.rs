@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use rand::{Rng, rngs::StdRng};
 use sida_model::Reference;
-use sida_proto::v1::{EncodeRequest, Pooling, inference_client::InferenceClient};
+use sida_proto::v1::{EncodeRequest, Pooling, RoutingMode, inference_client::InferenceClient};
 use sida_rpc::{ClientConfig, OwnKey, connect};
 use sida_tests::{Load, Sandbox, SandboxConfig, load_client::Report};
 use tokio::task::JoinSet;
@@ -59,7 +59,7 @@ async fn prompts_of_one_expert_delay_others_as_ordinary_ones_do() {
     let ordinary: Vec<u32> = (0..others.prompt_tokens).map(|_| random.random_range(FIRST_WORD..words)).collect();
 
     let sandbox = Sandbox::start(config).await;
-    let load = Load { channels: sandbox.channels(), texts: prompts(), tokens: 8, workers: 2 };
+    let load = Load { channels: sandbox.channels(), texts: prompts(), mode: RoutingMode::Exact, tokens: 8, workers: 2 };
     let expected = load.every_text().await.answers();
     let address = sandbox.address().to_owned();
     let mut p99 = BTreeMap::<&str, Vec<Duration>>::new();

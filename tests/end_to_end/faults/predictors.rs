@@ -1,9 +1,9 @@
 //! Predictor-nodes that are dead, slow, wrong, or of another model: requests run `exact` without hints, say so in
 //! their trace, and are answered as ever.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
-use sida_proto::v1::{StatusRequest, cluster_client::ClusterClient};
+use sida_proto::v1::{RoutingMode, StatusRequest, cluster_client::ClusterClient};
 use sida_tests::{
     Load, Sandbox, SandboxConfig,
     binary::repository,
@@ -19,8 +19,18 @@ fn unpredicted(report: &Report) -> usize {
 }
 
 /// The answers that must come whatever the predictor does.
-async fn answers(load: &Load) -> std::collections::BTreeMap<usize, Vec<u32>> {
+async fn answers(load: &Load) -> BTreeMap<usize, Vec<u32>> {
     load.every_text().await.answers()
+}
+
+/// Asks in both modes at once, none of which may fail, and `exact` answers must be as `expected`. Returns what became of the
+/// requests in `guided`: all of them are predicted, those in `exact` only while nodes gain by it.
+async fn run(load: &Load, duration: Duration, expected: &BTreeMap<usize, Vec<u32>>) -> Report {
+    let guided = Load { mode: RoutingMode::Guided, ..load.clone() };
+    let (exact, guided) = tokio::join!(load.run(duration), guided.run(duration));
+    exact.assert_as(expected);
+    assert!(guided.errors().is_empty(), "{:?}", guided.errors());
+    guided
 }
 
 /// A bad predictor would fail requests, change their tokens, or cost each of them its timeout.
@@ -31,14 +41,13 @@ async fn a_bad_predictor_costs_hints_only() {
     let load = load(&sandbox);
     let expected = answers(&load).await;
     let predictor = "predictor-node-0";
-    let normal = load.run(Duration::from_secs(1)).await.latency(1.0);
+    let normal = run(&load, Duration::from_secs(1), &expected).await.latency(1.0);
 
     // Slow: it answers after the coordinator's patience, if at all.
     sandbox.process(predictor).signal("STOP");
-    let slow = load.run(Duration::from_secs(2)).await;
-    slow.assert_as(&expected);
-    println!("paused: {slow} {} unpredicted", unpredicted(&slow));
-    assert!(unpredicted(&slow) > 0);
+    let slow = run(&load, Duration::from_secs(2), &expected).await;
+    println!("paused: {slow}");
+    assert_eq!(unpredicted(&slow), slow.asked.len());
     // One timeout of 200 ms for whoever finds out, and not one for each of 40 steps; the machine may be slower than it was.
     let limit = 2 * normal + Duration::from_secs(1);
     let waited = slow.asked.iter().filter(|asked| asked.latency > limit).count();
@@ -46,26 +55,25 @@ async fn a_bad_predictor_costs_hints_only() {
 
     sandbox.process(predictor).signal("CONT");
     sleep(Duration::from_secs(2)).await;
-    let back = load.run(Duration::from_secs(1)).await;
-    back.assert_as(&expected);
+    let back = run(&load, Duration::from_secs(1), &expected).await;
     assert!(unpredicted(&back) < back.asked.len(), "it is not asked again");
 
     // Wrong: damaged on their way, predictions are noise or cannot be read.
-    let running = load.start();
-    for _ in 0..20 {
-        sandbox.proxy(predictor).corrupt_next(Direction::Back);
-        sleep(Duration::from_millis(50)).await;
-    }
-    running.stop().await.assert_as(&expected);
+    let damaging = async {
+        for _ in 0..20 {
+            sandbox.proxy(predictor).corrupt_next(Direction::Back);
+            sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::join!(run(&load, Duration::from_secs(1), &expected), damaging);
     sandbox.proxy(predictor).set(Link::Dead);
-    load.run(Duration::from_secs(1)).await.assert_as(&expected);
+    run(&load, Duration::from_secs(1), &expected).await;
     sandbox.proxy(predictor).set(Link::Good);
 
     sandbox.take(predictor).kill();
-    let dead = load.run(Duration::from_secs(1)).await;
-    dead.assert_as(&expected);
-    println!("dead: {dead} {} unpredicted", unpredicted(&dead));
-    assert!(unpredicted(&dead) > 0);
+    let dead = run(&load, Duration::from_secs(1), &expected).await;
+    println!("dead: {dead}");
+    assert_eq!(unpredicted(&dead), dead.asked.len());
 }
 
 /// Predictions for another model would be used.
