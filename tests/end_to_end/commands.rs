@@ -259,6 +259,7 @@ fn bad_configurations_are_named() {
             &["ask", "--min-tokens", "7", "--max-tokens", "5", "x"],
             "min_tokens is 7, expected at most max_tokens, which is 5",
         ),
+        (&["up", "--prompt-tokens-max", "0"], "0 is not in 1.."),
         (&["up", "--config", "no/such.toml"], "no/such.toml"),
     ] {
         let output = run(arguments);

@@ -2,30 +2,35 @@
 
 use std::time::Duration;
 
-use clap::Args;
+use clap::{Args, builder::RangedU64ValueParser};
 use sida_coordinator::CoordinatorConfig;
 
 use super::client_limits::ClientLimitArguments;
 use crate::{share, time_span};
 
+/// Of a limit: nothing would pass one of 0.
+fn one_or_more() -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(1..)
+}
+
 /// Bounds of batches and requests; the defaults are those of the design.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct LimitArguments {
     /// Tokens of one batch at most
-    #[arg(long, value_name = "N", default_value_t = 8192)]
+    #[arg(long, value_name = "N", default_value_t = 8192, value_parser = one_or_more())]
     batch_tokens_max: usize,
     /// Tokens of prompts that one step computes at most, where others are decoding: fewer keep their pace, more begin
     /// answers sooner
-    #[arg(long, value_name = "N", default_value_t = 512)]
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = one_or_more())]
     prefill_tokens_max: usize,
     /// Sequences that are generated at the same time at most
-    #[arg(long, value_name = "N", default_value_t = 256)]
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = one_or_more())]
     sequences_max: usize,
     /// Requests that wait at most; further ones are refused at once
-    #[arg(long, value_name = "N", default_value_t = 1024)]
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = one_or_more())]
     queue_max: usize,
     /// Tokens that wait at most, of prompts and of the longest answers to them
-    #[arg(long, value_name = "N", default_value_t = 2 << 20)]
+    #[arg(long, value_name = "N", default_value_t = 2 << 20, value_parser = one_or_more())]
     queue_tokens_max: usize,
     /// Part of the queue that one client may hold while others wait, as 50%; a client is who has a key, a certificate or an
     /// address of its own
@@ -34,10 +39,10 @@ pub(crate) struct LimitArguments {
     #[command(flatten)]
     clients: ClientLimitArguments,
     /// Tokens of a prompt at most
-    #[arg(long, value_name = "N", default_value_t = 512)]
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = one_or_more())]
     prompt_tokens_max: usize,
     /// Tokens of an answer at most
-    #[arg(long, value_name = "N", default_value_t = 1024)]
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = one_or_more())]
     answer_tokens_max: usize,
     /// How long a request may take whose caller gives no deadline [default: as long as it takes]
     #[arg(long, value_name = "TIME", value_parser = time_span::parse)]
@@ -58,18 +63,18 @@ pub(crate) struct LimitArguments {
 }
 
 impl LimitArguments {
-    /// Puts them into a coordinator's settings. A limit of 0, which nothing would pass, is taken as 1.
+    /// Puts them into a coordinator's settings.
     pub(crate) fn apply(&self, config: &mut CoordinatorConfig) {
-        config.limits.tokens_max = self.batch_tokens_max.max(1);
-        config.limits.prefill_tokens_max = self.prefill_tokens_max.max(1);
-        config.limits.sequences_max = self.sequences_max.max(1);
-        config.limits.queue_max = self.queue_max.max(1);
-        config.limits.queue_tokens_max = self.queue_tokens_max.max(1);
+        config.limits.tokens_max = self.batch_tokens_max;
+        config.limits.prefill_tokens_max = self.prefill_tokens_max;
+        config.limits.sequences_max = self.sequences_max;
+        config.limits.queue_max = self.queue_max;
+        config.limits.queue_tokens_max = self.queue_tokens_max;
         config.limits.client_queue_share = self.client_queue_share;
         config.client_limits = self.clients.limits();
-        config.request_limits.prompt_tokens_max = self.prompt_tokens_max.max(1);
-        config.request_limits.tokens_max = self.answer_tokens_max.max(1);
-        config.request_limits.tokens_default = config.request_limits.tokens_default.min(self.answer_tokens_max.max(1));
+        config.request_limits.prompt_tokens_max = self.prompt_tokens_max;
+        config.request_limits.tokens_max = self.answer_tokens_max;
+        config.request_limits.tokens_default = config.request_limits.tokens_default.min(self.answer_tokens_max);
         config.request_limits.timeout = self.request_timeout;
         config.plan_chance = self.plan_chance;
         config.enforce_capacity = self.enforce_capacity;

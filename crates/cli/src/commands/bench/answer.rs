@@ -5,8 +5,12 @@ use std::time::{Duration, Instant};
 
 use tonic::Status;
 
+use super::http_client::CONNECT;
+
 /// A message is kept as an example beside its count; more of it helps nobody.
 const MESSAGE_CHARS_MAX: usize = 300;
+/// A server that nobody can connect to is left alone for so long: asking more often says no more, and takes the machine.
+const RECONNECT_AFTER: Duration = Duration::from_millis(100);
 
 /// A request that was answered.
 #[derive(Clone, Debug, Default)]
@@ -97,9 +101,10 @@ pub(crate) struct Call {
 }
 
 impl Call {
-    /// How long its server asks to be left alone, if it does.
-    pub(crate) fn retry_after(&self) -> Option<Duration> {
-        self.replies.iter().filter_map(|reply| reply.result.as_ref().err()?.retry_after).max()
+    /// How long its server is left alone, if it asks for that or cannot be reached.
+    pub(crate) fn pause(&self) -> Option<Duration> {
+        let pause = |failure: &Failure| failure.retry_after.or((failure.code == CONNECT).then_some(RECONNECT_AFTER));
+        self.replies.iter().filter_map(|reply| pause(reply.result.as_ref().err()?)).max()
     }
 }
 

@@ -2,8 +2,8 @@
 //! are sent when they are due, whatever became of earlier ones (an open loop). Knows nothing of what a request is, so that it
 //! can be tested without a model. Called by `bench`.
 //!
-//! A client whose server asks to be left alone for a while leaves it alone, as clients do that are no load generators; an open loop
-//! waits for nobody.
+//! A client whose server asks to be left alone for a while, or cannot be reached, leaves it alone, as clients do that are no load
+//! generators; an open loop waits for nobody.
 
 use std::{
     sync::{
@@ -175,7 +175,7 @@ where
                 return;
             }
             let due = Instant::now();
-            let Some(retry_after) = self.call(due, client, number * batch..(number + 1) * batch).await else {
+            let Some(pause) = self.call(due, client, number * batch..(number + 1) * batch).await else {
                 continue;
             };
             // No longer than a request may take, and not beyond the end.
@@ -183,7 +183,7 @@ where
                 Until::Requests(_) => Duration::MAX,
                 Until::Elapsed(limit) => limit.saturating_sub(start.elapsed()),
             };
-            time::sleep(retry_after.min(self.timeout).min(until_end)).await;
+            time::sleep(pause.min(self.timeout).min(until_end)).await;
         }
     }
 
@@ -214,7 +214,7 @@ where
         self.end(due, ended, vec![Reply { ended, result: Err(failure) }]);
     }
 
-    /// Sends requests together and waits for all of them. How long the server then asks to be left alone, if it does.
+    /// Sends requests together and waits for all of them. How long the server is then left alone, if it is.
     async fn call(&self, due: Instant, client: usize, numbers: std::ops::Range<u64>) -> Option<Duration> {
         self.sent.fetch_add(numbers.end - numbers.start, Ordering::Relaxed);
         let sent = Instant::now();
@@ -230,10 +230,10 @@ where
 
     fn end(&self, due: Instant, sent: Instant, replies: Vec<Reply>) -> Option<Duration> {
         let call = Call { due, sent, replies };
-        let retry_after = call.retry_after();
+        let pause = call.pause();
         // Whoever runs the load waits for the last sender.
         let _ = self.calls.send(call);
-        retry_after
+        pause
     }
 }
 

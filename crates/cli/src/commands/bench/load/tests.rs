@@ -5,6 +5,7 @@ use std::sync::Mutex;
 use tokio::sync::Semaphore;
 
 use super::*;
+use crate::commands::bench::http_client::CONNECT;
 
 const fn ms(ms: u64) -> Duration {
     Duration::from_millis(ms)
@@ -78,15 +79,9 @@ async fn a_client_that_is_asked_to_wait_waits_and_a_schedule_does_not() {
     // Would break: a closed loop floods a server that asks to be left alone, so that most of its requests are refusals; or an
     // open loop waits, and leaves out the very requests that a busy server turns away.
     let asked_at = |load: Load, retry_after: Duration| async move {
-        let (start, asked) = (Instant::now(), Arc::new(Mutex::new(Vec::new())));
-        let record = asked.clone();
-        let request = Arc::new(move |_, _| {
-            record.lock().unwrap().push(start.elapsed());
-            async move { Err(Failure::new("429", "later").with_retry_after(Some(retry_after))) }
-        });
-        let (samples, _) = run(&load, 0, request, |_, _, _| {}).await;
-        let asked = asked.lock().unwrap().clone();
-        assert_eq!(samples.told_to_wait, asked.len() as u64);
+        let failure = Failure::new("429", "later").with_retry_after(Some(retry_after));
+        let (asked, told_to_wait) = refused_at(&load, failure).await;
+        assert_eq!(told_to_wait, asked.len() as u64);
         asked
     };
     let asked = asked_at(closed(1, 1, Until::Requests(3)), ms(30)).await;
@@ -99,6 +94,27 @@ async fn a_client_that_is_asked_to_wait_waits_and_a_schedule_does_not() {
     assert!(!asked_at(patient, hour).await.is_empty());
     let schedule = Load { timeout: 2 * hour, ..open((0..3).map(ms), Duration::ZERO, 100) };
     assert_eq!(asked_at(schedule, hour).await.len(), 3);
+}
+
+#[tokio::test]
+async fn a_server_that_cannot_be_reached_is_not_asked_at_every_turn() {
+    // Broken: thousands of connections a second are tried, which says no more, and takes the machine from whoever starts the server.
+    let (asked, told_to_wait) = refused_at(&closed(1, 1, Until::Requests(3)), Failure::new(CONNECT, "refused")).await;
+    assert!(asked[1] >= ms(100) && asked[2] >= ms(200), "{asked:?}");
+    assert_eq!(told_to_wait, 0);
+}
+
+/// When requests are sent to a server that fails all of them, and how many of them it told to wait.
+async fn refused_at(load: &Load, failure: Failure) -> (Vec<Duration>, u64) {
+    let (start, asked) = (Instant::now(), Arc::new(Mutex::new(Vec::new())));
+    let record = asked.clone();
+    let request = Arc::new(move |_, _| {
+        record.lock().unwrap().push(start.elapsed());
+        std::future::ready(Err(failure.clone()))
+    });
+    let (samples, _) = run(load, 0, request, |_, _, _| {}).await;
+    let asked = asked.lock().unwrap().clone();
+    (asked, samples.told_to_wait)
 }
 
 #[tokio::test]
