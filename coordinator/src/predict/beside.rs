@@ -3,7 +3,7 @@
 //! its prediction only when it is over, to see how it fared, and does not wait long; one in `guided` or `hash` waits for it
 //! before it begins. Called by the scheduler.
 //!
-//! What is predicted sooner than a thread is woken is predicted by the scheduler's own.
+//! What is waited for anyhow, or predicted sooner than a thread is woken, is predicted by the scheduler's own.
 
 use std::{
     sync::Arc,
@@ -120,7 +120,7 @@ impl PredictBeside {
         self.step = match std::mem::replace(&mut self.step, Step::None) {
             Step::UnderWay(job) | Step::Late(job) if let Some(job) = is_late(job.clone()) => Step::Late(job),
             _ if sequences.is_empty() => Step::None,
-            _ if self.took < OWN_THREAD_MAX && !self.predictor.predict.is_remote() => {
+            _ if self.is_own_work(patience) => {
                 let predicted = self.predictor.predict(&sequences, trace);
                 self.took = predicted.took;
                 Step::Predicted(predicted)
@@ -161,6 +161,12 @@ impl PredictBeside {
         self.took = predicted.as_ref().map_or(self.took, |predicted| predicted.took);
         self.waited += start.elapsed();
         predicted
+    }
+
+    /// Whether the scheduler's thread predicts: nothing is computed meanwhile, or the other one would be woken in vain. One that
+    /// predictor-nodes make is waited for elsewhere.
+    fn is_own_work(&self, patience: Patience) -> bool {
+        !self.predictor.predict.is_remote() && (patience == Patience::Long || self.took < OWN_THREAD_MAX)
     }
 
     /// How long the step has waited for its prediction.
