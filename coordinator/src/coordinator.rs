@@ -222,6 +222,14 @@ impl Coordinator {
         self.inner.statistics.is_device_lost.load(Ordering::Relaxed)
     }
 
+    /// Whether there are expert-nodes to ask, and the device and the steps are as they should be: as the health check finds, but
+    /// without a call of its own.
+    pub(crate) fn can_answer(&self) -> bool {
+        let (roster, now) = (self.inner.nodes.roster(), self.inner.nodes.clock().now());
+        let is_up = roster.links.is_empty() || roster.links.iter().any(|link| link.is_up(now));
+        is_up && self.is_alive() && self.inner.statistics.outcomes.failing(Instant::now()).is_none()
+    }
+
     /// Whether an expert call succeeds, and steps have not failed again and again. The health check asks this.
     pub async fn probe(&self) -> Result<(), String> {
         if self.is_device_lost() {

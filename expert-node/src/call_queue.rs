@@ -102,9 +102,9 @@ fn results(
                 span.fail(&fault);
             }
             let is_ours = [Reason::Internal, Reason::ExpertLoadFailed, Reason::DeviceFailed].contains(&fault.reason());
-            if is_ours && let Some(left_out) = engine.failures.next(Instant::now()) {
+            if is_ours && let Some(lines_left_out) = engine.failures.next(Instant::now()) {
                 let trace_id = trace.map(|trace| tracing::field::display(trace.trace_id()));
-                tracing::error!(node = %engine.node(), call_id, trace_id, %fault, left_out, "call failed");
+                tracing::error!(node = %engine.node(), call_id, trace_id, %fault, lines_left_out, "call failed");
             }
             let (code, reason, message) = (fault.reason().code(), fault.reason().name(), fault.message());
             let (reason, message, newer_placement) = (reason.into(), message.into(), Default::default());

@@ -25,8 +25,8 @@ pub(crate) fn start(cache: Arc<ExpertCache>) -> io::Result<JoinHandle<()>> {
                 if let Err(error) = unfilled.fill() {
                     // Not fatal: a call that needs it loads it itself, and reports what is wrong.
                     cache.note_failure(&error);
-                    if let Some(left_out) = failures.next(Instant::now()) {
-                        tracing::warn!(%key, %error, left_out, "an expert cannot be loaded ahead");
+                    if let Some(lines_left_out) = failures.next(Instant::now()) {
+                        tracing::warn!(%key, %error, lines_left_out, "an expert cannot be loaded ahead");
                     }
                 }
             }

@@ -82,8 +82,8 @@ impl Driver for LayerDriver<'_> {
             }
             Note::RetryRefused => counter!(names::RETRIES_REFUSED_TOTAL).increment(1),
             Note::Waits(key) => {
-                if let Some(left_out) = self.nodes.waits.next(Instant::now()) {
-                    tracing::warn!(%key, left_out, "every expert-node failed; waiting for one to come back");
+                if let Some(lines_left_out) = self.nodes.waits.next(Instant::now()) {
+                    tracing::warn!(%key, lines_left_out, "every expert-node failed; waiting for one to come back");
                 }
             }
             Note::Failed { call, failure, is_reshared } => {
@@ -95,9 +95,9 @@ impl Driver for LayerDriver<'_> {
                     }
                     CallFailure::Unwanted => tracing::debug!(%node, rows, "nobody waits for an expert call any more"),
                     failure => {
-                        if let Some(left_out) = link.failures.next(Instant::now()) {
+                        if let Some(lines_left_out) = link.failures.next(Instant::now()) {
                             let trace_id = self.rows.trace.map(|trace| tracing::field::display(trace.trace_id()));
-                            tracing::warn!(%node, rows, trace_id, %failure, left_out, "an expert call failed");
+                            tracing::warn!(%node, rows, trace_id, %failure, lines_left_out, "an expert call failed");
                         }
                     }
                 }

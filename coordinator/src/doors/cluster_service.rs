@@ -1,6 +1,6 @@
 //! Serves `sida.v1.Cluster`: the cluster as this coordinator sees it, for `sida status`.
 
-use std::{sync::atomic::Ordering, time::Duration};
+use std::{error::Error, sync::atomic::Ordering, time::Duration};
 
 use bytes::Bytes;
 use futures::future::join_all;
@@ -13,14 +13,16 @@ use sida_proto::{
     v1::{self, cluster_server::Cluster, experts_client::ExpertsClient, predictor_client::PredictorClient},
     wire::Residency,
 };
-use sida_rpc::ClientConfig;
-use tonic::{Request, Response, Status};
+use sida_rpc::{Channel, ClientConfig, ClientError};
+use tonic::{Code, Request, Response, Status};
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
 use crate::coordinator::Coordinator;
 
 /// How long a node may take to say what it holds.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// What a coordinator is that is there, and cannot answer requests.
+const NOT_READY: &str = "not ready";
 
 /// The service.
 pub(crate) struct ClusterService {
@@ -64,39 +66,45 @@ impl Coordinator {
     async fn node_status(&self, member: &Member) -> v1::NodeStatus {
         let client = &self.config().client;
         let (mut residency, mut model) = (None, None);
-        let healthy = match (member.role, &member.address) {
-            (Role::Coordinator, _) if member.node == self.config().node => true,
-            (Role::Coordinator, Address::Grpc(address)) => within_patience(serves(address, client)).await == Some(true),
-            (Role::Coordinator, Address::Local(_)) => false,
+        let answered = match (member.role, &member.address) {
+            (Role::Coordinator, _) if member.node == self.config().node => match self.can_answer() {
+                true => Ok(()),
+                false => Err(NOT_READY.to_owned()),
+            },
+            (Role::Coordinator, Address::Grpc(address)) => within_patience(serves(address, client)).await,
+            (Role::Coordinator | Role::PredictorNode, Address::Local(_)) => Err(String::new()),
             (Role::ExpertNode, Address::Local(experts)) => {
                 residency = Some(self.local_residency(member, experts.residency()));
-                true
+                Ok(())
             }
             (Role::ExpertNode, Address::Grpc(address)) => {
-                residency = within_patience(remote_residency(address, client)).await;
-                model = residency.as_ref().map(|held| (held.model_digest.clone(), held.experts_digest.clone()));
-                residency.is_some()
+                within_patience(remote_residency(address, client)).await.map(|held| {
+                    model = Some((held.model_digest.clone(), held.experts_digest.clone()));
+                    residency = Some(held);
+                })
             }
             (Role::PredictorNode, Address::Grpc(address)) => {
                 let described = within_patience(describes_predictor(address, client)).await;
-                model = described.map(|described| (described.model_digest, Bytes::new()));
-                model.is_some()
+                described.map(|described| model = Some((described.model_digest, Bytes::new())))
             }
-            (Role::PredictorNode, Address::Local(_)) => false,
         };
-        let problem = model.and_then(|(model, experts)| self.differs(&model, &experts)).unwrap_or_default();
+        let differs = model.and_then(|(model, experts)| self.differs(&model, &experts)).unwrap_or_default();
+        let (healthy, problem) = match answered {
+            Ok(()) => (differs.is_empty(), differs.to_owned()),
+            Err(problem) => (false, problem),
+        };
         let placement = self.cluster().placement();
         v1::NodeStatus {
             node: member.node.to_string(),
             role: member.role.to_string(),
             address: member.address.to_string(),
-            healthy: healthy && problem.is_empty(),
+            healthy,
             experts_placed: placement.experts_of(&member.node).count() as u64,
             experts_held: placement.held_by(&member.node).count() as u64,
             ready_epoch: 0,
             weight: member.weight,
             residency,
-            problem: problem.to_owned(),
+            problem,
         }
     }
 
@@ -127,23 +135,42 @@ impl Coordinator {
     }
 }
 
-async fn within_patience<T>(answer: impl Future<Output = Option<T>>) -> Option<T> {
-    tokio::time::timeout(PATIENCE, answer).await.ok().flatten()
+/// What a node answered, or why it did not, in a few words; in none where nobody is there to answer.
+type Answered<T> = Result<T, String>;
+
+async fn within_patience<T>(answer: impl Future<Output = Answered<T>>) -> Answered<T> {
+    tokio::time::timeout(PATIENCE, answer).await.unwrap_or_else(|_| Err(String::new()))
 }
 
-async fn serves(address: &str, client: &ClientConfig) -> Option<bool> {
-    let channel = sida_rpc::connect(address, client).await.ok()?;
+async fn connect(address: &str, client: &ClientConfig) -> Answered<Channel> {
+    let told = |error: ClientError| if error.is_of_tls() { "TLS fails".to_owned() } else { String::new() };
+    sida_rpc::connect(address, client).await.map_err(told)
+}
+
+/// Why a node that took the connection gave no answer.
+fn unanswered(status: Status) -> String {
+    match status.code() {
+        Code::Unauthenticated => "refuses the key",
+        // It was the connection that ended: of a port that speaks TLS to a client that does not.
+        _ if status.source().is_some() => "ends the connection",
+        _ => "answers with an error",
+    }
+    .to_owned()
+}
+
+async fn serves(address: &str, client: &ClientConfig) -> Answered<()> {
     let request = HealthCheckRequest { service: String::new() };
-    let health = HealthClient::new(channel).check(request).await.ok()?.into_inner();
-    Some(health.status() == ServingStatus::Serving)
+    let health = HealthClient::new(connect(address, client).await?).check(request).await.map_err(unanswered)?;
+    let serves = health.into_inner().status() == ServingStatus::Serving;
+    serves.then_some(()).ok_or_else(|| NOT_READY.to_owned())
 }
 
-async fn remote_residency(address: &str, client: &ClientConfig) -> Option<v1::ResidencyResponse> {
-    let channel = sida_rpc::connect(address, client).await.ok()?;
-    Some(ExpertsClient::new(channel).residency(v1::ResidencyRequest {}).await.ok()?.into_inner())
+async fn remote_residency(address: &str, client: &ClientConfig) -> Answered<v1::ResidencyResponse> {
+    let mut experts = ExpertsClient::new(connect(address, client).await?);
+    Ok(experts.residency(v1::ResidencyRequest {}).await.map_err(unanswered)?.into_inner())
 }
 
-async fn describes_predictor(address: &str, client: &ClientConfig) -> Option<v1::DescribePredictorResponse> {
-    let channel = sida_rpc::connect(address, client).await.ok()?;
-    Some(PredictorClient::new(channel).describe(v1::DescribePredictorRequest {}).await.ok()?.into_inner())
+async fn describes_predictor(address: &str, client: &ClientConfig) -> Answered<v1::DescribePredictorResponse> {
+    let mut predictor = PredictorClient::new(connect(address, client).await?);
+    Ok(predictor.describe(v1::DescribePredictorRequest {}).await.map_err(unanswered)?.into_inner())
 }

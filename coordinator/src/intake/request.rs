@@ -129,14 +129,19 @@ impl Work {
 impl Request {
     /// How much of a batch's limits the request takes.
     pub(crate) fn cost(&self) -> Cost {
-        let decoded = match &self.work {
-            Work::Encode { .. } => 0,
-            Work::Score { targets, .. } => targets.iter().map(Vec::len).sum(),
-            // All choices begin with one row.
-            Work::Generate { .. } => 1,
-        };
-        let (tokens, sequences) = (self.tokens.len() + decoded, self.work.sequences());
+        // All choices of an answer begin with one row.
+        let begun = usize::from(matches!(self.work, Work::Generate { .. }));
+        let (tokens, sequences) = (self.tokens_brought() + begun, self.work.sequences());
         Cost { tokens, sequences, cache_bytes: self.cache_bytes }
+    }
+
+    /// The tokens that it brings: its prompt's, and those of the answers that it asks the likelihood of.
+    pub(crate) fn tokens_brought(&self) -> usize {
+        let targets = match &self.work {
+            Work::Encode { .. } | Work::Generate { .. } => 0,
+            Work::Score { targets, .. } => targets.iter().map(Vec::len).sum(),
+        };
+        self.tokens.len() + targets
     }
 
     /// How many sequences it counts as among those that are computed at the same time. A prompt whose states are asked
@@ -151,7 +156,7 @@ impl Request {
             begun.answered(steps, self.work.steps_max());
         }
         if let Some(client) = &self.client {
-            let tokens = self.cost().tokens + generated;
+            let tokens = self.tokens_brought() + generated;
             counter!(names::CLIENT_TOKENS_TOTAL, names::CLIENT => client.label().to_string()).increment(tokens as u64);
         }
     }
@@ -162,7 +167,7 @@ impl Request {
             Work::Generate { options, .. } => options.tokens_max.saturating_mul(self.work.sequences()),
             Work::Encode { .. } | Work::Score { .. } => 0,
         };
-        self.cost().tokens.saturating_add(generated)
+        self.tokens_brought().saturating_add(generated)
     }
 
     /// What it takes of a batch, and nothing once nobody waits for the request any more: it is let through to be answered, and never keeps

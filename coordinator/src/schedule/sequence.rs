@@ -208,7 +208,7 @@ impl<B: Backend> Sequence<B> {
             && let Some(let_in) = self.request.let_in.take()
         {
             let generated = generation.ended_tokens + chosen.len() * generation.generated;
-            let_in.ends(self.request.cost().tokens + generated);
+            let_in.ends(self.request.tokens_brought() + generated);
         }
         let choices = std::mem::take(&mut generation.choices);
         for (choice, Chosen { id, logprobs, text, reason }) in choices.into_iter().zip(chosen) {

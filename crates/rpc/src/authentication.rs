@@ -9,11 +9,12 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use http::{HeaderMap, Request, Response, header::AUTHORIZATION};
 use sida_routing::client_limits::ClientLimits;
+use sida_telemetry::Seldom;
 use tokio_util::sync::CancellationToken;
 use tower::{Layer, Service};
 
@@ -32,17 +33,21 @@ const OPEN_SERVICES: [&str; 2] = ["/grpc.health.", "/grpc.reflection."];
 
 /// The keys that let in. Clones are the same; the default has none and lets in everybody.
 #[derive(Clone, Default)]
-pub struct Gate(Option<Arc<Reloading<KeyFile>>>);
+pub struct Gate {
+    keys: Option<Arc<Reloading<KeyFile>>>,
+    /// Log lines of calls that were refused.
+    refusals: Arc<Seldom>,
+}
 
 impl Gate {
     /// Lets in whoever has one of the keys in `file`.
     pub fn open(file: KeyFile) -> Result<Self, KeyError> {
-        Reloading::open(file).map(|keys| Self(Some(keys)))
+        Reloading::open(file).map(|keys| Self { keys: Some(keys), ..Self::default() })
     }
 
     /// Looks every `period` whether the file has changed, for ever. Several may follow one file.
     pub async fn follow(&self, period: Duration) {
-        match &self.0 {
+        match &self.keys {
             Some(keys) => match keys.clone().follow(period).await {},
             None => std::future::pending().await,
         }
@@ -50,13 +55,13 @@ impl Gate {
 
     /// What the keys' file says that a client may use. Of one without a key it says nothing.
     pub fn limits(&self, client: &Client) -> ClientLimits {
-        let keys = self.0.as_ref().zip(client.key_name());
+        let keys = self.keys.as_ref().zip(client.key_name());
         keys.map_or_else(ClientLimits::default, |(keys, name)| keys.current().limits(name))
     }
 
     /// Whose call it is that has these headers and came from there; the fault of one who has no key that is known.
     fn caller(&self, headers: &HeaderMap, end: Option<&FarEnd>) -> Result<Caller, Fault> {
-        let Some(keys) = &self.0 else {
+        let Some(keys) = &self.keys else {
             return Ok(Caller { client: end.and_then(Client::of_connection), key_taken_away: None });
         };
         let refused = |message| Fault::new(Reason::Unauthenticated, message);
@@ -64,6 +69,14 @@ impl Gate {
         let key = key(header.as_bytes()).ok_or_else(|| refused("authorization holds no key, expected Bearer KEY"))?;
         let known = keys.current().known(key).ok_or_else(|| refused("the key is not known here"))?;
         Ok(Caller { client: Some(Client::of_key(known.name)), key_taken_away: Some(KeyTakenAway(known.taken_away)) })
+    }
+
+    /// Says now and then who is refused, and why: the node at the other end may be one of ours with a wrong key.
+    fn tell(&self, fault: &Fault, path: &str, end: Option<&FarEnd>) {
+        if let Some(lines_left_out) = self.refusals.next(Instant::now()) {
+            let address = end.and_then(|end| end.address).map(tracing::field::display);
+            tracing::warn!(path, address, reason = fault.message(), lines_left_out, "a call was refused");
+        }
     }
 }
 
@@ -91,7 +104,7 @@ impl KeyTakenAway {
 
 impl fmt::Debug for Gate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.0 {
+        match &self.keys {
             None => f.write_str("Gate(all)"),
             Some(keys) => f.debug_tuple("Gate").field(keys).finish(),
         }
@@ -174,6 +187,7 @@ where
                     key_taken_away.and_then(|event| request.extensions_mut().insert(event));
                 }
                 Err(fault) => {
+                    gate.tell(&fault, request.uri().path(), request.extensions().get());
                     let response = refuse(fault);
                     return Box::pin(std::future::ready(Ok(response)));
                 }

@@ -3,6 +3,7 @@
 
 use std::{
     error::Error as _,
+    io,
     task::{Context, Poll},
     time::Duration,
 };
@@ -71,6 +72,22 @@ pub enum ClientError {
     Key { address: String, source: KeyError },
     #[error("cannot connect to {address}: {}", root_cause(.error))]
     Connect { address: String, error: transport::Error },
+}
+
+impl ClientError {
+    /// Whether somebody was there with whom TLS failed.
+    pub fn is_of_tls(&self) -> bool {
+        let Self::Connect { error, .. } = self else { return matches!(self, Self::Tls { .. }) };
+        let mut cause = error.source();
+        while let Some(error) = cause {
+            // What rustls finds wrong is invalid data to whoever reads the connection.
+            if error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::InvalidData) {
+                return true;
+            }
+            cause = error.source();
+        }
+        false
+    }
 }
 
 /// A way to a server, for the generated clients: sends the key, if any, with every call. Cheap to clone.

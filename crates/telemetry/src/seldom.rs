@@ -1,13 +1,16 @@
-//! Log lines that could come by the thousand, as where an expert's file is damaged: one a second at most, which says how many were
-//! left out.
+//! Log lines that could come by the thousand, as where an expert's file is damaged: one a second at most, and ever fewer, down to
+//! one a minute, while it goes on. Each says how many were left out.
 
 use std::{
     sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
-/// From one line to the next at least.
-const APART: Duration = Duration::from_secs(1);
+/// From the first line to the next at least; the pause doubles with each line.
+const APART_MIN: Duration = Duration::from_secs(1);
+const APART_MAX: Duration = Duration::from_secs(60);
+/// What did not happen for so long is over: if it happens again, that is news.
+const QUIET: Duration = Duration::from_secs(10);
 
 /// Lines of one kind.
 #[derive(Debug, Default)]
@@ -15,7 +18,10 @@ pub struct Seldom(Mutex<Lines>);
 
 #[derive(Debug, Default)]
 struct Lines {
-    last: Option<Instant>,
+    /// When the last was written, and the pause after it.
+    written: Option<(Instant, Duration)>,
+    /// When one was wanted last.
+    wanted: Option<Instant>,
     left_out: u64,
 }
 
@@ -24,11 +30,16 @@ impl Seldom {
     pub fn next(&self, now: Instant) -> Option<u64> {
         // A panic while it was held leaves numbers.
         let mut lines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if lines.last.is_some_and(|last| now.saturating_duration_since(last) < APART) {
-            lines.left_out += 1;
-            return None;
-        }
-        lines.last = Some(now);
+        let goes_on = lines.wanted.replace(now).is_some_and(|last| now.saturating_duration_since(last) < QUIET);
+        let apart = match lines.written.filter(|_| goes_on) {
+            Some((last, apart)) if now.saturating_duration_since(last) < apart => {
+                lines.left_out += 1;
+                return None;
+            }
+            Some((_, apart)) => (apart * 2).min(APART_MAX),
+            None => APART_MIN,
+        };
+        lines.written = Some((now, apart));
         Some(std::mem::take(&mut lines.left_out))
     }
 }
@@ -38,11 +49,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_a_second_and_how_many_not() {
-        // Broken: a request to a damaged model writes a hundred lines, or nobody learns how often it failed.
+    fn ever_fewer_while_it_goes_on_and_at_once_after_a_while() {
+        // Broken: a request to a damaged model writes a hundred lines, or a cluster whose nodes are away for a night a hundred
+        // thousand; nobody learns how often it failed, or that it fails again.
         let (seldom, begin) = (Seldom::default(), Instant::now());
-        let lines =
-            [0, 0, 10, 999, 1_000, 1_001, 5_000, 6_000].map(|ms| seldom.next(begin + Duration::from_millis(ms)));
-        assert_eq!(lines, [Some(0), None, None, None, Some(3), None, Some(1), Some(0)]);
+        let at = |ms| seldom.next(begin + Duration::from_millis(ms));
+        let lines = [0, 10, 999, 1_000, 2_000, 2_999, 3_000, 3_001].map(at);
+        assert_eq!(lines, [Some(0), None, None, Some(2), None, None, Some(2), None]);
+        let hour = (3_002..3_603_000).step_by(1_000).filter_map(at).count();
+        assert!((60..70).contains(&hour), "{hour} lines in an hour");
+        assert_eq!([3_620_000, 3_620_001, 3_621_000].map(at).map(|line| line.is_some()), [true, false, true]);
     }
 }

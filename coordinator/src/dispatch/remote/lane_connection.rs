@@ -15,7 +15,7 @@ use sida_proto::{
     wire,
 };
 use sida_routing::{Digest, failover::lane_health::SUSPECT_LIMIT};
-use sida_rpc::{ClientConfig, MESSAGE_BYTES_MAX, Reason};
+use sida_rpc::{ClientConfig, MESSAGE_BYTES_MAX};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -30,6 +30,8 @@ const PAUSE_MAX: Duration = Duration::from_millis(500);
 const OPEN_LIMIT: Duration = Duration::from_secs(1);
 /// How often a connection on which nothing comes is pinged, and how long the answer may take.
 const PING_PERIOD: Duration = Duration::from_secs(1);
+/// How many reasons the log has why a node is not reached: each once, until it is.
+const TOLD_MAX: usize = 8;
 /// How often a connection is checked for silence.
 const LOOK_PERIOD: Duration = Duration::from_millis(500);
 /// The metadata that names the model a lane is for.
@@ -64,16 +66,19 @@ impl Connector {
 
 /// Keeps `lane` connected until it is dropped or `shutdown`.
 pub(crate) async fn keep(lane: Weak<Lane>, connector: Arc<Connector>, shutdown: CancellationToken) {
-    let (mut pause, mut told) = (PAUSE_MIN, false);
+    let (mut pause, mut told) = (PAUSE_MIN, Vec::new());
     loop {
-        let connected = shutdown.run_until_cancelled(connect_and_serve(&lane, &connector, &mut told)).await;
+        let connected = shutdown.run_until_cancelled(connect_and_serve(&lane, &connector)).await;
         let (Some(Connected { lasted, reason }), Some(lane)) = (connected, lane.upgrade()) else { return };
         lane.disconnected(&reason);
+        let (node, address) = (lane.node(), lane.address());
         if lasted {
-            tracing::warn!(node = %lane.node(), reason, "lost the lane to an expert-node");
+            tracing::warn!(%node, reason, "lost the lane to an expert-node");
             pause = PAUSE_MIN;
-        } else {
-            tracing::debug!(node = %lane.node(), reason, "cannot open a lane to an expert-node");
+            told.clear();
+        } else if !told.contains(&reason) && told.len() < TOLD_MAX {
+            tracing::warn!(%node, address, reason, "an expert-node cannot be reached, and is tried again until it can");
+            told.push(reason);
         }
         // `lane` must be dropped here: the task must not keep alive what its callers have dropped.
         let paused = async {
@@ -92,17 +97,16 @@ struct Connected {
     reason: String,
 }
 
-/// `told`: whether the log has it that the node serves something else.
-async fn connect_and_serve(lane: &Weak<Lane>, connector: &Connector, told: &mut bool) -> Connected {
+async fn connect_and_serve(lane: &Weak<Lane>, connector: &Connector) -> Connected {
     let mut lasted = false;
-    let reason = match serve(lane, connector, &mut lasted, told).await {
+    let reason = match serve(lane, connector, &mut lasted).await {
         Ok(()) => "the node closed the lane".to_owned(),
         Err(reason) => reason,
     };
     Connected { lasted, reason }
 }
 
-async fn serve(lane: &Weak<Lane>, connector: &Connector, lasted: &mut bool, told: &mut bool) -> Result<(), String> {
+async fn serve(lane: &Weak<Lane>, connector: &Connector, lasted: &mut bool) -> Result<(), String> {
     let Some(address) = lane.upgrade().map(|lane| lane.address().to_owned()) else { return Ok(()) };
     let channel = sida_rpc::connect(&address, &connector.client).await.map_err(|error| error.to_string())?;
     let mut client = ExpertsClient::new(channel)
@@ -116,15 +120,7 @@ async fn serve(lane: &Weak<Lane>, connector: &Connector, lasted: &mut bool, told
     }
     let opened = tokio::time::timeout(OPEN_LIMIT, client.lane(request)).await;
     let opened = opened.map_err(|_| format!("no consent to a lane within {OPEN_LIMIT:?}"))?;
-    let opened = opened.inspect_err(|status| {
-        // It will be asked again and again, until somebody mends it.
-        if Reason::of(status) == Some(Reason::ModelMismatch) && !std::mem::replace(told, true) {
-            let told = "an expert-node serves another model or has other experts, and is not asked for any";
-            tracing::error!(%address, reason = status.message(), "{told}");
-        }
-    });
     let mut responses = opened.map_err(refused)?.into_inner();
-    *told = false;
     if let Some(rows) = &connector.rows {
         // An error says that the connection is lost already, which is seen below.
         let _ = outgoing.send(LaneRequest { kind: Some(lane_request::Kind::Window(offer(rows.handle()))) });

@@ -73,7 +73,7 @@ fn unread(error: &axum::Error) -> ApiError {
             ApiError::http(StatusCode::REQUEST_TIMEOUT, "request_timeout", fault.message())
         }
         Some(fault) => ApiError::of_fault(fault),
-        None => ApiError::invalid("invalid_body", format!("the body broke off: {error}")),
+        None => ApiError::invalid("invalid_body", "the body ended before it was whole, or its pieces have no lengths"),
     }
 }
 

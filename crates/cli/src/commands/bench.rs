@@ -99,10 +99,11 @@ pub(crate) fn run(arguments: BenchArguments) -> anyhow::Result<ExitCode> {
         if let Some(replay) = replay {
             parameters["routes"] = replay.as_json();
         }
+        // First what cannot fail for want of room.
+        print(&arguments, &parameters, &measured)?;
         if let Some(page) = page {
             page.write(&parameters, &measured)?;
         }
-        print(&arguments, parameters, &measured)?;
         let is_answered = measured.iter().all(|subject| subject.figures.requests > 0);
         Ok(if is_answered { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     })
@@ -207,12 +208,12 @@ fn latency_of(arguments: &BenchArguments) -> String {
     }
 }
 
-fn print(arguments: &BenchArguments, parameters: Value, measured: &[Measured]) -> anyhow::Result<()> {
+fn print(arguments: &BenchArguments, parameters: &Value, measured: &[Measured]) -> anyhow::Result<()> {
     let mut output = io::stdout().lock();
     if arguments.json {
-        serde_json::to_writer(io::BufWriter::new(&mut output), &report::as_json(parameters, measured))
+        serde_json::to_writer(io::BufWriter::new(&mut output), &report::as_json(parameters.clone(), measured))
             .map_err(io::Error::from)?;
         return Ok(writeln!(output)?);
     }
-    Ok(write!(output, "{}", report::as_text(measured, &parameters))?)
+    Ok(write!(output, "{}", report::as_text(measured, parameters))?)
 }

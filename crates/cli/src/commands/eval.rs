@@ -116,10 +116,11 @@ pub(crate) fn run(arguments: EvalArguments) -> anyhow::Result<ExitCode> {
         let evaluating = Evaluating { arguments: &arguments, task: &task, examples: &examples, stop: &stop };
         let Some(found) = evaluating.run().await? else { return Ok(EXIT_INTERRUPTED.into()) };
         let evaluation = Evaluation::of(&examples, &found.layers, &arguments.batches, &found.runs);
+        // First what cannot fail for want of room.
+        print(&arguments, &evaluation, &found.parameters)?;
         if let Some(page) = page {
             page.write(&evaluation, &found.parameters)?;
         }
-        print(&arguments, &evaluation, &found.parameters)?;
         Ok(ExitCode::SUCCESS)
     })
 }

@@ -123,6 +123,10 @@ impl Progress {
             self.messages += 1;
         }
         self.is_finished |= choice.finish_reason.is_some();
+        // An answer that ends at once has no text, and this is the first that its caller sees of it.
+        if self.is_finished && self.pace.first.is_none() {
+            self.pace.came(at);
+        }
         Ok(())
     }
 
@@ -197,6 +201,17 @@ mod tests {
         assert_eq!((answer.tokens, answer.pace.gaps.len()), (3, 2));
         let with_end = [messages[0], r#"{"choices": [{"text": "", "finish_reason": "stop"}]}"#];
         assert_eq!(read(Method::Generate, &with_end).unwrap().tokens, 1);
+    }
+
+    #[test]
+    fn an_answer_that_ends_at_once_has_a_first_message() {
+        // Broken: it has no time to the first token, counts as one that came too late for `--slo ttft`, and what the table says of
+        // that time is only that of the others.
+        let at_once = [r#"{"choices": [{"text": "", "finish_reason": "stop"}], "usage": {"completion_tokens": 1}}"#];
+        let chat_at_once = [r#"{"choices": [{"delta": {}, "finish_reason": "stop"}]}"#];
+        for (method, messages) in [(Method::Generate, at_once), (Method::Chat, chat_at_once)] {
+            assert!(read(method, &messages).unwrap().pace.first.is_some());
+        }
     }
 
     #[test]

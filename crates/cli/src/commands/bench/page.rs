@@ -2,7 +2,7 @@
 //! with `--report`.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io::Write,
     path::{Path, PathBuf},
 };
@@ -28,10 +28,15 @@ pub(crate) fn create(path: &Path) -> Result<Page, BadConfiguration> {
 }
 
 impl Page {
-    /// Writes it.
+    /// Writes it. Where that fails, as on a full disk, half a page does not stay.
     pub(crate) fn write(mut self, parameters: &serde_json::Value, measured: &[Measured]) -> anyhow::Result<()> {
         let html = html(parameters, measured)?;
-        self.file.write_all(html.as_bytes()).with_context(|| format!("cannot write {}", self.path.display()))
+        let written = self.file.write_all(html.as_bytes());
+        if written.is_err() && self.path.is_file() {
+            // What is wrong is told; that the rest stays, too, would be no news.
+            let _ = fs::remove_file(&self.path);
+        }
+        written.with_context(|| format!("cannot write {}", self.path.display()))
     }
 }
 

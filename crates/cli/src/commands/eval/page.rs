@@ -31,10 +31,14 @@ impl Page {
         tempfile::tempfile_in(directory).map(|_| Self(path.to_owned())).map_err(refused)
     }
 
-    /// Writes it.
+    /// Writes it. Where that fails, as on a full disk, half a page does not stay.
     pub(crate) fn write(&self, evaluation: &Evaluation, parameters: &Value) -> anyhow::Result<()> {
-        fs::write(&self.0, html(evaluation, parameters)?)
-            .with_context(|| format!("cannot write --report {}", self.0.display()))
+        let written = fs::write(&self.0, html(evaluation, parameters)?);
+        if written.is_err() && self.0.is_file() {
+            // What is wrong is told; that the rest stays, too, would be no news.
+            let _ = fs::remove_file(&self.0);
+        }
+        written.with_context(|| format!("cannot write --report {}", self.0.display()))
     }
 }
 
