@@ -72,6 +72,8 @@ pub enum CoordinatorError {
     NoCapacity { family: &'static str },
     #[error("{reason}: recorded routes are replayed by decoder-only models that have all of their layers and experts")]
     RecordedRoutes { reason: String },
+    #[error("the shortest request needs {needed} bytes for keys and values, more than the {limit} of --cache-memory")]
+    NoCache { needed: u64, limit: u64 },
     #[error("the cluster has no expert-node")]
     NoExpertNode,
     #[error("cannot start a thread: {0}")]
@@ -80,6 +82,17 @@ pub enum CoordinatorError {
     LoadPanicked(String),
     #[error(transparent)]
     Serve(#[from] ServerError),
+}
+
+impl CoordinatorError {
+    /// Whether starting again would fail again: what is asked for does not fit the model or the cluster.
+    pub fn is_lasting(&self) -> bool {
+        match self {
+            Self::PredictorModel { .. } | Self::Extent { .. } | Self::NoCapacity { .. } => true,
+            Self::RecordedRoutes { .. } | Self::NoCache { .. } => true,
+            Self::Model(_) | Self::NoExpertNode | Self::Thread(_) | Self::LoadPanicked(_) | Self::Serve(_) => false,
+        }
+    }
 }
 
 impl Coordinator {
@@ -112,6 +125,11 @@ impl Coordinator {
         config: CoordinatorConfig,
         cluster: Cluster,
     ) -> Result<Self, CoordinatorError> {
+        let cache_size = backend.cache_size();
+        let (needed, limit) = (cache_size.of_request(1, 1, 1), config.limits.cache_bytes_max);
+        if needed > limit {
+            return Err(CoordinatorError::NoCache { needed, limit });
+        }
         let metrics = Arc::new(Metrics::new());
         let runtime = Handle::current();
         let model = backend.config().clone();
@@ -154,7 +172,6 @@ impl Coordinator {
         let workload = Arc::new(Workload::new(config.limits));
         let requests = Arc::new(RequestQueue::new(config.limits, workload.clone()));
         let prepared = Arc::new(Queue::new());
-        let cache_size = backend.cache_size();
         metrics.cache_budget_bytes.set(config.limits.cache_bytes_max as f64);
         let (predict_beside, predict_thread) = beside(need.clone(), predict.clone(), preload.clone());
         let forward = Forward::new(

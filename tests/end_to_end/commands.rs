@@ -260,6 +260,9 @@ fn bad_configurations_are_named() {
             "min_tokens is 7, expected at most max_tokens, which is 5",
         ),
         (&["up", "--prompt-tokens-max", "0"], "0 is not in 1.."),
+        (&["up", "--request-timeout", "0s"], "--request-timeout"),
+        (&["up", "--cache-memory", "1KiB"], "--cache-memory"),
+        (&["ask", "--endpoint", "http://127.0.0.1:1", "--model", "m", "x"], "--model"),
         (&["up", "--config", "no/such.toml"], "no/such.toml"),
     ] {
         let output = run(arguments);

@@ -12,11 +12,13 @@ use sida_coordinator::{
     RequestError, Token,
 };
 use sida_routing::ExpertKey;
+use sida_rpc::{Gate, KeyFile};
+use tokio::net::TcpListener;
 
 use crate::{
     noise_predictor::NoisePredictor,
     plain_experts::{Behaviour, PlainExperts, experts, model_dir, start, start_over},
-    plain_nodes::{PlainNode, any_port, serve_experts, serve_predictor},
+    plain_nodes::{PlainNode, any_port, serve_experts, serve_experts_for, serve_predictor},
 };
 
 const TEXT: &str = "sst2 sentence: a gorgeous , witty , seductive movie .";
@@ -58,6 +60,30 @@ async fn who_serves_something_else_is_told() {
     let told: Vec<_> = nodes.map(|node| (node.healthy, &*node.problem)).collect();
     let expected = [(true, ""), (false, "serves another model"), (false, "has other experts"), (true, "")];
     assert_eq!(told, expected, "who does not say which experts it has is of an older version");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_cannot_be_used_is_told() {
+    // Would break: a node with another key, or one that wants TLS, is shown as if it were not there, and half of the memory is
+    // missing without a reason; or a coordinator that can answer nothing is shown as serving.
+    let key = tempfile::NamedTempFile::new().expect("a file");
+    std::fs::write(&key, "a-key-that-is-not-ours\n").expect("written");
+    let gate = Gate::open(KeyFile::Cluster(key.path().into())).expect("a gate");
+    let refusing = serve_experts_for(gate, experts(), any_port()).await;
+    let closing = TcpListener::bind(any_port()).await.expect("a port");
+    let addresses = [refusing.address, closing.local_addr().expect("its address"), ([127, 0, 0, 1], 1).into()];
+    tokio::spawn(async move { while closing.accept().await.is_ok() {} });
+    let addresses = addresses.map(|address| Address::Grpc(address.to_string())).to_vec();
+    // As the coordinators of these tests are called.
+    let (node, address) = ("coordinator".into(), Address::Grpc("127.0.0.1:1".into()));
+    let itself = Member { node, role: Role::Coordinator, address, weight: 1.0 };
+    let coordinator = start_over(addresses, vec![itself], PredictorSource::Off, |_| ()).await;
+    let status = coordinator.status().await;
+    let told: Vec<_> = status.nodes.iter().map(|node| (node.healthy, &*node.role, &*node.problem)).collect();
+    for expected in ["refuses the key", "ends the connection", ""] {
+        assert!(told.contains(&(false, "expert-node", expected)), "{told:?}");
+    }
+    assert!(told.contains(&(false, "coordinator", "not ready")), "{told:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -25,7 +25,7 @@ use sida_proto::{
     wire::{Bounds, CallRows, Stack},
 };
 use sida_routing::Labels;
-use sida_rpc::{MESSAGE_BYTES_MAX, Server, ServerConfig};
+use sida_rpc::{Gate, MESSAGE_BYTES_MAX, Server, ServerConfig};
 use tokio::{
     net::TcpListener,
     runtime::{Builder, Runtime},
@@ -65,6 +65,10 @@ impl PlainNode {
     }
 
     async fn serve(routes: Routes, address: SocketAddr) -> Self {
+        Self::serve_for(Gate::default(), routes, address).await
+    }
+
+    async fn serve_for(gate: Gate, routes: Routes, address: SocketAddr) -> Self {
         // A node that comes back takes its old port, which may linger for a moment.
         let listener = loop {
             match TcpListener::bind(address).await {
@@ -77,7 +81,8 @@ impl PlainNode {
         let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
         runtime.spawn(async move {
             let listener = TcpListener::from_std(listener).expect("a listener");
-            let serving = Server::new(ServerConfig::default()).routes(routes).serve(listener, CancellationToken::new());
+            let config = ServerConfig { gate, ..ServerConfig::default() };
+            let serving = Server::new(config).routes(routes).serve(listener, CancellationToken::new());
             serving.await.expect("served");
         });
         Self { address, runtime: Some(runtime) }
@@ -98,10 +103,15 @@ pub(crate) fn any_port() -> SocketAddr {
 
 /// Serves `experts` on `address`.
 pub(crate) async fn serve_experts(experts: Arc<PlainExperts>, address: SocketAddr) -> PlainNode {
+    serve_experts_for(Gate::default(), experts, address).await
+}
+
+/// The same, for those whom `gate` lets in.
+pub(crate) async fn serve_experts_for(gate: Gate, experts: Arc<PlainExperts>, address: SocketAddr) -> PlainNode {
     let service = ExpertsServer::new(PlainService(experts))
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
-    PlainNode::serve(Routes::new(service), address).await
+    PlainNode::serve_for(gate, Routes::new(service), address).await
 }
 
 /// Serves `predictor` on a free port.

@@ -12,7 +12,10 @@ use sida_telemetry::{
     otlp::{self, Exporting, OtlpConfig},
 };
 
-use crate::{bad_configuration::BadConfiguration, commands, environment, flag_errors, negative_values, settings_file};
+use crate::{
+    bad_configuration::BadConfiguration, cluster_elsewhere, commands, environment, flag_errors, negative_values,
+    settings_file,
+};
 
 /// Serves Mixture-of-Experts models from less memory: predicts which experts each token will need, and keeps
 /// only those resident.
@@ -88,7 +91,7 @@ const CLIENT_LOG: &str = "warn,sida_coordinator::dispatch=error,sida_expert_node
 pub(crate) enum ParseError {
     /// Flags do not parse; or help or the version was asked for.
     Clap(clap::Error),
-    /// The file of `--config`.
+    /// The file of `--config`, or flags that do not go together.
     Settings(BadConfiguration),
 }
 
@@ -101,6 +104,7 @@ pub(crate) fn parse(arguments: Vec<OsString>) -> Result<CommandLine, ParseError>
     }
     let matches = command.try_get_matches_from(negative_values::attached(arguments));
     let matches = matches.map_err(|error| ParseError::Clap(flag_errors::explained(error)))?;
+    cluster_elsewhere::check(&matches).map_err(ParseError::Settings)?;
     CommandLine::from_arg_matches(&matches).map_err(ParseError::Clap)
 }
 

@@ -13,6 +13,7 @@ mod arguments;
 mod bad_configuration;
 mod byte_size;
 mod chart;
+mod cluster_elsewhere;
 mod command_line;
 mod commands;
 mod coordinator_client;
@@ -43,11 +44,12 @@ use std::{env, error::Error, io, process::ExitCode};
 
 use bad_configuration::BadConfiguration;
 use mimalloc::MiMalloc;
+use sida_coordinator::CoordinatorError;
 use sida_model::{ModelError, convert::ConvertError};
 use sida_predictor::PredictorError;
 use sida_predictor_node::PredictorNodeError;
 use sida_rpc::{ClientError, KeyError, tls::TlsError};
-use told::{may_be_of_tls, told, told_status};
+use told::{may_be_of_http, may_be_of_tls, told, told_status};
 
 /// Tokenizing is little else than small allocations, by several threads at once.
 #[global_allocator]
@@ -87,13 +89,15 @@ fn failed(error: &anyhow::Error) -> ExitCode {
         return ExitCode::SUCCESS;
     }
     match error.downcast_ref::<tonic::Status>() {
-        Some(status) => {
-            eprintln!("sida: {} ({:?})", told_status(status), status.code());
-            if may_be_of_tls(error) {
-                eprintln!("      do both ends speak TLS (https://), and does the server want --tls-cert?");
-            }
-        }
+        Some(status) => eprintln!("sida: {} ({:?})", told_status(status), status.code()),
         None => eprintln!("sida: {}", told(error)),
+    }
+    if may_be_of_http(error) {
+        eprintln!(
+            "      that port does not speak gRPC; a coordinator's that does is 50051 unless --listen names another"
+        );
+    } else if may_be_of_tls(error) {
+        eprintln!("      do both ends speak TLS (https://), does the server want --tls-cert, and is it its gRPC port?");
     }
     if error.chain().any(is_lasting) { EXIT_BAD_CONFIGURATION.into() } else { ExitCode::FAILURE }
 }
@@ -104,6 +108,7 @@ fn is_lasting(cause: &(dyn Error + 'static)) -> bool {
         || cause.downcast_ref::<ModelError>().is_some_and(ModelError::is_lasting)
         || cause.downcast_ref::<ConvertError>().is_some_and(ConvertError::is_lasting)
         || cause.downcast_ref::<PredictorError>().is_some_and(PredictorError::is_lasting)
+        || cause.downcast_ref::<CoordinatorError>().is_some_and(CoordinatorError::is_lasting)
         || cause.downcast_ref::<PredictorNodeError>().is_some_and(PredictorNodeError::is_lasting)
         || cause.is::<TlsError>()
         || cause.is::<KeyError>()

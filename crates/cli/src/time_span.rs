@@ -19,6 +19,14 @@ pub(crate) fn parse(text: &str) -> Result<Duration, String> {
         .ok_or_else(|| format!("{text:?} is no span of time such as 500ms, 2.5s or 1m 30s"))
 }
 
+/// The same, of how long something may take: nothing takes no time.
+pub(crate) fn parse_some(text: &str) -> Result<Duration, String> {
+    match parse(text)? {
+        Duration::ZERO => Err("nothing can be done in no time".to_owned()),
+        span => Ok(span),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -30,6 +38,7 @@ mod tests {
         assert_eq!(parse("2.5s"), Ok(Duration::from_millis(2500)));
         assert_eq!(parse("3"), Ok(Duration::from_secs(3)));
         assert_eq!(parse("0.5ms"), Ok(Duration::from_micros(500)));
+        assert!(parse_some("0s").is_err() && parse_some("1ms").is_ok());
         for wrong in ["", "s", "-1s", "nan", "inf", "1e300s", "soon"] {
             assert!(parse(wrong).is_err(), "{wrong}");
         }

@@ -1,7 +1,8 @@
 //! Errors as a person reads them: with every cause, on one line. Used by `main`, and by commands that go on after an error.
 
-use std::{error::Error, fmt};
+use std::{error::Error, fmt, io};
 
+use sida_rpc::ClientError;
 use tonic::Status;
 
 /// Words by which an error speaks of TLS.
@@ -28,13 +29,30 @@ impl fmt::Display for FirstCall {
     }
 }
 
-/// Whether the ends of a connection may not agree on TLS: the error speaks of it, or the connection broke at its first call,
-/// which is all that a client without TLS sees of a server with it.
+/// Whether the answer was one of HTTP for people or browsers: the first byte of a message of gRPC says how it is compressed.
+pub(crate) fn may_be_of_http(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<Status>().is_some_and(|status| status.message().contains("invalid compression flag"))
+}
+
+/// Whether the ends of a connection may not agree on TLS: the error speaks of it; or the connection broke at its first call,
+/// which is all that a client without TLS sees of a server with it; or while it was made, which a client with TLS sees of a server
+/// without.
 pub(crate) fn may_be_of_tls(error: &anyhow::Error) -> bool {
+    if let Some(ClientError::Connect { address, error }) = error.downcast_ref() {
+        return address.starts_with("https://") && !is_of_nobody(error);
+    }
     let Some(status) = error.downcast_ref::<Status>() else { return false };
     let told = told_status(status).to_lowercase();
     let broke = status.source().is_some();
     OF_TLS.iter().any(|word| told.contains(word)) || (broke && error.downcast_ref::<FirstCall>().is_some())
+}
+
+/// Whether nobody took the connection.
+fn is_of_nobody(error: &(dyn Error + 'static)) -> bool {
+    let mut causes = std::iter::successors(Some(error), |&cause| cause.source());
+    causes.any(|cause| {
+        cause.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+    })
 }
 
 /// What came before, and what each cause adds. Many errors tell their cause themselves; it is not told twice.
@@ -51,8 +69,6 @@ fn joined<'a>(told: String, causes: impl Iterator<Item = &'a (dyn Error + 'stati
 
 #[cfg(test)]
 mod tests {
-    use std::io;
-
     use super::*;
 
     #[test]

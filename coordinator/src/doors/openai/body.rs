@@ -37,6 +37,11 @@ pub(crate) fn parsed(bytes: &[u8]) -> Result<Fields, ApiError> {
 /// All of a body, within its limits.
 pub(crate) async fn bytes(headers: &HeaderMap, body: Body) -> Result<Vec<u8>, ApiError> {
     let announced = headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
+    if let Some(encoding) = headers.get(header::CONTENT_ENCODING).filter(|encoding| *encoding != "identity") {
+        let found = String::from_utf8_lossy(encoding.as_bytes());
+        let message = format!("content-encoding is {found}, expected none: bodies are not compressed here");
+        return Err(ApiError::http(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", message));
+    }
     if announced.is_some_and(|bytes: u64| bytes > REQUEST_BYTES_MAX as u64) {
         return Err(too_long());
     }

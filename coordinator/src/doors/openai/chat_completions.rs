@@ -21,7 +21,7 @@ use crate::{
         generation::{Form, Generation, finish_reason},
         log_probabilities::chat_logprobs,
         sampling::{Wanted, tokens_max},
-        tool_calls::{Reader, Said},
+        tool_calls::{Callable, Reader, Said},
         tools::Tools,
         usage::Usage,
     },
@@ -99,7 +99,7 @@ pub(crate) async fn chat_completions(
     let form = ChatForm {
         door: logprobs.is_some().then(|| door.clone()),
         id: call.id.clone(),
-        tools: tools.map(|tools| tools.names()),
+        tools: tools.map(|tools| tools.callable()),
         readers: BTreeMap::new(),
     };
     let usage = Usage::default();
@@ -113,8 +113,8 @@ struct ChatForm {
     door: Option<Arc<Door>>,
     /// Of the request: ids of calls are made of it.
     id: Arc<str>,
-    /// The names of the tools that may be called, if any may be.
-    tools: Option<Vec<String>>,
+    /// The tools that may be called, if any may be.
+    tools: Option<Callable>,
     /// Of each answer that is being streamed.
     readers: BTreeMap<usize, Reader>,
 }
@@ -172,8 +172,8 @@ impl Form for ChatForm {
         let mut calls = 0;
         let Message { text, calls: new } = match &self.tools {
             None => Message { text: token.text.clone(), calls: Vec::new() },
-            Some(names) => {
-                let reader = self.readers.entry(index).or_insert_with(|| Reader::new(names.clone()));
+            Some(callable) => {
+                let reader = self.readers.entry(index).or_insert_with(|| Reader::new(callable.clone()));
                 let before = reader.calls();
                 let said = reader.read(&token.text, token.finish.as_ref().map(|finish| finish.reason));
                 calls = reader.calls();
@@ -194,10 +194,10 @@ impl Form for ChatForm {
         let text: String = tokens.iter().map(|token| token.text.as_str()).collect();
         let said = match &self.tools {
             None => vec![Said::Text(text)],
-            Some(names) => {
+            Some(callable) => {
                 let last = tokens.last().and_then(|token| token.finish.as_ref());
                 // An answer that breaks off is no whole one.
-                Reader::new(names.clone()).read(&text, Some(last.map_or(FinishReason::End, |finish| finish.reason)))
+                Reader::new(callable.clone()).read(&text, Some(last.map_or(FinishReason::End, |finish| finish.reason)))
             }
         };
         let Message { text, mut calls } = message(&self.id, index, 0, said);

@@ -19,10 +19,18 @@ pub(crate) enum Said {
     },
 }
 
+/// What an answer may call.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Callable {
+    /// The names of the tools that there are.
+    pub(crate) names: Vec<String>,
+    /// Whether it is calls and nothing else.
+    pub(crate) is_all: bool,
+}
+
 /// Reads one answer.
 pub(crate) struct Reader {
-    /// The names of the tools that there are.
-    names: Vec<String>,
+    callable: Callable,
     /// What is not told yet: the beginning of a call, or what may be one.
     rest: String,
     is_in_call: bool,
@@ -30,9 +38,9 @@ pub(crate) struct Reader {
 }
 
 impl Reader {
-    /// Of an answer that may call tools of these names.
-    pub(crate) fn new(names: Vec<String>) -> Self {
-        Self { names, rest: String::new(), is_in_call: false, calls: 0 }
+    /// Of an answer that may call these.
+    pub(crate) fn new(callable: Callable) -> Self {
+        Self { callable, rest: String::new(), is_in_call: false, calls: 0 }
     }
 
     /// How many calls there were.
@@ -65,7 +73,7 @@ impl Reader {
             let rest = std::mem::take(&mut self.rest);
             let cut = begun(&rest).filter(|_| last == Some(FinishReason::Length));
             let whole = &rest[..rest.len() - held_back(&rest, ends)];
-            match cut.filter(|(name, _)| parsed(whole).is_none() && self.names.contains(name)) {
+            match cut.filter(|(name, _)| parsed(whole).is_none() && self.callable.names.contains(name)) {
                 Some((name, arguments)) => {
                     self.calls += 1;
                     said.push(Said::Call { name, arguments });
@@ -76,7 +84,9 @@ impl Reader {
                 None => said.push(self.call(&rest, false)),
             }
         } else if !self.is_in_call {
-            let told = if is_last { self.rest.len() } else { self.rest.len() - held_back(&self.rest, begins) };
+            // Where there are only calls, a beginning of one that was cut is no text.
+            let is_whole = is_last && !self.callable.is_all;
+            let told = if is_whole { self.rest.len() } else { self.rest.len() - held_back(&self.rest, begins) };
             let text: String = self.rest.drain(..told).collect();
             self.text(if is_last && self.calls > 0 { text.trim_end() } else { &text }, &mut said);
         }
@@ -94,7 +104,7 @@ impl Reader {
     /// The call that `written` is; or the text, as it stood there.
     fn call(&mut self, written: &str, is_ended: bool) -> Said {
         match parsed(written) {
-            Some((name, arguments)) if self.names.contains(&name) => {
+            Some((name, arguments)) if self.callable.names.contains(&name) => {
                 self.calls += 1;
                 Said::Call { name, arguments }
             }
@@ -163,9 +173,13 @@ mod tests {
         Said::Text(text.to_owned())
     }
 
+    fn callable(names: &[&str]) -> Callable {
+        Callable { names: names.iter().map(|&name| name.to_owned()).collect(), is_all: false }
+    }
+
     /// What is said of an answer that comes in these pieces, with neighbouring texts as one.
     fn read(pieces: &[&str]) -> Vec<Said> {
-        let mut reader = Reader::new(vec!["a".to_owned(), "b".to_owned()]);
+        let mut reader = Reader::new(callable(&["a", "b"]));
         let mut all: Vec<Said> = Vec::new();
         for (number, piece) in pieces.iter().enumerate() {
             for said in reader.read(piece, (number + 1 == pieces.len()).then_some(FinishReason::End)) {
@@ -215,7 +229,7 @@ mod tests {
     #[test]
     fn text_is_told_as_soon_as_it_is_no_call() {
         // Would break: a streamed answer comes only when it is whole.
-        let mut reader = Reader::new(vec!["a".to_owned()]);
+        let mut reader = Reader::new(callable(&["a"]));
         assert_eq!(reader.read("Hello", None), [text("Hello")]);
         assert_eq!(reader.read(" <", None), []);
         assert_eq!(reader.read("b", None), [text(" <b")]);
@@ -227,7 +241,7 @@ mod tests {
     fn a_call_that_is_cut_is_a_call_with_what_there_is_of_its_arguments() {
         // Would break: an agent shows its user half a call as the model's words, where OpenAI's clients see a call that was cut.
         let cut = |written: &str, reason| {
-            let mut reader = Reader::new(vec!["a".to_owned()]);
+            let mut reader = Reader::new(callable(&["a"]));
             let said = reader.read(&format!("<tool_call>\n{written}"), Some(reason));
             (said, reader.calls())
         };
@@ -252,6 +266,15 @@ mod tests {
         // A model that ends by itself in the middle of a call has said something else.
         let ended = r#"{"name": "a", "arguments": {"x": "#;
         assert_eq!(cut(ended, FinishReason::End), (vec![text(&format!("<tool_call>\n{ended}"))], 0));
+    }
+
+    #[test]
+    fn of_an_answer_that_is_only_calls_no_cut_mark_is_shown() {
+        // Would break: an agent that has the model call a tool shows its user `<tool_ca`.
+        for mark in ["<", "<tool_ca", "\n<tool_call"] {
+            let mut reader = Reader::new(Callable { is_all: true, ..callable(&["a"]) });
+            assert_eq!(reader.read(mark, Some(FinishReason::Length)), []);
+        }
     }
 
     proptest! {

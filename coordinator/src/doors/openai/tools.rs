@@ -7,7 +7,7 @@ use sida_model::{TemplateValue, chat_template::TOOL_CALL};
 
 use crate::{
     answer::grammar::ToolCalls,
-    doors::openai::{door::Door, error::ApiError, fields::Fields, sampling::Wanted},
+    doors::openai::{door::Door, error::ApiError, fields::Fields, sampling::Wanted, tool_calls::Callable},
 };
 
 /// Tools of a request, and characters of a name, at most: as many as OpenAI takes.
@@ -91,9 +91,10 @@ impl Tools {
         Ok(())
     }
 
-    /// Their names.
-    pub(crate) fn names(&self) -> Vec<String> {
-        self.known.iter().map(|(name, _)| name.clone()).collect()
+    /// What the answer may call.
+    pub(crate) fn callable(&self) -> Callable {
+        let names = self.known.iter().map(|(name, _)| name.clone()).collect();
+        Callable { names, is_all: self.choice != Choice::Auto }
     }
 }
 

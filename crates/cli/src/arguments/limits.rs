@@ -45,7 +45,7 @@ pub(crate) struct LimitArguments {
     #[arg(long, value_name = "N", default_value_t = 1024, value_parser = one_or_more())]
     answer_tokens_max: usize,
     /// How long a request may take whose caller gives no deadline [default: as long as it takes]
-    #[arg(long, value_name = "TIME", value_parser = time_span::parse)]
+    #[arg(long, value_name = "TIME", value_parser = time_span::parse_some)]
     request_timeout: Option<Duration>,
     /// Experts are loaded ahead that a batch uses with this chance or a greater one; off: none are. In mode guided all that are
     /// predicted are
@@ -55,7 +55,7 @@ pub(crate) struct LimitArguments {
     #[arg(long)]
     enforce_capacity: bool,
     /// How long an expert is waited for where no node computes it: the last one, or any to come back
-    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = time_span::parse)]
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = time_span::parse_some)]
     expert_call_timeout: Duration,
     /// How long predictor-nodes may take for a batch
     #[arg(long, value_name = "TIME", default_value = "200ms", value_parser = time_span::parse)]

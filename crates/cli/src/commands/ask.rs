@@ -51,10 +51,10 @@ pub(crate) struct AskArguments {
     routing: RoutingArguments,
     #[command(flatten)]
     generation: GenerationArguments,
-    /// Tell of each token how likely it was, and which N were the most likely, 0 to 20
+    /// With --json: tell of each token how likely it was, and which N were the most likely, 0 to 20
     #[arg(long, value_name = "N", requires = "json")]
     logprobs: Option<usize>,
-    /// Say the text as a user, in the form of the model's chat template
+    /// Without --endpoint: say the text as a user, in the form of the model's chat template
     #[arg(long, conflicts_with = "endpoint")]
     chat: bool,
     /// Print JSON
