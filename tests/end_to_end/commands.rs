@@ -239,6 +239,7 @@ fn bad_configurations_are_named() {
         (&["inspect", "tests/data/parity/refused-gated"], "gated-gelu"),
         (&["up", "--tls-cert", "no/such.pem", "--tls-key", "no/such.key", "--listen", "127.0.0.1:0"], "no/such.pem"),
         (&["ask", "--endpoint", "https://127.0.0.1:1", "--tls-ca", "no/such.pem", "x"], "no/such.pem"),
+        (&["ask", "--endpoint", "https://127.0.0.1:1", "--tls-ca", TEXTS, "x"], "holds no certificate"),
         (&["ask", "--endpoint", ":1", "x"], "host:port"),
         (&["bench", "--file", "no/such.txt"], "no/such.txt"),
         (&["bench", "--duration", "0s"], "--duration"),

@@ -66,6 +66,8 @@ pub enum TlsError {
     File(#[from] FileError),
     #[error("{file} does not begin with a certificate")]
     Certificate { file: PathBuf },
+    #[error("{file} holds no certificate")]
+    NoCertificate { file: PathBuf },
     #[error("{file} is not PEM of what it should be: {source}")]
     Pem { file: PathBuf, source: pem::Error },
     #[error("{files} cannot be used together: {source}")]
@@ -149,7 +151,14 @@ impl ClientTls {
     pub(crate) fn load(&self) -> Result<ClientTlsConfig, TlsError> {
         let mut config = match &self.authorities {
             None => ClientTlsConfig::new().with_native_roots(),
-            Some(file) => ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read(file)?)),
+            Some(file) => {
+                let pem = read(file)?;
+                // An empty file, or one with a key, would trust nobody, and be blamed on the server.
+                if certificates(file, &pem)?.is_empty() {
+                    return Err(TlsError::NoCertificate { file: file.clone() });
+                }
+                ClientTlsConfig::new().ca_certificate(Certificate::from_pem(pem))
+            }
         };
         if let Some((certificate, key)) = &self.identity {
             config = config.identity(Identity::from_pem(read(certificate)?, read(key)?));
