@@ -17,7 +17,7 @@ use parking_lot::Mutex;
 use serde_json::{Value, json};
 use sida_model::chat_template::TOOL_CALL;
 
-use crate::answer::{catch_panic::catch_panic, request_error::RequestError};
+use crate::answer::{catch_panic::catch_panic, grammar_refusal, request_error::RequestError};
 
 /// The longest schema. Those of whole APIs have less.
 pub(crate) const SCHEMA_BYTES_MAX: usize = 64 << 10;
@@ -172,9 +172,7 @@ fn of_tools(error: RequestError) -> RequestError {
 
 /// Why a grammar goes no further.
 fn stopped(error: impl ToString) -> RequestError {
-    let error = error.to_string();
-    // It says in a line of its own that it could say more.
-    match error.lines().next().unwrap_or_default() {
+    match grammar_refusal::reason(&error.to_string()) {
         reason if reason.contains("NoExtensionBias") => refused("no token of the model goes on from here"),
         reason => refused(reason),
     }
@@ -307,7 +305,13 @@ mod tests {
         assert!(reason("[]").contains("object"));
         assert!(reason(&format!("{{\"const\": \"{}\"}}", "a".repeat(SCHEMA_BYTES_MAX))).contains("bytes"));
         assert!(reason(r#"{"type": "text"}"#).contains("text"));
-        assert!(reason(r#"{"not": {"type": "null"}}"#).contains("not"));
+        assert_eq!(reason(r#"{"not": {"type": "null"}}"#), "the keyword not is not followed");
+        assert_eq!(reason(r#"{"not": {}, "if": {}}"#), "the keywords if, not are not followed");
+        assert_eq!(reason(r#"{"oneOf": [{"type": "object"}]}"#), "oneOf is not followed, but anyOf is");
+        let unclosed = reason(r#"{"type": "string", "pattern": "["}"#);
+        assert_eq!(unclosed, "a pattern cannot be followed: unclosed character class");
+        let ahead = reason(r#"{"type": "string", "pattern": "^(?=a)b"}"#);
+        assert!(ahead.starts_with("a pattern cannot be followed: look-around") && !ahead.contains('\n'), "{ahead}");
         assert!(reason(r##"{"$ref": "https://example.org/schema"}"##).to_lowercase().contains("ref"));
         assert!(!reason(r#"{"type": "string", "maxLength": -1}"#).is_empty());
         assert!(reason(r#"{"type": "integer", "multipleOf": 99999937}"#).contains("multipleOf"));

@@ -3,8 +3,8 @@
 //! In reading order: `output` lists the answers, `trace` what happened on the way to one, `hash_layers` how it was
 //! predicted, `routing_mode` who chose its experts; `request_error` says why there is none, `fault` how that looks on
 //! the wire, and `catch_panic` makes a panic one of these reasons. `sampling` says how the next token is to be chosen,
-//! `adjustments` changes its logits, `grammar` holds it to a schema, `sampler` picks it, and `logprobs` tells how
-//! likely it was. `detokenize` makes text of it, `stop_text` ends the text, and `answer_text` is all of it, on a thread
+//! `adjustments` changes its logits, `grammar` holds it to a schema or says by `grammar_refusal` why not, `sampler` picks
+//! it, and `logprobs` tells how likely it was. `detokenize` makes text of it, `stop_text` ends the text, and `answer_text` is all of it, on a thread
 //! of its own where that pays, and `token_stream` how its caller takes it; `score` and `encoding` answer requests that generate nothing.
 
 pub(crate) mod adjustments;
@@ -14,6 +14,7 @@ pub(crate) mod detokenize;
 pub(crate) mod encoding;
 pub(crate) mod fault;
 pub(crate) mod grammar;
+pub(crate) mod grammar_refusal;
 pub(crate) mod hash_layers;
 pub(crate) mod logprobs;
 pub(crate) mod output;
