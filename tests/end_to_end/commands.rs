@@ -260,7 +260,7 @@ fn bad_configurations_are_named() {
             &["ask", "--min-tokens", "7", "--max-tokens", "5", "x"],
             "min_tokens is 7, expected at most max_tokens, which is 5",
         ),
-        (&["up", "--prompt-tokens-max", "0"], "0 is not in 1.."),
+        (&["up", "--prompt-tokens-max", "0"], "1 or more"),
         (&["up", "--request-timeout", "0s"], "--request-timeout"),
         (&["up", "--cache-memory", "1KiB"], "--cache-memory"),
         (&["ask", "--endpoint", "http://127.0.0.1:1", "--model", "m", "x"], "--model"),

@@ -14,7 +14,7 @@ use sida_telemetry::{
 
 use crate::{
     bad_configuration::BadConfiguration, cluster_elsewhere, commands, environment, flag_errors, negative_values,
-    settings_file,
+    otlp_flags, settings_file,
 };
 
 /// Serves Mixture-of-Experts models from less memory: predicts which experts each token will need, and keeps
@@ -47,8 +47,15 @@ struct GeneralArguments {
         help_heading = "General"
     )]
     log_format: String,
-    /// Send traces to this OpenTelemetry collector (OTLP over gRPC), as http://collector:4317 [default: nowhere]
-    #[arg(long, value_name = "URL", global = true, display_order = 1000, help_heading = "General")]
+    /// Send traces to this OpenTelemetry collector (OTLP over gRPC, without TLS), as http://collector:4317 [default: nowhere]
+    #[arg(
+        long,
+        value_name = "URL",
+        global = true,
+        value_parser = otlp_flags::endpoint,
+        display_order = 1000,
+        help_heading = "General"
+    )]
     otlp_endpoint: Option<String>,
     /// Share of requests that are traced where the caller did not decide, 0 to 1
     #[arg(
@@ -56,6 +63,7 @@ struct GeneralArguments {
         value_name = "SHARE",
         global = true,
         default_value_t = 0.01,
+        value_parser = otlp_flags::sampling,
         display_order = 1000,
         help_heading = "General"
     )]
@@ -161,12 +169,8 @@ impl CommandLine {
 
     fn set_up_tracing(&self) -> anyhow::Result<Option<Exporting>> {
         let Some(endpoint) = &self.general.otlp_endpoint else { return Ok(None) };
-        let sampling = self.general.otlp_sampling;
-        if !(0.0..=1.0).contains(&sampling) {
-            return Err(BadConfiguration::new(format!("--otlp-sampling is {sampling}, expected 0 to 1")).into());
-        }
         let (service, instance) = self.identity();
-        let config = OtlpConfig { endpoint: endpoint.clone(), sampling, service, instance };
+        let config = OtlpConfig { endpoint: endpoint.clone(), sampling: self.general.otlp_sampling, service, instance };
         let started = otlp::start(&config);
         Ok(Some(started.map_err(|error| BadConfiguration::because("traces cannot be sent", error))?))
     }

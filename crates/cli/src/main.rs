@@ -1,9 +1,9 @@
 //! `sida`: the whole cluster in one process, one role of it, or a client of one.
 //!
 //! In reading order. What can be said on the command line: [`command_line`], [`environment`], [`negative_values`],
-//! [`flag_errors`], [`settings_file`], [`arguments`], [`time_span`], [`share`], [`bad_configuration`]. What it does: [`commands`]. What the commands
-//! share: [`model_dir`], [`model_check`], [`text_file`], [`routes_file`], [`embedded`], [`coordinator_client`], [`node_state`], [`runtime`],
-//! [`shutdown`].
+//! [`flag_errors`], [`settings_file`], [`arguments`], [`time_span`], [`share`], [`whole_number`], [`otlp_flags`], [`bad_configuration`].
+//! What it does: [`commands`]. What the commands share: [`model_dir`], [`model_check`], [`text_file`], [`routes_file`], [`embedded`],
+//! [`coordinator_client`], [`node_state`], [`runtime`], [`shutdown`].
 //! What a person sees: [`loading_bar`], [`byte_size`], [`plain_table`], [`chart`], [`expert_picture`], [`answer_report`],
 //! [`status_table`], [`watch_screen`], [`told`].
 
@@ -28,6 +28,7 @@ mod model_dir;
 mod negative_values;
 mod node_state;
 mod open_files;
+mod otlp_flags;
 mod plain_table;
 mod routes_file;
 mod runtime;
@@ -39,6 +40,7 @@ mod text_file;
 mod time_span;
 mod told;
 mod watch_screen;
+mod whole_number;
 
 use std::{env, error::Error, io, process::ExitCode};
 

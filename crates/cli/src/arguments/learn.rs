@@ -5,13 +5,13 @@ use std::{
     sync::Arc,
 };
 
-use clap::{Args, value_parser};
+use clap::Args;
 use sida_model::Checkpoint;
 use sida_predictor::{FILE_NAME, HashPredictor};
 use sida_predictor_node::LearnConfig;
 
 use super::predictor;
-use crate::{bad_configuration::BadConfiguration, share};
+use crate::{bad_configuration::BadConfiguration, share, whole_number};
 
 /// Labels that are kept take about 150 bytes a token.
 #[derive(Args)]
@@ -24,7 +24,7 @@ pub(crate) struct LearnArguments {
     #[arg(long, value_name = "DIR")]
     learn_dir: Option<PathBuf>,
     /// With --learn: tokens of traffic that are kept to learn from; a training begins when a quarter of that is new
-    #[arg(long, value_name = "N", default_value_t = 1 << 18, value_parser = value_parser!(u64).range(4096..=1 << 24))]
+    #[arg(long, value_name = "N", default_value_t = 1 << 18, value_parser = whole_number::within::<u64>(4096..=1 << 24))]
     learn_tokens_max: u64,
     /// With --learn: the share of one processor that training takes
     #[arg(long, value_name = "SHARE", default_value = "25%", value_parser = share::parse)]

@@ -2,35 +2,30 @@
 
 use std::time::Duration;
 
-use clap::{Args, builder::RangedU64ValueParser};
+use clap::Args;
 use sida_coordinator::CoordinatorConfig;
 
 use super::client_limits::ClientLimitArguments;
-use crate::{share, time_span};
-
-/// Of a limit: nothing would pass one of 0.
-fn one_or_more() -> RangedU64ValueParser<usize> {
-    RangedU64ValueParser::new().range(1..)
-}
+use crate::{share, time_span, whole_number::one_or_more};
 
 /// Bounds of batches and requests; the defaults are those of the design.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct LimitArguments {
     /// Tokens of one batch at most
-    #[arg(long, value_name = "N", default_value_t = 8192, value_parser = one_or_more())]
+    #[arg(long, value_name = "N", default_value_t = 8192, value_parser = one_or_more::<usize>)]
     batch_tokens_max: usize,
     /// Tokens of prompts that one step computes at most, where others are decoding: fewer keep their pace, more begin
     /// answers sooner
-    #[arg(long, value_name = "N", default_value_t = 512, value_parser = one_or_more())]
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = one_or_more::<usize>)]
     prefill_tokens_max: usize,
     /// Sequences that are generated at the same time at most
-    #[arg(long, value_name = "N", default_value_t = 256, value_parser = one_or_more())]
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = one_or_more::<usize>)]
     sequences_max: usize,
     /// Requests that wait at most; further ones are refused at once
-    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = one_or_more())]
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = one_or_more::<usize>)]
     queue_max: usize,
     /// Tokens that wait at most, of prompts and of the longest answers to them
-    #[arg(long, value_name = "N", default_value_t = 2 << 20, value_parser = one_or_more())]
+    #[arg(long, value_name = "N", default_value_t = 2 << 20, value_parser = one_or_more::<usize>)]
     queue_tokens_max: usize,
     /// Part of the queue that one client may hold while others wait, as 50%; a client is who has a key, a certificate or an
     /// address of its own
@@ -39,10 +34,10 @@ pub(crate) struct LimitArguments {
     #[command(flatten)]
     clients: ClientLimitArguments,
     /// Tokens of a prompt at most
-    #[arg(long, value_name = "N", default_value_t = 512, value_parser = one_or_more())]
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = one_or_more::<usize>)]
     prompt_tokens_max: usize,
     /// Tokens of an answer at most
-    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = one_or_more())]
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = one_or_more::<usize>)]
     answer_tokens_max: usize,
     /// How long a request may take whose caller gives no deadline [default: as long as it takes]
     #[arg(long, value_name = "TIME", value_parser = time_span::parse_some)]

@@ -15,7 +15,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use super::connection::ConnectionArguments;
-use crate::{bad_configuration::BadConfiguration, open_files, time_span};
+use crate::{bad_configuration::BadConfiguration, open_files, time_span, whole_number};
 
 /// Says that a port is not served.
 const OFF: &str = "off";
@@ -75,7 +75,7 @@ pub(crate) struct ServerArguments {
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = time_span::parse)]
     drain: Duration,
     /// How many clients may be connected; one more takes the place of who had no request for the longest time
-    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = whole_number::one_or_more::<u32>)]
     connections_max: u32,
     /// How long a client may take to begin to speak: TLS and HTTP/2's first bytes, or the head of a request for metrics
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = time_span::parse)]
