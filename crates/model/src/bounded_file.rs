@@ -1,16 +1,16 @@
 //! Reads the small files of a model (config, index, tokenizer) whole, up to a limit: a file's size is not
 //! trusted, so neither a huge nor a growing one can take all memory.
 
-use std::{fs::File, io::Read, path::Path};
+use std::{io::Read, path::Path};
 
 use serde::de::DeserializeOwned;
 
-use crate::{ModelError, mistaken_file};
+use crate::{ModelError, mistaken_file, regular_file};
 
 /// Reads a file of at most `limit` bytes.
 pub fn read(path: &Path, limit: u64) -> Result<Vec<u8>, ModelError> {
     let failed = |source| ModelError::Read { path: path.to_owned(), source };
-    let file = File::open(path).map_err(failed)?;
+    let file = regular_file::open(path)?;
     let bytes = file.metadata().map_err(failed)?.len();
     let mut content = Vec::new();
     file.take(limit + 1).read_to_end(&mut content).map_err(failed)?;

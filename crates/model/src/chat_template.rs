@@ -7,7 +7,6 @@
 use std::{
     collections::BTreeMap,
     error::Error as StdError,
-    fs::File,
     io::{self, Write},
     path::{Path, PathBuf},
 };
@@ -187,11 +186,7 @@ fn source(dir: &Path, of_config: Option<Value>) -> Result<Option<(PathBuf, Strin
 }
 
 fn exists(path: &Path) -> Result<bool, ModelError> {
-    match File::open(path) {
-        Ok(_) => Ok(true),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(source) => Err(ModelError::Read { path: path.to_owned(), source }),
-    }
+    path.try_exists().map_err(|source| ModelError::Read { path: path.to_owned(), source })
 }
 
 /// The fields of a JSON file; none if there is no such file.

@@ -53,6 +53,7 @@ mod pieces;
 pub mod position_bias;
 pub mod precision;
 pub mod reference;
+mod regular_file;
 pub mod resident;
 mod rotary;
 pub mod router;

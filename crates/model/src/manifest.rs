@@ -6,7 +6,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs::{self, File},
+    fs,
     path::{Path, PathBuf},
 };
 
@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use sida_routing::Digest;
 
-use crate::{ModelError, bounded_file, weight_files::damaged};
+use crate::{ModelError, bounded_file, regular_file, weight_files::damaged};
 
 /// Its name in a model directory.
 pub const FILE_NAME: &str = "sida.manifest.json";
@@ -229,7 +229,7 @@ fn tensor_digests(path: &Path, map: &[u8]) -> Result<Vec<(String, Digest)>, Mode
 /// Maps a file.
 fn map(path: &Path) -> Result<Mmap, ModelError> {
     let failed = |source| ModelError::Read { path: path.to_owned(), source };
-    let file = File::open(path).map_err(failed)?;
+    let file = regular_file::open(path)?;
     if file.metadata().map_err(failed)?.len() == 0 {
         // Nothing cannot be mapped.
         return Err(ModelError::MistakenFile { path: path.to_owned(), expected: "a part of a model", found: "empty" });

@@ -15,8 +15,8 @@ use safetensors::{Dtype, SafeTensorError, SafeTensors, tensor::TensorInfo};
 use serde::Deserialize;
 
 use crate::{
-    ModelError, StoredDType, bounded_file, manifest::is_plain_file_name, mistaken_file, safetensors_dtype,
-    shards::blocks_key,
+    ModelError, StoredDType, bounded_file, manifest::is_plain_file_name, mistaken_file, regular_file,
+    safetensors_dtype, shards::blocks_key,
 };
 
 /// The one file of a model that is not sharded.
@@ -112,7 +112,7 @@ impl WeightFiles {
     /// Maps one file and reads its header.
     fn map(&mut self, path: &Path) -> Result<HashMap<String, StoredTensor>, ModelError> {
         let failed = |source| ModelError::Read { path: path.to_owned(), source };
-        let file = File::open(path).map_err(failed)?;
+        let file = regular_file::open(path)?;
         if file.metadata().map_err(failed)?.len() == 0 {
             // Nothing cannot be mapped.
             return Err(damaged(path, b"", &SafeTensorError::HeaderTooSmall));

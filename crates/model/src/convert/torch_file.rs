@@ -4,7 +4,6 @@
 
 use std::{
     collections::HashMap,
-    fs::File,
     io::{self, Cursor, Write},
     ops::Range,
     path::{Path, PathBuf},
@@ -17,7 +16,7 @@ use super::{
     ConvertError,
     pickle::{self, PickledTensor, Values},
 };
-use crate::{ModelError, StoredDType, mistaken_file, shards::TensorSpec};
+use crate::{ModelError, StoredDType, mistaken_file, regular_file, shards::TensorSpec};
 
 /// A longer `data.pkl` is refused; 300 bytes a tensor make this 50,000 tensors.
 const PICKLE_BYTES_MAX: usize = 16 << 20;
@@ -47,7 +46,7 @@ impl TorchFile {
     /// Maps the file and checks that every tensor lies within its storage.
     pub(super) fn open(path: &Path) -> Result<Self, ConvertError> {
         let failed = |source| ModelError::Read { path: path.to_owned(), source };
-        let file = File::open(path).map_err(failed)?;
+        let file = regular_file::open(path)?;
         let mistaken =
             |found| ModelError::MistakenFile { path: path.to_owned(), expected: "a PyTorch checkpoint", found };
         if file.metadata().map_err(failed)?.len() == 0 {

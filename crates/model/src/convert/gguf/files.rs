@@ -2,7 +2,6 @@
 
 use std::{
     collections::BTreeMap,
-    fs::File,
     ops::Range,
     path::{Path, PathBuf},
 };
@@ -13,7 +12,7 @@ use super::{
     header::{Header, MAGIC, TensorInfo, Value},
     metadata::Metadata,
 };
-use crate::{ModelError, StoredDType, convert::ConvertError, mistaken_file};
+use crate::{ModelError, StoredDType, convert::ConvertError, mistaken_file, regular_file};
 
 /// More parts than any published file has; each costs a file handle and a mapping.
 const PARTS_MAX: usize = 1024;
@@ -129,7 +128,7 @@ impl Files {
     fn add(&mut self, path: &Path) -> Result<BTreeMap<String, Value>, ConvertError> {
         let failed = |source| ModelError::Read { path: path.to_owned(), source };
         let refuse = |reason| ConvertError::Gguf { file: path.to_owned(), reason };
-        let file = File::open(path).map_err(failed)?;
+        let file = regular_file::open(path)?;
         if file.metadata().map_err(failed)?.len() == 0 {
             return Err(ModelError::MistakenFile { path: path.to_owned(), expected: "GGUF", found: "empty" }.into());
         }
