@@ -71,9 +71,12 @@ fn main() -> ExitCode {
     let command_line = match command_line::parse(env::args_os().collect()) {
         Ok(command_line) => command_line,
         Err(command_line::ParseError::Clap(error)) => {
-            // Help and version arrive as errors, too; they go to standard output and are a success.
-            let _ = error.print();
-            return if error.use_stderr() { EXIT_BAD_CONFIGURATION.into() } else { ExitCode::SUCCESS };
+            // Help and version arrive as errors, too; they go to standard output and are a success once they are there.
+            return match error.print() {
+                _ if error.use_stderr() => EXIT_BAD_CONFIGURATION.into(),
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => failed(&error.into()),
+            };
         }
         Err(command_line::ParseError::Settings(error)) => return failed(&error.into()),
     };

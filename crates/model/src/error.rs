@@ -87,15 +87,38 @@ impl ModelError {
     /// Whether trying again will fail again, since what is wrong is in the model's files or in what was asked for, and
     /// not in the state of the machine.
     pub fn is_lasting(&self) -> bool {
-        use io::ErrorKind::{InvalidInput, IsADirectory, NotADirectory, NotFound, PermissionDenied};
         match self {
-            Self::Read { source, .. } => {
-                [NotFound, PermissionDenied, IsADirectory, NotADirectory, InvalidInput].contains(&source.kind())
-            }
-            Self::Write { .. } | Self::BeingWritten { .. } | Self::OutOfMemory { .. } => false,
+            Self::Read { source, .. } | Self::Write { source, .. } => is_of_place(source),
+            Self::BeingWritten { .. } | Self::OutOfMemory { .. } => false,
             Self::Device(DeviceError::Missing(_) | DeviceError::Refused(_)) => true,
             Self::Device(_) => false,
             _ => true,
+        }
+    }
+}
+
+/// Whether a file cannot be read or written where it is said to be, so that trying again will fail again; a disk that is full
+/// may have room next time.
+pub fn is_of_place(error: &io::Error) -> bool {
+    use io::ErrorKind::{InvalidInput, IsADirectory, NotADirectory, NotFound, PermissionDenied, ReadOnlyFilesystem};
+    [NotFound, PermissionDenied, IsADirectory, NotADirectory, InvalidInput, ReadOnlyFilesystem].contains(&error.kind())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_is_wrong_for_good_and_a_full_disk_is_not() {
+        // Would break: what starts this program again gives up on a disk that was full, or tries a wrong directory for ever.
+        for (kind, is_lasting) in [
+            (io::ErrorKind::NotFound, true),
+            (io::ErrorKind::ReadOnlyFilesystem, true),
+            (io::ErrorKind::StorageFull, false),
+            (io::ErrorKind::Other, false),
+        ] {
+            let unwritten = ModelError::Write { path: "model".into(), source: kind.into() };
+            assert_eq!(unwritten.is_lasting(), is_lasting, "{kind}");
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{io, path::PathBuf};
 
-use sida_model::ModelError;
+use sida_model::{ModelError, error::is_of_place};
 use sida_routing::{Digest, HashTableError};
 use thiserror::Error;
 
@@ -64,6 +64,7 @@ impl PredictorError {
     pub fn is_lasting(&self) -> bool {
         match self {
             Self::Run(error) => error.is_lasting(),
+            Self::Write { source, .. } => is_of_place(source),
             Self::File { .. }
             | Self::Tensor { .. }
             | Self::Model { .. }

@@ -18,7 +18,7 @@ use sida_predictor::{
 
 use crate::{
     arguments::{model::ModelArguments, predictor::default_file},
-    bad_configuration::BadConfiguration,
+    bad_configuration::{BadConfiguration, unwritable},
     loading_bar::{LoadingBar, Unit},
     plain_table::PlainTable,
     text_file,
@@ -170,14 +170,12 @@ fn too_few(learnt: Option<usize>, held_out: usize) -> Option<String> {
 }
 
 /// Refuses a place where no file can be written.
-fn check_out(out: &Path) -> Result<(), BadConfiguration> {
-    let shown = out.display();
+fn check_out(out: &Path) -> anyhow::Result<()> {
     if out.is_dir() {
-        return Err(BadConfiguration::new(format!("--out {shown} is a directory, expected a file")));
+        return Err(BadConfiguration::new(format!("--out {} is a directory, expected a file", out.display())).into());
     }
     let directory = out.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let refused = |error| BadConfiguration::because(format!("cannot write --out {shown}"), error);
-    tempfile::tempfile_in(directory).map(drop).map_err(refused)
+    tempfile::tempfile_in(directory).map(drop).map_err(|error| unwritable("--out", out, error))
 }
 
 /// Refuses to write over what is read. Of a file that is not there yet, nothing can be.

@@ -11,7 +11,7 @@ use anyhow::Context;
 use minijinja::{Environment, Value, context};
 
 use super::{plots, replay, report::Measured, timings::Percentiles};
-use crate::bad_configuration::BadConfiguration;
+use crate::bad_configuration::unwritable;
 
 /// A file that a page will be written to.
 pub(crate) struct Page {
@@ -20,10 +20,8 @@ pub(crate) struct Page {
 }
 
 /// Opens the file, so that a path that cannot be written is told before anything is measured.
-pub(crate) fn create(path: &Path) -> Result<Page, BadConfiguration> {
-    let file = File::create(path);
-    let file =
-        file.map_err(|error| BadConfiguration::because(format!("cannot write --report {}", path.display()), error))?;
+pub(crate) fn create(path: &Path) -> anyhow::Result<Page> {
+    let file = File::create(path).map_err(|error| unwritable("--report", path, error))?;
     Ok(Page { file, path: path.to_owned() })
 }
 

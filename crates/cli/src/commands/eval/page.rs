@@ -11,7 +11,7 @@ use minijinja::{Environment, context};
 use serde_json::Value;
 
 use crate::{
-    bad_configuration::BadConfiguration,
+    bad_configuration::{BadConfiguration, unwritable},
     commands::eval::{evaluation::Evaluation, plots, report},
 };
 
@@ -21,14 +21,14 @@ pub(crate) struct Page(PathBuf);
 impl Page {
     /// Refuses a place where no file can be written, before anything is measured. A page that is there already stays until
     /// there is another.
-    pub(crate) fn at(path: &Path) -> Result<Self, BadConfiguration> {
-        let shown = path.display();
+    pub(crate) fn at(path: &Path) -> anyhow::Result<Self> {
         if path.is_dir() {
-            return Err(BadConfiguration::new(format!("--report {shown} is a directory, expected a file")));
+            let shown = path.display();
+            return Err(BadConfiguration::new(format!("--report {shown} is a directory, expected a file")).into());
         }
         let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let refused = |error| BadConfiguration::because(format!("cannot write --report {shown}"), error);
-        tempfile::tempfile_in(directory).map(|_| Self(path.to_owned())).map_err(refused)
+        let made = tempfile::tempfile_in(directory).map_err(|error| unwritable("--report", path, error));
+        made.map(|_| Self(path.to_owned()))
     }
 
     /// Writes it. Where that fails, as on a full disk, half a page does not stay.
