@@ -130,6 +130,14 @@ fn damaged_experts_that_are_used_end_with_the_code_of_a_bad_file() {
     }
 }
 
+/// A model would be called whole that refuses every conversation.
+#[test]
+fn a_chat_template_that_cannot_be_parsed_is_told() {
+    let model = model_with("chat_template.jinja", b"{% if %}");
+    refused(&["doctor"], model.path(), &["!! chat ", "chat_template.jinja"]);
+    refused(&["inspect"], model.path(), &["unusable", "chat_template.jinja"]);
+}
+
 /// Somebody would train a predictor anew because of a typo in config.json.
 #[test]
 fn a_wrong_config_is_not_blamed_on_the_predictor() {

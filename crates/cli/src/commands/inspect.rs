@@ -20,7 +20,7 @@ use sida_model::{
 
 use crate::{
     EXIT_BAD_CONFIGURATION, byte_size,
-    model_check::{self, Part},
+    model_check::{self, CHAT_MISSING, Part},
     model_dir,
     plain_table::PlainTable,
 };
@@ -98,6 +98,7 @@ fn checked(checkpoint: &Arc<Checkpoint>) -> Checked {
         ("tensors", tensors, "none"),
         ("tokenizer", model_check::tokenizer(checkpoint.dir(), checkpoint.config()), "none: texts cannot be read"),
         ("predictor", predictor, "none; `sida train-predictor` makes one"),
+        ("chat", model_check::chat(checkpoint.dir()), CHAT_MISSING),
     ];
     let is_usable = !parts.iter().any(|(_, part, _)| matches!(part, Part::Unusable(_)));
     let line = |(name, part, missing): (&'static str, Part, &str)| match part {

@@ -10,7 +10,7 @@ use sida_model::{
 
 use super::{Finding, Verdict, finding};
 use crate::{
-    model_check::{self, Part},
+    model_check::{self, CHAT_MISSING, Part},
     model_dir,
 };
 
@@ -40,6 +40,7 @@ pub(super) fn findings(named: Option<&Path>) -> Vec<Finding> {
         tensors,
         tokenizer(&dir, whole.as_ref().unwrap_or(&config)),
         predictor(loaded),
+        chat(&dir),
     ]
 }
 
@@ -102,6 +103,10 @@ fn tokenizer(dir: &Path, config: &ModelConfig) -> Finding {
 }
 
 /// Of a model whose tensors are sound: a predictor is one of those.
+fn chat(dir: &Path) -> Finding {
+    found("chat", model_check::chat(dir), Verdict::Note, CHAT_MISSING)
+}
+
 fn predictor(model: Option<&Arc<Checkpoint>>) -> Finding {
     let missing = "none: nothing is preloaded; `sida train-predictor` makes one";
     match model {
