@@ -4,6 +4,7 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use sida_model::ModelError;
 use sida_routing::{ExpertKey, NodeId};
+use sida_telemetry::counted;
 use thiserror::Error;
 
 /// Why a request was not answered. [`crate::answer::fault`] gives each its gRPC status.
@@ -17,8 +18,8 @@ pub enum RequestError {
     #[error("{of} has {tokens} tokens, more than the {limit} allowed")]
     TooManyTokens { of: TextOf, tokens: usize, limit: usize },
     #[error(
-        "{of} has {tokens} tokens, more than the {} allowed: the model has {positions} positions, and the prompt {prompt_tokens} tokens",
-        positions.saturating_sub(*prompt_tokens)
+        "{of} has {}, more than the {} allowed: the model has {positions} positions, and the prompt {}",
+        counted(*tokens, "token"), positions.saturating_sub(*prompt_tokens), counted(*prompt_tokens, "token")
     )]
     NoRoom { of: TextOf, tokens: usize, prompt_tokens: usize, positions: usize },
     #[error("{of} cannot be tokenized: {reason}")]
@@ -47,7 +48,7 @@ pub enum RequestError {
     #[error("{limit} of this client is {allowed}, and this request alone may take {asks}")]
     ClientLimitBelow { limit: &'static str, allowed: u64, asks: usize },
     #[error(
-        "with what is running and waiting the answer takes about {time:?}, and {left:?} are left until the deadline"
+        "with what is running and waiting the answer takes about {time:.1?}, and {left:.1?} are left until the deadline"
     )]
     NoTime { time: Duration, left: Duration, retry_after: Duration },
     #[error("the deadline passed before the answer was complete")]

@@ -6,7 +6,7 @@ use std::time::Instant;
 use sida_model::{CacheSize, ModelConfig, ModelError, Tokenizer};
 use sida_routing::admission::Limits;
 use sida_rpc::Client;
-use sida_telemetry::TraceContext;
+use sida_telemetry::{TraceContext, counted};
 
 use crate::{
     answer::{
@@ -203,8 +203,8 @@ impl Acceptance<'_> {
             0 => model.tokens_max.unwrap_or(limits.tokens_default).min(limits.tokens_max).min(room),
             tokens if tokens <= limits.tokens_max && tokens > room => {
                 let positions = self.positions_max();
-                let expected =
-                    format!("1 to {room}: the model has {positions} positions, and the prompt {prompt_tokens} tokens");
+                let prompt = counted(prompt_tokens, "token");
+                let expected = format!("1 to {room}: the model has {positions} positions, and the prompt {prompt}");
                 return Err(refused("max_tokens", tokens, expected));
             }
             tokens => within("max_tokens", tokens, 1, limits.tokens_max)?,

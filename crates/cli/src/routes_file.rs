@@ -6,6 +6,7 @@ use std::{fs::File, io::Read, path::Path};
 
 use csv::{ReaderBuilder, StringRecord};
 use sida_routing::{ExpertId, RecordedRoutes, TokenRoutes};
+use sida_telemetry::counted;
 
 use crate::bad_configuration::BadConfiguration;
 
@@ -75,7 +76,8 @@ fn parse(content: impl Read, model: Option<Model>) -> Result<RoutesFile, String>
     let most = |of: fn(&Row) -> u16| rows.iter().map(of).max().map_or(0, |most| usize::from(most) + 1);
     let (layers, top_k) = (most(|row| row.layer), most(|row| row.slot));
     if let Some(model) = model.filter(|model| model.layers > layers) {
-        return Err(format!("has {layers} layers, the model has {} MoE layers", model.layers));
+        let (found, expected) = (counted(layers, "layer"), counted(model.layers, "MoE layer"));
+        return Err(format!("has {found}, the model has {expected}"));
     }
     let (kept_layers, kept) = model.map_or((layers, top_k), |model| (model.layers, model.top_k.min(top_k)));
     let of = |phase: u8| -> Result<Vec<TokenRoutes>, String> {
@@ -240,7 +242,7 @@ pub(crate) mod tests {
                 "line 2: column `layer` is \"9999\", expected a whole number below 1024",
             ),
             (format!("{header}0,0,0,0,0\n"), "line: 2"),
-            (format!("{header}0,0,0,0,0,1\n"), "has 1 layers, the model has 2 MoE layers"),
+            (format!("{header}0,0,0,0,0,1\n"), "has 1 layer, the model has 2 MoE layers"),
             // A row twice, an expert twice, a slot that is left out.
             (
                 format!("{header}0,0,0,1,0,1\n0,0,0,1,0,2\n"),

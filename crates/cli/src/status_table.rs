@@ -2,6 +2,7 @@
 
 use comfy_table::{Cell, CellAlignment, Color};
 use sida_proto::v1::{NodeStatus, ResidencyResponse, StatusResponse};
+use sida_telemetry::counted;
 
 use crate::{byte_size, expert_picture::Style, plain_table::PlainTable};
 
@@ -31,13 +32,13 @@ fn headline(status: &StatusResponse, style: Style) -> String {
         _ => format!("{:.1}% hash hits", 100.0 * status.hash_hits as f64 / predicted as f64),
     };
     format!(
-        "{} serves {}\n{} requests, {} running, {} queued · {hits} · {} failovers\n{}",
+        "{} serves {}\n{}, {} running, {} queued · {hits} · {}\n{}",
         style.paint("1", &status.coordinator),
         style.paint("1", &status.model),
-        status.requests_total,
+        counted(status.requests_total, "request"),
         status.requests_inflight,
         status.requests_queued,
-        status.failovers,
+        counted(status.failovers, "failover"),
         membership(status, style),
     )
 }

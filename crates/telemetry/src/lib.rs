@@ -2,8 +2,9 @@
 //! the command line and the tests; used by every crate above the pure ones.
 //!
 //! In reading order: [`names`], [`metrics`], `runtime`; [`trace_context`], [`spans`], [`otlp`]; [`logging`],
-//! [`seldom`].
+//! [`seldom`], [`counted()`].
 
+pub mod counted;
 pub mod logging;
 pub mod metrics;
 pub mod names;
@@ -14,6 +15,7 @@ pub mod spans;
 pub mod trace_context;
 
 pub use ::metrics::{counter, gauge, histogram};
+pub use counted::counted;
 pub use seldom::Seldom;
 pub use spans::Span;
 pub use trace_context::TraceContext;

@@ -14,6 +14,7 @@ use sida_model::{
     convert::{self, ConvertError, Converted},
     fresh_directory,
 };
+use sida_telemetry::counted;
 
 use crate::{
     arguments::block_formats::BlockFormatArguments,
@@ -50,8 +51,8 @@ pub(crate) fn run(arguments: ConvertArguments) -> anyhow::Result<ExitCode> {
     };
     writeln!(
         io::stdout(),
-        "{} tensors, {} in {}",
-        written.tensors,
+        "{}, {} in {}",
+        counted(written.tensors, "tensor"),
         byte_size::shown(written.bytes),
         arguments.out.display()
     )?;
@@ -62,7 +63,7 @@ pub(crate) fn run(arguments: ConvertArguments) -> anyhow::Result<ExitCode> {
         writeln!(io::stdout(), "left out {name}: {values}, which no weights are stored as")?;
     }
     for (prefix, tensors) in &written.dropped_prefixes {
-        writeln!(io::stdout(), "took {prefix:?} off the names of {tensors} tensors")?;
+        writeln!(io::stdout(), "took {prefix:?} off the names of {}", counted(*tensors, "tensor"))?;
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -13,6 +13,7 @@ use std::{
 
 use clap::Args;
 use serde_json::{Value, json};
+use sida_telemetry::counted;
 
 use crate::{EXIT_BAD_CONFIGURATION, byte_size, expert_picture::Style, machine_memory};
 
@@ -101,7 +102,7 @@ fn processor() -> Finding {
     let cores = thread::available_parallelism().map_or(1, |cores| cores.get());
     let instructions = vector_instructions();
     let verdict = if instructions == PORTABLE { Verdict::Note } else { Verdict::Good };
-    finding(verdict, "processor", format!("{cores} cores, {}, {instructions}", std::env::consts::ARCH))
+    finding(verdict, "processor", format!("{}, {}, {instructions}", counted(cores, "core"), std::env::consts::ARCH))
 }
 
 const PORTABLE: &str = "portable kernels only: slower";

@@ -17,6 +17,7 @@ use sida_model::{
     names,
     spec::Activation,
 };
+use sida_telemetry::counted;
 
 use crate::{
     EXIT_BAD_CONFIGURATION, byte_size,
@@ -97,8 +98,8 @@ fn checked(checkpoint: &Arc<Checkpoint>) -> Checked {
     let parts = [
         ("tensors", tensors, "none"),
         ("tokenizer", model_check::tokenizer(checkpoint.dir(), checkpoint.config()), "none: texts cannot be read"),
-        ("predictor", predictor, "none; `sida train-predictor` makes one"),
         ("chat", model_check::chat(checkpoint.dir()), CHAT_MISSING),
+        ("predictor", predictor, "none; `sida train-predictor` makes one"),
     ];
     let is_usable = !parts.iter().any(|(_, part, _)| matches!(part, Part::Unusable(_)));
     let line = |(name, part, missing): (&'static str, Part, &str)| match part {
@@ -157,7 +158,8 @@ fn facts(
         "d_model {}, d_ff {}, {} heads of {}, vocabulary {}",
         config.d_model, config.d_ff, config.num_heads, config.d_kv, config.vocab_size
     );
-    let dtypes: Vec<_> = dtypes.iter().map(|(dtype, tensors)| format!("{dtype} ({tensors} tensors)")).collect();
+    let dtypes: Vec<_> =
+        dtypes.iter().map(|(dtype, tensors)| format!("{dtype} ({})", counted(*tensors, "tensor"))).collect();
     let mut facts = vec![
         ("model", model_dir::full_path(checkpoint.dir()).display().to_string()),
         ("family", config.family.to_owned()),

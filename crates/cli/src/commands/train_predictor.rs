@@ -15,6 +15,7 @@ use sida_predictor::{
     HitRate, Net,
     train::{self, RecordOptions, Recording, Text, Texts, TrainOptions},
 };
+use sida_telemetry::counted;
 
 use crate::{
     arguments::{model::ModelArguments, predictor::default_file},
@@ -151,8 +152,13 @@ fn train(
 fn what_was_done(calibrated: Option<&Path>, texts: &Texts) -> String {
     let held_out = texts.held_out.len();
     match calibrated {
-        Some(file) => format!("{} calibrated and measured with {held_out} texts, nothing was learnt", file.display()),
-        None => format!("learnt from {} texts, measured with {held_out} others", texts.train.len()),
+        Some(file) => {
+            let texts = counted(held_out, "text");
+            format!("{} calibrated and measured with {texts}, nothing was learnt", file.display())
+        }
+        None => {
+            format!("learnt from {}, measured with {}", counted(texts.train.len(), "text"), counted(held_out, "other"))
+        }
     }
 }
 
@@ -160,7 +166,7 @@ fn what_was_done(calibrated: Option<&Path>, texts: &Texts) -> String {
 /// is trained.
 fn too_few(learnt: Option<usize>, held_out: usize) -> Option<String> {
     let few = |found: usize, min: usize, what: &str, why: &str| {
-        (found < min).then(|| format!("{found} texts to {what} are few, expected {min} or more: {why}"))
+        (found < min).then(|| format!("{} to {what}, expected {min} or more: {why}", counted(found, "text")))
     };
     let learnt = learnt
         .and_then(|learnt| few(learnt, LEARNT_MIN, "learn from", "the predictor will know little but these texts"));
@@ -203,7 +209,8 @@ fn texts(arguments: &TrainPredictorArguments) -> Result<Texts, BadConfiguration>
     let learns = arguments.calibrate.is_none();
     if learns && texts.train.is_empty() || texts.held_out.is_empty() {
         let (train, held_out) = (texts.train.len(), texts.held_out.len());
-        let message = format!("{train} texts to learn from and {held_out} to measure with: both are needed");
+        let train = counted(train, "text");
+        let message = format!("{train} to learn from and {held_out} to measure with: both are needed");
         return Err(BadConfiguration::new(message));
     }
     Ok(texts)
@@ -254,18 +261,18 @@ mod tests {
         assert_eq!(too_few(Some(LEARNT_MIN), HELD_OUT_MIN), None);
         assert_eq!(too_few(None, HELD_OUT_MIN), None);
         let both = too_few(Some(1), 1).expect("a warning");
-        assert!(both.contains("1 texts to learn from") && both.contains("1 texts to measure with"), "{both}");
+        assert!(both.contains("1 text to learn from") && both.contains("1 text to measure with"), "{both}");
         let measured = too_few(None, 3).expect("a warning");
-        assert!(measured.starts_with("3 texts to measure with are few, expected 20 or more"), "{measured}");
+        assert!(measured.starts_with("3 texts to measure with, expected 20 or more"), "{measured}");
     }
 
     #[test]
     fn what_was_done_is_told() {
         // Would break: who calibrates a predictor reads that it has learnt from no text.
         let texts = Texts::of("a\nb\n", "c\n");
-        assert_eq!(what_was_done(None, &texts), "learnt from 2 texts, measured with 1 others");
+        assert_eq!(what_was_done(None, &texts), "learnt from 2 texts, measured with 1 other");
         let calibrated = what_was_done(Some(Path::new("p.safetensors")), &texts);
-        assert_eq!(calibrated, "p.safetensors calibrated and measured with 1 texts, nothing was learnt");
+        assert_eq!(calibrated, "p.safetensors calibrated and measured with 1 text, nothing was learnt");
     }
 
     #[test]

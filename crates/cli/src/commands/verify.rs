@@ -8,6 +8,7 @@ use std::{
 
 use clap::Args;
 use sida_model::manifest::{self, Manifest};
+use sida_telemetry::counted;
 
 use crate::{
     loading_bar::{LoadingBar, Unit},
@@ -35,8 +36,8 @@ pub(crate) fn run(arguments: VerifyArguments) -> anyhow::Result<ExitCode> {
         let manifest = Manifest::of_directory(&dir, &mut on_progress)?;
         manifest.write()?;
         drop(bar);
-        let (files, tensors) = (manifest.files(), manifest.tensors());
-        writeln!(io::stdout(), "wrote {shown}/{}: {files} files, {tensors} tensors", manifest::FILE_NAME)?;
+        let (files, tensors) = (counted(manifest.files(), "file"), counted(manifest.tensors(), "tensor"));
+        writeln!(io::stdout(), "wrote {shown}/{}: {files}, {tensors}", manifest::FILE_NAME)?;
         return Ok(ExitCode::SUCCESS);
     }
     let Some(manifest) = Manifest::read(&dir)? else {

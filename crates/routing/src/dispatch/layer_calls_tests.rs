@@ -62,7 +62,7 @@ fn an_expert_that_cannot_be_loaded_takes_no_other_with_it() {
 #[test]
 fn silence_and_lateness_are_borne_while_nobody_else_could_answer() {
     // Broken: a hung node holds a request up; or the last node is given up although nobody else is left.
-    for (signs, failure) in [(false, "no sign of life, 100ms after the call"), (true, "no answer within 500ms")] {
+    for (signs, failure) in [(false, "no sign of life, 100.0ms after the call"), (true, "no answer within 500.0ms")] {
         let (mut nodes, mut calls) = (Nodes::new(3), layer(&[(0, 1)], 8));
         let call = calls.ask(&mut nodes, ms(0)).pop().unwrap();
         send(&mut calls, &nodes, 1, call, ms(0), ms(500));

@@ -10,9 +10,9 @@ use thiserror::Error;
 pub enum CallFailure {
     #[error("not connected: {reason}")]
     Disconnected { reason: String },
-    #[error("no sign of life, {waited:?} after the call")]
+    #[error("no sign of life, {waited:.1?} after the call")]
     Silent { waited: Duration },
-    #[error("no answer within {waited:?}, although it is alive")]
+    #[error("no answer within {waited:.1?}, although it is alive")]
     Late { waited: Duration },
     #[error("more than {limit} bytes under way")]
     Congested { limit: usize },

@@ -7,6 +7,7 @@ use sida_model::{
     Checkpoint, ModelConfig, ModelError,
     manifest::{self, Manifest},
 };
+use sida_telemetry::counted;
 
 use super::{Finding, Verdict, finding};
 use crate::{
@@ -27,9 +28,9 @@ pub(super) fn findings(named: Option<&Path>) -> Vec<Finding> {
         Ok(config) => config,
         Err(error) => return vec![finding(Verdict::Bad, "model", error.to_string())],
     };
-    let layers = config.moe_layer_count();
+    let layers = counted(config.moe_layer_count(), "MoE layer");
     let shown = model_dir::full_path(&dir);
-    let text = format!("{}: {layers} MoE layers of {} experts", shown.display(), config.num_experts);
+    let text = format!("{}: {layers} of {} experts", shown.display(), config.num_experts);
     let (whole, manifest, opened) = (ModelConfig::open(&dir), Manifest::read(&dir), Checkpoint::open(&dir));
     let tensors = tensors(&opened, whole.is_err() || manifest.is_err());
     let loaded = opened.as_ref().ok().filter(|_| tensors.verdict == Verdict::Good);
@@ -39,8 +40,8 @@ pub(super) fn findings(named: Option<&Path>) -> Vec<Finding> {
         manifest_finding(&dir, &manifest, &opened),
         tensors,
         tokenizer(&dir, whole.as_ref().unwrap_or(&config)),
-        predictor(loaded),
         chat(&dir),
+        predictor(loaded),
     ]
 }
 
@@ -102,11 +103,11 @@ fn tokenizer(dir: &Path, config: &ModelConfig) -> Finding {
     found("tokenizer", model_check::tokenizer(dir, config), Verdict::Bad, missing)
 }
 
-/// Of a model whose tensors are sound: a predictor is one of those.
 fn chat(dir: &Path) -> Finding {
     found("chat", model_check::chat(dir), Verdict::Note, CHAT_MISSING)
 }
 
+/// Of a model whose tensors are sound: a predictor is one of those.
 fn predictor(model: Option<&Arc<Checkpoint>>) -> Finding {
     let missing = "none: nothing is preloaded; `sida train-predictor` makes one";
     match model {

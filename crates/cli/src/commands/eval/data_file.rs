@@ -4,6 +4,7 @@
 use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use serde_json::{Map, Value};
+use sida_telemetry::counted;
 
 use crate::{
     bad_configuration::BadConfiguration,
@@ -78,9 +79,9 @@ fn header(place: &Place, line: &str) -> Result<Vec<String>, BadConfiguration> {
 fn row(place: &Place, names: &[String], line: &str) -> Result<Map<String, Value>, BadConfiguration> {
     let cells: Vec<&str> = line.split('\t').collect();
     if cells.len() != names.len() {
-        let (found, expected) = (cells.len(), names.len());
+        let (found, expected) = (counted(cells.len(), "column"), names.len());
         return Err(BadConfiguration::new(format!(
-            "{place} has {found} columns, expected the {expected} of the header: {}",
+            "{place} has {found}, expected the {expected} of the header: {}",
             names.join(", ")
         )));
     }

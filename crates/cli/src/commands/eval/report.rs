@@ -1,6 +1,7 @@
 //! The figures as tables that a person reads.
 
 use serde_json::Value;
+use sida_telemetry::counted;
 
 use crate::{
     byte_size,
@@ -41,8 +42,8 @@ pub(crate) fn summary(evaluation: &Evaluation, parameters: &Value) -> String {
         Some(cut) => format!(", {cut} of them cut to {} tokens", parameters["prompt_tokens_max"]),
     };
     format!(
-        "{} examples{cut}; model {}, predictor {}; experts: {}",
-        evaluation.examples,
+        "{}{cut}; model {}, predictor {}; experts: {}",
+        counted(evaluation.examples, "example"),
         named("model"),
         named("predictor"),
         bytes.collect::<Vec<_>>().join(", ")
