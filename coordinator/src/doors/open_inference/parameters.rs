@@ -18,13 +18,16 @@ pub(crate) fn read(
     parameters: HashMap<String, InferParameter>,
     sampling_parameters: Option<&str>,
 ) -> Result<Wanted, ApiError> {
-    with(parameters.into_iter().map(|(name, value)| (name, json(value))).collect(), sampling_parameters)
+    with(
+        parameters.into_iter().map(|(name, value)| (name, json(value.parameter_choice))).collect(),
+        sampling_parameters,
+    )
 }
 
 /// The same where the request's own are JSON already.
 pub(crate) fn with(mut all: Map<String, Value>, sampling_parameters: Option<&str>) -> Result<Wanted, ApiError> {
     if let Some(text) = sampling_parameters {
-        let object = |error| ApiError::field("sampling_parameters", error, "a JSON object");
+        let object = |error| ApiError::field("sampling_parameters", format!("no JSON object ({error})"), "one");
         let more: Map<String, Value> = serde_json::from_str(text).map_err(object)?;
         all.extend(more.into_iter().map(|(name, value)| match name.as_str() {
             "stop" => (name, value),
@@ -49,8 +52,9 @@ pub(crate) fn with(mut all: Map<String, Value>, sampling_parameters: Option<&str
     Ok(wanted)
 }
 
-fn json(parameter: InferParameter) -> Value {
-    match parameter.parameter_choice {
+/// The value of a parameter; null where it has none.
+pub(crate) fn json(choice: Option<ParameterChoice>) -> Value {
+    match choice {
         None => Value::Null,
         Some(ParameterChoice::BoolParam(value)) => value.into(),
         Some(ParameterChoice::Int64Param(value)) => value.into(),

@@ -64,12 +64,12 @@ impl Question {
                 }
                 _ => {
                     let expected = "once each: text_input and sampling_parameters (BYTES), stream (BOOL)";
-                    return Err(wrong(input, format!("a tensor of {}", input.datatype), expected));
+                    return Err(wrong(input, format!("datatype {}", input.datatype), expected));
                 }
             }
         }
-        let texts =
-            texts.ok_or_else(|| ApiError::field("inputs", "without text_input", "an input text_input of BYTES"))?;
+        let missing = || ApiError::field_because("inputs", "inputs has no text_input, expected one of BYTES");
+        let texts = texts.ok_or_else(missing)?;
         if !(1..=TEXTS_MAX).contains(&texts.len()) {
             return Err(ApiError::field("text_input (its elements)", texts.len(), format!("1 to {TEXTS_MAX}")));
         }
@@ -121,7 +121,7 @@ fn flag(parameters: &mut HashMap<String, InferParameter>, name: &'static str) ->
     match parameters.remove(name).map(|parameter| parameter.parameter_choice) {
         None => Ok(false),
         Some(Some(ParameterChoice::BoolParam(value))) => Ok(value),
-        Some(other) => Err(ApiError::field(name, format!("{other:?}"), "a bool_param")),
+        Some(other) => Err(ApiError::field(name, parameters::json(other), "a bool_param")),
     }
 }
 
@@ -131,7 +131,7 @@ fn timeout(parameters: &mut HashMap<String, InferParameter>) -> Result<Option<Du
         None => 0,
         Some(Some(ParameterChoice::Uint64Param(value))) => value,
         Some(Some(ParameterChoice::Int64Param(value))) if value >= 0 => value.unsigned_abs(),
-        Some(other) => return Err(ApiError::field("timeout", format!("{other:?}"), "microseconds, 0 or more")),
+        Some(other) => return Err(ApiError::field("timeout", parameters::json(other), "microseconds, 0 or more")),
     };
     // More than a century is no limit, and could not be added to the time of day.
     Ok((1..1 << 52).contains(&microseconds).then(|| Duration::from_micros(microseconds)))

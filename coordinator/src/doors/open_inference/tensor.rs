@@ -6,6 +6,7 @@ use serde_json::Value;
 use sida_proto::inference::{
     InferTensorContents, model_infer_request::InferInputTensor, model_infer_response::InferOutputTensor,
 };
+use sida_telemetry::counted;
 
 use crate::doors::openai::error::ApiError;
 
@@ -39,7 +40,7 @@ pub(crate) fn elements(input: &InferInputTensor, raw: Option<&Bytes>) -> Result<
     match volume(&input.shape) {
         _ if is_mixed => Err(wrong(input, "both contents and raw contents", "one of them")),
         Some(volume) if volume == count as u64 => Ok(found),
-        Some(_) => Err(wrong(input, format!("{count} elements"), format!("as many as its shape {:?}", input.shape))),
+        Some(_) => Err(wrong(input, counted(count, "element"), format!("as many as its shape {:?}", input.shape))),
         None => Err(wrong(input, format!("shape {:?}", input.shape), "extents of 0 and more")),
     }
 }
@@ -51,7 +52,8 @@ fn volume(shape: &[i64]) -> Option<u64> {
 
 fn texts(input: &InferInputTensor, elements: Vec<Bytes>) -> Result<Vec<String>, ApiError> {
     let text = |bytes: Bytes| {
-        String::from_utf8(bytes.into()).map_err(|error| wrong(input, error.utf8_error(), "elements of UTF-8 text"))
+        String::from_utf8(bytes.into())
+            .map_err(|error| wrong(input, format!("a text that is not UTF-8 ({})", error.utf8_error()), "UTF-8"))
     };
     elements.into_iter().map(text).collect()
 }
@@ -100,7 +102,7 @@ pub(crate) fn wrong(
     found: impl std::fmt::Display,
     expected: impl std::fmt::Display,
 ) -> ApiError {
-    ApiError::field("inputs", format!("{found} in {:?}", input.name), expected)
+    ApiError::field_because("inputs", format!("input {:?} has {found}, expected {expected}", input.name))
 }
 
 /// An output of BYTES with one element per text, and its raw bytes.
@@ -156,7 +158,7 @@ mod tests {
         let no_utf8 = InferTensorContents { bytes_contents: vec![Bytes::from_static(&[0xff])], ..Default::default() };
         let one = || Some(bytes(&["one"]));
         let cases = [
-            (input("BYTES", &[2], one()), None, "1 elements"),
+            (input("BYTES", &[2], one()), None, "1 element,"),
             (input("BYTES", &[-1], one()), None, "shape [-1]"),
             (input("BYTES", &[i64::MAX, i64::MAX], one()), None, "shape"),
             (input("FP32", &[1], None), None, "FP32"),
@@ -169,7 +171,7 @@ mod tests {
         for (input, raw, expected) in cases {
             let raw = raw.map(Bytes::copy_from_slice);
             let error = elements(&input, raw.as_ref()).expect_err(expected).json()["error"]["message"].to_string();
-            assert!(error.contains("inputs is ") && error.contains(expected), "{error}");
+            assert!(error.contains("has ") && error.contains(expected), "{error}");
         }
     }
 

@@ -71,7 +71,8 @@ impl ApiError {
 
     /// Nothing is served by that name.
     pub(crate) fn no_model(found: &str, served: &str) -> Self {
-        let message = format!("the model {} does not exist here, {served} is served", shortened(found));
+        let found = shortened(format_args!("{found:?}"));
+        let message = format!("the model {found} does not exist here, {served} is served");
         let error = Self::of(StatusCode::NOT_FOUND, Code::NotFound, INVALID_REQUEST, "model_not_found", message);
         Self { param: Some("model".to_owned()), ..error }
     }
@@ -101,7 +102,16 @@ impl ApiError {
 
     /// What the coordinator refused. `text_field` is the endpoint's name of the text that is answered.
     pub(crate) fn of_request(error: &RequestError, text_field: &str) -> Self {
-        Self { param: field_of(error, text_field), ..Self::of_fault(&Fault::from(error.clone())) }
+        let param = field_of(error, text_field);
+        let refusal = Self::of_fault(&Fault::from(error.clone()));
+        match (error, &param) {
+            // Their names in `sida.v1` mean nothing to who gave them by another.
+            (RequestError::Argument { field: "choices" | "tokens" | "texts", found, expected }, Some(field)) => {
+                let message = format!("{field} is {}, expected {expected}", shortened(found));
+                Self { message, param, ..refusal }
+            }
+            _ => Self { param, ..refusal },
+        }
     }
 
     fn of(
@@ -244,6 +254,10 @@ mod tests {
         let stops =
             RequestError::Argument { field: "stop (bytes)", found: "0".to_owned(), expected: "1 to 256".to_owned() };
         assert_eq!(ApiError::of_request(&stops, "prompt").json()["error"]["param"], "stop");
+        let tokens = "at least one token".to_owned();
+        let empty = RequestError::Argument { field: "tokens", found: "an empty list".to_owned(), expected: tokens };
+        let empty = ApiError::of_request(&empty, "prompt");
+        assert_eq!(empty.message(), "prompt is an empty list, expected at least one token");
     }
 
     #[test]

@@ -60,7 +60,7 @@ impl Fields {
     }
 
     pub(crate) fn number(&mut self, field: &'static str) -> Result<Option<f32>, ApiError> {
-        self.read(field, "a number", |value| value.as_f64().map(|number| number as f32))
+        self.read(field, "a number of 32 bits", number)
     }
 
     pub(crate) fn count(&mut self, field: &'static str) -> Result<Option<usize>, ApiError> {
@@ -97,6 +97,11 @@ impl Fields {
             None => Ok(()),
         }
     }
+}
+
+/// A number that is one in 32 bits, too: the largest of JSON would be infinite.
+pub(crate) fn number(value: &Value) -> Option<f32> {
+    value.as_f64().map(|number| number as f32).filter(|number| number.is_finite())
 }
 
 /// A whole number, also where it is written as 5.0: JSON has one kind of numbers, and some languages write all alike.
@@ -141,6 +146,8 @@ mod tests {
         assert_eq!(param(fields.count("n").unwrap_err()), "at.n");
         assert_eq!(param(fields.number("top_p").unwrap_err()), "at.top_p");
         assert_eq!(param(fields.flag("echo").unwrap_err()), "at.echo");
+        let absurd = Fields::of(json!({"temperature": 1e300}), "").unwrap().number("temperature").unwrap_err();
+        assert!(absurd.message().starts_with("temperature is 1e+300, "), "{}", absurd.message());
         assert_eq!(fields.text("a").unwrap(), None);
         assert_eq!(fields.text("seed").unwrap().as_deref(), Some("x"));
         fields.end().unwrap();

@@ -13,7 +13,7 @@ use crate::{
     },
     doors::openai::{
         error::ApiError,
-        fields::{Fields, whole},
+        fields::{Fields, number, whole},
         response_format,
     },
     intake::{accept::GenerateParams, prompt::Prompt},
@@ -99,11 +99,11 @@ pub(crate) fn priority(fields: &mut Fields) -> Result<i32, ApiError> {
     Ok(fields.read("priority", "a whole number of 32 bits", number)?.unwrap_or(0))
 }
 
-/// Takes a field that says how many tokens there may be: at least one.
+/// Takes a field that says how many tokens there may be: at least one. What is too many is refused by the coordinator, which knows
+/// how many are not.
 pub(crate) fn tokens_max(fields: &mut Fields, field: &'static str) -> Result<Option<usize>, ApiError> {
-    let expected = "a whole number of at least 1";
-    let count = |value: &Value| u32::try_from(whole(value)?).ok().filter(|&count| count > 0);
-    Ok(fields.read(field, expected, count)?.map(|count| count as usize))
+    let count = |value: &Value| usize::try_from(whole(value)?).ok().filter(|&count| count > 0);
+    fields.read(field, "a whole number of at least 1, below 2^64", count)
 }
 
 fn sampling(fields: &mut Fields) -> Result<Sampling, ApiError> {
@@ -126,12 +126,14 @@ fn sampling(fields: &mut Fields) -> Result<Sampling, ApiError> {
         frequency_penalty: fields.number("frequency_penalty")?.unwrap_or(0.0),
         presence_penalty: fields.number("presence_penalty")?.unwrap_or(0.0),
         repetition_penalty: fields.number("repetition_penalty")?,
-        logit_bias: fields.read("logit_bias", "an object of numbers by token ids", logit_bias)?.unwrap_or_default(),
+        logit_bias: fields
+            .read("logit_bias", "an object of numbers of 32 bits by token ids", logit_bias)?
+            .unwrap_or_default(),
     })
 }
 
 fn logit_bias(value: &Value) -> Option<BTreeMap<u32, f32>> {
-    let entry = |(token, bias): (&String, &Value)| Some((token.parse().ok()?, bias.as_f64()? as f32));
+    let entry = |(token, bias): (&String, &Value)| Some((token.parse().ok()?, number(bias)?));
     value.as_object()?.iter().map(entry).collect()
 }
 
@@ -240,6 +242,8 @@ mod tests {
         ] {
             assert_eq!(read(value.clone()).unwrap_err().json()["error"]["param"], param, "{value}");
         }
+        let many = json!({"max_tokens": 1_u64 << 32});
+        assert_eq!(tokens_max(&mut Fields::of(many, "").unwrap(), "max_tokens").unwrap(), Some(1 << 32));
         for value in [json!({"max_tokens": 0}), json!({"max_tokens": 1.5}), json!({"max_tokens": "9"})] {
             let mut fields = Fields::of(value, "").unwrap();
             assert_eq!(tokens_max(&mut fields, "max_tokens").unwrap_err().json()["error"]["param"], "max_tokens");
