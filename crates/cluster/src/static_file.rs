@@ -161,7 +161,7 @@ impl Check<'_> {
             return Err(self.value("name", &entry.name, "letters, digits, '-', '_' and '.'"));
         }
         if !is_host_and_port(address) {
-            return Err(self.value("address", &entry.address, "host:port"));
+            return Err(self.value("address", &entry.address, "host:port, the port 1 to 65535"));
         }
         let weight = match &entry.weight {
             None => 1.0,

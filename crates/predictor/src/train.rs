@@ -94,8 +94,10 @@ impl TrainOptions {
         if !(1..=width_max).contains(&self.token_width) {
             return refuse("token_width", self.token_width, format!("1 to {width_max}"));
         }
-        if self.epochs == 0 || self.batch_tokens == 0 {
-            return refuse("epochs and batch_tokens", self.epochs.min(self.batch_tokens), "at least 1".to_owned());
+        for (field, found) in [("epochs", self.epochs), ("batch_tokens", self.batch_tokens)] {
+            if found == 0 {
+                return refuse(field, found, "at least 1".to_owned());
+            }
         }
         Ok(())
     }

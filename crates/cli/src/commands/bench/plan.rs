@@ -4,6 +4,7 @@ use std::{path::PathBuf, str::FromStr, sync::Arc, time::Duration};
 
 use clap::Args;
 use serde_json::{Value, json};
+use sida_telemetry::counted;
 
 use super::{
     arrivals::{self, Rate},
@@ -198,9 +199,8 @@ impl LoadArguments {
         };
         from.ok_or_else(|| {
             let (requests, last) = (times.len(), times.last().copied().unwrap_or_default());
-            BadConfiguration::new(format!(
-                "--warmup leaves none of {requests} requests, the last of them due after {last:?}"
-            ))
+            let requests = counted(requests, "request");
+            BadConfiguration::new(format!("--warmup leaves none of {requests}, the last of them due after {last:.1?}"))
         })
     }
 

@@ -3,6 +3,7 @@
 
 use std::{path::PathBuf, sync::Arc};
 
+use anyhow::Context;
 use clap::Args;
 use futures::future::try_join_all;
 use sida_coordinator::CoordinatorConfig;
@@ -161,12 +162,13 @@ pub(crate) async fn start(
         return Ok(subjects);
     }
     let mut subjects = Vec::new();
-    let budgets = match arguments.budgets.as_slice() {
-        [] => vec![arguments.embedded.expert_memory],
-        budgets => budgets.to_vec(),
-    };
-    for budget in budgets {
-        subjects.push(embedded(arguments, budget, budget.to_string(), replay).await?);
+    if arguments.budgets.is_empty() {
+        let memory = arguments.embedded.expert_memory;
+        subjects.push(embedded(arguments, memory, memory.to_string(), replay).await?);
+    }
+    for &budget in &arguments.budgets {
+        let subject = embedded(arguments, budget, budget.to_string(), replay).await;
+        subjects.push(subject.with_context(|| format!("with {budget} of --budgets as --expert-memory"))?);
     }
     Ok(subjects)
 }

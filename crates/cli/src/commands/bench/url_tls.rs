@@ -35,7 +35,10 @@ pub(crate) fn config(base: &BaseUrl, tls: &ClientTls) -> Result<ClientConfig, Ba
     let unreadable =
         |error| BadConfiguration::because(format!("cannot read {} as PEM of a private key", key.display()), error);
     let (chain, key) = (certificates(chain)?, PrivateKeyDer::from_pem_file(key).map_err(unreadable)?);
-    let refused = |error| BadConfiguration::because("--tls-cert and --tls-key do not belong together", error);
+    let refused = |error| match error {
+        rustls::Error::InconsistentKeys(_) => BadConfiguration::new("--tls-cert and --tls-key do not belong together"),
+        other => BadConfiguration::because("--tls-cert and --tls-key cannot be used", other),
+    };
     builder.with_client_auth_cert(chain, key).map_err(refused)
 }
 
