@@ -307,7 +307,7 @@ mod tests {
         assert!(reason(r#"{"type": "text"}"#).contains("text"));
         assert_eq!(reason(r#"{"not": {"type": "null"}}"#), "the keyword not is not followed");
         assert_eq!(reason(r#"{"not": {}, "if": {}}"#), "the keywords if, not are not followed");
-        assert_eq!(reason(r#"{"oneOf": [{"type": "object"}]}"#), "oneOf is not followed, but anyOf is");
+        assert!(reason(r#"{"oneOf": [{"type": "object"}, {"type": "object"}]}"#).ends_with("but anyOf is"));
         let unclosed = reason(r#"{"type": "string", "pattern": "["}"#);
         assert_eq!(unclosed, "a pattern cannot be followed: unclosed character class");
         let ahead = reason(r#"{"type": "string", "pattern": "^(?=a)b"}"#);

