@@ -42,9 +42,8 @@ fn a_conversion_if_missing_waits_for_another() {
         if first_ends {
             terminate(&first);
             assert_eq!(first.wait_with_output().expect("its end").status.code(), Some(130));
-            place.let_on();
         } else {
-            place.let_on();
+            signal(&first, "CONT");
             assert!(first.wait_with_output().expect("its end").status.success());
         }
         let waited = waiting.wait_with_output().expect("its end");
@@ -54,7 +53,7 @@ fn a_conversion_if_missing_waits_for_another() {
     }
 }
 
-/// Where a conversion is held up before it writes any weights.
+/// Where a conversion is held up while it writes.
 struct Place(tempfile::TempDir);
 
 impl Place {
@@ -65,9 +64,6 @@ impl Place {
             let file = file.expect("a file");
             std::os::unix::fs::symlink(file.path(), place.source().join(file.file_name())).expect("a link");
         }
-        // It is copied before the weights are written.
-        let pipe = Command::new("mkfifo").arg(place.pipe()).status();
-        assert!(pipe.expect("mkfifo can be run").success());
         place
     }
 
@@ -79,10 +75,6 @@ impl Place {
         self.0.path().join("out")
     }
 
-    fn pipe(&self) -> PathBuf {
-        self.source().join("spiece.model")
-    }
-
     fn convert(&self) -> Command {
         let mut convert = command();
         convert.args(["convert", "--experts", "int8", "--out"]).arg(self.out()).arg(self.source());
@@ -90,19 +82,33 @@ impl Place {
         convert
     }
 
-    /// A conversion that has its place.
+    /// A conversion that has its place, stopped while it writes. One that was quicker than we are is made once more.
     fn begun(&self) -> Child {
-        let mut first = self.convert().spawn().expect("sida runs");
-        while !self.hidden().iter().any(|name| name.ends_with(".partial")) {
-            assert!(first.try_wait().expect("its state").is_none(), "it ended before it began to write");
-            std::thread::sleep(std::time::Duration::from_millis(5));
+        let has_directory = self.out().exists();
+        loop {
+            let mut first = self.convert().spawn().expect("sida runs");
+            while first.try_wait().expect("its state").is_none() {
+                if self.is_written() {
+                    signal(&first, "STOP");
+                    while !is_stopped(&first) && first.try_wait().expect("its state").is_none() {}
+                    if self.is_written() {
+                        return first;
+                    }
+                    if first.try_wait().expect("its state").is_none() {
+                        signal(&first, "CONT");
+                    }
+                }
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            }
+            fs::remove_dir_all(self.out()).expect("a model");
+            if has_directory {
+                fs::create_dir(self.out()).expect("a directory");
+            }
         }
-        first
     }
 
-    /// Lets go on whoever is held up, or will be next.
-    fn let_on(&self) {
-        fs::write(self.pipe(), "words").expect("written");
+    fn is_written(&self) -> bool {
+        self.hidden().iter().any(|name| name.ends_with(".partial"))
     }
 
     /// What is being written.
@@ -113,7 +119,19 @@ impl Place {
     }
 }
 
+/// Has a process that is stopped end.
 fn terminate(process: &Child) {
-    let told = Command::new("kill").args(["-s", "TERM", &process.id().to_string()]).status();
+    signal(process, "TERM");
+    signal(process, "CONT");
+}
+
+fn signal(process: &Child, name: &str) {
+    let told = Command::new("kill").args(["-s", name, &process.id().to_string()]).status();
     assert!(told.expect("kill can be run").success());
+}
+
+fn is_stopped(process: &Child) -> bool {
+    // Its state stands behind its name, which is in parentheses.
+    let state = fs::read_to_string(format!("/proc/{}/stat", process.id())).expect("its state");
+    state.rsplit(") ").next().is_some_and(|state| state.starts_with('T'))
 }

@@ -4,6 +4,7 @@ use std::{fs, time::Duration};
 
 use serde::{Serialize, Serializer};
 use serde_json::{Value, json};
+use sida_telemetry::counted;
 
 use super::{
     budget::Budget,
@@ -188,7 +189,7 @@ fn told(subject: &Measured, parameters: &Value) -> String {
     }
     for (code, count) in &figures.failures {
         let example = figures.failure_examples.get(code).map_or("", String::as_str);
-        text.push_str(&format!("{label}: {count} requests failed: {code}: {example}\n"));
+        text.push_str(&format!("{label}: {} failed: {code}: {example}\n", counted(*count, "request")));
     }
     if subject.samples.told_to_wait > 0 {
         let told = subject.samples.told_to_wait;
@@ -294,7 +295,7 @@ pub(crate) mod tests {
             "from when it was due",
             "time to first token",
             "goodput 1.0 requests/s, 33.3% of 3 requests (e2e 50ms)",
-            "1 requests failed: 429: 429 was said",
+            "1 request failed: 429: 429 was said",
             "500 ms late or more",
         ] {
             assert!(text.contains(told), "{told}: {text}");
