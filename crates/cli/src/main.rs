@@ -30,6 +30,7 @@ mod node_state;
 mod open_files;
 mod otlp_flags;
 mod plain_table;
+mod report_file;
 mod routes_file;
 mod runtime;
 mod settings_file;

@@ -55,7 +55,7 @@ use self::{
     subject::{Subject, SubjectArguments},
     workload::{Workload, WorkloadArguments},
 };
-use crate::{bad_configuration::BadConfiguration, runtime};
+use crate::{bad_configuration::BadConfiguration, report_file::ReportFile, runtime};
 
 /// Measure throughput, latency and residency under load
 #[derive(Args)]
@@ -85,7 +85,7 @@ pub(crate) fn run(arguments: BenchArguments) -> anyhow::Result<ExitCode> {
     let workload = Arc::new(Workload::open(arguments.workload.clone())?);
     let plan = arguments.load.plan(arguments.subject.is_cluster().then(|| workload.texts()))?;
     // Before the measurement, so that a wrong path is not found out after it.
-    let page = arguments.report.as_deref().map(page::create).transpose()?;
+    let report = arguments.report.as_deref().map(ReportFile::at).transpose()?;
     let replay = arguments.subject.replay()?;
     arguments.subject.model.start_threads()?;
     runtime::run(async {
@@ -101,8 +101,8 @@ pub(crate) fn run(arguments: BenchArguments) -> anyhow::Result<ExitCode> {
         }
         // First what cannot fail for want of room.
         print(&arguments, &parameters, &measured)?;
-        if let Some(page) = page {
-            page.write(&parameters, &measured)?;
+        if let Some(report) = report {
+            report.write(&page::html(&parameters, &measured)?)?;
         }
         let is_answered = measured.iter().all(|subject| subject.figures.requests > 0);
         Ok(if is_answered { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -44,7 +44,6 @@ use self::{
     evaluation::{BudgetRun, Evaluation, ModeRun, Served},
     modes::MODES,
     moe_layers::MoeLayers,
-    page::Page,
     recorded::RecordedArguments,
     task::{Example, Task, TaskArguments},
 };
@@ -55,6 +54,7 @@ use crate::{
     embedded::EmbeddedCluster,
     loading_bar::{LoadingBar, Unit},
     node_state::NodeState,
+    report_file::ReportFile,
     runtime, shutdown,
 };
 
@@ -109,7 +109,7 @@ pub(crate) fn run(arguments: EvalArguments) -> anyhow::Result<ExitCode> {
     let examples = arguments.task.examples(&task)?;
     check_model(&arguments.model)?;
     // Before anything is measured, so that a wrong path is not found out after it.
-    let page = arguments.report.as_deref().map(Page::at).transpose()?;
+    let report = arguments.report.as_deref().map(ReportFile::at).transpose()?;
     arguments.model.start_threads()?;
     runtime::run(async {
         let stop = shutdown::on_signal()?;
@@ -118,8 +118,8 @@ pub(crate) fn run(arguments: EvalArguments) -> anyhow::Result<ExitCode> {
         let evaluation = Evaluation::of(&examples, &found.layers, &arguments.batches, &found.runs);
         // First what cannot fail for want of room.
         print(&arguments, &evaluation, &found.parameters)?;
-        if let Some(page) = page {
-            page.write(&evaluation, &found.parameters)?;
+        if let Some(report) = report {
+            report.write(&page::html(&evaluation, &found.parameters)?)?;
         }
         Ok(ExitCode::SUCCESS)
     })

@@ -1,44 +1,12 @@
-//! A measurement as one page of HTML: figures and charts, without script and without anything from elsewhere. Written by `bench`
-//! with `--report`.
+//! A measurement as one page of HTML: figures and charts, without script and without anything from elsewhere. Made by `bench`
+//! for `--report`.
 
-use std::{
-    fs::{self, File},
-    io::Write,
-    path::{Path, PathBuf},
-};
-
-use anyhow::Context;
 use minijinja::{Environment, Value, context};
 
 use super::{plots, replay, report::Measured, timings::Percentiles};
-use crate::bad_configuration::unwritable;
 
-/// A file that a page will be written to.
-pub(crate) struct Page {
-    file: File,
-    path: PathBuf,
-}
-
-/// Opens the file, so that a path that cannot be written is told before anything is measured.
-pub(crate) fn create(path: &Path) -> anyhow::Result<Page> {
-    let file = File::create(path).map_err(|error| unwritable("--report", path, error))?;
-    Ok(Page { file, path: path.to_owned() })
-}
-
-impl Page {
-    /// Writes it. Where that fails, as on a full disk, half a page does not stay.
-    pub(crate) fn write(mut self, parameters: &serde_json::Value, measured: &[Measured]) -> anyhow::Result<()> {
-        let html = html(parameters, measured)?;
-        let written = self.file.write_all(html.as_bytes());
-        if written.is_err() && self.path.is_file() {
-            // What is wrong is told; that the rest stays, too, would be no news.
-            let _ = fs::remove_file(&self.path);
-        }
-        written.with_context(|| format!("cannot write {}", self.path.display()))
-    }
-}
-
-fn html(parameters: &serde_json::Value, measured: &[Measured]) -> anyhow::Result<String> {
+/// The page.
+pub(crate) fn html(parameters: &serde_json::Value, measured: &[Measured]) -> anyhow::Result<String> {
     let subjects = measured.iter().map(subject).collect::<Result<Vec<_>, _>>()?;
     let mut environment = Environment::new();
     // Called `.html`, so that what is put into it is escaped.
@@ -101,11 +69,8 @@ mod tests {
         let call = Call { due: now, sent: now, replies: vec![Reply { ended: now, result: Err(failure) }] };
         subject.samples.add(&call, now);
         subject.figures = Figures::of(&subject.samples);
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("report.html");
         let parameters = json!({"arrivals": {"kind": "poisson"}, "routes": {"file": "routes.csv"}});
-        create(&path).unwrap().write(&parameters, &[subject.clone(), subject]).unwrap();
-        let html = std::fs::read_to_string(&path).unwrap();
+        let html = html(&parameters, &[subject.clone(), subject]).unwrap();
         assert_eq!((html.matches("<svg").count(), html.matches("</svg>").count()), (12, 12));
         for told in [
             "http:&#x2f;&#x2f;peer&#x2f;v1",
@@ -120,12 +85,5 @@ mod tests {
         assert!(html.contains("&lt;script&gt;"), "the message is left out");
         let links = html.replace("http:&#x2f;&#x2f;peer", "").replace("http://www.w3.org/2000/svg", "");
         assert!(!links.contains("<script") && !links.contains("http") && !links.contains("src="), "{links}");
-    }
-
-    #[test]
-    fn a_path_that_cannot_be_written_is_refused_at_once() {
-        // Broken: an hour's measurement would end without its page.
-        let Err(error) = create(Path::new("/no/such/directory/report.html")) else { panic!("it is written") };
-        assert!(error.to_string().contains("--report /no/such/directory/report.html"));
     }
 }
