@@ -117,7 +117,7 @@ impl Learner {
         Ok(Self { shared, thread })
     }
 
-    /// Takes labels of the encoder.
+    /// Takes labels of prompts.
     pub(crate) fn take(&self, labels: Vec<Labels>) {
         counter!(names::LEARN_TOKENS_TOTAL).increment(labels.iter().map(|labels| labels.tokens().len() as u64).sum());
         let mut state = self.shared.state.lock();

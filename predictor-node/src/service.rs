@@ -176,12 +176,15 @@ impl Predictor for PredictorService {
             return Err(Fault::new(Reason::Unsupported, "this node does not learn").into());
         };
         let _call = self.admit_call()?;
-        let layers = self.inner.shape.encoder_layers.len();
+        let stack = self.inner.shape.prompt_stack();
+        let layers = self.inner.shape.layers(stack).len();
         let malformed = |error| Fault::from_error(Reason::MalformedMessage, &error);
         let labels = request.into_inner().check(&self.inner.bounds, layers).map_err(malformed)?;
         self.admit_model(labels.model)?;
-        if labels.stack == Stack::Decoder {
-            return Err(Fault::new(Reason::Unsupported, "only what routers of the encoder chose is learnt").into());
+        if model_stack(labels.stack) != stack {
+            let message =
+                format!("only what routers of the {stack:?} chose is learnt, which reads this model's prompts");
+            return Err(Fault::new(Reason::Unsupported, message).into());
         }
         self.admit_tokens(labels.sequences.iter().map(|labels| labels.tokens().len()).sum())?;
         learner.take(labels.sequences);

@@ -3,7 +3,9 @@
 
 use std::{collections::BTreeMap, fs, path::Path, time::Duration};
 
-use sida_proto::v1::{DescribePredictorRequest, DescribePredictorResponse, predictor_client::PredictorClient};
+use sida_proto::v1::{
+    DescribePredictorRequest, DescribePredictorResponse, GenerateRequest, predictor_client::PredictorClient,
+};
 use sida_tests::{Sandbox, SandboxConfig, binary};
 use tokio::time::Instant;
 
@@ -19,13 +21,13 @@ fn text(words: &str, number: usize) -> String {
     (0..20).map(|at| words[(number * 7 + at * at * 3 + at * number) % words.len()]).collect::<Vec<_>>().join(" ")
 }
 
-/// Trains a small predictor on texts of a few words.
-fn train(words: &str, file: &Path) {
+/// Trains a small predictor of a model on texts of a few words.
+fn train(model: &Path, words: &str, file: &Path) {
     let texts = file.with_extension("txt");
     let lines: String = (0..120).map(|number| text(words, number) + "\tno\n").collect();
     fs::write(&texts, lines).expect("a file");
     let mut command = binary::command();
-    command.arg("train-predictor").arg("--model").arg(binary::repository().join("models/switch-tiny-64"));
+    command.arg("train-predictor").arg("--model").arg(model);
     command.arg("--file").arg(&texts).arg("--out").arg(file);
     let output = command.args(["--width", "16", "--token-width", "16", "--epochs", "2"]).output().expect("sida runs");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -37,13 +39,23 @@ async fn describe(sandbox: &Sandbox) -> DescribePredictorResponse {
     PredictorClient::new(channel).describe(DescribePredictorRequest {}).await.expect("it answers").into_inner()
 }
 
-/// What routers chose would not reach the node; a better predictor would not come to serve, or requests would fail or change when it
-/// does; what served before would be lost, or what was learnt be forgotten when the node starts again.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_better_predictor_comes_to_serve_while_requests_run() {
+    learn("switch-tiny-64").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_better_predictor_comes_to_serve_a_decoder() {
+    learn("qwen3-tiny-32").await;
+}
+
+/// What routers chose would not reach the node; a better predictor would not come to serve, or requests would fail or change when it
+/// does; what served before would be lost, or what was learnt be forgotten when the node starts again.
+async fn learn(model: &str) {
+    let model = binary::repository().join("models").join(model);
     let dir = tempfile::tempdir().expect("a directory");
     let (trained, learnt) = (dir.path().join("trained.safetensors"), dir.path().join("learnt"));
-    train("a fine film with much to see and more to think about", &trained);
+    train(&model, "a fine film with much to see and more to think about", &trained);
     let before = fs::read(&trained).expect("a predictor");
     let shown = |path: &Path| path.display().to_string();
     let predictor_flags = [
@@ -53,8 +65,14 @@ async fn a_better_predictor_comes_to_serve_while_requests_run() {
         ["--learn-cpu-share", "100%"],
     ];
     let predictor_flags = predictor_flags.as_flattened().iter().chain(&["--learn"]).map(|flag| (*flag).to_owned());
-    let config =
-        SandboxConfig { predictor_nodes: 1, predictor_flags: predictor_flags.collect(), ..SandboxConfig::default() };
+    let config = SandboxConfig {
+        model,
+        predictor_nodes: 1,
+        predictor_flags: predictor_flags.collect(),
+        // Prompts come again, and of what is kept no router is asked.
+        coordinator_flags: vec!["--no-prefix-cache".to_owned()],
+        ..SandboxConfig::default()
+    };
     let mut sandbox = Sandbox::start(config).await;
     let first = describe(&sandbox).await;
     assert!(first.learns);
@@ -70,7 +88,8 @@ async fn a_better_predictor_comes_to_serve_while_requests_run() {
         for _ in 0..20 {
             let number = asked % 50;
             let prompt = text("which river runs through the old city where the king was born in winter", number);
-            let answer = generate(&sandbox.channel(), greedy(&prompt, 2)).await.expect("an answer");
+            let request = GenerateRequest { temperature: Some(0.0), ..greedy(&prompt, 2) };
+            let answer = generate(&sandbox.channel(), request).await.expect("an answer");
             let expected = answers.entry(number).or_insert_with(|| answer.ids.clone());
             assert_eq!(&answer.ids, expected, "{prompt}");
             asked += 1;

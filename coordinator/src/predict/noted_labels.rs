@@ -1,4 +1,5 @@
-//! What the routers choose for one prompt, noted layer by layer while it is encoded, for predictor-nodes that learn.
+//! What the routers choose for one prompt, noted layer by layer while it is read, for predictor-nodes that learn. A decoder may read
+//! it in several passes, some of its tokens in each.
 
 use std::ops::Range;
 
@@ -13,49 +14,50 @@ pub(crate) fn token_bytes(layers: usize, num_experts: usize) -> usize {
     size_of::<u32>() + layers * KEPT.min(num_experts) * (size_of::<u16>() + size_of::<f32>())
 }
 
-/// The layers so far.
+/// What was noted so far.
 pub(crate) struct NotedLabels {
     num_experts: usize,
-    /// The encoder's MoE layers.
+    /// The MoE layers of the stack that reads prompts.
     layers: Range<u16>,
-    /// Of each of the layers that was noted: (rows, kept).
+    /// Of each of these: (rows, kept).
     noted: Vec<(Vec<ExpertId>, Vec<f32>)>,
 }
 
 impl NotedLabels {
     pub(crate) fn new(layers: Range<u16>, num_experts: usize) -> Self {
-        Self { num_experts, noted: Vec::with_capacity(layers.len()), layers }
+        Self { num_experts, noted: vec![Default::default(); layers.len()], layers }
     }
 
-    /// Notes the router's `probabilities` (rows, experts) at a layer.
+    /// Notes the router's `probabilities` (rows, experts) at a layer, for the tokens behind those that were noted there before.
     pub(crate) fn note(&mut self, layer: LayerId, probabilities: &[f32]) {
-        // Layers come in order, or what was noted is of no use and never becomes labels.
-        if usize::from(layer.0) == usize::from(self.layers.start) + self.noted.len() {
-            let (rows, kept) = (probabilities.chunks_exact(self.num_experts), KEPT.min(self.num_experts));
-            let mut experts = vec![ExpertId(0); rows.len() * kept];
-            let mut likeliest = vec![0.0; experts.len()];
-            let entries = experts.chunks_exact_mut(kept).zip(likeliest.chunks_exact_mut(kept));
-            rows.zip(entries).for_each(|(row, (experts, likeliest))| top_k(row, experts, likeliest));
-            self.noted.push((experts, likeliest));
-        }
+        let (rows, kept) = (probabilities.chunks_exact(self.num_experts), KEPT.min(self.num_experts));
+        let noted = layer.0.checked_sub(self.layers.start).and_then(|at| self.noted.get_mut(usize::from(at)));
+        let Some((experts, likeliest)) = noted else { return };
+        let before = experts.len();
+        experts.resize(before + rows.len() * kept, ExpertId(0));
+        likeliest.resize(experts.len(), 0.0);
+        let entries = experts[before..].chunks_exact_mut(kept).zip(likeliest[before..].chunks_exact_mut(kept));
+        rows.zip(entries).for_each(|(row, (experts, likeliest))| top_k(row, experts, likeliest));
     }
 
-    /// The labels of these tokens; `None` where a pass went through a layer without asking here, or a router gave what is no
-    /// probability.
+    /// The labels of these tokens; `None` where a pass went through a layer without asking here, or through one twice, or a router
+    /// gave what is no probability.
     pub(crate) fn of(self, tokens: &[u32]) -> Option<Labels> {
         let Self { num_experts, layers, noted } = self;
-        let (layers, kept) = (layers.len(), KEPT.min(num_experts));
-        if noted.len() != layers {
+        let kept = KEPT.min(num_experts);
+        if noted.iter().any(|(experts, _)| experts.len() != tokens.len() * kept) {
             return None;
         }
-        let entries = (0..tokens.len()).flat_map(|token| noted.iter().map(move |noted| (token, noted)));
         let (mut experts, mut probabilities) = (Vec::new(), Vec::new());
-        for (token, (of_experts, of_probabilities)) in entries {
+        for token in 0..tokens.len() {
             let entry = token * kept..(token + 1) * kept;
-            experts.extend_from_slice(of_experts.get(entry.clone())?);
-            probabilities.extend_from_slice(of_probabilities.get(entry)?);
+            for (of_experts, of_probabilities) in &noted {
+                experts.extend_from_slice(&of_experts[entry.clone()]);
+                probabilities.extend_from_slice(&of_probabilities[entry.clone()]);
+            }
         }
-        Labels::new(tokens.to_vec(), LabelsExtent { layers, num_experts, kept }, experts, probabilities).ok()
+        Labels::new(tokens.to_vec(), LabelsExtent { layers: layers.len(), num_experts, kept }, experts, probabilities)
+            .ok()
     }
 }
 
@@ -75,13 +77,28 @@ mod tests {
         assert_eq!(labels.probabilities(), [0.75, 0.25, 0.5, 0.5, 0.875, 0.125, 0.75, 0.25]);
     }
 
+    /// A long prompt would never be learnt from, or a token by another one's experts.
+    #[test]
+    fn a_prompt_may_come_in_parts() {
+        let mut noted = NotedLabels::new(0..2, 2);
+        for row in [[0.75, 0.25], [0.125, 0.875]] {
+            (0..2).for_each(|layer| noted.note(LayerId(layer), &row));
+        }
+        let labels = noted.of(&[8, 9]).unwrap();
+        assert_eq!(labels.probabilities(), [0.75, 0.25, 0.75, 0.25, 0.875, 0.125, 0.875, 0.125]);
+    }
+
     /// Half of a prompt's layers, or what a broken model gives, would be learnt.
     #[test]
     fn what_is_not_whole_is_nothing() {
         let mut half = NotedLabels::new(0..2, 2);
         half.note(LayerId(1), &[0.75, 0.25]);
-        half.note(LayerId(0), &[0.75, 0.25]);
+        // Of another stack.
+        half.note(LayerId(2), &[0.75, 0.25]);
         assert_eq!(half.of(&[8]), None);
+        let mut twice = NotedLabels::new(0..1, 2);
+        (0..2).for_each(|_| twice.note(LayerId(0), &[0.75, 0.25]));
+        assert_eq!(twice.of(&[8]), None);
         let mut broken = NotedLabels::new(0..1, 2);
         broken.note(LayerId(0), &[f32::NAN, f32::NAN]);
         assert_eq!(broken.of(&[8]), None);

@@ -17,6 +17,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use sida_model::{ModelConfig, Stack};
 use sida_predictor::{HashPredictor, PredictorState};
+use sida_proto::wire;
 use sida_routing::{Digest, HashTable, LayerId};
 use sida_telemetry::TraceContext;
 
@@ -36,6 +37,8 @@ pub(crate) struct Predict {
     model: Digest,
     encoder_layers: std::ops::Range<u16>,
     decoder_layers: std::ops::Range<u16>,
+    /// Those of the stack that reads prompts.
+    prompt_layers: std::ops::Range<u16>,
     num_experts: usize,
     /// Where predictor-nodes predict prompts, and may learn from what became of them.
     teacher: Option<Arc<Teacher>>,
@@ -106,20 +109,25 @@ enum ProgressState {
 impl Predict {
     pub(crate) fn new(source: Source, config: &ModelConfig, model: Digest) -> Self {
         let (encoder_layers, decoder_layers) = (config.moe_layers(Stack::Encoder), config.moe_layers(Stack::Decoder));
+        let (prompt_stack, prompt_layers) = match config.has_encoder() {
+            true => (wire::Stack::Encoder, encoder_layers.clone()),
+            false => (wire::Stack::Decoder, decoder_layers.clone()),
+        };
         let teacher = match &source {
-            Source::Remote(nodes, _) if !encoder_layers.is_empty() => {
-                Some(Teacher::start(nodes.clone(), noted_labels::token_bytes(encoder_layers.len(), config.num_experts)))
+            Source::Remote(nodes, _) if !prompt_layers.is_empty() => {
+                let token_bytes = noted_labels::token_bytes(prompt_layers.len(), config.num_experts);
+                Some(Teacher::start(nodes.clone(), prompt_stack, token_bytes))
             }
             _ => None,
         };
-        Self { source, model, encoder_layers, decoder_layers, num_experts: config.num_experts, teacher }
+        Self { source, model, encoder_layers, decoder_layers, prompt_layers, num_experts: config.num_experts, teacher }
     }
 
     /// Where to note what the routers choose for a prompt, if a predictor-node is to be told. In the other modes what is not the
     /// router's choice changes what later layers see.
     pub(crate) fn notes(&self, mode: RoutingMode, tokens: usize) -> Option<NotedLabels> {
         let wants = mode == RoutingMode::Exact && self.teacher.as_ref()?.wants(tokens);
-        wants.then(|| NotedLabels::new(self.encoder_layers.clone(), self.num_experts))
+        wants.then(|| NotedLabels::new(self.prompt_layers.clone(), self.num_experts))
     }
 
     /// Has predictor-nodes that learn told what was noted for a prompt.

@@ -255,10 +255,10 @@ impl RemotePredictor {
         futures::future::join_all(learns).await.into_iter().flatten().collect()
     }
 
-    /// Tells a node what the encoder's routers chose.
-    pub(crate) async fn teach(&self, link: &Link, labels: &[Labels]) -> Result<(), String> {
+    /// Tells a node what the routers of a stack chose.
+    pub(crate) async fn teach(&self, link: &Link, stack: Stack, labels: &[Labels]) -> Result<(), String> {
         let mut client = PredictorClient::new(link.channel.lock().clone());
-        let told = client.learn(v1::LearnRequest::new(self.model, Stack::Encoder, labels));
+        let told = client.learn(v1::LearnRequest::new(self.model, stack, labels));
         match tokio::time::timeout(TEACH_PATIENCE, told).await {
             Ok(Ok(_)) => Ok(()),
             Ok(Err(status)) => Err(format!("{}: {:?}: {}", link.node, status.code(), status.message())),

@@ -13,6 +13,7 @@ use std::{
 
 use metrics::Counter;
 use parking_lot::Mutex;
+use sida_proto::wire::Stack;
 use sida_routing::Labels;
 use sida_telemetry::{counter, names};
 
@@ -46,15 +47,15 @@ struct Waiting {
 }
 
 impl Teacher {
-    /// Brings labels, of so many bytes for each token, to those nodes of `nodes` that learn, as long as it is kept.
-    pub(crate) fn start(nodes: Arc<RemotePredictor>, token_bytes: usize) -> Arc<Self> {
+    /// Brings labels of a stack, of so many bytes for each token, to those nodes of `nodes` that learn, as long as it is kept.
+    pub(crate) fn start(nodes: Arc<RemotePredictor>, stack: Stack, token_bytes: usize) -> Arc<Self> {
         let tokens = |outcome| counter!(names::LABELLED_TOKENS_TOTAL, names::OUTCOME => outcome);
         let (sent, dropped) = (tokens("sent"), tokens("dropped"));
         let (waiting, is_wanted) = Default::default();
         let tokens_max = WAITING_BYTES_MAX / token_bytes;
         let teacher = Arc::new(Self { waiting, tokens_max, is_wanted, sent, dropped });
         let runtime = nodes.runtime().clone();
-        runtime.spawn(teach(Arc::downgrade(&teacher), nodes));
+        runtime.spawn(teach(Arc::downgrade(&teacher), stack, nodes));
         teacher
     }
 
@@ -93,7 +94,7 @@ impl Teacher {
 }
 
 /// The task that sends.
-async fn teach(teacher: Weak<Teacher>, nodes: Arc<RemotePredictor>) {
+async fn teach(teacher: Weak<Teacher>, stack: Stack, nodes: Arc<RemotePredictor>) {
     let (mut learners, mut asked) = (Vec::<Arc<Link>>::new(), None::<Instant>);
     for turn in 0usize.. {
         if asked.is_none_or(|asked| asked.elapsed() >= ASK_PERIOD) {
@@ -106,7 +107,7 @@ async fn teach(teacher: Weak<Teacher>, nodes: Arc<RemotePredictor>) {
         if !sequences.is_empty() {
             let at = turn % learners.len().max(1);
             let told = match learners.get(at) {
-                Some(learner) => nodes.teach(learner, &Vec::from(sequences)).await,
+                Some(learner) => nodes.teach(learner, stack, &Vec::from(sequences)).await,
                 None => Err("no predictor-node learns any more".to_owned()),
             };
             match told {

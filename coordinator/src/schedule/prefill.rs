@@ -87,7 +87,7 @@ impl<B: Backend> Scheduler<B> {
     }
 
     /// Starts the sequence of a request whose prompt the decoder reads, in the steps that follow.
-    fn start_with_prompt(&mut self, Joining { request, mut trace, .. }: Joining) {
+    fn start_with_prompt(&mut self, Joining { request, mut trace, mut routing, .. }: Joining) {
         let (tokens, is_scored) = (request.tokens.len(), matches!(request.work, Work::Score { .. }));
         let tokens_max = tokens + request.work.decoded_tokens_max();
         let (state, cached) = match self.start_from_prefix(&request, tokens_max) {
@@ -102,7 +102,9 @@ impl<B: Backend> Scheduler<B> {
         let (past, feed) = request.tokens[..tokens - usize::from(is_scored)].split_at(cached);
         let progress = self.predict.start(request.mode, None);
         progress.follow(past);
-        let branch = Branch { past: past.to_vec(), ..Branch::new(state, progress, feed.to_vec()) };
+        // What another request has computed no router is asked about again.
+        let noted = routing.noted.take().filter(|_| past.is_empty());
+        let branch = Branch { past: past.to_vec(), noted, ..Branch::new(state, progress, feed.to_vec()) };
         match is_scored {
             // A prompt of one token is read already, and so may be a longer one.
             true => self.go_on(Sequence::reading_prompt(request, trace, branch), Sequence::read_on),

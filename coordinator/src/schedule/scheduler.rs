@@ -163,6 +163,7 @@ impl<B: Backend> Scheduler<B> {
         self.share_rows();
         describe(&mut span, self.running.len(), self.running.iter().flat_map(|s| &s.branches).map(|b| b.rows).sum());
         let mut routings = self.routings();
+        self.begin_notes(&mut routings);
         let patience = match self.running.iter().all(|sequence| sequence.request.mode == RoutingMode::Exact) {
             true => Patience::Short,
             false => Patience::Long,
@@ -182,7 +183,10 @@ impl<B: Backend> Scheduler<B> {
         // The hints are taken back: the step is over.
         drop((before, after));
         match outcome {
-            Ok(output) => self.postprocess(routings, output, &costs),
+            Ok(output) => {
+                self.end_notes(&mut routings);
+                self.postprocess(routings, output, &costs);
+            }
             // The pass was given up: nobody waits for any of them.
             Err(RequestError::Cancelled) => {
                 std::mem::take(&mut self.running).into_iter().for_each(|sequence| self.let_go(sequence));
@@ -241,6 +245,25 @@ impl<B: Backend> Scheduler<B> {
             sequence.branches.iter().enumerate().map(routing).collect::<Vec<_>>()
         };
         self.running.iter().flat_map(of).collect()
+    }
+
+    /// Has what the routers choose in this step noted for prompts that predictor-nodes learn from.
+    fn begin_notes(&mut self, routings: &mut [SequenceRouting]) {
+        let branches = self.running.iter_mut().flat_map(|sequence| &mut sequence.branches);
+        branches.zip(routings).for_each(|(branch, routing)| routing.noted = branch.noted.take());
+    }
+
+    /// Keeps what was noted until the prompt is read, and then has predictor-nodes told.
+    fn end_notes(&mut self, routings: &mut [SequenceRouting]) {
+        let branches = self.running.iter_mut().flat_map(|sequence| &mut sequence.branches);
+        for (branch, routing) in branches.zip(routings).filter(|(_, routing)| routing.failure.is_none()) {
+            match routing.noted.take() {
+                Some(noted) if branch.rows == branch.feed.len() => {
+                    self.predict.teach(&[&branch.past[..], &branch.feed].concat(), noted);
+                }
+                noted => branch.noted = noted,
+            }
+        }
     }
 
     /// Begins to predict what the new tokens of every branch will use whose request is predicted.

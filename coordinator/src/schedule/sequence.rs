@@ -27,7 +27,7 @@ use crate::{
         request_span,
     },
     measures::metrics::Metrics,
-    predict::predict::Progress,
+    predict::{noted_labels::NotedLabels, predict::Progress},
     schedule::generation::{Chosen, Generation, NextTokens, Writing},
 };
 
@@ -51,6 +51,8 @@ pub(crate) struct Branch<B: Backend> {
     pub(crate) feed: Vec<u32>,
     /// How many of them the next one does, or the last one did.
     pub(crate) rows: usize,
+    /// Where what the routers choose for its prompt is noted, until that is read.
+    pub(crate) noted: Option<NotedLabels>,
 }
 
 /// What is done with the decoder's output.
@@ -75,7 +77,7 @@ pub(crate) enum SequenceStatus {
 impl<B: Backend> Branch<B> {
     /// A branch with the tokens that it begins with.
     pub(crate) fn new(state: B::Sequence, progress: Progress, feed: Vec<u32>) -> Self {
-        Self { state, progress: Arc::new(progress), past: Vec::new(), feed, rows: 0 }
+        Self { state, progress: Arc::new(progress), past: Vec::new(), feed, rows: 0, noted: None }
     }
 
     /// The same past, with other tokens to come.

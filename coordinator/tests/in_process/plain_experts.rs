@@ -195,7 +195,7 @@ pub(crate) fn experts() -> Arc<PlainExperts> {
 }
 
 /// Plain experts of a model.
-fn experts_of(model: &Path) -> Arc<PlainExperts> {
+pub(crate) fn experts_of(model: &Path) -> Arc<PlainExperts> {
     let checkpoint = Checkpoint::open(model).expect("model");
     let described = ResidencyResponse {
         model_digest: checkpoint.digest().0.to_vec().into(),
@@ -250,7 +250,8 @@ pub(crate) async fn start_over(
     start_model_over(&model_dir(), experts, others, predictor, configure).await
 }
 
-async fn start_model_over(
+/// [`start_over`] with the model in a directory.
+pub(crate) async fn start_model_over(
     model: &Path,
     experts: Vec<Address>,
     others: Vec<Member>,

@@ -8,14 +8,16 @@ use std::{
 
 use futures::StreamExt;
 use sida_cluster::{Address, Member, Role};
-use sida_coordinator::{Alpha, Coordinator, GenerateParams, HashCounts, PredictorSource, RoutingMode, Token};
-use sida_model::{Reference, Tokenizer};
+use sida_coordinator::{
+    Alpha, Coordinator, CoordinatorConfig, GenerateParams, HashCounts, PredictorSource, RoutingMode, Token,
+};
+use sida_model::{Reference, RoutedLayer, Tokenizer};
 use sida_predictor::entries::top_k;
 use sida_routing::{ExpertId, Labels, LabelsExtent};
 
 use crate::{
     noise_predictor::NoisePredictor,
-    plain_experts::{model_dir, start, start_over},
+    plain_experts::{decoder_only_dir, experts_of, model_dir, start, start_model_over, start_over},
     plain_nodes::{any_port, serve_experts, serve_predictor, serve_predictor_that_learns},
 };
 
@@ -178,6 +180,62 @@ async fn a_slow_predictor_node_keeps_no_step() {
     }
 }
 
+/// What a node that learns is told of a prompt.
+fn labels(model: &Reference, tokens: Vec<u32>, routed: &[RoutedLayer]) -> Labels {
+    let num_experts = model.config().num_experts;
+    let kept = num_experts.min(8);
+    let (mut experts, mut probabilities) = (Vec::new(), Vec::new());
+    for token in 0..tokens.len() {
+        for layer in routed {
+            let row = &layer.probabilities[token * num_experts..][..num_experts];
+            let (mut of_entry, mut likeliest) = (vec![ExpertId(0); kept], vec![0.0; kept]);
+            top_k(row, &mut of_entry, &mut likeliest);
+            experts.extend(of_entry);
+            probabilities.extend(likeliest);
+        }
+    }
+    let extent = LabelsExtent { layers: routed.len(), num_experts, kept };
+    Labels::new(tokens, extent, experts, probabilities).expect("labels")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_learns_is_told_of_prompts_that_a_decoder_reads() {
+    // Would break: where there is no encoder nothing is learnt, or half of a prompt that is read in several steps, or one of whose
+    // beginning nothing was computed.
+    let noise = NoisePredictor::of(&decoder_only_dir(), 5);
+    let (node, told) = serve_predictor_that_learns(noise).await;
+    let address = Address::Grpc(node.address.to_string());
+    let predictor = Member { node: "predictor-node-0".into(), role: Role::PredictorNode, address, weight: 1.0 };
+    let experts = vec![Address::Local(experts_of(&decoder_only_dir()))];
+    let short = |config: &mut CoordinatorConfig| config.limits.tokens_max = 8;
+    let coordinator =
+        start_model_over(&decoder_only_dir(), experts, vec![predictor], PredictorSource::Nodes, short).await;
+    let model = Reference::open(&decoder_only_dir()).expect("the model");
+    let begun = Instant::now();
+    let (mut asked, mut waiting) = (0, true);
+    // It is asked for what it learns as soon as it can be reached, and each prompt begins in its own way.
+    while waiting {
+        assert!(begun.elapsed() < Duration::from_secs(60), "it is told nothing");
+        asked += 1;
+        let prompt: Vec<u32> = (0..20).map(|at| 2 + (asked * 7919 + at * 13) % 317).collect();
+        // The second one goes on from what the first has computed.
+        for prompt in [prompt.clone(), [&prompt[..], &[5, 6]].concat()] {
+            let params =
+                GenerateParams { prompt: prompt.into(), max_tokens: 2, ignore_eos: true, ..Default::default() };
+            let answer = coordinator.generate(params).await.expect("accepted");
+            assert!(answer.all(async |token| token.is_ok()).await);
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        waiting = told.lock().is_empty();
+    }
+    for labelled in told.lock().iter() {
+        let tokens = labelled.tokens().to_vec();
+        assert_eq!(tokens.len(), 20);
+        let (_, routed) = model.decode(&mut model.start(&[]).expect("a sequence"), &tokens).expect("its routing");
+        assert_eq!(*labelled, labels(&model, tokens, &routed));
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn who_learns_is_told_what_the_routers_chose() {
     // Would break: a predictor-node learns other experts than the model's routers chose, learns from modes in which they did not
@@ -203,21 +261,9 @@ async fn who_learns_is_told_what_the_routers_chose() {
     }
     assert!(answers.iter().all(|answer| ids(answer) == ids(&answers[0])));
     let model = Reference::open(&model_dir()).expect("the model");
-    let config = model.config();
-    let tokens = Tokenizer::open(&model_dir(), config).expect("a tokenizer").encode(PROMPT).expect("tokens");
+    let tokens = Tokenizer::open(&model_dir(), model.config()).expect("a tokenizer").encode(PROMPT).expect("tokens");
     let (_, routed) = model.encode(&tokens).expect("its routing");
-    let extent = LabelsExtent { layers: routed.len(), num_experts: config.num_experts, kept: 8 };
-    let (mut experts, mut probabilities) = (Vec::new(), Vec::new());
-    for token in 0..tokens.len() {
-        for layer in &routed {
-            let row = &layer.probabilities[token * config.num_experts..][..config.num_experts];
-            let (mut of_entry, mut likeliest) = ([ExpertId(0); 8], [0.0; 8]);
-            top_k(row, &mut of_entry, &mut likeliest);
-            experts.extend(of_entry);
-            probabilities.extend(likeliest);
-        }
-    }
-    let expected = Labels::new(tokens, extent, experts, probabilities).expect("labels");
+    let expected = labels(&model, tokens, &routed);
     assert!(told.lock().iter().all(|labels| *labels == expected));
 
     tokio::time::sleep(Duration::from_secs(1)).await;

@@ -112,6 +112,11 @@ impl PredictorShape {
         }
     }
 
+    /// The stack that reads prompts: the encoder, where there is one.
+    pub fn prompt_stack(&self) -> Stack {
+        if self.encoder_width.is_some() { Stack::Encoder } else { Stack::Decoder }
+    }
+
     /// The MoE layers of a stack.
     pub fn layers(&self, stack: Stack) -> Range<u16> {
         match stack {

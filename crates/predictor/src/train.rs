@@ -3,7 +3,7 @@
 //!
 //! In reading order: `texts` (what to learn from), `record` (what the routers do with it), `table_net`
 //! (counting); `linear`, `recurrence`, `lstm_layer`, `attention`, `input_attention`, `distillation`, `lstm_net` and `transformer_net` (what is learnt, on tensors whose
-//! gradients candle finds), `descent` (learning it); `measure`; `further`
+//! gradients candle finds), `descent` (learning it); `measure`; `from_file` and `further`
 //! (a net that serves learns on from what routers chose since) and `compare` (whether it is better then).
 
 mod attention;
@@ -12,6 +12,7 @@ mod descent;
 mod distillation;
 #[cfg(test)]
 mod finite_differences;
+mod from_file;
 mod further;
 mod input_attention;
 mod linear;

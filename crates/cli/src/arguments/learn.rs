@@ -13,7 +13,7 @@ use sida_predictor_node::LearnConfig;
 use super::predictor;
 use crate::{bad_configuration::BadConfiguration, share, whole_number};
 
-/// Labels that are kept take about 150 bytes a token.
+/// Labels that are kept take about 50 bytes for each token and MoE layer.
 #[derive(Args)]
 pub(crate) struct LearnArguments {
     /// Learn from traffic: coordinators tell what their routers chose for prompts in `exact`, and once a predictor that has learnt

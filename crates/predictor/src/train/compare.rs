@@ -1,11 +1,12 @@
-//! Two predictors of an encoder beside each other, on what routers chose.
+//! Two predictors beside each other, on what routers chose for prompts.
 
 use std::sync::Arc;
 
+use sida_model::Stack;
 use sida_routing::{HashTable, Labels, LayerId, learning::Gain};
 
 use super::descent;
-use crate::{HashPredictor, PredictorError, PredictorShape};
+use crate::{HashPredictor, PredictorError, PredictorShape, PredictorState};
 
 /// Sequences of one call.
 const BATCH: usize = 64;
@@ -58,8 +59,16 @@ fn hits(
     shape: &PredictorShape,
     labels: &[Arc<Labels>],
 ) -> Result<Vec<Hits>, PredictorError> {
-    let layers = &shape.encoder_layers;
-    let tables = predictor.encode(&labels.iter().map(|labels| labels.tokens()).collect::<Vec<_>>())?;
+    let stack = shape.prompt_stack();
+    let layers = shape.layers(stack);
+    let prompts: Vec<&[u32]> = labels.iter().map(|labels| labels.tokens()).collect();
+    let tables = match stack {
+        Stack::Encoder => predictor.encode(&prompts)?,
+        Stack::Decoder => {
+            let mut states = vec![PredictorState::default(); prompts.len()];
+            predictor.decode(&mut states.iter_mut().collect::<Vec<_>>(), &prompts)?
+        }
+    };
     let of_sequence = |(labels, table): (&Arc<Labels>, &HashTable)| {
         let mut hits = Hits { first: 0, any: 0 };
         for (at, routed) in labels.experts().chunks_exact(labels.kept()).enumerate() {

@@ -1,8 +1,9 @@
 //! One LSTM layer in training.
 
-use candle_core::{D, IndexOp, Result, Tensor, Var};
+use candle_core::{D, Device, IndexOp, Result, Tensor, Var};
 
-use super::{linear::Linear, recurrence::recur};
+use super::{from_file::transposed, linear::Linear, recurrence::recur};
+use crate::{PredictorError, file::PredictorFile};
 
 /// A layer over sequences of equal length, all starting from zeros. Gates are in the order i, f, g, o.
 pub(super) struct LstmLayer {
@@ -13,6 +14,27 @@ pub(super) struct LstmLayer {
 }
 
 impl LstmLayer {
+    /// Takes a layer out of a file: its `directions`, each so wide, of so many inputs.
+    pub(super) fn from_file(
+        file: &mut PredictorFile,
+        layer: &str,
+        directions: &[&str],
+        (inputs, side): (usize, usize),
+    ) -> std::result::Result<Self, PredictorError> {
+        let (mut input, mut hidden, mut biases) = (Vec::new(), Vec::new(), Vec::new());
+        for direction in directions {
+            let part = |name: &str| format!("{layer}.{direction}.{name}");
+            input.push(transposed(file, &part("input"), &[4 * side, inputs])?.into_inner());
+            hidden.extend(file.floats(&part("hidden"), &[4 * side, side])?);
+            biases.extend(file.floats(&part("bias"), &[4 * side])?);
+        }
+        let count = directions.len();
+        let bias = Var::from_vec(biases, (count, 1, 4 * side), &Device::Cpu)?;
+        let weights = Var::from_tensor(&Tensor::stack(&input, 0)?)?;
+        let hidden = Var::from_vec(hidden, (count, 4 * side, side), &Device::Cpu)?;
+        Ok(Self { input: Linear { weights, bias }, hidden })
+    }
+
     /// x (steps, sequences, width) -> (steps, sequences, directions x side).
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let (steps, sequences, width) = x.dims3()?;

@@ -2,17 +2,23 @@
 //! holds sequences of one length, so there is no padding to mask, and what is learnt is what `StackNet`
 //! computes.
 
-use candle_core::{Device, Result, Tensor, Var};
+use candle_core::{Device, Tensor, Var};
 use half::f16;
 use rand::{Rng, rngs::StdRng};
 use sida_model::Stack;
 
 use super::{
-    attention::attend, descent::Learnt, input_attention::InputAttention, linear::Linear, lstm_layer::LstmLayer,
+    attention::attend,
+    descent::Learnt,
+    from_file::{self, extent, transposed},
+    input_attention::InputAttention,
+    linear::Linear,
+    lstm_layer::LstmLayer,
     record::StackRecording,
 };
 use crate::{
-    file::Tensors,
+    PredictorError,
+    file::{PredictorFile, Tensors},
     lstm::{
         ATTENTION_WINDOW,
         recurrence::Direction,
@@ -21,10 +27,12 @@ use crate::{
     stack_name,
 };
 
+type Result<T, E = candle_core::Error> = std::result::Result<T, E>;
+
 /// A net whose weights are variables.
 pub(super) struct LstmNet {
     stack: Stack,
-    /// (vocabulary, d_model), of root mean square 1; not trained.
+    /// (vocabulary, d_model), of root mean square 1, or what an earlier net knew of tokens, (vocabulary, token width); not trained.
     embedding: Tensor,
     token: Linear,
     layers: Vec<LstmLayer>,
@@ -64,6 +72,37 @@ impl LstmNet {
             residual: uniform(&[token_width, width], token_width, random)?,
             input: input(recorded, width, random)?,
             head: Linear { weights: uniform(&[width, outputs], width, random)?, bias: zeros(outputs)? },
+        })
+    }
+}
+
+impl LstmNet {
+    /// A net that learns on: as it is in a file that was opened before.
+    pub(super) fn from_file(file: &mut PredictorFile, stack: Stack) -> Result<Self, PredictorError> {
+        let name = stack_name(stack);
+        let outputs = file.shape.layers(stack).len() * file.shape.num_experts;
+        let (width, token_width) = extent(file, &format!("{name}.residual"))?;
+        let (embedding, token) = from_file::tokens(file, &format!("{name}.tokens"), token_width)?;
+        let side = width / directions(stack).len();
+        let mut layers = Vec::with_capacity(LSTM_LAYERS);
+        for layer in 0..LSTM_LAYERS {
+            let inputs = if layer == 0 { token_width } else { width };
+            layers.push(LstmLayer::from_file(
+                file,
+                &format!("{name}.lstm.{layer}"),
+                directions(stack),
+                (inputs, side),
+            )?);
+        }
+        Ok(Self {
+            stack,
+            embedding,
+            token,
+            layers,
+            residual: transposed(file, &format!("{name}.residual"), &[width, token_width])?,
+            // Only nets that are told what prompts became of learn on, and these read no input.
+            input: None,
+            head: from_file::head(file, name, (outputs, width))?,
         })
     }
 }

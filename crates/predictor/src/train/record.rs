@@ -69,7 +69,7 @@ impl StackRecording {
         Self { embedding, d_model, kept, sequences, experts, probabilities, inputs }
     }
 
-    /// Of an encoder whose routers others have run, for a net that knows its tokens already. Those that keep fewer experts than
+    /// Of a stack whose routers others have run, for a net that knows its tokens already. Those that keep fewer experts than
     /// the first are left out.
     pub(super) fn of_labels(labels: &[Arc<Labels>]) -> Self {
         let kept = labels.first().map_or(1, |labels| labels.kept());

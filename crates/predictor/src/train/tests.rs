@@ -4,7 +4,7 @@ mod refused;
 
 use std::{
     fs,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, OnceLock},
 };
 
@@ -35,16 +35,23 @@ pub(super) fn shape() -> PredictorShape {
     }
 }
 
-/// Sequences of random lengths whose experts depend on the token and, in every other layer, on its neighbour:
-/// the next token in the encoder, the last one in the decoder. Those of the decoder also depend on which of two kinds one
-/// token of the input is, where the others say something else.
-pub(super) fn recording(sequences: usize, seed: u64) -> Recording {
-    let mut state = seed;
-    let mut random = move |below: usize| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 33) as usize % below
-    };
-    let mut stack = |layers: usize, neighbour: isize, reads_input: bool| {
+/// Of a model that reads its prompts by its decoder.
+pub(super) fn decoder_only() -> PredictorShape {
+    PredictorShape { encoder_layers: 0..0, decoder_layers: 0..2, encoder_width: None, ..shape() }
+}
+
+/// A stack of a recording that is made up here.
+struct MadeUp {
+    layers: usize,
+    /// Where the neighbour is that experts depend on.
+    neighbour: isize,
+    reads_input: bool,
+}
+
+impl MadeUp {
+    /// Sequences of random lengths whose experts depend on the token and, in every other layer, on its neighbour. Those that read
+    /// an input depend also on which of two kinds one token of it is, where the others say something else.
+    fn record(&self, sequences: usize, random: &mut impl FnMut(usize) -> usize) -> StackRecording {
         let mut recorded = StackRecording {
             embedding: (0..VOCAB * D_MODEL).map(|i| ((i * 7919) % 101) as f32 / 50.0 - 1.0).collect(),
             d_model: D_MODEL,
@@ -57,7 +64,7 @@ pub(super) fn recording(sequences: usize, seed: u64) -> Recording {
         for _ in 0..sequences {
             let tokens: Vec<u32> = (0..2 + random(9)).map(|_| random(VOCAB) as u32).collect();
             let (mut experts, mut kind) = (Vec::new(), 0);
-            if reads_input {
+            if self.reads_input {
                 kind = random(2);
                 let tokens = 1 + random(6);
                 let mut states = vec![f16::ZERO; tokens * D_MODEL];
@@ -68,10 +75,10 @@ pub(super) fn recording(sequences: usize, seed: u64) -> Recording {
                 recorded.inputs.push(states);
             }
             for at in 0..tokens.len() {
-                let other = tokens.get((at as isize + neighbour) as usize).copied().unwrap_or(0);
-                for layer in 0..layers {
+                let other = tokens.get((at as isize + self.neighbour) as usize).copied().unwrap_or(0);
+                for layer in 0..self.layers {
                     let (token, other) = (tokens[at] as usize, other as usize / 12);
-                    let expert = match (reads_input, layer) {
+                    let expert = match (self.reads_input, layer) {
                         (true, _) => 2 * kind + other,
                         (false, 0) => 2 * other + token % 2,
                         (false, _) => token % EXPERTS,
@@ -84,9 +91,29 @@ pub(super) fn recording(sequences: usize, seed: u64) -> Recording {
             recorded.sequences.push(tokens);
         }
         recorded
-    };
-    let (encoder, decoder) = (stack(2, 1, false), stack(1, -1, true));
+    }
+}
+
+fn numbers(seed: u64) -> impl FnMut(usize) -> usize {
+    let mut state = seed;
+    move |below: usize| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as usize % below
+    }
+}
+
+/// The encoder's neighbour is the next token, the decoder's the last one; the decoder reads what the encoder made of its input.
+pub(super) fn recording(sequences: usize, seed: u64) -> Recording {
+    let mut random = numbers(seed);
+    let encoder = MadeUp { layers: 2, neighbour: 1, reads_input: false }.record(sequences, &mut random);
+    let decoder = MadeUp { layers: 1, neighbour: -1, reads_input: true }.record(sequences, &mut random);
     Recording { model: MODEL, shape: shape(), encoder, decoder }
+}
+
+/// Of [`decoder_only`].
+pub(super) fn recording_decoder_only(sequences: usize, seed: u64) -> Recording {
+    let decoder = MadeUp { layers: 2, neighbour: -1, reads_input: false }.record(sequences, &mut numbers(seed));
+    Recording { model: MODEL, shape: decoder_only(), encoder: StackRecording::of_labels(&[]), decoder }
 }
 
 /// A trained file and what was measured; training takes seconds, so each net is trained once for all tests.
@@ -95,21 +122,26 @@ pub(super) fn trained(net: Net) -> (tempfile::TempDir, PathBuf, Vec<HitRate>) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join(FILE_NAME);
     let (file, rates) = TRAINED[net as usize].get_or_init(|| {
-        let options = TrainOptions {
-            net,
-            width: 32,
-            token_width: 32,
-            epochs: 3,
-            batch_tokens: 256,
-            learning_rate: 0.01,
-            seed: 1,
-            ..TrainOptions::default()
-        };
-        let rates = train(&recording(1500, 1), &recording(100, 2), &options, &path, &mut |_| ()).unwrap();
+        let rates = train_to(&path, net, [recording(1500, 1), recording(100, 2)]);
         (fs::read(&path).unwrap(), rates)
     });
     fs::write(&path, file).unwrap();
     (dir, path, rates.clone())
+}
+
+/// Trains a net on the first recording, measures it on the other, and writes it to `path`.
+pub(super) fn train_to(path: &Path, net: Net, [learnt, held_out]: [Recording; 2]) -> Vec<HitRate> {
+    let options = TrainOptions {
+        net,
+        width: 32,
+        token_width: 32,
+        epochs: 3,
+        batch_tokens: 256,
+        learning_rate: 0.01,
+        seed: 1,
+        ..TrainOptions::default()
+    };
+    train(&learnt, &held_out, &options, path, &mut |_| ()).unwrap()
 }
 
 /// A file of a net of which nothing is trained.

@@ -10,6 +10,7 @@ use sida_model::Stack;
 
 use super::{
     descent::Learnt,
+    from_file::{self, extent, transposed},
     linear::Linear,
     lstm_net::{embedding, uniform, values, zeros},
     record::StackRecording,
@@ -88,53 +89,25 @@ impl TransformerInTraining {
         })
     }
 
-    /// A net that learns on: as it is in a file that was opened before. What it knows of each token takes the place of the
-    /// embedding, and what is learnt of tokens begins as the identity.
+    /// A net that learns on: as it is in a file that was opened before.
     pub(super) fn from_file(file: &mut PredictorFile) -> Result<Self, PredictorError> {
         let name = stack_name(Stack::Encoder);
         let outputs = file.shape.layers(Stack::Encoder).len() * file.shape.num_experts;
         let (width, token_width) = extent(file, &format!("{name}.input"))?;
-        let vocab_size = file.shape.vocab_size;
-        let tokens = format!("{name}.tokens");
-        let known = file.floats(&tokens, &[vocab_size, token_width])?;
-        if known.iter().any(|&value| value < 0.0) {
-            return Err(file.refuse(&tokens, "holds what no ReLU gives: this net cannot learn on".to_owned()));
-        }
+        let (embedding, token) = from_file::tokens(file, &format!("{name}.tokens"), token_width)?;
         let mut blocks = Vec::new();
         while file.has(&block_part(blocks.len(), "query")) {
             blocks.push(Block::from_file(file, blocks.len(), width)?);
         }
-        let head_bias = file.floats(&format!("{name}.head_bias"), &[outputs])?;
         Ok(Self {
-            embedding: Tensor::from_vec(known, (vocab_size, token_width), &Device::Cpu)?,
-            token: Linear {
-                weights: Var::from_tensor(&Tensor::eye(token_width, DType::F32, &Device::Cpu)?)?,
-                bias: zeros(token_width)?,
-            },
+            embedding,
+            token,
             input: transposed(file, &format!("{name}.input"), &[width, token_width])?,
             blocks,
             norm: Var::from_vec(file.floats(&format!("{name}.norm"), &[width])?, width, &Device::Cpu)?,
-            head: Linear {
-                weights: transposed(file, &format!("{name}.head"), &[outputs, width])?,
-                bias: Var::from_vec(head_bias, (1, outputs), &Device::Cpu)?,
-            },
+            head: from_file::head(file, name, (outputs, width))?,
         })
     }
-}
-
-/// The two extents of a matrix in a file.
-fn extent(file: &PredictorFile, tensor: &str) -> Result<(usize, usize), PredictorError> {
-    match *file.dimensions(tensor)? {
-        [rows, columns] => Ok((rows, columns)),
-        ref found => Err(file.refuse(tensor, format!("is {found:?}, expected a matrix"))),
-    }
-}
-
-/// A tensor of a file, of which all but the last extent are outputs, as weights (inputs, outputs).
-fn transposed(file: &mut PredictorFile, tensor: &str, shape: &[usize]) -> Result<Var, PredictorError> {
-    let (values, inputs) = (file.floats(tensor, shape)?, shape[shape.len() - 1]);
-    let stored = Tensor::from_vec(values, (shape.iter().product::<usize>() / inputs, inputs), &Device::Cpu)?;
-    Ok(Var::from_tensor(&stored.t()?.contiguous()?)?)
 }
 
 impl Learnt for TransformerInTraining {
