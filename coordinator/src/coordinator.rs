@@ -119,11 +119,12 @@ impl Coordinator {
     /// pass. All are answered or none: the first that fails is named, and the others are cancelled.
     pub async fn encode_all(&self, all: Vec<EncodeParams>) -> Result<Vec<Encoding>, RequestError> {
         within("texts (their number)", all.len(), 1, self.config().request_limits.texts_max)?;
+        self.may_wait("texts (their number)", all.len())?;
         self.may_ask(all.first().and_then(|params| params.client.as_ref()), all.len())?;
-        let together = Together::new(all.len());
+        let (count, together) = (all.len(), Together::new(all.len()));
         let encoded = all.into_iter().zip(1..).map(|(params, number)| {
             let encoded = self.encode_together(params, Some(together.clone()));
-            async move { encoded.await.map_err(|error| error.of_text(number)) }
+            async move { encoded.await.map_err(|error| error.of_one(number, count)) }
         });
         try_join_all(encoded).await
     }
@@ -155,9 +156,19 @@ impl Coordinator {
 
     /// Generates texts for several prompts, which one client asks for in one call: all of them or none.
     pub(crate) async fn generate_all(&self, all: Vec<GenerateParams>) -> Result<Vec<TokenStream>, RequestError> {
+        self.may_wait("prompts (their number)", all.len())?;
         self.may_ask(all.first().and_then(|params| params.client.as_ref()), all.len())?;
-        let together = Together::new(all.len());
-        try_join_all(all.into_iter().map(|params| self.generate_together(params, Some(together.clone())))).await
+        let (count, together) = (all.len(), Together::new(all.len()));
+        let generated = all.into_iter().zip(1..).map(|(params, number)| {
+            let generated = self.generate_together(params, Some(together.clone()));
+            async move { generated.await.map_err(|error| error.of_one(number, count)) }
+        });
+        try_join_all(generated).await
+    }
+
+    /// Refuses a call of more requests than may ever wait: it would be told for ever to come again.
+    pub(crate) fn may_wait(&self, what: &'static str, requests: usize) -> Result<(), RequestError> {
+        within(what, requests, 1, self.config().limits.queue_max).map(drop)
     }
 
     /// Generates text for one of the requests of a call.
@@ -228,6 +239,11 @@ impl Coordinator {
         let (roster, now) = (self.inner.nodes.roster(), self.inner.nodes.clock().now());
         let is_up = roster.links.is_empty() || roster.links.iter().any(|link| link.is_up(now));
         is_up && self.is_alive() && self.inner.statistics.outcomes.failing(Instant::now()).is_none()
+    }
+
+    /// Whether the node serves, as its last health check found, and is not ending. Answered at once.
+    pub(crate) fn is_ready(&self) -> bool {
+        self.config().server.readiness.is_ready()
     }
 
     /// Whether an expert call succeeds, and steps have not failed again and again. The health check asks this.

@@ -53,6 +53,20 @@ fn a_conversion_if_missing_waits_for_another() {
     }
 }
 
+/// An init container would go on without a model where something else is in its place.
+#[test]
+fn what_is_no_model_is_not_taken_for_one() {
+    let place = Place::new();
+    fs::write(place.out(), "").expect("a file");
+    for there in ["a file", "a directory with something else"] {
+        let said = place.convert().arg("--if-missing").output().expect("sida runs");
+        assert_eq!(said.status.code(), Some(64), "{there}: {}", String::from_utf8_lossy(&said.stderr));
+        let _ = fs::remove_file(place.out());
+        fs::create_dir_all(place.out()).expect("a directory");
+        fs::write(place.out().join("notes"), "").expect("a file");
+    }
+}
+
 /// Where a conversion is held up while it writes.
 struct Place(tempfile::TempDir);
 

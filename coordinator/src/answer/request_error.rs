@@ -104,9 +104,10 @@ impl fmt::Display for TextOf {
 
 impl RequestError {
     /// The same where the prompt is one of several texts of a call, `number` counted from 1.
-    pub(crate) fn of_text(self, number: usize) -> Self {
+    pub(crate) fn of_one(self, number: usize, count: usize) -> Self {
         let of = TextOf::Text(number);
         match self {
+            one if count == 1 => one,
             Self::EmptyText => {
                 let found = format!("an empty text in place {number}");
                 Self::Argument { field: "texts", found, expected: "texts with tokens".to_owned() }

@@ -150,8 +150,11 @@ impl Drop for LetIn {
 
 /// What a client is told, which is counted.
 fn refused(client: &Client, Exceeded { limit, allowed, within }: Exceeded, asks: Load) -> RequestError {
-    let labels = [(names::CLIENT, client.label().to_string()), (names::LIMIT, limit.name().to_owned())];
-    counter!(names::CLIENT_LIMITED_TOTAL, &labels).increment(1);
+    // What is more than a client may ever ask for is its mistake, and not for lack of what others of its requests have.
+    if within != Within::Never {
+        let labels = [(names::CLIENT, client.label().to_string()), (names::LIMIT, limit.name().to_owned())];
+        counter!(names::CLIENT_LIMITED_TOTAL, &labels).increment(1);
+    }
     let asks = match limit {
         ClientLimit::RequestsPerMinute | ClientLimit::Requests | ClientLimit::Queue => asks.requests,
         ClientLimit::TokensPerMinute | ClientLimit::QueueTokens => asks.tokens,

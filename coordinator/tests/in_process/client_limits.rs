@@ -134,7 +134,7 @@ async fn prompts_of_one_call_are_let_in_together_or_not_at_all() {
     assert_eq!((later.status, &later.json()["error"]["code"]), (429, &json!("rate_limit_exceeded")), "{later:?}");
     assert!(remaining(&later) >= left, "{left} were left: {later:?}");
     // What cannot be read is refused with all that comes with it.
-    let (long, field) = ("a ".repeat(4000), "prompt");
+    let (long, field) = ("a ".repeat(4000), "prompt[1]");
     let unread = ask_all("/v1/completions", json!({"prompt": [TEXT, long], "max_tokens": 1})).await;
     assert_eq!((unread.status, &unread.json()["error"]["param"]), (400, &json!(field)), "{unread:?}");
     let many = vec![TEXT; 200];

@@ -59,6 +59,15 @@ async fn a_prompts_tokens_have_the_models_probabilities() {
         list(logprobs, "text_offset").iter().map(|at| at.as_u64().expect("a place") as usize).collect();
     assert!(offsets[0] == 0 && offsets.is_sorted() && offsets.iter().all(|&at| at <= PROMPT.chars().count()));
 
+    // Of a prompt of one token nobody tells of others, and a list has a place for it all the same.
+    for (generated, expected) in [(0, 1), (1, 2)] {
+        let request = json!({"prompt": ids[..1], "echo": true, "logprobs": 1, "max_tokens": generated});
+        let one = post(served.http, "/v1/completions", &request).await.json();
+        for name in ["tokens", "token_logprobs", "top_logprobs", "text_offset"] {
+            assert_eq!(list(&one["choices"][0]["logprobs"], name).len(), expected, "{name}: {one}");
+        }
+    }
+
     // With an answer behind it, whole and as it comes.
     let mut request =
         json!({"prompt": PROMPT, "echo": true, "logprobs": 2, "max_tokens": 3, "n": 2, "ignore_eos": true});

@@ -282,6 +282,12 @@ async fn a_full_queue_says_when_to_come_back() {
     let refused = answers.iter().find(|answer| answer.status != 200).expect("only some of them find a place");
     assert_eq!((refused.status, &refused.json()["error"]["type"]), (429, &json!("rate_limit_error")), "{refused:?}");
     assert!(refused.header("retry-after").and_then(|seconds| seconds.parse::<u64>().ok()).is_some_and(|s| s >= 1));
+    // Who asks for more at once than may ever wait is not told to come back.
+    for request in [json!({"prompt": [TEXT, TEXT]}), json!({"prompt": [TEXT, TEXT], "echo": true})] {
+        let never = post(served.http, "/v1/completions", &request).await;
+        assert_eq!((never.status, never.header("retry-after")), (400, None), "{never:?}");
+    }
+    assert_eq!(post(served.http, "/v1/embeddings", &json!({"input": [TEXT, TEXT]})).await.status, 400);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -13,8 +13,9 @@ use sida_telemetry::{
 };
 
 use crate::{
-    bad_configuration::BadConfiguration, cluster_elsewhere, commands, environment, flag_errors, negative_values,
-    otlp_flags, settings_file,
+    bad_configuration::BadConfiguration,
+    cluster_elsewhere, commands, environment, flag_errors, negative_values, otlp_flags,
+    settings_file::{self, Completed},
 };
 
 /// Serves Mixture-of-Experts models from less memory: predicts which experts each token will need, and keeps
@@ -106,13 +107,14 @@ pub(crate) enum ParseError {
 /// The command line of `arguments` (the program's name first), completed from the environment and the file
 /// of `--config`.
 pub(crate) fn parse(arguments: Vec<OsString>) -> Result<CommandLine, ParseError> {
-    let mut command = command();
-    if let Some(file) = settings_file::named(&arguments, env::var_os("SIDA_CONFIG")) {
-        command = settings_file::apply(command, file.as_ref()).map_err(ParseError::Settings)?;
-    }
-    let matches = command.try_get_matches_from(negative_values::attached(arguments));
+    let (command, arguments) = (command(), negative_values::attached(arguments));
+    let Completed { arguments, from_file } = match settings_file::named(&arguments, env::var_os("SIDA_CONFIG")) {
+        Some(file) => settings_file::completed(&command, file.as_ref(), arguments).map_err(ParseError::Settings)?,
+        None => Completed { arguments, from_file: BTreeSet::new() },
+    };
+    let matches = command.try_get_matches_from(arguments);
     let matches = matches.map_err(|error| ParseError::Clap(flag_errors::explained(error)))?;
-    cluster_elsewhere::check(&matches).map_err(ParseError::Settings)?;
+    cluster_elsewhere::check(&matches, &from_file).map_err(ParseError::Settings)?;
     CommandLine::from_arg_matches(&matches).map_err(ParseError::Clap)
 }
 

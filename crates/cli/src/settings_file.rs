@@ -1,10 +1,18 @@
 //! Flags from a TOML file: `expert-memory = "25%"` at the top speaks to every command that has the flag,
 //! `[bench] requests = 100` to one command. A flag on the command line or in the environment goes before the
 //! file, the file before what is built in. Called once, by `command_line::parse`.
+//!
+//! What the file says is added to the command line, so that what holds of flags holds of keys: one that needs another is refused
+//! without it, and one that is required may stand in the file.
 
-use std::{collections::HashSet, ffi::OsString, fs, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ffi::OsString,
+    fs,
+    path::Path,
+};
 
-use clap::{Arg, ArgAction, Command};
+use clap::{Arg, ArgAction, ArgMatches, Command, parser::ValueSource};
 use toml::{Table, Value};
 
 use crate::{bad_configuration::BadConfiguration, flag_errors};
@@ -27,8 +35,20 @@ pub(crate) fn named(arguments: &[OsString], environment: Option<OsString>) -> Op
     environment
 }
 
-/// `command` with the file's values as defaults.
-pub(crate) fn apply(command: Command, file: &Path) -> Result<Command, BadConfiguration> {
+/// A command line that a file has added to.
+pub(crate) struct Completed {
+    /// The program's name first.
+    pub(crate) arguments: Vec<OsString>,
+    /// The flags that come from the file.
+    pub(crate) from_file: BTreeSet<String>,
+}
+
+/// `arguments`, with what the file says and neither they nor the environment do.
+pub(crate) fn completed(
+    command: &Command,
+    file: &Path,
+    arguments: Vec<OsString>,
+) -> Result<Completed, BadConfiguration> {
     let shown = file.display();
     let unreadable = |error| BadConfiguration::because(format!("cannot read configuration {shown}"), error);
     let bytes = fs::metadata(file).map_err(unreadable)?.len();
@@ -40,86 +60,124 @@ pub(crate) fn apply(command: Command, file: &Path) -> Result<Command, BadConfigu
     let text = fs::read_to_string(file).map_err(unreadable)?;
     let settings: Table =
         text.parse().map_err(|error| BadConfiguration::because(format!("configuration {shown} is not TOML"), error))?;
-    apply_settings(command, &settings)
+    complete(command, &settings, arguments)
         .map_err(|problem| BadConfiguration::new(format!("configuration {shown}: {problem}")))
 }
 
-/// What [`apply`] does with the parsed file; the error names the key.
-fn apply_settings(mut command: Command, settings: &Table) -> Result<Command, String> {
-    let commands: HashSet<String> = command.get_subcommands().map(|sub| sub.get_name().to_owned()).collect();
-    // Tables second, so that what a command's own table says wins.
-    for (key, value) in settings.iter().filter(|(_, value)| !value.is_table()) {
-        command = apply_to_all(command, key, value)?;
+/// What [`completed`] does with the parsed file; the error names the key.
+fn complete(command: &Command, settings: &Table, mut arguments: Vec<OsString>) -> Result<Completed, String> {
+    let said = Said::of(command, settings)?;
+    // What is wrong with the command line itself is told when all of it is parsed.
+    let typed = command.clone().ignore_errors(true).try_get_matches_from(&arguments);
+    let mut from_file = BTreeSet::new();
+    if let Some((name, matches)) = typed.as_ref().ok().and_then(ArgMatches::subcommand)
+        && let Some(own) = command.find_subcommand(name)
+    {
+        let flags = || command.get_arguments().chain(own.get_arguments());
+        let is_given = |arg: &Arg| {
+            let source = matches
+                .try_contains_id(arg.get_id().as_str())
+                .is_ok()
+                .then(|| matches.value_source(arg.get_id().as_str()));
+            matches!(source.flatten(), Some(ValueSource::CommandLine | ValueSource::EnvVariable))
+        };
+        // A flag that is given goes before a key that cannot stand beside it.
+        let excludes =
+            |one: &Arg, other: &Arg| own.get_arg_conflicts_with(one).iter().any(|arg| arg.get_id() == other.get_id());
+        let given: Vec<&Arg> = flags().filter(|arg| is_given(arg)).collect();
+        let is_free =
+            |arg: &Arg| !is_given(arg) && !given.iter().any(|given| excludes(given, arg) || excludes(arg, given));
+        let end = arguments.iter().position(|argument| argument == "--").unwrap_or(arguments.len());
+        let added = flags().filter(|arg| is_free(arg));
+        let added: Vec<OsString> = added
+            .filter_map(|arg| Some((arg, said.of_flag(name, arg.get_long()?)?)))
+            .flat_map(|(arg, values)| {
+                from_file.extend(arg.get_long().map(str::to_owned));
+                as_typed(arg, values)
+            })
+            .collect();
+        arguments.splice(end..end, added);
     }
-    for (key, table) in settings.iter().filter_map(|(key, value)| Some((key, value.as_table()?))) {
-        if !commands.contains(key) {
-            return Err(format!("[{key}] is not a command"));
-        }
-        command = apply_to_one(command, key, table)?;
-    }
-    Ok(command)
+    Ok(Completed { arguments, from_file })
 }
 
-/// A key at the top: for `sida` itself and for every command that has the flag.
-fn apply_to_all(command: Command, key: &str, value: &Value) -> Result<Command, String> {
-    let default = Default::of(key, value)?;
-    let mut known = false;
-    let command = command.mut_args(|arg| default.set(arg, &mut known));
-    let command = command.mut_subcommands(|sub| sub.mut_args(|arg| default.set(arg, &mut known)));
-    if known { Ok(command) } else { Err(unknown(key, "")) }
+/// A flag with each of these values.
+fn as_typed(arg: &Arg, values: &[String]) -> Vec<OsString> {
+    let long = arg.get_long().unwrap_or_default();
+    match arg.get_action() {
+        ArgAction::SetTrue => {
+            // What is no truth value is left to the parser, which says so.
+            let is = |value: &String| {
+                (value != "false")
+                    .then(|| if value == "true" { format!("--{long}") } else { format!("--{long}={value}") })
+            };
+            values.iter().filter_map(is).map(OsString::from).collect()
+        }
+        _ => values.iter().map(|value| format!("--{long}={value}").into()).collect(),
+    }
 }
 
-fn apply_to_one(mut command: Command, name: &str, table: &Table) -> Result<Command, String> {
-    for (key, value) in table {
-        let default = Default::of(key, value).map_err(|problem| format!("[{name}] {problem}"))?;
-        let mut known = false;
-        command = command.mut_subcommand(name, |sub| sub.mut_args(|arg| default.set(arg, &mut known)));
-        if !known {
-            return Err(unknown(key, &format!(" in [{name}]")));
+/// What a file says, as texts.
+struct Said {
+    /// To every command that has the flag.
+    all: BTreeMap<String, Vec<String>>,
+    /// To one command.
+    one: BTreeMap<String, BTreeMap<String, Vec<String>>>,
+}
+
+impl Said {
+    /// Refuses what speaks to nobody.
+    fn of(command: &Command, settings: &Table) -> Result<Self, String> {
+        let (mut all, mut one) = (BTreeMap::new(), BTreeMap::<_, BTreeMap<_, _>>::new());
+        let has = |command: &Command, key: &str| {
+            // --config itself cannot come from the file it names.
+            key != "config" && command.get_arguments().any(|arg| arg.get_long() == Some(key))
+        };
+        for (key, value) in settings {
+            let Some(table) = value.as_table() else {
+                if !has(command, key) && !command.get_subcommands().any(|sub| has(sub, key)) {
+                    return Err(unknown(key, ""));
+                }
+                all.insert(key.clone(), texts(key, value)?);
+                continue;
+            };
+            let Some(own) = command.find_subcommand(key) else { return Err(format!("[{key}] is not a command")) };
+            for (name, value) in table {
+                if !has(own, name) && !has(command, name) {
+                    return Err(unknown(name, &format!(" in [{key}]")));
+                }
+                let values = texts(name, value).map_err(|problem| format!("[{key}] {problem}"))?;
+                one.entry(key.clone()).or_default().insert(name.clone(), values);
+            }
         }
+        Ok(Self { all, one })
     }
-    Ok(command)
+
+    /// What it says of a flag of a command: its own table goes before what speaks to all.
+    fn of_flag(&self, command: &str, flag: &str) -> Option<&[String]> {
+        let own = self.one.get(command).and_then(|own| own.get(flag));
+        own.or_else(|| self.all.get(flag)).map(Vec::as_slice)
+    }
+}
+
+/// A key's value, or several.
+fn texts(key: &str, value: &Value) -> Result<Vec<String>, String> {
+    let one = |value: &Value| match value {
+        Value::String(text) => Ok(text.clone()),
+        Value::Integer(number) => Ok(number.to_string()),
+        Value::Float(number) => Ok(number.to_string()),
+        Value::Boolean(flag) => Ok(flag.to_string()),
+        other => Err(format!("key `{key}` holds a {}, expected a text, number or boolean", other.type_str())),
+    };
+    match value {
+        Value::Array(values) => values.iter().map(one).collect(),
+        value => Ok(vec![one(value)?]),
+    }
 }
 
 fn unknown(key: &str, place: &str) -> String {
     let gone = flag_errors::successor(key).map(|successor| format!(": its flag is gone; {successor}"));
     format!("unknown key `{key}`{place}{}", gone.unwrap_or_default())
-}
-
-/// A key's value as clap wants it.
-struct Default<'a> {
-    key: &'a str,
-    values: Vec<String>,
-}
-
-impl<'a> Default<'a> {
-    fn of(key: &'a str, value: &Value) -> Result<Self, String> {
-        let one = |value: &Value| match value {
-            Value::String(text) => Ok(text.clone()),
-            Value::Integer(number) => Ok(number.to_string()),
-            Value::Float(number) => Ok(number.to_string()),
-            Value::Boolean(flag) => Ok(flag.to_string()),
-            other => Err(format!("key `{key}` holds a {}, expected a text, number or boolean", other.type_str())),
-        };
-        let values = match value {
-            Value::Array(values) => values.iter().map(one).collect::<Result<_, _>>()?,
-            value => vec![one(value)?],
-        };
-        Ok(Self { key, values })
-    }
-
-    /// `arg` with this default if it is the flag of this key.
-    fn set(&self, arg: Arg, known: &mut bool) -> Arg {
-        // --config itself cannot come from the file it names.
-        let is_key = arg.get_long() == Some(self.key) && self.key != "config";
-        if !is_key {
-            return arg;
-        }
-        *known = true;
-        let several = matches!(arg.get_action(), ArgAction::Append);
-        let values = if several { self.values.clone() } else { self.values.iter().take(1).cloned().collect() };
-        arg.required(false).default_values(values)
-    }
 }
 
 #[cfg(test)]
@@ -131,15 +189,47 @@ mod tests {
         let stop = Arg::new("stop").long("stop").action(ArgAction::Append);
         let json = Arg::new("json").long("json").action(ArgAction::SetTrue);
         let model = Arg::new("model").long("model").required(true);
+        let cert = Arg::new("cert").long("tls-cert").requires("key");
+        let key = Arg::new("key").long("tls-key").requires("cert");
+        let plain = Arg::new("plain").long("plain").action(ArgAction::SetTrue).conflicts_with("cert");
+        let text = Arg::new("text").num_args(0..);
         Command::new("sida")
-            .arg(Arg::new("log").long("log"))
-            .subcommand(Command::new("ask").args([memory.clone(), stop, json, model]))
-            .subcommand(Command::new("up").arg(memory))
+            .arg(Arg::new("log").long("log").global(true))
+            .subcommand(Command::new("ask").args([memory.clone(), stop, json, model, text]))
+            .subcommand(Command::new("up").args([memory, cert, key, plain]))
     }
 
     fn parsed(settings: &str, line: &[&str]) -> Result<clap::ArgMatches, String> {
-        let command = apply_settings(command(), &settings.parse().unwrap())?;
-        Ok(command.try_get_matches_from(line).unwrap().subcommand().unwrap().1.clone())
+        let line = line.iter().map(OsString::from).collect();
+        let Completed { arguments, .. } = complete(&command(), &settings.parse().unwrap(), line)?;
+        let matches = command().try_get_matches_from(arguments).map_err(|error| error.to_string())?;
+        Ok(matches.subcommand().unwrap().1.clone())
+    }
+
+    #[test]
+    fn what_holds_of_flags_holds_of_keys() {
+        // Broken: a node whose file names a certificate and no key serves everybody in plain text, without a word; or what a
+        // person types is refused for what stands in a file.
+        for half in ["tls-cert = 'c'", "[up]\ntls-key = 'k'"] {
+            assert!(parsed(half, &["sida", "up"]).unwrap_err().contains("required arguments were not provided"));
+        }
+        let both = "tls-cert = 'c'\ntls-key = 'k'";
+        assert_eq!(parsed(both, &["sida", "up"]).unwrap().get_one::<String>("key").unwrap(), "k");
+        let typed = parsed("tls-cert = 'c'", &["sida", "up", "--tls-key", "k"]).unwrap();
+        assert_eq!(typed.get_one::<String>("cert").unwrap(), "c");
+        let plain = parsed("plain = true", &["sida", "up", "--tls-cert", "c", "--tls-key", "k"]).unwrap();
+        assert!(!plain.get_flag("plain"));
+        assert!(parsed("plain = true\ntls-cert = 'c'\ntls-key = 'k'", &["sida", "up"]).is_err());
+        assert!(parsed("expert-memory = ['1', '2']", &["sida", "up"]).unwrap_err().contains("multiple times"));
+    }
+
+    #[test]
+    fn words_behind_the_flags_stay_words() {
+        // Broken: a text that is asked for becomes a value, or a key a text.
+        let ask = parsed("model = 'm'\nlog = 'info'\njson = false", &["sida", "ask", "a", "--", "--b"]).unwrap();
+        assert_eq!(ask.get_many::<String>("text").unwrap().collect::<Vec<_>>(), ["a", "--b"]);
+        assert_eq!((ask.get_one::<String>("model").unwrap(), ask.get_flag("json")), (&"m".to_owned(), false));
+        assert_eq!(ask.get_one::<String>("log").unwrap(), "info");
     }
 
     #[test]
@@ -166,7 +256,7 @@ mod tests {
     #[test]
     fn unknown_keys_are_named() {
         // Broken: a misspelt key would be ignored, and a node would run with a budget nobody asked for.
-        let problem = |file: &str| apply_settings(command(), &file.parse().unwrap()).unwrap_err();
+        let problem = |file: &str| parsed(file, &["sida", "up"]).unwrap_err();
         assert_eq!(problem("expert-memroy = '1GiB'"), "unknown key `expert-memroy`");
         assert_eq!(problem("[ask]\nfoo = 1"), "unknown key `foo` in [ask]");
         assert!(problem("[up]\npreload-depth = 2").contains("in [up]: its flag is gone; --plan-chance"));

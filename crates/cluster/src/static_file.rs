@@ -62,7 +62,7 @@ pub enum StaticFileError {
     Syntax { file: String, line: usize, message: String },
     #[error("{file} line {line}: key {key}: found {found:?}, expected {expected}")]
     Value { file: String, line: usize, key: &'static str, found: String, expected: &'static str },
-    #[error("{file} has no member called {node:?}; it names {}", .known.join(", "))]
+    #[error("{file} has no member called {node:?}; it names {}", if .known.is_empty() { "nobody".to_owned() } else { .known.join(", ") })]
     Unknown { file: String, node: String, known: Vec<String> },
 }
 

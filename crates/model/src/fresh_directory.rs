@@ -68,6 +68,8 @@ impl FreshDirectory {
         if place.exists() && fs::read_dir(place).map_err(failed)?.next().is_some() {
             return Err(ModelError::NotEmpty { dir: place.to_owned() });
         }
+        // What a link leads to is moved, not the link.
+        let place = &place.canonicalize().unwrap_or_else(|_| place.to_owned());
         let name = place.file_name().unwrap_or_default().to_string_lossy();
         let partial = place.with_file_name(format!(".{name}.{:016x}.partial", random()));
         let unlocked = partial.with_extension("unlocked");
@@ -155,6 +157,22 @@ mod tests {
         let mut names: Vec<_> = names.map(|name| name.to_string_lossy().into_owned()).collect();
         names.sort();
         names
+    }
+
+    #[test]
+    fn a_link_to_an_empty_directory_is_a_place() {
+        // Would break: what is written to a volume that a link leads to is lost at its end.
+        let dir = tempfile::tempdir().expect("a directory");
+        let (volume, link) = (dir.path().join("volume"), dir.path().join("link"));
+        fs::create_dir(&volume).expect("a directory");
+        std::os::unix::fs::symlink(&volume, &link).expect("a link");
+        let directory = FreshDirectory::create(&link).expect("created");
+        fs::write(directory.path().join("shard"), "bytes").expect("written");
+        directory.finish().expect("finished");
+        assert_eq!(
+            (entries(&volume), entries(dir.path())),
+            (vec!["shard".to_owned()], vec!["link".into(), "volume".into()])
+        );
     }
 
     #[test]

@@ -152,8 +152,7 @@ pub fn train(
         alphas: measure::uncalibrated(layers.clone()),
         chances: measure::uncalibrated(layers),
     };
-    tensors.write(&metadata, path)?;
-    measured(path, held_out, path)
+    write_measured(tensors, metadata, held_out, path)
 }
 
 /// Measures the predictor in the file `from` on text that it has not seen, and writes it with what was measured to
@@ -176,9 +175,18 @@ fn measured(from: &Path, held_out: &Recording, to: &Path) -> Result<Vec<HitRate>
     // What is refused is refused before anything is written.
     crate::open_shape(from, held_out.shape.clone(), held_out.model)?;
     let file = PredictorFile::read(from, held_out.shape.clone(), held_out.model)?;
-    let mut metadata = file.metadata.clone();
+    let metadata = file.metadata.clone();
+    write_measured(file.into_tensors(), metadata, held_out, to)
+}
+
+/// Writes a predictor to `to`, with what was measured of it in place of what `metadata` says.
+fn write_measured(
+    tensors: Tensors,
+    mut metadata: Metadata,
+    held_out: &Recording,
+    to: &Path,
+) -> Result<Vec<HitRate>, PredictorError> {
     let before = metadata.clone();
-    let tensors = file.into_tensors();
     let layers = held_out.shape.encoder_layers.start..held_out.shape.decoder_layers.end;
     (metadata.alphas, metadata.chances) = (measure::uncalibrated(layers.clone()), measure::uncalibrated(layers));
     // What is measured is what will be served: a file, opened as any other. Until it is measured the one that may be

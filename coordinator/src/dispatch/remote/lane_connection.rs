@@ -66,11 +66,12 @@ impl Connector {
 
 /// Keeps `lane` connected until it is dropped or `shutdown`.
 pub(crate) async fn keep(lane: Weak<Lane>, connector: Arc<Connector>, shutdown: CancellationToken) {
-    let (mut pause, mut told) = (PAUSE_MIN, Vec::new());
+    let (mut pause, mut told, mut was_away) = (PAUSE_MIN, Vec::new(), false);
     loop {
-        let connected = shutdown.run_until_cancelled(connect_and_serve(&lane, &connector)).await;
+        let connected = shutdown.run_until_cancelled(connect_and_serve(&lane, &connector, was_away)).await;
         let (Some(Connected { lasted, reason }), Some(lane)) = (connected, lane.upgrade()) else { return };
         lane.disconnected(&reason);
+        was_away = true;
         let (node, address) = (lane.node(), lane.address());
         if lasted {
             tracing::warn!(%node, reason, "lost the lane to an expert-node");
@@ -97,16 +98,16 @@ struct Connected {
     reason: String,
 }
 
-async fn connect_and_serve(lane: &Weak<Lane>, connector: &Connector) -> Connected {
+async fn connect_and_serve(lane: &Weak<Lane>, connector: &Connector, was_away: bool) -> Connected {
     let mut lasted = false;
-    let reason = match serve(lane, connector, &mut lasted).await {
+    let reason = match serve(lane, connector, was_away, &mut lasted).await {
         Ok(()) => "the node closed the lane".to_owned(),
         Err(reason) => reason,
     };
     Connected { lasted, reason }
 }
 
-async fn serve(lane: &Weak<Lane>, connector: &Connector, lasted: &mut bool) -> Result<(), String> {
+async fn serve(lane: &Weak<Lane>, connector: &Connector, was_away: bool, lasted: &mut bool) -> Result<(), String> {
     let Some(address) = lane.upgrade().map(|lane| lane.address().to_owned()) else { return Ok(()) };
     let channel = sida_rpc::connect(&address, &connector.client).await.map_err(|error| error.to_string())?;
     let mut client = ExpertsClient::new(channel)
@@ -126,7 +127,12 @@ async fn serve(lane: &Weak<Lane>, connector: &Connector, lasted: &mut bool) -> R
         let _ = outgoing.send(LaneRequest { kind: Some(lane_request::Kind::Window(offer(rows.handle()))) });
     }
     match lane.upgrade() {
-        Some(lane) => lane.connected(outgoing),
+        Some(lane) => {
+            lane.connected(outgoing);
+            if was_away {
+                tracing::info!(node = %lane.node(), "an expert-node is reached again");
+            }
+        }
         None => return Ok(()),
     }
     *lasted = true;

@@ -54,9 +54,13 @@ async fn answer(
         let timings = encodings.iter().map(|encoding| encoding.trace.timings).collect();
         return Ok((envelope.embeddings(encodings), timings));
     }
-    let texts = generations(&question, caller)
-        .into_iter()
-        .map(|params| async { collected(coordinator.generate(params).await?).await });
+    let all = generations(&question, caller);
+    let count = all.len();
+    coordinator.may_wait("texts (their number)", count)?;
+    let texts = all.into_iter().zip(1..).map(|(params, number)| async move {
+        let generated = async { collected(coordinator.generate(params).await?).await };
+        generated.await.map_err(|error: RequestError| error.of_one(number, count))
+    });
     let (texts, timings): (Vec<_>, Vec<_>) = future::try_join_all(texts).await?.into_iter().unzip();
     Ok((envelope.generation(&question.outputs, &texts), timings))
 }

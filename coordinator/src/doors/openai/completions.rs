@@ -95,7 +95,7 @@ pub(crate) async fn completions(
         false => echoes.iter().map(|echo| echo.text.chars().count()).collect(),
     };
     let choices = wanted.choices;
-    let logprobs_of = logprobs.is_some().then(|| CompletionLogprobs::new(door.clone(), &offsets, choices));
+    let logprobs_of = logprobs.map(|others| CompletionLogprobs::new(door.clone(), &offsets, choices, others));
     let form = CompletionForm { echoes, choices, generates, logprobs: logprobs_of };
     let generation = Generation { prompts, prompt_field: "prompt", wanted, logprobs, generates, usage };
     generation.answer(door, call, form).await

@@ -44,8 +44,12 @@ pub(crate) async fn echoes(
         let why = "with echo: the encoder of this model reads the prompt, and gives its tokens no probability";
         return Err(ApiError::unsupported("logprobs", why));
     }
-    let echoes = prompts.iter().map(|prompt| echo(door, call, prompt, logprobs, wanted));
-    try_join_all(echoes).await.map_err(|error| call.refused(&error, "prompt"))
+    let refused = |error: RequestError| call.refused(&error, "prompt");
+    door.coordinator.may_wait("prompts (their number)", prompts.len()).map_err(refused)?;
+    let echoes = prompts.iter().zip(1..).map(|(prompt, number)| async move {
+        echo(door, call, prompt, logprobs, wanted).await.map_err(|error| error.of_one(number, prompts.len()))
+    });
+    try_join_all(echoes).await.map_err(refused)
 }
 
 async fn echo(
@@ -70,9 +74,9 @@ async fn echo(
     };
     let read = door.coordinator.read_prompt(params).await?;
     let tokens = read.tokens.len();
-    if logprobs.is_none() {
+    let Some(others) = logprobs else {
         return Ok(Echo { text, logprobs: None, tokens, trace: read.trace });
-    }
+    };
     let ReadPrompt { tokens: ids, offsets, logprobs, trace } = read;
     // Thousands of tokens with twenty others each become texts: not on a thread that serves connections.
     let (door, chars) = (door.clone(), text.chars().count());
@@ -80,7 +84,8 @@ async fn echo(
         let likely = std::iter::once(None).chain(logprobs.iter().map(Some));
         // What the tokenizer makes of a text may be longer than it, such as by a blank before it.
         let offsets = offsets.into_iter().map(|offset| offset.min(chars));
-        lists(&door, ids.into_iter().zip(offsets).zip(likely).map(|((id, offset), likely)| (id, offset, likely)))
+        let tokens = ids.into_iter().zip(offsets).zip(likely).map(|((id, offset), likely)| (id, offset, likely));
+        lists(&door, others > 0, tokens)
     });
     let logprobs = written.await.map_err(|_| RequestError::Panicked)?;
     Ok(Echo { text, logprobs: Some(logprobs), tokens, trace })

@@ -12,14 +12,18 @@ use crate::{
 /// Those of completions: lists over the tokens of a choice, or of a part of it.
 pub(crate) struct CompletionLogprobs {
     door: Arc<Door>,
+    /// Whether likely tokens are told beside each.
+    tells_others: bool,
     /// Characters of each sequence so far.
     offsets: Vec<usize>,
 }
 
 impl CompletionLogprobs {
-    /// Of so many `choices` of each prompt, which begin behind as many characters as `offsets` has for it.
-    pub(crate) fn new(door: Arc<Door>, offsets: &[usize], choices: usize) -> Self {
-        Self { door, offsets: offsets.iter().flat_map(|&offset| repeat_n(offset, choices)).collect() }
+    /// Of so many `choices` of each prompt, which begin behind as many characters as `offsets` has for it, with `others` likely
+    /// tokens beside each.
+    pub(crate) fn new(door: Arc<Door>, offsets: &[usize], choices: usize, others: usize) -> Self {
+        let offsets = offsets.iter().flat_map(|&offset| repeat_n(offset, choices)).collect();
+        Self { door, tells_others: others > 0, offsets }
     }
 
     /// Those of the next tokens of the sequence at `index`.
@@ -31,13 +35,17 @@ impl CompletionLogprobs {
             *offset += token.text.chars().count();
             Some((token.id, at, Some(found)))
         });
-        lists(&self.door, told)
+        lists(&self.door, self.tells_others, told)
     }
 }
 
 /// The four lists over tokens: of each its id, the characters before it, and how likely it was, unless it is the first of a
-/// prompt.
-pub(crate) fn lists<'a>(door: &Door, tokens: impl Iterator<Item = (u32, usize, Option<&'a TokenLogprobs>)>) -> Value {
+/// prompt; and if that is told what was likely in its place.
+pub(crate) fn lists<'a>(
+    door: &Door,
+    tells_others: bool,
+    tokens: impl Iterator<Item = (u32, usize, Option<&'a TokenLogprobs>)>,
+) -> Value {
     let (mut texts, mut logprobs, mut tops, mut offsets) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for (id, offset, found) in tokens {
         // Several tokens may have the same text, such as a part of a character: the likeliest of them is told.
@@ -50,7 +58,7 @@ pub(crate) fn lists<'a>(door: &Door, tokens: impl Iterator<Item = (u32, usize, O
         tops.push((!top.is_empty()).then_some(top));
         offsets.push(offset);
     }
-    let tops = tops.iter().any(Option::is_some).then_some(tops);
+    let tops = tells_others.then_some(tops);
     json!({"tokens": texts, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets})
 }
 
@@ -58,11 +66,9 @@ pub(crate) fn lists<'a>(door: &Door, tokens: impl Iterator<Item = (u32, usize, O
 pub(crate) fn joined(before: Option<Value>, answer: Value) -> Value {
     let (Some(Value::Object(mut all)), Value::Object(answer)) = (before, answer.clone()) else { return answer };
     for (name, list) in answer {
-        match (all.get_mut(&name), list) {
-            (Some(Value::Array(before)), Value::Array(mut list)) => before.append(&mut list),
-            // Nobody told of others: neither for the prompt, of one token, nor for the answer.
-            (Some(before), list) if before.is_null() => *before = list,
-            _ => {}
+        // A list of what else was likely is in both or in neither.
+        if let (Some(Value::Array(before)), Value::Array(mut list)) = (all.get_mut(&name), list) {
+            before.append(&mut list);
         }
     }
     Value::Object(all)

@@ -155,13 +155,13 @@ pub(crate) struct MetricsPort {
 
 impl MetricsPort {
     /// Answers from here on, and says where: once nothing of what was said to the process can be refused any more, and before it
-    /// loads, which may take long.
-    pub(crate) fn serve(self, readiness: Readiness, shutdown: CancellationToken) {
+    /// loads, which may take long. Answers until the process ends: who scrapes wants the last counts of a node that drains, too.
+    pub(crate) fn serve(self, readiness: Readiness) {
         let Some((metrics, listener)) = self.open else { return };
         if let Ok(address) = listener.local_addr() {
             tracing::info!("metrics on http://{address}/metrics");
         }
-        tokio::spawn(metrics_port::serve(metrics, readiness, listener, self.head_timeout, shutdown));
+        tokio::spawn(metrics_port::serve(metrics, readiness, listener, self.head_timeout, CancellationToken::new()));
     }
 }
 

@@ -2,7 +2,6 @@
 //! manifest, and one of any kind a checkpoint with fewer bits.
 
 use std::{
-    fs,
     io::{self, Write},
     path::{Path, PathBuf},
     process::ExitCode,
@@ -92,7 +91,7 @@ fn if_missing(arguments: &ConvertArguments) -> anyhow::Result<Option<Converted>>
     Ok(None)
 }
 
-/// Whether something is there that would not be written over.
+/// Whether a model is there: what is written comes to its place whole.
 fn is_there(out: &Path) -> io::Result<bool> {
-    Ok(out.try_exists()? && !(out.is_dir() && fs::read_dir(out)?.next().is_none()))
+    out.join("config.json").try_exists()
 }

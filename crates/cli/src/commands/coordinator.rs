@@ -90,7 +90,7 @@ pub(crate) fn run(arguments: CoordinatorArguments) -> anyhow::Result<ExitCode> {
         config.client = arguments.connection.client();
         arguments.cluster_key.apply(&mut config.client)?;
         config.server = arguments.server.server(&arguments.connection, gate, readiness.clone())?;
-        metrics.serve(readiness, shutdown.clone());
+        metrics.serve(readiness);
         config.on_load = Some(loading_bar::of_model(&config.checkpoint));
         let coordinator = Coordinator::start(config, cluster).await.map_err(refused)?;
         server::announce_doors(&listeners)?;

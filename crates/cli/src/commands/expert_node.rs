@@ -84,7 +84,7 @@ pub(crate) fn run(arguments: ExpertNodeArguments) -> anyhow::Result<ExitCode> {
             server: arguments.server.server(&arguments.connection, gate, readiness.clone())?,
             ..ExpertNodeConfig::new(member.node, model_dir)
         };
-        metrics.serve(readiness, shutdown.clone());
+        metrics.serve(readiness);
         server::announce(&listener)?;
         sida_expert_node::run(config, listener, cluster, shutdown).await.map_err(refused)?;
         Ok(ExitCode::SUCCESS)

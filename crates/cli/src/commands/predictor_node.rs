@@ -71,7 +71,7 @@ pub(crate) fn run(arguments: PredictorNodeArguments) -> anyhow::Result<ExitCode>
             server: arguments.server.server(&arguments.connection, gate, readiness.clone())?,
             ..PredictorNodeConfig::new(member.node, model, predictor)
         };
-        metrics.serve(readiness, shutdown.clone());
+        metrics.serve(readiness);
         server::announce(&listener)?;
         sida_predictor_node::run(config, listener, cluster, shutdown).await?;
         Ok(ExitCode::SUCCESS)

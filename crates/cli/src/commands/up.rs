@@ -71,7 +71,7 @@ pub(crate) fn run(arguments: UpArguments) -> anyhow::Result<ExitCode> {
                 arguments.limits.apply(config);
                 arguments.http.apply(config);
                 config.server = server;
-                metrics.serve(readiness, shutdown.clone());
+                metrics.serve(readiness);
             })
             .await?;
         cluster.load_ahead();

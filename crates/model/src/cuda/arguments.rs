@@ -226,6 +226,8 @@ pub(super) struct Attention {
     pub(super) block: i32,
     pub(super) layers: i32,
     pub(super) pass: u64,
+    pub(super) parts: u64,
+    pub(super) runs: i32,
 }
 
 /// `Heads` of heads.cu.
@@ -270,7 +272,7 @@ mod tests {
         assert_eq!((size_of::<Route>(), offset_of!(Route, rows), offset_of!(Route, rest_rows)), (120, 80, 112));
         assert_eq!((size_of::<Mean>(), offset_of!(Mean, d)), (32, 24));
         assert_eq!((size_of::<Sequence>(), offset_of!(Sequence, capacity)), (48, 24));
-        assert_eq!((size_of::<Attention>(), offset_of!(Attention, pass)), (80, 72));
+        assert_eq!((size_of::<Attention>(), offset_of!(Attention, pass), offset_of!(Attention, runs)), (96, 72, 88));
         assert_eq!((size_of::<Heads>(), offset_of!(Heads, factor), offset_of!(Heads, pass)), (96, 48, 88));
     }
 }

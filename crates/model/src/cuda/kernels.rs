@@ -11,12 +11,12 @@ use cudarc::{
 use super::{
     device::Gpu,
     error::{CudaError, failed},
-    ways::{FEW_TILE, MANY_TILE, WIDE_TILE, Way},
+    ways::{FEW_TILE, MANY_TILE, RUN, WIDE_TILE, Way},
 };
 use crate::{Precision, StoredDType, block_matrix, expert_slot::Layout};
 
 /// In the order in which they build on each other.
-const SOURCES: [(&str, &str); 14] = [
+const SOURCES: [(&str, &str); 15] = [
     ("numbers.cu", include_str!("kernels/numbers.cu")),
     ("rows.cu", include_str!("kernels/rows.cu")),
     ("product.cu", include_str!("kernels/product.cu")),
@@ -30,6 +30,7 @@ const SOURCES: [(&str, &str); 14] = [
     ("heads.cu", include_str!("kernels/heads.cu")),
     ("attention_scalar.cu", include_str!("kernels/attention_scalar.cu")),
     ("attention_tensor.cu", include_str!("kernels/attention_tensor.cu")),
+    ("attention_steps.cu", include_str!("kernels/attention_steps.cu")),
     ("mean.cu", include_str!("kernels/mean.cu")),
 ];
 
@@ -104,6 +105,16 @@ pub(super) struct ExpertKernels {
     pub(super) each: Kernel,
 }
 
+/// Attention to caches of more than one run of keys.
+#[derive(Debug)]
+pub(super) struct LongCacheKernels {
+    pub(super) attend: Kernel,
+    /// Of steps: what runs make, by themselves or together.
+    pub(super) step: Kernel,
+    /// What they have made by themselves, together.
+    pub(super) join: Kernel,
+}
+
 /// Everything that runs on the device.
 #[derive(Debug)]
 pub(super) struct Kernels {
@@ -130,6 +141,8 @@ pub(super) struct Kernels {
     pub(super) attend_input: Kernel,
     /// Queries of a block of the three above.
     pub(super) queries: usize,
+    /// For bf16 only.
+    pub(super) long: Option<LongCacheKernels>,
     pub(super) place_heads: Kernel,
     pub(super) few: ProductKernels,
     /// For bf16 only: with float32 `few` multiplies any number of rows.
@@ -161,6 +174,7 @@ impl Kernels {
             format!("-DBLOCKS8={}", u8::from(bits.contains(&8))),
             format!("-DD_KV={d_kv}"),
             format!("-DMULTIPROCESSORS={}", gpu.description().multiprocessors),
+            format!("-DRUN={RUN}"),
             format!("-DMANY_SHARED_BYTES={MANY_SHARED_BYTES}"),
             format!("-DWIDE_SHARED_BYTES={WIDE_SHARED_BYTES}"),
             format!("-DATTENTION_SHARED_BYTES={attention_bytes}"),
@@ -195,6 +209,12 @@ impl Kernels {
             attend_cache: attend("attend_cache")?,
             attend_input: attend("attend_input")?,
             queries: if is_bf16 { 64 } else { 8 },
+            long: is_bf16
+                .then(|| {
+                    let (attend, step) = (attend("attend_long_cache")?, attend("attend_step")?);
+                    Ok::<_, CudaError>(LongCacheKernels { attend, step, join: function("join_runs")? })
+                })
+                .transpose()?,
             place_heads: function("place_heads")?,
             few: ProductKernels::load(&module, "few", few, formats)?,
             many: is_bf16.then(|| ProductKernels::load(&module, "many", MANY, formats)).transpose()?,

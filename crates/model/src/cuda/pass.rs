@@ -10,7 +10,7 @@ mod operations;
 use sida_routing::LayerId;
 
 use super::{
-    arguments::{Add, Combine, Heads, Kind, Norm, Product, Route},
+    arguments::{Add, Combine, Heads, Kind, Norm, Product, Route, Sequence},
     buffer::DeviceBuffer,
     device::Gpu,
     error::CudaError,
@@ -88,6 +88,9 @@ pub(super) struct BatchShape {
     pub(super) longest: usize,
     /// Rows whose logits are wanted.
     pub(super) wanted: usize,
+    /// The runs of keys that the longest cache has, or a few more: steps to caches of about one length are of one shape. Of
+    /// prompts, whether there are several.
+    pub(super) runs: usize,
 }
 
 impl Machine<'_> {
@@ -108,9 +111,12 @@ impl Machine<'_> {
 
 impl BatchShape {
     /// Of a batch of these sequences.
-    pub(super) fn of(spans: &Spans, wanted: usize) -> Self {
+    pub(super) fn of(spans: &Spans, sequences: &[Sequence], wanted: usize) -> Self {
         let longest = spans.ranges().map(|range| range.len()).max().unwrap_or(0);
-        Self { rows: spans.rows(), sequences: spans.len(), longest, wanted }
+        let keys = sequences.iter().map(|sequence| (sequence.position + sequence.rows) as usize).max().unwrap_or(0);
+        let runs = keys.div_ceil(ways::RUN).next_power_of_two();
+        let runs = if longest == 1 { runs } else { runs.min(2) };
+        Self { rows: spans.rows(), sequences: spans.len(), longest, wanted, runs }
     }
 }
 

@@ -57,7 +57,7 @@ impl DeviceDense {
         }
         self.gpu.enter()?;
         let started: Vec<_> = new.iter().map(|new| self.take_memory(new)).collect();
-        let shape = BatchShape { rows, sequences: new.len(), longest: 0, wanted: 0 };
+        let shape = BatchShape { rows, sequences: new.len(), ..BatchShape::default() };
         let pass = Pass::new(self.machine(), shape, Packet::plan(&self.scratch, 0, 0, 0), 0);
         let row_bytes = 2 * self.config.inner_dim() * self.precision.size();
         // No pass is under way, so its memory is free for the keys and values of all rows.

@@ -169,6 +169,57 @@ fn sequences_do_not_depend_on_company_or_pieces() {
     }
 }
 
+/// A step to a long cache would have other bits than a prompt that is read at once, or depend on how many others there are.
+#[test]
+fn steps_to_long_caches_have_the_bits_of_prompts() {
+    const TOKENS: usize = 1100;
+    let Some(ordinal) = device() else { return println!("SIDA_CUDA_DEVICE is not set: nothing is compared") };
+    let into = tempfile::tempdir().unwrap();
+    let mut random = rand::rngs::StdRng::seed_from_u64(8);
+    for dir in written(into.path()) {
+        for precision in [Precision::Bf16, Precision::F32] {
+            let mut model = open(&dir, ordinal, precision, 1.0, 0);
+            let vocab = model.config().vocab_size;
+            let (ids, spans) = random_batch(&mut random, vocab, &[TOKENS]);
+            let mut whole = model.start_empty(1);
+            model.decode(&ids, &spans, &mut whole, &[0]);
+            let together = model.logits(TOKENS);
+            assert!(together.iter().all(|logit| logit.is_finite()));
+            let expect = |found: &[f32], token: usize, how: &str| {
+                let expected = &together[token * vocab..][..found.len()];
+                let same = found.iter().zip(expected).all(|(a, b)| a.to_bits() == b.to_bits());
+                let off = relative(found, expected);
+                assert!(same, "{} {precision}: token {token}, {how}, is off by {off:e}", dir.display());
+            };
+            // Around the borders of runs and tiles, alone, beside others with shorter and longer caches, and beside very many.
+            for token in [255, 256, 257, 300, 511, 512, 799, 1023, 1024, 1099] {
+                let mut alone = [model.fork_prefix(&whole[0], token, TOKENS)];
+                for _ in 0..3 {
+                    let mut again = [model.fork_prefix(&alone[0], token, TOKENS)];
+                    model.decode(&ids[token..=token], &Spans::new([1]), &mut again, &[0]);
+                    expect(&model.logits(1), token, "alone");
+                }
+                for others in [3, 250] {
+                    let places: Vec<usize> =
+                        (0..others).map(|other| (other * 277 + 13) % TOKENS).chain([token]).collect();
+                    let mut all: Vec<_> =
+                        places.iter().map(|&place| model.fork_prefix(&whole[0], place, TOKENS)).collect();
+                    let next: Vec<u32> = places.iter().map(|&place| ids[place]).collect();
+                    model.decode(&next, &Spans::new(vec![1; next.len()]), &mut all, &[0]);
+                    let found = model.logits(next.len());
+                    for (&place, found) in places.iter().zip(found.chunks_exact(vocab)) {
+                        expect(found, place, "beside others");
+                    }
+                }
+                // In pieces, which prompts are read in.
+                let rest = (TOKENS - token).min(70);
+                model.decode(&ids[token..token + rest], &Spans::new([rest]), &mut alone, &[0]);
+                expect(&model.logits(rest), token, "in a piece");
+            }
+        }
+    }
+}
+
 /// bf16 on tensor cores would compute another function than float32.
 #[test]
 fn bf16_is_near_float32_without_an_encoder() {

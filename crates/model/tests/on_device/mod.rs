@@ -24,7 +24,7 @@ use sida_routing::{
 /// Rows of a batch at most.
 pub(crate) const ROWS_MAX: usize = 2048;
 /// Tokens of a sequence at most.
-const TOKENS_MAX: usize = 300;
+const TOKENS_MAX: usize = 1200;
 
 /// How a model is put on a device.
 #[derive(Clone, Copy)]

@@ -144,6 +144,20 @@ pub(super) fn train_to(path: &Path, net: Net, [learnt, held_out]: [Recording; 2]
     train(&learnt, &held_out, &options, path, &mut |_| ()).unwrap()
 }
 
+/// A predictor that serves would be lost when a new one cannot be measured: the disk is full, or somebody ends the training.
+#[test]
+fn what_was_there_stays_until_another_is_measured() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join(FILE_NAME);
+    fs::write(&path, "serves").unwrap();
+    // What is measured cannot come to its place.
+    fs::create_dir_all(dir.path().join(format!(".{FILE_NAME}.{}.unmeasured/x", std::process::id()))).unwrap();
+    let options = TrainOptions { net: Net::Table, ..TrainOptions::default() };
+    let failed = train(&recording(20, 1), &recording(20, 2), &options, &path, &mut |_| ());
+    assert!(matches!(failed, Err(PredictorError::Write { .. })));
+    assert_eq!(fs::read(&path).unwrap(), b"serves");
+}
+
 /// A file of a net of which nothing is trained.
 fn untrained(net: Net, recording: &Recording) -> (tempfile::TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();

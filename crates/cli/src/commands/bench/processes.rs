@@ -4,6 +4,7 @@
 use std::{env, process::Stdio, time::Duration};
 
 use anyhow::{Context, bail};
+use rustix::process::{Signal, set_parent_process_death_signal};
 use sida_cluster::{Address, Cluster, Member, Role};
 use sida_coordinator::{Coordinator, CoordinatorConfig};
 use sida_routing::NodeId;
@@ -82,6 +83,7 @@ pub(crate) async fn start(
             .arg(&file)
             .arg("--model")
             .arg(checkpoint.dir());
+        end_with_us(&mut command);
         let mut child = command.stdout(Stdio::piped()).stdin(Stdio::null()).kill_on_drop(true).spawn()?;
         let address = address_of(&mut child).await.with_context(|| format!("{node} did not start"))?;
         members.push(Member { node, role: Role::ExpertNode, address: Address::Grpc(address), weight: 1.0 });
@@ -97,6 +99,13 @@ pub(crate) async fn start(
     adapt(&mut config);
     let coordinator = Coordinator::start(config, cluster).await.map_err(coordinator::refused)?;
     Ok(ProcessCluster { coordinator, nodes, _dir: dir })
+}
+
+/// Has a process end when this one does, however that ends: nobody else would end it.
+fn end_with_us(command: &mut Command) {
+    let end_with_parent = || Ok(set_parent_process_death_signal(Some(Signal::TERM))?);
+    // SAFETY: what runs between fork and exec is one system call, and takes no memory.
+    unsafe { command.pre_exec(end_with_parent) };
 }
 
 /// The address that a node announces on its standard output.

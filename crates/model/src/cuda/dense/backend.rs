@@ -78,7 +78,7 @@ impl Backend for DeviceDense {
             Stack::Decoder => self.describe(spans, &sequences)?,
         };
         let wanted = if wanted.len() <= LOGIT_ROWS_MAX { wanted } else { &[] };
-        let shape = BatchShape::of(spans, wanted.len());
+        let shape = BatchShape::of(spans, &described, wanted.len());
         let packet = Packet::plan(&self.scratch, shape.rows, shape.sequences, shape.wanted);
         packet.send(&self.gpu, &self.scratch, ids, &described, wanted)?;
         self.current = Current { shape, packet };

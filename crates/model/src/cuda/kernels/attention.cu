@@ -1,6 +1,7 @@
 // softmax(scale * q K^T + bias) V. A block makes some queries of one head of one sequence; the ways to do that follow in
 // attention_*.cu. Sums over keys go in tiles of 32 whose first keys are multiples of that, so they depend on no other sequence,
-// and a tile of which a query sees nothing changes no bit of it.
+// and a tile of which a query sees nothing changes no bit of it. In bf16 those of a cache go in runs of RUN keys, each summed by
+// itself and then added in order, so that the runs of a long cache can be many blocks' (attention_steps.cu).
 
 // A sequence of a batch.
 struct Sequence {
@@ -30,6 +31,8 @@ struct Attention {
     int block;
     int layers;
     const Pass *pass;
+    float *parts; // of steps: what each run of keys made, for each row and head; null: one block takes all runs
+    int runs;     // at most
 };
 
 enum Keys { OWN_ROWS, CACHE, INPUT };

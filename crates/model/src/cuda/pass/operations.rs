@@ -6,9 +6,10 @@ use super::{
     super::{
         arguments::{Attention, Best, Embed, Heads, Share},
         error::CudaError,
+        ways::{self, LongWay},
         weights::{Device, Matrix, Vector},
     },
-    Become, Machine, Pass,
+    BatchShape, Become, Machine, Pass,
 };
 use crate::{
     backbone::{Matrices, Router, Shared},
@@ -28,6 +29,18 @@ const GROUPING_THREADS_MAX: usize = 1024;
 
 /// `HEAD_WARPS` of heads.cu.
 const HEADS_AT_ONCE: usize = 8;
+
+impl Pass<'_> {
+    /// How caches of several runs are attended to. No expert has made anything of this layer yet, so what runs of keys make lies
+    /// where that will be.
+    fn long_way(&self, spec: &AttentionSpec) -> LongWay {
+        let Machine { gpu, scratch, .. } = self.machine;
+        let BatchShape { sequences, longest, runs, .. } = self.shape;
+        let parts_max = scratch.each.len() / (spec.head_dim + 2);
+        let heads = (spec.heads, spec.heads / spec.kv_heads);
+        ways::of_long_caches(longest, sequences, heads, runs, parts_max, gpu.description().multiprocessors)
+    }
+}
 
 /// What no model has that was let onto a device (see `weights::check`).
 fn unsupported<T>(what: &'static str) -> Result<T, CudaError> {
@@ -111,6 +124,10 @@ impl Operations for Pass<'_> {
             Keys::Rows | Keys::Input if self.heads.queries == 0 => {}
             Keys::Rows | Keys::Input => return unsupported("heads that are normed or turned, without a cache"),
         }
+        // Caches of one run are attended to as everything is.
+        let long = kernels.long.as_ref().filter(|_| spec.keys == Keys::Cache && self.shape.runs > 1);
+        let way = long.map(|long| (long, self.long_way(spec)));
+        let parts = if matches!(way, Some((_, LongWay::Runs))) { scratch.each.address() } else { 0 };
         let arguments = Attention {
             q,
             out: scratch.attended.address(),
@@ -126,9 +143,20 @@ impl Operations for Pass<'_> {
             block: block as i32,
             layers: self.layers as i32,
             pass: self.guard,
+            parts,
+            runs: self.shape.runs as i32,
         };
-        let grid = (spec.heads, self.shape.sequences, self.shape.longest.div_ceil(kernels.queries));
-        self.machine.launch(function, grid, 128, &arguments)
+        let BatchShape { sequences, longest, runs, .. } = self.shape;
+        let (heads, groups) = ((spec.heads, sequences, longest.div_ceil(kernels.queries)), (spec.kv_heads, sequences));
+        match way {
+            None => self.machine.launch(function, heads, 128, &arguments),
+            Some((long, LongWay::Heads)) => self.machine.launch(&long.attend, heads, 128, &arguments),
+            Some((long, LongWay::Groups)) => self.machine.launch(&long.step, (groups.0, groups.1, 1), 128, &arguments),
+            Some((long, LongWay::Runs)) => {
+                self.machine.launch(&long.step, (groups.0, groups.1, runs), 128, &arguments)?;
+                self.machine.launch(&long.join, (spec.heads, sequences, 1), spec.head_dim as u32, &arguments)
+            }
+        }
     }
 
     fn add_output(&mut self, weight: &Matrix, bias: Option<&Vector>) -> Result<(), CudaError> {
