@@ -202,7 +202,7 @@ fn field_of(error: &RequestError, text_field: &str) -> Option<String> {
     Some(match error {
         RequestError::Argument { field, .. } => match field.split(' ').next().unwrap_or(field) {
             "choices" => "n".to_owned(),
-            "tokens" | "texts" => text_field.to_owned(),
+            "tokens" | "texts" | "prompts" => text_field.to_owned(),
             // What follows the name says what of it was measured.
             field => field.to_owned(),
         },

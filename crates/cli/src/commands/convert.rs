@@ -76,7 +76,7 @@ fn convert(arguments: &ConvertArguments) -> Result<Converted, ConvertError> {
 
 /// What was written; `None` where it is there, by this or another process.
 fn if_missing(arguments: &ConvertArguments) -> anyhow::Result<Option<Converted>> {
-    while !is_there(&arguments.out)? {
+    while !is_there(&arguments.out) {
         match convert(arguments) {
             Ok(written) => return Ok(Some(written)),
             Err(ConvertError::Model(ModelError::BeingWritten { dir, partial })) => {
@@ -84,7 +84,7 @@ fn if_missing(arguments: &ConvertArguments) -> anyhow::Result<Option<Converted>>
                 fresh_directory::wait_for_other(&partial);
             }
             // Another may have been sooner, which is what it failed by, or makes no difference.
-            Err(error) if !is_there(&arguments.out)? => return Err(error.into()),
+            Err(error) if !is_there(&arguments.out) => return Err(error.into()),
             Err(_) => {}
         }
     }
@@ -92,6 +92,6 @@ fn if_missing(arguments: &ConvertArguments) -> anyhow::Result<Option<Converted>>
 }
 
 /// Whether a model is there: what is written comes to its place whole.
-fn is_there(out: &Path) -> io::Result<bool> {
-    out.join("config.json").try_exists()
+fn is_there(out: &Path) -> bool {
+    out.join("config.json").is_file()
 }
