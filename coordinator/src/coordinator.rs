@@ -241,9 +241,9 @@ impl Coordinator {
         is_up && self.is_alive() && self.inner.statistics.outcomes.failing(Instant::now()).is_none()
     }
 
-    /// Whether the node serves, as its last health check found, and is not ending. Answered at once.
-    pub(crate) fn is_ready(&self) -> bool {
-        self.config().server.readiness.is_ready()
+    /// Whether the node serves, as its last health check found, and is not ending. Answered at once but before the first one.
+    pub(crate) async fn is_ready(&self) -> bool {
+        self.config().server.readiness.is_ready_once_checked().await
     }
 
     /// Whether an expert call succeeds, and steps have not failed again and again. The health check asks this.

@@ -75,11 +75,9 @@ fn complete(command: &Command, settings: &Table, mut arguments: Vec<OsString>) -
     {
         let flags = || command.get_arguments().chain(own.get_arguments());
         let is_given = |arg: &Arg| {
-            let source = matches
-                .try_contains_id(arg.get_id().as_str())
-                .is_ok()
-                .then(|| matches.value_source(arg.get_id().as_str()));
-            matches!(source.flatten(), Some(ValueSource::CommandLine | ValueSource::EnvVariable))
+            let id = arg.get_id().as_str();
+            matches.try_contains_id(id).is_ok()
+                && matches!(matches.value_source(id), Some(ValueSource::CommandLine | ValueSource::EnvVariable))
         };
         // A flag that is given goes before a key that cannot stand beside it.
         let excludes =

@@ -25,6 +25,9 @@ const NODE: &str = "";
 /// The service name that stands for the process being alive.
 pub const LIVENESS: &str = "liveness";
 
+/// How long somebody waits for the first round of checks.
+const FIRST_CHECK_PATIENCE: Duration = Duration::from_millis(500);
+
 /// Time between two checks of a node that is not ready.
 const UNREADY_PERIOD: Duration = Duration::from_millis(500);
 
@@ -50,12 +53,22 @@ pub struct Readiness(Arc<ReadinessState>);
 struct ReadinessState {
     is_ready: AtomicBool,
     is_dead: AtomicBool,
+    /// Cancelled once every check has run.
+    first_checked: CancellationToken,
 }
 
 impl Readiness {
     /// Whether every check passed when it last ran, and the node is not shutting down.
     pub fn is_ready(&self) -> bool {
         self.0.is_ready.load(Ordering::Relaxed)
+    }
+
+    /// The same, of a node that has just begun once every check has run, which takes a moment: who asks as soon as it listens
+    /// shall not be told that it does not serve.
+    pub async fn is_ready_once_checked(&self) -> bool {
+        // A check that takes longer is as good as one that fails.
+        let _ = time::timeout(FIRST_CHECK_PATIENCE, self.0.first_checked.cancelled()).await;
+        self.is_ready()
     }
 
     /// Whether the node can still become ready by itself. One that loads its model, or waits for others, is alive.
@@ -132,6 +145,7 @@ impl Health {
         if self.readiness.0.is_ready.swap(ready, Ordering::Relaxed) != ready {
             self.publish(NODE, ready).await;
         }
+        self.readiness.0.first_checked.cancel();
     }
 
     async fn look_whether_alive(&self) {

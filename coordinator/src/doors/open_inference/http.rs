@@ -90,7 +90,7 @@ async fn live(State(door): State<Arc<Door>>) -> StatusCode {
 }
 
 async fn ready(State(door): State<Arc<Door>>) -> StatusCode {
-    if door.coordinator.is_ready() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }
+    if door.coordinator.is_ready().await { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }
 }
 
 async fn model(

@@ -49,13 +49,13 @@ impl GrpcInferenceService for OpenInferenceService {
     }
 
     async fn server_ready(&self, _: Request<ServerReadyRequest>) -> Result<Response<ServerReadyResponse>, Status> {
-        Ok(Response::new(ServerReadyResponse { ready: self.coordinator.is_ready() }))
+        Ok(Response::new(ServerReadyResponse { ready: self.coordinator.is_ready().await }))
     }
 
     async fn model_ready(&self, request: Request<ModelReadyRequest>) -> Result<Response<ModelReadyResponse>, Status> {
         let ModelReadyRequest { name, version } = request.into_inner();
         let is_ours = self.is_ours(&name, &version).is_ok();
-        Ok(Response::new(ModelReadyResponse { ready: is_ours && self.coordinator.is_ready() }))
+        Ok(Response::new(ModelReadyResponse { ready: is_ours && self.coordinator.is_ready().await }))
     }
 
     async fn server_metadata(

@@ -19,7 +19,7 @@ pub(crate) const OPENAPI: &str = include_str!("openapi.json");
 
 /// Whether requests are answered: 200, or 503.
 pub(crate) async fn health(State(door): State<Arc<Door>>) -> Response {
-    match door.coordinator.is_ready() {
+    match door.coordinator.is_ready().await {
         true => door::json(&json!({"status": "ok"})),
         false => ApiError::unavailable("not_ready", "this node does not serve now").into_response(),
     }

@@ -101,7 +101,12 @@ fn checked(checkpoint: &Arc<Checkpoint>) -> Checked {
         ("chat", model_check::chat(checkpoint.dir()), CHAT_MISSING),
         ("predictor", predictor, "none; `sida train-predictor` makes one"),
     ];
-    let is_usable = !parts.iter().any(|(_, part, _)| matches!(part, Part::Unusable(_)));
+    let is_usable = !parts.iter().any(|(name, part, _)| match part {
+        Part::Unusable(_) => true,
+        // A model can be asked without the others.
+        Part::Missing => *name == "tokenizer",
+        Part::Sound(_) => false,
+    });
     let line = |(name, part, missing): (&'static str, Part, &str)| match part {
         Part::Sound(text) => (name, text),
         Part::Missing => (name, missing.to_owned()),

@@ -74,6 +74,8 @@ fn refused(error: SynthError) -> anyhow::Error {
         | SynthError::Model(ModelError::Config { .. }) => {
             BadConfiguration::because("no such checkpoint can be written", error).into()
         }
+        // As every other command tells it.
+        SynthError::Model(error) => error.into(),
         error => error.into(),
     }
 }

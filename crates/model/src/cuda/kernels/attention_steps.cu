@@ -43,8 +43,8 @@ extern "C" __global__ void __launch_bounds__(128, 3) attend_step(Attention a) {
         auto fetch = [&]() {
             if (next < until) {
                 T *to = reinterpret_cast<T *>(step_memory) + (next - first) / 32 % KEY_STAGES * 2 * 32 * WIDTH;
-                load_rows<true, 128>(keys, 2 * a.kv_inner, next, seen.end, to);
-                load_rows<false, 128>(keys + a.kv_inner, 2 * a.kv_inner, next, seen.end, to + 32 * WIDTH);
+                load_rows<true>(keys, 2 * a.kv_inner, next, seen.end, to);
+                load_rows<false>(keys + a.kv_inner, 2 * a.kv_inner, next, seen.end, to + 32 * WIDTH);
                 next += 32;
             }
             asm volatile("cp.async.commit_group;");

@@ -14,11 +14,10 @@ __device__ __forceinline__ int value_place(int r, int d) { return r * WIDTH + d;
 __device__ __forceinline__ int key_place(int r, int d) { return D_KV % 64 ? r * WIDTH + d : r * D_KV + (d ^ r % 2 * 32); }
 
 // Starts loading 32 rows of a head from `row` on, those from `end` on as zero.
-template <bool ARE_KEYS, int THREADS>
-__device__ __forceinline__ void load_rows(const T *from, u32 stride, int row, int end, T *to) {
+template <bool ARE_KEYS> __device__ __forceinline__ void load_rows(const T *from, u32 stride, int row, int end, T *to) {
 #pragma unroll
-    for (int i = 0; i < 4 * D_KV / THREADS; ++i) {
-        int at = threadIdx.x + i * THREADS, r = at / (D_KV / 8), d = at % (D_KV / 8) * 8;
+    for (int i = 0; i < D_KV / 32; ++i) {
+        int at = threadIdx.x + i * 128, r = at / (D_KV / 8), d = at % (D_KV / 8) * 8;
         const T *own = from + u64(u32(min(row + r, end - 1))) * stride + d;
         T *place = to + (ARE_KEYS ? key_place(r, d) : value_place(r, d));
         // What is not read becomes zero.
@@ -195,8 +194,8 @@ template <int KEYS, bool IS_LONG> __device__ __forceinline__ void attend(const A
     auto fetch = [&]() {
         if (next < seen.end) {
             T *to = reinterpret_cast<T *>(memory) + (next - seen.begin) / 32 % KEY_STAGES * 2 * 32 * WIDTH;
-            load_rows<true, 128>(seen.keys, seen.stride, next, seen.end, to);
-            load_rows<false, 128>(seen.keys + a.kv_inner, seen.stride, next, seen.end, to + 32 * WIDTH);
+            load_rows<true>(seen.keys, seen.stride, next, seen.end, to);
+            load_rows<false>(seen.keys + a.kv_inner, seen.stride, next, seen.end, to + 32 * WIDTH);
             next += 32;
         }
         asm volatile("cp.async.commit_group;");
