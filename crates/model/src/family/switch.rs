@@ -109,7 +109,7 @@ fn config(fields: &Json<'_>) -> Result<ModelConfig, ModelError> {
             "relative_attention_max_distance",
             json.relative_attention_max_distance,
             buckets as u64 / 2 + 1,
-            1 << 20,
+            1 << 16,
         )?,
         layer_norm_epsilon: check.epsilon(json.layer_norm_epsilon)?,
         positions_max: None, // Its position bias goes on for ever.
@@ -290,6 +290,8 @@ mod tests {
             ("num_decoder_layers", json!(0)),
             ("relative_attention_num_buckets", json!(3)),
             ("relative_attention_max_distance", json!(16)),
+            // Every distance up to it takes a number for each head.
+            ("relative_attention_max_distance", json!((1 << 16) + 1)),
             ("layer_norm_epsilon", json!(-1.0)),
             ("eos_token_id", json!(8192)),
             ("eos_token_id", json!([1, -1])),
