@@ -161,8 +161,8 @@ impl fmt::Display for ExpertMemory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Bytes(bytes) => write!(f, "{bytes}B"),
-            // As it was written: what the product has behind that is of float64.
-            Self::Share(share) => write!(f, "{}%", (share * 100.0 * 1e9).round() / 1e9),
+            // All of it: processes of their own are given a third so.
+            Self::Share(share) => write!(f, "{}%", share * 100.0),
         }
     }
 }

@@ -138,6 +138,15 @@ fn a_chat_template_that_cannot_be_parsed_is_told() {
     refused(&["inspect"], model.path(), &["unusable", "chat_template.jinja"]);
 }
 
+/// A script would go on with a model that can be asked nothing.
+#[test]
+fn a_model_without_a_tokenizer_is_not_usable() {
+    let model = model_with("tokenizer.json", b"");
+    fs::remove_file(model.path().join("tokenizer.json")).expect("removed");
+    refused(&["doctor"], model.path(), &["no tokenizer.json"]);
+    refused(&["inspect"], model.path(), &["texts cannot be read"]);
+}
+
 /// Somebody would train a predictor anew because of a typo in config.json.
 #[test]
 fn a_wrong_config_is_not_blamed_on_the_predictor() {

@@ -5,6 +5,7 @@ use std::{
     io::{BufRead, BufReader, Write},
     path::Path,
     process::{Command, Output, Stdio},
+    time::{Duration, Instant},
 };
 
 use serde_json::Value;
@@ -327,5 +328,31 @@ fn a_model_that_is_not_finished_leaves_nothing() {
         assert!(sent.expect("kill runs").success());
         assert_eq!(child.wait().expect("it ends").code(), Some(130), "{signal}");
         assert_eq!(entries(), 0, "{signal}");
+    }
+}
+
+/// A benchmark that is killed would leave expert-nodes behind, which hold memory for ever.
+#[test]
+fn expert_nodes_of_a_benchmark_end_with_it() {
+    const PATIENCE: Duration = Duration::from_secs(60);
+    let mut bench = command();
+    bench.arg("bench").arg("--model").arg(repository().join("models/switch-tiny-64"));
+    bench.args(["--processes", "2", "--duration", "120s"]).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut bench = bench.spawn().expect("sida runs");
+    let started = format!("/proc/{0}/task/{0}/children", bench.id());
+    let (mut nodes, begun) = (Vec::new(), Instant::now());
+    while nodes.len() < 2 && begun.elapsed() < PATIENCE {
+        let listed = fs::read_to_string(&started).expect("its children");
+        nodes = listed.split_whitespace().map(str::to_owned).collect();
+    }
+    bench.kill().expect("killed");
+    bench.wait().expect("its end");
+    assert_eq!(nodes.len(), 2, "it starts two");
+    // Who has ended may be there until somebody has looked.
+    let runs = |node: &String| {
+        fs::read_to_string(format!("/proc/{node}/status")).is_ok_and(|status| !status.contains("State:\tZ"))
+    };
+    while nodes.iter().any(runs) {
+        assert!(begun.elapsed() < 2 * PATIENCE, "expert-nodes run on");
     }
 }

@@ -103,7 +103,7 @@ impl fmt::Display for TextOf {
 }
 
 impl RequestError {
-    /// The same where the prompt is one of several texts of a call, `number` counted from 1.
+    /// The same where the prompt is one of `count` texts of a call, `number` counted from 1.
     pub(crate) fn of_one(self, number: usize, count: usize) -> Self {
         let of = TextOf::Text(number);
         match self {

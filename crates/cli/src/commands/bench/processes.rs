@@ -1,10 +1,10 @@
 //! Expert-nodes as processes of their own, reached by gRPC over loopback, with the coordinator in this one:
 //! what `bench --processes` measures against the cluster in one process.
 
-use std::{env, process::Stdio, time::Duration};
+use std::{env, io, process::Stdio, time::Duration};
 
 use anyhow::{Context, bail};
-use rustix::process::{Signal, set_parent_process_death_signal};
+use rustix::process::{Signal, getpid, getppid, set_parent_process_death_signal};
 use sida_cluster::{Address, Cluster, Member, Role};
 use sida_coordinator::{Coordinator, CoordinatorConfig};
 use sida_routing::NodeId;
@@ -101,10 +101,16 @@ pub(crate) async fn start(
     Ok(ProcessCluster { coordinator, nodes, _dir: dir })
 }
 
-/// Has a process end when this one does, however that ends: nobody else would end it.
+/// Has a process end when this one does, however that ends: nobody else would end it. The kernel looks at the thread that starts it,
+/// which is the one that measures, and lasts as long as the process.
 fn end_with_us(command: &mut Command) {
-    let end_with_parent = || Ok(set_parent_process_death_signal(Some(Signal::TERM))?);
-    // SAFETY: what runs between fork and exec is one system call, and takes no memory.
+    let us = getpid();
+    let end_with_parent = move || {
+        set_parent_process_death_signal(Some(Signal::TERM))?;
+        // It may have ended just before.
+        if getppid() == Some(us) { Ok(()) } else { Err(io::ErrorKind::NotFound.into()) }
+    };
+    // SAFETY: what runs between fork and exec is two system calls, and takes no memory.
     unsafe { command.pre_exec(end_with_parent) };
 }
 
