@@ -42,7 +42,7 @@ pub(crate) fn compute(
             let rows = groups[*group].take().expect("an expert is granted once per call");
             SlotRows { slot: expert.slot(), x: rows.x, out: rows.out }
         });
-        device.compute(&mut rows.collect::<Vec<_>>())
+        device.compute(call.layer, &mut rows.collect::<Vec<_>>())
     };
     let rounds = Rounds::open(cache, call.layer, call.groups, planned)?;
     let mut report = rounds.go(&mut run)?;
@@ -69,7 +69,7 @@ pub(crate) fn compute_beside(
             drop(kept);
             measured.measures.computed(count, start.elapsed());
         };
-        device.start_beside(rows, &runs, Box::new(done))
+        device.start_beside(rows, layer, &runs, Box::new(done))
     };
     Rounds::open(cache, layer, &unplaced(groups), true)?.go(&mut run)
 }
@@ -82,7 +82,7 @@ pub(crate) fn compute_in_window(
     groups: &[PlacedGroup],
 ) -> Result<CallReport, CallError> {
     let start = Instant::now();
-    let mut run = |there: There<'_>| window.compute(&runs(groups, &there));
+    let mut run = |there: There<'_>| window.compute(layer, &runs(groups, &there));
     let mut report = Rounds::open(cache, layer, &unplaced(groups), true)?.go(&mut run)?;
     report.compute = start.elapsed().saturating_sub(report.load);
     cache.measures.computed(groups.iter().map(|group| group.rows as usize).sum(), report.compute);

@@ -65,16 +65,16 @@ impl Engine {
         let precision = config.precision.unwrap_or(store.precision());
         let unpacked = ExpertSlot::choose(&store, precision, false)?;
         let experts = store.config().moe_layer_count() * store.config().num_experts;
-        let experts_bytes = (experts * unpacked.bytes()) as u64;
+        let unpacked_bytes = unpacked.bytes();
+        let experts_bytes = (experts * unpacked_bytes) as u64;
         let host_bytes = config.host_memory.bytes(experts_bytes);
         // Where everything fits, packing gains nothing.
         let packs = config.packs && config.expert_memory.bytes(experts_bytes) < experts_bytes;
         let slot = if packs { ExpertSlot::choose(&store, precision, true)? } else { unpacked };
+        let slot_bytes = slot.bytes();
         let options = ExpertDeviceOptions { device: config.device, slot, host_bytes };
         let source = Arc::new(store.clone());
-        Self::on_device(config, source, unpacked.bytes(), slot.bytes(), |slots| {
-            expert_device::open(options, store, slots)
-        })
+        Self::on_device(config, source, unpacked_bytes, slot_bytes, |slots| expert_device::open(options, store, slots))
     }
 
     /// Takes the memory and starts the threads. Experts come from `source` as they are needed.

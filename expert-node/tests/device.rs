@@ -102,7 +102,7 @@ impl ExpertDevice for MadeUpDevice {
         Ok(())
     }
 
-    fn compute(&self, groups: &mut [SlotRows<'_>]) -> Result<(), ModelError> {
+    fn compute(&self, _: LayerId, groups: &mut [SlotRows<'_>]) -> Result<(), ModelError> {
         self.step(Step::Compute)?;
         assert!(!groups.is_empty());
         for SlotRows { slot, x, out } in groups {

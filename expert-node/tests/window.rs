@@ -58,7 +58,7 @@ impl ExpertDevice for SharedMemory {
         Ok(())
     }
 
-    fn compute(&self, groups: &mut [SlotRows<'_>]) -> Result<(), ModelError> {
+    fn compute(&self, _: LayerId, groups: &mut [SlotRows<'_>]) -> Result<(), ModelError> {
         groups.iter_mut().for_each(|SlotRows { slot, x, out }| self.forward(*slot, x, out));
         Ok(())
     }
@@ -86,7 +86,7 @@ impl ExpertWindow for Window {
         &self.results
     }
 
-    fn compute(&self, runs: &[SlotRun]) -> Result<(), ModelError> {
+    fn compute(&self, _: LayerId, runs: &[SlotRun]) -> Result<(), ModelError> {
         let mut results = self.of.results.lock().unwrap();
         for &SlotRun { slot, first, rows } in runs {
             let values = first * D_MODEL..(first + rows) * D_MODEL;

@@ -5,15 +5,17 @@
 //! threads work, on whichever node and whichever x86 or other machine: this is what lets rows move between
 //! nodes and batches without changing a token (docs/decisions/0002).
 //!
-//! In reading order: [`dtype`], [`fifth_bit`], [`super_blocks`] and [`float8`] (how weights are stored); [`lanes`] (16 floats at a time), `block_loads`, `integer_loads` and
-//! `super_block_loads` (the same out of few bits), `stored_rows` (a weight matrix where it lies), `tiles` (many dot products at
-//! once), [`matmul`]; [`exp`], [`elementwise`], [`norm`]; `panel`, [`position_bias`], [`still_wanted`], [`attention`].
+//! In reading order: [`dtype`], [`fifth_bit`], [`super_blocks`] and [`float8`] (how weights are stored), [`block_parts`] (for who
+//! lays them out otherwise); [`lanes`] (16 floats at a time), `block_loads`, `integer_loads` and `super_block_loads` (the same out
+//! of few bits), `stored_rows` (a weight matrix where it lies), `tiles` (many dot products at once), [`matmul`]; [`exp`],
+//! [`elementwise`], [`norm`]; `panel`, [`position_bias`], [`still_wanted`], [`attention`].
 
 mod aligned_floats;
 #[doc(hidden)]
 pub mod arbitrary;
 pub mod attention;
 mod block_loads;
+pub mod block_parts;
 pub mod dtype;
 pub mod elementwise;
 pub mod exp;

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use sida_routing::{ExpertKey, Grouping};
+use sida_routing::{ExpertKey, Grouping, LayerId};
 use thiserror::Error;
 
 use crate::{
@@ -44,17 +44,18 @@ pub trait ExpertDevice: Send + Sync {
     fn keep_near(&self, _key: ExpertKey) -> Result<(), ModelError> {
         Ok(())
     }
-    /// Computes rows with the experts in slots.
-    fn compute(&self, groups: &mut [SlotRows<'_>]) -> Result<(), ModelError>;
+    /// Computes rows with a layer's experts in slots.
+    fn compute(&self, layer: LayerId, groups: &mut [SlotRows<'_>]) -> Result<(), ModelError>;
     /// Whether [`ExpertDevice::start_beside`] takes rows from there.
     fn is_beside(&self, _rows: &RowsOnDevice<'_>) -> bool {
         false
     }
-    /// Starts computing such rows, which are grouped. `done` is called, or dropped, when the device is through with the
+    /// Starts computing such rows of a layer, which are grouped. `done` is called, or dropped, when the device is through with the
     /// slots.
     fn start_beside(
         &self,
         _rows: &RowsOnDevice<'_>,
+        _layer: LayerId,
         _groups: &[SlotRun],
         _done: Box<dyn FnOnce() + Send>,
     ) -> Result<(), ModelError> {
@@ -180,7 +181,7 @@ pub enum DeviceError {
 }
 
 /// How a node's experts are put on a device.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ExpertDeviceOptions {
     /// Which device.
     pub device: DeviceName,

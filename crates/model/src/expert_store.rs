@@ -32,10 +32,11 @@ impl ExpertStore {
         Ok(Self { checkpoint, shapes, largest, is_stacked })
     }
 
-    /// How all weights of all experts of a checkpoint are stored, if that is one way.
+    /// How matrices of experts of a checkpoint are stored.
     #[cfg(feature = "cuda")]
-    pub(crate) fn one_dtype_of(checkpoint: &Checkpoint) -> Result<Option<StoredDType>, ModelError> {
-        Ok(one_dtype(&shapes(checkpoint, is_stacked(checkpoint))?))
+    pub(crate) fn dtypes_of(checkpoint: &Checkpoint) -> Result<Vec<StoredDType>, ModelError> {
+        let shapes = shapes(checkpoint, is_stacked(checkpoint))?;
+        Ok(shapes.iter().flat_map(|shape| [shape.dtype, shape.output_dtype]).collect())
     }
 
     /// What the largest expert looks like in a slot: every slot has room for it.

@@ -8,6 +8,8 @@
 
 use std::sync::Arc;
 
+use sida_routing::LayerId;
+
 use crate::{DeviceError, ModelError, Precision, SlotRun};
 
 /// Bytes of a CUDA IPC handle.
@@ -32,9 +34,9 @@ pub trait ExpertWindow: Send + Sync {
     fn rows(&self) -> usize;
     /// Where the results are, for the coordinator.
     fn results(&self) -> &WindowHandle;
-    /// Computes the rows at these places with the experts in slots; `first` of a run is its first place. The results are
+    /// Computes the rows at these places with a layer's experts in slots; `first` of a run is its first place. The results are
     /// there when it returns.
-    fn compute(&self, runs: &[SlotRun]) -> Result<(), ModelError>;
+    fn compute(&self, layer: LayerId, runs: &[SlotRun]) -> Result<(), ModelError>;
 }
 
 /// The memory that a coordinator's rows are in.

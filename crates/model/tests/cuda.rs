@@ -7,6 +7,7 @@
 mod golden;
 
 mod causal_on_device;
+mod every_format;
 mod exceptions;
 mod experts_elsewhere;
 mod experts_that_move;

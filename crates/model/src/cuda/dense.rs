@@ -28,8 +28,8 @@ use super::{
     weights::{self, Device},
 };
 use crate::{
-    Backbone, Checkpoint, ExpertStore, ModelConfig, ModelError, Precision, Spans, Wanted, block_matrix,
-    expert_slot::Layout, forward, names,
+    Backbone, Checkpoint, ExpertStore, ModelConfig, ModelError, Precision, Spans, Wanted, expert_slot::Layout, forward,
+    names,
 };
 
 /// Values that one thread widens at a time: what takes some ten microseconds.
@@ -99,9 +99,8 @@ impl DeviceDense {
         gpu.enter()?;
         let (backbone, backbone_bytes, mut formats) = weights::load(&gpu, checkpoint, precision)?;
         // Those of a slab on this device are computed by this module.
-        formats.extend(Layout::of(ExpertStore::one_dtype_of(checkpoint)?, precision).format());
-        formats.sort_by_key(|dtype| block_matrix::integer_bits(*dtype));
-        formats.dedup();
+        let of_experts = ExpertStore::dtypes_of(checkpoint)?;
+        formats.extend(of_experts.into_iter().filter_map(|stored| Layout::of(stored, precision).format()));
         let kernels = Kernels::compile(&gpu, precision, &formats, config.d_kv)?;
         let turns = Turns::of(&gpu, &config)?;
         let scratch = Scratch::new(&gpu, &config, precision, rows_max)?;

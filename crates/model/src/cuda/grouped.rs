@@ -2,6 +2,7 @@
 //! those with many each in their own way. Started by a `pass` through the model, and by a `slab` that computes for others.
 
 use bytemuck::cast_slice;
+use sida_routing::LayerId;
 
 use super::{
     arguments::{Kind, Product, Tile},
@@ -10,7 +11,11 @@ use super::{
     kernels::{Kernels, ProductKernels},
     ways::{self, Cut, Way},
 };
-use crate::{ExpertShape, ExpertSlot, SlotRun, expert_slot::Layout, spec::Activation};
+use crate::{
+    ExpertShape, ExpertSlot, SlotRun,
+    expert_slot::{LayerLayouts, Layout},
+    spec::Activation,
+};
 
 /// What becomes of an expert's output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,7 +47,7 @@ pub(super) struct Grouped<'m> {
     pub(super) order: u64,
     /// Where in `out` the result of each place goes.
     pub(super) to: u64,
-    pub(super) slots: Slots,
+    pub(super) slots: LayerSlots,
     /// `Tile`s of product.cu, of `few` and of the way of larger groups; then how many there are of each, as i32.
     pub(super) few: u64,
     pub(super) many: u64,
@@ -53,34 +58,48 @@ pub(super) struct Grouped<'m> {
     pub(super) guard: u64,
 }
 
-/// Where experts lie, as kernels are told.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Where experts lie.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Slots {
-    /// wi and wo of slot 0.
-    matrices: [u64; 2],
-    /// From one slot to the next, in values, of those that are not plain in bytes.
-    stride: u64,
-    layout: Layout,
-    are_gated: bool,
+    /// Slot 0.
+    at: u64,
+    slot: ExpertSlot,
     /// Whether `wide` takes both matrices.
     can_be_wide: bool,
 }
 
-impl Slots {
-    /// How matrices lie in them.
-    pub(super) fn layout(&self) -> Layout {
-        self.layout
-    }
+/// Those of a layer, as kernels are told.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct LayerSlots {
+    /// wi and wo of slot 0, and how they lie.
+    matrices: [(u64, Layout); 2],
+    /// From one slot to the next, in bytes.
+    stride: u64,
+    are_gated: bool,
+}
 
+impl Slots {
     /// Slots from `at` on.
     pub(super) fn new(at: u64, slot: &ExpertSlot) -> Self {
-        let matrices = [at, at + slot.output_at() as u64];
-        let are_gated = slot.shape().activation == Activation::GatedSilu;
-        let ExpertShape { d_model, d_ff, .. } = *slot.shape();
-        let inner = if are_gated { 2 * d_ff } else { d_ff };
-        let can_be_wide =
-            slot.layout() != Layout::Packed && ways::is_wide(inner, d_model) && ways::is_wide(d_model, d_ff);
-        Self { matrices, stride: slot.stride(), layout: slot.layout(), are_gated, can_be_wide }
+        let ExpertShape { d_model, d_ff, activation, .. } = *slot.shape();
+        let inner = (activation.matrices() - 1) * d_ff;
+        let can_be_wide = !slot.is_packed() && ways::is_wide(inner, d_model) && ways::is_wide(d_model, d_ff);
+        Self { at, slot: slot.clone(), can_be_wide }
+    }
+
+    /// How matrices lie in them.
+    pub(super) fn layouts(&self) -> impl Iterator<Item = Layout> {
+        self.slot.layouts()
+    }
+
+    /// Those with the experts of a layer.
+    pub(super) fn of(&self, layer: LayerId) -> LayerSlots {
+        let LayerLayouts { inputs, output, output_at, .. } = self.slot.of_layer(layer);
+        LayerSlots {
+            matrices: [(self.at, inputs), (self.at + output_at as u64, output)],
+            stride: self.slot.bytes() as u64,
+            are_gated: self.slot.shape().activation == Activation::GatedSilu,
+        }
     }
 }
 
@@ -119,11 +138,12 @@ impl Grouped<'_> {
         if tiles == 0 {
             return Ok(());
         }
-        let experts = kernels.experts_in(self.slots.layout)?;
-        let is_gated = self.slots.are_gated && experts.gather_gate.is_some();
+        let LayerSlots { matrices: [(wi_at, wi_layout), (wo_at, wo_layout)], stride, are_gated } = self.slots;
+        let (lead_in, lead_out) = (kernels.experts_in(wi_layout)?, kernels.experts_in(wo_layout)?);
+        let is_gated = are_gated && lead_in.gather_gate.is_some();
         let wi = Product {
             x: self.x,
-            w: self.slots.matrices[0],
+            w: wi_at,
             out: self.hidden,
             k: self.d_model as i32,
             outputs: self.d_ff as i32,
@@ -137,23 +157,23 @@ impl Grouped<'_> {
                 Results::Added { alpha } => alpha,
                 Results::Each => 0,
             },
-            slot_stride: self.slots.stride,
+            slot_stride: stride,
             kind: if is_gated { Kind::GatherGate } else { Kind::Gather } as i32,
             ..Product::default()
         };
-        let (gather, w_rows) = match &experts.gather_gate {
+        let (gather, w_rows) = match &lead_in.gather_gate {
             Some(gather_gate) if is_gated => (gather_gate, 2 * self.d_ff),
-            _ => (&experts.gather, self.d_ff),
+            _ => (&lead_in.gather, self.d_ff),
         };
         let (back, kind) = match self.results {
-            Results::Added { .. } => (&experts.scatter, Kind::Scatter),
-            Results::Each => (&experts.each, Kind::Each),
+            Results::Added { .. } => (&lead_out.scatter, Kind::Scatter),
+            Results::Each => (&lead_out.each, Kind::Each),
         };
         // SAFETY: both kernels take a `Product`; the rest by the caller's promise.
         unsafe { self.gpu.launch(gather, kernels.grid(w_rows, tiles), kernels.blocks.threads, &wi) }?;
         let wo = Product {
             x: self.hidden,
-            w: self.slots.matrices[1],
+            w: wo_at,
             out: self.out,
             k: self.d_ff as i32,
             outputs: self.d_model as i32,

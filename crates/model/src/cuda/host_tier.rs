@@ -77,17 +77,17 @@ impl HostTier {
     /// Where the expert lies; reads it from disk if it is not in memory.
     pub(super) fn find(&mut self, gpu: &Gpu, key: ExpertKey) -> Result<Found<'_>, CudaError> {
         self.keep_near(gpu, key)?;
-        let (expert_bytes, index) = (self.expert_bytes(), self.index(key));
+        let (expert_bytes, own_bytes, index) = (self.expert_bytes(), self.slot.bytes_of(key.layer), self.index(key));
         if let Some(place) = self.places[index] {
             let chunk = &self.chunks[place / CHUNK_EXPERTS];
-            return Ok(Found { bytes: &chunk[place % CHUNK_EXPERTS * expert_bytes..][..expert_bytes], read: None });
+            return Ok(Found { bytes: &chunk[place % CHUNK_EXPERTS * expert_bytes..][..own_bytes], read: None });
         }
         self.next_stage = (self.next_stage + 1) % self.stages.len();
         let Stage { memory, read } = &mut self.stages[self.next_stage];
         read.synchronize().map_err(failed("cuEventSynchronize"))?;
         let bytes = memory.as_mut_slice().map_err(failed("cuEventSynchronize"))?;
         self.slot.read(&self.store, key, bytes)?;
-        Ok(Found { bytes, read: Some(read) })
+        Ok(Found { bytes: &bytes[..own_bytes], read: Some(read) })
     }
 
     /// Reads an expert into memory, if it is not there and there is room.

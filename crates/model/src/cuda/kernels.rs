@@ -13,7 +13,7 @@ use super::{
     error::{CudaError, failed},
     ways::{FEW_TILE, MANY_TILE, RUN, WIDE_TILE, Way},
 };
-use crate::{Precision, StoredDType, block_matrix, expert_slot::Layout};
+use crate::{Precision, StoredDType, expert_slot::Layout};
 
 /// In the order in which they build on each other.
 const SOURCES: [(&str, &str); 15] = [
@@ -160,7 +160,8 @@ impl Kernels {
         d_kv: usize,
     ) -> Result<Self, CudaError> {
         let (major, minor) = gpu.description().capability;
-        let bits: Vec<usize> = formats.iter().filter_map(|&dtype| block_matrix::integer_bits(dtype)).collect();
+        let formats: Vec<StoredDType> =
+            StoredDType::BLOCKS.into_iter().filter(|dtype| formats.contains(dtype)).collect();
         let attention_bytes = (KEY_STAGES * 2 * 32 * (d_kv + 8) * precision.size()) as u32;
         let is_bf16 = precision == Precision::Bf16;
         let is_wide = is_bf16 && (major, minor) == WIDE_CAPABILITY;
@@ -170,8 +171,6 @@ impl Kernels {
             "--std=c++17".to_owned(),
             format!("-DBF16={}", u8::from(is_bf16)),
             format!("-DWIDE={}", u8::from(is_wide)),
-            format!("-DBLOCKS4={}", u8::from(bits.contains(&4))),
-            format!("-DBLOCKS8={}", u8::from(bits.contains(&8))),
             format!("-DD_KV={d_kv}"),
             format!("-DMULTIPROCESSORS={}", gpu.description().multiprocessors),
             format!("-DRUN={RUN}"),
@@ -180,8 +179,13 @@ impl Kernels {
             format!("-DATTENTION_SHARED_BYTES={attention_bytes}"),
             "-DINFINITY=__int_as_float(0x7f800000)".to_owned(),
         ];
-        let sources: Vec<String> = SOURCES.iter().map(|(name, text)| format!("#line 1 \"{name}\"\n{text}")).collect();
-        let cubin = compile(&sources.concat(), &options, &target)?;
+        // What is done for each format, given its kernels' name and its structure of product_blocks.cu.
+        let of_each_format: Vec<String> =
+            formats.iter().map(|dtype| format!("OF({}, {dtype}) ", name_of(*dtype))).collect();
+        let formats_macro = format!("#define FORMATS(OF) {}\n", of_each_format.concat());
+        let sources = SOURCES.iter().map(|(name, text)| format!("#line 1 \"{name}\"\n{text}"));
+        let source: String = std::iter::once(formats_macro).chain(sources).collect();
+        let cubin = compile(&source, &options, &target)?;
         let module = gpu.context().load_module(Ptx::from_binary(cubin)).map_err(failed("cuModuleLoadData"))?;
         let function = |name: &str| load(&module, name, 0);
         let few = if is_bf16 { FEW } else { FEW_F32 };
@@ -189,7 +193,7 @@ impl Kernels {
         let attend = |name: &str| load(&module, name, if is_bf16 { attention_bytes } else { 0 });
         Ok(Self {
             embed: function("embed_rows")?,
-            embed_blocks: of_each(formats, |bits| function(&format!("embed_blocks{bits}")))?,
+            embed_blocks: of_each(&formats, |format| function(&format!("embed_{format}")))?,
             norm: function("rms_norm")?,
             add_rows: function("add_rows")?,
             fetch_rows: function("fetch_rows")?,
@@ -216,9 +220,9 @@ impl Kernels {
                 })
                 .transpose()?,
             place_heads: function("place_heads")?,
-            few: ProductKernels::load(&module, "few", few, formats)?,
-            many: is_bf16.then(|| ProductKernels::load(&module, "many", MANY, formats)).transpose()?,
-            wide: is_wide.then(|| ProductKernels::load(&module, "wide", wide, formats)).transpose()?,
+            few: ProductKernels::load(&module, "few", few, &formats)?,
+            many: is_bf16.then(|| ProductKernels::load(&module, "many", MANY, &formats)).transpose()?,
+            wide: is_wide.then(|| ProductKernels::load(&module, "wide", wide, &formats)).transpose()?,
         })
     }
 }
@@ -291,7 +295,7 @@ impl ProductKernels {
         Ok(Self {
             plain: kinds(way)?,
             packed_experts: blocks.packs.then(|| experts(&format!("{way}_packed"), false)).transpose()?,
-            formats: of_each(formats, |bits| kinds(&format!("{way}_blocks{bits}")))?,
+            formats: of_each(formats, |format| kinds(&format!("{way}_{format}")))?,
             blocks,
         })
     }
@@ -311,13 +315,17 @@ fn in_layout<'k, K>(plain: &'k K, blocks: &'k [(StoredDType, K)], layout: Layout
     })
 }
 
-/// What `load` gives for the bits of each format that is multiplied as it is.
+/// What `load` gives for the name of each format.
 fn of_each<K>(
     formats: &[StoredDType],
-    load: impl Fn(usize) -> Result<K, CudaError>,
+    load: impl Fn(&str) -> Result<K, CudaError>,
 ) -> Result<Vec<(StoredDType, K)>, CudaError> {
-    let bits = |&dtype| block_matrix::integer_bits(dtype).map(|bits| Ok((dtype, load(bits)?)));
-    formats.iter().filter_map(bits).collect()
+    formats.iter().map(|&dtype| Ok((dtype, load(&name_of(dtype))?))).collect()
+}
+
+/// A format in the names of its kernels.
+fn name_of(dtype: StoredDType) -> String {
+    dtype.to_string().to_lowercase()
 }
 
 fn load(module: &Arc<CudaModule>, name: &str, shared_bytes: u32) -> Result<Kernel, CudaError> {

@@ -36,7 +36,7 @@ pub(super) struct Machine<'m> {
     pub(super) config: &'m ModelConfig,
     pub(super) turns: &'m [Turns],
     /// `None`: they are elsewhere, and rows leave for them at every MoE layer.
-    pub(super) experts: Option<ExpertPlaces>,
+    pub(super) experts: Option<ExpertPlaces<'m>>,
 }
 
 /// Rotary positions, as kernels are told of them.
@@ -63,16 +63,16 @@ impl Turns {
 
 /// Experts on the device, as a pass is told of them.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct ExpertPlaces {
+pub(super) struct ExpertPlaces<'m> {
     /// (MoE layers, experts) of i32: the slot of each expert, -1 where it is not on the device.
     pub(super) table: u64,
     pub(super) layer_bytes: usize,
-    pub(super) slots: Slots,
+    pub(super) slots: &'m Slots,
     /// Whether an expert may be missing.
     pub(super) may_miss: bool,
 }
 
-impl ExpertPlaces {
+impl ExpertPlaces<'_> {
     /// Where the slots of a layer's experts are listed, on the device.
     fn table_of(&self, layer: LayerId) -> u64 {
         self.table + (usize::from(layer.0) * self.layer_bytes) as u64
@@ -264,7 +264,7 @@ impl<'m> Pass<'m> {
         let Machine { kernels, config, experts, .. } = self.machine;
         let rows = self.shape.rows * config.top_k;
         match experts {
-            Some(experts) => kernels.cut(&experts.slots, rows, rows.min(config.num_experts)),
+            Some(experts) => kernels.cut(experts.slots, rows, rows.min(config.num_experts)),
             // Nobody multiplies them here.
             None => ways::of_experts(rows, 1, false),
         }
@@ -275,8 +275,8 @@ impl<'m> Pass<'m> {
         self.cut().few_rows.min(self.machine.kernels.few.blocks.tile.1)
     }
 
-    /// h += the sum of alpha * expert(x) over each row's experts, as they were grouped.
-    fn start_experts(&mut self, experts: &ExpertPlaces) -> Result<(), CudaError> {
+    /// h += the sum of alpha * expert(x) over each row's experts of a layer, as they were grouped.
+    fn start_experts(&mut self, layer: LayerId, experts: &ExpertPlaces<'_>) -> Result<(), CudaError> {
         let Machine { gpu, kernels, scratch, config, .. } = self.machine;
         let rows = self.shape.rows * config.top_k;
         let groups = rows.min(config.num_experts);
@@ -302,7 +302,7 @@ impl<'m> Pass<'m> {
             results,
             order: scratch.order.address(),
             to: self.to(),
-            slots: experts.slots,
+            slots: experts.slots.of(layer),
             few: scratch.few_tiles.address(),
             many: scratch.many_tiles.address(),
             counts: scratch.tile_counts.address(),

@@ -1,8 +1,9 @@
-//! That all ways to multiply give the same bits, for what becomes of a product, formats, and rows around the borders of tiles. Runs
-//! where SIDA_CUDA_DEVICE names a device.
+//! That all ways to multiply give the same bits, for what becomes of a product, formats, and rows around the borders of tiles; and
+//! that weights which are rounded on their way give those of the same weights in bf16. Runs where SIDA_CUDA_DEVICE names a device.
 
 use bytemuck::cast_slice;
 use rand::{Rng, SeedableRng, rngs::StdRng};
+use sida_kernels::arbitrary;
 
 use super::{
     arguments::{Kind, Product, Tile},
@@ -13,8 +14,6 @@ use super::{
 };
 use crate::{Precision, StoredDType, block_matrix, expert_slot::Layout};
 
-const LAYOUTS: [Layout; 3] = [Layout::Plain, Layout::Blocks(StoredDType::Q4_0), Layout::Blocks(StoredDType::Q8_0)];
-
 /// A value of bf16 between -2 and 2, with a mantissa of any bits.
 fn value(random: &mut StdRng) -> u16 {
     random.random::<u16>() & 0x807f | random.random_range(120..128) << 7
@@ -24,15 +23,19 @@ fn values(random: &mut StdRng, count: usize) -> Vec<u16> {
     (0..count).map(|_| value(random)).collect()
 }
 
-/// A matrix of (rows, k) as it lies on a device: of blocks the integers, then the scales.
-fn matrix(random: &mut StdRng, layout: Layout, rows: usize, k: usize) -> Vec<u8> {
-    let Layout::Blocks(dtype) = layout else { return cast_slice(&values(random, rows * k)).to_vec() };
-    let integers = rows * k * block_matrix::integer_bits(dtype).unwrap() / 8;
-    let mut bytes: Vec<u8> = (0..integers).map(|_| random.random()).collect();
-    for _ in 0..rows * k / 32 {
-        bytes.extend(half::f16::from_f32(random.random_range(0.001..0.1)).to_le_bytes());
-    }
-    bytes
+/// A matrix of (rows, k) as it lies on a device; of formats whose weights are rounded, also these weights in bf16.
+fn matrix(random: &mut StdRng, layout: Layout, rows: usize, k: usize) -> (Vec<u8>, Option<Vec<u8>>) {
+    let Layout::Blocks(dtype) = layout else { return (cast_slice(&values(random, rows * k)).to_vec(), None) };
+    let stored = arbitrary::blocks(dtype, rows * k, random.random::<u16>().into());
+    let mut blocks = vec![0; block_matrix::bytes(dtype, rows * k)];
+    block_matrix::arrange(&stored, dtype, k, &mut blocks);
+    let is_rounded = !matches!(dtype, StoredDType::Q4_0 | StoredDType::Q8_0);
+    let rounded = is_rounded.then(|| {
+        let mut rounded = vec![0; rows * k * Precision::Bf16.size()];
+        Precision::Bf16.narrow(&dtype.widen(&stored), &mut rounded);
+        rounded
+    });
+    (blocks, rounded)
 }
 
 /// What both products of a kind are: the kernel, and how many bytes a result has.
@@ -72,7 +75,7 @@ fn all_ways_give_the_same_bits() {
         return println!("SIDA_CUDA_DEVICE is not set: nothing is compared");
     };
     let gpu = Gpu::open(ordinal.parse().unwrap()).unwrap();
-    let kernels = Kernels::compile(&gpu, Precision::Bf16, &[StoredDType::Q4_0, StoredDType::Q8_0], 64).unwrap();
+    let kernels = Kernels::compile(&gpu, Precision::Bf16, &StoredDType::BLOCKS, 64).unwrap();
     println!("wide: {}", kernels.wide.is_some());
     let seed = rand::rng().random();
     println!("seed {seed}");
@@ -80,7 +83,8 @@ fn all_ways_give_the_same_bits() {
     let (inputs, outputs) = (768, 256);
     let groups: [&[usize]; 9] =
         [&[1], &[33], &[63, 0, 64], &[65], &[127, 3], &[128], &[129], &[1, 200, 64], &[31, 257, 96, 130, 5, 128]];
-    for layout in LAYOUTS {
+    let layouts = StoredDType::BLOCKS.map(Layout::Blocks);
+    for layout in std::iter::once(Layout::Plain).chain(layouts) {
         for kind in [
             Kind::Store,
             Kind::Relu,
@@ -93,9 +97,14 @@ fn all_ways_give_the_same_bits() {
             Kind::Each,
         ] {
             let w_rows = if matches!(kind, Kind::Gate | Kind::GatherGate) { 2 * outputs } else { outputs };
-            let experts: Vec<u8> = (0..6).flat_map(|_| matrix(&mut random, layout, w_rows, inputs)).collect();
-            let expert_bytes = experts.len() / 6;
-            let w = gpu.allocate_with("weights", &experts).unwrap();
+            let experts: Vec<_> = (0..6).map(|_| matrix(&mut random, layout, w_rows, inputs)).collect();
+            let (blocks, rounded): (Vec<_>, Vec<_>) = experts.into_iter().unzip();
+            let rounded: Option<Vec<Vec<u8>>> = rounded.into_iter().collect();
+            let on_device = |experts: Vec<Vec<u8>>| gpu.allocate_with("weights", &experts.concat()).unwrap();
+            let (w, rounded) = (on_device(blocks), rounded.map(on_device));
+            // Each way with the weights as they lie, and where they are rounded, one with them in bf16.
+            let with_weights = [Way::Few, Way::Many, Way::Wide].map(|way| (way, layout, &w));
+            let in_bf16 = rounded.as_ref().map(|rounded| (Way::Few, Layout::Plain, rounded));
             for groups in groups {
                 let rows = groups.iter().sum::<usize>();
                 let x = gpu.allocate_with("x", &values(&mut random, rows * inputs)).unwrap();
@@ -105,7 +114,7 @@ fn all_ways_give_the_same_bits() {
                 let factors: Vec<f32> = (0..rows).map(|_| random.random()).collect();
                 let factors = gpu.allocate_with("factors", &factors).unwrap();
                 let mut found: Vec<Vec<u8>> = Vec::new();
-                for way in [Way::Few, Way::Many, Way::Wide] {
+                for (way, layout, w) in with_weights.into_iter().chain(in_bf16) {
                     let kernels = kernels.of(way);
                     let (kernel, bytes) = kernel(kernels, layout, kind);
                     let list = tiles(groups, kernels.blocks.tile.1);
@@ -126,7 +135,7 @@ fn all_ways_give_the_same_bits() {
                         order: order.address(),
                         to: order.address(),
                         alpha: factors.address(),
-                        slot_stride: (if layout == Layout::Plain { expert_bytes / 2 } else { expert_bytes }) as u64,
+                        slot_stride: (w.len() / 6) as u64,
                         kind: kind as i32,
                         ..Product::default()
                     };
@@ -140,12 +149,10 @@ fn all_ways_give_the_same_bits() {
                     found.push(cast_slice(&results).to_vec());
                 }
                 let differ = |a: &[u8], b: &[u8]| a.iter().zip(b).filter(|(a, b)| a != b).count();
-                let (many, wide) = (differ(&found[0], &found[1]), differ(&found[0], &found[2]));
-                assert_eq!(
-                    (many, wide),
-                    (0, 0),
-                    "{layout:?} {kind:?}, groups {groups:?}: bytes that differ from those of few"
-                );
+                for (other, results) in found.iter().enumerate() {
+                    let differ = differ(&found[0], results);
+                    assert_eq!(differ, 0, "{layout:?} {kind:?}, groups {groups:?}: bytes of {other} differ from few's");
+                }
                 assert!(found[0].iter().any(|&byte| byte != found[0][0]), "{kind:?} wrote nothing");
             }
         }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use bytemuck::{cast_slice, cast_slice_mut};
 use cudarc::driver::PinnedHostSlice;
 use parking_lot::Mutex;
-use sida_routing::ExpertKey;
+use sida_routing::{ExpertKey, LayerId};
 
 use super::{
     arguments::Fetch,
@@ -27,7 +27,7 @@ use super::{
 };
 use crate::{
     DeviceSlots, ExpertDevice, ExpertShape, ExpertSlot, ExpertStore, ExpertWindow, ModelError, Precision, RowsOnDevice,
-    SlotRows, SlotRun, Urgency, WindowHandle,
+    SlotRows, SlotRun, Urgency, WindowHandle, expert_slot::Layout,
 };
 
 /// Rows computed at once; more take turns.
@@ -78,7 +78,8 @@ impl DeviceSlab {
         let precision = slot.precision();
         weights::check(store.config())?;
         gpu.enter()?;
-        let kernels = Kernels::compile(&gpu, precision, slot.layout().format().as_slice(), D_KV)?;
+        let kernels =
+            Kernels::compile(&gpu, precision, &slot.layouts().filter_map(Layout::format).collect::<Vec<_>>(), D_KV)?;
         let (shape, choices) = (*slot.shape(), store.config().top_k);
         let memory = gpu.allocate("experts", slots * slot.bytes())?;
         let slots = Slots::new(memory.address(), &slot);
@@ -109,7 +110,7 @@ impl DeviceSlab {
     }
 
     /// As many groups as fit, from `groups` on; what is left of a group that is cut is computed next.
-    fn compute_some(&self, groups: &mut [Part<'_, '_>]) -> Result<(), CudaError> {
+    fn compute_some(&self, layer: LayerId, groups: &mut [Part<'_, '_>]) -> Result<(), CudaError> {
         let d_model = self.shape.d_model;
         let (mut runs, mut rows) = (Vec::with_capacity(groups.len()), 0);
         for part in groups.iter() {
@@ -141,7 +142,7 @@ impl DeviceSlab {
             hidden: work.hidden.address(),
         };
         // SAFETY: `work` has room for so many rows, and is locked until the stream is done.
-        unsafe { self.start(&tiles, base, memory) }?;
+        unsafe { self.start(layer, &tiles, base, memory) }?;
         let mut from: &mut [f32] = cast_slice_mut(&mut staging[..out.len() * 4]);
         self.gpu.read(out, from)?;
         for part in groups {
@@ -154,7 +155,7 @@ impl DeviceSlab {
     }
 
     /// Rows of a coordinator in another process, at most [`ROWS_MAX`]; `first` of a run is its place in the window.
-    fn compute_in(&self, peer: &PeerRows, runs: &[SlotRun]) -> Result<(), CudaError> {
+    fn compute_in(&self, peer: &PeerRows, layer: LayerId, runs: &[SlotRun]) -> Result<(), CudaError> {
         let places: Vec<u32> = runs.iter().flat_map(|run| run.first as u32..(run.first + run.rows) as u32).collect();
         let mut first = 0;
         let consecutive = |run: &SlotRun| {
@@ -182,15 +183,15 @@ impl DeviceSlab {
         let memory =
             Memory { x: peer.x.address(), out: peer.out.address(), order: places_at, hidden: work.hidden.address() };
         // SAFETY: `peer` has room for so many rows, and it and `work` stay until the stream is done.
-        unsafe { self.start(&tiles, base, memory) }?;
+        unsafe { self.start(layer, &tiles, base, memory) }?;
         self.gpu.finish()
     }
 
-    /// Starts the products of rows whose tiles were sent to `packet`.
+    /// Starts the products of a layer's rows whose tiles were sent to `packet`.
     ///
     /// # Safety
     /// `memory` has room for so many rows, and lives until the stream is done with it.
-    unsafe fn start(&self, tiles: &Tiles, packet: u64, memory: Memory) -> Result<(), CudaError> {
+    unsafe fn start(&self, layer: LayerId, tiles: &Tiles, packet: u64, memory: Memory) -> Result<(), CudaError> {
         let (counts, few, many) = tiles.addresses(packet);
         let Memory { x, out, order, hidden } = memory;
         let grouped = Grouped {
@@ -204,7 +205,7 @@ impl DeviceSlab {
             results: Results::Each,
             order,
             to: order,
-            slots: self.slots,
+            slots: self.slots.of(layer),
             few,
             many,
             counts,
@@ -251,7 +252,7 @@ impl ExpertDevice for DeviceSlab {
         Ok(self.host.lock().keep_near(&self.gpu, key)?)
     }
 
-    fn compute(&self, groups: &mut [SlotRows<'_>]) -> Result<(), ModelError> {
+    fn compute(&self, layer: LayerId, groups: &mut [SlotRows<'_>]) -> Result<(), ModelError> {
         let mut parts: Vec<Part<'_, '_>> = Vec::with_capacity(groups.len());
         let mut rows = 0;
         for group in groups {
@@ -259,40 +260,41 @@ impl ExpertDevice for DeviceSlab {
             let mut done = 0;
             // A group that does not fit with those before it waits, one that fits nowhere is cut.
             while all - done > ROWS_MAX {
-                self.compute_some(&mut [Part { group, rows: done..done + ROWS_MAX }])?;
+                self.compute_some(layer, &mut [Part { group, rows: done..done + ROWS_MAX }])?;
                 done += ROWS_MAX;
             }
             if rows + all - done > ROWS_MAX {
-                self.compute_some(&mut parts)?;
+                self.compute_some(layer, &mut parts)?;
                 parts.clear();
                 rows = 0;
             }
             rows += all - done;
             parts.push(Part { group, rows: done..all });
         }
-        Ok(self.compute_some(&mut parts)?)
+        Ok(self.compute_some(layer, &mut parts)?)
     }
 
     fn is_beside(&self, rows: &RowsOnDevice<'_>) -> bool {
         let DeviceDense { gpu, precision, config, kernels, .. } = &*rows.dense;
         let shape = (config.d_model, config.d_ff, *precision);
         let is_alike = shape == (self.shape.d_model, self.shape.d_ff, self.precision);
-        gpu.is_same(&self.gpu) && is_alike && kernels.few.experts_in(self.slots.layout()).is_ok()
+        gpu.is_same(&self.gpu) && is_alike && self.slots.layouts().all(|layout| kernels.few.experts_in(layout).is_ok())
     }
 
     fn slots_beside(self: Arc<Self>, rows: &RowsOnDevice<'_>) -> Option<DeviceSlots> {
-        self.is_beside(rows).then(|| DeviceSlots::new(self.slots, self.clone()))
+        self.is_beside(rows).then(|| DeviceSlots::new(self.slots.clone(), self.clone()))
     }
 
     fn start_beside(
         &self,
         rows: &RowsOnDevice<'_>,
+        layer: LayerId,
         groups: &[SlotRun],
         done: Box<dyn FnOnce() + Send>,
     ) -> Result<(), ModelError> {
         let dense = &*rows.dense;
         // SAFETY: the node computes with slots only whose experts are there, and keeps them until `done` (see the trait).
-        if let Err(error) = unsafe { dense.start_experts(&self.kernels, self.slots, groups) } {
+        if let Err(error) = unsafe { dense.start_experts(&self.kernels, &self.slots, layer, groups) } {
             // What was started may still read the slots, which `done` gives up.
             dense.gpu.finish()?;
             drop(done);
@@ -322,7 +324,7 @@ impl ExpertWindow for SlabWindow {
         &self.peer.results
     }
 
-    fn compute(&self, runs: &[SlotRun]) -> Result<(), ModelError> {
+    fn compute(&self, layer: LayerId, runs: &[SlotRun]) -> Result<(), ModelError> {
         let (mut part, mut rows) = (Vec::with_capacity(runs.len()), 0);
         for run in runs {
             let mut done = 0;
@@ -331,14 +333,14 @@ impl ExpertWindow for SlabWindow {
                 part.push(SlotRun { slot: run.slot, first: run.first + done, rows: own });
                 (done, rows) = (done + own, rows + own);
                 if rows == ROWS_MAX {
-                    self.slab.compute_in(&self.peer, &std::mem::take(&mut part))?;
+                    self.slab.compute_in(&self.peer, layer, &std::mem::take(&mut part))?;
                     rows = 0;
                 }
             }
         }
         match part.is_empty() {
             true => Ok(()),
-            false => Ok(self.slab.compute_in(&self.peer, &part)?),
+            false => Ok(self.slab.compute_in(&self.peer, layer, &part)?),
         }
     }
 }

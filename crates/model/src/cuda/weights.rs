@@ -101,12 +101,12 @@ impl Load for DeviceLoader<'_> {
         let tensors = tensors.collect::<Result<Vec<_>, _>>()?;
         let stored = tensors[0].dtype;
         let is_one = tensors.iter().all(|tensor| tensor.dtype == stored) && outputs.is_multiple_of(OUTPUTS_OF_BLOCKS);
-        let layout = Layout::of(is_one.then_some(stored), self.precision);
+        let layout = if is_one { Layout::of(stored, self.precision) } else { Layout::Plain };
         let mut bytes = Vec::new();
         match layout {
             Layout::Blocks(dtype) => {
                 let blocks = tensors.iter().map(|tensor| tensor.bytes).collect::<Vec<_>>().concat();
-                bytes.resize(blocks.len(), 0);
+                bytes.resize(block_matrix::bytes(dtype, outputs * inputs), 0);
                 block_matrix::arrange(&blocks, dtype, inputs, &mut bytes);
                 if !self.formats.contains(&dtype) {
                     self.formats.push(dtype);

@@ -66,7 +66,7 @@ pub(super) fn written(into: &Path) -> Vec<PathBuf> {
         ("olmoe-int8", olmoe.1.clone(), BlockFormats { experts: None, dense: int8 }),
     ];
     let plain = shapes.into_iter().map(|(name, own)| (name, own, BlockFormats::NONE));
-    plain.chain(in_blocks).map(write).collect()
+    plain.chain(in_blocks).map(write).chain([every_format::written(into)]).collect()
 }
 
 /// One sequence at once on the processor: logits (tokens, vocab_size), and each MoE layer's experts and probabilities.
@@ -289,12 +289,12 @@ fn experts_of_several_places_give_the_same_bits() {
                             let tokens = &grouping.tokens[first..][..count];
                             let row = |&token: &u32| &x[token as usize * config.d_model..][..config.d_model];
                             let own: Vec<f32> = tokens.iter().flat_map(row).copied().collect();
-                            let out = experts_elsewhere::on_slab(&slab, &[(slot, own)]).remove(0);
+                            let out = experts_elsewhere::on_slab(&slab, layer, &[(slot, own)]).remove(0);
                             results[first * config.d_model..][..out.len()].copy_from_slice(&out);
                         }
                         first += count;
                     }
-                    slab.start_beside(&rows, &runs, Box::new(|| ())).unwrap();
+                    slab.start_beside(&rows, layer, &runs, Box::new(|| ())).unwrap();
                     if here < config.num_experts {
                         rows.put(&results).unwrap();
                     }

@@ -2,11 +2,11 @@
 
 use super::*;
 
-/// Rows for experts of a slab: (slot, rows), computed together.
-pub(super) fn on_slab(slab: &DeviceSlab, groups: &[(usize, Vec<f32>)]) -> Vec<Vec<f32>> {
+/// Rows for experts of a layer in a slab: (slot, rows), computed together.
+pub(super) fn on_slab(slab: &DeviceSlab, layer: LayerId, groups: &[(usize, Vec<f32>)]) -> Vec<Vec<f32>> {
     let mut outs: Vec<Vec<f32>> = groups.iter().map(|(_, x)| vec![f32::NAN; x.len()]).collect();
     let rows = groups.iter().zip(&mut outs).map(|((slot, x), out)| SlotRows { slot: *slot, x, out });
-    slab.compute(&mut rows.collect::<Vec<_>>()).unwrap();
+    slab.compute(layer, &mut rows.collect::<Vec<_>>()).unwrap();
     outs
 }
 
@@ -28,11 +28,10 @@ fn a_slab_computes_what_the_processor_does() {
             let slot = ExpertSlot::choose(&store, precision, true).unwrap();
             let slab = DeviceSlab::open(gpu, store.clone(), slot, rows.len(), host_bytes).unwrap();
             for round in 0..3 {
-                let mut groups = Vec::new();
+                let (layer, mut groups) = (LayerId(random.random_range(0..layers)), Vec::new());
                 let mut keys = Vec::new();
                 for (slot, rows) in rows.into_iter().enumerate() {
-                    let (layer, expert) = (random.random_range(0..layers), random.random_range(0..experts));
-                    let key = ExpertKey { layer: LayerId(layer), expert: ExpertId(expert) };
+                    let key = ExpertKey { layer, expert: ExpertId(random.random_range(0..experts)) };
                     let urgency = if random.random() { Urgency::Ahead } else { Urgency::Demand };
                     slab.begin_load(key, slot, urgency).unwrap();
                     keys.push(key);
@@ -42,18 +41,18 @@ fn a_slab_computes_what_the_processor_does() {
                     groups.push((slot, x));
                 }
                 (0..rows.len()).for_each(|slot| slab.finish_load(slot).unwrap());
-                let found = on_slab(&slab, &groups);
+                let found = on_slab(&slab, layer, &groups);
                 for ((slot, x), found) in groups.iter().zip(&found) {
                     let mut weights = vec![0; store.shape().bytes()];
                     store.load(keys[*slot], &mut weights).unwrap();
                     let mut expected = vec![0.0; x.len()];
-                    store.shape().forward(&weights, x, &mut expected, &mut ExpertScratch::default());
+                    store.shape_of(layer).forward(&weights, x, &mut expected, &mut ExpertScratch::default());
                     let off = relative(found, &expected);
                     let limit = if precision == Precision::F32 { 1e-5 } else { 1e-2 };
                     assert!(off < limit, "{} {precision} round {round} slot {slot}: off by {off:e}", dir.display());
                     let d_model = store.shape().d_model;
                     let row = random.random_range(0..x.len() / d_model) * d_model;
-                    let alone = on_slab(&slab, &[(*slot, x[row..row + d_model].to_vec())]);
+                    let alone = on_slab(&slab, layer, &[(*slot, x[row..row + d_model].to_vec())]);
                     assert!(alone[0].iter().zip(&found[row..row + d_model]).all(|(a, b)| a.to_bits() == b.to_bits()));
                 }
             }
@@ -103,7 +102,7 @@ fn pass(
             })
             .collect();
         let mut out = vec![0.0; x.len()];
-        for ((_, of), results) in groups.iter().zip(on_slab(slab, &gathered)) {
+        for ((_, of), results) in groups.iter().zip(on_slab(slab, layer, &gathered)) {
             for (&row, y) in of.iter().zip(results.chunks(d_model)) {
                 let to = &mut out[row * d_model..][..d_model];
                 to.iter_mut().zip(y).for_each(|(to, y)| *to += routes.weights[row] * y);

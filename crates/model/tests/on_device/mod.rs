@@ -82,6 +82,7 @@ impl OnDevice {
         let slots = (((layers * num_experts) as f64 * share) as usize).max(num_experts);
         let mut dense = DeviceDense::open(Gpu::open(ordinal).unwrap(), &checkpoint, precision, ROWS_MAX).unwrap();
         let slot = ExpertSlot::choose(&store, precision, packs).unwrap();
+        let is_packed = slot.is_packed();
         let slab = DeviceSlab::open(Gpu::open(ordinal).unwrap(), store, slot, slots, host_bytes).unwrap();
         let slab = Arc::new(slab);
         let beside = slab.clone().slots_beside(&dense.device().unwrap()).expect("both are on one device");
@@ -94,7 +95,7 @@ impl OnDevice {
         if slots == layers * num_experts && !comes_late {
             experts.load_all();
         }
-        Self { dense, experts, beside, config, is_packed: slot.is_packed(), states: None }
+        Self { dense, experts, beside, config, is_packed, states: None }
     }
 
     pub(crate) fn config(&self) -> &ModelConfig {
@@ -194,7 +195,7 @@ impl OnDevice {
             let runs: Vec<SlotRun> = grouping.groups.iter().zip(slots.iter().copied()).map(run).collect();
             let MoeRows::Device(mut rows) = self.dense.rows(&mut pass) else { panic!("the rows are on the device") };
             rows.group(&grouping).unwrap();
-            self.experts.slab.start_beside(&rows, &runs, Box::new(|| ())).unwrap();
+            self.experts.slab.start_beside(&rows, layer, &runs, Box::new(|| ())).unwrap();
             rows.add_computed().unwrap();
             rows.settle().unwrap();
             self.experts.unpin(&slots);

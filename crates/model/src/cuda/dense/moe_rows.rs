@@ -2,7 +2,7 @@
 //! experts on the same device, or left for nodes of other processes to read, whose results are taken over.
 
 use bytemuck::cast_slice;
-use sida_routing::Grouping;
+use sida_routing::{Grouping, LayerId};
 
 use super::{
     super::{
@@ -104,19 +104,20 @@ impl DeviceDense {
         self.pass().combine(0, None)
     }
 
-    /// Starts the experts in slots of a slab on their rows.
+    /// Starts the experts of a layer in slots of a slab on their rows.
     ///
     /// # Safety
     /// The runs are of rows of this pass, and of slots whose experts are there and stay until the compute stream is done.
     pub(in crate::cuda) unsafe fn start_experts(
         &self,
         kernels: &Kernels,
-        slots: Slots,
+        slots: &Slots,
+        layer: LayerId,
         runs: &[SlotRun],
     ) -> Result<(), CudaError> {
         self.gpu.enter()?;
         let exchange = &self.exchange;
-        let tiles = Tiles::of(kernels, &slots, runs);
+        let tiles = Tiles::of(kernels, slots, runs);
         let packet = tiles.packet();
         self.gpu.write(exchange.tiles.all(), &packet)?;
         let (counts, few, many) = tiles.addresses(exchange.tiles.address());
@@ -131,7 +132,7 @@ impl DeviceDense {
             results: Results::Each,
             order: self.scratch.order.address(),
             to: self.scratch.to.address(),
-            slots,
+            slots: slots.of(layer),
             few,
             many,
             counts,

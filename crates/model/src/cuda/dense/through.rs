@@ -45,7 +45,7 @@ pub(super) struct Through {
 }
 
 /// What the table says.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Known {
     slots: Slots,
     version: u64,
@@ -80,23 +80,23 @@ impl Through {
 
     /// Brings the table up to date with `layers` held. Returns whether every expert of the model is resident.
     fn hold(&mut self, gpu: &Gpu, experts: &dyn ResidentExperts, layers: Range<u16>) -> Result<bool, CudaError> {
-        let slots = experts.slots().slots;
-        if self.known.is_some_and(|known| known.slots != slots) {
+        let slots = &experts.slots().slots;
+        if self.known.as_ref().is_some_and(|known| known.slots != *slots) {
             // Recorded passes name the slots of another node.
             self.known = None;
             self.prompts.clear();
             self.steps.clear();
         }
-        if let Some(residents) = experts.hold(layers, self.known.map(|known| known.version)) {
+        if let Some(residents) = experts.hold(layers, self.known.as_ref().map(|known| known.version)) {
             gpu.write(self.table.all(), &residents.slots)?;
             let (version, is_complete) = (residents.version, residents.is_complete);
-            self.known = Some(Known { slots, version, is_complete });
+            self.known = Some(Known { slots: slots.clone(), version, is_complete });
         }
         Ok(self.known().is_complete)
     }
 
-    fn known(&self) -> Known {
-        self.known.expect("known once layers are held")
+    fn known(&self) -> &Known {
+        self.known.as_ref().expect("known once layers are held")
     }
 
     fn graphs(&mut self, are_prompts: bool) -> &mut Recordings<(Stack, BatchShape, bool)> {
@@ -249,7 +249,7 @@ impl DeviceDense {
         pause: Option<usize>,
         is_guarded: bool,
     ) -> Result<Pass<'_>, CudaError> {
-        let (slots, table) = (self.through.known().slots, self.through.table.address());
+        let (slots, table) = (&self.through.known().slots, self.through.table.address());
         let places = ExpertPlaces { table, layer_bytes: self.config.num_experts * 4, slots, may_miss: is_guarded };
         let machine = Machine { experts: Some(places), ..self.machine() };
         let mut pass = Pass::new(machine, self.current.shape, self.current.packet, layers).pausing_after(pause);

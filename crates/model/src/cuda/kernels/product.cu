@@ -24,7 +24,7 @@ struct Product {
     const u32 *order;   // the token of each place
     const u32 *to;      // which choice each place is, counted over all tokens
     const float *alpha; // of each choice
-    u64 slot_stride;    // in elements, of packed ones in bytes
+    u64 slot_stride;    // in bytes
     int kind;           // a `Kind`, for kernels of every kind
 };
 
@@ -43,11 +43,11 @@ struct BlockRows {
     }
 
     // Takes one of them.
-    template <typename W> __device__ __forceinline__ void take(const Product &a, int kind, int tile, int index) {
+    __device__ __forceinline__ void take(const Product &a, int kind, int tile, int index) {
         if (kind >= GATHER) {
             Tile own = a.tiles[index];
             first = own.first, count = own.rows;
-            w = static_cast<const W *>(a.w) + u64(own.slot) * a.slot_stride;
+            w = static_cast<const unsigned char *>(a.w) + u64(own.slot) * a.slot_stride;
         } else {
             first = index * tile, count = min(tile, a.rows - first);
             w = a.w;
@@ -71,13 +71,13 @@ template <int KIND> struct Rows : BlockRows {
         return !ended(a.pass, a.layers);
     }
     // Those of this block, `tile` at most. False: none are left.
-    template <typename W> __device__ __forceinline__ bool find(const Product &a, int tile) {
+    __device__ __forceinline__ bool find(const Product &a, int tile) {
         bool goes_on = start(a);
         // Of many blocks most may be left without rows, and are gone sooner if they ask for nothing else. Few ask for all that is
         // read here at once: there is a tile for each, whether or not it is one of these rows.
         if (gridDim.y > 64 && int(blockIdx.y) >= tiles(a, KIND, tile)) return false;
         bool is_there = goes_on & int(blockIdx.y) < tiles(a, KIND, tile);
-        take<W>(a, KIND, tile, blockIdx.y);
+        take(a, KIND, tile, blockIdx.y);
         return is_there;
     }
     __device__ __forceinline__ int input(const Product &a, int r) const { return BlockRows::input(a, KIND, r); }

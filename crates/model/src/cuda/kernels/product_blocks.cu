@@ -1,20 +1,10 @@
-// Products with weights in blocks, in bf16: integers of BITS bits, with a scale for each 32 of a row (`block_matrix.rs` says what
-// lies where). The integers are exact in bf16 and are multiplied as they are; a block's sum is then
-// multiplied by its scale in float32, so that no weight is ever rounded.
+// Products with weights in blocks, in bf16 (`block_matrix.rs` says what lies where).
+//
+// The integers of Q4_0 and Q8_0 are exact in bf16 and multiplied as they are; a block's sum is then multiplied by its scale in
+// float32, so that no weight is ever rounded. Weights of the other formats are widened to float32, as the processor does it, and
+// rounded to bf16 once: results have the bits that these weights have in bf16.
 
 #if BF16
-
-// 8 neighbours of a row.
-template <int BITS> struct IntegersOf;
-template <> struct IntegersOf<4> { typedef u32 Words; };
-template <> struct IntegersOf<8> { typedef uint2 Words; };
-
-__device__ __forceinline__ void load_integers(u32 &words, const void *from) {
-    asm("ld.global.nc.u32 %0, [%1];" : "=r"(words) : "l"(from));
-}
-__device__ __forceinline__ void load_integers(uint2 &words, const void *from) {
-    asm("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(words.x), "=r"(words.y) : "l"(from));
-}
 
 __device__ __forceinline__ u32 add2(u32 a, u32 b) { // pairs of bf16
     u32 sum;
@@ -22,141 +12,296 @@ __device__ __forceinline__ u32 add2(u32 a, u32 b) { // pairs of bf16
     return sum;
 }
 
-// Pairs of bf16. The lower 7 bits of a number from 128 on are its integer in bf16, so 128 is put over an integer, and taken off.
-__device__ __forceinline__ uint4 widen_integers(u32 word) { // each with 8 added
-    const u32 MASK = 0x000f000f, OVER = 0x43004300, LESS = 0xc308c308; // 128, -136
-    return make_uint4(add2(word & MASK | OVER, LESS), add2(word >> 4 & MASK | OVER, LESS),
-                      add2(word >> 8 & MASK | OVER, LESS), add2(word >> 12 & MASK | OVER, LESS));
-}
-__device__ __forceinline__ u32 widen_bytes(u32 word) { // the first and the third
-    const u32 OVER = 0x43004300, LESS = 0xc300c300; // of one below 0 the seven bits are 128 more: -256 is taken off, not -128
-    return add2(word & 0x007f007f | OVER, word & 0x00800080 | LESS);
-}
-__device__ __forceinline__ uint4 widen_integers(uint2 words) {
-    return make_uint4(widen_bytes(words.x), widen_bytes(words.x >> 8), widen_bytes(words.y), widen_bytes(words.y >> 8));
-}
-
-__device__ __forceinline__ float widen_scale(unsigned short scale) {
+__device__ __forceinline__ float widen_half(u32 half) { // the lower 16 bits
     float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(scale));
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"((unsigned short)half));
     return value;
 }
 
-// A matrix: the integers of its rows, then the scales of all rows for the first 32 of k, then those for the next.
-template <int BITS> struct Blocks {
-    const unsigned char *integers;
-    const unsigned short *scales;
-    int row_bytes, rows;
+// A byte as float, without the slower instruction for that: the lowest 23 bits of a number from 2^23 on are its integer.
+__device__ __forceinline__ float widen_byte(u32 byte) { return __uint_as_float(0x4b000000 | byte) - 8388608.f; }
+__device__ __forceinline__ float widen_signed(u32 byte) { return __uint_as_float(0x4b000000 | byte ^ 0x80) - 8388736.f; }
+
+// A weight is its integer times `scale`, and what is `added`.
+struct Line {
+    float scale, added;
+};
+
+// Formats: bytes of each plane for 32 of a row, SHARED for SHARED_K; whether weights are rounded, and something is added; what is
+// taken off integers in 4 to 6 bits. `line` is told what is a row's own and what it shares, and of which 16 of 32.
+struct Q4_0 {
+    static const int LOW = 16, UPPER = 0, OWN = 2, SHARED = 0, SHARED_K = 32, ZERO = 8;
+    static const bool IS_ROUNDED = false, IS_ADDED = false;
+    static __device__ __forceinline__ Line line(u32 own, u32, int) { return {widen_half(own), 0}; }
+};
+struct Q8_0 {
+    static const int LOW = 32, UPPER = 0, OWN = 2, SHARED = 0, SHARED_K = 32, ZERO = 0;
+    static const bool IS_ROUNDED = false, IS_ADDED = false;
+    static __device__ __forceinline__ Line line(u32 own, u32, int) { return {widen_half(own), 0}; }
+};
+struct Q4_1 {
+    static const int LOW = 16, UPPER = 0, OWN = 4, SHARED = 0, SHARED_K = 32, ZERO = 0;
+    static const bool IS_ROUNDED = true, IS_ADDED = true;
+    static __device__ __forceinline__ Line line(u32 own, u32, int) { return {widen_half(own), widen_half(own >> 16)}; }
+};
+struct Q5_0 {
+    static const int LOW = 16, UPPER = 4, OWN = 2, SHARED = 0, SHARED_K = 32, ZERO = 16;
+    static const bool IS_ROUNDED = true, IS_ADDED = false;
+    static __device__ __forceinline__ Line line(u32 own, u32, int) { return {widen_half(own), 0}; }
+};
+struct Q5_1 {
+    static const int LOW = 16, UPPER = 4, OWN = 4, SHARED = 0, SHARED_K = 32, ZERO = 0;
+    static const bool IS_ROUNDED = true, IS_ADDED = true;
+    static __device__ __forceinline__ Line line(u32 own, u32, int) { return {widen_half(own), widen_half(own >> 16)}; }
+};
+struct Q4_K {
+    static const int LOW = 16, UPPER = 0, OWN = 2, SHARED = 4, SHARED_K = 256, ZERO = 0;
+    static const bool IS_ROUNDED = true, IS_ADDED = true;
+    static __device__ __forceinline__ Line line(u32 own, u32 shared, int) {
+        return {widen_half(shared) * widen_byte(own & 0xff), -(widen_half(shared >> 16) * widen_byte(own >> 8))};
+    }
+};
+struct Q5_K : Q4_K {
+    static const int UPPER = 4;
+};
+struct Q6_K {
+    static const int LOW = 16, UPPER = 8, OWN = 2, SHARED = 2, SHARED_K = 256, ZERO = 32;
+    static const bool IS_ROUNDED = true, IS_ADDED = false;
+    static __device__ __forceinline__ Line line(u32 own, u32 shared, int half) {
+        return {widen_half(shared) * widen_signed(own >> half * 8 & 0xff), 0};
+    }
+};
+struct F8_E4M3 {
+    static const int LOW = 32, UPPER = 0, OWN = 0, SHARED = 4, SHARED_K = 64, ZERO = 0;
+    static const bool IS_ROUNDED = true, IS_ADDED = false;
+    static __device__ __forceinline__ Line line(u32, u32 shared, int) { return {__uint_as_float(shared), 0}; }
+};
+
+// The low bits of eight neighbours.
+template <int LOW> struct WordsOf { typedef u32 Words; };
+template <> struct WordsOf<32> { typedef uint2 Words; };
+
+__device__ __forceinline__ void load_words(u32 &words, const void *from) {
+    asm("ld.global.nc.u32 %0, [%1];" : "=r"(words) : "l"(from));
+}
+__device__ __forceinline__ void load_words(uint2 &words, const void *from) {
+    asm("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(words.x), "=r"(words.y) : "l"(from));
+}
+
+// Few bytes, from where nobody writes.
+template <int BYTES> __device__ __forceinline__ u32 load_bytes(const unsigned char *from) {
+    u32 value = 0;
+    if (BYTES == 1) asm("ld.global.nc.u8 %0, [%1];" : "=r"(value) : "l"(from));
+    if (BYTES == 2) asm("ld.global.nc.u16 %0, [%1];" : "=r"(value) : "l"(from));
+    if (BYTES == 4) asm("ld.global.nc.u32 %0, [%1];" : "=r"(value) : "l"(from));
+    return value;
+}
+template <int BYTES> __device__ __forceinline__ u32 take_bytes(const unsigned char *from) { // from shared memory
+    if (BYTES == 1) return *from;
+    if (BYTES == 2) return *reinterpret_cast<const unsigned short *>(from);
+    if (BYTES == 4) return *reinterpret_cast<const u32 *>(from);
+    return 0;
+}
+
+// The upper bits of eight neighbours, spread so that those of pair j, moved down by j times their number, are where integers have
+// them.
+template <typename F> __device__ __forceinline__ u32 spread(u32 upper) {
+    if (F::UPPER == 4) return ((upper | upper << 12) & 0x000f000f) << 4;
+    if (F::UPPER == 8) return ((upper | upper << 8) & 0x00ff00ff) << 4;
+    return 0;
+}
+
+// Pair j of eight neighbours as bf16. The lower 7 bits of a number from 128 on are its integer in bf16, so 128 is put over an
+// integer, and taken off.
+template <typename F> __device__ __forceinline__ u32 integer_pair(u32 word, u32 upper, int j) {
+    const u32 LESS = 0xc300 + F::ZERO, MASK = F::UPPER == 4 ? 0x00100010 : 0x00300030;
+    u32 pair = word >> 4 * j & 0x000f000f;
+    if (F::UPPER) pair |= upper >> F::UPPER / 4 * j & MASK;
+    return add2(pair | 0x43004300, LESS | LESS << 16);
+}
+template <typename F> __device__ __forceinline__ u32 integer_pair(uint2 words, u32, int j) {
+    u32 word = (j < 2 ? words.x : words.y) >> j % 2 * 8;
+    const u32 OVER = 0x43004300, LESS = 0xc300c300; // of one below 0 the seven bits are 128 more: -256 is taken off, not -128
+    return add2(word & 0x007f007f | OVER, word & 0x00800080 | LESS);
+}
+
+// The same as float; of FP8 its numbers.
+template <typename F> struct Numbers {
+    template <typename Words> static __device__ __forceinline__ float2 of(Words words, u32 upper, int j) {
+        u32 pair = integer_pair<F>(words, upper, j);
+        return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000));
+    }
+};
+template <> struct Numbers<F8_E4M3> {
+    static __device__ __forceinline__ float2 of(uint2 words, u32, int j) {
+        u32 word = (j < 2 ? words.x : words.y) >> j % 2 * 8;
+        u32 first = word << 24 & 0x80000000 | word << 20 & 0x07f00000, second = word << 8 & 0x80000000 | word << 4 & 0x07f00000;
+        const float EXPONENTS = __uint_as_float((127 + 120) << 23); // they count from 7, not from 127
+        return make_float2(__uint_as_float(first) * EXPONENTS, __uint_as_float(second) * EXPONENTS);
+    }
+};
+
+// Pair j of eight neighbours as weights.
+template <typename F, typename Words>
+__device__ __forceinline__ float2 weight_pair(Words words, u32 upper, int j, Line line) {
+    float2 n = Numbers<F>::of(words, upper, j);
+    if (F::IS_ADDED) return make_float2(fmaf(n.x, line.scale, line.added), fmaf(n.y, line.scale, line.added));
+    return make_float2(n.x * line.scale, n.y * line.scale);
+}
+
+// And as they are multiplied.
+template <typename F, typename Words>
+__device__ __forceinline__ u32 operand_pair(Words words, u32 upper, int j, Line line) {
+    if (!F::IS_ROUNDED) return integer_pair<F>(words, upper, j);
+    float2 pair_of = weight_pair<F>(words, upper, j, line);
+    return pair(pair_of.x, pair_of.y);
+}
+template <typename F, typename Words> __device__ __forceinline__ uint4 operands(Words words, u32 upper, Line line) {
+    upper = spread<F>(upper);
+    return make_uint4(operand_pair<F>(words, upper, 0, line), operand_pair<F>(words, upper, 1, line),
+                      operand_pair<F>(words, upper, 2, line), operand_pair<F>(words, upper, 3, line));
+}
+
+// A matrix of so many rows: its columns, then what they share.
+template <typename F> struct Blocks {
+    static const int BYTES = F::LOW + F::UPPER + F::OWN; // of a row in a column
+    const unsigned char *columns, *shared;
+    int rows;
 
     __device__ Blocks(const void *w, int rows, int k)
-        : integers(static_cast<const unsigned char *>(w)), row_bytes(k / 8 * BITS), rows(rows) {
-        scales = reinterpret_cast<const unsigned short *>(integers + u64(rows) * row_bytes);
+        : columns(static_cast<const unsigned char *>(w)), shared(columns + u64(k / 32) * rows * BYTES), rows(rows) {}
+    __device__ __forceinline__ const unsigned char *column(int k) const { return columns + u64(k / 32) * (rows * BYTES); }
+    __device__ __forceinline__ const unsigned char *shared_at(int k) const {
+        return shared + u64(k / F::SHARED_K) * (rows * F::SHARED);
     }
 };
 
-// A thread's part of a row, as PlainRow. Parts that follow each other share sectors, which the L1 cache keeps for the next one.
-template <int BITS> struct BlockRow {
-    typedef unsigned char Element;
+// A thread's part of a row, as PlainRow.
+template <typename F> struct BlockRow {
     typedef BlockRow OfFew;
     struct Loaded {
-        typename IntegersOf<BITS>::Words integers;
-        unsigned short scale;
+        typename WordsOf<F::LOW>::Words low;
+        u32 upper, own, shared;
     };
-    static const bool IS_SCALED = true;
-    static const int AHEAD = 8;
-    const unsigned char *integers;
-    const unsigned short *scales;
-    int rows;
+    static const bool IS_SCALED = !F::IS_ROUNDED;
+    static const int AHEAD = F::IS_ROUNDED ? 6 : 8;
+    Blocks<F> w;
+    int low, upper, own, shared, half; // where its bytes are in a column, and of which 16 of 32 it is
 
-    __device__ BlockRow(const Product &a, const void *w, int row, int rows, int t) : rows(rows) {
-        Blocks<BITS> blocks(w, rows, a.k);
-        integers = blocks.integers + u64(row) * blocks.row_bytes + t * BITS;
-        scales = blocks.scales + row;
-    }
+    __device__ BlockRow(const void *w, int row, int rows, int k, int t)
+        : w(w, rows, k), low(row * F::LOW + t * (F::LOW / 4)), upper(rows * F::LOW + row * F::UPPER + t * (F::UPPER / 4)),
+          own(rows * (F::LOW + F::UPPER) + row * F::OWN), shared(row * F::SHARED), half(t / 2) {}
+    __device__ BlockRow(const Product &a, const void *w, int row, int rows, int t) : BlockRow(w, row, rows, a.k, t) {}
     __device__ __forceinline__ Loaded load(int k) const {
+        const unsigned char *column = w.column(k);
         Loaded loaded;
-        load_integers(loaded.integers, integers + k / 8 * BITS);
-        asm("ld.global.nc.u16 %0, [%1];" : "=h"(loaded.scale) : "l"(scales + u64(k / 32) * rows));
+        load_words(loaded.low, column + low);
+        loaded.upper = load_bytes<F::UPPER / 4>(column + upper);
+        loaded.own = load_bytes<F::OWN>(column + own);
+        loaded.shared = load_bytes<F::SHARED>(w.shared_at(k) + shared);
         return loaded;
     }
-    __device__ __forceinline__ uint4 weights(const Loaded &loaded) const { return widen_integers(loaded.integers); }
-    __device__ __forceinline__ float scale(const Loaded &loaded) const { return widen_scale(loaded.scale); }
+    __device__ __forceinline__ Line line(const Loaded &loaded) const { return F::line(loaded.own, loaded.shared, half); }
+    __device__ __forceinline__ uint4 weights(const Loaded &loaded) const {
+        return operands<F>(loaded.low, loaded.upper, line(loaded));
+    }
+    __device__ __forceinline__ float scale(const Loaded &loaded) const { return IS_SCALED ? line(loaded).scale : 1; }
 };
 
-// As PlainTile. The scales of a stage lie behind its integers.
-template <int BITS, bool IS_GATED> struct BlockTile {
-    typedef unsigned char Element;
-    static const int ROW_BYTES = 4 * BITS;
-    static const int PIECES = SIDE * ROW_BYTES / 16; // of 16 bytes
-    static const int BYTES = SIDE * (ROW_BYTES + 2);
-    static const int STAGES = BITS == 4 ? 4 : 3;
-    static const int HEADS = 0;
-    static const bool IS_SCALED = true;
-    const unsigned char *integers, *scales; // this thread's
-    u64 apart; // from a piece of the thread to its next, which is of the other half of the rows where there are two
-    int rows;
+// Copies ROWS rows of a plane ahead, by so many threads: two runs of rows, which begin `second` rows apart.
+template <int BYTES, int ROWS, int THREADS> struct PlaneCopy {
+    static const int HALF = ROWS / 2 * BYTES / 16; // pieces of 16 bytes
+    int from; // the thread's first piece, in a column
 
-    __device__ BlockTile(const Product &a, const void *w, int o, int k, int thread, uint4 *) : rows(IS_GATED ? a.outputs * 2 : a.outputs) {
-        Blocks<BITS> blocks(w, rows, a.k);
-        u64 second = IS_GATED ? a.outputs : SIDE / 2; // the first row of the second half, from o
-        apart = second * blocks.row_bytes;
-        // Of 8 bits a thread has a piece of each half; of 4 there is one for each thread.
-        int row = thread * 16 / ROW_BYTES, half = row / (SIDE / 2);
-        u64 at = o + half * second + row % (SIDE / 2);
-        integers = blocks.integers + at * blocks.row_bytes + k / 8 * BITS + thread * 16 % ROW_BYTES;
-        // Eight threads copy eight scales each.
-        u64 scale = o + thread / 4 * second + thread % 4 * 8;
-        scales = reinterpret_cast<const unsigned char *>(blocks.scales + u64(k / 32) * rows + scale);
+    // The plane begins at `plane` there, the first run at row o.
+    __device__ PlaneCopy(int plane, int o, int second, int thread) {
+        if constexpr (BYTES > 0) from = plane + (o + thread / HALF * second) * BYTES + thread % HALF * 16;
     }
+    __device__ __forceinline__ void copy(unsigned char *to, const unsigned char *column, int second, int thread) const {
+        if constexpr (BYTES > 0) {
+            static_assert(HALF <= THREADS, "a thread has a piece of each half, or of one");
+            if (2 * HALF < THREADS && thread >= 2 * HALF) return;
+            copy_ahead(to + thread * 16, column + from);
+            if (2 * HALF > THREADS) copy_ahead(to + (thread + THREADS) * 16, column + from + second * BYTES);
+        }
+    }
+};
+
+// Those of a stage: of as many columns as it has, and of what they share.
+template <typename F, int ROWS, int THREADS> struct StageCopy {
+    static const int UPPER_AT = ROWS * F::LOW, OWN_AT = UPPER_AT + ROWS * F::UPPER, BYTES = OWN_AT + ROWS * F::OWN;
+    PlaneCopy<F::LOW, ROWS, THREADS> low;
+    PlaneCopy<F::UPPER, ROWS, THREADS> upper;
+    PlaneCopy<F::OWN, ROWS, THREADS> own;
+    PlaneCopy<F::SHARED, ROWS, THREADS> shared;
+    int second;
+
+    __device__ StageCopy(int rows, int o, int second, int thread)
+        : low(0, o, second, thread), upper(rows * F::LOW, o, second, thread),
+          own(rows * (F::LOW + F::UPPER), o, second, thread), shared(0, o, second, thread), second(second) {}
+    __device__ __forceinline__ void column(unsigned char *to, const unsigned char *from, int thread) const {
+        low.copy(to, from, second, thread), upper.copy(to + UPPER_AT, from, second, thread), own.copy(to + OWN_AT, from, second, thread);
+    }
+};
+
+// As PlainTile. A stage is a column, plane by plane, then what is shared.
+template <typename F, bool IS_GATED> struct BlockTile {
+    typedef StageCopy<F, SIDE, SIDE> Copy;
+    static const int BYTES = Copy::BYTES + SIDE * F::SHARED;
+    static const int STAGES = F::LOW == 16 ? 4 : 3;
+    static const int HEADS = 0;
+    static const bool IS_SCALED = !F::IS_ROUNDED;
+    Blocks<F> w;
+    Copy ahead;
+    int k; // where the next stage begins
+
+    __device__ BlockTile(const Product &a, const void *w, int o, int k, int thread, uint4 *)
+        : w(w, IS_GATED ? a.outputs * 2 : a.outputs, a.k), ahead(this->w.rows, o, IS_GATED ? a.outputs : SIDE / 2, thread), k(k) {}
     __device__ __forceinline__ void copy(unsigned char *to, int thread) {
-        for (int i = 0; i < PIECES / SIDE; ++i) copy_ahead(to + (thread + i * SIDE) * 16, integers + i * apart);
-        if (thread < SIDE / 8) copy_ahead(to + SIDE * ROW_BYTES + thread * 16, scales);
-        integers += ROW_BYTES, scales += rows * 2;
+        ahead.column(to, w.column(k), thread);
+        ahead.shared.copy(to + Copy::BYTES, w.shared_at(k), ahead.second, thread);
+        k += 32;
+    }
+    __device__ __forceinline__ Line line(const unsigned char *tile, int at, int t) const {
+        u32 own = take_bytes<F::OWN>(tile + Copy::OWN_AT + at * F::OWN);
+        return F::line(own, take_bytes<F::SHARED>(tile + Copy::BYTES + at * F::SHARED), t / 2);
     }
     __device__ __forceinline__ uint4 weights(const unsigned char *tile, int at, int t) const {
-        return widen_integers(*reinterpret_cast<const typename IntegersOf<BITS>::Words *>(tile + at * ROW_BYTES + t * BITS));
+        typedef typename WordsOf<F::LOW>::Words Words;
+        Words low = *reinterpret_cast<const Words *>(tile + at * F::LOW + t * (F::LOW / 4));
+        u32 upper = take_bytes<F::UPPER / 4>(tile + Copy::UPPER_AT + at * F::UPPER + t * (F::UPPER / 4));
+        return operands<F>(low, upper, line(tile, at, t));
     }
-    __device__ __forceinline__ float scale(const unsigned char *tile, int at) const {
-        return widen_scale(*reinterpret_cast<const unsigned short *>(tile + SIDE * ROW_BYTES + at * 2));
-    }
+    __device__ __forceinline__ float scale(const unsigned char *tile, int at) const { return IS_SCALED ? line(tile, at, 0).scale : 1; }
 };
 
 // h[row] = table[ids[row]], a block per row
-template <int BITS> __device__ __forceinline__ void embed_row(const Embed &a) {
+template <typename F> __device__ __forceinline__ void embed_row(const Embed &a) {
     begin();
-    Blocks<BITS> table(a.table, a.rows, a.d);
-    u32 id = a.ids[blockIdx.x];
-    for (int i = threadIdx.x; i < a.d / 8; i += blockDim.x) {
-        typename IntegersOf<BITS>::Words words;
-        load_integers(words, table.integers + u64(id) * table.row_bytes + i * BITS);
-        uint4 pairs = widen_integers(words);
-        float scale = widen_scale(table.scales[u64(i / 4) * a.rows + id]);
-        float *to = a.h + u64(blockIdx.x) * a.d + i * 8;
-        const u32 own[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
+    int t = threadIdx.x % 4;
+    BlockRow<F> table(a.table, a.ids[blockIdx.x], a.rows, a.d, t);
+    for (int k = threadIdx.x / 4 * 32; k < a.d; k += blockDim.x * 8) {
+        typename BlockRow<F>::Loaded loaded = table.load(k);
+        Line line = table.line(loaded);
+        u32 upper = spread<F>(loaded.upper);
+        float *to = a.h + u64(blockIdx.x) * a.d + k + t * 8;
         for (int j = 0; j < 4; ++j) {
-            to[2 * j] = __uint_as_float(own[j] << 16) * scale;
-            to[2 * j + 1] = __uint_as_float(own[j] & 0xffff0000u) * scale;
+            float2 two = weight_pair<F>(loaded.low, upper, j, line);
+            to[2 * j] = two.x, to[2 * j + 1] = two.y;
         }
     }
 }
 
-#define BLOCKS_OF(BITS)                                                                                                \
-    template <int KIND> __device__ __forceinline__ void few_blocks##BITS(const Product &a) {                           \
-        few_of<KIND, BlockRow<BITS>>(a);                                                                               \
+#define BLOCKS_OF(NAME, F)                                                                                             \
+    template <int KIND> __device__ __forceinline__ void few_##NAME(const Product &a) { few_of<KIND, BlockRow<F>>(a); } \
+    template <int KIND> __device__ __forceinline__ void many_##NAME(const Product &a) {                                \
+        many_of<KIND, BlockTile<F, Rows<KIND>::IS_GATED>>(a);                                                          \
     }                                                                                                                  \
-    template <int KIND> __device__ __forceinline__ void many_blocks##BITS(const Product &a) {                          \
-        many_of<KIND, BlockTile<BITS, Rows<KIND>::IS_GATED>>(a);                                                       \
-    }                                                                                                                  \
-    KINDS(few_blocks##BITS, few_blocks##BITS, 128, 1)                                                                  \
-    KINDS(many_blocks##BITS, many_blocks##BITS, 4 * SIDE, 2)                                                           \
-    extern "C" __global__ void embed_blocks##BITS(Embed a) { embed_row<BITS>(a); }
+    KINDS(few_##NAME, few_##NAME, 128, 1)                                                                              \
+    KINDS(many_##NAME, many_##NAME, 4 * SIDE, 2)                                                                       \
+    extern "C" __global__ void embed_##NAME(Embed a) { embed_row<F>(a); }
 
 // For the formats that a model has.
-#if BLOCKS4
-BLOCKS_OF(4)
-#endif
-#if BLOCKS8
-BLOCKS_OF(8)
-#endif
+FORMATS(BLOCKS_OF)
 
 #endif

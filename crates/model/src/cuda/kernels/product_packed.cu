@@ -60,7 +60,6 @@ struct Packed {
 // A thread's part of a row, as PlainRow. Parts that follow each other share sectors, which the L1 cache keeps for the next one, but
 // not where ONCE is set: steps of generation, a few rows through many kernels that follow closely, are 14% slower if it does.
 template <bool ONCE> struct PackedRow {
-    typedef unsigned char Element;
     typedef PackedRow<true> OfFew;
     static const bool IS_SCALED = false;
     static const int AHEAD = 6;
@@ -98,7 +97,6 @@ EXPERT_KINDS(few_packed, few_packed, 128, 1)
 
 // As PlainTile; the heads of its rows are in shared memory, too.
 struct PackedTile {
-    typedef unsigned char Element;
     static const int BYTES = SIDE * 48;
     static const int STAGES = 3;
     static const int HEADS = SIDE;

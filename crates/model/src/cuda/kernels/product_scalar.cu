@@ -3,7 +3,7 @@
 
 template <int KIND, typename X, typename W> __device__ __forceinline__ void scalar(const Product &a) {
     Rows<KIND> rows;
-    if (!rows.template find<W>(a, 8)) return;
+    if (!rows.find(a, 8)) return;
     const bool IS_GATED = Rows<KIND>::IS_GATED;
     int lane = threadIdx.x % 32, o = (blockIdx.x * 16 + threadIdx.x / 32 * 4) / (IS_GATED ? 2 : 1);
     if (o >= a.outputs) return;
@@ -54,7 +54,7 @@ extern "C" __global__ void __launch_bounds__(128) router_logits(Product a) {
     const int AHEAD = 4;
     __shared__ float parts[4][32];
     Rows<LOGITS> rows;
-    rows.take<float>(a, LOGITS, 8, blockIdx.y);
+    rows.take(a, LOGITS, 8, blockIdx.y);
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, o = blockIdx.x * 4;
     const float *w = static_cast<const float *>(rows.w) + u64(o) * a.k + lane * 4;
     float4 ws[AHEAD][4];
@@ -100,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(128) router_logits(Product a) {
 extern "C" __global__ void __launch_bounds__(512, 1) router_logits_many(Product a) {
     __shared__ float parts[4][4][64];
     Rows<LOGITS> rows;
-    if (!rows.find<float>(a, 32)) return;
+    if (!rows.find(a, 32)) return;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, eight = threadIdx.x / 128, o = blockIdx.x * 8;
     const float *w = static_cast<const float *>(rows.w) + u64(o) * a.k + lane * 4;
     const T *x = static_cast<const T *>(a.x) + lane * 4;

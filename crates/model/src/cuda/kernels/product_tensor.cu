@@ -40,7 +40,6 @@ __device__ __forceinline__ void add32(float (&sum)[4], uint4 upper, uint4 lower,
 
 // A thread's part of a row of W: of every 32 of k the 8 from 8t on, as they are loaded and as they are multiplied.
 struct PlainRow {
-    typedef T Element;
     typedef PlainRow OfFew;
     typedef uint4 Loaded;
     static const bool IS_SCALED = false;
@@ -126,8 +125,8 @@ __device__ __forceinline__ void few_rows(const Product &a, const Rows<KIND> &row
 template <int KIND, typename Row> __device__ __forceinline__ void few_of(const Product &a) {
     __shared__ float partial[4 * 32 * 20];
     Rows<KIND> rows;
-    if (KIND < GATHER) rows.template take<typename Row::Element>(a, KIND, 32, blockIdx.y);
-    else if (!rows.template find<typename Row::Element>(a, 32)) return;
+    if (KIND < GATHER) rows.take(a, KIND, 32, blockIdx.y);
+    else if (!rows.find(a, 32)) return;
     if (rows.count <= 8) few_rows<KIND, typename Row::OfFew, 1, Row::AHEAD>(a, rows, partial);
     else if (rows.count <= 16) few_rows<KIND, Row, 2, 3>(a, rows, partial);
     else few_rows<KIND, Row, 4, 2>(a, rows, partial);
@@ -148,7 +147,6 @@ const int SIDE = 64, SUMS_WIDTH = SIDE + 4; // a row of sums is 4 wider, so that
 // SIDE rows of W, of a gated one half of the gate and half of what it gates. A thread takes from shared memory what PlainRow
 // takes.
 template <bool IS_GATED> struct PlainTile {
-    typedef T Element;
     static const int BYTES = SIDE * 64; // of a stage
     static const int STAGES = 3;
     static const int HEADS = 0;
@@ -177,7 +175,7 @@ template <int KIND, typename W> __device__ __forceinline__ void many_of(const Pr
     static_assert(4 * STAGES * STAGE_BYTES + W::HEADS * 16 <= MANY_SHARED_BYTES, "stages need more room");
     static_assert(4 * SIDE * SUMS_WIDTH * 4 <= 4 * STAGES * STAGE_BYTES, "sums need more room");
     Rows<KIND> rows;
-    if (!rows.template find<typename W::Element>(a, SIDE)) return;
+    if (!rows.find(a, SIDE)) return;
     int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, run = threadIdx.x / SIDE, thread = threadIdx.x % SIDE;
     const bool IS_GATED = Rows<KIND>::IS_GATED;
     int o = blockIdx.x * (IS_GATED ? SIDE / 2 : SIDE), outputs_at = thread / 32 * 32, steps = a.k / 128;

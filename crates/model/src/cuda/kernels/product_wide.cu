@@ -75,7 +75,6 @@ __device__ __forceinline__ void arrive_with_copies(const u64 *barrier) {
 // W as the threads of a group of warps take it: of 16 rows and 32 of k the left operands of two products. `Copy` brings stages to
 // shared memory, by COPIERS threads.
 struct WidePlain {
-    typedef T Element;
     static const int BYTES = ROWS_BYTES;
     static const int STAGES = 6;
     static const bool IS_SCALED = false;
@@ -107,60 +106,55 @@ struct WidePlain {
     static __device__ float scale(const unsigned char *, int, int) { return 1; }
 };
 
-// Of eight weights a thread takes the first or the second pair of either half.
-__device__ __forceinline__ u32 widen_halves(u32 word) { return add2(word & 0x000f000f | 0x43004300, 0xc308c308); }
-__device__ __forceinline__ void widen_pairs(u32 word, int second, u32 &lower, u32 &upper) {
-    word >>= second * 4;
-    lower = widen_halves(word), upper = widen_halves(word >> 8);
-}
-__device__ __forceinline__ void widen_pairs(uint2 words, int second, u32 &lower, u32 &upper) {
-    lower = widen_bytes(words.x >> second * 8), upper = widen_bytes(words.y >> second * 8);
-}
-
-// Integers: (2 blocks, rows, 4 * BITS bytes), then scales: (2 blocks, rows).
-template <int BITS> struct WideBlocks {
-    typedef unsigned char Element;
-    typedef typename IntegersOf<BITS>::Words Words;
-    static const int ROW = 4 * BITS, SCALES_AT = 2 * WIDE_SIDE * ROW;
-    static const int BYTES = (SCALES_AT + 4 * WIDE_SIDE + 1023) / 1024 * 1024;
+// Stages of two columns each, then what they share.
+template <typename F> struct WideBlocks {
+    typedef StageCopy<F, WIDE_SIDE, COPIERS> Column;
+    static const int SHARED_AT = 2 * Column::BYTES, BYTES = (SHARED_AT + WIDE_SIDE * F::SHARED + 1023) / 1024 * 1024;
     static const int STAGES = 8;
-    static const bool IS_SCALED = true;
+    static const bool IS_SCALED = !F::IS_ROUNDED;
     struct Copy {
-        static const int PIECES = ROW / 8, AT_ONCE = COPIERS / PIECES; // of 16 bytes in a row, rows
-        const unsigned char *integers, *scales;
-        u64 apart, second; // from a thread's piece to its next, from its first of the first 64 rows to that of the others
-        int rows, to, thread;
+        Column ahead;
+        const unsigned char *from, *shared;
+        int rows, k, thread;
 
-        __device__ Copy(const Product &a, const void *w, int o, u64 second, int rows, int thread) : rows(rows), thread(thread) {
-            Blocks<BITS> blocks(w, rows, a.k);
-            int row = thread / (8 * PIECES) * 8 + thread % 8, piece = thread / 8 % PIECES;
-            to = piece / (PIECES / 2) * WIDE_SIDE * ROW + row * ROW + piece % (PIECES / 2) * 16;
-            apart = u64(AT_ONCE) * blocks.row_bytes, this->second = second * blocks.row_bytes;
-            integers = blocks.integers + u64(o + row) * blocks.row_bytes + piece * 16;
-            // 32 threads copy eight scales each.
-            u64 first = o + thread % 8 * 8 + thread / 8 % 2 * second;
-            scales = reinterpret_cast<const unsigned char *>(blocks.scales + thread / 16 * u64(rows) + first);
+        __device__ Copy(const Product &a, const void *w, int o, u64 second, int rows, int thread)
+            : ahead(rows, o, int(second), thread), rows(rows), k(0), thread(thread) {
+            Blocks<F> blocks(w, rows, a.k);
+            from = blocks.columns, shared = blocks.shared;
         }
         __device__ __forceinline__ void next(unsigned char *stage) {
 #pragma unroll
-            for (int i = 0; i < WIDE_SIDE / AT_ONCE; ++i)
-                copy_ahead(stage + to + i * AT_ONCE * ROW, integers + i * AT_ONCE / 64 * second + i % (64 / AT_ONCE) * apart);
-            if (thread < 32) copy_ahead(stage + SCALES_AT + thread * 16, scales);
-            integers += 2 * ROW, scales += u64(rows) * 4;
+            for (int block = 0; block < 2; ++block) {
+                ahead.column(stage + block * Column::BYTES, from, thread);
+                from += rows * Blocks<F>::BYTES;
+            }
+            ahead.shared.copy(stage + SHARED_AT, shared, ahead.second, thread);
+            k += WIDE_STAGE;
+            if (F::SHARED && k % F::SHARED_K == 0) shared += rows * F::SHARED;
         }
     };
+    // Of a row in a block of a stage, and of which 16 of 32.
+    static __device__ __forceinline__ Line line(const unsigned char *stage, int block, int row, int half) {
+        const unsigned char *own = stage + block * Column::BYTES + Column::OWN_AT + row * F::OWN;
+        return F::line(take_bytes<F::OWN>(own), take_bytes<F::SHARED>(stage + SHARED_AT + row * F::SHARED), half);
+    }
     static __device__ __forceinline__ void weights(const unsigned char *stage, int block, u32 (&w)[2][4]) {
-        int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+        typedef typename WordsOf<F::LOW>::Words Words;
+        const unsigned char *column = stage + block * Column::BYTES;
+        int first = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const unsigned char *at = stage + (block * WIDE_SIDE + row + i % 2 * 8) * ROW + (t / 2 + i / 2 * 2) * BITS;
-            widen_pairs(*reinterpret_cast<const Words *>(at), t % 2, w[0][i], w[1][i]);
+            // Of eight weights a thread takes the first or the second pair of either half.
+            int row = first + i % 2 * 8, eight = t / 2 + i / 2 * 2;
+            Words low = *reinterpret_cast<const Words *>(column + row * F::LOW + eight * (F::LOW / 4));
+            u32 upper = spread<F>(take_bytes<F::UPPER / 4>(column + Column::UPPER_AT + row * F::UPPER + eight * (F::UPPER / 4)));
+            Line own = line(stage, block, row, i / 2);
+            w[0][i] = operand_pair<F>(low, upper, t % 2, own), w[1][i] = operand_pair<F>(low, upper, t % 2 + 2, own);
         }
     }
     // Of the thread's first row, or the one 8 further on.
     static __device__ __forceinline__ float scale(const unsigned char *stage, int block, int further) {
-        int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + further;
-        return widen_scale(reinterpret_cast<const unsigned short *>(stage + SCALES_AT)[block * WIDE_SIDE + row]);
+        return IS_SCALED ? line(stage, block, threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + further, 0).scale : 1;
     }
 };
 
@@ -355,7 +349,7 @@ template <bool IS_GATED, typename W> __device__ __forceinline__ void wide_of(con
     if (threadIdx.x >= MULTIPLIERS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         for (int at = blockIdx.x; at < count; at += gridDim.x) {
-            rows.take<typename W::Element>(a, a.kind, WIDE_SIDE, at / across);
+            rows.take(a, a.kind, WIDE_SIDE, at / across);
             int o = at % across * OUTPUTS;
             if (rows.count <= 64) wide_copies<IS_GATED, W, 1>(a, rows, o, stages);
             else wide_copies<IS_GATED, W, 2>(a, rows, o, stages);
@@ -364,7 +358,7 @@ template <bool IS_GATED, typename W> __device__ __forceinline__ void wide_of(con
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         for (int at = blockIdx.x; at < count; at += gridDim.x) {
-            rows.take<typename W::Element>(a, a.kind, WIDE_SIDE, at / across);
+            rows.take(a, a.kind, WIDE_SIDE, at / across);
             int o = at % across * OUTPUTS;
             if (rows.count <= 64) wide_sums<IS_GATED, W, 1>(a, rows, o, stages, partial);
             else wide_sums<IS_GATED, W, 2>(a, rows, o, stages, partial);
@@ -378,11 +372,7 @@ template <bool IS_GATED, typename W> __device__ __forceinline__ void wide_of(con
     extern "C" __global__ void __launch_bounds__(MULTIPLIERS + COPIERS, 1) NAME##_gated(Product a) { wide_of<true, W>(a); }
 
 WIDE_OF(wide, WidePlain)
-#if BLOCKS4
-WIDE_OF(wide_blocks4, WideBlocks<4>)
-#endif
-#if BLOCKS8
-WIDE_OF(wide_blocks8, WideBlocks<8>)
-#endif
+#define WIDE_BLOCKS_OF(NAME, F) WIDE_OF(wide_##NAME, WideBlocks<F>)
+FORMATS(WIDE_BLOCKS_OF)
 
 #endif

@@ -217,10 +217,10 @@ impl Operations for Pass<'_> {
         }
     }
 
-    fn experts(&mut self, _: LayerId) -> Result<Rows, CudaError> {
+    fn experts(&mut self, layer: LayerId) -> Result<Rows, CudaError> {
         let Some(experts) = self.machine.experts else { return Ok(Rows::Leave) };
         self.layers += 1;
-        self.start_experts(&experts)?;
+        self.start_experts(layer, &experts)?;
         // The host looks at the layer before it goes on, as if rows had left.
         Ok(if self.pause == Some(self.layers) { Rows::Leave } else { Rows::Stay })
     }
