@@ -30,6 +30,7 @@ pub struct Part {
 /// | FP8 | | scale: float32 |
 ///
 /// Panics unless `block` is one of a format in blocks, which has such a part.
+#[inline(always)]
 pub fn of(dtype: StoredDType, block: &[u8], at: usize) -> (Part, &[u8]) {
     assert_eq!(block.len(), dtype.block().1, "a block of {dtype}");
     assert!((at + 1) * PART <= dtype.block().0, "a block of {dtype} has no part {at}");

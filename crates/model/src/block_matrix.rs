@@ -1,27 +1,32 @@
 //! Matrices in blocks as a GPU multiplies them (`cuda/kernels/product_blocks.cu`): what the blocks of a checkpoint hold, bit for
 //! bit, in another order. Experts lie so in slots, and are uploaded so.
 //!
-//! A matrix of (outputs, k) lies column by column, a column being 32 of k. In each come, plane by plane, those of all rows:
+//! A matrix of (outputs, k) lies in tiles of [`ROWS`] rows, a tile column by column, a column being 32 of k. In a column come, plane
+//! by plane, those of all its rows:
 //!
-//! | plane | bytes for 32 of k | what |
+//! | plane | bytes of a row | what |
 //! |---|---|---|
 //! | low | 16, or 32 of Q8_0 and FP8 | the low 4 bits of integers, or all 8: a word or two for each of the four threads that share a row |
 //! | upper | 4 of Q5_0, Q5_1 and Q5_K, 8 of Q6_K | their other bits: a quarter for each of these threads |
 //! | own | 2, 4 of Q4_1 and Q5_1, none of FP8 | scales of these 32, as [`block_parts::of`] has them |
 //!
-//! Behind all columns lies what several of them share: what scales count in for each 256 of k, 4 bytes of Q4_K and Q5_K and 2 of
-//! Q6_K; the scale of FP8 for each 64, 4 bytes. So a matrix takes the bytes that it takes in its file, but of Q4_K and Q5_K, whose
+//! Behind its columns a tile has what several of them share: what scales count in for each 256 of k, 4 bytes of Q4_K and Q5_K and 2
+//! of Q6_K; the scale of FP8 for each 64, 4 bytes. So a matrix takes the bytes that it takes in its file, but of Q4_K and Q5_K, whose
 //! scales are 6 bits there and 8 here, 4 for each 256 values more.
 //!
 //! A thread has 8 neighbours, 0 to 7. They lie so that a mask and a shift give pairs in the halves of a word: in half bytes 0, 2, 4, 6,
 //! 1, 3, 5, 7 of a word, the lowest first; in bytes 0, 2, 1, 3 and 4, 6, 5, 7. Upper bits lie as half bytes do.
 
+use rayon::prelude::*;
 use sida_kernels::{
     block_parts::{self, Part},
     dtype::BLOCK,
 };
 
 use crate::StoredDType;
+
+/// Rows of a tile; a matrix has whole ones.
+pub(crate) const ROWS: usize = 64;
 
 /// Bytes of each plane.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,54 +69,86 @@ pub(crate) fn bytes(dtype: StoredDType, values: usize) -> usize {
     values / BLOCK * planes.bytes() + values / planes.shared.0 * planes.shared.1
 }
 
-/// Orders a matrix with rows of `k` into `to`, which is [`bytes`] long. Panics unless it is.
+/// Orders a matrix with rows of `k` into `to`, which is [`bytes`] long, on all threads. Panics unless it is.
 pub(crate) fn arrange(stored: &[u8], dtype: StoredDType, k: usize, to: &mut [u8]) {
-    let planes = Planes::of(dtype);
-    let (block, block_bytes) = dtype.block();
-    let (values, parts) = (dtype.values(stored.len()), block / BLOCK);
-    assert_eq!(to.len(), bytes(dtype, values), "a matrix as a device has it");
-    let outputs = values / k;
-    let (columns, shared) = to.split_at_mut(values / BLOCK * planes.bytes());
-    for (at, block_bytes) in stored.chunks_exact(block_bytes).enumerate() {
-        let (row, block_at) = (at / (k / block), at % (k / block));
-        for part in 0..parts {
-            let (Part { eights, own }, rest) = block_parts::of(dtype, block_bytes, part);
-            let column =
-                &mut columns[(block_at * parts + part) * outputs * planes.bytes()..][..outputs * planes.bytes()];
-            let (low, others) = column.split_at_mut(outputs * planes.low);
-            let (upper, owns) = others.split_at_mut(outputs * planes.upper);
-            let low = &mut low[row * planes.low..][..planes.low];
-            let upper = &mut upper[row * planes.upper..][..planes.upper];
-            match planes.low {
-                16 => low.as_chunks_mut().0.iter_mut().zip(eights).for_each(|(to, eight)| *to = half_bytes(eight)),
-                _ => low.as_chunks_mut().0.iter_mut().zip(eights).for_each(|(to, eight)| *to = whole_bytes(eight)),
+    // A loop for each format, which knows where its blocks have what.
+    macro_rules! arrange_each {
+        ($($dtype:ident),+) => {
+            match dtype {
+                $(StoredDType::$dtype => {
+                    arrange_in(stored, dtype, k, to, |block, part| block_parts::of(StoredDType::$dtype, block, part));
+                })+
+                StoredDType::F32 | StoredDType::BF16 | StoredDType::F16 => panic!("{dtype} has no blocks"),
             }
-            match planes.upper {
-                4 => upper.iter_mut().zip(eights).for_each(|(to, eight)| *to = fifth_bits(eight)),
-                _ => upper.as_chunks_mut().0.iter_mut().zip(eights).for_each(|(to, eight)| *to = high_bits(eight)),
-            }
-            owns[row * planes.own..][..planes.own].copy_from_slice(&own[..planes.own]);
-            let (_, shared_bytes) = planes.shared;
-            shared[(block_at * outputs + row) * shared_bytes..][..shared_bytes].copy_from_slice(&rest[..shared_bytes]);
-        }
+        };
     }
+    arrange_each!(Q4_0, Q8_0, Q4_1, Q5_0, Q5_1, Q4K, Q5K, Q6K, F8);
 }
 
-/// The bytes at even places of eight, each in 16 bits, then those at odd ones.
-fn even_and_odd(eight: u64) -> [u64; 2] {
-    [eight & 0x00ff_00ff_00ff_00ff, eight >> 8 & 0x00ff_00ff_00ff_00ff]
+/// With `part_of` a block.
+#[inline(always)]
+fn arrange_in<'s>(
+    stored: &'s [u8],
+    dtype: StoredDType,
+    k: usize,
+    to: &mut [u8],
+    part_of: impl Fn(&'s [u8], usize) -> (Part, &'s [u8]) + Sync,
+) {
+    let (planes, (block, block_bytes)) = (Planes::of(dtype), dtype.block());
+    let (parts, shared_bytes, row_bytes) = (block / BLOCK, planes.shared.1, k / block * block_bytes);
+    assert_eq!(to.len(), bytes(dtype, dtype.values(stored.len())), "a matrix as a device has it");
+    assert!(stored.len().is_multiple_of(ROWS * row_bytes), "a matrix has whole tiles");
+    let tiles = to.par_chunks_exact_mut(bytes(dtype, ROWS * k)).zip(stored.par_chunks_exact(ROWS * row_bytes));
+    tiles.for_each(|(tile, stored)| {
+        let (columns, shared) = tile.split_at_mut(k / BLOCK * ROWS * planes.bytes());
+        for (at, block) in stored.chunks_exact(block_bytes).enumerate() {
+            let (row, first) = (at / (row_bytes / block_bytes), at % (row_bytes / block_bytes));
+            let columns = &mut columns[first * parts * ROWS * planes.bytes()..][..parts * ROWS * planes.bytes()];
+            for (part, column) in columns.chunks_exact_mut(ROWS * planes.bytes()).enumerate() {
+                let (Part { eights, own }, rest) = part_of(block, part);
+                let (low, others) = column.split_at_mut(ROWS * planes.low);
+                let (upper, owns) = others.split_at_mut(ROWS * planes.upper);
+                match planes.low {
+                    16 => put(eights, half_bytes, &mut low[row * 16..][..16]),
+                    _ => put(eights, whole_bytes, &mut low[row * 32..][..32]),
+                }
+                match planes.upper {
+                    4 => put(eights, fifth_bits, &mut upper[row * 4..][..4]),
+                    8 => put(eights, high_bits, &mut upper[row * 8..][..8]),
+                    _ => {}
+                }
+                match planes.own {
+                    2 => owns[row * 2..][..2].copy_from_slice(&own[..2]),
+                    4 => owns[row * 4..][..4].copy_from_slice(&own),
+                    _ => {}
+                }
+                if part == 0 {
+                    let to = &mut shared[(first * ROWS + row) * shared_bytes..][..shared_bytes];
+                    to.copy_from_slice(&rest[..shared_bytes]);
+                }
+            }
+        }
+    });
 }
 
-/// Four numbers of 16 bits drawn together to so many bits each.
-fn together(each: u64, bits: u32) -> u64 {
-    let mask = (1 << bits) - 1;
-    (0..4).fold(0, |all, at| all | (each >> (16 * at) & mask) << (bits * at))
+/// What each of the four threads that share a row takes.
+fn put<const BYTES: usize>(eights: [u64; 4], of: impl Fn(u64) -> [u8; BYTES], to: &mut [u8]) {
+    to.as_chunks_mut().0.iter_mut().zip(eights).for_each(|(to, eight)| *to = of(eight));
+}
+
+/// Of eight bytes the lowest bits, so many of each: those at even places drawn together, and those at odd ones.
+fn even_and_odd(eight: u64, bits: u32) -> [u64; 2] {
+    const EACH: u64 = 0x0001_0001_0001_0001;
+    // What is at bit 16 i is moved to bit 48 + i * bits, by a product whose other terms stay below or leave the word.
+    let together = (0..4).fold(0, |factor, i| factor | 1 << (48 - i * (16 - bits)));
+    let of = |each: u64| (each & (EACH * ((1 << bits) - 1))).wrapping_mul(together) >> 48;
+    [of(eight), of(eight >> 8)]
 }
 
 /// The low half bytes of eight bytes.
 fn half_bytes(eight: u64) -> [u8; 4] {
-    let [even, odd] = even_and_odd(eight);
-    ((together(even, 4) | together(odd, 4) << 16) as u32).to_le_bytes()
+    let [even, odd] = even_and_odd(eight, 4);
+    ((even | odd << 16) as u32).to_le_bytes()
 }
 
 fn whole_bytes(eight: u64) -> [u8; 8] {
@@ -120,15 +157,14 @@ fn whole_bytes(eight: u64) -> [u8; 8] {
 }
 
 /// The bits above the lowest four: one of each.
-fn fifth_bits(eight: u64) -> u8 {
-    let [even, odd] = even_and_odd(eight >> 4);
-    (together(even, 1) | together(odd, 1) << 4) as u8
+fn fifth_bits(eight: u64) -> [u8; 1] {
+    let [even, odd] = even_and_odd(eight >> 4, 1);
+    [(even | odd << 4) as u8]
 }
 
 /// The bits above the lowest four: two of each.
 fn high_bits(eight: u64) -> [u8; 2] {
-    let [even, odd] = even_and_odd(eight >> 4);
-    [together(even, 2) as u8, together(odd, 2) as u8]
+    even_and_odd(eight >> 4, 2).map(|bits| bits as u8)
 }
 
 #[cfg(test)]
@@ -161,19 +197,21 @@ mod tests {
     fn every_weight_is_where_its_thread_looks() {
         for dtype in StoredDType::BLOCKS {
             let planes = Planes::of(dtype);
-            for (outputs, k) in [(1, 256), (3, 512), (64, 768)] {
+            for (outputs, k) in [(64, 256), (192, 768)] {
                 let stored = arbitrary::blocks(dtype, outputs * k, 3);
                 let mut arranged = vec![0xaa; bytes(dtype, outputs * k)];
                 arrange(&stored, dtype, k, &mut arranged);
                 let (block, block_bytes) = dtype.block();
-                let (columns, shared) = arranged.split_at(outputs * k / BLOCK * planes.bytes());
                 for (row, column) in (0..outputs).flat_map(|row| (0..k / BLOCK).map(move |column| (row, column))) {
                     let at = (row * k + column * BLOCK) / block;
                     let stored = &stored[at * block_bytes..][..block_bytes];
                     let (part, rest) = block_parts::of(dtype, stored, column % (block / BLOCK));
-                    let own = &columns[column * outputs * planes.bytes()..][..outputs * planes.bytes()];
-                    let (low, own) = own.split_at(outputs * planes.low);
-                    let (upper, own) = own.split_at(outputs * planes.upper);
+                    let tile = &arranged[row / ROWS * bytes(dtype, ROWS * k)..][..bytes(dtype, ROWS * k)];
+                    let (columns, shared) = tile.split_at(k / BLOCK * ROWS * planes.bytes());
+                    let own = &columns[column * ROWS * planes.bytes()..][..ROWS * planes.bytes()];
+                    let (low, own) = own.split_at(ROWS * planes.low);
+                    let (upper, own) = own.split_at(ROWS * planes.upper);
+                    let row = row % ROWS;
                     for (thread, eight) in part.eights.iter().enumerate() {
                         let quarter = |plane: &[u8], bytes: usize| {
                             plane[row * bytes + thread * bytes / 4..][..bytes / 4].to_vec()
@@ -184,7 +222,7 @@ mod tests {
                     }
                     assert_eq!(own[row * planes.own..][..planes.own], part.own[..planes.own], "{dtype}");
                     let (shared_k, bytes) = planes.shared;
-                    let shared = &shared[(column * BLOCK / shared_k * outputs + row) * bytes..][..bytes];
+                    let shared = &shared[(column * BLOCK / shared_k * ROWS + row) * bytes..][..bytes];
                     assert_eq!(shared, rest, "{dtype}, row {row}, column {column}");
                 }
             }

@@ -11,7 +11,6 @@ pub(super) struct Embed {
     pub(super) ids: u64,
     pub(super) h: u64,
     pub(super) d: i32,
-    pub(super) rows: i32,
 }
 
 /// `Norm` of rows.cu.

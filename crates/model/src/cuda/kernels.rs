@@ -1,50 +1,17 @@
-//! The kernels, compiled for the device that was found when a model is opened on it: by NVRTC, from the sources under
-//! `kernels/`, for one dtype and one width of heads.
+//! The kernels, for a model on a device: what there is, and how much of the device each takes. Compiled when a model is opened, see
+//! [`super::modules`].
 
-use std::{ffi::CString, sync::Arc};
+use std::sync::Arc;
 
-use cudarc::{
-    driver::{CudaFunction, CudaModule, sys::CUfunction_attribute},
-    nvrtc::{Ptx, result as nvrtc, sys},
-};
+use cudarc::driver::{CudaFunction, CudaModule, sys::CUfunction_attribute};
 
 use super::{
     device::Gpu,
     error::{CudaError, failed},
-    ways::{FEW_TILE, MANY_TILE, RUN, WIDE_TILE, Way},
+    modules::{self, Modules, WIDE_CAPABILITY},
+    ways::{FEW_TILE, MANY_TILE, WIDE_TILE, Way},
 };
 use crate::{Precision, StoredDType, expert_slot::Layout};
-
-/// In the order in which they build on each other.
-const SOURCES: [(&str, &str); 15] = [
-    ("numbers.cu", include_str!("kernels/numbers.cu")),
-    ("rows.cu", include_str!("kernels/rows.cu")),
-    ("product.cu", include_str!("kernels/product.cu")),
-    ("product_scalar.cu", include_str!("kernels/product_scalar.cu")),
-    ("product_tensor.cu", include_str!("kernels/product_tensor.cu")),
-    ("product_packed.cu", include_str!("kernels/product_packed.cu")),
-    ("product_blocks.cu", include_str!("kernels/product_blocks.cu")),
-    ("product_wide.cu", include_str!("kernels/product_wide.cu")),
-    ("routing.cu", include_str!("kernels/routing.cu")),
-    ("attention.cu", include_str!("kernels/attention.cu")),
-    ("heads.cu", include_str!("kernels/heads.cu")),
-    ("attention_scalar.cu", include_str!("kernels/attention_scalar.cu")),
-    ("attention_tensor.cu", include_str!("kernels/attention_tensor.cu")),
-    ("attention_steps.cu", include_str!("kernels/attention_steps.cu")),
-    ("mean.cu", include_str!("kernels/mean.cu")),
-];
-
-/// What a block of `many` is given: what product_tensor.cu cuts into stages.
-const MANY_SHARED_BYTES: u32 = 96 << 10;
-
-/// And a block of `wide`, which a multiprocessor has one of.
-const WIDE_SHARED_BYTES: u32 = 222 << 10;
-
-/// The devices with the instructions of `wide`: those of one generation only.
-const WIDE_CAPABILITY: (i32, i32) = (9, 0);
-
-/// `KEY_STAGES` of attention_tensor.cu.
-const KEY_STAGES: usize = 4;
 
 /// A kernel that is loaded.
 #[derive(Debug)]
@@ -80,9 +47,10 @@ pub(super) struct Blocks {
 
 const FEW_F32: Blocks = Blocks { threads: 128, tile: (16, 8), shared_bytes: 0, most: None, packs: false };
 const FEW: Blocks = Blocks { tile: FEW_TILE, packs: true, ..FEW_F32 };
-const MANY: Blocks = Blocks { threads: 256, tile: MANY_TILE, shared_bytes: MANY_SHARED_BYTES, most: None, packs: true };
+const MANY: Blocks =
+    Blocks { threads: 256, tile: MANY_TILE, shared_bytes: modules::MANY_SHARED_BYTES, most: None, packs: true };
 const WIDE: Blocks =
-    Blocks { threads: 384, tile: WIDE_TILE, shared_bytes: WIDE_SHARED_BYTES, most: None, packs: false };
+    Blocks { threads: 384, tile: WIDE_TILE, shared_bytes: modules::WIDE_SHARED_BYTES, most: None, packs: false };
 
 /// A kernel for each thing that can become of a result (see `Kind` of product.cu).
 #[derive(Debug)]
@@ -152,48 +120,25 @@ pub(super) struct Kernels {
 }
 
 impl Kernels {
-    /// Compiles them, for weights in blocks of these formats and for others; takes a few seconds.
+    /// Compiles them, for weights in blocks of these formats and for others; takes some seconds, but for what was compiled in this
+    /// process before.
     pub(super) fn compile(
         gpu: &Gpu,
         precision: Precision,
         formats: &[StoredDType],
         d_kv: usize,
     ) -> Result<Self, CudaError> {
-        let (major, minor) = gpu.description().capability;
-        let formats: Vec<StoredDType> =
-            StoredDType::BLOCKS.into_iter().filter(|dtype| formats.contains(dtype)).collect();
-        let attention_bytes = (KEY_STAGES * 2 * 32 * (d_kv + 8) * precision.size()) as u32;
+        let modules = Modules::compile(gpu, precision, formats, d_kv)?;
         let is_bf16 = precision == Precision::Bf16;
-        let is_wide = is_bf16 && (major, minor) == WIDE_CAPABILITY;
-        let target = format!("sm_{major}{minor}{}", if is_wide { "a" } else { "" });
-        let options = [
-            format!("--gpu-architecture={target}"),
-            "--std=c++17".to_owned(),
-            format!("-DBF16={}", u8::from(is_bf16)),
-            format!("-DWIDE={}", u8::from(is_wide)),
-            format!("-DD_KV={d_kv}"),
-            format!("-DMULTIPROCESSORS={}", gpu.description().multiprocessors),
-            format!("-DRUN={RUN}"),
-            format!("-DMANY_SHARED_BYTES={MANY_SHARED_BYTES}"),
-            format!("-DWIDE_SHARED_BYTES={WIDE_SHARED_BYTES}"),
-            format!("-DATTENTION_SHARED_BYTES={attention_bytes}"),
-            "-DINFINITY=__int_as_float(0x7f800000)".to_owned(),
-        ];
-        // What is done for each format, given its kernels' name and its structure of product_blocks.cu.
-        let of_each_format: Vec<String> =
-            formats.iter().map(|dtype| format!("OF({}, {dtype}) ", name_of(*dtype))).collect();
-        let formats_macro = format!("#define FORMATS(OF) {}\n", of_each_format.concat());
-        let sources = SOURCES.iter().map(|(name, text)| format!("#line 1 \"{name}\"\n{text}"));
-        let source: String = std::iter::once(formats_macro).chain(sources).collect();
-        let cubin = compile(&source, &options, &target)?;
-        let module = gpu.context().load_module(Ptx::from_binary(cubin)).map_err(failed("cuModuleLoadData"))?;
-        let function = |name: &str| load(&module, name, 0);
+        let is_wide = is_bf16 && gpu.description().capability == WIDE_CAPABILITY;
+        let attention_bytes = modules.attention_shared_bytes;
+        let function = |name: &str| load(&modules.rows, name, 0);
         let few = if is_bf16 { FEW } else { FEW_F32 };
         let wide = Blocks { most: Some(gpu.description().multiprocessors), ..WIDE };
-        let attend = |name: &str| load(&module, name, if is_bf16 { attention_bytes } else { 0 });
+        let attend = |name: &str| load(&modules.rows, name, if is_bf16 { attention_bytes } else { 0 });
         Ok(Self {
             embed: function("embed_rows")?,
-            embed_blocks: of_each(&formats, |format| function(&format!("embed_{format}")))?,
+            embed_blocks: of_each(&modules.formats, |module| load(module, "embed_rows", 0))?,
             norm: function("rms_norm")?,
             add_rows: function("add_rows")?,
             fetch_rows: function("fetch_rows")?,
@@ -220,9 +165,9 @@ impl Kernels {
                 })
                 .transpose()?,
             place_heads: function("place_heads")?,
-            few: ProductKernels::load(&module, "few", few, &formats)?,
-            many: is_bf16.then(|| ProductKernels::load(&module, "many", MANY, &formats)).transpose()?,
-            wide: is_wide.then(|| ProductKernels::load(&module, "wide", wide, &formats)).transpose()?,
+            few: ProductKernels::load(&modules, "few", few)?,
+            many: is_bf16.then(|| ProductKernels::load(&modules, "many", MANY)).transpose()?,
+            wide: is_wide.then(|| ProductKernels::load(&modules, "wide", wide)).transpose()?,
         })
     }
 }
@@ -267,8 +212,8 @@ impl ProductKernels {
         }
     }
 
-    fn load(module: &Arc<CudaModule>, way: &str, blocks: Blocks, formats: &[StoredDType]) -> Result<Self, CudaError> {
-        let of = |name: &str, kind: &str| {
+    fn load(modules: &Modules, way: &str, blocks: Blocks) -> Result<Self, CudaError> {
+        let of = |module: &Arc<CudaModule>, name: &str, kind: &str| {
             // Kernels of `wide` are of every kind, and told it.
             let name = match (way, kind) {
                 ("wide", "gate" | "gather_gate") => format!("{name}_gated"),
@@ -277,25 +222,23 @@ impl ProductKernels {
             };
             load(module, &name, blocks.shared_bytes)
         };
-        let experts = |name: &str, are_gated: bool| {
-            let gather_gate = are_gated.then(|| of(name, "gather_gate")).transpose()?;
-            let (gather, scatter, each) = (of(name, "gather")?, of(name, "scatter")?, of(name, "each")?);
+        let experts = |module: &Arc<CudaModule>, name: &str, are_gated: bool| {
+            let of = |kind: &str| of(module, name, kind);
+            let gather_gate = are_gated.then(|| of("gather_gate")).transpose()?;
+            let (gather, scatter, each) = (of("gather")?, of("scatter")?, of("each")?);
             Ok::<_, CudaError>(ExpertKernels { gather, gather_gate, scatter, each })
         };
-        let kinds = |name: &str| {
-            Ok::<_, CudaError>(KindKernels {
-                store: of(name, "store")?,
-                relu: of(name, "relu")?,
-                gate: of(name, "gate")?,
-                add: of(name, "add")?,
-                logits: of(name, "logits")?,
-                experts: experts(name, true)?,
-            })
+        let kinds = |module: &Arc<CudaModule>| {
+            let of = |kind: &str| of(module, way, kind);
+            let (store, relu, gate) = (of("store")?, of("relu")?, of("gate")?);
+            let (add, logits) = (of("add")?, of("logits")?);
+            Ok::<_, CudaError>(KindKernels { store, relu, gate, add, logits, experts: experts(module, way, true)? })
         };
+        let packed = || experts(&modules.plain, &format!("{way}_packed"), false);
         Ok(Self {
-            plain: kinds(way)?,
-            packed_experts: blocks.packs.then(|| experts(&format!("{way}_packed"), false)).transpose()?,
-            formats: of_each(formats, |format| kinds(&format!("{way}_{format}")))?,
+            plain: kinds(&modules.plain)?,
+            packed_experts: blocks.packs.then(packed).transpose()?,
+            formats: of_each(&modules.formats, kinds)?,
             blocks,
         })
     }
@@ -315,17 +258,12 @@ fn in_layout<'k, K>(plain: &'k K, blocks: &'k [(StoredDType, K)], layout: Layout
     })
 }
 
-/// What `load` gives for the name of each format.
+/// What `load` gives for the module of each format.
 fn of_each<K>(
-    formats: &[StoredDType],
-    load: impl Fn(&str) -> Result<K, CudaError>,
+    formats: &[(StoredDType, Arc<CudaModule>)],
+    load: impl Fn(&Arc<CudaModule>) -> Result<K, CudaError>,
 ) -> Result<Vec<(StoredDType, K)>, CudaError> {
-    formats.iter().map(|&dtype| Ok((dtype, load(&name_of(dtype))?))).collect()
-}
-
-/// A format in the names of its kernels.
-fn name_of(dtype: StoredDType) -> String {
-    dtype.to_string().to_lowercase()
+    formats.iter().map(|(dtype, module)| Ok((*dtype, load(module)?))).collect()
 }
 
 fn load(module: &Arc<CudaModule>, name: &str, shared_bytes: u32) -> Result<Kernel, CudaError> {
@@ -335,38 +273,4 @@ fn load(module: &Arc<CudaModule>, name: &str, shared_bytes: u32) -> Result<Kerne
         function.set_attribute(most, shared_bytes as i32).map_err(failed("cuFuncSetAttribute"))?;
     }
     Ok(Kernel { function, shared_bytes })
-}
-
-/// Machine code of `source`. The library's own wrapper makes PTX only, which the driver would compile once more.
-fn compile(source: &str, options: &[String], target: &str) -> Result<Vec<u8>, CudaError> {
-    let refused = |log: String| CudaError::Compile { target: target.to_owned(), log };
-    let code = |error: nvrtc::NvrtcError| refused(format!("{:?}", error.0));
-    let source = CString::new(source).map_err(|error| refused(error.to_string()))?;
-    let program = nvrtc::create_program(&source, None).map_err(code)?;
-    // SAFETY: the program was created above and is destroyed below, once.
-    let machine_code = unsafe { machine_code(program, options) };
-    // SAFETY: as above.
-    unsafe { nvrtc::destroy_program(program) }.map_err(code)?;
-    machine_code.map_err(refused)
-}
-
-/// # Safety
-/// `program` was created and not destroyed.
-unsafe fn machine_code(program: sys::nvrtcProgram, options: &[String]) -> Result<Vec<u8>, String> {
-    // SAFETY: by the caller's promise, here and below.
-    if let Err(error) = unsafe { nvrtc::compile_program(program, options) } {
-        // SAFETY: see above.
-        let log = unsafe { nvrtc::get_program_log(program) }.unwrap_or_default();
-        let log: Vec<u8> = log.into_iter().map(|c| c as u8).take_while(|&c| c != 0).collect();
-        return Err(format!("{:?}: {}", error.0, String::from_utf8_lossy(&log)));
-    }
-    let mut bytes = 0;
-    // SAFETY: see above; writes one number.
-    unsafe { sys::nvrtcGetCUBINSize(program, &mut bytes) }.result().map_err(|error| format!("{:?}", error.0))?;
-    let mut cubin = vec![0_u8; bytes];
-    // SAFETY: see above; `cubin` is as long as the compiler said.
-    unsafe { sys::nvrtcGetCUBIN(program, cubin.as_mut_ptr().cast()) }
-        .result()
-        .map_err(|error| format!("{:?}", error.0))?;
-    Ok(cubin)
 }

@@ -6,9 +6,9 @@
 //!
 //! Invariant: as on the CPU, a row's bits depend on nothing but the row and its sequence (see `kernels/numbers.cu`).
 //!
-//! In reading order: [`error`], [`device`] (context, streams, memory), [`kernels`] (compiled at the start; the sources
-//! under `kernels/`: numbers, rows, product and its ways, routing, attention and its ways) and their `arguments`, `weights`,
-//! `scratch`, `pass` (the operations of the forward), `ways` (which kernel multiplies), `recorded` (as graphs), `progress` (layer by layer) and `grouped` (its
+//! In reading order: [`error`], [`device`] (context, streams, memory), `modules` (compiled at the start; the sources under
+//! `kernels/`: numbers, rows, product and its ways, router, routing, attention and its ways), [`kernels`] in them and their
+//! `arguments`, `weights`, `scratch`, `pass` (the operations of the forward), `ways` (which kernel multiplies), `recorded` (as graphs), `progress` (layer by layer) and `grouped` (its
 //! experts), [`sequence`], [`dense`] (passes, with the experts of a slab on the same device or without), `host_tier` (in
 //! `locked_memory`), `uploads` and [`slab`] (experts), [`window`] (what both share with other processes).
 
@@ -21,6 +21,7 @@ mod grouped;
 mod host_tier;
 pub mod kernels;
 mod locked_memory;
+mod modules;
 mod pass;
 mod progress;
 mod recorded;

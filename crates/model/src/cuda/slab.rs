@@ -32,8 +32,6 @@ use crate::{
 
 /// Rows computed at once; more take turns.
 const ROWS_MAX: usize = 4096;
-/// Nobody reads heads here, and the kernels that do must be compiled for some width.
-const D_KV: usize = 64;
 
 /// Slots of one expert each on a device, and what loads into them and computes with them.
 #[derive(Debug)]
@@ -78,8 +76,8 @@ impl DeviceSlab {
         let precision = slot.precision();
         weights::check(store.config())?;
         gpu.enter()?;
-        let kernels =
-            Kernels::compile(&gpu, precision, &slot.layouts().filter_map(Layout::format).collect::<Vec<_>>(), D_KV)?;
+        let formats: Vec<_> = slot.layouts().filter_map(Layout::format).collect();
+        let kernels = Kernels::compile(&gpu, precision, &formats, store.config().d_kv)?;
         let (shape, choices) = (*slot.shape(), store.config().top_k);
         let memory = gpu.allocate("experts", slots * slot.bytes())?;
         let slots = Slots::new(memory.address(), &slot);

@@ -14,9 +14,6 @@ use crate::{
     spec::{BlockSpec, FeedForwardSpec},
 };
 
-/// Rows of W that a block of kernels multiplies at most: the one row of a shared expert's gate is no matrix of theirs.
-const OUTPUTS_OF_BLOCKS: usize = 64;
-
 /// A warp chooses them, a lane each.
 const TOP_K_MAX: usize = 32;
 
@@ -100,7 +97,8 @@ impl Load for DeviceLoader<'_> {
         let tensors = parts.iter().map(|(name, outputs)| self.checkpoint.tensor_of_shape(name, &[*outputs, inputs]));
         let tensors = tensors.collect::<Result<Vec<_>, _>>()?;
         let stored = tensors[0].dtype;
-        let is_one = tensors.iter().all(|tensor| tensor.dtype == stored) && outputs.is_multiple_of(OUTPUTS_OF_BLOCKS);
+        // The one row of a shared expert's gate is no matrix of tiles.
+        let is_one = tensors.iter().all(|tensor| tensor.dtype == stored) && outputs.is_multiple_of(block_matrix::ROWS);
         let layout = if is_one { Layout::of(stored, self.precision) } else { Layout::Plain };
         let mut bytes = Vec::new();
         match layout {

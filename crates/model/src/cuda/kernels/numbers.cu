@@ -1,4 +1,4 @@
-// Number types, the guard of a pass, and reductions. First of the files that `kernels.rs` puts together; BF16, D_KV and
+// Number types, the guard of a pass, and reductions. First of the files that `kernels.rs` puts together to a module; BF16, D_KV and
 // MULTIPROCESSORS are defined by it. No header is included: NVRTC needs no path to any.
 //
 // Invariant of every kernel: a row is computed by itself in an order that depends on no other row and on nobody's
@@ -78,6 +78,14 @@ struct Pass {
 // Whether the pass has ended before an operation that follows `layers` MoE layers. A pass that cannot end early
 // has no guard.
 __device__ __forceinline__ bool ended(const Pass *pass, int layers) { return pass && pass->stop < layers; }
+
+// What embeds: the embedding of a model in the rows of its weights, or in blocks.
+struct Embed {
+    const T *table;
+    const u32 *ids;
+    float *h;
+    int d;
+};
 
 __device__ __forceinline__ float warp_sum(float value) {
     for (int offset = 16; offset; offset >>= 1) value += __shfl_xor_sync(~0u, value, offset);

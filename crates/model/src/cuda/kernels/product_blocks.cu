@@ -162,18 +162,14 @@ template <typename F, typename Words> __device__ __forceinline__ uint4 operands(
                       operand_pair<F>(words, upper, 2, line), operand_pair<F>(words, upper, 3, line));
 }
 
-// A matrix of so many rows: its columns, then what they share.
+// Where a matrix has what: tiles of rows, of each its columns, plane by plane, then what columns share.
 template <typename F> struct Blocks {
-    static const int BYTES = F::LOW + F::UPPER + F::OWN; // of a row in a column
-    const unsigned char *columns, *shared;
-    int rows;
+    static const int ROWS = 64; // of a tile
+    static const int UPPER_AT = ROWS * F::LOW, OWN_AT = UPPER_AT + ROWS * F::UPPER, COLUMN = OWN_AT + ROWS * F::OWN;
 
-    __device__ Blocks(const void *w, int rows, int k)
-        : columns(static_cast<const unsigned char *>(w)), shared(columns + u64(k / 32) * rows * BYTES), rows(rows) {}
-    __device__ __forceinline__ const unsigned char *column(int k) const { return columns + u64(k / 32) * (rows * BYTES); }
-    __device__ __forceinline__ const unsigned char *shared_at(int k) const {
-        return shared + u64(k / F::SHARED_K) * (rows * F::SHARED);
-    }
+    // Bytes of a tile's columns, and of all of it.
+    static __device__ __forceinline__ int columns(int k) { return k / 32 * COLUMN; }
+    static __device__ __forceinline__ int tile(int k) { return columns(k) + k / F::SHARED_K * (ROWS * F::SHARED); }
 };
 
 // A thread's part of a row, as PlainRow.
@@ -185,20 +181,23 @@ template <typename F> struct BlockRow {
     };
     static const bool IS_SCALED = !F::IS_ROUNDED;
     static const int AHEAD = F::IS_ROUNDED ? 6 : 8;
-    Blocks<F> w;
-    int low, upper, own, shared, half; // where its bytes are in a column, and of which 16 of 32 it is
+    const unsigned char *tile;
+    int low, upper, own, shared, half; // where its bytes are in a column, those that columns share in the tile; which 16 of 32 it is of
 
-    __device__ BlockRow(const void *w, int row, int rows, int k, int t)
-        : w(w, rows, k), low(row * F::LOW + t * (F::LOW / 4)), upper(rows * F::LOW + row * F::UPPER + t * (F::UPPER / 4)),
-          own(rows * (F::LOW + F::UPPER) + row * F::OWN), shared(row * F::SHARED), half(t / 2) {}
-    __device__ BlockRow(const Product &a, const void *w, int row, int rows, int t) : BlockRow(w, row, rows, a.k, t) {}
+    __device__ BlockRow(const void *w, int row, int k, int t)
+        : tile(static_cast<const unsigned char *>(w) + u64(row / Blocks<F>::ROWS) * Blocks<F>::tile(k)), half(t / 2) {
+        row %= Blocks<F>::ROWS;
+        low = row * F::LOW + t * (F::LOW / 4), upper = Blocks<F>::UPPER_AT + row * F::UPPER + t * (F::UPPER / 4);
+        own = Blocks<F>::OWN_AT + row * F::OWN, shared = Blocks<F>::columns(k) + row * F::SHARED;
+    }
+    __device__ BlockRow(const Product &a, const void *w, int row, int, int t) : BlockRow(w, row, a.k, t) {}
     __device__ __forceinline__ Loaded load(int k) const {
-        const unsigned char *column = w.column(k);
+        const unsigned char *column = tile + k / 32 * Blocks<F>::COLUMN;
         Loaded loaded;
         load_words(loaded.low, column + low);
         loaded.upper = load_bytes<F::UPPER / 4>(column + upper);
         loaded.own = load_bytes<F::OWN>(column + own);
-        loaded.shared = load_bytes<F::SHARED>(w.shared_at(k) + shared);
+        loaded.shared = load_bytes<F::SHARED>(tile + shared + k / F::SHARED_K * (Blocks<F>::ROWS * F::SHARED));
         return loaded;
     }
     __device__ __forceinline__ Line line(const Loaded &loaded) const { return F::line(loaded.own, loaded.shared, half); }
@@ -209,58 +208,67 @@ template <typename F> struct BlockRow {
 };
 
 // Copies ROWS rows of a plane ahead, by so many threads: two runs of rows, which begin `second` rows apart.
-template <int BYTES, int ROWS, int THREADS> struct PlaneCopy {
+template <typename F, int BYTES, int ROWS, int THREADS> struct PlaneCopy {
     static const int HALF = ROWS / 2 * BYTES / 16; // pieces of 16 bytes
-    int from; // the thread's first piece, in a column
+    int from, apart; // the thread's first piece, from the beginning of the matrix, and from there to its second
 
-    // The plane begins at `plane` there, the first run at row o.
-    __device__ PlaneCopy(int plane, int o, int second, int thread) {
-        if constexpr (BYTES > 0) from = plane + (o + thread / HALF * second) * BYTES + thread % HALF * 16;
+    // The plane begins at `plane` in a tile, the first run at row o.
+    __device__ PlaneCopy(int plane, int o, int second, int k, int thread) {
+        if constexpr (BYTES > 0) {
+            auto at = [&](int row) { return row / Blocks<F>::ROWS * Blocks<F>::tile(k) + row % Blocks<F>::ROWS * BYTES; };
+            from = plane + at(o + thread / HALF * second) + thread % HALF * 16, apart = at(o + second) - at(o);
+        }
     }
-    __device__ __forceinline__ void copy(unsigned char *to, const unsigned char *column, int second, int thread) const {
+    __device__ __forceinline__ void copy(unsigned char *to, const unsigned char *w, int thread) const {
         if constexpr (BYTES > 0) {
             static_assert(HALF <= THREADS, "a thread has a piece of each half, or of one");
             if (2 * HALF < THREADS && thread >= 2 * HALF) return;
-            copy_ahead(to + thread * 16, column + from);
-            if (2 * HALF > THREADS) copy_ahead(to + (thread + THREADS) * 16, column + from + second * BYTES);
+            copy_ahead(to + thread * 16, w + from);
+            if (2 * HALF > THREADS) copy_ahead(to + (thread + THREADS) * 16, w + from + apart);
         }
     }
 };
 
-// Those of a stage: of as many columns as it has, and of what they share.
-template <typename F, int ROWS, int THREADS> struct StageCopy {
+// Columns of so many rows, one after another, and what they share.
+template <typename F, int ROWS, int THREADS> struct ColumnCopy {
     static const int UPPER_AT = ROWS * F::LOW, OWN_AT = UPPER_AT + ROWS * F::UPPER, BYTES = OWN_AT + ROWS * F::OWN;
-    PlaneCopy<F::LOW, ROWS, THREADS> low;
-    PlaneCopy<F::UPPER, ROWS, THREADS> upper;
-    PlaneCopy<F::OWN, ROWS, THREADS> own;
-    PlaneCopy<F::SHARED, ROWS, THREADS> shared;
-    int second;
+    PlaneCopy<F, F::LOW, ROWS, THREADS> low;
+    PlaneCopy<F, F::UPPER, ROWS, THREADS> upper;
+    PlaneCopy<F, F::OWN, ROWS, THREADS> own;
+    PlaneCopy<F, F::SHARED, ROWS, THREADS> shared;
+    const unsigned char *w, *column; // the matrix, and where in it tile 0 has the next column
+    int k;
 
-    __device__ StageCopy(int rows, int o, int second, int thread)
-        : low(0, o, second, thread), upper(rows * F::LOW, o, second, thread),
-          own(rows * (F::LOW + F::UPPER), o, second, thread), shared(0, o, second, thread), second(second) {}
-    __device__ __forceinline__ void column(unsigned char *to, const unsigned char *from, int thread) const {
-        low.copy(to, from, second, thread), upper.copy(to + UPPER_AT, from, second, thread), own.copy(to + OWN_AT, from, second, thread);
+    // From column `first` / 32 on.
+    __device__ ColumnCopy(const void *matrix, int o, int second, int k, int first, int thread)
+        : low(0, o, second, k, thread), upper(Blocks<F>::UPPER_AT, o, second, k, thread),
+          own(Blocks<F>::OWN_AT, o, second, k, thread), shared(Blocks<F>::columns(k), o, second, k, thread),
+          w(static_cast<const unsigned char *>(matrix)), column(w + first / 32 * Blocks<F>::COLUMN), k(first) {}
+    // The next one.
+    __device__ __forceinline__ void next(unsigned char *to, int thread) {
+        low.copy(to, column, thread), upper.copy(to + UPPER_AT, column, thread), own.copy(to + OWN_AT, column, thread);
+        column += Blocks<F>::COLUMN, k += 32;
+    }
+    // What the next one shares.
+    __device__ __forceinline__ void next_shared(unsigned char *to, int thread) const {
+        shared.copy(to, w + k / F::SHARED_K * (Blocks<F>::ROWS * F::SHARED), thread);
     }
 };
 
 // As PlainTile. A stage is a column, plane by plane, then what is shared.
 template <typename F, bool IS_GATED> struct BlockTile {
-    typedef StageCopy<F, SIDE, SIDE> Copy;
+    typedef ColumnCopy<F, SIDE, SIDE> Copy;
     static const int BYTES = Copy::BYTES + SIDE * F::SHARED;
     static const int STAGES = F::LOW == 16 ? 4 : 3;
     static const int HEADS = 0;
     static const bool IS_SCALED = !F::IS_ROUNDED;
-    Blocks<F> w;
     Copy ahead;
-    int k; // where the next stage begins
 
     __device__ BlockTile(const Product &a, const void *w, int o, int k, int thread, uint4 *)
-        : w(w, IS_GATED ? a.outputs * 2 : a.outputs, a.k), ahead(this->w.rows, o, IS_GATED ? a.outputs : SIDE / 2, thread), k(k) {}
+        : ahead(w, o, IS_GATED ? a.outputs : SIDE / 2, a.k, k, thread) {}
     __device__ __forceinline__ void copy(unsigned char *to, int thread) {
-        ahead.column(to, w.column(k), thread);
-        ahead.shared.copy(to + Copy::BYTES, w.shared_at(k), ahead.second, thread);
-        k += 32;
+        ahead.next_shared(to + Copy::BYTES, thread);
+        ahead.next(to, thread);
     }
     __device__ __forceinline__ Line line(const unsigned char *tile, int at, int t) const {
         u32 own = take_bytes<F::OWN>(tile + Copy::OWN_AT + at * F::OWN);
@@ -276,10 +284,11 @@ template <typename F, bool IS_GATED> struct BlockTile {
 };
 
 // h[row] = table[ids[row]], a block per row
-template <typename F> __device__ __forceinline__ void embed_row(const Embed &a) {
+extern "C" __global__ void embed_rows(Embed a) {
+    typedef FORMAT F;
     begin();
     int t = threadIdx.x % 4;
-    BlockRow<F> table(a.table, a.ids[blockIdx.x], a.rows, a.d, t);
+    BlockRow<F> table(a.table, a.ids[blockIdx.x], a.d, t);
     for (int k = threadIdx.x / 4 * 32; k < a.d; k += blockDim.x * 8) {
         typename BlockRow<F>::Loaded loaded = table.load(k);
         Line line = table.line(loaded);
@@ -291,17 +300,5 @@ template <typename F> __device__ __forceinline__ void embed_row(const Embed &a) 
         }
     }
 }
-
-#define BLOCKS_OF(NAME, F)                                                                                             \
-    template <int KIND> __device__ __forceinline__ void few_##NAME(const Product &a) { few_of<KIND, BlockRow<F>>(a); } \
-    template <int KIND> __device__ __forceinline__ void many_##NAME(const Product &a) {                                \
-        many_of<KIND, BlockTile<F, Rows<KIND>::IS_GATED>>(a);                                                          \
-    }                                                                                                                  \
-    KINDS(few_##NAME, few_##NAME, 128, 1)                                                                              \
-    KINDS(many_##NAME, many_##NAME, 4 * SIDE, 2)                                                                       \
-    extern "C" __global__ void embed_##NAME(Embed a) { embed_row<F>(a); }
-
-// For the formats that a model has.
-FORMATS(BLOCKS_OF)
 
 #endif

@@ -132,10 +132,6 @@ template <int KIND, typename Row> __device__ __forceinline__ void few_of(const P
     else few_rows<KIND, Row, 4, 2>(a, rows, partial);
 }
 
-template <int KIND> __device__ __forceinline__ void few(const Product &a) { few_of<KIND, PlainRow>(a); }
-
-KINDS(few, few, 128, 1)
-
 __device__ __forceinline__ void copy_ahead(void *to, const void *from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(u32(__cvta_generic_to_shared(to))), "l"(from));
 }
@@ -264,11 +260,5 @@ template <int KIND, typename W> __device__ __forceinline__ void many_of(const Pr
             rows.put(a, to[i], o + at, y, before[i]);
         }
 }
-
-template <int KIND> __device__ __forceinline__ void many(const Product &a) {
-    many_of<KIND, PlainTile<Rows<KIND>::IS_GATED>>(a);
-}
-
-KINDS(many, many, 4 * SIDE, 2)
 
 #endif

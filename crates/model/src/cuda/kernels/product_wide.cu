@@ -106,58 +106,6 @@ struct WidePlain {
     static __device__ float scale(const unsigned char *, int, int) { return 1; }
 };
 
-// Stages of two columns each, then what they share.
-template <typename F> struct WideBlocks {
-    typedef StageCopy<F, WIDE_SIDE, COPIERS> Column;
-    static const int SHARED_AT = 2 * Column::BYTES, BYTES = (SHARED_AT + WIDE_SIDE * F::SHARED + 1023) / 1024 * 1024;
-    static const int STAGES = 8;
-    static const bool IS_SCALED = !F::IS_ROUNDED;
-    struct Copy {
-        Column ahead;
-        const unsigned char *from, *shared;
-        int rows, k, thread;
-
-        __device__ Copy(const Product &a, const void *w, int o, u64 second, int rows, int thread)
-            : ahead(rows, o, int(second), thread), rows(rows), k(0), thread(thread) {
-            Blocks<F> blocks(w, rows, a.k);
-            from = blocks.columns, shared = blocks.shared;
-        }
-        __device__ __forceinline__ void next(unsigned char *stage) {
-#pragma unroll
-            for (int block = 0; block < 2; ++block) {
-                ahead.column(stage + block * Column::BYTES, from, thread);
-                from += rows * Blocks<F>::BYTES;
-            }
-            ahead.shared.copy(stage + SHARED_AT, shared, ahead.second, thread);
-            k += WIDE_STAGE;
-            if (F::SHARED && k % F::SHARED_K == 0) shared += rows * F::SHARED;
-        }
-    };
-    // Of a row in a block of a stage, and of which 16 of 32.
-    static __device__ __forceinline__ Line line(const unsigned char *stage, int block, int row, int half) {
-        const unsigned char *own = stage + block * Column::BYTES + Column::OWN_AT + row * F::OWN;
-        return F::line(take_bytes<F::OWN>(own), take_bytes<F::SHARED>(stage + SHARED_AT + row * F::SHARED), half);
-    }
-    static __device__ __forceinline__ void weights(const unsigned char *stage, int block, u32 (&w)[2][4]) {
-        typedef typename WordsOf<F::LOW>::Words Words;
-        const unsigned char *column = stage + block * Column::BYTES;
-        int first = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            // Of eight weights a thread takes the first or the second pair of either half.
-            int row = first + i % 2 * 8, eight = t / 2 + i / 2 * 2;
-            Words low = *reinterpret_cast<const Words *>(column + row * F::LOW + eight * (F::LOW / 4));
-            u32 upper = spread<F>(take_bytes<F::UPPER / 4>(column + Column::UPPER_AT + row * F::UPPER + eight * (F::UPPER / 4)));
-            Line own = line(stage, block, row, i / 2);
-            w[0][i] = operand_pair<F>(low, upper, t % 2, own), w[1][i] = operand_pair<F>(low, upper, t % 2 + 2, own);
-        }
-    }
-    // Of the thread's first row, or the one 8 further on.
-    static __device__ __forceinline__ float scale(const unsigned char *stage, int block, int further) {
-        return IS_SCALED ? line(stage, block, threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + further, 0).scale : 1;
-    }
-};
-
 // Where stages are, and who waits for them: `full` until they have come, `empty` until they are multiplied.
 template <typename W> struct WideStages {
     static const int BYTES = ROWS_BYTES + W::BYTES;
@@ -365,14 +313,5 @@ template <bool IS_GATED, typename W> __device__ __forceinline__ void wide_of(con
         }
     }
 }
-
-// Of every kind: what differs is done once for a block, and these take long to compile.
-#define WIDE_OF(NAME, W)                                                                                               \
-    extern "C" __global__ void __launch_bounds__(MULTIPLIERS + COPIERS, 1) NAME(Product a) { wide_of<false, W>(a); }   \
-    extern "C" __global__ void __launch_bounds__(MULTIPLIERS + COPIERS, 1) NAME##_gated(Product a) { wide_of<true, W>(a); }
-
-WIDE_OF(wide, WidePlain)
-#define WIDE_BLOCKS_OF(NAME, F) WIDE_OF(wide_##NAME, WideBlocks<F>)
-FORMATS(WIDE_BLOCKS_OF)
 
 #endif

@@ -1,13 +1,5 @@
 // What is done to single rows: embedding, norm, sums, and the best token of a row of logits.
 
-struct Embed {
-    const T *table;
-    const u32 *ids;
-    float *h;
-    int d;
-    int rows; // of the table
-};
-
 // h[row] = table[ids[row]], a block per row
 extern "C" __global__ void embed_rows(Embed a) {
     begin();

@@ -53,8 +53,8 @@ impl Operations for Pass<'_> {
 
     fn embed(&mut self, embedding: &Matrix) -> Result<(), CudaError> {
         let Machine { kernels, scratch, .. } = self.machine;
-        let (table, d, rows) = (embedding.address(), embedding.inputs as i32, embedding.outputs as i32);
-        let arguments = Embed { table, ids: self.packet.ids(), h: scratch.h.address(), d, rows };
+        let (table, d) = (embedding.address(), embedding.inputs as i32);
+        let arguments = Embed { table, ids: self.packet.ids(), h: scratch.h.address(), d };
         self.machine.launch(kernels.embed_in(embedding.layout)?, (self.shape.rows, 1, 1), 256, &arguments)
     }
 
