@@ -20,8 +20,8 @@ use on_device::{OnDevice, Options, ROWS_MAX, plan};
 use rand::{Rng, SeedableRng};
 use sida_model::{
     Backend, Beside, BlockFormats, Checkpoint, DeviceError, ExpertDevice, ExpertScratch, ExpertSlot, ExpertStore,
-    ModelError, MoeRows, NewSequence, Precision, Reference, SlotRows, SlotRun, Spans, Stack, StoredDType, Urgency,
-    Wanted, convert,
+    ModelConfig, ModelError, MoeRows, NewSequence, Precision, Reference, SlotRows, SlotRun, Spans, Stack, StoredDType,
+    Urgency, Wanted, convert,
     cuda::{CudaError, DeviceDense, DeviceSequence, DeviceSlab, DeviceStates, Gpu},
     reference::greedy,
 };
