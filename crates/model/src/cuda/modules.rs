@@ -70,10 +70,11 @@ const PLAIN: [Source; 7] = sources![
 ];
 
 /// Products with weights in a format of blocks.
-const FORMAT: [Source; 7] = sources![
+const FORMAT: [Source; 8] = sources![
     "numbers.cu",
     "product.cu",
     "product_tensor.cu",
+    "block_formats.cu",
     "product_blocks.cu",
     "product_wide.cu",
     "product_wide_blocks.cu",
@@ -121,7 +122,7 @@ impl Modules {
         ]);
         let formats: Vec<StoredDType> =
             StoredDType::BLOCKS.into_iter().filter(|dtype| formats.contains(dtype)).collect();
-        // A structure of product_blocks.cu has the name of its format.
+        // A structure of block_formats.cu has the name of its format.
         let of_formats =
             formats.iter().map(|dtype| Wanted { sources: &FORMAT, options: with(&[format!("-DFORMAT={dtype}")]) });
         let mut wanted =

@@ -21,9 +21,9 @@ template <typename F> struct WideBlocks {
         }
     };
     // Of a row in a block of a stage, and of which 16 of 32.
-    static __device__ __forceinline__ Line line(const unsigned char *stage, int block, int row, int half) {
+    static __device__ __forceinline__ Affine affine(const unsigned char *stage, int block, int row, int half) {
         const unsigned char *own = stage + block * Column::BYTES + Column::OWN_AT + row * F::OWN;
-        return F::line(take_bytes<F::OWN>(own), take_bytes<F::SHARED>(stage + SHARED_AT + row * F::SHARED), half);
+        return F::affine(take_bytes<F::OWN>(own), take_bytes<F::SHARED>(stage + SHARED_AT + row * F::SHARED), half);
     }
     static __device__ __forceinline__ void weights(const unsigned char *stage, int block, u32 (&w)[2][4]) {
         typedef typename WordsOf<F::LOW>::Words Words;
@@ -35,13 +35,13 @@ template <typename F> struct WideBlocks {
             int row = first + i % 2 * 8, eight = t / 2 + i / 2 * 2;
             Words low = *reinterpret_cast<const Words *>(column + row * F::LOW + eight * (F::LOW / 4));
             u32 upper = spread<F>(take_bytes<F::UPPER / 4>(column + Column::UPPER_AT + row * F::UPPER + eight * (F::UPPER / 4)));
-            Line own = line(stage, block, row, i / 2);
+            Affine own = affine(stage, block, row, i / 2);
             w[0][i] = operand_pair<F>(low, upper, t % 2, own), w[1][i] = operand_pair<F>(low, upper, t % 2 + 2, own);
         }
     }
     // Of the thread's first row, or the one 8 further on.
     static __device__ __forceinline__ float scale(const unsigned char *stage, int block, int further) {
-        return IS_SCALED ? line(stage, block, threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + further, 0).scale : 1;
+        return IS_SCALED ? affine(stage, block, threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + further, 0).scale : 1;
     }
 };
 
