@@ -53,7 +53,7 @@ impl EmbeddedCluster {
         let cluster = Cluster::fixed(members, config.moe_layer_count(), config.num_experts, 1)?;
         let predictor = predictor.source(&checkpoint, &cluster)?;
         let mut config = CoordinatorConfig::new(COORDINATOR.into(), checkpoint, predictor);
-        (config.device, config.precision) = (embedded.device.device, embedded.device.precision);
+        (config.device, config.precision) = embedded.device.chosen()?;
         embedded.cache.apply(&mut config)?;
         config.micro_batching = embedded.micro_batches.wanted();
         config.on_load = Some(loading_bar::of_model(&config.checkpoint));
@@ -127,13 +127,14 @@ fn engines(
         return Err(BadConfiguration::new(message).into());
     }
     let shares = shares(checkpoint, embedded.nodes())?;
+    let (device, precision) = embedded.device.chosen()?;
     let parts: Vec<f64> = shares.iter().map(|(_, share)| *share).collect();
     let engine = |(node, share): (NodeId, f64)| {
         let dir: &Path = checkpoint.dir();
         let config = ExpertNodeConfig {
             expert_memory: embedded.expert_memory.part(share),
-            device: embedded.device.device,
-            precision: embedded.device.precision,
+            device,
+            precision,
             host_memory: embedded.host_memory.part(share),
             packs: !embedded.no_packing,
             threads,

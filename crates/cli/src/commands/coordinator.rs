@@ -83,7 +83,7 @@ pub(crate) fn run(arguments: CoordinatorArguments) -> anyhow::Result<ExitCode> {
         let mut config = CoordinatorConfig::new(member.node, checkpoint, predictor);
         arguments.limits.apply(&mut config);
         arguments.http.apply(&mut config);
-        (config.device, config.precision) = (arguments.device.device, arguments.device.precision);
+        (config.device, config.precision) = arguments.device.chosen()?;
         arguments.cache.apply(&mut config)?;
         config.share_rows = !arguments.send_rows;
         config.micro_batching = arguments.micro_batches.wanted();

@@ -74,12 +74,13 @@ pub(crate) fn run(arguments: ExpertNodeArguments) -> anyhow::Result<ExitCode> {
         let model = (checkpoint.config(), checkpoint.digest());
         let weight = arguments.node_weight.map_or_else(|| weight(arguments.expert_memory, &checkpoint), Ok)?;
         let cluster = arguments.membership.cluster(&member, listener.local_addr()?, model, weight)?;
+        let (device, precision) = arguments.device.chosen()?;
         let config = ExpertNodeConfig {
             expert_memory: arguments.expert_memory,
             host_memory: arguments.host_memory,
             packs: !arguments.no_packing,
-            device: arguments.device.device,
-            precision: arguments.device.precision,
+            device,
+            precision,
             threads: arguments.model.threads(),
             server: arguments.server.server(&arguments.connection, gate, readiness.clone())?,
             ..ExpertNodeConfig::new(member.node, model_dir)

@@ -67,6 +67,7 @@ pub(crate) async fn start(
     // names.
     let entry = |node: &NodeId| format!("[[expert-node]]\nname = \"{node}\"\naddress = \"127.0.0.1:1\"\n");
     std::fs::write(&file, shares.iter().map(|(node, _)| entry(node)).collect::<String>())?;
+    let (device, precision) = shape.device.chosen()?;
     let (mut members, mut nodes) = (Vec::new(), Vec::new());
     for (node, share) in shares {
         let mut command = Command::new(env::current_exe()?);
@@ -75,9 +76,9 @@ pub(crate) async fn start(
             .args(["--name", node.as_str(), "--listen", "127.0.0.1:0", "--metrics-listen", "off", "--log", "warn"])
             .args(["--expert-memory", &shape.expert_memory.part(share).to_string()])
             .args(["--host-memory", &shape.host_memory.part(share).to_string()])
-            .args(["--device", &shape.device.device.to_string()])
+            .args(["--device", &device.to_string()])
             .args(shape.no_packing.then_some("--no-packing"))
-            .args(shape.device.precision.map(|precision| format!("--precision={precision}")))
+            .args(precision.map(|precision| format!("--precision={precision}")))
             .args(["--threads", &model.threads().to_string()])
             .arg("--static")
             .arg(&file)
@@ -93,7 +94,7 @@ pub(crate) async fn start(
     let cluster = Cluster::fixed(members, config.moe_layer_count(), config.num_experts, 1)?;
     let predictor = predictor.source(&checkpoint, &cluster)?;
     let mut config = CoordinatorConfig::new("coordinator-0".into(), checkpoint, predictor);
-    (config.device, config.precision) = (shape.device.device, shape.device.precision);
+    (config.device, config.precision) = (device, precision);
     shape.cache.apply(&mut config)?;
     config.micro_batching = shape.micro_batches.wanted();
     adapt(&mut config);
