@@ -28,7 +28,7 @@ pub struct Trace {
     pub hash_layers: Option<HashLayers>,
     /// Experts that had to be loaded while a step of this request waited.
     pub demand_loads: u64,
-    /// Calls that went to another holder after a failure.
+    /// Calls that were made again after one failed.
     pub failovers: u64,
     /// Which experts the request's rows went to.
     pub experts: ExpertSets,

@@ -23,6 +23,11 @@ impl<'a> Callers<'a> {
         Self { spans, requests }
     }
 
+    /// Whether anybody waits: nobody does for a health check.
+    pub(crate) fn are_any(&self) -> bool {
+        !self.requests.is_empty()
+    }
+
     /// Why no caller waits for any of the rows `tokens` any more, if that is so.
     pub(crate) fn gone(&self, tokens: &[u32], now: Instant) -> Option<RequestError> {
         let mut reason = None;

@@ -76,7 +76,7 @@ pub(crate) struct Dispatched {
     pub(crate) load: Duration,
     /// Experts that had to be loaded first.
     pub(crate) demand_loads: u64,
-    /// Calls that went to another node after a failure.
+    /// Calls that were made again after one failed.
     pub(crate) failovers: u64,
     /// Runs of grouped rows that nobody could compute; their results are 0.
     pub(crate) failed: Vec<(Range<usize>, RequestError)>,

@@ -108,12 +108,19 @@ pub(crate) enum ParseError {
 /// of `--config`.
 pub(crate) fn parse(arguments: Vec<OsString>) -> Result<CommandLine, ParseError> {
     let (command, arguments) = (command(), negative_values::attached(arguments));
-    let Completed { arguments, from_file } = match settings_file::named(&arguments, env::var_os("SIDA_CONFIG")) {
+    let flag = |argument: &OsString| Some(argument.to_str()?.strip_prefix("--")?.split('=').next()?.to_owned());
+    let typed: BTreeSet<String> = arguments.iter().filter_map(flag).collect();
+    let file = settings_file::named(&arguments, env::var_os("SIDA_CONFIG"));
+    let Completed { arguments, from_file } = match &file {
         Some(file) => settings_file::completed(&command, file.as_ref(), arguments).map_err(ParseError::Settings)?,
         None => Completed { arguments, from_file: BTreeSet::new() },
     };
+    let origin = |flag: &str| match (from_file.contains(flag), &file) {
+        (true, Some(file)) => Some(format!("configuration {}", file.to_string_lossy())),
+        _ => Some(variable(flag)).filter(|variable| !typed.contains(flag) && env::var_os(variable).is_some()),
+    };
     let matches = command.try_get_matches_from(arguments);
-    let matches = matches.map_err(|error| ParseError::Clap(flag_errors::explained(error)))?;
+    let matches = matches.map_err(|error| ParseError::Clap(flag_errors::located(error, origin)))?;
     cluster_elsewhere::check(&matches, &from_file).map_err(ParseError::Settings)?;
     CommandLine::from_arg_matches(&matches).map_err(ParseError::Clap)
 }
@@ -122,7 +129,7 @@ pub(crate) fn parse(arguments: Vec<OsString>) -> Result<CommandLine, ParseError>
 pub(crate) fn command() -> clap::Command {
     let with_environment = |arg: Arg| match arg.get_long() {
         Some(long) => {
-            let variable = format!("SIDA_{}", long.replace('-', "_").to_uppercase());
+            let variable = variable(long);
             match arg.get_action() {
                 // A switch is set by 1, true, yes and on, and left unset by their opposites.
                 ArgAction::SetTrue => arg.env(variable).value_parser(BoolishValueParser::new()),
@@ -132,6 +139,11 @@ pub(crate) fn command() -> clap::Command {
         None => arg,
     };
     CommandLine::command().mut_args(with_environment).mut_subcommands(|sub| sub.mut_args(with_environment))
+}
+
+/// The environment variable of a flag.
+fn variable(flag: &str) -> String {
+    format!("SIDA_{}", flag.replace('-', "_").to_uppercase())
 }
 
 /// The environment variables of all flags of all commands.

@@ -23,9 +23,27 @@ pub(crate) fn successor(flag: &str) -> Option<&'static str> {
     GONE.iter().find(|(gone, _)| *gone == flag).map(|(_, told)| *told)
 }
 
+/// What a switch takes in the environment and in the file of `--config`.
+pub(crate) const SWITCH_VALUES: &str = "1, true, yes or on, or 0, false, no or off";
+
+/// `error` as it is [`explained`], and where the value comes from that it speaks of, if `origin` says that of the flag's name
+/// without dashes.
+pub(crate) fn located(error: clap::Error, origin: impl Fn(&str) -> Option<String>) -> clap::Error {
+    let origin = match (error.get(ContextKind::InvalidArg), error.get(ContextKind::InvalidValue)) {
+        (Some(ContextValue::String(flag)), Some(_)) => {
+            flag.trim_start_matches('-').split([' ', '=']).next().and_then(origin)
+        }
+        _ => None,
+    };
+    let error = explained(error);
+    let Some(origin) = origin else { return error };
+    let text = error.to_string().replace("value was not a boolean", &format!("expected {SWITCH_VALUES}"));
+    clap::Error::raw(error.kind(), format!("{origin}: {}", text.strip_prefix("error: ").unwrap_or(&text)))
+}
+
 /// `error` in words of what is expected where it says that a digit is invalid, which a minus is; and with what took the place of a
 /// flag that is gone.
-pub(crate) fn explained(error: clap::Error) -> clap::Error {
+fn explained(error: clap::Error) -> clap::Error {
     let flag = match error.get(ContextKind::InvalidArg) {
         Some(ContextValue::String(flag)) => flag,
         _ => return error,
@@ -60,5 +78,29 @@ mod tests {
         ] {
             assert!(told(line).contains(expected), "{}", told(line));
         }
+    }
+
+    /// Whoever has a wrong value in a file would look for it on the command line.
+    #[test]
+    fn values_of_a_file_are_told_as_its_own() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("sida.toml");
+        let parsed = |text: &str| {
+            std::fs::write(&file, text).unwrap();
+            parse(["sida", "up", "--config", file.to_str().unwrap()].map(Into::into).to_vec())
+        };
+        for (text, expected) in [
+            ("expert-memory = true", "invalid value 'true' for '--expert-memory <SIZE>'"),
+            ("threads = -1", "invalid value '-1' for '--threads <N>': expected a whole number"),
+            ("no-prefix-cache = 'maybe'", "key `no-prefix-cache` holds \"maybe\", expected 1, true, yes or on"),
+        ] {
+            let told = match parsed(text) {
+                Err(ParseError::Clap(error)) => error.to_string(),
+                Err(ParseError::Settings(error)) => error.to_string(),
+                Ok(_) => panic!("{text} is not refused"),
+            };
+            assert!(told.contains(&format!("configuration {}: ", file.display())) && told.contains(expected), "{told}");
+        }
+        assert!(parsed("no-prefix-cache = 'yes'").is_ok() && parsed("no-prefix-cache = 0").is_ok());
     }
 }

@@ -87,32 +87,29 @@ fn complete(command: &Command, settings: &Table, mut arguments: Vec<OsString>) -
             |arg: &Arg| !is_given(arg) && !given.iter().any(|given| excludes(given, arg) || excludes(arg, given));
         let end = arguments.iter().position(|argument| argument == "--").unwrap_or(arguments.len());
         let added = flags().filter(|arg| is_free(arg));
-        let added: Vec<OsString> = added
+        let added = added
             .filter_map(|arg| Some((arg, said.of_flag(name, arg.get_long()?)?)))
-            .flat_map(|(arg, values)| {
+            .map(|(arg, values)| {
                 from_file.extend(arg.get_long().map(str::to_owned));
                 as_typed(arg, values)
             })
-            .collect();
-        arguments.splice(end..end, added);
+            .collect::<Result<Vec<_>, String>>()?;
+        arguments.splice(end..end, added.into_iter().flatten());
     }
     Ok(Completed { arguments, from_file })
 }
 
-/// A flag with each of these values.
-fn as_typed(arg: &Arg, values: &[String]) -> Vec<OsString> {
+/// A flag with each of these values. The error says why a switch cannot have one.
+fn as_typed(arg: &Arg, values: &[String]) -> Result<Vec<OsString>, String> {
     let long = arg.get_long().unwrap_or_default();
-    match arg.get_action() {
-        ArgAction::SetTrue => {
-            // What is no truth value is left to the parser, which says so.
-            let is = |value: &String| {
-                (value != "false")
-                    .then(|| if value == "true" { format!("--{long}") } else { format!("--{long}={value}") })
-            };
-            values.iter().filter_map(is).map(OsString::from).collect()
-        }
-        _ => values.iter().map(|value| format!("--{long}={value}").into()).collect(),
-    }
+    let is_switch = matches!(arg.get_action(), ArgAction::SetTrue);
+    let typed = |value: &String| match (is_switch, value.to_lowercase().as_str()) {
+        (false, _) => Ok(Some(format!("--{long}={value}").into())),
+        (true, "1" | "true" | "yes" | "on") => Ok(Some(format!("--{long}").into())),
+        (true, "0" | "false" | "no" | "off") => Ok(None),
+        (true, _) => Err(format!("key `{long}` holds {value:?}, expected {}", flag_errors::SWITCH_VALUES)),
+    };
+    values.iter().filter_map(|value| typed(value).transpose()).collect()
 }
 
 /// What a file says, as texts.

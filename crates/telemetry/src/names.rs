@@ -167,7 +167,7 @@ catalogue! {
     ROUTED_ROWS_TOTAL = "sida_routed_rows_total", counter, [LAYER, EXPERT], Count, Coordinator, "Rows that each expert was given; only for models of at most 4,096 experts in all layers.";
     MODEL_EXPERT_BYTES = "sida_model_expert_bytes", gauge, [], Bytes, Coordinator, "What all experts of the model would take if they were resident at once.";
     DISPATCH_DURATION_SECONDS = "sida_dispatch_duration_seconds", histogram(WORK), [NODE], Seconds, Coordinator, "One call to an expert-node, as the coordinator sees it.";
-    FAILOVERS_TOTAL = "sida_failovers_total", counter, [REASON], Count, Coordinator, "Expert calls that went to another holder.";
+    FAILOVERS_TOTAL = "sida_failovers_total", counter, [REASON], Count, Coordinator, "Expert calls of requests that were made again after one failed, to another node or to one that was back.";
     RETRIES_REFUSED_TOTAL = "sida_retries_refused_total", counter, [], Count, Coordinator, "Expert calls that were not made again, since too many had failed lately.";
     BREAKER_STATE = "sida_breaker_state", gauge, [NODE], Count, Coordinator, "Breaker before an expert-node: 0 closed, 1 on probation, 2 open.";
     EXPERTS_UNHELD = "sida_experts_unheld", gauge, [], Count, Coordinator, "Experts none of whose holders can be reached; any other node still loads them from its store.";

@@ -46,7 +46,7 @@ impl HttpArguments {
     pub(crate) async fn bind(&self, default: Option<SocketAddr>) -> anyhow::Result<Option<TcpListener>> {
         match (self.http_listen.as_deref(), default) {
             (Some(OFF), _) | (None, None) => Ok(None),
-            (Some(address), _) => Ok(Some(bind(address).await?)),
+            (Some(address), _) => Ok(Some(bind("--http-listen", address).await?)),
             (None, Some(default)) => match TcpListener::bind(default).await {
                 Ok(listener) => Ok(Some(listener)),
                 Err(error) => {
@@ -133,7 +133,7 @@ impl ServerArguments {
     pub(crate) async fn metrics(&self, default: SocketAddr) -> anyhow::Result<MetricsPort> {
         let listener = match self.metrics_listen.as_deref() {
             Some(OFF) => None,
-            Some(address) => Some(bind(address).await?),
+            Some(address) => Some(bind("--metrics-listen", address).await?),
             None => match TcpListener::bind(default).await {
                 Ok(listener) => Some(listener),
                 Err(error) => {
@@ -165,9 +165,15 @@ impl MetricsPort {
     }
 }
 
-/// A listener on `host:port`; port 0 takes any that is free.
-pub(crate) async fn bind(address: &str) -> Result<TcpListener, BadConfiguration> {
-    let refused = |error| BadConfiguration::because(format!("cannot listen on {address}"), error);
+/// A listener on the `host:port` that a flag, or what is called so, says; port 0 takes any that is free.
+pub(crate) async fn bind(flag: &str, address: &str) -> Result<TcpListener, BadConfiguration> {
+    let refused = |error: io::Error| match error.kind() {
+        io::ErrorKind::InvalidInput => BadConfiguration::because(
+            format!("{flag} is {address:?}, expected HOST:PORT with a port of 0 to 65535"),
+            error,
+        ),
+        _ => BadConfiguration::because(format!("cannot listen on {flag} {address}"), error),
+    };
     let resolved: Vec<SocketAddr> = address.to_socket_addrs().map_err(refused)?.collect();
     TcpListener::bind(resolved.as_slice()).await.map_err(refused)
 }

@@ -160,7 +160,7 @@ async fn measure(
         let cluster = model.map(|model| Cluster {
             resident_bytes: state.resident_bytes,
             budget: Budget::of(workload.method(), &model, state.budget_bytes, state.slots),
-            loads: state.loads.since(before[index].loads),
+            loads: state.loads_since(&before[index]),
         });
         let rounds_per_s = std::mem::take(&mut rounds_per_s[index]);
         let figures = Figures::of(&samples);

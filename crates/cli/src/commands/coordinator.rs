@@ -71,7 +71,7 @@ pub(crate) fn run(arguments: CoordinatorArguments) -> anyhow::Result<ExitCode> {
         let member = arguments.membership.member(Role::Coordinator)?;
         let checkpoint = arguments.model.open()?;
         // The port before the cluster, whose members are told of it.
-        let grpc = server::bind(&member.address).await?;
+        let grpc = server::bind("the node's address", &member.address).await?;
         // Nowhere by default: a node that others can reach opens no port that its operator did not name.
         let listeners = Listeners { grpc, http: arguments.http.bind(None).await? };
         let gate = arguments.api_keys.gate()?;

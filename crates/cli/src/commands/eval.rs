@@ -258,7 +258,7 @@ impl Evaluating<'_> {
         if let Asked::NotServed(why) = ask::all(coordinator, warming, mode, concurrency, || ()).await? {
             return Ok(Err(why));
         }
-        let before = NodeState::of(&client.status().await?).loads;
+        let before = NodeState::of(&client.status().await?);
         let (answers, wall) = match ask::all(coordinator, questions, mode, concurrency, || progress.advance()).await? {
             Asked::Answers(answers, wall) => (answers, wall),
             Asked::NotServed(why) => return Ok(Err(why)),
@@ -267,8 +267,9 @@ impl Evaluating<'_> {
         if mode.routing != MODES[0].routing && answers.iter().all(|answer| answer.unpredicted) {
             return Ok(Err("there is no hash table".to_owned()));
         }
-        let NodeState { resident_bytes, loads, .. } = NodeState::of(&client.status().await?);
-        Ok(Ok(Served { answers, wall, loads: loads.since(before), resident_bytes }))
+        let after = NodeState::of(&client.status().await?);
+        let (loads, resident_bytes) = (after.loads_since(&before), after.resident_bytes);
+        Ok(Ok(Served { answers, wall, loads, resident_bytes }))
     }
 
     fn parameters(&self, coordinator: &Coordinator, questions: &[Question<'_>]) -> Value {

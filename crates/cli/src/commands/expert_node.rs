@@ -67,7 +67,7 @@ pub(crate) fn run(arguments: ExpertNodeArguments) -> anyhow::Result<ExitCode> {
         let member = arguments.membership.member(Role::ExpertNode)?;
         let checkpoint = arguments.model.open()?;
         // The port before the cluster, whose members are told of it.
-        let listener = server::bind(&member.address).await?;
+        let listener = server::bind("the node's address", &member.address).await?;
         let gate = arguments.cluster_key.gate()?;
         let readiness = Readiness::default();
         let metrics = arguments.server.metrics(METRICS_OF_NODES).await?;

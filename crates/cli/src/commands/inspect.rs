@@ -95,10 +95,12 @@ fn checked(checkpoint: &Arc<Checkpoint>) -> Checked {
         Part::Unusable(_) => Part::Unusable("not looked at, the tensors come first".to_owned()),
         Part::Sound(_) | Part::Missing => model_check::predictor(checkpoint),
     };
+    let tokenizer = model_check::tokenizer(checkpoint.dir(), checkpoint.config());
+    let chat_missing = if matches!(tokenizer, Part::Missing) { "no chat template" } else { CHAT_MISSING };
     let parts = [
         ("tensors", tensors, "none"),
-        ("tokenizer", model_check::tokenizer(checkpoint.dir(), checkpoint.config()), "none: texts cannot be read"),
-        ("chat", model_check::chat(checkpoint.dir()), CHAT_MISSING),
+        ("tokenizer", tokenizer, "none: texts cannot be read"),
+        ("chat", model_check::chat(checkpoint.dir()), chat_missing),
         ("predictor", predictor, "none; `sida train-predictor` makes one"),
     ];
     let is_usable = !parts.iter().any(|(name, part, _)| match part {

@@ -56,7 +56,7 @@ pub(crate) fn run(arguments: PredictorNodeArguments) -> anyhow::Result<ExitCode>
         let checkpoint = arguments.model.open()?;
         let model = checkpoint.config();
         // The port before the cluster, whose members are told of it.
-        let listener = server::bind(&member.address).await?;
+        let listener = server::bind("the node's address", &member.address).await?;
         let gate = arguments.cluster_key.gate()?;
         let readiness = Readiness::default();
         let file = arguments.predictor.clone().unwrap_or_else(|| default_file(&checkpoint));

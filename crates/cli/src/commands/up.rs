@@ -59,7 +59,7 @@ pub(crate) fn run(arguments: UpArguments) -> anyhow::Result<ExitCode> {
     runtime::run(async {
         let shutdown = shutdown::on_signal()?;
         // The ports first: a taken one is told before the model is loaded.
-        let grpc = server::bind(&arguments.listen).await?;
+        let grpc = server::bind("--listen", &arguments.listen).await?;
         let listeners = Listeners { grpc, http: arguments.http.bind(Some(HTTP_DEFAULT)).await? };
         let gate = arguments.api_keys.gate()?;
         let readiness = Readiness::default();

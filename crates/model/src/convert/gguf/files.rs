@@ -86,7 +86,7 @@ impl Files {
     pub(super) fn open(path: &Path) -> Result<Self, ConvertError> {
         let mut files =
             Self { path: path.to_owned(), maps: Vec::new(), values: BTreeMap::new(), tensors: BTreeMap::new() };
-        files.values = files.add(path)?;
+        files.values = files.add(path, None)?;
         let split = |values, key| Metadata { path, values }.size_if_any(key);
         let count = split(&files.values, SPLIT_COUNT)?.unwrap_or(1);
         let refuse = |key, found: usize, expected: String| {
@@ -101,15 +101,7 @@ impl Files {
             return Err(refuse(SPLIT_NUMBER, number, format!("0: name the first of the {count} parts")));
         }
         for part in 1..count {
-            let path = part_path(path, part, count)?;
-            let values = files.add(&path)?;
-            let meta = Metadata { path: &path, values: &values };
-            for (key, expected) in [(SPLIT_NUMBER, part), (SPLIT_COUNT, count)] {
-                let found = meta.size(key)?;
-                if found != expected {
-                    return Err(meta.refuse(key, found.to_string(), expected.to_string()));
-                }
-            }
+            files.add(&part_path(path, part, count)?, Some((part, count)))?;
         }
         match tensors {
             Some(expected) if count > 1 && expected != files.tensors.len() => {
@@ -124,8 +116,8 @@ impl Files {
         }
     }
 
-    /// Maps one more part, and returns what it says.
-    fn add(&mut self, path: &Path) -> Result<BTreeMap<String, Value>, ConvertError> {
+    /// Maps one more part, and returns what it says. `split`: which part it has to be, of how many.
+    fn add(&mut self, path: &Path, split: Option<(usize, usize)>) -> Result<BTreeMap<String, Value>, ConvertError> {
         let failed = |source| ModelError::Read { path: path.to_owned(), source };
         let refuse = |reason| ConvertError::Gguf { file: path.to_owned(), reason };
         let file = regular_file::open(path)?;
@@ -139,6 +131,15 @@ impl Files {
             return Err(ModelError::MistakenFile { path: path.to_owned(), expected: "GGUF", found }.into());
         }
         let Header { values, tensors, data_at, alignment } = Header::parse(&map).map_err(refuse)?;
+        if let Some((part, count)) = split {
+            let meta = Metadata { path, values: &values };
+            for (key, expected) in [(SPLIT_NUMBER, part), (SPLIT_COUNT, count)] {
+                let found = meta.size(key)?;
+                if found != expected {
+                    return Err(meta.refuse(key, found.to_string(), expected.to_string()));
+                }
+            }
+        }
         let mut ranges = Vec::with_capacity(tensors.len());
         for info in tensors {
             let tensor = located(&info, self.maps.len(), data_at, map.len()).map_err(refuse)?;
