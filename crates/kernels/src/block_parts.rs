@@ -1,7 +1,7 @@
 //! Blocks taken apart: the integers of 32 neighbours and what makes weights of them, for who lays them out otherwise, as a GPU does.
 
 use crate::{
-    dtype::{BLOCK, Q4_ZERO, StoredDType},
+    dtype::{BLOCK, StoredDType},
     fifth_bit::{q4_1, q5_0, q5_1},
     float8::F8_SCALE_BYTES,
     super_blocks::{PART, q4_k, q4_k_scales, q5_k, q6_k, q6_k_bits},
@@ -72,16 +72,6 @@ fn part(own: [u8; 4], eight: impl Fn(usize) -> u64) -> Part {
     Part { eights: std::array::from_fn(eight), own }
 }
 
-/// What is added to the integers of a format, so that they are none below 0. Those of Q8_0 are signed bytes.
-pub fn zero(dtype: StoredDType) -> i8 {
-    match dtype {
-        StoredDType::Q4_0 => Q4_ZERO,
-        StoredDType::Q5_0 => q5_0::ZERO,
-        StoredDType::Q6K => q6_k::ZERO,
-        _ => 0,
-    }
-}
-
 /// The lowest bit of each byte.
 const EACH: u64 = 0x0101_0101_0101_0101;
 
@@ -111,7 +101,17 @@ mod tests {
     use half::f16;
 
     use super::*;
-    use crate::{arbitrary, float8};
+    use crate::{arbitrary, dtype::Q4_ZERO, float8};
+
+    /// What is added to the integers of a format, so that they are none below 0. Those of Q8_0 are signed bytes.
+    fn zero(dtype: StoredDType) -> i8 {
+        match dtype {
+            StoredDType::Q4_0 => Q4_ZERO,
+            StoredDType::Q5_0 => q5_0::ZERO,
+            StoredDType::Q6K => q6_k::ZERO,
+            _ => 0,
+        }
+    }
 
     /// A device would multiply by other weights than the processor.
     #[test]

@@ -1,5 +1,5 @@
 //! bf16 matrices in three quarters of their bytes, with every bit of them. Experts lie so on a GPU, are uploaded so, and are
-//! multiplied from it (`cuda/kernels/packed.cu`): more of them fit, they come sooner, and less is read.
+//! multiplied from it (`cuda/kernels/product_packed.cu`): more of them fit, they come sooner, and less is read.
 //!
 //! Of the 8 bits of a weight's exponent some 2.6 are information, in trained weights as in normally distributed ones. Here it
 //! takes 4: exponents of a row are counted from the row's base, so that 2 to 15 reach down to a 16,000th of its largest

@@ -25,7 +25,7 @@ pub struct PrecisionError {
 
 impl Precision {
     /// What loses nothing of weights that are stored so. Q8_0 and Q4_0 are multiplied as they are beside bf16; of other blocks,
-    /// which are widened, it loses far less than making them did.
+    /// whose weights are rounded to it on their way, it loses far less than making them did.
     pub fn of_weights(dtype: StoredDType) -> Self {
         match dtype {
             StoredDType::F16 | StoredDType::F32 => Self::F32,

@@ -8,7 +8,7 @@ use cudarc::driver::{CudaFunction, CudaModule, sys::CUfunction_attribute};
 use super::{
     device::Gpu,
     error::{CudaError, failed},
-    modules::{self, Modules, WIDE_CAPABILITY},
+    modules::{self, Modules},
     ways::{FEW_TILE, MANY_TILE, WIDE_TILE, Way},
 };
 use crate::{Precision, StoredDType, expert_slot::Layout};
@@ -130,7 +130,6 @@ impl Kernels {
     ) -> Result<Self, CudaError> {
         let modules = Modules::compile(gpu, precision, formats, d_kv)?;
         let is_bf16 = precision == Precision::Bf16;
-        let is_wide = is_bf16 && gpu.description().capability == WIDE_CAPABILITY;
         let attention_bytes = modules.attention_shared_bytes;
         let function = |name: &str| load(&modules.rows, name, 0);
         let few = if is_bf16 { FEW } else { FEW_F32 };
@@ -167,7 +166,7 @@ impl Kernels {
             place_heads: function("place_heads")?,
             few: ProductKernels::load(&modules, "few", few)?,
             many: is_bf16.then(|| ProductKernels::load(&modules, "many", MANY)).transpose()?,
-            wide: is_wide.then(|| ProductKernels::load(&modules, "wide", wide)).transpose()?,
+            wide: modules.is_wide.then(|| ProductKernels::load(&modules, "wide", wide)).transpose()?,
         })
     }
 }

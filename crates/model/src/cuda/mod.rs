@@ -8,8 +8,8 @@
 //!
 //! In reading order: [`error`], [`device`] (context, streams, memory), `modules` (compiled at the start; the sources under
 //! `kernels/`: numbers, rows, product and its ways, router, routing, attention and its ways), [`kernels`] in them and their
-//! `arguments`, `weights`, `scratch`, `pass` (the operations of the forward), `ways` (which kernel multiplies), `recorded` (as graphs), `progress` (layer by layer) and `grouped` (its
-//! experts), [`sequence`], [`dense`] (passes, with the experts of a slab on the same device or without), `host_tier` (in
+//! `arguments`, `weights`, `scratch`, `pass` (the operations of the forward), `ways` (which kernel multiplies), `recorded` (as
+//! graphs), `progress` (layer by layer) and `grouped` (its experts), [`sequence`], [`dense`] (passes, with the experts of a slab on the same device or without), `host_tier` (in
 //! `locked_memory`), `uploads` and [`slab`] (experts), [`window`] (what both share with other processes).
 
 mod arguments;

@@ -30,7 +30,7 @@ pub(super) const MANY_SHARED_BYTES: u32 = 96 << 10;
 pub(super) const WIDE_SHARED_BYTES: u32 = 222 << 10;
 
 /// The devices with the instructions of `wide`: those of one generation only.
-pub(super) const WIDE_CAPABILITY: (i32, i32) = (9, 0);
+const WIDE_CAPABILITY: (i32, i32) = (9, 0);
 
 /// `KEY_STAGES` of attention_tensor.cu.
 const KEY_STAGES: usize = 4;
@@ -87,6 +87,8 @@ pub(super) struct Modules {
     pub(super) plain: Arc<CudaModule>,
     /// For each format of blocks that was asked for.
     pub(super) formats: Vec<(StoredDType, Arc<CudaModule>)>,
+    /// Whether there are kernels of `wide`.
+    pub(super) is_wide: bool,
     /// Bytes of shared memory that a block of attention is given in bf16.
     pub(super) attention_shared_bytes: u32,
 }
@@ -139,7 +141,7 @@ impl Modules {
         let mut next = || modules.next().expect("a module for each that is wanted");
         let (rows, plain) = (next()?, next()?);
         let formats = formats.into_iter().map(|dtype| Ok((dtype, next()?))).collect::<Result<_, CudaError>>()?;
-        Ok(Self { rows, plain, formats, attention_shared_bytes })
+        Ok(Self { rows, plain, formats, is_wide, attention_shared_bytes })
     }
 }
 

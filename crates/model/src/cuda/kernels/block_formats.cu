@@ -35,25 +35,20 @@ struct Q4_0 {
     static const bool IS_ROUNDED = false, IS_ADDED = false;
     static __device__ __forceinline__ Affine affine(u32 own, u32, int) { return {widen_half(own), 0}; }
 };
-struct Q8_0 {
-    static const int LOW = 32, UPPER = 0, OWN = 2, SHARED = 0, SHARED_K = 32, ZERO = 0;
-    static const bool IS_ROUNDED = false, IS_ADDED = false;
-    static __device__ __forceinline__ Affine affine(u32 own, u32, int) { return {widen_half(own), 0}; }
+struct Q8_0 : Q4_0 {
+    static const int LOW = 32, ZERO = 0;
+};
+struct Q5_0 : Q4_0 {
+    static const int UPPER = 4, ZERO = 16;
+    static const bool IS_ROUNDED = true;
 };
 struct Q4_1 {
     static const int LOW = 16, UPPER = 0, OWN = 4, SHARED = 0, SHARED_K = 32, ZERO = 0;
     static const bool IS_ROUNDED = true, IS_ADDED = true;
     static __device__ __forceinline__ Affine affine(u32 own, u32, int) { return {widen_half(own), widen_half(own >> 16)}; }
 };
-struct Q5_0 {
-    static const int LOW = 16, UPPER = 4, OWN = 2, SHARED = 0, SHARED_K = 32, ZERO = 16;
-    static const bool IS_ROUNDED = true, IS_ADDED = false;
-    static __device__ __forceinline__ Affine affine(u32 own, u32, int) { return {widen_half(own), 0}; }
-};
-struct Q5_1 {
-    static const int LOW = 16, UPPER = 4, OWN = 4, SHARED = 0, SHARED_K = 32, ZERO = 0;
-    static const bool IS_ROUNDED = true, IS_ADDED = true;
-    static __device__ __forceinline__ Affine affine(u32 own, u32, int) { return {widen_half(own), widen_half(own >> 16)}; }
+struct Q5_1 : Q4_1 {
+    static const int UPPER = 4;
 };
 struct Q4_K {
     static const int LOW = 16, UPPER = 0, OWN = 2, SHARED = 4, SHARED_K = 256, ZERO = 0;
