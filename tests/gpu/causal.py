@@ -17,7 +17,6 @@ import random
 import statistics
 import subprocess
 import sys
-import tempfile
 
 from tokenizers import Tokenizer
 
@@ -78,17 +77,12 @@ def main():
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--peer", metavar="FLAGS", help="measure torch_causal.py with these flags, too, in turns")
     args = arguments.parse_args()
-    with tempfile.TemporaryDirectory(dir=args.directory) as directory, open(f"{directory}/log", "w+") as log:
+    with serve.workplace(args.directory) as (directory, log):
         if not args.model:
             args.model = f"{directory}/model"
             blocks = ["--blocks", args.blocks] if args.blocks else []
             subprocess.run([args.sida, "synth", "--like", args.like, *blocks, "--out", args.model], check=True, capture_output=True)
-        try:
-            run(args, directory, log)
-        except SystemExit:
-            log.seek(0)
-            print("".join(log.readlines()[-40:]), file=sys.stderr)
-            raise
+        run(args, directory, log)
 
 
 def run(args, directory, log):

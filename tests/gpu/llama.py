@@ -15,8 +15,6 @@ import json
 import pathlib
 import statistics
 import subprocess
-import sys
-import tempfile
 
 import causal
 import serve
@@ -64,16 +62,11 @@ def main():
     parser.add_argument("--duration", default="2s")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=args.directory) as directory, open(f"{directory}/log", "w+") as log:
+    with serve.workplace(args.directory) as (directory, log):
         if not args.model:
             args.model = f"{directory}/model"
             subprocess.run([args.sida, "convert", args.gguf, "--out", args.model], check=True, stdout=log, stderr=log)
-        try:
-            run(args, directory, log)
-        except SystemExit:
-            log.seek(0)
-            print("".join(log.readlines()[-40:]), file=sys.stderr)
-            raise
+        run(args, directory, log)
 
 
 def run(args, directory, log):

@@ -8,6 +8,7 @@ coordinator is on the first. Ends with exit code 1 and says what was wrong.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -27,6 +28,18 @@ TEXTS = [
     "sst2 sentence: one of the best films of the year .",
     "sst2 sentence: a long , loud and empty evening .",
 ]
+
+
+@contextlib.contextmanager
+def workplace(where=None):
+    """A directory for a while, and the log of what runs in it, whose end is shown if that ends with a message."""
+    with tempfile.TemporaryDirectory(dir=where) as directory, open(f"{directory}/log", "w+") as log:
+        try:
+            yield directory, log
+        except SystemExit:
+            log.seek(0)
+            print("".join(log.readlines()[-40:]), file=sys.stderr)
+            raise
 
 
 class Process:
@@ -130,13 +143,8 @@ def main():
     arguments.add_argument("--expert-nodes", type=int, default=2)
     arguments.add_argument("--expert-memory", default="30%")
     args = arguments.parse_args()
-    with tempfile.TemporaryDirectory() as directory, open(f"{directory}/log", "w+") as log:
-        try:
-            run(args, directory, log)
-        except SystemExit:
-            log.seek(0)
-            print("".join(log.readlines()[-40:]), file=sys.stderr)
-            raise
+    with workplace() as (directory, log):
+        run(args, directory, log)
 
 
 def run(args, directory, log):

@@ -21,7 +21,6 @@ import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 
@@ -108,17 +107,12 @@ def main():
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--peer", metavar="FLAGS", help="measure torch_peer.py with these flags, too, in turns")
     args = arguments.parse_args()
-    with tempfile.TemporaryDirectory(dir=args.directory) as directory, open(f"{directory}/log", "w+") as log:
+    with serve.workplace(args.directory) as (directory, log):
         if not args.model:
             args.model = f"{directory}/model"
             command = [args.sida[0], "synth", "--like", args.like, "--skew", args.skew, "--out", args.model]
             subprocess.run(command, check=True, capture_output=True)
-        try:
-            run(args, log)
-        except SystemExit:
-            log.seek(0)
-            print("".join(log.readlines()[-40:]), file=sys.stderr)
-            raise
+        run(args, log)
 
 
 def run(args, log):
